@@ -1,0 +1,62 @@
+"""Errors that say what happened, where, why, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CadError(Exception):
+    """Base of every error a user can cause; the CLI turns it into exit code 1.
+
+    Args:
+        what: the refusal in one sentence.
+        where: the node, module, file or option it concerns.
+        why: the reason.
+        next: the next step the user can take.
+    """
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", next: str = "") -> None:
+        self.what, self.where, self.why, self.next = what, where, why, next
+        lines = [what]
+        for label, text in (("Where", where), ("Why", why), ("Next", next)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        super().__init__("\n".join(lines))
+
+    def to_dict(self) -> dict[str, str]:
+        """The parts of the message, for `--json`."""
+        parts = {"what": self.what, "where": self.where, "why": self.why, "next": self.next}
+        return {"error": type(self).__name__, **{key: text for key, text in parts.items() if text}}
+
+
+class CannotConvert(CadError):
+    """The network, or the requested part of it, cannot be made adaptive."""
+
+
+class UnknownName(CadError):
+    """A model, mask, option, node or weight name does not exist; carries the closest names."""
+
+    def __init__(self, kind: str, name: str, options: Iterable[str], *, next: str = "") -> None:
+        options = sorted(options)
+        close = closest(name, options)
+        listed = options if len(options) <= 12 else []
+        hint = f"did you mean {', '.join(close)}?" if close else ""
+        known = f"known: {', '.join(listed)}." if listed else ""
+        super().__init__(
+            f"there is no {kind} named {name!r}.",
+            next=" ".join(part for part in (hint, known, next) if part),
+        )
+
+
+class InvalidInput(CadError):
+    """An image, mask or argument has the wrong type, size or values."""
+
+
+class FileError(CadError):
+    """A file is missing, truncated, foreign, or cannot be written."""
+
+
+def closest(name: str, options: Iterable[str]) -> list[str]:
+    """Up to three names that resemble `name`."""
+    return difflib.get_close_matches(name, list(options), n=3, cutoff=0.6)

@@ -1,0 +1,205 @@
+"""Kernel maps: for each output element and tap, the input element that is read.
+
+    table[e, t] = row of the source element holding  a(e) + S (d t - p)                        (*)
+
+with a(e) the anchor of output element e, d the dilation, p the padding and S the spacing in fine pixels of
+the samples the window was written for. Points outside the map get the padding row; points inside a cell
+that are not its anchor are read by `fill` and, if linear, appended as interpolated halo rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cadsurgery.errors import InvalidInput
+from cadsurgery.lattice import Lattice
+
+
+class Window(NamedTuple):
+    """Kernel size, stride, dilation and padding of an operation, as written in the network.
+
+    Attributes:
+        kernel: (height, width).
+        stride: of both axes.
+        dilation: (vertical, horizontal).
+        padding: (top, bottom, left, right).
+        mode: `"zeros"`, `"reflect"` or `"replicate"`.
+        ceil_mode: whether a last partial window counts (pooling).
+        spacing: fine pixels between the samples of the grid these numbers refer to.
+    """
+
+    kernel: tuple[int, int]
+    stride: int = 1
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mode: str = "zeros"
+    ceil_mode: bool = False
+    spacing: int = 1
+
+    @property
+    def taps(self) -> int:
+        """Number of taps."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def is_pointwise(self) -> bool:
+        """One tap at the element itself."""
+        return self.taps == 1 and not any(self.padding)
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Fine size of the output of a fine map of `size`: H' = min(H, n' R), n' the output size in samples."""
+        height, width = size
+        return (
+            self._output_length(height, self.kernel[0], self.dilation[0], self.padding[0], self.padding[1]),
+            self._output_length(width, self.kernel[1], self.dilation[1], self.padding[2], self.padding[3]),
+        )
+
+    def _output_length(self, fine: int, kernel: int, dilation: int, before: int, after: int) -> int:
+        samples = -(-fine // self.spacing)
+        room = samples + before + after - dilation * (kernel - 1) - 1
+        count = (-(-room // self.stride) if self.ceil_mode else room // self.stride) + 1
+        if self.ceil_mode and (count - 1) * self.stride >= samples + before:
+            count -= 1  # torch: a window must start inside the map or its left padding
+        if room < 0 or count < 1:
+            raise InvalidInput(
+                f"a {self.kernel[0]}x{self.kernel[1]} window does not fit into {samples} samples.",
+                why="the image is too small for this network.",
+                next="use a larger image.",
+            )
+        return min(fine, count * self.spacing * self.stride)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Where a list of points is read: a table into rows extended by one padding row and a halo.
+
+    Attributes:
+        table: integer tensor of any shape with entries in 0..N+M; N is the padding row.
+        sources: (M, 4) int32, the four elements each halo row mixes.
+        mix: (M, 4) float64, their weights, summing to one.
+        has_outside: whether any entry is the padding row.
+    """
+
+    table: Tensor
+    sources: Tensor
+    mix: Tensor
+    has_outside: bool
+
+
+def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
+    """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
+    index, count = lattice.index, len(lattice)
+    row = index[points]
+    sources = torch.empty(0, 4, dtype=torch.int32, device=row.device)
+    mix = torch.empty(0, 4, dtype=torch.float64, device=row.device)
+    if lattice.geometry.fill == "linear" and lattice.uniform_level != 0:
+        off_anchor = lattice.anchors[row] != points
+        if inside is not None:
+            off_anchor &= inside
+        wanted = torch.zeros(index.shape[0], dtype=torch.bool, device=row.device)
+        wanted[points[off_anchor]] = True
+        rank = (wanted.cumsum(0) + count).to(torch.int32)
+        row = torch.where(off_anchor, rank[points], row)
+        sources, mix = _interpolation(lattice, wanted.nonzero().squeeze(1))
+    has_outside = False
+    if inside is not None and not bool(inside.all()):
+        has_outside = True
+        row = torch.where(inside, row, count)
+    return Reading(row.to(torch.int32), sources, mix, has_outside)
+
+
+def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Elements and weights of bilinear reading: per axis (1 - delta/R) D(a) + (delta/R) D(a + R).
+
+    D is the nearest-filled map, replicated at the border; a and R belong to the cell holding the point.
+    """
+    height, width = lattice.size
+    side = lattice.side_map.flatten()[points]
+    y, x = points // width % height, points % width
+    first = points - y * width - x  # first pixel of the image
+    top, left = y - y % side, x - x % side
+    bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
+    down, across = (y - top) / side.double(), (x - left) / side.double()
+    corners = [first + v * width + h for v in (top, bottom) for h in (left, right)]
+    weights = [v * h for v in (1 - down, down) for h in (1 - across, across)]
+    return lattice.index[torch.stack(corners, 1)], torch.stack(weights, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class KernelMap:
+    """A `Reading` with one row per output element and one column per tap.
+
+    Attributes:
+        reading: its table is (N_dst, taps).
+        counted: (N_dst, taps) bool, taps that lie in the map or its padding: what an average divides by.
+        inside: (N_dst, taps) bool, taps that lie in the map.
+    """
+
+    reading: Reading
+    inside: Tensor
+    counted: Tensor
+
+
+def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool = False) -> KernelMap:
+    """The kernel map (*) from `source` to `target`, computed once per pair of lattices and window.
+
+    Args:
+        source: lattice of the input elements.
+        target: lattice of the output elements, of the same level map, stage at least the source's.
+        window: the operation.
+        drop: cells that this operation does not downsample read only themselves (`pool="drop"`).
+    """
+    key = ("kernel_map", source.stage, source.size, target.stage, target.size, window, drop)
+    return source.pyramid.derive(key, lambda: _build(source, target, window, drop))
+
+
+def _build(source: Lattice, target: Lattice, window: Window, drop: bool) -> KernelMap:
+    height, width = source.size
+    image, y, x = target.coordinates
+    anchor = (image * height + y) * width + x
+    side = source.side_map.flatten()[anchor]
+    shift = side // 2 if source.geometry.anchor == "center" else torch.zeros_like(side)
+    top, bottom, left, right = window.padding
+    rows, row_in, row_counted = _axis(y, window.kernel[0], window.dilation[0], top, bottom, window, height, shift)
+    columns, col_in, col_counted = _axis(x, window.kernel[1], window.dilation[1], left, right, window, width, shift)
+    points = ((image * height)[:, None, None] + rows[:, :, None]) * width + columns[:, None, :]
+    inside = (row_in[:, :, None] & col_in[:, None, :]).flatten(1)
+    counted = (row_counted[:, :, None] & col_counted[:, None, :]).flatten(1)
+    points = points.flatten(1)
+    if drop:
+        target_side = target.side_map.flatten()[target.anchors]
+        kept = (target_side == side).unsqueeze(1)
+        points = torch.where(kept, anchor.unsqueeze(1), points)
+        inside, counted = inside | kept, counted | kept
+    return KernelMap(read_points(source, points, inside), inside, counted)
+
+
+def _axis(
+    anchor: Tensor, kernel: int, dilation: int, before: int, after: int, window: Window, length: int, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions (N, kernel) of the taps along one axis, whether they are inside, whether they count.
+
+    The map is seen as `spacing` interleaved grids, one per phase of the anchor, each padded the way the
+    network pads its own grid. So reflected and replicated borders keep the laws at any size.
+    """
+    spacing = window.spacing
+    phase, cell = anchor % spacing, anchor // spacing
+    samples = ((length - phase + spacing - 1) // spacing).unsqueeze(1)
+    offsets = torch.arange(kernel, device=anchor.device) * dilation - before
+    sample = cell.unsqueeze(1) + offsets
+    counted = (sample >= -before) & (sample < samples + after)
+    inside = (sample >= 0) & (sample < samples)
+    if window.mode == "reflect":
+        period = (2 * (samples - 1)).clamp(min=1)
+        folded = sample.remainder(period)
+        inside = torch.ones_like(inside)
+        sample = torch.minimum(folded, period - folded)
+    elif window.mode == "replicate":
+        inside = torch.ones_like(inside)
+    sample = torch.minimum(sample.clamp(min=0), samples - 1)
+    position = phase.unsqueeze(1) + sample * spacing + shift.unsqueeze(1)
+    return position.clamp(max=length - 1), inside, counted
