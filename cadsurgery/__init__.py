@@ -1,0 +1,64 @@
+"""cadsurgery: content-adaptive downsampling for any convolutional network, by model surgery.
+
+    import cadsurgery as cs
+    net = cs.adaptify(model, mask="edges")
+    y = net(x)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Imported on first use, so that `import cadsurgery` and the command line
+# start without waiting for torch.
+_PUBLIC = {
+    "adaptify": "api",
+    "plan": "api",
+    "AdaptiveModel": "model",
+    "Elements": "functional",
+    "Geometry": "lattice",
+    "Lattice": "lattice",
+    "MaskProvider": "masks",
+    "Plan": "surgery.plan",
+    "build_model": "zoo",
+    "list_masks": "masks",
+    "list_models": "zoo",
+    "load": "io",
+    "mask_provider": "masks",
+    "rule": "surgery.rules",
+    "save": "io",
+    "CadError": "errors",
+    "CannotConvert": "errors",
+    "FileError": "errors",
+    "InvalidInput": "errors",
+    "UnknownName": "errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from cadsurgery.api import adaptify, plan
+    from cadsurgery.errors import CadError, CannotConvert, FileError, InvalidInput, UnknownName
+    from cadsurgery.functional import Elements
+    from cadsurgery.io import load, save
+    from cadsurgery.lattice import Geometry, Lattice
+    from cadsurgery.masks import MaskProvider, list_masks, mask_provider
+    from cadsurgery.model import AdaptiveModel
+    from cadsurgery.surgery.plan import Plan
+    from cadsurgery.surgery.rules import rule
+    from cadsurgery.zoo import build_model, list_models
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'cadsurgery' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"cadsurgery.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,113 @@
+"""The two verbs: `plan`, the dry run, and `adaptify`, the surgery."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from cadsurgery.errors import CannotConvert
+from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool
+from cadsurgery.masks.provider import resolve_mask
+from cadsurgery.model import AdaptiveModel
+from cadsurgery.surgery.facts import Facts, observe
+from cadsurgery.surgery.plan import Plan, make_plan
+from cadsurgery.surgery.rewrite import rewrite
+from cadsurgery.surgery.trace import trace
+from cadsurgery.surgery.verify import verify
+
+
+def plan(
+    model: nn.Module,
+    output_stride: tuple[int, int] | None = None,
+    region: str | Sequence[str] = "auto",
+    example_input: Tensor | None = None,
+) -> Plan:
+    """What `adaptify` would do, without doing it: `print(plan)` shows every node's decision and reason.
+
+    Args:
+        model: a convolutional network; it is not changed.
+        output_stride: (high, low); see `adaptify`.
+        region: see `adaptify`.
+        example_input: an image batch (B, C, H, W) the network accepts; default: small random images.
+
+    Raises:
+        CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
+        InvalidInput: an impossible output stride; the possible ones are listed.
+    """
+    return make_plan(_facts(copy.deepcopy(model), example_input), output_stride, region)
+
+
+def adaptify(
+    model: nn.Module,
+    mask: object = "edges",
+    *,
+    output_stride: tuple[int, int] | None = None,
+    region: str | Sequence[str] = "auto",
+    anchor: Anchor = "corner",
+    fill: Fill = "linear",
+    pool: Pool = "atrous",
+    patch: Patch = "quadtree",
+    example_input: Tensor | None = None,
+    strict: bool = False,
+    verify_laws: bool = True,
+) -> AdaptiveModel:
+    """The same network with content-adaptive downsampling (Hesse et al., CVPRW 2023, Fig. 8c).
+
+    Features stay at the high output stride where the mask says so and are downsampled elsewhere, in one
+    pass, with the same weights and receptive field. The argument is not changed; parameters keep names
+    and values.
+
+    Args:
+        model: a convolutional network, strided or already dilated.
+        mask: a name (`"edges"`, `"edges:threshold=0.15,dilation=11"`, `"all"`, `"none"`, `"random"`), a
+            provider, a callable image -> map, or a tensor; see `list_masks`.
+        output_stride: (high, low), input pixels per sample where the mask is high and elsewhere. Default:
+            (native / 4, native) for a strided network, (current, undilated) for a dilated one.
+        region: `"auto"` runs the adaptive part as far as the rules reach, `"backbone"` stops where the
+            backbone does (as published), or a list of node or module names.
+        anchor: `"corner"`, or `"center"` to reproduce the published code and its checkpoints.
+        fill: how points inside a cell are read, `"linear"` or `"nearest"` (as published).
+        pool: `"atrous"`, or `"drop"` to pass kept elements through max-pool stages (as published).
+        patch: shape of the areas kept high, `"quadtree"` or `"block"` (as published).
+        example_input: an image batch (B, C, H, W) to plan and verify on; default: small random images.
+        strict: refuse if an operation inside the region has no rule and ends it.
+        verify_laws: check on the example that uniform maps give the dense networks exactly.
+
+    Returns:
+        An `AdaptiveModel`, in the training or evaluation mode of `model`.
+
+    Raises:
+        CannotConvert: nothing can be made adaptive, or, if strict, something cannot.
+        InvalidInput: an impossible option; the message lists the possible ones.
+        UnknownName: an unknown mask, option or region; the message lists the closest names.
+    """
+    provider = resolve_mask(mask)
+    adapted = copy.deepcopy(model)
+    facts = _facts(adapted, example_input)
+    chosen = make_plan(facts, output_stride, region)
+    if strict:
+        _refuse_barriers(chosen)
+    geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch)
+    graph = rewrite(facts, chosen)
+    net = AdaptiveModel(adapted, graph, chosen, geometry, provider)
+    if verify_laws and pool == "atrous":
+        net.checks = verify(adapted, facts.graph, graph, chosen, geometry, facts.example)
+    return net
+
+
+def _facts(model: nn.Module, example_input: Tensor | None) -> Facts:
+    return observe(model, trace(model), example_input)
+
+
+def _refuse_barriers(plan: Plan) -> None:
+    barriers = plan.chosen("barrier")
+    if barriers:
+        first = barriers[0]
+        raise CannotConvert(
+            f"{first.node} ends the region.",
+            where=f"{first.path} ({first.operation})",
+            why=f"{first.reason}; {plan.cost_of_barriers:.0%} of the MACs run dense after the region.",
+            next='pass strict=False to accept that, or end the region on purpose with region="backbone" or names.',
+        )

@@ -1,0 +1,206 @@
+"""Multiply-accumulates of an adaptive network for a mask, counted without running it.
+
+The network is run on meta tensors, so that every operation yields shapes and no values, with the real
+lattice of the image's mask. Convolutions on elements count `output elements x weight entries`; dense
+operations are counted by torch's FlopCounterMode. Interpolated halo rows are memory traffic, not MACs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cadsurgery import functional
+from cadsurgery.errors import UnknownName
+from cadsurgery.functional import Elements
+from cadsurgery.lattice import Lattice
+from cadsurgery.masks.masking import Masking
+from cadsurgery.masks.provider import resolve_mask
+from cadsurgery.surgery.plan import BACKBONE_NAMES
+
+if TYPE_CHECKING:
+    from cadsurgery.model import AdaptiveModel
+
+RULES = ("conv", "published")
+
+
+@dataclass(frozen=True)
+class LayerMacs:
+    """MACs of one layer: with the mask, everything high, everything low."""
+
+    layer: str
+    operation: str
+    mask: int
+    high: int
+    low: int
+
+
+@dataclass(frozen=True)
+class MacReport:
+    """MACs of a network on an image; `print` shows the totals.
+
+    Attributes:
+        layers: layers that multiply, in order.
+        active_fraction: of the mask.
+        rule: how they were counted.
+        shape: of the image batch.
+    """
+
+    layers: tuple[LayerMacs, ...]
+    active_fraction: float
+    rule: str
+    shape: tuple[int, ...]
+
+    @property
+    def mask(self) -> int:
+        """MACs with the mask."""
+        return sum(layer.mask for layer in self.layers)
+
+    @property
+    def high(self) -> int:
+        """MACs of the dense network at the high output stride."""
+        return sum(layer.high for layer in self.layers)
+
+    @property
+    def low(self) -> int:
+        """MACs of the dense network at the low output stride."""
+        return sum(layer.low for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals and layers as plain values, for `--json`."""
+        layers = [vars(layer) for layer in self.layers]
+        return {
+            "shape": list(self.shape),
+            "rule": self.rule,
+            "active_fraction": self.active_fraction,
+            "macs": {"mask": self.mask, "high": self.high, "low": self.low},
+            "layers": layers,
+        }
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return (
+            f"MACs on {size} ({self.rule} rule): {self.mask:.4e} with this mask "
+            f"(active fraction {self.active_fraction:.3f}), {self.high:.4e} dense high, {self.low:.4e} dense low"
+        )
+
+
+def count_macs(
+    net: AdaptiveModel, args: tuple[Any, ...], kwargs: dict[str, Any], mask: object, rule: str
+) -> MacReport:
+    """See `AdaptiveModel.macs`."""
+    if rule not in RULES:
+        raise UnknownName("counting rule", rule, RULES)
+    image = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    provider = net.mask if mask is None else resolve_mask(mask)
+    masking = Masking(provider, net.geometry, net.plan.strides[0])
+    found: list[Lattice] = []
+
+    def masked(_: Tensor, features: Tensor) -> Lattice:
+        found.append(masking(image, torch.empty(features.shape, device=image.device)))
+        return found[0]
+
+    def uniform(level: int) -> Callable[[Tensor, Tensor], Lattice]:
+        return lambda _, features: net.geometry.uniform(level, features.shape[0], tuple(features.shape[2:]))
+
+    ghost = _ghost(net)
+    bound = net.bind(*(_to_meta(value) for value in args), **{key: _to_meta(value) for key, value in kwargs.items()})
+    counts = []
+    for chosen in (masked, uniform(0), uniform(net.geometry.max_level)):
+        counter = _Counter(ghost, rule)
+        with torch.no_grad(), counter.flops:
+            counter.run(chosen, *bound.values())
+        counts.append(counter.counts)
+    layers = [
+        LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
+        for decision in net.plan.decisions
+        if any(count.get(decision.node) for count in counts)
+    ]
+    return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _ghost(net: AdaptiveModel) -> AdaptiveModel:
+    """A copy of the network with shapes and no values, in evaluation mode."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
+    memo |= {id(b): b.to("meta") for b in net.buffers()}
+    return copy.deepcopy(net, memo).eval()
+
+
+class _Counter(fx.Interpreter):
+    """Runs the rewritten graph on meta tensors and notes the MACs of each node of the original."""
+
+    def __init__(self, ghost: AdaptiveModel, rule: str) -> None:
+        super().__init__(ghost, graph=ghost.graph)
+        self.names = ghost.names()
+        self.flops = FlopCounterMode(display=False)
+        self.published = rule == "published"
+        backbone = next((name for name in BACKBONE_NAMES if name in ghost._modules), None)
+        self.prefix = f"{backbone}." if backbone and self.published else ""
+        self.counts: dict[str, int] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        """Parameters and modules by the names the graph uses."""
+        value = self.names
+        for part in target.split("."):
+            value = getattr(value, part)
+        return value
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and count it."""
+        before = self.flops.get_total_flops()
+        value = super().run_node(n)
+        origin, path = n.meta.get("origin", ""), n.meta.get("path", "")
+        if origin and path.startswith(self.prefix):
+            executed = (self.flops.get_total_flops() - before) // 2
+            count = self._published(n, value) if self.published else self._executed(n, value, executed)
+            self.counts[origin] = self.counts.get(origin, 0) + count
+        return value
+
+    def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
+        if n.target is functional.conv2d:
+            return len(value.lattice) * self._operand(n, 1).numel()
+        return 0 if isinstance(value, Elements) or n.target in _FREE else executed
+
+    def _published(self, n: fx.Node, value: Any) -> int:
+        """Counting of the reference code: the backbone's convolutions with bias, batch norm 2 and ReLU 1 per
+        value, max-pooling its input; a strided k x k convolution runs before the subsampling."""
+        if n.target is functional.conv2d:
+            window, source = n.kwargs["window"], self._operand(n, 0).lattice
+            lattice = value.lattice if window.taps == 1 else source.at(source.stage, value.lattice.size)
+            weight, bias = self._operand(n, 1), n.args[2] if len(n.args) > 2 else n.kwargs.get("bias")
+            return len(lattice) * (weight.numel() + (weight.shape[0] if bias is not None else 0))
+        size = value.rows.numel() if isinstance(value, Elements) else getattr(value, "numel", lambda: 0)()
+        if n.target is functional.batch_norm:
+            return 2 * size
+        if n.target is functional.max_pool2d:
+            return self._operand(n, 0).rows.numel()
+        if n.op != "call_module":
+            return 0
+        module = self.fetch_attr(str(n.target))
+        if isinstance(module, nn.Conv2d):
+            per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
+            return size // module.out_channels * per_position
+        if isinstance(module, nn.BatchNorm2d):
+            return 2 * size
+        if isinstance(module, nn.MaxPool2d):
+            return self._operand(n, 0).numel()
+        return size if isinstance(module, nn.ReLU) else 0
+
+    def _operand(self, n: fx.Node, position: int) -> Any:
+        names = ("x", "weight")
+        node = n.args[position] if len(n.args) > position else n.kwargs[names[position]]
+        return self.env[node]
+
+
+# Bookkeeping of the engine, which a dense network does not have.
+_FREE = (functional.global_mean, functional.global_max, functional.to_dense, functional.rows_on)

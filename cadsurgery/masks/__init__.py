@@ -1,0 +1,18 @@
+"""Mask providers: from an image to a level map on the fine map."""
+
+from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
+from cadsurgery.masks.edges import EdgeMask
+from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provider, resolve_mask
+
+__all__ = [
+    "EdgeMask",
+    "FixedMask",
+    "FunctionMask",
+    "Grid",
+    "MaskProvider",
+    "RandomMask",
+    "UniformMask",
+    "list_masks",
+    "mask_provider",
+    "resolve_mask",
+]

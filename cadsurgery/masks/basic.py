@@ -1,0 +1,95 @@
+"""Masks that need no image: uniform, random, given tensors and functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cadsurgery.errors import InvalidInput
+from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+
+
+class UniformMask(MaskProvider):
+    """One level everywhere."""
+
+    high: bool = True
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        level = 0 if self.high else grid.max_level
+        return torch.full((grid.batch, *grid.size), level, dtype=torch.int8, device=features.device)
+
+
+@mask_provider("all")
+class KeepAll(UniformMask):
+    """Keep everything at the high output stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+@mask_provider("none")
+class KeepNone(UniformMask):
+    """Downsample everything to the low output stride."""
+
+    high = False
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+@mask_provider("random")
+class RandomMask(MaskProvider):
+    """Keep random blocks high: for tests, timing and any-budget training."""
+
+    def __init__(self, fraction: float = 0.3, block: int = 4, seed: int = -1) -> None:
+        """Create the mask.
+
+        Args:
+            fraction: expected share of blocks kept high, 0..1.
+            block: side of a block in samples of the fine map.
+            seed: makes every call the same; -1 draws anew from torch's generator.
+        """
+        super().__init__()
+        if not 0 <= fraction <= 1 or block < 1:
+            raise InvalidInput(
+                f"random mask with fraction={fraction}, block={block}.",
+                next="fraction is in 0..1, block at least 1.",
+            )
+        self.fraction, self.block, self.seed = fraction, block, seed
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """Levels 0 in chosen blocks, the lowest elsewhere."""
+        generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
+        height, width = grid.size
+        blocks = (grid.batch, -(-height // self.block), -(-width // self.block))
+        keep = torch.rand(blocks, generator=generator) < self.fraction
+        keep = keep.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2)
+        return keep[:, :height, :width].to(features.device)
+
+
+class FixedMask(MaskProvider):
+    """A given level map, the same for every call."""
+
+    def __init__(self, levels: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("levels", levels, persistent=False)
+        self.levels: Tensor
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The given map."""
+        return self.levels.to(features.device)
+
+
+class FunctionMask(MaskProvider):
+    """A user's function image -> map."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)  # type: ignore[misc]
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """What the function returns for the image."""
+        return self.function(image)

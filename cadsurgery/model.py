@@ -1,0 +1,201 @@
+"""The adaptive network: the original's modules, run by the rewritten graph, on the level map of a mask."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.errors import InvalidInput
+from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.macs import MacReport, count_macs
+from cadsurgery.masks.masking import Masking
+from cadsurgery.masks.provider import MaskProvider, resolve_mask
+from cadsurgery.surgery.plan import Plan
+
+
+class AdaptiveModel(nn.Module):
+    """A network with content-adaptive downsampling: same call, same output structure, same state dict.
+
+    Calling it with `mask=` overrides the mask for that call. After a call `levels` and
+    `active_fraction` tell what was kept.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, plan: Plan, geometry: Geometry, mask: object) -> None:
+        """Take over the modules of `model`; use `cadsurgery.adaptify` to get one."""
+        super().__init__()
+        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            getattr(self, kind).update(getattr(model, kind))
+        constants = {name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")}
+        self._surgery: dict[str, Any] = {
+            "graph": graph,
+            "plan": plan,
+            "geometry": geometry,
+            "constants": constants,
+            "signature": inspect.signature(model.forward),
+            "lattice": None,
+            "source": getattr(model, "cad_source", None),
+        }
+        self._run = _compile(graph)
+        self._mask_provider = resolve_mask(mask)
+        self.training = model.training
+
+    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+        """Run the network as the original is called.
+
+        Args:
+            args: the original's positional arguments; the first is the image batch (B, C, H, W).
+            mask: for this call only: (B, h, w) bool (True = keep high) or integer levels, or anything
+                `adaptify` takes as a mask.
+            kwargs: the original's keyword arguments.
+
+        Raises:
+            InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
+        """
+        provider = self._mask_provider if mask is None else resolve_mask(mask)
+        return self.run(Masking(provider, self.geometry, self.plan.strides[0]), *args, **kwargs)
+
+    def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools."""
+        arguments = self.bind(*args, **kwargs)
+        _check_image(next(iter(arguments.values()), None))
+        output, lattice = self._run(self.names(), masking, **arguments)
+        self._surgery["lattice"] = lattice
+        return output
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of a call by the original's parameter names, defaults included."""
+        bound = self._surgery["signature"].bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def names(self) -> _Names:
+        """The name space the rewritten graph reads modules and parameters from."""
+        return _Names(self)
+
+    @property
+    def plan(self) -> Plan:
+        """What was changed, and why."""
+        return self._surgery["plan"]
+
+    @property
+    def geometry(self) -> Geometry:
+        """How its lattices are built and read."""
+        return self._surgery["geometry"]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph."""
+        return self._surgery["graph"]
+
+    @property
+    def source(self) -> Any:
+        """Where the network came from, if it was built by name: what `save` records."""
+        return self._surgery["source"]
+
+    @property
+    def mask(self) -> MaskProvider:
+        """The mask provider; assign anything `adaptify` takes as a mask."""
+        return self._mask_provider
+
+    @mask.setter
+    def mask(self, mask: object) -> None:
+        self._mask_provider = resolve_mask(mask)
+
+    @property
+    def lattice(self) -> Lattice:
+        """The lattice of the last call."""
+        lattice = self._surgery["lattice"]
+        if lattice is None:
+            raise InvalidInput("the network has not run yet.", next="call it on an image first: net(x).")
+        return lattice
+
+    @property
+    def levels(self) -> Tensor:
+        """(B, h, w) level map of the last call, made legal; 0 is the high output stride."""
+        return self.lattice.levels
+
+    @property
+    def active_fraction(self) -> float:
+        """Share of the fine map that the last call kept at the high output stride."""
+        return self.lattice.active_fraction
+
+    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
+        """Multiply-accumulates of this network on an image: with its mask, dense high and dense low.
+
+        Args:
+            args: as for a call; the network is not run, only its mask and the shapes.
+            mask: for this count only, as for a call.
+            rule: `"conv"`, multiply-accumulates of convolutions and matrix products, or `"published"`,
+                the counting of the CAD reference code (seed of its Tab. 2).
+            kwargs: as for a call.
+        """
+        return count_macs(self, args, kwargs, mask, rule)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mask":  # nn.Module would register a provider, a module, under this name
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_run"}  # type: ignore[misc]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._run = _compile(self._surgery["graph"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        shared = {**self._surgery, "lattice": None}
+        state = {key: value for key, value in vars(self).items() if key not in ("_run", "_surgery")}
+        clone.__dict__.update(copy.deepcopy(state, memo))
+        clone.__dict__["_surgery"], clone.__dict__["_run"] = shared, self._run
+        return clone
+
+
+class _Names:
+    """The name space the generated code sees as `self`: modules and tensors only, so that a network may
+    have a child called `mask` or `plan`."""
+
+    def __init__(self, owner: AdaptiveModel) -> None:
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        owner = self._owner
+        for values in (owner._modules, owner._parameters, owner._buffers, owner._surgery["constants"]):
+            if name in values:
+                return values[name]
+        if name == "training":
+            return owner.training
+        raise AttributeError(name)
+
+
+def _compile(graph: fx.Graph) -> Any:
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<cadsurgery graph>", "exec"), scope)
+    return scope["forward"]
+
+
+def _check_image(image: Any) -> None:
+    if not isinstance(image, Tensor) or image.dim() != 4:
+        raise InvalidInput(
+            f"the network is called with {type(image).__name__} of shape {tuple(getattr(image, 'shape', ()))}.",
+            next="give an image batch (batch, channels, height, width).",
+        )
+    if 0 in image.shape:
+        raise InvalidInput(
+            f"the image has size zero: {tuple(image.shape)}.", next="give at least one image of at least one pixel."
+        )
+    if not torch.compiler.is_compiling() and image.device.type != "meta" and not image.isfinite().all():
+        bad = int((~image.isfinite()).sum())
+        raise InvalidInput(
+            f"the image holds {bad} NaN or infinite values.",
+            why="they would spread through every mask and layer.",
+            next="check the loading and normalisation of the image.",
+        )

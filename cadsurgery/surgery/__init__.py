@@ -1,0 +1,1 @@
+"""Surgery on torch.fx graphs: trace, facts, rules, flow, plan, rewrite, verify, in that order."""

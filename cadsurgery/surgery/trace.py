@@ -1,0 +1,89 @@
+"""Trace a network into a torch.fx graph whose nodes the rules can name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from cadsurgery.errors import CannotConvert
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+class _Tracer(fx.Tracer):
+    """torch's tracer, with the leaves timm declares for its own modules."""
+
+    def __init__(self) -> None:
+        modules, functions = _timm_leaves()
+        super().__init__(autowrap_functions=functions)
+        self._leaves = modules
+        self.record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
+
+
+def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
+    if "timm" not in sys.modules:  # a model of timm has imported it; other users need not wait for it
+        return frozenset(), ()
+    from timm.layers import get_notrace_functions, get_notrace_modules
+
+    return frozenset(get_notrace_modules()), tuple(get_notrace_functions())
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of `model` as it runs in evaluation mode, without data-dependent control flow.
+
+    In-place operations are made explicit: whoever reads a value after it was changed in place reads the
+    changing node. Functional dropout follows the `training` flag instead of its state while tracing.
+
+    Raises:
+        CannotConvert: the forward depends on values or uses Python that torch.fx cannot follow.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # tracing runs foreign code, which can raise anything
+        raise CannotConvert(
+            f"{type(model).__name__} cannot be traced by torch.fx.",
+            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
+            "or move the data-dependent code into a function marked with torch.fx.wrap.",
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    _make_in_place_explicit(model, graph)
+    _follow_training_flag(graph)
+    return graph
+
+
+def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.args and isinstance(node.args[0], fx.Node) and _is_in_place(model, node):
+            for user in list(node.args[0].users):
+                if order[user] > order[node]:
+                    user.replace_input_with(node.args[0], node)
+
+
+def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    in_place_operator = name in {"iadd", "isub", "imul", "itruediv"} or (name.endswith("_") and name[0] != "_")
+    return node.op == "call_function" and (bool(node.kwargs.get("inplace")) or in_place_operator)
+
+
+def _follow_training_flag(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target in _DROPOUTS and isinstance(node.kwargs.get("training"), bool):
+            with graph.inserting_before(node):
+                node.update_kwarg("training", graph.create_node("get_attr", "training"))

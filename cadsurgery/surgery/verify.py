@@ -1,0 +1,145 @@
+"""Verify laws 1 and 2 on an example, with kernel maps throughout (no dense shortcut).
+
+Law 1: on its own grid the adaptive network is the original. Law 2: every other uniform map is the dense
+network at that stride; it is compared with the same weights in ordinary dense convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.errors import CannotConvert
+from cadsurgery.functional import Elements, to_dense
+from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.surgery.plan import Plan
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+Masking = Callable[[Tensor, Tensor], Lattice]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        law: what was compared.
+        where: node or output with the largest error.
+        error: largest difference relative to the largest value.
+        tolerance: allowed.
+    """
+
+    law: str
+    where: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return self.error <= self.tolerance
+
+
+def verify(
+    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, image: Tensor
+) -> tuple[Check, ...]:
+    """Compare the values that leave the region, and the outputs, with the original's.
+
+    Args:
+        model: the network, in evaluation mode, whose parameters both graphs use.
+        original: its graph.
+        adapted: the rewritten graph.
+        plan: that was carried out.
+        geometry: of the adaptive network.
+        image: the example.
+
+    Raises:
+        CannotConvert: a law does not hold; nothing wrong is ever returned silently.
+    """
+    tolerance = TOLERANCE.get(image.dtype, 1e-4)
+    mapped = replace(geometry, dense_shortcut=False)
+    checks = []
+    with torch.no_grad(), _no_dead_branches(model):
+        for level in range(plan.max_level + 1):
+            found = _values(model, adapted, plan, _uniform(mapped, level), image)
+            if level == plan.identity_level:
+                law = "the network as it was"
+                expected = _values(model, original, plan, None, image)
+            else:
+                law = f"the dense network at output stride {plan.strides[level]}"
+                expected = _values(model, adapted, plan, _uniform(geometry, level), image)
+            checks.append(_compare(f"everything at level {level} is {law}", found, expected, tolerance))
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise CannotConvert(
+            "the converted network is not exact, so it is not returned.",
+            where=failed[0].where,
+            why=f"{failed[0].law}: relative error {failed[0].error:.2e} exceeds {failed[0].tolerance:.0e}.",
+            next="please report this with the model's name; a smaller region=[...] may avoid the operation.",
+        )
+    return tuple(checks)
+
+
+@contextmanager
+def _no_dead_branches(model: nn.Module) -> Iterator[None]:
+    """Parameters that are zero everywhere count as one half: a zero-initialised branch would hide errors."""
+    dead = [parameter for parameter in model.parameters() if not parameter.any()]
+    for parameter in dead:
+        parameter.data.fill_(0.5)
+    try:
+        yield
+    finally:
+        for parameter in dead:
+            parameter.data.zero_()
+
+
+def _uniform(geometry: Geometry, level: int) -> Masking:
+    return lambda image, features: geometry.uniform(level, features.shape[0], tuple(features.shape[2:]), image.device)
+
+
+def _values(
+    model: nn.Module, graph: fx.Graph, plan: Plan, masking: Masking | None, image: Tensor
+) -> dict[str, Tensor]:
+    """Values leaving the region, on the network's own grid, and the outputs where sizes agree."""
+    leaving = {decision.node: decision for decision in plan.decisions if decision.leaves and decision.stages[1]}
+    found: dict[str, Tensor] = {}
+
+    class Collect(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            origin = n.meta.get("origin", n.name)
+            if origin in leaving and isinstance(value, (Elements, Tensor)):
+                grid = leaving[origin].grid
+                found[origin] = to_dense(value, grid) if isinstance(value, Elements) else value
+            return value
+
+    rest = [node for node in graph.nodes if node.op == "placeholder"][1 if masking is None else 2 :]
+    defaults = [node.args[0] if node.args else None for node in rest]
+    inputs = [image, *defaults] if masking is None else [masking, image, *defaults]
+    output = Collect(model, graph=graph).run(*inputs)
+    outputs = output if masking is None else output[0]
+    if not any(decision.leaves == "fine" and decision.grid > 1 for decision in leaving.values()):
+        leaves = torch.utils._pytree.tree_leaves(outputs)
+        found |= {f"output {i}": value for i, value in enumerate(leaves) if isinstance(value, Tensor)}
+    return found
+
+
+def _compare(law: str, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> Check:
+    worst = Check(law, "", 0.0, tolerance)
+    if not found or found.keys() != expected.keys():
+        return Check(law, "nothing to compare", float("nan"), tolerance)
+    for name, value in found.items():
+        reference = expected[name]
+        if value.shape != reference.shape:
+            return Check(law, f"{name}: {tuple(value.shape)} against {tuple(reference.shape)}", float("inf"), tolerance)
+        scale = reference.abs().max().clamp(min=torch.finfo(reference.dtype).tiny)
+        error = float((value - reference).abs().max() / scale)
+        if not error <= worst.error:
+            worst = Check(law, name, error, tolerance)
+    return worst
