@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cadsurgery.model import AdaptiveModel
 
 RULES = ("conv", "published")
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,20 @@ def count_macs(
     return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
 
 
+def dense_macs(model: nn.Module, *args: Any) -> int:
+    """Multiply-accumulates of any network on an image, as torch's FlopCounterMode counts them; not run."""
+    ghost = _ghost(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        ghost(*(_to_meta(value) for value in args))
+    return flops.get_total_flops() // 2
+
+
 def _to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def _ghost(net: AdaptiveModel) -> AdaptiveModel:
-    """A copy of the network with shapes and no values, in evaluation mode."""
+def _ghost(net: M) -> M:
+    """A copy of a network with shapes and no values, in evaluation mode."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
     memo |= {id(b): b.to("meta") for b in net.buffers()}
     return copy.deepcopy(net, memo).eval()

@@ -15,13 +15,14 @@ from cadsurgery.macs import MacReport, count_macs
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider, resolve_mask
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.verify import Check
 
 
 class AdaptiveModel(nn.Module):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict.
 
     Calling it with `mask=` overrides the mask for that call. After a call `levels` and
-    `active_fraction` tell what was kept.
+    `active_fraction` tell what was kept; `checks` holds the laws verified when it was made.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, plan: Plan, geometry: Geometry, mask: object) -> None:
@@ -39,6 +40,7 @@ class AdaptiveModel(nn.Module):
             "lattice": None,
             "source": getattr(model, "cad_source", None),
         }
+        self.checks: tuple[Check, ...] = ()
         self._run = _compile(graph)
         self._mask_provider = resolve_mask(mask)
         self.training = model.training

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import fx
@@ -141,7 +140,7 @@ class Plan:
     def __str__(self) -> str:
         header = ("node", "operation", "action", "output stride", "reason")
         rows = [header] + [
-            (d.node, d.operation, d.action, self._stride_text(d), d.reason) for d in self.decisions
+            (d.node, d.operation, d.action, self.stride_text(d), d.reason) for d in self.decisions
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         table = [
@@ -169,7 +168,8 @@ class Plan:
             lines.append(f"{self.cost_of_barriers:.0%} of the MACs run dense after the region")
         return "\n".join(lines)
 
-    def _stride_text(self, decision: Decision) -> str:
+    def stride_text(self, decision: Decision) -> str:
+        """Output stride before and after a node, for tables."""
         if decision.action not in ("adapt", "keep"):
             return decision.leaves and f"-> {decision.leaves}"
         before, after = (self.strides[stage] for stage in decision.stages)
@@ -397,13 +397,3 @@ def _describe(node: fx.Node, facts: Facts, treatment: Treatment) -> str:
     stride = f"/{window.stride}" if window.stride > 1 else ""
     dilation = f" dilated {window.dilation[0]}" if window.dilation != (1, 1) else ""
     return f"{name} {window.kernel[0]}x{window.kernel[1]}{stride}{dilation}"
-
-
-def count_operations(decisions: Sequence[Decision]) -> list[tuple[str, int]]:
-    """How often each operation occurs, most frequent first."""
-    return Counter(decision.operation for decision in decisions).most_common()
-
-
-def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as plain lists and dictionaries, for `--json`."""
-    return asdict(plan)

@@ -1,0 +1,297 @@
+"""The command line: arguments in, library calls, tables or JSON out. Exit codes: 0 done, 1 refused, 2 usage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cadsurgery.errors import CadError, FileError, InvalidInput
+
+if TYPE_CHECKING:  # torch takes seconds to import; commands import what they need when they run
+    from torch import Tensor, nn
+
+    from cadsurgery.model import AdaptiveModel
+
+app = typer.Typer(
+    help="Give convolutional networks content-adaptive downsampling: full feature resolution where a mask says it "
+    "matters, strided elsewhere, in one pass, with the same weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="torchvision or timm name, module:function, or a converted file")]
+Weights = Annotated[str, typer.Option(help="auto, none, a name of weights, or a file")]
+Mask = Annotated[str, typer.Option(help='all, none, random, edges, or with options: "edges:threshold=0.15,dilation=11"')]
+Stride = Annotated[str, typer.Option("--output-stride", metavar="HIGH,LOW", help="e.g. 8,32; default: the network's own range")]
+Region = Annotated[str, typer.Option(help="auto, backbone, or names of modules, separated by commas")]
+Fill = Annotated[str, typer.Option(help="how points inside a cell are read: linear or nearest")]
+Patch = Annotated[str, typer.Option(help="shape of areas kept high: quadtree or block")]
+Anchor = Annotated[str, typer.Option(help="corner, or center to reproduce the published code")]
+Pool = Annotated[str, typer.Option(help="max-pool stages: atrous, or drop as published")]
+ImageOption = Annotated[Path | None, typer.Option("--image", help="image file; default: a generated street scene")]
+Size = Annotated[str, typer.Option(metavar="HxW", help="size of the image; default 512x1024, or the file's own")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.command()
+def convert(
+    model: Model,
+    mask: Mask = "edges",
+    weights: Weights = "auto",
+    output_stride: Stride = "",
+    region: Region = "auto",
+    fill: Fill = "linear",
+    patch: Patch = "quadtree",
+    anchor: Anchor = "corner",
+    pool: Pool = "atrous",
+    image: ImageOption = None,
+    size: Size = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write")] = None,
+    device: Device = "cpu",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="do not check the laws on an example")] = False,
+    rounds: Annotated[int, typer.Option(min=0, help="timing rounds; 0 to skip timing")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Convert a network, verify it, report MACs and measured times, and write it to a file."""
+    from cadsurgery.conversion import convert as run
+
+    path = output or Path(f"{model.replace(':', '-')}-{mask.partition(':')[0]}.safetensors")
+    with _steps(as_json) as step:
+        report = run(
+            model=model,
+            weights=weights,
+            mask=mask,
+            options=_options(output_stride, region, fill, patch, anchor, pool),
+            image=image,
+            size=_size(size),
+            output=path,
+            device=device,
+            verify_laws=not no_verify,
+            rounds=rounds,
+            step=step,
+        )
+    _show(report.to_dict(), report.render(), as_json)
+
+
+@app.command()
+def plan(
+    model: Model,
+    output_stride: Stride = "",
+    region: Region = "auto",
+    all_nodes: Annotated[bool, typer.Option("--all", help="list dense nodes before the region too")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a conversion would do: a decision and its reason for every node."""
+    from cadsurgery.conversion import make_or_read_plan
+    from cadsurgery.report import render_plan
+
+    with _steps(as_json) as step:
+        step("planning")
+        found = make_or_read_plan(model, _pair(output_stride), _names(region))
+    _show(json.loads(found.to_json()), render_plan(found, all_nodes=all_nodes), as_json)
+
+
+@app.command("mask")
+def mask_command(
+    mask: Mask = "edges",
+    image: ImageOption = None,
+    size: Size = "",
+    model: Annotated[str, typer.Option("--model", "-m", help="take strides, size and normalisation from this network")] = "",
+    output_stride: Stride = "8,32",
+    patch: Patch = "quadtree",
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
+    as_json: Json = False,
+) -> None:
+    """Draw a mask: image, level map and lattice side by side."""
+    from cadsurgery.conversion import picture_of_mask
+
+    with _steps(as_json) as step:
+        step("drawing")
+        found = picture_of_mask(mask, image, _size(size), model, _pair(output_stride), patch, output)
+    text = f"active fraction {found['active_fraction']:.3f}, {found['elements']} elements of {found['fine_pixels']}; wrote {output}"
+    _show(found, text, as_json)
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="a converted file")],
+    images: Annotated[list[Path], typer.Argument(help="image files or folders")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the predictions")] = Path("predictions"),
+    mask: Annotated[str, typer.Option(help="another mask than the file's")] = "",
+    size: Annotated[str, typer.Option(metavar="HxW", help="resize images; default: as they are")] = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Run a converted file on images: predictions as PNG, active fraction and time of each."""
+    from cadsurgery.conversion import predict
+
+    with _steps(as_json) as step:
+        rows, failures = predict(file, images, output, mask or None, _size(size), device, step)
+    if as_json:
+        _print_json({"images": rows, "failed": failures})
+    else:
+        for row in rows:
+            out.print(f"{row['image']}: active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms -> {row['output']}")
+        for failure in failures:
+            err.print(f"[red]{failure['what']}[/red] {failure.get('why', '')}", highlight=False)
+        out.print(f"{len(rows)} done, {len(failures)} failed")
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def macs(
+    model: Model,
+    mask: Mask = "",
+    output_stride: Stride = "",
+    region: Region = "auto",
+    patch: Patch = "quadtree",
+    image: ImageOption = None,
+    size: Size = "",
+    rule: Annotated[str, typer.Option(help="conv: multiply-accumulates; published: as the CAD reference code counts")] = "conv",
+    total: Annotated[bool, typer.Option("--total", help="totals only, no layers")] = False,
+    as_json: Json = False,
+) -> None:
+    """Count multiply-accumulates per layer: with the mask, dense high and dense low. Nothing is run."""
+    from cadsurgery.conversion import count
+    from cadsurgery.report import render_macs
+
+    with _steps(as_json) as step:
+        step("counting")
+        options = _options(output_stride, region, "linear", patch, "corner", "atrous")
+        report = count(model, mask, options, image, _size(size), rule)
+    _show(report.to_dict(), render_macs(report, layers=not total), as_json)
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help='shell-style, e.g. "*resnet*"')] = "*",
+    library: Annotated[str, typer.Option(help="torchvision or timm; default both")] = "",
+    masks: Annotated[bool, typer.Option("--masks", help="list mask providers instead")] = False,
+    check: Annotated[bool, typer.Option("--plan", help="build each network and say whether it converts")] = False,
+    as_json: Json = False,
+) -> None:
+    """List networks by name, or masks with their options."""
+    if masks:
+        from cadsurgery.masks import list_masks
+
+        infos = list_masks()
+        lines = [f"[bold]{i.name}[/bold]  {i.summary}  {_described(i.options)}  [dim]{i.source}[/dim]" for i in infos]
+        _show([vars(info) for info in infos], "\n".join(lines), as_json)
+        return
+    from cadsurgery.zoo import list_models
+
+    names = list_models(pattern, library)
+    if not check:
+        _show(names, "\n".join(names), as_json)
+        return
+    from cadsurgery.conversion import outlook
+
+    rows = []
+    with _steps(as_json) as step:
+        for name in names:
+            step(name)
+            rows.append(outlook(name))
+            if not as_json:
+                out.print(f"{name:40} {rows[-1]['outlook']}", highlight=False)
+    if as_json:
+        _print_json(rows)
+
+
+def main() -> None:
+    """Entry point: errors a user can cause are printed without a traceback and exit with 1."""
+    try:
+        app(standalone_mode=False)
+    except CadError as error:
+        if "--json" in sys.argv:
+            _print_json(error.to_dict())
+        else:
+            err.print(f"[bold red]{type(error).__name__}:[/bold red]", end=" ")
+            err.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+    except typer.Exit as request:
+        sys.exit(request.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        show = getattr(error, "show", None)  # a usage error of the argument parser
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
+
+
+def _options(output_stride: str, region: str, fill: str, patch: str, anchor: str, pool: str) -> dict[str, Any]:
+    return {
+        "output_stride": _pair(output_stride),
+        "region": _names(region),
+        "fill": fill,
+        "patch": patch,
+        "anchor": anchor,
+        "pool": pool,
+    }
+
+
+def _pair(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    try:
+        high, low = (int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not HIGH,LOW such as 8,32", param_hint="--output-stride") from None
+    return high, low
+
+
+def _size(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not HxW such as 512x1024", param_hint="--size") from None
+    return height, width
+
+
+def _names(region: str) -> str | list[str]:
+    return region if region in ("auto", "backbone") else [name.strip() for name in region.split(",")]
+
+
+def _described(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in options.items())
+
+
+@contextmanager
+def _steps(silent: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner on the error stream that names the step; nothing with --json."""
+    if silent:
+        yield lambda text: None
+        return
+    with err.status("starting") as status:
+        yield status.update
+
+
+def _show(values: Any, renderable: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(values)
+    else:
+        out.print(renderable)
+
+
+def _print_json(values: Any) -> None:
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

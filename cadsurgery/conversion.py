@@ -1,0 +1,291 @@
+"""What the commands do: from names and paths to networks, reports and files."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.api import adaptify
+from cadsurgery.api import plan as make_plan
+from cadsurgery.errors import CadError, FileError, InvalidInput
+from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
+from cadsurgery.io import load, read_metadata, save
+from cadsurgery.lattice import Geometry
+from cadsurgery.macs import MacReport, dense_macs
+from cadsurgery.masks import Grid, resolve_mask
+from cadsurgery.masks.provider import checked_levels
+from cadsurgery.model import AdaptiveModel
+from cadsurgery.report import ConversionReport, Side
+from cadsurgery.surgery.plan import Plan
+from cadsurgery.timing import interleaved
+from cadsurgery.viz import class_picture, figure_picture, mask_figure
+from cadsurgery.zoo import Source, build_model
+
+DEFAULT_SIZE = (512, 1024)
+
+Step = Callable[[str], None]
+
+
+def convert(
+    *,
+    model: str,
+    weights: str,
+    mask: str,
+    options: dict[str, Any],
+    image: Path | None,
+    size: tuple[int, int] | None,
+    output: Path,
+    device: str,
+    verify_laws: bool,
+    rounds: int,
+    step: Step,
+) -> ConversionReport:
+    """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
+    resolve_mask(mask)  # a typo should not wait for the network to be built
+    where = _device(device)
+    if not output.parent.is_dir():
+        raise FileError(f"there is no folder {output.parent}.", next="create it or choose another --output.")
+    step(f"building {model}")
+    original, source = _build(model, weights)
+    picture = _picture(image, size)
+    step("converting and verifying" if verify_laws else "converting")
+    net = adaptify(original, mask, **options, verify_laws=verify_laws)
+    batch = normalise(picture, source).unsqueeze(0).to(where).contiguous(memory_format=torch.channels_last)
+    original.to(where, memory_format=torch.channels_last)
+    net.to(where)
+    step("counting multiply-accumulates")
+    counted = net.macs(batch)
+    of_original = dense_macs(original, batch)
+    step("measuring" if rounds else "running")
+    sides: dict[str, Callable[[], object]] = {"original": lambda: original(batch)}
+    high = f"dense high (output stride {net.plan.output_stride[0]})"
+    if net.plan.identity_level != 0:
+        sides[high] = lambda: net(batch, mask="all")
+    sides["converted"] = lambda: net(batch)
+    times: dict[str, float] = interleaved(sides, rounds) if rounds else {}
+    with torch.inference_mode():
+        net(batch)
+    rows = [Side("original", of_original, times.get("original"))]
+    if net.plan.identity_level == 0:
+        rows = [Side("original = dense high", of_original, times.get("original"))]
+    else:
+        rows.append(Side(high, counted.high, times.get(high)))
+    rows.append(Side("converted", counted.mask, times.get("converted")))
+    step(f"writing {output}")
+    save(net, output)
+    return ConversionReport(
+        model=source.name,
+        weights=source.note,
+        random=source.weights == "random",
+        mask=net.mask.spec(),
+        plan=net.plan,
+        active_fraction=net.active_fraction,
+        image=tuple(batch.shape),
+        sides=tuple(rows),
+        checks=net.checks,
+        device=_device_in_words(where),
+        file=str(output),
+        notes=_notes(net, counted),
+    )
+
+
+def _notes(net: AdaptiveModel, counted: MacReport) -> tuple[str, ...]:
+    notes = []
+    if net.active_fraction > 0.9:
+        notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
+    if net.plan.cost_of_barriers > 0.25:
+        notes.append(f"{net.plan.cost_of_barriers:.0%} of the MACs stay dense after the region and limit the gain.")
+    if counted.rule != "conv":
+        notes.append(f"counted with the {counted.rule} rule")
+    return tuple(notes)
+
+
+def make_or_read_plan(model: str, output_stride: tuple[int, int] | None, region: str | list[str]) -> Plan:
+    """The plan of a network by name, or the one stored in a converted file."""
+    if _is_file(model):
+        return Plan.from_json(read_metadata(model)["plan"])
+    return make_plan(_build(model, "none")[0], output_stride, region)
+
+
+def count(
+    model: str,
+    mask: str,
+    options: dict[str, Any],
+    image: Path | None,
+    size: tuple[int, int] | None,
+    rule: str,
+) -> MacReport:
+    """MACs of a network by name or of a converted file on an image."""
+    if _is_file(model):
+        net = load(model, mask=mask or None)
+    else:
+        net = adaptify(_build(model, "none")[0], mask or "edges", **options, verify_laws=False)
+    return net.macs(normalise(_picture(image, size), net.source).unsqueeze(0), rule=rule)
+
+
+def picture_of_mask(
+    mask: str,
+    image: Path | None,
+    size: tuple[int, int] | None,
+    model: str,
+    output_stride: tuple[int, int] | None,
+    patch: str,
+    output: Path,
+) -> dict[str, Any]:
+    """Draw a mask on an image, for a network or for given strides."""
+    picture = _picture(image, size)
+    provider = resolve_mask(mask)
+    source: Source | None = None
+    if model:
+        net = load(model, mask=mask) if _is_file(model) else adaptify(
+            _build(model, "none")[0], mask, output_stride=output_stride, patch=patch, verify_laws=False  # type: ignore[arg-type]
+        )
+        source = net.source
+        with torch.inference_mode():
+            net(normalise(picture, source).unsqueeze(0))
+        lattice, stride = net.lattice, net.plan.strides[0]
+    else:
+        stride, low = output_stride or (8, 32)
+        geometry = Geometry(_halvings(stride, low), patch=patch)  # type: ignore[arg-type]
+        batch = normalise(picture, None).unsqueeze(0)
+        fine = (-(-picture.shape[1] // stride), -(-picture.shape[2] // stride))
+        grid = Grid(1, fine, stride, geometry.max_level)
+        found = provider(batch, batch[:, :, ::stride, ::stride], grid)
+        lattice = geometry.lattice(checked_levels(found, grid, provider.name))
+    write_png(figure_picture(mask_figure(picture, lattice, stride, title=provider.spec())), output)
+    return {
+        "mask": provider.spec(),
+        "active_fraction": lattice.active_fraction,
+        "elements": len(lattice),
+        "fine_pixels": lattice.size[0] * lattice.size[1],
+        "file": str(output),
+    }
+
+
+def predict(
+    file: Path,
+    images: Sequence[Path],
+    output: Path,
+    mask: str | None,
+    size: tuple[int, int] | None,
+    device: str,
+    step: Step,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run a converted file on images; an unreadable image is reported and the others are done."""
+    where = _device(device)
+    paths = find_images(images)
+    net = load(file, mask=mask).to(where)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{output} cannot be created.", why=str(error), next="choose another --output.") from error
+    done, failed = [], []
+    for position, path in enumerate(paths):
+        step(f"{path.name} ({position + 1} of {len(paths)})")
+        try:
+            batch = normalise(read_image(path, size), net.source).unsqueeze(0).to(where)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                prediction = _first_tensor(net(batch))
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            target = output / f"{path.stem}.png"
+            write_png(class_picture(_classes(prediction)), target)
+        except CadError as error:
+            failed.append({"image": str(path), **error.to_dict()})
+            continue
+        done.append(
+            {
+                "image": str(path),
+                "output": str(target),
+                "active_fraction": net.active_fraction,
+                "milliseconds": milliseconds,
+            }
+        )
+    return done, failed
+
+
+def outlook(name: str) -> dict[str, Any]:
+    """Whether a network converts, by its plan: built with random weights, planned, not run on an image."""
+    try:
+        found = make_plan(_build(name, "none")[0])
+    except CadError as error:
+        return {"model": name, "converts": False, "outlook": f"no: {error.why or error.what}"}
+    except Exception as error:  # a builder of a foreign library can fail in any way
+        return {"model": name, "converts": False, "outlook": f"cannot be built: {error}"}
+    high, low = found.output_stride
+    share = found.share("adapt", "keep")
+    return {
+        "model": name,
+        "converts": True,
+        "output_stride": [high, low],
+        "share": share,
+        "outlook": f"yes: {high} to {low}, {share:.0%} of the MACs in the region",
+    }
+
+
+def _build(model: str, weights: str) -> tuple[nn.Module, Source]:
+    torch.manual_seed(0)  # random weights, where they are random, are the same in every run
+    built = build_model(model, weights)
+    source = built.cad_source
+    assert isinstance(source, Source)
+    return built, source
+
+
+def _is_file(model: str) -> bool:
+    return model.endswith(".safetensors") or Path(model).is_file()
+
+
+def _picture(path: Path | None, size: tuple[int, int] | None) -> Tensor:
+    if size is not None and min(size) < 1:
+        raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
+    return street_scene(*(size or DEFAULT_SIZE)) if path is None else read_image(path, size)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInput(f"{name!r} is not a device.", why=str(error).splitlines()[0], next="use cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("there is no CUDA device here.", next="use --device cpu.")
+    return device
+
+
+def _device_in_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _halvings(high: int, low: int) -> tuple[int, ...]:
+    ratio = low // max(high, 1)
+    if high < 1 or high * ratio != low or ratio < 2 or ratio & (ratio - 1):
+        raise InvalidInput(f"output stride {high} to {low} is no sequence of halvings.", next="e.g. 8,32.")
+    return (2,) * (ratio.bit_length() - 1)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or tensors[0].dim() != 4:
+        shape = tuple(tensors[0].shape) if tensors else ()
+        raise InvalidInput(
+            f"the network's output {shape} is no map, so there is nothing to draw.",
+            next="use cs.load in Python for classifiers, or convert a segmentation network.",
+        )
+    return tensors[0]
+
+
+def _classes(prediction: Tensor) -> Tensor:
+    """(H, W) class numbers: the strongest channel, or for one channel its value in 256 steps."""
+    scores = prediction[0].float()
+    if scores.shape[0] > 1:
+        return scores.argmax(0)
+    low, high = scores.aminmax()
+    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * 255).round()

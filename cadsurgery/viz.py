@@ -1,0 +1,86 @@
+"""Pictures of masks and predictions."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from cadsurgery.lattice import Lattice
+
+LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
+
+
+def mask_figure(image: Tensor, lattice: Lattice, output_stride: int, item: int = 0, title: str = "") -> Figure:
+    """Image, level map and lattice overlay side by side.
+
+    Args:
+        image: (3, H, W) in 0..1.
+        lattice: of the last stage, as `net.lattice`.
+        output_stride: the high one: image pixels per fine pixel.
+        item: which image of the lattice's batch.
+        title: above the picture.
+    """
+    levels = lattice.levels[item].cpu().numpy()
+    height, width = image.shape[1:]
+    count = lattice.geometry.max_level + 1
+    figure = Figure(figsize=(15, 0.6 + 5 * height / width), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+    colours = ListedColormap(LEVEL_COLOURS[:count])
+    axes[0].imshow(pixels)
+    axes[0].set_title("image")
+    shown = axes[1].imshow(levels, cmap=colours, norm=BoundaryNorm(np.arange(count + 1) - 0.5, count))
+    axes[1].set_title(f"level map, active fraction {np.mean(levels == 0):.2f}")
+    bar = figure.colorbar(shown, ax=axes[1], ticks=range(count), fraction=0.025)
+    sides = lattice.geometry.sides
+    bar.ax.set_yticklabels([f"{level}: stride {output_stride * sides[level]}" for level in range(count)])
+    axes[2].imshow(draw_lattice(pixels, lattice, output_stride, item))
+    axes[2].set_title("lattice: one element per cell")
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
+    """The image (H, W, 3) with the borders of the cells drawn on it."""
+    height, width = pixels.shape[:2]
+    side = lattice.side_map[item].cpu().numpy() * output_stride
+    y, x = np.arange(height)[:, None], np.arange(width)[None, :]
+    rows = np.minimum(y // output_stride, side.shape[0] - 1)
+    columns = np.minimum(x // output_stride, side.shape[1] - 1)
+    cell = side[rows, columns]
+    border = (y % cell == 0) | (x % cell == 0)
+    drawn = pixels.copy()
+    drawn[border] = 0.35 * drawn[border] + 0.65 * np.array([0.1, 0.25, 0.9])
+    return drawn
+
+
+def class_picture(prediction: Tensor) -> Image.Image:
+    """A class map (H, W) as a palette PNG: the value is the class, the colour a different hue for each."""
+    classes = prediction.to("cpu").numpy().astype(np.uint8)
+    picture = Image.fromarray(classes, mode="P")
+    palette = [0, 0, 0]
+    for index in range(1, 256):
+        red, green, blue = colorsys.hsv_to_rgb(index * 0.618 % 1, 0.65 + 0.3 * (index % 2), 0.95 - 0.25 * (index % 3))
+        palette += [int(255 * red), int(255 * green), int(255 * blue)]
+    picture.putpalette(palette)
+    return picture
+
+
+def figure_picture(figure: Figure, dpi: int = 110) -> Image.Image:
+    """A figure as an image."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    buffer.seek(0)
+    return Image.open(buffer)

@@ -1,0 +1,289 @@
+"""Networks by name: torchvision, timm, or `module:function`, with their weights if they can be had."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import inspect
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.errors import CadError, FileError, InvalidInput, UnknownName
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# What torchvision's builders take that decides about parameters or the forward pass; read off the built
+# network so that it can be built again without its weights.
+_DECISIVE = ("aux_loss", "aux_logits", "transform_input")
+# Networks of torchvision that take no plain image batch, by a part of their name.
+_NO_IMAGE_BATCH = ("rcnn", "retinanet", "fcos", "ssd", "raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit")
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a network was built, so that a file can build it again.
+
+    Attributes:
+        name: `torchvision:NAME`, `timm:NAME` or `module:function`.
+        kwargs: arguments of its builder.
+        weights: which weights it got: a name, a file, or `random`.
+        note: what a user should know about them.
+        mean: of the images it expects, per channel, on a scale of 0..1.
+        std: their standard deviation.
+    """
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: str = "random"
+    note: str = ""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Source:
+        """From `to_dict`."""
+        return Source(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def build_model(name: str, weights: str = "auto", **kwargs: Any) -> nn.Module:
+    """Build a network by name, in evaluation mode; `model.cad_source` tells how.
+
+    Args:
+        name: a torchvision or timm name (torchvision wins if both have it; `timm:NAME` chooses), or
+            `module:function` for a network of your own.
+        weights: `"auto"` takes the library's best weights, from its cache or the network, and says so if
+            it must leave them random; `"none"` leaves them random; else a name of weights of torchvision
+            (e.g. `"IMAGENET1K_V2"`), a tag of timm, or a file (`.safetensors`, `.pth`).
+        kwargs: for the builder, e.g. `num_classes=19`.
+
+    Raises:
+        UnknownName: no such network or weights.
+        FileError: weights asked for by name or file cannot be had.
+    """
+    library, _, rest = name.partition(":")
+    if library == "torchvision" and rest:
+        build = _torchvision_builder(rest)
+    elif library == "timm" and rest:
+        build = _timm_builder(rest)
+    elif rest:
+        build = _function_builder(library, rest)
+    elif name in _torchvision_names():
+        build = _torchvision_builder(name)
+    else:
+        build = _timm_builder(name)
+    path = Path(weights)
+    if weights not in ("auto", "none") and (path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.exists()):
+        model, source = build("none", kwargs)
+        _load_weights(model, path)
+        source = Source(**{**vars(source), "weights": str(path), "note": f"weights from {path}"})
+    else:
+        model, source = build(weights, kwargs)
+    model.cad_source = source  # type: ignore[assignment]
+    return model.eval()
+
+
+def list_models(pattern: str = "*", library: str = "") -> list[str]:
+    """Names of torchvision and timm networks that take an image batch; whether one converts, `plan` tells.
+
+    Args:
+        pattern: shell-style, e.g. `"*resnet*"`.
+        library: `"torchvision"` or `"timm"`; default both, without duplicates.
+
+    Raises:
+        UnknownName: no such library.
+    """
+    import timm
+
+    names = {"torchvision": _torchvision_names(), "timm": timm.list_models()}
+    if library and library not in names:
+        raise UnknownName("library", library, names)
+    chosen = [library] if library else list(names)
+    return sorted({name for key in chosen for name in fnmatch.filter(names[key], pattern)})
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    return [name for name in torchvision.models.list_models() if not any(part in name for part in _NO_IMAGE_BATCH)]
+
+
+Builder = Callable[[str, dict[str, Any]], tuple[nn.Module, Source]]
+
+
+def _torchvision_builder(name: str) -> Builder:
+    import torchvision
+
+    if name not in torchvision.models.list_models():
+        raise UnknownName("torchvision network", name, torchvision.models.list_models())
+    builder = torchvision.models.get_model_builder(name)
+    no_backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    described = f"torchvision:{name}"
+
+    def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
+        note = "weights are random (asked for)"
+        if weights != "none":
+            known = list(torchvision.models.get_model_weights(name))
+            if weights != "auto" and weights not in [entry.name for entry in known]:
+                raise UnknownName(f"weights of {name}", weights, [entry.name for entry in known] + ["auto", "none"])
+            entry = next((e for e in known if e.name == weights), known[-1] if known else None)
+            if entry is not None:
+                model, problem = _try_weights(lambda: builder(weights=entry, **kwargs), weights, f"{name} {entry.name}")
+                if model is not None:
+                    rebuilt = {**_classes(entry), **_decisions(model, builder), **kwargs}
+                    return model, Source(described, rebuilt, entry.name, f"pretrained weights {entry.name}")
+                note = f"weights are RANDOM: {problem}"
+            else:
+                note = "weights are RANDOM: torchvision has none for this network"
+        return builder(weights=None, **no_backbone, **kwargs), Source(described, kwargs, "random", note)
+
+    return build
+
+
+def _classes(entry: Any) -> dict[str, Any]:
+    categories = entry.meta.get("categories")
+    return {"num_classes": len(categories)} if categories else {}
+
+
+def _decisions(model: nn.Module, builder: Any) -> dict[str, Any]:
+    found = {name: getattr(model, name) for name in _DECISIVE if isinstance(getattr(model, name, None), bool)}
+    if "aux_loss" in inspect.signature(builder).parameters:
+        found["aux_loss"] = getattr(model, "aux_classifier", None) is not None
+    return found
+
+
+def _timm_builder(name: str) -> Builder:
+    with _timm_offline_if_needed():
+        import timm
+
+    plain = name.partition(".")[0]
+    if not timm.is_model(plain):
+        raise UnknownName("network", name, {*_torchvision_names(), *timm.list_models()}, next="cadsurgery list PATTERN")
+
+    def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
+        chosen, note, tag = None, "weights are random (asked for)", "random"
+        if weights != "none":
+            tags = timm.list_pretrained(f"{plain}.*") + ([plain] if timm.is_model_pretrained(plain) else [])
+            full = name if weights == "auto" else f"{plain}.{weights}"
+            if weights != "auto" and full not in tags:
+                raise UnknownName(f"weights of {plain}", weights, [t.partition(".")[2] for t in tags if "." in t])
+            if tags:
+                with _timm_offline_if_needed():
+                    chosen, problem = _try_weights(
+                        lambda: timm.create_model(full, pretrained=True, **kwargs), weights, full
+                    )
+                tag = str(chosen.pretrained_cfg.get("tag") or "default") if chosen is not None else tag
+                note = f"pretrained weights {tag}" if chosen is not None else f"weights are RANDOM: {problem}"
+            else:
+                note = "weights are RANDOM: timm has none for this network"
+        model = chosen if chosen is not None else timm.create_model(plain, pretrained=False, **kwargs)
+        config = getattr(model, "pretrained_cfg", None) or {}
+        mean, std = tuple(config.get("mean") or IMAGENET_MEAN), tuple(config.get("std") or IMAGENET_STD)
+        return model, Source(f"timm:{plain}", kwargs, tag, note, mean, std)
+
+    return build
+
+
+def _function_builder(module: str, function: str) -> Builder:
+    try:
+        builder = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise UnknownName("module", module, [], next=f"it cannot be imported: {error}.") from error
+    except AttributeError:
+        raise UnknownName(f"function in {module}", function, dir(importlib.import_module(module))) from None
+
+    def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
+        if weights not in ("auto", "none"):
+            raise FileError(f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file.")
+        model = builder(**kwargs)
+        if not isinstance(model, nn.Module):
+            raise InvalidInput(
+                f"{module}:{function} returned {type(model).__name__}.", next="it must return a torch.nn.Module."
+            )
+        return model, Source(f"{module}:{function}", kwargs, "own", "weights as the function made them")
+
+    return build
+
+
+def _try_weights(build: Callable[[], nn.Module], asked: str, what: str) -> tuple[nn.Module | None, str]:
+    """The network with weights, or None and why if they may be left out; else an error."""
+    try:
+        return build(), ""
+    except (OSError, RuntimeError) as error:  # no connection, no cached file, a broken download
+        cause = getattr(error, "reason", None) or error
+        problem = f"{what} is neither cached nor reachable ({str(cause).strip().splitlines()[0]})"
+        if asked == "auto":
+            return None, problem
+        raise FileError(
+            f"the weights {what} cannot be had.",
+            why=str(cause).strip().splitlines()[0],
+            next="connect to the network, copy the file into the library's cache, or use --weights auto or none.",
+        ) from error
+
+
+@contextmanager
+def _timm_offline_if_needed() -> Iterator[None]:
+    """Spare the user a minute of retries of the hub client where there is no network."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        socket.getaddrinfo("huggingface.co", 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    state = read_state_dict(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise FileError(
+            f"the weights in {path} do not fit this network.",
+            why=" ".join(str(error).split())[:400],
+            next="check the name and options of the network, e.g. its number of classes.",
+        ) from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` file or of a torch checkpoint (which must hold tensors only).
+
+    Raises:
+        FileError: missing, unreadable, or not a state dict.
+    """
+    if not path.is_file():
+        raise FileError(f"there is no file {path}.", next="check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CadError:
+        raise
+    except Exception as error:  # both readers raise their own kinds for broken files
+        raise FileError(
+            f"{path} cannot be read as weights.",
+            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            next="give a .safetensors file or a torch checkpoint with tensors only.",
+        ) from error
+    for key in ("state_dict", "model_state", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FileError(f"{path} holds no state dict.", next="save model.state_dict().")
+    return state

@@ -1,0 +1,94 @@
+"""What the tests share: networks with random weights built offline, images, level maps, comparisons."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Norms with random statistics and affine parts, so that no branch is dead; in evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0.0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.0, 0.1)
+    return model.eval()
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """A torchvision network with random weights; nothing is downloaded."""
+    if torchvision.models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation"):
+        options = {"weights_backbone": None, **options}
+    return randomise(torchvision.models.get_model(name, weights=None, **options)).to(dtype)
+
+
+def images(batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random images (B, 3, H, W)."""
+    return torch.randn(batch, 3, height, width, dtype=dtype)
+
+
+def random_levels(
+    batch: int,
+    size: tuple[int, int],
+    strides: tuple[int, ...],
+    *,
+    max_level: int | None = None,
+    patch: str = "quadtree",
+    split: float = 0.5,
+) -> Tensor:
+    """A legal level map (B, H, W), another one for each image; cells may stick out of the map.
+
+    quadtree: from blocks of the largest side on, each is split into those of the level before or kept.
+    block: each block of the largest side is at level 0 or at `max_level` as a whole.
+    """
+    sides = list(accumulate(strides, mul, initial=1))
+    top = len(strides) if max_level is None else max_level
+    if patch == "block":
+        return torch.where(_coin(batch, size, sides[-1], split), 0, top)
+    levels = torch.full((batch, *size), top)
+    for level in range(top, 0, -1):
+        levels[(levels == level) & _coin(batch, size, sides[level], split)] = level - 1
+    return levels
+
+
+def _coin(batch: int, size: tuple[int, int], side: int, chance: float) -> Tensor:
+    """A random bool map (B, H, W), constant on aligned blocks."""
+    blocks = torch.rand(batch, -(-size[0] // side), -(-size[1] // side)) < chance
+    return blocks.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, : size[0], : size[1]]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """max |a - b| / max |b|; infinite if the shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
+
+
+def assert_same(found: Any, expected: Any, tolerance: float | None = None) -> None:
+    """Two tensors, or dictionaries of them, are equal up to rounding of their type."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(found[key], value, tolerance)
+        return
+    assert found.shape == expected.shape, f"{tuple(found.shape)} against {tuple(expected.shape)}"
+    assert found.dtype == expected.dtype
+    limit = TOLERANCE[expected.dtype] if tolerance is None else tolerance
+    error = relative_error(found, expected)
+    assert error < limit, f"relative error {error:.2e}"

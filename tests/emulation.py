@@ -1,0 +1,437 @@
+"""What an adaptive network computes, by brute force on dense maps; imports nothing from cadsurgery.
+
+A feature is a dense fine map that is constant on every cell ("nearest filled"). Every operation reads that
+map by `fill`, works on it densely with taps `spacing` fine pixels apart, and keeps the value found at the
+anchor of each cell of the new level map. This is the definition that the laws compare the package with.
+
+    level map T (B, H, W): R = sides[T] is the side of the cell a fine pixel lies in; after stage j: min(T, j)
+    corner of a pixel: o = R * (pixel // R) per axis; all pixels of a cell share it; the cell's value is D(o)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+Padding = tuple[int, int, int, int]  # top, bottom, left, right
+
+
+def pick(dense: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """dense[b, :, y[b, i, j], x[b, i, j]] for index maps (B, h, w)."""
+    image = torch.arange(dense.shape[0])[:, None, None]
+    return dense.permute(0, 2, 3, 1)[image, y, x].permute(0, 3, 1, 2)
+
+
+def pixels(side: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column number of every pixel, (B, H, W) each."""
+    batch, height, width = side.shape
+    y = torch.arange(height)[None, :, None].expand(batch, height, width)
+    x = torch.arange(width)[None, None, :].expand(batch, height, width)
+    return y, x
+
+
+def fill_cells(dense: Tensor, side: Tensor) -> Tensor:
+    """Every pixel takes the value at the top-left pixel of its cell; `side` is the cell side at each pixel."""
+    y, x = pixels(side)
+    return pick(dense, side * (y // side), side * (x // side))
+
+
+def read(dense: Tensor, side: Tensor, fill: str) -> Tensor:
+    """The value read at every pixel of a cell-constant map.
+
+    nearest: D. linear, per axis: (1 - delta / R) D(o) + (delta / R) D(o + R), indices clamped to the map.
+    """
+    if fill == "nearest":
+        return dense
+    height, width = side.shape[1:]
+    y, x = pixels(side)
+    top, left = side * (y // side), side * (x // side)
+    bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
+    down = ((y - top).to(dense.dtype) / side)[:, None]
+    across = ((x - left).to(dense.dtype) / side)[:, None]
+    upper = (1 - across) * pick(dense, top, left) + across * pick(dense, top, right)
+    lower = (1 - across) * pick(dense, bottom, left) + across * pick(dense, bottom, right)
+    return (1 - down) * upper + down * lower
+
+
+def pooled_samples(
+    length: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> int:
+    """Output samples of torch's own pooling of `length` samples."""
+    line = torch.zeros(1, 1, length)
+    return F.max_pool1d(line, kernel, stride, padding, dilation, ceil_mode).shape[2]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A value of the network: a cell-constant fine map.
+
+    Attributes:
+        data: (B, C, H, W).
+        stage: adaptive stages passed, or None before the fine map is reached (an ordinary dense map).
+        stride: input pixels per sample in the network as it is written.
+    """
+
+    data: Tensor
+    stage: int | None
+    stride: int = 1
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.data.shape[2], self.data.shape[3]
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """Operations on features for one legal level map.
+
+    Attributes:
+        levels: (B, H, W) int64, legal.
+        strides: of the adaptive stages.
+        fill: "linear" or "nearest".
+        anchor: "corner", or "center": windows start at the middle of a cell (published).
+        pool: "atrous", or "drop": a strided max-pool leaves cells alone that it does not downsample.
+    """
+
+    levels: Tensor
+    strides: tuple[int, ...]
+    fill: str = "linear"
+    anchor: str = "corner"
+    pool: str = "atrous"
+
+    def side(self, stage: int, size: tuple[int, int]) -> Tensor:
+        """(B, H, W) side of the cell each pixel lies in, after `stage`, on the map cut to `size`."""
+        sides = [1]
+        for stride in self.strides:
+            sides.append(sides[-1] * stride)
+        levels = self.levels[:, : size[0], : size[1]].clamp(max=stage)
+        return torch.tensor(sides)[levels]
+
+    def enter(self, dense: Tensor, stride: int = 1) -> Feature:
+        """The fine map itself: level 0 everywhere."""
+        return Feature(dense, 0, stride)
+
+    def cut(self, data: Tensor, x: Feature, stage: int, size: tuple[int, int], stride: int = 1) -> Feature:
+        """A dense result cropped to `size`, of which only the anchors of `stage` are kept."""
+        data = data[:, :, : size[0], : size[1]]
+        return Feature(fill_cells(data, self.side(stage, size)), stage, x.stride * stride)
+
+    def coarsen(self, x: Feature, stage: int, size: tuple[int, int] | None = None) -> Feature:
+        """The same feature after a later stage: the anchors that remain."""
+        return self.cut(x.data, x, stage, size or x.size)
+
+    def read(self, x: Feature) -> Tensor:
+        """The dense map: every pixel read by `fill`."""
+        return read(x.data, self.side(self.stage_of(x), x.size), self.fill)
+
+    @staticmethod
+    def stage_of(x: Feature) -> int:
+        assert x.stage is not None, "still a dense map before the region"
+        return x.stage
+
+    @staticmethod
+    def fine_size(
+        x: Feature,
+        kernel: tuple[int, int],
+        stride: int,
+        dilation: tuple[int, int],
+        padding: Padding,
+        spacing: int,
+        ceil_mode: bool = False,
+    ) -> tuple[int, int]:
+        """H' = min(H, n' spacing stride), with n' the output size in the network's own samples."""
+        sizes = []
+        for axis in (0, 1):
+            samples = len(range(0, x.size[axis], spacing))
+            before, after = padding[2 * axis : 2 * axis + 2]
+            if ceil_mode:
+                assert before == after
+                count = pooled_samples(samples, kernel[axis], stride, before, dilation[axis], True)
+            else:
+                starts = range(0, samples + before + after - dilation[axis] * (kernel[axis] - 1), stride)
+                count = len(starts)
+            sizes.append(min(x.size[axis], count * spacing * stride))
+        return sizes[0], sizes[1]
+
+    def conv(
+        self,
+        x: Feature,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        stage: int,
+        stride: int = 1,
+        dilation: tuple[int, int] = (1, 1),
+        padding: Padding = (0, 0, 0, 0),
+        mode: str = "zeros",
+        spacing: int = 1,
+        groups: int = 1,
+    ) -> Feature:
+        """y(p) = sum_uv W[u, v] x(p + spacing (dilation (u, v) - padding)) on the map as read; anchors kept."""
+        kernel = (weight.shape[2], weight.shape[3])
+        size = self.fine_size(x, kernel, stride, dilation, padding, spacing)
+        values = self.read(x)
+        if mode == "zeros":
+            padded = self._padded(values, kernel, dilation, padding, spacing, 0.0)
+            steps = (spacing * dilation[0], spacing * dilation[1])
+            out = F.conv2d(padded, weight, bias, dilation=steps, groups=groups)
+        else:  # `spacing` interleaved grids per axis, each padded as the network pads its own grid
+            top, bottom, left, right = padding
+            out = values.new_zeros(values.shape[0], weight.shape[0], *x.size)
+            for y in range(min(spacing, x.size[0])):
+                for c in range(min(spacing, x.size[1])):
+                    grid = F.pad(values[:, :, y::spacing, c::spacing], (left, right, top, bottom), mode)
+                    part = F.conv2d(grid, weight, bias, dilation=dilation, groups=groups)
+                    out[:, :, y::spacing, c::spacing] = part
+        if self.anchor == "center" and kernel != (1, 1):
+            side = self.side(self.stage_of(x), x.size)
+            y, c = pixels(side)
+            out = pick(out, side * (y // side) + side // 2, side * (c // side) + side // 2)
+        return self.cut(out, x, stage, size, stride)
+
+    @staticmethod
+    def _padded(
+        values: Tensor,
+        kernel: tuple[int, int],
+        dilation: tuple[int, int],
+        padding: Padding,
+        spacing: int,
+        value: float,
+    ) -> Tensor:
+        """The map inside its padding, with more of it below and to the right so that no pixel is lost."""
+        top, bottom, left, right = (spacing * pad for pad in padding)
+        below = spacing * dilation[0] * (kernel[0] - 1)
+        beside = spacing * dilation[1] * (kernel[1] - 1)
+        return F.pad(values, (left, right + beside, top, bottom + below), value=value)
+
+    def max_pool(
+        self,
+        x: Feature,
+        kernel: tuple[int, int],
+        *,
+        stage: int,
+        stride: int = 1,
+        dilation: tuple[int, int] = (1, 1),
+        padding: Padding = (0, 0, 0, 0),
+        spacing: int = 1,
+        ceil_mode: bool = False,
+    ) -> Feature:
+        """Maximum over the window; outside the map is minus infinity."""
+        size = self.fine_size(x, kernel, stride, dilation, padding, spacing, ceil_mode)
+        values = self.read(x)
+        padded = self._padded(values, kernel, dilation, padding, spacing, -torch.inf)
+        height, width = (1 + spacing * dilation[i] * (kernel[i] - 1) for i in (0, 1))
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        taps = windows[..., :: spacing * dilation[0], :: spacing * dilation[1]]
+        out = taps.amax((4, 5))[:, :, : size[0], : size[1]]
+        if self.pool == "drop" and stride > 1:
+            kept = self.side(self.stage_of(x), size) == self.side(stage, size)
+            out = torch.where(kept[:, None], x.data[:, :, : size[0], : size[1]], out)
+        return self.cut(out, x, stage, size, stride)
+
+    def drop_pool(self, x: Feature, *, stage: int, spacing: int) -> Feature:
+        """As published: cells downsampled to `stage` take the maximum of their 2 x 2 cells, others stay."""
+        side, before = self.side(stage, x.size), self.side(self.stage_of(x), x.size)
+        boxes = F.max_pool2d(x.data, 2 * spacing)
+        spread = boxes.repeat_interleave(2 * spacing, 2).repeat_interleave(2 * spacing, 3)
+        return Feature(torch.where((side > before)[:, None], spread, x.data), stage, 2 * x.stride)
+
+    def avg_pool(
+        self,
+        x: Feature,
+        kernel: tuple[int, int],
+        *,
+        stage: int,
+        stride: int = 1,
+        padding: Padding = (0, 0, 0, 0),
+        spacing: int = 1,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor: int | None = None,
+    ) -> Feature:
+        """Sum over the window, divided by the taps in the padded map, in the map, or by `divisor`."""
+        size = self.fine_size(x, kernel, stride, (1, 1), padding, spacing, ceil_mode)
+        values = self.read(x)
+        channels = values.shape[1]
+        ones = values.new_ones(1, 1, *kernel)
+        padded = self._padded(values, kernel, (1, 1), padding, spacing, 0.0)
+        total = F.conv2d(padded, ones.expand(channels, 1, *kernel), dilation=spacing, groups=channels)
+        inside = values.new_ones(1, 1, *x.size)
+        if count_include_pad:
+            top, bottom, left, right = (spacing * pad for pad in padding)
+            inside = F.pad(inside, (left, right, top, bottom), value=1.0)
+            counted = self._padded(inside, kernel, (1, 1), (0, 0, 0, 0), spacing, 0.0)
+        else:
+            counted = self._padded(inside, kernel, (1, 1), padding, spacing, 0.0)
+        count = F.conv2d(counted, ones, dilation=spacing)
+        return self.cut(total / (count if divisor is None else divisor), x, stage, size, stride)
+
+    def weight_of_pixels(self, x: Feature) -> Tensor:
+        """(B, H, W): how much each pixel of the filled map counts in a mean.
+
+        Each pixel once, so a cell counts by its area in the map; but in an image with one level everywhere
+        each cell counts once (a plain mean), whether the border cuts it or not.
+        """
+        side = self.side(self.stage_of(x), x.size)
+        weight = torch.ones(side.shape, dtype=torch.float64)
+        y, c = pixels(side)
+        anchor = (y % side == 0) & (c % side == 0)
+        for image in range(side.shape[0]):
+            if int(side[image].min()) == int(side[image].max()):
+                weight[image] = anchor[image].double() * side[image].numel() / anchor[image].sum()
+        return weight
+
+    def mean(self, x: Feature) -> Tensor:
+        """(B, C, 1, 1) mean of each image."""
+        weight = self.weight_of_pixels(x).to(x.data.dtype)[:, None]
+        return (x.data * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True)
+
+    def maximum(self, x: Feature) -> Tensor:
+        """(B, C, 1, 1) maximum of each image."""
+        return x.data.amax((2, 3), keepdim=True)
+
+    def batch_norm(
+        self, x: Feature, weight: Tensor, bias: Tensor, eps: float, *, weighted: bool = True
+    ) -> tuple[Feature, Tensor, Tensor]:
+        """Training-mode normalisation over all images, with the mean and biased variance it used."""
+        if weighted:
+            share = self.weight_of_pixels(x)
+        else:  # each cell once: its anchor
+            side = self.side(self.stage_of(x), x.size)
+            y, c = pixels(side)
+            share = ((y % side == 0) & (c % side == 0)).double()
+        share = (share / share.sum()).to(x.data.dtype)[:, None]
+        mean = (x.data * share).sum((0, 2, 3), keepdim=True)
+        variance = ((x.data - mean).square() * share).sum((0, 2, 3), keepdim=True)
+        scaled = (x.data - mean) / (variance + eps).sqrt() * weight[:, None, None] + bias[:, None, None]
+        return replace(x, data=scaled), mean.flatten(), variance.flatten()
+
+    def join(self, function: Callable[..., Tensor], *values: Feature) -> Feature:
+        """A pointwise function of features, on the last stage and smallest size among them."""
+        stage = max(self.stage_of(value) for value in values)
+        size = (min(value.size[0] for value in values), min(value.size[1] for value in values))
+        data = [self.coarsen(value, stage, size).data for value in values]
+        return Feature(function(*data), stage, values[0].stride)
+
+
+POINTWISE = (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU)
+
+
+class NetworkEmulator(fx.Interpreter):
+    """Runs a *strided* network in evaluation mode by emulation.
+
+    The first map with `high` input pixels per sample is the fine map; every strided operation after it is an
+    adaptive stage, and the taps of an operation are `stride / high` fine pixels apart, `stride` being the
+    output stride of its input in the network as written.
+    """
+
+    def __init__(self, model: nn.Module, emulation: Emulation, high: int) -> None:
+        graph_module = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
+        super().__init__(graph_module)
+        self.emulation, self.high = emulation, high
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module, x = self.fetch_attr(target), args[0]
+        if not isinstance(x, Feature):
+            return module(*args)
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            assert module.output_size in (1, (1, 1))
+            return self.emulation.mean(x)
+        if x.stage is None:
+            return self._dense(module, x)
+        if isinstance(module, POINTWISE):
+            return replace(x, data=module(x.data))
+        if isinstance(module, nn.BatchNorm2d):
+            assert not module.training
+            return replace(x, data=module(x.data))
+        return self._windowed(module, x)
+
+    def _dense(self, module: nn.Module, x: Feature) -> Feature:
+        stride = _pair(module.stride)[0] if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) else 1
+        data = module(x.data)
+        if x.stride * stride == self.high:
+            return self.emulation.enter(data, self.high)
+        return Feature(data, None, x.stride * stride)
+
+    def _windowed(self, module: nn.Module, x: Feature) -> Feature:
+        stage, spacing, emulation = self.emulation.stage_of(x), x.stride // self.high, self.emulation
+        stride = _pair(module.stride)[0]
+        common: dict[str, Any] = {"stage": stage + (stride > 1), "stride": stride, "spacing": spacing}
+        top, left = _pair(module.padding)
+        common["padding"] = (top, top, left, left)
+        if isinstance(module, nn.Conv2d):
+            return emulation.conv(
+                x,
+                module.weight,
+                module.bias,
+                dilation=_pair(module.dilation),
+                mode=module.padding_mode,
+                groups=module.groups,
+                **common,
+            )
+        kernel = _pair(module.kernel_size)
+        if isinstance(module, nn.MaxPool2d):
+            if emulation.pool == "drop" and stride > 1 and (kernel, top, left) == ((2, 2), 0, 0):
+                return emulation.drop_pool(x, stage=stage + 1, spacing=spacing)
+            common |= {"dilation": _pair(module.dilation), "ceil_mode": module.ceil_mode}
+            return emulation.max_pool(x, kernel, **common)
+        assert isinstance(module, nn.AvgPool2d), f"no emulation of {module}"
+        common |= {"ceil_mode": module.ceil_mode, "count_include_pad": module.count_include_pad}
+        return emulation.avg_pool(x, kernel, divisor=module.divisor_override, **common)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.cat:
+            return self._joined(lambda *parts: torch.cat(parts, 1), *args[0])
+        if target in (operator.add, operator.mul, torch.add, torch.mul, operator.iadd):
+            return self._joined(target, *args)
+        if target in (F.relu, torch.relu) and isinstance(args[0], Feature):
+            return replace(args[0], data=F.relu(args[0].data))
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "mean" and isinstance(args[0], Feature):
+            assert tuple(args[1]) == (2, 3) and kwargs["keepdim"]
+            return self.emulation.mean(args[0])
+        return super().call_method(target, args, kwargs)
+
+    def _joined(self, function: Callable[..., Any], *values: Any) -> Any:
+        maps = [value for value in values if isinstance(value, Feature)]
+        if not maps:
+            return function(*values)
+        if all(value.stage is None for value in maps):
+            data = [value.data if isinstance(value, Feature) else value for value in values]
+            return replace(maps[0], data=function(*data))
+        if len(maps) == len(values):
+            return self.emulation.join(function, *maps)
+        # one vector per image, or a constant map: the same for every cell
+        data = [value.data if isinstance(value, Feature) else value for value in values]
+        return replace(maps[0], data=function(*data))
+
+
+def emulate(model: nn.Module, image: Tensor, emulation: Emulation, high: int) -> Any:
+    """Output of the network for an image batch; features that leave it are read at the fine size."""
+    x = emulation.enter(image) if high == 1 else Feature(image, None)
+    return finish(emulation, NetworkEmulator(model, emulation, high).run(x))
+
+
+def finish(emulation: Emulation, value: Any) -> Any:
+    """A result with each feature read as a dense map."""
+    if isinstance(value, dict):
+        return {key: finish(emulation, entry) for key, entry in value.items()}
+    if not isinstance(value, Feature):
+        return value
+    return value.data if value.stage is None else emulation.read(value)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value[0], value[1]) if isinstance(value, tuple | list) else (value, value)

@@ -1,0 +1,676 @@
+"""Laws of the geometry: lattices, kernel maps and the operations on elements, against brute force.
+
+The defining equation of a kernel map from a source to a target lattice, for the taps t of a window with
+dilation d and padding p whose samples are S fine pixels apart:
+
+    table[e, t] = row of the source element whose cell holds  a(e) + S (d t - p)                        (*)
+
+with a(e) the top-left pixel of the cell of target element e. `emulation.py` is the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, random_levels
+from emulation import Emulation, Feature, fill_cells
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cadsurgery import functional
+from cadsurgery.errors import CadError
+from cadsurgery.functional import Elements
+from cadsurgery.kernel_map import Window, kernel_map
+from cadsurgery.lattice import Geometry, Lattice
+
+EXACT = 1e-9
+QUICK = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much]
+)
+STRIDES = [(2,), (2, 2), (2, 2, 2), (4,), (4, 2), (3,)]
+
+
+@dataclass(frozen=True)
+class World:
+    """One random level map, for the package and for the emulation."""
+
+    lattice: Lattice
+    emulation: Emulation
+    seed: int
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.lattice.geometry
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.lattice.size
+
+    def features(self, channels: int, stage: int) -> tuple[Elements, Feature]:
+        """Random features of a stage in both forms."""
+        torch.manual_seed(self.seed)
+        dense = torch.randn(self.lattice.batch, channels, *self.size, dtype=torch.float64)
+        return self.enter(dense, stage)
+
+    def enter(self, dense: Tensor, stage: int) -> tuple[Elements, Feature]:
+        lattice = self.lattice.at(stage)
+        rows = functional.rows_on(functional.to_elements(dense, self.lattice), lattice)
+        return Elements(rows, lattice), self.emulation.coarsen(self.emulation.enter(dense), stage)
+
+    def check(self, found: Elements, expected: Feature) -> None:
+        """Same cells, same values, at the elements and as read densely."""
+        assert found.lattice.stage == expected.stage
+        assert found.lattice.size == expected.size
+        assert_same(functional.to_dense(found), self.emulation.read(expected), EXACT)
+        b, y, x = found.lattice.coordinates
+        assert_same(found.rows, expected.data[b, :, y, x], EXACT)
+
+
+@st.composite
+def worlds(
+    draw: st.DrawFn, *, anchor: str = "corner", pool: str = "atrous", fill: str | None = None
+) -> World:
+    """Random strides, size, fill and level maps; sizes are odd too, except for `anchor="center"`."""
+    strides = draw(st.sampled_from(STRIDES))
+    max_level = draw(st.integers(1, len(strides)))
+    batch = draw(st.integers(1, 3))
+    largest = Geometry(strides).sides[-1]
+    height, width = draw(st.integers(7, 19)), draw(st.integers(7, 23))
+    if anchor == "center":  # the published code demands whole blocks
+        height, width = height - height % largest + largest, width - width % largest + largest
+    fill = fill or ("nearest" if anchor == "center" else draw(st.sampled_from(["linear", "nearest"])))
+    patch = draw(st.sampled_from(["quadtree", "block"]))
+    seed = draw(st.integers(0, 2**20))
+    torch.manual_seed(seed)
+    split = draw(st.sampled_from([0.0, 0.3, 0.6, 1.0]))
+    levels = random_levels(batch, (height, width), strides, max_level=max_level, patch=patch, split=split)
+    geometry = Geometry(strides, max_level, fill, anchor, pool, patch, dense_shortcut=draw(st.booleans()))
+    return World(geometry.lattice(levels), Emulation(levels, strides, fill, anchor, pool), seed)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Stages, stride and window of one operation."""
+
+    source: int
+    target: int
+    window: Window
+
+
+@st.composite
+def steps(draw: st.DrawFn, world: World, *, same: bool = False, dilated: bool = True) -> Step:
+    """A random operation: a stage, a plain operation, one that skips stages, or one with taps inside cells."""
+    sides, last = world.geometry.sides, len(world.geometry.strides)
+    kind = draw(st.sampled_from(["plain", "stage", "hoisted", "inside"]))
+    source = draw(st.integers(0, last - 1 if kind == "stage" else last))
+    stride = world.geometry.strides[source] if kind == "stage" else 1
+    target = (
+        source + 1 if kind == "stage" else draw(st.integers(source, last)) if kind == "hoisted" else source
+    )
+    spacing = 1 if kind == "inside" else sides[source]
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 3)))
+    if same:
+        kernel = (2 * (kernel[0] // 2) + 1, 2 * (kernel[1] // 2) + 1)
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 3))) if dilated else (1, 1)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if same:
+        pads = (reach[0] // 2, reach[0] // 2, reach[1] // 2, reach[1] // 2)
+    else:
+        top, left = draw(st.integers(0, reach[0])), draw(st.integers(0, reach[1]))
+        pads = (top, draw(st.integers(0, reach[0] - top)), left, draw(st.integers(0, reach[1] - left)))
+    for axis in (0, 1):
+        samples = -(-world.size[axis] // spacing)
+        assume(samples + pads[2 * axis] + pads[2 * axis + 1] > reach[axis])
+    return Step(source, target, Window(kernel, stride, dilation, pads, spacing=spacing))
+
+
+def emulate_conv(
+    world: World, x: Feature, weight: Tensor, bias: Tensor | None, step: Step, **more: Any
+) -> Feature:
+    w = step.window
+    common = {"stride": w.stride, "dilation": w.dilation, "padding": w.padding, "spacing": w.spacing}
+    return world.emulation.conv(x, weight, bias, stage=step.target, mode=w.mode, **common, **more)
+
+
+# -- lattices ------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(st.data())
+def test_any_level_map_becomes_the_largest_legal_one_below_it(data: st.DataObject) -> None:
+    """A cell of level l exists exactly where all its fine pixels ask for at least l (and none above it)."""
+    strides = data.draw(st.sampled_from(STRIDES))
+    geometry = Geometry(strides, data.draw(st.integers(1, len(strides))))
+    size = (data.draw(st.integers(1, 18)), data.draw(st.integers(1, 18)))
+    torch.manual_seed(data.draw(st.integers(0, 2**20)))
+    asked = torch.where(
+        torch.rand(2, *size) < 0.85, geometry.max_level, torch.randint(0, geometry.max_level + 1, (2, *size))
+    )
+    legal = geometry.lattice(asked).levels
+    assert bool((legal <= asked).all())
+    assert torch.equal(geometry.lattice(legal.long()).levels, legal), "legalising is idempotent"
+    for b in range(2):
+        for y in range(size[0]):
+            for x in range(size[1]):
+                fitting = [0]
+                for level in range(1, geometry.max_level + 1):
+                    side = geometry.sides[level]
+                    top, left = y - y % side, x - x % side
+                    if bool((asked[b, top : top + side, left : left + side] >= level).all()):
+                        fitting.append(level)
+                assert int(legal[b, y, x]) == max(fitting)
+
+
+@QUICK
+@given(st.data())
+def test_block_patches_are_wholly_high_or_wholly_at_the_lowest_level(data: st.DataObject) -> None:
+    """patch="block": a block of R_K pixels is at the lowest allowed level if all of it asks for that."""
+    strides = data.draw(st.sampled_from(STRIDES))
+    geometry = Geometry(strides, data.draw(st.integers(1, len(strides))), patch="block")
+    size, side = (data.draw(st.integers(1, 18)), data.draw(st.integers(1, 18))), geometry.sides[-1]
+    torch.manual_seed(data.draw(st.integers(0, 2**20)))
+    asked = torch.where(torch.rand(2, *size) < 0.95, geometry.max_level, 0)
+    legal = geometry.lattice(asked).levels
+    for y in range(0, size[0], side):
+        for x in range(0, size[1], side):
+            for b in range(2):
+                block = asked[b, y : y + side, x : x + side]
+                expected = geometry.max_level if bool((block == geometry.max_level).all()) else 0
+                assert bool((legal[b, y : y + side, x : x + side] == expected).all())
+    assert torch.equal(geometry.lattice(legal.long()).levels, legal), "legalising is idempotent"
+
+
+def test_bool_masks_mean_keep_high() -> None:
+    """True is level 0, False the lowest level."""
+    keep = torch.zeros(1, 8, 8, dtype=torch.bool)
+    keep[0, 5, 2] = True
+    levels = Geometry((2, 2)).lattice(keep).levels[0]
+    assert levels[5, 2] == 0 and levels[4, 2] == 0, "the pixel and those its smallest block cannot keep whole"
+    assert levels[7, 3] == 1 and levels[0, 0] == 2 and levels[5, 6] == 2
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_levels_outside_the_range_are_refused(bad: int) -> None:
+    """A level below zero or above the lowest resolution allowed is an error, never clamped in silence."""
+    with pytest.raises(CadError, match="level"):
+        Geometry((2, 2)).lattice(torch.full((1, 4, 4), bad))
+
+
+@QUICK
+@given(worlds())
+def test_cells_partition_the_map_at_every_stage(world: World) -> None:
+    """Each element is an aligned square of min(T, j); together they hold every pixel of every image once."""
+    for stage in range(len(world.geometry.strides) + 1):
+        lattice = world.lattice.at(stage)
+        side = world.emulation.side(stage, world.size)
+        holder = torch.full((lattice.batch, *world.size), -1)
+        for row, (b, y, x) in enumerate(zip(*(c.tolist() for c in lattice.coordinates), strict=True)):
+            length = int(side[b, y, x])
+            assert y % length == 0 and x % length == 0
+            cell = holder[b, y : y + length, x : x + length]
+            assert bool((cell == -1).all()) and bool(
+                (side[b, y : y + length, x : x + length] == length).all()
+            )
+            cell.fill_(row)
+        assert bool((holder >= 0).all())
+        assert torch.equal(lattice.index.long(), holder.flatten())
+
+
+# -- kernel maps ---------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(st.data())
+def test_kernel_map_satisfies_its_defining_equation_in_both_directions(data: st.DataObject) -> None:
+    """Nothing wrong is in the map, and nothing is missing from it: (*) for every element and tap.
+
+    Points outside the map are the padding row N; points inside a cell read by `fill="linear"` are halo
+    rows N + 1, N + 2, ... whose mix of elements is the bilinear one.
+    """
+    world = data.draw(worlds())
+    step = data.draw(steps(world))
+    window, spacing = step.window, step.window.spacing
+    source = world.lattice.at(step.source)
+    target = source.at(step.target, window.output_size(source.size))
+    reading = kernel_map(source, target, window).reading
+    (height, width), count = source.size, len(source)
+    side = world.emulation.side(step.source, source.size)
+    probe, feature = world.features(2, step.source)
+    read = world.emulation.read(feature)
+    linear = world.geometry.fill == "linear"
+
+    holder = {}  # (image, pixel) -> row of the source element whose cell holds it
+    for row, (b, y, x) in enumerate(zip(*(c.tolist() for c in source.coordinates), strict=True)):
+        for v in range(int(side[b, y, x])):
+            for u in range(int(side[b, y, x])):
+                holder[b, y + v, x + u] = row
+    anchor_of = list(zip(*(c.tolist() for c in source.coordinates), strict=True))
+    taps = [(v, u) for v in range(window.kernel[0]) for u in range(window.kernel[1])]
+    offsets = [
+        (
+            spacing * (window.dilation[0] * v - window.padding[0]),
+            spacing * (window.dilation[1] * u - window.padding[2]),
+        )
+        for v, u in taps
+    ]
+    table = reading.table.tolist()
+    elements = list(zip(*(c.tolist() for c in target.coordinates), strict=True))
+    assert len(table) == len(elements)
+    for entries, (b, y, x) in zip(table, elements, strict=True):
+        for entry, (dy, dx) in zip(entries, offsets, strict=True):
+            q = (b, y + dy, x + dx)
+            if not (0 <= q[1] < height and 0 <= q[2] < width):
+                assert entry == count
+            elif not linear or anchor_of[holder[q]] == q:
+                assert entry == holder[q]
+            else:
+                assert entry > count
+                halo = entry - count - 1
+                mixed = reading.mix[halo] @ probe.rows[reading.sources[halo].long()]
+                torch.testing.assert_close(mixed, read[b, :, q[1], q[2]], rtol=1e-12, atol=1e-12)
+
+    rows_of = {element: row for row, element in enumerate(elements)}  # and from the source's side
+    for row, (b, y, x) in enumerate(anchor_of):
+        for column, (dy, dx) in enumerate(offsets):
+            reader = rows_of.get((b, y - dy, x - dx))
+            if reader is not None:
+                assert table[reader][column] == row
+
+
+@QUICK
+@given(worlds(), st.integers(0, 3))
+def test_row_order_is_irrelevant(world: World, stage: int) -> None:
+    """Transposing images, level maps and kernel reorders all rows, and only transposes the result."""
+    stage = min(stage, len(world.geometry.strides))
+    x, _ = world.features(3, 0)
+    dense = functional.to_dense(x)
+    weight = torch.randn(4, 3, 3, 2, dtype=torch.float64)
+    window = Window((3, 2), padding=(1, 1, 0, 1))
+    turned_window = Window((2, 3), padding=(0, 1, 1, 1))
+    turned = world.geometry.lattice(world.lattice.levels.transpose(1, 2).long())
+    there = functional.conv2d(x, weight, None, window, stage)
+    back = functional.conv2d(
+        functional.to_elements(dense.transpose(2, 3), turned),
+        weight.transpose(2, 3),
+        None,
+        turned_window,
+        stage,
+    )
+    assert_same(functional.to_dense(back).transpose(2, 3), functional.to_dense(there), EXACT)
+
+
+# -- reading -------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(worlds(), st.integers(0, 3))
+def test_dense_to_elements_to_dense_is_the_identity_on_level_0(world: World, stage: int) -> None:
+    """... for both fills; and everywhere for a map that is constant on cells, with fill="nearest"."""
+    stage = min(stage, len(world.geometry.strides))
+    dense = torch.randn(world.lattice.batch, 3, *world.size, dtype=torch.float64)
+    x, _ = world.enter(dense, stage)
+    level_0 = (world.emulation.side(stage, world.size) == 1)[:, None].expand_as(dense)
+    assert torch.equal(functional.to_dense(x)[level_0], dense[level_0])
+    if world.geometry.fill == "nearest":
+        constant = fill_cells(dense, world.emulation.side(stage, world.size))
+        again, _ = world.enter(constant, stage)
+        assert torch.equal(functional.to_dense(again), constant)
+
+
+@QUICK
+@given(worlds(), st.integers(0, 3), st.sampled_from([1, 2, 4, 8]))
+def test_to_dense_reads_every_pixel_by_fill(world: World, stage: int, spacing: int) -> None:
+    """At the fine size every pixel is read; at a native size the pixels at multiples of the spacing."""
+    x, feature = world.features(3, min(stage, len(world.geometry.strides)))
+    expected = world.emulation.read(feature)[:, :, ::spacing, ::spacing]
+    assert_same(functional.to_dense(x, spacing), expected, EXACT)
+
+
+@QUICK
+@given(worlds(), st.integers(0, 3), st.integers(0, 3))
+def test_rows_on_a_later_stage_are_those_at_the_remaining_anchors(
+    world: World, first: int, second: int
+) -> None:
+    """Coarsening keeps the value at the top-left of each new cell; a vector per image is repeated."""
+    last = len(world.geometry.strides)
+    first, second = sorted((min(first, last), min(second, last)))
+    x, feature = world.features(3, first)
+    lattice = world.lattice.at(second)
+    world.check(Elements(functional.rows_on(x, lattice), lattice), world.emulation.coarsen(feature, second))
+    vector = torch.randn(lattice.batch, 3, 1, 1, dtype=torch.float64)
+    spread = Elements(functional.rows_on(vector, lattice), lattice)
+    assert_same(functional.to_dense(spread), vector.expand(-1, -1, *world.size), EXACT)
+
+
+# -- operations ----------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(st.data())
+def test_convolution_is_the_emulation(data: st.DataObject) -> None:
+    """Any kernel (even too), dilation, asymmetric padding, groups, stage and fill."""
+    world = data.draw(worlds())
+    step = data.draw(steps(world))
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    x, feature = world.features(4, step.source)
+    weight = torch.randn(8, 4 // groups, *step.window.kernel, dtype=torch.float64)
+    bias = torch.randn(8, dtype=torch.float64) if data.draw(st.booleans()) else None
+    found = functional.conv2d(x, weight, bias, step.window, step.target, groups)
+    world.check(found, emulate_conv(world, feature, weight, bias, step, groups=groups))
+
+
+@QUICK
+@given(st.data())
+def test_published_convolution_starts_at_the_middle_of_a_cell(data: st.DataObject) -> None:
+    """anchor="center": y(p) = sum W[u, v] x(a(p) + s (u, v)), a = corner + side // 2, then corners are kept."""
+    world = data.draw(worlds(anchor="center"))
+    step = data.draw(steps(world, same=True))
+    assume(step.window.spacing == world.geometry.sides[step.source])
+    x, feature = world.features(4, step.source)
+    weight = torch.randn(4, 2, *step.window.kernel, dtype=torch.float64)
+    found = functional.conv2d(x, weight, None, step.window, step.target, 2)
+    world.check(found, emulate_conv(world, feature, weight, None, step, groups=2))
+
+
+@QUICK
+@given(st.data())
+def test_reflected_and_replicated_borders_are_those_of_interleaved_grids(data: st.DataObject) -> None:
+    """The map is `spacing` grids, one per phase, each padded the way the network pads its own grid."""
+    world = data.draw(worlds())
+    step = data.draw(steps(world, same=True, dilated=False))
+    assume(min(world.size) >= 2 * step.window.spacing)  # torch reflects once: two samples on every grid
+    mode = data.draw(st.sampled_from(["reflect", "replicate"]))
+    step = Step(step.source, step.target, step.window._replace(mode=mode))
+    x, feature = world.features(3, step.source)
+    weight = torch.randn(4, 3, *step.window.kernel, dtype=torch.float64)
+    found = functional.conv2d(x, weight, None, step.window, step.target)
+    world.check(found, emulate_conv(world, feature, weight, None, step))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+@pytest.mark.parametrize("size", [(16, 24), (13, 17)])
+def test_bordered_convolutions_of_an_all_low_map_are_torchs_strided_ones(
+    mode: str, size: tuple[int, int]
+) -> None:
+    """Law 1 for padding_mode: at the lowest level the element at each native position is the original's."""
+    torch.manual_seed(1)
+    conv = nn.Conv2d(3, 4, 5, stride=2, padding=2, padding_mode=mode).double()
+    second = nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode).double()
+    dense = torch.randn(2, 3, *size, dtype=torch.float64)
+    lattice = Geometry((2,)).uniform(1, 2, size)
+    x = functional.to_elements(dense, lattice)
+    x = functional.conv2d(x, conv.weight, conv.bias, Window((5, 5), 2, padding=(2, 2, 2, 2), mode=mode), 1)
+    x = functional.conv2d(
+        x, second.weight, second.bias, Window((3, 3), 1, (1, 1), (1,) * 4, mode, False, 2), 1
+    )
+    assert_same(functional.to_dense(x, 2), second(conv(dense)), EXACT)
+
+
+@st.composite
+def pools(draw: st.DrawFn, world: World) -> Step:
+    """A random pooling window with torch's limits: padding at most half the kernel; ceil_mode."""
+    sides, last = world.geometry.sides, len(world.geometry.strides)
+    strided = draw(st.booleans())
+    source = draw(st.integers(0, last - 1 if strided else last))
+    stride = world.geometry.strides[source] if strided else 1
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 3)))
+    top, left = draw(st.integers(0, kernel[0] // 2)), draw(st.integers(0, kernel[1] // 2))
+    ceil = draw(st.booleans())
+    grown = stride - 1 if ceil else 0
+    assume(2 * top + grown <= kernel[0] - 1 and 2 * left + grown <= kernel[1] - 1)  # else a barrier
+    for axis, pad in enumerate((top, left)):
+        assume(-(-world.size[axis] // sides[source]) + 2 * pad >= kernel[axis])
+    window = Window(kernel, stride, (1, 1), (top, top, left, left), "zeros", ceil, sides[source])
+    return Step(source, source + strided, window)
+
+
+@QUICK
+@given(st.data(), st.sampled_from(["atrous", "drop"]))
+def test_max_pooling_is_the_emulation(data: st.DataObject, pool: str) -> None:
+    """Outside is minus infinity; "drop" passes on cells that the stage does not downsample."""
+    world = data.draw(worlds(pool=pool))
+    step = data.draw(pools(world))
+    x, feature = world.features(3, step.source)
+    w = step.window
+    common = {"stride": w.stride, "padding": w.padding, "spacing": w.spacing, "ceil_mode": w.ceil_mode}
+    world.check(
+        functional.max_pool2d(x, w, step.target),
+        world.emulation.max_pool(feature, w.kernel, stage=step.target, **common),
+    )
+
+
+@QUICK
+@given(worlds(anchor="center", pool="drop"))
+def test_published_max_pooling_takes_the_maximum_of_each_box_that_drops_a_level(world: World) -> None:
+    """pool="drop", any anchor: boxes of level >= k become their maximum, all other cells stay."""
+    for stage, stride in enumerate(world.geometry.strides):
+        if stride == 2:
+            x, feature = world.features(3, stage)
+            spacing = world.geometry.sides[stage]
+            found = functional.max_pool2d(x, Window((2, 2), 2, spacing=spacing), stage + 1)
+            world.check(found, world.emulation.drop_pool(feature, stage=stage + 1, spacing=spacing))
+
+
+@QUICK
+@given(st.data(), st.booleans(), st.sampled_from([None, None, 3]))
+def test_average_pooling_is_the_emulation(
+    data: st.DataObject, include_pad: bool, divisor: int | None
+) -> None:
+    """The divisor counts taps in the padded map or in the map, as torch does at the border."""
+    world = data.draw(worlds())
+    step = data.draw(pools(world))
+    x, feature = world.features(3, step.source)
+    w = step.window
+    common = {"stride": w.stride, "padding": w.padding, "spacing": w.spacing, "ceil_mode": w.ceil_mode}
+    common |= {"count_include_pad": include_pad, "divisor": divisor}
+    world.check(
+        functional.avg_pool2d(x, w, step.target, include_pad, divisor),
+        world.emulation.avg_pool(feature, w.kernel, stage=step.target, **common),
+    )
+
+
+@pytest.mark.parametrize("size", [(16, 24), (15, 21)])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@pytest.mark.parametrize("include_pad", [False, True])
+def test_pooling_of_an_all_low_map_is_torchs(
+    size: tuple[int, int], ceil_mode: bool, include_pad: bool
+) -> None:
+    """Law 1 for pooling: 3 x 3 with stride 2 and padding 1, ceil_mode or not, at the native positions."""
+    dense = torch.randn(2, 3, *size, dtype=torch.float64)
+    x = functional.to_elements(dense, Geometry((2,)).uniform(1, 2, size))
+    pads = (0, 0, 0, 0) if ceil_mode else (1, 1, 1, 1)
+    window = Window((3, 3), 2, (1, 1), pads, "zeros", ceil_mode)
+    expected = F.max_pool2d(dense, 3, 2, pads[0], 1, ceil_mode)
+    assert_same(functional.to_dense(functional.max_pool2d(x, window, 1), 2), expected, EXACT)
+    expected = F.avg_pool2d(dense, 3, 2, pads[0], ceil_mode, include_pad)
+    assert_same(functional.to_dense(functional.avg_pool2d(x, window, 1, include_pad), 2), expected, EXACT)
+
+
+@QUICK
+@given(worlds(), st.integers(0, 3), st.booleans())
+def test_batch_norm_statistics_run_over_all_elements(world: World, stage: int, weighted: bool) -> None:
+    """weighted: each element by the area of its cell in the map; else each once. Running statistics follow."""
+    x, feature = world.features(3, min(stage, len(world.geometry.strides)))
+    norm = nn.BatchNorm2d(3, momentum=0.3).double()
+    nn.init.uniform_(norm.weight), nn.init.normal_(norm.bias)
+    expected, mean, variance = world.emulation.batch_norm(
+        feature, norm.weight, norm.bias, norm.eps, weighted=weighted
+    )
+    world.check(functional.batch_norm(x, norm, weighted=weighted), expected)
+    count = len(x.lattice)
+    assert_same(norm.running_mean, 0.3 * mean, EXACT)
+    assert_same(norm.running_var, 0.7 + 0.3 * variance * count / (count - 1), EXACT)
+    assert int(norm.num_batches_tracked) == 1
+    norm.eval()
+    rows = functional.batch_norm(x, norm).rows
+    assert_same(rows, norm(x.rows[:, :, None, None])[:, :, 0, 0], EXACT)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_batch_norm_of_a_uniform_map_is_torchs_on_that_grid(level: int) -> None:
+    """Training statistics of a uniform map are those of the dense network at that stride, at odd sizes too."""
+    dense = torch.randn(2, 3, 13, 18, dtype=torch.float64)
+    lattice = Geometry((2, 2)).uniform(level, 2, (13, 18)).at(2)
+    x = Elements(functional.rows_on(functional.to_elements(dense, lattice), lattice), lattice)
+    ours, theirs = nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
+    expected = theirs(dense[:, :, :: 2**level, :: 2**level])
+    assert_same(functional.to_dense(functional.batch_norm(x, ours), 2**level), expected, EXACT)
+    assert_same(ours.running_mean, theirs.running_mean, EXACT)
+    assert_same(ours.running_var, theirs.running_var, EXACT)
+
+
+@QUICK
+@given(worlds(), st.integers(0, 3))
+def test_global_pooling_is_the_emulation(world: World, stage: int) -> None:
+    """The mean weighs an element by its area in the map; an image of one level is a plain mean of its cells."""
+    x, feature = world.features(3, min(stage, len(world.geometry.strides)))
+    assert_same(functional.global_mean(x), world.emulation.mean(feature), EXACT)
+    assert_same(functional.global_mean(x, keepdim=False), world.emulation.mean(feature)[:, :, 0, 0], EXACT)
+    assert_same(functional.global_max(x), world.emulation.maximum(feature), EXACT)
+
+
+@QUICK
+@given(st.data())
+def test_a_batch_is_its_images_one_by_one(data: st.DataObject) -> None:
+    """Law 5 for every operation: no value of one image depends on another's."""
+    world = data.draw(worlds())
+    step = data.draw(steps(world))
+    dense = torch.randn(world.lattice.batch, 4, *world.size, dtype=torch.float64)
+    weight = torch.randn(4, 4, *step.window.kernel, dtype=torch.float64)
+
+    def run(part: Tensor, lattice: Lattice) -> list[Tensor]:
+        source = lattice.at(step.source)
+        x = Elements(functional.rows_on(functional.to_elements(part, lattice), source), source)
+        conv = functional.conv2d(x, weight, None, step.window, step.target)
+        pool = functional.max_pool2d(x, step.window, step.target)
+        mean = functional.avg_pool2d(x, step.window, step.target)
+        maps = [functional.to_dense(value) for value in (x, conv, pool, mean)]
+        return [*maps, functional.global_mean(conv), functional.global_max(conv)]
+
+    together = run(dense, world.lattice)
+    for image in range(world.lattice.batch):
+        alone = world.geometry.lattice(world.lattice.levels[image : image + 1].long())
+        for found, expected in zip(together, run(dense[image : image + 1], alone), strict=True):
+            finite = expected.isfinite()
+            assert torch.equal(found[image : image + 1].isfinite(), finite)
+            assert_same(found[image : image + 1][finite], expected[finite], EXACT)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_lower_precision_is_the_same_up_to_its_rounding(
+    dtype: torch.dtype, tolerance: float, fill: str, groups: int
+) -> None:
+    """float32 and bfloat16 give the float64 result of the same (rounded) numbers up to their own rounding."""
+    levels = random_levels(2, (13, 18), (2, 2))
+    lattice = Geometry((2, 2), fill=fill).lattice(levels)
+    dense = torch.randn(2, 8, 13, 18).to(dtype)
+    weight, bias = torch.randn(8, 8 // groups, 3, 3).to(dtype), torch.randn(8).to(dtype)
+    same = (1, 1, 1, 1)
+
+    def run(kind: torch.dtype) -> Tensor:
+        x = functional.to_elements(dense.to(kind), lattice)
+        x = functional.conv2d(x, weight.to(kind), bias.to(kind), Window((3, 3), 2, padding=same), 1, groups)
+        x = functional.max_pool2d(x, Window((3, 3), 2, padding=same, spacing=2), 2)
+        x = functional.avg_pool2d(x, Window((3, 3), padding=same, spacing=4), 2)
+        x = functional.batch_norm(x, nn.BatchNorm2d(8).to(kind).train())
+        return torch.cat([functional.to_dense(x).flatten(), functional.global_mean(x).flatten()])
+
+    found = run(dtype)
+    assert found.dtype == dtype
+    assert_same(found.double(), run(torch.float64), tolerance)
+
+
+# -- gradients -----------------------------------------------------------------------------------------
+
+
+def small_world(fill: str) -> World:
+    """Two small images with all levels, cut cells included."""
+    torch.manual_seed(3)
+    levels = random_levels(2, (6, 9), (2, 2), split=0.4)
+    assert set(levels.flatten().tolist()) == {0, 1, 2}
+    geometry = Geometry((2, 2), fill=fill)  # type: ignore[arg-type]
+    return World(geometry.lattice(levels), Emulation(levels, (2, 2), fill), 3)
+
+
+FILLS = pytest.mark.parametrize("fill", ["linear", "nearest"])
+
+
+@FILLS
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_convolution_gradients_are_finite_differences(fill: str, groups: int, stage: int) -> None:
+    """Law 6 for rows, weight and bias, in a stage and in a plain operation after it."""
+    world = small_world(fill)
+    x, _ = world.features(2, 1)
+    window = Window((3, 2), stage, padding=(1, 1, 0, 1), spacing=2)
+    weight = torch.randn(4, 2 // groups, 3, 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def conv(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.conv2d(Elements(rows, x.lattice), weight, bias, window, stage, groups).rows
+
+    assert torch.autograd.gradcheck(conv, (x.rows.detach().requires_grad_(), weight, bias))
+
+
+@FILLS
+@pytest.mark.parametrize(
+    "operation", ["max_pool2d", "avg_pool2d", "to_dense", "batch_norm", "global_mean", "rows_on"]
+)
+def test_other_gradients_are_finite_differences(fill: str, operation: str) -> None:
+    """Law 6 for the operations without weights, and batch norm in training, weighted and not."""
+    world = small_world(fill)
+    x, _ = world.features(2, 1)
+    norm = nn.BatchNorm2d(2).double().train()
+    window = Window((3, 3), 2, padding=(1, 1, 1, 1), spacing=2)
+
+    def run(rows: Tensor) -> Any:
+        value = Elements(rows, x.lattice)
+        if operation == "batch_norm":
+            both = [functional.batch_norm(value, norm, weighted=weighted).rows for weighted in (True, False)]
+            return torch.cat(both)
+        if operation == "rows_on":
+            return functional.rows_on(value, x.lattice.at(2))
+        if operation in ("to_dense", "global_mean"):
+            return getattr(functional, operation)(value)
+        return getattr(functional, operation)(value, window, 2).rows
+
+    assert torch.autograd.gradcheck(run, (x.rows.detach().requires_grad_(),))
+
+
+@QUICK
+@given(st.data())
+def test_gradients_are_those_of_the_emulation(data: st.DataObject) -> None:
+    """Law 6: of a convolution, batch norm and pooling, w.r.t. input, weights and affine parameters."""
+    world = data.draw(worlds())
+    step = data.draw(steps(world))
+    groups = data.draw(st.sampled_from([1, 2]))
+    torch.manual_seed(world.seed)
+    dense = torch.randn(world.lattice.batch, 4, *world.size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4 // groups, *step.window.kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    norm = nn.BatchNorm2d(4).double().train()
+    values = [dense, weight, bias, norm.weight, norm.bias]
+
+    x, feature = world.enter(dense, step.source)
+    found = functional.conv2d(x, weight, bias, step.window, step.target, groups)
+    assume(len(found.lattice) > 4)  # statistics of a handful of values amplify rounding
+    pooled = functional.max_pool2d(
+        functional.batch_norm(found, norm), Window((2, 2), padding=(0, 1, 0, 1)), step.target
+    )
+    expected = emulate_conv(world, feature, weight, bias, step, groups=groups)
+    expected, *_ = world.emulation.batch_norm(expected, norm.weight, norm.bias, norm.eps)
+    expected = world.emulation.max_pool(expected, (2, 2), stage=step.target, padding=(0, 1, 0, 1))
+    ours, theirs = functional.to_dense(pooled), world.emulation.read(expected)
+    direction = torch.randn_like(ours)
+    found_grads = torch.autograd.grad((ours * direction).sum(), values)
+    expected_grads = torch.autograd.grad((theirs * direction).sum(), values)
+    scale = max(float(grad.abs().max()) for grad in expected_grads)
+    for one, other in zip(found_grads, expected_grads, strict=True):
+        assert float((one - other).abs().max()) < EXACT * scale
