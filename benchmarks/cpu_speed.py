@@ -56,7 +56,9 @@ def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, nargs=2, default=(512, 1024))
     parser.add_argument("--fractions", type=float, nargs="+", default=(1.0, 0.5, 0.34, 0.1, 0.0))
     parser.add_argument("--fill", nargs="+", default=("nearest", "linear"))
@@ -68,7 +70,9 @@ def main() -> None:
     x = torch.randn(1, 3, *size).to(memory_format=torch.channels_last)
     dense = {"dense OS 8": backbone(False, True, True), "dense OS 16": backbone(False, False, True)}
     dense["dense OS 32"] = trunk = backbone(False, False, False)
-    sides: dict[str, Callable[[], object]] = {name: lambda model=model: model(x) for name, model in dense.items()}
+    sides: dict[str, Callable[[], object]] = {
+        name: lambda model=model: model(x) for name, model in dense.items()
+    }
     for fill in options.fill:
         net = cs.adaptify(trunk, output_stride=(8, 32), patch="block", fill=fill)
         for fraction in options.fractions:
@@ -80,7 +84,9 @@ def main() -> None:
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))
         return
-    print(f"ResNet-50 backbone, {size[0]}x{size[1]}, float32, folded batch norm, {torch.get_num_threads()} threads")
+    print(
+        f"ResNet-50 backbone, {size[0]}x{size[1]}, float32, folded batch norm, {torch.get_num_threads()} threads"
+    )
     for name, milliseconds in best.items():
         print(f"{name:24} {milliseconds:8.0f} ms   {twin / milliseconds:5.2f}x dense OS 8")
 

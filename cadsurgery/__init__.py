@@ -1,8 +1,8 @@
 """cadsurgery: content-adaptive downsampling for any convolutional network, by model surgery.
 
-    import cadsurgery as cs
-    net = cs.adaptify(model, mask="edges")
-    y = net(x)
+import cadsurgery as cs
+net = cs.adaptify(model, mask="edges")
+y = net(x)
 """
 
 from __future__ import annotations
@@ -37,7 +37,28 @@ _PUBLIC = {
     "UnknownName": "errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "AdaptiveModel",
+    "CadError",
+    "CannotConvert",
+    "Elements",
+    "FileError",
+    "Geometry",
+    "InvalidInput",
+    "Lattice",
+    "MaskProvider",
+    "Plan",
+    "UnknownName",
+    "adaptify",
+    "build_model",
+    "list_masks",
+    "list_models",
+    "load",
+    "mask_provider",
+    "plan",
+    "rule",
+    "save",
+]
 
 if TYPE_CHECKING:
     from cadsurgery.api import adaptify, plan

@@ -12,7 +12,8 @@ from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool
 from cadsurgery.masks.provider import resolve_mask
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.surgery.facts import Facts, observe
-from cadsurgery.surgery.plan import Plan, make_plan
+from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.planner import make_plan
 from cadsurgery.surgery.rewrite import rewrite
 from cadsurgery.surgery.trace import trace
 from cadsurgery.surgery.verify import verify
@@ -109,5 +110,5 @@ def _refuse_barriers(plan: Plan) -> None:
             f"{first.node} ends the region.",
             where=f"{first.path} ({first.operation})",
             why=f"{first.reason}; {plan.cost_of_barriers:.0%} of the MACs run dense after the region.",
-            next='pass strict=False to accept that, or end the region on purpose with region="backbone" or names.',
+            next='pass strict=False to accept that, or end the region on purpose: region="backbone" or names.',
         )

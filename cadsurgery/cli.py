@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from cadsurgery.errors import CadError, FileError, InvalidInput
+from cadsurgery.errors import CadError
 
 if TYPE_CHECKING:  # torch takes seconds to import; commands import what they need when they run
-    from torch import Tensor, nn
-
-    from cadsurgery.model import AdaptiveModel
+    pass
 
 app = typer.Typer(
     help="Give convolutional networks content-adaptive downsampling: full feature resolution where a mask says it "
@@ -27,19 +25,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out, err = Console(), Console(stderr=True)
+# A terminal knows its width; a pipe or file gets lines that need not wrap.
+out, err = (Console(width=None if s.isatty() else 140, file=s, soft_wrap=False) for s in (sys.stdout, sys.stderr))
 
-Model = Annotated[str, typer.Option("--model", "-m", help="torchvision or timm name, module:function, or a converted file")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="torchvision or timm name, module:function, or a converted file")
+]
 Weights = Annotated[str, typer.Option(help="auto, none, a name of weights, or a file")]
-Mask = Annotated[str, typer.Option(help='all, none, random, edges, or with options: "edges:threshold=0.15,dilation=11"')]
-Stride = Annotated[str, typer.Option("--output-stride", metavar="HIGH,LOW", help="e.g. 8,32; default: the network's own range")]
+Mask = Annotated[
+    str, typer.Option(help='all, none, random, edges, or with options: "edges:threshold=0.15,dilation=11"')
+]
+Stride = Annotated[
+    str,
+    typer.Option("--output-stride", metavar="HIGH,LOW", help="e.g. 8,32; default: the network's own range"),
+]
 Region = Annotated[str, typer.Option(help="auto, backbone, or names of modules, separated by commas")]
 Fill = Annotated[str, typer.Option(help="how points inside a cell are read: linear or nearest")]
 Patch = Annotated[str, typer.Option(help="shape of areas kept high: quadtree or block")]
 Anchor = Annotated[str, typer.Option(help="corner, or center to reproduce the published code")]
 Pool = Annotated[str, typer.Option(help="max-pool stages: atrous, or drop as published")]
-ImageOption = Annotated[Path | None, typer.Option("--image", help="image file; default: a generated street scene")]
-Size = Annotated[str, typer.Option(metavar="HxW", help="size of the image; default 512x1024, or the file's own")]
+ImageOption = Annotated[
+    Path | None, typer.Option("--image", help="image file; default: a generated street scene")
+]
+Size = Annotated[
+    str, typer.Option(metavar="HxW", help="size of the image; default 512x1024, or the file's own")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -59,7 +69,9 @@ def convert(
     size: Size = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write")] = None,
     device: Device = "cpu",
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="do not check the laws on an example")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="do not check the laws on an example")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=0, help="timing rounds; 0 to skip timing")] = 3,
     as_json: Json = False,
 ) -> None:
@@ -107,7 +119,9 @@ def mask_command(
     mask: Mask = "edges",
     image: ImageOption = None,
     size: Size = "",
-    model: Annotated[str, typer.Option("--model", "-m", help="take strides, size and normalisation from this network")] = "",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="take strides, size and normalisation from this network")
+    ] = "",
     output_stride: Stride = "8,32",
     patch: Patch = "quadtree",
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
@@ -119,7 +133,8 @@ def mask_command(
     with _steps(as_json) as step:
         step("drawing")
         found = picture_of_mask(mask, image, _size(size), model, _pair(output_stride), patch, output)
-    text = f"active fraction {found['active_fraction']:.3f}, {found['elements']} elements of {found['fine_pixels']}; wrote {output}"
+    kept = f"{found['elements']} elements for {found['fine_pixels']} fine pixels"
+    text = f"active fraction {found['active_fraction']:.3f}, {kept}; wrote {output}"
     _show(found, text, as_json)
 
 
@@ -127,7 +142,9 @@ def mask_command(
 def run(
     file: Annotated[Path, typer.Argument(help="a converted file")],
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the predictions")] = Path("predictions"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the predictions")] = Path(
+        "predictions"
+    ),
     mask: Annotated[str, typer.Option(help="another mask than the file's")] = "",
     size: Annotated[str, typer.Option(metavar="HxW", help="resize images; default: as they are")] = "",
     device: Device = "cpu",
@@ -142,7 +159,8 @@ def run(
         _print_json({"images": rows, "failed": failures})
     else:
         for row in rows:
-            out.print(f"{row['image']}: active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms -> {row['output']}")
+            told = f"active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms"
+            out.print(f"{row['image']}: {told} -> {row['output']}")
         for failure in failures:
             err.print(f"[red]{failure['what']}[/red] {failure.get('why', '')}", highlight=False)
         out.print(f"{len(rows)} done, {len(failures)} failed")
@@ -159,7 +177,9 @@ def macs(
     patch: Patch = "quadtree",
     image: ImageOption = None,
     size: Size = "",
-    rule: Annotated[str, typer.Option(help="conv: multiply-accumulates; published: as the CAD reference code counts")] = "conv",
+    rule: Annotated[
+        str, typer.Option(help="conv: multiply-accumulates; published: as the CAD reference code counts")
+    ] = "conv",
     total: Annotated[bool, typer.Option("--total", help="totals only, no layers")] = False,
     as_json: Json = False,
 ) -> None:
@@ -179,7 +199,9 @@ def list_command(
     pattern: Annotated[str, typer.Argument(help='shell-style, e.g. "*resnet*"')] = "*",
     library: Annotated[str, typer.Option(help="torchvision or timm; default both")] = "",
     masks: Annotated[bool, typer.Option("--masks", help="list mask providers instead")] = False,
-    check: Annotated[bool, typer.Option("--plan", help="build each network and say whether it converts")] = False,
+    check: Annotated[
+        bool, typer.Option("--plan", help="build each network and say whether it converts")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List networks by name, or masks with their options."""
@@ -187,7 +209,10 @@ def list_command(
         from cadsurgery.masks import list_masks
 
         infos = list_masks()
-        lines = [f"[bold]{i.name}[/bold]  {i.summary}  {_described(i.options)}  [dim]{i.source}[/dim]" for i in infos]
+        lines = [
+            f"[bold]{i.name}[/bold]  {i.summary}  {_described(i.options)}  [dim]{i.source}[/dim]"
+            for i in infos
+        ]
         _show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
     from cadsurgery.zoo import list_models
@@ -233,7 +258,9 @@ def main() -> None:
         sys.exit(2)
 
 
-def _options(output_stride: str, region: str, fill: str, patch: str, anchor: str, pool: str) -> dict[str, Any]:
+def _options(
+    output_stride: str, region: str, fill: str, patch: str, anchor: str, pool: str
+) -> dict[str, Any]:
     return {
         "output_stride": _pair(output_stride),
         "region": _names(region),
@@ -250,7 +277,9 @@ def _pair(text: str) -> tuple[int, int] | None:
     try:
         high, low = (int(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not HIGH,LOW such as 8,32", param_hint="--output-stride") from None
+        raise typer.BadParameter(
+            f"{text!r} is not HIGH,LOW such as 8,32", param_hint="--output-stride"
+        ) from None
     return high, low
 
 
@@ -269,7 +298,9 @@ def _names(region: str) -> str | list[str]:
 
 
 def _described(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in options.items())
+    return ", ".join(
+        f"{name}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in options.items()
+    )
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def convert(
     step("converting and verifying" if verify_laws else "converting")
     net = adaptify(original, mask, **options, verify_laws=verify_laws)
     batch = normalise(picture, source).unsqueeze(0).to(where).contiguous(memory_format=torch.channels_last)
-    original.to(where, memory_format=torch.channels_last)
+    original.to(where).to(memory_format=torch.channels_last)
     net.to(where)
     step("counting multiply-accumulates")
     counted = net.macs(batch)
@@ -100,7 +100,9 @@ def _notes(net: AdaptiveModel, counted: MacReport) -> tuple[str, ...]:
     if net.active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
     if net.plan.cost_of_barriers > 0.25:
-        notes.append(f"{net.plan.cost_of_barriers:.0%} of the MACs stay dense after the region and limit the gain.")
+        notes.append(
+            f"{net.plan.cost_of_barriers:.0%} of the MACs stay dense after the region and limit the gain."
+        )
     if counted.rule != "conv":
         notes.append(f"counted with the {counted.rule} rule")
     return tuple(notes)
@@ -122,10 +124,7 @@ def count(
     rule: str,
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
-    if _is_file(model):
-        net = load(model, mask=mask or None)
-    else:
-        net = adaptify(_build(model, "none")[0], mask or "edges", **options, verify_laws=False)
+    net = load(model, mask=mask or None) if _is_file(model) else _quick(model, mask or "edges", options)
     return net.macs(normalise(_picture(image, size), net.source).unsqueeze(0), rule=rule)
 
 
@@ -141,14 +140,11 @@ def picture_of_mask(
     """Draw a mask on an image, for a network or for given strides."""
     picture = _picture(image, size)
     provider = resolve_mask(mask)
-    source: Source | None = None
     if model:
-        net = load(model, mask=mask) if _is_file(model) else adaptify(
-            _build(model, "none")[0], mask, output_stride=output_stride, patch=patch, verify_laws=False  # type: ignore[arg-type]
-        )
-        source = net.source
+        options: dict[str, Any] = {"output_stride": output_stride, "patch": patch}
+        net = load(model, mask=mask) if _is_file(model) else _quick(model, mask, options)
         with torch.inference_mode():
-            net(normalise(picture, source).unsqueeze(0))
+            net(normalise(picture, net.source).unsqueeze(0))
         lattice, stride = net.lattice, net.plan.strides[0]
     else:
         stride, low = output_stride or (8, 32)
@@ -184,7 +180,9 @@ def predict(
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"{output} cannot be created.", why=str(error), next="choose another --output.") from error
+        raise FileError(
+            f"{output} cannot be created.", why=str(error), next="choose another --output."
+        ) from error
     done, failed = [], []
     for position, path in enumerate(paths):
         step(f"{path.name} ({position + 1} of {len(paths)})")
@@ -237,6 +235,11 @@ def _build(model: str, weights: str) -> tuple[nn.Module, Source]:
     return built, source
 
 
+def _quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
+    """A converted network with random weights, unverified: for what depends on its shapes only."""
+    return adaptify(_build(model, "none")[0], mask, **options, verify_laws=False)
+
+
 def _is_file(model: str) -> bool:
     return model.endswith(".safetensors") or Path(model).is_file()
 
@@ -251,7 +254,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InvalidInput(f"{name!r} is not a device.", why=str(error).splitlines()[0], next="use cpu or cuda.") from error
+        raise InvalidInput(
+            f"{name!r} is not a device.", why=str(error).splitlines()[0], next="use cpu or cuda."
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInput("there is no CUDA device here.", next="use --device cpu.")
     return device

@@ -132,11 +132,9 @@ def conv2d(
     else:
         reading = kernel_map(x.lattice, target, window).reading
         rows, table = _extended(x.rows, reading, 0.0), reading.table.to(x.rows.device)
-    if groups == 1:  # taps outermost, so that a row of gathered elements is a row of the matrix
-        weight = weight.permute(0, 2, 3, 1).flatten(1)
-    else:
-        weight = weight.flatten(2).unsqueeze(3)
-    return Elements(_GatherConv.apply(rows, weight, bias, table, groups), target)
+    # Ungrouped: taps outermost, so that a row of gathered elements is a row of the matrix.
+    kernel = weight.permute(0, 2, 3, 1).flatten(1) if groups == 1 else weight.flatten(2).unsqueeze(3)
+    return Elements(_GatherConv.apply(rows, kernel, bias, table, groups), target)
 
 
 def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
@@ -180,7 +178,9 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool = True) -> E
     """
     use_batch = norm.training or norm.running_mean is None or norm.running_var is None
     if not use_batch:
-        rows = F.batch_norm(x.rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        rows = F.batch_norm(
+            x.rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+        )
         return Elements(rows, x.lattice)
     if weighted:
         share = x.lattice.weights / x.lattice.weights.sum()
@@ -234,7 +234,9 @@ def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, cou
 
 def _pool_map(x: Elements, window: Window, stage: int) -> tuple[Lattice, KernelMap]:
     target = x.lattice.at(stage, window.output_size(x.lattice.size))
-    return target, kernel_map(x.lattice, target, window, drop=target.geometry.pool == "drop" and window.stride > 1)
+    return target, kernel_map(
+        x.lattice, target, window, drop=target.geometry.pool == "drop" and window.stride > 1
+    )
 
 
 def _extended(rows: Tensor, reading: Reading, padding: float) -> Tensor:
@@ -245,7 +247,9 @@ def _extended(rows: Tensor, reading: Reading, padding: float) -> Tensor:
     parts = [rows, rows.new_full((1, rows.shape[1]), padding)]
     if halo:
         mix = reading.mix.to(rows)
-        parts.append(F.embedding_bag(reading.sources.to(rows.device), rows, per_sample_weights=mix, mode="sum"))
+        parts.append(
+            F.embedding_bag(reading.sources.to(rows.device), rows, per_sample_weights=mix, mode="sum")
+        )
     return torch.cat(parts)
 
 
@@ -278,7 +282,9 @@ def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int)
     # Grouped: the gathered rows are the image of a convolution whose kernel and stride are the taps.
     count, taps, channels = block.shape
     image = block.view(1, count * taps, 1, channels).permute(0, 3, 1, 2)
-    return F.conv2d(image, weight, bias, stride=(taps, 1), groups=groups).permute(0, 2, 3, 1).reshape(count, -1)
+    return (
+        F.conv2d(image, weight, bias, stride=(taps, 1), groups=groups).permute(0, 2, 3, 1).reshape(count, -1)
+    )
 
 
 class _GatherConv(torch.autograd.Function):
@@ -306,7 +312,7 @@ class _GatherConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, table = ctx.saved_tensors
+        rows, weight, _, table = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_rows = torch.zeros_like(rows) if needs[0] else None
         grad_weight = torch.zeros_like(weight) if needs[1] else None
@@ -344,7 +350,10 @@ def _dense_conv2d(
     image = x.rows.view(x.lattice.batch, height, width, -1).permute(0, 3, 1, 2)
     # Padding below and to the right that the last output needs, whatever the network's own padding says.
     reach_y, reach_x = dilation_y * (window.kernel[0] - 1) + 1, dilation_x * (window.kernel[1] - 1) + 1
-    bottom, right = (rows - 1) * stride + reach_y - height - top, (columns - 1) * stride + reach_x - width - left
+    bottom, right = (
+        (rows - 1) * stride + reach_y - height - top,
+        (columns - 1) * stride + reach_x - width - left,
+    )
     padding = (top, left)
     if not (0 <= top - bottom < stride and 0 <= left - right < stride):
         image, padding = F.pad(image, (left, right, top, bottom)), (0, 0)

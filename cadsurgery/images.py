@@ -31,7 +31,9 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise FileError(f"{path} cannot be read as an image.", why=str(error), next="give a PNG or JPEG.") from error
+        raise FileError(
+            f"{path} cannot be read as an image.", why=str(error), next="give a PNG or JPEG."
+        ) from error
     if size is not None:
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255
@@ -47,10 +49,14 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise FileError(f"there is no file or folder {path}.", next="check the path.")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = (
+            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        )
         found.extend(inside)
     if not found:
-        raise FileError("there are no images in " + ", ".join(map(str, paths)), next=f"accepted: {', '.join(SUFFIXES)}.")
+        raise FileError(
+            "there are no images in " + ", ".join(map(str, paths)), next=f"accepted: {', '.join(SUFFIXES)}."
+        )
     return found
 
 
@@ -62,46 +68,68 @@ def normalise(image: Tensor, source: Source | None) -> Tensor:
     return (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
+SCENE_CLASSES = ("sky", "building", "ground", "road", "pole", "car")
+
+
 def street_scene(height: int = 512, width: int = 1024, seed: int = 0) -> Tensor:
     """A generated street scene, (3, H, W) float32 in 0..1: smooth areas, edges and thin structures."""
+    return labelled_scene(height, width, seed)[0]
+
+
+def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A generated street scene and its labels (H, W), int64 indices into `SCENE_CLASSES`."""
     random = np.random.default_rng(seed)
     rows = np.linspace(0, 1, height)[:, None, None]
     sky = np.array([150, 185, 225]) * (1 - rows) + np.array([225, 232, 238]) * rows
     canvas = Image.fromarray(np.broadcast_to(sky, (height, width, 3)).astype(np.uint8))
-    draw = ImageDraw.Draw(canvas)
-    horizon = int(0.45 * height)
+    classes = Image.new("L", (width, height), 0)
+    on_canvas, on_classes = ImageDraw.Draw(canvas), ImageDraw.Draw(classes)
+
+    def paint(shape: str, box: Sequence[object], colour: tuple[int, ...], name: str, **options: int) -> None:
+        getattr(on_canvas, shape)(box, fill=colour, **options)
+        getattr(on_classes, shape)(box, fill=SCENE_CLASSES.index(name), **options)
+
+    def shade(low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(value) for value in random.integers(low, high, 3))
+
+    horizon, ground = int(0.45 * height), int(0.5 * height)
     left = 0
     while left < width:
         wide, tall = int(width * random.uniform(0.08, 0.18)), int(height * random.uniform(0.15, 0.38))
-        shade = tuple(int(v) for v in random.integers(90, 190, 3))
-        draw.rectangle((left, horizon - tall, left + wide, horizon + height // 20), fill=shade)
+        wall = shade(90, 190)
+        window = tuple(max(0, value - 60) for value in wall)
+        paint("rectangle", (left, horizon - tall, left + wide, ground), wall, "building")
         step_x, step_y = max(8, wide // 6), max(8, height // 18)
         for x in range(left + step_x // 2, left + wide - step_x // 2, step_x):
             for y in range(horizon - tall + step_y // 2, horizon - step_y // 2, step_y):
-                draw.rectangle((x, y, x + step_x // 2, y + step_y // 2), fill=tuple(max(0, v - 60) for v in shade))
+                paint("rectangle", (x, y, x + step_x // 2, y + step_y // 2), window, "building")
         left += wide
-    draw.rectangle((0, horizon + height // 20, width, height), fill=(120, 118, 112))
-    road = [(0.42 * width, horizon), (0.58 * width, horizon), (0.98 * width, height), (0.02 * width, height)]
-    draw.polygon(road, fill=(78, 80, 84))
+    paint("rectangle", (0, ground, width, height), (120, 118, 112), "ground")
+    corners = [(0.42 * width, horizon), (0.58 * width, horizon), (0.98 * width, height), (0.02 * width, height)]
+    paint("polygon", corners, (78, 80, 84), "road")
     for part in np.linspace(0.05, 0.95, 7):
         y, half = horizon + part * (height - horizon), 1 + 5 * part * width / 1024
-        draw.rectangle((width / 2 - half, y, width / 2 + half, y + 0.05 * height * part), fill=(235, 235, 225))
+        box = (width / 2 - half, y, width / 2 + half, y + 0.05 * height * part)
+        paint("rectangle", box, (235, 235, 225), "road")
     for side in (0.2, 0.33, 0.71, 0.86):
-        x, base = int(side * width), horizon + int(0.12 * height)
-        draw.line((x, base, x, base - int(0.32 * height)), fill=(45, 45, 48), width=max(1, width // 300))
-        radius = height // 40
-        draw.ellipse((x - radius, base - int(0.36 * height), x + radius, base - int(0.3 * height)), fill=(190, 40, 40))
+        x, base = int((side + random.uniform(-0.05, 0.05)) * width), horizon + int(0.12 * height)
+        paint("line", (x, base, x, base - int(0.32 * height)), (45, 45, 48), "pole", width=max(1, width // 250))
+        radius, top = height // 40, base - int(0.36 * height)
+        paint("ellipse", (x - radius, top, x + radius, top + 2 * radius), (190, 40, 40), "pole")
     for car in range(4):
-        x, y = int((0.15 + 0.22 * car) * width), horizon + int((0.16 + 0.07 * (car % 2)) * height)
+        x = int((0.15 + 0.22 * car + random.uniform(-0.06, 0.06)) * width)
+        y = horizon + int((0.14 + random.uniform(0, 0.2)) * height)
         wide, tall = int(0.09 * width), int(0.08 * height)
-        draw.rectangle((x, y, x + wide, y + tall), fill=tuple(int(v) for v in random.integers(30, 220, 3)))
-        draw.rectangle((x + wide // 5, y - tall // 2, x + 4 * wide // 5, y), fill=(60, 70, 85))
+        paint("rectangle", (x, y, x + wide, y + tall), shade(30, 220), "car")
+        paint("rectangle", (x + wide // 5, y - tall // 2, x + 4 * wide // 5, y), (60, 70, 85), "car")
         for wheel in (0.2, 0.75):
-            cx = x + int(wheel * wide)
-            draw.ellipse((cx - tall // 4, y + tall - tall // 4, cx + tall // 4, y + tall + tall // 4), fill=(20, 20, 20))
-    scene = np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32)
-    scene = scene + random.normal(0, 1.5, scene.shape)
-    return torch.from_numpy(scene.clip(0, 255) / 255).permute(2, 0, 1).float()
+            middle, radius = x + int(wheel * wide), tall // 4
+            box = (middle - radius, y + tall - radius, middle + radius, y + tall + radius)
+            paint("ellipse", box, (20, 20, 20), "car")
+    smooth = np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float64)
+    pixels = (smooth + random.normal(0, 1.5, smooth.shape)).clip(0, 255) / 255
+    labels = torch.from_numpy(np.array(classes, dtype=np.int64))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float(), labels
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
@@ -116,4 +144,6 @@ def write_png(picture: Image.Image, path: Path) -> None:
             picture.save(file, "PNG")
         os.replace(temporary, path)
     except OSError as error:
-        raise FileError(f"{path} cannot be written.", why=str(error), next="choose a folder you may write to.") from error
+        raise FileError(
+            f"{path} cannot be written.", why=str(error), next="choose a folder you may write to."
+        ) from error

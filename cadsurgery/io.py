@@ -97,7 +97,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
         mask = levels if levels is not None else metadata["mask"]
     if mask is None:
         raise FileError(
-            f"{path} was saved with {_NO_MASK}.", next='give one: cs.load(path, mask="edges" or your function).'
+            f"{path} was saved with {_NO_MASK}.",
+            next='give one: cs.load(path, mask="edges" or your function).',
         )
     source = Source.from_dict(metadata["source"]) if metadata["source"] else None
     if model is None:
@@ -111,7 +112,9 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
     stored = Plan.from_json(metadata["plan"])
     options = dict(metadata["options"])
     options["output_stride"] = tuple(options["output_stride"])
-    example = torch.zeros(stored.example_shape, dtype=next((p.dtype for p in model.parameters()), torch.float32))
+    example = torch.zeros(
+        stored.example_shape, dtype=next((p.dtype for p in model.parameters()), torch.float32)
+    )
     net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
     if net.plan != stored:
         raise FileError(
@@ -121,7 +124,11 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
             next="pass the model it was converted from, or convert again.",
         )
     known = net.state_dict().keys()  # parameters of a mask that was replaced have no place
-    tensors = {name: value for name, value in tensors.items() if name in known or not name.startswith("_mask_provider.")}
+    tensors = {
+        name: value
+        for name, value in tensors.items()
+        if name in known or not name.startswith("_mask_provider.")
+    }
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
@@ -188,5 +195,7 @@ def _listed(versions: dict[str, str]) -> str:
 def _first_difference(plan: Plan, stored: Plan) -> str:
     for ours, theirs in zip(plan.decisions, stored.decisions, strict=False):
         if ours != theirs:
-            return f"{theirs.node} ({theirs.operation}): stored {theirs.action}, now {ours.node} {ours.action}"
+            return (
+                f"{theirs.node} ({theirs.operation}): stored {theirs.action}, now {ours.node} {ours.action}"
+            )
     return f"{len(stored.decisions)} decisions stored, {len(plan.decisions)} now"

@@ -164,8 +164,12 @@ def _build(source: Lattice, target: Lattice, window: Window, drop: bool) -> Kern
     side = source.side_map.flatten()[anchor]
     shift = side // 2 if source.geometry.anchor == "center" else torch.zeros_like(side)
     top, bottom, left, right = window.padding
-    rows, row_in, row_counted = _axis(y, window.kernel[0], window.dilation[0], top, bottom, window, height, shift)
-    columns, col_in, col_counted = _axis(x, window.kernel[1], window.dilation[1], left, right, window, width, shift)
+    rows, row_in, row_counted = _axis(
+        y, window.kernel[0], window.dilation[0], top, bottom, window, height, shift
+    )
+    columns, col_in, col_counted = _axis(
+        x, window.kernel[1], window.dilation[1], left, right, window, width, shift
+    )
     points = ((image * height)[:, None, None] + rows[:, :, None]) * width + columns[:, None, :]
     inside = (row_in[:, :, None] & col_in[:, None, :]).flatten(1)
     counted = (row_counted[:, :, None] & col_counted[:, None, :]).flatten(1)
@@ -179,7 +183,14 @@ def _build(source: Lattice, target: Lattice, window: Window, drop: bool) -> Kern
 
 
 def _axis(
-    anchor: Tensor, kernel: int, dilation: int, before: int, after: int, window: Window, length: int, shift: Tensor
+    anchor: Tensor,
+    kernel: int,
+    dilation: int,
+    before: int,
+    after: int,
+    window: Window,
+    length: int,
+    shift: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positions (N, kernel) of the taps along one axis, whether they are inside, whether they count.
 

@@ -62,7 +62,8 @@ class Geometry:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InvalidInput(
-                    f"{name}={getattr(self, name)!r} is not a choice.", next=f"use one of {', '.join(allowed)}."
+                    f"{name}={getattr(self, name)!r} is not a choice.",
+                    next=f"use one of {', '.join(allowed)}.",
                 )
         if self.anchor == "center" and self.fill != "nearest":
             raise InvalidInput(
@@ -99,11 +100,20 @@ class Geometry:
                 why=f"levels are 0 (keep high) to {self.max_level} (downsample everything).",
                 next=f"clamp it, e.g. levels.clamp(0, {self.max_level}).",
             )
-        return Lattice(Pyramid(legalise(levels, self), self), len(self.strides), (levels.shape[1], levels.shape[2]))
+        return Lattice(
+            Pyramid(legalise(levels, self), self), len(self.strides), (levels.shape[1], levels.shape[2])
+        )
 
-    def uniform(self, level: int, batch: int, size: tuple[int, int], device: torch.device | None = None) -> Lattice:
+    def uniform(
+        self, level: int, batch: int, size: tuple[int, int], device: torch.device | str = "cpu"
+    ) -> Lattice:
         """A lattice with one level everywhere on a fine map of `size` (height, width)."""
         return self.lattice(torch.full((batch, *size), level, dtype=torch.int8, device=device))
+
+    def uniform_like(self, features: Tensor, level: int) -> Lattice:
+        """The uniform lattice for a fine map (B, C, H, W); of real values even if the map has none."""
+        batch, _, height, width = features.shape
+        return self.uniform(level, batch, (height, width), "cpu" if features.is_meta else features.device)
 
 
 def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
@@ -276,7 +286,9 @@ class Lattice:
         """(B, N) float64: `weights` of each image's own elements, normalised to sum to one per image."""
         height, width = self.size
         rows = torch.zeros(self.batch, len(self), dtype=torch.float64, device=self.levels.device)
-        rows[self.coordinates[0], torch.arange(len(self), device=rows.device)] = self.weights / (height * width)
+        rows[self.coordinates[0], torch.arange(len(self), device=rows.device)] = self.weights / (
+            height * width
+        )
         return rows
 
     @_derived

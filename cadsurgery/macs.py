@@ -8,7 +8,6 @@ operations are counted by torch's FlopCounterMode. Interpolated halo rows are me
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +21,7 @@ from cadsurgery.functional import Elements
 from cadsurgery.lattice import Lattice
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import resolve_mask
-from cadsurgery.surgery.plan import BACKBONE_NAMES
+from cadsurgery.surgery.planner import BACKBONE_NAMES
 
 if TYPE_CHECKING:
     from cadsurgery.model import AdaptiveModel
@@ -107,13 +106,19 @@ def count_macs(
         found.append(masking(image, torch.empty(features.shape, device=image.device)))
         return found[0]
 
-    def uniform(level: int) -> Callable[[Tensor, Tensor], Lattice]:
-        return lambda _, features: net.geometry.uniform(level, features.shape[0], tuple(features.shape[2:]))
-
     ghost = _ghost(net)
-    bound = net.bind(*(_to_meta(value) for value in args), **{key: _to_meta(value) for key, value in kwargs.items()})
+    bound = net.bind(
+        *(_to_meta(value) for value in args), **{key: _to_meta(value) for key, value in kwargs.items()}
+    )
     counts = []
-    for chosen in (masked, uniform(0), uniform(net.geometry.max_level)):
+
+    def high(_: Tensor, features: Tensor) -> Lattice:
+        return net.geometry.uniform_like(features, 0)
+
+    def low(_: Tensor, features: Tensor) -> Lattice:
+        return net.geometry.uniform_like(features, net.geometry.max_level)
+
+    for chosen in (masked, high, low):
         counter = _Counter(ghost, rule)
         with torch.no_grad(), counter.flops:
             counter.run(chosen, *bound.values())
@@ -184,7 +189,8 @@ class _Counter(fx.Interpreter):
         """Counting of the reference code: the backbone's convolutions with bias, batch norm 2 and ReLU 1 per
         value, max-pooling its input; a strided k x k convolution runs before the subsampling."""
         if n.target is functional.conv2d:
-            window, source = n.kwargs["window"], self._operand(n, 0).lattice
+            window: Any = n.kwargs["window"]
+            source = self._operand(n, 0).lattice
             lattice = value.lattice if window.taps == 1 else source.at(source.stage, value.lattice.size)
             weight, bias = self._operand(n, 1), n.args[2] if len(n.args) > 2 else n.kwargs.get("bias")
             return len(lattice) * (weight.numel() + (weight.shape[0] if bias is not None else 0))
@@ -207,7 +213,7 @@ class _Counter(fx.Interpreter):
 
     def _operand(self, n: fx.Node, position: int) -> Any:
         names = ("x", "weight")
-        node = n.args[position] if len(n.args) > position else n.kwargs[names[position]]
+        node: Any = n.args[position] if len(n.args) > position else n.kwargs[names[position]]
         return self.env[node]
 
 

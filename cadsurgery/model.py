@@ -25,12 +25,16 @@ class AdaptiveModel(nn.Module):
     `active_fraction` tell what was kept; `checks` holds the laws verified when it was made.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, plan: Plan, geometry: Geometry, mask: object) -> None:
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, plan: Plan, geometry: Geometry, mask: object
+    ) -> None:
         """Take over the modules of `model`; use `cadsurgery.adaptify` to get one."""
         super().__init__()
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             getattr(self, kind).update(getattr(model, kind))
-        constants = {name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")}
+        constants = {
+            name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")
+        }
         self._surgery: dict[str, Any] = {
             "graph": graph,
             "plan": plan,
@@ -144,7 +148,7 @@ class AdaptiveModel(nn.Module):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "_run"}  # type: ignore[misc]
+        return {key: value for key, value in super().__getstate__().items() if key != "_run"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -192,7 +196,8 @@ def _check_image(image: Any) -> None:
         )
     if 0 in image.shape:
         raise InvalidInput(
-            f"the image has size zero: {tuple(image.shape)}.", next="give at least one image of at least one pixel."
+            f"the image has size zero: {tuple(image.shape)}.",
+            next="give at least one image of at least one pixel.",
         )
     if not torch.compiler.is_compiling() and image.device.type != "meta" and not image.isfinite().all():
         bad = int((~image.isfinite()).sum())

@@ -77,11 +77,15 @@ class ConversionReport:
 
     def render(self) -> RenderableType:
         """The report for a terminal."""
-        parts: list[RenderableType] = [Text(f"{self.model}, {self.weights}", style="bold red" if self.random else "bold")]
+        parts: list[RenderableType] = [
+            Text(f"{self.model}, {self.weights}", style="bold red" if self.random else "bold")
+        ]
         parts.append(Text(self.plan.summary()))
         parts.append(Text(f"adapted: {', '.join(d.node for d in self.plan.chosen('adapt'))}", style="dim"))
         size = f"{self.image[2]}x{self.image[3]}"
-        table = Table(title=f"{self.image[0]} image of {size}, mask {self.mask}, on {self.device}", title_justify="left")
+        table = Table(
+            title=f"{self.image[0]} image of {size}, mask {self.mask}, on {self.device}", title_justify="left"
+        )
         for column in ("network", "MACs", "of high", "ms", "of high"):
             table.add_column(column, justify="left" if column == "network" else "right")
         high = next(side for side in self.sides if "high" in side.name)
@@ -112,23 +116,30 @@ def render_checks(checks: Sequence[Check]) -> RenderableType:
 
 
 def render_plan(plan: Plan, *, all_nodes: bool = False) -> RenderableType:
-    """The plan as a table; without `all_nodes`, dense nodes before the region are left out."""
+    """The plan as a table; without `all_nodes`, dense nodes before the region are left out.
+
+    Why an operation of the region is exact is told once per operation, below the table.
+    """
     table = Table(title_justify="left")
     for column in ("node", "operation", "action", "output stride", "MACs", "reason"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("action", "MACs"))
+        table.add_column(column, overflow="fold", justify="right" if column == "MACs" else "left")
     styles = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}
+    reasons: dict[str, str] = {}
     for decision in plan.decisions:
         if decision.action == "dense" and not all_nodes:
             continue
+        if inside := decision.action in ("adapt", "keep"):
+            reasons.setdefault(decision.operation.partition(" ")[0], decision.reason)
         table.add_row(
             decision.node,
             decision.operation,
             Text(decision.action, style=styles.get(decision.action, "dim")),
             plan.stride_text(decision),
             f"{decision.macs:.2e}" if decision.macs else "",
-            decision.reason,
+            "" if inside else decision.reason,
         )
-    return Group(Text(plan.summary()), table)
+    told = Text("\n".join(f"{operation}: {reason}" for operation, reason in reasons.items()), style="dim")
+    return Group(Text(plan.summary()), table, told)
 
 
 def render_macs(report: MacReport, *, layers: bool = True) -> RenderableType:
@@ -143,5 +154,7 @@ def render_macs(report: MacReport, *, layers: bool = True) -> RenderableType:
         )
     table.add_section()
     total = f"{report.mask / report.high:.2f}" if report.high else "-"
-    table.add_row("total", "", f"{report.mask:.4e}", f"{report.high:.4e}", f"{report.low:.4e}", total, style="bold")
+    table.add_row(
+        "total", "", f"{report.mask:.4e}", f"{report.high:.4e}", f"{report.low:.4e}", total, style="bold"
+    )
     return table

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int = 3, warmup: int = 1) -> dict[str, float]:
+def interleaved(
+    sides: Mapping[str, Callable[[], object]], rounds: int = 3, warmup: int = 1
+) -> dict[str, float]:
     """Best time of each side in milliseconds.
 
     Each round runs every side once, in turn, so that a change of the machine's speed meets all of them.

@@ -17,7 +17,9 @@ from cadsurgery.lattice import Lattice
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
 
 
-def mask_figure(image: Tensor, lattice: Lattice, output_stride: int, item: int = 0, title: str = "") -> Figure:
+def mask_figure(
+    image: Tensor, lattice: Lattice, output_stride: int, item: int = 0, title: str = ""
+) -> Figure:
     """Image, level map and lattice overlay side by side.
 
     Args:
@@ -72,7 +74,9 @@ def class_picture(prediction: Tensor) -> Image.Image:
     picture = Image.fromarray(classes, mode="P")
     palette = [0, 0, 0]
     for index in range(1, 256):
-        red, green, blue = colorsys.hsv_to_rgb(index * 0.618 % 1, 0.65 + 0.3 * (index % 2), 0.95 - 0.25 * (index % 3))
+        red, green, blue = colorsys.hsv_to_rgb(
+            index * 0.618 % 1, 0.65 + 0.3 * (index % 2), 0.95 - 0.25 * (index % 3)
+        )
         palette += [int(255 * red), int(255 * green), int(255 * blue)]
     picture.putpalette(palette)
     return picture

@@ -23,7 +23,19 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # network so that it can be built again without its weights.
 _DECISIVE = ("aux_loss", "aux_logits", "transform_input")
 # Networks of torchvision that take no plain image batch, by a part of their name.
-_NO_IMAGE_BATCH = ("rcnn", "retinanet", "fcos", "ssd", "raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit")
+_NO_IMAGE_BATCH = (
+    "rcnn",
+    "retinanet",
+    "fcos",
+    "ssd",
+    "raft",
+    "quantized",
+    "r3d",
+    "mc3",
+    "r2plus1d",
+    "s3d",
+    "mvit",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,9 @@ def build_model(name: str, weights: str = "auto", **kwargs: Any) -> nn.Module:
     else:
         build = _timm_builder(name)
     path = Path(weights)
-    if weights not in ("auto", "none") and (path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.exists()):
+    if weights not in ("auto", "none") and (
+        path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.exists()
+    ):
         model, source = build("none", kwargs)
         _load_weights(model, path)
         source = Source(**{**vars(source), "weights": str(path), "note": f"weights from {path}"})
@@ -115,7 +129,9 @@ def list_models(pattern: str = "*", library: str = "") -> list[str]:
 def _torchvision_names() -> list[str]:
     import torchvision
 
-    return [name for name in torchvision.models.list_models() if not any(part in name for part in _NO_IMAGE_BATCH)]
+    return [
+        name for name in torchvision.models.list_models() if not any(part in name for part in _NO_IMAGE_BATCH)
+    ]
 
 
 Builder = Callable[[str, dict[str, Any]], tuple[nn.Module, Source]]
@@ -127,7 +143,9 @@ def _torchvision_builder(name: str) -> Builder:
     if name not in torchvision.models.list_models():
         raise UnknownName("torchvision network", name, torchvision.models.list_models())
     builder = torchvision.models.get_model_builder(name)
-    no_backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    no_backbone = (
+        {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    )
     described = f"torchvision:{name}"
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
@@ -135,10 +153,14 @@ def _torchvision_builder(name: str) -> Builder:
         if weights != "none":
             known = list(torchvision.models.get_model_weights(name))
             if weights != "auto" and weights not in [entry.name for entry in known]:
-                raise UnknownName(f"weights of {name}", weights, [entry.name for entry in known] + ["auto", "none"])
+                raise UnknownName(
+                    f"weights of {name}", weights, [entry.name for entry in known] + ["auto", "none"]
+                )
             entry = next((e for e in known if e.name == weights), known[-1] if known else None)
             if entry is not None:
-                model, problem = _try_weights(lambda: builder(weights=entry, **kwargs), weights, f"{name} {entry.name}")
+                model, problem = _try_weights(
+                    lambda: builder(weights=entry, **kwargs), weights, f"{name} {entry.name}"
+                )
                 if model is not None:
                     rebuilt = {**_classes(entry), **_decisions(model, builder), **kwargs}
                     return model, Source(described, rebuilt, entry.name, f"pretrained weights {entry.name}")
@@ -168,7 +190,9 @@ def _timm_builder(name: str) -> Builder:
 
     plain = name.partition(".")[0]
     if not timm.is_model(plain):
-        raise UnknownName("network", name, {*_torchvision_names(), *timm.list_models()}, next="cadsurgery list PATTERN")
+        raise UnknownName(
+            "network", name, {*_torchvision_names(), *timm.list_models()}, next="cadsurgery list PATTERN"
+        )
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         chosen, note, tag = None, "weights are random (asked for)", "random"
@@ -176,22 +200,30 @@ def _timm_builder(name: str) -> Builder:
             tags = timm.list_pretrained(f"{plain}.*") + ([plain] if timm.is_model_pretrained(plain) else [])
             full = name if weights == "auto" else f"{plain}.{weights}"
             if weights != "auto" and full not in tags:
-                raise UnknownName(f"weights of {plain}", weights, [t.partition(".")[2] for t in tags if "." in t])
+                raise UnknownName(
+                    f"weights of {plain}", weights, [t.partition(".")[2] for t in tags if "." in t]
+                )
             if tags:
                 with _timm_offline_if_needed():
                     chosen, problem = _try_weights(
                         lambda: timm.create_model(full, pretrained=True, **kwargs), weights, full
                     )
-                tag = str(chosen.pretrained_cfg.get("tag") or "default") if chosen is not None else tag
+                tag = str(_config(chosen).get("tag") or "default") if chosen is not None else tag
                 note = f"pretrained weights {tag}" if chosen is not None else f"weights are RANDOM: {problem}"
             else:
                 note = "weights are RANDOM: timm has none for this network"
         model = chosen if chosen is not None else timm.create_model(plain, pretrained=False, **kwargs)
-        config = getattr(model, "pretrained_cfg", None) or {}
+        config = _config(model)
         mean, std = tuple(config.get("mean") or IMAGENET_MEAN), tuple(config.get("std") or IMAGENET_STD)
         return model, Source(f"timm:{plain}", kwargs, tag, note, mean, std)
 
     return build
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """timm's description of a network's weights."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    return dict(config or {})
 
 
 def _function_builder(module: str, function: str) -> Builder:
@@ -204,11 +236,14 @@ def _function_builder(module: str, function: str) -> Builder:
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         if weights not in ("auto", "none"):
-            raise FileError(f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file.")
+            raise FileError(
+                f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file."
+            )
         model = builder(**kwargs)
         if not isinstance(model, nn.Module):
             raise InvalidInput(
-                f"{module}:{function} returned {type(model).__name__}.", next="it must return a torch.nn.Module."
+                f"{module}:{function} returned {type(model).__name__}.",
+                next="it must return a torch.nn.Module.",
             )
         return model, Source(f"{module}:{function}", kwargs, "own", "weights as the function made them")
 

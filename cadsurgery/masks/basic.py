@@ -17,6 +17,7 @@ class UniformMask(MaskProvider):
     high: bool = True
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """Level 0 or the lowest."""
         level = 0 if self.high else grid.max_level
         return torch.full((grid.batch, *grid.size), level, dtype=torch.int8, device=features.device)
 

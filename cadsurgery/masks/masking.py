@@ -20,6 +20,7 @@ class Masking:
     output_stride: int
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
+        """The lattice for an image (B, C, H, W) whose fine map is `features`."""
         size = (features.shape[2], features.shape[3])
         grid = Grid(features.shape[0], size, self.output_stride, self.geometry.max_level)
         with torch.no_grad():

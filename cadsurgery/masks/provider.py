@@ -126,9 +126,13 @@ def _parse(text: str) -> MaskProvider:
     for part in filter(None, (part.strip() for part in rest.split(","))):
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if option not in known:
-            raise UnknownName(f"option of mask {name!r}", option, known, next=f"e.g. {name}:{_example(known)}")
+            raise UnknownName(
+                f"option of mask {name!r}", option, known, next=f"e.g. {name}:{_example(known)}"
+            )
         if not equals or not value:
-            raise InvalidInput(f"option {option!r} of mask {name!r} has no value.", next=f"write {option}=VALUE.")
+            raise InvalidInput(
+                f"option {option!r} of mask {name!r} has no value.", next=f"write {option}=VALUE."
+            )
         options[option] = _value(name, option, value, known[option])
     return _PROVIDERS[name](**options)
 
@@ -144,7 +148,9 @@ def _value(mask: str, option: str, text: str, default: Any) -> Any:
             next=f"write e.g. {option}={_format(default)}.",
         ) from None
     if len(values) > 1 and not isinstance(default, tuple):
-        raise InvalidInput(f"option {option!r} of mask {mask!r} takes one value.", next=f"write {option}={values[0]}.")
+        raise InvalidInput(
+            f"option {option!r} of mask {mask!r} takes one value.", next=f"write {option}={values[0]}."
+        )
     return values if isinstance(default, tuple) else values[0]
 
 

@@ -214,5 +214,6 @@ def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
     return frozenset(
         node
         for node, spacing in flow.grown.items()
-        if node in region.needed and region.needed.get(flow.maps(node)[0], spacing) < min(spacing, region.strides[-1])
+        if node in region.needed
+        and region.needed.get(flow.maps(node)[0], spacing) < min(spacing, region.strides[-1])
     )

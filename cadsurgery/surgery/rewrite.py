@@ -99,11 +99,12 @@ class Rewriter:
     def copy(self, node: fx.Node, treatment: Treatment) -> None:
         """A node that stays dense. What asks for the size of elements gets the network's own size."""
         source = node.args[0] if node.args else None
-        if treatment.kind == "shape" and isinstance(source, fx.Node) and source in self.elements:
-            if source not in self.dense:
-                self.dense[node] = self.shape_of(node, source)
-                return
-        if treatment.kind == "broadcast" and isinstance(source, fx.Node):
+        if not isinstance(source, fx.Node):
+            source = None
+        if treatment.kind == "shape" and source in self.elements and source not in self.dense:
+            self.dense[node] = self.shape_of(node, source)
+            return
+        if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source
         self.dense[node] = self.graph.node_copy(node, self.as_dense)
 
@@ -168,7 +169,10 @@ class Rewriter:
 
         on_rows = self.graph.node_copy(node, rows)
         if node.target in (torch.cat, torch.concat, torch.concatenate):
-            on_rows.args, on_rows.kwargs = (on_rows.args[0] if on_rows.args else on_rows.kwargs["tensors"], 1), {}
+            on_rows.args, on_rows.kwargs = (
+                (on_rows.args[0] if on_rows.args else on_rows.kwargs["tensors"], 1),
+                {},
+            )
         return self.call(functional.Elements, on_rows, lattice)
 
     def enters(self, source: fx.Node) -> bool:

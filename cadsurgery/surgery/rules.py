@@ -170,7 +170,12 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     if given.get("return_indices"):
         return barrier("its indices refer to a dense map")
     window = _window(
-        given["kernel_size"], given["stride"], given["padding"], given["dilation"], "zeros", given["ceil_mode"]
+        given["kernel_size"],
+        given["stride"],
+        given["padding"],
+        given["dilation"],
+        "zeros",
+        given["ceil_mode"],
     )
     return _windowed("max_pool2d", _why(max_pooling), window)
 
@@ -185,12 +190,20 @@ def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
-    defaults = {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+    defaults: dict[str, Any] = {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
     defaults |= {"count_include_pad": True, "divisor_override": None}
     if node.op == "call_module":
         given = {**defaults, **vars(facts.module(node))}
     elif node.target is F.avg_pool2d:
-        names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        names = (
+            "input",
+            "kernel_size",
+            "stride",
+            "padding",
+            "ceil_mode",
+            "count_include_pad",
+            "divisor_override",
+        )
         given = {**defaults, "stride": None, **_arguments(node, *names)}
     else:
         names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -214,8 +227,29 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(
-    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign),
+    *(
+        nn.Identity,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.LeakyReLU,
+        nn.PReLU,
+        nn.ELU,
+        nn.CELU,
+        nn.SELU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Mish,
+    ),
+    *(
+        nn.Hardswish,
+        nn.Hardsigmoid,
+        nn.Hardtanh,
+        nn.Sigmoid,
+        nn.LogSigmoid,
+        nn.Tanh,
+        nn.Softplus,
+        nn.Softsign,
+    ),
     *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout),
     *(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish),
     *(F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.dropout, F.prelu),
@@ -224,14 +258,27 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
     *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow"),
     *("clamp", "clamp_", "contiguous", "clone", "detach", "float", "half", "double", "type_as"),
     *("timm.layers.activations_me:SwishMe", "timm.layers.activations:Swish", "timm.layers.activations:GELU"),
-    *("timm.layers.activations:GELUTanh", "timm.layers.activations:Sigmoid", "timm.layers.activations:HardSwish"),
+    *(
+        "timm.layers.activations:GELUTanh",
+        "timm.layers.activations:Sigmoid",
+        "timm.layers.activations:HardSwish",
+    ),
 )
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise", _why(pointwise))
 
 
-@rule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax", nn.Softmax, nn.LogSoftmax)
+@rule(
+    F.softmax,
+    F.log_softmax,
+    torch.softmax,
+    torch.log_softmax,
+    "softmax",
+    "log_softmax",
+    nn.Softmax,
+    nn.LogSoftmax,
+)
 def softmax(node: fx.Node, facts: Facts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     given = _arguments(node, "input", "dim")
@@ -241,7 +288,16 @@ def softmax(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(
     *(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul),
-    *(operator.truediv, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum),
+    *(
+        operator.truediv,
+        operator.itruediv,
+        torch.add,
+        torch.sub,
+        torch.mul,
+        torch.div,
+        torch.maximum,
+        torch.minimum,
+    ),
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum"),
 )
 def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
@@ -261,7 +317,11 @@ def concatenation(node: fx.Node, facts: Facts) -> Treatment:
 def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """To one sample: the mean over the image with each element weighed by its area, or the maximum."""
     by_module = node.op == "call_module"
-    size: Any = facts.module(node).output_size if by_module else _arguments(node, "input", "output_size")["output_size"]
+    size: Any = (
+        facts.module(node).output_size
+        if by_module
+        else _arguments(node, "input", "output_size")["output_size"]
+    )
     if _pair(size) != (1, 1):
         return barrier(f"pooling to {size} cuts the map into uneven bins")
     name = type(facts.module(node)).__name__ if by_module else getattr(node.target, "__name__", "")

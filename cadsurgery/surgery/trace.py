@@ -78,7 +78,9 @@ def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")
-    in_place_operator = name in {"iadd", "isub", "imul", "itruediv"} or (name.endswith("_") and name[0] != "_")
+    in_place_operator = name in {"iadd", "isub", "imul", "itruediv"} or (
+        name.endswith("_") and name[0] != "_"
+    )
     return node.op == "call_function" and (bool(node.kwargs.get("inplace")) or in_place_operator)
 
 

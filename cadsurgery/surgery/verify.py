@@ -100,14 +100,16 @@ def _no_dead_branches(model: nn.Module) -> Iterator[None]:
 
 
 def _uniform(geometry: Geometry, level: int) -> Masking:
-    return lambda image, features: geometry.uniform(level, features.shape[0], tuple(features.shape[2:]), image.device)
+    return lambda image, features: geometry.uniform_like(features, level)
 
 
 def _values(
     model: nn.Module, graph: fx.Graph, plan: Plan, masking: Masking | None, image: Tensor
 ) -> dict[str, Tensor]:
     """Values leaving the region, on the network's own grid, and the outputs where sizes agree."""
-    leaving = {decision.node: decision for decision in plan.decisions if decision.leaves and decision.stages[1]}
+    leaving = {
+        decision.node: decision for decision in plan.decisions if decision.leaves and decision.stages[1]
+    }
     found: dict[str, Tensor] = {}
 
     class Collect(fx.Interpreter):
@@ -137,7 +139,9 @@ def _compare(law: str, found: dict[str, Tensor], expected: dict[str, Tensor], to
     for name, value in found.items():
         reference = expected[name]
         if value.shape != reference.shape:
-            return Check(law, f"{name}: {tuple(value.shape)} against {tuple(reference.shape)}", float("inf"), tolerance)
+            return Check(
+                law, f"{name}: {tuple(value.shape)} against {tuple(reference.shape)}", float("inf"), tolerance
+            )
         scale = reference.abs().max().clamp(min=torch.finfo(reference.dtype).tiny)
         error = float((value - reference).abs().max() / scale)
         if not error <= worst.error:

@@ -1,0 +1,255 @@
+"""Make the plan: choose the strides, find the region, decide for every node. Pure: nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import fx
+
+from cadsurgery.errors import CannotConvert, InvalidInput, UnknownName
+from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.flow import Flow, Region, Role, dilated_by_design, flow_forward, region_of
+from cadsurgery.surgery.plan import Decision, Plan
+from cadsurgery.surgery.rules import Treatment, operation_name, treat
+
+RegionOption = str | Sequence[str]
+
+# Attribute names under which libraries keep the part of a network that other heads can be put on.
+BACKBONE_NAMES = ("backbone", "encoder", "features", "body", "trunk")
+
+_RESIZES = (F.interpolate, F.upsample)
+
+
+def make_plan(
+    facts: Facts, output_stride: tuple[int, int] | None = None, region: RegionOption = "auto"
+) -> Plan:
+    """Decide for every node of a traced network. Pure: nothing is changed.
+
+    Args:
+        facts: of the traced network.
+        output_stride: (high, low); by default (native / 4, native) for a strided network and
+            (current, undilated) for a dilated one.
+        region: `"auto"`, `"backbone"`, or names of nodes or modules.
+
+    Raises:
+        CannotConvert: nothing can be made adaptive.
+        InvalidInput: an impossible output stride; the message lists the possible ones.
+        UnknownName: a region name that is neither a node nor a module.
+    """
+    refused = _refusal(facts, region)
+    treatments = {node: treat(node, facts) for node in facts.graph.nodes}
+    flow = _settled_flow(facts, treatments, refused)
+    highs = sorted({flow.grid[node] for node in flow.grid})
+    regions = {high: region_of(flow, facts, treatments, high) for high in highs}
+    possible = [(high, low) for high in highs for low in regions[high].strides[1:]]
+    if not possible:
+        raise _nothing_to_convert(facts, flow)
+    high, low = _choose(flow, regions, possible, output_stride)
+    chosen = regions[high]
+    names = region if isinstance(region, str) else tuple(region)
+    decisions = _decide(facts, treatments, flow, chosen)
+    if not any(decision.leaves == "fine" or _reads_elements(decision) for decision in decisions):
+        raise _nothing_to_convert(facts, flow)
+    identity = _identity_level(flow, chosen, chosen.strides.index(low))
+    shape = tuple(facts.example.shape)
+    return Plan(tuple(decisions), (high, low), chosen.strides, identity, names, tuple(possible), shape)
+
+
+def _reads_elements(decision: Decision) -> bool:
+    """Whether an operation works on more than the dense map the region starts from: what makes it worthwhile."""
+    inside = decision.action in ("adapt", "keep") and decision.stages[0] > 0
+    return inside and (decision.window is None or not decision.window.is_pointwise)
+
+
+def _settled_flow(
+    facts: Facts, treatments: dict[fx.Node, Treatment], refused: Callable[[fx.Node], str]
+) -> Flow:
+    """The forward flow in which every removed stride could really be put back."""
+    by_design: frozenset[fx.Node] = frozenset()
+    while True:
+        flow = flow_forward(facts, treatments, refused, by_design)
+        highs = {flow.grid[node] for node in flow.grid}
+        found = [dilated_by_design(flow, region_of(flow, facts, treatments, high)) for high in highs]
+        if not (new := frozenset().union(*found) - by_design):
+            return flow
+        by_design |= new
+
+
+def _choose(
+    flow: Flow, regions: dict[int, Region], possible: list[tuple[int, int]], asked: tuple[int, int] | None
+) -> tuple[int, int]:
+    if asked is not None:
+        pair = tuple(asked) if isinstance(asked, (tuple, list)) else asked
+        if pair not in possible:
+            listed = ", ".join(f"({high}, {low})" for high, low in possible)
+            raise InvalidInput(
+                f"output_stride={asked} is not possible for this network.",
+                why="high and low must be strides the network has, or had before it was dilated.",
+                next=f"choose one of {listed}.",
+            )
+        return pair[0], pair[1]
+    low = max(pair[1] for pair in possible)
+    highs = [high for high, lowest in possible if lowest == low]
+    current = max(flow.grid[node] for node in regions[highs[-1]].needed)
+    if current < low:  # dilated: it is at its high output stride already
+        return (current if current in highs else highs[-1]), low
+    return max((high for high in highs if high <= low / 4), default=highs[0]), low
+
+
+def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:
+    """The level whose uniform map puts every value of the region on the network's own grid."""
+    staged = [(region.stage(node), flow.grid[node]) for node in region.needed if region.stage(node) > 0]
+    levels = range(max_level + 1)
+    return next(
+        (lv for lv in levels if all(region.strides[min(st, lv)] == grid for st, grid in staged)), None
+    )
+
+
+def _refusal(facts: Facts, region: RegionOption) -> Callable[[fx.Node], str]:
+    """Why the region asked for leaves a node out, or ""."""
+    if region == "auto":
+        return lambda node: ""
+    modules = dict(facts.model.named_modules())
+    if region == "backbone":
+        found = [name for name in BACKBONE_NAMES if name in modules]
+        if not found:
+            raise CannotConvert(
+                'region="backbone" is not possible: the network does not say which part is its backbone.',
+                where=type(facts.model).__name__,
+                next=f'use region="auto", or name modules: region=[...] of '
+                f"{', '.join(name for name in modules if name and '.' not in name)}.",
+            )
+        region = found[:1]
+    elif isinstance(region, str):
+        raise UnknownName("region", region, ["auto", "backbone"], next="or a list of node or module names.")
+    names = tuple(region)
+    known = {node.name for node in facts.graph.nodes} | set(modules)
+    for name in names:
+        if name not in known:
+            raise UnknownName("node or module", name, known)
+
+    def refused(node: fx.Node) -> str:
+        path = facts.path(node)
+        if any(node.name == name or path == name or path.startswith(f"{name}.") for name in names):
+            return ""
+        return f"outside the region {', '.join(names)}"
+
+    return refused
+
+
+def _nothing_to_convert(facts: Facts, flow: Flow) -> CannotConvert:
+    model = type(facts.model).__name__
+    if flow.barriers:
+        node, reason = next(iter(flow.barriers.items()))
+        after = sum(facts.macs[other] for other in facts.graph.nodes) or 1
+        return CannotConvert(
+            f"{model} has nothing that can be made adaptive.",
+            where=f"{node.name} ({operation_name(node, facts)}{_source_line(node)})",
+            why=f"{reason}; it holds {facts.macs[node] / after:.0%} of the MACs, and all after it stays dense.",
+            next="convert another part of the network with region=[...], or teach the operation with "
+            "cadsurgery.surgery.rules.rule.",
+        )
+    return CannotConvert(
+        f"{model} has nothing that can be made adaptive.",
+        why="it has no strided convolution or pooling, and no dilation that stands for one.",
+        next="content-adaptive downsampling needs a network that downsamples.",
+    )
+
+
+def _source_line(node: fx.Node) -> str:
+    """Where in the network's own code a node comes from, e.g. `, resnet.py:148`."""
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File")]
+    own = [line for line in lines if "/torch/fx/" not in line and "/torch/nn/modules/module.py" not in line]
+    if not own:
+        return ""
+    file, line = own[-1].split(",")[:2]
+    return f", {file.rpartition('/')[2].rstrip(chr(34))}:{line.split()[-1]}"
+
+
+def _decide(facts: Facts, treatments: dict[fx.Node, Treatment], flow: Flow, region: Region) -> list[Decision]:
+    sizes = _leaving_sizes(flow, region, treatments)
+    staged = {node for node in region.needed if region.stage(node) > 0}
+    decisions = []
+    for node in facts.graph.nodes:
+        maps = flow.maps(node)
+        inputs = [source for source in maps if source in staged]
+        on_elements = node in staged or (
+            bool(inputs) and flow.role[node] is Role.VECTOR and node not in flow.barriers
+        )
+        action, reason = "dense", ""
+        stages, window = (0, 0), None
+        if on_elements:
+            stage_in = min(region.stage(source) for source in maps)
+            stage_out = region.stage(node) if node in staged else stage_in
+            stages = (stage_in, stage_out)
+            window = treatments[node].window
+            if window is not None:
+                window = window._replace(spacing=max(1, flow.grid[maps[0]] // region.strides[0]))
+            action, reason = "adapt" if window and stage_out > stage_in else "keep", treatments[node].why
+        elif inputs and treatments[node].kind != "shape":
+            natural = node.op == "output" or node.target in _RESIZES
+            action = "exit" if natural else "barrier"
+            reason = flow.barriers.get(node, "the network's output")
+            leaving = ", ".join(source.name for source in inputs)
+            reason = f"{reason}; {leaving} leaves at {sizes[inputs[0]]} size"
+        elif any(user in staged for user in node.users) and node in region.needed:
+            action, reason = "enter", "one element per sample of this map"
+        decisions.append(
+            Decision(
+                node=node.name,
+                path=facts.path(node),
+                operation=_describe(node, facts, treatments[node]),
+                action=action,  # type: ignore[arg-type]
+                reason=reason,
+                stages=stages,
+                window=window,
+                grid=max(1, flow.grid.get(node, 1) // region.strides[0]),
+                leaves=sizes.get(inputs[0] if action in ("exit", "barrier") else node, ""),
+                macs=facts.macs[node],
+                shape=tuple(facts.shapes.get(node, ())),
+            )
+        )
+    return decisions
+
+
+def _leaving_sizes(flow: Flow, region: Region, treatments: dict[fx.Node, Treatment]) -> dict[fx.Node, str]:
+    """For each map that leaves the region: `fine` if everything after accepts another size, else `native`."""
+    sizes = {}
+    for node in region.needed:
+        readers = _dense_readers(node, flow, region, treatments)
+        if region.stage(node) > 0 and readers:
+            fine = flow.grid[node] == region.strides[0] or all(_accepts_any_size(user) for user in readers)
+            sizes[node] = "fine" if fine else "native"
+    return sizes
+
+
+def _dense_readers(
+    node: fx.Node, flow: Flow, region: Region, treatments: dict[fx.Node, Treatment]
+) -> list[fx.Node]:
+    """Users of a map of the region that need it as a dense tensor."""
+    return [
+        user
+        for user in node.users
+        if user not in region.needed
+        and flow.role[user] is not Role.VECTOR
+        and treatments[user].kind != "shape"
+    ]
+
+
+def _accepts_any_size(user: fx.Node) -> bool:
+    if user.op == "output":
+        return True
+    if user.target in _RESIZES:
+        return user.kwargs.get("size") is not None and user.kwargs.get("scale_factor") is None
+    return False
+
+
+def _describe(node: fx.Node, facts: Facts, treatment: Treatment) -> str:
+    name = operation_name(node, facts)
+    window = treatment.window
+    if window is None:
+        return name
+    stride = f"/{window.stride}" if window.stride > 1 else ""
+    dilation = f" dilated {window.dilation[0]}" if window.dilation != (1, 1) else ""
+    return f"{name} {window.kernel[0]}x{window.kernel[1]}{stride}{dilation}"
