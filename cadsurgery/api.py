@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from cadsurgery.errors import CannotConvert
@@ -85,7 +86,7 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    adapted = copy.deepcopy(model)
+    adapted = _channels_last(copy.deepcopy(model))
     facts = _facts(adapted, example_input)
     chosen = make_plan(facts, output_stride, region)
     if strict:
@@ -96,6 +97,14 @@ def adaptify(
     if verify_laws and pool == "atrous":
         net.checks = verify(adapted, facts.graph, graph, chosen, geometry, facts.example)
     return net
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    """Lay out the weights of convolutions as the rows of elements are: values and names stay the same."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def _facts(model: nn.Module, example_input: Tensor | None) -> Facts:

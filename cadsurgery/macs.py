@@ -22,6 +22,7 @@ from cadsurgery.lattice import Lattice
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import resolve_mask
 from cadsurgery.surgery.planner import BACKBONE_NAMES
+from cadsurgery.surgery.rewrite import WORK
 
 if TYPE_CHECKING:
     from cadsurgery.model import AdaptiveModel
@@ -173,7 +174,7 @@ class _Counter(fx.Interpreter):
         """Run one node and count it."""
         before = self.flops.get_total_flops()
         value = super().run_node(n)
-        origin, path = n.meta.get("origin", ""), n.meta.get("path", "")
+        origin, path = n.meta.get(WORK, ("", ""))
         if origin and path.startswith(self.prefix):
             executed = (self.flops.get_total_flops() - before) // 2
             count = self._published(n, value) if self.published else self._executed(n, value, executed)

@@ -16,6 +16,9 @@ from cadsurgery.surgery.rules import Attribute, Treatment, treat
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
 MASKING = "masking"
+# Notes on rewritten nodes: the node of the original whose value this is, and the name and module path of
+# the one whose work it does.
+ORIGIN, WORK = "origin", "work"
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Rewriter:
     dense: dict[fx.Node, fx.Node] = field(default_factory=dict)
     elements: dict[fx.Node, fx.Node] = field(default_factory=dict)
     sources: dict[fx.Node, fx.Node] = field(default_factory=dict)  # broadcast node -> vector it repeats
+    working: dict[fx.Node, fx.Node] = field(default_factory=dict)  # where the value is only wrapped
     lattice: fx.Node | None = None
 
     def run(self) -> fx.Graph:
@@ -51,13 +55,14 @@ class Rewriter:
                 value = self.graph.node_copy(node, self.as_dense).args[0]
                 self.graph.erase_node(next(reversed(self.graph.nodes)))
                 self.graph.output((value, self.lattice))
-            elif decision.action in ("adapt", "keep"):
+                break
+            if decision.action in ("adapt", "keep"):
                 self.emit(node, decision, treatment)
             else:
                 self.copy(node, treatment)
-            for made in (self.elements.get(node), self.dense.get(node)):
-                if made is not None:
-                    made.meta["origin"], made.meta["path"] = node.name, decision.path
+            made = self.elements.get(node) or self.dense[node]
+            made.meta[ORIGIN] = node.name
+            self.working.get(node, made).meta[WORK] = (node.name, decision.path)
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         self.graph.lint()
         return self.graph
@@ -135,7 +140,7 @@ class Rewriter:
             return
         elif treatment.call:
             x = self.on_stage(node.args[0], stage)  # type: ignore[arg-type]
-            out = self.call(getattr(functional, treatment.call), x, **arguments)
+            out = self.working[node] = self.call(getattr(functional, treatment.call), x, **arguments)
             for path in treatment.then:
                 rows = self.graph.call_module(path, (self.call(getattr, out, "rows"),))
                 out = self.call(functional.Elements, rows, self.call(getattr, out, "lattice"))
@@ -167,7 +172,7 @@ class Rewriter:
             is_tensor = len(self.facts.shapes.get(source, ())) > 0
             return self.call(functional.rows_on, value, lattice) if is_tensor else value
 
-        on_rows = self.graph.node_copy(node, rows)
+        on_rows = self.working[node] = self.graph.node_copy(node, rows)
         if node.target in (torch.cat, torch.concat, torch.concatenate):
             on_rows.args, on_rows.kwargs = (
                 (on_rows.args[0] if on_rows.args else on_rows.kwargs["tensors"], 1),

@@ -18,6 +18,7 @@ from cadsurgery.errors import CannotConvert
 from cadsurgery.functional import Elements, to_dense
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.rewrite import ORIGIN
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -115,7 +116,7 @@ def _values(
     class Collect(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            origin = n.meta.get("origin", n.name)
+            origin = n.name if masking is None else n.meta.get(ORIGIN)
             if origin in leaving and isinstance(value, (Elements, Tensor)):
                 grid = leaving[origin].grid
                 found[origin] = to_dense(value, grid) if isinstance(value, Elements) else value
