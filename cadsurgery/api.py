@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.errors import CannotConvert
-from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool
+from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.provider import resolve_mask
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.surgery.facts import Facts, observe
@@ -51,6 +51,7 @@ def adaptify(
     fill: Fill = "linear",
     pool: Pool = "atrous",
     patch: Patch = "quadtree",
+    statistics: Statistics = "area",
     example_input: Tensor | None = None,
     strict: bool = False,
     verify_laws: bool = True,
@@ -73,6 +74,8 @@ def adaptify(
         fill: how points inside a cell are read, `"linear"` or `"nearest"` (as published).
         pool: `"atrous"`, or `"drop"` to pass kept elements through max-pool stages (as published).
         patch: shape of the areas kept high, `"quadtree"` or `"block"` (as published).
+        statistics: batch norm in training weighs elements by `"area"`, or each `"element"` the same (as
+            published).
         example_input: an image batch (B, C, H, W) to plan and verify on; default: small random images.
         strict: refuse if an operation inside the region has no rule and ends it.
         verify_laws: check on the example that uniform maps give the dense networks exactly.
@@ -91,10 +94,10 @@ def adaptify(
     chosen = make_plan(facts, output_stride, region)
     if strict:
         _refuse_barriers(chosen)
-    geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch)
+    geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(facts, chosen)
-    net = AdaptiveModel(adapted, graph, chosen, geometry, provider)
-    if verify_laws and pool == "atrous":
+    net = AdaptiveModel(adapted, graph, chosen, geometry, provider, facts.container)
+    if verify_laws:
         net.checks = verify(adapted, facts.graph, graph, chosen, geometry, facts.example)
     return net
 
@@ -118,6 +121,6 @@ def _refuse_barriers(plan: Plan) -> None:
         raise CannotConvert(
             f"{first.node} ends the region.",
             where=f"{first.path} ({first.operation})",
-            why=f"{first.reason}; {plan.cost_of_barriers:.0%} of the MACs run dense after the region.",
+            why=f"{first.reason}; {plan.dense_after:.0%} of the MACs run dense after the region.",
             next='pass strict=False to accept that, or end the region on purpose: region="backbone" or names.',
         )

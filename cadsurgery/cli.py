@@ -26,7 +26,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 # A terminal knows its width; a pipe or file gets lines that need not wrap.
-out, err = (Console(width=None if s.isatty() else 140, file=s, soft_wrap=False) for s in (sys.stdout, sys.stderr))
+out, err = (
+    Console(width=None if s.isatty() else 140, file=s, soft_wrap=False) for s in (sys.stdout, sys.stderr)
+)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="torchvision or timm name, module:function, or a converted file")

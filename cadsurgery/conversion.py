@@ -99,9 +99,9 @@ def _notes(net: AdaptiveModel, counted: MacReport) -> tuple[str, ...]:
     notes = []
     if net.active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
-    if net.plan.cost_of_barriers > 0.25:
+    if net.plan.dense_after > 0.25:
         notes.append(
-            f"{net.plan.cost_of_barriers:.0%} of the MACs stay dense after the region and limit the gain."
+            f"{net.plan.dense_after:.0%} of the MACs stay dense after the region and limit the gain."
         )
     if counted.rule != "conv":
         notes.append(f"counted with the {counted.rule} rule")

@@ -169,12 +169,12 @@ def avg_pool2d(
     return Elements(total / counted.sum(1, keepdim=True).to(total), target)
 
 
-def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool = True) -> Elements:
+def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = None) -> Elements:
     """Batch normalisation with the parameters and statistics of `norm`.
 
     In training the statistics run over the real elements of all images. `weighted` weighs each by the
     area of its cell, so that the statistics estimate those of the dense network; False counts each once,
-    as published. Running statistics are updated like torch does.
+    as published; None leaves it to the geometry. Running statistics are updated like torch does.
     """
     use_batch = norm.training or norm.running_mean is None or norm.running_var is None
     if not use_batch:
@@ -182,7 +182,7 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool = True) -> E
             x.rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
         )
         return Elements(rows, x.lattice)
-    if weighted:
+    if x.lattice.geometry.statistics == "area" if weighted is None else weighted:
         share = x.lattice.weights / x.lattice.weights.sum()
     else:
         share = torch.full((len(x.lattice),), 1 / len(x.lattice), dtype=torch.float64)
@@ -270,7 +270,7 @@ def _matmul(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     convolution, which the matrix product does not on every processor.
     """
     if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16):
-        image = rows.view(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
+        image = rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
         return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
     return F.linear(rows, weight, bias)
 
@@ -347,7 +347,7 @@ def _dense_conv2d(
         return None
     dilation_y, dilation_x, top, _, left, _ = (step * window.spacing // side for step in steps)
     (height, width), (rows, columns) = x.lattice.grid(source_level), target.grid(target_level)
-    image = x.rows.view(x.lattice.batch, height, width, -1).permute(0, 3, 1, 2)
+    image = x.rows.reshape(x.lattice.batch, height, width, -1).permute(0, 3, 1, 2)
     # Padding below and to the right that the last output needs, whatever the network's own padding says.
     reach_y, reach_x = dilation_y * (window.kernel[0] - 1) + 1, dilation_x * (window.kernel[1] - 1) + 1
     bottom, right = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from cadsurgery.errors import FileError
+from cadsurgery.files import written_whole
 
 if TYPE_CHECKING:
     from cadsurgery.zoo import Source
@@ -105,7 +104,12 @@ def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple
                 paint("rectangle", (x, y, x + step_x // 2, y + step_y // 2), window, "building")
         left += wide
     paint("rectangle", (0, ground, width, height), (120, 118, 112), "ground")
-    corners = [(0.42 * width, horizon), (0.58 * width, horizon), (0.98 * width, height), (0.02 * width, height)]
+    corners = [
+        (0.42 * width, horizon),
+        (0.58 * width, horizon),
+        (0.98 * width, height),
+        (0.02 * width, height),
+    ]
     paint("polygon", corners, (78, 80, 84), "road")
     for part in np.linspace(0.05, 0.95, 7):
         y, half = horizon + part * (height - horizon), 1 + 5 * part * width / 1024
@@ -113,7 +117,9 @@ def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple
         paint("rectangle", box, (235, 235, 225), "road")
     for side in (0.2, 0.33, 0.71, 0.86):
         x, base = int((side + random.uniform(-0.05, 0.05)) * width), horizon + int(0.12 * height)
-        paint("line", (x, base, x, base - int(0.32 * height)), (45, 45, 48), "pole", width=max(1, width // 250))
+        paint(
+            "line", (x, base, x, base - int(0.32 * height)), (45, 45, 48), "pole", width=max(1, width // 250)
+        )
         radius, top = height // 40, base - int(0.36 * height)
         paint("ellipse", (x - radius, top, x + radius, top + 2 * radius), (190, 40, 40), "pole")
     for car in range(4):
@@ -138,12 +144,5 @@ def write_png(picture: Image.Image, path: Path) -> None:
     Raises:
         FileError: the path cannot be written.
     """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, "PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise FileError(
-            f"{path} cannot be written.", why=str(error), next="choose a folder you may write to."
-        ) from error
+    with written_whole(path) as temporary:
+        picture.save(temporary, "PNG")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import nn
 import cadsurgery
 from cadsurgery.api import adaptify
 from cadsurgery.errors import FileError
+from cadsurgery.files import written_whole
 from cadsurgery.masks import FixedMask, FunctionMask, MaskProvider
 from cadsurgery.masks.provider import _PROVIDERS as REGISTERED_MASKS
 from cadsurgery.model import AdaptiveModel
@@ -55,25 +54,15 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             "fill": net.geometry.fill,
             "pool": net.geometry.pool,
             "patch": net.geometry.patch,
+            "statistics": net.geometry.statistics,
         },
         "plan": net.plan.to_json(),
     }
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+    with written_whole(path) as temporary:
         try:
             save_file(tensors, temporary, {_KEY: json.dumps(metadata)})
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise FileError(
-            f"{path} cannot be written.",
-            why=f"{type(error).__name__}: {error}",
-            next="choose an existing folder you may write to.",
-        ) from error
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, mask: object = None) -> AdaptiveModel:

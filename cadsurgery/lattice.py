@@ -25,6 +25,7 @@ Fill = Literal["linear", "nearest"]
 Anchor = Literal["corner", "center"]
 Pool = Literal["atrous", "drop"]
 Patch = Literal["quadtree", "block"]
+Statistics = Literal["area", "element"]
 T = TypeVar("T")
 
 _CHOICES = {
@@ -32,6 +33,7 @@ _CHOICES = {
     "anchor": ("corner", "center"),
     "pool": ("atrous", "drop"),
     "patch": ("quadtree", "block"),
+    "statistics": ("area", "element"),
 }
 
 
@@ -46,6 +48,8 @@ class Geometry:
         anchor: where the taps of a cell start, `"corner"` or, as in the published code, `"center"`.
         pool: what a max-pool stage does to cells it keeps: `"atrous"` pooling or `"drop"` (pass on).
         patch: how level maps are made legal: `"quadtree"` or `"block"` (as published).
+        statistics: what batch norm weighs an element by in training: the `"area"` of its cell, so that the
+            statistics estimate the dense network's, or each `"element"` the same (as published).
         dense_shortcut: run uniform maps as ordinary dense convolutions. Results are the same;
             verification switches it off to exercise the kernel maps.
     """
@@ -56,6 +60,7 @@ class Geometry:
     anchor: Anchor = "corner"
     pool: Pool = "atrous"
     patch: Patch = "quadtree"
+    statistics: Statistics = "area"
     dense_shortcut: bool = True
 
     def __post_init__(self) -> None:

@@ -26,7 +26,13 @@ class AdaptiveModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, graph: fx.Graph, plan: Plan, geometry: Geometry, mask: object
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        plan: Plan,
+        geometry: Geometry,
+        mask: object,
+        container: type[dict[str, Any]] = dict,
     ) -> None:
         """Take over the modules of `model`; use `cadsurgery.adaptify` to get one."""
         super().__init__()
@@ -40,6 +46,7 @@ class AdaptiveModel(nn.Module):
             "plan": plan,
             "geometry": geometry,
             "constants": constants,
+            "container": container,
             "signature": inspect.signature(model.forward),
             "lattice": None,
             "source": getattr(model, "cad_source", None),
@@ -70,7 +77,7 @@ class AdaptiveModel(nn.Module):
         _check_image(next(iter(arguments.values()), None))
         output, lattice = self._run(self.names(), masking, **arguments)
         self._surgery["lattice"] = lattice
-        return output
+        return self._surgery["container"](output) if isinstance(output, dict) else output
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of a call by the original's parameter names, defaults included."""

@@ -123,7 +123,13 @@ def render_plan(plan: Plan, *, all_nodes: bool = False) -> RenderableType:
     table = Table(title_justify="left")
     for column in ("node", "operation", "action", "output stride", "MACs", "reason"):
         table.add_column(column, overflow="fold", justify="right" if column == "MACs" else "left")
-    styles = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}
+    styles = {
+        "adapt": "bold green",
+        "keep": "green",
+        "barrier": "bold red",
+        "exit": "yellow",
+        "enter": "cyan",
+    }
     reasons: dict[str, str] = {}
     for decision in plan.decisions:
         if decision.action == "dense" and not all_nodes:

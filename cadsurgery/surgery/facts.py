@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Facts:
         example: the image it was observed on, (B, C, H, W).
         shapes: shape of each node that is a tensor.
         macs: multiply-accumulates of each node on the example, as torch counts them.
+        container: type of the output if it is a kind of dictionary, which tracing turns into a plain one.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class Facts:
     example: Tensor
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
     macs: dict[fx.Node, int] = field(default_factory=dict)
+    container: type[dict[str, Any]] = dict
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module a `call_module` node calls."""
@@ -91,8 +93,9 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
             observer = _Observer(facts)
             try:
                 with torch.no_grad(), observer.counter:
-                    observer.run(image)
-                return facts
+                    traced = observer.run(image)
+                    container = type(model(image)) if isinstance(traced, dict) else dict
+                return replace(facts, container=container)
             except Exception as error:  # the network decides which sizes it accepts and how it says so
                 failure = failure or error
     finally:

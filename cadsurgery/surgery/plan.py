@@ -9,6 +9,9 @@ from typing import Any, Literal
 from cadsurgery.errors import UnknownName
 from cadsurgery.kernel_map import Window
 
+# Reason of nodes that run dense because what they read has left the region.
+AFTER = "after the region"
+
 Action = Literal["dense", "enter", "adapt", "keep", "exit", "barrier"]
 
 
@@ -30,6 +33,7 @@ class Decision:
         leaves: size at which its value leaves the region: `fine`, `native` or "".
         macs: multiply-accumulates on the example, in the network as it is.
         shape: of its output on the example, in the network as it is.
+        cost: MACs of a node that ends the region and of all that runs dense because of it.
     """
 
     node: str
@@ -43,6 +47,7 @@ class Decision:
     leaves: str = ""
     macs: int = 0
     shape: tuple[int, ...] = ()
+    cost: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,11 @@ class Plan:
         return self.chosen("exit", "barrier")
 
     @property
-    def cost_of_barriers(self) -> float:
+    def dense_after(self) -> float:
         """Share of the network's MACs that run dense after the region."""
-        order = [decision.action for decision in self.decisions]
-        start = next((i for i, action in enumerate(order) if action in ("adapt", "keep")), len(order))
-        after = [d for d in self.decisions[start:] if d.action in ("dense", "exit", "barrier")]
         total = sum(decision.macs for decision in self.decisions)
-        return sum(decision.macs for decision in after) / total if total else 0.0
+        after = [d.macs for d in self.decisions if d.action in ("exit", "barrier") or d.reason == AFTER]
+        return sum(after) / total if total else 0.0
 
     def to_json(self) -> str:
         """The whole plan as JSON; `Plan.from_json` reads it back."""
@@ -148,15 +151,14 @@ class Plan:
             f"{len(self.chosen('adapt'))} operations adapted, {len(self.chosen('keep'))} kept on elements, "
             f"{self.share('adapt', 'keep'):.0%} of the MACs in the region",
         ]
+        ends: dict[str, list[str]] = {}
         for decision in self.region_end:
-            place = (
-                decision.node
-                if decision.action == "barrier"
-                else f"{decision.node} (leaves {decision.leaves})"
-            )
-            lines.append(f"region ends at {place}: {decision.reason}")
-        if self.cost_of_barriers > 0:
-            lines.append(f"{self.cost_of_barriers:.0%} of the MACs run dense after the region")
+            ends.setdefault(decision.reason, []).append(decision.node)
+        for reason, nodes in ends.items():
+            more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+            lines.append(f"region ends at {', '.join(nodes[:3])}{more}: {reason}")
+        if self.dense_after > 0:
+            lines.append(f"{self.dense_after:.0%} of the MACs run dense after the region")
         return "\n".join(lines)
 
     def stride_text(self, decision: Decision) -> str:

@@ -10,7 +10,7 @@ from torch import fx
 from cadsurgery.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Region, Role, dilated_by_design, flow_forward, region_of
-from cadsurgery.surgery.plan import Decision, Plan
+from cadsurgery.surgery.plan import AFTER, Action, Decision, Plan
 from cadsurgery.surgery.rules import Treatment, operation_name, treat
 
 RegionOption = str | Sequence[str]
@@ -159,7 +159,9 @@ def _nothing_to_convert(facts: Facts, flow: Flow) -> CannotConvert:
 
 def _source_line(node: fx.Node) -> str:
     """Where in the network's own code a node comes from, e.g. `, resnet.py:148`."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File")]
+    lines = [
+        line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File")
+    ]
     own = [line for line in lines if "/torch/fx/" not in line and "/torch/nn/modules/module.py" not in line]
     if not own:
         return ""
@@ -170,47 +172,69 @@ def _source_line(node: fx.Node) -> str:
 def _decide(facts: Facts, treatments: dict[fx.Node, Treatment], flow: Flow, region: Region) -> list[Decision]:
     sizes = _leaving_sizes(flow, region, treatments)
     staged = {node for node in region.needed if region.stage(node) > 0}
+    read = {node: [source for source in flow.maps(node) if source in staged] for node in facts.graph.nodes}
+    vectors = {node for node in read if flow.role[node] is Role.VECTOR and node not in flow.barriers}
+    on_elements = {node for node, sources in read.items() if node in staged or (sources and node in vectors)}
+    ends = {
+        node
+        for node, sources in read.items()
+        if sources and node not in on_elements and treatments[node].kind != "shape"
+    }
+    after = set().union(*map(_and_after, ends)) - ends - on_elements
+
+    def judge(node: fx.Node) -> tuple[Action, str]:
+        if node in on_elements:
+            before, behind = _stages(node, flow, region)
+            return "adapt" if treatments[node].window and behind > before else "keep", treatments[node].why
+        if node in ends:
+            natural = node.op == "output" or node.target in _RESIZES
+            reason = flow.barriers.get(node, "the network's output")
+            leaving = ", ".join(source.name for source in read[node])
+            reason = f"{reason}; {leaving} leaves at {sizes[read[node][0]]} size"
+            return "exit" if natural else "barrier", reason
+        if node in region.needed and any(user in staged for user in node.users):
+            return "enter", "one element per sample of this map"
+        return "dense", AFTER if node in after else ""
+
     decisions = []
     for node in facts.graph.nodes:
-        maps = flow.maps(node)
-        inputs = [source for source in maps if source in staged]
-        on_elements = node in staged or (
-            bool(inputs) and flow.role[node] is Role.VECTOR and node not in flow.barriers
-        )
-        action, reason = "dense", ""
-        stages, window = (0, 0), None
-        if on_elements:
-            stage_in = min(region.stage(source) for source in maps)
-            stage_out = region.stage(node) if node in staged else stage_in
-            stages = (stage_in, stage_out)
-            window = treatments[node].window
-            if window is not None:
-                window = window._replace(spacing=max(1, flow.grid[maps[0]] // region.strides[0]))
-            action, reason = "adapt" if window and stage_out > stage_in else "keep", treatments[node].why
-        elif inputs and treatments[node].kind != "shape":
-            natural = node.op == "output" or node.target in _RESIZES
-            action = "exit" if natural else "barrier"
-            reason = flow.barriers.get(node, "the network's output")
-            leaving = ", ".join(source.name for source in inputs)
-            reason = f"{reason}; {leaving} leaves at {sizes[inputs[0]]} size"
-        elif any(user in staged for user in node.users) and node in region.needed:
-            action, reason = "enter", "one element per sample of this map"
+        action, reason = judge(node)
+        window = treatments[node].window if node in on_elements else None
+        if window is not None:
+            window = window._replace(spacing=max(1, flow.grid[flow.maps(node)[0]] // region.strides[0]))
         decisions.append(
             Decision(
                 node=node.name,
                 path=facts.path(node),
                 operation=_describe(node, facts, treatments[node]),
-                action=action,  # type: ignore[arg-type]
+                action=action,
                 reason=reason,
-                stages=stages,
+                stages=_stages(node, flow, region) if node in on_elements else (0, 0),
                 window=window,
                 grid=max(1, flow.grid.get(node, 1) // region.strides[0]),
-                leaves=sizes.get(inputs[0] if action in ("exit", "barrier") else node, ""),
+                leaves=sizes.get(read[node][0] if node in ends else node, ""),
                 macs=facts.macs[node],
                 shape=tuple(facts.shapes.get(node, ())),
+                cost=sum(facts.macs[found] for found in _and_after(node)) if node in ends else 0,
             )
         )
     return decisions
+
+
+def _stages(node: fx.Node, flow: Flow, region: Region) -> tuple[int, int]:
+    """Stages of the lattices a node of the region reads and writes."""
+    before = min(region.stage(source) for source in flow.maps(node))
+    return before, region.stage(node) if node in region.needed else before
+
+
+def _and_after(node: fx.Node) -> set[fx.Node]:
+    """A node and all that depends on it."""
+    found, pending = set(), [node]
+    while pending:
+        if (last := pending.pop()) not in found:
+            found.add(last)
+            pending.extend(last.users)
+    return found
 
 
 def _leaving_sizes(flow: Flow, region: Region, treatments: dict[fx.Node, Treatment]) -> dict[fx.Node, str]:
