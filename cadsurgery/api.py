@@ -105,7 +105,7 @@ def adaptify(
 def _channels_last(model: nn.Module) -> nn.Module:
     """Lay out the weights of convolutions as the rows of elements are: values and names stay the same."""
     for module in model.modules():
-        if type(module) is nn.Conv2d:
+        if type(module) is nn.Conv2d and module.groups == 1:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return model
 

@@ -132,8 +132,10 @@ def conv2d(
     else:
         reading = kernel_map(x.lattice, target, window).reading
         rows, table = _extended(x.rows, reading, 0.0), reading.table.to(x.rows.device)
-    # Ungrouped: taps outermost, so that a row of gathered elements is a row of the matrix.
-    kernel = weight.permute(0, 2, 3, 1).flatten(1) if groups == 1 else weight.flatten(2).unsqueeze(3)
+    # Ungrouped: taps outermost, so that a row of gathered elements is a row of the matrix. Grouped: contiguous,
+    # because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel of width one.
+    grouped = groups > 1
+    kernel = weight.contiguous().flatten(2).unsqueeze(3) if grouped else weight.permute(0, 2, 3, 1).flatten(1)
     return Elements(_GatherConv.apply(rows, kernel, bias, table, groups), target)
 
 

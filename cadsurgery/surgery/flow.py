@@ -80,6 +80,8 @@ def flow_forward(
             flow.role[node] = Role.VECTOR if vector else Role.OTHER
         elif node.op == "output" or treatment.kind == "shape":
             flow.role[node] = Role.OTHER
+        elif treatment.kind == "broadcast" and node.args[0] not in maps:  # reads the map for its size only
+            flow.role[node] = Role.VECTOR
         elif reason := refused(node) or _misfit(node, maps, treatments, flow, facts):
             flow.barriers[node] = reason
             flow.role[node] = Role.MAP if facts.is_map(node) else Role.OTHER

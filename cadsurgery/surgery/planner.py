@@ -173,13 +173,10 @@ def _decide(facts: Facts, treatments: dict[fx.Node, Treatment], flow: Flow, regi
     sizes = _leaving_sizes(flow, region, treatments)
     staged = {node for node in region.needed if region.stage(node) > 0}
     read = {node: [source for source in flow.maps(node) if source in staged] for node in facts.graph.nodes}
-    vectors = {node for node in read if flow.role[node] is Role.VECTOR and node not in flow.barriers}
+    vectors = {node for node in read if treatments[node].kind == "global" and node not in flow.barriers}
     on_elements = {node for node, sources in read.items() if node in staged or (sources and node in vectors)}
-    ends = {
-        node
-        for node, sources in read.items()
-        if sources and node not in on_elements and treatments[node].kind != "shape"
-    }
+    asking = {node for node in read if treatments[node].kind == "shape" or flow.role[node] is Role.VECTOR}
+    ends = {node for node, sources in read.items() if sources} - on_elements - asking
     after = set().union(*map(_and_after, ends)) - ends - on_elements
 
     def judge(node: fx.Node) -> tuple[Action, str]:

@@ -73,7 +73,7 @@ class Rewriter:
         """The value as a dense tensor, at the size the plan lets it leave the region with."""
         if node not in self.dense:
             decision = self.plan[node.name]
-            spacing = decision.grid if decision.leaves == "native" else 1
+            spacing = 1 if decision.leaves == "fine" else decision.grid
             self.dense[node] = self.call(functional.to_dense, self.elements[node], spacing)
         return self.dense[node]
 
