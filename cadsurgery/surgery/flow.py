@@ -84,9 +84,10 @@ def flow_forward(
             flow.role[node] = Role.VECTOR
         elif reason := refused(node) or _misfit(node, maps, treatments, flow, facts):
             flow.barriers[node] = reason
-            flow.role[node] = Role.MAP if facts.is_map(node) else Role.OTHER
-            if facts.is_map(node):
-                flow.grid[node] = flow.spacing[node] = _observed_grid(node, facts)
+            several = node not in facts.shapes  # e.g. the parts of a split map
+            flow.role[node] = Role.MAP if several or facts.is_map(node) else Role.OTHER
+            if flow.role[node] is Role.MAP:
+                flow.grid[node] = flow.spacing[node] = _observed_grid(node, maps[0], flow, facts)
         elif treatment.kind == "global":
             flow.role[node] = Role.VECTOR
         else:
@@ -143,9 +144,20 @@ def _advance(
     flow.grid[node], flow.spacing[node] = grid, spacing
 
 
-def _observed_grid(node: fx.Node, facts: Facts) -> int:
+def _observed_grid(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) -> int:
     """Output stride of a map by its size on the example: the best that is known of a foreign operation."""
-    return max(1, round(facts.example.shape[2] / max(1, facts.shapes[node][2])))
+    before = _height(source, flow, facts)
+    after = facts.shapes[node][2] if facts.is_map(node) else before
+    if after > before:
+        return max(1, flow.grid[source] // round(after / max(1, before)))
+    return flow.grid[source] * round(before / max(1, after))
+
+
+def _height(node: fx.Node, flow: Flow, facts: Facts) -> int:
+    """Height of a map, or of the parts of a map, on the example."""
+    while not facts.is_map(node):
+        node = flow.maps(node)[0]
+    return facts.shapes[node][2]
 
 
 @dataclass(frozen=True)
@@ -182,8 +194,14 @@ def region_of(flow: Flow, facts: Facts, treatments: dict[fx.Node, Treatment], hi
             strides.append(spacing)
     region = Region(tuple(strides), frozenset(outside), {})
     for node in reversed(inside):
+        if node in flow.barriers:  # runs dense, before the region
+            region.needed[node] = high
+            continue
         uses = [_need(node, user, flow, treatments, region) for user in node.users]
         region.needed[node] = min([use for use in uses if use], default=_floor(region, flow.spacing[node]))
+    entering = {s for node in inside if region.stage(node) for s in flow.maps(node) if not region.stage(s)}
+    if any(flow.grid[node] != high for node in entering):  # the fine map would not be the network's own
+        return Region((high,), frozenset(outside), dict.fromkeys(inside, high))
     return region
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.errors import CannotConvert
+from cadsurgery.errors import CadError, CannotConvert
 from cadsurgery.functional import Elements, to_dense
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import ORIGIN
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+_REPORT = "please report this with the model's name; a smaller region=[...] may avoid the operation."
 
 Masking = Callable[[Tensor, Tensor], Lattice]
 
@@ -63,28 +65,45 @@ def verify(
     Raises:
         CannotConvert: a law does not hold; nothing wrong is ever returned silently.
     """
-    tolerance = TOLERANCE.get(image.dtype, 1e-4)
-    mapped = replace(geometry, dense_shortcut=False)
-    checks = []
-    with torch.no_grad(), _no_dead_branches(model):
-        for level in _levels(plan, geometry):
-            found = _values(model, adapted, plan, _uniform(mapped, level), image)
-            if level == plan.identity_level:
-                law = "the network as it was"
-                expected = _values(model, original, plan, None, image)
-            else:
-                law = f"the dense network at output stride {plan.strides[level]}"
-                expected = _values(model, adapted, plan, _uniform(geometry, level), image)
-            checks.append(_compare(f"everything at level {level} is {law}", found, expected, tolerance))
+    try:
+        with torch.no_grad(), _no_dead_branches(model):
+            checks = _uniform_checks(model, original, adapted, plan, geometry, image)
+    except CadError:
+        raise
+    except Exception as error:  # a foreign operation can fail in any way on what it is given
+        raise CannotConvert(
+            "the converted network does not run, so it is not returned.",
+            why=str(error).strip().splitlines()[0],
+            next=_REPORT,
+        ) from error
     failed = [check for check in checks if not check.passed]
     if failed:
         raise CannotConvert(
             "the converted network is not exact, so it is not returned.",
             where=failed[0].where,
             why=f"{failed[0].law}: relative error {failed[0].error:.2e} exceeds {failed[0].tolerance:.0e}.",
-            next="please report this with the model's name; a smaller region=[...] may avoid the operation.",
+            next=_REPORT,
         )
     return tuple(checks)
+
+
+def _uniform_checks(
+    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, image: Tensor
+) -> list[Check]:
+    """Every level everywhere, through kernel maps, against the dense networks."""
+    tolerance = TOLERANCE.get(image.dtype, 1e-4)
+    mapped = replace(geometry, dense_shortcut=False)
+    checks = []
+    for level in _levels(plan, geometry):
+        found = _values(model, adapted, plan, _uniform(mapped, level), image)
+        if level == plan.identity_level:
+            law = "the network as it was"
+            expected = _values(model, original, plan, None, image)
+        else:
+            law = f"the dense network at output stride {plan.strides[level]}"
+            expected = _values(model, adapted, plan, _uniform(geometry, level), image)
+        checks.append(_compare(f"everything at level {level} is {law}", found, expected, tolerance))
+    return checks
 
 
 def _levels(plan: Plan, geometry: Geometry) -> list[int]:
