@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cadsurgery.errors import CannotConvert
 from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.provider import resolve_mask
-from cadsurgery.model import AdaptiveModel
+from cadsurgery.model import AdaptiveModel, Surgery
 from cadsurgery.surgery.facts import Facts, observe
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.planner import make_plan
@@ -96,7 +97,9 @@ def adaptify(
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(facts, chosen)
-    net = AdaptiveModel(adapted, graph, chosen, geometry, provider, facts.container)
+    signature, source = inspect.signature(model.forward), getattr(model, "cad_source", None)
+    surgery = Surgery(graph, chosen, geometry, signature, facts.container, source)
+    net = AdaptiveModel(adapted, surgery, provider)
     if verify_laws:
         net.checks = verify(adapted, facts.graph, graph, chosen, geometry, facts.example)
     return net

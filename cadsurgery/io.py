@@ -126,7 +126,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
             why=" ".join(str(error).split())[:400],
             next="pass the architecture it was converted from.",
         ) from error
-    net._surgery["source"] = source
+    net.source = source
     return net
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,27 @@ from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 
 
+@dataclass(frozen=True)
+class Surgery:
+    """What was done to a network.
+
+    Attributes:
+        graph: the rewritten graph.
+        plan: the decisions it carries out.
+        geometry: how lattices are built and read.
+        signature: of the original's forward.
+        container: type of the output if it is a kind of dictionary.
+        source: how the network was built, if by name.
+    """
+
+    graph: fx.Graph
+    plan: Plan
+    geometry: Geometry
+    signature: inspect.Signature
+    container: type[dict[str, Any]] = dict
+    source: Any = None
+
+
 class AdaptiveModel(nn.Module):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict.
 
@@ -25,34 +47,18 @@ class AdaptiveModel(nn.Module):
     `active_fraction` tell what was kept; `checks` holds the laws verified when it was made.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: fx.Graph,
-        plan: Plan,
-        geometry: Geometry,
-        mask: object,
-        container: type[dict[str, Any]] = dict,
-    ) -> None:
+    def __init__(self, model: nn.Module, surgery: Surgery, mask: object) -> None:
         """Take over the modules of `model`; use `cadsurgery.adaptify` to get one."""
         super().__init__()
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             getattr(self, kind).update(getattr(model, kind))
-        constants = {
+        self._constants = {
             name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")
         }
-        self._surgery: dict[str, Any] = {
-            "graph": graph,
-            "plan": plan,
-            "geometry": geometry,
-            "constants": constants,
-            "container": container,
-            "signature": inspect.signature(model.forward),
-            "lattice": None,
-            "source": getattr(model, "cad_source", None),
-        }
+        self._surgery = surgery
+        self._lattice: Lattice | None = None
         self.checks: tuple[Check, ...] = ()
-        self._run = _compile(graph)
+        self._run = _compile(surgery.graph)
         self._mask_provider = resolve_mask(mask)
         self.training = model.training
 
@@ -76,12 +82,12 @@ class AdaptiveModel(nn.Module):
         arguments = self.bind(*args, **kwargs)
         _check_image(next(iter(arguments.values()), None))
         output, lattice = self._run(self.names(), masking, **arguments)
-        self._surgery["lattice"] = lattice
-        return self._surgery["container"](output) if isinstance(output, dict) else output
+        self._lattice = lattice
+        return self._surgery.container(output) if isinstance(output, dict) else output
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of a call by the original's parameter names, defaults included."""
-        bound = self._surgery["signature"].bind(*args, **kwargs)
+        bound = self._surgery.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return dict(bound.arguments)
 
@@ -92,22 +98,26 @@ class AdaptiveModel(nn.Module):
     @property
     def plan(self) -> Plan:
         """What was changed, and why."""
-        return self._surgery["plan"]
+        return self._surgery.plan
 
     @property
     def geometry(self) -> Geometry:
         """How its lattices are built and read."""
-        return self._surgery["geometry"]
+        return self._surgery.geometry
 
     @property
     def graph(self) -> fx.Graph:
         """The rewritten graph."""
-        return self._surgery["graph"]
+        return self._surgery.graph
 
     @property
     def source(self) -> Any:
         """Where the network came from, if it was built by name: what `save` records."""
-        return self._surgery["source"]
+        return self._surgery.source
+
+    @source.setter
+    def source(self, source: Any) -> None:
+        self._surgery = replace(self._surgery, source=source)
 
     @property
     def mask(self) -> MaskProvider:
@@ -121,10 +131,9 @@ class AdaptiveModel(nn.Module):
     @property
     def lattice(self) -> Lattice:
         """The lattice of the last call."""
-        lattice = self._surgery["lattice"]
-        if lattice is None:
+        if self._lattice is None:
             raise InvalidInput("the network has not run yet.", next="call it on an image first: net(x).")
-        return lattice
+        return self._lattice
 
     @property
     def levels(self) -> Tensor:
@@ -159,15 +168,14 @@ class AdaptiveModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._run = _compile(self._surgery["graph"])
+        self._run = _compile(self._surgery.graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        shared = {**self._surgery, "lattice": None}
-        state = {key: value for key, value in vars(self).items() if key not in ("_run", "_surgery")}
-        clone.__dict__.update(copy.deepcopy(state, memo))
-        clone.__dict__["_surgery"], clone.__dict__["_run"] = shared, self._run
+        shared = {"_surgery": self._surgery, "_run": self._run, "_lattice": None}  # values, never changed
+        state = {key: value for key, value in vars(self).items() if key not in shared}
+        clone.__dict__.update(copy.deepcopy(state, memo), **shared)
         return clone
 
 
@@ -180,7 +188,7 @@ class _Names:
 
     def __getattr__(self, name: str) -> Any:
         owner = self._owner
-        for values in (owner._modules, owner._parameters, owner._buffers, owner._surgery["constants"]):
+        for values in (owner._modules, owner._parameters, owner._buffers, owner._constants):
             if name in values:
                 return values[name]
         if name == "training":
