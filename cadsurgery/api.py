@@ -6,12 +6,12 @@ import copy
 import inspect
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from cadsurgery.errors import CannotConvert
+from cadsurgery.errors import CannotConvert, InvalidInput
 from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
-from cadsurgery.masks.provider import resolve_mask
+from cadsurgery.masks.masking import check_image
+from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, Surgery
 from cadsurgery.surgery.facts import Facts, observe
 from cadsurgery.surgery.plan import Plan
@@ -39,6 +39,7 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
+    _check_model(model)
     return make_plan(_facts(copy.deepcopy(model), example_input), output_stride, region)
 
 
@@ -90,7 +91,8 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    adapted = _channels_last(copy.deepcopy(model))
+    _check_model(model)
+    adapted = copy.deepcopy(model)
     facts = _facts(adapted, example_input)
     chosen = make_plan(facts, output_stride, region)
     if strict:
@@ -105,15 +107,17 @@ def adaptify(
     return net
 
 
-def _channels_last(model: nn.Module) -> nn.Module:
-    """Lay out the weights of convolutions as the rows of elements are: values and names stay the same."""
-    for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == 1:
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-    return model
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"{model!r:.60} is not a network.",
+            next="pass a torch.nn.Module; cs.build_model(name) makes one by name.",
+        )
 
 
 def _facts(model: nn.Module, example_input: Tensor | None) -> Facts:
+    if example_input is not None:
+        check_image(example_input, "example_input")
     return observe(model, trace(model), example_input)
 
 
@@ -123,7 +127,7 @@ def _refuse_barriers(plan: Plan) -> None:
         first = barriers[0]
         raise CannotConvert(
             f"{first.node} ends the region.",
-            where=f"{first.path} ({first.operation})",
+            where=f"{first.path or first.node} ({first.operation})",
             why=f"{first.reason}; {plan.dense_after:.0%} of the MACs run dense after the region.",
             next='pass strict=False to accept that, or end the region on purpose: region="backbone" or names.',
         )

@@ -26,9 +26,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 # A terminal knows its width; a pipe or file gets lines that need not wrap.
-out, err = (
-    Console(width=None if s.isatty() else 140, file=s, soft_wrap=False) for s in (sys.stdout, sys.stderr)
-)
+out = Console(width=None if sys.stdout.isatty() else 140)
+err = Console(width=None if sys.stderr.isatty() else 140, stderr=True)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="torchvision or timm name, module:function, or a converted file")
@@ -239,7 +238,7 @@ def list_command(
 def main() -> None:
     """Entry point: errors a user can cause are printed without a traceback and exit with 1."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except CadError as error:
         if "--json" in sys.argv:
             _print_json(error.to_dict())
@@ -258,6 +257,7 @@ def main() -> None:
             raise
         show()
         sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _options(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cadsurgery.api import adaptify
 from cadsurgery.api import plan as make_plan
-from cadsurgery.errors import CadError, FileError, InvalidInput
+from cadsurgery.errors import CadError, FileError, InvalidInput, first_line
 from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
 from cadsurgery.io import load, read_metadata, save
 from cadsurgery.lattice import Geometry
@@ -184,7 +184,7 @@ def predict(
             f"{output} cannot be created.", why=str(error), next="choose another --output."
         ) from error
     done, failed = [], []
-    for position, path in enumerate(paths):
+    for position, (path, place) in enumerate(paths.items()):
         step(f"{path.name} ({position + 1} of {len(paths)})")
         try:
             batch = normalise(read_image(path, size), net.source).unsqueeze(0).to(where)
@@ -192,7 +192,8 @@ def predict(
             with torch.inference_mode():
                 prediction = _first_tensor(net(batch))
             milliseconds = 1e3 * (time.perf_counter() - start)
-            target = output / f"{path.stem}.png"
+            target = output / place
+            target.parent.mkdir(parents=True, exist_ok=True)
             write_png(class_picture(_classes(prediction)), target)
         except CadError as error:
             failed.append({"image": str(path), **error.to_dict()})
@@ -255,7 +256,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InvalidInput(
-            f"{name!r} is not a device.", why=str(error).splitlines()[0], next="use cpu or cuda."
+            f"{name!r} is not a device.", why=first_line(error), next="use cpu or cuda."
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInput("there is no CUDA device here.", next="use --device cpu.")

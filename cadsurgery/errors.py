@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -45,7 +46,7 @@ class UnknownName(CadError):
         known = f"known: {', '.join(listed)}." if listed else ""
         super().__init__(
             f"there is no {kind} named {name!r}.",
-            next=" ".join(part for part in (hint, known, next) if part),
+            next=" ".join(part for part in (hint, known, next) if part) or "check the spelling.",
         )
 
 
@@ -55,6 +56,12 @@ class InvalidInput(CadError):
 
 class FileError(CadError):
     """A file is missing, truncated, foreign, or cannot be written."""
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's message, or its type: what fits into a reason."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def closest(name: str, options: Iterable[str]) -> list[str]:

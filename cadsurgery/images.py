@@ -38,20 +38,26 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Image files among the given files and folders (folders are searched, sorted by name).
+def find_images(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Image files among the given files and folders, and where each belongs below an output folder.
+
+    Folders are searched and keep their structure; images that differ in their ending only keep it.
 
     Raises:
         FileError: a path does not exist, or nothing was found.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
             raise FileError(f"there is no file or folder {path}.", next="check the path.")
-        inside = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
-        found.extend(inside)
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for image in [p for p in inside if p == path or p.suffix.lower() in SUFFIXES]:
+            place = image.relative_to(path) if path.is_dir() else Path(image.name)
+            target, count = place.with_suffix(".png"), 1
+            while target in found.values():
+                count += 1
+                target = place.with_name(f"{place.stem}_{place.suffix[1:]}{'' if count == 2 else count}.png")
+            found.setdefault(image, target)
     if not found:
         raise FileError(
             "there are no images in " + ", ".join(map(str, paths)), next=f"accepted: {', '.join(SUFFIXES)}."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,17 +16,18 @@ from torch import nn
 
 import cadsurgery
 from cadsurgery.api import adaptify
-from cadsurgery.errors import FileError
+from cadsurgery.errors import CannotConvert, FileError, InvalidInput, first_line
 from cadsurgery.files import written_whole
-from cadsurgery.masks import FixedMask, FunctionMask, MaskProvider
-from cadsurgery.masks.provider import _PROVIDERS as REGISTERED_MASKS
+from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
+from cadsurgery.masks.provider import PROVIDERS
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.zoo import Source, build_model
 
 FORMAT = 1
+T = TypeVar("T")
 _KEY = "cadsurgery"
-_MASK_TENSOR = "cadsurgery.mask.levels"
+_MASK, _TENSOR = "cadsurgery.mask.", "a tensor"  # prefix of what belongs to the mask; a mask that is one
 _NO_MASK = "a function or provider of your own, which a file cannot hold"
 
 
@@ -40,8 +42,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
     """
     path = Path(path)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
-    if isinstance(net.mask, FixedMask):
-        tensors[_MASK_TENSOR] = net.mask.levels.cpu().contiguous()
+    tensors |= {f"{_MASK}{name}": value.cpu().contiguous() for name, value in net.mask.state_dict().items()}
     metadata = {
         "format": FORMAT,
         "versions": _versions(),
@@ -81,15 +82,19 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
     """
     path = Path(path)
     metadata, tensors = _read(path)
-    levels = tensors.pop(_MASK_TENSOR, None)
-    if mask is None:
-        mask = levels if levels is not None else metadata["mask"]
+    of_mask = {name[len(_MASK) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    if mask is None and metadata.get("mask") == _TENSOR:
+        mask = of_mask.get("levels")
+    elif mask is None and metadata.get("mask") is not None:
+        mask = resolve_mask(metadata["mask"])
+        mask.load_state_dict(of_mask)
     if mask is None:
         raise FileError(
             f"{path} was saved with {_NO_MASK}.",
             next='give one: cs.load(path, mask="edges" or your function).',
         )
-    source = Source.from_dict(metadata["source"]) if metadata["source"] else None
+    stated = metadata["source"]
+    source = _damaged_if_wrong(path, lambda: Source.from_dict(stated)) if stated else None
     if model is None:
         if source is None:
             raise FileError(
@@ -98,13 +103,21 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
                 next="pass the original architecture: cs.load(path, model=...).",
             )
         model = build_model(source.name, "none", **source.kwargs)
-    stored = Plan.from_json(metadata["plan"])
-    options = dict(metadata["options"])
-    options["output_stride"] = tuple(options["output_stride"])
+    stored = _damaged_if_wrong(path, lambda: Plan.from_json(metadata["plan"]))
+    options = _damaged_if_wrong(path, lambda: {**metadata["options"], "output_stride": stored.output_stride})
     example = torch.zeros(
         stored.example_shape, dtype=next((p.dtype for p in model.parameters()), torch.float32)
     )
-    net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
+    try:
+        net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
+    except (CannotConvert, InvalidInput) as error:
+        raise FileError(
+            f"{path} does not fit this model.",
+            why=f"{error.what} {error.why}".strip(),
+            next="pass the architecture it was converted from.",
+        ) from error
+    except TypeError as error:
+        raise _damaged(path, first_line(error)) from error
     if net.plan != stored:
         raise FileError(
             f"{path} holds another plan than this model gives.",
@@ -112,20 +125,15 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
             why=f"it was written with {_listed(metadata['versions'])}; here are {_listed(_versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
-    known = net.state_dict().keys()  # parameters of a mask that was replaced have no place
-    tensors = {
-        name: value
-        for name, value in tensors.items()
-        if name in known or not name.startswith("_mask_provider.")
-    }
     try:
-        net.load_state_dict(tensors)
+        net.load_state_dict(tensors, assign=True)  # the stored types, e.g. bfloat16
     except RuntimeError as error:
         raise FileError(
             f"the parameters in {path} do not fit the model.",
             why=" ".join(str(error).split())[:400],
             next="pass the architecture it was converted from.",
         ) from error
+    net.lay_out()
     net.source = source
     return net
 
@@ -154,7 +162,10 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, t
             why="it holds no plan.",
             next="give its weights to cadsurgery convert --weights FILE.",
         )
-    metadata = json.loads(text)
+    metadata = _damaged_if_wrong(path, lambda: dict(json.loads(text)))
+    missing = {"format", "versions", "source", "mask", "options", "plan"} - metadata.keys()
+    if missing or not isinstance(metadata["format"], int):
+        raise _damaged(path, f"its metadata lacks {', '.join(sorted(missing)) or 'a format number'}")
     if metadata["format"] > FORMAT:
         raise FileError(
             f"{path} has format {metadata['format']}, this version reads up to {FORMAT}.",
@@ -163,10 +174,23 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, t
     return metadata, values
 
 
+def _damaged_if_wrong(path: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _damaged(path: Path, why: str) -> FileError:
+    return FileError(
+        f"the metadata of {path} is damaged.", why=why, next="write the file again with cs.save."
+    )
+
+
 def _mask_spec(mask: MaskProvider) -> str | None:
-    if isinstance(mask, FunctionMask) or REGISTERED_MASKS.get(mask.name) is not type(mask):
-        return None
-    return mask.spec()
+    if isinstance(mask, FixedMask):
+        return _TENSOR
+    return mask.spec() if PROVIDERS.get(mask.name) is type(mask) else None
 
 
 def _versions() -> dict[str, str]:
@@ -184,7 +208,9 @@ def _listed(versions: dict[str, str]) -> str:
 def _first_difference(plan: Plan, stored: Plan) -> str:
     for ours, theirs in zip(plan.decisions, stored.decisions, strict=False):
         if ours != theirs:
-            return (
-                f"{theirs.node} ({theirs.operation}): stored {theirs.action}, now {ours.node} {ours.action}"
+            fields = [name for name, value in vars(theirs).items() if getattr(ours, name) != value]
+            changes = (
+                f"{name} {getattr(theirs, name)!r}, now {getattr(ours, name)!r}" for name in fields[:3]
             )
+            return f"{theirs.node} ({theirs.operation}): stored {'; '.join(changes)}"
     return f"{len(stored.decisions)} decisions stored, {len(plan.decisions)} now"

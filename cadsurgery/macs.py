@@ -19,8 +19,8 @@ from cadsurgery import functional
 from cadsurgery.errors import UnknownName
 from cadsurgery.functional import Elements
 from cadsurgery.lattice import Lattice
-from cadsurgery.masks.masking import Masking
-from cadsurgery.masks.provider import resolve_mask
+from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.planner import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
 
@@ -98,7 +98,8 @@ def count_macs(
     """See `AdaptiveModel.macs`."""
     if rule not in RULES:
         raise UnknownName("counting rule", rule, RULES)
-    image = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    image: Any = next(iter((*args, *kwargs.values())), None)
+    check_image(image)
     provider = net.mask if mask is None else resolve_mask(mask)
     masking = Masking(provider, net.geometry, net.plan.strides[0])
     found: list[Lattice] = []

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.macs import MacReport, count_macs
-from cadsurgery.masks.masking import Masking
-from cadsurgery.masks.provider import MaskProvider, resolve_mask
+from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 
@@ -61,6 +62,9 @@ class AdaptiveModel(nn.Module):
         self._run = _compile(surgery.graph)
         self._mask_provider = resolve_mask(mask)
         self.training = model.training
+        self.register_state_dict_post_hook(_without_mask)
+        self.register_load_state_dict_post_hook(_mask_not_missing)
+        self.lay_out()
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called.
@@ -80,10 +84,16 @@ class AdaptiveModel(nn.Module):
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools."""
         arguments = self.bind(*args, **kwargs)
-        _check_image(next(iter(arguments.values()), None))
+        check_image(next(iter(arguments.values()), None))
         output, lattice = self._run(self.names(), masking, **arguments)
         self._lattice = lattice
         return self._surgery.container(output) if isinstance(output, dict) else output
+
+    def lay_out(self) -> None:
+        """Lay out the weights of convolutions as rows of elements are: values and names stay the same."""
+        for module in self.modules():
+            if type(module) is nn.Conv2d and module.groups == 1:
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of a call by the original's parameter names, defaults included."""
@@ -179,6 +189,16 @@ class AdaptiveModel(nn.Module):
         return clone
 
 
+def _without_mask(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The state dict is the original's, whatever the mask has learned; `io.save` stores that apart."""
+    for name in [name for name in state if name.startswith(f"{prefix}_mask_provider.")]:
+        del state[name]
+
+
+def _mask_not_missing(model: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if "_mask_provider." not in name]
+
+
 class _Names:
     """The name space the generated code sees as `self`: modules and tensors only, so that a network may
     have a child called `mask` or `plan`."""
@@ -201,23 +221,3 @@ def _compile(graph: fx.Graph) -> Any:
     scope = dict(code.globals)
     exec(compile(code.src, "<cadsurgery graph>", "exec"), scope)
     return scope["forward"]
-
-
-def _check_image(image: Any) -> None:
-    if not isinstance(image, Tensor) or image.dim() != 4:
-        raise InvalidInput(
-            f"the network is called with {type(image).__name__} of shape {tuple(getattr(image, 'shape', ()))}.",
-            next="give an image batch (batch, channels, height, width).",
-        )
-    if 0 in image.shape:
-        raise InvalidInput(
-            f"the image has size zero: {tuple(image.shape)}.",
-            next="give at least one image of at least one pixel.",
-        )
-    if not torch.compiler.is_compiling() and image.device.type != "meta" and not image.isfinite().all():
-        bad = int((~image.isfinite()).sum())
-        raise InvalidInput(
-            f"the image holds {bad} NaN or infinite values.",
-            why="they would spread through every mask and layer.",
-            next="check the loading and normalisation of the image.",
-        )

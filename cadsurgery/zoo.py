@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.errors import CadError, FileError, InvalidInput, UnknownName
+from cadsurgery.errors import CadError, FileError, InvalidInput, UnknownName, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -88,7 +88,7 @@ def build_model(name: str, weights: str = "auto", **kwargs: Any) -> nn.Module:
         build = _torchvision_builder(rest)
     elif library == "timm" and rest:
         build = _timm_builder(rest)
-    elif rest:
+    elif rest and library:
         build = _function_builder(library, rest)
     elif name in _torchvision_names():
         build = _torchvision_builder(name)
@@ -194,16 +194,19 @@ def _timm_builder(name: str) -> Builder:
             "network", name, {*_torchvision_names(), *timm.list_models()}, next="cadsurgery list PATTERN"
         )
 
+    tags = timm.list_pretrained(f"{plain}.*")
+    if name != plain and name not in tags:
+        raise UnknownName(f"weights of {plain}", name.partition(".")[2], [t.partition(".")[2] for t in tags])
+
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         chosen, note, tag = None, "weights are random (asked for)", "random"
         if weights != "none":
-            tags = timm.list_pretrained(f"{plain}.*") + ([plain] if timm.is_model_pretrained(plain) else [])
             full = name if weights == "auto" else f"{plain}.{weights}"
             if weights != "auto" and full not in tags:
                 raise UnknownName(
                     f"weights of {plain}", weights, [t.partition(".")[2] for t in tags if "." in t]
                 )
-            if tags:
+            if tags or timm.is_model_pretrained(plain):
                 with _timm_offline_if_needed():
                     chosen, problem = _try_weights(
                         lambda: timm.create_model(full, pretrained=True, **kwargs), weights, full
@@ -256,12 +259,12 @@ def _try_weights(build: Callable[[], nn.Module], asked: str, what: str) -> tuple
         return build(), ""
     except (OSError, RuntimeError) as error:  # no connection, no cached file, a broken download
         cause = getattr(error, "reason", None) or error
-        problem = f"{what} is neither cached nor reachable ({str(cause).strip().splitlines()[0]})"
+        problem = f"{what} is neither cached nor reachable ({first_line(cause)})"
         if asked == "auto":
             return None, problem
         raise FileError(
             f"the weights {what} cannot be had.",
-            why=str(cause).strip().splitlines()[0],
+            why=first_line(cause),
             next="connect to the network, copy the file into the library's cache, or use --weights auto or none.",
         ) from error
 
@@ -313,7 +316,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # both readers raise their own kinds for broken files
         raise FileError(
             f"{path} cannot be read as weights.",
-            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            why=f"{type(error).__name__}: {first_line(error)}",
             next="give a .safetensors file or a torch checkpoint with tensors only.",
         ) from error
     for key in ("state_dict", "model_state", "model"):

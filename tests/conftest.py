@@ -77,6 +77,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """max |a - b| / max |b|; infinite if the shapes differ."""
     if found.shape != expected.shape:
         return float("inf")
+    found, expected = found.detach(), expected.detach()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
 
 

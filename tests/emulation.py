@@ -37,7 +37,7 @@ def pixels(side: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fill_cells(dense: Tensor, side: Tensor) -> Tensor:
-    """Every pixel takes the value at the top-left pixel of its cell; `side` is the cell side at each pixel."""
+    """Every pixel takes the value at the top-left pixel of its cell; `side` is that of the pixel's cell."""
     y, x = pixels(side)
     return pick(dense, side * (y // side), side * (x // side))
 
@@ -60,12 +60,10 @@ def read(dense: Tensor, side: Tensor, fill: str) -> Tensor:
     return (1 - down) * upper + down * lower
 
 
-def pooled_samples(
-    length: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
-) -> int:
-    """Output samples of torch's own pooling of `length` samples."""
+def ceil_samples(length: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Output samples of torch's own pooling of `length` samples with ceil_mode."""
     line = torch.zeros(1, 1, length)
-    return F.max_pool1d(line, kernel, stride, padding, dilation, ceil_mode).shape[2]
+    return F.max_pool1d(line, kernel, stride, padding, dilation, True).shape[2]
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Emulation:
             before, after = padding[2 * axis : 2 * axis + 2]
             if ceil_mode:
                 assert before == after
-                count = pooled_samples(samples, kernel[axis], stride, before, dilation[axis], True)
+                count = ceil_samples(samples, kernel[axis], stride, before, dilation[axis])
             else:
                 starts = range(0, samples + before + after - dilation[axis] * (kernel[axis] - 1), stride)
                 count = len(starts)
@@ -177,7 +175,7 @@ class Emulation:
         spacing: int = 1,
         groups: int = 1,
     ) -> Feature:
-        """y(p) = sum_uv W[u, v] x(p + spacing (dilation (u, v) - padding)) on the map as read; anchors kept."""
+        """y(p) = sum_uv W[u, v] x(p + spacing (dilation (u, v) - padding)), x as read; anchors are kept."""
         kernel = (weight.shape[2], weight.shape[3])
         size = self.fine_size(x, kernel, stride, dilation, padding, spacing)
         values = self.read(x)
@@ -324,7 +322,7 @@ class Emulation:
         return Feature(function(*data), stage, values[0].stride)
 
 
-POINTWISE = (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU)
+POINTWISE = (nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.SiLU, nn.Hardswish)
 
 
 class NetworkEmulator(fx.Interpreter):
@@ -346,7 +344,7 @@ class NetworkEmulator(fx.Interpreter):
             return module(*args)
         if isinstance(module, nn.AdaptiveAvgPool2d):
             assert module.output_size in (1, (1, 1))
-            return self.emulation.mean(x)
+            return self._mean(x)
         if x.stage is None:
             return self._dense(module, x)
         if isinstance(module, POINTWISE):
@@ -392,6 +390,8 @@ class NetworkEmulator(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.cat:
             return self._joined(lambda *parts: torch.cat(parts, 1), *args[0])
+        if target is F.adaptive_avg_pool2d:
+            return self._mean(args[0])
         if target in (operator.add, operator.mul, torch.add, torch.mul, operator.iadd):
             return self._joined(target, *args)
         if target in (F.relu, torch.relu) and isinstance(args[0], Feature):
@@ -400,9 +400,13 @@ class NetworkEmulator(fx.Interpreter):
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target == "mean" and isinstance(args[0], Feature):
-            assert tuple(args[1]) == (2, 3) and kwargs["keepdim"]
-            return self.emulation.mean(args[0])
+            assert tuple(args[1]) == (2, 3)
+            mean = self._mean(args[0])
+            return mean if kwargs.get("keepdim") else mean.flatten(1)
         return super().call_method(target, args, kwargs)
+
+    def _mean(self, x: Feature) -> Tensor:
+        return x.data.mean((2, 3), keepdim=True) if x.stage is None else self.emulation.mean(x)
 
     def _joined(self, function: Callable[..., Any], *values: Any) -> Any:
         maps = [value for value in values if isinstance(value, Feature)]

@@ -2,7 +2,8 @@
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
 from cadsurgery.masks.edges import EdgeMask
-from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provider, resolve_mask
+from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provider
+from cadsurgery.masks.resolve import resolve_mask
 
 __all__ = [
     "EdgeMask",

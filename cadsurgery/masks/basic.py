@@ -53,10 +53,10 @@ class RandomMask(MaskProvider):
             seed: makes every call the same; -1 draws anew from torch's generator.
         """
         super().__init__()
-        if not 0 <= fraction <= 1 or block < 1:
+        if not 0 <= fraction <= 1 or block < 1 or not -1 <= seed < 2**63:
             raise InvalidInput(
-                f"random mask with fraction={fraction}, block={block}.",
-                next="fraction is in 0..1, block at least 1.",
+                f"random mask with fraction={fraction}, block={block}, seed={seed}.",
+                next="fraction is in 0..1, block at least 1, seed -1 or a number of at most 63 bits.",
             )
         self.fraction, self.block, self.seed = fraction, block, seed
 
@@ -75,7 +75,7 @@ class FixedMask(MaskProvider):
 
     def __init__(self, levels: Tensor) -> None:
         super().__init__()
-        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("levels", levels)
         self.levels: Tensor
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +41,8 @@ class EdgeMask(MaskProvider):
                 where="mask edges",
                 next="give one dilation for all thresholds or one for each, e.g. threshold=0.95/0.1,dilation=5/15.",
             )
+        if any(math.isnan(value) for value in self.threshold):
+            raise InvalidInput("a threshold is NaN.", where="mask edges", next="use a number such as 0.35.")
         if any(side < 1 or side % 2 == 0 for side in self.dilation):
             raise InvalidInput(
                 f"dilation={'/'.join(map(str, self.dilation))} is not odd and positive.",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.errors import InvalidInput
+from cadsurgery.lattice import Geometry, Lattice, describe
 from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels
 
 
@@ -26,3 +28,27 @@ class Masking:
         with torch.no_grad():
             found = self.provider(image, features, grid)
         return self.geometry.lattice(checked_levels(found, grid, self.provider.name))
+
+
+def check_image(image: Any, name: str = "the image") -> None:
+    """Refuse what is no image batch; `name` is what the message calls it.
+
+    Raises:
+        InvalidInput: not a 4-d tensor, empty, or with NaN or infinite values.
+    """
+    if not isinstance(image, Tensor) or image.dim() != 4:
+        raise InvalidInput(
+            f"{name} is {describe(image)}.", next="give an image batch (batch, channels, height, width)."
+        )
+    if 0 in image.shape:
+        raise InvalidInput(
+            f"{name} has size zero: {tuple(image.shape)}.",
+            next="give at least one image of at least one pixel.",
+        )
+    if not torch.compiler.is_compiling() and not image.is_meta and not image.isfinite().all():
+        bad = int((~image.isfinite()).sum())
+        raise InvalidInput(
+            f"{name} holds {bad} NaN or infinite values.",
+            why="they would spread through every mask and layer.",
+            next="check the loading and normalisation of the image.",
+        )

@@ -1,4 +1,4 @@
-"""The protocol of mask providers, their registry, and the string form `name:option=value,...`."""
+"""The protocol of mask providers, and their registry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import describe
 
 
@@ -46,11 +46,11 @@ class MaskProvider(nn.Module):
 
     def options(self) -> dict[str, Any]:
         """The options this provider was made with, by name: those of its constructor."""
-        return {name: getattr(self, name) for name in _options(type(self))}
+        return {name: getattr(self, name) for name in options_of(type(self))}
 
     def spec(self) -> str:
         """The string form that `resolve_mask` reads back."""
-        options = ",".join(f"{name}={_format(value)}" for name, value in self.options().items())
+        options = ",".join(f"{name}={format_option(value)}" for name, value in self.options().items())
         return f"{self.name}:{options}" if options else self.name
 
     def extra_repr(self) -> str:
@@ -68,7 +68,7 @@ class MaskInfo:
     source: str
 
 
-_PROVIDERS: dict[str, type[MaskProvider]] = {}
+PROVIDERS: dict[str, type[MaskProvider]] = {}
 P = TypeVar("P", bound=type[MaskProvider])
 
 
@@ -76,10 +76,10 @@ def mask_provider(name: str, source: str = "") -> Callable[[P], P]:
     """Register a provider class under a name; its constructor's defaults are its options."""
 
     def register(provider: P) -> P:
-        if name in _PROVIDERS:
+        if name in PROVIDERS:
             raise ValueError(f"mask {name!r} is registered already")
         provider.name, provider.source = name, source
-        _PROVIDERS[name] = provider
+        PROVIDERS[name] = provider
         return provider
 
     return register
@@ -88,83 +88,20 @@ def mask_provider(name: str, source: str = "") -> Callable[[P], P]:
 def list_masks() -> list[MaskInfo]:
     """All mask providers, with options, defaults and source."""
     return [
-        MaskInfo(name, (cls.__doc__ or "").splitlines()[0], _options(cls), cls.source)
-        for name, cls in sorted(_PROVIDERS.items())
+        MaskInfo(name, (cls.__doc__ or "").strip().partition("\n")[0], options_of(cls), cls.source)
+        for name, cls in sorted(PROVIDERS.items())
     ]
 
 
-def resolve_mask(mask: object) -> MaskProvider:
-    """A provider from a name, a string with options, a provider, a callable image -> map, or a tensor.
-
-    Raises:
-        UnknownName: no such mask or option; the closest names are listed.
-        InvalidInput: an option's value cannot be read, or `mask` is something else.
-    """
-    from cadsurgery.masks.basic import FixedMask, FunctionMask
-
-    if isinstance(mask, MaskProvider):
-        return mask
-    if isinstance(mask, str):
-        return _parse(mask)
-    if isinstance(mask, Tensor):
-        return FixedMask(mask)
-    if callable(mask):
-        return FunctionMask(mask)
-    raise InvalidInput(
-        f"{describe(mask)} is not a mask.",
-        next='give a name such as "edges", a tensor, a provider or a function image -> map.',
-    )
-
-
-def _parse(text: str) -> MaskProvider:
-    name, _, rest = text.partition(":")
-    name = name.strip()
-    if name not in _PROVIDERS:
-        raise UnknownName("mask", name, _PROVIDERS)
-    known = _options(_PROVIDERS[name])
-    options = {}
-    for part in filter(None, (part.strip() for part in rest.split(","))):
-        option, equals, value = (piece.strip() for piece in part.partition("="))
-        if option not in known:
-            raise UnknownName(
-                f"option of mask {name!r}", option, known, next=f"e.g. {name}:{_example(known)}"
-            )
-        if not equals or not value:
-            raise InvalidInput(
-                f"option {option!r} of mask {name!r} has no value.", next=f"write {option}=VALUE."
-            )
-        options[option] = _value(name, option, value, known[option])
-    return _PROVIDERS[name](**options)
-
-
-def _value(mask: str, option: str, text: str, default: Any) -> Any:
-    """A number, or several separated by slashes."""
-    kind = type(default[0]) if isinstance(default, tuple) else type(default)
-    try:
-        values = tuple(kind(part) for part in text.split("/"))
-    except ValueError:
-        raise InvalidInput(
-            f"option {option}={text} of mask {mask!r} is not {'an integer' if kind is int else 'a number'}.",
-            next=f"write e.g. {option}={_format(default)}.",
-        ) from None
-    if len(values) > 1 and not isinstance(default, tuple):
-        raise InvalidInput(
-            f"option {option!r} of mask {mask!r} takes one value.", next=f"write {option}={values[0]}."
-        )
-    return values if isinstance(default, tuple) else values[0]
-
-
-def _options(provider: type[MaskProvider]) -> dict[str, Any]:
+def options_of(provider: type[MaskProvider]) -> dict[str, Any]:
+    """Options of a provider class and their defaults: those of its constructor."""
     parameters = inspect.signature(provider.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "self" and p.default is not p.empty}
 
 
-def _format(value: Any) -> str:
+def format_option(value: Any) -> str:
+    """An option's value in the string form."""
     return "/".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
-
-
-def _example(options: dict[str, Any]) -> str:
-    return ",".join(f"{name}={_format(value)}" for name, value in options.items())
 
 
 def checked_levels(found: object, grid: Grid, provider: str) -> Tensor:
@@ -197,6 +134,7 @@ def checked_levels(found: object, grid: Grid, provider: str) -> Tensor:
         )
     if levels.dtype == torch.bool:
         return torch.where(levels, 0, grid.max_level)
+    levels = levels.long()  # not all integer types can be compared
     low, high = (int(bound) for bound in torch.aminmax(levels))
     if low < 0 or high > grid.max_level:
         raise InvalidInput(

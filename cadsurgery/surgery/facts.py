@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadsurgery.errors import CannotConvert, InvalidInput
+from cadsurgery.errors import CannotConvert, first_line
 
 # Odd, non-square and small: what a conversion relies on must not depend on a convenient size.
 EXAMPLE_SIZES = ((97, 129), (128, 160), (224, 224), (299, 299))
@@ -75,15 +75,8 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
         example: an image batch (B, C, H, W); by default small random images of several sizes are tried.
 
     Raises:
-        InvalidInput: `example` is not an image batch.
         CannotConvert: the network does not run on it.
     """
-    if example is not None and (example.dim() != 4 or 0 in example.shape):
-        raise InvalidInput(
-            f"example_input has shape {tuple(example.shape)}.",
-            why="an image batch (batch, channels, height, width) is needed.",
-            next="pass e.g. torch.rand(1, 3, 512, 1024).",
-        )
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -103,7 +96,7 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
             module.training = training
     raise CannotConvert(
         f"{type(model).__name__} does not run on an example image.",
-        why=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else 'no message'}",
+        why=f"{type(failure).__name__}: {first_line(failure)}",
         next="pass example_input=, a batch of images the network accepts.",
     ) from failure
 

@@ -189,12 +189,12 @@ def region_of(flow: Flow, facts: Facts, treatments: dict[fx.Node, Treatment], hi
             outside.add(node)
     inside = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
     strides = [high]
-    for spacing in sorted({flow.spacing[node] for node in inside}):
+    for spacing in sorted({flow.spacing[node] for node in inside if node not in flow.barriers}):
         if spacing > strides[-1] and spacing % strides[-1] == 0:
             strides.append(spacing)
     region = Region(tuple(strides), frozenset(outside), {})
     for node in reversed(inside):
-        if node in flow.barriers:  # runs dense, before the region
+        if node in flow.barriers or any(flow.grid[source] < high for source in flow.maps(node)):  # before it
             region.needed[node] = high
             continue
         uses = [_need(node, user, flow, treatments, region) for user in node.users]

@@ -123,11 +123,18 @@ def _refusal(facts: Facts, region: RegionOption) -> Callable[[fx.Node], str]:
         region = found[:1]
     elif isinstance(region, str):
         raise UnknownName("region", region, ["auto", "backbone"], next="or a list of node or module names.")
+    if not isinstance(region, (list, tuple)) or not all(isinstance(name, str) for name in region):
+        raise InvalidInput(
+            f"region={region!r} is not a region.",
+            next='give "auto", "backbone" or a list of node or module names.',
+        )
     names = tuple(region)
     known = {node.name for node in facts.graph.nodes} | set(modules)
     for name in names:
         if name not in known:
-            raise UnknownName("node or module", name, known)
+            raise UnknownName(
+                "node or module", name, known | {"auto", "backbone"}, next="see print(cs.plan(model))."
+            )
 
     def refused(node: fx.Node) -> str:
         path = facts.path(node)

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cadsurgery.errors import CannotConvert
+from cadsurgery.errors import CannotConvert, first_line
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
 
@@ -51,7 +51,7 @@ def trace(model: nn.Module) -> fx.Graph:
     except Exception as error:  # tracing runs foreign code, which can raise anything
         raise CannotConvert(
             f"{type(model).__name__} cannot be traced by torch.fx.",
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            why=f"{type(error).__name__}: {first_line(error)}",
             next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
         ) from error

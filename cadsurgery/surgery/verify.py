@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.errors import CadError, CannotConvert
+from cadsurgery.errors import CadError, CannotConvert, first_line
 from cadsurgery.functional import Elements, to_dense
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.surgery.plan import Plan
@@ -73,7 +73,7 @@ def verify(
     except Exception as error:  # a foreign operation can fail in any way on what it is given
         raise CannotConvert(
             "the converted network does not run, so it is not returned.",
-            why=str(error).strip().splitlines()[0],
+            why=first_line(error),
             next=_REPORT,
         ) from error
     failed = [check for check in checks if not check.passed]

@@ -1,0 +1,776 @@
+"""Laws of converted networks, on torchvision and timm networks with random weights.
+
+Law 1: at its own resolution the network is the original. Law 2: the other extreme is the other dense twin.
+Law 3: any level map equals the brute-force emulation of `emulation.py`. Law 5: a batch is its images one by
+one, at any size and precision. Law 6: weights, names and gradients stay. Law 7: counted MACs are executed
+MACs. Law 8: anchor="center", pool="drop", patch="block", fill="nearest" is the published method.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, build, images, random_levels, randomise, relative_error
+from emulation import Emulation, Feature, NetworkEmulator, emulate
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import cadsurgery as cs
+
+Size = tuple[int, int]
+SMALL: Size = (65, 97)
+BASIC = ("resnet18", "resnet34")
+BOTTLENECK = ("resnet50", "resnext50_32x4d", "wide_resnet50_2")
+DEEP = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet101", "resnet152"))
+SAMPLE = pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+RESNETS = pytest.mark.parametrize("name", [*BASIC, *BOTTLENECK, *DEEP])
+STRIDES = pytest.mark.parametrize("output_stride", [(4, 32), (8, 32), (8, 16), (16, 32)], ids=str)
+FILLS = pytest.mark.parametrize("fill", ["linear", "nearest"])
+double = torch.float64
+
+
+def convert(model: nn.Module, mask: Any = "none", size: Size = SMALL, **options: Any) -> cs.AdaptiveModel:
+    """`adaptify` on a small example; its own verification is off, since these tests are another."""
+    example = images(1, *size, next(model.parameters()).dtype)
+    return cs.adaptify(model, mask, example_input=example, verify_laws=False, **options)
+
+
+def with_features(model: nn.Module) -> nn.Module:
+    """A ResNet that returns its last feature map and its logits."""
+    return create_feature_extractor(model, {"layer4": "map", "fc": "logits"}).train(model.training)
+
+
+def dilated(name: str, model: nn.Module, high: int, native: int = 32) -> nn.Module:
+    """The dense twin: the ResNet with the strides after output stride `high` replaced by dilation.
+
+    torchvision builds it for bottleneck blocks; with basic blocks it is done here: what reads the map
+    before a removed stride keeps its dilation, what follows doubles it.
+    """
+    replaced = [stride > high for stride in (8, 16, 32)]
+    if name not in BASIC:
+        twin = build(name, replace_stride_with_dilation=replaced)
+        twin.load_state_dict(model.state_dict())
+        return twin.to(next(model.parameters()).dtype)
+    twin, rate = copy.deepcopy(model), 1
+    for layer, gone in zip((twin.layer2, twin.layer3, twin.layer4), replaced, strict=True):
+        if not gone:
+            continue
+        layer[0].conv1.stride = layer[0].downsample[0].stride = (1, 1)
+        for index, block in enumerate(layer):
+            for conv, first in ((block.conv1, index == 0), (block.conv2, False)):
+                conv.dilation = conv.padding = (rate, rate) if first else (2 * rate, 2 * rate)
+        rate *= 2
+    return twin
+
+
+def stages(output_stride: Size, lowest: int = 32) -> tuple[int, ...]:
+    """Strides of all adaptive stages; those after the low output stride only dilate."""
+    count = (lowest // output_stride[0]).bit_length() - 1
+    return (2,) * count
+
+
+def ceil_div(size: Size, by: int) -> Size:
+    return -(-size[0] // by), -(-size[1] // by)
+
+
+def levels_for(size: Size, output_stride: Size, batch: int = 2, **options: Any) -> Tensor:
+    """A random legal level map for a ResNet on images of this size."""
+    top = (output_stride[1] // output_stride[0]).bit_length() - 1
+    return random_levels(
+        batch, ceil_div(size, output_stride[0]), stages(output_stride), max_level=top, **options
+    )
+
+
+def every(value: Any, step: int) -> Any:
+    """Maps at every `step`-th position; other results as they are."""
+    if isinstance(value, dict):
+        return {key: every(entry, step) for key, entry in value.items()}
+    return value[:, :, ::step, ::step] if value.dim() == 4 else value
+
+
+def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+# -- 1: identity ---------------------------------------------------------------------------------------
+
+
+@RESNETS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype) -> None:
+    """Law 1, strided: mask="none" gives the original's logits, and its map at the native positions."""
+    model, x = with_features(build(name, dtype)), images(2, *SMALL, dtype)
+    net = convert(model, "none")
+    assert_same(every(run(net, x), 4), run(model, x))
+    assert net.active_fraction == 0
+
+
+@pytest.mark.parametrize("output_stride", [(4, 32), (16, 32), (2, 32)], ids=str)
+def test_all_low_is_the_original_whatever_the_high_stride(output_stride: Size) -> None:
+    """Law 1 for other choices of the high output stride."""
+    model, x = with_features(build("resnet18", double)), images(2, *SMALL, double)
+    net = convert(model, "none", output_stride=output_stride)
+    assert_same(every(run(net, x), output_stride[1] // output_stride[0]), run(model, x))
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
+@pytest.mark.parametrize("region", ["auto", "backbone"])
+def test_all_high_dilated_network_is_the_original(name: str, region: str) -> None:
+    """Law 1, dilated: mask="all" gives the original's whole output."""
+    model, x = build(name, aux_loss=False), images(2, *SMALL)
+    net = convert(model, "all", region=region)
+    assert net.plan.output_stride == (8, 32)
+    assert_same(dict(run(net, x)), dict(run(model, x)))
+    assert net.active_fraction == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fcn_resnet101", "deeplabv3_resnet101"])
+def test_deep_dilated_networks_are_the_original_when_all_high(name: str) -> None:
+    """Law 1 for the deeper segmentation networks, auxiliary classifier included."""
+    model, x = build(name, aux_loss=True), images(2, 97, 129)
+    assert_same(dict(run(convert(model, "all"), x)), dict(run(model, x)))
+
+
+TIMM = ("resnet10t", "resnet18", "resnet26d", "seresnet18", "seresnet50")
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_networks_are_the_original_when_all_low(name: str) -> None:
+    """Law 1 for deep stems, average-pool shortcuts and squeeze-excite."""
+    model, x = randomise(timm.create_model(name)).double(), images(2, *SMALL, double)
+    assert_same(run(convert(model, "none"), x), run(model, x))
+
+
+def test_default_call_verifies_and_keeps_law_1() -> None:
+    """`adaptify(model)` with every default is exact too; its own checks passed."""
+    model, x = build("resnet18"), images(2, 97, 129)
+    net = cs.adaptify(model, "none")
+    assert net.checks and all(check.passed for check in net.checks)
+    assert_same(run(net, x), run(model, x))
+
+
+# -- 2: the other extreme ------------------------------------------------------------------------------
+
+
+@RESNETS
+def test_all_high_strided_network_is_the_dilated_twin(name: str) -> None:
+    """Law 2, strided: mask="all" gives the network dilated to output stride 8, logits included."""
+    model, x = build(name), images(2, *SMALL)
+    net = convert(with_features(model), "all")
+    assert_same(run(net, x), run(with_features(dilated(name, model, 8)), x))
+
+
+@SAMPLE
+@STRIDES
+def test_all_high_is_the_twin_at_the_high_stride_asked_for(name: str, output_stride: Size) -> None:
+    """Law 2 for every pair of output strides."""
+    model, x = build(name), images(2, *SMALL)
+    twin = dilated(name, model, output_stride[0])
+    net = convert(with_features(model), "all", output_stride=output_stride)
+    assert_same(run(net, x), run(with_features(twin), x))
+
+
+@SAMPLE
+def test_lowest_level_above_the_native_stride_is_the_twin_at_that_stride(name: str) -> None:
+    """(8, 16): all-low is the network dilated to 16; layer4 only dilates."""
+    model, x = build(name), images(2, *SMALL)
+    net = convert(with_features(model), "none", output_stride=(8, 16))
+    assert_same(every(run(net, x), 2), run(with_features(dilated(name, model, 16)), x))
+
+
+def strided_backbone(model: nn.Module) -> nn.Module:
+    """The undilated ResNet-50 with the weights of a segmentation network's backbone, up to layer4."""
+    resnet = build("resnet50").to(next(model.parameters()).dtype)
+    missing = resnet.load_state_dict(model.backbone.state_dict(), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+    return create_feature_extractor(resnet, {"layer4": "out"})
+
+
+def test_all_low_dilated_backbone_is_the_undilated_twin() -> None:
+    """Law 2, dilated: mask="none" on DeepLab's backbone is the strided ResNet at the native positions."""
+    model, x = build("deeplabv3_resnet50", aux_loss=False), images(2, *SMALL)
+    net = convert(model.backbone, "none")
+    assert_same(dict(every(run(net, x), 4)), run(strided_backbone(model), x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "deeplabv3_resnet50"])
+def test_both_extremes_agree_at_the_lowest_lattice(name: str) -> None:
+    """Law 2: at multiples of R_K all-high and all-low have the same features."""
+    if name.startswith("deeplab"):
+        model = build(name, double, aux_loss=False).backbone
+    else:
+        model = create_feature_extractor(build(name, double), {"layer4": "out"})
+    net, x = convert(model), images(2, *SMALL, double)
+    high, low = run(net, x, mask="all")["out"], run(net, x, mask="none")["out"]
+    assert high.shape == low.shape
+    assert_same(every(low, 4), every(high, 4))
+    assert relative_error(low, high) > 0.01, "they differ elsewhere"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "seresnet18", "seresnet50"])
+def test_timm_networks_are_their_dilated_twins_when_all_high(name: str) -> None:
+    """Law 2 against timm's own output_stride=8, squeeze-excite included."""
+    model, x = randomise(timm.create_model(name)).double(), images(2, *SMALL, double)
+    twin = timm.create_model(name, output_stride=8).double().eval()
+    twin.load_state_dict(model.state_dict())
+    assert_same(run(convert(model, "all"), x), run(twin, x))
+
+
+def vgg_trunk(name: str, low: int = 8) -> nn.Sequential:
+    """VGG's features up to the convolutions at output stride `low`."""
+    layers = list(build(name, double).features)
+    pools = [index for index, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    return nn.Sequential(*layers[: pools[low.bit_length() - 1]]).eval()
+
+
+def dilated_vgg(model: nn.Sequential, high: int) -> nn.Sequential:
+    """Max-pools after `high` with stride 1 on -inf padding, and what follows dilated (D2-Net's rule)."""
+    layers: list[nn.Module] = []
+    stride, rate = 1, 1
+    for layer in copy.deepcopy(model):
+        if isinstance(layer, nn.MaxPool2d):
+            stride *= 2
+            if stride > high:
+                layers.append(nn.ConstantPad2d((0, rate, 0, rate), -torch.inf))
+                layer = nn.MaxPool2d(2, 1, 0, rate)
+                rate *= 2
+        elif isinstance(layer, nn.Conv2d):
+            layer.dilation = layer.padding = (rate, rate)
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+VGGS = pytest.mark.parametrize(
+    "name", ["vgg11", "vgg16_bn", pytest.param("vgg19_bn", marks=pytest.mark.slow)]
+)
+
+
+@VGGS
+@pytest.mark.parametrize("high", [1, 2, 4])
+def test_vgg_extremes_are_its_dense_twins(name: str, high: int) -> None:
+    """Laws 1 and 2 where max-pools are the stages, as for keypoints."""
+    model, x = vgg_trunk(name), images(2, 24, 40, double)
+    net = convert(model, output_stride=(high, 8), size=(24, 40))
+    assert_same(every(run(net, x, mask="none"), 8 // high), run(model, x))
+    assert_same(run(net, x, mask="all"), run(dilated_vgg(model, high), x))
+
+
+# -- 3: any level map ----------------------------------------------------------------------------------
+
+
+@FILLS
+@STRIDES
+def test_any_level_map_on_resnet18_is_the_emulation(output_stride: Size, fill: str) -> None:
+    """Law 3 for every pair of output strides: the map and the logits."""
+    model, x = with_features(build("resnet18", double)), images(2, *SMALL, double)
+    levels = levels_for(SMALL, output_stride)
+    net = convert(model, output_stride=output_stride, fill=fill)
+    expected = emulate(model, x, Emulation(levels, stages(output_stride), fill), output_stride[0])
+    assert_same(run(net, x, mask=levels), expected)
+    assert torch.equal(net.levels.long(), levels)
+
+
+@FILLS
+@pytest.mark.parametrize("name", ["resnet34", *BOTTLENECK, *DEEP])
+def test_any_level_map_on_other_resnets_is_the_emulation(name: str, fill: str) -> None:
+    """Law 3 for deeper, grouped and wider networks."""
+    model, x = with_features(build(name, double)), images(2, *SMALL, double)
+    levels = levels_for(SMALL, (8, 32))
+    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)
+    assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
+
+
+@FILLS
+@pytest.mark.parametrize("name", TIMM)
+def test_any_level_map_on_timm_networks_is_the_emulation(name: str, fill: str) -> None:
+    """Law 3 with average-pool shortcuts (ceil_mode, padding not counted) and squeeze-excite."""
+    model, x = randomise(timm.create_model(name)).double(), images(2, *SMALL, double)
+    levels = levels_for(SMALL, (8, 32))
+    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)
+    assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
+
+
+@FILLS
+@VGGS
+@pytest.mark.parametrize("high", [1, 2, 4])
+def test_any_level_map_on_vgg_is_the_emulation(name: str, high: int, fill: str) -> None:
+    """Law 3 where max-pools are the stages; odd sizes lose a border, as in the original."""
+    model, x = vgg_trunk(name), images(2, 21, 35, double)
+    strides = stages((high, 8), 8)
+    levels = random_levels(2, (21 // high, 35 // high), strides)
+    net = convert(model, output_stride=(high, 8), size=(21, 35), fill=fill)
+    expected = emulate(model, x, Emulation(levels, strides, fill), high)
+    assert_same(run(net, x, mask=levels), expected)
+
+
+PLAIN: dict[str, list[nn.Module]] = {
+    "even kernels without padding": [
+        nn.Conv2d(3, 6, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 4, 2, 1),
+        nn.Conv2d(8, 8, 2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 2, 2),
+        nn.Conv2d(8, 8, 3, 1, 1),
+    ],
+    "grouped, depthwise and 5 x 3": [
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.Conv2d(8, 8, 3, 2, 1, groups=8),
+        nn.Conv2d(8, 16, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, (5, 3), 2, (2, 1), groups=4),
+        nn.BatchNorm2d(16),
+        nn.Conv2d(16, 8, 3, 1, 1, groups=2),
+    ],
+    "pools of all kinds": [
+        nn.Conv2d(3, 8, 3, 1, 1),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(8, 8, 3, 1, 1),
+        nn.AvgPool2d(3, 2, 1),
+        nn.MaxPool2d(3, 1, 1),
+        nn.BatchNorm2d(8),
+        nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+        nn.Conv2d(8, 8, 3, 1, 1),
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+    ],
+    "reflected and replicated borders": [
+        nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 3, 2, 1, padding_mode="replicate"),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 5, 2, 2, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 3, 1, 1, padding_mode="replicate"),
+    ],
+    "a stage of stride 4": [
+        nn.Conv2d(3, 6, 3, 2, 1),
+        nn.Conv2d(6, 8, 3, 1, 1),
+        nn.Conv2d(8, 8, 4, 4),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 1, 1),
+    ],
+}
+
+
+@FILLS
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("size", [(48, 64), (45, 71)], ids=str)
+def test_plain_cnns_keep_laws_1_and_3(kind: str, size: Size, fill: str) -> None:
+    """Kernels, paddings and pools a ResNet does not have: identity when all low, emulation on any map."""
+    model = randomise(nn.Sequential(*copy.deepcopy(PLAIN[kind]))).double()
+    x, high = images(2, *size, double), 2
+    strides = (4,) if kind == "a stage of stride 4" else (2, 2)
+    net = convert(model, size=size, output_stride=(2, 8), fill=fill)
+    assert_same(every(run(net, x, mask="none"), 4), run(model, x))
+    fine = run(model[: 2 if isinstance(model[1], nn.MaxPool2d) else 1], x).shape[2:]
+    levels = random_levels(2, (fine[0], fine[1]), strides)
+    expected = emulate(model, x, Emulation(levels, strides, fill), high)
+    assert_same(run(net, x, mask=levels), expected)
+
+
+@FILLS
+def test_several_features_leave_the_region_at_the_fine_size(fill: str) -> None:
+    """Law 3 for a feature extractor: each map that leaves is read densely, on its own lattice."""
+    names = {name: name for name in ("layer1", "layer2", "layer3", "layer4")}
+    model = create_feature_extractor(build("resnet18", double), names)
+    x, levels = images(2, *SMALL, double), levels_for(SMALL, (8, 32))
+    found = run(convert(model, fill=fill), x, mask=levels)
+    assert_same(found, emulate(model, x, Emulation(levels, (2, 2), fill), 8))
+
+
+FAMILIES = (
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_keep_laws_1_and_3(name: str) -> None:
+    """Depthwise convolutions, squeeze-excite, dense and parallel branches: identity, and any map's emulation."""
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    model, x = build(name, double, **options), images(2, *SMALL, double)
+    net = convert(model)
+    assert net.plan.output_stride == (8, 32)
+    assert_same(run(net, x, mask="none"), run(model, x))
+    levels = random_levels(2, (net.levels.shape[1], net.levels.shape[2]), (2, 2))
+    assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
+
+
+@FILLS
+def test_a_dilated_chain_is_the_strided_one_seen_from_the_other_side(fill: str) -> None:
+    """Laws 1 to 3 where dilation grows twice: the convolution before each growth absorbs the stride."""
+    dense = randomise(
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3, 2, 1),
+            nn.Conv2d(6, 8, 3, 1, 1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 1, 2, dilation=2, groups=2),
+            nn.Conv2d(8, 8, 1),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 3, 1, 4, dilation=4),
+        )
+    ).double()
+    strided = copy.deepcopy(dense)
+    for index, stride in ((1, 2), (4, 2), (7, 1)):
+        strided[index].stride, strided[index].dilation = (stride, stride), (1, 1)
+        strided[index].padding = (1, 1)
+    x = images(2, 45, 71, double)
+    net = convert(dense, "all", size=(45, 71), fill=fill)
+    assert net.plan.output_stride == (2, 8)
+    assert_same(run(net, x), run(dense, x))
+    assert_same(every(run(net, x, mask="none"), 4), run(strided, x))
+    levels = random_levels(2, (23, 36), (2, 2))
+    assert_same(run(net, x, mask=levels), emulate(strided, x, Emulation(levels, (2, 2), fill), 2))
+
+
+@FILLS
+def test_what_follows_a_smaller_region_sees_the_native_size(fill: str) -> None:
+    """Law 3 with region=["layer3"]: its map leaves at multiples of R_1, and layer4 runs dense on it."""
+    model = build("resnet18", double)
+    x, levels = images(2, *SMALL, double), random_levels(2, ceil_div(SMALL, 8), (2,))
+    net = convert(model, region=["layer3"], output_stride=(8, 16), fill=fill)
+    trunk = nn.Sequential(OrderedDict(list(model.named_children())[:7]))
+    native = run(lambda: emulate(trunk, x, Emulation(levels, (2,), fill), 8))[:, :, ::2, ::2]
+    expected = run(lambda: model.fc(model.avgpool(model.layer4(native)).flatten(1)))
+    assert_same(run(net, x, mask=levels), expected)
+
+
+@FILLS
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
+@pytest.mark.parametrize("region", ["auto", "backbone"])
+def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
+    name: str, region: str, fill: str
+) -> None:
+    """Law 3: backbone undilated, ASPP with taps 12, 24, 36 fine pixels apart, then the rest dense.
+
+    With region="backbone", and in FCN, all of the head is dense and reads the features at every fine pixel.
+    """
+    model, x = build(name, double, aux_loss=False), images(2, *SMALL, double)
+    levels = levels_for(SMALL, (8, 32))
+    emulation = Emulation(levels, (2, 2), fill)
+    with torch.no_grad():
+        features = NetworkEmulator(strided_backbone(model), emulation, 8).run(Feature(x, None))["out"]
+        assert features.stage == 2 and features.stride == 32
+        rest = nn.Sequential(*model.classifier)
+        if (
+            name.startswith("deeplab") and region == "auto"
+        ):  # the head counts its dilations in samples of output stride 8
+            head_input = replace(features, stride=8)
+            features = NetworkEmulator(rest[0], emulation, 8).run(head_input)
+            rest = rest[1:]
+        logits = rest(emulation.read(features))
+        expected = F.interpolate(logits, size=SMALL, mode="bilinear", align_corners=False)
+    found = run(convert(model, region=region, fill=fill), x, mask=levels)
+    assert_same(found["out"], expected)
+
+
+@FILLS
+@pytest.mark.parametrize("output_stride", [(8, 16), (8, 32), (4, 32)], ids=str)
+def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Size, fill: str) -> None:
+    """Law 3 on DeepLab's backbone for other pairs of strides, finer than its own included."""
+    model, x = build("deeplabv3_resnet50", double, aux_loss=False), images(2, *SMALL, double)
+    levels = levels_for(SMALL, output_stride)
+    emulation = Emulation(levels, stages(output_stride), fill)
+    expected = emulate(strided_backbone(model), x, emulation, output_stride[0])
+    found = run(convert(model.backbone, output_stride=output_stride, fill=fill), x, mask=levels)
+    assert_same(dict(found), expected)
+
+
+# -- 5: batches, sizes, precision, layout --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "seresnet18", "deeplabv3_resnet50"])
+def test_a_batch_is_its_images_one_by_one(name: str) -> None:
+    """Law 5: two images with different level maps, one of them uniform in the second call."""
+    size = (97, 129)
+    model = randomise(timm.create_model(name)) if name.startswith("se") else build(name)
+    net, x = convert(model.double(), size=size), images(2, *size, double)
+    mixed = levels_for(size, (8, 32))
+    half_uniform = mixed.clone()
+    half_uniform[0] = 2
+    for levels in (mixed, half_uniform):
+        together = run(net, x, mask=levels)
+        for image in range(2):
+            alone = run(net, x[image : image + 1], mask=levels[image : image + 1])
+            if isinstance(together, dict):
+                assert_same(together["out"][image : image + 1], alone["out"])
+            else:
+                assert_same(together[image : image + 1], alone)
+
+
+@pytest.mark.parametrize(
+    "size", [(97, 129), (64, 100), pytest.param((193, 257), marks=pytest.mark.slow)], ids=str
+)
+@SAMPLE
+def test_a_network_converted_on_one_size_runs_on_others(name: str, size: Size) -> None:
+    """Law 5 with laws 1 to 3 at sizes that were not the example's."""
+    model, x = with_features(build(name, double)), images(2, *size, double)
+    net, levels = convert(model), levels_for(size, (8, 32))
+    assert_same(every(run(net, x, mask="none"), 4), run(model, x))
+    assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
+
+
+@pytest.mark.slow
+@RESNETS
+def test_large_odd_images_keep_laws_1_and_2(name: str) -> None:
+    """Laws 1 and 2 at 193 x 257."""
+    model, x = build(name), images(2, 193, 257)
+    net = convert(with_features(model))
+    assert_same(every(run(net, x, mask="none"), 4), run(with_features(model), x))
+    assert_same(run(net, x, mask="all"), run(with_features(dilated(name, model, 8)), x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_memory_layout_is_irrelevant(name: str) -> None:
+    """Law 5: channels_last images and weights, or not."""
+    model, x = build(name), images(2, *SMALL)
+    levels = levels_for(SMALL, (8, 32))
+    expected = run(convert(model), x, mask=levels)
+    for mask, reference in ((levels, expected), ("none", run(model, x))):
+        assert_same(
+            run(convert(model), x.contiguous(memory_format=torch.channels_last), mask=mask), reference
+        )
+        net = convert(model).to(memory_format=torch.channels_last)
+        assert_same(run(net, x.contiguous(memory_format=torch.channels_last), mask=mask), reference)
+
+
+@SAMPLE
+def test_lower_precision_is_close(name: str) -> None:
+    """Law 5: float32 is within 1e-4 of float64; bfloat16 as close to it as the original's bfloat16."""
+    model, x = create_feature_extractor(build(name, double), ["layer4"]), images(2, *SMALL, double)
+    net, levels = convert(model), levels_for(SMALL, (8, 32))
+    exact, dense = run(net, x, mask=levels)["layer4"], run(model, x)["layer4"]
+    single = run(net.float(), x.float(), mask=levels)["layer4"]
+    assert_same(single, exact.float(), 1e-4)
+    rough = run(net.bfloat16(), x.bfloat16(), mask=levels)["layer4"]
+    rough_dense = run(model.bfloat16(), x.bfloat16())["layer4"]
+    assert rough.dtype == torch.bfloat16
+    error = float((rough.double() - exact).norm() / exact.norm())
+    assert error < 2 * float((rough_dense.double() - dense).norm() / dense.norm()) < 0.1
+
+
+# -- 6: weights and gradients --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "deeplabv3_resnet50"])
+def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched(name: str) -> None:
+    """Law 6: original checkpoints load strictly; the model handed in keeps weights, modes and behaviour."""
+    model, x = build(name), images(2, *SMALL)
+    model.layer1[0].bn1.train() if name != "deeplabv3_resnet50" else model.backbone.layer1[0].bn1.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = {key: module.training for key, module in model.named_modules()}
+    written = str(model)
+    net = cs.adaptify(model, "none", example_input=images(1, *SMALL))
+    assert {key: module.training for key, module in model.named_modules()} == modes
+    assert str(model) == written
+    for state in (model.state_dict(), net.state_dict()):
+        assert list(state) == list(before)
+        assert all(torch.equal(value, before[key]) for key, value in state.items())
+    trained = build(name).train()
+    before = {key: value.clone() for key, value in trained.state_dict().items()}
+    state = cs.adaptify(trained, "none", example_input=images(2, *SMALL)).state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in state.items()), "running statistics too"
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    other = build(name)
+    net.load_state_dict(other.state_dict(), strict=True)
+    other.load_state_dict(net.state_dict(), strict=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
+        "no shared storage"
+    )
+    for key, parameter in net.named_parameters():
+        assert parameter.requires_grad == dict(model.named_parameters())[key].requires_grad
+    run(net.eval(), x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@SAMPLE
+def test_adaptify_keeps_the_mode(name: str, training: bool) -> None:
+    """A model in training mode yields a network in training mode, down to every module."""
+    model = build(name).train(training)
+    extractor = create_feature_extractor(model, ["layer4"]).train(training)
+    assert {module.training for module in convert(extractor).layer4.modules()} == {training}
+    net = convert(model)
+    assert {module.training for module in net.modules()} <= {training, net.mask.training}
+    assert net.training == training and net.layer4[0].bn1.training == training
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
+    """Law 6: of a loss on the logits, for every parameter and the image."""
+    model = build(name, double)
+    net, x = convert(model, "none"), images(2, *SMALL, double).requires_grad_()
+    target = torch.randn(2, 1000, dtype=double)
+    expected = torch.autograd.grad(F.mse_loss(model(x), target), [x, *model.parameters()])
+    found = torch.autograd.grad(F.mse_loss(net(x), target), [x, *net.parameters()])
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other, 1e-8)
+
+
+@FILLS
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_gradients_of_any_level_map_are_the_emulations(name: str, fill: str) -> None:
+    """Law 6: of a loss on the dense output, for every parameter that it depends on and the image."""
+    model = create_feature_extractor(build(name, double), {"layer4": "out"})
+    x, levels = images(2, *SMALL, double).requires_grad_(), levels_for(SMALL, (8, 32))
+    net = convert(model, fill=fill)
+    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)["out"]
+    weights = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), [x, *model.parameters()])
+    found = net(x, mask=levels)["out"]
+    found_grads = torch.autograd.grad((found * weights).sum(), [x, *net.parameters()])
+    for one, other in zip(found_grads, expected_grads, strict=True):
+        assert_same(one, other, 1e-8)
+
+
+@SAMPLE
+def test_training_mode_of_an_all_low_network_is_the_originals(name: str) -> None:
+    """Law 1 in training: batch statistics, running statistics and outputs are the original's."""
+    model, x = build(name, double).train(), images(3, 97, 129, double)
+    net = convert(model, "none", size=(97, 129))
+    assert_same(run(net, x), run(model, x))
+    running = dict(model.named_buffers())
+    for key, value in net.named_buffers():
+        if "running" in key:
+            assert_same(value, running[key])
+
+
+# -- 7: MACs -------------------------------------------------------------------------------------------
+
+
+def executed_macs(model: nn.Module, x: Tensor, **kwargs: Any) -> int:
+    """Multiply-accumulates that torch sees when the network runs."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run(model, x, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+def layer4_of(name: str) -> nn.Module:
+    """A ResNet without its classifier: global means multiply too, which are bookkeeping here."""
+    return create_feature_extractor(build(name), ["layer4"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+@STRIDES
+def test_counted_macs_are_executed_macs(name: str, output_stride: Size) -> None:
+    """Law 7: totals for a mixed mask, everything high and everything low; high and low are the twins'."""
+    model, x = build(name), images(2, *SMALL)
+    net = convert(create_feature_extractor(model, ["layer4"]), output_stride=output_stride)
+    levels = levels_for(SMALL, output_stride)
+    report = net.macs(x, mask=levels)
+    assert report.mask == executed_macs(net, x, mask=levels)
+    high = create_feature_extractor(dilated(name, model, output_stride[0]), ["layer4"])
+    low = create_feature_extractor(dilated(name, model, output_stride[1]), ["layer4"])
+    assert report.high == executed_macs(net, x, mask="all") == executed_macs(high, x)
+    assert report.low == executed_macs(net, x, mask="none") == executed_macs(low, x)
+    assert sum(layer.mask for layer in report.layers) == report.mask
+    fraction = float((levels == 0).double().mean())
+    assert report.active_fraction == pytest.approx(fraction)
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
+def test_everything_high_costs_what_the_dilated_original_costs(name: str) -> None:
+    """Law 7 for a dilated network, head included."""
+    model, x = build(name, aux_loss=False), images(2, *SMALL)
+    report = convert(model).macs(x, mask=levels_for(SMALL, (8, 32)))
+    assert report.high == executed_macs(model, x)
+    assert report.low < report.mask < report.high
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg11"])
+def test_macs_grow_with_the_resolution_kept(name: str) -> None:
+    """Law 7: raising levels anywhere never costs more; the ends of the chain are high and low."""
+    if name == "resnet50":
+        net, x, grid = convert(layer4_of(name)), images(2, *SMALL), ceil_div(SMALL, 8)
+    else:
+        net, x, grid = convert(vgg_trunk(name), output_stride=(2, 8)), images(2, 48, 64, double), (24, 32)
+    levels = torch.zeros(2, *grid, dtype=torch.long)
+    counts = [net.macs(x, mask=levels).mask]
+    for level, side in ((1, 2), (2, 4)):
+        for chance in (0.3, 0.6, 1.0):
+            raised = torch.rand(2, -(-grid[0] // side), -(-grid[1] // side)) < chance
+            raised = raised.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, : grid[0], : grid[1]]
+            levels = torch.where(raised, level, levels)
+            counts.append(net.macs(x, mask=levels).mask)
+    report = net.macs(x, mask=levels)
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) > 4
+    assert (counts[0], counts[-1]) == (report.high, report.low)
+
+
+# -- 8: the published method ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [0.3, 0.7])
+def test_published_options_are_the_published_resnet(split: float) -> None:
+    """Law 8 on ResNet-50 (8, 32): convolutions start at the middle of cells, corners are kept, blocks of 4."""
+    size = (96, 128)
+    model = create_feature_extractor(build("resnet50", double), {"layer4": "out"})
+    x = images(2, *size, double)
+    levels = levels_for(size, (8, 32), patch="block", split=split)
+    options: dict[str, Any] = {"anchor": "center", "pool": "drop", "patch": "block", "fill": "nearest"}
+    net = convert(model, output_stride=(8, 32), **options)
+    published = Emulation(levels, (2, 2), "nearest", "center", "drop")
+    found = run(net, x, mask=levels)
+    assert_same(found, emulate(model, x, published, 8))
+    corner = emulate(model, x, replace(published, anchor="corner"), 8)
+    assert relative_error(found["out"], corner["out"]) > 0.01, "the anchor matters"
+    assert_same(run(net.float(), x.float(), mask=levels)["out"], found["out"].float(), 1e-4)
+
+
+@pytest.mark.parametrize("high", [1, 2, 4])
+@pytest.mark.parametrize("anchor", ["center", "corner"])
+def test_published_options_are_the_published_vgg(high: int, anchor: str) -> None:
+    """Law 8 on VGG-16 as D2-Net uses it: max-pools take the maximum of boxes that drop a level."""
+    model, x = vgg_trunk("vgg16"), images(2, 24, 40, double)
+    strides = stages((high, 8), 8)
+    levels = random_levels(2, (24 // high, 40 // high), strides)
+    net = convert(
+        model,
+        size=(24, 40),
+        output_stride=(high, 8),
+        anchor=anchor,
+        pool="drop",
+        patch="quadtree",
+        fill="nearest",
+    )
+    expected = emulate(model, x, Emulation(levels, strides, "nearest", anchor, "drop"), high)
+    assert_same(run(net, x, mask=levels), expected)
+
+
+# -- engine --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "deeplabv3_resnet50", "vgg11"])
+def test_dense_shortcut_changes_nothing(name: str) -> None:
+    """Uniform maps run as dense convolutions or by kernel maps, with the same result."""
+    model = vgg_trunk(name) if name == "vgg11" else build(name, double)
+    x = images(2, 33, 49, double)
+    net = convert(model, size=(33, 49), **({"output_stride": (2, 8)} if name == "vgg11" else {}))
+    mapped = replace(net.geometry, dense_shortcut=False)
+    fine = (16, 24) if name == "vgg11" else (5, 7)
+    mixed = random_levels(2, fine, (2, 2))
+    for levels in (*(torch.full((2, *fine), level) for level in range(3)), mixed):
+
+        def masking(image: Tensor, features: Tensor, levels: Tensor = levels) -> Any:
+            return mapped.lattice(levels)
+
+        with torch.no_grad():
+            found = net.run(masking, x)
+        expected = run(net, x, mask=levels)
+        if isinstance(expected, OrderedDict):
+            found, expected = dict(found), dict(expected)
+        assert_same(found, expected)

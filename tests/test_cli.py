@@ -1,0 +1,473 @@
+"""The command line: what each command prints, writes and exits with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import cadsurgery as cs
+from cadsurgery import cli
+from cadsurgery.surgery.plan import Plan
+
+SIZE = (96, 128)
+NETWORKS = '''
+"""Networks of a user."""
+
+import torch
+from torch import nn
+
+
+def segmenter():
+    """Ten classes at output stride 32."""
+    torch.manual_seed(0)
+    layers = []
+    for depth in range(5):
+        layers += [nn.Conv2d(4 if depth else 3, 4, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(4, 10, 1))
+
+
+def flat():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1))
+'''
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `cadsurgery ARGS` in an empty folder with a module `usernets`; its code, output and errors."""
+    (tmp_path / "usernets.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "usernets", raising=False)
+    monkeypatch.setattr(cli, "out", Console(width=160))
+    monkeypatch.setattr(cli, "err", Console(width=160, stderr=True))
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["cadsurgery", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as request:
+            code = request.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def file(run: Run, tmp_path: Path) -> Path:
+    """A converted file of the user's segmentation network."""
+    path = tmp_path / "net.safetensors"
+    net = cs.adaptify(cs.build_model("usernets:segmenter"), "edges", verify_laws=False)
+    cs.save(net, path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images of different size, a corrupt one, and something else."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.effect_noise((128, 96), 60).convert("RGB").save(folder / "first.png")
+    Image.effect_noise((129, 65), 60).save(folder / "second.jpg")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
+
+
+def options(*given: object, size: tuple[int, int] = SIZE) -> list[object]:
+    return [*given, "--size", f"{size[0]}x{size[1]}"]
+
+
+# -- start and usage -----------------------------------------------------------------------------------
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import cadsurgery.cli, sys; assert not {'torch', 'torchvision', 'timm', 'matplotlib'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_starts_without_torch_and_names_the_commands() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "cadsurgery.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for name in ("convert", "plan", "mask", "run", "macs", "list"):
+        assert name in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported and "torch" not in imported
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "mask", "run", "macs", "list"])
+def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.code == 0 and "--json" in result.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["cut"],
+        ["plan"],
+        ["convert"],
+        ["run", "net.safetensors"],
+        ["plan", "--model", "resnet18", "--colour", "red"],
+        ["plan", "--model", "resnet18", "--output-stride", "eight"],
+        ["plan", "--model", "resnet18", "--output-stride", "8,16,32"],
+        ["mask", "--size", "96"],
+        ["mask", "--size", "96xwide"],
+        ["convert", "--model", "resnet18", "--rounds", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_says_how(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert "Usage" in result.err and result.out == ""
+
+
+REFUSED = [
+    (["plan", "--model", "resnt18"], "UnknownName", "resnet18"),
+    (["plan", "--model", "usernets:segmentr"], "UnknownName", "segmenter"),
+    (["plan", "--model", "usernets:flat"], "CannotConvert", "downsamples"),
+    (["plan", "--model", "usernets:segmenter", "--output-stride", "3,5"], "InvalidInput", "(8, 32)"),
+    (["plan", "--model", "usernets:segmenter", "--region", "bacbone"], "UnknownName", "backbone"),
+    (["plan", "--model", "missing.safetensors"], "FileError", "check the path"),
+    (["mask", "--mask", "edgs"], "UnknownName", "edges"),
+    (["mask", "--image", "missing.png"], "FileError", "PNG"),
+    (["mask", "--size", "0x128"], "InvalidInput", "positive"),
+    (["mask", "--size", "96x128", "--output-stride", "8,24"], "InvalidInput", "8,32"),
+    (["mask", "--size", "96x128", "--patch", "hexagon"], "InvalidInput", "quadtree"),
+    (["mask", "--size", "96x128", "--output", "no/mask.png"], "FileError", "folder"),
+    (["macs", "--model", "usernets:segmenter", "--rule", "flops"], "UnknownName", "published"),
+    (["macs", "--model", "usernets:segmenter", "--size=-5x10"], "InvalidInput", "positive"),
+    (["list", "--library", "tensorflow"], "UnknownName", "torchvision"),
+    (["run", "missing.safetensors", "."], "FileError", "path"),
+    (["run", "net.safetensors", "missing"], "FileError", "path"),
+    (["run", "net.safetensors", "images", "--device", "abacus"], "InvalidInput", "cpu"),
+    (["run", "net.safetensors", "images", "--mask", "edgs"], "UnknownName", "edges"),
+    (["run", "net.safetensors", "images", "--output", "usernets.py"], "FileError", "--output"),
+    (["convert", "--model", "usernets:segmenter", "--mask", "edgs"], "UnknownName", "edges"),
+    (["convert", "--model", "usernets:segmenter", "--fill", "cubic"], "InvalidInput", "linear"),
+    (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
+    (["convert", "--model", "usernets:segmenter", "--weights", "missing.pth"], "FileError", "path"),
+    (["convert", "--model", "usernets:segmenter", "--region", "backbone"], "CannotConvert", "auto"),
+]
+
+
+@pytest.mark.usefixtures("file", "folder")
+@pytest.mark.parametrize(("arguments", "error", "hint"), REFUSED, ids=[" ".join(row[0]) for row in REFUSED])
+def test_a_refusal_exits_with_1_and_is_json_or_text(
+    run: Run, arguments: list[str], error: str, hint: str
+) -> None:
+    result = run(*arguments, "--json")
+    assert result.code == 1 and result.err == ""
+    assert result.json["error"] == error
+    assert result.json["what"] and hint in result.json["next"] and result.json["next"]
+    told = run(*arguments)
+    assert told.code == 1 and told.out == ""
+    assert error in told.err and "Next:" in told.err and "Traceback" not in told.err
+
+
+# -- list ----------------------------------------------------------------------------------------------
+
+
+def test_list_finds_names_by_pattern(run: Run) -> None:
+    names = run("list", "resnet1*", "--json").json
+    assert {"resnet18", "resnet101", "resnet152"} <= set(names)
+    assert all(name.startswith("resnet1") for name in names) and names == sorted(set(names))
+    assert run("list", "resnet1*").out.split() == names
+    assert run("list", "resnet*", "--library", "torchvision", "--json").json == [
+        "resnet101",
+        "resnet152",
+        "resnet18",
+        "resnet34",
+        "resnet50",
+    ]
+
+
+def test_list_without_a_pattern_lists_everything(run: Run) -> None:
+    names = run("list", "--json").json
+    assert {"deeplabv3_resnet101", "vgg16_bn", "mobilenetv2_100"} <= set(names)
+    assert len(names) == len(cs.list_models())
+
+
+def test_list_of_nothing_is_empty(run: Run) -> None:
+    assert run("list", "zzzz", "--json") == (0, "[]\n", "")
+
+
+def test_list_plan_says_whether_a_network_converts(run: Run) -> None:
+    (row,) = run("list", "resnet18", "--plan", "--json").json
+    assert row["model"] == "resnet18" and row["converts"] is True and row["output_stride"] == [8, 32]
+    assert 0 < row["share"] < 1
+    assert "yes: 8 to 32" in run("list", "resnet18", "--plan").out
+
+
+def test_list_masks_tells_options_and_source(run: Run) -> None:
+    masks = {info["name"]: info for info in run("list", "--masks", "--json").json}
+    assert {"all", "none", "edges", "random"} <= masks.keys()
+    assert masks["edges"]["options"] == {"threshold": [0.35], "dilation": [11]}
+    assert masks["edges"].keys() == {"name", "summary", "options", "source"}
+    assert "dilation=11" in run("list", "--masks").out
+
+
+# -- plan and macs -------------------------------------------------------------------------------------
+
+
+def test_plan_is_the_plan_as_json(run: Run) -> None:
+    result = run("plan", "--model", "usernets:segmenter", "--json")
+    found = Plan.from_json(result.out)
+    assert result.code == 0 and found == cs.plan(cs.build_model("usernets:segmenter"))
+    assert result.json.keys() >= {
+        "decisions",
+        "output_stride",
+        "strides",
+        "identity_level",
+        "region",
+        "possible",
+    }
+
+
+def test_plan_shows_the_region_and_with_all_every_node(run: Run) -> None:
+    short = run("plan", "--model", "usernets:segmenter")
+    whole = run("plan", "--model", "usernets:segmenter", "--all")
+    assert short.code == whole.code == 0
+    assert "output stride 8" in short.out and "_8" in short.out and "_0 " not in short.out
+    assert "_0 " in whole.out
+
+
+def test_plan_takes_stride_and_region(run: Run) -> None:
+    arguments = ("plan", "--model", "resnet18", "--output-stride", "8,16", "--region", "layer3,layer4")
+    found = run(*arguments, "--json").json
+    assert found["output_stride"] == [8, 16] and found["region"] == ["layer3", "layer4"]
+
+
+def test_plan_of_a_converted_file_is_the_one_it_was_converted_with(run: Run, file: Path) -> None:
+    assert Plan.from_json(run("plan", "--model", file, "--json").out) == cs.load(file).plan
+
+
+@pytest.mark.parametrize("rule", ["conv", "published"])
+def test_macs_counts_layers_and_totals(run: Run, rule: str) -> None:
+    result = run("macs", "--model", "resnet18", *options("--rule", rule), "--json")
+    assert result.code == 0 and result.json["rule"] == rule and result.json["shape"] == [1, 3, *SIZE]
+    totals, layers = result.json["macs"], result.json["layers"]
+    assert totals["low"] < totals["mask"] <= totals["high"]
+    for side, total in totals.items():
+        assert sum(layer[side] for layer in layers) == total
+    assert all(layer.keys() == {"layer", "operation", "mask", "high", "low"} for layer in layers)
+    assert 0 < result.json["active_fraction"] <= 1
+
+
+def test_macs_by_both_rules_differ_and_a_mask_moves_them(run: Run) -> None:
+    def total(*given: str) -> dict[str, int]:
+        return run("macs", "--model", "resnet18", *options(*given), "--json").json["macs"]
+
+    assert total("--rule", "published")["high"] > total()["high"]
+    assert total("--mask", "none")["mask"] == total()["low"]
+    assert total("--mask", "all")["mask"] == total()["high"]
+
+
+def test_macs_of_a_converted_file_use_its_mask_or_another(run: Run, file: Path) -> None:
+    stored = run("macs", "--model", file, *options(), "--json").json
+    other = run("macs", "--model", file, *options("--mask", "none"), "--json").json
+    assert other["macs"]["mask"] == stored["macs"]["low"] < stored["macs"]["mask"]
+
+
+def test_macs_total_leaves_out_the_layers(run: Run) -> None:
+    whole = run("macs", "--model", "usernets:segmenter", *options())
+    short = run("macs", "--model", "usernets:segmenter", *options("--total"))
+    assert "_8" in whole.out and "_8" not in short.out and "total" in short.out
+
+
+# -- mask ----------------------------------------------------------------------------------------------
+
+
+def test_mask_draws_image_levels_and_lattice_side_by_side(run: Run, tmp_path: Path) -> None:
+    result = run("mask", *options("--output", "drawn.png"), "--json")
+    assert result.code == 0
+    assert result.json.keys() >= {"mask", "active_fraction", "elements", "fine_pixels", "file"}
+    assert result.json["fine_pixels"] == 12 * 16 >= result.json["elements"] >= 3 * 4
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 2 * picture.height and picture.width > 600
+        assert len(set(picture.convert("RGB").resize((64, 32)).getdata())) > 50
+
+
+def test_mask_of_a_given_image_and_stride(run: Run, folder: Path) -> None:
+    arguments = ("mask", "--image", folder / "second.jpg", "--output-stride", "4,8", "--mask", "none")
+    result = run(*arguments, "--json")
+    assert result.json["fine_pixels"] == 17 * 33 and result.json["elements"] == 9 * 17
+    assert result.json["active_fraction"] == 0 and result.json["mask"] == "none"
+
+
+def test_mask_for_a_network_uses_its_strides(run: Run, file: Path) -> None:
+    for model in ("usernets:segmenter", file):
+        arguments = ("mask", *options("--model", model, "--mask", "all"), "--json")
+        assert run(*arguments).json["elements"] == 12 * 16
+        assert "wrote mask.png" in run(*arguments[:-1]).out
+
+
+# -- convert and run -----------------------------------------------------------------------------------
+
+KEYS = {
+    "model",
+    "weights",
+    "random_weights",
+    "mask",
+    "output_stride",
+    "region_ends",
+    "adapted",
+    "share_of_macs_in_region",
+    "active_fraction",
+    "image",
+    "sides",
+    "checks",
+    "device",
+    "file",
+    "notes",
+}
+
+
+def test_convert_reports_verifies_and_writes_a_file(run: Run, tmp_path: Path) -> None:
+    arguments = options(
+        "--model", "resnet18", "--weights", "none", "--rounds", 1, "--output", "r.safetensors"
+    )
+    result = run("convert", *arguments, "--json")
+    assert result.code == 0 and result.json.keys() >= KEYS
+    report = result.json
+    assert report["model"] == "torchvision:resnet18" and report["random_weights"] is True
+    assert report["output_stride"] == [8, 32] and report["image"] == [1, 3, *SIZE]
+    assert report["adapted"][0] == "layer3_0_conv1" and 0 < report["share_of_macs_in_region"] < 1
+    assert len(report["checks"]) == 3 and all(check["passed"] for check in report["checks"])
+    names = [side["name"] for side in report["sides"]]
+    assert names[0] == "original" and "dense high" in names[1] and names[2] == "converted"
+    assert all(side["macs"] > 0 and side["milliseconds"] > 0 for side in report["sides"])
+    net = cs.load(tmp_path / "r.safetensors")
+    assert net.mask.spec() == report["mask"] and net.source.weights == "random"
+
+
+def test_convert_says_in_words_what_a_user_can_act_on(run: Run, tmp_path: Path) -> None:
+    result = run("convert", "--model", "usernets:segmenter", *options("--rounds", 1))
+    assert result.code == 0
+    for words in ("output stride 8", "region ends", "MACs", "converted", "verified", "active fraction"):
+        assert words in result.out
+    assert (tmp_path / "usernets-segmenter-edges.safetensors").is_file()
+
+
+def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> None:
+    torch.save(cs.build_model("usernets:segmenter").state_dict(), tmp_path / "weights.pth")
+    given = {
+        "model": "usernets:segmenter",
+        "weights": "weights.pth",
+        "mask": "edges:threshold=0.9,dilation=3",
+        "output-stride": "4,16",
+        "region": "auto",
+        "fill": "nearest",
+        "patch": "block",
+        "anchor": "center",
+        "pool": "drop",
+        "image": folder / "first.png",
+        "device": "cpu",
+        "rounds": 0,
+        "output": "net.safetensors",
+    }
+    pairs = [text for name, value in given.items() for text in (f"--{name}", value)]
+    report = run("convert", *pairs, "--no-verify", "--json").json
+    assert report["checks"] == [] and report["image"] == [1, 3, 96, 128]
+    assert "weights.pth" in report["weights"] and report["random_weights"] is False
+    assert all(side["milliseconds"] is None for side in report["sides"])
+    net = cs.load(tmp_path / "net.safetensors")
+    assert net.plan.output_stride == (4, 16) and net.mask.spec() == given["mask"]
+    geometry = net.geometry
+    assert (geometry.fill, geometry.patch, geometry.anchor, geometry.pool) == (
+        "nearest",
+        "block",
+        "center",
+        "drop",
+    )
+
+
+def test_run_does_the_readable_images_reports_the_others_and_exits_with_1(
+    run: Run, file: Path, folder: Path, tmp_path: Path
+) -> None:
+    result = run("run", file, folder, "--output", "predictions", "--json")
+    assert [Path(row["image"]).name for row in result.json["images"]] == ["first.png", "second.jpg"]
+    for row in result.json["images"]:
+        assert row["milliseconds"] > 0 and 0 <= row["active_fraction"] <= 1
+    (failure,) = result.json["failed"]
+    assert failure["image"].endswith("broken.png") and failure["error"] == "FileError" and failure["next"]
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["first.png", "second.png"]
+    assert result.code == 1
+    told = run("run", file, folder)
+    assert "2 done, 1 failed" in told.out and "broken.png" in told.err and told.code == 1
+
+
+def test_run_writes_the_class_of_every_output_pixel(
+    run: Run, file: Path, folder: Path, tmp_path: Path
+) -> None:
+    from cadsurgery.images import normalise, read_image
+
+    result = run("run", file, folder / "first.png", "--mask", "all", "--output", "out", "--json")
+    assert result.code == 0 and result.json["failed"] == []
+    assert result.json["images"][0]["active_fraction"] == 1
+    net = cs.load(file)
+    scores = net(normalise(read_image(folder / "first.png"), net.source)[None], mask="all")
+    with Image.open(tmp_path / "out" / "first.png") as picture:
+        assert picture.mode == "P" and picture.size == (scores.shape[3], scores.shape[2])
+        classes = torch.tensor(list(picture.getdata())).view(scores.shape[2:])
+    assert torch.equal(classes, scores[0].argmax(0))
+
+
+def test_run_resizes_images_on_request(run: Run, file: Path, folder: Path, tmp_path: Path) -> None:
+    run("run", file, folder / "second.jpg", "--size", "64x256", "--output", "out")
+    with Image.open(tmp_path / "out" / "second.png") as picture:
+        assert picture.size == (32, 8)
+
+
+def test_run_does_not_write_two_images_of_one_name_into_one_file(
+    run: Run, file: Path, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "more").mkdir()
+    (folder / "more" / "first.png").write_bytes((folder / "first.png").read_bytes())
+    result = run("run", file, folder, "--output", "out", "--json")
+    outputs = [row["output"] for row in result.json["images"]]
+    assert len(outputs) == 3 and len(set(outputs)) == 3 and all(Path(path).is_file() for path in outputs)
+
+
+def test_run_refuses_a_network_without_maps_image_by_image(run: Run, folder: Path, tmp_path: Path) -> None:
+    net = cs.adaptify(cs.build_model("resnet18", "none"), "none", verify_laws=False)
+    cs.save(net, tmp_path / "classifier.safetensors")
+    result = run("run", "classifier.safetensors", folder / "first.png", "--json")
+    assert result.json["images"] == [] and "no map" in result.json["failed"][0]["what"]
+    assert result.code == 1
+
+
+def test_a_truncated_file_is_refused_by_every_command_that_reads_one(
+    run: Run, file: Path, folder: Path
+) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+    for arguments in (("plan", "--model", file), ("macs", "--model", file), ("run", file, folder)):
+        result = run(*arguments, "--json")
+        assert result.code == 1 and result.json["error"] == "FileError"
+        assert "truncated" in result.json["why"]

@@ -1,0 +1,714 @@
+"""Every refusal: its class, what it says, and that it names a next step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, build
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.images import find_images, read_image, write_png
+from cadsurgery.kernel_map import Window
+from cadsurgery.lattice import Geometry
+from cadsurgery.masks import resolve_mask
+
+
+@contextmanager
+def refused(kind: type[cs.CadError], *words: str) -> Iterator[SimpleNamespace]:
+    """The body raises exactly `kind`, saying what is wrong with `words` and naming a next step."""
+    found = SimpleNamespace(error=None)
+    with pytest.raises(cs.CadError) as caught:
+        yield found
+    error = found.error = caught.value
+    assert type(error) is kind
+    assert error.what and error.what in str(error)
+    assert error.next, f"no next step: {error}"
+    for word in words:
+        assert word in str(error), f"{word!r} is not in: {error}"
+
+
+def trunk(channels: int = 4, classes: int = 2) -> nn.Module:
+    """A plain CNN of output stride 32."""
+    layers: list[nn.Module] = []
+    for depth in range(5):
+        layers += [nn.Conv2d(channels if depth else 3, channels, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(channels, classes, 1)).eval()
+
+
+def adapted(mask: object = "none", **options: Any) -> cs.AdaptiveModel:
+    return cs.adaptify(trunk(), mask, verify_laws=False, **options)
+
+
+IMAGE = torch.zeros(2, 3, 97, 129)  # its fine map is 13 x 17
+
+
+# -- the shape of an error -----------------------------------------------------------------------------
+
+
+def test_an_error_tells_what_where_why_and_next_in_text_and_json() -> None:
+    error = cs.CannotConvert("it cannot.", where="here", why="because", next="do this.")
+    assert str(error).splitlines() == ["it cannot.", "  Where: here", "  Why: because", "  Next: do this."]
+    assert error.to_dict() == {
+        "error": "CannotConvert",
+        "what": "it cannot.",
+        "where": "here",
+        "why": "because",
+        "next": "do this.",
+    }
+
+
+@pytest.mark.parametrize("kind", [cs.CannotConvert, cs.UnknownName, cs.InvalidInput, cs.FileError])
+def test_one_except_clause_catches_them_all(kind: type[cs.CadError]) -> None:
+    assert issubclass(kind, cs.CadError) and issubclass(kind, Exception)
+
+
+def test_an_unknown_name_lists_the_closest_and_the_known() -> None:
+    error = cs.UnknownName("fruit", "aple", ["apple", "pear"])
+    assert str(error).splitlines() == [
+        "there is no fruit named 'aple'.",
+        "  Next: did you mean apple? known: apple, pear.",
+    ]
+
+
+def test_an_unknown_name_has_a_next_step_even_if_nothing_is_close() -> None:
+    assert cs.UnknownName("fruit", "zzz", [f"name{i}" for i in range(100)]).next
+
+
+# -- names ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnt18", ["resnt18", "resnet18"]),
+        ("deeplabv3_resnet11", ["deeplabv3_resnet"]),
+        ("torchvision:resnet19", ["torchvision", "resnet18"]),
+        ("timm:mobilenetv9_100", ["mobilenetv"]),
+        ("zzzzqqqq", ["zzzzqqqq", "cadsurgery list"]),
+        ("torchvision:zzzzqqqq", ["zzzzqqqq"]),
+        ("timm:zzzzqqqq", ["zzzzqqqq"]),
+        ("", []),
+        ("no_such_module:build", ["no_such_module", "imported"]),
+        ("math:squirt", ["squirt", "sqrt"]),
+        ("math:zzzzqqqq", ["zzzzqqqq", "math"]),
+    ],
+)
+def test_an_unknown_network_is_refused_with_the_closest_names(name: str, words: list[str]) -> None:
+    with refused(cs.UnknownName, *words):
+        cs.build_model(name, "none")
+
+
+def test_a_function_that_builds_no_network_is_refused() -> None:
+    with refused(cs.InvalidInput, "builtins:dict", "dict", "Module"):
+        cs.build_model("builtins:dict", "none")
+
+
+@pytest.mark.parametrize("mask", ["edgs", "edges:treshold=1", "zzz"])
+def test_an_unknown_mask_or_option_is_refused(mask: str) -> None:
+    with refused(cs.UnknownName, mask.partition(":")[0]):
+        adapted(mask)
+
+
+@pytest.mark.parametrize("mask", [None, 3.0, ["edges"], b"edges"])
+def test_what_is_no_mask_at_all_is_refused(mask: object) -> None:
+    with refused(cs.InvalidInput, "not a mask", "edges", "tensor", "function"):
+        resolve_mask(mask)
+
+
+def test_an_unknown_library_is_refused() -> None:
+    with refused(cs.UnknownName, "torchvison", "torchvision", "timm"):
+        cs.list_models("*", library="torchvison")
+
+
+def test_an_unknown_counting_rule_is_refused() -> None:
+    with refused(cs.UnknownName, "flops", "conv", "published"):
+        adapted().macs(IMAGE, rule="flops")
+
+
+def test_an_unknown_node_of_a_plan_is_refused() -> None:
+    with refused(cs.UnknownName, "outpt", "output"):
+        _ = adapted().plan["outpt"]
+
+
+# -- masks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(12, 17), (17, 13), (3, 13, 17), (97, 129), (1, 1, 13, 17), (), (0, 17)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_of_wrong_size_is_refused_with_the_right_one(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    with refused(cs.InvalidInput, str(shape), "13 x 17", "(2, 13, 17)"):
+        adapted()(IMAGE, mask=torch.zeros(shape).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_a_mask_of_wrong_dtype_is_refused(dtype: torch.dtype) -> None:
+    with refused(cs.InvalidInput, str(dtype).removeprefix("torch."), "threshold"):
+        adapted()(IMAGE, mask=torch.zeros(13, 17, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_a_mask_of_wide_unsigned_levels_is_read_or_refused(dtype: torch.dtype) -> None:
+    net, levels = adapted(), torch.zeros(13, 17, dtype=dtype)
+    try:
+        net(IMAGE, mask=levels)
+    except cs.InvalidInput as error:
+        assert error.next
+    else:
+        assert (net.levels == 0).all()
+
+
+@pytest.mark.parametrize("level", [-1, 3, 300])
+def test_levels_below_0_or_beyond_the_lowest_are_refused(level: int) -> None:
+    levels = torch.zeros(2, 13, 17, dtype=torch.int64)
+    levels[1, 5, 5] = level
+    with refused(cs.InvalidInput, str(level), "0 (keep the high resolution) to 2", "clamp"):
+        adapted()(IMAGE, mask=levels)
+
+
+def test_levels_allowed_by_the_stages_but_not_by_the_output_stride_are_refused() -> None:
+    with refused(cs.InvalidInput, "2..2", "to 1"):
+        adapted(output_stride=(8, 16))(IMAGE, mask=torch.full((13, 17), 2))
+
+
+@pytest.mark.parametrize("found", [None, "high", 1, [[0]]])
+def test_a_function_that_gives_no_tensor_is_refused(found: object) -> None:
+    with refused(cs.InvalidInput, "mask", "(2, 13, 17)"):
+        adapted(lambda image: found)(IMAGE)
+
+
+def test_a_bad_tensor_given_at_conversion_is_refused_when_used() -> None:
+    with refused(cs.InvalidInput, "(5, 5)", "13 x 17"):
+        adapted(torch.zeros(5, 5, dtype=torch.long))(IMAGE)
+
+
+@pytest.mark.parametrize(
+    "levels", [torch.zeros(4, 4).long(), torch.zeros(1, 4, 4), torch.zeros(0, 4, 4).long()]
+)
+def test_a_lattice_is_made_of_integer_level_maps_only(levels: Tensor) -> None:
+    with refused(cs.InvalidInput, "level map", "integer"):
+        Geometry((2, 2)).lattice(levels)
+
+
+def test_a_lattice_does_not_grow() -> None:
+    lattice = Geometry((2, 2)).uniform(0, 1, (8, 8))
+    with refused(cs.InvalidInput, "8x8", "9x8"):
+        lattice.at(0, (9, 8))
+
+
+def test_a_geometry_needs_a_stage_for_each_level() -> None:
+    with refused(cs.InvalidInput, "max_level=3", "(2, 2)"):
+        Geometry((2, 2), max_level=3)
+    with refused(cs.InvalidInput, "strides"):
+        Geometry((2, 0))
+
+
+def test_a_lattice_of_another_batch_is_refused() -> None:
+    from cadsurgery.functional import to_elements
+
+    with refused(cs.InvalidInput, "batch of 2"):
+        to_elements(torch.zeros(3, 4, 8, 8), Geometry((2,)).uniform(0, 2, (8, 8)))
+
+
+def test_a_window_that_does_not_fit_the_image_is_refused() -> None:
+    with refused(cs.InvalidInput, "3x3", "too small"):
+        Window((3, 3), 1, (1, 1), (0, 0, 0, 0)).output_size((2, 8))
+
+
+# -- images --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_image_with_nan_or_infinite_values_is_refused(value: float) -> None:
+    image = IMAGE.clone()
+    image[1, 2, 50, 60] = value
+    with refused(cs.InvalidInput, "1 NaN or infinite", "normalisation"):
+        adapted()(image)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 129), (2, 3, 97, 0), (0, 3, 97, 129), (2, 0, 97, 129)])
+def test_an_image_of_size_zero_is_refused(shape: tuple[int, ...]) -> None:
+    with refused(cs.InvalidInput, "size zero", str(shape)):
+        adapted()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("image", [None, "cat.png", 3, [IMAGE], IMAGE[0], IMAGE[None], torch.tensor(0.0)])
+def test_what_is_no_image_batch_is_refused(image: object) -> None:
+    with refused(cs.InvalidInput, "(batch, channels, height, width)"):
+        adapted()(image)
+
+
+@pytest.mark.parametrize(
+    ("shape", "value"),
+    [((3, 97, 129), 0.0), ((2, 3, 0, 129), 0.0), ((2, 3, 97, 129), float("nan"))],
+    ids=["no batch", "size zero", "NaN"],
+)
+def test_macs_refuses_the_images_a_call_refuses(shape: tuple[int, ...], value: float) -> None:
+    with refused(cs.InvalidInput):
+        adapted().macs(torch.full(shape, value))
+
+
+@pytest.mark.parametrize("arguments", [(), ("cat.png",)])
+def test_macs_without_an_image_is_refused(arguments: tuple[object, ...]) -> None:
+    with pytest.raises((cs.InvalidInput, TypeError)):
+        adapted().macs(*arguments)
+
+
+@pytest.mark.parametrize("fact", ["levels", "active_fraction", "lattice"])
+def test_what_a_call_tells_is_not_known_before_it(fact: str) -> None:
+    with refused(cs.InvalidInput, "not run yet", "net(x)"):
+        getattr(adapted(), fact)
+
+
+# -- conversion ----------------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """Control flow that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else x
+
+
+class Behind(nn.Module):
+    """Every strided operation leads straight into an operation without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft2(self.conv(x)).real
+
+
+class Interrupted(nn.Module):
+    """A convertible network with an operation without a rule near its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = trunk(), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.fft.fft2(self.body(x)).real)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), ["Conv2d"]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), ["no strided convolution", "downsamples"]),
+        (Branching(), ["Branching", "traced", "control flow"]),
+        (Behind(), ["nothing that can be made adaptive", "fft"]),
+        (nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.LPPool2d(2, 2)), ["nothing", "LPPool2d"]),
+    ],
+    ids=["no convolution", "no stride", "control flow", "behind an unknown operation", "unknown pooling"],
+)
+@pytest.mark.parametrize("convert", [cs.adaptify, cs.plan])
+def test_a_network_with_nothing_to_adapt_is_refused(
+    convert: Callable[..., object], model: nn.Module, words: list[str]
+) -> None:
+    with refused(cs.CannotConvert, *words):
+        convert(model)
+
+
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize(
+    "unknown",
+    [nn.LPPool2d(2, 2), nn.LPPool2d(2, 1), nn.Conv2d(4, 4, 3, 2, 1, padding_mode="circular")],
+    ids=["strided pooling", "pooling", "circular convolution"],
+)
+def test_an_operation_without_a_rule_never_runs_on_elements(position: int, unknown: nn.Module) -> None:
+    layers: list[nn.Module] = [nn.Conv2d(4 if i else 3, 4, 3, 2, 1) for i in range(5)]
+    model = nn.Sequential(*layers[: position + 1], unknown, *layers[position + 1 :]).eval()
+    image = torch.randn(1, 3, 128, 192)
+    found = cs.plan(model)[f"_{position + 1}"]
+    assert found.action not in ("adapt", "keep"), found
+    with torch.no_grad():
+        output, expected = cs.adaptify(model, "none")(image), model(image)
+    step = -(-output.shape[2] // expected.shape[2])  # it leaves at the fine size
+    assert_same(output[:, :, ::step, ::step], expected)
+
+
+@pytest.mark.parametrize("names", [["layer4"], ["layer3", "layer4"], ["layer3.0", "layer3.1"]])
+def test_a_region_by_names_has_the_networks_own_strides_and_nothing_else(names: list[str]) -> None:
+    model = build("resnet18")
+    found, whole = cs.plan(model, region=names), cs.plan(model)
+    assert set(found.possible) <= set(whole.possible)
+    assert all(d.path.startswith(tuple(names)) for d in found.chosen("adapt") if d.window)
+    for pair in found.possible:
+        adapting = cs.plan(model, pair, names).chosen("adapt", "keep")
+        assert all(d.path.startswith(tuple(names)) for d in adapting if d.path)
+
+
+def test_a_refused_network_is_left_as_it_was() -> None:
+    model = Behind().train()
+    before = copy.deepcopy(model.state_dict())
+    with refused(cs.CannotConvert):
+        cs.adaptify(model)
+    assert model.training and model.conv.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_converted_already_is_refused() -> None:
+    with refused(cs.CannotConvert, "AdaptiveModel"):
+        cs.adaptify(adapted())
+
+
+@pytest.mark.parametrize("model", ["resnet18", None, trunk])
+@pytest.mark.parametrize("convert", [cs.adaptify, cs.plan])
+def test_what_is_no_network_is_refused(convert: Callable[..., object], model: object) -> None:
+    with refused(cs.InvalidInput):
+        convert(model)
+
+
+@pytest.mark.parametrize("pair", [(3, 5), (32, 8), (8, 8), (8, 64), (8, 16, 32), 8, "8,32"])
+@pytest.mark.parametrize("convert", [cs.adaptify, cs.plan])
+def test_an_impossible_output_stride_is_refused_with_the_possible_ones(
+    convert: Callable[..., object], pair: object
+) -> None:
+    with refused(cs.InvalidInput, "output_stride", "(8, 32)", "(16, 32)", "(4, 8)") as found:
+        convert(trunk(), output_stride=pair)
+    possible = cs.plan(trunk()).possible
+    assert all(f"({high}, {low})" in found.error.next for high, low in possible)
+
+
+@pytest.mark.parametrize("option", ["fill", "anchor", "pool", "patch"])
+def test_an_unknown_choice_is_refused_with_the_choices(option: str) -> None:
+    choices = {
+        "fill": ["linear", "nearest"],
+        "anchor": ["corner", "center"],
+        "pool": ["atrous", "drop"],
+        "patch": ["quadtree", "block"],
+    }
+    with refused(cs.InvalidInput, option, "cubic", *choices[option]):
+        adapted(**{option: "cubic"})
+
+
+def test_the_published_anchor_needs_the_published_fill() -> None:
+    with refused(cs.InvalidInput, 'anchor="center"', 'fill="nearest"'):
+        adapted(anchor="center")
+    assert adapted(anchor="center", fill="nearest").geometry.anchor == "center"
+
+
+def test_a_network_that_names_no_backbone_has_no_backbone_region() -> None:
+    with refused(cs.CannotConvert, "backbone", "auto", "region=["):
+        adapted(region="backbone")
+
+
+@pytest.mark.parametrize("region", ["backbon", "everything", ["bod"], ["body", "zzzzqqqq"], 3])
+def test_an_unknown_region_is_refused(region: object) -> None:
+    kind = cs.InvalidInput if region == 3 else cs.UnknownName
+    named = region[-1] if isinstance(region, list) else str(region)
+    with refused(kind, named):
+        cs.plan(Interrupted(), region=region)
+
+
+def test_a_region_that_leaves_nothing_is_refused() -> None:
+    with refused(cs.CannotConvert, "outside the region head"):
+        cs.plan(Interrupted(), region=["head"])
+
+
+def test_strict_refuses_a_region_that_ends_early_and_says_where() -> None:
+    with refused(cs.CannotConvert, "fft_fft2", "no rule", "strict=False") as found:
+        cs.adaptify(Interrupted(), "none", strict=True)
+    assert found.error.where == found.error.where.strip()
+    assert cs.adaptify(Interrupted(), "none").plan.chosen("barrier")[0].node == "fft_fft2"
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (0, 3, 64, 64), (1, 3, 0, 64)])
+def test_an_example_that_is_no_image_batch_is_refused(shape: tuple[int, ...]) -> None:
+    with refused(cs.InvalidInput, str(shape), "(batch, channels, height, width)"):
+        cs.plan(trunk(), example_input=torch.zeros(shape))
+
+
+def test_an_example_that_is_no_tensor_is_refused() -> None:
+    with refused(cs.InvalidInput, "example_input"):
+        cs.plan(trunk(), example_input="cat.png")
+
+
+def test_an_example_with_nan_is_not_called_an_inexact_conversion() -> None:
+    with refused(cs.InvalidInput, "NaN"):
+        cs.adaptify(trunk(), "none", example_input=torch.full((1, 3, 64, 64), float("nan")))
+
+
+def test_an_example_the_network_does_not_accept_is_refused_with_its_message() -> None:
+    with refused(cs.CannotConvert, "does not run", "4 channels", "example_input"):
+        cs.plan(trunk(), example_input=torch.zeros(1, 4, 64, 64))
+
+
+# -- converted files -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    cs.save(adapted(), tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+def rewritten(saved: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The file with other metadata."""
+    with safe_open(saved, framework="pt") as file:
+        metadata = json.loads(file.metadata()["cadsurgery"])
+    change(metadata)
+    save_file(load_file(saved), saved, {"cadsurgery": json.dumps(metadata)})
+    return saved
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with refused(cs.FileError, "no file", "nothing.safetensors"):
+        cs.load(tmp_path / "nothing.safetensors")
+    with refused(cs.FileError, str(tmp_path)):
+        cs.load(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused(saved: Path, kept: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:kept])
+    with refused(cs.FileError, saved.name, "truncated"):
+        cs.load(saved, trunk())
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    torch.save(trunk().state_dict(), path)
+    with refused(cs.FileError, "not a readable safetensors"):
+        cs.load(path, trunk())
+
+
+def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
+    save_file(trunk().state_dict(), tmp_path / "weights.safetensors")
+    with refused(cs.FileError, "not written by cadsurgery", "--weights"):
+        cs.load(tmp_path / "weights.safetensors", trunk())
+
+
+def test_a_file_of_a_newer_format_is_refused(saved: Path) -> None:
+    with refused(cs.FileError, "format 99", "update"):
+        cs.load(rewritten(saved, lambda metadata: metadata.update(format=99)), trunk())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metadata: metadata.pop("plan"),
+        lambda metadata: metadata.pop("format"),
+        lambda metadata: metadata.update(plan="{}"),
+        lambda metadata: metadata.update(plan="not JSON"),
+        lambda metadata: metadata["options"].update(surprise=1),
+    ],
+    ids=["no plan", "no format", "empty plan", "plan no JSON", "unknown option"],
+)
+def test_a_file_with_damaged_metadata_is_refused(saved: Path, change: Callable[..., object]) -> None:
+    with refused(cs.FileError, saved.name):
+        cs.load(rewritten(saved, change), trunk())
+
+
+@pytest.mark.parametrize("text", ["{not json", "3", "null"])
+def test_a_file_whose_metadata_is_no_json_object_is_refused(saved: Path, text: str) -> None:
+    save_file(load_file(saved), saved, {"cadsurgery": text})
+    with refused(cs.FileError, saved.name):
+        cs.load(saved, trunk())
+
+
+def test_a_file_without_source_needs_the_model(saved: Path) -> None:
+    with refused(cs.FileError, "how to build", "model="):
+        cs.load(saved)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        trunk(classes=3),
+        trunk(channels=5),
+        nn.Sequential(*list(trunk())[:-1]),
+        nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 2, 1)),
+        nn.Sequential(nn.Linear(3, 3)),
+    ],
+    ids=["more classes", "more channels", "no head", "other strides", "no convolution"],
+)
+def test_a_model_the_file_was_not_made_from_is_refused(saved: Path, model: nn.Module) -> None:
+    with refused(cs.FileError, saved.name):
+        cs.load(saved, model)
+
+
+def test_a_file_that_lacks_a_parameter_is_refused(saved: Path) -> None:
+    tensors = load_file(saved)
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    del tensors["0.weight"]
+    save_file(tensors, saved, metadata)
+    with refused(cs.FileError, "do not fit", "0.weight"):
+        cs.load(saved, trunk())
+
+
+def upper(image: Tensor) -> Tensor:
+    return torch.zeros([-(-side // 8) for side in image.shape[2:]], dtype=torch.long)
+
+
+def test_a_file_saved_with_a_function_as_mask_needs_one(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    cs.save(adapted(upper), path)
+    with refused(cs.FileError, "function", "mask="):
+        cs.load(path, trunk())
+    assert cs.load(path, trunk(), mask=upper).mask.function is upper
+
+
+def test_a_file_with_a_mask_this_version_does_not_know_is_refused(saved: Path) -> None:
+    with refused(cs.UnknownName, "telepathy"):
+        cs.load(rewritten(saved, lambda metadata: metadata.update(mask="telepathy")), trunk())
+
+
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in ("no/net.safetensors", "file/net.safetensors", "folder"):
+        with refused(cs.FileError, path, "cannot be written", "folder"):
+            cs.save(adapted(), tmp_path / path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+# -- weights -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network and empty caches, whatever the machine has."""
+    import huggingface_hub
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise URLError("no network in this test")
+
+    def no_name(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror("no network in this test")
+
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("name", "weights"), [("resnet18", "IMAGENET1K_V1"), ("timm:resnet18", "a1_in1k")])
+def test_weights_asked_for_by_name_are_an_error_offline(name: str, weights: str) -> None:
+    with refused(cs.FileError, weights, "cannot be had", "--weights auto or none"):
+        cs.build_model(name, weights)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", ["resnet18", "timm:resnet18"])
+def test_weights_auto_are_random_offline_and_plainly_called_so(name: str) -> None:
+    source = cs.build_model(name, "auto").cad_source
+    assert source.weights == "random"
+    assert "RANDOM" in source.note and "neither cached nor reachable" in source.note
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "closest"),
+    [("resnet18", "IMAGENET1K_V3", "IMAGENET1K_V1"), ("timm:resnet18", "a9_in1k", "a1_in1k")],
+)
+def test_unknown_weights_are_refused_with_the_known(name: str, weights: str, closest: str) -> None:
+    with refused(cs.UnknownName, weights, closest):
+        cs.build_model(name, weights)
+
+
+def test_a_weights_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with refused(cs.FileError, "no file", "nothing.pth"):
+        cs.build_model("resnet18", str(tmp_path / "nothing.pth"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no weights at all" * 10], ids=["empty", "text"])
+def test_a_corrupt_weights_file_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with refused(cs.FileError, path.name, "cannot be read"):
+        cs.build_model("resnet18", str(path))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_weights_file_of_another_network_is_refused(tmp_path: Path, suffix: str) -> None:
+    path, state = tmp_path / f"weights{suffix}", trunk().state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    with refused(cs.FileError, path.name, "do not fit", "conv1.weight"):
+        cs.build_model("resnet18", str(path))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, "text"])
+def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with refused(cs.FileError, "state dict", "state_dict()"):
+        cs.build_model("resnet18", str(tmp_path / "weights.pth"))
+
+
+def test_a_pickled_network_is_not_unpickled(tmp_path: Path) -> None:
+    torch.save(trunk(), tmp_path / "weights.pth")
+    with refused(cs.FileError, "tensors only"):
+        cs.build_model("resnet18", str(tmp_path / "weights.pth"))
+
+
+# -- image files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(20)])
+def test_a_corrupt_image_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "cat.png").write_bytes(content)
+    with refused(cs.FileError, "cat.png", "PNG or JPEG"):
+        read_image(tmp_path / "cat.png")
+
+
+def test_a_truncated_image_file_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cat.png")
+    (tmp_path / "cat.png").write_bytes((tmp_path / "cat.png").read_bytes()[:-500])
+    with refused(cs.FileError, "cat.png"):
+        read_image(tmp_path / "cat.png")
+
+
+def test_missing_images_are_refused(tmp_path: Path) -> None:
+    with refused(cs.FileError, "no file or folder", "nothing"):
+        find_images([tmp_path / "nothing"])
+    with refused(cs.FileError, "no images", ".png"):
+        find_images([tmp_path])
+
+
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "file").write_text("")
+    for path in ("no/cat.png", "file/cat.png"):
+        with refused(cs.FileError, path, "cannot be written"):
+            write_png(Image.new("P", (4, 4)), tmp_path / path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nothing_wrong_is_returned_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion whose laws do not hold is refused: here because a kernel map reads off by one."""
+    from cadsurgery import functional
+
+    honest = functional._extended
+
+    def shifted(rows: Tensor, reading: Any, padding: float) -> Tensor:
+        return F.pad(honest(rows, reading, padding)[1:], (0, 0, 0, 1))
+
+    monkeypatch.setattr(functional, "_extended", shifted)
+    with refused(cs.CannotConvert, "not exact", "relative error", "report"):
+        cs.adaptify(trunk(), "none")

@@ -1,0 +1,69 @@
+"""Examples and recipes run as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "camvid_mobilenetv2" / "recipe.py"
+DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with camvid/ and camvid_mobilenetv2_fcn/
+
+# mIoU on all 233 test images by a dense emulation of the method, independent of this package.
+CAMVID = {
+    "dense OS 8": 55.9,
+    "edges 0/2 nearest, blocks": 52.7,
+    "edges 0/2 nearest, quadtree": 52.3,
+    "edges 0/2 linear, quadtree": 55.2,
+    "edges 0/1 linear, quadtree": 55.8,
+    "graded edges linear": 55.3,
+    "all low linear": 52.3,
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+
+
+def test_recipe_without_its_data_says_so_and_stops(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, RECIPE, tmp_path], capture_output=True, text=True, check=True)
+    assert "skipped" in done.stdout
+
+
+def _camvid(tmp_path: Path, *options: str) -> dict[str, dict[str, float]]:
+    output = tmp_path / "results.json"
+    subprocess.run([sys.executable, RECIPE, DATA, "--output", output, *options], check=True)
+    return json.loads(output.read_text())["settings"]
+
+
+@pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with the CamVid data")
+def test_recipe_on_four_images_loses_most_where_everything_is_low(tmp_path: Path) -> None:
+    settings = _camvid(
+        tmp_path, "--limit", "4", "--only", "dense OS 8", "graded edges linear", "all low linear"
+    )
+    dense, graded, low = (
+        settings[name]["miou"] for name in ("dense OS 8", "graded edges linear", "all low linear")
+    )
+    assert dense > low
+    assert graded > low
+    assert settings["all low linear"]["cost"] < settings["graded edges linear"]["cost"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with the CamVid data")
+@pytest.mark.timeout(3600)
+def test_recipe_reaches_the_emulated_accuracy_on_all_images(tmp_path: Path) -> None:
+    settings = _camvid(tmp_path)
+    assert {name: settings[name]["miou"] for name in CAMVID} == pytest.approx(CAMVID, abs=0.3)
