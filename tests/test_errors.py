@@ -591,7 +591,7 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No network and empty caches, whatever the machine has."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise URLError("no network in this test")

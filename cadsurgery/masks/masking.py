@@ -43,7 +43,7 @@ def check_image(image: Any, name: str = "the image") -> None:
     if 0 in image.shape:
         raise InvalidInput(
             f"{name} has size zero: {tuple(image.shape)}.",
-            next="give at least one image of at least one pixel.",
+            next="give an image batch (batch, channels, height, width) with no axis empty.",
         )
     if not torch.compiler.is_compiling() and not image.is_meta and not image.isfinite().all():
         bad = int((~image.isfinite()).sum())
