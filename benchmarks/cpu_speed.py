@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from torch.fx.experimental.optimization import fuse
 from torchvision.models import resnet50
 
 import cadsurgery as cs
+from cadsurgery.timing import interleaved
 
 BLOCK = 4  # fine pixels of a patch: R_K of the stages 8 -> 16 -> 32
 
@@ -40,18 +40,6 @@ def block_levels(size: tuple[int, int], fraction: float) -> Tensor:
     levels[order[: round(fraction * rows * columns)]] = 0
     levels = levels.view(1, rows, columns)
     return levels.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
-
-
-def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Best time of each side in milliseconds; one warm-up round, then every side once per round."""
-    best = dict.fromkeys(sides, float("inf"))
-    for turn in range(rounds + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
 
 
 def main() -> None:
@@ -78,8 +66,7 @@ def main() -> None:
         for fraction in options.fractions:
             levels = block_levels(size, fraction)
             sides[f"adaptive {fraction:.2f} {fill}"] = lambda net=net, levels=levels: net(x, mask=levels)
-    with torch.inference_mode():
-        best = interleaved(sides, options.rounds)
+    best = interleaved(sides, options.rounds)
     twin = best["dense OS 8"]
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))

@@ -25,7 +25,11 @@ SIDES = {
     "dense OS 8": None,
     "adaptive, everything high": {"mask": "all"},
     "adaptive, blocks .29 high, linear": {"mask": "random:fraction=0.29,seed=0", "patch": "block"},
-    "adaptive, blocks .29 high, nearest": {"mask": "random:fraction=0.29,seed=0", "patch": "block", "fill": "nearest"},
+    "adaptive, blocks .29 high, nearest": {
+        "mask": "random:fraction=0.29,seed=0",
+        "patch": "block",
+        "fill": "nearest",
+    },
     "adaptive, everything low": {"mask": "none"},
 }
 
@@ -48,7 +52,9 @@ def measure(name: str, size: tuple[int, int]) -> float:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048))
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true")

@@ -28,6 +28,7 @@ from cadsurgery.viz import class_picture, figure_picture, mask_figure
 from cadsurgery.zoo import Source, build_model
 
 DEFAULT_SIZE = (512, 1024)
+TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
 Step = Callable[[str], None]
 
@@ -68,7 +69,7 @@ def convert(
     if net.plan.identity_level != 0:
         sides[high] = lambda: net(batch, mask="all")
     sides["converted"] = lambda: net(batch)
-    times: dict[str, float] = interleaved(sides, rounds) if rounds else {}
+    times: dict[str, float] = interleaved(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
     with torch.inference_mode():
         net(batch)
     rows = [Side("original", of_original, times.get("original"))]

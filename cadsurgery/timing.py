@@ -9,7 +9,7 @@ import torch
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]], rounds: int = 3, warmup: int = 1
+    sides: Mapping[str, Callable[[], object]], rounds: int = 3, warmup: int = 1, seconds: float = float("inf")
 ) -> dict[str, float]:
     """Best time of each side in milliseconds.
 
@@ -19,10 +19,14 @@ def interleaved(
         sides: what to run, by name.
         rounds: counted rounds.
         warmup: rounds before them.
+        seconds: start no further round after this time, once one has counted.
     """
     best = dict.fromkeys(sides, float("inf"))
+    begin = _now()
     with torch.inference_mode():
         for turn in range(warmup + rounds):
+            if turn > warmup and _now() - begin > seconds:
+                break
             for name, run in sides.items():
                 start = _now()
                 run()
