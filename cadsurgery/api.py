@@ -17,6 +17,7 @@ from cadsurgery.surgery.facts import Facts, observe
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.planner import make_plan
 from cadsurgery.surgery.rewrite import rewrite
+from cadsurgery.surgery.rules import has_rule
 from cadsurgery.surgery.trace import trace
 from cadsurgery.surgery.verify import verify
 
@@ -39,8 +40,7 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
-    _check_model(model)
-    return make_plan(_facts(copy.deepcopy(model), example_input), output_stride, region)
+    return make_plan(_facts(_copied(model), example_input), output_stride, region)
 
 
 def adaptify(
@@ -91,8 +91,7 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    _check_model(model)
-    adapted = copy.deepcopy(model)
+    adapted = _copied(model)
     facts = _facts(adapted, example_input)
     chosen = make_plan(facts, output_stride, region)
     if strict:
@@ -107,18 +106,24 @@ def adaptify(
     return net
 
 
-def _check_model(model: object) -> None:
+def _copied(model: object) -> nn.Module:
+    """A copy that can be changed, every module in its own mode."""
     if not isinstance(model, nn.Module):
         raise InvalidInput(
             f"{model!r:.60} is not a network.",
             next="pass a torch.nn.Module; cs.build_model(name) makes one by name.",
         )
+    clone = copy.deepcopy(model)
+    clone.train(model.training)  # torchvision's feature extractors forget theirs when they are copied
+    for ours, theirs in zip(clone.modules(), model.modules(), strict=True):
+        ours.training = theirs.training
+    return clone
 
 
 def _facts(model: nn.Module, example_input: Tensor | None) -> Facts:
     if example_input is not None:
         check_image(example_input, "example_input")
-    return observe(model, trace(model), example_input)
+    return observe(model, trace(model, has_rule), example_input)
 
 
 def _refuse_barriers(plan: Plan) -> None:

@@ -200,6 +200,14 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
     return Elements(rows.to(x.rows.dtype), x.lattice)
 
 
+def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
+    """Dropout of whole channels or whole images, as `dropout` does it to a map: one factor per image and channel."""
+    if not dropout.training:
+        return x
+    factors = dropout(x.rows.new_ones(x.lattice.batch, x.rows.shape[1], 1, 1))
+    return Elements(x.rows * rows_on(factors, x.lattice), x.lattice)
+
+
 def global_mean(x: Elements, keepdim: bool = True) -> Tensor:
     """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.errors import CannotConvert, first_line
+from cadsurgery.surgery.trace import evaluating
 
 # Odd, non-square and small: what a conversion relies on must not depend on a convenient size.
 EXAMPLE_SIZES = ((97, 129), (128, 160), (224, 224), (299, 299))
@@ -77,23 +78,17 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
     Raises:
         CannotConvert: the network does not run on it.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        failure: Exception | None = None
-        for image in [example] if example is not None else _default_examples(model):
-            facts = Facts(model, graph, image)
-            observer = _Observer(facts)
-            try:
-                with torch.no_grad(), observer.counter:
-                    traced = observer.run(image)
-                    container = type(model(image)) if isinstance(traced, dict) else dict
-                return replace(facts, container=container)
-            except Exception as error:  # the network decides which sizes it accepts and how it says so
-                failure = failure or error
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    failure: Exception | None = None
+    for image in [example] if example is not None else _default_examples(model):
+        facts = Facts(model, graph, image)
+        observer = _Observer(facts)
+        try:
+            with torch.no_grad(), evaluating(model), observer.counter:
+                traced = observer.run(image)
+                container = type(model(image)) if isinstance(traced, dict) else dict
+            return replace(facts, container=container)
+        except Exception as error:  # the network decides which sizes it accepts and how it says so
+            failure = failure or error
     raise CannotConvert(
         f"{type(model).__name__} does not run on an example image.",
         why=f"{type(failure).__name__}: {first_line(failure)}",

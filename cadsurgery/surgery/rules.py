@@ -78,6 +78,11 @@ def barrier(why: str) -> Treatment:
     return Treatment("barrier", why)
 
 
+def has_rule(module: nn.Module) -> bool:
+    """Whether a module is an operation of its own, rather than made of others."""
+    return any(key in _RULES for key in _module_keys(module))
+
+
 def treat(node: fx.Node, facts: Facts) -> Treatment:
     """The treatment of one node by its rule."""
     found = next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
@@ -95,9 +100,10 @@ def operation_name(node: fx.Node, facts: Facts) -> str:
 
 def _operation_keys(node: fx.Node, facts: Facts) -> tuple[object, ...]:
     """What a rule for this node may be registered under. Subclasses do not inherit rules: they may differ."""
-    if node.op != "call_module":
-        return (node.target,)
-    module = facts.module(node)
+    return _module_keys(facts.module(node)) if node.op == "call_module" else (node.target,)
+
+
+def _module_keys(module: nn.Module) -> tuple[object, ...]:
     kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
     return (kind, f"{kind.__module__}:{kind.__name__}")
 
@@ -224,6 +230,13 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
     parts = tuple(f"{node.target}.{name}" for name in ("drop", "act"))
     arguments = (("norm", Attribute(str(node.target))),)
     return Treatment("pointwise", _why(batch_norm_act), "batch_norm", arguments, then=parts)
+
+
+@rule(nn.Dropout2d, "timm.layers.drop:DropPath", "torchvision.ops.stochastic_depth:StochasticDepth")
+def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
+    """Scales whole channels or whole images, wherever their elements are."""
+    arguments = (("dropout", Attribute(str(node.target))),)
+    return Treatment("pointwise", _why(dropout_per_image), "drop_per_image", arguments)
 
 
 @rule(

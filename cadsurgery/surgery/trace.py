@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,16 +16,17 @@ _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alp
 
 
 class _Tracer(fx.Tracer):
-    """torch's tracer, with the leaves timm declares for its own modules."""
+    """torch's tracer, with more leaves: what has a rule, and what timm declares for its own modules."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_operation: Callable[[nn.Module], bool]) -> None:
         modules, functions = _timm_leaves()
         super().__init__(autowrap_functions=functions)
-        self._leaves = modules
+        self._leaves, self._is_operation = modules, is_operation
         self.record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
+        declared = type(m) in self._leaves or self._is_operation(m)
+        return declared or super().is_leaf_module(m, module_qualified_name)
 
 
 def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
@@ -35,19 +37,34 @@ def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
     return frozenset(get_notrace_modules()), tuple(get_notrace_functions())
 
 
-def trace(model: nn.Module) -> fx.Graph:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def trace(model: nn.Module, is_operation: Callable[[nn.Module], bool] = lambda module: False) -> fx.Graph:
     """The graph of `model` as it runs in evaluation mode, without data-dependent control flow.
 
     In-place operations are made explicit: whoever reads a value after it was changed in place reads the
     changing node. Functional dropout follows the `training` flag instead of its state while tracing.
 
+    Args:
+        model: the network.
+        is_operation: whether a module is one node of the graph; torch's own modules are in any case.
+
     Raises:
         CannotConvert: the forward depends on values or uses Python that torch.fx cannot follow.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        graph = _Tracer().trace(model)
+        with evaluating(model):
+            graph = _Tracer(is_operation).trace(model)
     except Exception as error:  # tracing runs foreign code, which can raise anything
         raise CannotConvert(
             f"{type(model).__name__} cannot be traced by torch.fx.",
@@ -55,9 +72,6 @@ def trace(model: nn.Module) -> fx.Graph:
             next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     _make_in_place_explicit(model, graph)
     _follow_training_flag(graph)
     return graph

@@ -19,6 +19,7 @@ from cadsurgery.functional import Elements, to_dense
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import ORIGIN
+from cadsurgery.surgery.trace import evaluating
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -55,7 +56,7 @@ def verify(
     """Compare the values that leave the region, and the outputs, with the original's.
 
     Args:
-        model: the network, in evaluation mode, whose parameters both graphs use.
+        model: the network whose parameters both graphs use.
         original: its graph.
         adapted: the rewritten graph.
         plan: that was carried out.
@@ -66,7 +67,7 @@ def verify(
         CannotConvert: a law does not hold; nothing wrong is ever returned silently.
     """
     try:
-        with torch.no_grad(), _no_dead_branches(model):
+        with torch.no_grad(), evaluating(model), _no_dead_branches(model):
             checks = _uniform_checks(model, original, adapted, plan, geometry, image)
     except CadError:
         raise
