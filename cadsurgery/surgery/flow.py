@@ -87,7 +87,10 @@ def flow_forward(
             several = node not in facts.shapes  # e.g. the parts of a split map
             flow.role[node] = Role.MAP if several or facts.is_map(node) else Role.OTHER
             if flow.role[node] is Role.MAP:
-                flow.grid[node] = flow.spacing[node] = _observed_grid(node, maps[0], flow, facts)
+                window = treatment.window
+                known = flow.grid[maps[0]] * window.stride if window else 0
+                flow.grid[node] = known or _observed_grid(node, maps[0], flow, facts)
+                flow.spacing[node] = flow.grid[node]
         elif treatment.kind == "global":
             flow.role[node] = Role.VECTOR
         else:
