@@ -136,6 +136,7 @@ def conv2d(
     # because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel of width one.
     grouped = groups > 1
     kernel = weight.contiguous().flatten(2).unsqueeze(3) if grouped else weight.permute(0, 2, 3, 1).flatten(1)
+    rows, kernel, bias = _autocast(rows, kernel, bias)
     return Elements(_GatherConv.apply(rows, kernel, bias, table, groups), target)
 
 
@@ -283,6 +284,14 @@ def _matmul(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         image = rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
         return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
     return F.linear(rows, weight, bias)
+
+
+def _autocast(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the type torch.autocast wants convolutions in, if it is on: as F.conv2d does."""
+    if not torch.is_autocast_enabled(rows.device.type):
+        return rows, weight, bias
+    dtype = torch.get_autocast_dtype(rows.device.type)
+    return rows.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
 
 
 def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

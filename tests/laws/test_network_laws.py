@@ -535,6 +535,19 @@ def test_large_odd_images_keep_laws_1_and_2(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_autocast_trains_in_lower_precision(name: str) -> None:
+    """Under torch.autocast outputs and gradients are those of float32 up to bfloat16 rounding."""
+    net = cs.adaptify(build(name), "random:fraction=0.4,seed=0", verify_laws=False)
+    x = images(2, 65, 97)
+    exact = torch.autograd.grad(net(x).square().mean(), net.conv1.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(x)
+    rounded = torch.autograd.grad(y.float().square().mean(), net.conv1.weight)[0]
+    assert y.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.98
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
 def test_memory_layout_is_irrelevant(name: str) -> None:
     """Law 5: channels_last images and weights, or not."""
     model, x = build(name), images(2, *SMALL)
