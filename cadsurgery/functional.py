@@ -288,9 +288,10 @@ def _matmul(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _autocast(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands in the type torch.autocast wants convolutions in, if it is on: as F.conv2d does."""
-    if not torch.is_autocast_enabled(rows.device.type):
+    device = rows.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return rows, weight, bias
-    dtype = torch.get_autocast_dtype(rows.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return rows.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
 
 
