@@ -140,12 +140,9 @@ class Plan:
     def summary(self) -> str:
         """What becomes adaptive and where it ends, in a few lines."""
         high, low = self.output_stride
-        kind = (
-            "its own where the mask is high" if self.identity_level == 0 else "its own where the mask is low"
-        )
-        kind = kind if self.identity_level is not None else "neither is its own"
+        own = f"{self.strides[self.identity_level]} is" if self.identity_level is not None else "neither is"
         lines = [
-            f"output stride {high} where the mask says so, {low} elsewhere ({kind})",
+            f"output stride {high} where the mask says so, {low} elsewhere ({own} the network's own)",
             f"adaptive stages: {len(self.stage_strides)}, from {' to '.join(map(str, self.strides))}; "
             f"levels 0..{self.max_level}",
             f"{len(self.chosen('adapt'))} operations adapted, {len(self.chosen('keep'))} kept on elements, "
