@@ -92,20 +92,23 @@ def convert(
         checks=net.checks,
         device=_device_in_words(where),
         file=str(output),
-        notes=_notes(net, counted),
+        notes=_notes(net, rows),
     )
 
 
-def _notes(net: AdaptiveModel, counted: MacReport) -> tuple[str, ...]:
+def _notes(net: AdaptiveModel, sides: Sequence[Side]) -> tuple[str, ...]:
+    """What a user can act on."""
     notes = []
     if net.active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
     if net.plan.dense_after > 0.25:
+        notes.append(f"{net.plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
+    high, converted = sides[-2].milliseconds, sides[-1].milliseconds
+    if high is not None and converted is not None and converted > high:
         notes.append(
-            f"{net.plan.dense_after:.0%} of the MACs stay dense after the region and limit the gain."
+            "slower than dense high here: building the lattice outweighs the work saved; "
+            "try a coarser high output stride, a larger network, or a mask that keeps less."
         )
-    if counted.rule != "conv":
-        notes.append(f"counted with the {counted.rule} rule")
     return tuple(notes)
 
 

@@ -82,7 +82,7 @@ def class_picture(prediction: Tensor) -> Image.Image:
     return picture
 
 
-def figure_picture(figure: Figure, dpi: int = 110) -> Image.Image:
+def figure_picture(figure: Figure, dpi: int = 90) -> Image.Image:
     """A figure as an image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery import kernel_map
 from cadsurgery.images import find_images, read_image, write_png
 from cadsurgery.kernel_map import Window
 from cadsurgery.lattice import Geometry
@@ -712,3 +713,22 @@ def test_nothing_wrong_is_returned_silently(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(functional, "_extended", shifted)
     with refused(cs.CannotConvert, "not exact", "relative error", "report"):
         cs.adaptify(trunk(), "none")
+
+
+def test_a_network_that_breaks_a_law_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification runs through kernel maps: one wrong entry in them is found and refused."""
+    build = kernel_map._build
+
+    def wrong(*args: object) -> kernel_map.KernelMap:
+        found = build(*args)  # type: ignore[arg-type]
+        found.reading.table[: found.reading.table.shape[0] // 2] = 0
+        return found
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 4, 3, padding=1)
+    )
+    assert cs.adaptify(model, "all").checks
+    monkeypatch.setattr(kernel_map, "_build", wrong)
+    with refused(cs.CannotConvert, "not exact", "level"):
+        cs.adaptify(model, "all")
