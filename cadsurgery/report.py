@@ -142,7 +142,7 @@ def render_plan(plan: Plan, *, all_nodes: bool = False) -> RenderableType:
             Text(decision.action, style=styles.get(decision.action, "dim")),
             plan.stride_text(decision),
             f"{decision.macs:.2e}" if decision.macs else "",
-            "" if inside else decision.reason,
+            "" if inside else plan.reason_text(decision),
         )
     told = Text("\n".join(f"{operation}: {reason}" for operation, reason in reasons.items()), style="dim")
     return Group(Text(plan.summary()), table, told)

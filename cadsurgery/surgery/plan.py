@@ -128,7 +128,7 @@ class Plan:
     def __str__(self) -> str:
         header = ("node", "operation", "action", "output stride", "reason")
         rows = [header] + [
-            (d.node, d.operation, d.action, self.stride_text(d), d.reason) for d in self.decisions
+            (d.node, d.operation, d.action, self.stride_text(d), self.reason_text(d)) for d in self.decisions
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         table = [
@@ -157,6 +157,12 @@ class Plan:
         if self.dense_after > 0:
             lines.append(f"{self.dense_after:.0%} of the MACs run dense after the region")
         return "\n".join(lines)
+
+    def reason_text(self, decision: Decision) -> str:
+        """Why, and for what ends the region how much runs dense because of it."""
+        total = max(1, sum(other.macs for other in self.decisions))
+        cost = f"; from here {decision.cost / total:.0%} of the MACs run dense" if decision.cost else ""
+        return f"{decision.reason}{cost}"
 
     def stride_text(self, decision: Decision) -> str:
         """Output stride before and after a node, for tables."""

@@ -106,7 +106,7 @@ class Rewriter:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             source = None
-        if treatment.kind == "shape" and source in self.elements and source not in self.dense:
+        if treatment.kind == "shape" and source in self.elements:
             self.dense[node] = self.shape_of(node, source)
             return
         if treatment.kind == "broadcast" and source is not None:
