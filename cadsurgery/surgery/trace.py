@@ -100,6 +100,10 @@ def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
 
 def _follow_training_flag(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        if node.target in _DROPOUTS and isinstance(node.kwargs.get("training"), bool):
-            with graph.inserting_before(node):
+        if node.target not in _DROPOUTS:
+            continue
+        with graph.inserting_before(node):
+            if isinstance(node.kwargs.get("training"), bool):
                 node.update_kwarg("training", graph.create_node("get_attr", "training"))
+            elif len(node.args) > 2:  # input, p, training
+                node.update_arg(2, graph.create_node("get_attr", "training"))

@@ -1,0 +1,128 @@
+"""What surgery must keep of a network besides its numbers: how it is written and called."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, build, images
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+
+class Awkward(nn.Module):
+    """Legal Python that surgery has to follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.mask = nn.Conv2d(8, 8, 3, 2, 1)  # a child with the name of a property
+        self.plan = nn.Conv2d(8, 8, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(1, 8, 1, 1))
+        self.register_buffer("shift", torch.rand(8, 1, 1))
+        self.never_called = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        y = F.relu(self.stem(x), inplace=True)
+        y = self.mask(y)
+        before = y
+        after = F.relu_(y)  # changes `before` too
+        y = after + before
+        y = self.plan(y) * self.scale + self.shift
+        y = self.plan(y) * gain  # the same module again
+        ratio = x.shape[-1] / y.size(3)
+        context = F.interpolate(y.mean((2, 3), keepdim=True), size=y.shape[-2:], mode="nearest")
+        y = torch.cat([y, context], dim=1) / ratio * torch.tensor(2.0)
+        return y, {"deep": [y.sigmoid()]}
+
+
+def awkward() -> Awkward:
+    return Awkward().eval()
+
+
+def test_awkward_python_is_followed_exactly() -> None:
+    """In-place changes, a module called twice, children named like properties, constants, nested outputs."""
+    model, x = awkward(), images(2, 45, 71)
+    net = cs.adaptify(model, "none", output_stride=(2, 4))
+    (found, nested), (expected, expected_nested) = net(x), model(x)
+    assert_same(found[..., ::2, ::2], expected, 1e-4)
+    assert_same(nested["deep"][0][..., ::2, ::2], expected_nested["deep"][0], 1e-4)
+    assert net.plan.output_stride == (2, 4)
+    assert net.state_dict().keys() == model.state_dict().keys()
+
+
+def test_arguments_go_through_by_position_and_by_name() -> None:
+    model, x = awkward(), images(1, 32, 48)
+    net = cs.adaptify(model, "all", output_stride=(2, 4))
+    assert_same(net(x, 3.0)[0], net(x=x, gain=3.0)[0], 1e-6)
+    with pytest.raises(TypeError):
+        net(x, wrong=1)
+
+
+def test_an_ordered_dict_stays_one() -> None:
+    """torch.fx turns it into a plain dictionary; the network's users may rely on it."""
+    model = build("fcn_resnet50", aux_loss=True)
+    net = cs.adaptify(model, "all", verify_laws=False)
+    x = images(1, 65, 97)
+    found, expected = net(x), model(x)
+    assert type(found) is OrderedDict
+    assert list(found) == list(expected) == ["out", "aux"]
+    assert_same(found["aux"], expected["aux"], 1e-4)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_functional_dropout_follows_the_mode_of_the_network(by_name: bool) -> None:
+    """Tracing sees one mode only; the network must not be stuck in it."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return F.dropout(y, 0.5, training=self.training) if by_name else F.dropout(y, 0.5, self.training)
+
+    net, x = cs.adaptify(Dropping().eval(), "all"), images(1, 16, 24)
+    assert torch.equal(net(x), net(x))
+    net.train()
+    assert not torch.equal(net(x), net(x))
+    assert (net(x) == 0).float().mean() > 0.3
+
+
+def test_every_end_of_the_region_has_reason_and_cost() -> None:
+    """What runs dense because of a barrier is counted, and print(plan) shows it."""
+    plan = cs.plan(build("fcn_resnet50"))
+    end = plan["classifier_0"]
+    assert end.action == "barrier"
+    assert "fall inside cells" in end.reason
+    dense = sum(d.macs for d in plan.decisions if d.node.startswith("classifier"))
+    assert end.cost == dense > 0
+    assert plan.dense_after == pytest.approx(dense / sum(d.macs for d in plan.decisions))
+    assert f"{plan.dense_after:.0%} of the MACs run dense" in str(plan)
+
+
+def test_a_module_with_an_own_rule_is_one_operation() -> None:
+    """A user teaches an operation without touching the package."""
+    from cadsurgery.surgery.rules import _RULES, Treatment
+
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.special.expit(x)  # no rule knows this function
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Gate(), nn.Conv2d(4, 4, 3, padding=1)).eval()
+
+    with pytest.raises(cs.CannotConvert):
+        cs.adaptify(network())
+    try:
+        cs.rule(Gate)(lambda node, facts: Treatment("pointwise", "acts on each value alone"))
+        net, x = cs.adaptify(network(), "none"), images(2, 17, 23)
+        assert [d.node for d in net.plan.chosen("keep")] == ["_1", "_2"]
+        assert_same(net(x)[..., ::2, ::2], network()(x), 1e-4)
+    finally:
+        _RULES.pop(Gate, None)
