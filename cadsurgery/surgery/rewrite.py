@@ -52,8 +52,9 @@ class Rewriter:
                 continue
             decision, treatment = decisions[node.name], treat(node, self.facts)
             if node.op == "output":
-                value = self.graph.node_copy(node, self.as_dense).args[0]
-                self.graph.erase_node(next(reversed(self.graph.nodes)))
+                copied = self.graph.node_copy(node, self.as_dense)
+                value = copied.args[0]
+                self.graph.erase_node(copied)
                 self.graph.output((value, self.lattice))
                 break
             if decision.action in ("adapt", "keep"):
