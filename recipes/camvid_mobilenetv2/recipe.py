@@ -115,12 +115,12 @@ def evaluate(net: nn.Module, files: list[tuple[Path, Path]], name: str) -> dict[
     iou = hits / (confusion.sum(0) + confusion.sum(1) - confusion.diag())
     shares = np.array(active).mean(0) if active else (1.0, 1.0)
     return {
-        "miou": 100 * iou.mean().item(),
-        "thin": 100 * iou[list(THIN)].mean().item(),
+        "miou": 100 * iou.nanmean().item(),  # a class can be absent from a few images
+        "thin": 100 * iou[list(THIN)].nanmean().item(),
         "pixel_accuracy": 100 * (hits.sum() / confusion.sum()).item(),
         "active_fraction": float(shares[0]),
         "cost": float(shares[1]),
-        "iou": [100 * value for value in iou.tolist()],
+        "iou": [100 * value for value in iou.nan_to_num(-0.01).tolist()],  # -1: absent
         "seconds_per_image": spent / len(files),
     }
 
