@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def evaluate(net: nn.Module, files: list[tuple[Path, Path]], name: str) -> dict[
         "pixel_accuracy": 100 * (hits.sum() / confusion.sum()).item(),
         "active_fraction": float(shares[0]),
         "cost": float(shares[1]),
-        "iou": [100 * value for value in iou.nan_to_num(-0.01).tolist()],  # -1: absent
+        "iou": [None if math.isnan(value) else 100 * value for value in iou.tolist()],
         "seconds_per_image": spent / len(files),
     }
 
