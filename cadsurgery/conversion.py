@@ -63,19 +63,16 @@ def convert(
     step("counting multiply-accumulates")
     counted = net.macs(batch)
     of_original = dense_macs(original, batch)
-    step("measuring" if rounds else "running")
+    step("measuring")
     sides: dict[str, Callable[[], object]] = {"original": lambda: original(batch)}
     high = f"dense high (output stride {net.plan.output_stride[0]})"
     if net.plan.identity_level != 0:
         sides[high] = lambda: net(batch, mask="all")
     sides["converted"] = lambda: net(batch)
     times: dict[str, float] = interleaved(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
-    with torch.inference_mode():
-        net(batch)
-    rows = [Side("original", of_original, times.get("original"))]
-    if net.plan.identity_level == 0:
-        rows = [Side("original = dense high", of_original, times.get("original"))]
-    else:
+    name = "original = dense high" if net.plan.identity_level == 0 else "original"
+    rows = [Side(name, of_original, times.get("original"))]
+    if high in sides:
         rows.append(Side(high, counted.high, times.get(high)))
     rows.append(Side("converted", counted.mask, times.get("converted")))
     step(f"writing {output}")
@@ -86,23 +83,23 @@ def convert(
         random=source.weights == "random",
         mask=net.mask.spec(),
         plan=net.plan,
-        active_fraction=net.active_fraction,
+        active_fraction=counted.active_fraction,
         image=tuple(batch.shape),
         sides=tuple(rows),
         checks=net.checks,
         device=_device_in_words(where),
         file=str(output),
-        notes=_notes(net, rows),
+        notes=_notes(net.plan, counted.active_fraction, rows),
     )
 
 
-def _notes(net: AdaptiveModel, sides: Sequence[Side]) -> tuple[str, ...]:
+def _notes(plan: Plan, active_fraction: float, sides: Sequence[Side]) -> tuple[str, ...]:
     """What a user can act on."""
     notes = []
-    if net.active_fraction > 0.9:
+    if active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
-    if net.plan.dense_after > 0.25:
-        notes.append(f"{net.plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
+    if plan.dense_after > 0.25:
+        notes.append(f"{plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
     high, converted = sides[-2].milliseconds, sides[-1].milliseconds
     if high is not None and converted is not None and converted > high:
         notes.append(

@@ -43,9 +43,8 @@ def _parse(text: str) -> MaskProvider:
     for part in filter(None, (part.strip() for part in rest.split(","))):
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if option not in known:
-            raise UnknownName(
-                f"option of mask {name!r}", option, known, next=f"e.g. {name}:{_example(known)}"
-            )
+            example = f"e.g. {name}:{_example(known)}" if known else f"mask {name!r} takes no options."
+            raise UnknownName(f"option of mask {name!r}", option, known, next=example)
         if not equals or not value:
             raise InvalidInput(
                 f"option {option!r} of mask {name!r} has no value.", next=f"write {option}=VALUE."
