@@ -29,6 +29,8 @@ _PUBLIC = {
     "load": "io",
     "mask_provider": "masks",
     "rule": "surgery.rules",
+    "Call": "surgery.rules",
+    "Treatment": "surgery.rules",
     "save": "io",
     "CadError": "errors",
     "CannotConvert": "errors",
@@ -40,6 +42,7 @@ _PUBLIC = {
 __all__ = [
     "AdaptiveModel",
     "CadError",
+    "Call",
     "CannotConvert",
     "Elements",
     "FileError",
@@ -48,6 +51,7 @@ __all__ = [
     "Lattice",
     "MaskProvider",
     "Plan",
+    "Treatment",
     "UnknownName",
     "adaptify",
     "build_model",
@@ -69,7 +73,7 @@ if TYPE_CHECKING:
     from cadsurgery.masks import MaskProvider, list_masks, mask_provider
     from cadsurgery.model import AdaptiveModel
     from cadsurgery.surgery.plan import Plan
-    from cadsurgery.surgery.rules import rule
+    from cadsurgery.surgery.rules import Call, Treatment, rule
     from cadsurgery.zoo import build_model, list_models
 
 

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from cadsurgery.errors import CannotConvert, InvalidInput
+from cadsurgery.hosted import HostedModel
 from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, Surgery
 from cadsurgery.surgery.facts import Facts, observe
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.planner import make_plan
+from cadsurgery.surgery.planner import BACKBONE_NAMES, make_plan
 from cadsurgery.surgery.rewrite import rewrite
-from cadsurgery.surgery.rules import has_rule
+from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import trace
 from cadsurgery.surgery.verify import verify
 
@@ -40,7 +41,8 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
-    return make_plan(_facts(_copied(model), example_input), output_stride, region)
+    _, path, facts = _convertible(_copied(model), example_input)
+    return make_plan(facts, output_stride, _within(path, region), path)[0]
 
 
 def adaptify(
@@ -65,7 +67,8 @@ def adaptify(
     and values.
 
     Args:
-        model: a convolutional network, strided or already dilated.
+        model: a convolutional network, strided or already dilated; or one that torch.fx cannot follow whole, such as
+            a detector, whose backbone is then converted inside it.
         mask: a name (`"edges"`, `"edges:threshold=0.15,dilation=11"`, `"all"`, `"none"`, `"random"`), a
             provider, a callable image -> map, or a tensor; see `list_masks`.
         output_stride: (high, low), input pixels per sample where the mask is high and elsewhere. Default:
@@ -91,19 +94,38 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    adapted = _copied(model)
-    facts = _facts(adapted, example_input)
-    chosen = make_plan(facts, output_stride, region)
+    whole, path, facts = _convertible(_copied(model), example_input)
+    chosen, treatments = make_plan(facts, output_stride, _within(path, region), path)
     if strict:
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
-    graph = rewrite(facts, chosen)
-    signature, source = inspect.signature(model.forward), getattr(model, "cad_source", None)
+    graph = rewrite(facts, chosen, treatments)
+    signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
     surgery = Surgery(graph, chosen, geometry, signature, facts.container, source)
-    net = AdaptiveModel(adapted, surgery, provider)
+    net = AdaptiveModel(facts.model, surgery, provider)
     if verify_laws:
-        net.checks = verify(adapted, facts.graph, graph, chosen, geometry, facts.example)
-    return net
+        net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.example)
+    return HostedModel(whole, path, net) if path else net
+
+
+def _convertible(model: nn.Module, example_input: Tensor | None) -> tuple[nn.Module, str, Facts]:
+    """The model, and the facts of the part of it that torch.fx can follow: itself, or its backbone."""
+    try:
+        return model, "", _facts(model, example_input)
+    except CannotConvert as refusal:
+        for name in BACKBONE_NAMES:
+            part = getattr(model, name, None)
+            if isinstance(part, nn.Module):
+                try:
+                    return model, name, _facts(part, example_input)
+                except CannotConvert:
+                    continue
+        raise refusal
+
+
+def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
+    """The region asked for, where the part that is converted is the backbone itself."""
+    return "auto" if path and region == "backbone" else region
 
 
 def _copied(model: object) -> nn.Module:
@@ -123,7 +145,7 @@ def _copied(model: object) -> nn.Module:
 def _facts(model: nn.Module, example_input: Tensor | None) -> Facts:
     if example_input is not None:
         check_image(example_input, "example_input")
-    return observe(model, trace(model, has_rule), example_input)
+    return observe(model, trace(model, has_rule, ruled_functions()), example_input)
 
 
 def _refuse_barriers(plan: Plan) -> None:

@@ -7,7 +7,8 @@ here: they act on `rows` as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from cadsurgery.errors import InvalidInput
 from cadsurgery.kernel_map import KernelMap, Reading, Window, kernel_map, read_points
 from cadsurgery.lattice import Lattice, describe
+from cadsurgery.layout import NCHW, image_dims, is_flat
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
 # below a dense network's activations, large enough for the matrix product to run at full speed.
@@ -32,7 +34,7 @@ class Elements:
     """Feature vectors of the cells of a lattice.
 
     Attributes:
-        rows: (N, C), contiguous, in the lattice's order.
+        rows: (N, C), contiguous, in the lattice's order; (N, *channel axes) where a map has several.
         lattice: the cells.
     """
 
@@ -40,26 +42,39 @@ class Elements:
     lattice: Lattice
 
 
-def to_elements(dense: Tensor, lattice: Lattice) -> Elements:
-    """A dense map (B, C, H, W) at the high output stride as elements of stage 0; a view if channels_last."""
-    if dense.dim() != 4 or dense.shape[0] != lattice.batch:
+def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements:
+    """A dense map at the high output stride as elements of stage 0; a view if it is channels_last in memory."""
+    if dense.dim() != len(layout) or dense.shape[layout.index("b")] != lattice.batch:
         raise InvalidInput(
             f"a batch of {lattice.batch} maps is expected here, not {describe(dense)}.",
             next="give one level map per image.",
         )
-    start = lattice.at(0, (dense.shape[2], dense.shape[3]))
-    return Elements(dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1]), start)
+    image = [layout.index(axis) for axis in "bhwp" if axis in layout]
+    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
+    by_pixel = dense.permute(*image, *channels)
+    size = lattice.size if "p" in layout else (by_pixel.shape[1], by_pixel.shape[2])
+    return Elements(by_pixel.flatten(0, len(image) - 1).contiguous(), lattice.resampled(0, size))
 
 
-def to_dense(x: Elements, spacing: int = 1) -> Tensor:
+def fine_map(dense: Tensor, layout: str) -> Tensor:
+    """A dense map of any layout as (B, C, H, W): what a mask provider is shown."""
+    if layout == NCHW:
+        return dense
+    image = [layout.index(axis) for axis in "bhw"]
+    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
+    return dense.permute(*image, *channels).flatten(3).permute(0, 3, 1, 2)
+
+
+def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW) -> Tensor:
     """A dense map that reads every `spacing`-th fine pixel by the lattice's fill.
 
     Args:
         x: elements.
         spacing: 1 for the fine size, the network's own sample distance for its native size.
+        layout: of the result.
 
     Returns:
-        (B, C, ceil(H / spacing), ceil(W / spacing)), in channels_last memory.
+        By default (B, C, ceil(H / spacing), ceil(W / spacing)), in channels_last memory.
     """
     lattice = x.lattice
     height, width = lattice.size
@@ -69,15 +84,22 @@ def to_dense(x: Elements, spacing: int = 1) -> Tensor:
         return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
 
     reading = lattice.pyramid.derive(("to_dense", lattice.stage, lattice.size, spacing), build)
-    rows = _extended(x.rows, reading, 0.0).index_select(0, reading.table.flatten().to(x.rows.device))
-    return rows.view(*reading.table.shape, -1).permute(0, 3, 1, 2)
+    rows = _extended(x.rows.reshape(len(lattice), -1), reading, 0.0)
+    rows = rows.index_select(0, reading.table.flatten().to(x.rows.device))
+    by_pixel = rows.view(*reading.table.shape, *x.rows.shape[1:])
+    present = "bhw" + "c" * (x.rows.dim() - 1)
+    if "p" in layout:
+        by_pixel, present = by_pixel.flatten(1, 2), present.replace("hw", "p")
+    channels = iter(dim for dim, axis in enumerate(present) if axis == "c")
+    return by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
 
 
-def rows_on(value: Elements | Tensor, lattice: Lattice) -> Tensor:
-    """Rows (N, C) of a value on a lattice of the same or a later stage.
+def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> Tensor:
+    """Rows (N, *channel axes) of a value on a lattice of the same or a later stage.
 
-    Elements are subsampled to the anchors that remain. A tensor with one vector per image, (B, C, 1, 1)
-    or (B, C), or one for all, (1, C, 1, 1) or (C, 1, 1), is repeated for every element.
+    Elements are subsampled to the anchors that remain. A tensor without extent in the image, such as one
+    vector per image (B, C, 1, 1) or one for all (C, 1, 1), is repeated for every element as torch would
+    broadcast it against a map of `layout`.
     """
     if isinstance(value, Elements):
         if value.lattice == lattice:
@@ -86,14 +108,17 @@ def rows_on(value: Elements | Tensor, lattice: Lattice) -> Tensor:
         return value.rows.index_select(0, table.to(value.rows.device))
     if value.dim() == 0:
         return value
-    per_image = value.flatten(1) if value.dim() in (2, 4) else value.reshape(1, -1)
-    if value.dim() > 2 and value.shape[-2:] != (1, 1):
+    if not is_flat(value.shape, layout):
         raise InvalidInput(
             f"{describe(value)} has spatial extent and cannot be combined with elements.",
             next="end the region before this operation: region=[...] takes module names.",
         )
+    value = value.reshape(*(1,) * (len(layout) - value.dim()), *value.shape)
+    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
+    per_image = value.permute(layout.index("b"), *channels, *image_dims(layout))
+    per_image = per_image.reshape(per_image.shape[: 1 + len(channels)])
     if per_image.shape[0] == 1:
-        return per_image.expand(len(lattice), -1)
+        return per_image.expand(len(lattice), *per_image.shape[1:])
     return per_image.index_select(0, lattice.coordinates[0].to(value.device))
 
 
@@ -120,24 +145,71 @@ def conv2d(
         stage: stage of the output, at least the input's.
         groups: channel groups.
     """
+    window = window.fit(x.lattice.size)
     target = x.lattice.at(stage, window.output_size(x.lattice.size))
     dense = _dense_conv2d(x, weight, bias, window, target, groups)
     if dense is not None:
         return dense
+    if window.is_pointwise and groups == 1:
+        return Elements(_matmul(rows_on(x, target), weight.flatten(1), bias), target)
+    rows, table = _taps(x, window, target)
+    rows, kernel, bias = _autocast(rows, _kernel(weight, groups), bias)
+    return Elements(_GatherConv.apply(rows, kernel, bias, table, groups), target)
+
+
+def conv2d_per_image(
+    x: Elements,
+    mix: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    stage: int,
+    shape: tuple[int, ...],
+    groups: int = 1,
+) -> Elements:
+    """Convolution whose kernel is another mixture of experts for each image (Yang et al. 2019, CondConv).
+
+    Args:
+        x: elements (N, C).
+        mix: (B, experts), how much each expert counts for each image.
+        weight: (experts, O * C / groups * kh * kw).
+        bias: (experts, O) or None.
+        window: the operation.
+        stage: stage of the output.
+        shape: of one kernel, (O, C / groups, kh, kw).
+        groups: channel groups.
+    """
+    window = window.fit(x.lattice.size)
+    target = x.lattice.at(stage, window.output_size(x.lattice.size))
+    rows, table = _taps(x, window, target)
+    counts = torch.bincount(target.coordinates[0], minlength=target.batch).tolist()
+    kernels = (mix @ weight).view(-1, *shape)
+    biases = mix @ bias if bias is not None else [None] * len(kernels)
+    parts = []
+    for kernel, offset, part in zip(kernels, biases, table.split(counts), strict=True):
+        operands = _autocast(rows, _kernel(kernel, groups), offset)
+        parts.append(_GatherConv.apply(*operands, part, groups))
+    return Elements(torch.cat(parts), target)
+
+
+def _taps(x: Elements, window: Window, target: Lattice) -> tuple[Tensor, Tensor]:
+    """Rows and the (N, taps) table into them that a convolution multiplies."""
     if window.is_pointwise:
         rows = rows_on(x, target)
-        if groups == 1:
-            return Elements(_matmul(rows, weight.flatten(1), bias), target)
-        table = torch.arange(len(target), dtype=torch.int32, device=rows.device).unsqueeze(1)
-    else:
-        reading = kernel_map(x.lattice, target, window).reading
-        rows, table = _extended(x.rows, reading, 0.0), reading.table.to(x.rows.device)
-    # Ungrouped: taps outermost, so that a row of gathered elements is a row of the matrix. Grouped: contiguous,
-    # because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel of width one.
-    grouped = groups > 1
-    kernel = weight.contiguous().flatten(2).unsqueeze(3) if grouped else weight.permute(0, 2, 3, 1).flatten(1)
-    rows, kernel, bias = _autocast(rows, kernel, bias)
-    return Elements(_GatherConv.apply(rows, kernel, bias, table, groups), target)
+        return rows, torch.arange(len(target), dtype=torch.int32, device=rows.device).unsqueeze(1)
+    reading = kernel_map(x.lattice, target, window).reading
+    return _extended(x.rows, reading, window.outside or 0.0), reading.table.to(x.rows.device)
+
+
+def _kernel(weight: Tensor, groups: int) -> Tensor:
+    """A kernel (O, C / groups, kh, kw) as `_GatherConv` takes it.
+
+    Ungrouped: taps outermost, so that a row of gathered elements is a row of the matrix. Grouped: contiguous,
+    because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel of width one.
+    """
+    if groups > 1:
+        return weight.contiguous().flatten(2).unsqueeze(3)
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
@@ -147,7 +219,8 @@ def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
     otherwise they are pooled with stride one (a-trous).
     """
     target, kmap = _pool_map(x, window, stage)
-    rows = _extended(x.rows, kmap.reading, -torch.inf)
+    outside = -torch.inf if window.outside is None else window.outside
+    rows = _extended(x.rows, kmap.reading, outside)
     return Elements(torch.cat([block.amax(1) for block in _gathered(rows, kmap.reading.table)]), target)
 
 
@@ -164,7 +237,7 @@ def avg_pool2d(
         divisor: fixed divisor instead.
     """
     target, kmap = _pool_map(x, window, stage)
-    rows = _extended(x.rows, kmap.reading, 0.0)
+    rows = _extended(x.rows, kmap.reading, window.outside or 0.0)
     total = torch.cat([block.sum(1) for block in _gathered(rows, kmap.reading.table)])
     if divisor is not None:
         return Elements(total / divisor, target)
@@ -209,25 +282,286 @@ def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
     return Elements(x.rows * rows_on(factors, x.lattice), x.lattice)
 
 
-def global_mean(x: Elements, keepdim: bool = True) -> Tensor:
+def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
-    mean = (share @ x.rows.to(share.dtype)).to(x.rows.dtype)
-    return mean[:, :, None, None] if keepdim else mean
+    values = x.rows.reshape(len(x.lattice), -1).to(share.dtype)
+    return _per_image((share @ values).to(x.rows.dtype), x, keepdim, layout)
 
 
-def global_max(x: Elements, keepdim: bool = True) -> Tensor:
+def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Maximum of each image: (B, C, 1, 1) or (B, C)."""
-    image = x.lattice.coordinates[0].to(x.rows.device).unsqueeze(1).expand_as(x.rows)
-    lowest = x.rows.new_full((x.lattice.batch, x.rows.shape[1]), -torch.inf)
-    maximum = lowest.scatter_reduce(0, image, x.rows, "amax")
-    return maximum[:, :, None, None] if keepdim else maximum
+    values = x.rows.reshape(len(x.lattice), -1)
+    image = x.lattice.coordinates[0].to(x.rows.device).unsqueeze(1).expand_as(values)
+    lowest = values.new_full((x.lattice.batch, values.shape[1]), -torch.inf)
+    return _per_image(lowest.scatter_reduce(0, image, values, "amax"), x, keepdim, layout)
 
 
-def native_shape(x: Elements, spacing: int) -> torch.Size:
+def global_reduce(
+    x: Elements,
+    how: str,
+    dims: tuple[int, ...],
+    keepdim: bool = False,
+    correction: int = 1,
+    spacing: int = 1,
+    layout: str = NCHW,
+) -> Tensor:
+    """A reduction over the image axes of each image, and over channel axes if `dims` has some.
+
+    A sum or norm runs over as many values as the network's own grid has: the weighted mean times their number. So
+    it keeps the scale the weights were trained with, at any resolution.
+
+    Args:
+        x: elements.
+        how: `mean`, `sum`, `norm` (Euclidean), `var`, `std`, `amax` or `amin`.
+        dims: axes of the dense map that are reduced; all image axes are among them.
+        keepdim: keep them with size one.
+        correction: of variances, as in torch.
+        spacing: fine pixels between the samples of the network's own grid.
+        layout: of the dense map.
+    """
+    channels = [dim for dim in dims if layout[dim] == "c"]
+    samples = math.prod(native_shape(x, spacing, layout)[dim] for dim in dims)
+
+    def mean(rows: Tensor) -> Tensor:
+        whole = global_mean(Elements(rows, x.lattice), True, layout)
+        return whole.mean(channels, keepdim=True) if channels else whole
+
+    if how in ("amax", "amin"):
+        sign = 1 if how == "amax" else -1
+        found = sign * global_max(Elements(sign * x.rows, x.lattice), True, layout)
+        found = getattr(found, how)(channels, keepdim=True) if channels else found
+    elif how in ("var", "std"):
+        centred = x.rows - rows_on(mean(x.rows), x.lattice, layout)
+        found = mean(centred.square()) * (samples / max(samples - correction, 1))
+        found = found.sqrt() if how == "std" else found
+    elif how == "norm":
+        found = (mean(x.rows.square()) * samples).sqrt()
+    else:
+        found = mean(x.rows) * (samples if how == "sum" else 1)
+    return found if keepdim else found.squeeze(dims)
+
+
+def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tensor:
+    """One vector (B, C) per image in the axes of a layout, its image axes of size one or gone."""
+    channels = iter(range(1, x.rows.dim()))
+    kept = [next(channels) if axis == "c" else 0 for axis in layout if axis in "bc"]
+    values = values.view(-1, *x.rows.shape[1:]).permute(kept)
+    for dim in image_dims(layout) if keepdim else ():
+        values = values.unsqueeze(dim)
+    return values
+
+
+def group_norm(
+    x: Elements, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> Elements:
+    """Group normalisation: each image and group by its own mean and variance, elements weighed by area.
+
+    With as many groups as channels it is instance normalisation.
+    """
+    centred, variance = _centred_groups(x, groups)
+    rows = (centred * (variance + eps).rsqrt()).flatten(1).to(x.rows.dtype)
+    if weight is not None:
+        rows = rows * weight if bias is None else torch.addcmul(bias, rows, weight)
+    return Elements(rows, x.lattice)
+
+
+def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
+    """Standard deviation of each image and group (Liu et al. 2020, EvoNorm-S0), repeated for its channels."""
+    centred, variance = _centred_groups(x, groups)
+    rows = (variance + eps).sqrt().expand_as(centred).flatten(1)
+    return Elements(rows.to(x.rows.dtype), x.lattice)
+
+
+def _centred_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
+    """Rows (N, groups, C / groups) less the mean of their image and group, and its variance (N, groups, 1)."""
+    dtype = torch.promote_types(x.rows.dtype, torch.float32)
+    layout = "bcchw"
+
+    def mean(rows: Tensor) -> Tensor:
+        found = global_reduce(Elements(rows, x.lattice), "mean", (2, 3, 4), True, layout=layout)
+        return rows_on(found, x.lattice, layout)
+
+    rows = x.rows.to(dtype).unflatten(1, (groups, -1))
+    centred = rows - mean(rows)
+    return centred, mean(centred.square())
+
+
+def resize(
+    x: Elements,
+    stage: int,
+    spacings: tuple[int, int],
+    scale: int,
+    size: tuple[int, int] | None = None,
+    mode: str = "nearest",
+    align_corners: bool = False,
+) -> Elements:
+    """Upsampling inside the region: onto the lattice of an earlier stage.
+
+    Where a cell of the output is as large as the one it lies in (it was never downsampled), the value is taken over:
+    in the dense network at that stride there is nothing to resize. Elsewhere it is read between the coarse cells
+    as torch.nn.functional.interpolate reads between samples.
+
+    Args:
+        x: elements.
+        stage: of the output, at most the input's.
+        spacings: fine pixels between the samples of the network's own grid, before and after.
+        scale: how many times finer the output is.
+        size: samples (height, width) of the output on the network's own grid; default `scale` times the input's.
+        mode: `nearest` or `bilinear`.
+        align_corners: as in torch.
+
+    Raises:
+        InvalidInput: the output would be larger than the fine map.
+    """
+    before = tuple(-(-length // spacings[0]) for length in x.lattice.size)
+    after = tuple(size) if size is not None else tuple(count * scale for count in before)
+    room = x.lattice.whole_size
+    fine = tuple(count * spacings[1] for count in after)
+    if any(length - spacings[1] >= most for length, most in zip(fine, room, strict=True)):
+        raise InvalidInput(
+            f"upsampling to {after[0]}x{after[1]} samples gives more than the network's own maps have.",
+            why="the image is not divisible by the network's strides.",
+            next="pad or resize the image to a multiple of the lowest output stride.",
+        )
+    target = x.lattice.resampled(stage, (min(fine[0], room[0]), min(fine[1], room[1])))
+    key = ("resize", x.lattice.stage, x.lattice.size, target, spacings, before, after, mode, align_corners)
+
+    def build() -> tuple[Tensor, Tensor]:
+        image, *place = target.coordinates
+        side = target.side_map.flatten()[target.anchors]
+        ratios = tuple(
+            have * spacings[0] / (want * spacings[1]) for have, want in zip(before, after, strict=True)
+        )
+        if align_corners:
+            ratios = tuple(
+                (h - 1) * spacings[0] / max((w - 1) * spacings[1], 1)
+                for h, w in zip(before, after, strict=True)
+            )
+        return _between_cells(x.lattice, image, place, side, ratios, mode, align_corners)
+
+    sources, mix = x.lattice.pyramid.derive(key, build)
+    return Elements(_mixed(x.rows, sources, mix), target)
+
+
+def resize_to_dense(
+    x: Elements,
+    spacing: int,
+    scale: int,
+    size: tuple[int, int] | None = None,
+    mode: str = "nearest",
+    align_corners: bool = False,
+) -> Tensor:
+    """Upsampling that leaves the region: a dense map finer than the high output stride.
+
+    Each of its samples is read between cells of the size of the one it lies in, as `resize` does it.
+
+    Args:
+        x: elements.
+        spacing: fine pixels between the samples of the network's own grid, before.
+        scale: how many times finer the output is; more than `spacing`.
+        size: samples (height, width) of the output; default `scale` times the input's.
+        mode: `nearest` or `bilinear`.
+        align_corners: as in torch.
+    """
+    before = tuple(-(-length // spacing) for length in x.lattice.size)
+    after = tuple(size) if size is not None else tuple(count * scale for count in before)
+    device, side = x.lattice.levels.device, spacing / scale
+    image = torch.arange(x.lattice.batch, device=device).view(-1, 1, 1).expand(-1, *after).flatten()
+    axes = [torch.arange(count, device=device) * side for count in after]
+    place = [
+        grid.repeat(x.lattice.batch)
+        for grid in (axes[0].repeat_interleave(after[1]), axes[1].repeat(after[0]))
+    ]
+    ratios = tuple(have * scale / want for have, want in zip(before, after, strict=True))
+    if align_corners:
+        ratios = tuple(
+            (have - 1) * scale / max(want - 1, 1) for have, want in zip(before, after, strict=True)
+        )
+    sides = torch.full_like(place[0], side)
+    sources, mix = _between_cells(x.lattice, image, place, sides, ratios, mode, align_corners)
+    return _mixed(x.rows, sources, mix).view(x.lattice.batch, *after, -1).permute(0, 3, 1, 2)
+
+
+def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int) -> Elements:
+    """Depth to space: an element reads the channels of its phase on the output's own grid.
+
+    Args:
+        x: elements (N, C r r).
+        stage: of the output.
+        spacings: fine pixels between the samples of the network's own grid, before and after.
+        scale: r.
+    """
+    target = x.lattice.resampled(stage, x.lattice.size)
+    (height, width), (image, y, x_) = x.lattice.size, target.coordinates
+    down, across = (at // spacings[1] % scale for at in (y, x_))
+    points = (image * height + y - down * spacings[1]) * width + x_ - across * spacings[1]
+    reading = read_points(x.lattice, points)
+    rows = _extended(x.rows, reading, 0.0).index_select(0, reading.table.to(x.rows.device))
+    phase = (down * scale + across).to(rows.device)
+    rows = rows.unflatten(1, (-1, scale * scale))
+    return Elements(rows.gather(2, phase.view(-1, 1, 1).expand(-1, rows.shape[1], 1)).squeeze(2), target)
+
+
+def pixel_unshuffle(x: Elements, window: Window, stage: int) -> Elements:
+    """Space to depth: the values under an r x r window side by side in the channels."""
+    target, kmap = _pool_map(x, window, stage)
+    rows = _extended(x.rows, kmap.reading, 0.0)
+    parts = [block.transpose(1, 2).flatten(1) for block in _gathered(rows, kmap.reading.table)]
+    return Elements(torch.cat(parts), target)
+
+
+def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
     """Shape of the map as the network itself sees it, with one sample per `spacing` fine pixels."""
-    height, width = x.lattice.size
-    return torch.Size((x.lattice.batch, x.rows.shape[1], -(-height // spacing), -(-width // spacing)))
+    height, width = (-(-length // spacing) for length in x.lattice.size)
+    channels = iter(x.rows.shape[1:])
+    known = {"b": x.lattice.batch, "h": height, "w": width, "p": height * width}
+    return torch.Size(next(channels) if axis == "c" else known[axis] for axis in layout)
+
+
+def _between_cells(
+    source: Lattice,
+    image: Tensor,
+    place: Sequence[Tensor],
+    side: Tensor,
+    ratios: Sequence[float],
+    mode: str,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """Elements (M, 4) and their weights that samples of a finer grid are resized from.
+
+    Args:
+        source: the lattice that is read.
+        image: (M,) image of each sample.
+        place: its y and x, in fine pixels.
+        side: (M,) distance of samples there, in fine pixels.
+        ratios: how far the output's grid is from fitting the input's, per axis; 1 unless sizes do not divide.
+        mode: `nearest` or `bilinear`.
+        align_corners: as in torch.
+    """
+    height, width = source.size
+    inside = [at.long().clamp(max=length - 1) for at, length in zip(place, source.size, strict=True)]
+    cell = source.side_map.flatten()[(image * height + inside[0]) * width + inside[1]]
+    same = cell == side
+    ends = []
+    for at, length, ratio in zip(place, source.size, ratios, strict=True):
+        if mode == "nearest":
+            point = (at * ratio / cell).floor() * cell
+        else:
+            point = at * ratio if align_corners else (at + side / 2) * ratio - cell / 2
+        point = torch.where(same, at.double(), point.double()).clamp(min=0)
+        low = (point / cell + 1e-9).floor()
+        share = torch.where(same, 0.0, (point / cell - low).clamp(min=0))
+        first = (low * cell).long().clamp(max=length - 1)
+        ends.append(((first, 1 - share), ((first + cell).clamp(max=length - 1), share)))
+    points = [(image * height + y) * width + x for y, _ in ends[0] for x, _ in ends[1]]
+    weights = [v * h for _, v in ends[0] for _, h in ends[1]]
+    return source.index[torch.stack(points, 1)], torch.stack(weights, 1)
+
+
+def _mixed(rows: Tensor, sources: Tensor, mix: Tensor) -> Tensor:
+    """Weighted sums of rows: (M, C)."""
+    return F.embedding_bag(sources.to(rows.device), rows, per_sample_weights=mix.to(rows), mode="sum")
 
 
 def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
@@ -244,6 +578,7 @@ def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, cou
 
 
 def _pool_map(x: Elements, window: Window, stage: int) -> tuple[Lattice, KernelMap]:
+    window = window.fit(x.lattice.size)
     target = x.lattice.at(stage, window.output_size(x.lattice.size))
     return target, kernel_map(
         x.lattice, target, window, drop=target.geometry.pool == "drop" and window.stride > 1
@@ -257,10 +592,7 @@ def _extended(rows: Tensor, reading: Reading, padding: float) -> Tensor:
         return rows
     parts = [rows, rows.new_full((1, rows.shape[1]), padding)]
     if halo:
-        mix = reading.mix.to(rows)
-        parts.append(
-            F.embedding_bag(reading.sources.to(rows.device), rows, per_sample_weights=mix, mode="sum")
-        )
+        parts.append(_mixed(rows, reading.sources, reading.mix))
     return torch.cat(parts)
 
 
@@ -358,6 +690,8 @@ def _dense_conv2d(
     geometry = x.lattice.geometry
     if not geometry.dense_shortcut or geometry.anchor != "corner" or window.mode != "zeros":
         return None
+    if window.outside:
+        return None
     source_level, target_level = x.lattice.uniform_level, target.uniform_level
     if source_level is None or target_level is None:
         return None
@@ -375,7 +709,7 @@ def _dense_conv2d(
         (columns - 1) * stride + reach_x - width - left,
     )
     padding = (top, left)
-    if not (0 <= top - bottom < stride and 0 <= left - right < stride):
+    if min(top, left) < 0 or not (0 <= top - bottom < stride and 0 <= left - right < stride):
         image, padding = F.pad(image, (left, right, top, bottom)), (0, 0)
     out = F.conv2d(image, weight, bias, stride, padding, (dilation_y, dilation_x), groups)
     return Elements(out.permute(0, 2, 3, 1).reshape(-1, out.shape[1]), target)

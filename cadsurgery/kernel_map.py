@@ -30,6 +30,8 @@ class Window(NamedTuple):
         mode: `"zeros"`, `"reflect"` or `"replicate"`.
         ceil_mode: whether a last partial window counts (pooling).
         spacing: fine pixels between the samples of the grid these numbers refer to.
+        same: the padding is what gives ceil(n / stride) outputs for n samples, known when a map is.
+        outside: what zero padding reads, where it is not what the operation ignores.
     """
 
     kernel: tuple[int, int]
@@ -39,6 +41,8 @@ class Window(NamedTuple):
     mode: str = "zeros"
     ceil_mode: bool = False
     spacing: int = 1
+    same: bool = False
+    outside: float | None = None
 
     @property
     def taps(self) -> int:
@@ -49,6 +53,26 @@ class Window(NamedTuple):
     def is_pointwise(self) -> bool:
         """One tap at the element itself."""
         return self.taps == 1 and not any(self.padding)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Offsets its taps are made of, in samples: what must fit into the cells it reads."""
+        unknown = (1,) if self.same and self.taps > 1 else ()
+        return (*self.dilation, *self.padding, *unknown)
+
+    def fit(self, size: tuple[int, int]) -> Window:
+        """The window with the padding that "same" means for a fine map of `size`; itself otherwise."""
+        if not self.same:
+            return self
+        pads = [self._same(*axis) for axis in zip(size, self.kernel, self.dilation, strict=True)]
+        (top, bottom), (left, right) = pads
+        return self._replace(padding=(top, bottom, left, right), same=False)
+
+    def _same(self, fine: int, kernel: int, dilation: int) -> tuple[int, int]:
+        samples = -(-fine // self.spacing)
+        reach = (-(-samples // self.stride) - 1) * self.stride + dilation * (kernel - 1) + 1
+        total = max(reach - samples, 0)
+        return total // 2, total - total // 2
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Fine size of the output of a fine map of `size`: H' = min(H, n' R), n' the output size in samples."""

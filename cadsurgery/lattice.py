@@ -211,10 +211,19 @@ class Lattice:
             )
         return Lattice(self.pyramid, stage, size)
 
+    def resampled(self, stage: int, size: tuple[int, int]) -> Lattice:
+        """The lattice of the same level map at any stage and any fine size up to the level map's own."""
+        return Lattice(self.pyramid, stage, self.whole_size).at(stage, size)
+
     @property
     def geometry(self) -> Geometry:
         """The choices it is read with."""
         return self.pyramid.geometry
+
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        """Height and width of the level map it is cut from."""
+        return self.pyramid.levels.shape[1], self.pyramid.levels.shape[2]
 
     @property
     def batch(self) -> int:

@@ -8,6 +8,7 @@ operations are counted by torch's FlopCounterMode. Interpolated halo rows are me
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -185,6 +186,8 @@ class _Counter(fx.Interpreter):
     def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
         if n.target is functional.conv2d:
             return len(value.lattice) * self._operand(n, 1).numel()
+        if n.target is functional.conv2d_per_image:
+            return len(value.lattice) * math.prod(n.kwargs["shape"])  # type: ignore[arg-type]
         return 0 if isinstance(value, Elements) or n.target in _FREE else executed
 
     def _published(self, n: fx.Node, value: Any) -> int:
@@ -220,4 +223,7 @@ class _Counter(fx.Interpreter):
 
 
 # Bookkeeping of the engine, which a dense network does not have.
-_FREE = (functional.global_mean, functional.global_max, functional.to_dense, functional.rows_on)
+_FREE = (
+    *(functional.global_mean, functional.global_max, functional.global_reduce, functional.resize_to_dense),
+    *(functional.to_dense, functional.rows_on),
+)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +61,8 @@ class AdaptiveModel(nn.Module):
         }
         self._surgery = surgery
         self._lattice: Lattice | None = None
-        self.checks: tuple[Check, ...] = ()
+        self._override: ContextVar[object] = ContextVar("mask", default=None)
+        self._checks: tuple[Check, ...] = ()
         self._run = _compile(surgery.graph)
         self._mask_provider = resolve_mask(mask)
         self.training = model.training
@@ -78,6 +82,8 @@ class AdaptiveModel(nn.Module):
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
+        if mask is None and self._override.get() is not None:
+            mask = self._override.get()
         provider = self._mask_provider if mask is None else resolve_mask(mask)
         return self.run(Masking(provider, self.geometry, self.plan.strides[0]), *args, **kwargs)
 
@@ -88,6 +94,15 @@ class AdaptiveModel(nn.Module):
         output, lattice = self._run(self.names(), masking, **arguments)
         self._lattice = lattice
         return self._surgery.container(output) if isinstance(output, dict) else output
+
+    @contextmanager
+    def masked(self, mask: object) -> Iterator[None]:
+        """Another mask for the calls made within, in this thread; None leaves the network's own."""
+        token = self._override.set(mask)
+        try:
+            yield
+        finally:
+            self._override.reset(token)
 
     def lay_out(self) -> None:
         """Lay out the weights of convolutions as rows of elements are: values and names stay the same."""
@@ -119,6 +134,15 @@ class AdaptiveModel(nn.Module):
     def graph(self) -> fx.Graph:
         """The rewritten graph."""
         return self._surgery.graph
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The laws verified when it was made."""
+        return self._checks
+
+    @checks.setter
+    def checks(self, checks: tuple[Check, ...]) -> None:
+        self._checks = checks
 
     @property
     def source(self) -> Any:
@@ -174,16 +198,20 @@ class AdaptiveModel(nn.Module):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "_run"}
+        return {
+            key: value for key, value in super().__getstate__().items() if key not in ("_run", "_override")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._run = _compile(self._surgery.graph)
+        self._override = ContextVar("mask", default=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         shared = {"_surgery": self._surgery, "_run": self._run, "_lattice": None}  # values, never changed
+        shared["_override"] = ContextVar("mask", default=None)
         state = {key: value for key, value in vars(self).items() if key not in shared}
         clone.__dict__.update(copy.deepcopy(state, memo), **shared)
         return clone

@@ -18,11 +18,12 @@ PACKAGE = ROOT / "cadsurgery"
 # A module imports only modules above it in this list.
 LAYERS = [
     *("errors", "files"),
-    *("lattice", "kernel_map", "functional"),
+    *("layout", "lattice", "kernel_map", "functional"),
     *("masks.provider", "masks.basic", "masks.edges", "masks.resolve", "masks.masking", "masks"),
     *(
         "surgery.trace",
         "surgery.facts",
+        "surgery.treatment",
         "surgery.rules",
         "surgery.flow",
         "surgery.plan",
@@ -31,10 +32,10 @@ LAYERS = [
         "surgery.verify",
         "surgery",
     ),
-    *("macs", "model", "api", "zoo", "io"),
+    *("macs", "model", "hosted", "api", "zoo", "io"),
     *("report", "timing", "images", "viz", "conversion", "cli"),
 ]
-GEOMETRY = ("lattice", "kernel_map", "functional")
+GEOMETRY = ("layout", "lattice", "kernel_map", "functional")
 CORE = (*GEOMETRY, *(name for name in LAYERS if name.startswith("surgery")))
 FOREIGN = ("torch.fx", "torchvision", "timm")
 # Families of networks as torchvision and timm name them; "plan" and "scan" must not match, "resnet18" must.

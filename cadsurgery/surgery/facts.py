@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.errors import CannotConvert, first_line
+from cadsurgery.kernel_map import Window
 from cadsurgery.surgery.trace import evaluating
 
 # Odd, non-square and small: what a conversion relies on must not depend on a convenient size.
@@ -27,6 +29,9 @@ class Facts:
         shapes: shape of each node that is a tensor.
         macs: multiply-accumulates of each node on the example, as torch counts them.
         container: type of the output if it is a kind of dictionary, which tracing turns into a plain one.
+        layouts: axes of each value that is a map, found while planning.
+        images: height and width, on the example, of each such map on its own grid.
+        pads: padding that was added to a map and belongs to the window that reads it.
     """
 
     model: nn.Module
@@ -35,6 +40,13 @@ class Facts:
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
     macs: dict[fx.Node, int] = field(default_factory=dict)
     container: type[dict[str, Any]] = dict
+    layouts: dict[fx.Node, str] = field(default_factory=dict)
+    images: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    pads: dict[fx.Node, Window] = field(default_factory=dict)
+
+    def layout(self, value: Any) -> str:
+        """Axes of a value that is a map; "" for anything else."""
+        return self.layouts.get(value, "") if isinstance(value, fx.Node) else ""
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module a `call_module` node calls."""
@@ -83,17 +95,43 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
         facts = Facts(model, graph, image)
         observer = _Observer(facts)
         try:
-            with torch.no_grad(), evaluating(model), observer.counter:
-                traced = observer.run(image)
-                container = type(model(image)) if isinstance(traced, dict) else dict
-            return replace(facts, container=container)
+            with torch.no_grad(), evaluating(model):
+                expected = model(image)
+                with observer.counter:
+                    traced = observer.run(image)
         except Exception as error:  # the network decides which sizes it accepts and how it says so
             failure = failure or error
+            continue
+        _refuse_other_function(model, traced, expected)
+        return replace(facts, container=type(expected) if isinstance(traced, dict) else dict)
     raise CannotConvert(
         f"{type(model).__name__} does not run on an example image.",
         why=f"{type(failure).__name__}: {first_line(failure)}",
         next="pass example_input=, a batch of images the network accepts.",
     ) from failure
+
+
+def _refuse_other_function(model: nn.Module, traced: Any, expected: Any) -> None:
+    """The graph must compute what the network does; Python that ran while tracing may have been left out."""
+    leaves = [[v for v in tree_leaves(value) if isinstance(v, Tensor)] for value in (traced, expected)]
+    same = len(leaves[0]) == len(leaves[1]) and all(
+        ours.shape == theirs.shape
+        and torch.allclose(ours, theirs, 1e-3, 1e-3 * scale(theirs), equal_nan=True)
+        for ours, theirs in zip(*leaves, strict=True)
+    )
+    if not same:
+        raise CannotConvert(
+            f"the graph of {type(model).__name__} computes something else than the network.",
+            why="its forward does what torch.fx does not see, e.g. changes a value behind its back.",
+            next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
+            "or declare the module that does it as one operation with @cadsurgery.rule.",
+        )
+
+
+def scale(values: Tensor) -> float:
+    """The largest absolute value that is finite: what differences are compared with."""
+    finite = values[values.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 1.0
 
 
 def _default_examples(model: nn.Module) -> list[Tensor]:
@@ -105,8 +143,12 @@ def _default_examples(model: nn.Module) -> list[Tensor]:
             next="choose a convolutional network: cadsurgery list.",
         )
     generator = torch.Generator().manual_seed(0)
-    weight = first.weight
+    declared = tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", ()))  # as timm has it
+    sizes = dict.fromkeys([*EXAMPLE_SIZES, declared[1:]] if len(declared) == 3 else EXAMPLE_SIZES)
+    # The first convolution may see rearranged pixels, so that its channels are not the image's.
+    channels = dict.fromkeys([*declared[:1], first.in_channels, 3])
     return [
-        torch.randn(2, first.in_channels, *size, generator=generator).to(weight.device, weight.dtype)
-        for size in EXAMPLE_SIZES
+        torch.randn(2, count, *size, generator=generator).to(first.weight.device, first.weight.dtype)
+        for count in channels
+        for size in sizes
     ]

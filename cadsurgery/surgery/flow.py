@@ -17,30 +17,35 @@ from enum import Enum
 
 from torch import fx
 
+from cadsurgery.layout import NCHW, is_flat
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.rules import Treatment
+from cadsurgery.surgery.rules import treat
+from cadsurgery.surgery.treatment import Treatment
 
 
 class Role(Enum):
     """What kind of value a node yields."""
 
-    MAP = "map"  # (B, C, H, W), one sample per grid position
+    MAP = "map"  # one sample per grid position of each image
     VECTOR = "vector"  # one vector per image, from a global operation
     OTHER = "other"  # sizes, constants, parameters, values of any other shape
 
 
 @dataclass
 class Flow:
-    """Roles, grids and spacings of all nodes, and the operations that no lattice passes.
+    """Roles, treatments, grids and spacings of all nodes, and the operations that no lattice passes.
 
     Attributes:
         role: of each node.
+        treatments: of each node, by its rule.
         grid: output stride of each map in the network as it is.
         spacing: output stride of each map with removed strides put back.
         barriers: operations on maps without a treatment, and why.
+        grown: nodes where a removed stride was found, and the spacing after it.
     """
 
     role: dict[fx.Node, Role] = field(default_factory=dict)
+    treatments: dict[fx.Node, Treatment] = field(default_factory=dict)
     grid: dict[fx.Node, int] = field(default_factory=dict)
     spacing: dict[fx.Node, int] = field(default_factory=dict)
     barriers: dict[fx.Node, str] = field(default_factory=dict)
@@ -51,59 +56,90 @@ class Flow:
         return [source for source in node.all_input_nodes if self.role[source] is Role.MAP]
 
 
+_OTHER = Treatment("shape")
+
+
 def flow_forward(
     facts: Facts,
-    treatments: dict[fx.Node, Treatment],
     refused: Callable[[fx.Node], str] = lambda node: "",
     by_design: frozenset[fx.Node] = frozenset(),
 ) -> Flow:
-    """Grids and spacings from the input on.
+    """Roles, grids and spacings from the input on; the axes of maps are noted in the facts.
 
     Args:
         facts: of the network.
-        treatments: of every node, by its rule.
         refused: why a node may not be in the region, or "".
         by_design: nodes whose dilation grows although no stride was removed there.
     """
     flow = Flow()
+    for known in (facts.layouts, facts.images, facts.pads):
+        known.clear()
     for node in facts.graph.nodes:
         if node.op == "placeholder":
             first = facts.is_map(node) and not flow.grid
             flow.role[node] = Role.MAP if first else Role.OTHER
+            flow.treatments[node] = _OTHER
             if first:
                 flow.grid[node] = flow.spacing[node] = 1
+                _note_map(node, NCHW, facts)
             continue
         maps = flow.maps(node)
-        treatment = treatments[node]
+        vector = any(flow.role[source] is Role.VECTOR for source in node.all_input_nodes)
+        treatment = flow.treatments[node] = _OTHER if node.op == "output" else treat(node, facts)
         if not maps:
-            vector = any(flow.role[source] is Role.VECTOR for source in node.all_input_nodes)
             flow.role[node] = Role.VECTOR if vector else Role.OTHER
         elif node.op == "output" or treatment.kind == "shape":
             flow.role[node] = Role.OTHER
         elif treatment.kind == "broadcast" and node.args[0] not in maps:  # reads the map for its size only
             flow.role[node] = Role.VECTOR
-        elif reason := refused(node) or _misfit(node, maps, treatments, flow, facts):
+        elif reason := refused(node) or _misfit(node, maps, flow, facts):
             flow.barriers[node] = reason
-            several = node not in facts.shapes  # e.g. the parts of a split map
-            flow.role[node] = Role.MAP if several or facts.is_map(node) else Role.OTHER
-            if flow.role[node] is Role.MAP:
-                window = treatment.window
-                known = flow.grid[maps[0]] * window.stride if window else 0
-                flow.grid[node] = known or _observed_grid(node, maps[0], flow, facts)
-                flow.spacing[node] = flow.grid[node]
+            _behind_barrier(node, maps[0], flow, facts)
         elif treatment.kind == "global":
             flow.role[node] = Role.VECTOR
         else:
             flow.role[node] = Role.MAP
-            _advance(node, maps, treatment, flow, by_design)
+            _advance(node, maps, flow, by_design)
+            _note_map(node, treatment.layout or facts.layout(maps[0]), facts, maps[0])
+            if treatment.kind == "pad" and treatment.window is not None:
+                facts.pads[node] = treatment.window
     return flow
 
 
-def _misfit(
-    node: fx.Node, maps: list[fx.Node], treatments: dict[fx.Node, Treatment], flow: Flow, facts: Facts
-) -> str:
+def _note_map(node: fx.Node, layout: str, facts: Facts, source: fx.Node | None = None) -> None:
+    """Write down the axes and the image size of a map."""
+    shape = facts.shapes.get(node)
+    facts.layouts[node] = layout
+    if shape is not None and "h" in layout and len(shape) == len(layout):
+        facts.images[node] = (shape[layout.index("h")], shape[layout.index("w")])
+    elif source is not None:
+        facts.images[node] = facts.images[source]
+
+
+def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) -> None:
+    """What comes out of an operation that runs dense: a map on some grid, or something else."""
+    treatment = flow.treatments[node]
+    parts = node not in facts.shapes  # e.g. the parts of a split map
+    layout = treatment.layout if treatment.kind != "barrier" else ""
+    layout = layout or (facts.layout(source) if parts or facts.shapes[node] == facts.shapes[source] else NCHW)
+    if not parts and len(facts.shapes[node]) != len(layout):
+        flow.role[node] = Role.OTHER
+        return
+    _note_map(node, layout, facts, source)
+    grid = flow.grid[source] * treatment.window.stride if treatment.window is not None else 0
+    if not grid:
+        before, after = facts.images[source][0], facts.images[node][0]
+        grid = flow.grid[source] * round(before / max(1, after))
+        if after > before:
+            grid = max(1, flow.grid[source] // round(after / max(1, before)))
+    flow.role[node] = Role.MAP
+    flow.grid[node] = flow.spacing[node] = grid
+
+
+def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str:
     """Why the treatment of a node does not apply here, or ""."""
-    treatment = treatments[node]
+    treatment = flow.treatments[node]
+    layout = facts.layout(maps[0])
     if treatment.kind == "barrier":
         return treatment.why
     if treatment.kind == "broadcast":
@@ -111,56 +147,47 @@ def _misfit(
     if treatment.kind == "join":
         if len({flow.grid[source] for source in maps}) > 1:
             return "joins maps of different output strides"
+        if any(facts.layout(source) != layout for source in maps):
+            return "joins maps whose axes are ordered differently"
         others = [source for source in node.all_input_nodes if source not in maps]
-        if not all(_is_flat(source, treatments, facts) for source in others):
-            return "joins a map with a value of another shape"
+        if not all(_is_flat(source, layout, flow, facts) for source in others):
+            return "joins a map with a value that has its own extent in the image, e.g. a position embedding"
         return ""
     if maps != [node.args[0]]:
         return "reads a map as something else than its input"
+    elementwise = treatment.kind == "pointwise" and not treatment.call
+    if layout != NCHW and not (elementwise or treatment.kind == "global"):
+        return f"needs a map of axes {NCHW}, not {layout}"
+    if treatment.kind == "resize":
+        if flow.spacing[maps[0]] != flow.grid[maps[0]]:
+            return "changes the resolution of a dilated map"
+        if flow.grid[maps[0]] % treatment.scale:
+            return "makes the map finer than the image"
     if treatment.window is not None and not treatment.window.is_pointwise:
         spacing = flow.spacing[maps[0]]
         reaches = [step * flow.grid[maps[0]] for step in treatment.window.dilation]
-        if any(reach % spacing for reach in reaches):
+        if treatment.kind == "window" and any(reach % spacing for reach in reaches):
             return f"its taps, {min(reaches)} pixels apart, fall inside cells of {spacing} pixels"
     return ""
 
 
-def _is_flat(source: fx.Node, treatments: dict[fx.Node, Treatment], facts: Facts) -> bool:
+def _is_flat(source: fx.Node, layout: str, flow: Flow, facts: Facts) -> bool:
     """Whether a value has no extent in the image: a number, a parameter, one vector per image."""
-    shape = tuple(facts.shapes.get(source, ()))
-    flat = not shape or (len(shape) in (3, 4) and shape[-2:] == (1, 1))
-    return flat or treatments[source].kind == "broadcast"
+    return flow.treatments[source].kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
 
 
-def _advance(
-    node: fx.Node, maps: list[fx.Node], treatment: Treatment, flow: Flow, by_design: frozenset[fx.Node]
-) -> None:
+def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozenset[fx.Node]) -> None:
     grid, spacing = flow.grid[maps[0]], max(flow.spacing[source] for source in maps)
+    treatment = flow.treatments[node]
     window = treatment.window
-    if window is not None:
+    if window is not None and treatment.kind == "window":
         reach = min(window.dilation) * grid
         growth = reach // spacing if not window.is_pointwise else 1
         if growth > 1 and growth & (growth - 1) == 0 and node not in by_design:
             spacing *= growth
             flow.grown[node] = spacing
         grid, spacing = grid * window.stride, spacing * window.stride
-    flow.grid[node], flow.spacing[node] = grid, spacing
-
-
-def _observed_grid(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) -> int:
-    """Output stride of a map by its size on the example: the best that is known of a foreign operation."""
-    before = _height(source, flow, facts)
-    after = facts.shapes[node][2] if facts.is_map(node) else before
-    if after > before:
-        return max(1, flow.grid[source] // round(after / max(1, before)))
-    return flow.grid[source] * round(before / max(1, after))
-
-
-def _height(node: fx.Node, flow: Flow, facts: Facts) -> int:
-    """Height of a map, or of the parts of a map, on the example."""
-    while not facts.is_map(node):
-        node = flow.maps(node)[0]
-    return facts.shapes[node][2]
+    flow.grid[node], flow.spacing[node] = grid // treatment.scale, spacing // treatment.scale
 
 
 @dataclass(frozen=True)
@@ -169,7 +196,7 @@ class Region:
 
     Attributes:
         strides: output strides of the lattices, the high one first.
-        outside: maps computed after the region, from what left it.
+        outside: maps coarser than the high output stride that are computed dense, from what left the region.
         needed: output stride of the lattice each other map is computed on.
     """
 
@@ -182,13 +209,16 @@ class Region:
         return self.strides.index(self.needed[node])
 
 
-def region_of(flow: Flow, facts: Facts, treatments: dict[fx.Node, Treatment], high: int) -> Region:
-    """The region that starts at the high output stride and ends where a barrier does not let it go on."""
+def region_of(flow: Flow, facts: Facts, high: int) -> Region:
+    """The region for a high output stride: all maps coarser than it, up to where a barrier does not let it go on.
+
+    Maps at the high output stride or finer are dense, and exact, wherever they are in the graph. So the region
+    begins again where such a map is downsampled once more, as in networks with parallel branches.
+    """
     outside: set[fx.Node] = set()
     for node in facts.graph.nodes:
-        maps = flow.maps(node) if node.op != "output" else []
-        enters = node in flow.barriers and any(flow.spacing[source] > high for source in maps)
-        if flow.role[node] is Role.MAP and (enters or any(source in outside for source in maps)):
+        coarse = flow.role[node] is Role.MAP and flow.spacing[node] > high
+        if coarse and (node in flow.barriers or any(source in outside for source in flow.maps(node))):
             outside.add(node)
     inside = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
     strides = [high]
@@ -197,10 +227,11 @@ def region_of(flow: Flow, facts: Facts, treatments: dict[fx.Node, Treatment], hi
             strides.append(spacing)
     region = Region(tuple(strides), frozenset(outside), {})
     for node in reversed(inside):
-        if node in flow.barriers or any(flow.grid[source] < high for source in flow.maps(node)):  # before it
+        before = any(flow.grid[source] < high for source in flow.maps(node))
+        if node in flow.barriers or before or any(source in outside for source in flow.maps(node)):
             region.needed[node] = high
             continue
-        uses = [_need(node, user, flow, treatments, region) for user in node.users]
+        uses = [_need(node, user, flow, region) for user in node.users]
         region.needed[node] = min([use for use in uses if use], default=_floor(region, flow.spacing[node]))
     entering = {s for node in inside if region.stage(node) for s in flow.maps(node) if not region.stage(s)}
     if any(flow.grid[node] != high for node in entering):  # the fine map would not be the network's own
@@ -208,21 +239,21 @@ def region_of(flow: Flow, facts: Facts, treatments: dict[fx.Node, Treatment], hi
     return region
 
 
-def _need(
-    node: fx.Node, user: fx.Node, flow: Flow, treatments: dict[fx.Node, Treatment], region: Region
-) -> int:
+def _need(node: fx.Node, user: fx.Node, flow: Flow, region: Region) -> int:
     """The coarsest stride at which `user` can take its input `node`; 0 if it does not read values."""
-    treatment = treatments[user]
-    if flow.role[user] is Role.OTHER and treatment.kind == "shape":
+    treatment = flow.treatments[user]
+    if flow.role[user] is Role.OTHER and treatment.kind == "shape" and user.op != "output":
         return 0
     if user not in region.needed or user in flow.barriers:  # the output, a global operation, a dense reader
         return _floor(region, flow.spacing[node])
+    if treatment.kind == "resize":
+        return _floor(region, min(flow.spacing[node], region.needed[user] * treatment.scale))
     window = treatment.window
-    if window is None:
+    if window is None or treatment.kind == "pad":
         return region.needed[user]
     need = _floor(region, region.needed[user] // window.stride)
     if not window.is_pointwise:
-        need = _floor(region, need, *(step * flow.grid[node] for step in (*window.dilation, *window.padding)))
+        need = _floor(region, need, *(step * flow.grid[node] for step in window.steps))
     return need
 
 
@@ -234,9 +265,19 @@ def _floor(region: Region, limit: int, *multiples: int) -> int:
 
 def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
     """Nodes whose grown dilation is no removed stride: something else needs their input finer."""
+
+    def coarsest(node: fx.Node) -> int:
+        """The stride a value is available at, where operations without taps pass a coarsening on."""
+        source = flow.maps(node)[0]
+        while source in region.needed and flow.treatments[source].kind == "pointwise":
+            before = flow.maps(source)[0]
+            if region.needed.get(before, 0) < region.needed[source]:
+                return region.needed.get(before, 0)
+            source = before
+        return region.needed.get(source, region.strides[-1])
+
     return frozenset(
         node
         for node, spacing in flow.grown.items()
-        if node in region.needed
-        and region.needed.get(flow.maps(node)[0], spacing) < min(spacing, region.strides[-1])
+        if node in region.needed and coarsest(node) < min(spacing, region.strides[-1])
     )

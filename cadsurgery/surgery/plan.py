@@ -34,6 +34,7 @@ class Decision:
         macs: multiply-accumulates on the example, in the network as it is.
         shape: of its output on the example, in the network as it is.
         cost: MACs of a node that ends the region and of all that runs dense because of it.
+        layout: axes of its output if it is a map, e.g. `bchw`; see `cadsurgery.layout`.
     """
 
     node: str
@@ -48,6 +49,7 @@ class Decision:
     macs: int = 0
     shape: tuple[int, ...] = ()
     cost: int = 0
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Plan:
         region: the region asked for.
         possible: possible (high, low) pairs.
         example_shape: shape of the image the plan was made on.
+        outputs: node and output stride of each map that is returned.
+        part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
     """
 
     decisions: tuple[Decision, ...]
@@ -72,6 +76,8 @@ class Plan:
     region: str | tuple[str, ...]
     possible: tuple[tuple[int, int], ...]
     example_shape: tuple[int, ...]
+    outputs: tuple[tuple[str, int], ...] = ()
+    part: str = ""
 
     @property
     def stage_strides(self) -> tuple[int, ...]:

@@ -11,26 +11,34 @@ from cadsurgery.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Region, Role, dilated_by_design, flow_forward, region_of
 from cadsurgery.surgery.plan import AFTER, Action, Decision, Plan
-from cadsurgery.surgery.rules import Treatment, operation_name, treat
+from cadsurgery.surgery.treatment import Treatment, operation_name
 
 RegionOption = str | Sequence[str]
 
 # Attribute names under which libraries keep the part of a network that other heads can be put on.
 BACKBONE_NAMES = ("backbone", "encoder", "features", "body", "trunk")
 
+# A further, coarser output map that costs less than this share of a network is no reason for a stage of its own.
+MERE_TAIL = 0.05
+
 _RESIZES = (F.interpolate, F.upsample)
 
 
 def make_plan(
-    facts: Facts, output_stride: tuple[int, int] | None = None, region: RegionOption = "auto"
-) -> Plan:
-    """Decide for every node of a traced network. Pure: nothing is changed.
+    facts: Facts,
+    output_stride: tuple[int, int] | None = None,
+    region: RegionOption = "auto",
+    part: str = "",
+) -> tuple[Plan, dict[fx.Node, Treatment]]:
+    """Decide for every node of a traced network; the treatments say how. Pure: the network is not changed.
 
     Args:
         facts: of the traced network.
         output_stride: (high, low); by default (native / 4, native) for a strided network and
             (current, undilated) for a dilated one.
         region: `"auto"`, `"backbone"`, or names of nodes or modules.
+        part: where the traced network is a part of another one, its name there: what it returns then keeps its
+            native size, which the rest of that network relies on.
 
     Raises:
         CannotConvert: nothing can be made adaptive.
@@ -38,46 +46,108 @@ def make_plan(
         UnknownName: a region name that is neither a node nor a module.
     """
     refused = _refusal(facts, region)
-    treatments = {node: treat(node, facts) for node in facts.graph.nodes}
-    flow = _settled_flow(facts, treatments, refused)
+    flow = _settled_flow(facts, refused)
     highs = sorted({flow.grid[node] for node in flow.grid})
-    regions = {high: region_of(flow, facts, treatments, high) for high in highs}
+    regions = {high: region_of(flow, facts, high) for high in highs}
     possible = [(high, low) for high in highs for low in regions[high].strides[1:]]
     if not possible:
         raise _nothing_to_convert(facts, flow)
-    high, low = _choose(flow, regions, possible, output_stride)
+    high, low = _choose(facts, flow, regions, possible, output_stride)
     chosen = regions[high]
     names = region if isinstance(region, str) else tuple(region)
-    decisions = _decide(facts, treatments, flow, chosen)
-    if not any(decision.leaves == "fine" or _reads_elements(decision) for decision in decisions):
+    decisions = _decide(facts, flow, chosen, fine_outputs=not part)
+    if not any(decision.leaves == "fine" for decision in decisions) and not _gains(facts, flow, chosen):
         raise _nothing_to_convert(facts, flow)
     identity = _identity_level(flow, chosen, chosen.strides.index(low))
     shape = tuple(facts.example.shape)
-    return Plan(tuple(decisions), (high, low), chosen.strides, identity, names, tuple(possible), shape)
+    made = Plan(
+        decisions=tuple(decisions),
+        output_stride=(high, low),
+        strides=chosen.strides,
+        identity_level=identity,
+        region=names,
+        possible=tuple(possible),
+        example_shape=shape,
+        outputs=tuple(
+            (node.name, flow.grid[node]) for node in _outputs(facts) if flow.role[node] is Role.MAP
+        ),
+        part=part,
+    )
+    return made, flow.treatments
 
 
-def _reads_elements(decision: Decision) -> bool:
-    """Whether an operation works on more than the dense map the region starts from: what makes it worthwhile."""
-    inside = decision.action in ("adapt", "keep") and decision.stages[0] > 0
-    return inside and (decision.window is None or not decision.window.is_pointwise)
+def _outputs(facts: Facts) -> list[fx.Node]:
+    return next(node for node in facts.graph.nodes if node.op == "output").all_input_nodes
 
 
-def _settled_flow(
-    facts: Facts, treatments: dict[fx.Node, Treatment], refused: Callable[[fx.Node], str]
-) -> Flow:
-    """The forward flow in which every removed stride could really be put back."""
+def _gains(facts: Facts, flow: Flow, region: Region) -> bool:
+    """Whether anything looks beyond a single element on more than the map the region starts from."""
+    for node in facts.graph.nodes:
+        sources = [s for s in flow.maps(node) if s in region.needed and region.stage(s) > 0]
+        treatment = flow.treatments[node]
+        if sources and node not in flow.barriers and (node in region.needed or treatment.kind == "global"):
+            window = treatment.window
+            if treatment.kind in ("global", "resize") or (window is not None and not window.is_pointwise):
+                return True
+    return False
+
+
+def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str]) -> Flow:
+    """The forward flow in which every removed stride could really be put back, and every pad has its windows."""
     by_design: frozenset[fx.Node] = frozenset()
+    dense: dict[fx.Node, str] = {}
+
+    def refused_or_dense(node: fx.Node) -> str:
+        return refused(node) or dense.get(node, "")
+
     while True:
-        flow = flow_forward(facts, treatments, refused, by_design)
+        flow = flow_forward(facts, refused_or_dense, by_design)
         highs = {flow.grid[node] for node in flow.grid}
-        found = [dilated_by_design(flow, region_of(flow, facts, treatments, high)) for high in highs]
-        if not (new := frozenset().union(*found) - by_design):
+        found = [dilated_by_design(flow, region_of(flow, facts, high)) for high in highs]
+        new = frozenset().union(*found) - by_design
+        new_dense = {**_lone_pads(facts, flow), **_mere_tails(facts, flow)}
+        if not new and not new_dense.keys() - dense.keys():
             return flow
         by_design |= new
+        dense |= new_dense
+
+
+def _lone_pads(facts: Facts, flow: Flow) -> dict[fx.Node, str]:
+    """Padding that something else than a window of the region reads."""
+    return {
+        pad: f"pads the map for {operation_name(user, facts)}, which is no window of the region"
+        for pad in facts.pads
+        for user in pad.users
+        if not _pads_for(user, flow)
+    }
+
+
+def _mere_tails(facts: Facts, flow: Flow) -> dict[fx.Node, str]:
+    """Strided operations at the end of a network with several outputs that are hardly any of its work, such as
+    the coarsest levels of a feature pyramid: with a stage of their own they would be its lowest output stride."""
+    several = sum(flow.role[node] is Role.MAP for node in _outputs(facts)) > 1
+    total = sum(facts.macs.values())
+    found = {}
+    for node in facts.graph.nodes if several else ():
+        window = flow.treatments[node].window
+        if window is not None and window.stride > 1 and node not in flow.barriers:
+            share = sum(facts.macs[after] for after in _and_after(node)) / max(1, total)
+            if share < MERE_TAIL:
+                found[node] = f"only {share:.1%} of the MACs come from here on"
+    return found
+
+
+def _pads_for(user: fx.Node, flow: Flow) -> bool:
+    kind = flow.treatments[user].kind
+    return user not in flow.barriers and (kind == "window" or (kind == "shape" and user.op != "output"))
 
 
 def _choose(
-    flow: Flow, regions: dict[int, Region], possible: list[tuple[int, int]], asked: tuple[int, int] | None
+    facts: Facts,
+    flow: Flow,
+    regions: dict[int, Region],
+    possible: list[tuple[int, int]],
+    asked: tuple[int, int] | None,
 ) -> tuple[int, int]:
     if asked is not None:
         pair = tuple(asked) if isinstance(asked, (tuple, list)) else asked
@@ -94,7 +164,20 @@ def _choose(
     current = max(flow.grid[node] for node in regions[highs[-1]].needed)
     if current < low:  # dilated: it is at its high output stride already
         return (current if current in highs else highs[-1]), low
-    return max((high for high in highs if high <= low / 4), default=highs[0]), low
+    return max((high for high in highs if high <= _trunk(facts, flow, low) / 4), default=highs[0]), low
+
+
+def _trunk(facts: Facts, flow: Flow, low: int) -> int:
+    """The network's own output stride: its lowest, not counting a side branch that comes back finer."""
+    work: dict[int, int] = {}
+    ends: set[int] = set()
+    for node, grid in flow.grid.items():
+        work[grid] = work.get(grid, 0) + facts.macs[node]
+        for user in node.users:
+            if user in flow.barriers or user.op == "output" or flow.treatments[user].kind == "global":
+                ends.add(grid)
+    needed = MERE_TAIL * sum(work.values())
+    return max((grid for grid in work if grid <= low and (work[grid] >= needed or grid in ends)), default=low)
 
 
 def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:
@@ -176,13 +259,16 @@ def _source_line(node: fx.Node) -> str:
     return f", {file.rpartition('/')[2].rstrip(chr(34))}:{line.split()[-1]}"
 
 
-def _decide(facts: Facts, treatments: dict[fx.Node, Treatment], flow: Flow, region: Region) -> list[Decision]:
-    sizes = _leaving_sizes(flow, region, treatments)
+def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
+    treatments = flow.treatments
+    sizes = _leaving_sizes(flow, region, fine_outputs)
     staged = {node for node in region.needed if region.stage(node) > 0}
+    staged |= {pad for pad in facts.pads if any(user in staged for user in pad.users)}
     read = {node: [source for source in flow.maps(node) if source in staged] for node in facts.graph.nodes}
-    vectors = {node for node in read if treatments[node].kind == "global" and node not in flow.barriers}
-    on_elements = {node for node, sources in read.items() if node in staged or (sources and node in vectors)}
-    asking = {node for node in read if treatments[node].kind == "shape" or flow.role[node] is Role.VECTOR}
+    on_elements = {
+        node for node, sources in read.items() if node in staged or _reads_last(node, sources, flow, region)
+    }
+    asking = {node for node in read if _only_asks(node, flow)}
     ends = {node for node, sources in read.items() if sources} - on_elements - asking
     after = set().union(*map(_and_after, ends)) - ends - on_elements
 
@@ -191,8 +277,9 @@ def _decide(facts: Facts, treatments: dict[fx.Node, Treatment], flow: Flow, regi
             before, behind = _stages(node, flow, region)
             return "adapt" if treatments[node].window and behind > before else "keep", treatments[node].why
         if node in ends:
-            natural = node.op == "output" or node.target in _RESIZES
-            reason = flow.barriers.get(node, "the network's output")
+            natural = node.op == "output" or treatments[node].kind == "resize" or node.target in _RESIZES
+            usual = "the network's output" if node.op == "output" else "combines it with what left the region"
+            reason = flow.barriers.get(node, usual)
             leaving = ", ".join(source.name for source in read[node])
             reason = f"{reason}; {leaving} leaves at {sizes[read[node][0]]} size"
             return "exit" if natural else "barrier", reason
@@ -203,7 +290,9 @@ def _decide(facts: Facts, treatments: dict[fx.Node, Treatment], flow: Flow, regi
     decisions = []
     for node in facts.graph.nodes:
         action, reason = judge(node)
-        window = treatments[node].window if node in on_elements else None
+        window = (
+            treatments[node].window if node in on_elements and treatments[node].kind == "window" else None
+        )
         if window is not None:
             window = window._replace(spacing=max(1, flow.grid[flow.maps(node)[0]] // region.strides[0]))
         decisions.append(
@@ -217,12 +306,37 @@ def _decide(facts: Facts, treatments: dict[fx.Node, Treatment], flow: Flow, regi
                 window=window,
                 grid=max(1, flow.grid.get(node, 1) // region.strides[0]),
                 leaves=sizes.get(read[node][0] if node in ends else node, ""),
+                layout=facts.layout(node),
                 macs=facts.macs[node],
                 shape=tuple(facts.shapes.get(node, ())),
                 cost=sum(facts.macs[found] for found in _and_after(node)) if node in ends else 0,
             )
         )
     return decisions
+
+
+def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Region) -> bool:
+    """Whether a node reads elements and yields what needs none: one vector per image, or a map as fine as the
+    fine map or finer. Only a last resize is left dense: it takes what leaves the region at any size."""
+    if not sources or node in flow.barriers:
+        return False
+    treatment, high = flow.treatments[node], region.strides[0]
+    if treatment.kind != "resize":
+        return treatment.kind == "global"
+    if flow.grid[node] == high:
+        return True
+    return treatment.call == "resize" and flow.grid[node] < high and not _is_last(node, flow)
+
+
+def _is_last(node: fx.Node, flow: Flow) -> bool:
+    """Whether nothing that reads neighbours or mixes channels comes after a node."""
+    kinds = {flow.treatments[user].kind for user in _and_after(node) - {node}}
+    return not kinds & {"window", "barrier", "global", "resize"}
+
+
+def _only_asks(node: fx.Node, flow: Flow) -> bool:
+    """Whether a node that reads a map wants its size only."""
+    return (flow.treatments[node].kind == "shape" and node.op != "output") or flow.role[node] is Role.VECTOR
 
 
 def _stages(node: fx.Node, flow: Flow, region: Region) -> tuple[int, int]:
@@ -241,34 +355,34 @@ def _and_after(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _leaving_sizes(flow: Flow, region: Region, treatments: dict[fx.Node, Treatment]) -> dict[fx.Node, str]:
+def _leaving_sizes(flow: Flow, region: Region, fine_outputs: bool) -> dict[fx.Node, str]:
     """For each map that leaves the region: `fine` if everything after accepts another size, else `native`."""
     sizes = {}
     for node in region.needed:
-        readers = _dense_readers(node, flow, region, treatments)
+        readers = _dense_readers(node, flow, region)
         if region.stage(node) > 0 and readers:
-            fine = flow.grid[node] == region.strides[0] or all(_accepts_any_size(user) for user in readers)
+            fine = flow.grid[node] == region.strides[0] or all(
+                _accepts_any_size(user, flow, fine_outputs) for user in readers
+            )
             sizes[node] = "fine" if fine else "native"
     return sizes
 
 
-def _dense_readers(
-    node: fx.Node, flow: Flow, region: Region, treatments: dict[fx.Node, Treatment]
-) -> list[fx.Node]:
+def _dense_readers(node: fx.Node, flow: Flow, region: Region) -> list[fx.Node]:
     """Users of a map of the region that need it as a dense tensor."""
     return [
         user
         for user in node.users
-        if user not in region.needed
-        and flow.role[user] is not Role.VECTOR
-        and treatments[user].kind != "shape"
+        if not (user in region.needed and region.stage(user) > 0)
+        and not _reads_last(user, [node], flow, region)
+        and not _only_asks(user, flow)
     ]
 
 
-def _accepts_any_size(user: fx.Node) -> bool:
+def _accepts_any_size(user: fx.Node, flow: Flow, fine_outputs: bool) -> bool:
     if user.op == "output":
-        return True
-    if user.target in _RESIZES:
+        return fine_outputs
+    if user.target in _RESIZES and _is_last(user, flow):
         return user.kwargs.get("size") is not None and user.kwargs.get("scale_factor") is None
     return False
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from cadsurgery import functional
+from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.plan import Decision, Plan
-from cadsurgery.surgery.rules import Attribute, Treatment, treat
+from cadsurgery.surgery.treatment import Attribute, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
 MASKING = "masking"
@@ -30,6 +31,7 @@ class Rewriter:
 
     facts: Facts
     plan: Plan
+    treatments: dict[fx.Node, Treatment]
     graph: fx.Graph = field(default_factory=fx.Graph)
     dense: dict[fx.Node, fx.Node] = field(default_factory=dict)
     elements: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class Rewriter:
         for node in nodes:
             if node in self.dense:
                 continue
-            decision, treatment = decisions[node.name], treat(node, self.facts)
+            decision, treatment = decisions[node.name], self.treatments[node]
             if node.op == "output":
                 copied = self.graph.node_copy(node, self.as_dense)
                 value = copied.args[0]
@@ -62,7 +64,7 @@ class Rewriter:
             else:
                 self.copy(node, treatment)
             made = self.elements.get(node) or self.dense[node]
-            made.meta[ORIGIN] = node.name
+            made.meta.setdefault(ORIGIN, node.name)  # padding yields the value it was given
             self.working.get(node, made).meta[WORK] = (node.name, decision.path)
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         self.graph.lint()
@@ -75,15 +77,19 @@ class Rewriter:
         if node not in self.dense:
             decision = self.plan[node.name]
             spacing = 1 if decision.leaves == "fine" else decision.grid
-            self.dense[node] = self.call(functional.to_dense, self.elements[node], spacing)
+            options = () if decision.layout == NCHW else (decision.layout,)
+            self.dense[node] = self.call(functional.to_dense, self.elements[node], spacing, *options)
         return self.dense[node]
 
     def as_elements(self, node: fx.Node) -> fx.Node:
         """The value as elements; dense maps at the high output stride enter here."""
         if node not in self.elements:
+            layout, features = self.facts.layouts[node], self.dense[node]
+            options = () if layout == NCHW else (layout,)
             if self.lattice is None:
-                self.lattice = self.call_value(self.masking, self.image, self.dense[node])
-            self.elements[node] = self.call(functional.to_elements, self.dense[node], self.lattice)
+                shown = self.call(functional.fine_map, features, *options) if options else features
+                self.lattice = self.call_value(self.masking, self.image, shown)
+            self.elements[node] = self.call(functional.to_elements, features, self.lattice, *options)
         return self.elements[node]
 
     # -- emitting ----------------------------------------------------------------------------------
@@ -100,7 +106,7 @@ class Rewriter:
         """An argument of a treatment in the new graph."""
         if isinstance(value, Attribute):
             return self.graph.get_attr(value.path)
-        return self.as_dense(value) if isinstance(value, fx.Node) else value
+        return fx.map_arg(value, self.as_dense)
 
     def copy(self, node: fx.Node, treatment: Treatment) -> None:
         """A node that stays dense. What asks for the size of elements gets the network's own size."""
@@ -119,7 +125,9 @@ class Rewriter:
         elements = self.elements[source]
         if node.target is getattr and node.args[1] in ("dtype", "device"):
             return self.call(getattr, self.call(getattr, elements, "rows"), node.args[1])
-        size = self.call(functional.native_shape, elements, self.plan[source.name].grid)
+        decision = self.plan[source.name]
+        options = () if decision.layout == NCHW else (decision.layout,)
+        size = self.call(functional.native_shape, elements, decision.grid, *options)
         if node.target == "size" and len(node.args) > 1:
             return self.call(operator.getitem, size, node.args[1])
         if node.target == "dim" or node.args[1:] == ("ndim",):
@@ -129,25 +137,46 @@ class Rewriter:
     def emit(self, node: fx.Node, decision: Decision, treatment: Treatment) -> None:
         """A node of the region."""
         arguments = {name: self.argument(value) for name, value in treatment.arguments}
-        stage = decision.stages[1]
-        if treatment.kind == "window":
-            x = self.as_elements(node.args[0])  # type: ignore[arg-type]
-            weights = [arguments.pop(name) for name in ("weight", "bias") if name in arguments]
-            function = getattr(functional, treatment.call)
-            out = self.call(function, x, *weights, window=decision.window, stage=stage, **arguments)
-        elif treatment.kind == "global":
-            x = self.as_elements(node.args[0])  # type: ignore[arg-type]
-            self.dense[node] = self.call(getattr(functional, treatment.call), x, **arguments)
+        stage: int = decision.stages[1]
+        source: Any = node.args[0] if node.args else None
+        if treatment.kind == "pad":  # the windows that read it have taken it over
+            self.elements[node] = self.as_elements(source)
             return
-        elif treatment.call:
-            x = self.on_stage(node.args[0], stage)  # type: ignore[arg-type]
-            out = self.working[node] = self.call(getattr(functional, treatment.call), x, **arguments)
+        if treatment.kind == "global":
+            self.dense[node] = self.emit_global(source, treatment, arguments)
+            return
+        if not treatment.call:
+            self.elements[node] = self.emit_on_rows(node, stage, treatment)
+            return
+        function = getattr(functional, treatment.call)
+        if treatment.kind == "window":
+            x = self.as_elements(source)
+            leading = [arguments.pop(name) for name in ("mix", "weight", "bias") if name in arguments]
+            out = self.call(function, x, *leading, window=decision.window, stage=stage, **arguments)
+        elif treatment.kind == "resize":
+            x = self.as_elements(source)
+            grid, scale = self.plan[source.name].grid, treatment.scale
+            if grid % scale:  # finer than the high output stride
+                self.dense[node] = self.call(functional.resize_to_dense, x, grid, scale, **arguments)
+                return
+            out = self.call(
+                function, x, stage=stage, spacings=(grid, grid // scale), scale=scale, **arguments
+            )
+        else:
+            x = self.on_stage(source, stage)
+            out = self.working[node] = self.call(function, x, **arguments)
             for path in treatment.then:
                 rows = self.graph.call_module(path, (self.call(getattr, out, "rows"),))
                 out = self.call(functional.Elements, rows, self.call(getattr, out, "lattice"))
-        else:
-            out = self.emit_on_rows(node, stage)
         self.elements[node] = out
+
+    def emit_global(self, source: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> fx.Node:
+        """One vector per image of a map."""
+        if treatment.call == "global_reduce":
+            arguments["spacing"] = self.plan[source.name].grid
+        if self.facts.layouts[source] != NCHW:
+            arguments["layout"] = self.facts.layouts[source]
+        return self.call(getattr(functional, treatment.call), self.as_elements(source), **arguments)
 
     def on_stage(self, node: fx.Node, stage: int) -> fx.Node:
         """A value as elements of a stage."""
@@ -157,35 +186,41 @@ class Rewriter:
         lattice = self.call(functional.common_lattice, stage, x)
         return self.call(functional.Elements, self.call(functional.rows_on, x, lattice), lattice)
 
-    def emit_on_rows(self, node: fx.Node, stage: int) -> fx.Node:
-        """An operation that is the same on the rows of a lattice as on a map."""
-        maps = [source for source in node.all_input_nodes if source in self.elements or self.enters(source)]
+    def emit_on_rows(self, node: fx.Node, stage: int, treatment: Treatment) -> fx.Node:
+        """An operation that is the same on the rows of a lattice as on a map, but for its axes."""
+        maps = [source for source in node.all_input_nodes if self.facts.layout(source)]
         values = [self.as_elements(source) for source in maps]
         if len(values) == 1 and self.plan[maps[0].name].stages[1] == stage:
             lattice = self.call(getattr, values[0], "lattice")
         else:
             lattice = self.call(functional.common_lattice, stage, *values)
+        layout = self.facts.layouts[maps[0]]
+        options = () if layout == NCHW else (layout,)
 
         def rows(source: fx.Node) -> fx.Node:
             if source in maps:
                 return self.call(functional.rows_on, self.elements[source], lattice)
             value = self.as_dense(self.sources.get(source, source))
-            is_tensor = len(self.facts.shapes.get(source, ())) > 0
-            return self.call(functional.rows_on, value, lattice) if is_tensor else value
+            spread = treatment.kind == "join" and len(self.facts.shapes.get(source, ())) > 0
+            return self.call(functional.rows_on, value, lattice, *options) if spread else value
 
-        on_rows = self.working[node] = self.graph.node_copy(node, rows)
-        if node.target in (torch.cat, torch.concat, torch.concatenate):
-            on_rows.args, on_rows.kwargs = (
-                (on_rows.args[0] if on_rows.args else on_rows.kwargs["tensors"], 1),
-                {},
-            )
-        return self.call(functional.Elements, on_rows, lattice)
+        call = treatment.rows
+        if call is None:
+            out = self.working[node] = self.graph.node_copy(node, rows)
+        else:
+            args, kwargs = fx.map_arg(call.args, rows), fx.map_arg(call.kwargs, rows)
+            out = self.working[node] = self.call_on_rows(call.target, args, kwargs)
+        return self.call(functional.Elements, out, lattice)
 
-    def enters(self, source: fx.Node) -> bool:
-        """Whether a dense map is read as elements by the region."""
-        return self.plan[source.name].action == "enter"
+    def call_on_rows(self, target: Callable[..., Any] | str | None, args: Any, kwargs: Any) -> fx.Node:
+        """A function, a method, or nothing at all, on rows."""
+        if target is None:
+            return args[0]
+        if isinstance(target, str):
+            return self.graph.call_method(target, args, kwargs)
+        return self.graph.call_function(target, args, kwargs)
 
 
-def rewrite(facts: Facts, plan: Plan) -> fx.Graph:
+def rewrite(facts: Facts, plan: Plan, treatments: dict[fx.Node, Treatment]) -> fx.Graph:
     """The graph of the adaptive network; `facts.model` and its graph are left as they are."""
-    return Rewriter(facts, plan).run()
+    return Rewriter(facts, plan, treatments).run()

@@ -1,150 +1,39 @@
 """Rules: one function per operation that says what the operation is geometrically.
 
-A rule only decides. It returns a `Treatment`; an operation without a rule, or one a rule does not
-understand, is a `barrier` with its reason. The docstring of a rule is the geometric reason why its
-treatment is exact. Teach a new operation with `@rule(YourModule)`.
+The docstring of a rule is the geometric reason why its treatment is exact; the plan shows its first line. See
+`surgery/treatment.py` for what a rule returns, and docs/extending.md for a worked example.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from cadsurgery.kernel_map import Window
+from cadsurgery.layout import NCHW, channel_sizes, image_dims, is_flat, permuted, regrouped, row_dim
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.treatment import (
+    Attribute,
+    Call,
+    Rule,
+    Treatment,
+    barrier,
+    growing,
+    has_rule,
+    operation_name,
+    rule,
+    ruled_functions,
+    treat,
+)
 
-Kind = Literal["window", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
+# Whoever looks for a rule imports this module, so that the rules are there.
+__all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "ruled_functions", "treat"]
 
-
-class Attribute(NamedTuple):
-    """A parameter, buffer or module of the network, by qualified name."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """How an operation acts on a lattice.
-
-    Attributes:
-        kind: `window` (reads taps around an element), `pointwise` (acts on each element alone), `join`
-            (combines elements of one lattice), `global` (one vector per image), `broadcast` (repeats such
-            a vector over the map), `shape` (asks for the size), or `barrier`.
-        why: the reason, for the plan.
-        call: function of `cadsurgery.functional` for windows, globals and norms.
-        arguments: its keyword arguments: constants, nodes or `Attribute`s.
-        window: kernel, stride, dilation and padding, for windows.
-        then: modules applied to the rows afterwards.
-    """
-
-    kind: Kind
-    why: str = ""
-    call: str = ""
-    arguments: tuple[tuple[str, Any], ...] = ()
-    window: Window | None = None
-    then: tuple[str, ...] = ()
-
-
-Rule = Callable[[fx.Node, Facts], Treatment]
-_RULES: dict[object, Rule] = {}
-
-
-def rule(*operations: object) -> Callable[[Rule], Rule]:
-    """Register a rule for module classes, functions, method names, or `"package.module:Class"` strings.
-
-    Raises:
-        ValueError: an operation has a rule already.
-    """
-
-    def register(function: Rule) -> Rule:
-        for operation in dict.fromkeys(operations):  # torch and functional share some objects
-            if operation in _RULES:
-                raise ValueError(f"{operation} already has the rule {_RULES[operation].__name__}")
-            _RULES[operation] = function
-        return function
-
-    return register
-
-
-def barrier(why: str) -> Treatment:
-    """The operation runs dense, and so does what follows from it."""
-    return Treatment("barrier", why)
-
-
-def has_rule(module: nn.Module) -> bool:
-    """Whether a module is an operation of its own, rather than made of others."""
-    return any(key in _RULES for key in _module_keys(module))
-
-
-def treat(node: fx.Node, facts: Facts) -> Treatment:
-    """The treatment of one node by its rule."""
-    found = next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
-    return found(node, facts) if found else barrier(f"no rule for {operation_name(node, facts)}")
-
-
-def operation_name(node: fx.Node, facts: Facts) -> str:
-    """The name of a node's operation as a user would write it."""
-    if node.op == "call_module":
-        return type(facts.module(node)).__name__
-    if node.op == "call_method":
-        return f"Tensor.{node.target}"
-    return str(getattr(node.target, "__name__", node.target)) if node.op == "call_function" else node.op
-
-
-def _operation_keys(node: fx.Node, facts: Facts) -> tuple[object, ...]:
-    """What a rule for this node may be registered under. Subclasses do not inherit rules: they may differ."""
-    return _module_keys(facts.module(node)) if node.op == "call_module" else (node.target,)
-
-
-def _module_keys(module: nn.Module) -> tuple[object, ...]:
-    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
-    return (kind, f"{kind.__module__}:{kind.__name__}")
-
-
-def _arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
-    """Positional and keyword arguments by name."""
-    return {**defaults, **dict(zip((*names, *defaults), node.args, strict=False)), **node.kwargs}
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    return (values[0], values[-1])
-
-
-def _window(
-    kernel: Any, stride: Any, padding: Any, dilation: Any, mode: str = "zeros", ceil_mode: bool = False
-) -> Window | str:
-    """The window, or why there is none."""
-    kernel, stride, dilation = _pair(kernel), _pair(stride), _pair(dilation)
-    if not all(isinstance(value, int) for value in (*kernel, *stride, *dilation)):
-        return "its window is computed while the network runs"
-    if stride[0] != stride[1]:
-        return f"stride {stride} differs between the axes"
-    if mode == "circular":
-        return "circular padding joins opposite borders"
-    total_y, total_x = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
-    if padding == "same":
-        pads = (total_y // 2, total_y - total_y // 2, total_x // 2, total_x - total_x // 2)
-    else:
-        vertical, horizontal = (0, 0) if padding == "valid" else _pair(padding)
-        pads = (vertical, vertical, horizontal, horizontal)
-    partial = stride[0] - 1 if ceil_mode else 0
-    if pads[0] + pads[1] + partial > total_y or pads[2] + pads[3] + partial > total_x:
-        return f"its padding {pads} makes the map grow"
-    return Window(kernel, stride[0], dilation, pads, mode, ceil_mode)
-
-
-def _windowed(call: str, why: str, window: Window | str, **arguments: Any) -> Treatment:
-    if isinstance(window, str):
-        return barrier(window)
-    return Treatment("window", why, call, tuple(arguments.items()), window)
+# -- convolutions and pooling: windows -----------------------------------------------------------------
 
 
 @rule(nn.Conv2d)
@@ -152,19 +41,37 @@ def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
     conv: Any = facts.module(node)
     window = _window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    weight = Attribute(f"{node.target}.weight")
-    bias = Attribute(f"{node.target}.bias") if conv.bias is not None else None
-    return _windowed("conv2d", _why(convolution), window, weight=weight, bias=bias, groups=conv.groups)
+    return _windowed("conv2d", _why(convolution), window, **_weights(node, conv), groups=conv.groups)
+
+
+@rule("timm.layers.conv2d_same:Conv2dSame")
+def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
+    """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
+    conv: Any = facts.module(node)
+    window = _window(conv.kernel_size, conv.stride, 0, conv.dilation, same=True)
+    return _windowed("conv2d", _why(convolution_same), window, **_weights(node, conv), groups=conv.groups)
+
+
+@rule("timm.layers.cond_conv2d:CondConv2d")
+def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
+    """A convolution with a kernel for each image, mixed from experts; its taps are those of any convolution."""
+    conv: Any = facts.module(node)
+    given = _arguments(node, "x", "routing_weights")
+    padding = 0 if conv.dynamic_padding else conv.padding
+    window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
+    shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+    mixed = {"mix": given["routing_weights"], **_weights(node, conv), "shape": shape, "groups": conv.groups}
+    return _windowed("conv2d_per_image", _why(convolution_per_image), window, **mixed)
 
 
 @rule(F.conv2d, torch.conv2d)
 def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
-    """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
+    """Its taps read the cells at their fine positions, whatever its weight is computed from."""
     given = _arguments(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
-    shape = facts.shapes.get(given["weight"])
-    if shape is None:
+    weight = given["weight"]
+    if weight not in facts.shapes or facts.layout(weight):
         return barrier("its weight is not a tensor of known shape")
-    window = _window(tuple(shape[2:]), given["stride"], given["padding"], given["dilation"])
+    window = _window(tuple(facts.shapes[weight][2:]), given["stride"], given["padding"], given["dilation"])
     kept = {name: given[name] for name in ("weight", "bias", "groups")}
     return _windowed("conv2d", _why(convolution_function), window, **kept)
 
@@ -173,16 +80,10 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
 def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
     given = _pooling(node, facts)
-    if given.get("return_indices"):
+    if given["return_indices"]:
         return barrier("its indices refer to a dense map")
-    window = _window(
-        given["kernel_size"],
-        given["stride"],
-        given["padding"],
-        given["dilation"],
-        "zeros",
-        given["ceil_mode"],
-    )
+    kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
+    window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
     return _windowed("max_pool2d", _why(max_pooling), window)
 
 
@@ -190,32 +91,157 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
 def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
     given = _pooling(node, facts)
-    window = _window(given["kernel_size"], given["stride"], given["padding"], 1, "zeros", given["ceil_mode"])
+    window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
     kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
     return _windowed("avg_pool2d", _why(average_pooling), window, **kept)
 
 
-def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-    defaults |= {"count_include_pad": True, "divisor_override": None}
+@rule("timm.layers.pool2d_same:MaxPool2dSame")
+def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
+    """A maximum over taps at fine positions, after the padding the map's own size asks for."""
+    given = _pooling(node, facts)
+    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    return _windowed("max_pool2d", _why(max_pooling_same), window)
+
+
+@rule("timm.layers.pool2d_same:AvgPool2dSame")
+def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
+    """A mean over taps at fine positions and the padding the map's own size asks for."""
+    given = _pooling(node, facts)
+    window = _window(given["kernel_size"], given["stride"], 0, 1, same=True)
+    return _windowed("avg_pool2d", _why(average_pooling_same), window)
+
+
+@rule(nn.PixelUnshuffle, F.pixel_unshuffle)
+def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
+    """The values under a window side by side: taps at fine positions, like a convolution's."""
+    factor = _factor(node, facts, "downscale_factor")
+    return _windowed("pixel_unshuffle", _why(space_to_depth), _window(factor, factor, 0, 1))
+
+
+@rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.pad)
+def padding(node: fx.Node, facts: Facts) -> Treatment:
+    """Padding belongs to the window that reads it, which then reads beyond the border."""
     if node.op == "call_module":
-        given = {**defaults, **vars(facts.module(node))}
-    elif node.target is F.avg_pool2d:
-        names = (
-            "input",
-            "kernel_size",
-            "stride",
-            "padding",
-            "ceil_mode",
-            "count_include_pad",
-            "divisor_override",
-        )
-        given = {**defaults, "stride": None, **_arguments(node, *names)}
+        module: Any = facts.module(node)
+        modes = {nn.ReflectionPad2d: "reflect", nn.ReplicationPad2d: "replicate"}
+        pads, mode = tuple(module.padding), modes.get(type(module), "zeros")
+        value = getattr(module, "value", 0.0)
     else:
-        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        given = {**defaults, "stride": None, **_arguments(node, *names)}
-    given["stride"] = given["kernel_size"] if given["stride"] in (None, []) else given["stride"]
-    return given
+        given = _arguments(node, "input", "pad", mode="constant", value=None)
+        pads, value = given["pad"], given["value"] or 0.0
+        mode = "zeros" if given["mode"] == "constant" else given["mode"]
+    if not isinstance(pads, (tuple, list)) or not all(isinstance(pad, int) for pad in pads):
+        return barrier("how much it pads is computed while the network runs")
+    layout = facts.layout(node.args[0])
+    by_axis = list(zip(pads[::2], pads[1::2], strict=True))
+    padded = {axis for axis, pair in zip(layout[::-1], by_axis, strict=False) if any(pair)}
+    if padded <= {"c"}:
+        return _padded_channels(node, layout, by_axis, mode, value)
+    if layout != NCHW or "c" in padded or mode == "circular":
+        return barrier("it pads across opposite borders, or channels and image at once")
+    (left, right), (top, bottom) = by_axis[0], by_axis[1] if len(by_axis) > 1 else (0, 0)
+    window = Window((1, 1), padding=(top, bottom, left, right), mode=mode, outside=float(value))
+    return Treatment("pad", _why(padding), window=window)
+
+
+def _padded_channels(
+    node: fx.Node, layout: str, by_axis: list[tuple[int, int]], mode: str, value: Any
+) -> Treatment:
+    pairs = {len(layout) - 1 - i: pair for i, pair in enumerate(by_axis)}
+    rows = [pairs.get(dim, (0, 0)) for dim, axis in enumerate(layout) if axis == "c"]
+    flat = [size for pair in rows[::-1] for size in pair]
+    how = "constant" if mode == "zeros" else mode
+    return Treatment("pointwise", _why(padding), rows=Call(F.pad, (node.args[0], flat, how, value)))
+
+
+@rule("timm.layers.padding:pad_same")
+def padding_same(node: fx.Node, facts: Facts) -> Treatment:
+    """Padding that depends on the map's size; it belongs to the window that reads it."""
+    given = _arguments(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
+    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    if isinstance(window, str):
+        return barrier(window)
+    return Treatment("pad", _why(padding_same), window=window._replace(outside=float(given["value"])))
+
+
+# -- the image as a whole ------------------------------------------------------------------------------
+
+
+@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
+def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
+    """To one sample: the mean over the image with each element weighed by its area, or the maximum."""
+    by_module = node.op == "call_module"
+    size: Any = (
+        facts.module(node).output_size if by_module else _arguments(node, "x", "output_size")["output_size"]
+    )
+    if _pair(size) != (1, 1):
+        return barrier(f"pooling to {size} cuts the map into uneven bins")
+    is_max = "max" in operation_name(node, facts).lower()
+    return Treatment("global", _why(adaptive_pooling), "global_max" if is_max else "global_mean")
+
+
+@rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
+@rule(torch.var, "var", torch.std, "std", torch.norm, "norm", torch.linalg.vector_norm)
+def reduction(node: fx.Node, facts: Facts) -> Treatment:
+    """Over the image: means weighed by area, sums scaled to the network's own grid. Over channels: row by row."""
+    how = operation_name(node, facts).removeprefix("Tensor.").removeprefix("vector_").removeprefix("linalg_")
+    names = ("x", *(("p",) if how == "norm" else ()), "dim", "keepdim")
+    given = {"p": 2, "ord": 2, "dim": None, "keepdim": False, "correction": 1, **_arguments(node, *names)}
+    if how in ("var", "std") and isinstance(given.get("keepdim"), bool) and "unbiased" in node.kwargs:
+        given["correction"] = int(bool(node.kwargs["unbiased"]))
+    layout = facts.layout(node.args[0])
+    dims = _dims(given["dim"], layout)
+    if dims is None or (how == "norm" and (given["p"], given["ord"]) not in ((2, 2), (2.0, 2))):
+        return barrier(f"a {how} over {given['dim']} that no lattice has")
+    over_image = set(dims) & set(image_dims(layout))
+    if not over_image:
+        return _over_channels(node, facts, dims, bool(given["keepdim"]), _why(reduction))
+    if over_image != set(image_dims(layout)) or layout.index("b") in dims:
+        return barrier(f"{how} over {given['dim']} joins some positions of the image and not others")
+    arguments = {
+        "how": how,
+        "dims": dims,
+        "keepdim": bool(given["keepdim"]),
+        "correction": given["correction"],
+    }
+    return Treatment("global", _why(reduction), "global_reduce", tuple(arguments.items()))
+
+
+@rule(nn.GroupNorm, F.group_norm, nn.InstanceNorm2d, F.instance_norm)
+def group_norm(node: fx.Node, facts: Facts) -> Treatment:
+    """Mean and variance of each image and group, over elements weighed by area; then affine."""
+    shape = facts.shapes[node]
+    if node.op == "call_module":
+        norm: Any = facts.module(node)
+        if getattr(norm, "track_running_stats", False):
+            return barrier("it has running statistics of single images")
+        groups, eps = getattr(norm, "num_groups", shape[1]), norm.eps
+        found = {**_weights(node, norm), "groups": groups, "eps": eps}
+    elif node.target is F.group_norm:
+        given = _arguments(node, "input", "groups", weight=None, bias=None, eps=1e-5)
+        found = {name: given.get(name) for name in ("weight", "bias", "eps")}
+        found["groups"] = given.get("num_groups", given.get("groups"))
+    else:
+        given = _arguments(
+            node, "input", running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True
+        )
+        if not given["use_input_stats"] or given["running_mean"] is not None:
+            return barrier("it has running statistics of single images")
+        found = {"weight": given["weight"], "bias": given["bias"], "groups": shape[1]}
+        found["eps"] = given.get("eps", 1e-5)
+    return Treatment("pointwise", _why(group_norm), "group_norm", tuple(found.items()))
+
+
+@rule("timm.layers.evo_norm:group_std")
+def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
+    """The standard deviation of each image and group, over elements weighed by area, on every element."""
+    given = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
+    kept = {name: given[name] for name in ("groups", "eps")}
+    return Treatment("pointwise", _why(group_deviation), "group_deviation", tuple(kept.items()))
+
+
+# -- normalisation and dropout -------------------------------------------------------------------------
 
 
 @rule(nn.BatchNorm2d)
@@ -232,6 +258,29 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise", _why(batch_norm_act), "batch_norm", arguments, then=parts)
 
 
+@rule(F.batch_norm)
+def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
+    """An affine map per channel with fixed statistics."""
+    given = _arguments(node, "input", "mean", "var", weight=None, bias=None, training=False)
+    if given["training"] or facts.layout(node.args[0])[1] != "c":
+        return barrier("it takes its statistics from a dense batch")
+    return Treatment("pointwise", _why(batch_norm_function))
+
+
+@rule(nn.LayerNorm, F.layer_norm, nn.RMSNorm, F.rms_norm)
+def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
+    """Over the channels of each element, which are the columns of its row."""
+    shape: Any = (
+        facts.module(node).normalized_shape
+        if node.op == "call_module"
+        else _arguments(node, "input", "normalized_shape")["normalized_shape"]
+    )
+    axes = facts.layout(node.args[0])[-len(shape) :]
+    if set(axes) != {"c"}:
+        return barrier("it normalises over positions of the image")
+    return Treatment("pointwise", _why(layer_norm))
+
+
 @rule(nn.Dropout2d, "timm.layers.drop:DropPath", "torchvision.ops.stochastic_depth:StochasticDepth")
 def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
@@ -239,137 +288,378 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise", _why(dropout_per_image), "drop_per_image", arguments)
 
 
+# -- each element alone --------------------------------------------------------------------------------
+
+
+@rule(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU)
+@rule(nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus)
+@rule(nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout)
+@rule(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish)
+@rule(F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.dropout, F.prelu)
+@rule(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.abs, torch.neg)
+@rule(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow, torch.erf)
+@rule("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow")
+@rule("clamp", "clamp_", "clamp_min", "clip", "contiguous", "clone", "detach", "float", "half", "double")
 @rule(
-    *(
-        nn.Identity,
-        nn.ReLU,
-        nn.ReLU6,
-        nn.LeakyReLU,
-        nn.PReLU,
-        nn.ELU,
-        nn.CELU,
-        nn.SELU,
-        nn.GELU,
-        nn.SiLU,
-        nn.Mish,
-    ),
-    *(
-        nn.Hardswish,
-        nn.Hardsigmoid,
-        nn.Hardtanh,
-        nn.Sigmoid,
-        nn.LogSigmoid,
-        nn.Tanh,
-        nn.Softplus,
-        nn.Softsign,
-    ),
-    *(nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout),
-    *(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish),
-    *(F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.dropout, F.prelu),
-    *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.abs, torch.neg),
-    *(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow),
-    *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow"),
-    *("clamp", "clamp_", "contiguous", "clone", "detach", "float", "half", "double", "type_as"),
-    *("timm.layers.activations_me:SwishMe", "timm.layers.activations:Swish", "timm.layers.activations:GELU"),
-    *(
-        "timm.layers.activations:GELUTanh",
-        "timm.layers.activations:Sigmoid",
-        "timm.layers.activations:HardSwish",
-    ),
+    "type_as", "to", "type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin
 )
+@rule("timm.layers.activations_me:SwishMe", "timm.layers.activations_me:MishMe")
+@rule("timm.layers.activations_me:HardSigmoidMe", "timm.layers.activations_me:HardSwishMe")
+@rule("timm.layers.activations_me:HardMishMe")
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise", _why(pointwise))
 
 
-@rule(
-    F.softmax,
-    F.log_softmax,
-    torch.softmax,
-    torch.log_softmax,
-    "softmax",
-    "log_softmax",
-    nn.Softmax,
-    nn.LogSoftmax,
-)
-def softmax(node: fx.Node, facts: Facts) -> Treatment:
-    """Over the channels of each element, which are the columns of its row."""
-    given = _arguments(node, "input", "dim")
-    dim = getattr(facts.module(node), "dim", None) if node.op == "call_module" else given.get("dim")
-    return Treatment("pointwise", _why(softmax)) if dim == 1 else barrier(f"softmax over dimension {dim}")
-
-
-@rule(
-    *(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul),
-    *(
-        operator.truediv,
-        operator.itruediv,
-        torch.add,
-        torch.sub,
-        torch.mul,
-        torch.div,
-        torch.maximum,
-        torch.minimum,
-    ),
-    *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum"),
-)
+@rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
+@rule(operator.truediv, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div, torch.maximum)
+@rule(torch.minimum, "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum")
+@rule(torch.addcmul, "addcmul", "addcmul_", torch.lerp, "lerp", torch.where, torch.subtract, torch.multiply)
 def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
     return Treatment("join", _why(arithmetic))
+
+
+@rule(nn.Linear, F.linear)
+def linear(node: fx.Node, facts: Facts) -> Treatment:
+    """A matrix on the channels of each element."""
+    if facts.layout(node.args[0])[-1] != "c":
+        return barrier("it mixes the positions of the image")
+    return Treatment("pointwise", _why(linear))
+
+
+@rule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
+@rule(nn.Softmax, nn.LogSoftmax, F.normalize, torch.max, "max", torch.min, "min", "argmax", torch.argmax)
+@rule("logsumexp", torch.logsumexp, "cumsum", torch.cumsum, F.glu, nn.GLU, "prod", torch.prod)
+def along_channels(node: fx.Node, facts: Facts) -> Treatment:
+    """Over the channels of each element, which are the columns of its row."""
+    names = ("x", "p", "dim") if node.target is F.normalize else ("x", "dim")
+    default = {"normalize": 1, "glu": -1}.get(operation_name(node, facts))
+    given = {"dim": default, **_arguments(node, *names)}
+    module: Any = facts.module(node) if node.op == "call_module" else None
+    dim: Any = module.dim if module is not None else given["dim"]
+    layout = facts.layout(node.args[0])
+    if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
+        return Treatment("join", _why(arithmetic))
+    if not isinstance(dim, int) or row_dim(layout, dim) is None:
+        name = operation_name(node, facts)
+        return barrier(f"{name} over {'positions of the image' if isinstance(dim, int) else dim} mixes them")
+    if module is not None:
+        functions: dict[Any, Any] = {nn.Softmax: F.softmax, nn.LogSoftmax: F.log_softmax, nn.GLU: F.glu}
+        call = Call(functions[type(module)], (node.args[0], row_dim(layout, dim)))
+        return Treatment("pointwise", _why(along_channels), rows=call)
+    keepdim = bool(given.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False))
+    reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
+    after = layout[: dim % len(layout)] + layout[dim % len(layout) + 1 :] if reduced else layout
+    return Treatment("pointwise", _why(along_channels), rows=_redirected(node, names, layout), layout=after)
+
+
+# -- axes: the same rows under another name ------------------------------------------------------------
+
+
+@rule("view", "reshape", torch.reshape, "flatten", torch.flatten, nn.Flatten, "unflatten", nn.Unflatten)
+@rule(torch.unflatten, "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze, "reshape_as", "view_as")
+def reshaping(node: fx.Node, facts: Facts) -> Treatment:
+    """Regroups channels, or flattens the image: the rows keep their order, only their shape changes."""
+    source: Any = node.args[0]
+    layout, shape, new = facts.layout(source), facts.shapes[source], facts.shapes[node]
+    after, reason = regrouped(layout, shape, new, facts.images[source])
+    if after is None:
+        return barrier(reason)
+    sizes = channel_sizes(after, new)
+    call = Call(None, (source,))
+    if sizes != channel_sizes(layout, shape):
+        call = Call("reshape", (source, -1, *sizes))
+    return Treatment("pointwise", _why(reshaping), rows=call, layout=after)
+
+
+@rule("permute", torch.permute, "transpose", torch.transpose, "swapaxes", torch.swapaxes, "movedim")
+@rule("t", "swapdims")
+def permutation(node: fx.Node, facts: Facts) -> Treatment:
+    """Orders the axes of the map: the channels of a row stay in the row."""
+    source, layout = node.args[0], facts.layout(node.args[0])
+    order: Any = list(range(len(layout)))
+    given: Any = node.kwargs.get("dims", node.args[1:])
+    if "permute" in str(node.target):
+        order = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+    elif node.target in ("movedim", "t"):
+        return barrier("its axes are not written out")
+    else:
+        swapped: Any = (*node.args[1:], *node.kwargs.values())
+        first, second = swapped[:2]
+        order[first], order[second] = order[second], order[first]
+    after, rows = permuted(layout, order)
+    moved = list(rows) != sorted(rows)
+    call = Call(torch.permute, (source, rows)) if moved else Call(None, (source,))
+    return Treatment("pointwise", _why(permutation), rows=call, layout=after)
+
+
+@rule(torch.split, "split", torch.chunk, "chunk", "tensor_split", torch.tensor_split)
+def split(node: fx.Node, facts: Facts) -> Treatment:
+    """Parts of the channels of each element."""
+    layout = facts.layout(node.args[0])
+    given = _arguments(node, "x", "sections", dim=0)
+    if row_dim(layout, given["dim"]) is None:
+        return barrier("it cuts the image or the batch into parts")
+    names = ("x", "sections", "dim")
+    return Treatment("pointwise", _why(split), rows=_redirected(node, names, layout, dim=0))
+
+
+@rule(torch.unbind, "unbind", "select", torch.select, "narrow", torch.narrow)
+def selection(node: fx.Node, facts: Facts) -> Treatment:
+    """Some channels of each element."""
+    layout = facts.layout(node.args[0])
+    given = _arguments(node, "x", dim=0)
+    if row_dim(layout, given["dim"]) is None:
+        return barrier("it takes parts of the image or the batch")
+    dim = given["dim"] % len(layout)
+    after = layout if "narrow" in str(node.target) else layout[:dim] + layout[dim + 1 :]
+    call = _redirected(node, ("x", "dim"), layout, dim=0)
+    return Treatment("pointwise", _why(selection), rows=call, layout=after)
+
+
+@rule(operator.getitem)
+def indexing(node: fx.Node, facts: Facts) -> Treatment:
+    """One of several values, or some channels of each element."""
+    source, given = node.args
+    if source not in facts.shapes:  # a part of what was split
+        return Treatment("pointwise", _why(indexing))
+    layout = facts.layout(source)
+    index: list[Any] = list(given) if isinstance(given, tuple) else [given]
+    if any(part is Ellipsis for part in index):
+        at = next(i for i, part in enumerate(index) if part is Ellipsis)
+        used = sum(part is not None for part in index) - 1
+        index[at : at + 1] = [slice(None)] * (len(layout) - used)
+    rows: list[Any] = [slice(None)]
+    after, dim = "", 0
+    for part in index:
+        if part is None:
+            rows, after = [*rows, None], after + "c"
+            continue
+        if layout[dim] == "c" and isinstance(part, (int, slice)):
+            rows.append(part)
+            after += "c" if isinstance(part, slice) else ""
+        elif isinstance(part, slice) and part in (slice(None), slice(0, None), slice(None, None, 1)):
+            after += layout[dim]
+        else:
+            return barrier("it takes parts of the image or the batch")
+        dim += 1
+    call = Call(operator.getitem, (source, tuple(rows)))
+    return Treatment("pointwise", _why(indexing), rows=call, layout=after + layout[dim:])
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
 def concatenation(node: fx.Node, facts: Facts) -> Treatment:
     """Channels side by side, cell by cell."""
     given = _arguments(node, "tensors", dim=0)
-    dim = given.get("axis", given["dim"])
-    return Treatment("join", _why(concatenation)) if dim in (1, -3) else barrier(f"cat over dimension {dim}")
+    dim, first = given.get("axis", given["dim"]), _first_map(node, facts)
+    row = row_dim(facts.layout(first), dim)
+    if row is None:
+        return barrier("it puts images or batches side by side")
+    return Treatment("join", _why(concatenation), rows=Call(torch.cat, (given["tensors"], row)))
 
 
-@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
-def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
-    """To one sample: the mean over the image with each element weighed by its area, or the maximum."""
-    by_module = node.op == "call_module"
-    size: Any = (
-        facts.module(node).output_size
-        if by_module
-        else _arguments(node, "input", "output_size")["output_size"]
+@rule(torch.stack)
+def stacking(node: fx.Node, facts: Facts) -> Treatment:
+    """Values of one cell along a new channel axis."""
+    given = _arguments(node, "tensors", dim=0)
+    layout = facts.layout(_first_map(node, facts))
+    dim = given["dim"] % (len(layout) + 1)
+    row = 1 + layout[:dim].count("c")
+    call = Call(torch.stack, (given["tensors"], row))
+    return Treatment("join", _why(stacking), rows=call, layout=f"{layout[:dim]}c{layout[dim:]}")
+
+
+# -- another resolution --------------------------------------------------------------------------------
+
+
+@rule(F.interpolate, F.upsample, nn.Upsample, of_vectors=True)
+@rule(nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, of_vectors=True)
+def resizing(node: fx.Node, facts: Facts) -> Treatment:
+    """Between coarse cells it reads as torch does; what was never downsampled is taken over."""
+    source: Any = node.args[0] if node.args else node.kwargs["input"]
+    if not facts.layout(source):
+        return _broadcast(node, facts, source)
+    given = _arguments(
+        node, "x", size=None, scale_factor=None, mode="nearest", align_corners=None, antialias=False
     )
-    if _pair(size) != (1, 1):
-        return barrier(f"pooling to {size} cuts the map into uneven bins")
-    name = type(facts.module(node)).__name__ if by_module else getattr(node.target, "__name__", "")
-    is_max = node.target is F.adaptive_max_pool2d or "Max" in name
-    return Treatment("global", _why(adaptive_pooling), "global_max" if is_max else "global_mean")
+    if node.op == "call_module":
+        module: Any = facts.module(node)
+        given |= {"size": module.size, "mode": module.mode, "align_corners": module.align_corners}
+    before, after = facts.shapes[source][2:], facts.shapes[node][2:]
+    scale = round(after[0] / before[0])
+    close = all(abs(a - b * scale) < scale for b, a in zip(before, after, strict=True))
+    if scale < 1 or not close:
+        return barrier("it resizes the map by no whole factor")
+    if given["mode"] not in ("nearest", "bilinear") or given["antialias"]:
+        return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
+    arguments = {"mode": given["mode"], "align_corners": bool(given["align_corners"])}
+    if given["size"] is not None:
+        arguments["size"] = given["size"] if not isinstance(given["size"], int) else (given["size"],) * 2
+    return Treatment("resize", _why(resizing), "resize", tuple(arguments.items()), scale=scale)
 
 
-@rule(torch.mean, "mean")
-def mean(node: fx.Node, facts: Facts) -> Treatment:
-    """Over both image axes: the mean with each element weighed by its area."""
-    given = _arguments(node, "input", dim=None, keepdim=False)
-    dims = given["dim"] if isinstance(given["dim"], (tuple, list)) else (given["dim"],)
-    if {dim % 4 if isinstance(dim, int) else dim for dim in dims} != {2, 3}:
-        return barrier(f"mean over {given['dim']} is not over the image")
-    return Treatment("global", _why(mean), "global_mean", (("keepdim", bool(given["keepdim"])),))
+@rule(nn.PixelShuffle, F.pixel_shuffle)
+def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
+    """An element takes the channels of its phase on the output's own grid."""
+    factor = _factor(node, facts, "upscale_factor")
+    return Treatment("resize", _why(depth_to_space), "pixel_shuffle", scale=factor)
 
 
-@rule(F.interpolate, F.upsample, nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
-@rule("expand", "expand_as")
+@rule("expand", "expand_as", of_vectors=True)
 def broadcast(node: fx.Node, facts: Facts) -> Treatment:
-    """One vector per image resized to a map is the same vector for every element."""
-    source = node.args[0] if node.args else None
-    shape = facts.shapes.get(source, ()) if isinstance(source, fx.Node) else ()
-    if len(shape) == 4 and tuple(shape[2:]) == (1, 1):
+    """One vector per image repeated over a map is the same vector for every element."""
+    return _broadcast(node, facts, node.args[0])
+
+
+def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
+    shape = tuple(facts.shapes.get(source, ()))
+    if not facts.layout(source) and is_flat(shape, NCHW) and facts.is_map(node):
         return Treatment("broadcast", _why(broadcast))
+    if facts.layout(source) and facts.shapes[source] == facts.shapes[node]:
+        return Treatment("pointwise", _why(broadcast), rows=Call(None, (source,)))
     return barrier(f"{operation_name(node, facts)} changes the resolution")
 
 
-@rule("size", "dim", getattr)
+# -- sizes, and what no lattice passes -----------------------------------------------------------------
+
+
+@rule("size", "dim", getattr, "numel", "ndimension")
 def shape(node: fx.Node, facts: Facts) -> Treatment:
     """Asks for the size of the map, which is the one the network itself would see."""
     if node.target is getattr and node.args[1] not in ("shape", "device", "dtype", "ndim"):
         return barrier(f"reads the attribute {node.args[1]!r} of a map")
+    if node.target == "numel":
+        return barrier("counts the values of a map")
     return Treatment("shape", _why(shape))
+
+
+@rule(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", "__matmul__", torch.einsum, "baddbmm")
+@rule(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm)
+def attention(node: fx.Node, facts: Facts) -> Treatment:
+    """A product of maps with each other mixes all positions: every element would need every other."""
+    return barrier("attention mixes all positions of the map")
+
+
+@rule(nn.ConvTranspose2d, F.conv_transpose2d)
+def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
+    """Its output positions see different taps: there is no dense twin at another stride."""
+    return barrier("a transposed convolution has other taps at every output position")
+
+
+# -- helpers -------------------------------------------------------------------------------------------
 
 
 def _why(function: Rule) -> str:
     return (function.__doc__ or "").splitlines()[0]
+
+
+def _arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
+    """Positional and keyword arguments by name."""
+    return {**defaults, **dict(zip((*names, *defaults), node.args, strict=False)), **node.kwargs}
+
+
+def _weights(node: fx.Node, module: nn.Module) -> dict[str, Any]:
+    """Weight and bias of a module, as treatments name them."""
+    names = ("weight", "bias")
+    return {n: Attribute(f"{node.target}.{n}") if getattr(module, n) is not None else None for n in names}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    return (values[0], values[-1])
+
+
+def _dims(dim: Any, layout: str) -> tuple[int, ...] | None:
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    if not dims or not all(isinstance(d, int) for d in dims):
+        return None
+    return tuple(sorted(d % len(layout) for d in dims))
+
+
+def _factor(node: fx.Node, facts: Facts, name: str) -> int:
+    return (
+        getattr(facts.module(node), name) if node.op == "call_module" else _arguments(node, "x", name)[name]
+    )
+
+
+def _first_map(node: fx.Node, facts: Facts) -> fx.Node:
+    return next(source for source in node.all_input_nodes if facts.layout(source))
+
+
+def _redirected(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: Any) -> Call:
+    """The node's own call with its `dim` as a dimension of the rows."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    place = names.index("dim")
+    usual = {"normalize": 1, "glu": -1}.get(str(getattr(node.target, "__name__", "")), defaults.get("dim"))
+    given: Any = args[place] if len(args) > place else kwargs.get("dim", usual)
+    if len(args) > place:
+        args[place] = row_dim(layout, given)
+    else:
+        kwargs["dim"] = row_dim(layout, given)
+    return Call(node.target, tuple(args), kwargs)
+
+
+def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: bool, why: str) -> Treatment:
+    """A reduction over channel axes alone, row by row."""
+    layout = facts.layout(node.args[0])
+    if any(layout[dim] != "c" for dim in dims):
+        return barrier("it joins the images of the batch")
+    rows = tuple(row_dim(layout, dim) for dim in dims)
+    place = 2 if "norm" in operation_name(node, facts) else 1
+    kept = {key: value for key, value in node.kwargs.items() if key != "dim"}
+    args = [*node.args]
+    if len(args) > place:
+        args[place] = rows
+    else:
+        kept["dim"] = rows
+    after = layout if keepdim else "".join(axis for dim, axis in enumerate(layout) if dim not in dims)
+    return Treatment("pointwise", why, rows=Call(node.target, tuple(args), kept), layout=after)
+
+
+def _window(
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    mode: str = "zeros",
+    ceil_mode: bool = False,
+    same: bool = False,
+) -> Window | str:
+    """The window, or why there is none."""
+    kernel, stride, dilation = _pair(kernel), _pair(stride), _pair(dilation)
+    if not all(isinstance(value, int) for value in (*kernel, *stride, *dilation)):
+        return "its window is computed while the network runs"
+    if stride[0] != stride[1]:
+        return f"stride {stride} differs between the axes"
+    if mode == "circular":
+        return "circular padding joins opposite borders"
+    total_y, total_x = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
+    if padding == "same":
+        pads = (total_y // 2, total_y - total_y // 2, total_x // 2, total_x - total_x // 2)
+    else:
+        vertical, horizontal = (0, 0) if padding == "valid" else _pair(padding)
+        pads = (vertical, vertical, horizontal, horizontal)
+    window = Window(kernel, stride[0], dilation, pads, mode, ceil_mode, same=same)
+    return growing(window) or window
+
+
+def _windowed(call: str, why: str, window: Window | str, **arguments: Any) -> Treatment:
+    if isinstance(window, str):
+        return barrier(window)
+    return Treatment("window", why, call, tuple(arguments.items()), window)
+
+
+def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
+    given: dict[str, Any] = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+    given |= {"return_indices": False, "count_include_pad": True, "divisor_override": None}
+    if node.op == "call_module":
+        given |= vars(facts.module(node))
+    elif node.target is F.avg_pool2d:
+        last = ("ceil_mode", "count_include_pad", "divisor_override")
+        given |= _arguments(node, "input", "kernel_size", "stride", "padding", *last)
+    else:
+        last = ("dilation", "ceil_mode", "return_indices")
+        given |= _arguments(node, "input", "kernel_size", "stride", "padding", *last)
+    given["stride"] = given["kernel_size"] if given["stride"] in (None, []) else given["stride"]
+    return given

@@ -15,21 +15,34 @@ from cadsurgery.errors import CannotConvert, first_line
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
-class _Tracer(fx.Tracer):
-    """torch's tracer, with more leaves: what has a rule, and what timm declares for its own modules."""
+Functions = tuple[Callable[..., Any], ...]
 
-    def __init__(self, is_operation: Callable[[nn.Module], bool]) -> None:
-        modules, functions = _timm_leaves()
+
+class _Tracer(fx.Tracer):
+    """torch's tracer, with other leaves: what has a rule, and what timm declares and torch.fx cannot follow."""
+
+    def __init__(
+        self, is_operation: Callable[[nn.Module], bool], functions: Functions, declared: frozenset[type]
+    ) -> None:
         super().__init__(autowrap_functions=functions)
-        self._leaves, self._is_operation = modules, is_operation
+        self._is_operation, self._functions, self._declared = is_operation, functions, declared
         self.record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        declared = type(m) in self._leaves or self._is_operation(m)
-        return declared or super().is_leaf_module(m, module_qualified_name)
+        if self._is_operation(m) or (type(m) in self._declared and not self._can_follow(m)):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def _can_follow(self, module: nn.Module) -> bool:
+        """Whether a module that is declared a leaf can be traced all the same: its parts are worth knowing."""
+        try:
+            _Tracer(self._is_operation, self._functions, self._declared).trace(module)
+        except Exception:  # tracing runs foreign code, which can raise anything
+            return False
+        return True
 
 
-def _timm_leaves() -> tuple[frozenset[type], tuple[Callable[..., Any], ...]]:
+def _timm_leaves() -> tuple[frozenset[type], Functions]:
     if "timm" not in sys.modules:  # a model of timm has imported it; other users need not wait for it
         return frozenset(), ()
     from timm.layers import get_notrace_functions, get_notrace_modules
@@ -49,7 +62,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def trace(model: nn.Module, is_operation: Callable[[nn.Module], bool] = lambda module: False) -> fx.Graph:
+def trace(
+    model: nn.Module,
+    is_operation: Callable[[nn.Module], bool] = lambda module: False,
+    functions: Functions = (),
+) -> fx.Graph:
     """The graph of `model` as it runs in evaluation mode, without data-dependent control flow.
 
     In-place operations are made explicit: whoever reads a value after it was changed in place reads the
@@ -58,13 +75,15 @@ def trace(model: nn.Module, is_operation: Callable[[nn.Module], bool] = lambda m
     Args:
         model: the network.
         is_operation: whether a module is one node of the graph; torch's own modules are in any case.
+        functions: Python functions that are one node of the graph.
 
     Raises:
         CannotConvert: the forward depends on values or uses Python that torch.fx cannot follow.
     """
     try:
         with evaluating(model):
-            graph = _Tracer(is_operation).trace(model)
+            declared, wrapped = _timm_leaves()
+            graph = _Tracer(is_operation, (*functions, *wrapped), declared).trace(model)
     except Exception as error:  # tracing runs foreign code, which can raise anything
         raise CannotConvert(
             f"{type(model).__name__} cannot be traced by torch.fx.",

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery import functional
 from cadsurgery.errors import CadError, CannotConvert, first_line
 from cadsurgery.functional import Elements, to_dense
 from cadsurgery.lattice import Geometry, Lattice
-from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
 from cadsurgery.surgery.trace import evaluating
 
@@ -94,17 +95,45 @@ def _uniform_checks(
     """Every level everywhere, through kernel maps, against the dense networks."""
     tolerance = TOLERANCE.get(image.dtype, 1e-4)
     mapped = replace(geometry, dense_shortcut=False)
+    watched = _watched(adapted, plan)
+    as_it_was = _values(model, original, plan, None, image, watched)
     checks = []
     for level in _levels(plan, geometry):
-        found = _values(model, adapted, plan, _uniform(mapped, level), image)
+        found = _values(model, adapted, plan, _uniform(mapped, level), image, watched)
         if level == plan.identity_level:
-            law = "the network as it was"
-            expected = _values(model, original, plan, None, image)
+            law, expected = "the network as it was", as_it_was
         else:
             law = f"the dense network at output stride {plan.strides[level]}"
-            expected = _values(model, adapted, plan, _uniform(geometry, level), image)
+            expected = _values(model, adapted, plan, _uniform(geometry, level), image, watched)
         checks.append(_compare(f"everything at level {level} is {law}", found, expected, tolerance))
+        maps = {name: value for name, value in found.items() if name in _apart(adapted)}
+        if maps and level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
+            law = "everything high, read where the network has samples, is the network as it was"
+            checks.append(_compare(law, maps, {name: as_it_was[name] for name in maps}, tolerance))
     return checks
+
+
+_GLOBAL = (functional.global_mean, functional.global_max, functional.global_reduce)
+# What lets the value at one position depend on the resolution elsewhere, so that both extremes differ.
+_MIXING = (
+    *(*_GLOBAL, functional.group_norm, functional.group_deviation, functional.conv2d_per_image),
+    *(functional.resize, functional.pixel_shuffle, functional.resize_to_dense),
+)
+
+
+def _apart(adapted: fx.Graph) -> set[str]:
+    """Values of the original that no operation which mixes positions has a part in."""
+    mixed: set[fx.Node] = set()
+    for node in adapted.nodes:
+        if node.target in _MIXING or any(source in mixed for source in node.all_input_nodes):
+            mixed.add(node)
+    return {node.meta[ORIGIN] for node in adapted.nodes if node not in mixed and ORIGIN in node.meta}
+
+
+def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
+    """The maps that are compared: what leaves the region, and what becomes one vector per image."""
+    read = {node.args[0].meta.get(ORIGIN) for node in adapted.nodes if node.target in _GLOBAL}
+    return {d.node: d for d in plan.decisions if (d.leaves and d.stages[1]) or d.node in read}
 
 
 def _levels(plan: Plan, geometry: Geometry) -> list[int]:
@@ -116,15 +145,16 @@ def _levels(plan: Plan, geometry: Geometry) -> list[int]:
 
 @contextmanager
 def _no_dead_branches(model: nn.Module) -> Iterator[None]:
-    """Parameters that are zero everywhere count as one half: a zero-initialised branch would hide errors."""
-    dead = [parameter for parameter in model.parameters() if not parameter.any()]
+    """Parameters that are zero or nearly so everywhere count as one half: a branch that starts out with hardly any
+    weight, by a zero-initialised norm or a small layer scale, would hide errors."""
+    dead = {p: p.detach().clone() for p in model.parameters() if p.numel() and p.abs().max() < 1e-3}
     for parameter in dead:
         parameter.data.fill_(0.5)
     try:
         yield
     finally:
-        for parameter in dead:
-            parameter.data.zero_()
+        for parameter, value in dead.items():
+            parameter.data.copy_(value)
 
 
 def _uniform(geometry: Geometry, level: int) -> Masking:
@@ -132,21 +162,25 @@ def _uniform(geometry: Geometry, level: int) -> Masking:
 
 
 def _values(
-    model: nn.Module, graph: fx.Graph, plan: Plan, masking: Masking | None, image: Tensor
+    model: nn.Module,
+    graph: fx.Graph,
+    plan: Plan,
+    masking: Masking | None,
+    image: Tensor,
+    watched: dict[str, Decision],
 ) -> dict[str, Tensor]:
-    """Values leaving the region, on the network's own grid, and the outputs where sizes agree."""
-    leaving = {
-        decision.node: decision for decision in plan.decisions if decision.leaves and decision.stages[1]
-    }
+    """Watched values on the network's own grid, and the outputs where sizes agree."""
     found: dict[str, Tensor] = {}
 
     class Collect(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             origin = n.name if masking is None else n.meta.get(ORIGIN)
-            if origin in leaving and isinstance(value, (Elements, Tensor)):
-                grid = leaving[origin].grid
-                found[origin] = to_dense(value, grid) if isinstance(value, Elements) else value
+            if origin in watched and isinstance(value, (Elements, Tensor)):
+                seen = value
+                if isinstance(seen, Elements):
+                    seen = to_dense(seen, watched[origin].grid, watched[origin].layout)
+                found[origin] = seen.clone()  # what follows may change it in place
             return value
 
     rest = [node for node in graph.nodes if node.op == "placeholder"][1 if masking is None else 2 :]
@@ -154,7 +188,7 @@ def _values(
     inputs = [image, *defaults] if masking is None else [masking, image, *defaults]
     output = Collect(model, graph=graph).run(*inputs)
     outputs = output if masking is None else output[0]
-    if not any(decision.leaves == "fine" and decision.grid > 1 for decision in leaving.values()):
+    if not any(decision.leaves == "fine" and decision.grid > 1 for decision in watched.values()):
         leaves = torch.utils._pytree.tree_leaves(outputs)
         found |= {f"output {i}": value for i, value in enumerate(leaves) if isinstance(value, Tensor)}
     return found

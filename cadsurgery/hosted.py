@@ -1,0 +1,132 @@
+"""A network whose forward torch.fx cannot follow, with its backbone made adaptive in place: detectors, for example."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from cadsurgery.errors import InvalidInput
+from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.macs import MacReport
+from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.model import AdaptiveModel
+from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.verify import Check
+
+
+class _Reached(Exception):
+    """The part was called with these arguments."""
+
+
+class HostedModel(AdaptiveModel):
+    """A network that is run as it is, with one part of it adaptive.
+
+    It is called as the original is, and has the same state dict. Plan, levels, active fraction and MACs are those of
+    the part; its mask sees the batch that the part gets (a detector has resized and normalised it by then).
+    """
+
+    def __init__(self, host: nn.Module, path: str, part: AdaptiveModel) -> None:
+        """Put `part` into `host` at `path`; use `cadsurgery.adaptify` to get one."""
+        nn.Module.__init__(self)
+        host.set_submodule(path, part)
+        self._host = (host,)  # a tuple: its modules are this network's own, not a child's
+        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = host.__dict__[kind]
+        self._path = path
+        self.training = host.training
+
+    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+        """Run the network as the original is called; see `AdaptiveModel.forward`."""
+        host = self._host[0]
+        host.training = self.training
+        with self.part.masked(mask):
+            return host(*args, **kwargs)
+
+    @property
+    def part(self) -> AdaptiveModel:
+        """The adaptive part."""
+        part = self.get_submodule(self._path)
+        assert isinstance(part, AdaptiveModel)
+        return part
+
+    def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the part alone with another masking; see `AdaptiveModel.run`."""
+        return self.part.run(masking, *args, **kwargs)
+
+    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
+        """Multiply-accumulates of the part on what it gets when the network is called with these arguments."""
+
+        def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            raise _Reached(inputs, named)
+
+        part = self.part
+        handle = part.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self(*args, **kwargs)
+        except _Reached as reached:
+            inputs, named = reached.args
+        else:
+            raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
+        finally:
+            handle.remove()
+        return part.macs(*inputs, mask=mask, rule=rule, **named)
+
+    @property
+    def plan(self) -> Plan:
+        """What was changed in the part, and why."""
+        return self.part.plan
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the part's lattices are built and read."""
+        return self.part.geometry
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph of the part."""
+        return self.part.graph
+
+    @property
+    def source(self) -> Any:
+        """Where the network came from, if it was built by name."""
+        return self.part.source
+
+    @source.setter
+    def source(self, source: Any) -> None:
+        self.part.source = source
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The laws verified when the part was made."""
+        return self.part.checks
+
+    @checks.setter
+    def checks(self, checks: tuple[Check, ...]) -> None:
+        self.part.checks = checks
+
+    @property
+    def mask(self) -> MaskProvider:
+        """The mask provider; assign anything `adaptify` takes as a mask."""
+        return self.part.mask
+
+    @mask.setter
+    def mask(self, mask: object) -> None:
+        self.part.mask = mask
+
+    @property
+    def lattice(self) -> Lattice:
+        """The lattice of the last call."""
+        return self.part.lattice
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostedModel:
+        return HostedModel(copy.deepcopy(self._host[0], memo), self._path, copy.deepcopy(self.part, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)

@@ -1,0 +1,97 @@
+"""Layouts: which axis of a dense tensor is which, so that its operations can be carried out on rows.
+
+A layout is a string with one letter per axis: `b` batch, `h` height, `w` width, `p` height and width
+flattened into one, `c` a channel axis. `bchw` is a convolution's map, `bhwc` a channels-last one, `bcchw` one
+whose channels are split into groups, `bpc` tokens. The rows of the same value on a lattice always have the shape
+(N, *channel axes), in the order in which those stand in the layout: batch and image axes have become
+the row number. So a permutation that moves only image axes costs nothing on rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NCHW = "bchw"
+_IMAGE = "hwp"
+
+
+def row_dim(layout: str, dim: int) -> int | None:
+    """The dimension of the rows that a channel axis has become; None for any other axis."""
+    dim = dim % len(layout)
+    return 1 + layout[:dim].count("c") if layout[dim] == "c" else None
+
+
+def image_dims(layout: str) -> tuple[int, ...]:
+    """The axes along the image."""
+    return tuple(dim for dim, axis in enumerate(layout) if axis in _IMAGE)
+
+
+def channel_sizes(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of the channel axes, in order: the shape of a row."""
+    return tuple(size for axis, size in zip(layout, shape, strict=True) if axis == "c")
+
+
+def permuted(layout: str, dims: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """The layout after a permutation of all axes, and the permutation of the rows."""
+    dims = [dim % len(layout) for dim in dims]
+    rows = [row for dim in dims if (row := row_dim(layout, dim)) is not None]
+    return "".join(layout[dim] for dim in dims), (0, *rows)
+
+
+def regrouped(
+    layout: str, shape: Sequence[int], new: Sequence[int], image: tuple[int, int]
+) -> tuple[str | None, str]:
+    """The layout after a reshape from `shape` to `new`, or None and why there is none.
+
+    Axes are grouped from the left until both sides have the same number of values; a group may regroup
+    channels, flatten height and width, or take them apart again, but not mix these with each other.
+
+    Args:
+        layout: before.
+        shape: before, on an example.
+        new: the shape after.
+        image: height and width of the map on the example.
+    """
+    result, i, j = "", 0, 0
+    while i < len(shape) or j < len(new):
+        if j < len(new) and new[j] == 1 and (i == len(shape) or shape[i] != 1):
+            result, j = result + "c", j + 1
+            continue
+        if i < len(shape) and shape[i] == 1 and layout[i] == "c" and (j == len(new) or new[j] != 1):
+            i += 1
+            continue
+        if i == len(shape) or j == len(new):
+            return None, "the number of values differs"
+        start, first, before, after = i, j, shape[i], new[j]
+        i, j = i + 1, j + 1
+        while before != after:
+            if before < after and i < len(shape):
+                before, i = before * shape[i], i + 1
+            elif before > after and j < len(new):
+                after, j = after * new[j], j + 1
+            else:
+                return None, "the number of values differs"
+        axes, sizes = layout[start:i], tuple(new[first:j])
+        if set(axes) == {"c"}:
+            result += "c" * len(sizes)
+        elif len(axes) == 1 and len(sizes) == 1:
+            result += axes
+        elif axes == "hw" and len(sizes) == 1:
+            result += "p"
+        elif axes == "p" and sizes == image:
+            result += "hw"
+        else:
+            return None, f"it reshapes {_words(axes)} together, which only a dense map has"
+    return result, ""
+
+
+def is_flat(shape: Sequence[int], layout: str) -> bool:
+    """Whether a tensor of `shape`, broadcast against a map of `layout`, has no extent in the image."""
+    if len(shape) > len(layout):
+        return False
+    return all(size == 1 for size, axis in zip(shape[::-1], layout[::-1], strict=False) if axis in _IMAGE)
+
+
+def _words(axes: str) -> str:
+    names = {"b": "batch", "c": "channels", "h": "height", "w": "width", "p": "positions"}
+    return " and ".join(names[axis] for axis in dict.fromkeys(axes))

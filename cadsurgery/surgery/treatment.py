@@ -1,0 +1,198 @@
+"""What a rule says of an operation, and the registry that finds the rule.
+
+A rule only decides: it takes a node and the facts and returns a `Treatment`. An operation without a rule,
+or one its rule does not understand, is a `barrier` with its reason. Rules live in `surgery/rules.py`; users add
+theirs with `@cadsurgery.rule(TheirModule)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import FunctionType
+from typing import Any, Literal, NamedTuple
+
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from cadsurgery.kernel_map import Window
+from cadsurgery.surgery.facts import Facts
+
+Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
+
+
+class Attribute(NamedTuple):
+    """A parameter, buffer or module of the network, by qualified name."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call on rows: the nodes of maps among its arguments stand for their rows.
+
+    Attributes:
+        target: a function, or the name of a method; None returns the first argument as it is.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    target: Callable[..., Any] | str | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How an operation acts on a lattice.
+
+    Attributes:
+        kind: `window` (reads taps around an element), `pad` (belongs to the window that follows), `resize`
+            (changes to a finer grid), `pointwise` (acts on each element alone), `join` (combines elements of one
+            lattice), `global` (one vector per image), `broadcast` (repeats such a vector over the map),
+            `shape` (asks for the size), or `barrier`.
+        why: the reason, for the plan.
+        call: function of `cadsurgery.functional` that does it on elements; else it is done on rows.
+        arguments: its keyword arguments: constants, nodes or `Attribute`s.
+        window: kernel, stride, dilation and padding, for windows and pads.
+        then: modules applied to the rows afterwards.
+        rows: the call to make on rows, where it is not the operation's own.
+        layout: axes of the result, where they are not those of the map it reads.
+        scale: how many times finer the result of a resize is.
+    """
+
+    kind: Kind
+    why: str = ""
+    call: str = ""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    window: Window | None = None
+    then: tuple[str, ...] = ()
+    rows: Call | None = None
+    layout: str = ""
+    scale: int = 1
+
+
+Rule = Callable[[fx.Node, Facts], Treatment]
+_RULES: dict[object, Rule] = {}
+_OF_VECTORS: set[Rule] = set()
+
+
+def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for module classes, functions, method names, or `"package.module:Name"` strings.
+
+    A module class that has a rule is one operation: tracing does not look into it. The rule is called as
+    `rule(node, facts)` for every node that reads a map, and returns a `Treatment`:
+
+        @cs.rule(MyActivation)
+        def my_activation(node, facts):
+            \"\"\"Acts on each value alone.\"\"\"
+            return cs.Treatment("pointwise", "acts on each value alone")
+
+    Args:
+        operations: what the rule is for.
+        of_vectors: call the rule also where the operation reads one vector per image and no map.
+
+    Raises:
+        ValueError: an operation has a rule already.
+    """
+
+    def register(function: Rule) -> Rule:
+        for operation in operations:
+            if _RULES.get(operation, function) is not function:  # torch and functional share some objects
+                raise ValueError(f"{operation} already has the rule {_RULES[operation].__name__}")
+        _RULES.update(dict.fromkeys(operations, function))
+        _OF_VECTORS.update([function] if of_vectors else [])
+        return function
+
+    return register
+
+
+def barrier(why: str) -> Treatment:
+    """The operation runs dense, and so does what follows from it."""
+    return Treatment("barrier", why)
+
+
+def has_rule(module: nn.Module) -> bool:
+    """Whether a module is an operation of its own, rather than made of others."""
+    return any(key in _RULES for key in _module_keys(module))
+
+
+def ruled_functions() -> tuple[Callable[..., Any], ...]:
+    """Python functions that have a rule: tracing does not look into them."""
+    found = []
+    for key in _RULES:
+        if isinstance(key, str) and ":" in key:
+            module, _, name = key.partition(":")
+            key = getattr(sys.modules.get(module), name, None)
+        if isinstance(key, FunctionType) and not key.__module__.startswith("torch."):
+            found.append(key)
+    return tuple(found)
+
+
+def treat(node: fx.Node, facts: Facts) -> Treatment:
+    """The treatment of one node by its rule; padding that it reads is taken into its window."""
+    found = next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
+    reads_map = any(facts.layout(value) for value in node.all_input_nodes)
+    if not reads_map and found not in _OF_VECTORS:
+        return Treatment("shape")
+    if found is None:
+        return barrier(f"no rule for {operation_name(node, facts)}")
+    treatment = found(node, facts)
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and source in facts.pads and treatment.kind != "shape":
+        return _padded(treatment, facts.pads[source])
+    return treatment
+
+
+def _padded(treatment: Treatment, pad: Window) -> Treatment:
+    """The treatment of a window that reads padded values: the padding becomes its own."""
+    window = treatment.window
+    if treatment.kind != "window" or window is None:
+        return barrier("reads a padded map without a window that would reach into the padding")
+    ignored = -float("inf") if treatment.call == "max_pool2d" else 0.0
+    own = any(window.padding) or window.same
+    if own and (pad.same or pad.mode != window.mode or (pad.mode == "zeros" and pad.outside != ignored)):
+        return barrier("its padding and that of the map it reads differ")
+    if pad.same and (pad.kernel, pad.stride, pad.dilation) != (window.kernel, window.stride, window.dilation):
+        return barrier("the map it reads was padded for another window")
+    total: Any = tuple(a + b for a, b in zip(window.padding, pad.padding, strict=True))
+    outside = None if pad.outside == ignored else pad.outside
+    window = window._replace(padding=total, mode=pad.mode, same=pad.same, outside=outside)
+    if reason := growing(window):
+        return barrier(reason)
+    # Explicit padding is part of the map that an average divides by.
+    counted = tuple((k, True if k == "count_include_pad" else v) for k, v in treatment.arguments)
+    return replace(treatment, window=window, arguments=counted)
+
+
+def growing(window: Window) -> str:
+    """Why a window cannot be evaluated at the elements there are, or ""."""
+    partial = window.stride - 1 if window.ceil_mode else 0
+    reach = [step * (taps - 1) for step, taps in zip(window.dilation, window.kernel, strict=True)]
+    top, bottom, left, right = window.padding
+    if top + bottom + partial > reach[0] or left + right + partial > reach[1]:
+        return f"its padding {window.padding} makes the map grow"
+    return ""
+
+
+def operation_name(node: fx.Node, facts: Facts) -> str:
+    """The name of a node's operation as a user would write it."""
+    if node.op == "call_module":
+        return type(facts.module(node)).__name__
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    return str(getattr(node.target, "__name__", node.target)) if node.op == "call_function" else node.op
+
+
+def _operation_keys(node: fx.Node, facts: Facts) -> tuple[object, ...]:
+    """What a rule for this node may be registered under. Subclasses do not inherit rules: they may differ."""
+    if node.op == "call_module":
+        return _module_keys(facts.module(node))
+    named = f"{getattr(node.target, '__module__', '')}:{getattr(node.target, '__name__', '')}"
+    return (node.target, named)
+
+
+def _module_keys(module: nn.Module) -> tuple[object, ...]:
+    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+    return (kind, f"{kind.__module__}:{kind.__name__}")
