@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cadsurgery.errors import CannotConvert, InvalidInput
 from cadsurgery.hosted import HostedModel
@@ -41,7 +42,7 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
-    _, path, facts = _convertible(_copied(model), example_input)
+    _, path, facts = traceable_part(_copied(model), example_input)
     return make_plan(facts, output_stride, _within(path, region), path)[0]
 
 
@@ -94,7 +95,7 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    whole, path, facts = _convertible(_copied(model), example_input)
+    whole, path, facts = traceable_part(_copied(model), example_input)
     chosen, treatments = make_plan(facts, output_stride, _within(path, region), path)
     if strict:
         _refuse_barriers(chosen)
@@ -108,19 +109,34 @@ def adaptify(
     return HostedModel(whole, path, net) if path else net
 
 
-def _convertible(model: nn.Module, example_input: Tensor | None) -> tuple[nn.Module, str, Facts]:
-    """The model, and the facts of the part of it that torch.fx can follow: itself, or its backbone."""
+def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[nn.Module, str, Facts]:
+    """The model, and name and facts of the part of it that torch.fx can follow: itself ("") or its backbone.
+
+    Raises:
+        CannotConvert: there is no such part, or it does not run on the example.
+    """
+    if example_input is not None:
+        check_image(example_input, "example_input")
+    path, part = "", model
     try:
-        return model, "", _facts(model, example_input)
+        graph = trace(model, has_rule, ruled_functions())
     except CannotConvert as refusal:
-        for name in BACKBONE_NAMES:
-            part = getattr(model, name, None)
-            if isinstance(part, nn.Module):
-                try:
-                    return model, name, _facts(part, example_input)
-                except CannotConvert:
-                    continue
-        raise refusal
+        found = _backbone_graph(model)
+        if found is None:
+            raise refusal
+        path, graph = found
+        part = getattr(model, path)
+    return model, path, observe(part, graph, example_input)
+
+
+def _backbone_graph(model: nn.Module) -> tuple[str, fx.Graph] | None:
+    """Name and graph of the first part that can be traced of those which libraries call a backbone."""
+    for name in BACKBONE_NAMES:
+        part = getattr(model, name, None)
+        if isinstance(part, nn.Module):
+            with contextlib.suppress(CannotConvert):
+                return name, trace(part, has_rule, ruled_functions())
+    return None
 
 
 def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
@@ -140,12 +156,6 @@ def _copied(model: object) -> nn.Module:
     for ours, theirs in zip(clone.modules(), model.modules(), strict=True):
         ours.training = theirs.training
     return clone
-
-
-def _facts(model: nn.Module, example_input: Tensor | None) -> Facts:
-    if example_input is not None:
-        check_image(example_input, "example_input")
-    return observe(model, trace(model, has_rule, ruled_functions()), example_input)
 
 
 def _refuse_barriers(plan: Plan) -> None:

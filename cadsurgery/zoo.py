@@ -22,20 +22,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What torchvision's builders take that decides about parameters or the forward pass; read off the built
 # network so that it can be built again without its weights.
 _DECISIVE = ("aux_loss", "aux_logits", "transform_input")
-# Networks of torchvision that take no plain image batch, by a part of their name.
-_NO_IMAGE_BATCH = (
-    "rcnn",
-    "retinanet",
-    "fcos",
-    "ssd",
-    "raft",
-    "quantized",
-    "r3d",
-    "mc3",
-    "r2plus1d",
-    "s3d",
-    "mvit",
-)
+# Networks of torchvision for pairs of images, for video, or of quantised weights, by a part of their name.
+_NO_IMAGES = ("raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit")
 
 
 @dataclass(frozen=True)
@@ -108,7 +96,7 @@ def build_model(name: str, weights: str = "auto", **kwargs: Any) -> nn.Module:
 
 
 def list_models(pattern: str = "*", library: str = "") -> list[str]:
-    """Names of torchvision and timm networks that take an image batch; whether one converts, `plan` tells.
+    """Names of torchvision and timm networks for images; whether each converts is in `coverage.recorded`.
 
     Args:
         pattern: shell-style, e.g. `"*resnet*"`.
@@ -126,12 +114,22 @@ def list_models(pattern: str = "*", library: str = "") -> list[str]:
     return sorted({name for key in chosen for name in fnmatch.filter(names[key], pattern)})
 
 
+def family_of(name: str) -> str:
+    """The library and module a network is of, e.g. `torchvision.resnet`."""
+    import timm
+    import torchvision
+
+    if name in _torchvision_names():
+        module = torchvision.models.get_model_builder(name).__module__
+    else:
+        module = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else name
+    return f"{module.partition('.')[0]}.{module.rpartition('.')[2]}"
+
+
 def _torchvision_names() -> list[str]:
     import torchvision
 
-    return [
-        name for name in torchvision.models.list_models() if not any(part in name for part in _NO_IMAGE_BATCH)
-    ]
+    return [name for name in torchvision.models.list_models() if not any(part in name for part in _NO_IMAGES)]
 
 
 Builder = Callable[[str, dict[str, Any]], tuple[nn.Module, Source]]

@@ -32,7 +32,7 @@ LAYERS = [
         "surgery.verify",
         "surgery",
     ),
-    *("macs", "model", "hosted", "api", "zoo", "io"),
+    *("macs", "model", "hosted", "api", "zoo", "coverage", "io"),
     *("report", "timing", "images", "viz", "conversion", "cli"),
 ]
 GEOMETRY = ("layout", "lattice", "kernel_map", "functional")

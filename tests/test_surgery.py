@@ -107,7 +107,7 @@ def test_every_end_of_the_region_has_reason_and_cost() -> None:
 
 def test_a_module_with_an_own_rule_is_one_operation() -> None:
     """A user teaches an operation without touching the package."""
-    from cadsurgery.surgery.rules import _RULES, Treatment
+    from cadsurgery.surgery.treatment import _RULES, Treatment
 
     class Gate(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Two passes over the graph, in input pixels throughout:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -41,6 +41,7 @@ class Flow:
         grid: output stride of each map in the network as it is.
         spacing: output stride of each map with removed strides put back.
         barriers: operations on maps without a treatment, and why.
+        foreign: values computed from maps, by such operations, that are no maps.
         grown: nodes where a removed stride was found, and the spacing after it.
     """
 
@@ -50,6 +51,7 @@ class Flow:
     spacing: dict[fx.Node, int] = field(default_factory=dict)
     barriers: dict[fx.Node, str] = field(default_factory=dict)
     grown: dict[fx.Node, int] = field(default_factory=dict)
+    foreign: set[fx.Node] = field(default_factory=set)
 
     def maps(self, node: fx.Node) -> list[fx.Node]:
         """The maps a node reads."""
@@ -86,7 +88,9 @@ def flow_forward(
         maps = flow.maps(node)
         vector = any(flow.role[source] is Role.VECTOR for source in node.all_input_nodes)
         treatment = flow.treatments[node] = _OTHER if node.op == "output" else treat(node, facts)
-        if not maps:
+        if not maps and any(source in flow.foreign for source in node.all_input_nodes):
+            _behind_foreign(node, flow, facts)
+        elif not maps:
             flow.role[node] = Role.VECTOR if vector else Role.OTHER
         elif node.op == "output" or treatment.kind == "shape":
             flow.role[node] = Role.OTHER
@@ -124,6 +128,7 @@ def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) ->
     layout = layout or (facts.layout(source) if parts or facts.shapes[node] == facts.shapes[source] else NCHW)
     if not parts and len(facts.shapes[node]) != len(layout):
         flow.role[node] = Role.OTHER
+        flow.foreign.add(node)
         return
     _note_map(node, layout, facts, source)
     grid = flow.grid[source] * treatment.window.stride if treatment.window is not None else 0
@@ -134,6 +139,32 @@ def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) ->
             grid = max(1, flow.grid[source] // round(after / max(1, before)))
     flow.role[node] = Role.MAP
     flow.grid[node] = flow.spacing[node] = grid
+
+
+def _behind_foreign(node: fx.Node, flow: Flow, facts: Facts) -> None:
+    """What is computed from values that are no maps: a map again, if it looks like one, or another such value."""
+    flow.role[node] = Role.OTHER
+    if node in facts.shapes:
+        flow.foreign.add(node)
+    grid = _looks_like_map(facts.shapes.get(node, ()), facts.example.shape) if node.op != "output" else 0
+    if grid:
+        flow.role[node] = Role.MAP
+        flow.barriers[node] = "is computed from values that are no map"
+        flow.grid[node] = flow.spacing[node] = grid
+        _note_map(node, NCHW, facts)
+
+
+def _looks_like_map(shape: Sequence[int], image: Sequence[int]) -> int:
+    """The output stride of a value that has the shape of a map of the image; 0 if it has not."""
+    if len(shape) != 4 or shape[0] != image[0] or min(shape[2:]) < 2:
+        return 0
+    grid = round(image[2] / shape[2])
+    fits = (
+        have in (size // grid, -(-size // grid))
+        for have, size in zip(shape[2:], image[2:], strict=True)
+        if grid
+    )
+    return grid if grid and all(fits) else 0
 
 
 def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str:

@@ -105,6 +105,25 @@ class Plan:
         return sum(decision.macs for decision in self.chosen(*actions)) / total if total else 0.0
 
     @property
+    def share_after_first_stage(self) -> float:
+        """Of the MACs from the first adaptive operation on, in order of execution, the share in the region."""
+        inside = [d.action in ("adapt", "keep") for d in self.decisions]
+        first = next((i for i, d in enumerate(self.decisions) if d.action == "adapt"), 0)
+        total = sum(d.macs for d in self.decisions[first:])
+        within = sum(d.macs for d, is_in in zip(self.decisions[first:], inside[first:], strict=True) if is_in)
+        return within / total if total else 1.0
+
+    def standing(self) -> list[tuple[str, int, int, str]]:
+        """Of each map that is returned: node, its output stride, the stride it is returned at, and in words."""
+        high, found = self.strides[0], []
+        for name, grid in self.outputs:
+            decision = self[name]
+            staged = decision.action in ("adapt", "keep") and decision.stages[1] > 0
+            fine = staged and decision.leaves == "fine"
+            found.append((name, grid, high if fine else grid, decision.leaves if staged else "dense"))
+        return found
+
+    @property
     def region_end(self) -> list[Decision]:
         """The decisions where the region ends."""
         return self.chosen("exit", "barrier")
@@ -157,9 +176,14 @@ class Plan:
         ends: dict[str, list[str]] = {}
         for decision in self.region_end:
             ends.setdefault(decision.reason, []).append(decision.node)
-        for reason, nodes in ends.items():
-            more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
-            lines.append(f"region ends at {', '.join(nodes[:3])}{more}: {reason}")
+        for reason, names in ends.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"region ends at {', '.join(names[:3])}{more}: {reason}")
+        if len(self.outputs) > 1:
+            for output, native, stride, how in self.standing():
+                lines.append(f"output {output} (output stride {native}): {how}, at output stride {stride}")
+        if self.part:
+            lines.insert(0, f"converted: {self.part}, inside a network that torch.fx cannot follow whole")
         if self.dense_after > 0:
             lines.append(f"{self.dense_after:.0%} of the MACs run dense after the region")
         return "\n".join(lines)

@@ -18,6 +18,15 @@ RegionOption = str | Sequence[str]
 # Attribute names under which libraries keep the part of a network that other heads can be put on.
 BACKBONE_NAMES = ("backbone", "encoder", "features", "body", "trunk")
 
+# Operations that join all positions, on values with more than two axes.
+_MIXERS = frozenset(
+    (
+        *("scaled_dot_product_attention", "MultiheadAttention", "matmul", "bmm", "baddbmm", "einsum"),
+        *("LSTM", "GRU", "cumsum", "roll", "grid_sample", "unfold", "Unfold"),
+        *("fft2", "rfft2", "fft_fft2", "fft_rfft2"),
+    )
+)
+
 # A further, coarser output map that costs less than this share of a network is no reason for a stage of its own.
 MERE_TAIL = 0.05
 
@@ -230,21 +239,65 @@ def _refusal(facts: Facts, region: RegionOption) -> Callable[[fx.Node], str]:
 
 def _nothing_to_convert(facts: Facts, flow: Flow) -> CannotConvert:
     model = type(facts.model).__name__
-    if flow.barriers:
-        node, reason = next(iter(flow.barriers.items()))
-        after = sum(facts.macs[other] for other in facts.graph.nodes) or 1
+    what = f"{model} has nothing that can be made adaptive."
+    next_step = "convert another part of the network with region=[...], or teach the operation: see docs/extending.md."
+    if mixers := position_mixers(facts, flow):
+        first, strided = mixers[0], [node for node in flow.grid if _downsamples(node, flow)]
+        before = "its patch embedding" if len(strided) < 2 else f"{len(strided)} strided operations"
         return CannotConvert(
-            f"{model} has nothing that can be made adaptive.",
-            where=f"{node.name} ({operation_name(node, facts)}{_source_line(node)})",
-            why=f"{reason}; it holds {facts.macs[node] / after:.0%} of the MACs, and all after it stays dense.",
-            next="convert another part of the network with region=[...], or teach the operation with "
-            "cadsurgery.surgery.rules.rule.",
+            f"{what} It is a transformer or a network of that kind.",
+            where=f"{first.name} ({operation_name(first, facts)}{_source_line(first)})",
+            why=f"it has {len(mixers)} operations such as {operation_name(first, facts)} that join all positions of "
+            f"the map, which then must all have one resolution; between {before} and them no convolution works on a "
+            "downsampled map.",
+            next="choose a convolutional network (cadsurgery list), or convert the convolutional part of this one: "
+            "region=[...].",
         )
+    if not any(_downsamples(node, flow) for node in flow.grid):
+        return CannotConvert(
+            f"{what} It is a network without strides.",
+            why="it has no strided convolution or pooling that a rule knows, and no dilation that stands for one"
+            + (f"; {_first_barrier(facts, flow)}" if flow.barriers else "."),
+            next="content-adaptive downsampling needs a network that downsamples.",
+        )
+    where = next(iter(flow.barriers), None)
     return CannotConvert(
-        f"{model} has nothing that can be made adaptive.",
-        why="it has no strided convolution or pooling, and no dilation that stands for one.",
-        next="content-adaptive downsampling needs a network that downsamples.",
+        what,
+        where=f"{where.name} ({operation_name(where, facts)}{_source_line(where)})" if where else "",
+        why=_first_barrier(facts, flow) if where else "nothing but pointwise operations follows its strides.",
+        next=next_step,
     )
+
+
+def _downsamples(node: fx.Node, flow: Flow) -> bool:
+    return any(flow.spacing[source] < flow.spacing[node] for source in flow.maps(node))
+
+
+def _first_barrier(facts: Facts, flow: Flow) -> str:
+    node, reason = next(iter(flow.barriers.items()))
+    total = sum(facts.macs.values()) or 1
+    return f"{reason}; it holds {facts.macs[node] / total:.0%} of the MACs, and all after it stays dense."
+
+
+def position_mixers(facts: Facts, flow: Flow) -> list[fx.Node]:
+    """Operations that join positions of an image otherwise than by windows, means or resizing: attention, recurrence,
+    matrices over positions. Convolutional networks have none."""
+    return [
+        node
+        for node in facts.graph.nodes
+        if (
+            operation_name(node, facts).removeprefix("Tensor.") in _MIXERS
+            and len(facts.shapes.get(node, "any")) > 2
+        )
+        or "mixes the positions" in flow.barriers.get(node, "")
+        or (node in flow.barriers and _is_foreign_leaf(node, facts))
+    ]
+
+
+def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
+    """Whether a node is a module of a library that tracing does not look into: it may do anything."""
+    made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
+    return made_of and not type(facts.module(node)).__module__.startswith("torch.")
 
 
 def _source_line(node: fx.Node) -> str:
