@@ -201,11 +201,18 @@ def list_command(
     library: Annotated[str, typer.Option(help="torchvision or timm; default both")] = "",
     masks: Annotated[bool, typer.Option("--masks", help="list mask providers instead")] = False,
     check: Annotated[
-        bool, typer.Option("--plan", help="build each network and say whether it converts")
+        bool, typer.Option("--check", help="build, convert and verify each network here and now")
     ] = False,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="--check: JSON Lines to append to; an interrupted run goes on"),
+    ] = Path("zoo.jsonl"),
+    workers: Annotated[int, typer.Option(min=1, help="--check: networks at a time")] = 2,
+    memory: Annotated[float, typer.Option(min=0.5, help="--check: GiB for each network")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=1, help="--check: seconds for each network")] = 600.0,
     as_json: Json = False,
 ) -> None:
-    """List networks by name, or masks with their options."""
+    """List networks: whether each converts, with which output strides, what stays dense and why."""
     if masks:
         from cadsurgery.masks import list_masks
 
@@ -216,23 +223,38 @@ def list_command(
         ]
         _show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
+    from cadsurgery.coverage import Limits, check_networks, outlook, recorded, summary
     from cadsurgery.zoo import list_models
 
     names = list_models(pattern, library)
-    if not check:
-        _show(names, "\n".join(names), as_json)
-        return
-    from cadsurgery.conversion import outlook
-
-    rows = []
-    with _steps(as_json) as step:
-        for name in names:
-            step(name)
-            rows.append(outlook(name))
-            if not as_json:
-                out.print(f"{name:40} {rows[-1]['outlook']}", highlight=False)
+    if check:
+        with _progress(len(names), as_json) as advance:
+            rows = check_networks(
+                names, output, workers=workers, limits=Limits(seconds, memory), on_row=advance
+            )
+    else:
+        known = recorded()
+        rows = [known.get(name, {"model": name, "result": "not checked"}) for name in names]
     if as_json:
         _print_json(rows)
+        return
+    for row in rows:
+        out.print(f"{row['model']:40} {outlook(row)}", highlight=False, markup=False)
+    out.print(summary(rows), highlight=False)
+
+
+@contextmanager
+def _progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A progress bar on the error stream that names what was done last; nothing with --json."""
+    if silent:
+        yield lambda row: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("starting", total=total)
+        yield lambda row: bar.update(task, advance=1, description=f"{row['model']}: {row['result']}")
 
 
 def main() -> None:

@@ -210,25 +210,6 @@ def predict(
     return done, failed
 
 
-def outlook(name: str) -> dict[str, Any]:
-    """Whether a network converts, by its plan: built with random weights, planned, not run on an image."""
-    try:
-        found = make_plan(_build(name, "none")[0])
-    except CadError as error:
-        return {"model": name, "converts": False, "outlook": f"no: {error.why or error.what}"}
-    except Exception as error:  # a builder of a foreign library can fail in any way
-        return {"model": name, "converts": False, "outlook": f"cannot be built: {error}"}
-    high, low = found.output_stride
-    share = found.share("adapt", "keep")
-    return {
-        "model": name,
-        "converts": True,
-        "output_stride": [high, low],
-        "share": share,
-        "outlook": f"yes: {high} to {low}, {share:.0%} of the MACs in the region",
-    }
-
-
 def _build(model: str, weights: str) -> tuple[nn.Module, Source]:
     torch.manual_seed(0)  # random weights, where they are random, are the same in every run
     built = build_model(model, weights)

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -292,6 +293,25 @@ def read_rows(path: Path) -> list[Row]:
 def recorded() -> dict[str, Row]:
     """The rows of the full run that comes with the package, by name."""
     return {row["model"]: row for row in read_rows(RECORDED)} if RECORDED.exists() else {}
+
+
+def outlook(row: Row) -> str:
+    """What a row says, in a line."""
+    if row["result"] != "converts":
+        why = row.get("why") or row.get("what", "")
+        return f"{row['result']}{': ' if why else ''}{why}"
+    high, low = row["output_stride"]
+    part = f" ({row['part']})" if row["part"] else ""
+    dense = "".join(f"; dense: {end['operation']} ({end['why']})" for end in row["dense"][:1])
+    return f"converts{part}, {high} to {low}, {row['share_in_region']:.0%} of the MACs in the region{dense}"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many networks have which result."""
+    counts = Counter(row["result"] for row in rows)
+    return f"{len(rows)} networks: " + ", ".join(
+        f"{count} {result}" for result, count in counts.most_common()
+    )
 
 
 def setting() -> Row:

@@ -352,6 +352,57 @@ def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tenso
     return values
 
 
+def softmax_over_image(x: Elements, spacing: int) -> Elements:
+    """Softmax over all positions of each image, for every channel apart.
+
+    Each element counts as often as the network's own grid has samples in its cell, so that the weights sum to one over
+    that grid; see `global_reduce`.
+    """
+    layout = "bp" + "c" * (x.rows.dim() - 1)
+    highest = rows_on(global_max(x, True, layout), x.lattice, layout)
+    exponents = (x.rows - highest).exp()
+    total = global_reduce(Elements(exponents, x.lattice), "sum", (1,), True, 0, spacing, layout)
+    return Elements(exponents / rows_on(total, x.lattice, layout), x.lattice)
+
+
+def normalize_over_image(x: Elements, spacing: int) -> Elements:
+    """Each channel of an image divided by its Euclidean norm over all positions; see `global_reduce`."""
+    layout = "bp" + "c" * (x.rows.dim() - 1)
+    norm = global_reduce(x, "norm", (1,), True, 0, spacing, layout).clamp(min=1e-12)
+    return Elements(x.rows / rows_on(norm, x.lattice, layout), x.lattice)
+
+
+def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> Tensor:
+    """The matrix product of two maps along their positions: (B, ..., I, J) from rows (N, ..., I) and (N, ..., J).
+
+    The sum over positions is scaled to the network's own grid; see `global_reduce`. It is what attention between
+    channels and pooling by attention are made of.
+    """
+    height, width = (-(-length // spacing) for length in x.lattice.size)
+    share = x.lattice.weights / (x.lattice.size[0] * x.lattice.size[1]) * height * width
+    weighed = x.rows * share.to(x.rows).view(-1, *(1,) * (x.rows.dim() - 1))
+    counts = torch.bincount(x.lattice.coordinates[0], minlength=x.lattice.batch).tolist()
+    parts = zip(weighed.split(counts), other.rows.split(counts), strict=True)
+    return torch.stack([torch.einsum("n...i,n...j->...ij", left, right) for left, right in parts])
+
+
+def matrix_on_rows(x: Elements, matrix: Tensor, transposed: bool) -> Elements:
+    """A matrix (K, J), or one per image (B, ..., K, J), on the last channel axis of rows (N, ..., K).
+
+    Args:
+        x: elements.
+        matrix: as the network multiplies it from the right; `transposed` if from the left.
+        transposed: whether its last two axes are (J, K).
+    """
+    matrix = matrix.transpose(-1, -2) if transposed else matrix
+    if matrix.dim() == 2:
+        return Elements(x.rows @ matrix, x.lattice)
+    counts = torch.bincount(x.lattice.coordinates[0], minlength=x.lattice.batch).tolist()
+    matrices = matrix.expand(x.lattice.batch, *matrix.shape[1:])
+    parts = zip(x.rows.split(counts), matrices, strict=True)
+    return Elements(torch.cat([torch.einsum("n...k,...kj->n...j", *part) for part in parts]), x.lattice)
+
+
 def group_norm(
     x: Elements, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> Elements:

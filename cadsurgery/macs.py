@@ -188,7 +188,9 @@ class _Counter(fx.Interpreter):
             return len(value.lattice) * self._operand(n, 1).numel()
         if n.target is functional.conv2d_per_image:
             return len(value.lattice) * math.prod(n.kwargs["shape"])  # type: ignore[arg-type]
-        return 0 if isinstance(value, Elements) or n.target in _FREE else executed
+        if isinstance(value, Elements) and n.target is not functional.matrix_on_rows:
+            return 0
+        return 0 if n.target in _FREE else executed
 
     def _published(self, n: fx.Node, value: Any) -> int:
         """Counting of the reference code: the backbone's convolutions with bias, batch norm 2 and ReLU 1 per

@@ -184,11 +184,12 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
         if not all(_is_flat(source, layout, flow, facts) for source in others):
             return "joins a map with a value that has its own extent in the image, e.g. a position embedding"
         return ""
-    if maps != [node.args[0]]:
+    expected = [treatment.reads or node.args[0], *(v for _, v in treatment.arguments if v in maps)]
+    if set(maps) != set(expected) or len({flow.grid[source] for source in maps}) > 1:
         return "reads a map as something else than its input"
     elementwise = treatment.kind == "pointwise" and not treatment.call
-    if layout != NCHW and not (elementwise or treatment.kind == "global"):
-        return f"needs a map of axes {NCHW}, not {layout}"
+    if treatment.axes not in ("", layout) and not (elementwise or treatment.kind == "global"):
+        return f"needs a map of axes {treatment.axes}, not {layout}"
     if treatment.kind == "resize":
         if flow.spacing[maps[0]] != flow.grid[maps[0]]:
             return "changes the resolution of a dilated map"

@@ -136,14 +136,16 @@ class Rewriter:
 
     def emit(self, node: fx.Node, decision: Decision, treatment: Treatment) -> None:
         """A node of the region."""
-        arguments = {name: self.argument(value) for name, value in treatment.arguments}
         stage: int = decision.stages[1]
-        source: Any = node.args[0] if node.args else None
+        source: Any = treatment.reads or (node.args[0] if node.args else None)
+        if treatment.kind == "global":
+            self.dense[node] = self.emit_global(node, source, treatment)
+            return
+        arguments = {name: self.argument(value) for name, value in treatment.arguments}
+        if treatment.spaced:
+            arguments["spacing"] = self.plan[source.name].grid
         if treatment.kind == "pad":  # the windows that read it have taken it over
             self.elements[node] = self.as_elements(source)
-            return
-        if treatment.kind == "global":
-            self.dense[node] = self.emit_global(source, treatment, arguments)
             return
         if not treatment.call:
             self.elements[node] = self.emit_on_rows(node, stage, treatment)
@@ -170,13 +172,19 @@ class Rewriter:
                 out = self.call(functional.Elements, rows, self.call(getattr, out, "lattice"))
         self.elements[node] = out
 
-    def emit_global(self, source: fx.Node, treatment: Treatment, arguments: dict[str, Any]) -> fx.Node:
-        """One vector per image of a map."""
-        if treatment.call == "global_reduce":
+    def emit_global(self, node: fx.Node, source: fx.Node, treatment: Treatment) -> fx.Node:
+        """One vector per image of a map, or of two."""
+        maps = [source, *(value for _, value in treatment.arguments if self.facts.layout(value))]
+        stage = max(self.plan[value.name].stages[1] for value in maps)
+        arguments = {
+            name: self.on_stage(value, stage) if value in maps else self.argument(value)
+            for name, value in treatment.arguments
+        }
+        if treatment.spaced:
             arguments["spacing"] = self.plan[source.name].grid
         if self.facts.layouts[source] != NCHW:
             arguments["layout"] = self.facts.layouts[source]
-        return self.call(getattr(functional, treatment.call), self.as_elements(source), **arguments)
+        return self.call(getattr(functional, treatment.call), self.on_stage(source, stage), **arguments)
 
     def on_stage(self, node: fx.Node, stage: int) -> fx.Node:
         """A value as elements of a stage."""

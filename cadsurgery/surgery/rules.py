@@ -205,7 +205,7 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
         "keepdim": bool(given["keepdim"]),
         "correction": given["correction"],
     }
-    return Treatment("global", _why(reduction), "global_reduce", tuple(arguments.items()))
+    return Treatment("global", _why(reduction), "global_reduce", tuple(arguments.items()), spaced=True)
 
 
 @rule(nn.GroupNorm, F.group_norm, nn.InstanceNorm2d, F.instance_norm)
@@ -341,6 +341,19 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     layout = facts.layout(node.args[0])
     if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
         return Treatment("join", _why(arithmetic))
+    how = operation_name(node, facts).removeprefix("Tensor.").lower()
+    if (
+        isinstance(dim, int)
+        and image_dims(layout) == (dim % len(layout),)
+        and how in ("softmax", "normalize")
+    ):
+        return Treatment(
+            "pointwise",
+            "over all positions, each weighed by its area",
+            f"{how}_over_image",
+            axes="",
+            spaced=True,
+        )
     if not isinstance(dim, int) or row_dim(layout, dim) is None:
         name = operation_name(node, facts)
         return barrier(f"{name} over {'positions of the image' if isinstance(dim, int) else dim} mixes them")
@@ -534,10 +547,33 @@ def shape(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("shape", _why(shape))
 
 
-@rule(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", "__matmul__", torch.einsum, "baddbmm")
-@rule(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm)
+@rule(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
+def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
+    """A sum over positions weighs them by area; a matrix per image acts on the channels of each element."""
+    first: Any = node.args[0]
+    second: Any = node.args[1]
+    left, right = facts.layout(first), facts.layout(second)
+    if left and right:
+        sums = left[-1] == "p" and right[-2:] == "pc" and left[-2] == "c" and left[:-2] == right[:-2]
+        if sums and left[0] == "b":
+            return Treatment(
+                "global", _why(matrix_product), "sum_of_products", (("other", second),), spaced=True
+            )
+        return barrier("attention mixes all positions of the map")
+    matrix, layout = (second, left) if left else (first, right)
+    shape = facts.shapes.get(matrix, ())
+    inner = layout[:-1] if left else layout[:-2] + layout[-1]
+    acts = layout[-1 if left else -2] == "c" and layout[0] == "b"
+    if not acts or len(shape) > len(layout) or (len(shape) > 2 and not set(inner[1:-1]) <= {"c"}):
+        return barrier("it mixes the positions of the image")
+    call = (("matrix", matrix), ("transposed", not left))
+    reads = first if left else second
+    return Treatment("pointwise", _why(matrix_product), "matrix_on_rows", call, axes="", reads=reads)
+
+
+@rule(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
 def attention(node: fx.Node, facts: Facts) -> Treatment:
-    """A product of maps with each other mixes all positions: every element would need every other."""
+    """Every position looks at every other, so all would need one resolution."""
     return barrier("attention mixes all positions of the map")
 
 

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from cadsurgery.kernel_map import Window
+from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
 
 Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
@@ -60,6 +61,9 @@ class Treatment:
         rows: the call to make on rows, where it is not the operation's own.
         layout: axes of the result, where they are not those of the map it reads.
         scale: how many times finer the result of a resize is.
+        axes: the layout `call` needs of the map; "" for any.
+        spaced: whether `call` takes the spacing of the network's own grid.
+        reads: the map that `call` reads, where it is not the first argument.
     """
 
     kind: Kind
@@ -71,6 +75,9 @@ class Treatment:
     rows: Call | None = None
     layout: str = ""
     scale: int = 1
+    axes: str = NCHW
+    spaced: bool = False
+    reads: fx.Node | None = None
 
 
 Rule = Callable[[fx.Node, Facts], Treatment]

@@ -1,0 +1,403 @@
+"""Laws of single operations: two spellings of one function stay one function after conversion, on any level map.
+
+The right-hand sides are made of convolutions, batch norms and pointwise functions, which `test_network_laws.py`
+compares with a brute-force emulation. So every operation here is exact on mixed maps, not only on uniform ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images, random_levels
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.layout import permuted, regrouped, row_dim
+
+Function = Callable[[Any, Tensor], Tensor]
+SIZE = (51, 67)
+EXACT = 1e-9
+C = 8
+
+
+class Net(nn.Module):
+    """A stem, two strided stages, and between and after them the operation under test."""
+
+    def __init__(self, function: Function, parts: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, C, 3, 2, 1)
+        self.first, self.second = nn.Conv2d(C, C, 3, 2, 1), nn.Conv2d(C, C, 3, 2, 1)
+        self.last = nn.Conv2d(C, C, 3, padding=1)
+        self.parts = nn.ModuleDict(parts)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.function(self.parts, self.first(self.stem(x)))
+        return self.last(self.function(self.parts, self.second(x)))
+
+
+def network(function: Function, **parts: nn.Module) -> Net:
+    """The same weights whatever the function is."""
+    torch.manual_seed(0)
+    net = Net(function, parts).double().eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, 0.0, 0.3)
+    return net
+
+
+def outputs(net: nn.Module, levels: Tensor, x: Tensor, **options: Any) -> Tensor:
+    adapted = cs.adaptify(
+        net, "none", output_stride=(2, 8), example_input=images(2, *SIZE, torch.float64), **options
+    )
+    inside = {decision.action for decision in adapted.plan.decisions if decision.path not in ("", "stem")}
+    assert "barrier" not in inside, adapted.plan.summary()
+    with torch.no_grad():
+        return adapted(x, mask=levels)
+
+
+def assert_one_function(ours: Net, theirs: Net, fill: str = "linear") -> None:
+    """Both networks are the same before conversion and after it, for a random level map per image."""
+    x = images(2, *SIZE, torch.float64)
+    with torch.no_grad():
+        assert_same(ours(x), theirs(x), EXACT)
+    levels = random_levels(2, (26, 34), (2, 2))
+    assert 0 < (levels == 0).double().mean() < 1
+    assert_same(outputs(ours, levels, x, fill=fill), outputs(theirs, levels, x, fill=fill), EXACT)
+
+
+# -- spellings of pointwise operations, channel arithmetic, axes -----------------------------------------
+
+
+def _layer_norm(m: Any, x: Tensor) -> Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    return scaled * m["norm"].weight.view(1, -1, 1, 1) + m["norm"].bias.view(1, -1, 1, 1)
+
+
+def _channels_last_norm(m: Any, x: Tensor) -> Tensor:
+    return m["norm"](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _token_norm(m: Any, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return m["norm"](x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(b, c, h, w)
+
+
+def _channels_last_linear(m: Any, x: Tensor) -> Tensor:
+    return F.linear(x.permute(0, 2, 3, 1), m["conv"].weight.flatten(1), m["conv"].bias).permute(0, 3, 1, 2)
+
+
+def _shuffle(m: Any, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def _shuffle_by_parts(m: Any, x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=1)
+    return torch.stack([first, second], dim=2).flatten(1, 2)
+
+
+def _shuffle_by_index(m: Any, x: Tensor) -> Tensor:
+    order = [channel for pair in zip(range(C // 2), range(C // 2, C), strict=True) for channel in pair]
+    return torch.cat([x[:, channel : channel + 1] for channel in order], dim=1)
+
+
+def _selected(m: Any, x: Tensor) -> Tensor:
+    stacked = torch.stack([m["one"](x), m["two"](x)], dim=1)
+    attention = stacked.sum(1).mean((2, 3), keepdim=True)
+    attention = torch.softmax(torch.stack([attention, 2 * attention], dim=1), dim=1)
+    return (stacked * attention).sum(dim=1)
+
+
+def _selected_apart(m: Any, x: Tensor) -> Tensor:
+    one, two = m["one"](x), m["two"](x)
+    attention = (one + two).mean((2, 3), keepdim=True)
+    share = attention.exp() / (attention.exp() + (2 * attention).exp())
+    return one * share + two * (1 - share)
+
+
+def _grn(m: Any, x: Tensor) -> Tensor:
+    norm = x.norm(p=2, dim=(2, 3), keepdim=True)
+    return x * (norm / norm.mean(1, keepdim=True))
+
+
+def _grn_channels_last(m: Any, x: Tensor) -> Tensor:
+    x = x.permute(0, 2, 3, 1)
+    norm = torch.sqrt(x.square().sum((1, 2), keepdim=True))
+    return (x * (norm / norm.mean(-1, keepdim=True))).permute(0, 3, 1, 2)
+
+
+def _gate(m: Any, x: Tensor) -> Tensor:
+    gate = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)
+    return x * torch.sigmoid(gate.sum(1, keepdim=True))
+
+
+def _gate_by_parts(m: Any, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(torch.max(x, dim=1, keepdim=True)[0] + x.sum(1, keepdim=True) / C)
+
+
+def _efficient_channel_attention(m: Any, x: Tensor) -> Tensor:
+    y = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
+    return x * m["mix"](y).transpose(-1, -2).unsqueeze(-1).sigmoid()
+
+
+def _efficient_channel_attention_by_view(m: Any, x: Tensor) -> Tensor:
+    y = m["mix"](x.mean((2, 3)).view(x.shape[0], 1, -1)).sigmoid().view(x.shape[0], -1, 1, 1)
+    return x * y.expand_as(x)
+
+
+def _pooled_by_attention(m: Any, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    attention = torch.softmax(m["one"](x)[:, :1].reshape(b, 1, h * w), dim=-1).unsqueeze(3)
+    return x + (x.reshape(b, c, h * w).unsqueeze(1) @ attention).view(b, c, 1, 1)
+
+
+def _pooled_by_weights(m: Any, x: Tensor) -> Tensor:
+    weights = m["one"](x)[:, :1].exp()
+    return x + (x * weights).mean((2, 3), keepdim=True) / weights.mean((2, 3), keepdim=True)
+
+
+def _channel_attention(m: Any, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    tokens = F.normalize(x.flatten(2), dim=-1)
+    return x + (torch.softmax(tokens @ tokens.transpose(-2, -1), dim=-1) @ x.flatten(2)).view(b, c, h, w)
+
+
+def _channel_attention_by_pairs(m: Any, x: Tensor) -> Tensor:
+    unit = x / x.square().sum((2, 3), keepdim=True).sqrt()
+    rows = [(unit * unit[:, i : i + 1]).sum((2, 3)) for i in range(C)]
+    attention = torch.softmax(torch.stack(rows, dim=1), dim=-1)
+    mixed = [(x * attention[:, i].view(-1, C, 1, 1)).sum(1, keepdim=True) for i in range(C)]
+    return x + torch.cat(mixed, dim=1)
+
+
+def _weighed_parts(m: Any, x: Tensor) -> Tensor:
+    first, second = torch.split(x, [3, 5], 1)
+    return torch.cat([first, second * 2], 1)
+
+
+def _swapped_halves(m: Any, x: Tensor) -> Tensor:
+    first, second = x.unflatten(1, (2, C // 2)).unbind(1)
+    return torch.cat([second, first], dim=1)
+
+
+POINT = {"one": nn.Conv2d(C, C, 1), "two": nn.Conv2d(C, C, 1)}
+SPELLINGS: dict[str, tuple[Function, Function, dict[str, nn.Module]]] = {
+    "layer norm, channels last": (_channels_last_norm, _layer_norm, {"norm": nn.LayerNorm(C)}),
+    "layer norm, tokens": (_token_norm, _layer_norm, {"norm": nn.LayerNorm(C)}),
+    "linear, channels last": (_channels_last_linear, lambda m, x: m["conv"](x), {"conv": nn.Conv2d(C, C, 1)}),
+    "channel shuffle": (_shuffle, _shuffle_by_index, {}),
+    "channel shuffle by chunk and stack": (_shuffle_by_parts, _shuffle_by_index, {}),
+    "selective kernel": (_selected, _selected_apart, POINT),
+    "global response norm": (_grn, _grn_channels_last, {}),
+    "spatial gate": (_gate, _gate_by_parts, {}),
+    "channel attention by a 1d convolution": (
+        _efficient_channel_attention,
+        _efficient_channel_attention_by_view,
+        {"mix": nn.Conv1d(1, 1, 3, padding=1)},
+    ),
+    "pooling by attention": (_pooled_by_attention, _pooled_by_weights, POINT),
+    "attention between channels": (_channel_attention, _channel_attention_by_pairs, {}),
+    "group norm": (
+        lambda m, x: m["norm"](x),
+        lambda m, x: _grouped(x, 4) * m["norm"].weight.view(1, -1, 1, 1) + m["norm"].bias.view(1, -1, 1, 1),
+        {"norm": nn.GroupNorm(4, C)},
+    ),
+    "instance norm": (lambda m, x: m["norm"](x), lambda m, x: _grouped(x, C), {"norm": nn.InstanceNorm2d(C)}),
+    "split of unequal parts": (_weighed_parts, lambda m, x: torch.cat([x[:, :3], 2 * x[:, 3:]], dim=1), {}),
+    "unbind": (_swapped_halves, lambda m, x: torch.cat([x[:, C // 2 :], x[:, : C // 2]], dim=1), {}),
+    "padded channels": (
+        lambda m, x: F.pad(x[:, 1:], (0, 0, 0, 0, 1, 0)),
+        lambda m, x: torch.cat([0 * x[:, :1], x[:, 1:]], dim=1),
+        {},
+    ),
+    "gated linear unit": (
+        lambda m, x: F.glu(torch.cat([x, 2 * x], 1), dim=1),
+        lambda m, x: x * torch.sigmoid(2 * x),
+        {},
+    ),
+}
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """Group norm by means over the image of each channel, averaged over a group."""
+    size = C // groups
+
+    def mean(values: Tensor) -> Tensor:
+        per_channel = values.mean((2, 3), keepdim=True)
+        parts = [per_channel[:, i : i + size].mean(1, keepdim=True) for i in range(0, C, size)]
+        return torch.cat([part for part in parts for _ in range(size)], dim=1)
+
+    centred = x - mean(x)
+    return centred / (mean(centred.square()) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_two_spellings_stay_one_function(name: str) -> None:
+    ours, theirs, parts = SPELLINGS[name]
+    assert_one_function(network(ours, **parts), network(theirs, **parts))
+
+
+# -- windows: padding, other spellings of convolutions and pools -----------------------------------------
+
+
+def _weight(m: Any) -> Tensor:
+    return m["conv"].weight
+
+
+WINDOWS: dict[str, tuple[Function, Function]] = {
+    "pad and convolution": (
+        lambda m, x: F.conv2d(F.pad(x, (1, 1, 1, 1)), _weight(m)),
+        lambda m, x: F.conv2d(x, _weight(m), padding=1),
+    ),
+    "reflected pad": (
+        lambda m, x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), _weight(m)),
+        lambda m, x: m["reflecting"](x),
+    ),
+    "uneven pad and crop": (
+        lambda m, x: F.conv2d(F.pad(x, (2, 0, 1, 1)), _weight(m)),
+        lambda m, x: F.conv2d(x, _shifted(_weight(m)), padding=(1, 2)),
+    ),
+    "weight standardised": (
+        lambda m, x: F.conv2d(
+            x,
+            F.batch_norm(_weight(m).reshape(1, C, -1), None, None, training=True).reshape(C, C, 3, 3),
+            padding=1,
+        ),
+        lambda m, x: F.conv2d(
+            x,
+            (_weight(m) - _weight(m).mean((1, 2, 3), keepdim=True))
+            / (_weight(m).var((1, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt(),
+            padding=1,
+        ),
+    ),
+    "zero pad and max pool": (
+        lambda m, x: F.max_pool2d(F.pad(x.relu() + 1, (1, 1, 1, 1)), 3, 1),
+        lambda m, x: F.max_pool2d(x.relu() + 1, 3, 1, 1),
+    ),
+    "pad and average pool": (
+        lambda m, x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 1),
+        lambda m, x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=True),
+    ),
+    "average pool as convolution": (
+        lambda m, x: F.avg_pool2d(x, 3, 1, 1),
+        lambda m, x: F.conv2d(x, torch.full((C, 1, 3, 3), 1 / 9, dtype=x.dtype), padding=1, groups=C),
+    ),
+    "mean of powers": (
+        lambda m, x: torch.sqrt(F.avg_pool2d(x.square(), 3, 1, 1)),
+        lambda m, x: (
+            (F.conv2d(x * x, torch.full((C, 1, 3, 3), 1 / 9, dtype=x.dtype), padding=1, groups=C)) ** 0.5
+        ),
+    ),
+}
+
+
+def _shifted(weight: Tensor) -> Tensor:
+    """A 3 x 3 kernel on the left of a 3 x 5 window: what padding by (2, 0) reads."""
+    return F.pad(weight, (0, 2))
+
+
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_two_spellings_of_a_window_stay_one_function(name: str, fill: str) -> None:
+    ours, theirs = WINDOWS[name]
+    parts = {
+        "conv": nn.Conv2d(C, C, 3, bias=False),
+        "reflecting": nn.Conv2d(C, C, 3, 1, 1, bias=False, padding_mode="reflect"),
+    }
+    nets = network(ours, **parts), network(theirs, **parts)
+    for net in nets:
+        net.parts["reflecting"].weight = net.parts["conv"].weight
+    assert_one_function(*nets, fill=fill)
+
+
+class Unshuffled(nn.Module):
+    """Space to depth as a module, or as the strided convolution it is."""
+
+    def __init__(self, by_convolution: bool) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 2, 3, 2, 1), nn.Conv2d(C, C, 3, padding=1)
+        self.unshuffle: nn.Module = nn.PixelUnshuffle(2)
+        if by_convolution:
+            self.unshuffle = nn.Conv2d(2, C, 2, 2, bias=False)
+            self.unshuffle.weight.data = torch.eye(C).view(C, 2, 2, 2)
+        for module in (self.stem, self.last):
+            torch.manual_seed(1)
+            nn.init.normal_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.unshuffle(self.stem(x)).relu())
+
+
+def test_space_to_depth_is_a_convolution() -> None:
+    x, levels = images(2, 48, 64, torch.float64), random_levels(2, (24, 32), (2,))
+    models = [Unshuffled(by_convolution).double().eval() for by_convolution in (False, True)]
+    nets = [cs.adaptify(model, "none", output_stride=(2, 4), example_input=x) for model in models]
+    with torch.no_grad():
+        ours, theirs = (net(x, mask=levels) for net in nets)
+    assert_same(ours, theirs, EXACT)
+
+
+@pytest.mark.parametrize("name", ["tf_mobilenetv3_small_minimal_100", "tf_efficientnet_cc_b0_4e"])
+def test_a_batch_is_its_images_where_kernels_or_padding_depend_on_them(name: str) -> None:
+    """Law 5 for "same" padding and for kernels mixed per image."""
+    model = timm.create_model(name, exportable=False).eval()
+    x = images(3, 75, 91)
+    net = cs.adaptify(model, "none", example_input=x[:2])
+    levels = random_levels(3, tuple(cs_size(net, x)), (2, 2))
+    with torch.no_grad():
+        together = net(x, mask=levels)
+        for i in range(3):
+            assert_same(net(x[i : i + 1], mask=levels[i : i + 1]), together[i : i + 1], 1e-4)
+
+
+def cs_size(net: cs.AdaptiveModel, x: Tensor) -> tuple[int, int]:
+    """Height and width of the fine map."""
+    with torch.no_grad():
+        net(x, mask="none")
+    return net.levels.shape[1], net.levels.shape[2]
+
+
+# -- layouts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "new", "expected"),
+    [
+        ("bchw", (2, 8, 5, 7), (2, 2, 4, 5, 7), "bcchw"),
+        ("bchw", (2, 8, 5, 7), (2, 8, 35), "bcp"),
+        ("bcp", (2, 8, 35), (2, 8, 5, 7), "bchw"),
+        ("bpc", (2, 35, 8), (2, 35, 2, 4), "bpcc"),
+        ("bchw", (2, 1, 5, 7), (2, 5, 7), "bhw"),
+        ("bhw", (2, 5, 7), (2, 1, 5, 7), "bchw"),
+        ("bcp", (2, 8, 35), (2, 8, 7, 5), None),  # another image
+        ("bchw", (2, 8, 5, 7), (16, 5, 7), None),  # batch and channels
+        ("bchw", (2, 8, 5, 7), (2, 40, 7), None),  # channels and height
+        ("bchw", (2, 8, 4, 6), (2, 8, 2, 2, 6), None),  # windows of the image
+    ],
+)
+def test_a_reshape_keeps_the_image_or_has_no_layout(
+    layout: str, shape: Any, new: Any, expected: str | None
+) -> None:
+    found, reason = regrouped(layout, shape, new, (5, 7))
+    assert found == expected
+    assert bool(reason) == (expected is None)
+
+
+def test_a_permutation_of_rows_is_that_of_the_dense_tensor() -> None:
+    """The channel axes of a row are ordered as in the dense tensor, whatever the image axes do."""
+    dense = torch.arange(2 * 3 * 4 * 5 * 7).view(2, 3, 4, 5, 7)
+    rows = dense.permute(0, 3, 4, 1, 2).flatten(0, 2)
+    for dims in ((0, 3, 4, 1, 2), (0, 2, 1, 3, 4), (0, 3, 2, 4, 1)):
+        layout, order = permuted("bcchw", dims)
+        there = dense.permute(dims)
+        image = [layout.index(axis) for axis in "bhw"]
+        channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
+        assert torch.equal(rows.permute(order), there.permute(*image, *channels).flatten(0, 2))
+        assert [row_dim(layout, dim) for dim in channels] == [1, 2]
