@@ -18,7 +18,7 @@ from cadsurgery.model import AdaptiveModel, Surgery
 from cadsurgery.surgery.facts import Facts, observe
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.planner import BACKBONE_NAMES, make_plan
-from cadsurgery.surgery.rewrite import rewrite
+from cadsurgery.surgery.rewrite import rewrite, unchanged
 from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import trace
 from cadsurgery.surgery.verify import verify
@@ -102,7 +102,8 @@ def adaptify(
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(facts, chosen, treatments)
     signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
-    surgery = Surgery(graph, chosen, geometry, signature, facts.container, source)
+    own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
+    surgery = Surgery(graph, chosen, geometry, signature, facts.container, source, own)
     net = AdaptiveModel(facts.model, surgery, provider)
     if verify_laws:
         net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.example)

@@ -519,7 +519,7 @@ def resize_to_dense(
     after = tuple(size) if size is not None else tuple(count * scale for count in before)
     device, side = x.lattice.levels.device, spacing / scale
     image = torch.arange(x.lattice.batch, device=device).view(-1, 1, 1).expand(-1, *after).flatten()
-    axes = [torch.arange(count, device=device) * side for count in after]
+    axes = [torch.arange(count, device=device, dtype=torch.float64) * side for count in after]
     place = [
         grid.repeat(x.lattice.batch)
         for grid in (axes[0].repeat_interleave(after[1]), axes[1].repeat(after[0]))
@@ -595,12 +595,13 @@ def _between_cells(
     cell = source.side_map.flatten()[(image * height + inside[0]) * width + inside[1]]
     same = cell == side
     ends = []
-    for at, length, ratio in zip(place, source.size, ratios, strict=True):
+    for fine, length, ratio in zip(place, source.size, ratios, strict=True):
+        at = fine.double()
         if mode == "nearest":
             point = (at * ratio / cell).floor() * cell
         else:
             point = at * ratio if align_corners else (at + side / 2) * ratio - cell / 2
-        point = torch.where(same, at.double(), point.double()).clamp(min=0)
+        point = torch.where(same, at, point).clamp(min=0)
         low = (point / cell + 1e-9).floor()
         share = torch.where(same, 0.0, (point / cell - low).clamp(min=0))
         first = (low * cell).long().clamp(max=length - 1)

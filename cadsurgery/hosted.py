@@ -52,6 +52,9 @@ class HostedModel(AdaptiveModel):
         assert isinstance(part, AdaptiveModel)
         return part
 
+    def lay_out(self) -> None:
+        """Nothing: the part has seen to its weights."""
+
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run the part alone with another masking; see `AdaptiveModel.run`."""
         return self.part.run(masking, *args, **kwargs)

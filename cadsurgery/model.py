@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.macs import MacReport, count_macs
+from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
@@ -34,6 +35,8 @@ class Surgery:
         signature: of the original's forward.
         container: type of the output if it is a kind of dictionary.
         source: how the network was built, if by name.
+        unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
+            a network whose discrete decisions (detections) must not depend on rounding.
     """
 
     graph: fx.Graph
@@ -42,6 +45,7 @@ class Surgery:
     signature: inspect.Signature
     container: type[dict[str, Any]] = dict
     source: Any = None
+    unchanged: fx.Graph | None = None
 
 
 class AdaptiveModel(nn.Module):
@@ -64,6 +68,7 @@ class AdaptiveModel(nn.Module):
         self._override: ContextVar[object] = ContextVar("mask", default=None)
         self._checks: tuple[Check, ...] = ()
         self._run = _compile(surgery.graph)
+        self._run_unchanged = _compile(surgery.unchanged) if surgery.unchanged is not None else None
         self._mask_provider = resolve_mask(mask)
         self.training = model.training
         self.register_state_dict_post_hook(_without_mask)
@@ -85,6 +90,10 @@ class AdaptiveModel(nn.Module):
         if mask is None and self._override.get() is not None:
             mask = self._override.get()
         provider = self._mask_provider if mask is None else resolve_mask(mask)
+        if self._run_unchanged is not None and isinstance(provider, UniformMask):
+            level = 0 if provider.high else self.plan.max_level
+            if level == self.plan.identity_level:
+                return self._as_it_was(level, *args, **kwargs)
         return self.run(Masking(provider, self.geometry, self.plan.strides[0]), *args, **kwargs)
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +102,15 @@ class AdaptiveModel(nn.Module):
         check_image(next(iter(arguments.values()), None))
         output, lattice = self._run(self.names(), masking, **arguments)
         self._lattice = lattice
+        return self._surgery.container(output) if isinstance(output, dict) else output
+
+    def _as_it_was(self, level: int, *args: Any, **kwargs: Any) -> Any:
+        """The network's own graph, operation for operation."""
+        arguments = self.bind(*args, **kwargs)
+        check_image(next(iter(arguments.values()), None))
+        assert self._run_unchanged is not None
+        output, fine = self._run_unchanged(self.names(), **arguments)
+        self._lattice = self.geometry.uniform_like(fine, level)
         return self._surgery.container(output) if isinstance(output, dict) else output
 
     @contextmanager
@@ -105,8 +123,11 @@ class AdaptiveModel(nn.Module):
             self._override.reset(token)
 
     def lay_out(self) -> None:
-        """Lay out the weights of convolutions as rows of elements are: values and names stay the same."""
-        for module in self.modules():
+        """Lay out the weights of convolutions as rows of elements are: values and names stay the same.
+
+        Not where the network's own graph is run too: dense convolutions round differently in another layout.
+        """
+        for module in self.modules() if self._run_unchanged is None else ():
             if type(module) is nn.Conv2d and module.groups == 1:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
@@ -198,23 +219,28 @@ class AdaptiveModel(nn.Module):
             super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in super().__getstate__().items() if key not in ("_run", "_override")
-        }
+        return {key: value for key, value in super().__getstate__().items() if key not in _MADE_ANEW}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        unchanged = self._surgery.unchanged
         self._run = _compile(self._surgery.graph)
+        self._run_unchanged = _compile(unchanged) if unchanged is not None else None
         self._override = ContextVar("mask", default=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         shared = {"_surgery": self._surgery, "_run": self._run, "_lattice": None}  # values, never changed
+        shared["_run_unchanged"] = self._run_unchanged
         shared["_override"] = ContextVar("mask", default=None)
         state = {key: value for key, value in vars(self).items() if key not in shared}
         clone.__dict__.update(copy.deepcopy(state, memo), **shared)
         return clone
+
+
+# What a pickled network does without.
+_MADE_ANEW = ("_run", "_run_unchanged", "_override")
 
 
 def _without_mask(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

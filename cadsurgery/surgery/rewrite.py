@@ -232,3 +232,14 @@ class Rewriter:
 def rewrite(facts: Facts, plan: Plan, treatments: dict[fx.Node, Treatment]) -> fx.Graph:
     """The graph of the adaptive network; `facts.model` and its graph are left as they are."""
     return Rewriter(facts, plan, treatments).run()
+
+
+def unchanged(facts: Facts, plan: Plan) -> fx.Graph:
+    """The graph as it is, which also returns the fine map: what a uniform mask at the network's own grid may run."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(facts.graph, copies)
+    entering = plan.chosen("enter")[0].node
+    fine = next(copy for node, copy in copies.items() if node.name == entering)
+    graph.output((output, fine))
+    return graph

@@ -1,0 +1,187 @@
+"""Laws of operations that make a map finer inside the region, and of decoders and pyramids made of them."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images, random_levels, randomise
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+
+import cadsurgery as cs
+from cadsurgery import functional
+from cadsurgery.functional import Elements
+from cadsurgery.lattice import Geometry, Lattice
+
+EXACT = 1e-9
+double = torch.float64
+MODES = pytest.mark.parametrize(
+    ("mode", "align_corners"), [("nearest", False), ("bilinear", False), ("bilinear", True)]
+)
+
+
+def interpolate(x: Tensor, size: tuple[int, int], mode: str, align_corners: bool) -> Tensor:
+    return F.interpolate(x, size, mode=mode, align_corners=align_corners if mode == "bilinear" else None)
+
+
+@MODES
+@pytest.mark.parametrize("stages", [(2, 1), (2, 0), (1, 0)], ids=str)
+@pytest.mark.parametrize("size", [(16, 24), (13, 22), (9, 7)], ids=str)
+def test_on_the_networks_own_grid_it_is_interpolate(
+    stages: tuple[int, int], size: tuple[int, int], mode: str, align_corners: bool
+) -> None:
+    """Law 1, also where sizes do not divide: the output has the size another map of the network has."""
+    before, after = stages
+    lattice = Geometry((2, 2)).uniform(2, 2, size)
+    spacings = (2**before, 2**after)
+    grids = [tuple(-(-length // spacing) for length in size) for spacing in spacings]
+    coarse = torch.randn(2, 3, *grids[0], dtype=double)
+    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice.at(before))
+    found = functional.resize(x, after, spacings, 2 ** (before - after), grids[1], mode, align_corners)
+    assert_same(
+        functional.to_dense(found, spacings[1]), interpolate(coarse, grids[1], mode, align_corners), EXACT
+    )
+
+
+@MODES
+@pytest.mark.parametrize("scale", [2, 4])
+def test_beyond_the_high_output_stride_it_is_interpolate(scale: int, mode: str, align_corners: bool) -> None:
+    lattice = Geometry((2,)).uniform(1, 2, (12, 18))
+    coarse = torch.randn(2, 3, 6, 9, dtype=double)
+    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
+    size = (6 * scale, 9 * scale)
+    if scale > 2:
+        found = functional.resize_to_dense(x, 2, scale, None, mode, align_corners)
+        assert_same(found, interpolate(coarse, size, mode, align_corners), EXACT)
+    sized = functional.resize_to_dense(x, 2, 4, (23, 35), mode, align_corners)
+    assert_same(sized, interpolate(coarse, (23, 35), mode, align_corners), EXACT)
+
+
+def mixed(levels: Tensor) -> tuple[Lattice, Elements]:
+    lattice = Geometry((2, 2)).lattice(levels)
+    return lattice, Elements(torch.randn(len(lattice), 3, dtype=double), lattice)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_on_a_mixed_map_each_element_is_read_by_its_own_cell(mode: str) -> None:
+    """The definition, written out: a cell that stays as large keeps its value; the parts of a larger one are read
+    at their centres between the centres of cells of that size, replicated at the border."""
+    size = (16, 24)
+    lattice, x = mixed(random_levels(2, size, (2, 2)))
+    found = functional.resize(x, 1, (4, 2), 2, None, mode)
+    target, index = found.lattice, lattice.index.view(2, *size)
+    sides, target_sides = lattice.side_map, target.side_map
+    for row, (image, y, x_) in enumerate(zip(*(part.tolist() for part in target.coordinates), strict=True)):
+        cell, side = int(sides[image, y, x_]), int(target_sides[image, y, x_])
+
+        def value(v: int, h: int, image: int = image, cell: int = cell) -> Tensor:
+            return x.rows[index[image, min(v * cell, size[0] - 1), min(h * cell, size[1] - 1)]]
+
+        if cell == side or mode == "nearest":
+            expected = value(y // cell, x_ // cell)
+        else:
+            places = [max((at + side / 2) / cell - 0.5, 0.0) for at in (y, x_)]
+            (v, h), (down, across) = (math.floor(p) for p in places), (p - math.floor(p) for p in places)
+            top = (1 - across) * value(v, h) + across * value(v, h + 1)
+            expected = (1 - down) * top + down * (
+                (1 - across) * value(v + 1, h) + across * value(v + 1, h + 1)
+            )
+        assert torch.allclose(found.rows[row], expected, rtol=0, atol=1e-9), (image, y, x_)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_depth_to_space_is_pixel_shuffle_on_the_own_grid(factor: int) -> None:
+    lattice = Geometry((2, 2)).uniform(2, 2, (16, 20))
+    coarse = torch.randn(2, 3 * factor**2, 4, 5, dtype=double)
+    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
+    found = functional.pixel_shuffle(x, 2 - factor // 2, (4, 4 // factor), factor)
+    assert_same(functional.to_dense(found, 4 // factor), F.pixel_shuffle(coarse, factor), EXACT)
+
+
+def test_an_image_that_does_not_divide_is_refused_where_the_network_would_differ() -> None:
+    lattice = Geometry((2,)).uniform(1, 1, (9, 9))
+    x = Elements(torch.randn(len(lattice), 2), lattice)
+    with pytest.raises(cs.InvalidInput, match="not divisible"):
+        functional.resize(x, 0, (2, 1), 2)
+
+
+# -- decoders and pyramids ---------------------------------------------------------------------------------
+
+
+def block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+class Decoder(nn.Module):
+    """An encoder to output stride 16 and a decoder back to 2 with skip connections."""
+
+    def __init__(self, mode: str, by_size: bool) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([block(3, 8, 2), block(8, 8, 2), block(8, 8, 2), block(8, 8, 2)])
+        self.up = nn.ModuleList([block(16, 8), block(16, 8), block(16, 8)])
+        self.mode, self.by_size = mode, by_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = []
+        for down in self.down:
+            x = down(x)
+            maps.append(x)
+        for up, skip in zip(self.up, maps[-2::-1], strict=True):
+            size: Any = {"size": skip.shape[-2:]} if self.by_size else {"scale_factor": 2}
+            x = up(torch.cat([F.interpolate(x, mode=self.mode, **size), skip], dim=1))
+        return x
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("by_size", [False, True])
+def test_a_decoder_is_the_original_at_none_and_stays_in_the_region(mode: str, by_size: bool) -> None:
+    model = randomise(Decoder(mode, by_size)).double()
+    size = (83, 61) if by_size else (96, 64)
+    x = images(2, *size, double)
+    net = cs.adaptify(model, "none", output_stride=(4, 16), example_input=x)
+    assert {net.plan[name].action for name in ("interpolate", "interpolate_1")} == {"keep"}
+    with torch.no_grad():
+        assert_same(net(x), model(x), EXACT)
+        fine = net.levels.shape[1:]
+        net(x, mask=random_levels(2, (fine[0], fine[1]), (2, 2)))
+        assert not torch.allclose(net(x, mask="all"), model(x))  # what the mask decides reaches the output
+
+
+class Pyramid(nn.Module):
+    """torchvision's feature pyramid on a small backbone; returns a dictionary of maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([block(3, 8, 4), block(8, 8, 2), block(8, 16, 2), block(16, 32, 2)])
+        self.fpn = FeaturePyramidNetwork([8, 16, 32], 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = []
+        for body in self.body:
+            x = body(x)
+            maps.append(x)
+        return self.fpn(OrderedDict((str(i), value) for i, value in enumerate(maps[1:])))
+
+
+def test_a_pyramid_leaves_fine_and_its_finest_level_gains() -> None:
+    """Each returned map stands where the plan says; at the network's own positions everything is the original."""
+    model, x = randomise(Pyramid()).double(), images(2, 97, 129, double)
+    net = cs.adaptify(model, "none", output_stride=(8, 32), example_input=x)
+    with torch.no_grad():
+        found, expected = net(x), model(x)
+        other = net(x, mask="all")
+    standing = {name: (own, stride) for name, own, stride, _ in net.plan.standing()}
+    assert sorted(standing.values()) == [(8, 8), (16, 8), (32, 8)]
+    for (key, value), own in zip(expected.items(), (8, 16, 32), strict=True):
+        step = own // 8
+        assert_same(found[key][..., ::step, ::step], value, EXACT)
+    assert_same(found["0"], expected["0"], EXACT)
+    assert not torch.allclose(other["0"], expected["0"])
+    assert "at output stride 8" in str(net.plan)
