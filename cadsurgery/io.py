@@ -149,7 +149,9 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, t
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-            values = {name: file.get_tensor(name) for name in file.keys()} if tensors and text else {}  # noqa: SIM118
+            names = list(file.keys()) if tensors and text else []
+            # Copied: in the file they lie at any address, and convolutions round by how memory is aligned.
+            values = {name: file.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError) as error:
         raise FileError(
             f"{path} is not a readable safetensors file.",

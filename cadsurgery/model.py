@@ -21,6 +21,7 @@ from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.rewrite import packed, unpacked
 from cadsurgery.surgery.verify import Check
 
 
@@ -46,6 +47,14 @@ class Surgery:
     container: type[dict[str, Any]] = dict
     source: Any = None
     unchanged: fx.Graph | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        graphs = {name: getattr(self, name) for name in ("graph", "unchanged")}
+        return {**vars(self), **{name: graph and packed(graph) for name, graph in graphs.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graphs = {name: state[name] and unpacked(state[name]) for name in ("graph", "unchanged")}
+        self.__dict__.update(state, **graphs)
 
 
 class AdaptiveModel(nn.Module):

@@ -183,7 +183,9 @@ def _trunk(facts: Facts, flow: Flow, low: int) -> int:
     for node, grid in flow.grid.items():
         work[grid] = work.get(grid, 0) + facts.macs[node]
         for user in node.users:
-            if user in flow.barriers or user.op == "output" or flow.treatments[user].kind == "global":
+            kind = flow.treatments[user].kind
+            last = kind == "global" or (kind == "resize" and _is_last(user, flow))
+            if last or user in flow.barriers or user.op == "output":
                 ends.add(grid)
     needed = MERE_TAIL * sum(work.values())
     return max((grid for grid in work if grid <= low and (work[grid] >= needed or grid in ends)), default=low)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from cadsurgery import functional
 from cadsurgery.layout import NCHW
@@ -242,4 +243,43 @@ def unchanged(facts: Facts, plan: Plan) -> fx.Graph:
     entering = plan.chosen("enter")[0].node
     fine = next(copy for node, copy in copies.items() if node.name == entering)
     graph.output((output, fine))
+    return graph
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A node by its place in the order of execution."""
+
+    place: int
+
+
+def packed(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as a flat list, which pickles at any length; its nodes themselves nest a level deeper each."""
+    places: dict[Any, Any] = {node: _Place(place) for place, node in enumerate(graph.nodes)}
+
+    def by_place(part: Any) -> Any:
+        return map_aggregate(
+            part, lambda value: places.get(value, value) if isinstance(value, fx.Node) else value
+        )
+
+    return [
+        (
+            *(node.op, node.target, node.name, by_place(node.args), by_place(node.kwargs)),
+            {key: node.meta[key] for key in (ORIGIN, WORK) if key in node.meta},
+        )
+        for node in graph.nodes
+    ]
+
+
+def unpacked(rows: list[tuple[Any, ...]]) -> fx.Graph:
+    """The graph `packed` was given."""
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+    for op, target, name, args, kwargs, meta in rows:
+        args, kwargs = (
+            map_aggregate(part, lambda value: nodes[value.place] if isinstance(value, _Place) else value)
+            for part in (args, kwargs)
+        )
+        nodes.append(graph.create_node(op, target, args, kwargs, name))
+        nodes[-1].meta.update(meta)
     return graph

@@ -1,0 +1,142 @@
+"""Laws of networks that torch.fx cannot follow whole: their backbone is adaptive, everything else is theirs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import assert_same, randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+DETECTORS = ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
+MORE = ["fcos_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "ssd300_vgg16"]
+
+
+def detector(name: str) -> nn.Module:
+    """With random weights, for small images, and thresholds that let detections through."""
+    options: dict[str, Any] = {} if "ssd" in name else {"min_size": 128, "max_size": 192}
+    options["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
+    return randomise(torchvision.models.get_model(name, weights=None, weights_backbone=None, **options))
+
+
+def pictures() -> list[Tensor]:
+    return [torch.rand(3, 128, 160), torch.rand(3, 150, 131)]
+
+
+def run(model: nn.Module, *args: Any, **kwargs: Any) -> list[dict[str, Tensor]]:
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def assert_same_detections(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys() and len(theirs["boxes"]) > 0
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_a_detector_converts_in_one_call_and_detects_the_same_at_none(name: str) -> None:
+    """Law 1: at the network's own resolution it is the original, detection for detection."""
+    model, images = detector(name), pictures()
+    expected, before = run(model, images), copy.deepcopy(model.state_dict())
+    net = cs.adaptify(model, "none")
+    assert_same_detections(run(net, images), expected)
+    assert net.plan.part == "backbone" and net.active_fraction == 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert net.state_dict().keys() == before.keys()
+    assert [check.passed for check in net.checks] and all(check.passed for check in net.checks)
+    every = {d.leaves for d in net.plan.decisions if d.leaves}
+    assert every == {"native"}  # the heads rely on the sizes
+
+
+@pytest.fixture(scope="module")
+def hosted() -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    return cs.adaptify(detector("retinanet_resnet50_fpn"), "edges")
+
+
+def features(net: cs.AdaptiveModel, mask: object) -> list[Tensor]:
+    x = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return list(net.get_submodule("backbone")(x, mask=mask).values())
+
+
+def test_the_mask_reaches_the_finest_level_of_the_pyramid(hosted: cs.AdaptiveModel) -> None:
+    low, high = features(hosted, "none"), features(hosted, "all")
+    assert [value.shape for value in low] == [value.shape for value in high]
+    assert not torch.allclose(low[0], high[0])
+
+
+def test_uniform_maps_through_the_engine_are_the_graph_as_it_is(hosted: cs.AdaptiveModel) -> None:
+    lowest = torch.full((2, 12, 16), hosted.plan.max_level)
+    for ours, theirs in zip(features(hosted, lowest), features(hosted, "none"), strict=True):
+        assert_same(ours, theirs, 1e-4)
+
+
+def test_a_mask_for_one_call_and_what_the_call_tells(hosted: cs.AdaptiveModel) -> None:
+    images = pictures()
+    run(hosted, images, mask="all")
+    assert hosted.active_fraction == 1
+    run(hosted, images)
+    assert 0 < hosted.active_fraction < 1
+    assert hosted.levels.shape[0] == 2
+    report = hosted.macs(images)
+    assert report.low < report.mask < report.high
+    assert report.shape[0] == 2
+
+
+def test_it_trains_copies_pickles_and_is_saved_like_any_other(
+    hosted: cs.AdaptiveModel, tmp_path: Path
+) -> None:
+    images = pictures()
+    expected = run(hosted, images, mask="none")
+    for clone in (copy.deepcopy(hosted), pickle.loads(pickle.dumps(hosted))):
+        assert_same_detections(run(clone, images, mask="none"), expected)
+    clone = copy.deepcopy(hosted).train()
+    targets = [{"boxes": torch.tensor([[5.0, 5, 60, 70]]), "labels": torch.tensor([1])} for _ in images]
+    sum(clone(images, targets).values()).backward()
+    assert clone.get_submodule("backbone.body.layer4.2.conv3").weight.grad.abs().sum() > 0
+    cs.save(hosted, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", model=detector("retinanet_resnet50_fpn"))
+    assert loaded.plan == hosted.plan
+    assert_same_detections(run(loaded, images, mask="none"), expected)
+
+
+def test_plan_alone_says_which_part_it_is_of() -> None:
+    plan = cs.plan(detector("retinanet_resnet50_fpn"))
+    assert plan.part == "backbone"
+    assert "converted: backbone" in str(plan)
+
+
+class Untraceable(nn.Module):
+    """Its forward depends on values; its backbone is too small to run on any example, or is fine."""
+
+    def __init__(self, backbone: nn.Module | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("backbone", [None, nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.ReLU())])
+def test_without_a_backbone_that_converts_it_is_refused(backbone: nn.Module | None) -> None:
+    with pytest.raises(cs.CannotConvert):
+        cs.adaptify(Untraceable(backbone))
+
+
+def test_a_part_that_is_not_called_has_no_macs() -> None:
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)
+    )
+    net = cs.adaptify(Untraceable(backbone).eval(), "none")
+    with pytest.raises(cs.InvalidInput, match="did not call its backbone"):
+        net.macs(torch.ones(1, 3, 16, 16))
