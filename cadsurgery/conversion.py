@@ -96,6 +96,11 @@ def convert(
 def _notes(plan: Plan, active_fraction: float, sides: Sequence[Side]) -> tuple[str, ...]:
     """What a user can act on."""
     notes = []
+    if not plan.matters:
+        notes.append(
+            "everything leaves the region at its native size: keeping more high cannot improve the result here; convert "
+            "the network together with what follows, or return the last map."
+        )
     if active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
     if plan.dense_after > 0.25:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import platform
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -164,7 +165,9 @@ def _compared(model: nn.Module) -> Row:
 
 def _converted(model: nn.Module) -> AdaptiveModel:
     """On a small example, or on what the network takes."""
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return adaptify(model, "random")  # which refuses it
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(2, first.in_channels, *EXAMPLE_SIZE, generator=generator).to(first.weight.dtype)
     try:
@@ -265,7 +268,9 @@ def check_networks(
     """
     rows = {row["model"]: row for row in _resumed(path)}
     with path.open("a", encoding="utf-8") as file:
+        commit = _commit()
         for row in _in_processes([name for name in names if name not in rows], workers, limits):
+            row["commit"] = commit
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows[row["model"]] = row
@@ -318,6 +323,14 @@ def setting() -> Row:
     """Versions and machine: the first line of a file."""
     packages = {name: version(name) for name in ("cadsurgery", "torch", "torchvision", "timm")}
     return {"versions": packages, "machine": f"{platform.machine()} CPU, one thread per network"}
+
+
+def _commit() -> str:
+    """The commit of this package, if it is run from a checkout of its repository."""
+    command = ("git", "-C", str(RECORDED.parent), "rev-parse", "--short", "HEAD")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return ""
 
 
 def _resumed(path: Path) -> list[Row]:

@@ -69,6 +69,7 @@ class AdaptiveModel(nn.Module):
         super().__init__()
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             getattr(self, kind).update(getattr(model, kind))
+        self._original = (model,)  # for its data; a tuple, because its modules are this network's own
         self._constants = {
             name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")
         }
@@ -220,6 +221,18 @@ class AdaptiveModel(nn.Module):
             kwargs: as for a call.
         """
         return count_macs(self, args, kwargs, mask, rule)
+
+    def __getattr__(self, name: str) -> Any:
+        """Modules and parameters, and the original's data such as `num_classes`; not its methods, which would run it
+        as it was."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            value = getattr(original[0], name, None) if original and not name.startswith("_") else None
+            if value is None or callable(value):
+                raise
+            return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mask":  # nn.Module would register a provider, a module, under this name

@@ -23,7 +23,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # network so that it can be built again without its weights.
 _DECISIVE = ("aux_loss", "aux_logits", "transform_input")
 # Networks of torchvision for pairs of images, for video, or of quantised weights, by a part of their name.
-_NO_IMAGES = ("raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit")
+_NO_IMAGES = ("raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit", "swin3d")
 
 
 @dataclass(frozen=True)

@@ -193,35 +193,53 @@ def test_a_refusal_exits_with_1_and_is_json_or_text(
 # -- list ----------------------------------------------------------------------------------------------
 
 
-def test_list_finds_names_by_pattern(run: Run) -> None:
-    names = run("list", "resnet1*", "--json").json
+def test_list_finds_networks_by_pattern_and_says_whether_they_convert(run: Run) -> None:
+    rows = run("list", "resnet1*", "--json").json
+    names = [row["model"] for row in rows]
     assert {"resnet18", "resnet101", "resnet152"} <= set(names)
     assert all(name.startswith("resnet1") for name in names) and names == sorted(set(names))
-    assert run("list", "resnet1*").out.split() == names
-    assert run("list", "resnet*", "--library", "torchvision", "--json").json == [
+    lines = run("list", "resnet1*").out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == names
+    assert lines[-1].startswith(f"{len(names)} networks: ")
+    of_torchvision = run("list", "resnet*", "--library", "torchvision", "--json").json
+    assert [row["model"] for row in of_torchvision] == [
         "resnet101",
         "resnet152",
         "resnet18",
         "resnet34",
         "resnet50",
     ]
+    row = next(row for row in rows if row["model"] == "resnet18")
+    assert row["result"] == "converts" and row["output_stride"] == [8, 32] and row["dense"] == []
+    assert "converts, 8 to 32" in next(line for line in lines if line.startswith("resnet18 "))
+
+
+def test_list_says_why_a_network_does_not_convert(run: Run) -> None:
+    (row,) = run("list", "mobilevit_s", "--json").json
+    assert row["result"] == "refused" and row["where"] and row["next"]
+    assert "MobileVitBlock" in run("list", "mobilevit_s").out
 
 
 def test_list_without_a_pattern_lists_everything(run: Run) -> None:
-    names = run("list", "--json").json
-    assert {"deeplabv3_resnet101", "vgg16_bn", "mobilenetv2_100"} <= set(names)
-    assert len(names) == len(cs.list_models())
+    names = [row["model"] for row in run("list", "--json").json]
+    assert {"deeplabv3_resnet101", "vgg16_bn", "mobilenetv2_100", "retinanet_resnet50_fpn"} <= set(names)
+    assert names == cs.list_models()
 
 
 def test_list_of_nothing_is_empty(run: Run) -> None:
     assert run("list", "zzzz", "--json") == (0, "[]\n", "")
 
 
-def test_list_plan_says_whether_a_network_converts(run: Run) -> None:
-    (row,) = run("list", "resnet18", "--plan", "--json").json
-    assert row["model"] == "resnet18" and row["converts"] is True and row["output_stride"] == [8, 32]
-    assert 0 < row["share"] < 1
-    assert "yes: 8 to 32" in run("list", "resnet18", "--plan").out
+def test_list_check_builds_converts_and_verifies_here_and_now(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "zoo.jsonl"
+    options = ("list", "resnet18", "--check", "--output", str(path), "--workers", "1")
+    (row,) = run(*options, "--json").json
+    assert row["result"] == "converts" and max(row["errors"].values()) < 1e-4
+    assert len(path.read_text().splitlines()) == 2
+    again = run(*options)  # it has been checked already
+    assert "converts, 8 to 32" in again.out and len(path.read_text().splitlines()) == 2
+    refused = run("list", "resnet18", "--check", "--output", str(tmp_path / "missing" / "zoo.jsonl"))
+    assert refused.code == 1 and "no folder" in refused.err
 
 
 def test_list_masks_tells_options_and_source(run: Run) -> None:

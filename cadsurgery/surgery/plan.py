@@ -66,6 +66,8 @@ class Plan:
         possible: possible (high, low) pairs.
         example_shape: shape of the image the plan was made on.
         outputs: node and output stride of each map that is returned.
+        matters: whether keeping resolution can improve what comes out; it cannot where everything leaves at its
+            native size and no operation of the region, a mean over the image or a resize, brings finer values there.
         part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
     """
 
@@ -77,6 +79,7 @@ class Plan:
     possible: tuple[tuple[int, int], ...]
     example_shape: tuple[int, ...]
     outputs: tuple[tuple[str, int], ...] = ()
+    matters: bool = True
     part: str = ""
 
     @property
@@ -182,6 +185,11 @@ class Plan:
         if len(self.outputs) > 1:
             for output, native, stride, how in self.standing():
                 lines.append(f"output {output} (output stride {native}): {how}, at output stride {stride}")
+        if not self.matters:
+            lines.append(
+                "what leaves the region does so at its native size, where every mask gives the same up to the "
+                "approximation of merged cells: keeping more high costs work and gains nothing"
+            )
         if self.part:
             lines.insert(0, f"converted: {self.part}, inside a network that torch.fx cannot follow whole")
         if self.dense_after > 0:

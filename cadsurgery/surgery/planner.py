@@ -27,6 +27,9 @@ _MIXERS = frozenset(
     )
 )
 
+_JOINING = ("group_norm", "group_deviation", "softmax_over_image", "normalize_over_image")
+_OUTSIDE = "outside the region"
+
 # A further, coarser output map that costs less than this share of a network is no reason for a stage of its own.
 MERE_TAIL = 0.05
 
@@ -65,7 +68,8 @@ def make_plan(
     chosen = regions[high]
     names = region if isinstance(region, str) else tuple(region)
     decisions = _decide(facts, flow, chosen, fine_outputs=not part)
-    if not any(decision.leaves == "fine" for decision in decisions) and not _gains(facts, flow, chosen):
+    readers, fine = _readers(facts, flow, chosen), any(decision.leaves == "fine" for decision in decisions)
+    if not fine and not any(_works(node, flow) for node in readers):
         raise _nothing_to_convert(facts, flow)
     identity = _identity_level(flow, chosen, chosen.strides.index(low))
     shape = tuple(facts.example.shape)
@@ -80,6 +84,7 @@ def make_plan(
         outputs=tuple(
             (node.name, flow.grid[node]) for node in _outputs(facts) if flow.role[node] is Role.MAP
         ),
+        matters=fine or any(_joins(node, flow) for node in readers),
         part=part,
     )
     return made, flow.treatments
@@ -89,16 +94,26 @@ def _outputs(facts: Facts) -> list[fx.Node]:
     return next(node for node in facts.graph.nodes if node.op == "output").all_input_nodes
 
 
-def _gains(facts: Facts, flow: Flow, region: Region) -> bool:
-    """Whether anything looks beyond a single element on more than the map the region starts from."""
-    for node in facts.graph.nodes:
-        sources = [s for s in flow.maps(node) if s in region.needed and region.stage(s) > 0]
-        treatment = flow.treatments[node]
-        if sources and node not in flow.barriers and (node in region.needed or treatment.kind == "global"):
-            window = treatment.window
-            if treatment.kind in ("global", "resize") or (window is not None and not window.is_pointwise):
-                return True
-    return False
+def _readers(facts: Facts, flow: Flow, region: Region) -> list[fx.Node]:
+    """Operations of the region that work on more than the map it starts from."""
+    return [
+        node
+        for node in facts.graph.nodes
+        if any(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
+        and node not in flow.barriers
+        and (node in region.needed or flow.treatments[node].kind == "global")
+    ]
+
+
+def _works(node: fx.Node, flow: Flow) -> bool:
+    """Whether an operation looks beyond a single element."""
+    window = flow.treatments[node].window
+    return _joins(node, flow) or (window is not None and not window.is_pointwise)
+
+
+def _joins(node: fx.Node, flow: Flow) -> bool:
+    """Whether an operation brings finer values from one position to another."""
+    return flow.treatments[node].kind in ("global", "resize") or flow.treatments[node].call in _JOINING
 
 
 def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str]) -> Flow:
@@ -234,7 +249,7 @@ def _refusal(facts: Facts, region: RegionOption) -> Callable[[fx.Node], str]:
         path = facts.path(node)
         if any(node.name == name or path == name or path.startswith(f"{name}.") for name in names):
             return ""
-        return f"outside the region {', '.join(names)}"
+        return f"{_OUTSIDE} {', '.join(names)}"
 
     return refused
 
@@ -243,11 +258,12 @@ def _nothing_to_convert(facts: Facts, flow: Flow) -> CannotConvert:
     model = type(facts.model).__name__
     what = f"{model} has nothing that can be made adaptive."
     next_step = "convert another part of the network with region=[...], or teach the operation: see docs/extending.md."
-    if mixers := position_mixers(facts, flow):
+    mixers = [node for node in position_mixers(facts, flow) if _OUTSIDE not in flow.barriers.get(node, "")]
+    if mixers and not any(reason.startswith(_OUTSIDE) for reason in flow.barriers.values()):
         first, strided = mixers[0], [node for node in flow.grid if _downsamples(node, flow)]
         before = "its patch embedding" if len(strided) < 2 else f"{len(strided)} strided operations"
         return CannotConvert(
-            f"{what} It is a transformer or a network of that kind.",
+            f"{what} It joins all positions of the image, as transformers do.",
             where=f"{first.name} ({operation_name(first, facts)}{_source_line(first)})",
             why=f"it has {len(mixers)} operations such as {operation_name(first, facts)} that join all positions of "
             f"the map, which then must all have one resolution; between {before} and them no convolution works on a "

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -62,6 +64,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _said_to_trace() -> Iterator[None]:
+    """`torch.jit.is_tracing` is true for a while: libraries then leave out checks that depend on an image's size."""
+    with mock.patch.object(torch.jit, "is_tracing", lambda: True):
+        yield
+
+
 def trace(
     model: nn.Module,
     is_operation: Callable[[nn.Module], bool] = lambda module: False,
@@ -81,7 +90,7 @@ def trace(
         CannotConvert: the forward depends on values or uses Python that torch.fx cannot follow.
     """
     try:
-        with evaluating(model):
+        with evaluating(model), _said_to_trace():
             declared, wrapped = _timm_leaves()
             graph = _Tracer(is_operation, (*functions, *wrapped), declared).trace(model)
     except Exception as error:  # tracing runs foreign code, which can raise anything

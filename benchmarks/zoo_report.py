@@ -1,0 +1,228 @@
+"""docs/zoo.md and docs/zoo.png from the file of a full check of the zoo.
+
+cadsurgery list --check --output cadsurgery/zoo.jsonl      # the full run; goes on where it was stopped
+python benchmarks/zoo_report.py [--rows cadsurgery/zoo.jsonl] [--docs docs]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from cadsurgery.coverage import RECORDED, read_rows
+
+Row = dict[str, Any]
+RESULTS = ("converts", "refused", "not checked", "not built", "broken")
+COLOURS = {
+    "converts": "#2a7f62",
+    "refused": "#c9a227",
+    "not checked": "#9aa0a6",
+    "not built": "#5f6368",
+    "broken": "#b00020",
+}
+KINDS = {
+    "cnn": "convolutional",
+    "attention": "with attention or another mixing of positions",
+    "not traced": "not traced by torch.fx",
+    "": "not built or not checked",
+}
+
+
+def by_family(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows by library and module, in alphabetical order."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row["family"]].append(row)
+    return dict(sorted(found.items()))
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """Families against outcome: how many networks of each convert, are refused, were not checked."""
+    families = by_family(rows)
+    figure, axes = plt.subplots(figsize=(9, 0.17 * len(families) + 1.2), layout="constrained")
+    left = [0] * len(families)
+    for result in RESULTS:
+        counts = [sum(row["result"] == result for row in members) for members in families.values()]
+        if any(counts):
+            axes.barh(
+                list(families), counts, left=left, color=COLOURS[result], label=f"{result} ({sum(counts)})"
+            )
+            left = [a + b for a, b in zip(left, counts, strict=True)]
+    axes.invert_yaxis()
+    axes.margins(y=0.005)
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_xlabel("networks")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def table(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
+    """A Markdown table."""
+    cells = [header, ("---",) * len(header), *lines]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in cells)
+
+
+def outcomes(rows: list[Row]) -> str:
+    """Kinds of networks against results."""
+    lines = []
+    for kind, words in KINDS.items():
+        counts = Counter(row["result"] for row in rows if row.get("kind", "") == kind)
+        if counts:
+            lines.append((words, sum(counts.values()), *(counts[result] for result in RESULTS)))
+    return table(("kind", "networks", *RESULTS), lines)
+
+
+def families_table(rows: list[Row]) -> str:
+    """A line per family: how many convert, their usual strides, the share of the work in the region."""
+    lines = []
+    for family, members in by_family(rows).items():
+        done = [row for row in members if row["result"] == "converts"]
+        strides = Counter("{} to {}".format(*row["output_stride"]) for row in done)
+        share = f"{statistics.median(row['share_after_first_stage'] for row in done):.0%}" if done else ""
+        why = Counter(row.get("why", "").partition(";")[0] for row in members if row["result"] != "converts")
+        reason = why.most_common(1)[0][0] if why else ""
+        lines.append(
+            (
+                family,
+                len(members),
+                len(done),
+                ", ".join(s for s, _ in strides.most_common(2)),
+                share,
+                short(reason),
+            )
+        )
+    return table(
+        ("family", "networks", "convert", "output strides", "in the region", "why the others do not"), lines
+    )
+
+
+def short(text: str, length: int = 110) -> str:
+    """The beginning of a reason."""
+    return text if len(text) <= length else f"{text[:length].rstrip()}..."
+
+
+def exceptions(rows: list[Row]) -> str:
+    """Every convolutional network that does not convert, with its reason."""
+    found = [row for row in rows if row.get("kind") == "cnn" and row["result"] != "converts"]
+    lines = [
+        (row["model"], row["result"], row.get("where", ""), short(row.get("why", ""), 200)) for row in found
+    ]
+    return table(("network", "result", "where", "why"), lines) if lines else "None."
+
+
+def unchecked(rows: list[Row]) -> str:
+    """Networks that were not checked or built, and why."""
+    why = defaultdict(list)
+    for row in rows:
+        if row["result"] in ("not checked", "not built"):
+            why[short(row["why"], 90)].append(row["model"])
+    return "\n".join(f"- {reason}: {', '.join(names)}" for reason, names in sorted(why.items())) or "None."
+
+
+def ends(rows: list[Row]) -> str:
+    """What ends the region in networks that convert."""
+    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        for end in row.get("dense", [])[:1]:
+            found[(end["operation"].partition(" ")[0], end["why"])].append(row)
+    ranked = sorted(found.items(), key=lambda item: -len(item[1]))[:15]
+    lines = [
+        (
+            operation,
+            short(why),
+            len(members),
+            members[0]["model"],
+            f"{statistics.median(r['dense'][0]['share'] for r in members):.0%}",
+        )
+        for (operation, why), members in ranked
+    ]
+    return table(("operation", "why", "networks", "for example", "MACs dense from there, median"), lines)
+
+
+def document(rows: list[Row], setting: Row) -> str:
+    """The page."""
+    networks = [row for row in rows if row.get("kind") == "cnn"]
+    done = [row for row in networks if row["result"] == "converts"]
+    hybrids = [row for row in rows if row.get("kind") == "attention"]
+    median = statistics.median(row["share_after_first_stage"] for row in done)
+    double = sum(row.get("dtype") == "float64" for row in rows)
+    broken = sum(row["result"] == "broken" for row in rows)
+    commits = ", ".join(
+        f"{name} ({count} rows)" for name, count in Counter(row["commit"] for row in rows).most_common()
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
+    exact = sum(row["result"] == "converts" for row in hybrids)
+    return f"""# The zoo
+
+Every network of torchvision and timm was built with random weights and random statistics, converted with its
+default output strides, and compared: law 1 (on its own grid it is the original, on two odd, non-square sizes), law 2
+(every other uniform level is the dense network at that stride; everything high, read at the network's own positions,
+is the original where no global operation mixes positions) and law 5 (a batch with a level map per image is its images
+one by one), to 1e-4 in float32, or to 1e-9 in float64 where a deep random network amplifies rounding
+({double} networks). This page is generated; nothing in it is written by hand.
+
+`cadsurgery list --check --output cadsurgery/zoo.jsonl`, then `python benchmarks/zoo_report.py`.
+{versions}; {setting["machine"]}; commits {commits}.
+
+**{len(done)} of {len(networks)} convolutional networks convert ({len(done) / len(networks):.1%});
+{broken} rows break a law.**
+In the median of them {median:.0%} of the multiply-accumulates from the first adaptive operation on are in the region.
+
+*Criterion.* A network is convolutional if, traced by torch.fx, none of its operations joins positions of the image
+otherwise than by a window, a mean or maximum over the image, or resizing: no matrix product, attention, recurrence,
+roll, unfold or Fourier transform on values of more than two axes, no linear layer over positions, no leaf module of a
+library that torch.fx cannot look into. Detectors count by the backbone that is converted. {exact} of the
+{len(hybrids)} networks with such operations convert all the same, with these as barriers or, where they are sums over
+positions (attention between channels, pooling by attention), exactly.
+
+{outcomes(rows)}
+
+![families against outcome](zoo.png)
+
+## Convolutional networks that do not convert
+
+{exceptions(rows)}
+
+## What ends the region in networks that convert
+
+{ends([row for row in rows if row["result"] == "converts"])}
+
+## Not checked
+
+{unchecked(rows)}
+
+## Families
+
+In the region: of the multiply-accumulates from the first adaptive operation on, the median over the family's networks
+that convert. `cadsurgery list PATTERN` shows each network; `--json` with errors, strides, reasons and seconds.
+
+{families_table(rows)}
+"""
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=Path, default=RECORDED)
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
+    options = parser.parse_args()
+    rows = sorted(read_rows(options.rows), key=lambda row: row["model"])
+    setting = json.loads(options.rows.read_text(encoding="utf-8").splitlines()[0])
+    (options.docs / "zoo.md").write_text(document(rows, setting), encoding="utf-8")
+    picture(rows, options.docs / "zoo.png")
+
+
+if __name__ == "__main__":
+    main()
