@@ -31,6 +31,7 @@ _PUBLIC = {
     "rule": "surgery.rules",
     "Call": "surgery.rules",
     "Treatment": "surgery.rules",
+    "Window": "kernel_map",
     "save": "io",
     "CadError": "errors",
     "CannotConvert": "errors",
@@ -53,6 +54,7 @@ __all__ = [
     "Plan",
     "Treatment",
     "UnknownName",
+    "Window",
     "adaptify",
     "build_model",
     "list_masks",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from cadsurgery.errors import CadError, CannotConvert, FileError, InvalidInput, UnknownName
     from cadsurgery.functional import Elements
     from cadsurgery.io import load, save
+    from cadsurgery.kernel_map import Window
     from cadsurgery.lattice import Geometry, Lattice
     from cadsurgery.masks import MaskProvider, list_masks, mask_provider
     from cadsurgery.model import AdaptiveModel

@@ -98,8 +98,8 @@ def _notes(plan: Plan, active_fraction: float, sides: Sequence[Side]) -> tuple[s
     notes = []
     if not plan.matters:
         notes.append(
-            "everything leaves the region at its native size: keeping more high cannot improve the result here; convert "
-            "the network together with what follows, or return the last map."
+            "everything leaves the region at its native size: keeping more high cannot improve the result here; "
+            "convert the network together with what follows, or return the last map."
         )
     if active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")

@@ -183,17 +183,17 @@ def test_the_search_for_families_finds_them() -> None:
     assert {word for word in said(tree) if FAMILIES.search(word)} == {"resnet18", "is_vgg", "fcn_head"}
 
 
-def readme_snippets() -> list[str]:
-    readme = ROOT / "README.md"
-    return re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if readme.exists() else []
+def snippets(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
-@pytest.mark.skipif(not readme_snippets(), reason="no Python in the README")
-def test_the_python_of_the_readme_runs_as_printed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["README.md", "docs/extending.md"])
+def test_the_python_of_the_documents_runs_as_printed(tmp_path: Path, path: str) -> None:
     """All snippets one after another, as a reader would type them, in an empty folder."""
-    (tmp_path / "readme.py").write_text("\n".join(readme_snippets()))
+    assert snippets(path)
+    (tmp_path / "snippets.py").write_text("\n".join(snippets(path)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "readme.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "snippets.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
