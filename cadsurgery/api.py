@@ -165,7 +165,7 @@ def _refuse_barriers(plan: Plan) -> None:
         first = barriers[0]
         raise CannotConvert(
             f"{first.node} ends the region.",
-            where=f"{first.path or first.node} ({first.operation})",
+            where=first.place,
             why=f"{first.reason}; {plan.dense_after:.0%} of the MACs run dense after the region.",
             next='pass strict=False to accept that, or end the region on purpose: region="backbone" or names.',
         )

@@ -233,6 +233,7 @@ def _dense(plan: Plan) -> list[Row]:
         {
             "node": decision.node,
             "operation": decision.operation,
+            "source": decision.source,
             "why": decision.reason.partition(";")[0],
             "share": round(decision.cost / total, 4),
         }

@@ -13,8 +13,10 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "recipes" / "camvid_mobilenetv2" / "recipe.py"
-DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with camvid/ and camvid_mobilenetv2_fcn/
+RECIPES = sorted((ROOT / "recipes").glob("*/recipe.py"))
+CAMVID_RECIPE = ROOT / "recipes" / "camvid_mobilenetv2" / "recipe.py"
+IMAGENET_RECIPE = ROOT / "recipes" / "imagenet_mobilenetv2" / "recipe.py"
+DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with the data and weights the recipes name
 
 # mIoU on all 233 test images by a dense emulation of the method, independent of this package.
 CAMVID = {
@@ -37,14 +39,15 @@ def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
 
 
-def test_recipe_without_its_data_says_so_and_stops(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, RECIPE, tmp_path], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_recipe_without_its_data_says_so_and_stops(recipe: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, recipe, tmp_path], capture_output=True, text=True, check=True)
     assert "skipped" in done.stdout
 
 
 def _camvid(tmp_path: Path, *options: str) -> dict[str, dict[str, float]]:
     output = tmp_path / "results.json"
-    subprocess.run([sys.executable, RECIPE, DATA, "--output", output, *options], check=True)
+    subprocess.run([sys.executable, CAMVID_RECIPE, DATA, "--output", output, *options], check=True)
     return json.loads(output.read_text())["settings"]
 
 
@@ -67,3 +70,15 @@ def test_recipe_on_four_images_loses_most_where_everything_is_low(tmp_path: Path
 def test_recipe_reaches_the_emulated_accuracy_on_all_images(tmp_path: Path) -> None:
     settings = _camvid(tmp_path)
     assert {name: settings[name]["miou"] for name in CAMVID} == pytest.approx(CAMVID, abs=0.3)
+
+
+@pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with the ImageNet sample")
+def test_a_trained_classifier_keeps_its_predictions_where_nothing_is_kept_high(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    command = [sys.executable, IMAGENET_RECIPE, DATA, "--limit", "40", "--output", output]
+    subprocess.run(command, check=True)
+    settings = json.loads(output.read_text())["settings"]
+    original, none = settings["original, output stride 32"], settings["none, 8 to 32"]
+    assert {key: none[key] for key in ("top1", "top5")} == {key: original[key] for key in ("top1", "top5")}
+    assert original["top1"] > 60
+    assert all(row["macs_of_original"] >= 1 for row in settings.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 
 import pytest
@@ -103,6 +104,67 @@ def test_every_end_of_the_region_has_reason_and_cost() -> None:
     assert end.cost == dense > 0
     assert plan.dense_after == pytest.approx(dense / sum(d.macs for d in plan.decisions))
     assert f"{plan.dense_after:.0%} of the MACs run dense" in str(plan)
+
+
+def test_the_end_of_a_region_names_module_operation_and_source_line() -> None:
+    """Both in the plan and where `strict` refuses it."""
+    (end,) = cs.plan(build("fcn_resnet50")).chosen("barrier")
+    assert re.fullmatch(r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)", end.place)
+    with pytest.raises(cs.CannotConvert, match=r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)"):
+        cs.adaptify(build("fcn_resnet50"), strict=True)
+
+
+def test_where_everything_leaves_at_native_size_the_plan_says_that_a_mask_cannot_matter() -> None:
+    assert not cs.plan(build("vgg11")).matters
+    assert "gains nothing" in str(cs.plan(build("vgg11")))
+    for name in ("resnet18", "fcn_resnet50"):
+        assert cs.plan(build(name)).matters
+
+
+def test_what_the_graph_leaves_out_is_noticed() -> None:
+    """Python that runs while tracing changes something the graph does not show."""
+
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last, self.calls = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.last(self.conv(x)) * self.calls
+
+    with pytest.raises(cs.CannotConvert, match="computes something else"):
+        cs.adaptify(Sly().eval())
+
+
+def test_a_functions_own_rule_makes_it_one_operation() -> None:
+    """Tracing does not look into a function that has a rule."""
+    from cadsurgery.surgery.treatment import _RULES
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Calling(), nn.Conv2d(4, 4, 3, padding=1)).eval()
+    with pytest.raises(cs.CannotConvert):
+        cs.adaptify(model)
+    try:
+        cs.rule(data_dependent)(lambda node, facts: cs.Treatment("pointwise", "acts on each value alone"))
+        net, x = cs.adaptify(model, "none"), images(2, 17, 23)
+        assert "data_dependent" in [d.operation for d in net.plan.chosen("keep")]
+        assert_same(net(x)[..., ::2, ::2], model(x), 1e-4)
+    finally:
+        _RULES.pop(data_dependent, None)
+
+
+def data_dependent(x: Tensor) -> Tensor:
+    return x.relu() if x.numel() > 0 and float(x.sum()) > -1e9 else x
+
+
+class Calling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return data_dependent(x)
+
+
+def test_an_operation_has_one_rule() -> None:
+    with pytest.raises(ValueError, match="already has the rule"):
+        cs.rule(nn.ReLU)(lambda node, facts: cs.Treatment("barrier", "no"))
 
 
 def test_a_module_with_an_own_rule_is_one_operation() -> None:

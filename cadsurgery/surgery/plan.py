@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cadsurgery.errors import UnknownName
@@ -35,6 +35,7 @@ class Decision:
         shape: of its output on the example, in the network as it is.
         cost: MACs of a node that ends the region and of all that runs dense because of it.
         layout: axes of its output if it is a map, e.g. `bchw`; see `cadsurgery.layout`.
+        source: line of the network's own code, e.g. `resnet.py:148`, where the region ends.
     """
 
     node: str
@@ -50,6 +51,14 @@ class Decision:
     shape: tuple[int, ...] = ()
     cost: int = 0
     layout: str = ""
+    source: str = field(default="", compare=False)
+
+    @property
+    def place(self) -> str:
+        """Module, operation and source line, for messages."""
+        return (
+            f"{self.path or self.node} ({', '.join(part for part in (self.operation, self.source) if part)})"
+        )
 
 
 @dataclass(frozen=True)

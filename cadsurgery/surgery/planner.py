@@ -264,7 +264,7 @@ def _nothing_to_convert(facts: Facts, flow: Flow) -> CannotConvert:
         before = "its patch embedding" if len(strided) < 2 else f"{len(strided)} strided operations"
         return CannotConvert(
             f"{what} It joins all positions of the image, as transformers do.",
-            where=f"{first.name} ({operation_name(first, facts)}{_source_line(first)})",
+            where=_place(first, facts),
             why=f"it has {len(mixers)} operations such as {operation_name(first, facts)} that join all positions of "
             f"the map, which then must all have one resolution; between {before} and them no convolution works on a "
             "downsampled map.",
@@ -281,7 +281,7 @@ def _nothing_to_convert(facts: Facts, flow: Flow) -> CannotConvert:
     where = next(iter(flow.barriers), None)
     return CannotConvert(
         what,
-        where=f"{where.name} ({operation_name(where, facts)}{_source_line(where)})" if where else "",
+        where=_place(where, facts) if where else "",
         why=_first_barrier(facts, flow) if where else "nothing but pointwise operations follows its strides.",
         next=next_step,
     )
@@ -318,16 +318,22 @@ def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
     return made_of and not type(facts.module(node)).__module__.startswith("torch.")
 
 
+def _place(node: fx.Node, facts: Facts) -> str:
+    """Module, operation and source line of a node, for messages."""
+    parts = (operation_name(node, facts), _source_line(node))
+    return f"{facts.path(node) or node.name} ({', '.join(part for part in parts if part)})"
+
+
 def _source_line(node: fx.Node) -> str:
-    """Where in the network's own code a node comes from, e.g. `, resnet.py:148`."""
+    """Where in the network's own code a node comes from, e.g. `resnet.py:148`."""
     lines = [
         line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File")
     ]
-    own = [line for line in lines if "/torch/fx/" not in line and "/torch/nn/modules/module.py" not in line]
+    own = [line for line in lines if "/torch/" not in line.partition(",")[0]]
     if not own:
         return ""
     file, line = own[-1].split(",")[:2]
-    return f", {file.rpartition('/')[2].rstrip(chr(34))}:{line.split()[-1]}"
+    return f"{file.rpartition('/')[2].rstrip(chr(34))}:{line.split()[-1]}"
 
 
 def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
@@ -378,6 +384,7 @@ def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> lis
                 grid=max(1, flow.grid.get(node, 1) // region.strides[0]),
                 leaves=sizes.get(read[node][0] if node in ends else node, ""),
                 layout=facts.layout(node),
+                source=_source_line(node) if node in ends else "",
                 macs=facts.macs[node],
                 shape=tuple(facts.shapes.get(node, ())),
                 cost=sum(facts.macs[found] for found in _and_after(node)) if node in ends else 0,
