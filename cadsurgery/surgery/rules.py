@@ -7,6 +7,7 @@ The docstring of a rule is the geometric reason why its treatment is exact; the 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -499,10 +500,8 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     if node.op == "call_module":
         module: Any = facts.module(node)
         given |= {"size": module.size, "mode": module.mode, "align_corners": module.align_corners}
-    before, after = facts.shapes[source][2:], facts.shapes[node][2:]
-    scale = round(after[0] / before[0])
-    close = all(abs(a - b * scale) < scale for b, a in zip(before, after, strict=True))
-    if scale < 1 or not close:
+    scale = _scale(facts.shapes[source][2:], facts.shapes[node][2:])
+    if not scale:
         return barrier("it resizes the map by no whole factor")
     if given["mode"] not in ("nearest", "bilinear") or given["antialias"]:
         return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
@@ -617,6 +616,18 @@ def _factor(node: fx.Node, facts: Facts, name: str) -> int:
     return (
         getattr(facts.module(node), name) if node.op == "call_module" else _arguments(node, "x", name)[name]
     )
+
+
+def _scale(before: Sequence[int], after: Sequence[int]) -> int:
+    """How many times finer a map of another size is, on an example whose sizes need not divide; 0 if it is coarser.
+
+    Sizes are rounded up at every stride, so that several factors can be meant; strides are mostly powers of two.
+    """
+    near = range(1, 2 * max(a // max(b, 1) for b, a in zip(before, after, strict=True)) + 2)
+    fitting = [s for s in near if all(abs(a - b * s) < s for b, a in zip(before, after, strict=True))]
+    exact = [s for s in fitting if all(a == b * s for b, a in zip(before, after, strict=True))]
+    powers = [s for s in fitting if s & (s - 1) == 0]
+    return next(iter(exact or powers or fitting), 0)
 
 
 def _first_map(node: fx.Node, facts: Facts) -> fx.Node:
