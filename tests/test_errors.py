@@ -703,14 +703,14 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_wrong_is_returned_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion whose laws do not hold is refused: here because a kernel map reads off by one."""
-    from cadsurgery import functional
+    from cadsurgery.functional import windows
 
-    honest = functional._extended
+    honest = windows.extended
 
     def shifted(rows: Tensor, reading: Any, padding: float) -> Tensor:
         return F.pad(honest(rows, reading, padding)[1:], (0, 0, 0, 1))
 
-    monkeypatch.setattr(functional, "_extended", shifted)
+    monkeypatch.setattr(windows, "extended", shifted)
     with refused(cs.CannotConvert, "not exact", "relative error", "report"):
         cs.adaptify(trunk(), "none")
 

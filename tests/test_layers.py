@@ -18,7 +18,14 @@ PACKAGE = ROOT / "cadsurgery"
 # A module imports only modules above it in this list.
 LAYERS = [
     *("errors", "files"),
-    *("layout", "lattice", "kernel_map", "functional"),
+    *("layout", "lattice", "kernel_map"),
+    *(
+        "functional.elements",
+        "functional.windows",
+        "functional.statistics",
+        "functional.resampling",
+        "functional",
+    ),
     *("masks.provider", "masks.basic", "masks.edges", "masks.resolve", "masks.masking", "masks"),
     *(
         "surgery.trace",
@@ -35,7 +42,10 @@ LAYERS = [
     *("macs", "model", "hosted", "api", "zoo", "coverage", "io"),
     *("report", "timing", "images", "viz", "conversion", "cli"),
 ]
-GEOMETRY = ("layout", "lattice", "kernel_map", "functional")
+GEOMETRY = (
+    *("layout", "lattice", "kernel_map"),
+    *(name for name in LAYERS if name.startswith("functional")),
+)
 CORE = (*GEOMETRY, *(name for name in LAYERS if name.startswith("surgery")))
 FOREIGN = ("torch.fx", "torchvision", "timm")
 # Families of networks as torchvision and timm name them; "plan" and "scan" must not match, "resnet18" must.

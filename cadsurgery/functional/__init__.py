@@ -1,0 +1,60 @@
+"""The operations of a convolutional network on elements: what `torch.nn.functional` is to dense maps.
+
+Every function takes and returns `Elements`, computes only the elements of its output lattice, is
+differentiable, and treats the images of a batch apart from each other. Pointwise functions need no entry
+here: they act on `rows` as they are.
+"""
+
+from cadsurgery.functional.elements import (
+    Elements,
+    common_lattice,
+    fine_map,
+    native_shape,
+    rows_on,
+    to_dense,
+    to_elements,
+)
+from cadsurgery.functional.resampling import pixel_shuffle, resize, resize_to_dense
+from cadsurgery.functional.statistics import (
+    batch_norm,
+    drop_per_image,
+    global_max,
+    global_mean,
+    global_reduce,
+    group_deviation,
+    group_norm,
+    matrix_on_rows,
+    normalize_over_image,
+    softmax_over_image,
+    sum_of_products,
+)
+from cadsurgery.functional.windows import avg_pool2d, conv2d, conv2d_per_image, max_pool2d, pixel_unshuffle
+
+__all__ = [
+    "Elements",
+    "avg_pool2d",
+    "batch_norm",
+    "common_lattice",
+    "conv2d",
+    "conv2d_per_image",
+    "drop_per_image",
+    "fine_map",
+    "global_max",
+    "global_mean",
+    "global_reduce",
+    "group_deviation",
+    "group_norm",
+    "matrix_on_rows",
+    "max_pool2d",
+    "native_shape",
+    "normalize_over_image",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "resize",
+    "resize_to_dense",
+    "rows_on",
+    "softmax_over_image",
+    "sum_of_products",
+    "to_dense",
+    "to_elements",
+]

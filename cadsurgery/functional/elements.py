@@ -1,0 +1,140 @@
+"""The value type of the region, and its way in and out: dense maps, elements, rows of another lattice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.errors import InvalidInput
+from cadsurgery.kernel_map import Reading, Window, kernel_map, read_points
+from cadsurgery.lattice import Lattice, describe
+from cadsurgery.layout import NCHW, image_dims, is_flat
+
+_POINT = Window((1, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Elements:
+    """Feature vectors of the cells of a lattice.
+
+    Attributes:
+        rows: (N, C), contiguous, in the lattice's order; (N, *channel axes) where a map has several.
+        lattice: the cells.
+    """
+
+    rows: Tensor
+    lattice: Lattice
+
+
+def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements:
+    """A dense map at the high output stride as elements of stage 0; a view if it is channels_last in memory."""
+    if dense.dim() != len(layout) or dense.shape[layout.index("b")] != lattice.batch:
+        raise InvalidInput(
+            f"a batch of {lattice.batch} maps is expected here, not {describe(dense)}.",
+            next="give one level map per image.",
+        )
+    image = [layout.index(axis) for axis in "bhwp" if axis in layout]
+    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
+    by_pixel = dense.permute(*image, *channels)
+    size = lattice.size if "p" in layout else (by_pixel.shape[1], by_pixel.shape[2])
+    return Elements(by_pixel.flatten(0, len(image) - 1).contiguous(), lattice.resampled(0, size))
+
+
+def fine_map(dense: Tensor, layout: str) -> Tensor:
+    """A dense map of any layout as (B, C, H, W): what a mask provider is shown."""
+    if layout == NCHW:
+        return dense
+    image = [layout.index(axis) for axis in "bhw"]
+    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
+    return dense.permute(*image, *channels).flatten(3).permute(0, 3, 1, 2)
+
+
+def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW) -> Tensor:
+    """A dense map that reads every `spacing`-th fine pixel by the lattice's fill.
+
+    Args:
+        x: elements.
+        spacing: 1 for the fine size, the network's own sample distance for its native size.
+        layout: of the result.
+
+    Returns:
+        By default (B, C, ceil(H / spacing), ceil(W / spacing)), in channels_last memory.
+    """
+    lattice = x.lattice
+    height, width = lattice.size
+
+    def build() -> Reading:
+        pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)
+        return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
+
+    reading = lattice.pyramid.derive(("to_dense", lattice.stage, lattice.size, spacing), build)
+    rows = extended(x.rows.reshape(len(lattice), -1), reading, 0.0)
+    rows = rows.index_select(0, reading.table.flatten().to(x.rows.device))
+    by_pixel = rows.view(*reading.table.shape, *x.rows.shape[1:])
+    present = "bhw" + "c" * (x.rows.dim() - 1)
+    if "p" in layout:
+        by_pixel, present = by_pixel.flatten(1, 2), present.replace("hw", "p")
+    channels = iter(dim for dim, axis in enumerate(present) if axis == "c")
+    return by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
+
+
+def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> Tensor:
+    """Rows (N, *channel axes) of a value on a lattice of the same or a later stage.
+
+    Elements are subsampled to the anchors that remain. A tensor without extent in the image, such as one
+    vector per image (B, C, 1, 1) or one for all (C, 1, 1), is repeated for every element as torch would
+    broadcast it against a map of `layout`.
+    """
+    if isinstance(value, Elements):
+        if value.lattice == lattice:
+            return value.rows
+        table = kernel_map(value.lattice, lattice, _POINT).reading.table.squeeze(1)
+        return value.rows.index_select(0, table.to(value.rows.device))
+    if value.dim() == 0:
+        return value
+    if not is_flat(value.shape, layout):
+        raise InvalidInput(
+            f"{describe(value)} has spatial extent and cannot be combined with elements.",
+            next="end the region before this operation: region=[...] takes module names.",
+        )
+    value = value.reshape(*(1,) * (len(layout) - value.dim()), *value.shape)
+    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
+    per_image = value.permute(layout.index("b"), *channels, *image_dims(layout))
+    per_image = per_image.reshape(per_image.shape[: 1 + len(channels)])
+    if per_image.shape[0] == 1:
+        return per_image.expand(len(lattice), *per_image.shape[1:])
+    return per_image.index_select(0, lattice.coordinates[0].to(value.device))
+
+
+def common_lattice(stage: int, *values: Elements) -> Lattice:
+    """The lattice of `stage` that all operands of a join can be read on: the smallest fine size."""
+    height = min(value.lattice.size[0] for value in values)
+    width = min(value.lattice.size[1] for value in values)
+    return values[0].lattice.at(stage, (height, width))
+
+
+def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
+    """Shape of the map as the network itself sees it, with one sample per `spacing` fine pixels."""
+    height, width = (-(-length // spacing) for length in x.lattice.size)
+    channels = iter(x.rows.shape[1:])
+    known = {"b": x.lattice.batch, "h": height, "w": width, "p": height * width}
+    return torch.Size(next(channels) if axis == "c" else known[axis] for axis in layout)
+
+
+def extended(rows: Tensor, reading: Reading, padding: float) -> Tensor:
+    """The rows a reading's table points into: the elements, one row of padding, the halo."""
+    halo = reading.sources.shape[0]
+    if not halo and not reading.has_outside:
+        return rows
+    parts = [rows, rows.new_full((1, rows.shape[1]), padding)]
+    if halo:
+        parts.append(mixed(rows, reading.sources, reading.mix))
+    return torch.cat(parts)
+
+
+def mixed(rows: Tensor, sources: Tensor, mix: Tensor) -> Tensor:
+    """Weighted sums of rows: (M, C)."""
+    return F.embedding_bag(sources.to(rows.device), rows, per_sample_weights=mix.to(rows), mode="sum")
