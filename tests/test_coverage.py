@@ -81,8 +81,7 @@ def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
     [
         ("vit_tiny_patch16_224", "transformer"),
         ("mixer_s32_224", "join all positions"),
-        ("halonet26t", "join all positions"),
-        ("mobilevit_xxs", "MobileVitBlock"),
+        ("efficientvit_m0", "LocalWindowAttention"),
     ],
 )
 def test_what_does_not_convert_says_why(name: str, words: str) -> None:
@@ -90,6 +89,17 @@ def test_what_does_not_convert_says_why(name: str, words: str) -> None:
     assert row["result"] == "refused" and row["kind"] == "attention"
     assert words in f"{row['what']} {row['why']}"
     assert row["where"] and row["next"]
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [("halonet26t", "reshape"), ("caformer_s18", "matmul"), ("mobilevit_xxs", "MobileVitBlock")],
+)
+def test_stages_before_attention_convert_with_it_as_a_barrier(name: str, operation: str) -> None:
+    row = check_network(name)
+    assert row["result"] == "converts" and row["kind"] == "attention", row
+    assert any(operation in end["operation"] for end in row["dense"]), row["dense"]
+    assert all(end["source"] and end["why"] for end in row["dense"])
 
 
 # -- settled random networks -------------------------------------------------------------------------------

@@ -121,6 +121,15 @@ def test_where_everything_leaves_at_native_size_the_plan_says_that_a_mask_cannot
         assert cs.plan(build(name)).matters
 
 
+def test_data_of_the_original_can_be_read_but_its_methods_would_run_it_as_it_was() -> None:
+    net = cs.adaptify(build("mobilenet_v2"), "none", verify_laws=False)
+    assert net.last_channel == 1280
+    with pytest.raises(AttributeError):
+        net._forward_impl(images(1, 64, 64))
+    with pytest.raises(AttributeError):
+        net.no_such_thing  # noqa: B018
+
+
 def test_what_the_graph_leaves_out_is_noticed() -> None:
     """Python that runs while tracing changes something the graph does not show."""
 

@@ -188,7 +188,16 @@ def _choose(
     current = max(flow.grid[node] for node in regions[highs[-1]].needed)
     if current < low:  # dilated: it is at its high output stride already
         return (current if current in highs else highs[-1]), low
-    return max((high for high in highs if high <= _trunk(facts, flow, low) / 4), default=highs[0]), low
+    usual = max((high for high in highs if high <= _trunk(facts, flow, low) / 4), default=highs[0])
+    # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts.
+    work = {
+        high: sum(facts.macs[node] for node in found.needed if found.stage(node) > 0)
+        for high, found in regions.items()
+        if high == usual or found.strides[-1] <= 4 * high
+    }
+    worth = [high for high in work if work[high] >= max(work.values()) / 2]
+    chosen = usual if usual in worth else max(worth)
+    return chosen, regions[chosen].strides[-1]
 
 
 def _trunk(facts: Facts, flow: Flow, low: int) -> int:
