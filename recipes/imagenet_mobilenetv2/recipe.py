@@ -48,7 +48,7 @@ class Setting:
 SETTINGS = (
     Setting(),
     Setting("none"),
-    *(Setting("edges", stride) for stride in ((16, 32), (8, 32), (4, 32))),
+    *(Setting("edges", stride) for stride in ((16, 32), (8, 32))),
     *(Setting("edges:threshold=0.95,dilation=5", stride) for stride in ((16, 32), (8, 32), (4, 32))),
     *(Setting(f"random:fraction={kept},seed=0", (16, 32)) for kept in (0.25, 0.5)),
     *(Setting(f"random:fraction={kept},seed=0", (8, 32)) for kept in (0.25, 0.5)),
