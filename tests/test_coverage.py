@@ -93,7 +93,11 @@ def test_what_does_not_convert_says_why(name: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "operation"),
-    [("halonet26t", "reshape"), ("caformer_s18", "scaled_dot_product_attention"), ("mobilevit_xxs", "MobileVitBlock")],
+    [
+        ("halonet26t", "reshape"),
+        ("caformer_s18", "scaled_dot_product_attention"),
+        ("mobilevit_xxs", "MobileVitBlock"),
+    ],
 )
 def test_stages_before_attention_convert_with_it_as_a_barrier(name: str, operation: str) -> None:
     row = check_network(name)

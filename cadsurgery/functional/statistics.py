@@ -70,8 +70,9 @@ def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
     """Dropout of whole channels or whole images, as `dropout` does it to a map: one factor per image and channel."""
     if not dropout.training:
         return x
-    factors = dropout(x.rows.new_ones(x.lattice.batch, x.rows.shape[1], 1, 1))
-    return Elements(x.rows * rows_on(factors, x.lattice), x.lattice)
+    channels = x.rows.shape[1:]
+    factors = dropout(x.rows.new_ones(x.lattice.batch, *channels, 1, 1))
+    return Elements(x.rows * rows_on(factors, x.lattice, f"b{'c' * len(channels)}hw"), x.lattice)
 
 
 def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:

@@ -286,7 +286,8 @@ def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
 def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
     arguments = (("dropout", Attribute(str(node.target))),)
-    return Treatment("pointwise", _why(dropout_per_image), "drop_per_image", arguments)
+    axes = NCHW if isinstance(facts.module(node), nn.Dropout2d) else ""
+    return Treatment("pointwise", _why(dropout_per_image), "drop_per_image", arguments, axes=axes)
 
 
 # -- each element alone --------------------------------------------------------------------------------
@@ -330,8 +331,8 @@ def linear(node: fx.Node, facts: Facts) -> Treatment:
 
 
 @rule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
-@rule(nn.Softmax, nn.LogSoftmax, F.normalize, torch.max, "max", torch.min, "min", "argmax", torch.argmax)
-@rule("logsumexp", torch.logsumexp, "cumsum", torch.cumsum, F.glu, nn.GLU, "prod", torch.prod)
+@rule(nn.Softmax, nn.LogSoftmax, F.normalize, torch.max, "max", torch.min, "min")
+@rule("logsumexp", torch.logsumexp, F.glu, nn.GLU, "prod", torch.prod)
 def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     names = ("x", "p", "dim") if node.target is F.normalize else ("x", "dim")
