@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from cadsurgery.coverage import RECORDED, read_rows
+from cadsurgery.zoo import family_of, list_models
 
 Row = dict[str, Any]
 RESULTS = ("converts", "refused", "not checked", "not built", "broken")
@@ -59,6 +60,7 @@ def picture(rows: list[Row], path: Path) -> None:
             left = [a + b for a, b in zip(left, counts, strict=True)]
     axes.invert_yaxis()
     axes.margins(y=0.005)
+    axes.set_xlim(0, 1.03 * max(left))
     axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("networks")
     axes.legend(loc="lower right")
@@ -126,7 +128,12 @@ def unchecked(rows: list[Row]) -> str:
     for row in rows:
         if row["result"] in ("not checked", "not built"):
             why[short(row["why"], 90)].append(row["model"])
-    return "\n".join(f"- {reason}: {', '.join(names)}" for reason, names in sorted(why.items())) or "None."
+    lines = [f"- {reason}: {', '.join(names)}" for reason, names in sorted(why.items())]
+    missing = Counter(family_of(name) for name in set(list_models()) - {row["model"] for row in rows})
+    if missing:
+        named = ", ".join(f"{family} ({count})" for family, count in sorted(missing.items()))
+        lines.append(f"- not part of this run, {sum(missing.values())} names: {named}")
+    return "\n".join(lines) or "None."
 
 
 def ends(rows: list[Row]) -> str:
@@ -164,12 +171,13 @@ def document(rows: list[Row], setting: Row) -> str:
     exact = sum(row["result"] == "converts" for row in hybrids)
     return f"""# The zoo
 
-Every network of torchvision and timm was built with random weights and random statistics, converted with its
+{len(rows)} networks of torchvision and timm were built with random weights and random statistics, converted with their
 default output strides, and compared: law 1 (on its own grid it is the original, on two odd, non-square sizes), law 2
 (every other uniform level is the dense network at that stride; everything high, read at the network's own positions,
 is the original where no global operation mixes positions) and law 5 (a batch with a level map per image is its images
 one by one), to 1e-4 in float32, or to 1e-9 in float64 where a deep random network amplifies rounding
-({double} networks). This page is generated; nothing in it is written by hand.
+({double} networks). Families that were not part of the run are named below. A name that both libraries have is
+torchvision's. This page is generated; nothing in it is written by hand.
 
 `cadsurgery list --check --output cadsurgery/zoo.jsonl`, then `python benchmarks/zoo_report.py`.
 {versions}; {setting["machine"]}; commits {commits}.

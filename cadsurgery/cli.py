@@ -239,7 +239,7 @@ def list_command(
         _print_json(rows)
         return
     for row in rows:
-        out.print(f"{row['model']:40} {outlook(row)}", highlight=False, markup=False)
+        out.print(f"{row['model']:40} {outlook(row)}", highlight=False, markup=False, soft_wrap=True)
     out.print(summary(rows), highlight=False)
 
 
