@@ -161,13 +161,22 @@ def _torchvision_builder(name: str) -> Builder:
                 )
                 if model is not None:
                     rebuilt = {**_classes(entry), **_decisions(model, builder), **kwargs}
-                    return model, Source(described, rebuilt, entry.name, f"pretrained weights {entry.name}")
+                    note = f"pretrained weights {entry.name}"
+                    return model, Source(described, rebuilt, entry.name, note, *_expected_images(model))
                 note = f"weights are RANDOM: {problem}"
             else:
                 note = "weights are RANDOM: torchvision has none for this network"
-        return builder(weights=None, **no_backbone, **kwargs), Source(described, kwargs, "random", note)
+        model = builder(weights=None, **no_backbone, **kwargs)
+        return model, Source(described, kwargs, "random", note, *_expected_images(model))
 
     return build
+
+
+def _expected_images(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images a network of torchvision expects; detectors normalise themselves."""
+    if hasattr(getattr(model, "transform", None), "image_mean"):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return IMAGENET_MEAN, IMAGENET_STD
 
 
 def _classes(entry: Any) -> dict[str, Any]:

@@ -242,6 +242,20 @@ def test_list_check_builds_converts_and_verifies_here_and_now(run: Run, tmp_path
     assert refused.code == 1 and "no folder" in refused.err
 
 
+def test_convert_takes_a_detector(run: Run, tmp_path: Path) -> None:
+    """Its backbone is converted inside it; MACs are the backbone's."""
+    path = tmp_path / "net.safetensors"
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    options = ("--weights", "none", "--size", "64x96", "--rounds", "0", "--no-verify", "--output", str(path))
+    report = run("convert", "--model", name, *options, "--json").json
+    original, high, converted = report["sides"]
+    assert original["macs"] < converted["macs"] <= high["macs"]
+    net = cs.load(path)
+    with torch.no_grad():
+        (found,) = net([torch.rand(3, 64, 96)])
+    assert found.keys() == {"boxes", "labels", "scores"} and net.plan.part == "backbone"
+
+
 def test_list_masks_tells_options_and_source(run: Run) -> None:
     masks = {info["name"]: info for info in run("list", "--masks", "--json").json}
     assert {"all", "none", "edges", "random"} <= masks.keys()

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, images, random_levels, randomise
@@ -185,3 +186,21 @@ def test_a_pyramid_leaves_fine_and_its_finest_level_gains() -> None:
     assert_same(found["0"], expected["0"], EXACT)
     assert not torch.allclose(other["0"], expected["0"])
     assert "at output stride 8" in str(net.plan)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "convnext_atto", "hrnet_w18_small"])
+def test_several_feature_maps_stand_where_the_plan_says(name: str) -> None:
+    """`features_only` of timm: at the network's own positions every map is the original's."""
+    model = timm.create_model(name, features_only=True).eval()
+    x = images(2, 96, 128)
+    net = cs.adaptify(model, "none", output_stride=(8, 32), example_input=x)
+    with torch.no_grad():
+        found, expected = net(x), model(x)
+    standing = net.plan.standing()
+    assert len(standing) == len(expected) == len(found)
+    for ours, theirs, (_, own, stride, how) in zip(found, expected, standing, strict=True):
+        assert 96 // own == theirs.shape[2] and 96 // stride == ours.shape[2]
+        assert how == ("dense" if own <= 8 else "fine")
+        step = own // stride
+        assert_same(ours[..., ::step, ::step], theirs, 1e-4)
+    assert str(net.plan).count("(output stride ") == len(expected)
