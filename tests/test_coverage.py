@@ -202,6 +202,15 @@ def test_every_refusal_of_the_recorded_run_has_reason_place_and_next_step() -> N
             assert row["why"], row["model"]
 
 
+def test_the_readme_says_what_the_run_found() -> None:
+    text = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    networks, hybrids = rows("cnn"), rows("attention")
+    converted = sum(row["result"] == "converts" for row in hybrids)
+    assert f"All {len(networks)} convolutional networks" in text
+    assert all(row["result"] == "converts" for row in networks)
+    assert f"{converted} of {len(hybrids)} checked networks that also have attention" in text
+
+
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
 def test_the_recorded_rows_are_what_a_check_finds(name: str) -> None:
     ours, theirs = check_network(name), recorded()[name]
