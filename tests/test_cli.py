@@ -391,7 +391,7 @@ def test_convert_reports_verifies_and_writes_a_file(run: Run, tmp_path: Path) ->
     assert report["model"] == "torchvision:resnet18" and report["random_weights"] is True
     assert report["output_stride"] == [8, 32] and report["image"] == [1, 3, *SIZE]
     assert report["adapted"][0] == "layer3_0_conv1" and 0 < report["share_of_macs_in_region"] < 1
-    assert len(report["checks"]) == 3 and all(check["passed"] for check in report["checks"])
+    assert len(report["checks"]) == 4 and all(check["passed"] for check in report["checks"])
     names = [side["name"] for side in report["sides"]]
     assert names[0] == "original" and "dense high" in names[1] and names[2] == "converted"
     assert all(side["macs"] > 0 and side["milliseconds"] > 0 for side in report["sides"])

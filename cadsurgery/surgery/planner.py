@@ -191,7 +191,7 @@ def _choose(
     usual = max((high for high in highs if high <= _trunk(facts, flow, low) / 4), default=highs[0])
     # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts.
     work = {
-        high: sum(facts.macs[node] for node in found.needed if found.stage(node) > 0)
+        high: sum(facts.macs[node] for node in _readers(facts, flow, found))
         for high, found in regions.items()
         if high == usual or found.strides[-1] <= 4 * high
     }
