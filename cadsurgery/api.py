@@ -42,7 +42,7 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
-    _, path, facts = traceable_part(_copied(model), example_input)
+    path, facts = traceable_part(_copied(model), example_input)
     return make_plan(facts, output_stride, _within(path, region), path)[0]
 
 
@@ -95,7 +95,8 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    whole, path, facts = traceable_part(_copied(model), example_input)
+    whole = _copied(model)
+    path, facts = traceable_part(whole, example_input)
     chosen, treatments = make_plan(facts, output_stride, _within(path, region), path)
     if strict:
         _refuse_barriers(chosen)
@@ -110,8 +111,8 @@ def adaptify(
     return HostedModel(whole, path, net) if path else net
 
 
-def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[nn.Module, str, Facts]:
-    """The model, and name and facts of the part of it that torch.fx can follow: itself ("") or its backbone.
+def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str, Facts]:
+    """Name and facts of the part of a model that torch.fx can follow: itself ("") or its backbone.
 
     Raises:
         CannotConvert: there is no such part, or it does not run on the example.
@@ -127,7 +128,7 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[nn.M
             raise refusal
         path, graph = found
         part = getattr(model, path)
-    return model, path, observe(part, graph, example_input)
+    return path, observe(part, graph, example_input)
 
 
 def _backbone_graph(model: nn.Module) -> tuple[str, fx.Graph] | None:

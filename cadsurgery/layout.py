@@ -26,6 +26,11 @@ def image_dims(layout: str) -> tuple[int, ...]:
     return tuple(dim for dim, axis in enumerate(layout) if axis in _IMAGE)
 
 
+def channel_dims(layout: str) -> tuple[int, ...]:
+    """The channel axes."""
+    return tuple(dim for dim, axis in enumerate(layout) if axis == "c")
+
+
 def channel_sizes(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
     """The sizes of the channel axes, in order: the shape of a row."""
     return tuple(size for axis, size in zip(layout, shape, strict=True) if axis == "c")

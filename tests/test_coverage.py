@@ -168,6 +168,11 @@ def test_an_inexact_network_is_a_broken_row_not_a_converted_one(monkeypatch: pyt
     assert row["result"] == "broken" and "law 5" in row["why"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_within_a_tolerance(value: float) -> None:
+    assert coverage._error(torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])) == float("inf")
+
+
 # -- the recorded full run ---------------------------------------------------------------------------------
 
 

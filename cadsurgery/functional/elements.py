@@ -11,7 +11,7 @@ from torch import Tensor
 from cadsurgery.errors import InvalidInput
 from cadsurgery.kernel_map import Reading, Window, kernel_map, read_points
 from cadsurgery.lattice import Lattice, describe
-from cadsurgery.layout import NCHW, image_dims, is_flat
+from cadsurgery.layout import NCHW, channel_dims, image_dims, is_flat
 
 _POINT = Window((1, 1))
 
@@ -37,8 +37,7 @@ def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements
             next="give one level map per image.",
         )
     image = [layout.index(axis) for axis in "bhwp" if axis in layout]
-    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
-    by_pixel = dense.permute(*image, *channels)
+    by_pixel = dense.permute(*image, *channel_dims(layout))
     size = lattice.size if "p" in layout else (by_pixel.shape[1], by_pixel.shape[2])
     return Elements(by_pixel.flatten(0, len(image) - 1).contiguous(), lattice.resampled(0, size))
 
@@ -48,8 +47,7 @@ def fine_map(dense: Tensor, layout: str) -> Tensor:
     if layout == NCHW:
         return dense
     image = [layout.index(axis) for axis in "bhw"]
-    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
-    return dense.permute(*image, *channels).flatten(3).permute(0, 3, 1, 2)
+    return dense.permute(*image, *channel_dims(layout)).flatten(3).permute(0, 3, 1, 2)
 
 
 def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW) -> Tensor:
@@ -77,7 +75,7 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW) -> Tensor:
     present = "bhw" + "c" * (x.rows.dim() - 1)
     if "p" in layout:
         by_pixel, present = by_pixel.flatten(1, 2), present.replace("hw", "p")
-    channels = iter(dim for dim, axis in enumerate(present) if axis == "c")
+    channels = iter(channel_dims(present))
     return by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
 
 
@@ -101,7 +99,7 @@ def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> T
             next="end the region before this operation: region=[...] takes module names.",
         )
     value = value.reshape(*(1,) * (len(layout) - value.dim()), *value.shape)
-    channels = [dim for dim, axis in enumerate(layout) if axis == "c"]
+    channels = channel_dims(layout)
     per_image = value.permute(layout.index("b"), *channels, *image_dims(layout))
     per_image = per_image.reshape(per_image.shape[: 1 + len(channels)])
     if per_image.shape[0] == 1:

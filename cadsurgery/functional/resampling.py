@@ -56,14 +56,7 @@ def resize(
     def build() -> tuple[Tensor, Tensor]:
         image, *place = target.coordinates
         side = target.side_map.flatten()[target.anchors]
-        ratios = tuple(
-            have * spacings[0] / (want * spacings[1]) for have, want in zip(before, after, strict=True)
-        )
-        if align_corners:
-            ratios = tuple(
-                (h - 1) * spacings[0] / max((w - 1) * spacings[1], 1)
-                for h, w in zip(before, after, strict=True)
-            )
+        ratios = _ratios(before, after, spacings, align_corners)
         return _between_cells(x.lattice, image, place, side, ratios, mode, align_corners)
 
     sources, mix = x.lattice.pyramid.derive(key, build)
@@ -99,11 +92,7 @@ def resize_to_dense(
         grid.repeat(x.lattice.batch)
         for grid in (axes[0].repeat_interleave(after[1]), axes[1].repeat(after[0]))
     ]
-    ratios = tuple(have * scale / want for have, want in zip(before, after, strict=True))
-    if align_corners:
-        ratios = tuple(
-            (have - 1) * scale / max(want - 1, 1) for have, want in zip(before, after, strict=True)
-        )
+    ratios = _ratios(before, after, (spacing, side), align_corners)
     sides = torch.full_like(place[0], side)
     sources, mix = _between_cells(x.lattice, image, place, sides, ratios, mode, align_corners)
     return mixed(x.rows, sources, mix).view(x.lattice.batch, *after, -1).permute(0, 3, 1, 2)
@@ -129,6 +118,15 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
     return Elements(rows.gather(2, phase.view(-1, 1, 1).expand(-1, rows.shape[1], 1)).squeeze(2), target)
 
 
+def _ratios(
+    before: Sequence[int], after: Sequence[int], spacings: tuple[float, float], align_corners: bool
+) -> tuple[float, ...]:
+    """Per axis, how far a grid of `after` samples is from fitting one of `before`; 1 unless the sizes do not divide."""
+    if align_corners:  # the outermost samples coincide
+        before, after = [have - 1 for have in before], [max(want - 1, 1) for want in after]
+    return tuple(have * spacings[0] / (want * spacings[1]) for have, want in zip(before, after, strict=True))
+
+
 def _between_cells(
     source: Lattice,
     image: Tensor,
@@ -145,7 +143,7 @@ def _between_cells(
         image: (M,) image of each sample.
         place: its y and x, in fine pixels.
         side: (M,) distance of samples there, in fine pixels.
-        ratios: how far the output's grid is from fitting the input's, per axis; 1 unless sizes do not divide.
+        ratios: see `_ratios`.
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
     """

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.kernel_map import Window
-from cadsurgery.layout import NCHW, channel_sizes, image_dims, is_flat, permuted, regrouped, row_dim
+from cadsurgery.layout import (
+    NCHW,
+    channel_dims,
+    channel_sizes,
+    image_dims,
+    is_flat,
+    permuted,
+    regrouped,
+    row_dim,
+)
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.treatment import (
     Attribute,
@@ -150,7 +159,7 @@ def _padded_channels(
     node: fx.Node, layout: str, by_axis: list[tuple[int, int]], mode: str, value: Any
 ) -> Treatment:
     pairs = {len(layout) - 1 - i: pair for i, pair in enumerate(by_axis)}
-    rows = [pairs.get(dim, (0, 0)) for dim, axis in enumerate(layout) if axis == "c"]
+    rows = [pairs.get(dim, (0, 0)) for dim in channel_dims(layout)]
     flat = [size for pair in rows[::-1] for size in pair]
     how = "constant" if mode == "zeros" else mode
     return Treatment("pointwise", _why(padding), rows=Call(F.pad, (node.args[0], flat, how, value)))
