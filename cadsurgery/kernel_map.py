@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.errors import InvalidInput
@@ -118,8 +119,7 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
     index, count = lattice.index, len(lattice)
     row = index[points]
-    sources = torch.empty(0, 4, dtype=torch.int32, device=row.device)
-    mix = torch.empty(0, 4, dtype=torch.float64, device=row.device)
+    sources, mix = _nothing_mixed(row.device)
     if lattice.geometry.fill == "linear" and lattice.uniform_level != 0:
         off_anchor = lattice.anchors[row] != points
         if inside is not None:
@@ -134,6 +134,11 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
         has_outside = True
         row = torch.where(inside, row, count)
     return Reading(row.to(torch.int32), sources, mix, has_outside)
+
+
+def _nothing_mixed(device: torch.device) -> tuple[Tensor, Tensor]:
+    none = torch.empty(0, 4, dtype=torch.int32, device=device)
+    return none, none.double()
 
 
 def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,22 +158,7 @@ def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
     return lattice.index[torch.stack(corners, 1)], torch.stack(weights, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class KernelMap:
-    """A `Reading` with one row per output element and one column per tap.
-
-    Attributes:
-        reading: its table is (N_dst, taps).
-        counted: (N_dst, taps) bool, taps that lie in the map or its padding: what an average divides by.
-        inside: (N_dst, taps) bool, taps that lie in the map.
-    """
-
-    reading: Reading
-    inside: Tensor
-    counted: Tensor
-
-
-def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool = False) -> KernelMap:
+def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool = False) -> Reading:
     """The kernel map (*) from `source` to `target`, computed once per pair of lattices and window.
 
     Args:
@@ -176,12 +166,72 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
         target: lattice of the output elements, of the same level map, stage at least the source's.
         window: the operation.
         drop: cells that this operation does not downsample read only themselves (`pool="drop"`).
+
+    Returns:
+        A reading whose table is (N_target, taps).
     """
+    plain = window.mode == "zeros" and not drop and source.geometry.anchor == "corner"
     key = ("kernel_map", source.stage, source.size, target.stage, target.size, window, drop)
-    return source.pyramid.derive(key, lambda: _build(source, target, window, drop))
+    build = _shifted if plain else _folded
+    return source.pyramid.derive(key, lambda: build(source, target, window, drop))
 
 
-def _build(source: Lattice, target: Lattice, window: Window, drop: bool) -> KernelMap:
+def divisors(
+    source: Lattice, target: Lattice, window: Window, *, drop: bool = False, padding: bool = True
+) -> Tensor:
+    """(N_target,) how many taps of each element lie in the map or, if `padding` counts, in its padding."""
+    key = ("divisors", source.stage, source.size, target.stage, target.size, window, drop, padding)
+
+    def build() -> Tensor:
+        _, inside, counted = _taps(source, target, window, drop)
+        return (counted if padding else inside).sum(1)
+
+    return source.pyramid.derive(key, build)
+
+
+def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+    """The common case: every tap is the anchor moved by the same vector, and reads zero outside the map.
+
+    One integer per element plus one per tap is the place in a padded map of rows.
+    """
+    height, width = source.size
+    top, _, left, _ = window.padding
+    down = [window.spacing * (window.dilation[0] * tap - top) for tap in range(window.kernel[0])]
+    across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
+    above, below = max(0, -down[0]), max(0, down[-1])
+    before, after = max(0, -across[0]), max(0, across[-1])
+    count, linear = len(source), source.geometry.fill == "linear" and source.uniform_level != 0
+    rows = source.index
+    if linear:  # what is no anchor stands for itself, as a negative number, until it has a row of the halo
+        pixels = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        at_anchor = torch.zeros_like(rows, dtype=torch.bool)
+        at_anchor[source.anchors] = True
+        rows = torch.where(at_anchor, rows, -1 - pixels)
+    padded = F.pad(rows.view(-1, height, width), (before, after, above, below), value=count).flatten()
+    image, y, x = target.coordinates
+    wide = width + before + after
+    place = (image * (height + above + below) + y + above) * wide + x + before
+    steps = torch.tensor([v * wide + h for v in down for h in across], device=rows.device)
+    table = padded[place.unsqueeze(1) + steps]
+    sources, mix = _nothing_mixed(rows.device)
+    if linear:
+        between = table < 0
+        wanted = torch.zeros_like(rows, dtype=torch.bool)
+        wanted[(-1 - table[between]).long()] = True
+        rank = wanted.cumsum(0, dtype=torch.int32) + count
+        table[between] = rank[(-1 - table[between]).long()]
+        sources, mix = _interpolation(source, wanted.nonzero().squeeze(1))
+    return Reading(table, sources, mix, above + below + before + after > 0)
+
+
+def _folded(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+    """Any other: taps folded back at the border, shifted to the centre of cells, or dropped."""
+    points, inside, _ = _taps(source, target, window, drop)
+    return read_points(source, points, inside)
+
+
+def _taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat fine pixels (N, taps) that are read, whether they lie in the map, whether in it or its padding."""
     height, width = source.size
     image, y, x = target.coordinates
     anchor = (image * height + y) * width + x
@@ -203,7 +253,7 @@ def _build(source: Lattice, target: Lattice, window: Window, drop: bool) -> Kern
         kept = (target_side == side).unsqueeze(1)
         points = torch.where(kept, anchor.unsqueeze(1), points)
         inside, counted = inside | kept, counted | kept
-    return KernelMap(read_points(source, points, inside), inside, counted)
+    return points, inside, counted
 
 
 def _axis(

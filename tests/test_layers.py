@@ -20,6 +20,8 @@ LAYERS = [
     *("errors", "files"),
     *("layout", "lattice", "kernel_map"),
     *(
+        "functional.native",
+        "functional.kernels",
         "functional.elements",
         "functional.windows",
         "functional.statistics",

@@ -89,7 +89,7 @@ def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> T
     if isinstance(value, Elements):
         if value.lattice == lattice:
             return value.rows
-        table = kernel_map(value.lattice, lattice, _POINT).reading.table.squeeze(1)
+        table = kernel_map(value.lattice, lattice, _POINT).table.squeeze(1)
         return value.rows.index_select(0, table.to(value.rows.device))
     if value.dim() == 0:
         return value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadsurgery.functional.elements import Elements, extended, rows_on
-from cadsurgery.kernel_map import KernelMap, Window, kernel_map
+from cadsurgery.functional import native
+from cadsurgery.functional.elements import Elements, extended, mixed, rows_on
+from cadsurgery.functional.kernels import Kernel, PackedConv, product
+from cadsurgery.kernel_map import Reading, Window, divisors, kernel_map
 from cadsurgery.lattice import Lattice
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
@@ -35,16 +39,79 @@ def conv2d(
         stage: stage of the output, at least the input's.
         groups: channel groups.
     """
-    window = window.fit(x.lattice.size)
-    target = x.lattice.at(stage, window.output_size(x.lattice.size))
-    dense = _dense_conv2d(x, weight, bias, window, target, groups)
+    if not _needs_gradient(x.rows, weight, bias):
+        return fused_conv2d(x, Kernel(weight, bias, groups), window=window, stage=stage)
+    window, target = _target(x, window, stage)
+    rows, weight, bias = _autocast(x.rows, weight, bias)
+    x = Elements(rows, x.lattice)
+    dense = _as_dense(x, window, target, window.outside or 0.0)
     if dense is not None:
-        return dense
+        image, stride, padding, dilation = dense
+        return _from_dense(F.conv2d(image, weight, bias, stride, padding, dilation, groups), target)
     if window.is_pointwise and groups == 1:
-        return Elements(_matmul(rows_on(x, target), weight.flatten(1), bias), target)
+        return Elements(product(rows_on(x, target), weight.flatten(1), bias), target)
     rows, table = _taps(x, window, target)
-    rows, kernel, bias = _autocast(rows, _kernel(weight, groups), bias)
-    return Elements(_GatherConv.apply(rows, kernel, bias, table, groups), target)
+    return Elements(_GatherConv.apply(rows, _kernel(weight, groups), bias, table, groups), target)
+
+
+def fused_conv2d(
+    x: Elements, kernel: Kernel | PackedConv, residual: Elements | None = None, *, window: Window, stage: int
+) -> Elements:
+    """`conv2d` with a residual added and an activation applied in the same pass; without gradients.
+
+    Args:
+        x: elements (N, C).
+        kernel: weight, bias, groups and activation.
+        residual: elements of the output's stage, at least of its size.
+        window: the operation as the network has it, with the spacing of its grid.
+        stage: stage of the output.
+    """
+    kernel = kernel.kernel if isinstance(kernel, PackedConv) else kernel
+    window, target = _target(x, window, stage)
+    x = Elements(_autocast(x.rows)[0], x.lattice)
+    more = rows_on(residual, target).to(x.rows.dtype) if residual is not None else None
+    if window.is_pointwise and kernel.groups == 1:
+        return Elements(kernel.on_rows(rows_on(x, target), more), target)
+    dense = _as_dense(x, window, target, window.outside or 0.0)
+    if dense is None:
+        return Elements(_gathered_product(x, kernel, window, target, more), target)
+    image, stride, padding, dilation = dense
+    shown = _image_of(more, target) if more is not None else None
+    return _from_dense(kernel.on_image(image, stride, padding, dilation, shown), target)
+
+
+def _gathered_product(
+    x: Elements, kernel: Kernel, window: Window, target: Lattice, residual: Tensor | None
+) -> Tensor:
+    """Rows (N, O) of a convolution by its kernel map, block by block: the gathered rows, `taps` times as many as
+    there are elements, never exist as a whole."""
+    reading = _reading(x, window, target)
+    table = reading.table.to(x.rows.device)
+    if kernel.groups > 1 and native.supported(x.rows) and native.has_grouped(kernel.weight, kernel.groups):
+        return kernel.grouped(_rows(x, reading, window.outside or 0.0), table, residual)
+    block = _block_length(table, x.rows)
+    if kernel.groups > 1:
+        weight, bias = _kernel(kernel.weight.to(x.rows.dtype), kernel.groups), kernel.bias
+        bias = bias.to(x.rows.dtype) if bias is not None else None
+        rows = extended(x.rows, reading, window.outside or 0.0)
+        parts = [_apply_taps(part, weight, bias, kernel.groups) for part in _gathered(rows, table)]
+        return kernel.finish(torch.cat(parts), residual)
+    out = x.rows.new_empty(len(target), kernel.weight.shape[0])
+    channels = x.rows.shape[1]
+    with _workspace(min(block, max(len(target), 1)) * table.shape[1], channels, x.rows) as buffer:
+        compiled = native.supported(x.rows)
+        source = _rows(x, reading, window.outside or 0.0) if compiled else None
+        rows = extended(x.rows, reading, window.outside or 0.0) if not compiled else x.rows
+        for start in range(0, len(target), block):
+            part = table[start : start + block]
+            gathered = buffer[: part.numel()]
+            if source is not None:
+                native.gather(source, part, gathered)
+            else:
+                torch.index_select(rows, 0, part.flatten(), out=gathered)
+            more = residual[start : start + block] if residual is not None else None
+            out[start : start + block] = kernel.on_rows(gathered.view(part.shape[0], -1), more)
+    return out
 
 
 def conv2d_per_image(
@@ -69,8 +136,7 @@ def conv2d_per_image(
         shape: of one kernel, (O, C / groups, kh, kw).
         groups: channel groups.
     """
-    window = window.fit(x.lattice.size)
-    target = x.lattice.at(stage, window.output_size(x.lattice.size))
+    window, target = _target(x, window, stage)
     rows, table = _taps(x, window, target)
     counts = torch.bincount(target.coordinates[0], minlength=target.batch).tolist()
     kernels = (mix @ weight).view(-1, *shape)
@@ -88,10 +154,14 @@ def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
     With `pool="drop"` cells that are not downsampled here pass unchanged (D2-Net as published);
     otherwise they are pooled with stride one (a-trous).
     """
-    target, kmap = _pool_map(x, window, stage)
+    window, target = _target(x, window, stage)
     outside = -torch.inf if window.outside is None else window.outside
-    rows = extended(x.rows, kmap.reading, outside)
-    return Elements(torch.cat([block.amax(1) for block in _gathered(rows, kmap.reading.table)]), target)
+    drop = _drops(target, window)
+    dense = _as_dense(x, window, target, outside, -torch.inf) if not drop else None
+    if dense is not None:
+        image, stride, padding, dilation = dense
+        return _from_dense(F.max_pool2d(image, window.kernel, stride, padding, dilation), target)
+    return Elements(_pooled(x, kernel_map(x.lattice, target, window, drop=drop), outside, True), target)
 
 
 def avg_pool2d(
@@ -106,30 +176,69 @@ def avg_pool2d(
         count_include_pad: whether padding counts in the divisor, as in torch; what lies beyond never does.
         divisor: fixed divisor instead.
     """
-    target, kmap = _pool_map(x, window, stage)
-    rows = extended(x.rows, kmap.reading, window.outside or 0.0)
-    total = torch.cat([block.sum(1) for block in _gathered(rows, kmap.reading.table)])
+    window, target = _target(x, window, stage)
+    drop = _drops(target, window)
+    reading = kernel_map(x.lattice, target, window, drop=drop)
+    total = _pooled(x, reading, window.outside or 0.0, False)
     if divisor is not None:
         return Elements(total / divisor, target)
-    counted = kmap.counted if count_include_pad else kmap.inside
-    return Elements(total / counted.sum(1, keepdim=True).to(total), target)
+    counts = divisors(x.lattice, target, window, drop=drop, padding=count_include_pad)
+    return Elements(total / counts.unsqueeze(1).to(total), target)
 
 
 def pixel_unshuffle(x: Elements, window: Window, stage: int) -> Elements:
     """Space to depth: the values under an r x r window side by side in the channels."""
-    target, kmap = _pool_map(x, window, stage)
-    rows = extended(x.rows, kmap.reading, 0.0)
-    parts = [block.transpose(1, 2).flatten(1) for block in _gathered(rows, kmap.reading.table)]
+    window, target = _target(x, window, stage)
+    reading = kernel_map(x.lattice, target, window, drop=_drops(target, window))
+    rows = extended(x.rows, reading, 0.0)
+    parts = [block.transpose(1, 2).flatten(1) for block in _gathered(rows, reading.table)]
     return Elements(torch.cat(parts), target)
+
+
+def _target(x: Elements, window: Window, stage: int) -> tuple[Window, Lattice]:
+    """The window with its padding known, and the lattice of its output."""
+    window = window.fit(x.lattice.size)
+    return window, x.lattice.at(stage, window.output_size(x.lattice.size))
+
+
+def _drops(target: Lattice, window: Window) -> bool:
+    """Whether cells that are not downsampled here pass as they are."""
+    return target.geometry.pool == "drop" and window.stride > 1
+
+
+def _needs_gradient(*values: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+
+def _reading(x: Elements, window: Window, target: Lattice) -> Reading:
+    """Where a convolution reads: its kernel map, or for one tap the rows themselves."""
+    if window.is_pointwise and x.lattice == target:
+        own = torch.arange(len(target), dtype=torch.int32, device=x.rows.device).unsqueeze(1)
+        nothing = own.new_empty(0, 4)
+        return Reading(own, nothing, nothing.double(), False)
+    return kernel_map(x.lattice, target, window)
 
 
 def _taps(x: Elements, window: Window, target: Lattice) -> tuple[Tensor, Tensor]:
     """Rows and the (N, taps) table into them that a convolution multiplies."""
-    if window.is_pointwise:
-        rows = rows_on(x, target)
-        return rows, torch.arange(len(target), dtype=torch.int32, device=rows.device).unsqueeze(1)
-    reading = kernel_map(x.lattice, target, window).reading
+    reading = _reading(x, window, target)
     return extended(x.rows, reading, window.outside or 0.0), reading.table.to(x.rows.device)
+
+
+def _rows(x: Elements, reading: Reading, outside: float) -> native.Rows:
+    """What compiled code reads: the rows as they are, the halo apart."""
+    halo = mixed(x.rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
+    return native.Rows(x.rows.contiguous(), halo, outside)
+
+
+def _pooled(x: Elements, reading: Reading, outside: float, largest: bool) -> Tensor:
+    """The largest value or the sum over the taps of each element: (N, C)."""
+    if not _needs_gradient(x.rows) and native.supported(x.rows):
+        out = x.rows.new_empty(reading.table.shape[0], x.rows.shape[1])
+        native.pool(_rows(x, reading, outside), reading.table, out, largest)
+        return out
+    rows = extended(x.rows, reading, outside)
+    return torch.cat([block.amax(1) if largest else block.sum(1) for block in _gathered(rows, reading.table)])
 
 
 def _kernel(weight: Tensor, groups: int) -> Tensor:
@@ -143,14 +252,6 @@ def _kernel(weight: Tensor, groups: int) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _pool_map(x: Elements, window: Window, stage: int) -> tuple[Lattice, KernelMap]:
-    window = window.fit(x.lattice.size)
-    target = x.lattice.at(stage, window.output_size(x.lattice.size))
-    return target, kernel_map(
-        x.lattice, target, window, drop=target.geometry.pool == "drop" and window.stride > 1
-    )
-
-
 def _block_length(table: Tensor, rows: Tensor) -> int:
     return max(256, BLOCK_BYTES // (table.shape[1] * rows.shape[1] * rows.element_size()))
 
@@ -161,31 +262,38 @@ def _gathered(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
         yield rows.index_select(0, block.flatten()).view(*block.shape, -1)
 
 
-def _matmul(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`rows @ weight.T + bias` for (n, K) rows and an (O, K) weight.
-
-    On the CPU a 1x1 convolution on the rows seen as a channels_last image reaches the rate of a dense
-    convolution, which the matrix product does not on every processor.
-    """
-    if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16):
-        image = rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
-        return F.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
-    return F.linear(rows, weight, bias)
-
-
-def _autocast(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(*values: Any) -> tuple[Any, ...]:
     """The operands in the type torch.autocast wants convolutions in, if it is on: as F.conv2d does."""
-    device = rows.device.type
+    device = values[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return rows, weight, bias
+        return values
     dtype = torch.get_autocast_dtype(device)
-    return rows.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+    return tuple(value.to(dtype) if value is not None else None for value in values)
+
+
+_LOCAL = threading.local()
+
+
+@contextmanager
+def _workspace(count: int, channels: int, like: Tensor) -> Iterator[Tensor]:
+    """Memory (count, channels) to gather into, kept from call to call: fresh memory costs as much as filling it.
+
+    Each thread has its own, and what is called within takes another.
+    """
+    free = _LOCAL.__dict__.setdefault("free", {})
+    memory = free.pop(key := (like.device, like.dtype), None)
+    if memory is None or memory.numel() < count * channels:
+        memory = like.new_empty(count * channels)
+    try:
+        yield memory[: count * channels].view(count, channels)
+    finally:
+        free[key] = memory
 
 
 def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """Products of gathered rows (n, taps, C) with the weight of a `_GatherConv`: (n, O)."""
     if groups == 1:
-        return _matmul(block.flatten(1), weight, bias)
+        return product(block.flatten(1), weight, bias)
     # Grouped: the gathered rows are the image of a convolution whose kernel and stride are the taps.
     count, taps, channels = block.shape
     image = block.view(1, count * taps, 1, channels).permute(0, 3, 1, 2)
@@ -238,17 +346,25 @@ class _GatherConv(torch.autograd.Function):
         return grad_rows, grad_weight, grad.sum(0) if needs[2] else None, None, None
 
 
-def _dense_conv2d(
-    x: Elements, weight: Tensor, bias: Tensor | None, window: Window, target: Lattice, groups: int
-) -> Elements | None:
-    """The convolution as an ordinary dense one, where both lattices are uniform; else None."""
+def _as_dense(
+    x: Elements, window: Window, target: Lattice, outside: float = 0.0, padding: float = 0.0
+) -> tuple[Tensor, tuple[int, int], tuple[int, int], tuple[int, int]] | None:
+    """Image, stride, padding and dilation of an ordinary dense operation that does the same, where both lattices are
+    uniform; else None.
+
+    Args:
+        x: elements.
+        window: the operation.
+        target: lattice of the output.
+        outside: what lies outside the map.
+        padding: what the dense operation pads with. Where that differs, or the operation cannot pad so far, the image
+            is padded here.
+    """
     geometry = x.lattice.geometry
     if not geometry.dense_shortcut or geometry.anchor != "corner" or window.mode != "zeros":
         return None
-    if window.outside:
-        return None
     source_level, target_level = x.lattice.uniform_level, target.uniform_level
-    if source_level is None or target_level is None:
+    if source_level is None or target_level is None or x.rows.dim() != 2:
         return None
     side, stride = geometry.sides[source_level], geometry.sides[target_level] // geometry.sides[source_level]
     steps = (*window.dilation, *window.padding)
@@ -256,15 +372,30 @@ def _dense_conv2d(
         return None
     dilation_y, dilation_x, top, _, left, _ = (step * window.spacing // side for step in steps)
     (height, width), (rows, columns) = x.lattice.grid(source_level), target.grid(target_level)
-    image = x.rows.reshape(x.lattice.batch, height, width, -1).permute(0, 3, 1, 2)
+    image = _image_of(x.rows, x.lattice)
     # Padding below and to the right that the last output needs, whatever the network's own padding says.
     reach_y, reach_x = dilation_y * (window.kernel[0] - 1) + 1, dilation_x * (window.kernel[1] - 1) + 1
     bottom, right = (
         (rows - 1) * stride + reach_y - height - top,
         (columns - 1) * stride + reach_x - width - left,
     )
-    padding = (top, left)
-    if min(top, left) < 0 or not (0 <= top - bottom < stride and 0 <= left - right < stride):
-        image, padding = F.pad(image, (left, right, top, bottom)), (0, 0)
-    out = F.conv2d(image, weight, bias, stride, padding, (dilation_y, dilation_x), groups)
-    return Elements(out.permute(0, 2, 3, 1).reshape(-1, out.shape[1]), target)
+    own = (top, left)
+    symmetric = 0 <= top - bottom < stride and 0 <= left - right < stride
+    far = padding == -torch.inf and any(
+        2 * p > k for p, k in zip(own, window.kernel, strict=True)
+    )  # torch's limit
+    if min(own) < 0 or not symmetric or far or outside != padding:
+        image, own = F.pad(image, (left, right, top, bottom), value=outside), (0, 0)
+    return image, (stride, stride), own, (dilation_y, dilation_x)
+
+
+def _image_of(rows: Tensor, lattice: Lattice) -> Tensor:
+    """Rows on a uniform lattice as a dense channels_last map."""
+    level = lattice.uniform_level
+    assert level is not None
+    return rows.view(lattice.batch, *lattice.grid(level), -1).permute(0, 3, 1, 2)
+
+
+def _from_dense(image: Tensor, target: Lattice) -> Elements:
+    """A dense map as elements of a uniform lattice."""
+    return Elements(image.permute(0, 2, 3, 1).reshape(len(target), -1), target)

@@ -239,7 +239,7 @@ def test_kernel_map_satisfies_its_defining_equation_in_both_directions(data: st.
     window, spacing = step.window, step.window.spacing
     source = world.lattice.at(step.source)
     target = source.at(step.target, window.output_size(source.size))
-    reading = kernel_map(source, target, window).reading
+    reading = kernel_map(source, target, window)
     (height, width), count = source.size, len(source)
     side = world.emulation.side(step.source, source.size)
     probe, feature = world.features(2, step.source)

@@ -1,0 +1,285 @@
+"""Products of rows with a convolution's weight, and what is done to the result before it leaves the cache.
+
+A `Kernel` is a weight with its bias, groups and activation. On the CPU its products run in oneDNN: a 1x1 convolution
+on the rows seen as a channels_last image reaches the rate of a dense convolution, and takes residual and activation
+along. A `PackedConv` holds a kernel in the layout oneDNN wants, so that it is not reordered in every call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadsurgery.functional import native
+
+_ONEDNN = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A pointwise function that can be applied to a result while it is in the cache.
+
+    Attributes:
+        name: as oneDNN's fused operations call it.
+        scalars: its parameters, in their order.
+        algorithm: its variant.
+    """
+
+    name: str
+    scalars: tuple[float, ...] = ()
+    algorithm: str = ""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Least and largest value, if it is nothing but a clamp."""
+        if self.name == "relu":
+            return 0.0, float("inf")
+        return (self.scalars[0], self.scalars[1]) if self.name == "hardtanh" else None
+
+    def apply_(self, values: Tensor) -> Tensor:
+        """In place."""
+        if self.bounds is not None:
+            return values.clamp_(*self.bounds)
+        if self.name == "gelu":
+            return values.copy_(F.gelu(values, approximate=self.algorithm))
+        if self.name == "leaky_relu":
+            return F.leaky_relu_(values, *self.scalars)
+        return _IN_PLACE[self.name](values)
+
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "swish": lambda values: F.silu(values, inplace=True),
+    "hardswish": lambda values: F.hardswish(values, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+
+
+@dataclass
+class Kernel:
+    """Weight (O, C / groups, kh, kw), bias and activation of a convolution.
+
+    Attributes:
+        weight: of the convolution.
+        bias: (O,) or None.
+        groups: channel groups.
+        activation: applied last, after the residual.
+        kept: forms of the weight made so far; None if they are not worth keeping.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int = 1
+    activation: Activation | None = None
+    kept: dict[Hashable, Any] | None = None
+    _making: Any = field(default_factory=threading.Lock, repr=False)
+
+    def on_rows(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.
+
+        `residual` (n, O) is added before the activation.
+        """
+        if not _has_onednn(rows) or not rows.numel():
+            return self.finish(F.linear(rows, self._matrix(rows.dtype), self._offset(rows.dtype)), residual)
+        weight = (
+            self._form(("packed", rows.dtype), lambda: self._pack(rows)) if self.kept is not None else None
+        )
+        if weight is None:
+            weight = self._matrix(rows.dtype)[:, :, None, None]
+        out = self._onednn(_image(rows), weight, _image(residual), (1, 1), (0, 0), (1, 1), 1)
+        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
+
+    def on_image(
+        self,
+        image: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """An ordinary convolution of a dense map (B, C, H, W)."""
+        weight, bias = self.weight.to(image.dtype), self._offset(image.dtype)
+        if not _has_onednn(image) or not image.numel():
+            out = F.conv2d(image, weight, bias, stride, padding, dilation, self.groups)
+            return self.finish(out, residual)
+        image = image.contiguous(memory_format=torch.channels_last)
+        if self.kept is not None and self.kept.get("dense"):
+            key = (image.dtype, stride, padding, dilation)
+            shape = list(image.shape)
+            weight = self._form(
+                key, lambda: _reordered(weight, stride, padding, dilation, self.groups, shape)
+            )
+        return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
+
+    def grouped(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(n, O) of a grouped kernel that `native.has_grouped`, reading `source` by a table (n, taps)."""
+        dtype = source.rows.dtype
+        weight, bias = self._form(
+            ("grouped", dtype), lambda: native.grouped_weight(self.weight.to(dtype), self.bias)
+        )
+        bounds = self.activation.bounds if self.activation is not None else None
+        out = native.grouped(source, table, weight, bias, residual, bounds or (-float("inf"), float("inf")))
+        return out if bounds or self.activation is None else self.activation.apply_(out)
+
+    def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
+        """Residual and activation of a product, in place."""
+        if residual is not None:
+            out.add_(residual)
+        return self.activation.apply_(out) if self.activation is not None else out
+
+    def _onednn(
+        self,
+        image: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Tensor:
+        bias, act = self._offset(image.dtype), self.activation
+        window = (padding, stride, dilation, groups)
+        if residual is None and act is None and self.kept is None:
+            return F.conv2d(image, weight, bias, stride, padding, dilation, groups)
+        if residual is None:
+            fused = (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
+            return _POINTWISE(image, weight, bias, *window, *fused)
+        relu = act is not None and act.name == "relu"
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        out = _POINTWISE.binary(
+            image, residual, weight, bias, *window, "add", 1.0, "relu" if relu else None, (), ""
+        )
+        return out if relu or act is None else act.apply_(out)
+
+    def _matrix(self, dtype: torch.dtype) -> Tensor:
+        """(O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix."""
+        return self.weight.to(dtype).permute(0, 2, 3, 1).flatten(1)
+
+    def _offset(self, dtype: torch.dtype) -> Tensor | None:
+        return self.bias.to(dtype) if self.bias is not None else None
+
+    def _pack(self, rows: Tensor) -> Tensor:
+        weight = self._matrix(rows.dtype)[:, :, None, None].contiguous()
+        return _reordered(weight, (1, 1), (0, 0), (1, 1), 1, list(_image(rows).shape))
+
+    def _form(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once if forms are kept; any thread may ask."""
+        if self.kept is None:
+            return make()
+        if key not in self.kept:
+            with self._making:
+                if key not in self.kept:
+                    self.kept[key] = make()
+        return self.kept[key]
+
+
+class PackedConv(nn.Module):
+    """A convolution for inference: weight, bias and activation in one, with its weight kept as kernels want it.
+
+    Called on a dense map it is a convolution with this stride, padding and dilation; on elements
+    `functional.fused_conv2d` takes its kernel.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int = 1,
+        activation: Activation | None = None,
+        window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None,
+    ) -> None:
+        """Take a weight (O, C / groups, kh, kw), a bias (O,) and, for dense maps, (stride, padding, dilation)."""
+        super().__init__()
+        layout = torch.channels_last if groups == 1 else torch.contiguous_format
+        self.register_buffer("weight", weight.detach().clone(memory_format=layout))
+        self.register_buffer("bias", bias.detach().clone() if bias is not None else None)
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.groups, self.activation, self.window = groups, activation, window
+        self._kernel: Kernel | None = None
+
+    @property
+    def kernel(self) -> Kernel:
+        """The weight with its packed forms."""
+        if self._kernel is None:
+            kept: dict[Hashable, Any] = {"dense": True} if self.window is not None else {}
+            self._kernel = Kernel(self.weight, self.bias, self.groups, self.activation, kept)
+        return self._kernel
+
+    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution of a dense map; `residual` is added before the activation."""
+        assert self.window is not None
+        return self.kernel.on_image(image, *self.window, residual)
+
+    def extra_repr(self) -> str:
+        """Shape and activation, for `print`."""
+        shape = "x".join(map(str, self.weight.shape))
+        return f"{shape}, groups={self.groups}, activation={self.activation and self.activation.name}"
+
+    def _apply(self, function: Any, recurse: bool = True) -> PackedConv:
+        self._kernel = None
+        return super()._apply(function, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kernel": None}
+
+
+class PackedLinear(PackedConv):
+    """A linear layer on the last axis of a dense map, as a product of rows."""
+
+    def forward(self, values: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., O) from (..., C); `residual` is added before the activation."""
+        rows = values.reshape(-1, values.shape[-1])
+        more = residual.reshape(-1, residual.shape[-1]) if residual is not None else None
+        return self.kernel.on_rows(rows, more).view(*values.shape[:-1], -1)
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`rows @ weight.T + bias` for (n, K) rows and an (O, K) weight, differentiable."""
+    if rows.device.type == "cpu" and rows.dtype in _ONEDNN:
+        out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
+        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
+    return F.linear(rows, weight, bias)
+
+
+def _image(rows: Tensor | None) -> Any:
+    """Rows (n, C) as a channels_last image; the view must be exactly that, or a hidden copy costs a quarter."""
+    return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2) if rows is not None else None
+
+
+def _has_onednn(values: Tensor) -> bool:
+    """Whether oneDNN's fused operations, which have no gradients, can be used."""
+    return (
+        _POINTWISE is not None
+        and values.device.type == "cpu"
+        and values.dtype in _ONEDNN
+        and (values.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _reordered(
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    shape: list[int],
+) -> Tensor:
+    """The weight in oneDNN's own layout for images of a shape."""
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight.contiguous(), padding, stride, dilation, groups, shape
+    )
+
+
+_POINTWISE: Any = (
+    getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)

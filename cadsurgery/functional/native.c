@@ -1,0 +1,194 @@
+/* Operations on rows of elements that torch has no fast form of: gathering with a halo, grouped convolution, pooling.
+ *
+ * Compiled once per element type with -DSUFFIX(name)=... and either -DELEMENT=float, -DELEMENT=double, or -DBF16
+ * (bfloat16 kept as its 16 bits, summed in float). `rows` are (count, channels); an entry r of the kernel map `table`
+ * (n, taps) reads row r, for r == count the row `outside`, above that row r - count - 1 of `halo`.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#ifdef BF16
+typedef uint16_t element;
+typedef float sum;
+#else
+typedef ELEMENT element;
+typedef ELEMENT sum;
+#endif
+
+enum { LANES = 64 / sizeof(sum), TILE = 4, TAPS = 128 };
+typedef sum lane __attribute__((vector_size(64)));
+#if defined(BF16) || !defined(WIDE)
+typedef int32_t mask __attribute__((vector_size(64)));
+#else
+typedef int64_t mask __attribute__((vector_size(64)));
+#endif
+
+typedef struct {
+    const element *rows, *halo, *outside;
+    const int32_t *table;
+    long count, n, taps, channels;
+} reading;
+
+static inline lane load(const element *from) {
+    lane value;
+#ifdef BF16
+    typedef uint16_t narrow __attribute__((vector_size(32)));
+    typedef uint32_t wide __attribute__((vector_size(64)));
+    narrow bits;
+    memcpy(&bits, from, sizeof bits);
+    wide shifted = __builtin_convertvector(bits, wide) << 16;
+    memcpy(&value, &shifted, sizeof value);
+#else
+    memcpy(&value, from, sizeof value);
+#endif
+    return value;
+}
+
+/* The first `some` channels, zeros behind them: a row's end may be the end of the memory. */
+static inline lane load_some(const element *from, long some) {
+    if (some >= LANES) return load(from);
+    element part[LANES] = {0};
+    memcpy(part, from, some * sizeof(element));
+    return load(part);
+}
+
+static inline void store_some(element *to, lane value, long some) {
+#ifdef BF16
+    typedef uint32_t wide __attribute__((vector_size(64)));
+    typedef uint16_t narrow __attribute__((vector_size(32)));
+    wide bits;
+    memcpy(&bits, &value, sizeof bits);
+    wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+    wide is_nan = (wide)(value != value);
+    narrow part = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), narrow);
+#else
+    lane part = value;
+#endif
+    if (some >= LANES) memcpy(to, &part, sizeof part);
+    else memcpy(to, &part, some * sizeof(element));
+}
+
+static inline lane choose(mask which, lane yes, lane no) {
+    return (lane)((which & (mask)yes) | (~which & (mask)no));
+}
+
+/* The row an entry of the table reads. */
+static inline const element *row(const reading *in, int32_t entry) {
+    if (entry < in->count) return in->rows + (long)entry * in->channels;
+    return entry == in->count ? in->outside : in->halo + (entry - in->count - 1) * in->channels;
+}
+
+/* Rows of all taps side by side: out is (n, taps, channels). */
+void SUFFIX(gather)(const reading *in, element *out) {
+    long entries = in->n * in->taps, bytes = in->channels * sizeof(element);
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < entries; i++) memcpy(out + i * in->channels, row(in, in->table[i]), bytes);
+}
+
+typedef struct {
+    const sum *weight, *bias; /* (taps, group, padded) and (padded), padded = channels up to a whole vector */
+    const element *more;
+    element *out;
+    sum low, high;
+} product;
+
+/* One tile of elements, `wide` vectors of channels from `start`. `group` (channels of a group), `wide` and `whole` (no
+ * vector reaches beyond the last channel) are constants where this is inlined, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void convolve(
+    const reading *in, const product *p, const mask *spread, const element *const (*from)[TAPS], long tile, long start,
+    const long group, const int wide, const int whole) {
+    long channels = in->channels, padded = (channels + LANES - 1) / LANES * LANES;
+    lane result[TILE][2], least = (lane){} + p->low, most = (lane){} + p->high;
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++) memcpy(&result[i][v], p->bias + start + v * LANES, sizeof(lane));
+    for (long tap = 0; tap < in->taps; tap++) {
+        const sum *w = p->weight + tap * group * padded + start;
+        lane read[TILE][2];
+#pragma GCC unroll 4
+        for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < wide; v++) {
+                const element *source = from[i][tap] + start + v * LANES;
+                read[i][v] = whole ? load(source) : load_some(source, channels - start);
+            }
+        for (long input = 0; input < group; input++) {
+#pragma GCC unroll 2
+            for (int v = 0; v < wide; v++) {
+                lane by;
+                memcpy(&by, w + input * padded + v * LANES, sizeof by);
+#pragma GCC unroll 4
+                for (int i = 0; i < TILE; i++)
+                    result[i][v] += by * (group == 1 ? read[i][v] : __builtin_shuffle(read[i][v], spread[input]));
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++) {
+            if (tile + i >= in->n) continue;
+            long at = (tile + i) * channels + start + v * LANES, some = whole ? LANES : channels - start;
+            lane value = result[i][v];
+            if (p->more) value += load_some(p->more + at, some);
+            value = choose(value < least, least, value);
+            value = choose(value > most, most, value);
+            store_some(p->out + at, value, some);
+        }
+}
+
+static inline __attribute__((always_inline)) void convolve_all(const reading *in, const product *p, const long group) {
+    long channels = in->channels;
+    mask spread[LANES]; /* lane l takes this input of its own group */
+    for (long input = 0; input < LANES; input++)
+        for (long l = 0; l < LANES; l++) spread[input][l] = l / group * group + input;
+#pragma omp parallel for schedule(static)
+    for (long tile = 0; tile < in->n; tile += TILE) {
+        const element *from[TILE][TAPS];
+        for (int i = 0; i < TILE; i++) {
+            const int32_t *entries = in->table + (tile + i < in->n ? tile + i : in->n - 1) * in->taps;
+            for (long tap = 0; tap < in->taps; tap++) from[i][tap] = row(in, entries[tap]);
+        }
+        long start = 0;
+        /* two vectors at once where nothing is shuffled: enough independent sums to hide the latency */
+        if (group == 1)
+            for (; start + 2 * LANES <= channels; start += 2 * LANES)
+                convolve(in, p, spread, from, tile, start, group, 2, 1);
+        for (; start + LANES <= channels; start += LANES) convolve(in, p, spread, from, tile, start, group, 1, 1);
+        if (start < channels) convolve(in, p, spread, from, tile, start, group, 1, 0);
+    }
+}
+
+/* Convolution in groups of `group` channels in and out, clamped to low..high; out is (n, channels) and `more`, if any,
+ * is added before clamping. taps <= TAPS. Returns 0, or 1 for what it has no form for. */
+int SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const element *more, element *out, long group,
+                    double low, double high) {
+    product p = {weight, bias, more, out, low, high};
+    if (in->taps > TAPS) return 1;
+    if (group == 1) convolve_all(in, &p, 1);
+    else if (group == 2) convolve_all(in, &p, 2);
+    else if (group == 4) convolve_all(in, &p, 4);
+    else if (group == 8) convolve_all(in, &p, 8);
+    else if (group == 16 && LANES == 16) convolve_all(in, &p, 16);
+    else return 1;
+    return 0;
+}
+
+/* Largest value (largest != 0) or sum over the taps: out is (n, channels). */
+void SUFFIX(pool)(const reading *in, element *out, long largest) {
+#pragma omp parallel for schedule(static)
+    for (long e = 0; e < in->n; e++) {
+        const int32_t *entries = in->table + e * in->taps;
+        for (long start = 0; start < in->channels; start += LANES) {
+            long some = in->channels - start;
+            lane result = load_some(row(in, entries[0]) + start, some);
+            for (long tap = 1; tap < in->taps; tap++) {
+                lane value = load_some(row(in, entries[tap]) + start, some);
+                if (largest) result = choose((value > result) | (value != value), value, result);
+                else result += value;
+            }
+            store_some(out + e * in->channels + start, result, some);
+        }
+    }
+}

@@ -1,0 +1,237 @@
+"""Loader of `native.c`: gathering, grouped convolution and pooling on rows in compiled code.
+
+The file is compiled once per machine with the C compiler found there and kept in the user's cache folder. Without a
+compiler (or with CADSURGERY_NATIVE=0) `library()` is None and the callers use torch operations, slower for grouped
+convolutions and pooling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+SOURCE = Path(__file__).with_name("native.c")
+LANE_BYTES, MOST_TAPS, GROUPS = 64, 128, (1, 2, 4, 8, 16)
+_WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+_FLAGS = ("-O3", "-march=native", *_WIDEST, "-ffp-contract=fast", "-fopenmp", "-fPIC", "-c")
+_ELEMENTS = {
+    torch.float32: ("float32", "-DELEMENT=float"),
+    torch.float64: ("float64", "-DELEMENT=double", "-DWIDE"),
+    torch.bfloat16: ("bfloat16", "-DBF16"),
+}
+
+
+class Rows(NamedTuple):
+    """Rows that a kernel map's table points into, without ever being put into one tensor.
+
+    Attributes:
+        rows: (N, C), the elements.
+        halo: (M, C), interpolated rows, or None; entry N + 1 + i reads row i.
+        outside: what entry N reads, everywhere the same.
+    """
+
+    rows: Tensor
+    halo: Tensor | None
+    outside: float
+
+
+class _Reading(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
+        *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels")),
+    )
+
+
+def supported(rows: Tensor) -> bool:
+    """Whether there is compiled code for these rows."""
+    return (
+        not torch.compiler.is_compiling()
+        and rows.device.type == "cpu"
+        and rows.dtype in _ELEMENTS
+        and library() is not None
+    )
+
+
+def gather(source: Rows, table: Tensor, out: Tensor) -> None:
+    """Rows of all taps side by side: `out` (n * taps, C) from a `table` (n, taps) int32."""
+    _call("gather", source, table, ctypes.c_void_p(out.data_ptr()))
+
+
+def grouped(
+    source: Rows,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    more: Tensor | None,
+    bounds: tuple[float, float],
+) -> Tensor:
+    """Grouped convolution with as many outputs as inputs: (n, C) = clamp(sum + bias + more).
+
+    It is an operation of torch's, so that FlopCounterMode sees it and torch.compile keeps it.
+
+    Args:
+        source: rows.
+        table: (n, taps) int32.
+        weight: (taps, channels of a group, padded channels) as `grouped_weight` lays it out.
+        bias: (padded channels,).
+        more: (n, C) or None, a residual.
+        bounds: least and largest value of the result.
+    """
+    out: Tensor = torch.ops.cadsurgery.grouped(
+        source.rows, source.halo, source.outside, table, weight, bias, more, *bounds
+    )
+    return out
+
+
+def _grouped(
+    rows: Tensor,
+    halo: Tensor | None,
+    outside: float,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    more: Tensor | None,
+    low: float,
+    high: float,
+) -> Tensor:
+    out = rows.new_empty(table.shape[0], rows.shape[1])
+    more = more.contiguous() if more is not None else None
+    failed = _call(
+        "grouped",
+        Rows(rows, halo, outside),
+        table,
+        ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_void_p(bias.data_ptr()),
+        ctypes.c_void_p(more.data_ptr() if more is not None else None),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_long(weight.shape[1]),
+        ctypes.c_double(low),
+        ctypes.c_double(high),
+    )
+    assert not failed, "callers ask has_grouped first"
+    return out
+
+
+_OPERATIONS = torch.library.Library("cadsurgery", "DEF")
+_OPERATIONS.define(
+    "grouped(Tensor rows, Tensor? halo, float outside, Tensor table, Tensor weight, Tensor bias, Tensor? more, "
+    "float low, float high) -> Tensor"
+)
+_OPERATIONS.impl("grouped", _grouped, "CPU")
+
+
+@torch.library.register_fake("cadsurgery::grouped")
+def _grouped_shape(rows: Tensor, halo: Any, outside: float, table: Tensor, *rest: Any) -> Tensor:
+    return rows.new_empty(table.shape[0], rows.shape[1])
+
+
+@register_flop_formula(torch.ops.cadsurgery.grouped)
+def _grouped_flops(
+    rows: Any, halo: Any, outside: Any, table: Any, weight: Any, *rest: Any, **kwargs: Any
+) -> int:
+    return 2 * int(table[0] * table[1] * rows[1] * weight[1])
+
+
+def has_grouped(weight: Tensor, groups: int) -> bool:
+    """Whether `grouped` has a form for a kernel (O, C / groups, kh, kw)."""
+    out, group, height, width = weight.shape
+    lanes = LANE_BYTES // _sum_type(weight.dtype).itemsize
+    return out == group * groups and group in GROUPS and group <= lanes and 0 < height * width <= MOST_TAPS
+
+
+def grouped_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a grouped convolution as `grouped` reads them: taps outermost, channels padded."""
+    out, group = weight.shape[:2]
+    dtype = _sum_type(weight.dtype)
+    lanes = LANE_BYTES // dtype.itemsize
+    padded = -(-out // lanes) * lanes
+    kernel = weight.new_zeros(weight[0, 0].numel(), group, padded, dtype=dtype)
+    kernel[:, :, :out] = weight.detach().flatten(2).permute(2, 1, 0)
+    offset = kernel.new_zeros(padded)
+    if bias is not None:
+        offset[:out] = bias.detach()
+    return kernel, offset
+
+
+def pool(source: Rows, table: Tensor, out: Tensor, largest: bool) -> None:
+    """The largest value or the sum over the taps: `out` (n, C)."""
+    _call("pool", source, table, ctypes.c_void_p(out.data_ptr()), ctypes.c_long(largest))
+
+
+def _call(name: str, source: Rows, table: Tensor, *arguments: Any) -> int:
+    rows, halo, outside = source
+    beyond = rows.new_full((rows.shape[1],), outside)
+    assert rows.is_contiguous() and table.is_contiguous() and table.dtype == torch.int32
+    reading = _Reading(
+        *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
+        *(table.data_ptr(), rows.shape[0], *table.shape, rows.shape[1]),
+    )
+    function = getattr(library(), f"{name}_{_ELEMENTS[rows.dtype][0]}")
+    return int(function(ctypes.byref(reading), *arguments))
+
+
+def _sum_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+@cache
+def library() -> Any:
+    """The compiled code, or None."""
+    compiler = shutil.which(os.environ.get("CC", "") or "cc") or shutil.which("gcc")
+    if compiler is None or os.environ.get("CADSURGERY_NATIVE", "1") == "0" or platform.system() != "Linux":
+        return None
+    try:
+        target = _cache_folder() / f"native-{_fingerprint(compiler)}.so"
+        if not target.exists():
+            _build(compiler, target)
+        # OpenMP's symbols are those of torch's own runtime: a second one would compete for the cores.
+        return ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _build(compiler: str, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = []
+        for name, *defines in _ELEMENTS.values():
+            objects.append(f"{folder}/{name}.o")
+            suffix = f"-DSUFFIX(name)=name##_{name}"
+            command = [compiler, *_FLAGS, *defines, suffix, str(SOURCE), "-o", objects[-1]]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        whole = f"{folder}/native.so"
+        link = [compiler, "-shared", "-nostdlib", "-nostartfiles", *objects, "-o", whole]
+        subprocess.run(link, check=True, capture_output=True, timeout=120)
+        os.replace(whole, target)
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "cadsurgery"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home to write to: compiled anew in each process
+        folder = Path(tempfile.mkdtemp(prefix="cadsurgery-"))
+    return folder
+
+
+def _fingerprint(compiler: str) -> str:
+    """What the compiled code depends on: source, flags, compiler, and the processor it is compiled for."""
+    info = Path("/proc/cpuinfo")
+    flags = next(
+        (line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), ""
+    )
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
+    parts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, flags.encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
