@@ -34,7 +34,11 @@ Model = Annotated[
 ]
 Weights = Annotated[str, typer.Option(help="auto, none, a name of weights, or a file")]
 Mask = Annotated[
-    str, typer.Option(help='all, none, random, edges, or with options: "edges:threshold=0.15,dilation=11"')
+    str,
+    typer.Option(
+        help='all, none, random, edges, or with options: "edges:threshold=0.15,dilation=11", '
+        'and wrappers: "edges | budget:fraction=0.3"'
+    ),
 ]
 Stride = Annotated[
     str,

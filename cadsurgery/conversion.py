@@ -163,7 +163,7 @@ def picture_of_mask(
         geometry = Geometry(_halvings(stride, low), patch=patch)  # type: ignore[arg-type]
         batch = normalise(picture, None).unsqueeze(0)
         fine = (-(-picture.shape[1] // stride), -(-picture.shape[2] // stride))
-        grid = Grid(1, fine, stride, geometry.max_level)
+        grid = Grid(1, fine, stride, geometry.max_level, geometry.sides[-1])
         found = provider(batch, batch[:, :, ::stride, ::stride], grid)
         lattice = geometry.lattice(checked_levels(found, grid, provider.name))
     write_png(figure_picture(mask_figure(picture, lattice, stride, title=provider.spec())), output)

@@ -18,8 +18,9 @@ import cadsurgery
 from cadsurgery.api import adaptify
 from cadsurgery.errors import CannotConvert, FileError, InvalidInput, first_line
 from cadsurgery.files import written_whole
-from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
+from cadsurgery.masks import FixedMask, MaskProvider, MaskWrapper, resolve_mask
 from cadsurgery.masks.provider import PROVIDERS
+from cadsurgery.masks.resolve import PIPE, wrapped
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.zoo import Source, build_model
@@ -83,11 +84,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
     path = Path(path)
     metadata, tensors = _read(path)
     of_mask = {name[len(_MASK) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
-    if mask is None and metadata.get("mask") == _TENSOR:
-        mask = of_mask.get("levels")
-    elif mask is None and metadata.get("mask") is not None:
-        mask = resolve_mask(metadata["mask"])
-        mask.load_state_dict(of_mask)
+    if mask is None and metadata.get("mask") is not None:
+        mask = _stored_mask(metadata["mask"], of_mask)
     if mask is None:
         raise FileError(
             f"{path} was saved with {_NO_MASK}.",
@@ -190,9 +188,28 @@ def _damaged(path: Path, why: str) -> FileError:
 
 
 def _mask_spec(mask: MaskProvider) -> str | None:
+    """What `_stored_mask` reads back; None for what a file cannot hold."""
     if isinstance(mask, FixedMask):
         return _TENSOR
-    return mask.spec() if PROVIDERS.get(mask.name) is type(mask) else None
+    if PROVIDERS.get(mask.name) is not type(mask):
+        return None
+    if not isinstance(mask, MaskWrapper):
+        return mask.spec()
+    inner = _mask_spec(mask.mask)
+    return inner and f"{inner} {PIPE} {mask.own_spec()}"
+
+
+def _stored_mask(spec: str, tensors: dict[str, torch.Tensor]) -> MaskProvider | None:
+    """The mask of a spec, with its tensors; None if its tensor is missing."""
+    inner, *wrappers = spec.split(PIPE)
+    given = tensors.get("mask." * len(wrappers) + "levels") if inner.strip() == _TENSOR else inner
+    if given is None:
+        return None
+    mask = resolve_mask(given)
+    for wrapper in wrappers:
+        mask = wrapped(mask, wrapper)
+    mask.load_state_dict(tensors)
+    return mask
 
 
 def _versions() -> dict[str, str]:

@@ -326,6 +326,16 @@ def test_macs_of_a_converted_file_use_its_mask_or_another(run: Run, file: Path) 
     assert other["macs"]["mask"] == stored["macs"]["low"] < stored["macs"]["mask"]
 
 
+def test_a_mask_behind_a_pipe_is_read_by_every_command(run: Run) -> None:
+    mask = ("--mask", "edges:threshold=0.15,dilation=11 | budget:fraction=0.25")
+    drawn = run("mask", *options(*mask), "--json").json
+    assert drawn["mask"] == f"{mask[1]},per_batch=False" and drawn["active_fraction"] == 0.25
+    counted = run("macs", "--model", "usernets:segmenter", *options(*mask), "--json").json
+    assert counted["active_fraction"] == 0.25
+    refused = run("mask", "--mask", "budget:fraction=0.25", "--json")
+    assert refused.code == 1 and '"edges | budget:fraction=0.25"' in refused.json["next"]
+
+
 def test_macs_total_leaves_out_the_layers(run: Run) -> None:
     whole = run("macs", "--model", "usernets:segmenter", *options())
     short = run("macs", "--model", "usernets:segmenter", *options("--total"))

@@ -26,7 +26,15 @@ LAYERS = [
         "functional.resampling",
         "functional",
     ),
-    *("masks.provider", "masks.basic", "masks.edges", "masks.resolve", "masks.masking", "masks"),
+    *(
+        "masks.provider",
+        "masks.basic",
+        "masks.edges",
+        "masks.resolve",
+        "masks.budget",
+        "masks.masking",
+        "masks",
+    ),
     *(
         "surgery.trace",
         "surgery.facts",
