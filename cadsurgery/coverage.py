@@ -10,12 +10,10 @@ import contextlib
 import json
 import multiprocessing
 import platform
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cadsurgery.api import adaptify, traceable_part
+from cadsurgery.environment import commit, versions
 from cadsurgery.errors import CadError, CannotConvert, FileError, first_line
 from cadsurgery.files import written_whole
 from cadsurgery.hosted import HostedModel
@@ -269,9 +268,9 @@ def check_networks(
     """
     rows = {row["model"]: row for row in _resumed(path)}
     with path.open("a", encoding="utf-8") as file:
-        commit = _commit()
+        here = commit()
         for row in _in_processes([name for name in names if name not in rows], workers, limits):
-            row["commit"] = commit
+            row["commit"] = here
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows[row["model"]] = row
@@ -322,16 +321,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def setting() -> Row:
     """Versions and machine: the first line of a file."""
-    packages = {name: version(name) for name in ("cadsurgery", "torch", "torchvision", "timm")}
-    return {"versions": packages, "machine": f"{platform.machine()} CPU, one thread per network"}
-
-
-def _commit() -> str:
-    """The commit of this package, if it is run from a checkout of its repository."""
-    command = ("git", "-C", str(RECORDED.parent), "rev-parse", "--short", "HEAD")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return ""
+    return {"versions": versions(), "machine": f"{platform.machine()} CPU, one thread per network"}
 
 
 def _resumed(path: Path) -> list[Row]:

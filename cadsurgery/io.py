@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import cadsurgery
 from cadsurgery.api import adaptify
+from cadsurgery.environment import versions
 from cadsurgery.errors import CannotConvert, FileError, InvalidInput, first_line
 from cadsurgery.files import written_whole
 from cadsurgery.masks import FixedMask, MaskProvider, MaskWrapper, resolve_mask
@@ -46,7 +44,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
     tensors |= {f"{_MASK}{name}": value.cpu().contiguous() for name, value in net.mask.state_dict().items()}
     metadata = {
         "format": FORMAT,
-        "versions": _versions(),
+        "versions": versions(),
         "source": net.source.to_dict() if net.source is not None else None,
         "mask": _mask_spec(net.mask),
         "options": {
@@ -120,7 +118,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
         raise FileError(
             f"{path} holds another plan than this model gives.",
             where=_first_difference(net.plan, stored),
-            why=f"it was written with {_listed(metadata['versions'])}; here are {_listed(_versions())}.",
+            why=f"it was written with {_listed(metadata['versions'])}; here are {_listed(versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
     try:
@@ -210,14 +208,6 @@ def _stored_mask(spec: str, tensors: dict[str, torch.Tensor]) -> MaskProvider | 
         mask = wrapped(mask, wrapper)
     mask.load_state_dict(tensors)
     return mask
-
-
-def _versions() -> dict[str, str]:
-    found = {"cadsurgery": cadsurgery.__version__}
-    for package in ("torch", "torchvision", "timm"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def _listed(versions: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cadsurgery"
 
 # A module imports only modules above it in this list.
 LAYERS = [
-    *("errors", "files"),
+    *("errors", "files", "environment"),
     *("layout", "lattice", "kernel_map"),
     *(
         "functional.elements",
