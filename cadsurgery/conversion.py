@@ -14,6 +14,7 @@ from cadsurgery.api import adaptify
 from cadsurgery.api import plan as make_plan
 from cadsurgery.environment import device_in_words, device_named
 from cadsurgery.errors import CadError, FileError, InvalidInput
+from cadsurgery.files import check_folder
 from cadsurgery.hosted import HostedModel
 from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
 from cadsurgery.io import load, read_metadata, save
@@ -51,11 +52,10 @@ def convert(
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     resolve_mask(mask)  # a typo should not wait for the network to be built
     where = device_named(device)
-    if not output.parent.is_dir():
-        raise FileError(f"there is no folder {output.parent}.", next="create it or choose another --output.")
+    check_folder(output)
     step(f"building {model}")
     original, source = build(model, weights)
-    picture = _picture(image, size)
+    picture = example_image(image, size)
     step("converting and verifying" if verify_laws else "converting")
     net = adaptify(original, mask, **options, verify_laws=verify_laws)
     batch = normalise(picture, source).unsqueeze(0).to(where).contiguous(memory_format=torch.channels_last)
@@ -138,7 +138,7 @@ def count(
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
     net = load(model, mask=mask or None) if _is_file(model) else _quick(model, mask or "edges", options)
-    return net.macs(normalise(_picture(image, size), net.source).unsqueeze(0), rule=rule)
+    return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
 
 
 def picture_of_mask(
@@ -151,7 +151,7 @@ def picture_of_mask(
     output: Path,
 ) -> dict[str, Any]:
     """Draw a mask on an image, for a network or for given strides."""
-    picture = _picture(image, size)
+    picture = example_image(image, size)
     provider = resolve_mask(mask)
     if model:
         options: dict[str, Any] = {"output_stride": output_stride, "patch": patch}
@@ -240,10 +240,11 @@ def _is_file(model: str) -> bool:
     return model.endswith(".safetensors") or Path(model).is_file()
 
 
-def _picture(path: Path | None, size: tuple[int, int] | None) -> Tensor:
+def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:
+    """(3, H, W) in 0..1: the file, or a generated street scene."""
     if size is not None and min(size) < 1:
         raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
-    return street_scene(*(size or DEFAULT_SIZE)) if path is None else read_image(path, size)
+    return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
 
 
 def _halvings(high: int, low: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from cadsurgery.api import adaptify, traceable_part
 from cadsurgery.environment import commit, versions
 from cadsurgery.errors import CadError, CannotConvert, FileError, first_line
-from cadsurgery.files import written_whole
+from cadsurgery.files import check_folder, written_whole
 from cadsurgery.hosted import HostedModel
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.surgery.facts import scale
@@ -326,8 +326,7 @@ def setting() -> Row:
 
 def _resumed(path: Path) -> list[Row]:
     """The rows a file has already; a line that was cut off when a run was stopped is dropped."""
-    if not path.parent.is_dir():
-        raise FileError(f"there is no folder {path.parent}.", next="create it or choose another --output.")
+    check_folder(path)
     kept, header = [], setting()
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()

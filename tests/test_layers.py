@@ -48,7 +48,7 @@ LAYERS = [
         "surgery",
     ),
     *("macs", "model", "hosted", "api", "zoo", "coverage", "io"),
-    *("report", "timing", "images", "viz", "conversion", "cli"),
+    *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "bench", "cli"),
 ]
 GEOMETRY = (
     *("layout", "lattice", "kernel_map"),

@@ -63,13 +63,13 @@ class EdgeMask(MaskProvider):
         levels = torch.full((grid.batch, *grid.size), grid.max_level, dtype=torch.int8, device=image.device)
         for level in reversed(range(len(self.threshold))):
             edges = (difference >= self.threshold[level]).to(torch.float32)
-            near = _on_grid(_widen(edges, dilations[level]), grid) > 0
+            near = _near(edges, dilations[level], grid) > 0
             levels[near] = min(level, grid.max_level)
         return levels
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The strongest edge within the first dilation: what `forward` gives level 0 is at least the threshold."""
-        return _on_grid(_widen(_edge_strength(image), self.dilation[0]), grid)
+        return _near(_edge_strength(image), self.dilation[0], grid)
 
 
 def _edge_strength(image: Tensor) -> Tensor:
@@ -88,18 +88,15 @@ def _edge_strength(image: Tensor) -> Tensor:
     return torch.maximum(right, down)
 
 
-def _widen(values: Tensor, side: int) -> Tensor:
-    """(B, H, W): the largest value in the side x side window around each pixel.
+def _near(values: Tensor, side: int, grid: Grid) -> Tensor:
+    """(B, h, w): the largest of the values (B, H, W) in the side x side window around every output_stride-th pixel
+    from the first; cut or replicated to the size of the fine map.
 
-    Separable: the maximum over rows, then over columns.
+    Separable: the maximum over columns, then over rows.
     """
-    tall = F.max_pool2d(values.unsqueeze(1), (side, 1), 1, (side // 2, 0))
-    return F.max_pool2d(tall, (1, side), 1, (0, side // 2)).squeeze(1)
-
-
-def _on_grid(values: Tensor, grid: Grid) -> Tensor:
-    """Every output_stride-th pixel from the first, cut or replicated to the size of the fine map."""
-    sampled = values[:, :: grid.output_stride, :: grid.output_stride]
+    stride = grid.output_stride
+    tall = F.max_pool2d(values.unsqueeze(1), (side, 1), (stride, 1), (side // 2, 0))
+    sampled = F.max_pool2d(tall, (1, side), (1, stride), (0, side // 2)).squeeze(1)
     height, width = grid.size
     missing = (max(0, width - sampled.shape[2]), max(0, height - sampled.shape[1]))
     if any(missing):
