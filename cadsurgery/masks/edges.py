@@ -92,11 +92,11 @@ def _near(values: Tensor, side: int, grid: Grid) -> Tensor:
     """(B, h, w): the largest of the values (B, H, W) in the side x side window around every output_stride-th pixel
     from the first; cut or replicated to the size of the fine map.
 
-    Separable: the maximum over columns, then over rows.
+    Separable: the maximum over columns, then over rows; as views, many times faster than max-pooling.
     """
-    stride = grid.output_stride
-    tall = F.max_pool2d(values.unsqueeze(1), (side, 1), (stride, 1), (side // 2, 0))
-    sampled = F.max_pool2d(tall, (1, side), (1, stride), (0, side // 2)).squeeze(1)
+    half, stride = side // 2, grid.output_stride
+    tall = F.pad(values, (0, 0, half, half), value=-math.inf).unfold(1, side, stride).amax(-1)
+    sampled = F.pad(tall, (half, half), value=-math.inf).unfold(2, side, stride).amax(-1)
     height, width = grid.size
     missing = (max(0, width - sampled.shape[2]), max(0, height - sampled.shape[1]))
     if any(missing):
