@@ -48,9 +48,9 @@ HIGH, LOW = "dense high", "dense low"
 
 @dataclass(frozen=True)
 class Setup:
-    """How networks are made and what they are run on, in plain values: what a process for one side is told.
+    """How networks are made and what they are run on; see `bench` for the fields.
 
-    See `bench` for the fields.
+    A process that measures the memory of one side is told them as text: there the mask is a string.
     """
 
     mask: object
@@ -295,7 +295,7 @@ def _name(network: str | nn.Module) -> str:
 
 def _setting(setup: Setup, rounds: int) -> BenchSetting:
     return BenchSetting(
-        mask=f"{resolve_mask(setup.mask).spec()} | budget",
+        mask=f"{resolve_mask(setup.mask).spec() or 'a tensor'} | budget",
         image=(setup.batch, 3, *setup.size),
         dtype=setup.dtype,
         device=device_in_words(device_named(setup.device)),

@@ -305,6 +305,9 @@ def test_bfloat16_any_batch_stride_and_patch(mask: object) -> None:
         rounds=1,
     )
     assert report.setting.dtype == "bfloat16" and report.setting.image == (3, 3, *SIZE)
+    assert report.setting.mask.startswith(
+        str(mask).partition(":")[0] if isinstance(mask, str) else "a tensor | "
+    )
     assert report.networks[0].output_stride == (8, 16) and report.networks[0].rows[0].active_fraction == 0.5
 
 
