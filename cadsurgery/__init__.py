@@ -18,10 +18,12 @@ _PUBLIC = {
     "adaptify": "api",
     "plan": "api",
     "AdaptiveModel": "model",
+    "Budget": "masks",
     "Elements": "functional",
     "Geometry": "lattice",
     "Lattice": "lattice",
     "MaskProvider": "masks",
+    "MaskWrapper": "masks",
     "Plan": "surgery.plan",
     "build_model": "zoo",
     "list_masks": "masks",
@@ -42,6 +44,7 @@ _PUBLIC = {
 
 __all__ = [
     "AdaptiveModel",
+    "Budget",
     "CadError",
     "Call",
     "CannotConvert",
@@ -51,6 +54,7 @@ __all__ = [
     "InvalidInput",
     "Lattice",
     "MaskProvider",
+    "MaskWrapper",
     "Plan",
     "Treatment",
     "UnknownName",
@@ -73,7 +77,7 @@ if TYPE_CHECKING:
     from cadsurgery.io import load, save
     from cadsurgery.kernel_map import Window
     from cadsurgery.lattice import Geometry, Lattice
-    from cadsurgery.masks import MaskProvider, list_masks, mask_provider
+    from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
     from cadsurgery.model import AdaptiveModel
     from cadsurgery.surgery.plan import Plan
     from cadsurgery.surgery.rules import Call, Treatment, rule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 
 from cadsurgery.api import adaptify
 from cadsurgery.api import plan as make_plan
-from cadsurgery.errors import CadError, FileError, InvalidInput, first_line
+from cadsurgery.environment import device_in_words, device_named
+from cadsurgery.errors import CadError, FileError, InvalidInput
+from cadsurgery.files import check_folder
 from cadsurgery.hosted import HostedModel
 from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
 from cadsurgery.io import load, read_metadata, save
@@ -50,12 +51,11 @@ def convert(
 ) -> ConversionReport:
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     resolve_mask(mask)  # a typo should not wait for the network to be built
-    where = _device(device)
-    if not output.parent.is_dir():
-        raise FileError(f"there is no folder {output.parent}.", next="create it or choose another --output.")
+    where = device_named(device)
+    check_folder(output)
     step(f"building {model}")
-    original, source = _build(model, weights)
-    picture = _picture(image, size)
+    original, source = build(model, weights)
+    picture = example_image(image, size)
     step("converting and verifying" if verify_laws else "converting")
     net = adaptify(original, mask, **options, verify_laws=verify_laws)
     batch = normalise(picture, source).unsqueeze(0).to(where).contiguous(memory_format=torch.channels_last)
@@ -75,12 +75,13 @@ def convert(
     if net.plan.identity_level != 0:
         sides[high] = lambda: net(batch, mask="all")
     sides["converted"] = lambda: net(batch)
-    times: dict[str, float] = interleaved(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
+    times = interleaved(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
+    best = {name: time.best for name, time in times.items()}
     name = "original = dense high" if net.plan.identity_level == 0 else "original"
-    rows = [Side(name, of_original, times.get("original"))]
+    rows = [Side(name, of_original, best.get("original"))]
     if high in sides:
-        rows.append(Side(high, counted.high, times.get(high)))
-    rows.append(Side("converted", counted.mask, times.get("converted")))
+        rows.append(Side(high, counted.high, best.get(high)))
+    rows.append(Side("converted", counted.mask, best.get("converted")))
     step(f"writing {output}")
     save(net, output)
     return ConversionReport(
@@ -93,7 +94,7 @@ def convert(
         image=tuple(batch.shape),
         sides=tuple(rows),
         checks=net.checks,
-        device=_device_in_words(where),
+        device=f"{device_in_words(where)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         file=str(output),
         notes=_notes(net.plan, counted.active_fraction, rows),
     )
@@ -124,7 +125,7 @@ def make_or_read_plan(model: str, output_stride: tuple[int, int] | None, region:
     """The plan of a network by name, or the one stored in a converted file."""
     if _is_file(model):
         return Plan.from_json(read_metadata(model)["plan"])
-    return make_plan(_build(model, "none")[0], output_stride, region)
+    return make_plan(build(model, "none")[0], output_stride, region)
 
 
 def count(
@@ -137,7 +138,7 @@ def count(
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
     net = load(model, mask=mask or None) if _is_file(model) else _quick(model, mask or "edges", options)
-    return net.macs(normalise(_picture(image, size), net.source).unsqueeze(0), rule=rule)
+    return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
 
 
 def picture_of_mask(
@@ -150,7 +151,7 @@ def picture_of_mask(
     output: Path,
 ) -> dict[str, Any]:
     """Draw a mask on an image, for a network or for given strides."""
-    picture = _picture(image, size)
+    picture = example_image(image, size)
     provider = resolve_mask(mask)
     if model:
         options: dict[str, Any] = {"output_stride": output_stride, "patch": patch}
@@ -163,7 +164,7 @@ def picture_of_mask(
         geometry = Geometry(_halvings(stride, low), patch=patch)  # type: ignore[arg-type]
         batch = normalise(picture, None).unsqueeze(0)
         fine = (-(-picture.shape[1] // stride), -(-picture.shape[2] // stride))
-        grid = Grid(1, fine, stride, geometry.max_level)
+        grid = Grid(1, fine, stride, geometry.max_level, geometry.sides[-1])
         found = provider(batch, batch[:, :, ::stride, ::stride], grid)
         lattice = geometry.lattice(checked_levels(found, grid, provider.name))
     write_png(figure_picture(mask_figure(picture, lattice, stride, title=provider.spec())), output)
@@ -186,7 +187,7 @@ def predict(
     step: Step,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run a converted file on images; an unreadable image is reported and the others are done."""
-    where = _device(device)
+    where = device_named(device)
     paths = find_images(images)
     net = load(file, mask=mask).to(where)
     try:
@@ -221,7 +222,8 @@ def predict(
     return done, failed
 
 
-def _build(model: str, weights: str) -> tuple[nn.Module, Source]:
+def build(model: str, weights: str) -> tuple[nn.Module, Source]:
+    """A network by name, and where it comes from."""
     torch.manual_seed(0)  # random weights, where they are random, are the same in every run
     built = build_model(model, weights)
     source = built.cad_source
@@ -231,35 +233,18 @@ def _build(model: str, weights: str) -> tuple[nn.Module, Source]:
 
 def _quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
     """A converted network with random weights, unverified: for what depends on its shapes only."""
-    return adaptify(_build(model, "none")[0], mask, **options, verify_laws=False)
+    return adaptify(build(model, "none")[0], mask, **options, verify_laws=False)
 
 
 def _is_file(model: str) -> bool:
     return model.endswith(".safetensors") or Path(model).is_file()
 
 
-def _picture(path: Path | None, size: tuple[int, int] | None) -> Tensor:
+def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:
+    """(3, H, W) in 0..1: the file, or a generated street scene."""
     if size is not None and min(size) < 1:
         raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
-    return street_scene(*(size or DEFAULT_SIZE)) if path is None else read_image(path, size)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidInput(
-            f"{name!r} is not a device.", why=first_line(error), next="use cpu or cuda."
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput("there is no CUDA device here.", next="use --device cpu.")
-    return device
-
-
-def _device_in_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
 
 
 def _halvings(high: int, low: int) -> tuple[int, ...]:

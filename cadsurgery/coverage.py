@@ -10,12 +10,10 @@ import contextlib
 import json
 import multiprocessing
 import platform
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cadsurgery.api import adaptify, traceable_part
+from cadsurgery.environment import commit, versions
 from cadsurgery.errors import CadError, CannotConvert, FileError, first_line
-from cadsurgery.files import written_whole
+from cadsurgery.files import check_folder, written_whole
 from cadsurgery.hosted import HostedModel
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.surgery.facts import scale
@@ -269,9 +268,9 @@ def check_networks(
     """
     rows = {row["model"]: row for row in _resumed(path)}
     with path.open("a", encoding="utf-8") as file:
-        commit = _commit()
+        here = commit()
         for row in _in_processes([name for name in names if name not in rows], workers, limits):
-            row["commit"] = commit
+            row["commit"] = here
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows[row["model"]] = row
@@ -322,22 +321,12 @@ def summary(rows: Sequence[Row]) -> str:
 
 def setting() -> Row:
     """Versions and machine: the first line of a file."""
-    packages = {name: version(name) for name in ("cadsurgery", "torch", "torchvision", "timm")}
-    return {"versions": packages, "machine": f"{platform.machine()} CPU, one thread per network"}
-
-
-def _commit() -> str:
-    """The commit of this package, if it is run from a checkout of its repository."""
-    command = ("git", "-C", str(RECORDED.parent), "rev-parse", "--short", "HEAD")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return ""
+    return {"versions": versions(), "machine": f"{platform.machine()} CPU, one thread per network"}
 
 
 def _resumed(path: Path) -> list[Row]:
     """The rows a file has already; a line that was cut off when a run was stopped is dropped."""
-    if not path.parent.is_dir():
-        raise FileError(f"there is no folder {path.parent}.", next="create it or choose another --output.")
+    check_folder(path)
     kept, header = [], setting()
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()

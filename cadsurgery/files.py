@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cadsurgery.errors import FileError
@@ -36,3 +36,31 @@ def written_whole(path: Path) -> Iterator[Path]:
             why=f"{type(error).__name__}: {error.strerror or error}",
             next="choose an existing folder you may write to.",
         ) from error
+
+
+def check_folder(path: Path, option: str = "--output") -> None:
+    """Refuse a file in a folder that does not exist, before work is done for it.
+
+    Raises:
+        FileError: there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise FileError(f"there is no folder {path.parent}.", next=f"create it or choose another {option}.")
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines to a file, all or none; it is made if it does not exist.
+
+    Raises:
+        FileError: it cannot be read as text, or cannot be written.
+    """
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"{path} cannot be read.", why=str(error), next="choose another file to append to."
+        ) from error
+    with written_whole(path) as temporary:
+        separator = "" if before.endswith("\n") or not before else "\n"
+        text = before + separator + "".join(f"{line}\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8")

@@ -108,7 +108,7 @@ def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple
         for x in range(left + step_x // 2, left + wide - step_x // 2, step_x):
             for y in range(horizon - tall + step_y // 2, horizon - step_y // 2, step_y):
                 paint("rectangle", (x, y, x + step_x // 2, y + step_y // 2), window, "building")
-        left += wide
+        left += max(1, wide)
     paint("rectangle", (0, ground, width, height), (120, 118, 112), "ground")
     corners = [
         (0.42 * width, horizon),

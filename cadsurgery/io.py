@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import cadsurgery
 from cadsurgery.api import adaptify
+from cadsurgery.environment import versions
 from cadsurgery.errors import CannotConvert, FileError, InvalidInput, first_line
 from cadsurgery.files import written_whole
-from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
+from cadsurgery.masks import FixedMask, MaskProvider, MaskWrapper, resolve_mask
 from cadsurgery.masks.provider import PROVIDERS
+from cadsurgery.masks.resolve import PIPE, wrapped
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.zoo import Source, build_model
@@ -45,7 +44,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
     tensors |= {f"{_MASK}{name}": value.cpu().contiguous() for name, value in net.mask.state_dict().items()}
     metadata = {
         "format": FORMAT,
-        "versions": _versions(),
+        "versions": versions(),
         "source": net.source.to_dict() if net.source is not None else None,
         "mask": _mask_spec(net.mask),
         "options": {
@@ -83,11 +82,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
     path = Path(path)
     metadata, tensors = _read(path)
     of_mask = {name[len(_MASK) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
-    if mask is None and metadata.get("mask") == _TENSOR:
-        mask = of_mask.get("levels")
-    elif mask is None and metadata.get("mask") is not None:
-        mask = resolve_mask(metadata["mask"])
-        mask.load_state_dict(of_mask)
+    if mask is None and metadata.get("mask") is not None:
+        mask = _stored_mask(metadata["mask"], of_mask)
     if mask is None:
         raise FileError(
             f"{path} was saved with {_NO_MASK}.",
@@ -122,7 +118,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
         raise FileError(
             f"{path} holds another plan than this model gives.",
             where=_first_difference(net.plan, stored),
-            why=f"it was written with {_listed(metadata['versions'])}; here are {_listed(_versions())}.",
+            why=f"it was written with {_listed(metadata['versions'])}; here are {_listed(versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
     try:
@@ -190,17 +186,28 @@ def _damaged(path: Path, why: str) -> FileError:
 
 
 def _mask_spec(mask: MaskProvider) -> str | None:
+    """What `_stored_mask` reads back; None for what a file cannot hold."""
     if isinstance(mask, FixedMask):
         return _TENSOR
-    return mask.spec() if PROVIDERS.get(mask.name) is type(mask) else None
+    if PROVIDERS.get(mask.name) is not type(mask):
+        return None
+    if not isinstance(mask, MaskWrapper):
+        return mask.spec()
+    inner = _mask_spec(mask.mask)
+    return inner and f"{inner} {PIPE} {mask.own_spec()}"
 
 
-def _versions() -> dict[str, str]:
-    found = {"cadsurgery": cadsurgery.__version__}
-    for package in ("torch", "torchvision", "timm"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+def _stored_mask(spec: str, tensors: dict[str, torch.Tensor]) -> MaskProvider | None:
+    """The mask of a spec, with its tensors; None if its tensor is missing."""
+    inner, *wrappers = spec.split(PIPE)
+    given = tensors.get("mask." * len(wrappers) + "levels") if inner.strip() == _TENSOR else inner
+    if given is None:
+        return None
+    mask = resolve_mask(given)
+    for wrapper in wrappers:
+        mask = wrapped(mask, wrapper)
+    mask.load_state_dict(tensors)
+    return mask
 
 
 def _listed(versions: dict[str, str]) -> str:

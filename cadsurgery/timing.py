@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Times of one side over the counted rounds, in milliseconds.
+
+    Attributes:
+        best: what the work takes; other processes only ever add to it.
+        median: what it usually took here.
+    """
+
+    best: float
+    median: float
+
+
 def interleaved(
     sides: Mapping[str, Callable[[], object]], rounds: int = 3, warmup: int = 1, seconds: float = float("inf")
-) -> dict[str, float]:
-    """Best time of each side in milliseconds.
+) -> dict[str, Timing]:
+    """Times of each side.
 
     Each round runs every side once, in turn, so that a change of the machine's speed meets all of them.
 
     Args:
         sides: what to run, by name.
-        rounds: counted rounds.
+        rounds: counted rounds, at least one.
         warmup: rounds before them.
         seconds: start no further round after this time, once one has counted.
     """
-    best = dict.fromkeys(sides, float("inf"))
+    taken: dict[str, list[float]] = {name: [] for name in sides}
     begin = _now()
     with torch.inference_mode():
         for turn in range(warmup + rounds):
@@ -31,8 +46,8 @@ def interleaved(
                 start = _now()
                 run()
                 if turn >= warmup:
-                    best[name] = min(best[name], 1e3 * (_now() - start))
-    return best
+                    taken[name].append(1e3 * (_now() - start))
+    return {name: Timing(min(times), median(times)) for name, times in taken.items()}
 
 
 def _now() -> float:

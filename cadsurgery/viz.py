@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from cadsurgery.bench_report import BenchReport
 from cadsurgery.lattice import Lattice
 
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
@@ -66,6 +67,48 @@ def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item:
     drawn = pixels.copy()
     drawn[border] = 0.35 * drawn[border] + 0.65 * np.array([0.1, 0.25, 0.9])
     return drawn
+
+
+def bench_figure(report: BenchReport) -> Figure:
+    """Time against active fraction, a panel for each network: the law's band, budgets and dense twins."""
+    columns = min(3, len(report.networks))
+    rows = -(-len(report.networks) // columns)
+    figure = Figure(figsize=(5.5 * columns, 4.2 * rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in panels[len(report.networks) :]:
+        axis.set_visible(False)
+    for axis, network in zip(panels, report.networks, strict=False):
+        high, low = network.high, network.low
+        found = sorted(network.rows, key=lambda row: row.active_fraction)
+        active = [0.0, *(row.active_fraction for row in found), 1.0]
+        law = np.array([low.milliseconds, *(row.law_milliseconds for row in found), high.milliseconds])
+        axis.fill_between(
+            active,
+            law,
+            network.band * law,
+            color="#a6bddb",
+            alpha=0.6,
+            label=f"law: 1.00 to {network.band:.2f}",
+        )
+        axis.plot(active, law, color="#2b8cbe", linewidth=1)
+        places = [row.active_fraction for row in found]
+        best, median = ([getattr(row, name) for row in found] for name in _TIMES)
+        axis.vlines(places, best, median, color="#d7301f", linewidth=1)
+        axis.plot(places, median, "_", color="#d7301f", markersize=9, label="median")
+        axis.plot(places, best, "o", color="#d7301f", markersize=5, label="best")
+        twins = [low.milliseconds, high.milliseconds]
+        axis.plot([0, 1], twins, "s", color="#222222", markersize=6, zorder=1.9, label="dense low, high")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("active fraction")
+        axis.set_ylabel("ms")
+        axis.set_title(f"{network.model}, {network.fill}: law {'holds' if network.holds else 'MISSED'}")
+        axis.legend(loc="lower right", fontsize=8)
+    figure.suptitle(str(report.setting), fontsize=8)
+    return figure
+
+
+_TIMES = ("milliseconds", "milliseconds_median")
 
 
 def class_picture(prediction: Tensor) -> Image.Image:

@@ -15,8 +15,10 @@ from PIL import Image
 from rich.console import Console
 
 import cadsurgery as cs
-from cadsurgery import cli
+from cadsurgery import bench, cli
+from cadsurgery.bench_report import BenchReport, BenchSetting
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.timing import Timing
 
 SIZE = (96, 128)
 NETWORKS = '''
@@ -113,13 +115,13 @@ def test_the_command_line_starts_without_torch() -> None:
 def test_help_starts_without_torch_and_names_the_commands() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "cadsurgery.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name in ("convert", "plan", "mask", "run", "macs", "list"):
+    for name in ("convert", "plan", "mask", "run", "macs", "bench", "list"):
         assert name in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported and "torch" not in imported
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "mask", "run", "macs", "list"])
+@pytest.mark.parametrize("command", ["convert", "plan", "mask", "run", "macs", "bench", "list"])
 def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.code == 0 and "--json" in result.out
@@ -138,6 +140,9 @@ def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> N
         ["mask", "--size", "96"],
         ["mask", "--size", "96xwide"],
         ["convert", "--model", "resnet18", "--rounds", "-1"],
+        ["bench"],
+        ["bench", "--model", "resnet18", "--fractions", "half"],
+        ["bench", "--model", "resnet18", "--rounds", "0"],
     ],
     ids=" ".join,
 )
@@ -173,6 +178,13 @@ REFUSED = [
     (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--weights", "missing.pth"], "FileError", "path"),
     (["convert", "--model", "usernets:segmenter", "--region", "backbone"], "CannotConvert", "auto"),
+    (["bench", "--model", "resnt18"], "UnknownName", "resnet18"),
+    (["bench", "--model", "usernets:segmenter", "--fractions", "0.5,2"], "InvalidInput", "0 to 1"),
+    (["bench", "--model", "usernets:segmenter", "--fractions", ","], "InvalidInput", "0 to 1"),
+    (["bench", "--model", "usernets:segmenter", "--dtype", "float16x"], "UnknownName", "float32"),
+    (["bench", "--model", "usernets:segmenter", "--device", "abacus"], "InvalidInput", "cpu"),
+    (["bench", "--model", "usernets:segmenter", "--picture", "no/b.png"], "FileError", "--picture"),
+    (["bench", "--model", "usernets:segmenter", "--size", "1x1"], "InvalidInput", "larger size"),
 ]
 
 
@@ -326,6 +338,16 @@ def test_macs_of_a_converted_file_use_its_mask_or_another(run: Run, file: Path) 
     assert other["macs"]["mask"] == stored["macs"]["low"] < stored["macs"]["mask"]
 
 
+def test_a_mask_behind_a_pipe_is_read_by_every_command(run: Run) -> None:
+    mask = ("--mask", "edges:threshold=0.15,dilation=11 | budget:fraction=0.25")
+    drawn = run("mask", *options(*mask), "--json").json
+    assert drawn["mask"] == f"{mask[1]},per_batch=False" and drawn["active_fraction"] == 0.25
+    counted = run("macs", "--model", "usernets:segmenter", *options(*mask), "--json").json
+    assert counted["active_fraction"] == 0.25
+    refused = run("mask", "--mask", "budget:fraction=0.25", "--json")
+    assert refused.code == 1 and '"edges | budget:fraction=0.25"' in refused.json["next"]
+
+
 def test_macs_total_leaves_out_the_layers(run: Run) -> None:
     whole = run("macs", "--model", "usernets:segmenter", *options())
     short = run("macs", "--model", "usernets:segmenter", *options("--total"))
@@ -358,6 +380,64 @@ def test_mask_for_a_network_uses_its_strides(run: Run, file: Path) -> None:
         arguments = ("mask", *options("--model", model, "--mask", "all"), "--json")
         assert run(*arguments).json["elements"] == 12 * 16
         assert "wrote mask.png" in run(*arguments[:-1]).out
+
+
+# -- bench ---------------------------------------------------------------------------------------------
+
+
+def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_says(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(sides: dict[str, Any], rounds: int) -> dict[str, Timing]:
+        return {key: Timing(8.0 if "dense" in key else 9.0, 9.0) for key in sides}
+
+    monkeypatch.setattr(bench, "interleaved", slow)
+    arguments = options("--model", "usernets:segmenter", "--fractions", "0.5,0")
+    files = ("--picture", "b.png", "--output", "rows.jsonl")
+    result = run("bench", *arguments, *files, "--fill", "both", "--json")
+    assert result.code == 0 and result.err == ""
+    assert [entry["fill"] for entry in result.json["networks"]] == ["nearest", "linear"]
+    entry = result.json["networks"][0]
+    assert entry["law"]["holds"] is False and entry["law"]["slower_than_high"] == [0.5, 0.0]
+    assert (tmp_path / "b.png").is_file() and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    told = run("bench", *arguments)
+    assert told.code == 0 and "MISSED" in told.out and "slower than dense high" in told.out
+
+
+def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def measured(*given: Any, **named: Any) -> BenchReport:
+        seen.update(named, networks=given[0], mask=given[1], fractions=given[2])
+        return BenchReport(BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "", "today"), ())
+
+    monkeypatch.setattr(bench, "bench", measured)
+    wanted = {
+        "networks": ["a", "b"],
+        "mask": "random",
+        "fractions": [1.0, 0.25],
+        "size": (64, 32),
+        "batch": 3,
+        "output_stride": (8, 16),
+        "region": ["layer3", "layer4"],
+        "fill": ["linear", "nearest"],
+        "patch": "block",
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "threads": 2,
+        "rounds": 4,
+        "memory": True,
+        "picture": Path("b.png"),
+        "output": Path("rows.jsonl"),
+    }
+    given = "-m a -m b --mask random --fractions 1,0.25 --size 64x32 --batch 3 --output-stride 8,16 --dtype bfloat16 "
+    given += "--region layer3,layer4 --fill linear --fill nearest --patch block --device cuda --threads 2 --rounds 4 "
+    given += "--memory --picture b.png --output rows.jsonl --json"
+    assert run("bench", *given.split()).code == 0
+    assert {name: seen[name] for name in wanted} == wanted
+    run("bench", "-m", "a", "--json")
+    assert seen["threads"] is None and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
+    assert tuple(seen["fractions"]) == bench.FRACTIONS
 
 
 # -- convert and run -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 import cadsurgery.io
-from cadsurgery.masks import EdgeMask, FixedMask
+from cadsurgery.masks import Budget, EdgeMask, FixedMask
 from cadsurgery.surgery.plan import Plan
 
 
@@ -174,6 +174,25 @@ def test_a_tensor_as_mask_comes_back(tmp_path: Path, dtype: torch.dtype) -> None
     assert isinstance(again.mask, FixedMask)
     assert again.mask.levels.dtype == dtype and torch.equal(again.mask.levels, levels)
     assert torch.equal(again(image)["out"], net(image)["out"])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    ["edges:threshold=0.15,dilation=7", "random:seed=1", torch.randint(0, 2, (1, 12, 16)), "none | budget"],
+)
+def test_a_wrapped_mask_is_stored_with_what_it_wraps(tmp_path: Path, mask: object) -> None:
+    net, image = adapted(Budget(mask, 0.4, per_batch=True)), images(2, 96, 128)
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", segmenter())
+    assert again.mask.spec() == net.mask.spec() and isinstance(again.mask, Budget)
+    assert torch.equal(again(image)["out"], net(image)["out"])
+    assert torch.equal(again.levels, net.levels) and 0 < again.active_fraction < 1
+
+
+def test_a_wrapper_of_a_function_is_as_little_stored_as_the_function(tmp_path: Path) -> None:
+    cs.save(adapted(Budget(lambda image: image[:, 0, ::8, ::8] > 0, 0.4)), tmp_path / "net.safetensors")
+    with pytest.raises(cs.FileError, match="a function or provider of your own"):
+        cs.load(tmp_path / "net.safetensors", segmenter())
 
 
 @pytest.mark.parametrize("stored", ["none", torch.zeros(12, 16, dtype=torch.long), lambda image: None])

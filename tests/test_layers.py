@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cadsurgery"
 
 # A module imports only modules above it in this list.
 LAYERS = [
-    *("errors", "files"),
+    *("errors", "files", "environment"),
     *("layout", "lattice", "kernel_map"),
     *(
         "functional.native",
@@ -28,7 +28,15 @@ LAYERS = [
         "functional.resampling",
         "functional",
     ),
-    *("masks.provider", "masks.basic", "masks.edges", "masks.resolve", "masks.masking", "masks"),
+    *(
+        "masks.provider",
+        "masks.basic",
+        "masks.edges",
+        "masks.resolve",
+        "masks.budget",
+        "masks.masking",
+        "masks",
+    ),
     *(
         "surgery.trace",
         "surgery.facts",
@@ -42,7 +50,7 @@ LAYERS = [
         "surgery",
     ),
     *("macs", "model", "hosted", "api", "zoo", "coverage", "io"),
-    *("report", "timing", "images", "viz", "conversion", "cli"),
+    *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "bench", "cli"),
 ]
 GEOMETRY = (
     *("layout", "lattice", "kernel_map"),

@@ -7,6 +7,7 @@ pixel, patches of P fine pixels) is written down here again, slowly, with an all
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.lattice import Geometry
-from cadsurgery.masks import EdgeMask, Grid, MaskProvider, RandomMask, resolve_mask
+from cadsurgery.masks import Budget, EdgeMask, Grid, MaskProvider, MaskWrapper, RandomMask, resolve_mask
 from cadsurgery.masks.provider import PROVIDERS
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -144,14 +145,14 @@ def test_the_edge_provider_follows_the_recipe_for_any_size_and_option(
 ) -> None:
     image = scenes(2, size, seed).double()
     fine = (-(-size[0] // stride), -(-size[1] // stride))
-    found = EdgeMask(threshold, side)(image, image, Grid(2, fine, stride, 2))
+    found = EdgeMask(threshold, side)(image, image, Grid(2, fine, stride, 2, 4))
     assert torch.equal(found.long(), wanted_levels(image, [threshold], [side], stride, 2))
 
 
 @QUICK
 @given(seed=st.integers(0, 99), threshold=st.floats(0.05, 2), side=st.sampled_from([1, 5, 11]))
 def test_one_threshold_is_graded_edges_with_one(seed: int, threshold: float, side: int) -> None:
-    image, grid = scenes(2, (40, 57), seed), Grid(2, (5, 8), 8, 2)
+    image, grid = scenes(2, (40, 57), seed), Grid(2, (5, 8), 8, 2, 4)
     plain = EdgeMask(threshold, side)(image, image, grid)
     assert torch.equal(plain, EdgeMask((threshold,), (side,))(image, image, grid))
     assert torch.equal(plain, EdgeMask((threshold, 1e9), side)(image, image, grid))
@@ -163,7 +164,7 @@ def test_one_threshold_is_graded_edges_with_one(seed: int, threshold: float, sid
 def edge_pixels(grey: Tensor, threshold: float = 0.5, side: int = 1) -> Tensor:
     """Bool (H, W): what the provider keeps high at one fine pixel per image pixel."""
     image = grey.expand(1, 3, *grey.shape)
-    return EdgeMask(threshold, side)(image, image, Grid(1, tuple(grey.shape), 1, 1))[0] == 0
+    return EdgeMask(threshold, side)(image, image, Grid(1, tuple(grey.shape), 1, 1, 2))[0] == 0
 
 
 def test_a_zero_image_has_no_edges() -> None:
@@ -232,7 +233,11 @@ def test_lowering_the_threshold_never_removes_active_area(
     seed: int, low: float, high: float, patch: str
 ) -> None:
     low, high = sorted((low, high))
-    image, grid, geometry = scenes(2, (65, 90), seed), Grid(2, (9, 12), 8, 2), Geometry((2, 2), patch=patch)
+    image, grid, geometry = (
+        scenes(2, (65, 90), seed),
+        Grid(2, (9, 12), 8, 2, 4),
+        Geometry((2, 2), patch=patch),
+    )
     few = geometry.lattice(EdgeMask(high, 7)(image, image, grid).long()).levels
     many = geometry.lattice(EdgeMask(low, 7)(image, image, grid).long()).levels
     assert (many <= few).all()
@@ -281,7 +286,9 @@ POSITIVE = st.floats(1e-6, 1e6, allow_nan=False)
 def test_a_spec_reads_back_as_the_same_mask(
     thresholds: list[float], sides: int, fraction: float, seed: int
 ) -> None:
-    for mask in (EdgeMask(tuple(thresholds), sides), RandomMask(fraction, 3, seed), resolve_mask("none")):
+    edges, random = EdgeMask(tuple(thresholds), sides), RandomMask(fraction, 3, seed)
+    nested = Budget(Budget(edges, fraction), fraction, per_batch=True)
+    for mask in (edges, random, resolve_mask("none"), Budget(random, fraction), nested):
         again = resolve_mask(mask.spec())
         assert type(again) is type(mask)
         assert again.options() == mask.options()
@@ -371,7 +378,7 @@ def test_random_keeps_nothing_at_fraction_0_and_everything_at_1(
 
 
 def test_random_keeps_about_the_fraction_asked_for_in_whole_blocks() -> None:
-    found = RandomMask(0.3, 4, seed=0)(torch.empty(0), torch.empty(0), Grid(4, (80, 160), 8, 2))
+    found = RandomMask(0.3, 4, seed=0)(torch.empty(0), torch.empty(0), Grid(4, (80, 160), 8, 2, 4))
     assert found.double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / (4 * 20 * 40)) ** 0.5)
     blocks = found.unflatten(1, (20, 4)).unflatten(3, (40, 4))
     assert torch.equal(blocks.amax((2, 4)), blocks.to(torch.uint8).amin((2, 4)).bool())
@@ -422,6 +429,244 @@ def test_a_callable_gets_the_image_and_gives_the_map() -> None:
     model(image)
     assert seen[0] is image
     assert (model.levels[:, :4] == 0).all() and (model.levels[:, 4:] == 2).all()
+
+
+# -- budgets -------------------------------------------------------------------------------------------
+
+
+class Scored(MaskProvider):
+    """Given scores."""
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.given = scores
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        return self.given
+
+
+def kept_patches(levels: Tensor, patch: int, low: int) -> Tensor:
+    """Bool (B, rows, columns), after checking that every patch is wholly at level 0 or wholly the lowest."""
+    assert set(levels.unique().tolist()) <= {0, low}
+    rows, columns = (range(0, side, patch) for side in levels.shape[1:])
+    blocks = [[levels[:, y : y + patch, x : x + patch].flatten(1) for x in columns] for y in rows]
+    assert all((block == block[:, :1]).all() for row in blocks for block in row)
+    return torch.stack([torch.stack([block[:, 0] == 0 for block in row], 1) for row in blocks], 1)
+
+
+def budget(scores: Tensor, fraction: float, patch: int = 4, **options: bool) -> Tensor:
+    """Which patches a budget keeps for given scores (B, h, w)."""
+    grid, nothing = Grid(scores.shape[0], tuple(scores.shape[1:]), 8, 2, patch), torch.empty(0)
+    levels = Budget(Scored(scores), fraction, **options)(nothing, nothing, grid)
+    assert levels.shape == scores.shape
+    return kept_patches(levels, patch, 2)
+
+
+FRACTIONS = [0.0, 0.01, 0.25, 0.34, 0.5, 0.99, 1.0]
+MAPS = [(16, 24), (13, 17), (3, 29), (1, 1), (4, 5)]
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("patch", [1, 4])
+def test_a_budget_keeps_exactly_its_fraction_of_each_images_patches(
+    size: tuple[int, int], fraction: float, patch: int
+) -> None:
+    found = budget(torch.randn(3, *size), fraction, patch)
+    assert found.shape[1:] == tuple(-(-side // patch) for side in size)
+    assert found.flatten(1).sum(1).tolist() == [round(fraction * found[0].numel())] * 3
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_a_budget_per_batch_keeps_exactly_its_fraction_of_all_patches(
+    size: tuple[int, int], fraction: float
+) -> None:
+    scores = torch.randn(3, *size) + torch.tensor([0.0, 9.0, 0.0]).view(3, 1, 1)
+    found = budget(scores, fraction, per_batch=True)
+    assert found.sum() == round(fraction * found.numel())
+    assert found[1].all() or not (found[0] | found[2]).any()  # the second image's are the best of all
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 99), size=st.tuples(st.integers(1, 20), st.integers(1, 20)), fraction=st.floats(0, 1)
+)
+def test_a_budget_keeps_the_patches_of_the_highest_mean_inside_the_map(
+    seed: int, size: tuple[int, int], fraction: float
+) -> None:
+    scores = torch.randn(2, *size, generator=torch.Generator().manual_seed(seed))
+    found = budget(scores, fraction)
+    for image, keep in zip(scores.double(), found, strict=True):
+        means = {
+            (y, x): image[4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean().item()
+            for y in range(keep.shape[0])
+            for x in range(keep.shape[1])
+        }
+        best = sorted(means, key=means.__getitem__, reverse=True)[: int(keep.sum())]
+        assert sorted(best) == [tuple(place) for place in keep.nonzero().tolist()]
+
+
+@pytest.mark.parametrize("per_batch", [False, True])
+@pytest.mark.parametrize("mask", ["edges", "random:seed=1", "edges:threshold=0.9/0.1,dilation=5/15", "none"])
+def test_a_larger_budget_keeps_what_a_smaller_one_keeps(mask: str, per_batch: bool) -> None:
+    image, grid = scenes(2, (97, 129)), Grid(2, (13, 17), 8, 2, 4)
+    kept = [Budget(mask, fraction, per_batch)(image, image, grid) == 0 for fraction in FRACTIONS]
+    assert all((few <= many).all() for few, many in pairwise(kept))
+    assert not kept[0].any() and kept[-1].all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.7, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_patches_are_kept_in_raster_order_whatever_their_size(value: float, dtype: torch.dtype) -> None:
+    found = budget(torch.full((2, 13, 18), value, dtype=dtype), 0.5)  # border patches are cut on two sides
+    order = found.flatten(1).long()
+    assert torch.equal(order, order.sort(dim=1, descending=True).values) and order.sum() == 20
+    whole = budget(torch.full((2, 13, 18), value, dtype=dtype), 0.5, per_batch=True)
+    assert whole[0].all() and not whole[1].any()
+
+
+def test_a_budget_of_an_images_own_scores_is_that_of_the_image_alone() -> None:
+    image = scenes(3, (97, 129))
+    together = Budget("edges", 0.3)(image, image, Grid(3, (13, 17), 8, 2, 4))
+    for position in range(3):
+        one = image[position : position + 1]
+        assert torch.equal(Budget("edges", 0.3)(one, one, Grid(1, (13, 17), 8, 2, 4))[0], together[position])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("threshold", "side"), [(0.35, 11), (0.1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_scores_of_edges_reach_the_threshold_where_they_keep_high(
+    size: tuple[int, int], threshold: float, side: int, dtype: torch.dtype
+) -> None:
+    image = scenes(2, size).to(dtype)
+    grid, mask = Grid(2, (-(-size[0] // 8), -(-size[1] // 8)), 8, 2, 4), EdgeMask(threshold, side)
+    scores = mask.scores(image, image, grid)
+    assert scores.shape == (2, *grid.size) and scores.dtype == dtype
+    assert torch.equal(scores >= threshold, mask(image, image, grid) == 0)
+
+
+def test_the_scores_of_a_random_mask_follow_its_seed_and_its_choice() -> None:
+    grid, nothing, mask = Grid(2, (13, 17), 8, 2, 4), torch.empty(0), RandomMask(0.3, 4, seed=5)
+    scores = mask.scores(nothing, nothing, grid)
+    assert torch.equal(scores, mask.scores(nothing, nothing, grid))
+    kept = mask(nothing, nothing, grid)
+    assert scores[kept].min() > scores[~kept].max()
+    first, again = (Budget(mask, 0.5)(nothing, nothing, grid) for _ in range(2))
+    assert torch.equal(first, again) and not torch.equal(first[0], first[1])
+    assert not torch.equal(first, Budget("random:seed=6", 0.5)(nothing, nothing, grid))
+
+
+def test_masks_without_scores_of_their_own_are_ranked_by_their_levels() -> None:
+    levels = torch.full((8, 12), 2)
+    levels[:4, :4], levels[4:, 8:] = 1, 0
+    model = net(Budget(levels, 1 / 6))
+    model(torch.randn(2, 3, 64, 96))
+    assert kept_patches(model.levels.long(), 4, 2)[0].nonzero().tolist() == [[1, 2]]
+    model(torch.randn(2, 3, 64, 96), mask=Budget(levels, 1 / 3))
+    assert kept_patches(model.levels.long(), 4, 2)[1].nonzero().tolist() == [[0, 0], [1, 2]]
+
+
+@pytest.mark.parametrize("patch", ["quadtree", "block"])
+@pytest.mark.parametrize(("stride", "side", "low"), [((8, 32), 4, 2), ((8, 16), 4, 1), ((16, 32), 2, 1)])
+def test_a_network_keeps_exactly_the_budget(patch: str, stride: tuple[int, int], side: int, low: int) -> None:
+    model = net("edges | budget:fraction=0.25", output_stride=stride, patch=patch)
+    counts = set()
+    for seed in range(3):
+        model(scenes(2, (96, 128), seed))
+        counts.add(len(model.lattice))
+        assert model.active_fraction == 0.25
+        assert kept_patches(model.levels.long(), side, low).flatten(1).float().mean(1).tolist() == [0.25] * 2
+    assert len(counts) == 1
+
+
+def test_a_budget_is_one_graph_for_compilers() -> None:
+    image, grid, mask = scenes(2, (97, 129)), Grid(2, (13, 17), 8, 2, 4), Budget("edges", 0.3)
+    compiled = torch.compile(lambda image: mask(image, image, grid), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(image), mask(image, image, grid))
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "per_batch", "spec"),
+    [
+        (
+            "edges|budget",
+            0.3,
+            False,
+            "edges:threshold=0.35,dilation=11 | budget:fraction=0.3,per_batch=False",
+        ),
+        (
+            " edges:threshold=0.15,dilation=7 | budget : fraction = 0.5 , per_batch = true ",
+            0.5,
+            True,
+            "edges:threshold=0.15,dilation=7 | budget:fraction=0.5,per_batch=True",
+        ),
+        (
+            "none | budget:fraction=0.5 | budget:fraction=0.25",
+            0.25,
+            False,
+            "none | budget:fraction=0.5,per_batch=False | budget:fraction=0.25,per_batch=False",
+        ),
+    ],
+)
+def test_a_wrapper_is_written_behind_its_mask_and_a_pipe(
+    text: str, fraction: float, per_batch: bool, spec: str
+) -> None:
+    mask = resolve_mask(text)
+    assert isinstance(mask, Budget) and (mask.fraction, mask.per_batch) == (fraction, per_batch)
+    assert mask.spec() == spec == resolve_mask(spec).spec()
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "correction"),
+    [
+        ("budget:fraction=0.3", "'budget' needs another mask", '"edges | budget:fraction=0.3"'),
+        ("budget | budget", "'budget' needs another mask", '"edges | budget"'),
+        ("| budget:fraction=0.3", "nothing stands before the pipe", '"edges | budget:fraction=0.3"'),
+        ("edges | random:seed=3", "'random' cannot stand behind", '"random:seed=3 | budget:fraction=0.3"'),
+        ("edges | budget:fraction=1.5", "fraction=1.5", "fraction=0.3"),
+        ("edges | budget:fraction=nan", "fraction=nan", "fraction=0.3"),
+        ("edges | budget:fraction=half", "not a number", "fraction=0.3"),
+        ("edges | budget:per_batch=perhaps", "not True or False", "per_batch=False"),
+    ],
+)
+def test_a_pipe_that_makes_no_sense_is_answered_with_one_that_does(
+    text: str, what: str, correction: str
+) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        resolve_mask(text)
+    assert what in caught.value.what and correction in caught.value.next
+
+
+@pytest.mark.parametrize(
+    ("text", "suggestion"),
+    [
+        ("edges | budgt", "did you mean budget"),
+        ("edges |", '"edges | budget:fraction=0.3"'),
+        ("edges | budget:fracton=0.3", "did you mean fraction"),
+        ("edgs | budget", "did you mean edges"),
+    ],
+)
+def test_an_unknown_name_in_a_pipe_is_answered_with_the_closest(text: str, suggestion: str) -> None:
+    with pytest.raises(cs.UnknownName) as caught:
+        resolve_mask(text)
+    assert suggestion in caught.value.next
+
+
+@pytest.mark.parametrize(
+    ("scores", "what", "next_step"),
+    [
+        (torch.zeros(2, 12, 17), "shape (2, 12, 17)", "(2, 13, 17)"),
+        (torch.zeros(2, 13, 17).long(), "int64", "floating-point"),
+        (torch.full((2, 13, 17), torch.nan), "NaN", "check the image"),
+        (torch.tensor([torch.inf, -torch.inf]).repeat(2, 13, 9)[..., :17], "infinities", "check the image"),
+    ],
+)
+def test_scores_that_are_none_are_refused(scores: Tensor, what: str, next_step: str) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        net(Budget(Scored(scores), 0.5))(torch.zeros(2, 3, 97, 129))
+    assert what in caught.value.what and next_step in caught.value.next
 
 
 # -- maps per call -------------------------------------------------------------------------------------
@@ -491,7 +736,8 @@ def test_masks_are_listed_by_name_with_the_options_they_are_made_with() -> None:
     assert names == sorted(names) and {"all", "none", "edges", "random"} <= set(names)
     for info in infos:
         assert info.summary.endswith(".")
-        assert resolve_mask(info.name).options() == info.options
+        wraps = issubclass(PROVIDERS[info.name], MaskWrapper)
+        assert resolve_mask(f"edges | {info.name}" if wraps else info.name).options() == info.options
     assert "Hesse" in next(info.source for info in infos if info.name == "edges")
 
 
@@ -533,7 +779,7 @@ def test_a_provider_sees_the_image_the_entering_features_and_the_grid(checkers: 
     model(torch.randn(2, 3, 97, 129))
     image, features, grid = model.mask.seen
     assert image == (2, 3, 97, 129) and features == (2, 4, 25, 33)
-    assert grid == Grid(batch=2, size=(25, 33), output_stride=4, max_level=2)
+    assert grid == Grid(batch=2, size=(25, 33), output_stride=4, max_level=2, patch=8)
 
 
 def test_a_mask_name_is_registered_once(checkers: type[MaskProvider]) -> None:

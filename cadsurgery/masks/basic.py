@@ -62,12 +62,19 @@ class RandomMask(MaskProvider):
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """Levels 0 in chosen blocks, the lowest elsewhere."""
+        return self._drawn(grid).to(features.device) < self.fraction
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """Random numbers, one per block; what `forward` keeps has the highest."""
+        return -self._drawn(grid).to(features.device)
+
+    def _drawn(self, grid: Grid) -> Tensor:
+        """(B, h, w) in 0..1, the same within a block."""
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         height, width = grid.size
         blocks = (grid.batch, -(-height // self.block), -(-width // self.block))
-        keep = torch.rand(blocks, generator=generator) < self.fraction
-        keep = keep.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2)
-        return keep[:, :height, :width].to(features.device)
+        drawn = torch.rand(blocks, generator=generator)
+        return drawn.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2)[:, :height, :width]
 
 
 class FixedMask(MaskProvider):

@@ -62,10 +62,14 @@ class EdgeMask(MaskProvider):
         dilations = self.dilation if len(self.dilation) > 1 else self.dilation * len(self.threshold)
         levels = torch.full((grid.batch, *grid.size), grid.max_level, dtype=torch.int8, device=image.device)
         for level in reversed(range(len(self.threshold))):
-            near = _widen(difference >= self.threshold[level], dilations[level])
-            near = _on_grid(near, grid)
+            edges = (difference >= self.threshold[level]).to(torch.float32)
+            near = _near(edges, dilations[level], grid) > 0
             levels[near] = min(level, grid.max_level)
         return levels
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The strongest edge within the first dilation: what `forward` gives level 0 is at least the threshold."""
+        return _near(_edge_strength(image), self.dilation[0], grid)
 
 
 def _edge_strength(image: Tensor) -> Tensor:
@@ -84,22 +88,18 @@ def _edge_strength(image: Tensor) -> Tensor:
     return torch.maximum(right, down)
 
 
-def _widen(edges: Tensor, side: int) -> Tensor:
-    """Bool (B, H, W): whether the side x side window around a pixel holds an edge.
+def _near(values: Tensor, side: int, grid: Grid) -> Tensor:
+    """(B, h, w): the largest of the values (B, H, W) in the side x side window around every output_stride-th pixel
+    from the first; cut or replicated to the size of the fine map.
 
-    Separable: the maximum over rows, then over columns.
+    Separable: the maximum over columns, then over rows; as views, many times faster than max-pooling.
     """
-    values = edges.to(torch.float32).unsqueeze(1)
-    values = F.max_pool2d(values, (side, 1), 1, (side // 2, 0))
-    return F.max_pool2d(values, (1, side), 1, (0, side // 2)).squeeze(1) > 0
-
-
-def _on_grid(near: Tensor, grid: Grid) -> Tensor:
-    """Every output_stride-th pixel from the first, cut or replicated to the size of the fine map."""
-    sampled = near[:, :: grid.output_stride, :: grid.output_stride]
+    half, stride = side // 2, grid.output_stride
+    tall = F.pad(values, (0, 0, half, half), value=-math.inf).unfold(1, side, stride).amax(-1)
+    sampled = F.pad(tall, (half, half), value=-math.inf).unfold(2, side, stride).amax(-1)
     height, width = grid.size
     missing = (max(0, width - sampled.shape[2]), max(0, height - sampled.shape[1]))
     if any(missing):
-        padded = F.pad(sampled.float().unsqueeze(1), (0, missing[0], 0, missing[1]), mode="replicate")
-        sampled = padded.squeeze(1) > 0
+        padded = F.pad(sampled.unsqueeze(1), (0, missing[0], 0, missing[1]), mode="replicate")
+        sampled = padded.squeeze(1)
     return sampled[:, :height, :width]

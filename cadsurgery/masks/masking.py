@@ -24,10 +24,11 @@ class Masking:
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
         size = (features.shape[2], features.shape[3])
-        grid = Grid(features.shape[0], size, self.output_stride, self.geometry.max_level)
+        geometry = self.geometry
+        grid = Grid(features.shape[0], size, self.output_stride, geometry.max_level, geometry.sides[-1])
         with torch.no_grad():
             found = self.provider(image, features, grid)
-        return self.geometry.lattice(checked_levels(found, grid, self.provider.name))
+        return geometry.lattice(checked_levels(found, grid, self.provider.name))
 
 
 def check_image(image: Any, name: str = "the image") -> None:

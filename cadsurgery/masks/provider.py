@@ -22,12 +22,15 @@ class Grid(NamedTuple):
         size: (height, width) in samples.
         output_stride: input pixels per sample.
         max_level: the lowest level allowed.
+        patch: R_K, side in samples of a cell that every adaptive stage downsamples; aligned blocks of this side are
+            legal at any level.
     """
 
     batch: int
     size: tuple[int, int]
     output_stride: int
     max_level: int
+    patch: int
 
 
 class MaskProvider(nn.Module):
@@ -43,6 +46,15 @@ class MaskProvider(nn.Module):
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The level map (B, h, w)."""
         raise NotImplementedError
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) floating-point: how much each sample is worth keeping high, for masks that choose by rank.
+
+        Only the order counts. Here: how far the level map lies above the lowest level; masks with something
+        finer to tell override it.
+        """
+        levels = checked_levels(self(image, features, grid), grid, self.name)
+        return (grid.max_level - levels).to(torch.float32)
 
     def options(self) -> dict[str, Any]:
         """The options this provider was made with, by name: those of its constructor."""
@@ -108,7 +120,7 @@ def checked_levels(found: object, grid: Grid, provider: str) -> Tensor:
     """A provider's result as integer levels (B, h, w); a bool map keeps True high.
 
     Raises:
-        InvalidInput: wrong type, size or values.
+        InvalidInput: wrong type, size or, unless a graph is being compiled, values.
     """
     where = f"mask {provider}" if provider else "mask"
     size = f"({grid.batch}, {grid.size[0]}, {grid.size[1]})"
@@ -135,6 +147,8 @@ def checked_levels(found: object, grid: Grid, provider: str) -> Tensor:
     if levels.dtype == torch.bool:
         return torch.where(levels, 0, grid.max_level)
     levels = levels.long()  # not all integer types can be compared
+    if torch.compiler.is_compiling():  # values are unknown while a graph is made
+        return levels
     low, high = (int(bound) for bound in torch.aminmax(levels))
     if low < 0 or high > grid.max_level:
         raise InvalidInput(

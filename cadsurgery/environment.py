@@ -1,0 +1,59 @@
+"""What a result was made with: versions, commit, device. Reports and files state it."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import cadsurgery
+from cadsurgery.errors import InvalidInput, first_line
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that networks come from."""
+    found = {"cadsurgery": cadsurgery.__version__}
+    for package in ("torch", "torchvision", "timm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def commit() -> str:
+    """The commit of this package, if it is run from a checkout of its repository; else empty."""
+    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return ""
+
+
+def device_named(name: str) -> torch.device:
+    """A device that is here.
+
+    Raises:
+        InvalidInput: no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"{name!r} is not a device.", why=first_line(error), next="use cpu or cuda."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("there is no CUDA device here.", next="use --device cpu.")
+    return device
+
+
+def device_in_words(device: torch.device) -> str:
+    """The name of the device, as far as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({platform.machine()} CPU)"
+    return f"{platform.machine()} CPU"

@@ -1,0 +1,393 @@
+"""`bench`: figures that agree with each other and the network; what it writes, says and refuses. No time is judged."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+import cadsurgery as cs
+from cadsurgery import bench as module
+from cadsurgery import environment, memory
+from cadsurgery.bench import BAND, LINEAR, band, bench, law
+from cadsurgery.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
+from cadsurgery.files import append_lines
+from cadsurgery.images import normalise, street_scene
+from cadsurgery.timing import Timing, interleaved
+
+SIZE, FRACTIONS = (64, 96), (1.0, 0.5, 0.0)
+
+
+def trunk(groups: int = 1) -> nn.Module:
+    """A plain CNN of output stride 32."""
+    layers: list[nn.Module] = []
+    for depth in range(5):
+        layers += [nn.Conv2d(4 if depth else 3, 4, 3, 2, 1, groups=groups if depth else 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1)).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> BenchReport:
+    """ResNet-18 with both fills."""
+    return bench(
+        "resnet18",
+        "edges:threshold=0.2",
+        FRACTIONS,
+        size=SIZE,
+        batch=2,
+        fill=("nearest", "linear"),
+        rounds=1,
+        threads=1,
+        picture=folder / "bench.png",
+        output=folder / "rows.jsonl",
+    )
+
+
+# -- the figures ---------------------------------------------------------------------------------------
+
+
+def test_macs_and_active_fractions_are_those_of_the_network_under_a_budget(report: BenchReport) -> None:
+    model = cs.build_model("resnet18", "none")
+    scenes = [normalise(street_scene(*SIZE, seed), model.cad_source) for seed in range(2)]
+    net = cs.adaptify(model, verify_laws=False)
+    for row in report.networks[0].rows:
+        counted = net.macs(torch.stack(scenes), mask=cs.Budget("edges:threshold=0.2", row.fraction))
+        assert (row.macs, row.active_fraction) == (counted.mask, counted.active_fraction)
+        assert (report.networks[0].high.macs, report.networks[0].low.macs) == (counted.high, counted.low)
+
+
+def test_ratios_follow_from_times_and_macs(report: BenchReport) -> None:
+    for network in report.networks:
+        high, low = network.high, network.low
+        assert low.macs < high.macs and [row.fraction for row in network.rows] == list(FRACTIONS)
+        for row in network.rows:
+            share = (row.macs - low.macs) / (high.macs - low.macs)
+            line = (1 - share) * low.milliseconds + share * high.milliseconds
+            assert row.law_milliseconds == pytest.approx(line)
+            assert row.law_ratio == pytest.approx(row.milliseconds / line)
+            assert row.speedup == pytest.approx(high.milliseconds / row.milliseconds)
+            realised = (high.milliseconds / row.milliseconds) / (high.macs / row.macs)
+            assert row.realised == pytest.approx(realised)
+            assert 0 < row.milliseconds <= row.milliseconds_median
+            assert row.memory_mib is None and row.memory_ratio is None
+        assert network.rows[0].law_milliseconds == pytest.approx(high.milliseconds)
+        assert network.rows[-1].law_milliseconds == pytest.approx(low.milliseconds)
+
+
+def test_both_fills_are_measured_against_the_same_twins(report: BenchReport) -> None:
+    nearest, linear = report.networks
+    assert (nearest.fill, linear.fill) == ("nearest", "linear")
+    assert nearest.high is linear.high and nearest.low is linear.low
+    assert nearest.band == BAND and linear.band == BAND + LINEAR
+
+
+def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def counted(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+        seen.append(list(sides))
+        assert rounds == 3
+        return {key: Timing(1.0 + position, 2.0 + position) for position, key in enumerate(sides)}
+
+    monkeypatch.setattr(module, "interleaved", counted)
+    (network,) = bench(trunk(), fractions=FRACTIONS, size=SIZE, rounds=3).networks
+    assert seen == [["dense high", "dense low", "nearest 1.0", "nearest 0.5", "nearest 0.0"]]
+    assert [row.milliseconds for row in network.rows] == [3.0, 4.0, 5.0]
+    assert (network.high.milliseconds, network.low.milliseconds_median) == (1.0, 3.0)
+    assert "not slower than dense low" in network.notes[0]
+
+
+def test_the_twins_are_uniform_and_stop_at_the_low_output_stride() -> None:
+    net, levels = cs.adaptify(trunk(), output_stride=(8, 16), verify_laws=False), {}
+    image = torch.randn(2, 3, *SIZE)
+    for key, run_side in module._sides(net, "edges", "nearest", (0.5,)).items():
+        run_side(image)
+        levels[key] = set(net.levels.unique().tolist())
+    assert levels == {"dense high": {0}, "dense low": {1}, "nearest 0.5": {0, 1}}
+
+
+def test_only_networks_of_dense_convolutions_are_granted_more_for_linear_fill() -> None:
+    bands = {
+        (groups, fill): band(cs.adaptify(trunk(groups), fill=fill, verify_laws=False))
+        for groups in (1, 4)
+        for fill in ("nearest", "linear")
+    }
+    assert bands == {
+        (1, "nearest"): BAND,
+        (4, "nearest"): BAND,
+        (4, "linear"): BAND,
+        (1, "linear"): BAND + LINEAR,
+    }
+
+
+def test_the_law_is_the_straight_line_between_the_twins() -> None:
+    high, low = Twin(100, 50.0, 51.0), Twin(20, 10.0, 11.0)
+    assert [law(macs, high, low) for macs in (100, 60, 20)] == [50.0, 30.0, 10.0]
+
+
+def network(ratios: dict[float, float], high: float = 50.0) -> NetworkBench:
+    """A result with these ratios to the law by fraction."""
+    rows = [
+        BenchRow(fraction, fraction, 60, 30 * ratio, 31 * ratio, 30.0, ratio, 1.0, high / (30 * ratio))
+        for fraction, ratio in ratios.items()
+    ]
+    return NetworkBench(
+        "net", "random", "nearest", (8, 32), 1.06, Twin(100, high, high), Twin(20, 10, 11), tuple(rows)
+    )
+
+
+def test_a_verdict_says_whether_the_law_holds_and_where_it_is_worst() -> None:
+    good = network({0.5: 1.05, 0.1: 1.02})
+    assert good.holds and "the law holds" in good.verdict() and "fraction 0.5 takes 1.050" in good.verdict()
+    assert good.slower == () and "nothing is slower than dense high" in good.verdict()
+    missed = network({0.5: 1.05, 0.1: 1.07})
+    assert (
+        not missed.holds and "MISSED" in missed.verdict() and "fraction 0.1 takes 1.070" in missed.verdict()
+    )
+    slow = network({0.5: 1.05, 0.1: 1.0}, high=30.0)
+    assert slow.holds and [row.fraction for row in slow.slower] == [0.5]
+    assert slow.verdict().endswith("slower than dense high by more than 3 %: fraction 0.5")
+    assert network({0.5: 1.029}, high=30.0).slower == ()
+
+
+def test_timing_tells_the_best_and_the_median_round() -> None:
+    calls: list[str] = []
+    found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert found.keys() == {"a", "b"} and all(0 <= time.best <= time.median for time in found.values())
+
+
+# -- the report ----------------------------------------------------------------------------------------
+
+
+def test_a_report_says_what_it_was_made_with(report: BenchReport) -> None:
+    values = report.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values["versions"].keys() == {"cadsurgery", "torch", "torchvision", "timm", "python"}
+    assert values["image"] == [2, 3, *SIZE] and (values["threads"], values["rounds"]) == (1, 1)
+    assert values["dtype"] == "float32" and "CPU" in values["device"] and values["date"].endswith("+00:00")
+    assert values["mask"].startswith("edges:threshold=0.2,") and values["mask"].endswith("| budget")
+    assert "random" in values["networks"][0]["weights"]
+    for entry, result in zip(values["networks"], report.networks, strict=True):
+        assert entry["rows"] == [vars(row) for row in result.rows]
+        assert entry["law"]["holds"] is result.holds and entry["law"]["verdict"] == result.verdict()
+        assert entry["law"]["worst_ratio"] == max(row["law_ratio"] for row in entry["rows"])
+
+
+def test_the_commit_is_told_only_in_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    setting = BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "abc1234", "today")
+    assert setting.to_dict()["commit"] == "abc1234" and "commit abc1234" in str(setting)
+    outside = replace(setting, commit="")
+    assert "commit" not in outside.to_dict() and "commit" not in str(outside)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    assert environment.commit() == ""
+
+
+def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None:
+    console = Console(width=160, file=io.StringIO())
+    console.print(report.render())
+    text = console.file.getvalue()
+    for words in (
+        "dense high",
+        "dense low",
+        "budget 0.5",
+        "of law",
+        "realised",
+        "speed-up",
+        "2 images of 64x96",
+    ):
+        assert words in text
+    assert text.count("the law ") == 2 and "MiB" not in text
+
+
+def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Path) -> None:
+    with Image.open(folder / "bench.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1.5 * picture.height
+    figure = module.bench_figure(report)
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title().partition(":")[0] for axis in panels] == [
+        "resnet18, nearest",
+        "resnet18, linear",
+    ]
+    assert all(axis.get_legend().texts[0].get_text().startswith("law: 1.00 to 1.") for axis in panels)
+
+
+def test_panels_without_a_network_are_hidden(report: BenchReport) -> None:
+    four = replace(report, networks=report.networks * 2)
+    assert [axis.get_visible() for axis in module.bench_figure(four).axes] == [True] * 4 + [False] * 2
+
+
+def test_rows_are_appended_as_lines_that_stand_alone(report: BenchReport, folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * len(FRACTIONS)
+    for line in lines:
+        assert line.keys() >= {
+            "model",
+            "fill",
+            "date",
+            "versions",
+            "dense_high",
+            "law_ratio",
+            "fraction",
+            "band",
+        }
+    assert [line["law_ratio"] for line in lines] == [r.law_ratio for n in report.networks for r in n.rows]
+
+
+def test_lines_are_appended_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_lines(path, ["one"])
+    append_lines(path, ["two", "three"])
+    assert path.read_text() == "one\ntwo\nthree\n"
+    path.write_text("cut off")
+    append_lines(path, ["four"])
+    assert path.read_text() == "cut off\nfour\n"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(cs.FileError, match="cannot be read") as caught:
+        append_lines(path, ["five"])
+    assert caught.value.next and path.read_bytes() == b"\xff\xfe"
+
+
+def test_what_is_done_is_kept_when_a_later_network_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+        if (tmp_path / "rows.jsonl").exists():
+            raise KeyboardInterrupt
+        return dict.fromkeys(sides, Timing(1.0, 1.0))
+
+    monkeypatch.setattr(module, "interleaved", counted)
+    with pytest.raises(KeyboardInterrupt):
+        bench([trunk(), trunk()], fractions=[0.5], size=SIZE, output=tmp_path / "rows.jsonl")
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+# -- options -------------------------------------------------------------------------------------------
+
+
+def test_a_network_of_ones_own_is_measured_as_it_is_and_left_alone() -> None:
+    model, threads = trunk(), torch.get_num_threads()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (found,) = bench(
+        model, lambda image: image[:, 0, ::8, ::8] > 0, [0.5], size=SIZE, rounds=1, threads=1
+    ).networks
+    assert found.model == "Sequential" and found.weights == "its own weights"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("mask", ["edges", "random:seed=1", torch.zeros(8, 12, dtype=torch.long)])
+def test_bfloat16_any_batch_stride_and_patch(mask: object) -> None:
+    report = bench(
+        trunk(),
+        mask,
+        [0.5],
+        size=SIZE,
+        batch=3,
+        output_stride=(8, 16),
+        patch="block",
+        fill=["linear"],
+        dtype="bfloat16",
+        rounds=1,
+    )
+    assert report.setting.dtype == "bfloat16" and report.setting.image == (3, 3, *SIZE)
+    assert report.setting.mask.startswith(
+        str(mask).partition(":")[0] if isinstance(mask, str) else "a tensor | "
+    )
+    assert report.networks[0].output_stride == (8, 16) and report.networks[0].rows[0].active_fraction == 0.5
+
+
+def test_memory_of_each_side_is_measured_alone() -> None:
+    (found,) = bench("resnet18", "none", [0.5], size=(128, 192), rounds=1, threads=1, memory=True).networks
+    assert found.high.memory_mib > found.low.memory_mib > 0
+    assert found.rows[0].memory_ratio == pytest.approx(found.rows[0].memory_mib / found.high.memory_mib)
+
+
+def test_a_peak_is_what_one_call_adds() -> None:
+    ballast = torch.ones(2**24)  # 64 MiB; freed before, it must not hide what the call takes
+    del ballast
+    raised = memory.peak_raised_by(lambda: torch.ones(2**23))
+    assert 30 < raised < 40
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
+    ({"networks": []}, cs.InvalidInput, "no network", "resnet50"),
+    ({"fill": []}, cs.InvalidInput, "no fill", "nearest"),
+    ({"fill": ["cubic"]}, cs.InvalidInput, "cubic", "linear"),
+    ({"fractions": []}, cs.InvalidInput, "none", "0 to 1"),
+    ({"fractions": [0.5, 1.5]}, cs.InvalidInput, "1.5", "0 to 1"),
+    ({"fractions": [float("nan")]}, cs.InvalidInput, "nan", "0 to 1"),
+    ({"dtype": "float23"}, cs.UnknownName, "float23", "float32"),
+    ({"device": "abacus"}, cs.InvalidInput, "abacus", "cpu"),
+    ({"mask": "edgs"}, cs.UnknownName, "edgs", "edges"),
+    ({"networks": "resnt18"}, cs.UnknownName, "resnt18", "resnet18"),
+    ({"networks": ["resnet18", "resnt18"]}, cs.UnknownName, "resnt18", "resnet18"),
+    ({"networks": nn.Conv2d(3, 4, 3)}, cs.CannotConvert, "Conv2d", ""),
+    ({"size": (0, 96)}, cs.InvalidInput, "size=0x96", "at least 1"),
+    ({"batch": 0}, cs.InvalidInput, "batch=0", "at least 1"),
+    ({"rounds": 0}, cs.InvalidInput, "rounds=0", "at least 1"),
+    ({"threads": -1}, cs.InvalidInput, "threads=-1", "at least 1"),
+    ({"size": (1, 1)}, cs.InvalidInput, "same work", "larger size"),
+    ({"output_stride": (3, 5)}, cs.InvalidInput, "5", "(8, 32)"),
+    ({"memory": True}, cs.InvalidInput, "without a name", "module:function"),
+    (
+        {"memory": True, "networks": "resnet18", "mask": torch.zeros(1)},
+        cs.InvalidInput,
+        "without a name",
+        "edges",
+    ),
+    ({"picture": Path("no/bench.png")}, cs.FileError, "no folder", "--picture"),
+    ({"output": Path("no/rows.jsonl")}, cs.FileError, "no folder", "--output"),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "what", "next_step"), WRONG, ids=[str(row[0])[:60] for row in WRONG]
+)
+def test_what_cannot_be_measured_is_refused(
+    given: dict[str, Any], error: type[cs.CadError], what: str, next_step: str
+) -> None:
+    with pytest.raises(error) as caught:
+        bench(**{"networks": trunk(), "size": SIZE, "fractions": [0.5], "rounds": 1, **given})
+    assert what in str(caught.value) and caught.value.next and next_step in caught.value.next
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_missing_device_is_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="no CUDA device") as caught:
+        bench(trunk(), size=SIZE, device="cuda")
+    assert "cpu" in caught.value.next
+
+
+def test_memory_is_refused_where_the_system_does_not_tell_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    with pytest.raises(cs.InvalidInput, match="Linux") as caught:
+        bench("resnet18", size=SIZE, memory=True)
+    assert caught.value.next
+
+
+def test_a_process_that_fails_is_told_with_its_reason() -> None:
+    with pytest.raises(cs.CadError, match="process that was to measure memory") as caught:
+        memory.printed_alone("cadsurgery.bench", "print_peak", "no literal")
+    assert "SyntaxError" in caught.value.why and "leave out memory" in caught.value.next
+    with pytest.raises(cs.CadError) as caught:
+        memory.printed_alone("os", "_exit", "3")
+    assert caught.value.why
