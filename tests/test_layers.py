@@ -21,6 +21,8 @@ LAYERS = [
     *("layout", "lattice", "kernel_map"),
     *(
         "functional.elements",
+        "functional.kernels",
+        "functional.gpu",
         "functional.windows",
         "functional.statistics",
         "functional.resampling",
