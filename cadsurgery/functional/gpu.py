@@ -47,7 +47,7 @@ class ReversedMap(NamedTuple):
 
     Attributes:
         table: (R + M, taps) int32, the output that reads by this tap or -1. Row r < R belongs to row r.
-        extras: (M,) int64, 0..M-1 + R: the further rows, those of one owner side by side.
+        extras: (M,) int64, R..R+M-1: the further rows, those of one owner side by side.
         owners: (K,) int64, the rows that have extras, each once.
         offsets: (K,) int64, where the extras of each owner start.
     """
