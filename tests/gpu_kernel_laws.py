@@ -14,12 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadsurgery.functional import gpu, kernels
+from cadsurgery.functional import gpu, triton_kernels
 
-DEVICE = torch.device("cpu" if kernels.INTERPRETED else "cuda")
-COUNT = 37 if kernels.INTERPRETED else 5000
+DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
+COUNT = 37 if triton_kernels.INTERPRETED else 5000
 # Outputs, input channels, output channels. On a GPU wide ones too, for which every configuration is tuned.
-SHAPES = [(1, 70, 33), (COUNT, 5, 70), (130, 33, 5), *([] if kernels.INTERPRETED else [(COUNT, 256, 320)])]
+SHAPES = [
+    (1, 70, 33),
+    (COUNT, 5, 70),
+    (130, 33, 5),
+    *([] if triton_kernels.INTERPRETED else [(COUNT, 256, 320)]),
+]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 

@@ -18,10 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cadsurgery.functional import gpu, kernels
+from cadsurgery.functional import gpu, triton_kernels
 
 ROOT = Path(__file__).parents[1]
-needs_triton = pytest.mark.skipif(not kernels.INSTALLED, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not triton_kernels.INSTALLED, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and gpu.available(torch.device("cuda"))),
     reason="no CUDA device from Ampere on",
@@ -45,7 +45,7 @@ def test_the_laws_hold(interpreted: str) -> None:
 
 
 @needs_triton
-@pytest.mark.skipif(kernels.INTERPRETED, reason="interpreted kernels cannot be compiled")
+@pytest.mark.skipif(triton_kernels.INTERPRETED, reason="interpreted kernels cannot be compiled")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", ["product", "depthwise", "product_weight", "depthwise_weight"])
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(

@@ -21,7 +21,7 @@ LAYERS = [
     *("layout", "lattice", "kernel_map"),
     *(
         "functional.elements",
-        "functional.kernels",
+        "functional.triton_kernels",
         "functional.gpu",
         "functional.windows",
         "functional.statistics",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadsurgery.functional import kernels
+from cadsurgery.functional import triton_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,8 +60,8 @@ class ReversedMap(NamedTuple):
 
 def available(device: torch.device) -> bool:
     """Whether the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
-    if not kernels.INSTALLED or kernels.INTERPRETED:
-        return kernels.INTERPRETED and device.type == "cpu"
+    if not triton_kernels.INSTALLED or triton_kernels.INTERPRETED:
+        return triton_kernels.INTERPRETED and device.type == "cpu"
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -246,13 +246,13 @@ def _forward(
     arguments = (rows, weight, table, bias, scale, residual, out, count, count.bit_length())
     with torch.cuda.device_of(rows):
         if groups > 1:
-            kernels.depthwise[lambda meta: (_cdiv(count, meta["BLOCK_N"]), _cdiv(outputs, meta["BLOCK_C"]))](
-                *arguments, **sizes
-            )
+            triton_kernels.depthwise[
+                lambda meta: (_cdiv(count, meta["BLOCK_N"]), _cdiv(outputs, meta["BLOCK_C"]))
+            ](*arguments, **sizes)
         else:
-            kernels.product[lambda meta: (_cdiv(count, meta["BLOCK_N"]) * _cdiv(outputs, meta["BLOCK_O"]),)](
-                *arguments, C_OUT=outputs, PRECISION=_precision(), **sizes
-            )
+            triton_kernels.product[
+                lambda meta: (_cdiv(count, meta["BLOCK_N"]) * _cdiv(outputs, meta["BLOCK_O"]),)
+            ](*arguments, C_OUT=outputs, PRECISION=_precision(), **sizes)
     return out
 
 
@@ -276,11 +276,11 @@ def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tens
     arguments = (rows, grad, table, partial, count, _cdiv(count, shares), count.bit_length())
     with torch.cuda.device_of(rows):
         if groups > 1:
-            kernels.depthwise_weight[lambda meta: (taps * _cdiv(channels, meta["BLOCK_C"]), shares)](
+            triton_kernels.depthwise_weight[lambda meta: (taps * _cdiv(channels, meta["BLOCK_C"]), shares)](
                 *arguments, **sizes
             )
         else:
-            kernels.product_weight[
+            triton_kernels.product_weight[
                 lambda meta: (
                     taps * _cdiv(outputs, meta["BLOCK_O"]) * _cdiv(channels, meta["BLOCK_C"]),
                     shares,
@@ -299,7 +299,9 @@ def _operand(x: Any) -> Any:
     """A tensor or None as the kernels take it; Triton 3.9's interpreter cannot multiply bfloat16."""
     if x is None:
         return None
-    return x.contiguous().float() if kernels.INTERPRETED and x.dtype == torch.bfloat16 else x.contiguous()
+    return (
+        x.contiguous().float() if triton_kernels.INTERPRETED and x.dtype == torch.bfloat16 else x.contiguous()
+    )
 
 
 def _cdiv(length: int, block: int) -> int:
