@@ -23,6 +23,8 @@ LAYERS = [
         "functional.native",
         "functional.kernels",
         "functional.elements",
+        "functional.triton_kernels",
+        "functional.gpu",
         "functional.windows",
         "functional.statistics",
         "functional.resampling",

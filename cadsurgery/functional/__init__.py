@@ -5,6 +5,7 @@ differentiable, and treats the images of a batch apart from each other. Pointwis
 here: they act on `rows` as they are.
 """
 
+from cadsurgery.functional import gpu
 from cadsurgery.functional.elements import (
     Elements,
     common_lattice,
@@ -42,6 +43,7 @@ __all__ = [
     "global_max",
     "global_mean",
     "global_reduce",
+    "gpu",
     "group_deviation",
     "group_norm",
     "matrix_on_rows",

@@ -1,0 +1,223 @@
+"""Laws of the Triton convolution; `test_gpu_kernel.py` runs this file in a process of its own.
+
+With TRITON_INTERPRET=1 the kernels run on the CPU and sizes are small; otherwise they run on the GPU.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from cadsurgery.functional import gpu, triton_kernels
+
+DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
+COUNT = 37 if triton_kernels.INTERPRETED else 5000
+# Outputs, input channels, output channels. On a GPU wide ones too, for which every configuration is tuned.
+SHAPES = [
+    (1, 70, 33),
+    (COUNT, 5, 70),
+    (130, 33, 5),
+    *([] if triton_kernels.INTERPRETED else [(COUNT, 256, 320)]),
+]
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def random_table(count: int, taps: int, rows: int) -> Tensor:
+    """Some entries read zero, and row 0 is read by many."""
+    table = torch.randint(-rows // 8, rows, (count, taps))
+    table[torch.rand(count, taps) < 0.1] = 0
+    return table.clamp(min=-1).to(DEVICE, torch.int32)
+
+
+def operands(count: int, channels: int, outputs: int, taps: int, dtype: torch.dtype, groups: int = 1) -> Any:
+    """Rows, weight and table; products of about unit size."""
+    rows = random(2 * count + 3, channels, dtype=dtype)
+    depth = taps * (channels if groups == 1 else 1)
+    weight = random(outputs, depth, dtype=dtype) / depth**0.5
+    return rows, weight, random_table(count, taps, len(rows))
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    name, _, slope = activation.partition(":")
+    if name == "none":
+        return x
+    return F.leaky_relu(x, float(slope)) if slope else getattr(F, name)(x)
+
+
+def reference(
+    rows: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    groups: int = 1,
+) -> Tensor:
+    """Gather, multiply, finish: in float64, in the type of the rows at the end."""
+    padded = torch.cat([rows, torch.zeros_like(rows[:1])]).double()
+    gathered = padded[torch.where(table < 0, len(rows), table).long()]
+    if groups == 1:
+        out = gathered.flatten(1) @ weight.double().T
+    else:
+        out = torch.einsum("ntc,ct->nc", gathered, weight.double())
+    out = out if scale is None else out * scale.double()
+    out = out if bias is None else out + bias.double()
+    out = out if residual is None else out + residual.double()
+    return activated(out, activation).to(rows.dtype)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+@pytest.mark.parametrize("taps", [1, 9])
+@pytest.mark.parametrize(("count", "channels", "outputs"), SHAPES)
+def test_it_is_gathering_and_multiplying(
+    count: int, channels: int, outputs: int, taps: int, dtype: torch.dtype
+) -> None:
+    rows, weight, table = operands(count, channels, outputs, taps, dtype)
+    close(gpu.gather_conv(rows, weight, table), reference(rows, weight, table))
+
+
+def test_on_the_table_of_an_image_it_is_a_dense_convolution() -> None:
+    image, kernel, bias = random(2, 6, 5, 7), random(4, 6, 3, 3), random(4)
+    pixels = torch.arange(2 * 5 * 7, device=DEVICE).view(2, 1, 5, 7) + 1.0
+    table = (F.unfold(pixels, 3, padding=1) - 1).transpose(1, 2).flatten(0, 1).to(torch.int32)
+    rows = image.permute(0, 2, 3, 1).flatten(0, 2)
+    out = gpu.gather_conv(rows, kernel.permute(0, 2, 3, 1).flatten(1), table, bias)
+    expected = F.conv2d(image.double(), kernel.double(), bias.double(), padding=1).float()
+    close(out.view(2, 5, 7, 4).permute(0, 3, 1, 2), expected)
+
+
+@pytest.mark.parametrize("activation", [*gpu._ACTIVATIONS, "leaky_relu:0.1"])
+def test_scale_bias_residual_and_activation_follow_the_sum(activation: str) -> None:
+    rows, weight, table = operands(20, 6, 9, 2, torch.float32)
+    parts = {"bias": random(9), "scale": 3 * random(9), "residual": 3 * random(20, 9)}
+    for present in product((False, True), repeat=3):
+        given: Any = {key: part for (key, part), here in zip(parts.items(), present, strict=True) if here}
+        found = gpu.gather_conv(rows, weight, table, **given, activation=activation)
+        close(found, reference(rows, weight, table, **given, activation=activation))
+
+
+def test_half_types_are_finished_in_float32_and_not_numbers_stay() -> None:
+    rows, weight, table = operands(COUNT, 16, 40, 9, torch.bfloat16)
+    residual = random(COUNT, 40, dtype=torch.bfloat16)
+    rows[7] = torch.nan
+    table[0, 3] = 7
+    found = gpu.gather_conv(rows, weight, table, residual=residual, activation="relu6")
+    assert bool(found[0].isnan().all())
+    expected = reference(rows, weight, table, residual=residual, activation="relu6")
+    assert_close(found, expected, rtol=3e-2, atol=3e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+@pytest.mark.parametrize("taps", [9, 49])
+def test_depthwise(taps: int, dtype: torch.dtype) -> None:
+    rows, weight, table = operands(COUNT, 37, 37, taps, dtype, groups=37)
+    given = {"bias": random(37, dtype=dtype), "residual": random(COUNT, 37, dtype=dtype)}
+    found = gpu.gather_conv(rows, weight, table, **given, activation="silu", groups=37)
+    close(found, reference(rows, weight, table, **given, activation="silu", groups=37))
+
+
+def test_no_outputs() -> None:
+    for groups in (1, 5):
+        rows, weight, _ = operands(3, 5, 5, 9, torch.float32, groups)
+        table = torch.empty(0, 9, dtype=torch.int32, device=DEVICE)
+        out = gpu.gather_conv(rows.requires_grad_(), weight.requires_grad_(), table, groups=groups)
+        assert out.shape == (0, 5)
+        gradients = torch.autograd.grad(out.sum(), (rows, weight))
+        assert [float(gradient.abs().sum()) for gradient in gradients] == [0, 0]
+
+
+def test_operands_need_not_be_contiguous() -> None:
+    rows, weight, table = operands(10, 8, 6, 3, torch.float32)
+    found = gpu.gather_conv(rows.T.contiguous().T, weight.T.contiguous().T, table.T.contiguous().T)
+    assert torch.equal(found, gpu.gather_conv(rows, weight, table))
+
+
+def gradients(convolution: Any, parts: dict[str, Tensor], table: Tensor, **options: Any) -> dict[str, Tensor]:
+    leaves = {key: part.clone().requires_grad_() for key, part in parts.items()}
+    out = convolution(table=table, **leaves, **options)
+    torch.manual_seed(1)
+    grad = random(*out.shape, dtype=out.dtype)
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
+
+
+@pytest.mark.parametrize("groups", [1, 33])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "gelu", "leaky_relu:0.2"])
+def test_gradients_are_those_of_the_reference_and_the_same_every_time(activation: str, groups: int) -> None:
+    outputs = 70 if groups == 1 else 33
+    # More than 256 outputs: the weight's gradient is summed in several shares.
+    rows, weight, table = operands(COUNT, 33, outputs, 9, torch.float32, groups)
+    parts = {
+        "rows": rows,
+        "weight": weight,
+        "bias": random(outputs),
+        "residual": 3 * random(len(table), outputs),
+    }
+    if activation == "relu6":
+        parts["scale"] = random(outputs)
+    options: Any = {"activation": activation, "groups": groups}
+    found = gradients(gpu.gather_conv, parts, table, **options)
+    expected = gradients(reference, parts, table, **options)
+    for key, value in expected.items():
+        assert_close(found[key], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=key)
+    again = gradients(gpu.gather_conv, parts, table, **options)
+    assert all(torch.equal(found[key], again[key]) for key in parts)
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_gradients_in_bfloat16_over_many_outputs(groups: int) -> None:
+    """So many that the weight's gradient is summed in several shares."""
+    rows, weight, table = operands(max(600, COUNT), 16, 16, 2, torch.bfloat16, groups)
+    parts = {"rows": rows, "weight": weight}
+    found = gradients(gpu.gather_conv, parts, table, groups=groups)
+    expected = gradients(reference, parts, table, groups=groups)
+    for key, value in expected.items():
+        assert found[key].dtype == torch.bfloat16
+        assert float((found[key] - value).norm() / value.norm()) < 1e-2
+
+
+def test_the_caller_keeps_the_reversed_map() -> None:
+    rows, weight, table = operands(10, 8, 6, 3, torch.float32)
+    calls = []
+
+    def reverse() -> gpu.ReversedMap:
+        calls.append(1)
+        return gpu.reversed_map(table, len(rows))
+
+    out = gpu.gather_conv(rows.requires_grad_(), weight, table, reverse=reverse)
+    assert not calls
+    (found,) = torch.autograd.grad(out.sum(), rows)
+    assert len(calls) == 1
+    (expected,) = torch.autograd.grad(reference(rows, weight, table).sum(), rows)
+    close(found, expected)
+
+
+def test_a_compiled_graph_has_no_break() -> None:
+    rows, weight, table = operands(10, 8, 6, 3, torch.float32)
+
+    def double(rows: Tensor) -> Tensor:
+        return 2 * gpu.gather_conv(rows, weight, table, activation="relu")
+
+    with torch.no_grad():
+        found = torch.compile(double, backend="aot_eager", fullgraph=True)(rows)
+    close(found, 2 * reference(rows, weight, table, activation="relu"))
