@@ -57,7 +57,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
-    kernel = getattr(kernels, name)
+    kernel = getattr(triton_kernels, name)
     config = kernel.configs[-1]
     sizes = {"C": 256, "C_OUT": 256, "TAPS": 9, "ACTIVATION": "gelu", "SLOPE": 0.0, "PRECISION": "ieee"}
     constants: dict[str, Any] = {**sizes, **config.kwargs, "scale": None}
