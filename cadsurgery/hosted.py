@@ -78,6 +78,11 @@ class HostedModel(AdaptiveModel):
             handle.remove()
         return part.macs(*inputs, mask=mask, rule=rule, **named)
 
+    def optimize(self, fuse: bool = True) -> HostedModel:
+        """A copy with the part optimised; see `AdaptiveModel.optimize`."""
+        host = copy.deepcopy(self._host[0]).eval().requires_grad_(False)
+        return HostedModel(host, self._path, self.part.optimize(fuse))
+
     @property
     def plan(self) -> Plan:
         """What was changed in the part, and why."""

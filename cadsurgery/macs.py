@@ -109,7 +109,7 @@ def count_macs(
         found.append(masking(image, torch.empty(features.shape, device=image.device)))
         return found[0]
 
-    ghost = _ghost(net)
+    counted = ghost(net)
     bound = net.bind(
         *(_to_meta(value) for value in args), **{key: _to_meta(value) for key, value in kwargs.items()}
     )
@@ -122,7 +122,7 @@ def count_macs(
         return net.geometry.uniform_like(features, net.geometry.max_level)
 
     for chosen in (masked, high, low):
-        counter = _Counter(ghost, rule)
+        counter = _Counter(counted, rule)
         with torch.no_grad(), counter.flops:
             counter.run(chosen, *bound.values())
         counts.append(counter.counts)
@@ -136,9 +136,9 @@ def count_macs(
 
 def dense_macs(model: nn.Module, *args: Any) -> int:
     """Multiply-accumulates of any network on an image, as torch's FlopCounterMode counts them; not run."""
-    ghost = _ghost(model)
+    counted = ghost(model)
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        ghost(*(_to_meta(value) for value in args))
+        counted(*(_to_meta(value) for value in args))
     return flops.get_total_flops() // 2
 
 
@@ -146,7 +146,7 @@ def _to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def _ghost(net: M) -> M:
+def ghost(net: M) -> M:
     """A copy of a network with shapes and no values, in evaluation mode."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
     memo |= {id(b): b.to("meta") for b in net.buffers()}
@@ -156,12 +156,12 @@ def _ghost(net: M) -> M:
 class _Counter(fx.Interpreter):
     """Runs the rewritten graph on meta tensors and notes the MACs of each node of the original."""
 
-    def __init__(self, ghost: AdaptiveModel, rule: str) -> None:
-        super().__init__(ghost, graph=ghost.graph)
-        self.names = ghost.names()
+    def __init__(self, net: AdaptiveModel, rule: str) -> None:
+        super().__init__(net, graph=net.graph)
+        self.names = net.names()
         self.flops = FlopCounterMode(display=False)
         self.published = rule == "published"
-        backbone = next((name for name in BACKBONE_NAMES if name in ghost._modules), None)
+        backbone = next((name for name in BACKBONE_NAMES if name in net._modules), None)
         self.prefix = f"{backbone}." if backbone and self.published else ""
         self.counts: dict[str, int] = {}
 

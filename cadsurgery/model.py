@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import Geometry, Lattice
-from cadsurgery.macs import MacReport, count_macs
+from cadsurgery.macs import MacReport, count_macs, ghost
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.surgery.fuse import KERNELS, fuse
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import packed, unpacked
 from cadsurgery.surgery.verify import Check
@@ -222,6 +223,18 @@ class AdaptiveModel(nn.Module):
         """
         return count_macs(self, args, kwargs, mask, rule)
 
+    def optimize(self, fuse: bool = True) -> AdaptiveModel:
+        """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
+
+        It is called like this network and gives the same to rounding, without gradients. The weights are those of
+        this moment; this network is not changed.
+
+        Args:
+            fuse: False folds batch norm only and leaves everything else to torch, as one would do by hand: at a
+                uniform mask that is the best ordinary dense network, what `cadsurgery bench` compares with.
+        """
+        return OptimizedModel(self, fuse)
+
     def __getattr__(self, name: str) -> Any:
         """Modules and parameters, and the original's data such as `num_classes`; not its methods, which would run it
         as it was."""
@@ -259,6 +272,68 @@ class AdaptiveModel(nn.Module):
         state = {key: value for key, value in vars(self).items() if key not in shared}
         clone.__dict__.update(copy.deepcopy(state, memo), **shared)
         return clone
+
+
+class OptimizedModel(AdaptiveModel):
+    """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
+
+    def __init__(self, net: AdaptiveModel, epilogues: bool) -> None:
+        """Fuse the graph of `net` and copy what is left of its modules."""
+        source = copy.deepcopy(net).eval().requires_grad_(False)
+        for module in source.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        root = nn.Module()
+        for kind in ("_modules", "_parameters", "_buffers"):
+            vars(root)[kind].update(vars(source)[kind])
+        for name, value in source._constants.items():
+            root.register_buffer(name, value)
+        graph, kernels = fuse(source.graph, root, epilogues)
+        root.add_module(KERNELS, kernels)
+        surgery = replace(source._surgery, graph=graph, unchanged=None)
+        # GraphModule copies what the graph uses and leaves the rest.
+        super().__init__(fx.GraphModule(root, graph), surgery, source.mask)
+        self._original = (_Data(net._original[0]),)  # type: ignore[assignment]
+        self._counted = (ghost(net),)
+        self._checks = net.checks
+        self.training = False
+
+    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+        """Run the network as the original is called; see `AdaptiveModel.forward`."""
+        with torch.no_grad():
+            return super().forward(*args, mask=mask, **kwargs)
+
+    def optimize(self, fuse: bool = True) -> OptimizedModel:
+        """Itself: it is optimised."""
+        return self
+
+    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
+        """Multiply-accumulates of the network it was made from; see `AdaptiveModel.macs`."""
+        return self._counted[0].macs(*args, mask=self.mask if mask is None else mask, rule=rule, **kwargs)
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        """Refused: its batch norms are folded.
+
+        Raises:
+            InvalidInput: mode is True.
+        """
+        if mode:
+            raise InvalidInput(
+                "an optimised network cannot be trained.",
+                why="its batch norms are folded into its convolutions.",
+                next="train the network it was made from, and call optimize() again.",
+            )
+        super().train(False)
+        return self
+
+
+class _Data:
+    """The plain data of a network, without its modules and tensors."""
+
+    def __init__(self, model: Any) -> None:
+        for name, value in vars(model).items():
+            if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
+                setattr(self, name, value)
 
 
 # What a pickled network does without.

@@ -48,6 +48,7 @@ LAYERS = [
         "surgery.plan",
         "surgery.planner",
         "surgery.rewrite",
+        "surgery.fuse",
         "surgery.verify",
         "surgery",
     ),

@@ -5,7 +5,6 @@ differentiable, and treats the images of a batch apart from each other. Pointwis
 here: they act on `rows` as they are.
 """
 
-from cadsurgery.functional import gpu
 from cadsurgery.functional.elements import (
     Elements,
     common_lattice,
@@ -29,7 +28,14 @@ from cadsurgery.functional.statistics import (
     softmax_over_image,
     sum_of_products,
 )
-from cadsurgery.functional.windows import avg_pool2d, conv2d, conv2d_per_image, max_pool2d, pixel_unshuffle
+from cadsurgery.functional.windows import (
+    avg_pool2d,
+    conv2d,
+    conv2d_per_image,
+    fused_conv2d,
+    max_pool2d,
+    pixel_unshuffle,
+)
 
 __all__ = [
     "Elements",
@@ -40,10 +46,10 @@ __all__ = [
     "conv2d_per_image",
     "drop_per_image",
     "fine_map",
+    "fused_conv2d",
     "global_max",
     "global_mean",
     "global_reduce",
-    "gpu",
     "group_deviation",
     "group_norm",
     "matrix_on_rows",

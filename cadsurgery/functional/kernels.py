@@ -103,7 +103,14 @@ class Kernel:
         dilation: tuple[int, int],
         residual: Tensor | None = None,
     ) -> Tensor:
-        """An ordinary convolution of a dense map (B, C, H, W)."""
+        """An ordinary convolution of a dense map (B, C, H, W).
+
+        `residual` is added before the activation; it may be any tensor that broadcasts to the result.
+        """
+        if residual is not None and residual.shape != self._shape(image, stride, padding, dilation):
+            plain = Kernel(self.weight, self.bias, self.groups, None, self.kept, self._making)
+            out = plain.on_image(image, stride, padding, dilation) + residual
+            return self.activation.apply_(out) if self.activation is not None else out
         weight, bias = self.weight.to(image.dtype), self._offset(image.dtype)
         if not _has_onednn(image) or not image.numel():
             out = F.conv2d(image, weight, bias, stride, padding, dilation, self.groups)
@@ -156,6 +163,17 @@ class Kernel:
             image, residual, weight, bias, *window, "add", 1.0, "relu" if relu else None, (), ""
         )
         return out if relu or act is None else act.apply_(out)
+
+    def _shape(self, image: Tensor, *numbers: tuple[int, int]) -> tuple[int, ...]:
+        """Of the result for an image."""
+        stride, padding, dilation = numbers
+        sizes = (
+            (length + 2 * p - d * (k - 1) - 1) // s + 1
+            for length, k, s, p, d in zip(
+                image.shape[2:], self.weight.shape[2:], stride, padding, dilation, strict=True
+            )
+        )
+        return image.shape[0], self.weight.shape[0], *sizes
 
     def _matrix(self, dtype: torch.dtype) -> Tensor:
         """(O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix."""
@@ -235,9 +253,9 @@ class PackedLinear(PackedConv):
 
     def forward(self, values: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., O) from (..., C); `residual` is added before the activation."""
-        rows = values.reshape(-1, values.shape[-1])
-        more = residual.reshape(-1, residual.shape[-1]) if residual is not None else None
-        return self.kernel.on_rows(rows, more).view(*values.shape[:-1], -1)
+        shape = (*values.shape[:-1], self.weight.shape[0])
+        more = residual.expand(shape).reshape(-1, shape[-1]) if residual is not None else None
+        return self.kernel.on_rows(values.reshape(-1, values.shape[-1]), more).view(shape)
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,23 +56,39 @@ def conv2d(
 
 
 def fused_conv2d(
-    x: Elements, kernel: Kernel | PackedConv, residual: Elements | None = None, *, window: Window, stage: int
+    x: Elements,
+    kernel: Kernel | PackedConv,
+    residual: Elements | None = None,
+    *,
+    window: Window,
+    stage: int | None,
 ) -> Elements:
     """`conv2d` with a residual added and an activation applied in the same pass; without gradients.
 
     Args:
-        x: elements (N, C).
+        x: elements (N, C); of a pointwise window also with more channel axes before the last.
         kernel: weight, bias, groups and activation.
-        residual: elements of the output's stage, at least of its size.
+        residual: elements of the output's stage or an earlier one.
         window: the operation as the network has it, with the spacing of its grid.
-        stage: stage of the output.
+        stage: stage of the output; None for the input's.
     """
     kernel = kernel.kernel if isinstance(kernel, PackedConv) else kernel
-    window, target = _target(x, window, stage)
+    window, target = _target(x, window, x.lattice.stage if stage is None else stage)
     x = Elements(_autocast(x.rows)[0], x.lattice)
+    if residual is not None and any(a < b for a, b in zip(residual.lattice.size, target.size, strict=True)):
+        # The sum is smaller than the product: rare, so in separate steps.
+        plain = fused_conv2d(
+            x, replace(kernel, activation=None, kept=None), window=window, stage=target.stage
+        )
+        target = plain.lattice.at(target.stage, residual.lattice.size)
+        rows = rows_on(plain, target).clone()
+        return Elements(kernel.finish(rows, rows_on(residual, target)), target)
     more = rows_on(residual, target).to(x.rows.dtype) if residual is not None else None
     if window.is_pointwise and kernel.groups == 1:
-        return Elements(kernel.on_rows(rows_on(x, target), more), target)
+        rows = rows_on(x, target)
+        flat = more.reshape(-1, more.shape[-1]) if more is not None else None
+        out = kernel.on_rows(rows.reshape(-1, rows.shape[-1]), flat)
+        return Elements(out.view(*rows.shape[:-1], -1), target)
     dense = _as_dense(x, window, target, window.outside or 0.0)
     if dense is None:
         return Elements(_gathered_product(x, kernel, window, target, more), target)
