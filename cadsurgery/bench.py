@@ -37,6 +37,7 @@ from cadsurgery.masks import Budget, resolve_mask
 from cadsurgery.memory import is_measurable, peak_raised_by, printed_alone
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.timing import Timing, interleaved
+from cadsurgery.twins import dense_twin
 from cadsurgery.viz import bench_figure, figure_picture
 from cadsurgery.zoo import Source
 
@@ -162,7 +163,7 @@ def _compare(
     for fill in dict.fromkeys(fills):
         step(f"converting {name}, fill {fill}")
         nets[fill], image, weights = _converted(network, setup, fill)
-        for key, run in _sides(nets[fill], setup.mask, fill, fractions).items():
+        for key, run in _sides(nets[fill], image, setup.mask, fill, fractions).items():
             if key not in sides:  # uniform maps are read without filling: one pair of twins serves all
                 sides[key], fill_of[key] = partial(run, image), fill
     step(f"counting the multiply-accumulates of {name}")
@@ -258,20 +259,13 @@ def _converted(network: str | nn.Module, setup: Setup, fill: str) -> tuple[Adapt
 
 
 def _sides(
-    net: AdaptiveModel, mask: object, fill: str, fractions: Sequence[float]
+    net: AdaptiveModel, image: Tensor, mask: object, fill: str, fractions: Sequence[float]
 ) -> dict[str, Callable[[Tensor], object]]:
     """What is compared, by key, each a call on images: the dense twins, and the network under each budget."""
-    fast, high, low = _fastest(net)
+    fast, lowest = net.optimize(), net.geometry.max_level
+    twins = {HIGH: dense_twin(net, 0, image), LOW: dense_twin(net, lowest, image)}
     budgets = {_key(fill, fraction): Budget(mask, fraction) for fraction in fractions}
-    return {HIGH: high, LOW: low, **{key: partial(fast, mask=budget) for key, budget in budgets.items()}}
-
-
-def _fastest(
-    net: AdaptiveModel,
-) -> tuple[Callable[..., object], Callable[..., object], Callable[..., object]]:
-    """The network as it is run in earnest, and the best dense twins at its highest and lowest level."""
-    fast = net.optimize() if hasattr(net, "optimize") else net
-    return fast, partial(fast, mask="all"), partial(fast, mask="none")
+    return {**twins, **{key: partial(fast, mask=budget) for key, budget in budgets.items()}}
 
 
 def _key(fill: str, fraction: float) -> str:
@@ -376,7 +370,12 @@ def print_peak(task: str) -> None:
     torch.set_num_threads(setup.threads)
     net, image, _ = _converted(told["network"], setup, told["fill"])
     fractions = () if key in (HIGH, LOW) else (float(key.rpartition(" ")[2]),)
-    run = _sides(net, setup.mask, told["fill"], fractions)[key]
+    if key in (HIGH, LOW):
+        run: Callable[..., object] = dense_twin(net, 0 if key == HIGH else net.geometry.max_level, image)
+    else:
+        run = partial(net.optimize(), mask=Budget(setup.mask, fractions[0]))
+    del net
     with torch.inference_mode():
-        run(image[:, :, :64, :64])  # what the libraries allocate once
+        warm = image if key in (HIGH, LOW) else image[:, :, :128, :128]
+        run(warm)
         print(peak_raised_by(lambda: run(image)))

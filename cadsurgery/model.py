@@ -109,11 +109,14 @@ class AdaptiveModel(nn.Module):
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools."""
-        arguments = self.bind(*args, **kwargs)
-        check_image(next(iter(arguments.values()), None))
-        output, lattice = self._run(self.names(), masking, **arguments)
-        self._lattice = lattice
+        check_image(next(iter(self.bind(*args, **kwargs).values()), None))
+        output, self._lattice = self.run_graph(masking, *args, **kwargs)
         return self._surgery.container(output) if isinstance(output, dict) else output
+
+    def run_graph(self, masking: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Lattice]:
+        """Output and lattice of the rewritten graph, nothing checked or noted."""
+        output, lattice = self._run(self.names(), masking, **self.bind(*args, **kwargs))
+        return output, lattice
 
     def _as_it_was(self, level: int, *args: Any, **kwargs: Any) -> Any:
         """The network's own graph, operation for operation."""

@@ -53,7 +53,7 @@ LAYERS = [
         "surgery",
     ),
     *("macs", "model", "hosted", "api", "zoo", "coverage", "io"),
-    *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "bench", "cli"),
+    *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "twins", "bench", "cli"),
 ]
 GEOMETRY = (
     *("layout", "lattice", "kernel_map"),
