@@ -369,11 +369,10 @@ def print_peak(task: str) -> None:
     setup, key = Setup(**told["setup"]), told["key"]
     torch.set_num_threads(setup.threads)
     net, image, _ = _converted(told["network"], setup, told["fill"])
-    fractions = () if key in (HIGH, LOW) else (float(key.rpartition(" ")[2]),)
     if key in (HIGH, LOW):
         run: Callable[..., object] = dense_twin(net, 0 if key == HIGH else net.geometry.max_level, image)
     else:
-        run = partial(net.optimize(), mask=Budget(setup.mask, fractions[0]))
+        run = partial(net.optimize(), mask=Budget(setup.mask, float(key.rpartition(" ")[2])))
     del net
     with torch.inference_mode():
         warm = image if key in (HIGH, LOW) else image[:, :, :128, :128]

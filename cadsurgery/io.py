@@ -19,7 +19,7 @@ from cadsurgery.files import written_whole
 from cadsurgery.masks import FixedMask, MaskProvider, MaskWrapper, resolve_mask
 from cadsurgery.masks.provider import PROVIDERS
 from cadsurgery.masks.resolve import PIPE, wrapped
-from cadsurgery.model import AdaptiveModel
+from cadsurgery.model import AdaptiveModel, OptimizedModel
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.zoo import Source, build_model
 
@@ -38,8 +38,15 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
 
     Raises:
         FileError: the path cannot be written.
+        InvalidInput: the network is an optimised copy.
     """
     path = Path(path)
+    if isinstance(net, OptimizedModel) or isinstance(getattr(net, "part", None), OptimizedModel):
+        raise InvalidInput(
+            "an optimised network cannot be saved.",
+            why="its weights are folded and no longer the original's.",
+            next="save the network it was made from, and call optimize() after loading.",
+        )
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
     tensors |= {f"{_MASK}{name}": value.cpu().contiguous() for name, value in net.mask.state_dict().items()}
     metadata = {

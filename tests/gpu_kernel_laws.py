@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadsurgery.functional import gpu, triton_kernels
+from cadsurgery.functional import Elements, conv2d, fused_conv2d, gpu, triton_kernels
+from cadsurgery.functional.kernels import Activation, Kernel
+from cadsurgery.kernel_map import Window
+from cadsurgery.lattice import Geometry
 
 DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
 COUNT = 37 if triton_kernels.INTERPRETED else 5000
@@ -221,3 +224,38 @@ def test_a_compiled_graph_has_no_break() -> None:
     with torch.no_grad():
         found = torch.compile(double, backend="aot_eager", fullgraph=True)(rows)
     close(found, 2 * reference(rows, weight, table, activation="relu"))
+
+
+@pytest.mark.parametrize("fill", ["nearest", "linear"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_convolutions_on_elements_use_it(fill: Any, groups: int) -> None:
+    """A stage and a plain convolution on a mixed lattice, with gradients, against float64 without the kernel."""
+    geometry = Geometry((2, 2), fill=fill)
+    lattice = geometry.lattice(torch.randint(0, 3, (2, 9, 11)).to(DEVICE)).at(0)
+    window = Window((3, 3), 2, (1, 1), (1, 1, 1, 1))
+    rows, weight = random(len(lattice), 8), random(8, 8 // groups, 3, 3)
+    assert gpu.supports(rows, weight, groups)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [value.to(dtype).requires_grad_() for value in (rows, weight)]
+        x = conv2d(Elements(leaves[0], lattice), leaves[1], None, window, 1, groups)
+        out = conv2d(x, leaves[1], None, window._replace(stride=1, spacing=2), 1, groups).rows
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for found, expected in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("hardtanh", (0.0, 3.0))])
+def test_fused_convolutions_use_it(activation: Activation | None) -> None:
+    """Residual and activation, those that the kernel has not too."""
+    lattice = Geometry((2,)).lattice(torch.randint(0, 2, (1, 8, 12)).to(DEVICE))
+    rows, weight, more = random(len(lattice), 6), random(5, 6, 3, 3), random(len(lattice), 5)
+    window = Window((3, 3), 1, (1, 1), (1, 1, 1, 1), spacing=2)
+
+    def run(dtype: torch.dtype) -> Tensor:
+        kernel = Kernel(weight.to(dtype), None, 1, activation)
+        residual = Elements(more.to(dtype), lattice)
+        return fused_conv2d(Elements(rows.to(dtype), lattice), kernel, residual, window=window, stage=1).rows
+
+    close(run(torch.float32), run(torch.float64).float())

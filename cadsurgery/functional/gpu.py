@@ -75,6 +75,17 @@ def supports(rows: Tensor, weight: Tensor, groups: int = 1) -> bool:
     return grouping and rows.dtype == weight.dtype and rows.dtype in DTYPES and available(rows.device)
 
 
+def activation_name(name: str, scalars: tuple[float, ...], algorithm: str) -> str | None:
+    """The name here of an activation as oneDNN calls it, None if there is none."""
+    if name == "hardtanh":
+        return "relu6" if scalars == (0.0, 6.0) else None
+    if name == "leaky_relu":
+        return f"leaky_relu:{scalars[0]}"
+    if name == "gelu":
+        return "gelu" if algorithm == "none" else None
+    return {"swish": "silu"}.get(name, name if name in _ACTIVATIONS else None)
+
+
 def reversed_map(table: Tensor, rows: int) -> ReversedMap:
     """The kernel map `table` (N, taps) into `rows` rows, read backwards; negative entries are left out.
 

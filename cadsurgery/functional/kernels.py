@@ -86,12 +86,12 @@ class Kernel:
         `residual` (n, O) is added before the activation.
         """
         if not _has_onednn(rows) or not rows.numel():
-            return self.finish(F.linear(rows, self._matrix(rows.dtype), self._offset(rows.dtype)), residual)
+            return self.finish(F.linear(rows, self.matrix(rows.dtype), self._offset(rows.dtype)), residual)
         weight = (
             self._form(("packed", rows.dtype), lambda: self._pack(rows)) if self.kept is not None else None
         )
         if weight is None:
-            weight = self._matrix(rows.dtype)[:, :, None, None]
+            weight = self.matrix(rows.dtype)[:, :, None, None]
         out = self._onednn(_image(rows), weight, _image(residual), (1, 1), (0, 0), (1, 1), 1)
         return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
 
@@ -175,7 +175,7 @@ class Kernel:
         )
         return image.shape[0], self.weight.shape[0], *sizes
 
-    def _matrix(self, dtype: torch.dtype) -> Tensor:
+    def matrix(self, dtype: torch.dtype) -> Tensor:
         """(O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix."""
         return self.weight.to(dtype).permute(0, 2, 3, 1).flatten(1)
 
@@ -183,7 +183,7 @@ class Kernel:
         return self.bias.to(dtype) if self.bias is not None else None
 
     def _pack(self, rows: Tensor) -> Tensor:
-        weight = self._matrix(rows.dtype)[:, :, None, None].contiguous()
+        weight = self.matrix(rows.dtype)[:, :, None, None].contiguous()
         return _reordered(weight, (1, 1), (0, 0), (1, 1), 1, list(_image(rows).shape))
 
     def _form(self, key: Hashable, make: Callable[[], Any]) -> Any:

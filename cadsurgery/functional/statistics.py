@@ -7,10 +7,12 @@ the weighted mean times their number. So it keeps the scale the weights were tra
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cadsurgery.functional.elements import Elements, native_shape, rows_on
 from cadsurgery.layout import NCHW, image_dims
@@ -29,20 +31,50 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
             x.rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
         )
         return Elements(rows, x.lattice)
-    if x.lattice.geometry.statistics == "area" if weighted is None else weighted:
-        share = x.lattice.weights / x.lattice.weights.sum()
+    weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
+    if not weighted or x.lattice.uniform_level is not None:  # each counts the same, as torch counts
+        found = torch.native_batch_norm(x.rows, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+        rows, mean, inverse = found
+        variance = inverse.detach().square().reciprocal() - norm.eps
     else:
-        share = torch.full((len(x.lattice),), 1 / len(x.lattice), dtype=torch.float64)
-    share = share.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
-    values = x.rows.to(share.dtype)
-    mean = share @ values
-    centred = values - mean
-    variance = share @ centred.square()
+        share = x.lattice.weights / x.lattice.weights.sum()
+        share = share.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
+        values = x.rows.to(share.dtype)
+        rows, mean, variance = _WeightedNorm.apply(values, share, norm.weight, norm.bias, norm.eps)
     if norm.training and norm.track_running_stats:
-        _update_statistics(norm, mean.detach(), variance.detach(), len(x.lattice))
-    scale = (variance + norm.eps).rsqrt()
-    rows = centred * scale if norm.weight is None else torch.addcmul(norm.bias, centred, scale * norm.weight)
+        _update_statistics(norm, mean.detach(), variance, len(x.lattice))
     return Elements(rows.to(x.rows.dtype), x.lattice)
+
+
+class _WeightedNorm(torch.autograd.Function):
+    """Rows normalised by their weighted mean and variance, with the gradient in closed form.
+
+    With weights w that sum to one, y = g z + b and z = (x - sum w x) / sqrt(v + eps), v = sum w (x - mean)^2:
+    dx_i = g / sqrt(v + eps) (dy_i - w_i (sum_j dy_j + z_i sum_j dy_j z_j)).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, share: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean = share @ rows
+        variance = share @ (rows - mean).square_()
+        scale = (variance + eps).rsqrt()
+        ctx.save_for_backward(rows, share, mean, scale, weight)
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(rows, mean, variance, weight, bias, False, 0.0, eps), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *of_statistics: Tensor) -> tuple[Tensor | None, ...]:
+        rows, share, mean, scale, weight = ctx.saved_tensors
+        z = (rows - mean).mul_(scale)
+        of_bias = grad.sum(0)
+        of_weight = torch.mul(grad, z).sum(0)
+        found = torch.addcmul(of_bias, z, of_weight).mul_(-share.unsqueeze(1)).add_(grad)
+        found.mul_(scale if weight is None else scale * weight)
+        present = weight is not None
+        return found, None, of_weight if present else None, of_bias if present else None, None
 
 
 def group_norm(

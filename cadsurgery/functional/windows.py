@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cadsurgery.functional import native
+from cadsurgery.functional import gpu, native
 from cadsurgery.functional.elements import Elements, extended, mixed, rows_on
 from cadsurgery.functional.kernels import Kernel, PackedConv, product
 from cadsurgery.kernel_map import Reading, Window, divisors, kernel_map
@@ -51,6 +52,8 @@ def conv2d(
         return _from_dense(F.conv2d(image, weight, bias, stride, padding, dilation, groups), target)
     if window.is_pointwise and groups == 1:
         return Elements(product(rows_on(x, target), weight.flatten(1), bias), target)
+    if gpu.supports(x.rows, weight, groups):
+        return Elements(_on_gpu(x, Kernel(weight, bias, groups), window, target, None, "none"), target)
     rows, table = _taps(x, window, target)
     return Elements(_GatherConv.apply(rows, _kernel(weight, groups), bias, table, groups), target)
 
@@ -102,6 +105,11 @@ def _gathered_product(
 ) -> Tensor:
     """Rows (N, O) of a convolution by its kernel map, block by block: the gathered rows, `taps` times as many as
     there are elements, never exist as a whole."""
+    if gpu.supports(x.rows, kernel.weight, kernel.groups):
+        act = kernel.activation
+        name = gpu.activation_name(act.name, act.scalars, act.algorithm) if act is not None else "none"
+        out = _on_gpu(x, kernel, window, target, residual, name or "none")
+        return out if name is not None or act is None else act.apply_(out)
     reading = _reading(x, window, target)
     table = reading.table.to(x.rows.device)
     if kernel.groups > 1 and native.supported(x.rows) and native.has_grouped(kernel.weight, kernel.groups):
@@ -129,6 +137,34 @@ def _gathered_product(
             more = residual[start : start + block] if residual is not None else None
             out[start : start + block] = kernel.on_rows(gathered.view(part.shape[0], -1), more)
     return out
+
+
+def _on_gpu(
+    x: Elements, kernel: Kernel, window: Window, target: Lattice, residual: Tensor | None, activation: str
+) -> Tensor:
+    """Rows (N, O) by the kernel that gathers and multiplies in one; what it needs of the kernel map is kept."""
+    reading = _reading(x, window, target)
+    key = (x.lattice.stage, x.lattice.size, target.stage, target.size, window)
+    derive = x.lattice.pyramid.derive
+    if reading.sources.shape[0] or window.outside:
+        rows, table = extended(x.rows, reading, window.outside or 0.0), reading.table
+    else:  # padding is read as a negative entry: no copy of the rows with a row of zeros behind them
+        rows, count = x.rows, len(x.lattice)
+        table = derive(("signed", *key), lambda: reading.table.masked_fill(reading.table == count, -1))
+    weight = kernel.weight.flatten(1) if kernel.groups > 1 else kernel.matrix(x.rows.dtype)
+    reversed_map = derive(
+        ("reversed", *key), lambda: cache(lambda: gpu.reversed_map(table, rows.shape[0]))
+    )  # made when a gradient first asks
+    return gpu.gather_conv(
+        rows,
+        weight,
+        table,
+        kernel.bias,
+        residual=residual,
+        activation=activation,
+        groups=kernel.groups,
+        reverse=reversed_map,
+    )
 
 
 def conv2d_per_image(

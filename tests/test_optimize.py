@@ -1,0 +1,334 @@
+"""The optimised copy is the same network: to rounding, for any mask, from any thread."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, build, images, randomise
+from torch import Tensor, nn
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+import cadsurgery as cs
+from cadsurgery import functional
+from cadsurgery.functional import Elements, conv2d, native
+from cadsurgery.functional.kernels import Activation, Kernel, PackedConv, PackedLinear
+from cadsurgery.kernel_map import Window
+from cadsurgery.lattice import Geometry
+from cadsurgery.model import OptimizedModel
+from cadsurgery.twins import dense_twin
+
+MIXED = "random:fraction=0.4,seed=3,block=3"
+# Plain, depthwise with ReLU6, grouped with squeeze-excite, linear layers with GELU, SiLU, dense joins, max-pooling.
+NETWORKS = {
+    "resnet18": 18 + 2,
+    "mobilenet_v2": 52,
+    "regnet_y_400mf": 0,
+    "convnext_tiny": 0,
+    "efficientnet_b0": 0,
+    "densenet121": 0,
+    "vgg11_bn": 8,
+    "shufflenet_v2_x1_0": 0,
+}
+
+
+def leaves(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def modules_of(net: cs.AdaptiveModel) -> list[nn.Module]:
+    return [net.get_submodule(str(n.target)) for n in net.graph.nodes if n.op == "call_module"]
+
+
+@pytest.fixture(scope="module")
+def small() -> cs.AdaptiveModel:
+    return cs.adaptify(build("resnet18"), MIXED, verify_laws=False)
+
+
+@pytest.mark.parametrize("fill", ["nearest", "linear"])
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_it_gives_what_the_network_gives(name: str, fill: Any) -> None:
+    net, x = cs.adaptify(build(name), MIXED, fill=fill, verify_laws=False), images(2, 65, 97)
+    fast = net.optimize()
+    for mask in (None, "all", "none"):
+        for found, expected in zip(leaves(fast(x, mask=mask)), leaves(net(x, mask=mask)), strict=True):
+            assert_same(found, expected, 1e-4)
+        assert fast.active_fraction == net.active_fraction
+        assert torch.equal(fast.levels, net.levels)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg11_bn"])
+def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> None:
+    fast = cs.adaptify(build(name), verify_laws=False).optimize()
+    left = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Conv2d, nn.Dropout)
+    convolutional = [m for m in modules_of(fast) if isinstance(m, left)]
+    after_linear = 2 if name == "vgg11_bn" else 0  # dropped or fused as well
+    assert len(convolutional) <= after_linear
+    fused = [n for n in fast.graph.nodes if n.target is functional.fused_conv2d]
+    dense = [m for m in modules_of(fast) if isinstance(m, PackedConv) and not isinstance(m, PackedLinear)]
+    assert len(fused) + len(dense) == NETWORKS[name]
+    assert not any(n.target in (functional.conv2d, functional.batch_norm) for n in fast.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "regnet_y_400mf"])
+@torch.no_grad()
+def test_bfloat16_is_within_its_rounding(name: str) -> None:
+    """Fused steps round less often: the error against float32 is at most that of the network as it is."""
+    net, x = cs.adaptify(build(name), MIXED, verify_laws=False), images(2, 65, 97)
+    exact = net(x)
+    half, levels = copy.deepcopy(net).bfloat16(), net.levels
+    plain = (half(x.bfloat16(), mask=levels).float() - exact).norm()
+    fast = (half.optimize()(x.bfloat16(), mask=levels).float() - exact).norm()
+    assert fast <= 1.5 * plain
+    assert fast < 0.1 * exact.norm()
+
+
+@torch.no_grad()
+def test_another_type_and_float64(small: cs.AdaptiveModel) -> None:
+    """Its packed weights follow `to`."""
+    x, fast = images(1, 65, 97), small.optimize()
+    expected = fast(x)
+    assert_same(fast.double()(x.double()), expected.double(), 1e-4)
+    assert_same(fast.float()(x), expected, 1e-4)
+
+
+@torch.no_grad()
+def test_autocast_is_followed(small: cs.AdaptiveModel) -> None:
+    x, fast = images(1, 65, 97), small.optimize()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast(x)
+    assert_same(found.float(), fast(x), 5e-2)
+
+
+def test_the_network_stays_as_it_is() -> None:
+    """In training mode it is left training; its values and gradients are its own."""
+    net = cs.adaptify(build("resnet18").train(), MIXED, verify_laws=False)
+    before = copy.deepcopy(net.state_dict())
+    fast = net.optimize()
+    assert net.training and not fast.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not fast(images(1, 65, 97).requires_grad_()).requires_grad
+
+
+def test_threads_do_not_disturb_each_other(small: cs.AdaptiveModel) -> None:
+    """Different sizes and masks at once, weights packed while others run."""
+    fast = small.optimize()
+    tasks = [(images(1, 65 + 8 * i, 97), mask) for i in range(3) for mask in (MIXED, "all", "none")] * 2
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda task: fast(task[0], mask=task[1]), tasks))
+    with torch.no_grad():
+        for (x, mask), value in zip(tasks, found, strict=True):
+            assert_same(value, small(x, mask=mask), 1e-4)
+
+
+def test_it_copies_and_pickles(small: cs.AdaptiveModel) -> None:
+    fast, x = small.optimize(), images(1, 65, 97)
+    expected = fast(x)
+    assert torch.equal(copy.deepcopy(fast)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(x), expected)
+    assert fast.optimize() is fast
+
+
+def test_it_counts_as_the_network_does(small: cs.AdaptiveModel) -> None:
+    x = images(2, 65, 97)
+    fast = small.optimize()
+    assert fast.macs(x).to_dict() == small.macs(x).to_dict()
+    fast.mask = "all"
+    assert fast.macs(x).mask == small.macs(x).high
+
+
+def test_data_of_the_original_is_there() -> None:
+    model = build("resnet18")
+    model.num_classes = 1000
+    fast = cs.adaptify(model, verify_laws=False).optimize()
+    assert fast.num_classes == 1000
+    assert fast.plan.output_stride == (8, 32)
+
+
+def test_what_cannot_be_done_says_what_can(small: cs.AdaptiveModel, tmp_path: Any) -> None:
+    fast = small.optimize()
+    with pytest.raises(cs.InvalidInput, match="train the network it was made from"):
+        fast.train()
+    with pytest.raises(cs.InvalidInput, match="save the network it was made from"):
+        cs.save(fast, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_a_hosted_part_is_optimised() -> None:
+    torch.manual_seed(0)
+    detector = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5).eval()
+    net = cs.adaptify(detector, MIXED, verify_laws=False)
+    fast = net.optimize()
+    assert isinstance(fast, type(net)) and isinstance(fast.part, OptimizedModel)  # type: ignore[attr-defined]
+    x = images(1, 320, 320)
+    levels = torch.zeros(1, *small_map(net, x), dtype=torch.bool)
+    levels[:, ::3] = True
+    with net.part.masked(levels), fast.part.masked(levels):  # type: ignore[attr-defined]
+        for found, expected in zip(leaves(fast.backbone(x)), leaves(net.backbone(x)), strict=True):
+            assert_same(found, expected, 1e-4)
+
+
+def small_map(net: Any, x: Tensor) -> tuple[int, int]:
+    net.part(x, mask="all")
+    return tuple(net.part.levels.shape[1:])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("level", [0, 2])
+@torch.no_grad()
+def test_dense_twins_are_the_network_at_a_uniform_level(name: str, level: int) -> None:
+    """And nothing but operations of torch."""
+    net, x = cs.adaptify(build(name), verify_laws=False), images(2, 65, 97)
+    twin = dense_twin(net, level, x)
+    assert_same(twin(x), net(x, mask="all" if level == 0 else "none"), 1e-4)
+    other = x.flip(3)
+    assert_same(twin(other), net(other, mask="all" if level == 0 else "none"), 1e-4)
+    called = [str(n.target) for n in twin.graph.nodes if n.op == "call_function"]  # type: ignore[attr-defined]
+    assert called and not any("cadsurgery" in name or "mkldnn" in name for name in called)
+
+
+# -- patterns the networks above do not have -----------------------------------------------------------
+
+
+class _Odd(nn.Module):
+    """A value read before its activation, a residual that is smaller, a product that is no factor, shared weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.down = nn.Conv2d(8, 8, 3, 2, 1)
+        self.shrink = nn.Conv2d(8, 8, 3)
+        self.same = nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.free = nn.BatchNorm2d(8, affine=False)
+        self.scale = nn.Parameter(torch.randn(8, 1, 1))
+        self.last = nn.Conv2d(8, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.down(torch.relu(x) + x)
+        y = self.norm(self.same(x)) * self.scale
+        y = self.free(y + torch.sigmoid(y))
+        y += x
+        y = nn.functional.leaky_relu(self.same(y) * y, 0.2)
+        return self.last(self.shrink(y) + 1.0)
+
+
+@pytest.mark.parametrize("fill", ["nearest", "linear"])
+@torch.no_grad()
+def test_what_only_looks_like_a_pattern_is_left(fill: Any) -> None:
+    model = _Odd().eval()
+    randomise(nn.ModuleList([model.norm]))
+    model.free.running_var.uniform_(0.5, 1.5)
+    net, x = cs.adaptify(model, MIXED, fill=fill, verify_laws=False), images(2, 65, 97)
+    for fast in (net.optimize(), net.optimize(fuse=False)):
+        for mask in (None, "all", "none"):
+            assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
+
+
+@torch.no_grad()
+def test_a_residual_smaller_than_the_product() -> None:
+    """The sum is cut to what both have, as without fusion."""
+    lattice = Geometry((2,)).lattice(torch.randint(0, 2, (2, 12, 14))).at(0)
+    window, kernel = Window((3, 3), 1, (1, 1), (1, 1, 1, 1)), torch.randn(4, 4, 3, 3)
+    x = Elements(torch.randn(len(lattice), 4), lattice)
+    less = lattice.at(0, (10, 12))
+    residual = Elements(torch.randn(len(less), 4), less)
+    found = functional.fused_conv2d(
+        x, Kernel(kernel, None, 1, Activation("relu")), residual, window=window, stage=0
+    )
+    whole = conv2d(x, kernel, None, window, 0)
+    assert found.lattice == less
+    assert_same(found.rows, (functional.rows_on(whole, less) + residual.rows).relu(), 1e-4)
+
+
+# -- compiled kernels against torch --------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+
+
+def reading(dtype: torch.dtype, channels: int, taps: int) -> tuple[native.Rows, Tensor, Tensor]:
+    """Rows with a halo, a table, and the same rows in one tensor."""
+    rows, halo = (torch.randn(count, channels).to(dtype) for count in (40, 7))
+    table = torch.randint(0, 48, (37, taps), dtype=torch.int32)
+    outside = torch.full((1, channels), -0.5, dtype=dtype)
+    return native.Rows(rows, halo, -0.5), table, torch.cat([rows, outside, halo])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("group", "channels"), [(1, 5), (1, 32), (1, 77), (2, 6), (4, 36), (8, 104), (16, 48)]
+)
+@pytest.mark.parametrize("taps", [1, 9, 49])
+def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: int, taps: int) -> None:
+    source, table, whole = reading(dtype, channels, taps)
+    weight, bias = torch.randn(channels, group, 1, taps).to(dtype), torch.randn(channels).to(dtype)
+    if not native.has_grouped(weight, channels // group):
+        assert group > native.LANE_BYTES // dtype.itemsize  # a group wider than a vector of double
+        return
+    more = torch.randn(37, channels).to(dtype)
+    packed = native.grouped_weight(weight, bias)
+    found = native.grouped(source, table, *packed, more, (0.0, 6.0))
+    gathered = whole.double()[table.long()].view(37, taps, channels // group, group)
+    by_group = weight.double().view(channels // group, group, group, taps)
+    expected = torch.einsum("ntgi,goit->ngo", gathered, by_group).flatten(1) + bias.double() + more.double()
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+    assert_same(found.double(), expected.clamp(0, 6), tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 16, 50])
+def test_compiled_gathering_and_pooling(dtype: torch.dtype, channels: int) -> None:
+    source, table, whole = reading(dtype, channels, 4)
+    source.rows[3, 0] = float("nan")
+    whole[3, 0] = float("nan")
+    out = source.rows.new_empty(37 * 4, channels)
+    native.gather(source, table, out)
+    gathered = whole[table.long()]
+    assert torch.equal(out.view(37, 4, channels).nan_to_num(9.0), gathered.nan_to_num(9.0))
+    largest, total = source.rows.new_empty(37, channels), source.rows.new_empty(37, channels)
+    native.pool(source, table, largest, True)
+    native.pool(source, table, total, False)
+    assert torch.equal(largest.nan_to_num(9.0), gathered.amax(1).nan_to_num(9.0))
+    sums = gathered.double().nan_to_num(0.0).sum(1)
+    finite = ~gathered.isnan().any(1)
+    assert_same(total.double()[finite], sums[finite], 1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert bool(total[~finite].isnan().all())
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "vgg11_bn"])
+@torch.no_grad()
+def test_without_a_compiler_the_results_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = cs.adaptify(build(name), MIXED, verify_laws=False), images(1, 65, 97)
+    fast = net.optimize()
+    expected = fast(x)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert_same(net(x), expected, 1e-4)
+    assert_same(net.optimize()(x), expected, 1e-4)
+
+
+@needs_compiler
+def test_compiled_code_is_kept_and_can_be_switched_off(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        kept = [path.name for path in (tmp_path / "cadsurgery").iterdir()]
+        assert len(kept) == 1 and kept[0].endswith(".so")
+        monkeypatch.setenv("CADSURGERY_NATIVE", "0")
+        native.library.cache_clear()
+        assert native.library() is None
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
