@@ -144,7 +144,12 @@ class Fuser:
     def module(self, node: Any) -> nn.Module | None:
         """The module a node calls."""
         if isinstance(node, fx.Node) and node.op == "call_module":
-            return self.model.get_submodule(str(node.target))
+            first, _, rest = str(node.target).partition(".")
+            return (
+                self.kernels.get_submodule(rest)
+                if first == KERNELS
+                else self.model.get_submodule(str(node.target))
+            )
         return None
 
     def constant(self, node: Any) -> Any:
@@ -152,8 +157,9 @@ class Fuser:
         if not isinstance(node, fx.Node):
             return None
         if node.op == "get_attr":
-            value: Any = self.model
-            for part in str(node.target).split("."):
+            first, *rest = str(node.target).split(".")
+            value: Any = self.kernels if first == KERNELS else getattr(self.model, first)
+            for part in rest:
                 value = getattr(value, part)
             return value.detach() if isinstance(value, Tensor) else value
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
