@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
+import platform
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,3 +67,25 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         separator = "" if before.endswith("\n") or not before else "\n"
         text = before + separator + "".join(f"{line}\n" for line in lines)
         temporary.write_text(text, encoding="utf-8")
+
+
+@functools.cache
+def machine() -> str:
+    """A name for this processor and the instructions it has."""
+    described = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        wanted = ("model name", "flags", "Features")
+        described += "".join(next((line for line in lines if line.startswith(name)), "") for name in wanted)
+    return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what is made once: in the user's cache folder, or a temporary one if there is none."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "cadsurgery" / machine()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="cadsurgery-"))
+    return folder

@@ -22,6 +22,7 @@ LAYERS = [
     *(
         "functional.native",
         "functional.kernels",
+        "functional.costs",
         "functional.elements",
         "functional.triton_kernels",
         "functional.gpu",

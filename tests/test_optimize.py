@@ -15,7 +15,8 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
 from cadsurgery import functional
-from cadsurgery.functional import Elements, conv2d, native
+from cadsurgery.functional import Elements, conv2d, costs, native, windows
+from cadsurgery.functional.costs import Costs
 from cadsurgery.functional.kernels import Activation, Kernel, PackedConv, PackedLinear
 from cadsurgery.kernel_map import Window
 from cadsurgery.lattice import Geometry
@@ -317,6 +318,78 @@ def test_without_a_compiler_the_results_are_the_same(name: str, monkeypatch: pyt
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("channels", "outputs"), [(5, 64), (70, 120), (33, 56)])
+@pytest.mark.parametrize("taps", [1, 9])
+def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps: int) -> None:
+    source, table, whole = reading(dtype, channels, taps)
+    weight, bias = torch.randn(outputs, channels, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
+    assert native.has_product(weight) and not native.has_product(weight[:20])
+    more = torch.randn(37, outputs).to(dtype)
+    packed = native.product_weight(weight, bias)
+    found = native.product(source, table, *packed, more, outputs, (0.0, 6.0))
+    gathered = whole.double()[table.long()]
+    expected = torch.einsum("ntc,oct->no", gathered, weight.double()[:, :, 0])
+    expected = (expected + bias.double() + more.double()).clamp(0, 6)
+    assert_same(found.double(), expected, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+# -- the cost model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["nearest", "linear"])
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize(
+    ("window", "stage"), [((3, 1, 1), 1), ((3, 2, 1), 2), ((4, 1, 1), 1), ((3, 1, 0), 1)]
+)
+@torch.no_grad()
+def test_on_the_whole_map_a_convolution_is_the_same(
+    fill: Any, groups: int, window: tuple[int, int, int], stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd sizes, stages, even kernels, no padding; a residual and an activation."""
+    side, stride, padding = window
+    shape = Window((side, side), stride, (1, 1), (padding,) * 4, spacing=2)
+    lattice = Geometry((2, 2), fill=fill).lattice(torch.randint(0, 3, (2, 13, 15))).at(1)
+    x = Elements(torch.randn(len(lattice), 6), lattice)
+    kernel = Kernel(torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {})
+    results = []
+    for found in (Costs(0.0, 1.0, 0.0), Costs(1.0, 0.0, 1.0)):
+        monkeypatch.setattr(windows, "costs", lambda key, measure, found=found: found)
+        out = functional.fused_conv2d(x, kernel, window=shape, stage=stage)
+        more = Elements(torch.ones_like(out.rows), out.lattice)
+        results.append(functional.fused_conv2d(x, kernel, more, window=shape, stage=stage).rows)
+    assert_same(results[0], results[1], 1e-4)
+
+
+def test_costs_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    threads, asked = torch.get_num_threads(), []
+
+    def measure() -> Costs:
+        asked.append(torch.get_num_threads())
+        return Costs(1.0, 2.0, 3.0)
+
+    assert costs.costs("a", measure) == costs.costs("a", measure) == (1.0, 2.0, 3.0)
+    monkeypatch.setattr(costs, "_KNOWN", {})  # another process
+    assert costs.costs("a", measure) == (1.0, 2.0, 3.0) and asked == [1]
+    (path,) = tmp_path.glob("cadsurgery/*/costs.json")
+    path.write_text("not JSON")
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    assert costs.costs("a", measure) == (1.0, 2.0, 3.0) and asked == [1, 1]
+    assert "1.0" in path.read_text()
+    assert torch.get_num_threads() == threads
+
+
+def test_the_cheaper_way_is_preferred() -> None:
+    """Few elements favour the sparse way, dear ones the whole map, moved values neither."""
+    found = Costs(dense=1.0, sparse=3.0, moved=0.0)
+    assert not found.prefer_dense(100, 30, 100, (8, 8))
+    assert found.prefer_dense(100, 40, 100, (8, 8))
+    assert not found._replace(moved=10.0).prefer_dense(100, 40, 100, (8, 8))
+
+
+@needs_compiler
 def test_compiled_code_is_kept_and_can_be_switched_off(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +397,7 @@ def test_compiled_code_is_kept_and_can_be_switched_off(
     native.library.cache_clear()
     try:
         assert native.library() is not None
-        kept = [path.name for path in (tmp_path / "cadsurgery").iterdir()]
+        kept = [path.name for path in (tmp_path / "cadsurgery").glob("*/*")]
         assert len(kept) == 1 and kept[0].endswith(".so")
         monkeypatch.setenv("CADSURGERY_NATIVE", "0")
         native.library.cache_clear()

@@ -134,6 +134,17 @@ class Kernel:
         out = native.grouped(source, table, weight, bias, residual, bounds or (-float("inf"), float("inf")))
         return out if bounds or self.activation is None else self.activation.apply_(out)
 
+    def implicit(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(n, O) of an ungrouped kernel that `native.has_product`, reading `source` by a table (n, taps)."""
+        dtype = source.rows.dtype
+        weight, bias = self._form(
+            ("product", dtype), lambda: native.product_weight(self.weight.to(dtype), self.bias)
+        )
+        bounds = self.activation.bounds if self.activation is not None else None
+        limits = bounds or (-float("inf"), float("inf"))
+        out = native.product(source, table, weight, bias, residual, self.weight.shape[0], limits)
+        return out if bounds or self.activation is None else self.activation.apply_(out)
+
     def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
         """Residual and activation of a product, in place."""
         if residual is not None:

@@ -175,6 +175,74 @@ int SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const
     return 0;
 }
 
+#ifndef BF16 /* bfloat16 has instructions of its own, which oneDNN uses */
+enum { ROWS = 6, BLOCK = 16 * ROWS, WIDE_PRODUCT = 4, CHUNK = WIDE_PRODUCT * LANES };
+
+/* sums[i] += a[i] B for ROWS rows of `channels` values and B (channels, CHUNK): 24 sums stay in registers. */
+static inline __attribute__((always_inline)) void multiply(
+    const element *const *a, long channels, const element *b, element *sums) {
+    lane total[ROWS][WIDE_PRODUCT];
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE_PRODUCT; j++) total[i][j] = load(sums + i * CHUNK + j * LANES);
+    const element *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
+    for (long c = 0; c < channels; c++) {
+        lane by[WIDE_PRODUCT];
+        element value[ROWS] = {a0[c], a1[c], a2[c], a3[c], a4[c], a5[c]};
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE_PRODUCT; j++) by[j] = load(b + c * CHUNK + j * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE_PRODUCT; j++) total[i][j] += value[i] * by[j];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE_PRODUCT; j++) memcpy(sums + i * CHUNK + j * LANES, &total[i][j], sizeof(lane));
+}
+
+/* Ungrouped convolution without gathering: rows are read where they lie. out (n, outputs) is clamped to low..high after
+ * `more`, if any, is added. weight is (chunks, taps, channels, CHUNK) and bias (chunks * CHUNK), outputs padded.
+ *
+ * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
+ * weights for one chunk of outputs. */
+void SUFFIX(product)(const reading *in, const element *weight, const element *bias, const element *more, element *out,
+                     long outputs, double low, double high) {
+    long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(dynamic)
+    for (long first = 0; first < in->n; first += BLOCK) {
+        long count = in->n - first < BLOCK ? in->n - first : BLOCK;
+        element sums[BLOCK * CHUNK] __attribute__((aligned(64)));
+        for (long chunk = 0; chunk < chunks; chunk++) {
+            for (long i = 0; i < BLOCK; i++) memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(element));
+            for (long tap = 0; tap < in->taps; tap++) {
+                const element *b = weight + (chunk * in->taps + tap) * channels * CHUNK;
+                for (long tile = 0; tile < count; tile += ROWS) {
+                    const element *a[ROWS];
+                    for (int i = 0; i < ROWS; i++) {
+                        long e = first + (tile + i < count ? tile + i : count - 1);
+                        a[i] = row(in, in->table[e * in->taps + tap]);
+                    }
+                    multiply(a, channels, b, sums + tile * CHUNK);
+                }
+            }
+            long some = outputs - chunk * CHUNK < CHUNK ? outputs - chunk * CHUNK : CHUNK;
+            for (long i = 0; i < count; i++) {
+                const element *value = sums + i * CHUNK, *add = more ? more + (first + i) * outputs + chunk * CHUNK : 0;
+                element *to = out + (first + i) * outputs + chunk * CHUNK, least = low, most = high;
+                for (long j = 0; j < some; j++) {
+                    element found = add ? value[j] + add[j] : value[j];
+                    found = found < least ? least : found;
+                    to[j] = found > most ? most : found;
+                }
+            }
+        }
+    }
+}
+#endif
+
 /* Largest value (largest != 0) or sum over the taps: out is (n, channels). */
 void SUFFIX(pool)(const reading *in, element *out, long largest) {
 #pragma omp parallel for schedule(static)

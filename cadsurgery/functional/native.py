@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from cadsurgery.files import cache_folder
+
 SOURCE = Path(__file__).with_name("native.c")
-LANE_BYTES, MOST_TAPS, GROUPS = 64, 128, (1, 2, 4, 8, 16)
+LANE_BYTES, PRODUCT_LANES, MOST_TAPS, GROUPS = 64, 4, 128, (1, 2, 4, 8, 16)
 _WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 _FLAGS = ("-O3", "-march=native", *_WIDEST, "-ffp-contract=fast", "-fopenmp", "-fPIC", "-c")
 _ELEMENTS = {
@@ -31,6 +33,9 @@ _ELEMENTS = {
     torch.float64: ("float64", "-DELEMENT=double", "-DWIDE"),
     torch.bfloat16: ("bfloat16", "-DBF16"),
 }
+
+
+_OPERATIONS = torch.library.Library("cadsurgery", "DEF")
 
 
 class Rows(NamedTuple):
@@ -124,7 +129,6 @@ def _grouped(
     return out
 
 
-_OPERATIONS = torch.library.Library("cadsurgery", "DEF")
 _OPERATIONS.define(
     "grouped(Tensor rows, Tensor? halo, float outside, Tensor table, Tensor weight, Tensor bias, Tensor? more, "
     "float low, float high) -> Tensor"
@@ -142,6 +146,123 @@ def _grouped_flops(
     rows: Any, halo: Any, outside: Any, table: Any, weight: Any, *rest: Any, **kwargs: Any
 ) -> int:
     return 2 * int(table[0] * table[1] * rows[1] * weight[1])
+
+
+def product(
+    source: Rows,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    more: Tensor | None,
+    outputs: int,
+    bounds: tuple[float, float],
+) -> Tensor:
+    """Ungrouped convolution that reads rows where they lie: (n, outputs) = clamp(sum + bias + more).
+
+    Args:
+        source: rows, float32 or float64.
+        table: (n, taps) int32.
+        weight: (chunks, taps, channels, outputs of a chunk) as `product_weight` lays it out.
+        bias: (chunks * outputs of a chunk,).
+        more: (n, outputs) or None, a residual.
+        outputs: channels of the result.
+        bounds: least and largest value of the result.
+    """
+    out: Tensor = torch.ops.cadsurgery.product(
+        source.rows, source.halo, source.outside, table, weight, bias, more, outputs, *bounds
+    )
+    return out
+
+
+def _product(
+    rows: Tensor,
+    halo: Tensor | None,
+    outside: float,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    more: Tensor | None,
+    outputs: int,
+    low: float,
+    high: float,
+) -> Tensor:
+    out = rows.new_empty(table.shape[0], outputs)
+    more = more.contiguous() if more is not None else None
+    _call(
+        "product",
+        Rows(rows, halo, outside),
+        table,
+        ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_void_p(bias.data_ptr()),
+        ctypes.c_void_p(more.data_ptr() if more is not None else None),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_long(outputs),
+        ctypes.c_double(low),
+        ctypes.c_double(high),
+    )
+    return out
+
+
+_OPERATIONS.define(
+    "product(Tensor rows, Tensor? halo, float outside, Tensor table, Tensor weight, Tensor bias, Tensor? more, "
+    "int outputs, float low, float high) -> Tensor"
+)
+_OPERATIONS.impl("product", _product, "CPU")
+
+
+@torch.library.register_fake("cadsurgery::product")
+def _product_shape(
+    rows: Tensor,
+    halo: Any,
+    outside: float,
+    table: Tensor,
+    weight: Any,
+    bias: Any,
+    more: Any,
+    outputs: int,
+    *rest: Any,
+) -> Tensor:
+    return rows.new_empty(table.shape[0], outputs)
+
+
+@register_flop_formula(torch.ops.cadsurgery.product)
+def _product_flops(
+    rows: Any,
+    halo: Any,
+    outside: Any,
+    table: Any,
+    weight: Any,
+    bias: Any,
+    more: Any,
+    outputs: Any,
+    *rest: Any,
+    **_: Any,
+) -> int:
+    return 2 * int(table[0] * table[1] * rows[1] * outputs)
+
+
+def has_product(weight: Tensor) -> bool:
+    """Whether `product` is worth using for a kernel (O, C, kh, kw): not where most of its sums would be padding."""
+    outputs = weight.shape[0]
+    return weight.dtype in (torch.float32, torch.float64) and _padded(outputs, weight.dtype) <= 1.25 * outputs
+
+
+def product_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece."""
+    outputs, channels, height, width = weight.shape
+    padded = _padded(outputs, weight.dtype)
+    kernel = weight.new_zeros(padded, height * width, channels)
+    kernel[:outputs] = weight.detach().flatten(2).transpose(1, 2)
+    chunk = PRODUCT_LANES * LANE_BYTES // weight.dtype.itemsize
+    offset = kernel.new_zeros(padded)
+    if bias is not None:
+        offset[:outputs] = bias.detach()
+    return kernel.view(-1, chunk, height * width, channels).permute(0, 2, 3, 1).contiguous(), offset
+
+
+def _padded(outputs: int, dtype: torch.dtype) -> int:
+    chunk = PRODUCT_LANES * LANE_BYTES // dtype.itemsize
+    return -(-outputs // chunk) * chunk
 
 
 def has_grouped(weight: Tensor, groups: int) -> bool:
@@ -193,7 +314,7 @@ def library() -> Any:
     if compiler is None or os.environ.get("CADSURGERY_NATIVE", "1") == "0" or platform.system() != "Linux":
         return None
     try:
-        target = _cache_folder() / f"native-{_fingerprint(compiler)}.so"
+        target = cache_folder() / f"native-{_fingerprint(compiler)}.so"
         if not target.exists():
             _build(compiler, target)
         # OpenMP's symbols are those of torch's own runtime: a second one would compete for the cores.
@@ -216,22 +337,8 @@ def _build(compiler: str, target: Path) -> None:
         os.replace(whole, target)
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "cadsurgery"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to: compiled anew in each process
-        folder = Path(tempfile.mkdtemp(prefix="cadsurgery-"))
-    return folder
-
-
 def _fingerprint(compiler: str) -> str:
-    """What the compiled code depends on: source, flags, compiler, and the processor it is compiled for."""
-    info = Path("/proc/cpuinfo")
-    flags = next(
-        (line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), ""
-    )
+    """What the compiled code depends on, besides the machine: source, flags, compiler."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    parts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, flags.encode())
+    parts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.functional import gpu, native
-from cadsurgery.functional.elements import Elements, extended, mixed, rows_on
+from cadsurgery.functional.costs import Costs, best_time, costs
+from cadsurgery.functional.elements import Elements, extended, mixed, rows_on, to_dense
 from cadsurgery.functional.kernels import Kernel, PackedConv, product
 from cadsurgery.kernel_map import Reading, Window, divisors, kernel_map
-from cadsurgery.lattice import Lattice
+from cadsurgery.lattice import Geometry, Lattice
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
 # below a dense network's activations, large enough for the matrix product to run at full speed.
@@ -94,7 +95,9 @@ def fused_conv2d(
         return Elements(out.view(*rows.shape[:-1], -1), target)
     dense = _as_dense(x, window, target, window.outside or 0.0)
     if dense is None:
-        return Elements(_gathered_product(x, kernel, window, target, more), target)
+        whole = _on_whole_map_is_cheaper(x, kernel, window, target)
+        run = _on_whole_map if whole else _gathered_product
+        return Elements(run(x, kernel, window, target, more), target)
     image, stride, padding, dilation = dense
     shown = _image_of(more, target) if more is not None else None
     return _from_dense(kernel.on_image(image, stride, padding, dilation, shown), target)
@@ -112,8 +115,9 @@ def _gathered_product(
         return out if name is not None or act is None else act.apply_(out)
     reading = _reading(x, window, target)
     table = reading.table.to(x.rows.device)
-    if kernel.groups > 1 and native.supported(x.rows) and native.has_grouped(kernel.weight, kernel.groups):
-        return kernel.grouped(_rows(x, reading, window.outside or 0.0), table, residual)
+    if _is_compiled(x, kernel):
+        run = kernel.grouped if kernel.groups > 1 else kernel.implicit
+        return run(_rows(x, reading, window.outside or 0.0), table, residual)
     block = _block_length(table, x.rows)
     if kernel.groups > 1:
         weight, bias = _kernel(kernel.weight.to(x.rows.dtype), kernel.groups), kernel.bias
@@ -137,6 +141,71 @@ def _gathered_product(
             more = residual[start : start + block] if residual is not None else None
             out[start : start + block] = kernel.on_rows(gathered.view(part.shape[0], -1), more)
     return out
+
+
+def _is_compiled(x: Elements, kernel: Kernel) -> bool:
+    """Whether there is compiled code that reads the rows where they lie."""
+    if not native.supported(x.rows):
+        return False
+    if kernel.groups > 1:
+        return native.has_grouped(kernel.weight, kernel.groups)
+    # Its weight has to be packed: worth it where that is kept.
+    return (
+        kernel.kept is not None and x.rows.dtype == kernel.weight.dtype and native.has_product(kernel.weight)
+    )
+
+
+def _on_whole_map_is_cheaper(x: Elements, kernel: Kernel, window: Window, target: Lattice) -> bool:
+    """Whether the costs measured on this machine say so; only where forms are kept, for inference in earnest."""
+    if kernel.kept is None or x.rows.device.type != "cpu" or not x.lattice.geometry.dense_shortcut:
+        return False
+    if window.mode != "zeros" or window.outside or x.lattice.geometry.anchor != "corner":
+        return False
+    outputs, group = kernel.weight.shape[:2]
+    kind = "plain" if kernel.groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
+    compiled = _is_compiled(x, kernel)
+    found = costs(
+        f"{kind}, {window.taps} taps, {x.rows.dtype}, compiled {compiled}", lambda: _measured(x, kernel)
+    )
+    pixels = target.batch * target.size[0] * target.size[1]
+    return found.prefer_dense(
+        kernel.weight[0].numel() * outputs, len(target), pixels, (x.rows.shape[1], outputs)
+    )
+
+
+def _on_whole_map(
+    x: Elements, kernel: Kernel, window: Window, target: Lattice, residual: Tensor | None
+) -> Tensor:
+    """The same by its definition: the map read at every fine pixel, convolved as a whole, kept at the anchors."""
+    top, _, left, _ = (window.spacing * step for step in window.padding)
+    dilation = (window.spacing * window.dilation[0], window.spacing * window.dilation[1])
+    (height, width), (rows, columns) = x.lattice.size, target.size
+    bottom = rows - 1 + dilation[0] * (window.kernel[0] - 1) + 1 - height - top
+    right = columns - 1 + dilation[1] * (window.kernel[1] - 1) + 1 - width - left
+    image = F.pad(to_dense(x), (left, right, top, bottom))
+    plain = Kernel(kernel.weight, kernel.bias, kernel.groups)
+    whole = plain.on_image(image, (1, 1), (0, 0), dilation).permute(0, 2, 3, 1)
+    return kernel.finish(whole.reshape(-1, whole.shape[-1]).index_select(0, target.anchors), residual)
+
+
+def _measured(x: Elements, kernel: Kernel) -> Costs:
+    """Costs of a convolution of this kind, with 128 channels on a ragged lattice that is the same for all."""
+    _, group, height, width = kernel.weight.shape
+    channels = 128 if kernel.groups == 1 else max(1, 128 // group) * group
+    inner = channels if kernel.groups == 1 else group
+    weight = kernel.weight.new_ones(channels, inner, height, width)
+    own = Kernel(weight, None, channels // inner, None, {})
+    blocks = torch.arange(16 * 32).view(1, 16, 32) % 2
+    lattice = Geometry((2,)).lattice(blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)).at(1)
+    sample = Elements(x.rows.new_ones(len(lattice), channels), lattice)
+    padding = (height // 2, height // 2, width // 2, width // 2)
+    window, target = _target(sample, Window((height, width), 1, (1, 1), padding, spacing=2), 1)
+    image, work = to_dense(sample), weight[0].numel() * channels
+    dense = best_time(lambda: own.on_image(image, (1, 1), (height // 2, width // 2), (1, 1)))
+    sparse = best_time(lambda: _gathered_product(sample, own, window, target, None))
+    moved = best_time(lambda: to_dense(sample))
+    pixels = image.shape[2] * image.shape[3]
+    return Costs(dense / (pixels * work), sparse / (len(target) * work), moved / image.numel())
 
 
 def _on_gpu(
