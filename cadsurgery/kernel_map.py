@@ -118,6 +118,11 @@ class Reading:
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
     """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
     index, count = lattice.index, len(lattice)
+    if lattice.capacity is not None:
+        entries, sources, mix = _all_readable(lattice)
+        row = entries[points]
+        row = row if inside is None else torch.where(inside, row, count)
+        return Reading(row.to(torch.int32), sources, mix, inside is not None)
     row = index[points]
     sources, mix = _nothing_mixed(row.device)
     if lattice.geometry.fill == "linear" and lattice.uniform_level != 0:
@@ -134,6 +139,28 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
         has_outside = True
         row = torch.where(inside, row, count)
     return Reading(row.to(torch.int32), sources, mix, has_outside)
+
+
+def _all_readable(lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
+    """The entry that reads each fine pixel (B*H*W,), and the halo (M, 4) of all pixels that are no anchors.
+
+    For lattices with bounds: what a window reads depends on the map, what can be read at all hardly does.
+    """
+
+    def build() -> tuple[Tensor, Tensor, Tensor]:
+        index, capacity = lattice.index, lattice.capacity
+        assert capacity is not None
+        sources, mix = _nothing_mixed(index.device)
+        if lattice.geometry.fill != "linear" or lattice.uniform_level == 0:
+            return index, sources, mix
+        pixels = torch.arange(index.shape[0], device=index.device)
+        between = lattice.anchors[index] != pixels
+        points = torch.nonzero_static(between, size=index.shape[0] - capacity[0], fill_value=0).squeeze(1)
+        rank = between.cumsum(0) + capacity[1]
+        entries = torch.where(between, rank, index).to(torch.int32)
+        return entries, *_interpolation(lattice, points)
+
+    return lattice.pyramid.derive(("all_readable", lattice.stage, lattice.size), build)
 
 
 def _nothing_mixed(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -200,8 +227,12 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
     above, below = max(0, -down[0]), max(0, down[-1])
     before, after = max(0, -across[0]), max(0, across[-1])
-    count, linear = len(source), source.geometry.fill == "linear" and source.uniform_level != 0
-    rows = source.index
+    count, rows = len(source), source.index
+    static = source.capacity is not None
+    linear = source.geometry.fill == "linear" and source.uniform_level != 0 and not static
+    sources, mix = _nothing_mixed(rows.device)
+    if static:
+        rows, sources, mix = _all_readable(source)
     if linear:  # what is no anchor stands for itself, as a negative number, until it has a row of the halo
         pixels = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
         at_anchor = torch.zeros_like(rows, dtype=torch.bool)
@@ -213,7 +244,6 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     place = (image * (height + above + below) + y + above) * wide + x + before
     steps = torch.tensor([v * wide + h for v in down for h in across], device=rows.device)
     table = padded[place.unsqueeze(1) + steps]
-    sources, mix = _nothing_mixed(rows.device)
     if linear:
         between = table < 0
         wanted = torch.zeros_like(rows, dtype=torch.bool)

@@ -17,7 +17,7 @@ from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.macs import MacReport, count_macs
 from cadsurgery.masks.basic import UniformMask
-from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.masking import NEEDS_STATIC, Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.plan import Plan
@@ -74,7 +74,7 @@ class AdaptiveModel(nn.Module):
             name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")
         }
         self._surgery = surgery
-        self._lattice: Lattice | None = None
+        self._last = _Last()
         self._override: ContextVar[object] = ContextVar("mask", default=None)
         self._checks: tuple[Check, ...] = ()
         self._run = _compile(surgery.graph)
@@ -99,6 +99,8 @@ class AdaptiveModel(nn.Module):
         """
         if mask is None and self._override.get() is not None:
             mask = self._override.get()
+        if torch.compiler.is_compiling() and not _is_static(self._mask_provider if mask is None else mask):
+            return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
         if self._run_unchanged is not None and isinstance(provider, UniformMask):
             level = 0 if provider.high else self.plan.max_level
@@ -111,7 +113,7 @@ class AdaptiveModel(nn.Module):
         arguments = self.bind(*args, **kwargs)
         check_image(next(iter(arguments.values()), None))
         output, lattice = self._run(self.names(), masking, **arguments)
-        self._lattice = lattice
+        self._keep(lattice)
         return self._surgery.container(output) if isinstance(output, dict) else output
 
     def _as_it_was(self, level: int, *args: Any, **kwargs: Any) -> Any:
@@ -120,8 +122,20 @@ class AdaptiveModel(nn.Module):
         check_image(next(iter(arguments.values()), None))
         assert self._run_unchanged is not None
         output, fine = self._run_unchanged(self.names(), **arguments)
-        self._lattice = self.geometry.uniform_like(fine, level)
+        self._keep(self.geometry.uniform_like(fine, level))
         return self._surgery.container(output) if isinstance(output, dict) else output
+
+    @torch.compiler.disable(reason=f"the mask keeps another number of elements of each image: {NEEDS_STATIC}")
+    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` for a mask whose shapes a compiler cannot know: it breaks the graph here, or says why it cannot."""
+        return self.forward(*args, **kwargs)
+
+    def _keep(self, lattice: Lattice) -> None:
+        """Remember the lattice of a call; of a compiled call the level map alone, of an exported one nothing."""
+        if not torch.compiler.is_compiling():
+            self._last.lattice, self._last.levels = lattice, None
+        elif not torch.compiler.is_exporting():
+            self._last.lattice, self._last.levels = None, lattice.pyramid.levels
 
     @contextmanager
     def masked(self, mask: object) -> Iterator[None]:
@@ -196,9 +210,12 @@ class AdaptiveModel(nn.Module):
     @property
     def lattice(self) -> Lattice:
         """The lattice of the last call."""
-        if self._lattice is None:
+        last = self._last
+        if last.lattice is None and last.levels is not None:
+            last.lattice = self.geometry.lattice(last.levels)
+        if last.lattice is None:
             raise InvalidInput("the network has not run yet.", next="call it on an image first: net(x).")
-        return self._lattice
+        return last.lattice
 
     @property
     def levels(self) -> Tensor:
@@ -253,12 +270,24 @@ class AdaptiveModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        shared = {"_surgery": self._surgery, "_run": self._run, "_lattice": None}  # values, never changed
+        shared = {"_surgery": self._surgery, "_run": self._run, "_last": _Last()}  # values, never changed
         shared["_run_unchanged"] = self._run_unchanged
         shared["_override"] = ContextVar("mask", default=None)
         state = {key: value for key, value in vars(self).items() if key not in shared}
         clone.__dict__.update(copy.deepcopy(state, memo), **shared)
         return clone
+
+
+@dataclass
+class _Last:
+    """What is known of the last call: its lattice, or its level map."""
+
+    lattice: Lattice | None = None
+    levels: Tensor | None = None
+
+
+def _is_static(mask: object) -> bool:
+    return isinstance(mask, MaskProvider) and mask.static
 
 
 # What a pickled network does without.

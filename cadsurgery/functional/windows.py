@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.functional import native
-from cadsurgery.functional.elements import Elements, extended, mixed, rows_on
+from cadsurgery.functional.elements import Elements, extended, mixed, own_image, rows_on
 from cadsurgery.functional.kernels import Kernel, PackedConv, product
 from cadsurgery.kernel_map import Reading, Window, divisors, kernel_map
 from cadsurgery.lattice import Lattice
@@ -39,7 +39,7 @@ def conv2d(
         stage: stage of the output, at least the input's.
         groups: channel groups.
     """
-    if not _needs_gradient(x.rows, weight, bias):
+    if not torch.compiler.is_compiling() and not _needs_gradient(x.rows, weight, bias):
         return fused_conv2d(x, Kernel(weight, bias, groups), window=window, stage=stage)
     window, target = _target(x, window, stage)
     rows, weight, bias = _autocast(x.rows, weight, bias)
@@ -51,7 +51,7 @@ def conv2d(
     if window.is_pointwise and groups == 1:
         return Elements(product(rows_on(x, target), weight.flatten(1), bias), target)
     rows, table = _taps(x, window, target)
-    return Elements(_GatherConv.apply(rows, _kernel(weight, groups), bias, table, groups), target)
+    return Elements(_gather_conv(rows, _kernel(weight, groups), bias, table, groups), target)
 
 
 def fused_conv2d(
@@ -66,6 +66,8 @@ def fused_conv2d(
         window: the operation as the network has it, with the spacing of its grid.
         stage: stage of the output.
     """
+    if torch.compiler.is_compiling():
+        return _composed_conv2d(x, kernel, residual, window, stage)
     kernel = kernel.kernel if isinstance(kernel, PackedConv) else kernel
     window, target = _target(x, window, stage)
     x = Elements(_autocast(x.rows)[0], x.lattice)
@@ -78,6 +80,15 @@ def fused_conv2d(
     image, stride, padding, dilation = dense
     shown = _image_of(more, target) if more is not None else None
     return _from_dense(kernel.on_image(image, stride, padding, dilation, shown), target)
+
+
+def _composed_conv2d(
+    x: Elements, kernel: Kernel | PackedConv, residual: Elements | None, window: Window, stage: int
+) -> Elements:
+    """`fused_conv2d` operation by operation: a compiler fuses them itself."""
+    out = conv2d(x, kernel.weight.to(x.rows.dtype), kernel.bias, window, stage, kernel.groups)
+    rows = out.rows + rows_on(residual, out.lattice) if residual is not None else out.rows
+    return Elements(kernel.activation.apply_(rows) if kernel.activation is not None else rows, out.lattice)
 
 
 def _gathered_product(
@@ -138,14 +149,15 @@ def conv2d_per_image(
     """
     window, target = _target(x, window, stage)
     rows, table = _taps(x, window, target)
-    counts = torch.bincount(target.coordinates[0], minlength=target.batch).tolist()
     kernels = (mix @ weight).view(-1, *shape)
     biases = mix @ bias if bias is not None else [None] * len(kernels)
+    static = target.capacity is not None
+    tables = [table] * target.batch if static else table.split(target.counts.tolist())
     parts = []
-    for kernel, offset, part in zip(kernels, biases, table.split(counts), strict=True):
+    for kernel, offset, part in zip(kernels, biases, tables, strict=True):
         operands = _autocast(rows, _kernel(kernel, groups), offset)
-        parts.append(_GatherConv.apply(*operands, part, groups))
-    return Elements(torch.cat(parts), target)
+        parts.append(_gather_conv(*operands, part, groups))
+    return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 
 
 def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
@@ -204,6 +216,22 @@ def _target(x: Elements, window: Window, stage: int) -> tuple[Window, Lattice]:
 def _drops(target: Lattice, window: Window) -> bool:
     """Whether cells that are not downsampled here pass as they are."""
     return target.geometry.pool == "drop" and window.stride > 1
+
+
+def _gather_conv(rows: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, groups: int) -> Tensor:
+    """`_GatherConv`, or while a graph is made the same as an expression that compilers optimise."""
+    if not torch.compiler.is_compiling():
+        return _GatherConv.apply(rows, weight, bias, table, groups)
+    gathered = rows.index_select(0, table.flatten()).view(*table.shape, -1)
+    if groups == 1:
+        return product(gathered.flatten(1), weight, bias)
+    parts = gathered.unflatten(2, (groups, -1))  # (N, taps, groups, C / groups)
+    kernel = weight.unflatten(0, (groups, -1)).squeeze(-1)  # (groups, O / groups, C / groups, taps)
+    if kernel.shape[2] == 1:
+        out = (parts * kernel.permute(3, 0, 2, 1).squeeze(2)).sum(1)
+    else:
+        out = torch.einsum("ntgc,goct->ngo", parts, kernel)
+    return out.flatten(1) if bias is None else out.flatten(1) + bias
 
 
 def _needs_gradient(*values: Tensor | None) -> bool:

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import Geometry, Lattice, describe
+from cadsurgery.lattice import Bounds, Geometry, Lattice, describe
 from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels
+
+
+# What a message says where a mask is not static.
+NEEDS_STATIC = (
+    'keep a fixed share of the patches, mask="edges | budget:fraction=0.3", or compile with cs.Bucketed(net).'
+)
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,23 @@ class Masking:
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
         size = (features.shape[2], features.shape[3])
-        geometry = self.geometry
+        geometry, bounds = self.geometry, None
         grid = Grid(features.shape[0], size, self.output_stride, geometry.max_level, geometry.sides[-1])
+        if torch.compiler.is_compiling():  # otherwise exact counts are known, and faster
+            bounds = self._bounds(grid)
         with torch.no_grad():
             found = self.provider(image, features, grid)
-        return geometry.lattice(checked_levels(found, grid, self.provider.name))
+        return geometry.lattice(checked_levels(found, grid, self.provider.name), bounds)
+
+    def _bounds(self, grid: Grid) -> Bounds:
+        kept = self.provider.kept_patches(grid)
+        if kept is None:
+            raise InvalidInput(
+                f"mask {self.provider.spec()} keeps another number of elements of each image.",
+                why="a compiled or exported network has fixed shapes.",
+                next=NEEDS_STATIC,
+            )
+        return Bounds.of_patches(self.geometry, grid.batch, grid.size, kept)
 
 
 def check_image(image: Any, name: str = "the image") -> None:
