@@ -76,6 +76,7 @@ class AdaptiveModel(nn.Module):
         self._surgery = surgery
         self._last = _Last()
         self._override: ContextVar[object] = ContextVar("mask", default=None)
+        self._overridden = False  # whether it was ever set: before torch 2.15 compilers cannot look
         self._checks: tuple[Check, ...] = ()
         self._run = _compile(surgery.graph)
         self._run_unchanged = _compile(surgery.unchanged) if surgery.unchanged is not None else None
@@ -97,7 +98,7 @@ class AdaptiveModel(nn.Module):
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
-        if mask is None and self._override.get() is not None:
+        if mask is None and self._overridden:
             mask = self._override.get()
         if torch.compiler.is_compiling() and not _is_static(self._mask_provider if mask is None else mask):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
@@ -140,6 +141,7 @@ class AdaptiveModel(nn.Module):
     @contextmanager
     def masked(self, mask: object) -> Iterator[None]:
         """Another mask for the calls made within, in this thread; None leaves the network's own."""
+        self._overridden = True
         token = self._override.set(mask)
         try:
             yield

@@ -48,8 +48,18 @@ def conv2d(
     if dense is not None:
         image, stride, padding, dilation = dense
         return _from_dense(F.conv2d(image, weight, bias, stride, padding, dilation, groups), target)
+    whole = _is_kept_whole(x.rows, weight, bias)
     if window.is_pointwise and groups == 1:
-        return Elements(product(rows_on(x, target), weight.flatten(1), bias), target)
+        multiply = torch.ops.cadsurgery.product if whole else product
+        return Elements(multiply(rows_on(x, target), weight.flatten(1), bias), target)
+    if whole:
+        reading = _reading(x, window, target)
+        table, (sources, mix) = reading.table, (reading.sources, reading.mix)
+        outside = window.outside or 0.0
+        out = torch.ops.cadsurgery.product_by_table(
+            x.rows, table, sources, mix, reading.has_outside, outside, weight, bias, groups
+        )
+        return Elements(out, target)
     rows, table = _taps(x, window, target)
     return Elements(_gather_conv(rows, _kernel(weight, groups), bias, table, groups), target)
 
@@ -94,26 +104,31 @@ def _composed_conv2d(
 def _gathered_product(
     x: Elements, kernel: Kernel, window: Window, target: Lattice, residual: Tensor | None
 ) -> Tensor:
-    """Rows (N, O) of a convolution by its kernel map, block by block: the gathered rows, `taps` times as many as
+    """Rows (N, O) of a convolution by its kernel map."""
+    return _product_by_table(x.rows, _reading(x, window, target), window.outside or 0.0, kernel, residual)
+
+
+def _product_by_table(
+    rows: Tensor, reading: Reading, outside: float, kernel: Kernel, residual: Tensor | None = None
+) -> Tensor:
+    """The products of gathered rows with a kernel, (N, O), block by block: the gathered rows, `taps` times as many as
     there are elements, never exist as a whole."""
-    reading = _reading(x, window, target)
-    table = reading.table.to(x.rows.device)
-    if kernel.groups > 1 and native.supported(x.rows) and native.has_grouped(kernel.weight, kernel.groups):
-        return kernel.grouped(_rows(x, reading, window.outside or 0.0), table, residual)
-    block = _block_length(table, x.rows)
+    table = reading.table.to(rows.device)
+    if kernel.groups > 1 and native.supported(rows) and native.has_grouped(kernel.weight, kernel.groups):
+        return kernel.grouped(_rows(rows, reading, outside), table, residual)
+    block, count = _block_length(table, rows), table.shape[0]
     if kernel.groups > 1:
-        weight, bias = _kernel(kernel.weight.to(x.rows.dtype), kernel.groups), kernel.bias
-        bias = bias.to(x.rows.dtype) if bias is not None else None
-        rows = extended(x.rows, reading, window.outside or 0.0)
+        weight, bias = _kernel(kernel.weight.to(rows.dtype), kernel.groups), kernel.bias
+        bias = bias.to(rows.dtype) if bias is not None else None
+        rows = extended(rows, reading, outside)
         parts = [_apply_taps(part, weight, bias, kernel.groups) for part in _gathered(rows, table)]
         return kernel.finish(torch.cat(parts), residual)
-    out = x.rows.new_empty(len(target), kernel.weight.shape[0])
-    channels = x.rows.shape[1]
-    with _workspace(min(block, max(len(target), 1)) * table.shape[1], channels, x.rows) as buffer:
-        compiled = native.supported(x.rows)
-        source = _rows(x, reading, window.outside or 0.0) if compiled else None
-        rows = extended(x.rows, reading, window.outside or 0.0) if not compiled else x.rows
-        for start in range(0, len(target), block):
+    out = rows.new_empty(count, kernel.weight.shape[0])
+    with _workspace(min(block, max(count, 1)) * table.shape[1], rows.shape[1], rows) as buffer:
+        compiled = native.supported(rows)
+        source = _rows(rows, reading, outside) if compiled else None
+        rows = extended(rows, reading, outside) if not compiled else rows
+        for start in range(0, count, block):
             part = table[start : start + block]
             gathered = buffer[: part.numel()]
             if source is not None:
@@ -218,6 +233,18 @@ def _drops(target: Lattice, window: Window) -> bool:
     return target.geometry.pool == "drop" and window.stride > 1
 
 
+def _is_kept_whole(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a graph that is made here holds a convolution as one operation: on the CPU the blocks of
+    `_product_by_table` are faster than what compilers make of the expression. It has no gradient and no place in an
+    exported program, which must run without this package."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and rows.device.type == "cpu"
+        and not _needs_gradient(rows, weight, bias)
+    )
+
+
 def _gather_conv(rows: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, groups: int) -> Tensor:
     """`_GatherConv`, or while a graph is made the same as an expression that compilers optimise."""
     if not torch.compiler.is_compiling():
@@ -253,17 +280,17 @@ def _taps(x: Elements, window: Window, target: Lattice) -> tuple[Tensor, Tensor]
     return extended(x.rows, reading, window.outside or 0.0), reading.table.to(x.rows.device)
 
 
-def _rows(x: Elements, reading: Reading, outside: float) -> native.Rows:
+def _rows(rows: Tensor, reading: Reading, outside: float) -> native.Rows:
     """What compiled code reads: the rows as they are, the halo apart."""
-    halo = mixed(x.rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
-    return native.Rows(x.rows.contiguous(), halo, outside)
+    halo = mixed(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
+    return native.Rows(rows.contiguous(), halo, outside)
 
 
 def _pooled(x: Elements, reading: Reading, outside: float, largest: bool) -> Tensor:
     """The largest value or the sum over the taps of each element: (N, C)."""
     if not _needs_gradient(x.rows) and native.supported(x.rows):
         out = x.rows.new_empty(reading.table.shape[0], x.rows.shape[1])
-        native.pool(_rows(x, reading, outside), reading.table, out, largest)
+        native.pool(_rows(x.rows, reading, outside), reading.table, out, largest)
         return out
     rows = extended(x.rows, reading, outside)
     return torch.cat([block.amax(1) if largest else block.sum(1) for block in _gathered(rows, reading.table)])
@@ -427,3 +454,40 @@ def _image_of(rows: Tensor, lattice: Lattice) -> Tensor:
 def _from_dense(image: Tensor, target: Lattice) -> Elements:
     """A dense map as elements of a uniform lattice."""
     return Elements(image.permute(0, 2, 3, 1).reshape(len(target), -1), target)
+
+
+_OPERATIONS = torch.library.Library("cadsurgery", "FRAGMENT")
+_OPERATIONS.define("product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
+_OPERATIONS.define(
+    "product_by_table(Tensor rows, Tensor table, Tensor sources, Tensor mix, bool has_outside, float outside, "
+    "Tensor weight, Tensor? bias, int groups) -> Tensor"
+)
+_OPERATIONS.impl("product", product, "CPU")
+
+
+def _whole_product(
+    rows: Tensor,
+    table: Tensor,
+    sources: Tensor,
+    mix: Tensor,
+    has_outside: bool,
+    outside: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+) -> Tensor:
+    reading = Reading(table.contiguous(), sources, mix, has_outside)
+    return _product_by_table(rows, reading, outside, Kernel(weight, bias, groups))
+
+
+_OPERATIONS.impl("product_by_table", _whole_product, "CPU")
+
+
+@torch.library.register_fake("cadsurgery::product")
+def _product_shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("cadsurgery::product_by_table")
+def _whole_product_shape(rows: Tensor, table: Tensor, *rest: Any) -> Tensor:
+    return rows.new_empty(table.shape[0], rest[4].shape[0])

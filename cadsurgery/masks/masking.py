@@ -21,18 +21,26 @@ NEEDS_STATIC = (
 
 @dataclass(frozen=True)
 class Masking:
-    """From an image and its fine map to the lattice: what the rewritten graph calls where the region begins."""
+    """From an image and its fine map to the lattice: what the rewritten graph calls where the region begins.
+
+    Attributes:
+        provider: the mask.
+        geometry: how lattices are built.
+        output_stride: input pixels per sample of the fine map.
+        static: give the lattice bounds instead of exact numbers of elements; always while a graph is made.
+    """
 
     provider: MaskProvider
     geometry: Geometry
     output_stride: int
+    static: bool = False
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
         size = (features.shape[2], features.shape[3])
         geometry, bounds = self.geometry, None
         grid = Grid(features.shape[0], size, self.output_stride, geometry.max_level, geometry.sides[-1])
-        if torch.compiler.is_compiling():  # otherwise exact counts are known, and faster
+        if self.static or torch.compiler.is_compiling():  # otherwise exact counts are known, and faster
             bounds = self._bounds(grid)
         with torch.no_grad():
             found = self.provider(image, features, grid)

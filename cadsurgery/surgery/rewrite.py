@@ -89,7 +89,7 @@ class Rewriter:
             options = () if layout == NCHW else (layout,)
             if self.lattice is None:
                 shown = self.call(functional.fine_map, features, *options) if options else features
-                self.lattice = self.call_value(self.masking, self.image, shown)
+                self.lattice = self.call(found_lattice, self.masking, self.image, shown)
             self.elements[node] = self.call(functional.to_elements, features, self.lattice, *options)
         return self.elements[node]
 
@@ -98,10 +98,6 @@ class Rewriter:
     def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function in the new graph."""
         return self.graph.call_function(function, args, kwargs)
-
-    def call_value(self, callee: fx.Node, *args: Any) -> fx.Node:
-        """A call of a value of the new graph."""
-        return self.graph.call_function(operator.call, (callee, *args))
 
     def argument(self, value: Any) -> Any:
         """An argument of a treatment in the new graph."""
@@ -228,6 +224,11 @@ class Rewriter:
         if isinstance(target, str):
             return self.graph.call_method(target, args, kwargs)
         return self.graph.call_function(target, args, kwargs)
+
+
+def found_lattice(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> Any:
+    """The node of a rewritten graph where the mask is asked for; compilers read no call of a value."""
+    return masking(image, features)
 
 
 def rewrite(facts: Facts, plan: Plan, treatments: dict[fx.Node, Treatment]) -> fx.Graph:
