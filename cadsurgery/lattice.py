@@ -419,3 +419,8 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"[:80]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export makes a graph; torch's own function says yes in torch.compile too, before torch 2.15."""
+    return torch.compiler._is_exporting_flag

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.macs import MacReport, count_macs
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.masking import NEEDS_STATIC, Masking, check_image
@@ -135,7 +135,7 @@ class AdaptiveModel(nn.Module):
         """Remember the lattice of a call; of a compiled call the level map alone, of an exported one nothing."""
         if not torch.compiler.is_compiling():
             self._last.lattice, self._last.levels = lattice, None
-        elif not torch.compiler.is_exporting():
+        elif not is_exporting():
             self._last.lattice, self._last.levels = None, lattice.pyramid.levels
 
     @contextmanager

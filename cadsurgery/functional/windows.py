@@ -16,11 +16,15 @@ from cadsurgery.functional import native
 from cadsurgery.functional.elements import Elements, extended, mixed, own_image, rows_on
 from cadsurgery.functional.kernels import Kernel, PackedConv, product
 from cadsurgery.kernel_map import Reading, Window, divisors, kernel_map
-from cadsurgery.lattice import Lattice
+from cadsurgery.lattice import Lattice, is_exporting
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
 # below a dense network's activations, large enough for the matrix product to run at full speed.
 BLOCK_BYTES = 16 << 20
+# Devices with torch.autocast; asked for here, because compilers before torch 2.15 cannot.
+_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
+)
 
 
 def conv2d(
@@ -239,7 +243,7 @@ def _is_kept_whole(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     exported program, which must run without this package."""
     return (
         torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and rows.device.type == "cpu"
         and not _needs_gradient(rows, weight, bias)
     )
@@ -320,7 +324,7 @@ def _gathered(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
 def _autocast(*values: Any) -> tuple[Any, ...]:
     """The operands in the type torch.autocast wants convolutions in, if it is on: as F.conv2d does."""
     device = values[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return values
     dtype = torch.get_autocast_dtype(device)
     return tuple(value.to(dtype) if value is not None else None for value in values)

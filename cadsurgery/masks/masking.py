@@ -19,7 +19,7 @@ NEEDS_STATIC = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by compilers while its fields do not exist yet
 class Masking:
     """From an image and its fine map to the lattice: what the rewritten graph calls where the region begins.
 
