@@ -78,8 +78,8 @@ class AdaptiveModel(nn.Module):
         self._override: ContextVar[object] = ContextVar("mask", default=None)
         self._overridden = False  # whether it was ever set: before torch 2.15 compilers cannot look
         self._checks: tuple[Check, ...] = ()
-        self._run = _compile(surgery.graph)
-        self._run_unchanged = _compile(surgery.unchanged) if surgery.unchanged is not None else None
+        self._run = runnable(surgery.graph)
+        self._run_unchanged = runnable(surgery.unchanged) if surgery.unchanged is not None else None
         self._mask_provider = resolve_mask(mask)
         self.training = model.training
         self.register_state_dict_post_hook(_without_mask)
@@ -114,8 +114,7 @@ class AdaptiveModel(nn.Module):
         arguments = self.bind(*args, **kwargs)
         check_image(next(iter(arguments.values()), None))
         output, lattice = self._run(self.names(), masking, **arguments)
-        self._keep(lattice)
-        return self._surgery.container(output) if isinstance(output, dict) else output
+        return self.finish(output, lattice)
 
     def _as_it_was(self, level: int, *args: Any, **kwargs: Any) -> Any:
         """The network's own graph, operation for operation."""
@@ -123,20 +122,21 @@ class AdaptiveModel(nn.Module):
         check_image(next(iter(arguments.values()), None))
         assert self._run_unchanged is not None
         output, fine = self._run_unchanged(self.names(), **arguments)
-        self._keep(self.geometry.uniform_like(fine, level))
-        return self._surgery.container(output) if isinstance(output, dict) else output
+        return self.finish(output, self.geometry.uniform_like(fine, level))
 
     @torch.compiler.disable(reason=f"the mask keeps another number of elements of each image: {NEEDS_STATIC}")
     def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """`forward` for a mask whose shapes a compiler cannot know: it breaks the graph here, or says why it cannot."""
         return self.forward(*args, **kwargs)
 
-    def _keep(self, lattice: Lattice) -> None:
-        """Remember the lattice of a call; of a compiled call the level map alone, of an exported one nothing."""
+    def finish(self, output: Any, lattice: Lattice) -> Any:
+        """The output of a graph in the original's type, once the lattice is remembered for `levels`: of a compiled call
+        the level map alone, of an exported one nothing."""
         if not torch.compiler.is_compiling():
             self._last.lattice, self._last.levels = lattice, None
         elif not is_exporting():
             self._last.lattice, self._last.levels = None, lattice.pyramid.levels
+        return self._surgery.container(output) if isinstance(output, dict) else output
 
     @contextmanager
     def masked(self, mask: object) -> Iterator[None]:
@@ -265,8 +265,8 @@ class AdaptiveModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         unchanged = self._surgery.unchanged
-        self._run = _compile(self._surgery.graph)
-        self._run_unchanged = _compile(unchanged) if unchanged is not None else None
+        self._run = runnable(self._surgery.graph)
+        self._run_unchanged = runnable(unchanged) if unchanged is not None else None
         self._override = ContextVar("mask", default=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
@@ -323,7 +323,8 @@ class _Names:
         raise AttributeError(name)
 
 
-def _compile(graph: fx.Graph) -> Any:
+def runnable(graph: fx.Graph) -> Any:
+    """The code of a graph as a function; its first argument is `AdaptiveModel.names()`."""
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, "<cadsurgery graph>", "exec"), scope)

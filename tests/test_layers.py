@@ -51,7 +51,7 @@ LAYERS = [
         "surgery.verify",
         "surgery",
     ),
-    *("macs", "model", "hosted", "api", "zoo", "coverage", "io"),
+    *("macs", "model", "hosted", "static", "api", "zoo", "coverage", "io"),
     *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "bench", "cli"),
 ]
 GEOMETRY = (

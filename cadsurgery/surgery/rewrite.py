@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 from torch.fx.node import map_aggregate
@@ -234,6 +234,43 @@ def found_lattice(masking: Callable[[Any, Any], Any], image: Any, features: Any)
 def rewrite(facts: Facts, plan: Plan, treatments: dict[fx.Node, Treatment]) -> fx.Graph:
     """The graph of the adaptive network; `facts.model` and its graph are left as they are."""
     return Rewriter(facts, plan, treatments).run()
+
+
+class Halves(NamedTuple):
+    """A rewritten graph cut where the mask is asked for.
+
+    Attributes:
+        before: takes the network's inputs and returns all values the rest needs, as a tuple.
+        after: takes `masking` and those values.
+        image: which of the values the mask is shown as the image,
+        features: and which as the fine map.
+    """
+
+    before: fx.Graph
+    after: fx.Graph
+    image: int
+    features: int
+
+
+def halves(graph: fx.Graph) -> Halves:
+    """Cut a rewritten graph, so that its masks can be found before the shapes of what follows are fixed."""
+    nodes = list(graph.nodes)
+    asked = next(place for place, node in enumerate(nodes) if node.target is found_lattice)
+    masking, *shown = nodes[asked].args
+    rest = set(nodes[asked:])
+    needed = [node for node in nodes[:asked] if node is not masking and rest & node.users.keys()]
+    before, after = fx.Graph(), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes[:asked]:
+        if node is not masking:
+            copies[node] = before.node_copy(node, copies.__getitem__)
+    before.output(tuple(copies[node] for node in needed))
+    copies = {masking: after.placeholder(MASKING)}
+    copies |= {node: after.placeholder(node.name) for node in needed}
+    for node in nodes[asked:]:
+        copies[node] = after.node_copy(node, copies.__getitem__)
+    image, features = (needed.index(value) for value in shown)
+    return Halves(before, after, image, features)
 
 
 def unchanged(facts: Facts, plan: Plan) -> fx.Graph:
