@@ -55,13 +55,16 @@ def main() -> None:
         static = Masking(net.mask, net.geometry, net.plan.strides[0], static=True)
         sides[f"eager {fill}"] = lambda net=net: net(x)
         sides[f"static {fill}"] = lambda net=net, static=static: net.run(static, x)
-        sides[f"compiled {fill}"] = lambda run=torch.compile(net, mode=options.mode, fullgraph=True): run(x)
+        fast = torch.compile(net, mode=options.mode, fullgraph=True)
+        sides[f"compiled {fill}"] = lambda fast=fast: fast(x)
     best = {name: time.best for name, time in interleaved(sides, options.rounds, warmup=3).items()}
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))
         return
     height, width = options.size
-    print(f"ResNet-50 backbone, {height}x{width}, fraction {options.fraction}, {torch.get_num_threads()} threads")
+    print(
+        f"ResNet-50 backbone, {height}x{width}, fraction {options.fraction}, {torch.get_num_threads()} threads"
+    )
     for name, milliseconds in best.items():
         eager = best[f"eager {name.split()[1]}"]
         print(f"{name:20} {milliseconds:8.1f} ms   {eager / milliseconds:5.2f}x eager")

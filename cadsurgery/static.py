@@ -1,8 +1,8 @@
 """Static shapes for compilers: programs that run without this package, and networks compiled once per bucket.
 
-A network whose mask always keeps the same number of patches (`"edges | budget:fraction=0.3"`) has shapes that depend on
-the size of the image alone: `torch.compile(net)` makes one graph for all images of a size, and `export` one file. For any
-other mask `Bucketed` rounds the numbers of elements up.
+A network whose mask always keeps the same number of patches (`"edges | budget:fraction=0.3"`) has shapes that depend
+on the size of the image alone: `torch.compile(net)` makes one graph for all images of a size, and `export` one file.
+For any other mask `Bucketed` rounds the numbers of elements up.
 """
 
 from __future__ import annotations

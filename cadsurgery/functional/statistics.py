@@ -238,9 +238,7 @@ def _centred_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
     return centred, mean(centred.square())
 
 
-def _update_statistics(
-    norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor
-) -> None:
+def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
     momentum = norm.momentum
     if norm.num_batches_tracked is not None:

@@ -174,8 +174,8 @@ def conv2d_per_image(
     tables = [table] * target.batch if static else table.split(target.counts.tolist())
     parts = []
     for kernel, offset, part in zip(kernels, biases, tables, strict=True):
-        operands = _autocast(rows, _kernel(kernel, groups), offset)
-        parts.append(_gather_conv(*operands, part, groups))
+        values, matrix, more = _autocast(rows, _kernel(kernel, groups), offset)
+        parts.append(_gather_conv(values, matrix, more, part, groups))
     return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 
 

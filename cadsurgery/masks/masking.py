@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import Bounds, Geometry, Lattice, describe
 from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels
-
 
 # What a message says where a mask is not static.
 NEEDS_STATIC = (
@@ -72,7 +72,10 @@ def check_image(image: Any, name: str = "the image") -> None:
             f"{name} has size zero: {tuple(image.shape)}.",
             next="give an image batch (batch, channels, height, width) with no axis empty.",
         )
-    if not torch.compiler.is_compiling() and not image.is_meta and not image.isfinite().all():
+    if torch.compiler.is_compiling():
+        for length in image.shape:
+            operator.index(length)  # one graph per size: lattices are made of Python numbers
+    elif not image.is_meta and not image.isfinite().all():
         bad = int((~image.isfinite()).sum())
         raise InvalidInput(
             f"{name} holds {bad} NaN or infinite values.",
