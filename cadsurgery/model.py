@@ -100,7 +100,8 @@ class AdaptiveModel(nn.Module):
         """
         if mask is None and self._overridden:
             mask = self._override.get()
-        if torch.compiler.is_compiling() and not _is_static(self._mask_provider if mask is None else mask):
+        chosen = self._mask_provider if mask is None else mask
+        if torch.compiler.is_compiling() and not is_exporting() and not _is_static(chosen):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
         if self._run_unchanged is not None and isinstance(provider, UniformMask):

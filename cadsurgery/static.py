@@ -106,11 +106,14 @@ class Bucketed(nn.Module):
 
 def bucket(count: int, per_octave: int) -> tuple[int, int]:
     """The bucket a number is in: its least and its largest."""
-    place = max(math.floor(per_octave * math.log2(max(count, 1))) - 1, 0)
-    while math.ceil(2 ** (place / per_octave)) < count:
+
+    def most(place: int) -> int:
+        return math.ceil(2 ** (place / per_octave)) if place >= 0 else -1
+
+    place = math.floor(per_octave * math.log2(count - 1)) if count > 1 else 0
+    while most(place) < count:
         place += 1
-    least = math.ceil(2 ** ((place - 1) / per_octave)) + 1 if place else 0
-    return least, math.ceil(2 ** (place / per_octave))
+    return most(place - 1) + 1, most(place)
 
 
 @dataclass(frozen=True, eq=False)

@@ -151,7 +151,7 @@ OPERATIONS: dict[str, Operation] = {
     "conv reflected": under("reflect"),
     "conv grouped": lambda x, w: functional.conv2d(x, w[:, :1], None, PAIR._replace(spacing=2), 1, 4),
     "conv strided": lambda x, w: functional.conv2d(x, w, None, PAIR._replace(spacing=2, stride=2), 2),
-    "conv valid": lambda x, w: functional.conv2d(x, w, None, Window((3, 2), spacing=2), 1),
+    "conv valid": lambda x, w: functional.conv2d(x, w[..., :2], None, Window((3, 2), spacing=2), 1),
     "conv per image": mixed_experts,
     "point": lambda x, w: functional.conv2d(x, w[:, :, :1, :1], None, Window((1, 1)), 2),
     "max pool": lambda x, w: functional.max_pool2d(x, PAIR._replace(spacing=2, stride=2), 2),
@@ -248,7 +248,7 @@ def poisoned(net: cs.AdaptiveModel, x: Tensor) -> Any:
     hooks = [
         module.register_forward_hook(poison)
         for module in net.modules()
-        if isinstance(module, nn.ReLU | nn.SiLU)
+        if isinstance(module, nn.ReLU | nn.ReLU6 | nn.SiLU)
     ]
     try:
         with torch.no_grad():
@@ -258,6 +258,14 @@ def poisoned(net: cs.AdaptiveModel, x: Tensor) -> Any:
             hook.remove()
     assert any(written), "there was padding to write into"
     return found
+
+
+def trunk() -> nn.Module:
+    """A plain CNN of output stride 32, quick to compile."""
+    layers: list[nn.Module] = []
+    for depth in range(5):
+        layers += [nn.Conv2d(4 if depth else 3, 4, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1)).eval()
 
 
 def network(name: str) -> nn.Module:
@@ -302,14 +310,14 @@ def test_one_graph_serves_every_image_of_a_size(name: str) -> None:
 
 
 def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
-    net, seen = converted(build("resnet18")), graphs()
+    net, seen = converted(trunk()), graphs()
     fast = torch.compile(net, backend=seen, fullgraph=True)
     with torch.no_grad():
         for count, size in enumerate([(64, 96), (65, 97), (96, 64)], 1):
             x = images(1, *size)
             assert_same(fast(x), net(x), 1e-5)
             assert seen.frame_count == count
-        net.load_state_dict(build("resnet18").state_dict())
+        net.load_state_dict(trunk().state_dict())
         assert_same(fast(x), net(x), 1e-5)
         assert seen.frame_count == count
 
@@ -344,13 +352,12 @@ def test_compiled_training_is_eager_training() -> None:
         assert torch.allclose(one, two, atol=1e-12), name
 
 
-@FILLS
-def test_inductor_gives_what_eager_gives(fill: str) -> None:
+def test_inductor_gives_what_eager_gives() -> None:
     """Depthwise, dense and pointwise convolutions and global means, as compiled code."""
     settings = [[1, 8, 1, 2], [2, 8, 1, 2], [2, 8, 2, 2], [2, 16, 1, 2]]
     torch.manual_seed(0)
     model = MobileNetV2(num_classes=5, width_mult=0.5, inverted_residual_setting=settings).eval()
-    net, x = converted(model, fill=fill), images(1, 72, 104)
+    net, x = converted(model), images(1, 72, 104)
     with torch.no_grad():
         assert_same(torch.compile(net, fullgraph=True)(x), net(x), 1e-5)
 
@@ -396,10 +403,9 @@ torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
-def test_an_exported_program_runs_without_the_package(name: str, tmp_path: Path) -> None:
+def test_an_exported_program_runs_without_the_package(tmp_path: Path) -> None:
     """On another image than it was made from; its operations are torch's own."""
-    net, x = converted(build(name)), images(2, 72, 104)
+    net, x = converted(build("resnet18")), images(2, 72, 104)
     report = cs.export(net, images(2, 72, 104), tmp_path / "net.pt2")
     assert report.difference < 1e-5 and report.bytes == (tmp_path / "net.pt2").stat().st_size
     torch.save(x, tmp_path / "x.pt")
@@ -410,7 +416,7 @@ def test_an_exported_program_runs_without_the_package(name: str, tmp_path: Path)
 
 
 def test_strict_export_is_torch_operations_too() -> None:
-    net, x = converted(build("resnet18")), images(1, 64, 96)
+    net, x = converted(trunk()), images(1, 64, 96)
     program = torch.export.export(net, (images(1, 64, 96),), strict=True)
     with torch.no_grad():
         assert_same(program.module()(x), net(x), 1e-5)
@@ -418,7 +424,7 @@ def test_strict_export_is_torch_operations_too() -> None:
 
 
 def test_export_leaves_the_network_and_its_last_call_alone(tmp_path: Path) -> None:
-    net, x = converted(build("resnet18")), images(1, 64, 96)
+    net, x = converted(trunk()), images(1, 64, 96)
     with torch.no_grad():
         before = net(x)
         torch.export.export(net, (images(1, 64, 96),))
@@ -429,9 +435,9 @@ def test_export_leaves_the_network_and_its_last_call_alone(tmp_path: Path) -> No
 def test_export_refuses_with_a_next_step_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net, x, path = converted(build("resnet18")), images(1, 64, 96), tmp_path / "net.pt2"
+    net, x, path = converted(trunk()), images(1, 64, 96), tmp_path / "net.pt2"
     with pytest.raises(cs.InvalidInput, match=r"edges \| budget:fraction=0.3"):
-        cs.export(converted(build("resnet18"), "edges"), x, path)
+        cs.export(converted(trunk(), "edges"), x, path)
     with pytest.raises(cs.InvalidInput, match="eval"):
         cs.export(copy.deepcopy(net).train(), x, path)
     with pytest.raises(cs.FileError, match="folder"):
@@ -454,11 +460,12 @@ def test_export_refuses_with_a_next_step_and_writes_nothing(
 
 def test_other_masks_break_the_graph_or_are_refused_in_words() -> None:
     """Without fullgraph the network runs as it does in eager mode; with it the message names both ways out."""
-    net, x = converted(build("resnet18"), "edges"), images(1, 64, 96)
+    net, x = converted(trunk(), "edges"), images(1, 64, 96)
     levels = random_levels(1, (8, 12), (2, 2))
     with torch.no_grad():
         assert_same(torch.compile(net, backend="eager")(x), net(x), 1e-6)
         assert_same(torch.compile(net, backend="eager")(x, mask=levels), net(x, mask=levels), 1e-6)
+        torch._dynamo.reset()
         with pytest.raises(Exception) as caught:
             torch.compile(net, backend="eager", fullgraph=True)(x)
         for words in ("edges | budget:fraction=0.3", "cs.Bucketed(net)"):
@@ -469,24 +476,24 @@ def test_other_masks_break_the_graph_or_are_refused_in_words() -> None:
 
 def test_images_of_one_bucket_share_a_graph() -> None:
     """Any mask, several images: one graph per bucket, results those of the eager network."""
-    net, seen = converted(network("resnet18"), "edges"), graphs("aot_eager")
+    net, seen = converted(trunk(), "edges"), graphs("aot_eager")
     fast = cs.Bucketed(net, per_octave=1, backend=seen)
     with torch.no_grad():
-        for _ in range(5):
-            x, levels = images(2, 65, 97), patch_levels(2, (9, 13), Geometry((2, 2)), 9)
+        for kept in (5, 6, 5, 6):  # 87 or 102 elements at the end, 108 or 120 before
+            x, levels = images(2, 64, 96), patch_levels(2, (8, 12), Geometry((2, 2)), kept)
             found = fast(x, mask=levels)
             assert torch.equal(net.levels, levels.to(torch.int8))
             assert_same(found, net(x, mask=levels), 1e-5)
         assert fast.buckets == 1 and seen.frame_count == 2, "the part before the mask, and the rest"
-        for kept in (0, 24, 20, 24, 0):
-            levels = patch_levels(2, (9, 13), Geometry((2, 2)), kept)
+        for kept in (0, 12, 10, 12, 0):
+            levels = patch_levels(2, (8, 12), Geometry((2, 2)), kept)
             assert_same(fast(x, mask=levels), net(x, mask=levels), 1e-5)
-        assert fast.buckets == 4 - (bucket(20, 1) == bucket(9, 1)) and seen.frame_count == 1 + fast.buckets
+        assert fast.buckets == 4 and seen.frame_count == 5
         assert_same(fast(x), net(x), 1e-5)
 
 
 def test_more_buckets_than_the_compilers_limit_are_all_compiled() -> None:
-    net, seen, x = converted(build("resnet18"), "none"), graphs(), images(1, 64, 96)
+    net, seen, x = converted(trunk(), "none"), graphs(), images(1, 64, 96)
     fast = cs.Bucketed(net, per_octave=64, backend=seen)
     with torch.no_grad():
         for kept in range(7):
@@ -499,8 +506,8 @@ def test_more_buckets_than_the_compilers_limit_are_all_compiled() -> None:
 
 
 def test_bucketed_takes_sizes_and_the_original_call() -> None:
-    net, fast_seen = converted(network("resnet18"), "edges"), graphs()
-    fast = cs.Bucketed(net, backend=fast_seen)
+    net = converted(create_feature_extractor(trunk(), {"4": "map", "10": "logits"}), "edges")
+    fast = cs.Bucketed(net, backend="eager")
     with torch.no_grad():
         for size in ((64, 96), (65, 97), (96, 64)):
             x = images(1, *size)
@@ -510,7 +517,7 @@ def test_bucketed_takes_sizes_and_the_original_call() -> None:
 
 
 def test_bucketed_refuses_what_it_cannot_wrap() -> None:
-    with pytest.raises(cs.InvalidInput, match="cs.adaptify"):
+    with pytest.raises(cs.InvalidInput, match=r"cs\.adaptify"):
         cs.Bucketed(build("resnet18"))
     with pytest.raises(cs.InvalidInput, match="per_octave"):
         cs.Bucketed(converted(build("resnet18")), per_octave=0)
