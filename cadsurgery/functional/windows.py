@@ -58,10 +58,10 @@ def conv2d(
         return Elements(multiply(rows_on(x, target), weight.flatten(1), bias), target)
     if whole:
         reading = _reading(x, window, target)
-        table, (sources, mix) = reading.table, (reading.sources, reading.mix)
+        halo = (reading.sources, reading.mix, reading.used)
         outside = window.outside or 0.0
         out = torch.ops.cadsurgery.product_by_table(
-            x.rows, table, sources, mix, reading.has_outside, outside, weight, bias, groups
+            x.rows, reading.table, *halo, reading.has_outside, outside, weight, bias, groups
         )
         return Elements(out, target)
     rows, table = _taps(x, window, target)
@@ -463,8 +463,8 @@ def _from_dense(image: Tensor, target: Lattice) -> Elements:
 _OPERATIONS = torch.library.Library("cadsurgery", "FRAGMENT")
 _OPERATIONS.define("product(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
 _OPERATIONS.define(
-    "product_by_table(Tensor rows, Tensor table, Tensor sources, Tensor mix, bool has_outside, float outside, "
-    "Tensor weight, Tensor? bias, int groups) -> Tensor"
+    "product_by_table(Tensor rows, Tensor table, Tensor sources, Tensor mix, Tensor? used, bool has_outside, "
+    "float outside, Tensor weight, Tensor? bias, int groups) -> Tensor"
 )
 _OPERATIONS.impl("product", product, "CPU")
 
@@ -474,12 +474,15 @@ def _whole_product(
     table: Tensor,
     sources: Tensor,
     mix: Tensor,
+    used: Tensor | None,
     has_outside: bool,
     outside: float,
     weight: Tensor,
     bias: Tensor | None,
     groups: int,
 ) -> Tensor:
+    if used is not None:
+        sources, mix = sources[: int(used)], mix[: int(used)]
     reading = Reading(table.contiguous(), sources, mix, has_outside)
     return _product_by_table(rows, reading, outside, Kernel(weight, bias, groups))
 
@@ -494,4 +497,4 @@ def _product_shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("cadsurgery::product_by_table")
 def _whole_product_shape(rows: Tensor, table: Tensor, *rest: Any) -> Tensor:
-    return rows.new_empty(table.shape[0], rest[4].shape[0])
+    return rows.new_empty(table.shape[0], rest[5].shape[0])
