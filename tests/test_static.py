@@ -18,6 +18,7 @@ import torch
 from conftest import assert_same, build, images, random_levels, relative_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import cadsurgery as cs
@@ -469,6 +470,25 @@ def test_other_masks_break_the_graph_or_are_refused_in_words() -> None:
             assert words in str(caught.value)
         with pytest.raises(cs.InvalidInput, match=r"cs\.Bucketed"):
             torch.export.export(net, (x,), strict=False)
+
+
+def test_a_detector_runs_uncompiled_and_its_part_compiled() -> None:
+    options = {"weights_backbone": None, "min_size": 64, "max_size": 96}
+    net = cs.adaptify(
+        get_model("retinanet_resnet50_fpn", weights=None, **options).eval(), BUDGET, verify_laws=False
+    )
+    x, seen = [images(1, 64, 96)[0]], graphs()
+    with torch.no_grad():
+        expected = net(x)[0]
+        assert_same(torch.compile(net, backend="eager")(x)[0]["scores"], expected["scores"])
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"net\.part\.compile"):
+            torch.compile(net, backend="eager", fullgraph=True)(x)
+        torch._dynamo.reset()
+        net.part.compile(backend=seen, fullgraph=True)
+        found = net(x)[0]
+    assert seen.frame_count == 1
+    assert_same(found["scores"], expected["scores"], 1e-3)
 
 
 def test_images_of_one_bucket_share_a_graph() -> None:
