@@ -18,6 +18,7 @@ _PUBLIC = {
     "adaptify": "api",
     "plan": "api",
     "AdaptiveModel": "model",
+    "Bucketed": "static",
     "Budget": "masks",
     "Elements": "functional",
     "Geometry": "lattice",
@@ -30,6 +31,7 @@ _PUBLIC = {
     "list_models": "zoo",
     "load": "io",
     "mask_provider": "masks",
+    "export": "static",
     "rule": "surgery.rules",
     "Call": "surgery.rules",
     "Treatment": "surgery.rules",
@@ -44,6 +46,7 @@ _PUBLIC = {
 
 __all__ = [
     "AdaptiveModel",
+    "Bucketed",
     "Budget",
     "CadError",
     "Call",
@@ -61,6 +64,7 @@ __all__ = [
     "Window",
     "adaptify",
     "build_model",
+    "export",
     "list_masks",
     "list_models",
     "load",
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
     from cadsurgery.lattice import Geometry, Lattice
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
     from cadsurgery.model import AdaptiveModel
+    from cadsurgery.static import Bucketed, export
     from cadsurgery.surgery.plan import Plan
     from cadsurgery.surgery.rules import Call, Treatment, rule
     from cadsurgery.zoo import build_model, list_models

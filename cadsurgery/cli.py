@@ -261,6 +261,45 @@ def bench(
     _show(report.to_dict(), report.render(), as_json)
 
 
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="a converted file, a torchvision or timm name, or module:function")
+    ],
+    mask: Annotated[
+        str,
+        typer.Option(
+            help="one that keeps a fixed share; default: the file's, or edges | budget:fraction=0.3"
+        ),
+    ] = "",
+    weights: Weights = "auto",
+    output_stride: Stride = "",
+    region: Region = "auto",
+    fill: Fill = "linear",
+    patch: Patch = "quadtree",
+    anchor: Anchor = "corner",
+    pool: Pool = "atrous",
+    size: Size = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("network.pt2"),
+    as_json: Json = False,
+) -> None:
+    """Write a program for torch.export.load that runs without this package, for images of one size.
+
+    Mask, lattice and network are in it. It is compared with the network on another image before it is written.
+    """
+    from cadsurgery.conversion import export_program
+
+    with _steps(as_json) as step:
+        options = _options(output_stride, region, fill, patch, anchor, pool)
+        found = export_program(model, weights, mask, options, _size(size), output, step)
+    shape = "x".join(map(str, found["image"]))
+    text = (
+        f"wrote {found['file']}: {found['bytes'] / 1e6:.1f} MB, images {shape}, mask {found['mask']}; "
+        f"largest difference on another image {found['difference']:.1e}"
+    )
+    _show(found, text, as_json)
+
+
 @app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help='shell-style, e.g. "*resnet*"')] = "*",

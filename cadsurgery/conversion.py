@@ -24,12 +24,14 @@ from cadsurgery.masks import Grid, resolve_mask
 from cadsurgery.masks.provider import checked_levels
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.report import ConversionReport, Side
+from cadsurgery.static import export
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.timing import interleaved
 from cadsurgery.viz import class_picture, figure_picture, mask_figure
 from cadsurgery.zoo import Source, build_model
 
 DEFAULT_SIZE = (512, 1024)
+EXPORTED_MASK = "edges | budget:fraction=0.3"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
 Step = Callable[[str], None]
@@ -119,6 +121,41 @@ def _notes(plan: Plan, active_fraction: float, sides: Sequence[Side]) -> tuple[s
             "try a coarser high output stride, a larger network, or a mask that keeps less."
         )
     return tuple(notes)
+
+
+def export_program(
+    model: str,
+    weights: str,
+    mask: str,
+    options: dict[str, Any],
+    size: tuple[int, int] | None,
+    output: Path,
+    step: Step,
+) -> dict[str, Any]:
+    """Write a network by name or a converted file as a program; see `cadsurgery export --help`.
+
+    Raises:
+        InvalidInput: the mask keeps another number of elements of each image.
+    """
+    check_folder(output)
+    step(f"building {model}")
+    net = load(model, mask=mask or None) if _is_file(model) else None
+    provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
+    if not provider.static:
+        raise InvalidInput(
+            f"mask {provider.spec()!r} keeps another number of elements of each image.",
+            why="an exported program has fixed shapes.",
+            next=f'cadsurgery export {model} --mask "{provider.spec()} | budget:fraction=0.3" -o {output}',
+        )
+    if net is None:
+        net = adaptify(build(model, weights)[0], provider, **options, verify_laws=False)
+    net.eval()
+    first, second = (normalise(example_image(None, size, seed), net.source).unsqueeze(0) for seed in (0, 1))
+    step("exporting and comparing")
+    found = export(net, first, output, other=second)
+    with torch.inference_mode():
+        net(second)
+    return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(found)}
 
 
 def make_or_read_plan(model: str, output_stride: tuple[int, int] | None, region: str | list[str]) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.macs import MacReport
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.model import AdaptiveModel
@@ -39,11 +40,20 @@ class HostedModel(AdaptiveModel):
         self.training = host.training
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
-        """Run the network as the original is called; see `AdaptiveModel.forward`."""
+        """Run the network as the original is called; see `AdaptiveModel.forward`. Compile its part, not the whole:
+        `net.part.compile()`."""
+        if torch.compiler.is_compiling() and not is_exporting():
+            return self._run_uncompiled(*args, mask=mask, **kwargs)
         host = self._host[0]
         host.training = self.training
-        with self.part.masked(mask):
+        with self.part.masked(mask) if mask is not None else contextlib.nullcontext():
             return host(*args, **kwargs)
+
+    @torch.compiler.disable(
+        reason="what surrounds the adaptive part decides by values; use net.part.compile()."
+    )
+    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
     @property
     def part(self) -> AdaptiveModel:

@@ -9,7 +9,7 @@ that are not its anchor are read by `fill` and, if linear, appended as interpola
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -107,12 +107,14 @@ class Reading:
         sources: (M, 4) int32, the four elements each halo row mixes.
         mix: (M, 4) float64, their weights, summing to one.
         has_outside: whether any entry is the padding row.
+        used: number of halo rows that are read, the first ones, if shapes must not depend on it; None: all.
     """
 
     table: Tensor
     sources: Tensor
     mix: Tensor
     has_outside: bool
+    used: Tensor | None = None
 
 
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
@@ -120,20 +122,47 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     index, count = lattice.index, len(lattice)
     row = index[points]
     sources, mix = _nothing_mixed(row.device)
-    if lattice.geometry.fill == "linear" and lattice.uniform_level != 0:
+    used = None
+    linear = lattice.geometry.fill == "linear" and lattice.uniform_level != 0
+    if linear:
         off_anchor = lattice.anchors[row] != points
         if inside is not None:
             off_anchor &= inside
+    if linear and lattice.capacity is not None:
+        reading = _bounded_halo(lattice, row, points, off_anchor)
+        row, sources, mix, used = reading.table, reading.sources, reading.mix, reading.used
+    elif linear:
         wanted = torch.zeros(index.shape[0], dtype=torch.bool, device=row.device)
         wanted[points[off_anchor]] = True
         rank = (wanted.cumsum(0) + count).to(torch.int32)
         row = torch.where(off_anchor, rank[points], row)
         sources, mix = _interpolation(lattice, wanted.nonzero().squeeze(1))
-    has_outside = False
-    if inside is not None and not bool(inside.all()):
-        has_outside = True
-        row = torch.where(inside, row, count)
-    return Reading(row.to(torch.int32), sources, mix, has_outside)
+    if inside is None or (lattice.capacity is None and bool(inside.all())):
+        return Reading(row.to(torch.int32), sources, mix, False, used)
+    return Reading(torch.where(inside, row, count).to(torch.int32), sources, mix, True, used)
+
+
+def _bounded_halo(lattice: Lattice, entries: Tensor, pixels: Tensor, between: Tensor) -> Reading:
+    """Where points of a lattice with bounds are read: `entries`, or the halo where a point lies `between` anchors.
+
+    Shapes follow from the bounds alone: the halo has a row for every pixel that can be no anchor. Those that are read
+    come first.
+
+    Args:
+        lattice: that is read.
+        entries: rows of the points that are no halo.
+        pixels: flat fine pixels of the points, where they lie between anchors.
+        between: which do.
+    """
+    capacity, whole = lattice.capacity, lattice.index.shape[0]
+    assert capacity is not None
+    wanted = torch.zeros(whole + 1, dtype=torch.bool, device=entries.device)
+    wanted[torch.where(between, pixels, whole)] = True
+    wanted = wanted[:whole]
+    rank = wanted.cumsum(0) + capacity[1]
+    table = torch.where(between, rank[torch.where(between, pixels, 0)], entries).to(torch.int32)
+    points = torch.nonzero_static(wanted, size=whole - capacity[0], fill_value=0).squeeze(1)
+    return Reading(table, *_interpolation(lattice, points), False, wanted.sum())
 
 
 def _nothing_mixed(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -213,6 +242,10 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     place = (image * (height + above + below) + y + above) * wide + x + before
     steps = torch.tensor([v * wide + h for v in down for h in across], device=rows.device)
     table = padded[place.unsqueeze(1) + steps]
+    has_outside = above + below + before + after > 0
+    if linear and source.capacity is not None:
+        found = _bounded_halo(source, table, (-1 - table).long(), table < 0)
+        return replace(found, has_outside=has_outside)
     sources, mix = _nothing_mixed(rows.device)
     if linear:
         between = table < 0
@@ -221,7 +254,7 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
         rank = wanted.cumsum(0, dtype=torch.int32) + count
         table[between] = rank[(-1 - table[between]).long()]
         sources, mix = _interpolation(source, wanted.nonzero().squeeze(1))
-    return Reading(table, sources, mix, above + below + before + after > 0)
+    return Reading(table, sources, mix, has_outside)
 
 
 def _folded(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:

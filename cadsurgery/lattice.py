@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +89,11 @@ class Geometry:
         """R_0..R_K: side of a cell of each level, in fine pixels."""
         return tuple(accumulate(self.strides, mul, initial=1))
 
-    def lattice(self, levels: Tensor) -> Lattice:
-        """The lattice after the last stage, from any integer level map (B, H, W); see `legalise`."""
+    def lattice(self, levels: Tensor, bounds: Bounds | None = None) -> Lattice:
+        """The lattice after the last stage, from any integer level map (B, H, W); see `legalise`.
+
+        With `bounds`, which must hold for the map, its number of rows is known without looking at the map.
+        """
         if levels.dim() != 3 or levels.is_floating_point() or levels.is_complex() or 0 in levels.shape:
             raise InvalidInput(
                 f"a level map is a non-empty (batch, height, width) integer tensor, not {describe(levels)}.",
@@ -98,16 +101,16 @@ class Geometry:
             )
         if levels.dtype == torch.bool:
             levels = torch.where(levels, 0, self.max_level)
-        low, high = (int(bound) for bound in torch.aminmax(levels))
-        if low < 0 or high > self.max_level:
-            raise InvalidInput(
-                f"the level map has values {low}..{high}.",
-                why=f"levels are 0 (keep high) to {self.max_level} (downsample everything).",
-                next=f"clamp it, e.g. levels.clamp(0, {self.max_level}).",
-            )
-        return Lattice(
-            Pyramid(legalise(levels, self), self), len(self.strides), (levels.shape[1], levels.shape[2])
-        )
+        if not torch.compiler.is_compiling():  # values are unknown while a graph is made
+            low, high = (int(bound) for bound in torch.aminmax(levels))
+            if low < 0 or high > self.max_level:
+                raise InvalidInput(
+                    f"the level map has values {low}..{high}.",
+                    why=f"levels are 0 (keep high) to {self.max_level} (downsample everything).",
+                    next=f"clamp it, e.g. levels.clamp(0, {self.max_level}).",
+                )
+        pyramid = Pyramid(legalise(levels, self), self, bounds)
+        return Lattice(pyramid, len(self.strides), (levels.shape[1], levels.shape[2]))
 
     def uniform(
         self, level: int, batch: int, size: tuple[int, int], device: torch.device | str = "cpu"
@@ -152,6 +155,61 @@ def _block_minimum(levels: Tensor, side: int) -> Tensor:
     return minimum.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
 
 
+class Bounds(NamedTuple):
+    """How many elements a level map can have, from its size alone: what makes every shape static.
+
+    A lattice with bounds has as many rows as there can be elements; the rows beyond the real ones are padding.
+    Padding elements repeat the first element's place, are read by nothing and weigh nothing in image-wide
+    operations, so that their values reach no real element.
+
+    Attributes:
+        least: elements of all images after each stage 0..K, at least.
+        most: likewise, at most.
+        level: the level of all cells of all images, if it is known to be the same.
+    """
+
+    least: tuple[int, ...]
+    most: tuple[int, ...]
+    level: int | None = None
+
+    @staticmethod
+    def of_patches(geometry: Geometry, batch: int, size: tuple[int, int], kept: int) -> Bounds:
+        """Bounds of maps that have level 0 in `kept` patches (aligned R_K x R_K blocks) of a batch with fine maps of
+        `size`, in any of them, and the lowest level elsewhere. A patch that sticks out of the map has fewer elements.
+        """
+        patch, pixels = geometry.sides[-1], batch * size[0] * size[1]
+        whole, rest = zip(*(divmod(length, patch) for length in size), strict=True)
+        # Kinds of patches by height and width inside the map, and how many there are of each.
+        rows, columns = (
+            [(patch, count), (cut, 1)] if cut else [(patch, count)]
+            for count, cut in zip(whole, rest, strict=True)
+        )
+        kinds = [(h, w, batch * many * times) for h, many in rows for w, times in columns]
+        total = sum(many for *_, many in kinds)
+        if kept in (0, total):
+            level = 0 if kept else geometry.max_level
+            sides = [geometry.sides[min(level, stage)] for stage in range(len(geometry.sides))]
+            exact = tuple(batch * -(-size[0] // side) * -(-size[1] // side) for side in sides)
+            return Bounds(exact, exact, level)
+        least, most = [], []
+        for stage in range(len(geometry.sides)):
+            side = geometry.sides[min(stage, geometry.max_level)]
+            coarse = batch * -(-size[0] // side) * -(-size[1] // side)
+            gains = sorted((h * w - -(-h // side) * -(-w // side), many) for h, w, many in kinds)
+            least.append(min(pixels, coarse + _sum_of_first(gains, kept)))
+            most.append(min(pixels, coarse + _sum_of_first(gains[::-1], kept)))
+        return Bounds(tuple(least), tuple(most))
+
+
+def _sum_of_first(values: list[tuple[int, int]], count: int) -> int:
+    """Sum of the first `count` of values that are given with how often each occurs."""
+    total = 0
+    for value, many in values:
+        total += value * min(many, count)
+        count -= min(many, count)
+    return total
+
+
 @dataclass(frozen=True, eq=False)
 class Pyramid:
     """A legal level map with everything computed from it: cells, areas, kernel maps.
@@ -161,10 +219,12 @@ class Pyramid:
     Attributes:
         levels: (B, H, W) int8, legal.
         geometry: the choices it is read with.
+        bounds: of the numbers of elements, if shapes must not depend on the map.
     """
 
     levels: Tensor
     geometry: Geometry
+    bounds: Bounds | None = None
     _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def derive(self, key: Hashable, build: Callable[[], T]) -> T:
@@ -242,8 +302,25 @@ class Lattice:
         return sides[self.levels.long()]
 
     @_derived
-    def _cells(self) -> tuple[Tensor, Tensor]:
-        """Anchors (N,) as flat pixel numbers, and the (B*H*W,) row of the cell each pixel lies in."""
+    def capacity(self) -> tuple[int, int] | None:
+        """Least and largest number of elements if they are known without the map; then it has the largest number of
+        rows."""
+        bounds, (height, width) = self.pyramid.bounds, self.size
+        if bounds is None:
+            return None
+        pixels = self.batch * height * width
+        if self.stage == 0:
+            return pixels, pixels
+        if bounds.level is not None:
+            rows, columns = self.grid(min(bounds.level, self.stage))
+            return self.batch * rows * columns, self.batch * rows * columns
+        lost = self.batch * self.whole_size[0] * self.whole_size[1] - pixels
+        return max(bounds.least[self.stage] - lost, 0), min(bounds.most[self.stage], pixels)
+
+    @_derived
+    def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Anchors (N,) as flat pixel numbers, the (B*H*W,) row of the cell each pixel lies in, and how many elements
+        each image has (B,)."""
         (height, width), device = self.size, self.levels.device
         y = torch.arange(height, device=device).view(1, -1, 1)
         x = torch.arange(width, device=device).view(1, 1, -1)
@@ -252,11 +329,16 @@ class Lattice:
         pixel = (image * height + y) * width + x
         is_anchor = (corner == pixel).flatten()
         row = is_anchor.cumsum(0) - 1
-        return is_anchor.nonzero().squeeze(1), row[corner.flatten()].to(torch.int32)
+        if self.capacity is None:
+            anchors = is_anchor.nonzero().squeeze(1)
+        else:
+            anchors = torch.nonzero_static(is_anchor, size=self.capacity[1], fill_value=0).squeeze(1)
+        counts = is_anchor.view(self.batch, -1).sum(1)
+        return anchors, row[corner.flatten()].to(torch.int32), counts
 
     @property
     def anchors(self) -> Tensor:
-        """(N,) int64: flat (image, y, x) pixel number of each element's anchor, ascending."""
+        """(N,) int64: flat (image, y, x) pixel number of each element's anchor, ascending; 0 for padding."""
         return self._cells[0]
 
     @property
@@ -264,8 +346,21 @@ class Lattice:
         """(B*H*W,) int32: the element whose cell holds each fine pixel."""
         return self._cells[1]
 
+    @property
+    def counts(self) -> Tensor:
+        """(B,) int64: number of elements of each image."""
+        return self._cells[2]
+
+    @_derived
+    def real(self) -> Tensor | None:
+        """(N,) bool: which rows are elements and no padding; None if all are known to be."""
+        if self.capacity is None or self.capacity[0] == self.capacity[1]:
+            return None
+        return torch.arange(len(self), device=self.levels.device) < self.counts.sum()
+
     def __len__(self) -> int:
-        return self.anchors.shape[0]
+        """Number of rows: of elements and, where only bounds are known, padding."""
+        return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
 
     @_derived
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,7 +370,10 @@ class Lattice:
 
     @_derived
     def uniform_level(self) -> int | None:
-        """The level all cells of all images have, or None."""
+        """The level all cells of all images have; None if they differ, or if that is not known without the map."""
+        if self.pyramid.bounds is not None:
+            level = 0 if self.stage == 0 else self.pyramid.bounds.level
+            return None if level is None else min(level, self.stage)
         low, high = torch.aminmax(self.levels)
         return int(low) if bool(low == high) else None
 
@@ -284,7 +382,7 @@ class Lattice:
         """(N,) float64: how much each element counts in a mean over its image; sums to H*W per image.
 
         An element weighs the area of its cell inside the map. In an image with one level everywhere
-        each counts the same, cut or not, because that image *is* its dense twin (laws 1 and 2).
+        each counts the same, cut or not, because that image *is* its dense twin (laws 1 and 2). Padding weighs zero.
         """
         height, width = self.size
         image, y, x = self.coordinates
@@ -292,8 +390,8 @@ class Lattice:
         area = torch.minimum(side, height - y) * torch.minimum(side, width - x)
         flat = self.levels.flatten(1)
         uniform = flat.amin(1) == flat.amax(1)
-        counts = torch.bincount(image, minlength=self.batch)
-        return torch.where(uniform[image], height * width / counts[image].double(), area.double())
+        weights = torch.where(uniform[image], height * width / self.counts[image].double(), area.double())
+        return weights if self.real is None else weights * self.real
 
     @_derived
     def membership(self) -> Tensor:
@@ -321,3 +419,8 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"[:80]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export makes a graph; torch's own function says yes in torch.compile too, before torch 2.15."""
+    return torch.compiler._is_exporting_flag

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.macs import MacReport, count_macs, ghost
 from cadsurgery.masks.basic import UniformMask
-from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.masking import NEEDS_STATIC, Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.fuse import KERNELS, fuse
@@ -75,11 +75,12 @@ class AdaptiveModel(nn.Module):
             name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")
         }
         self._surgery = surgery
-        self._lattice: Lattice | None = None
+        self._last = _Last()
         self._override: ContextVar[object] = ContextVar("mask", default=None)
+        self._overridden = False  # whether it was ever set: before torch 2.15 compilers cannot look
         self._checks: tuple[Check, ...] = ()
-        self._run = _compile(surgery.graph)
-        self._run_unchanged = _compile(surgery.unchanged) if surgery.unchanged is not None else None
+        self._run = runnable(surgery.graph)
+        self._run_unchanged = runnable(surgery.unchanged) if surgery.unchanged is not None else None
         self._mask_provider = resolve_mask(mask)
         self.training = model.training
         self.register_state_dict_post_hook(_without_mask)
@@ -98,8 +99,11 @@ class AdaptiveModel(nn.Module):
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
-        if mask is None and self._override.get() is not None:
+        if mask is None and self._overridden:
             mask = self._override.get()
+        chosen = self._mask_provider if mask is None else mask
+        if torch.compiler.is_compiling() and not is_exporting() and not _is_static(chosen):
+            return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
         if self._run_unchanged is not None and isinstance(provider, UniformMask):
             level = 0 if provider.high else self.plan.max_level
@@ -110,8 +114,7 @@ class AdaptiveModel(nn.Module):
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools."""
         check_image(next(iter(self.bind(*args, **kwargs).values()), None))
-        output, self._lattice = self.run_graph(masking, *args, **kwargs)
-        return self._surgery.container(output) if isinstance(output, dict) else output
+        return self.finish(*self.run_graph(masking, *args, **kwargs))
 
     def run_graph(self, masking: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Lattice]:
         """Output and lattice of the rewritten graph, nothing checked or noted."""
@@ -124,12 +127,26 @@ class AdaptiveModel(nn.Module):
         check_image(next(iter(arguments.values()), None))
         assert self._run_unchanged is not None
         output, fine = self._run_unchanged(self.names(), **arguments)
-        self._lattice = self.geometry.uniform_like(fine, level)
+        return self.finish(output, self.geometry.uniform_like(fine, level))
+
+    @torch.compiler.disable(reason=f"the mask keeps another number of elements of each image: {NEEDS_STATIC}")
+    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` for a mask whose shapes a compiler cannot know: it breaks the graph here, or says why it cannot."""
+        return self.forward(*args, **kwargs)
+
+    def finish(self, output: Any, lattice: Lattice) -> Any:
+        """The output of a graph in the original's type, once the lattice is remembered for `levels`: of a compiled call
+        the level map alone, of an exported one nothing."""
+        if not torch.compiler.is_compiling():
+            self._last.lattice, self._last.levels = lattice, None
+        elif not is_exporting():
+            self._last.lattice, self._last.levels = None, lattice.pyramid.levels
         return self._surgery.container(output) if isinstance(output, dict) else output
 
     @contextmanager
     def masked(self, mask: object) -> Iterator[None]:
         """Another mask for the calls made within, in this thread; None leaves the network's own."""
+        self._overridden = True
         token = self._override.set(mask)
         try:
             yield
@@ -200,9 +217,12 @@ class AdaptiveModel(nn.Module):
     @property
     def lattice(self) -> Lattice:
         """The lattice of the last call."""
-        if self._lattice is None:
+        last = self._last
+        if last.lattice is None and last.levels is not None:
+            last.lattice = self.geometry.lattice(last.levels)
+        if last.lattice is None:
             raise InvalidInput("the network has not run yet.", next="call it on an image first: net(x).")
-        return self._lattice
+        return last.lattice
 
     @property
     def levels(self) -> Tensor:
@@ -262,14 +282,14 @@ class AdaptiveModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         unchanged = self._surgery.unchanged
-        self._run = _compile(self._surgery.graph)
-        self._run_unchanged = _compile(unchanged) if unchanged is not None else None
+        self._run = runnable(self._surgery.graph)
+        self._run_unchanged = runnable(unchanged) if unchanged is not None else None
         self._override = ContextVar("mask", default=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        shared = {"_surgery": self._surgery, "_run": self._run, "_lattice": None}  # values, never changed
+        shared = {"_surgery": self._surgery, "_run": self._run, "_last": _Last()}  # values, never changed
         shared["_run_unchanged"] = self._run_unchanged
         shared["_override"] = ContextVar("mask", default=None)
         state = {key: value for key, value in vars(self).items() if key not in shared}
@@ -301,8 +321,9 @@ class OptimizedModel(AdaptiveModel):
         self._checks = net.checks
         self.training = False
 
+    @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
-        """Run the network as the original is called; see `AdaptiveModel.forward`."""
+        """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile leaves it as it is."""
         with torch.no_grad():
             return super().forward(*args, mask=mask, **kwargs)
 
@@ -339,6 +360,18 @@ class _Data:
                 setattr(self, name, value)
 
 
+@dataclass
+class _Last:
+    """What is known of the last call: its lattice, or its level map."""
+
+    lattice: Lattice | None = None
+    levels: Tensor | None = None
+
+
+def _is_static(mask: object) -> bool:
+    return isinstance(mask, MaskProvider) and mask.static
+
+
 # What a pickled network does without.
 _MADE_ANEW = ("_run", "_run_unchanged", "_override")
 
@@ -370,7 +403,8 @@ class _Names:
         raise AttributeError(name)
 
 
-def _compile(graph: fx.Graph) -> Any:
+def runnable(graph: fx.Graph) -> Any:
+    """The code of a graph as a function; its first argument is `AdaptiveModel.names()`."""
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, "<cadsurgery graph>", "exec"), scope)

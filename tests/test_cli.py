@@ -115,13 +115,13 @@ def test_the_command_line_starts_without_torch() -> None:
 def test_help_starts_without_torch_and_names_the_commands() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "cadsurgery.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name in ("convert", "plan", "mask", "run", "macs", "bench", "list"):
+    for name in ("convert", "plan", "mask", "run", "macs", "bench", "export", "list"):
         assert name in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported and "torch" not in imported
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "mask", "run", "macs", "bench", "list"])
+@pytest.mark.parametrize("command", ["convert", "plan", "mask", "run", "macs", "bench", "export", "list"])
 def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.code == 0 and "--json" in result.out
@@ -143,6 +143,7 @@ def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> N
         ["bench"],
         ["bench", "--model", "resnet18", "--fractions", "half"],
         ["bench", "--model", "resnet18", "--rounds", "0"],
+        ["export"],
     ],
     ids=" ".join,
 )
@@ -178,6 +179,10 @@ REFUSED = [
     (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--weights", "missing.pth"], "FileError", "path"),
     (["convert", "--model", "usernets:segmenter", "--region", "backbone"], "CannotConvert", "auto"),
+    (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", '--mask "edges:'),
+    (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", "| budget:fraction=0.3"),
+    (["export", "usernets:segmenter", "--output", "no/net.pt2"], "FileError", "--output"),
+    (["export", "missing.safetensors"], "FileError", "path"),
     (["bench", "--model", "resnt18"], "UnknownName", "resnet18"),
     (["bench", "--model", "usernets:segmenter", "--fractions", "0.5,2"], "InvalidInput", "0 to 1"),
     (["bench", "--model", "usernets:segmenter", "--fractions", ","], "InvalidInput", "0 to 1"),
@@ -583,3 +588,29 @@ def test_a_truncated_file_is_refused_by_every_command_that_reads_one(
         result = run(*arguments, "--json")
         assert result.code == 1 and result.json["error"] == "FileError"
         assert "truncated" in result.json["why"]
+
+
+# -- export --------------------------------------------------------------------------------------------
+
+
+def test_export_writes_a_program_that_gives_what_the_network_gives(
+    run: Run, file: Path, tmp_path: Path
+) -> None:
+    """By name and of a converted file; figures in words and as JSON."""
+    result = run("export", "usernets:segmenter", "--size", "96x128", "--json")
+    assert result.code == 0, result.err
+    found = result.json
+    assert found["file"] == "network.pt2" and found["image"] == [1, 3, 96, 128]
+    assert found["bytes"] == (tmp_path / "network.pt2").stat().st_size and found["difference"] < 1e-5
+    assert "budget:fraction=0.3" in found["mask"]
+    program = torch.export.load(tmp_path / "network.pt2").module()
+    assert program(torch.zeros(1, 3, 96, 128)).shape[:2] == (1, 10)
+    told = run("export", file, "--mask", "edges | budget:fraction=0.5", "--size", "96x128", "-o", "other.pt2")
+    assert told.code == 0 and "wrote other.pt2" in told.out and "largest difference" in told.out
+    assert (tmp_path / "other.pt2").exists()
+
+
+def test_export_of_a_refused_mask_writes_nothing(run: Run, file: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert run("export", file, "--mask", "edges").code == 1
+    assert sorted(tmp_path.iterdir()) == before

@@ -53,7 +53,7 @@ LAYERS = [
         "surgery.verify",
         "surgery",
     ),
-    *("macs", "model", "hosted", "api", "zoo", "coverage", "io"),
+    *("macs", "model", "hosted", "static", "api", "zoo", "coverage", "io"),
     *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "twins", "bench", "cli"),
 ]
 GEOMETRY = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +106,18 @@ def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> T
     if per_image.shape[0] == 1:
         return per_image.expand(len(lattice), *per_image.shape[1:])
     return per_image.index_select(0, lattice.coordinates[0].to(value.device))
+
+
+def own_image(every: Sequence[Tensor], lattice: Lattice) -> Tensor:
+    """From rows (N, ...) computed for each image as if all were its own, each image's own.
+
+    With bounds only, where an image's rows end is not known while a graph is made. Costs the batch size times the
+    work; nothing more for one image.
+    """
+    if len(every) == 1:
+        return every[0]
+    image = lattice.coordinates[0].to(every[0].device)
+    return torch.stack(tuple(every))[image, torch.arange(len(lattice), device=image.device)]
 
 
 def common_lattice(stage: int, *values: Elements) -> Lattice:

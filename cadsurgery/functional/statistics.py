@@ -7,6 +7,7 @@ the weighted mean times their number. So it keeps the scale the weights were tra
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cadsurgery.functional.elements import Elements, native_shape, rows_on
+from cadsurgery.functional.elements import Elements, native_shape, own_image, rows_on
 from cadsurgery.layout import NCHW, image_dims
 
 
@@ -32,18 +33,29 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
         )
         return Elements(rows, x.lattice)
     weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
-    if not weighted or x.lattice.uniform_level is not None:  # each counts the same, as torch counts
+    real, count = x.lattice.real, len(x.lattice)
+    if real is None and (not weighted or x.lattice.uniform_level is not None):
+        # Each counts the same, as torch counts.
         found = torch.native_batch_norm(x.rows, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
         rows, mean, inverse = found
         variance = inverse.detach().square().reciprocal() - norm.eps
     else:
-        share = x.lattice.weights / x.lattice.weights.sum()
-        share = share.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
-        values = x.rows.to(share.dtype)
+        share = x.lattice.weights if weighted or real is None else real.double()
+        share = (share / share.sum()).to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
+        values = without_padding(x).to(share.dtype)
         rows, mean, variance = _WeightedNorm.apply(values, share, norm.weight, norm.bias, norm.eps)
     if norm.training and norm.track_running_stats:
-        _update_statistics(norm, mean.detach(), variance, len(x.lattice))
+        of_batch = count if real is None else x.lattice.counts.sum().to(variance)
+        _update_statistics(norm, mean.detach(), variance, of_batch)
     return Elements(rows.to(x.rows.dtype), x.lattice)
+
+
+def without_padding(x: Elements, value: float = 0.0) -> Tensor:
+    """The rows with a value in those that are padding: what sums over an image may add up."""
+    real = x.lattice.real
+    if real is None:
+        return x.rows
+    return torch.where(real.to(x.rows.device).view(-1, *(1,) * (x.rows.dim() - 1)), x.rows, value)
 
 
 class _WeightedNorm(torch.autograd.Function):
@@ -110,13 +122,13 @@ def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
 def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
-    values = x.rows.reshape(len(x.lattice), -1).to(share.dtype)
+    values = without_padding(x).reshape(len(x.lattice), -1).to(share.dtype)
     return _per_image((share @ values).to(x.rows.dtype), x, keepdim, layout)
 
 
 def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Maximum of each image: (B, C, 1, 1) or (B, C)."""
-    values = x.rows.reshape(len(x.lattice), -1)
+    values = without_padding(x, -torch.inf).reshape(len(x.lattice), -1)
     image = x.lattice.coordinates[0].to(x.rows.device).unsqueeze(1).expand_as(values)
     lowest = values.new_full((x.lattice.batch, values.shape[1]), -torch.inf)
     return _per_image(lowest.scatter_reduce(0, image, values, "amax"), x, keepdim, layout)
@@ -195,9 +207,16 @@ def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> 
     """
     height, width = (-(-length // spacing) for length in x.lattice.size)
     share = x.lattice.weights / (x.lattice.size[0] * x.lattice.size[1]) * height * width
-    weighed = x.rows * share.to(x.rows).view(-1, *(1,) * (x.rows.dim() - 1))
-    counts = torch.bincount(x.lattice.coordinates[0], minlength=x.lattice.batch).tolist()
-    parts = zip(weighed.split(counts), other.rows.split(counts), strict=True)
+    weighed = without_padding(x) * share.to(x.rows).view(-1, *(1,) * (x.rows.dim() - 1))
+    parts: Iterable[tuple[Tensor, Tensor]]
+    if x.lattice.capacity is None:
+        counts = x.lattice.counts.tolist()
+        parts = zip(weighed.split(counts), other.rows.split(counts), strict=True)
+    else:
+        values = without_padding(other)
+        parts = [
+            (weighed * own.view(-1, *(1,) * (weighed.dim() - 1)), values) for own in _own_rows(x, weighed)
+        ]
     return torch.stack([torch.einsum("n...i,n...j->...ij", left, right) for left, right in parts])
 
 
@@ -212,10 +231,19 @@ def matrix_on_rows(x: Elements, matrix: Tensor, transposed: bool) -> Elements:
     matrix = matrix.transpose(-1, -2) if transposed else matrix
     if matrix.dim() == 2:
         return Elements(x.rows @ matrix, x.lattice)
-    counts = torch.bincount(x.lattice.coordinates[0], minlength=x.lattice.batch).tolist()
     matrices = matrix.expand(x.lattice.batch, *matrix.shape[1:])
+    if x.lattice.capacity is not None:
+        every = [torch.einsum("n...k,...kj->n...j", x.rows, own) for own in matrices]
+        return Elements(own_image(every, x.lattice), x.lattice)
+    counts = x.lattice.counts.tolist()
     parts = zip(x.rows.split(counts), matrices, strict=True)
     return Elements(torch.cat([torch.einsum("n...k,...kj->n...j", *part) for part in parts]), x.lattice)
+
+
+def _own_rows(x: Elements, like: Tensor) -> list[Tensor]:
+    """For each image the (N,) share, one or zero, that its rows have in it."""
+    image = x.lattice.coordinates[0].to(like.device)
+    return [(image == number).to(like.dtype) for number in range(x.lattice.batch)]
 
 
 def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tensor:
@@ -242,14 +270,15 @@ def _centred_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
     return centred, mean(centred.square())
 
 
-def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
     momentum = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
-    unbiased = variance * (count / max(count - 1, 1))
+    others = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
+    unbiased = variance * (count / others)
     with torch.no_grad():
         norm.running_mean.lerp_(mean.to(norm.running_mean), momentum or 0.0)
         norm.running_var.lerp_(unbiased.to(norm.running_var), momentum or 0.0)

@@ -16,14 +16,18 @@ from torch.autograd.function import once_differentiable
 
 from cadsurgery.functional import gpu, native
 from cadsurgery.functional.costs import Costs, best_time, costs
-from cadsurgery.functional.elements import Elements, extended, mixed, rows_on, to_dense
+from cadsurgery.functional.elements import Elements, extended, mixed, own_image, rows_on, to_dense
 from cadsurgery.functional.kernels import Kernel, PackedConv, product
 from cadsurgery.kernel_map import Reading, Window, divisors, kernel_map
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.lattice import Geometry, Lattice, is_exporting
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
 # below a dense network's activations, large enough for the matrix product to run at full speed.
 BLOCK_BYTES = 16 << 20
+# Devices with torch.autocast; asked for here, because compilers before torch 2.15 cannot.
+_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
+)
 
 
 def conv2d(
@@ -42,7 +46,7 @@ def conv2d(
         stage: stage of the output, at least the input's.
         groups: channel groups.
     """
-    if not _needs_gradient(x.rows, weight, bias):
+    if not torch.compiler.is_compiling() and not _needs_gradient(x.rows, weight, bias):
         return fused_conv2d(x, Kernel(weight, bias, groups), window=window, stage=stage)
     window, target = _target(x, window, stage)
     rows, weight, bias = _autocast(x.rows, weight, bias)
@@ -51,12 +55,22 @@ def conv2d(
     if dense is not None:
         image, stride, padding, dilation = dense
         return _from_dense(F.conv2d(image, weight, bias, stride, padding, dilation, groups), target)
+    whole = _is_kept_whole(x.rows, weight, bias)
     if window.is_pointwise and groups == 1:
-        return Elements(product(rows_on(x, target), weight.flatten(1), bias), target)
-    if gpu.supports(x.rows, weight, groups):
+        multiply = torch.ops.cadsurgery.product_of_rows if whole else product
+        return Elements(multiply(rows_on(x, target), weight.flatten(1), bias), target)
+    if whole:
+        reading = _reading(x, window, target)
+        halo = (reading.sources, reading.mix, reading.used)
+        outside = window.outside or 0.0
+        out = torch.ops.cadsurgery.product_by_table(
+            x.rows, reading.table, *halo, reading.has_outside, outside, weight, bias, groups
+        )
+        return Elements(out, target)
+    if gpu.supports(x.rows, weight, groups) and not torch.compiler.is_compiling():
         return Elements(_on_gpu(x, Kernel(weight, bias, groups), window, target, None, "none"), target)
     rows, table = _taps(x, window, target)
-    return Elements(_GatherConv.apply(rows, _kernel(weight, groups), bias, table, groups), target)
+    return Elements(_gather_conv(rows, _kernel(weight, groups), bias, table, groups), target)
 
 
 def fused_conv2d(
@@ -106,32 +120,37 @@ def fused_conv2d(
 def _gathered_product(
     x: Elements, kernel: Kernel, window: Window, target: Lattice, residual: Tensor | None
 ) -> Tensor:
-    """Rows (N, O) of a convolution by its kernel map, block by block: the gathered rows, `taps` times as many as
-    there are elements, never exist as a whole."""
+    """Rows (N, O) of a convolution by its kernel map."""
     if gpu.supports(x.rows, kernel.weight, kernel.groups):
         act = kernel.activation
         name = gpu.activation_name(act.name, act.scalars, act.algorithm) if act is not None else "none"
         out = _on_gpu(x, kernel, window, target, residual, name or "none")
         return out if name is not None or act is None else act.apply_(out)
-    reading = _reading(x, window, target)
-    table = reading.table.to(x.rows.device)
-    if _is_compiled(x, kernel):
+    return _product_by_table(x.rows, _reading(x, window, target), window.outside or 0.0, kernel, residual)
+
+
+def _product_by_table(
+    rows: Tensor, reading: Reading, outside: float, kernel: Kernel, residual: Tensor | None = None
+) -> Tensor:
+    """The products of gathered rows with a kernel, (N, O), block by block: the gathered rows, `taps` times as many as
+    there are elements, never exist as a whole."""
+    table = reading.table.to(rows.device)
+    if _is_compiled(rows, kernel):
         run = kernel.grouped if kernel.groups > 1 else kernel.implicit
-        return run(_rows(x, reading, window.outside or 0.0), table, residual)
-    block = _block_length(table, x.rows)
+        return run(_rows(rows, reading, outside), table, residual)
+    block, count = _block_length(table, rows), table.shape[0]
     if kernel.groups > 1:
-        weight, bias = _kernel(kernel.weight.to(x.rows.dtype), kernel.groups), kernel.bias
-        bias = bias.to(x.rows.dtype) if bias is not None else None
-        rows = extended(x.rows, reading, window.outside or 0.0)
+        weight, bias = _kernel(kernel.weight.to(rows.dtype), kernel.groups), kernel.bias
+        bias = bias.to(rows.dtype) if bias is not None else None
+        rows = extended(rows, reading, outside)
         parts = [_apply_taps(part, weight, bias, kernel.groups) for part in _gathered(rows, table)]
         return kernel.finish(torch.cat(parts), residual)
-    out = x.rows.new_empty(len(target), kernel.weight.shape[0])
-    channels = x.rows.shape[1]
-    with _workspace(min(block, max(len(target), 1)) * table.shape[1], channels, x.rows) as buffer:
-        compiled = native.supported(x.rows)
-        source = _rows(x, reading, window.outside or 0.0) if compiled else None
-        rows = extended(x.rows, reading, window.outside or 0.0) if not compiled else x.rows
-        for start in range(0, len(target), block):
+    out = rows.new_empty(count, kernel.weight.shape[0])
+    with _workspace(min(block, max(count, 1)) * table.shape[1], rows.shape[1], rows) as buffer:
+        compiled = native.supported(rows)
+        source = _rows(rows, reading, outside) if compiled else None
+        rows = extended(rows, reading, outside) if not compiled else rows
+        for start in range(0, count, block):
             part = table[start : start + block]
             gathered = buffer[: part.numel()]
             if source is not None:
@@ -143,16 +162,14 @@ def _gathered_product(
     return out
 
 
-def _is_compiled(x: Elements, kernel: Kernel) -> bool:
+def _is_compiled(rows: Tensor, kernel: Kernel) -> bool:
     """Whether there is compiled code that reads the rows where they lie."""
-    if not native.supported(x.rows):
+    if not native.supported(rows):
         return False
     if kernel.groups > 1:
         return native.has_grouped(kernel.weight, kernel.groups)
     # Its weight has to be packed: worth it where that is kept.
-    return (
-        kernel.kept is not None and x.rows.dtype == kernel.weight.dtype and native.has_product(kernel.weight)
-    )
+    return kernel.kept is not None and rows.dtype == kernel.weight.dtype and native.has_product(kernel.weight)
 
 
 def _on_whole_map_is_cheaper(x: Elements, kernel: Kernel, window: Window, target: Lattice) -> bool:
@@ -163,7 +180,7 @@ def _on_whole_map_is_cheaper(x: Elements, kernel: Kernel, window: Window, target
         return False
     outputs, group = kernel.weight.shape[:2]
     kind = "plain" if kernel.groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
-    compiled = _is_compiled(x, kernel)
+    compiled = _is_compiled(x.rows, kernel)
     found = costs(
         f"{kind}, {window.taps} taps, {x.rows.dtype}, compiled {compiled}", lambda: _measured(x, kernel)
     )
@@ -260,14 +277,15 @@ def conv2d_per_image(
     """
     window, target = _target(x, window, stage)
     rows, table = _taps(x, window, target)
-    counts = torch.bincount(target.coordinates[0], minlength=target.batch).tolist()
     kernels = (mix @ weight).view(-1, *shape)
     biases = mix @ bias if bias is not None else [None] * len(kernels)
+    static = target.capacity is not None
+    tables = [table] * target.batch if static else table.split(target.counts.tolist())
     parts = []
-    for kernel, offset, part in zip(kernels, biases, table.split(counts), strict=True):
-        operands = _autocast(rows, _kernel(kernel, groups), offset)
-        parts.append(_GatherConv.apply(*operands, part, groups))
-    return Elements(torch.cat(parts), target)
+    for kernel, offset, part in zip(kernels, biases, tables, strict=True):
+        values, matrix, more = _autocast(rows, _kernel(kernel, groups), offset)
+        parts.append(_gather_conv(values, matrix, more, part, groups))
+    return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 
 
 def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
@@ -328,6 +346,34 @@ def _drops(target: Lattice, window: Window) -> bool:
     return target.geometry.pool == "drop" and window.stride > 1
 
 
+def _is_kept_whole(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a graph that is made here holds a convolution as one operation: on the CPU the blocks of
+    `_product_by_table` are faster than what compilers make of the expression. It has no gradient and no place in an
+    exported program, which must run without this package."""
+    return (
+        torch.compiler.is_compiling()
+        and not is_exporting()
+        and rows.device.type == "cpu"
+        and not _needs_gradient(rows, weight, bias)
+    )
+
+
+def _gather_conv(rows: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, groups: int) -> Tensor:
+    """`_GatherConv`, or while a graph is made the same as an expression that compilers optimise."""
+    if not torch.compiler.is_compiling():
+        return _GatherConv.apply(rows, weight, bias, table, groups)
+    gathered = rows.index_select(0, table.flatten()).view(*table.shape, -1)
+    if groups == 1:
+        return product(gathered.flatten(1), weight, bias)
+    parts = gathered.unflatten(2, (groups, -1))  # (N, taps, groups, C / groups)
+    kernel = weight.unflatten(0, (groups, -1)).squeeze(-1)  # (groups, O / groups, C / groups, taps)
+    if kernel.shape[2] == 1:
+        out = (parts * kernel.permute(3, 0, 2, 1).squeeze(2)).sum(1)
+    else:
+        out = torch.einsum("ntgc,goct->ngo", parts, kernel)
+    return out.flatten(1) if bias is None else out.flatten(1) + bias
+
+
 def _needs_gradient(*values: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
 
@@ -347,17 +393,17 @@ def _taps(x: Elements, window: Window, target: Lattice) -> tuple[Tensor, Tensor]
     return extended(x.rows, reading, window.outside or 0.0), reading.table.to(x.rows.device)
 
 
-def _rows(x: Elements, reading: Reading, outside: float) -> native.Rows:
+def _rows(rows: Tensor, reading: Reading, outside: float) -> native.Rows:
     """What compiled code reads: the rows as they are, the halo apart."""
-    halo = mixed(x.rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
-    return native.Rows(x.rows.contiguous(), halo, outside)
+    halo = mixed(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
+    return native.Rows(rows.contiguous(), halo, outside)
 
 
 def _pooled(x: Elements, reading: Reading, outside: float, largest: bool) -> Tensor:
     """The largest value or the sum over the taps of each element: (N, C)."""
     if not _needs_gradient(x.rows) and native.supported(x.rows):
         out = x.rows.new_empty(reading.table.shape[0], x.rows.shape[1])
-        native.pool(_rows(x, reading, outside), reading.table, out, largest)
+        native.pool(_rows(x.rows, reading, outside), reading.table, out, largest)
         return out
     rows = extended(x.rows, reading, outside)
     return torch.cat([block.amax(1) if largest else block.sum(1) for block in _gathered(rows, reading.table)])
@@ -387,7 +433,7 @@ def _gathered(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
 def _autocast(*values: Any) -> tuple[Any, ...]:
     """The operands in the type torch.autocast wants convolutions in, if it is on: as F.conv2d does."""
     device = values[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return values
     dtype = torch.get_autocast_dtype(device)
     return tuple(value.to(dtype) if value is not None else None for value in values)
@@ -521,3 +567,43 @@ def _image_of(rows: Tensor, lattice: Lattice) -> Tensor:
 def _from_dense(image: Tensor, target: Lattice) -> Elements:
     """A dense map as elements of a uniform lattice."""
     return Elements(image.permute(0, 2, 3, 1).reshape(len(target), -1), target)
+
+
+_OPERATIONS = torch.library.Library("cadsurgery", "FRAGMENT")
+_OPERATIONS.define("product_of_rows(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
+_OPERATIONS.define(
+    "product_by_table(Tensor rows, Tensor table, Tensor sources, Tensor mix, Tensor? used, bool has_outside, "
+    "float outside, Tensor weight, Tensor? bias, int groups) -> Tensor"
+)
+_OPERATIONS.impl("product_of_rows", product, "CPU")
+
+
+def _whole_product(
+    rows: Tensor,
+    table: Tensor,
+    sources: Tensor,
+    mix: Tensor,
+    used: Tensor | None,
+    has_outside: bool,
+    outside: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+) -> Tensor:
+    if used is not None:
+        sources, mix = sources[: int(used)], mix[: int(used)]
+    reading = Reading(table.contiguous(), sources, mix, has_outside)
+    return _product_by_table(rows, reading, outside, Kernel(weight, bias, groups))
+
+
+_OPERATIONS.impl("product_by_table", _whole_product, "CPU")
+
+
+@torch.library.register_fake("cadsurgery::product_of_rows")
+def _product_shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("cadsurgery::product_by_table")
+def _whole_product_shape(rows: Tensor, table: Tensor, *rest: Any) -> Tensor:
+    return rows.new_empty(table.shape[0], rest[5].shape[0])

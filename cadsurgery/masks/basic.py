@@ -14,12 +14,17 @@ from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
 class UniformMask(MaskProvider):
     """One level everywhere."""
 
+    static = True
     high: bool = True
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """Level 0 or the lowest."""
         level = 0 if self.high else grid.max_level
         return torch.full((grid.batch, *grid.size), level, dtype=torch.int8, device=features.device)
+
+    def kept_patches(self, grid: Grid) -> int:
+        """All or none."""
+        return grid.batch * grid.patches if self.high else 0
 
 
 @mask_provider("all")

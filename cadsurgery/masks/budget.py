@@ -21,6 +21,8 @@ class Budget(MaskWrapper):
     scores, shapes and control flow depend on no values, as compilers and CUDA graphs want it.
     """
 
+    static = True
+
     def __init__(self, mask: object, fraction: float = 0.3, per_batch: bool = False) -> None:
         """Create the mask.
 
@@ -53,6 +55,12 @@ class Budget(MaskWrapper):
         keep = keep.repeat_interleave(grid.patch, 1).repeat_interleave(grid.patch, 2)[:, :height, :width]
         return torch.where(keep, 0, grid.max_level).to(torch.int8)
 
+    def kept_patches(self, grid: Grid) -> int:
+        """The fraction of the patches of each image, or of the batch."""
+        if self.per_batch:
+            return _count(self.fraction, grid.batch * grid.patches)
+        return grid.batch * _count(self.fraction, grid.patches)
+
     def _of_patches(self, scores: Tensor, grid: Grid) -> Tensor:
         """The scores of the inner mask by patch, once they are known to be scores."""
         where = f"mask budget, scores of mask {self.mask.name}"
@@ -83,8 +91,12 @@ def patch_scores(scores: Tensor, patch: int) -> Tensor:
     return F.avg_pool2d(samples, patch, ceil_mode=True, count_include_pad=False).squeeze(1)
 
 
+def _count(fraction: float, patches: int) -> int:
+    return round(fraction * patches)
+
+
 def _best(scores: Tensor, fraction: float) -> Tensor:
     """Bool, of the shape of the scores (..., N): the highest of each row; of equal ones the first."""
-    count = round(fraction * scores.shape[-1])
+    count = _count(fraction, scores.shape[-1])
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :count], True)

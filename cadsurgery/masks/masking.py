@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,26 +10,51 @@ import torch
 from torch import Tensor
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import Geometry, Lattice, describe
+from cadsurgery.lattice import Bounds, Geometry, Lattice, describe
 from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels
 
+# What a message says where a mask is not static.
+NEEDS_STATIC = (
+    'keep a fixed share of the patches, mask="edges | budget:fraction=0.3", or compile with cs.Bucketed(net).'
+)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # hashed by compilers while its fields do not exist yet
 class Masking:
-    """From an image and its fine map to the lattice: what the rewritten graph calls where the region begins."""
+    """From an image and its fine map to the lattice: what the rewritten graph calls where the region begins.
+
+    Attributes:
+        provider: the mask.
+        geometry: how lattices are built.
+        output_stride: input pixels per sample of the fine map.
+        static: give the lattice bounds instead of exact numbers of elements; always while a graph is made.
+    """
 
     provider: MaskProvider
     geometry: Geometry
     output_stride: int
+    static: bool = False
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
         size = (features.shape[2], features.shape[3])
-        geometry = self.geometry
+        geometry, bounds = self.geometry, None
         grid = Grid(features.shape[0], size, self.output_stride, geometry.max_level, geometry.sides[-1])
+        if self.static or torch.compiler.is_compiling():  # otherwise exact counts are known, and faster
+            bounds = self._bounds(grid)
         with torch.no_grad():
             found = self.provider(image, features, grid)
-        return geometry.lattice(checked_levels(found, grid, self.provider.name))
+        return geometry.lattice(checked_levels(found, grid, self.provider.name), bounds)
+
+    def _bounds(self, grid: Grid) -> Bounds:
+        kept = self.provider.kept_patches(grid)
+        if kept is None:
+            raise InvalidInput(
+                f"mask {self.provider.spec()} keeps another number of elements of each image.",
+                why="a compiled or exported network has fixed shapes.",
+                next=NEEDS_STATIC,
+            )
+        return Bounds.of_patches(self.geometry, grid.batch, grid.size, kept)
 
 
 def check_image(image: Any, name: str = "the image") -> None:
@@ -46,7 +72,11 @@ def check_image(image: Any, name: str = "the image") -> None:
             f"{name} has size zero: {tuple(image.shape)}.",
             next="give an image batch (batch, channels, height, width) with no axis empty.",
         )
-    if torch.compiler.is_compiling() or image.is_meta or image.sum(dtype=_wide(image.dtype)).isfinite():
+    if torch.compiler.is_compiling():
+        for length in image.shape:
+            operator.index(length)  # one graph per size: lattices are made of Python numbers
+        return
+    if image.is_meta or image.sum(dtype=_wide(image.dtype)).isfinite():
         return  # one NaN or infinity makes the sum one; so can a large sum, so what follows looks closer
     if not image.isfinite().all():
         bad = int((~image.isfinite()).sum())

@@ -32,6 +32,11 @@ class Grid(NamedTuple):
     max_level: int
     patch: int
 
+    @property
+    def patches(self) -> int:
+        """Number of patches of one image, those that stick out of the map included."""
+        return -(-self.size[0] // self.patch) * -(-self.size[1] // self.patch)
+
 
 class MaskProvider(nn.Module):
     """Base of all masks. `forward(image, features, grid)` yields levels or a bool map (True = keep high).
@@ -41,6 +46,7 @@ class MaskProvider(nn.Module):
     """
 
     name: ClassVar[str] = ""
+    static: ClassVar[bool] = False  # whether `kept_patches` is a number
     source: ClassVar[str] = ""
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
@@ -55,6 +61,12 @@ class MaskProvider(nn.Module):
         """
         levels = checked_levels(self(image, features, grid), grid, self.name)
         return (grid.max_level - levels).to(torch.float32)
+
+    def kept_patches(self, grid: Grid) -> int | None:
+        """How many patches (`Grid.patch`) of a whole batch its maps keep at level 0, with everything else at the
+        lowest level, if that depends on the grid alone; None otherwise. With a number, shapes are static.
+        """
+        return None
 
     def options(self) -> dict[str, Any]:
         """The options this provider was made with, by name: those of its constructor."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 from torch.fx.node import map_aggregate
@@ -89,7 +89,7 @@ class Rewriter:
             options = () if layout == NCHW else (layout,)
             if self.lattice is None:
                 shown = self.call(functional.fine_map, features, *options) if options else features
-                self.lattice = self.call_value(self.masking, self.image, shown)
+                self.lattice = self.call(found_lattice, self.masking, self.image, shown)
             self.elements[node] = self.call(functional.to_elements, features, self.lattice, *options)
         return self.elements[node]
 
@@ -98,10 +98,6 @@ class Rewriter:
     def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function in the new graph."""
         return self.graph.call_function(function, args, kwargs)
-
-    def call_value(self, callee: fx.Node, *args: Any) -> fx.Node:
-        """A call of a value of the new graph."""
-        return self.graph.call_function(operator.call, (callee, *args))
 
     def argument(self, value: Any) -> Any:
         """An argument of a treatment in the new graph."""
@@ -230,9 +226,51 @@ class Rewriter:
         return self.graph.call_function(target, args, kwargs)
 
 
+def found_lattice(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> Any:
+    """The node of a rewritten graph where the mask is asked for; compilers read no call of a value."""
+    return masking(image, features)
+
+
 def rewrite(facts: Facts, plan: Plan, treatments: dict[fx.Node, Treatment]) -> fx.Graph:
     """The graph of the adaptive network; `facts.model` and its graph are left as they are."""
     return Rewriter(facts, plan, treatments).run()
+
+
+class Halves(NamedTuple):
+    """A rewritten graph cut where the mask is asked for.
+
+    Attributes:
+        before: takes the network's inputs and returns all values the rest needs, as a tuple.
+        after: takes `masking` and those values.
+        image: which of the values the mask is shown as the image,
+        features: and which as the fine map.
+    """
+
+    before: fx.Graph
+    after: fx.Graph
+    image: int
+    features: int
+
+
+def halves(graph: fx.Graph) -> Halves:
+    """Cut a rewritten graph, so that its masks can be found before the shapes of what follows are fixed."""
+    nodes = list(graph.nodes)
+    asked = next(place for place, node in enumerate(nodes) if node.target is found_lattice)
+    masking, *shown = nodes[asked].args
+    rest = set(nodes[asked:])
+    needed = [node for node in nodes[:asked] if node is not masking and rest & node.users.keys()]
+    before, after = fx.Graph(), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes[:asked]:
+        if node is not masking:
+            copies[node] = before.node_copy(node, copies.__getitem__)
+    before.output(tuple(copies[node] for node in needed))
+    copies = {masking: after.placeholder(MASKING)}
+    copies |= {node: after.placeholder(node.name) for node in needed}
+    for node in nodes[asked:]:
+        copies[node] = after.node_copy(node, copies.__getitem__)
+    image, features = (needed.index(value) for value in shown)
+    return Halves(before, after, image, features)
 
 
 def unchanged(facts: Facts, plan: Plan) -> fx.Graph:
