@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from cadsurgery.functional import native
 
 _ONEDNN = (torch.float32, torch.bfloat16)
+# A block of a result that is still in the cache when the next operation reads it.
+_BLOCK_BYTES = 1 << 20
+# Sizes of dense maps a weight is kept packed for.
+_MOST_SHAPES = 4
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,29 @@ class Kernel:
         """
         if not _has_onednn(rows) or not rows.numel():
             return self.finish(F.linear(rows, self.matrix(rows.dtype), self._offset(rows.dtype)), residual)
-        weight = (
-            self._form(("packed", rows.dtype), lambda: self._pack(rows)) if self.kept is not None else None
+        if self.kept is None:
+            return self.finish(product(rows, self.matrix(rows.dtype), self._offset(rows.dtype)), residual)
+        # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
+        # was packed for: with others it is reordered in every call, which was five times slower.
+        weight = self._form(
+            ("rows", rows.dtype),
+            lambda: torch.ops.mkldnn._reorder_linear_weight(self.matrix(rows.dtype).contiguous()),
         )
-        if weight is None:
-            weight = self.matrix(rows.dtype)[:, :, None, None]
-        out = self._onednn(_image(rows), weight, _image(residual), (1, 1), (0, 0), (1, 1), 1)
-        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
+        bias, act = self._offset(rows.dtype), self.activation
+        if residual is None:
+            fused = (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
+            return _LINEAR(rows, weight, bias, *fused)
+        residual = residual.contiguous()
+        if act is None:
+            return _LINEAR.binary(rows, residual, weight, bias, "add")
+        # There is no form with both: the activation meets the sum block by block, while that is in the cache.
+        out = rows.new_empty(rows.shape[0], self.weight.shape[0])
+        length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
+        for part, more, whole in zip(
+            rows.split(length), residual.split(length), out.split(length), strict=True
+        ):
+            whole.copy_(act.apply_(_LINEAR.binary(part, more, weight, bias, "add")))
+        return out
 
     def on_image(
         self,
@@ -112,17 +132,29 @@ class Kernel:
             out = plain.on_image(image, stride, padding, dilation) + residual
             return self.activation.apply_(out) if self.activation is not None else out
         weight, bias = self.weight.to(image.dtype), self._offset(image.dtype)
+        dense = self.kept is not None and "dense" in self.kept
+        if dense and self.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):
+            return self._on_pixels(image, residual)
         if not _has_onednn(image) or not image.numel():
             out = F.conv2d(image, weight, bias, stride, padding, dilation, self.groups)
             return self.finish(out, residual)
         image = image.contiguous(memory_format=torch.channels_last)
-        if self.kept is not None and self.kept.get("dense"):
-            key = (image.dtype, stride, padding, dilation)
+        if dense:
             shape = list(image.shape)
+            key = (image.dtype, stride, padding, dilation, *shape)
             weight = self._form(
-                key, lambda: _reordered(weight, stride, padding, dilation, self.groups, shape)
+                key, lambda: _reordered(weight, stride, padding, dilation, self.groups, shape), _MOST_SHAPES
             )
         return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
+
+    def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
+        """A 1x1 convolution of a dense map as a product of rows: those of its memory."""
+
+        def rows(values: Tensor | None) -> Any:
+            return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
+
+        out = self.on_rows(rows(image), rows(residual))
+        return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
 
     def grouped(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, O) of a grouped kernel that `native.has_grouped`, reading `source` by a table (n, taps)."""
@@ -193,19 +225,20 @@ class Kernel:
     def _offset(self, dtype: torch.dtype) -> Tensor | None:
         return self.bias.to(dtype) if self.bias is not None else None
 
-    def _pack(self, rows: Tensor) -> Tensor:
-        weight = self.matrix(rows.dtype)[:, :, None, None].contiguous()
-        return _reordered(weight, (1, 1), (0, 0), (1, 1), 1, list(_image(rows).shape))
-
-    def _form(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once if forms are kept; any thread may ask."""
+    def _form(self, key: Hashable, make: Callable[[], Any], most: int = 0) -> Any:
+        """What `make` returns, made once if forms are kept; any thread may ask. Of `most`, if given, the oldest go."""
         if self.kept is None:
             return make()
-        if key not in self.kept:
+        found = self.kept.get(key)
+        if found is None:
             with self._making:
-                if key not in self.kept:
-                    self.kept[key] = make()
-        return self.kept[key]
+                found = self.kept.get(key)
+                if found is None:
+                    found = make()
+                    for old in list(self.kept)[1 : 1 - most] if most else ():
+                        del self.kept[old]
+                    self.kept[key] = found
+        return found
 
 
 class PackedConv(nn.Module):
@@ -307,8 +340,6 @@ def _reordered(
     )
 
 
-_POINTWISE: Any = (
-    getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
+_FUSED = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+_POINTWISE: Any = getattr(_FUSED, "_convolution_pointwise", None)
+_LINEAR: Any = getattr(_FUSED, "_linear_pointwise", None)
