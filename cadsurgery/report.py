@@ -36,7 +36,7 @@ class ConversionReport:
         plan: of the conversion.
         active_fraction: of the mask on the image.
         image: shape of the image batch.
-        sides: original, dense high, converted.
+        sides: original, dense high if that is another network, converted, optimised.
         checks: laws verified; empty if not.
         device: in words.
         file: written, or "".

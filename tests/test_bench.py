@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_same
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 import cadsurgery as cs
 from cadsurgery import bench as module
 from cadsurgery import environment, memory
-from cadsurgery.bench import BAND, LINEAR, band, bench, law
+from cadsurgery.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
 from cadsurgery.files import append_lines
 from cadsurgery.images import normalise, street_scene
@@ -112,15 +113,17 @@ def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyP
 
 
 def test_the_twins_are_uniform_and_stop_at_the_low_output_stride() -> None:
-    net, levels = cs.adaptify(trunk(), output_stride=(8, 16), verify_laws=False), {}
+    net = cs.adaptify(trunk(), output_stride=(8, 16), verify_laws=False)
     image = torch.randn(2, 3, *SIZE)
-    for key, run_side in module._sides(net, "edges", "nearest", (0.5,)).items():
-        run_side(image)
-        levels[key] = set(net.levels.unique().tolist())
-    assert levels == {"dense high": {0}, "dense low": {1}, "nearest 0.5": {0, 1}}
+    sides = module._sides(net, image, "edges", "nearest", (0.5,))
+    masks = {"dense high": "all", "dense low": "none", "nearest 0.5": cs.Budget("edges", 0.5)}
+    assert sides.keys() == masks.keys()
+    with torch.no_grad():
+        for key, mask in masks.items():
+            assert_same(sides[key](image), net(image, mask=mask), 1e-4)
 
 
-def test_only_networks_of_dense_convolutions_are_granted_more_for_linear_fill() -> None:
+def test_linear_fill_and_grouped_convolutions_are_granted_more() -> None:
     bands = {
         (groups, fill): band(cs.adaptify(trunk(groups), fill=fill, verify_laws=False))
         for groups in (1, 4)
@@ -128,8 +131,8 @@ def test_only_networks_of_dense_convolutions_are_granted_more_for_linear_fill() 
     }
     assert bands == {
         (1, "nearest"): BAND,
-        (4, "nearest"): BAND,
-        (4, "linear"): BAND,
+        (4, "nearest"): GROUPED,
+        (4, "linear"): GROUPED,
         (1, "linear"): BAND + LINEAR,
     }
 

@@ -265,7 +265,7 @@ def test_convert_takes_a_detector(run: Run, tmp_path: Path) -> None:
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
     options = ("--weights", "none", "--size", "64x96", "--rounds", "0", "--no-verify", "--output", str(path))
     report = run("convert", "--model", name, *options, "--json").json
-    original, high, converted = report["sides"]
+    original, high, converted, _ = report["sides"]
     assert original["macs"] < converted["macs"] <= high["macs"]
     net = cs.load(path)
     with torch.no_grad():
@@ -479,6 +479,7 @@ def test_convert_reports_verifies_and_writes_a_file(run: Run, tmp_path: Path) ->
     assert len(report["checks"]) == 4 and all(check["passed"] for check in report["checks"])
     names = [side["name"] for side in report["sides"]]
     assert names[0] == "original" and "dense high" in names[1] and names[2] == "converted"
+    assert names[3] == "converted, net.optimize()" and len(names) == 4
     assert all(side["macs"] > 0 and side["milliseconds"] > 0 for side in report["sides"])
     net = cs.load(tmp_path / "r.safetensors")
     assert net.mask.spec() == report["mask"] and net.source.weights == "random"

@@ -26,6 +26,7 @@ LAYERS = [
         "functional.elements",
         "functional.triton_kernels",
         "functional.gpu",
+        "functional.products",
         "functional.windows",
         "functional.statistics",
         "functional.resampling",
@@ -165,7 +166,7 @@ def test_geometry_loads_neither_libraries_of_networks_nor_surgery() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert set(ast.literal_eval(printed)) == {
-        "cadsurgery.errors",
+        *("cadsurgery.errors", "cadsurgery.files"),
         *(f"cadsurgery.{name}" for name in GEOMETRY),
     }
 

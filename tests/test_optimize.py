@@ -15,7 +15,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
 from cadsurgery import functional
-from cadsurgery.functional import Elements, conv2d, costs, native, windows
+from cadsurgery.functional import Elements, conv2d, costs, native, products
 from cadsurgery.functional.costs import Costs
 from cadsurgery.functional.kernels import Activation, Kernel, PackedConv, PackedLinear
 from cadsurgery.kernel_map import Window
@@ -354,7 +354,7 @@ def test_on_the_whole_map_a_convolution_is_the_same(
     kernel = Kernel(torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {})
     results = []
     for found in (Costs(0.0, 1.0, 0.0), Costs(1.0, 0.0, 1.0)):
-        monkeypatch.setattr(windows, "costs", lambda key, measure, found=found: found)
+        monkeypatch.setattr(products, "costs", lambda key, measure, found=found: found)
         out = functional.fused_conv2d(x, kernel, window=shape, stage=stage)
         more = Elements(torch.ones_like(out.rows), out.lattice)
         results.append(functional.fused_conv2d(x, kernel, more, window=shape, stage=stage).rows)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.errors import InvalidInput
+from cadsurgery.functional import native
 from cadsurgery.kernel_map import Reading, Window, kernel_map, read_points
 from cadsurgery.lattice import Lattice, describe
 from cadsurgery.layout import NCHW, channel_dims, image_dims, is_flat
@@ -70,8 +71,13 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW) -> Tensor:
         return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
 
     reading = lattice.pyramid.derive(("to_dense", lattice.stage, lattice.size, spacing), build)
-    rows = extended(x.rows.reshape(len(lattice), -1), reading, 0.0)
-    rows = rows.index_select(0, reading.table.flatten().to(x.rows.device))
+    flat = x.rows.reshape(len(lattice), -1)
+    if native.supported(flat) and not needs_gradient(flat):
+        rows = flat.new_empty(reading.table.numel(), flat.shape[1])
+        native.gather(rows_and_halo(flat, reading, 0.0), reading.table.reshape(-1, 1), rows)
+    else:
+        rows = extended(flat, reading, 0.0)
+        rows = rows.index_select(0, reading.table.flatten().to(x.rows.device))
     by_pixel = rows.view(*reading.table.shape, *x.rows.shape[1:])
     present = "bhw" + "c" * (x.rows.dim() - 1)
     if "p" in layout:
@@ -146,6 +152,19 @@ def extended(rows: Tensor, reading: Reading, padding: float) -> Tensor:
     return torch.cat(parts)
 
 
+def rows_and_halo(rows: Tensor, reading: Reading, outside: float) -> native.Rows:
+    """What compiled code reads: the rows as they are, the halo apart."""
+    halo = mixed(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
+    return native.Rows(rows.contiguous(), halo, outside)
+
+
+def needs_gradient(*values: Tensor | None) -> bool:
+    """Whether a gradient with respect to any of these will be asked for."""
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+
 def mixed(rows: Tensor, sources: Tensor, mix: Tensor) -> Tensor:
     """Weighted sums of rows: (M, C)."""
+    if native.supported(rows) and not needs_gradient(rows):
+        return native.mix(rows, sources, mix)
     return F.embedding_bag(sources.to(rows.device), rows, per_sample_weights=mix.to(rows), mode="sum")

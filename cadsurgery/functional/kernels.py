@@ -106,7 +106,13 @@ class Kernel:
         residual = residual.contiguous()
         if act is None:
             return _LINEAR.binary(rows, residual, weight, bias, "add")
-        # There is no form with both: the activation meets the sum block by block, while that is in the cache.
+        if act.name == "relu" and rows.shape[0] > rows.shape[1]:
+            # A convolution takes both along. Its weight is reordered in every call: less work than what follows.
+            out = self._onednn(
+                _image(rows), self._as_1x1(rows.dtype), _image(residual), (1, 1), (0, 0), (1, 1), 1
+            )
+            return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
+        # The activation meets the sum block by block, while that is in the cache.
         out = rows.new_empty(rows.shape[0], self.weight.shape[0])
         length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
         for part, more, whole in zip(
@@ -221,6 +227,10 @@ class Kernel:
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """(O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix."""
         return self.weight.to(dtype).permute(0, 2, 3, 1).flatten(1)
+
+    def _as_1x1(self, dtype: torch.dtype) -> Tensor:
+        """The matrix as the weight of a 1x1 convolution."""
+        return self.matrix(dtype)[:, :, None, None]
 
     def _offset(self, dtype: torch.dtype) -> Tensor | None:
         return self.bias.to(dtype) if self.bias is not None else None

@@ -176,7 +176,7 @@ int SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const
 }
 
 #ifndef BF16 /* bfloat16 has instructions of its own, which oneDNN uses */
-enum { ROWS = 6, BLOCK = 16 * ROWS, WIDE_PRODUCT = 4, CHUNK = WIDE_PRODUCT * LANES };
+enum { ROWS = 6, BLOCK = 16 * ROWS, WIDE_PRODUCT = 4, CHUNK = WIDE_PRODUCT * LANES, DEPTH = 512 };
 
 /* sums[i] += a[i] B for ROWS rows of `channels` values and B (channels, CHUNK): 24 sums stay in registers. */
 static inline __attribute__((always_inline)) void multiply(
@@ -207,7 +207,7 @@ static inline __attribute__((always_inline)) void multiply(
  * `more`, if any, is added. weight is (chunks, taps, channels, CHUNK) and bias (chunks * CHUNK), outputs padded.
  *
  * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
- * weights for one chunk of outputs. */
+ * weights for one chunk of outputs and DEPTH channels. */
 void SUFFIX(product)(const reading *in, const element *weight, const element *bias, const element *more, element *out,
                      long outputs, double low, double high) {
     long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK;
@@ -217,17 +217,19 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
         element sums[BLOCK * CHUNK] __attribute__((aligned(64)));
         for (long chunk = 0; chunk < chunks; chunk++) {
             for (long i = 0; i < BLOCK; i++) memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(element));
-            for (long tap = 0; tap < in->taps; tap++) {
-                const element *b = weight + (chunk * in->taps + tap) * channels * CHUNK;
-                for (long tile = 0; tile < count; tile += ROWS) {
-                    const element *a[ROWS];
-                    for (int i = 0; i < ROWS; i++) {
-                        long e = first + (tile + i < count ? tile + i : count - 1);
-                        a[i] = row(in, in->table[e * in->taps + tap]);
+            for (long part = 0; part < channels; part += DEPTH)
+                for (long tap = 0; tap < in->taps; tap++) {
+                    long depth = channels - part < DEPTH ? channels - part : DEPTH;
+                    const element *b = weight + ((chunk * in->taps + tap) * channels + part) * CHUNK;
+                    for (long tile = 0; tile < count; tile += ROWS) {
+                        const element *a[ROWS];
+                        for (int i = 0; i < ROWS; i++) {
+                            long e = first + (tile + i < count ? tile + i : count - 1);
+                            a[i] = row(in, in->table[e * in->taps + tap]) + part;
+                        }
+                        multiply(a, depth, b, sums + tile * CHUNK);
                     }
-                    multiply(a, channels, b, sums + tile * CHUNK);
                 }
-            }
             long some = outputs - chunk * CHUNK < CHUNK ? outputs - chunk * CHUNK : CHUNK;
             for (long i = 0; i < count; i++) {
                 const element *value = sums + i * CHUNK, *add = more ? more + (first + i) * outputs + chunk * CHUNK : 0;
@@ -242,6 +244,21 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
     }
 }
 #endif
+
+/* Weighted sums of rows: out[i] = sum over `taps` of mix[i] times the rows its table names; out is (n, channels). */
+void SUFFIX(mix)(const reading *in, const sum *mix, element *out) {
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < in->n; i++)
+        for (long start = 0; start < in->channels; start += LANES) {
+            long some = in->channels - start;
+            lane total = {};
+            for (long tap = 0; tap < in->taps; tap++) {
+                sum share = mix[i * in->taps + tap];
+                if (share != 0) total += share * load_some(row(in, in->table[i * in->taps + tap]) + start, some);
+            }
+            store_some(out + i * in->channels + start, total, some);
+        }
+}
 
 /* Largest value (largest != 0) or sum over the taps: out is (n, channels). */
 void SUFFIX(pool)(const reading *in, element *out, long largest) {

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from cadsurgery.files import cache_folder
@@ -60,9 +61,10 @@ class _Reading(ctypes.Structure):
 
 
 def supported(rows: Tensor) -> bool:
-    """Whether there is compiled code for these rows."""
+    """Whether there is compiled code for these rows; not while torch counts or records what it calls."""
     return (
         not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
         and rows.device.type == "cpu"
         and rows.dtype in _ELEMENTS
         and library() is not None
@@ -286,6 +288,15 @@ def grouped_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
     return kernel, offset
 
 
+def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
+    """Weighted sums of rows (N, C): (M, C) from `sources` (M, k) int32 and `shares` (M, k)."""
+    out = rows.new_empty(sources.shape[0], rows.shape[1])
+    shares = shares.to(_sum_type(rows.dtype)).contiguous()
+    source, table = Rows(rows.contiguous(), None, 0.0), sources.contiguous()
+    _call("mix", source, table, ctypes.c_void_p(shares.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+    return out
+
+
 def pool(source: Rows, table: Tensor, out: Tensor, largest: bool) -> None:
     """The largest value or the sum over the taps: `out` (n, C)."""
     _call("pool", source, table, ctypes.c_void_p(out.data_ptr()), ctypes.c_long(largest))
@@ -294,7 +305,7 @@ def pool(source: Rows, table: Tensor, out: Tensor, largest: bool) -> None:
 def _call(name: str, source: Rows, table: Tensor, *arguments: Any) -> int:
     rows, halo, outside = source
     beyond = rows.new_full((rows.shape[1],), outside)
-    assert rows.is_contiguous() and table.is_contiguous() and table.dtype == torch.int32
+    assert rows.is_contiguous() and table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
     reading = _Reading(
         *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
         *(table.data_ptr(), rows.shape[0], *table.shape, rows.shape[1]),
