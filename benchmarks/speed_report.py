@@ -2,8 +2,8 @@
 
     python benchmarks/speed_report.py
 
-Reads docs/bench/*.json, replaces what stands between `<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME
-is a file's, and leaves the rest.
+Reads docs/bench/*.json and docs/bench/*.txt (what the other benchmarks print), replaces what stands between
+`<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME is a file's, and leaves the rest.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def main() -> None:
     """Replace each table."""
     page = DOCS / "speed.md"
     text = page.read_text(encoding="utf-8")
-    for path in sorted((DOCS / "bench").glob("*.json")):
-        made = table(json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted((DOCS / "bench").glob("*.*")):
+        told = path.read_text(encoding="utf-8")
+        made = table(json.loads(told)) if path.suffix == ".json" else f"```text\n{told.rstrip()}\n```"
         pattern = re.compile(rf"(<!-- {path.stem} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
         if count != 1:

@@ -235,6 +235,15 @@ def test_what_only_looks_like_a_pattern_is_left(fill: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_convolution_with_hooks_is_left_alone() -> None:
+    """A hook may make its weight, as the older weight norm does."""
+    model = build("resnet18")
+    model.conv1.register_forward_pre_hook(lambda module, args: module.weight.mul_(1.0))
+    fast = cs.adaptify(model, MIXED, verify_laws=False).optimize()
+    assert [type(m) for m in modules_of(fast)].count(nn.Conv2d) == 1
+
+
+@torch.no_grad()
 def test_a_residual_smaller_than_the_product() -> None:
     """The sum is cut to what both have, as without fusion."""
     lattice = Geometry((2,)).lattice(torch.randint(0, 2, (2, 12, 14))).at(0)

@@ -43,7 +43,8 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
         share = x.lattice.weights if weighted or real is None else real.double()
         share = (share / share.sum()).to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
         values = without_padding(x).to(share.dtype)
-        rows, mean, variance = _WeightedNorm.apply(values, share, norm.weight, norm.bias, norm.eps)
+        affine = [part.to(values) if part is not None else None for part in (norm.weight, norm.bias)]
+        rows, mean, variance = _WeightedNorm.apply(values, share, *affine, norm.eps)
     if norm.training and norm.track_running_stats:
         of_batch = count if real is None else x.lattice.counts.sum().to(variance)
         _update_statistics(norm, mean.detach(), variance, of_batch)

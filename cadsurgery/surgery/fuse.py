@@ -231,6 +231,8 @@ class Fuser:
             groups: Any = node.kwargs.get("groups", 1)
             known = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
             return _Fusion(node, weight, bias, groups) if known else None
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            return None  # they may see or make what fusion would skip, such as a weight
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
             return _Fusion(node, module.weight.detach(), _detached(module.bias), module.groups)
         if type(module) is nn.Linear and self.epilogues:
