@@ -134,12 +134,47 @@ def count_macs(
     return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
 
 
-def dense_macs(model: nn.Module, *args: Any) -> int:
-    """Multiply-accumulates of any network on an image, as torch's FlopCounterMode counts them; not run."""
-    counted = ghost(model)
+def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
+    """Multiply-accumulates of any network on an image as it is; not run.
+
+    Args:
+        model: the network.
+        args: as for a call.
+        rule: `"conv"`, what torch's FlopCounterMode counts, or `"published"`, see `AdaptiveModel.macs`: of its
+            backbone, if it names one.
+
+    Raises:
+        UnknownName: no such rule.
+    """
+    if rule not in RULES:
+        raise UnknownName("counting rule", rule, RULES)
+    counted, counts = ghost(model), [0]
+    backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        counts[0] += published_macs(module, inputs[0].numel(), output.numel())
+
+    for module in counted.get_submodule(backbone).modules() if rule == "published" else ():
+        if isinstance(module, _COUNTED):
+            module.register_forward_hook(count)
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         counted(*(_to_meta(value) for value in args))
-    return flops.get_total_flops() // 2
+    return counts[0] if rule == "published" else flops.get_total_flops() // 2
+
+
+_COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
+
+
+def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
+    """What the reference code counts for a module with so many values going in and out; see `_Counter._published`."""
+    if isinstance(module, nn.Conv2d):
+        per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
+        return outputs // module.out_channels * per_position
+    if isinstance(module, nn.BatchNorm2d):
+        return 2 * outputs
+    if isinstance(module, nn.MaxPool2d):
+        return inputs
+    return outputs if isinstance(module, nn.ReLU) else 0
 
 
 def _to_meta(value: Any) -> Any:
@@ -209,14 +244,8 @@ class _Counter(fx.Interpreter):
         if n.op != "call_module":
             return 0
         module = self.fetch_attr(str(n.target))
-        if isinstance(module, nn.Conv2d):
-            per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
-            return size // module.out_channels * per_position
-        if isinstance(module, nn.BatchNorm2d):
-            return 2 * size
-        if isinstance(module, nn.MaxPool2d):
-            return self._operand(n, 0).numel()
-        return size if isinstance(module, nn.ReLU) else 0
+        inputs = self._operand(n, 0).numel() if isinstance(module, nn.MaxPool2d) else 0
+        return published_macs(module, inputs, size)
 
     def _operand(self, n: fx.Node, position: int) -> Any:
         names = ("x", "weight")

@@ -1,0 +1,189 @@
+"""DeepLabv3-ResNet on Cityscapes as published (Hesse et al., CVPRW 2023): networks and settings.
+
+    python recipes/deeplabv3_resnet101/recipe.py CHECKPOINTS [--output FOLDER]
+
+converts the published checkpoints found in the folder CHECKPOINTS; see `checkpoints.py` and the README.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead, DeepLabV3
+
+import cadsurgery as cs
+
+CLASSES = 19
+RESNET50, RESNET101, RESNET152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
+NAMES = {RESNET50: "resnet50", RESNET101: "resnet101", RESNET152: "resnet152"}
+# Rates of the head's 3x3 convolutions by the output stride of the map it reads.
+RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}
+# Adaptive networks as published: how level maps are made legal, read and counted in batch norm.
+PUBLISHED: dict[str, Any] = {
+    "region": "backbone",
+    "anchor": "center",
+    "fill": "nearest",
+    "patch": "block",
+    "statistics": "element",
+}
+LEARNED = {**PUBLISHED, "patch": "quadtree"}  # its maps are uniform on 2 x 2 fine pixels already
+
+
+@dataclass(frozen=True)
+class Run:
+    """A published run.
+
+    Attributes:
+        output_stride: of the network it was trained at, the high one where it is adaptive.
+        low: low output stride, or None for a dense network.
+        mask: of the adaptive network.
+        options: of `adaptify`.
+        miou: published mean IoU on Cityscapes val, or None where there is none. Do not mix sources: the first four
+            are the README's (30k steps), the oracle's is Tab. 2 of the supplementary (30k + 10k).
+        stem: name of the published file without its suffix, or "" where none was released.
+    """
+
+    output_stride: int
+    low: int | None = None
+    mask: str = ""
+    options: dict[str, Any] | None = None
+    miou: float | None = None
+    stem: str = ""
+
+
+def _edges(threshold: float, low: int, miou: float | None = None, stem: str = "") -> Run:
+    return Run(8, low, f"edges:threshold={threshold},dilation=11", PUBLISHED, miou, stem)
+
+
+_STEM = "best_deeplabv3_{}resnet101_cityscapes_"
+RUNS = {
+    "os16": Run(16, miou=0.762, stem=_STEM.format("") + "os16_seed1"),
+    "os8": Run(8, miou=0.776, stem=_STEM.format("") + "os8_seed1"),
+    "edges-8-16-0.15": _edges(
+        0.15,
+        16,
+        0.773,
+        _STEM.format("batch_ap_") + "os8_modeedges_os16till8_seed2_trimapwidth11_threshold0.15",
+    ),
+    "edges-8-16-0.35": _edges(0.35, 16),
+    "edges-8-16-0.95": _edges(0.95, 16),
+    "edges-8-32-0.15": _edges(0.15, 32),
+    "edges-8-32-0.35": _edges(0.35, 32),
+    "edges-8-32-0.95": _edges(0.95, 32),
+    # gamma is the fraction downsampled, `fraction` the one kept high: they add up to 1
+    "learned-0.5": Run(
+        8,
+        16,
+        "learned:fraction=0.5",
+        LEARNED,
+        0.775,
+        _STEM.format("ad_")
+        + "modeend2end_seed0_default_tau1.0_lowresactive0.5_w_downsample_shared_andbatchnorm_shared",
+    ),
+    "learned-0.7": Run(8, 16, "learned:fraction=0.3", LEARNED),
+    "trimap-8-32": Run(8, 32, "trimap:width=33", PUBLISHED, 0.7748),
+}
+
+
+def backbone(
+    layers: Sequence[int],
+    output_stride: int,
+    width: int = 64,
+    imagenet: bool = False,
+    returned: dict[str, str] | None = None,
+) -> IntermediateLayerGetter:
+    """A ResNet of bottleneck blocks without its classifier, dilated to an output stride.
+
+    Args:
+        layers: blocks of each of the four stages, e.g. `RESNET101`.
+        output_stride: 8, 16 or 32 input pixels per sample of its last map.
+        width: channels of the first stage's 3x3 convolutions; 64 but in tests.
+        imagenet: with torchvision's first ImageNet weights, those that were published with.
+        returned: stages to return, and under which names; the last as "out" by default.
+
+    Raises:
+        InvalidInput: another output stride, or ImageNet weights of a network that has none.
+        FileError: ImageNet weights that are neither cached nor reachable.
+    """
+    if output_stride not in RATES:
+        raise cs.InvalidInput(f"output_stride={output_stride} is not possible.", next="use 8, 16 or 32.")
+    dilated = [False, output_stride <= 8, output_stride <= 16]
+    net = ResNet(
+        Bottleneck, list(layers), width_per_group=width, replace_stride_with_dilation=dilated
+    )
+    if imagenet:
+        name = NAMES.get(tuple(layers)) if width == 64 else None
+        if name is None:
+            raise cs.InvalidInput(
+                f"there are no ImageNet weights for {list(layers)} blocks of width {width}.",
+                next=f"use layers of {', '.join(NAMES.values())}, or imagenet=False.",
+            )
+        net.load_state_dict(cs.build_model(f"torchvision:{name}", "IMAGENET1K_V1").state_dict())
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.01
+    return IntermediateLayerGetter(net, returned or {"layer4": "out"})
+
+
+def initialised(head: nn.Module) -> nn.Module:
+    """A head with the published initialisation, and dropout 0.1 in its pyramid pooling."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, ASPP):
+            module.project[3].p = 0.1
+    return head
+
+
+def deeplabv3(
+    layers: Sequence[int] = RESNET101,
+    output_stride: int = 8,
+    num_classes: int = CLASSES,
+    width: int = 64,
+    imagenet: bool = False,
+) -> DeepLabV3:
+    """DeepLabv3 of torchvision's parts at an output stride; arguments as for `backbone`.
+
+    The head's rates follow the output stride. It is called with (B, 3, H, W) and returns `{"out": logits}` at image
+    resolution.
+    """
+    trunk = backbone(layers, output_stride, width, imagenet)
+    return DeepLabV3(trunk, initialised(DeepLabHead(2048, num_classes, RATES[output_stride])))
+
+
+# For the command line, which takes functions without arguments: module:NAME.
+os8, os16, os32 = (partial(deeplabv3, output_stride=stride) for stride in RATES)
+resnet50_os8, resnet50_os16, resnet50_os32 = (partial(deeplabv3, RESNET50, stride) for stride in RATES)
+resnet152_os8, resnet152_os16, resnet152_os32 = (partial(deeplabv3, RESNET152, stride) for stride in RATES)
+os8_imagenet, os16_imagenet = (partial(deeplabv3, output_stride=s, imagenet=True) for s in (8, 16))
+
+
+def adapted(model: nn.Module, run: Run, mask: object = None, **options: Any) -> nn.Module:
+    """A network as a published run uses it: adaptive, or as it is.
+
+    Args:
+        model: at the run's output stride.
+        run: of `RUNS`.
+        mask: instead of the run's.
+        options: of `adaptify`, instead of the run's.
+    """
+    if run.low is None:
+        return model
+    strides = (run.output_stride, run.low)
+    chosen = run.mask if mask is None else mask
+    return cs.adaptify(model, chosen, output_stride=strides, **{**(run.options or {}), **options})
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from recipes.deeplabv3_resnet101.checkpoints import main
+
+    main()
