@@ -186,17 +186,23 @@ def macs(
         str, typer.Option(help="conv: multiply-accumulates; published: as the CAD reference code counts")
     ] = "conv",
     total: Annotated[bool, typer.Option("--total", help="totals only, no layers")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="the network as it is, not converted")] = False,
     as_json: Json = False,
 ) -> None:
     """Count multiply-accumulates per layer: with the mask, dense high and dense low. Nothing is run."""
-    from cadsurgery.conversion import count
+    from cadsurgery.conversion import count, count_dense
     from cadsurgery.report import render_macs
 
     with _steps(as_json) as step:
         step("counting")
+        if dense:
+            found = count_dense(model, image, _size(size), rule)
+            text = f"MACs on {'x'.join(map(str, found['shape']))} ({rule} rule): {found['macs']['dense']:.5e}"
+            _show(found, text, as_json)
+            return
         options = _options(output_stride, region, "linear", patch, "corner", "atrous")
         report = count(model, mask, options, image, _size(size), rule)
-    _show(report.to_dict(), render_macs(report, layers=not total), as_json)
+    _show(report.to_dict(layers=not total), render_macs(report, layers=not total), as_json)
 
 
 @app.command()

@@ -181,6 +181,22 @@ def count(
     return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
 
 
+def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, rule: str) -> dict[str, Any]:
+    """MACs of a network by name as it is, not converted.
+
+    Raises:
+        InvalidInput: a converted file.
+    """
+    if _is_file(model):
+        raise InvalidInput(
+            f"{model} is a converted network: --dense counts one that is not.",
+            next="leave --dense out, which lists dense high and dense low too, or give the network's name.",
+        )
+    net, source = build(model, "none")
+    batch = normalise(example_image(image, size), source).unsqueeze(0)
+    return {"shape": list(batch.shape), "rule": rule, "macs": {"dense": dense_macs(net, batch, rule=rule)}}
+
+
 def picture_of_mask(
     mask: str,
     image: Path | None,

@@ -74,16 +74,15 @@ class MacReport:
         """MACs of the dense network at the low output stride."""
         return sum(layer.low for layer in self.layers)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Totals and layers as plain values, for `--json`."""
-        layers = [vars(layer) for layer in self.layers]
-        return {
+    def to_dict(self, *, layers: bool = True) -> dict[str, Any]:
+        """Totals and, unless they are left out, layers as plain values, for `--json`."""
+        values = {
             "shape": list(self.shape),
             "rule": self.rule,
             "active_fraction": self.active_fraction,
             "macs": {"mask": self.mask, "high": self.high, "low": self.low},
-            "layers": layers,
         }
+        return {**values, "layers": [vars(layer) for layer in self.layers]} if layers else values
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
@@ -152,7 +151,7 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
     backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        counts[0] += published_macs(module, inputs[0].numel(), output.numel())
+        counts[0] += published_macs(module, inputs[0].numel(), getattr(output, "numel", lambda: 0)())
 
     for module in counted.get_submodule(backbone).modules() if rule == "published" else ():
         if isinstance(module, _COUNTED):

@@ -161,6 +161,6 @@ def render_macs(report: MacReport, *, layers: bool = True) -> RenderableType:
     table.add_section()
     total = f"{report.mask / report.high:.2f}" if report.high else "-"
     table.add_row(
-        "total", "", f"{report.mask:.4e}", f"{report.high:.4e}", f"{report.low:.4e}", total, style="bold"
+        "total", "", f"{report.mask:.5e}", f"{report.high:.5e}", f"{report.low:.5e}", total, style="bold"
     )
     return table

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from recipes.deeplabv3_resnet101.recipe import RUNS, Run, adapted
 BUILDER = "recipes.deeplabv3_resnet101.recipe:deeplabv3"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 ESTIMATOR = "backbone.mask_estimator."
+# `best_score` is a number of numpy, pickled under its old or its new name.
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_NUMBERS = [(_SCALAR, "numpy.core.multiarray.scalar"), _SCALAR, np.dtype, type(np.dtype(np.float64))]
 _NEXT = "give a published DeepLabv3 checkpoint as it was downloaded."
 
 
@@ -143,7 +148,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise cs.FileError(f"there is no file {path}.", next="check the path.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for broken and foreign files
         raise cs.FileError(
             f"{path} cannot be read.",
@@ -170,11 +176,8 @@ def _check_format(layout: Layout, run: Run, name: str) -> None:
     """Weights of another format would fit, but not mean what the run says."""
     learned = run.mask.startswith("learned")
     adaptive = {8: STAGES[2:], 16: STAGES[3:]}[run.output_stride]
-    if run.low is None or learned:
-        fits = not layout.adaptive
-    else:
-        fits = layout.adaptive == adaptive
-    if not fits or layout.two_paths != learned:
+    expected = () if run.low is None or learned else adaptive
+    if layout.adaptive != expected or layout.two_paths != learned:
         found = "with two paths" if layout.two_paths else "dense"
         found = f"adaptive in {' and '.join(layout.adaptive)}" if layout.adaptive else found
         raise cs.InvalidInput(
@@ -197,7 +200,7 @@ def _architecture(state: Mapping[str, Tensor], layout: Layout) -> dict[str, obje
         raise cs.FileError(
             "this is no published DeepLabv3 checkpoint.",
             where=", ".join(absent) or "backbone",
-            why=f"it has {' + '.join(map(str, layers))} blocks in the four stages, and {len(absent)} names are missing.",
+            why=f"it has {' + '.join(map(str, layers))} blocks in the four stages.",
             next=_NEXT,
         )
     width, classes = (state[name].shape[0] for name in needed)
@@ -236,7 +239,9 @@ def _check_estimator(estimator: Mapping[str, Tensor], state: Mapping[str, Tensor
     wanted |= {f"{at}.bias": (io[0],) for at, io in channels.items()}
     found = {name: tuple(value.shape) for name, value in estimator.items()}
     if found != wanted:
-        differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        differing = sorted(
+            name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
+        )
         raise cs.FileError(
             "the mask estimator is not the published one.",
             where=", ".join(f"{ESTIMATOR}{name}" for name in differing[:3]),

@@ -116,9 +116,7 @@ def backbone(
     if output_stride not in RATES:
         raise cs.InvalidInput(f"output_stride={output_stride} is not possible.", next="use 8, 16 or 32.")
     dilated = [False, output_stride <= 8, output_stride <= 16]
-    net = ResNet(
-        Bottleneck, list(layers), width_per_group=width, replace_stride_with_dilation=dilated
-    )
+    net = ResNet(Bottleneck, list(layers), width_per_group=width, replace_stride_with_dilation=dilated)
     if imagenet:
         name = NAMES.get(tuple(layers)) if width == 64 else None
         if name is None:

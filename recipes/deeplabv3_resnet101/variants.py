@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead, DeepLabV3
+from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabV3
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 from torchvision.ops import deform_conv2d
 
@@ -54,7 +54,9 @@ class DeepLabV3Plus(nn.Module):
         """`{"out": logits (B, classes, H, W)}` for images (B, 3, H, W)."""
         maps = self.backbone(x)
         low = self.project(maps["low_level"])
-        high = F.interpolate(self.aspp(maps["out"]), size=low.shape[-2:], mode="bilinear", align_corners=False)
+        high = F.interpolate(
+            self.aspp(maps["out"]), size=low.shape[-2:], mode="bilinear", align_corners=False
+        )
         scores = self.classifier(torch.cat([low, high], dim=1))
         return {"out": F.interpolate(scores, size=x.shape[-2:], mode="bilinear", align_corners=False)}
 
@@ -129,21 +131,17 @@ class SoftPool(nn.Module):
         return F.avg_pool2d(x * weight, 2) / F.avg_pool2d(weight, 2)
 
 
-def softpool(
-    layers: Sequence[int] = RESNET101, output_stride: int = 8, num_classes: int = CLASSES, **options: Any
-) -> DeepLabV3:
-    """DeepLabv3 that downsamples in its last stages by SoftPool instead of strides; arguments as for `fcn`.
+def softpool(layers: Sequence[int] = RESNET101, num_classes: int = CLASSES, **options: Any) -> DeepLabV3:
+    """DeepLabv3 that downsamples in its last two stages by SoftPool instead of strides; arguments as for `fcn`.
 
-    The backbone is written at its own output stride of 32, because a pooling, unlike a stride, cannot be left to a
-    dilation afterwards; the conversion does that. `output_stride` is the high one it is to be converted to, for
-    which the head's rates are.
+    It is written at its own output stride of 32: a pooling, unlike a stride, leaves no dilation behind. Convert it
+    with `region="auto"` to (8, 32) or (16, 32): then the head works on elements too and keeps its reach in pixels,
+    rates 3, 6, 9 at 32 being 12, 24, 36 at 8. A dense head after the backbone would get the map at stride 32 only.
     """
-    trunk = backbone(layers, 32, **options)
-    for stage, stride in (("layer3", 16), ("layer4", 32)):
-        if stride <= output_stride:
-            continue
-        block = trunk[stage][0]
+    model = deeplabv3(layers, 32, num_classes, **options)
+    for stage in ("layer3", "layer4"):
+        block = model.backbone[stage][0]
         block.conv2.stride = block.downsample[0].stride = (1, 1)
         block.conv2 = nn.Sequential(block.conv2, SoftPool())
         block.downsample[0] = nn.Sequential(SoftPool(), block.downsample[0])
-    return DeepLabV3(trunk, initialised(DeepLabHead(2048, num_classes, RATES[output_stride])))
+    return model
