@@ -17,6 +17,7 @@ from rich.console import Console
 import cadsurgery as cs
 from cadsurgery import bench, cli
 from cadsurgery.bench_report import BenchReport, BenchSetting
+from cadsurgery.macs import dense_macs
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.timing import Timing
 
@@ -335,6 +336,21 @@ def test_macs_by_both_rules_differ_and_a_mask_moves_them(run: Run) -> None:
     assert total("--rule", "published")["high"] > total()["high"]
     assert total("--mask", "none")["mask"] == total()["low"]
     assert total("--mask", "all")["mask"] == total()["high"]
+
+
+def test_macs_counts_a_network_as_it_is(run: Run, file: Path) -> None:
+    """Everything high and dense are the same in a dilated network; totals go without layers."""
+    segmenter = ("--model", "usernets:segmenter", "--size", "96x128")
+    for rule in ("conv", "published"):
+        dense = run("macs", *segmenter, "--dense", "--rule", rule, "--json").json
+        assert dense.keys() == {"shape", "rule", "macs"} and dense["macs"]["dense"] > 0
+    plain = run("macs", *segmenter, "--dense", "--json").json["macs"]["dense"]
+    net = cs.build_model("usernets:segmenter")
+    assert plain == dense_macs(net, torch.zeros(1, 3, 96, 128))
+    assert f"{plain:.5e}" in run("macs", *segmenter, "--dense").out
+    assert "layers" not in run("macs", *segmenter, "--total", "--json").json
+    refused = run("macs", "--model", file, "--dense")
+    assert refused.code == 1 and "converted network" in refused.err
 
 
 def test_macs_of_a_converted_file_use_its_mask_or_another(run: Run, file: Path) -> None:

@@ -88,10 +88,18 @@ class Rewriter:
             layout, features = self.facts.layouts[node], self.dense[node]
             options = () if layout == NCHW else (layout,)
             if self.lattice is None:
-                shown = self.call(functional.fine_map, features, *options) if options else features
-                self.lattice = self.call(found_lattice, self.masking, self.image, shown)
+                self.lattice = self.call(found_lattice, self.masking, self.image, self.fine_map())
             self.elements[node] = self.call(functional.to_elements, features, self.lattice, *options)
         return self.elements[node]
+
+    def fine_map(self) -> fx.Node:
+        """What the mask is shown: the first map that enters the region, as (B, C, h, w)."""
+        entering = self.plan.chosen("enter")[0].node
+        node = next(node for node in self.facts.graph.nodes if node.name == entering)
+        layout = self.facts.layouts[node]
+        return (
+            self.dense[node] if layout == NCHW else self.call(functional.fine_map, self.dense[node], layout)
+        )
 
     # -- emitting ----------------------------------------------------------------------------------
 

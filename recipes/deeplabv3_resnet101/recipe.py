@@ -161,7 +161,6 @@ def deeplabv3(
 os8, os16, os32 = (partial(deeplabv3, output_stride=stride) for stride in RATES)
 resnet50_os8, resnet50_os16, resnet50_os32 = (partial(deeplabv3, RESNET50, stride) for stride in RATES)
 resnet152_os8, resnet152_os16, resnet152_os32 = (partial(deeplabv3, RESNET152, stride) for stride in RATES)
-os8_imagenet, os16_imagenet = (partial(deeplabv3, output_stride=s, imagenet=True) for s in (8, 16))
 
 
 def adapted(model: nn.Module, run: Run, mask: object = None, **options: Any) -> nn.Module:

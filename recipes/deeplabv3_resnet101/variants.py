@@ -110,8 +110,8 @@ def deformable(
 ) -> DeepLabV3:
     """DeepLabv3 whose last block's 3x3 is deformable; arguments as for `fcn`.
 
-    Converted, the region ends there: where a tap looks is computed, so no kernel map can hold it. The offsets are
-    computed on elements, the block's 3x3 and what follows on the dense fine map.
+    Converted, this 3x3 is a barrier: where a tap looks is computed, so no kernel map can hold it. It runs on the dense
+    fine map, with offsets computed on elements; of its result the cells' top-left values go on.
     """
     model = deeplabv3(layers, output_stride, num_classes, **options)
     block = model.backbone["layer4"][-1]
