@@ -6,6 +6,7 @@ import colorsys
 import io
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cadsurgery.bench_report import BenchReport
+from cadsurgery.evaluation_report import EvaluationReport
 from cadsurgery.lattice import Lattice
 
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
@@ -109,6 +111,41 @@ def bench_figure(report: BenchReport) -> Figure:
 
 
 _TIMES = ("milliseconds", "milliseconds_median")
+
+
+def evaluation_figure(report: EvaluationReport) -> Figure:
+    """Mean IoU against MACs: the dense networks joined by a line, the masks around it, each with its name."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    rows = [row for row in report.rows if row.miou is not None]
+    shown = [(row, row.macs / 1e9, 100 * (row.miou or 0)) for row in rows]
+    # The dense high network of two pairs is one network: it is drawn and named once.
+    dense = {(row.label, round(x, 3), round(y, 3)): (x, y) for row, x, y in shown if row.anchor}
+    line = sorted(dense.values())
+    axes.plot([x for x, _ in line], [y for _, y in line], "s-", color="#222222", linewidth=1, markersize=6)
+    for (label, *_), (x, y) in dense.items():
+        _name_point(axes, label, x, y, "#222222")
+    pairs = list(dict.fromkeys(row.output_stride for row in rows))
+    for row, x, y in shown:
+        if not row.anchor:
+            colour = PAIR_COLOURS[pairs.index(row.output_stride) % len(PAIR_COLOURS)]
+            axes.plot(x, y, "o", color=colour, markersize=6)
+            _name_point(axes, row.label, x, y, colour)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.15, y=0.1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("MACs of one image, 1e9")
+    axes.set_ylabel("mean IoU, %")
+    axes.set_title(f"{report.model} on {report.data}, {report.images} images", fontsize=10)
+    return figure
+
+
+def _name_point(axes: Axes, label: str, x: float, y: float, colour: str) -> None:
+    axes.annotate(label, (x, y), (6, 5), textcoords="offset points", fontsize=8, color=colour)
+
+
+PAIR_COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")
 
 
 def class_picture(prediction: Tensor) -> Image.Image:
