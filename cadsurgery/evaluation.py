@@ -89,7 +89,7 @@ def evaluate(
     SegmentationMetrics(len(found.classes))  # what it needs should be missed now
     step("building and converting")
     nets = _networks(network, weights, output_stride, dict(options or {}))
-    source = source_of(nets[0])
+    source = source_of(network if isinstance(network, nn.Module) else nets[0])
     settings = [setting for net in nets for setting in _settings(net, masks, where)]
     tallies = [Tally(SegmentationMetrics(len(found.classes))) for _ in settings]
     failed: list[tuple[int, dict[str, str]]] = []
@@ -152,7 +152,7 @@ def _networks(
     found = load(network) if isinstance(network, str) and is_file(network) else network
     if isinstance(found, AdaptiveModel):
         if not pairs:
-            return [found.eval()]
+            return [found]
         source, state, geometry = found.source, found.state_dict(), found.geometry
         if not isinstance(source, Source) or ":" not in source.name:
             raise InvalidInput(
@@ -167,7 +167,7 @@ def _networks(
     else:
         original = build(found, weights)[0] if isinstance(found, str) else found
     return [
-        adaptify(original.eval(), mask, output_stride=pair, verify_laws=False, **options)
+        adaptify(original, mask, output_stride=pair, verify_laws=False, **options)
         for pair in pairs or (None,)
     ]
 
@@ -178,7 +178,7 @@ def _settings(net: AdaptiveModel, masks: Sequence[object], where: torch.device) 
         copy.deepcopy(resolve_mask(mask)).eval().to(where) for mask in (HIGH, *(masks or (net.mask,)), LOW)
     ]
     middle = [mask for mask in chosen if mask.spec() not in (HIGH, LOW)]
-    net, work = copy.deepcopy(net).to(where), dict[tuple[int, ...], tuple[LayerWork, ...] | None]()
+    net, work = copy.deepcopy(net).to(where).eval(), dict[tuple[int, ...], tuple[LayerWork, ...] | None]()
     fast = net.optimize()
     return [Setting(net, fast, mask, work) for mask in (chosen[0], *middle, chosen[-1])]
 
@@ -232,7 +232,7 @@ def _row(setting: Setting, tally: Tally, time: Timing | None, classes: tuple[str
         pixel_accuracy=figures["pixel_accuracy"],
         boundary_iou=figures["boundary_iou"],
         trimap_iou=figures["trimap_iou"],
-        active_fraction=tally.active / tally.images,
+        active_fraction=tally.active / tally.pixels,
         macs=work.mask / tally.images,
         macs_of_high=work.mask / work.high,
         region_of_high=work.region_mask / work.region_high if work.region_high else 1.0,

@@ -23,7 +23,7 @@ class EvaluationRow:
         pixel_accuracy: share of right pixels.
         boundary_iou: see `SegmentationMetrics`.
         trimap_iou: likewise.
-        active_fraction: share of the fine map kept high, mean over images.
+        active_fraction: share of the fine maps of all images kept high.
         macs: of one image, mean over images; the whole network.
         macs_of_high: relative to everything high.
         region_of_high: the same of the adaptive region alone, what the mask decides about.

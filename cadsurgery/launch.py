@@ -33,8 +33,11 @@ class World(NamedTuple):
 
 
 def world() -> World:
-    """What the launcher says, by the environment variables that torchrun sets; (0, 1, 0) without one."""
-    rank, size, local = (int(os.environ.get(name, "") or number) for name, number in _VARIABLES.items())
+    """What the launcher says, by the environment variables of torchrun or MPI; (0, 1, 0) without one."""
+    rank, size, local = (
+        next((int(os.environ[name]) for name in names if os.environ.get(name)), number)
+        for names, number in _VARIABLES
+    )
     return World(rank, size, local) if size > 1 else World(0, 1, 0)
 
 
@@ -96,4 +99,9 @@ def join(device: torch.device) -> None:
         PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
 
 
-_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+# By torchrun (which `accelerate launch` uses on several GPUs), and by the MPI that it uses on several machines of CPUs.
+_VARIABLES = (
+    (("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), 0),
+    (("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"), 1),
+    (("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"), 0),
+)

@@ -90,11 +90,20 @@ class Work:
 
 @dataclass
 class Tally:
-    """Sums over the images one setting has seen."""
+    """Sums over the images one setting has seen; all whole numbers, so that shares of the images merge exactly.
+
+    Attributes:
+        metrics: accuracy.
+        images: how many.
+        active: fine pixels at level 0.
+        pixels: fine pixels.
+        work: MACs.
+    """
 
     metrics: SegmentationMetrics
     images: int = 0
-    active: float = 0.0
+    active: int = 0
+    pixels: int = 0
     work: Work = field(default_factory=Work)
 
     def add(self, setting: Setting, images: Tensor, labels: Tensor, data: SegmentationData) -> None:
@@ -108,7 +117,9 @@ class Tally:
         scores = F.interpolate(scores.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
         self.metrics.update(scores.argmax(1), labels)
         self.images += len(images)
-        self.active += setting.fast.active_fraction * len(images)
+        levels = setting.fast.levels
+        self.active += int((levels == 0).sum())
+        self.pixels += levels.numel()
         self.work += setting.macs(images, labels)
 
 
@@ -136,6 +147,7 @@ def merged(parts: Sequence[Tally]) -> Tally:
         whole.metrics.merge(part.metrics)
         whole.images += part.images
         whole.active += part.active
+        whole.pixels += part.pixels
         whole.work += part.work
     return whole
 
