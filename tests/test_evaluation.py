@@ -9,17 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import build, images, random_levels
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import launch, tally
+from cadsurgery import cli, launch, tally
 from cadsurgery.data import SegmentationData
 from cadsurgery.evaluation_report import EvaluationReport
 from cadsurgery.images import normalise, street_scene
@@ -217,6 +219,25 @@ def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
         assert {layer.layer: layer.mask for layer in counted.layers} == {n: c for n, c in found.items() if c}
 
 
+class Undecided(nn.Module):
+    """torch.fx cannot follow it whole: only its backbone is converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = segmenter()
+        self.pretrained_cfg = self.backbone.pretrained_cfg
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x if x.sum() > 0 else x + 0)
+
+
+def test_a_network_converted_in_part_is_evaluated_too() -> None:
+    report = cs.evaluate(Undecided(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
+    whole = cs.evaluate(segmenter(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
+    assert [row.macs for row in report.rows] == [row.macs for row in whole.rows]
+    assert report.rows[1].active_fraction > 0
+
+
 # -- refusals ------------------------------------------------------------------------------------------
 
 
@@ -297,67 +318,87 @@ def segmenter():
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `cadsurgery ARGS` in a folder with a module `usernets`, in one process or several."""
-    (tmp_path / "usernets.py").write_text(NETS)
-    path = os.pathsep.join(map(str, (ROOT, tmp_path)))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
 
-    def call(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-        command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "cadsurgery.cli"]
-        return subprocess.run(
-            [*command, *map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Runs `cadsurgery ARGS` in a folder with a module `usernets`, here or in several processes."""
+    (tmp_path / "usernets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "usernets", raising=False)
+    for name in ("out", "err"):
+        monkeypatch.setattr(cli, name, Console(width=160, stderr=name == "err"))
+
+    def call(*arguments: object, processes: int = 1) -> Done:
+        given = [str(argument) for argument in arguments]
+        if processes > 1:
+            launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+            path = os.pathsep.join(map(str, (ROOT, tmp_path)))
+            done = subprocess.run(
+                [sys.executable, "-m", *launcher, "cadsurgery.cli", *given],
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+            )
+            return Done(done.returncode, done.stdout, done.stderr)
+        monkeypatch.setattr(sys, "argv", ["cadsurgery", *given])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as request:
+            cli.main()
+        code = request.value.code
+        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
 
     return call
 
 
-def test_the_command_prints_and_writes(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_command_prints_and_writes(run: Callable[..., Done], tmp_path: Path) -> None:
     arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--mask", "all", "--limit", 2]
     pairs = ["--output-stride", "8,32", "--output-stride", "4,32"]
     done = run(
         *arguments, *pairs, "--rounds", 1, "--output", "results.json", "--picture", "plot.png", "--json"
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     assert found == json.loads((tmp_path / "results.json").read_text())
     assert [row["mask"] for row in found["rows"]] == ["all", EDGES, "none"] * 2
     assert found["random_weights"] is False and found["images"] == 2 and found["versions"]["torch"]
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 300
     told = run(*arguments, "--rounds", 0)
-    assert told.returncode == 0 and "8 to 32" in told.stdout and "pole" in told.stdout
-    assert run("eval", "usernets:segmenter").returncode == 2
+    assert told.code == 0 and "8 to 32" in told.out and "pole" in told.out
+    assert run("eval", "usernets:segmenter").code == 2
     refused = run("eval", "usernets:segmenter", "--data", "foldr:x", "--json")
-    assert refused.returncode == 1 and json.loads(refused.stdout)["error"] == "UnknownName"
+    assert refused.code == 1 and json.loads(refused.out)["error"] == "UnknownName"
 
 
 def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
-    run: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Done], folder: Path, tmp_path: Path
 ) -> None:
     """And a broken image gives exit code 1."""
-    (tmp_path / "usernets.py").write_text(NETS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "usernets", raising=False)
     net = cs.adaptify(cs.build_model("usernets:segmenter"), EDGES, output_stride=(8, 32), fill="nearest")
     cs.save(net, tmp_path / "net.safetensors")
     data = ["--data", f"folder:{folder},classes=6", "--rounds", 0, "--json"]
     done = run("eval", "net.safetensors", *data)
-    found = json.loads(done.stdout)
-    assert done.returncode == 1 and found["images"] == 2 and len(found["failed"]) == 1
+    found = json.loads(done.out)
+    assert done.code == 1 and found["images"] == 2 and len(found["failed"]) == 1
     assert [row["mask"] for row in found["rows"]] == ["all", EDGES, "none"]
-    other = json.loads(run("eval", "net.safetensors", *data, "--output-stride", "8,32").stdout)
+    other = json.loads(run("eval", "net.safetensors", *data, "--output-stride", "8,32").out)
     assert other["rows"] == found["rows"]
 
 
-def test_two_processes_find_what_one_finds(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(run: Callable[..., Done], folder: Path, tmp_path: Path) -> None:
     """Evaluation over scenes, and predictions over a folder with a broken image; one process prints."""
     arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--rounds", 0, "--json"]
     alone, together = run(*arguments), run(*arguments, "--output", "two.json", processes=2)
-    assert together.returncode == 0, together.stderr
-    one, two = json.loads(alone.stdout), json.loads(together.stdout)
+    assert together.code == 0, together.err
+    one, two = json.loads(alone.out), json.loads(together.out)
     assert (
         two["processes"] == 2
         and one["processes"] == 1
@@ -374,14 +415,14 @@ def test_two_processes_find_what_one_finds(run: Callable[..., Any], folder: Path
         "net.safetensors",
         "--no-verify",
     ]
-    assert run(*converted, "--size", "96x128").returncode == 0
+    assert run(*converted, "--size", "96x128").code == 0
     predicted = []
     for processes in (1, 2):
         done = run(
             "run", "net.safetensors", folder / "test" / "images", "-o", "out", "--json", processes=processes
         )
-        assert done.returncode != 0
-        predicted.append(json.loads(done.stdout))
+        assert done.code != 0
+        predicted.append(json.loads(done.out))
         for row in predicted[-1]["images"]:
             assert (tmp_path / row["output"]).is_file() and row.pop("milliseconds") > 0
     assert (
@@ -430,9 +471,6 @@ def test_the_plot_joins_the_dense_networks_and_names_every_point(report: Evaluat
 
 def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationReport) -> None:
     assert json.loads(json.dumps(report.to_dict()))["rows"][0]["iou"].keys() == set(report.rows[0].iou)
-    from dataclasses import replace
-
-    from rich.console import Console
 
     def printed(shown: EvaluationReport) -> str:
         console = Console(width=160, record=True, file=io.StringIO())
