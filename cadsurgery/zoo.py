@@ -110,7 +110,7 @@ def _statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
     """Mean and standard deviation of the images that a network expects."""
     stated = getattr(network, "pretrained_cfg", None)
     stated = stated if isinstance(stated, dict) else {}
-    return tuple(stated.get("mean", IMAGENET_MEAN)), tuple(stated.get("std", IMAGENET_STD))
+    return tuple(stated.get("mean") or IMAGENET_MEAN), tuple(stated.get("std") or IMAGENET_STD)
 
 
 def list_models(pattern: str = "*", library: str = "") -> list[str]:
