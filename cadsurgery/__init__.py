@@ -26,7 +26,13 @@ _PUBLIC = {
     "MaskProvider": "masks",
     "MaskWrapper": "masks",
     "Plan": "surgery.plan",
+    "Augment": "data",
+    "EvaluationReport": "evaluation_report",
+    "SegmentationData": "data",
+    "SegmentationMetrics": "metrics",
     "build_model": "zoo",
+    "evaluate": "evaluation",
+    "open_data": "data",
     "list_masks": "masks",
     "list_models": "zoo",
     "load": "io",
@@ -46,12 +52,14 @@ _PUBLIC = {
 
 __all__ = [
     "AdaptiveModel",
+    "Augment",
     "Bucketed",
     "Budget",
     "CadError",
     "Call",
     "CannotConvert",
     "Elements",
+    "EvaluationReport",
     "FileError",
     "Geometry",
     "InvalidInput",
@@ -59,16 +67,20 @@ __all__ = [
     "MaskProvider",
     "MaskWrapper",
     "Plan",
+    "SegmentationData",
+    "SegmentationMetrics",
     "Treatment",
     "UnknownName",
     "Window",
     "adaptify",
     "build_model",
+    "evaluate",
     "export",
     "list_masks",
     "list_models",
     "load",
     "mask_provider",
+    "open_data",
     "plan",
     "rule",
     "save",
@@ -76,12 +88,16 @@ __all__ = [
 
 if TYPE_CHECKING:
     from cadsurgery.api import adaptify, plan
+    from cadsurgery.data import Augment, SegmentationData, open_data
     from cadsurgery.errors import CadError, CannotConvert, FileError, InvalidInput, UnknownName
+    from cadsurgery.evaluation import evaluate
+    from cadsurgery.evaluation_report import EvaluationReport
     from cadsurgery.functional import Elements
     from cadsurgery.io import load, save
     from cadsurgery.kernel_map import Window
     from cadsurgery.lattice import Geometry, Lattice
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
+    from cadsurgery.metrics import SegmentationMetrics
     from cadsurgery.model import AdaptiveModel
     from cadsurgery.static import Bucketed, export
     from cadsurgery.surgery.plan import Plan

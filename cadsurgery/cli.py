@@ -160,15 +160,18 @@ def run(
 
     with _steps(as_json) as step:
         rows, failures = predict(file, images, output, mask or None, _size(size), device, step)
-    if as_json:
-        _print_json({"images": rows, "failed": failures})
-    else:
-        for row in rows:
-            told = f"active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms"
-            out.print(f"{row['image']}: {told} -> {row['output']}")
+    lines = [
+        f"{row['image']}: active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms -> {row['output']}"
+        for row in rows
+    ]
+    _show(
+        {"images": rows, "failed": failures},
+        "\n".join([*lines, f"{len(rows)} done, {len(failures)} failed"]),
+        as_json,
+    )
+    if not as_json and _is_first_process():
         for failure in failures:
             err.print(f"[red]{failure['what']}[/red] {failure.get('why', '')}", highlight=False)
-        out.print(f"{len(rows)} done, {len(failures)} failed")
     if failures:
         raise typer.Exit(1)
 
@@ -265,6 +268,71 @@ def bench(
             step=step,
         )
     _show(report.to_dict(), report.render(), as_json)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[
+        str, typer.Argument(help="a converted file, a torchvision or timm name, or module:function")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help='labelled images: "folder:PATH,classes=11,ignore=11", cityscapes:PATH, voc:PATH, sbd:PATH, '
+            "pets:PATH, or scene:COUNT (generated)"
+        ),
+    ],
+    split: Annotated[str, typer.Option(help="train, val, test, or all for a folder without splits")] = "test",
+    mask: Annotated[
+        list[str],
+        typer.Option(help="repeatable; default: the file's, or edges; dense high and low are added"),
+    ] = [],  # noqa: B006
+    output_stride: Annotated[
+        list[str],
+        typer.Option("--output-stride", metavar="HIGH,LOW", help="repeatable: every mask at every pair"),
+    ] = [],  # noqa: B006
+    weights: Weights = "auto",
+    region: Region = "auto",
+    fill: Fill = "linear",
+    patch: Patch = "quadtree",
+    anchor: Anchor = "corner",
+    pool: Pool = "atrous",
+    limit: Annotated[int, typer.Option(min=0, help="the first so many images; 0 for all")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="images in one call")] = 1,
+    rounds: Annotated[int, typer.Option(min=0, help="timing rounds on the first image; 0 to skip")] = 3,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG to draw: accuracy against work")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Evaluate masks and output strides on labelled images: accuracy, MACs and time beside the dense networks.
+
+    A converted file keeps its own region, fill, patch, anchor and pool. Runs under accelerate launch and torchrun.
+    """
+    from cadsurgery.evaluation import evaluate
+
+    options = _options("", region, fill, patch, anchor, pool)
+    del options["output_stride"]  # of which there can be several
+    with _steps(as_json) as step:
+        report = evaluate(
+            model,
+            data,
+            mask,
+            output_stride=[_pair(text) for text in output_stride],
+            options=options,
+            weights=weights,
+            split=split,
+            limit=limit or None,
+            batch=batch,
+            rounds=rounds,
+            device=device,
+            output=output,
+            picture=picture,
+            step=step,
+        )
+    _show(report.to_dict(), report.render(), as_json)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -449,15 +517,24 @@ def _described(options: dict[str, Any]) -> str:
 
 @contextmanager
 def _steps(silent: bool) -> Iterator[Callable[[str], None]]:
-    """A spinner on the error stream that names the step; nothing with --json."""
-    if silent:
+    """A spinner on the error stream that names the step; nothing with --json or in further processes."""
+    if silent or not _is_first_process():
         yield lambda text: None
         return
     with err.status("starting") as status:
         yield status.update
 
 
+def _is_first_process() -> bool:
+    """Of those that a launcher started: the one that prints."""
+    from cadsurgery.launch import world
+
+    return world().is_main
+
+
 def _show(values: Any, renderable: Any, as_json: bool) -> None:
+    if not _is_first_process():
+        return
     if as_json:
         _print_json(values)
     else:

@@ -19,6 +19,7 @@ from cadsurgery.hosted import HostedModel
 from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
 from cadsurgery.io import load, read_metadata, save
 from cadsurgery.lattice import Geometry
+from cadsurgery.launch import gathered, in_order, own_device, shard
 from cadsurgery.macs import MacReport, dense_macs
 from cadsurgery.masks import Grid, resolve_mask
 from cadsurgery.masks.provider import checked_levels
@@ -142,7 +143,7 @@ def export_program(
     """
     check_folder(output)
     step(f"building {model}")
-    net = load(model, mask=mask or None) if _is_file(model) else None
+    net = load(model, mask=mask or None) if is_file(model) else None
     provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
     if not provider.static:
         raise InvalidInput(
@@ -163,7 +164,7 @@ def export_program(
 
 def make_or_read_plan(model: str, output_stride: tuple[int, int] | None, region: str | list[str]) -> Plan:
     """The plan of a network by name, or the one stored in a converted file."""
-    if _is_file(model):
+    if is_file(model):
         return Plan.from_json(read_metadata(model)["plan"])
     return make_plan(build(model, "none")[0], output_stride, region)
 
@@ -177,7 +178,7 @@ def count(
     rule: str,
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
-    net = load(model, mask=mask or None) if _is_file(model) else _quick(model, mask or "edges", options)
+    net = load(model, mask=mask or None) if is_file(model) else _quick(model, mask or "edges", options)
     return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
 
 
@@ -211,7 +212,7 @@ def picture_of_mask(
     provider = resolve_mask(mask)
     if model:
         options: dict[str, Any] = {"output_stride": output_stride, "patch": patch}
-        net = load(model, mask=mask) if _is_file(model) else _quick(model, mask, options)
+        net = load(model, mask=mask) if is_file(model) else _quick(model, mask, options)
         with torch.inference_mode():
             net(normalise(picture, net.source).unsqueeze(0))
         lattice, stride = net.lattice, net.plan.strides[0]
@@ -242,8 +243,11 @@ def predict(
     device: str,
     step: Step,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Run a converted file on images; an unreadable image is reported and the others are done."""
-    where = device_named(device)
+    """Run a converted file on images; an unreadable image is reported and the others are done.
+
+    Under a launcher each process takes its share of the images; every one returns the rows of all.
+    """
+    where = own_device(device)
     paths = find_images(images)
     net = load(file, mask=mask).to(where).optimize()
     try:
@@ -252,8 +256,9 @@ def predict(
         raise FileError(
             f"{output} cannot be created.", why=str(error), next="choose another --output."
         ) from error
-    done, failed = [], []
-    for position, (path, place) in enumerate(paths.items()):
+    done: list[tuple[int, dict[str, Any]]] = []
+    failed: list[tuple[int, dict[str, Any]]] = []
+    for position, (path, place) in shard(list(paths.items())):
         step(f"{path.name} ({position + 1} of {len(paths)})")
         try:
             batch = normalise(read_image(path, size), net.source).unsqueeze(0).to(where)
@@ -265,17 +270,17 @@ def predict(
             target.parent.mkdir(parents=True, exist_ok=True)
             write_png(class_picture(_classes(prediction)), target)
         except CadError as error:
-            failed.append({"image": str(path), **error.to_dict()})
+            failed.append((position, {"image": str(path), **error.to_dict()}))
             continue
-        done.append(
-            {
-                "image": str(path),
-                "output": str(target),
-                "active_fraction": net.active_fraction,
-                "milliseconds": milliseconds,
-            }
-        )
-    return done, failed
+        row = {
+            "image": str(path),
+            "output": str(target),
+            "active_fraction": net.active_fraction,
+            "milliseconds": milliseconds,
+        }
+        done.append((position, row))
+    shares = gathered((done, failed), where)
+    return in_order([share[0] for share in shares]), in_order([share[1] for share in shares])
 
 
 def build(model: str, weights: str) -> tuple[nn.Module, Source]:
@@ -292,7 +297,8 @@ def _quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
     return adaptify(build(model, "none")[0], mask, **options, verify_laws=False)
 
 
-def _is_file(model: str) -> bool:
+def is_file(model: str) -> bool:
+    """Whether a model is meant as a converted file, not as a name."""
     return model.endswith(".safetensors") or Path(model).is_file()
 
 

@@ -66,11 +66,13 @@ def find_images(paths: Sequence[Path]) -> dict[Path, Path]:
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
-    """An image in 0..1 as the network expects it: mean and standard deviation of its source, or ImageNet's."""
+    """An image (3, H, W) or batch (B, 3, H, W) in 0..1 as the network expects it: mean and standard deviation of its
+    source, or ImageNet's."""
     from cadsurgery.zoo import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (source.mean, source.std) if source is not None else (IMAGENET_MEAN, IMAGENET_STD)
-    return (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    shift, scale = (torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
+    return (image - shift) / scale
 
 
 SCENE_CLASSES = ("sky", "building", "ground", "road", "pole", "car")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cadsurgery.model import AdaptiveModel
 
 RULES = ("conv", "published")
+Place = tuple[int, tuple[int, int]] | None  # stage and fine size of a lattice
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -133,6 +134,52 @@ def count_macs(
     return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
 
 
+@dataclass(frozen=True)
+class LayerWork:
+    """MACs of one layer as a function of the lattice, for images of one size.
+
+    Attributes:
+        layer: its name.
+        places: stage and fine size of a lattice it runs on, None where it is dense; MACs per element, or in all.
+    """
+
+    layer: str
+    places: tuple[tuple[Place, int], ...]
+
+    def on(self, lattice: Lattice) -> int:
+        """MACs on the lattice of a run, any stage of it."""
+        return sum(
+            work if place is None else work * len(lattice.resampled(*place)) for place, work in self.places
+        )
+
+
+def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | None:
+    """What turns the lattice of each further run on such a batch into exactly the MACs that `net.macs` counts.
+
+    MACs are linear in the numbers of elements after each stage, so one count serves all masks. None if they are not: a
+    count on another lattice tells.
+    """
+    counted = ghost(net)
+    bound = net.bind(_to_meta(image))
+    runs = []
+    for level in (0, net.geometry.max_level):
+        lattices: list[Lattice] = []
+
+        def uniform(
+            _: Tensor, features: Tensor, level: int = level, made: list[Lattice] = lattices
+        ) -> Lattice:
+            made.append(net.geometry.uniform_like(features, level))
+            return made[0]
+
+        counter = _Counter(counted, "conv")
+        with torch.no_grad(), counter.flops:
+            counter.run(uniform, *bound.values())
+        runs.append((counter, lattices[0]))
+    layers = tuple(LayerWork(name, tuple(places.items())) for name, places in runs[0][0].work.items())
+    counter, lattice = runs[1]
+    return layers if {layer.layer: layer.on(lattice) for layer in layers} == counter.counts else None
+
+
 def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
     """Multiply-accumulates of any network on an image as it is; not run.
 
@@ -198,6 +245,9 @@ class _Counter(fx.Interpreter):
         backbone = next((name for name in BACKBONE_NAMES if name in net._modules), None)
         self.prefix = f"{backbone}." if backbone and self.published else ""
         self.counts: dict[str, int] = {}
+        self.work: dict[
+            str, dict[Place, int]
+        ] = {}  # of each layer: MACs per element, or in all where it is dense
 
     def fetch_attr(self, target: str) -> Any:
         """Parameters and modules by the names the graph uses."""
@@ -215,6 +265,10 @@ class _Counter(fx.Interpreter):
             executed = (self.flops.get_total_flops() - before) // 2
             count = self._published(n, value) if self.published else self._executed(n, value, executed)
             self.counts[origin] = self.counts.get(origin, 0) + count
+            lattice = value.lattice if isinstance(value, Elements) else None
+            place = (lattice.stage, lattice.size) if lattice is not None else None
+            places = self.work.setdefault(origin, {})
+            places[place] = places.get(place, 0) + (count // len(lattice) if lattice is not None else count)
         return value
 
     def _executed(self, n: fx.Node, value: Any, executed: int) -> int:

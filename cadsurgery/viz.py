@@ -9,10 +9,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 from torch import Tensor
 
 from cadsurgery.bench_report import BenchReport
+from cadsurgery.evaluation_report import EvaluationReport
 from cadsurgery.lattice import Lattice
 
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
@@ -109,6 +111,42 @@ def bench_figure(report: BenchReport) -> Figure:
 
 
 _TIMES = ("milliseconds", "milliseconds_median")
+
+
+def evaluation_figure(report: EvaluationReport) -> Figure:
+    """Mean IoU against MACs: the dense networks joined by a line, the masks around it, each with its name."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    rows = [row for row in report.rows if row.miou is not None]
+    shown = [(row, row.macs, 100 * (row.miou or 0)) for row in rows]
+    # The dense high network of two pairs is one network: it is drawn and named once.
+    dense = {(row.label, round(y, 3)): (x, y) for row, x, y in shown if row.anchor}
+    line = sorted(dense.values())
+    axes.plot(*zip(*line, strict=True), "s-", color="#222222", linewidth=1, markersize=6)
+    for (label, _), (x, y) in dense.items():
+        axes.annotate(label, (x, y), (6, -12), textcoords="offset points", fontsize=8, color="#222222")
+    widest = max((x for _, x, _ in shown), default=1)
+    pairs = list(dict.fromkeys(row.output_stride for row in rows))
+    for row, x, y in shown:
+        if not row.anchor:
+            colour = PAIR_COLOURS[pairs.index(row.output_stride) % len(PAIR_COLOURS)]
+            place, side = ((-6, 5), "right") if x > widest / 2 else ((6, 5), "left")
+            axes.plot(x, y, "o", color=colour, markersize=6)
+            axes.annotate(
+                row.label, (x, y), place, textcoords="offset points", ha=side, fontsize=8, color=colour
+            )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel("MACs of one image")
+    axes.set_ylabel("mean IoU, %")
+    axes.set_title(f"{report.model}, {report.images} images", fontsize=10)
+    return figure
+
+
+PAIR_COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")
 
 
 def class_picture(prediction: Tensor) -> Image.Image:

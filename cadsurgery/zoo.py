@@ -95,6 +95,24 @@ def build_model(name: str, weights: str = "auto", **kwargs: Any) -> nn.Module:
     return model.eval()
 
 
+def source_of(network: nn.Module) -> Source:
+    """Where a network came from; for one of your own its type, and the mean and standard deviation that its
+    `pretrained_cfg` states, as timm's networks do, or ImageNet's."""
+    for name in ("source", "cad_source"):
+        found = getattr(network, name, None)
+        if isinstance(found, Source):
+            return found
+    note = "weights as they were given"
+    return Source(type(network).__name__, {}, "own", note, *_statistics(network))
+
+
+def _statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images that a network expects."""
+    stated = getattr(network, "pretrained_cfg", None)
+    stated = stated if isinstance(stated, dict) else {}
+    return tuple(stated.get("mean") or IMAGENET_MEAN), tuple(stated.get("std") or IMAGENET_STD)
+
+
 def list_models(pattern: str = "*", library: str = "") -> list[str]:
     """Names of torchvision and timm networks for images; whether each converts is in `coverage.recorded`.
 
@@ -255,7 +273,8 @@ def _function_builder(module: str, function: str) -> Builder:
                 f"{module}:{function} returned {type(model).__name__}.",
                 next="it must return a torch.nn.Module.",
             )
-        return model, Source(f"{module}:{function}", kwargs, "own", "weights as the function made them")
+        note = "weights as the function made them"
+        return model, Source(f"{module}:{function}", kwargs, "own", note, *_statistics(model))
 
     return build
 

@@ -116,13 +116,15 @@ def test_the_command_line_starts_without_torch() -> None:
 def test_help_starts_without_torch_and_names_the_commands() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "cadsurgery.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name in ("convert", "plan", "mask", "run", "macs", "bench", "export", "list"):
+    for name in ("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "list"):
         assert name in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported and "torch" not in imported
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "mask", "run", "macs", "bench", "export", "list"])
+@pytest.mark.parametrize(
+    "command", ["convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "list"]
+)
 def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.code == 0 and "--json" in result.out

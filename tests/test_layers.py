@@ -55,7 +55,9 @@ LAYERS = [
         "surgery",
     ),
     *("macs", "model", "hosted", "static", "api", "zoo", "coverage", "io"),
-    *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "twins", "bench", "cli"),
+    *("report", "bench_report", "evaluation_report", "timing", "memory", "images"),
+    *("data.dataset", "data.sources", "data.augment", "data", "metrics", "launch"),
+    *("viz", "conversion", "twins", "bench", "tally", "evaluation", "cli"),
 ]
 GEOMETRY = (
     *("layout", "lattice", "kernel_map"),

@@ -1,0 +1,81 @@
+"""Random changes of training images, the same for the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from cadsurgery.data.dataset import IGNORED
+from cadsurgery.errors import InvalidInput
+from cadsurgery.zoo import IMAGENET_MEAN
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random scale, crop, colour jitter and horizontal flip, in this order.
+
+    The defaults are the published ones (Hesse et al., CVPRW 2023, training on Cityscapes), which do not scale.
+
+    Attributes:
+        crop: side, or (height, width), in pixels; smaller images are padded with ignored labels. None: no crop.
+        flip: chance of a mirrored image.
+        jitter: of brightness, contrast and saturation: each is multiplied by a factor of 1 - jitter .. 1 + jitter.
+        scale: (low, high) bounds of a factor the image is resized by before the crop.
+        fill: colour of padded pixels.
+    """
+
+    crop: int | tuple[int, int] | None = 768
+    flip: float = 0.5
+    jitter: float = 0.5
+    scale: tuple[float, float] | None = None
+    fill: tuple[float, ...] = IMAGENET_MEAN
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not 0 <= self.flip <= 1 or not 0 <= self.jitter <= 1:
+            raise InvalidInput(f"flip={self.flip} or jitter={self.jitter} is not in 0..1.", next="e.g. 0.5.")
+        if self.crop is not None and min(self.size or ()) < 1:
+            raise InvalidInput(
+                f"a crop of {self.crop} has no pixels.", next="give a positive size, e.g. 768."
+            )
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1]:
+            raise InvalidInput(f"scale={self.scale} is no range of factors.", next="e.g. (0.5, 2.0).")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of what comes out; None for that of the image."""
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+
+    def __call__(self, image: Tensor, labels: Tensor, seed: int | torch.Generator) -> tuple[Tensor, Tensor]:
+        """A changed pair, a function of its arguments alone; torch's global random state stays as it was.
+
+        Args:
+            image: (3, H, W) in 0..1.
+            labels: (H, W) int64.
+            seed: a number, or a generator that one is drawn from.
+
+        Returns:
+            Image and labels of `size`.
+        """
+        if isinstance(seed, torch.Generator):
+            seed = int(torch.randint(2**62, (), generator=seed))
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(seed)  # manual_seed of torch would touch other devices' too
+            changed, on_labels = self._transform(image)(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        return changed.as_subclass(Tensor), on_labels.as_subclass(Tensor)
+
+    def _transform(self, image: Tensor) -> v2.Transform:
+        steps: list[v2.Transform] = []
+        if self.scale is not None:
+            steps.append(v2.ScaleJitter((image.shape[1], image.shape[2]), self.scale))
+        if self.size is not None:
+            fill = {tv_tensors.Image: list(self.fill), tv_tensors.Mask: IGNORED}
+            steps.append(v2.RandomCrop(self.size, pad_if_needed=True, fill=fill))
+        if self.jitter:
+            steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter))
+        steps.append(v2.RandomHorizontalFlip(self.flip))
+        return v2.Compose(steps)

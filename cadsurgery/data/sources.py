@@ -1,0 +1,335 @@
+"""Where labelled data comes from: a plain folder, datasets of torchvision, generated street scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from cadsurgery.data.dataset import IGNORED, SegmentationData, identity_table
+from cadsurgery.errors import CadError, FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.images import SCENE_CLASSES, SUFFIXES, labelled_scene
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train"),
+    "tvmonitor",
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of data.
+
+    Attributes:
+        open: from (place, split, options, spec) to the data.
+        options: with their defaults, as text; None where one must be given.
+        splits: accepted ones; none for any.
+        where: how to get it.
+        layout: what the folder must hold.
+    """
+
+    open: Callable[[str, str, Mapping[str, str], str], SegmentationData]
+    options: Mapping[str, str | None]
+    splits: tuple[str, ...]
+    where: str
+    layout: str
+
+
+def missing(kind: Kind, place: str, why: str) -> FileError:
+    """The refusal of a folder that does not hold what it should."""
+    layout = "\n    ".join(kind.layout.splitlines())
+    return FileError(
+        f"there is no such data in {place}.", why=why, next=f"{kind.where} Expected there:\n    {layout}"
+    )
+
+
+# -- a plain folder ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Pairs of files."""
+
+    images: tuple[Path, ...]
+    labels: tuple[Path, ...]
+
+    def __call__(self, position: int) -> tuple[Image.Image, Image.Image]:
+        with Image.open(self.images[position]) as file:
+            image = file.convert("RGB")
+        with Image.open(self.labels[position]) as file:
+            file.load()
+            return image, file.copy()
+
+
+def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    kind, root = KINDS["folder"], Path(place)
+    if not root.is_dir():
+        raise missing(kind, place, "the folder does not exist.")
+    folder = root if split == "all" and not (root / split).is_dir() else root / split
+    if not (folder / "images").is_dir() or not (folder / "labels").is_dir():
+        splits = sorted(path.name for path in root.iterdir() if (path / "images").is_dir())
+        hint = f"there are the splits {', '.join(splits)}." if splits else "it has no splits."
+        if (root / "images").is_dir():
+            hint = 'it has no splits: choose split "all".'
+        raise missing(kind, place, f"{folder} has no folders images and labels; {hint}")
+    images = sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in SUFFIXES)
+    labels = [folder / "labels" / f"{image.stem}.png" for image in images]
+    alone = [image for image, label in zip(images, labels, strict=True) if not label.is_file()]
+    if alone:
+        raise FileError(
+            f"{len(alone)} of {len(images)} images have no labels, first {alone[0]}.",
+            why=f"{folder / 'labels' / alone[0].stem}.png does not exist.",
+            next="add the missing labels, or take these images out.",
+        )
+    classes = _class_names(options["classes"])
+    ignore = [_number("ignore", part) for part in options["ignore"].split("/") if part]
+    return SegmentationData(
+        spec,
+        split,
+        classes,
+        tuple(map(str, images)),
+        _Files(tuple(images), tuple(labels)),
+        identity_table(len(classes), ignore),
+    )
+
+
+def _class_names(text: str) -> tuple[str, ...]:
+    """Names from a number or from names separated by slashes."""
+    if not text.isdecimal():
+        return tuple(text.split("/"))
+    if not 1 <= int(text) <= IGNORED:
+        raise InvalidInput(f"classes={text} is not 1..{IGNORED}.", next="give the number of classes.")
+    return tuple(f"class {index}" for index in range(int(text)))
+
+
+def _number(option: str, text: str) -> int:
+    if not text.isdecimal():
+        raise InvalidInput(f"{option}={text} is not a number.", next=f"write e.g. {option}=11.")
+    return int(text)
+
+
+# -- torchvision ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Torchvision:
+    """Items of a dataset of torchvision, in the order of their names."""
+
+    dataset: Any
+    order: tuple[int, ...]
+
+    def __call__(self, position: int) -> tuple[Any, Any]:
+        return self.dataset[self.order[position]]
+
+
+def _torchvision(
+    name: str,
+    make: Callable[[], Any],
+    classes: tuple[str, ...],
+    table: Mapping[int, int],
+    spec: str,
+    split: str,
+) -> SegmentationData:
+    place = spec.partition(":")[2].partition(",")[0]
+    try:
+        dataset = make()
+    except (RuntimeError, OSError) as error:
+        raise missing(KINDS[name], place, first_line(error)) from error
+    names = [str(path) for path in (dataset._images if name == "pets" else dataset.images)]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    in_order = tuple(names[index] for index in order)
+    return SegmentationData(
+        spec, split, classes, in_order, _Torchvision(dataset, tuple(order)), tuple(table.items())
+    )
+
+
+def _cityscapes(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    from torchvision.datasets import Cityscapes
+
+    used = {entry.id: entry for entry in Cityscapes.classes if not entry.ignore_in_eval and entry.id >= 0}
+    table = {value: used[value].train_id if value in used else IGNORED for value in range(256)}
+    classes = tuple(entry.name for entry in used.values())
+    return _torchvision(
+        "cityscapes",
+        lambda: Cityscapes(place, split, mode="fine", target_type="semantic"),
+        classes,
+        table,
+        spec,
+        split,
+    )
+
+
+def _voc(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    from torchvision.datasets import VOCSegmentation
+
+    years = [str(year) for year in range(2007, 2013)]
+    if options["year"] not in years:
+        raise UnknownName("year of data 'voc'", options["year"], years)
+    table = dict(identity_table(len(VOC_CLASSES)))
+    return _torchvision(
+        "voc",
+        lambda: VOCSegmentation(place, options["year"], split, download=False),
+        VOC_CLASSES,
+        table,
+        spec,
+        split,
+    )
+
+
+def _sbd(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    from torchvision.datasets import SBDataset
+
+    try:
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise CadError(
+            "the labels of SBD are MATLAB files, which need SciPy.", next="pip install scipy"
+        ) from error
+    table = dict(identity_table(len(VOC_CLASSES)))
+    return _torchvision(
+        "sbd",
+        lambda: SBDataset(place, split, mode="segmentation", download=False),
+        VOC_CLASSES,
+        table,
+        spec,
+        split,
+    )
+
+
+def _pets(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    from torchvision.datasets import OxfordIIITPet
+
+    known = "trainval" if split == "train" else split
+    return _torchvision(
+        "pets",
+        lambda: OxfordIIITPet(place, known, target_types="segmentation", download=False),
+        ("pet", "background", "border"),
+        {1: 0, 2: 1, 3: 2},
+        spec,
+        split,
+    )
+
+
+# -- generated -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scenes:
+    """Generated street scenes."""
+
+    size: tuple[int, int]
+    first: int
+
+    def __call__(self, position: int) -> tuple[Tensor, Tensor]:
+        return labelled_scene(*self.size, self.first + position)
+
+
+def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    count = _number("scene", place)
+    size = (_number("height", options["height"]), _number("width", options["width"]))
+    if min(size) < 16:
+        raise InvalidInput(
+            f"a scene of {size[0]}x{size[1]} pixels is too small.", next="give at least 16x16."
+        )
+    first = 1_000_000 * KINDS["scene"].splits.index(split)  # no scene is in two splits
+    names = tuple(f"scene {first + position}" for position in range(count))
+    return SegmentationData(
+        spec, split, SCENE_CLASSES, names, _Scenes(size, first), identity_table(len(SCENE_CLASSES))
+    )
+
+
+KINDS = {
+    "folder": Kind(
+        _folder,
+        {"classes": None, "ignore": ""},
+        (),
+        "Give a folder of images and labels of equal names.",
+        "SPLIT/images/NAME.jpg (or .png, ...)\nSPLIT/labels/NAME.png, one channel: class of each pixel\n"
+        'or, without splits (split "all"): images/ and labels/',
+    ),
+    "cityscapes": Kind(
+        _cityscapes,
+        {},
+        ("train", "val", "test"),
+        "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip at https://www.cityscapes-dataset.com "
+        "(after registration).",
+        "leftImg8bit/SPLIT/CITY/*_leftImg8bit.png\ngtFine/SPLIT/CITY/*_gtFine_labelIds.png",
+    ),
+    "voc": Kind(
+        _voc,
+        {"year": "2012"},
+        ("train", "val", "trainval"),
+        "Get VOCtrainval_11-May-2012.tar at http://host.robots.ox.ac.uk/pascal/VOC/voc2012.",
+        "VOCdevkit/VOC2012/JPEGImages/*.jpg\nVOCdevkit/VOC2012/SegmentationClass/*.png\n"
+        "VOCdevkit/VOC2012/ImageSets/Segmentation/SPLIT.txt",
+    ),
+    "sbd": Kind(
+        _sbd,
+        {},
+        ("train", "val", "train_noval"),
+        "Get benchmark.tgz at http://home.bharathh.info/pubs/codes/SBD and take what is in its folder dataset.",
+        "img/*.jpg\ncls/*.mat\nSPLIT.txt",
+    ),
+    "pets": Kind(
+        _pets,
+        {},
+        ("train", "trainval", "test"),
+        "Get images.tar.gz and annotations.tar.gz at https://www.robots.ox.ac.uk/~vgg/data/pets.",
+        "oxford-iiit-pet/images/*.jpg\noxford-iiit-pet/annotations/trimaps/*.png\n"
+        "oxford-iiit-pet/annotations/trainval.txt and test.txt",
+    ),
+    "scene": Kind(
+        _scene,
+        {"height": "96", "width": "128"},
+        ("train", "val", "test"),
+        "Street scenes are generated: write scene:COUNT.",
+        "nothing",
+    ),
+}
+
+
+def open_data(spec: str, split: str = "train") -> SegmentationData:
+    """Labelled data by a spec `KIND:PATH,option=value,...`.
+
+    Kinds: `folder:PATH,classes=11,ignore=11` (several ignored values with slashes; class names instead of their
+    number likewise), `cityscapes:PATH` (fine annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`,
+    `sbd:PATH`, `pets:PATH` (trimaps), `scene:COUNT,height=96,width=128` (generated). Nothing is downloaded.
+
+    Args:
+        spec: as above.
+        split: `"train"`, `"val"`, `"test"`, or what the kind has besides; `"all"` for a folder without splits.
+
+    Raises:
+        UnknownName: no such kind, option or split.
+        InvalidInput: an option's value cannot be read, or one is missing.
+        FileError: the data is not there, incomplete or empty; the message says where to get it and its layout.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in KINDS:
+        raise UnknownName("kind of data", name, KINDS, next="write e.g. folder:PATH,classes=11,ignore=11.")
+    kind = KINDS[name]
+    place, *given = (part.strip() for part in rest.split(","))
+    if not place:
+        raise InvalidInput(f"data {spec!r} names no place.", next=f"write {name}:PATH. {kind.where}")
+    options = dict(kind.options)
+    for part in given:
+        option, equals, value = part.partition("=")
+        if option not in options:
+            raise UnknownName(f"option of data {name!r}", option, options)
+        if not equals or not value:
+            raise InvalidInput(
+                f"option {option!r} of data {name!r} has no value.", next=f"write {option}=VALUE."
+            )
+        options[option] = value
+    told = {option: value for option, value in options.items() if value is not None}
+    if lacking := options.keys() - told.keys():
+        option = min(lacking)
+        raise InvalidInput(f"data {name!r} needs {option}=...", next=f"write e.g. {spec},{option}=11.")
+    if kind.splits and split not in kind.splits:
+        raise UnknownName(f"split of data {name!r}", split, kind.splits)
+    return kind.open(place, split, told, spec)

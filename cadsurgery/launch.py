@@ -1,0 +1,107 @@
+"""Several processes under `accelerate launch` or `torchrun`: each takes its share, the first one tells.
+
+Without a launcher it is one process, and nothing here needs Accelerate.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from cadsurgery.environment import device_named
+from cadsurgery.errors import CadError
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=1)  # shares of a large folder may differ by hours
+
+
+class World(NamedTuple):
+    """This process among all: its number, of how many, and its number on this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def world() -> World:
+    """What the launcher says, by the environment variables of torchrun or MPI; (0, 1, 0) without one."""
+    rank, size, local = (
+        next((int(os.environ[name]) for name in names if os.environ.get(name)), number)
+        for names, number in _VARIABLES
+    )
+    return World(rank, size, local) if size > 1 else World(0, 1, 0)
+
+
+def shard(items: Sequence[T]) -> list[tuple[int, T]]:
+    """The share of this process, each item with its position among all: every `size`-th, from its rank on."""
+    here = world()
+    return list(enumerate(items))[here.rank :: here.size]
+
+
+def gathered(share: T, device: torch.device) -> list[T]:
+    """What every process has, in order of rank, in every process; all must call it.
+
+    Args:
+        share: of this process; anything that can be pickled.
+        device: this process computes on; it decides how they talk.
+    """
+    here = world()
+    if here.size == 1:
+        return [share]
+    join(device)
+    shares: list[Any] = [None] * here.size
+    torch.distributed.all_gather_object(shares, share)
+    return shares
+
+
+def in_order(shares: Sequence[Sequence[tuple[int, T]]]) -> list[T]:
+    """The items of gathered shares, by their position among all."""
+    return [
+        item for _, item in sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
+    ]
+
+
+def own_device(name: str) -> torch.device:
+    """The device of this process: on CUDA without a number, the one of its number on this machine.
+
+    Raises:
+        InvalidInput: no such device.
+    """
+    device, here = device_named(name), world()
+    if device.type == "cuda" and device.index is None and here.size > 1:
+        return device_named(f"cuda:{here.local_rank}")
+    return device
+
+
+def join(device: torch.device) -> None:
+    """Make the processes able to talk, if they are not yet.
+
+    Raises:
+        CadError: Accelerate is missing.
+    """
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise CadError(
+            f"{world().size} processes were launched, which needs Accelerate to merge their results.",
+            next="pip install 'cadsurgery[train]'",
+        ) from error
+    if not torch.distributed.is_initialized():
+        PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+
+
+# By torchrun (which `accelerate launch` uses on several GPUs), and by the MPI that it uses on several machines of CPUs.
+_VARIABLES = (
+    (("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), 0),
+    (("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"), 1),
+    (("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"), 0),
+)

@@ -1,0 +1,365 @@
+"""Labelled data: what each kind yields, what is refused and how, and augmentation as a function of its seed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import cadsurgery as cs
+from cadsurgery.data import IGNORED, Augment, SegmentationData
+from cadsurgery.data.sources import KINDS
+from cadsurgery.images import SCENE_CLASSES, normalise
+from cadsurgery.zoo import Source
+
+SIZE = (13, 22)
+
+
+def write(path: Path, pixels: np.ndarray, mode: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(pixels)
+    (picture.convert(mode) if mode else picture).save(path)
+
+
+def some_labels(high: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, high, size, dtype=np.uint8)
+
+
+def some_image(size: tuple[int, int] = SIZE) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two splits of two images with labels 0..3, where 3 is meant to be ignored."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            write(tmp_path / split / "images" / f"{name}.png", some_image())
+            write(tmp_path / split / "labels" / f"{name}.png", some_labels(4))
+    return tmp_path
+
+
+def spec(folder: Path, options: str = "classes=3,ignore=3") -> str:
+    return f"folder:{folder},{options}"
+
+
+def assert_is_item(data: SegmentationData, position: int = 0) -> tuple[Tensor, Tensor]:
+    """Types, ranges and sizes that training relies on."""
+    image, labels = data[position]
+    assert image.dtype == torch.float32 and image.shape[0] == 3 and labels.dtype == torch.int64
+    assert image.shape[1:] == labels.shape and image.min() >= 0 and image.max() <= 1
+    assert set(labels.unique().tolist()) <= {*range(len(data.classes)), IGNORED}
+    return image, labels
+
+
+# -- a plain folder ------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_images_in_order_and_labels_with_ignored_ones_as_255(folder: Path) -> None:
+    data = cs.open_data(spec(folder), "test")
+    assert len(data) == 2 and [Path(name).name for name in data.names] == ["a.png", "b.png"]
+    assert data.classes == ("class 0", "class 1", "class 2") and data.split == "test"
+    image, labels = assert_is_item(data)
+    stored = torch.from_numpy(some_labels(4).astype(np.int64))
+    assert torch.equal(labels, torch.where(stored == 3, IGNORED, stored)) and (labels == IGNORED).any()
+    assert torch.equal(image, torch.from_numpy(some_image()).permute(2, 0, 1).float() / 255)
+
+
+def test_classes_can_be_named_and_several_values_ignored(folder: Path) -> None:
+    data = cs.open_data(spec(folder, "classes=road/sky,ignore=2/3"))
+    assert data.classes == ("road", "sky")
+    assert set(data[0][1].unique().tolist()) == {0, 1, IGNORED}
+
+
+def test_a_folder_without_splits_is_split_all(folder: Path) -> None:
+    data = cs.open_data(spec(folder / "train"), "all")
+    assert len(data) == 2
+    with pytest.raises(cs.FileError, match='choose split "all"'):
+        cs.open_data(spec(folder / "train"), "test")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_labels_may_be_palette_or_wide_pictures(folder: Path, wide: bool) -> None:
+    before = cs.open_data(spec(folder))[0][1]
+    stored = Image.fromarray(some_labels(4).astype(np.uint16) if wide else some_labels(4))
+    if not wide:
+        stored.putpalette(list(range(256)) * 3)
+    stored.save(folder / "train" / "labels" / "a.png")
+    assert torch.equal(cs.open_data(spec(folder))[0][1], before)
+
+
+def test_data_can_be_sent_to_workers_and_cut_short(folder: Path) -> None:
+    data = pickle.loads(pickle.dumps(cs.open_data(spec(folder))))
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1)
+    (batch,) = list(loader)
+    assert batch[0].shape == (2, 3, *SIZE) and batch[1].shape == (2, *SIZE)
+    assert len(data.first(1)) == 1 and len(data.first(None)) == 2
+    with pytest.raises(IndexError):
+        data[2]
+
+
+def test_the_measurement_data_fits() -> None:
+    root = Path(os.environ.get("CADSURGERY_DATA", "/work/shared/data")) / "camvid"
+    if not root.is_dir():
+        pytest.skip(f"no {root}; set CADSURGERY_DATA")
+    data = cs.open_data(f"folder:{root},classes=11,ignore=11", "test")
+    assert len(data) == 233 and assert_is_item(data)[1].shape == (360, 480)
+
+
+# -- torchvision ---------------------------------------------------------------------------------------
+
+
+def test_cityscapes_has_the_19_classes_of_the_benchmark(tmp_path: Path) -> None:
+    ids = np.arange(34, dtype=np.uint8).reshape(2, 17).repeat(4, 0)
+    for city in ("b", "a"):
+        write(tmp_path / f"leftImg8bit/val/{city}/{city}_1_leftImg8bit.png", some_image((8, 17)))
+        write(tmp_path / f"gtFine/val/{city}/{city}_1_gtFine_labelIds.png", ids)
+    data = cs.open_data(f"cityscapes:{tmp_path}", "val")
+    assert len(data.classes) == 19 and data.classes[0] == "road" and data.classes[-1] == "bicycle"
+    assert [Path(name).parent.name for name in data.names] == ["a", "b"]
+    labels = assert_is_item(data)[1]
+    assert labels[0, 7] == 0 and labels[4, 33 - 17] == 18 and labels[0, 0] == IGNORED
+    assert set(labels.unique().tolist()) == {*range(19), IGNORED}
+
+
+def test_voc_keeps_its_void_ignored(tmp_path: Path) -> None:
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    labels = some_labels(21)
+    labels[0] = 255
+    write(root / "JPEGImages" / "x.jpg", some_image())
+    write(root / "SegmentationClass" / "x.png", labels)
+    listed = root / "ImageSets" / "Segmentation" / "train.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("x\n")
+    data = cs.open_data(f"voc:{tmp_path}", "train")
+    assert len(data.classes) == 21
+    assert torch.equal(assert_is_item(data)[1], torch.from_numpy(labels.astype(np.int64)))
+
+
+def test_sbd_reads_its_matlab_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = some_labels(21)
+    reader = types.ModuleType("scipy.io")
+    answer = {"GTcls": [{"Segmentation": [stored]}]}
+    reader.loadmat = lambda path: answer  # type: ignore[attr-defined]
+    package = types.ModuleType("scipy")
+    package.io = reader  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "scipy", package)
+    monkeypatch.setitem(sys.modules, "scipy.io", reader)
+    write(tmp_path / "img" / "x.jpg", some_image())
+    (tmp_path / "cls").mkdir()
+    (tmp_path / "train.txt").write_text("x\n")
+    data = cs.open_data(f"sbd:{tmp_path}", "train")
+    assert torch.equal(assert_is_item(data)[1], torch.from_numpy(stored.astype(np.int64)))
+
+
+def test_sbd_without_scipy_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(cs.CadError, match="pip install scipy"):
+        cs.open_data(f"sbd:{tmp_path}")
+
+
+def test_pets_have_three_classes(tmp_path: Path) -> None:
+    root = tmp_path / "oxford-iiit-pet"
+    write(root / "images" / "cat_1.jpg", some_image())
+    write(root / "annotations" / "trimaps" / "cat_1.png", some_labels(3) + 1)
+    for split in ("trainval", "test"):
+        (root / "annotations" / f"{split}.txt").write_text("cat_1 1 1 1\n")
+    for split in ("train", "trainval", "test"):
+        data = cs.open_data(f"pets:{tmp_path}", split)
+        labels = assert_is_item(data)[1]
+        assert data.classes == ("pet", "background", "border")
+        assert torch.equal(labels, torch.from_numpy(some_labels(3).astype(np.int64)))
+
+
+@pytest.mark.parametrize("kind", ["cityscapes", "voc", "sbd", "pets", "folder"])
+def test_missing_data_says_where_to_get_it_and_what_is_expected(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    reader = types.ModuleType("scipy.io")
+    reader.loadmat = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "scipy.io", reader)
+    given = f"{kind}:{tmp_path}/no" + (",classes=3" if kind == "folder" else "")
+    with pytest.raises(cs.FileError) as refusal:
+        cs.open_data(given, "train")
+    assert str(tmp_path) in str(refusal.value)
+    for line in (KINDS[kind].where, *KINDS[kind].layout.splitlines()):
+        assert line in refusal.value.next
+
+
+# -- generated scenes ----------------------------------------------------------------------------------
+
+
+def test_scenes_are_the_same_every_time_and_differ_between_splits() -> None:
+    data = cs.open_data("scene:3,height=40,width=64", "train")
+    image, labels = assert_is_item(data, 2)
+    assert len(data) == 3 and data.classes == SCENE_CLASSES and labels.shape == (40, 64)
+    assert torch.equal(image, cs.open_data("scene:3,height=40,width=64", "train")[2][0])
+    others = [cs.open_data("scene:3,height=40,width=64", split)[2][0] for split in ("val", "test")]
+    assert not any(torch.equal(image, other) for other in (*others, data[1][0]))
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "split", "error", "said"),
+    [
+        ("foldr:x", "train", cs.UnknownName, "folder"),
+        ("folder:", "train", cs.InvalidInput, "names no place"),
+        ("folder:x", "train", cs.InvalidInput, "classes="),
+        ("folder:x,clases=3", "train", cs.UnknownName, "classes"),
+        ("folder:x,classes=", "train", cs.InvalidInput, "VALUE"),
+        ("folder:.,classes=0", "all", cs.FileError, "images"),
+        ("voc:x,year=1999", "train", cs.UnknownName, "2012"),
+        ("voc:x", "tran", cs.UnknownName, "train"),
+        ("pets:x", "val", cs.UnknownName, "trainval"),
+        ("scene:many", "train", cs.InvalidInput, "not a number"),
+        ("scene:2,height=2", "train", cs.InvalidInput, "too small"),
+        ("scene:0", "train", cs.FileError, "no images"),
+    ],
+)
+def test_wrong_specs_are_refused(given: str, split: str, error: type[cs.CadError], said: str) -> None:
+    with pytest.raises(error, match=said):
+        cs.open_data(given, split)
+
+
+@pytest.mark.parametrize("options", ["classes=0", "classes=256", "classes=3,ignore=void"])
+def test_wrong_numbers_are_refused(folder: Path, options: str) -> None:
+    with pytest.raises(cs.InvalidInput, match=r"(classes|ignore)="):
+        cs.open_data(spec(folder, options))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    for name in ("images", "labels"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    with pytest.raises(cs.FileError, match="no images in split 'train'"):
+        cs.open_data(spec(tmp_path))
+
+
+def test_an_unknown_split_of_a_folder_names_the_others(folder: Path) -> None:
+    with pytest.raises(cs.FileError, match="splits test, train"):
+        cs.open_data(spec(folder), "val")
+
+
+def test_images_without_labels_are_named_and_counted(folder: Path) -> None:
+    (folder / "train" / "labels" / "b.png").unlink()
+    with pytest.raises(cs.FileError, match=r"1 of 2 images have no labels, first .*b\.png"):
+        cs.open_data(spec(folder))
+
+
+def test_labels_of_another_size_are_refused(folder: Path) -> None:
+    write(folder / "train" / "labels" / "a.png", some_labels(3, (13, 20)))
+    with pytest.raises(cs.InvalidInput, match="13x22 pixels and its labels have 13x20"):
+        cs.open_data(spec(folder))[0]
+
+
+def test_colour_labels_are_refused(folder: Path) -> None:
+    write(folder / "train" / "labels" / "a.png", some_image())
+    with pytest.raises(cs.InvalidInput, match="colour"):
+        cs.open_data(spec(folder))[0]
+
+
+def test_a_label_out_of_range_names_file_value_and_what_to_do(folder: Path) -> None:
+    with pytest.raises(cs.InvalidInput) as refusal:
+        cs.open_data(spec(folder, "classes=3"))[0]
+    for part in ("a.png", "label 3", "3 classes", "ignore=3"):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize("which", ["images", "labels"])
+def test_a_corrupt_file_is_refused_by_name(folder: Path, which: str) -> None:
+    path = folder / "train" / which / "a.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(cs.FileError, match=r"a\.png"):
+        cs.open_data(spec(folder))[0]
+
+
+# -- augmentation --------------------------------------------------------------------------------------
+
+
+def pair(height: int = 30, width: int = 41) -> tuple[Tensor, Tensor]:
+    return torch.rand(3, height, width), torch.randint(5, (height, width))
+
+
+@pytest.mark.parametrize("scale", [None, (0.5, 2.0)])
+@pytest.mark.parametrize("crop", [16, (50, 20), None])
+def test_augmentation_depends_on_its_seed_alone(
+    crop: int | tuple[int, int] | None, scale: tuple[float, float] | None
+) -> None:
+    image, labels = pair()
+    kept = image.clone()
+    augment = Augment(crop, scale=scale)
+    state = torch.get_rng_state()
+    first = augment(image, labels, 7)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(image, kept)
+    torch.rand(3)
+    again, other = augment(image, labels, 7), augment(image, labels, 8)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert other[0].shape != first[0].shape or not torch.equal(other[0], first[0])
+    assert type(first[0]) is type(first[1]) is Tensor and first[1].dtype == torch.int64
+    if augment.size is not None:
+        assert first[0].shape[1:] == first[1].shape == augment.size
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    drawn = [augment(image, labels, generator)[0] for generator in generators]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_image_and_labels_are_moved_together(seed: int) -> None:
+    """An image that shows its labels does so afterwards, padding apart."""
+    _, labels = pair()
+    image = (labels / 10).expand(3, -1, -1)
+    moved, on = Augment((40, 24), jitter=0)(image, labels, seed)
+    inside = on != IGNORED
+    assert torch.allclose(moved[:, inside], (on[inside] / 10).expand(3, -1))
+    padding = moved[:, ~inside]
+    assert padding.numel() and torch.allclose(padding, torch.tensor(Augment().fill)[:, None])
+
+
+def test_without_randomness_nothing_changes() -> None:
+    image, labels = pair()
+    changed = Augment(None, flip=0, jitter=0)(image, labels, 0)
+    assert torch.equal(changed[0], image) and torch.equal(changed[1], labels)
+    mirrored = Augment(None, flip=1, jitter=0)(image, labels, 0)
+    assert torch.equal(mirrored[0], image.flip(2)) and torch.equal(mirrored[1], labels.flip(1))
+
+
+def test_scaling_makes_up_no_labels() -> None:
+    image, labels = pair()
+    sizes = set()
+    for seed in range(4):
+        scaled, on = Augment(None, scale=(0.5, 2.0))(image, 2 * labels, seed)
+        assert scaled.shape[1:] == on.shape and set(on.unique().tolist()) <= {0, 2, 4, 6, 8}
+        assert scaled.min() >= 0 and scaled.max() <= 1
+        sizes.add(tuple(on.shape))
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop": 0},
+        {"crop": (4, -1)},
+        {"flip": 1.5},
+        {"jitter": -0.1},
+        {"scale": (2.0, 0.5)},
+        {"scale": (0.0, 1.0)},
+    ],
+)
+def test_impossible_augmentation_is_refused(options: dict) -> None:
+    with pytest.raises(cs.InvalidInput, match=r"e\.g\."):
+        Augment(**options)
+
+
+def test_a_batch_is_normalised_as_its_images() -> None:
+    batch, source = torch.rand(2, 3, 5, 7), Source("x", mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    assert torch.equal(normalise(batch, source), torch.stack([normalise(image, source) for image in batch]))
