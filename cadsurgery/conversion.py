@@ -21,6 +21,7 @@ from cadsurgery.io import load, read_metadata, save
 from cadsurgery.lattice import Geometry
 from cadsurgery.macs import MacReport, dense_macs
 from cadsurgery.masks import Grid, resolve_mask
+from cadsurgery.masks.masking import not_static
 from cadsurgery.masks.provider import checked_levels
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.report import ConversionReport, Side
@@ -145,10 +146,11 @@ def export_program(
     net = load(model, mask=mask or None) if _is_file(model) else None
     provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
     if not provider.static:
-        raise InvalidInput(
-            f"mask {provider.spec()!r} keeps another number of elements of each image.",
-            why="an exported program has fixed shapes.",
-            next=f'cadsurgery export {model} --mask "{provider.spec()} | budget:fraction=0.3" -o {output}',
+        fixed = EXPORTED_MASK if provider.stateful else f"{provider.spec()} | budget:fraction=0.3"
+        raise not_static(
+            provider,
+            "an exported program has fixed shapes and no memory.",
+            f'cadsurgery export {model} --mask "{fixed}" -o {output}',
         )
     if net is None:
         net = adaptify(build(model, weights)[0], provider, **options, verify_laws=False)
@@ -204,7 +206,7 @@ def picture_of_mask(
         geometry = Geometry(_halvings(stride, low), patch=patch)  # type: ignore[arg-type]
         batch = normalise(picture, None).unsqueeze(0)
         fine = (-(-picture.shape[1] // stride), -(-picture.shape[2] // stride))
-        grid = Grid(1, fine, stride, geometry.max_level, geometry.sides[-1])
+        grid = Grid.of(geometry, 1, fine, stride)
         found = provider(batch, batch[:, :, ::stride, ::stride], grid)
         lattice = geometry.lattice(checked_levels(found, grid, provider.name))
     write_png(figure_picture(mask_figure(picture, lattice, stride, title=provider.spec())), output)

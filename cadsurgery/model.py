@@ -129,7 +129,9 @@ class AdaptiveModel(nn.Module):
         output, fine = self._run_unchanged(self.names(), **arguments)
         return self.finish(output, self.geometry.uniform_like(fine, level))
 
-    @torch.compiler.disable(reason=f"the mask keeps another number of elements of each image: {NEEDS_STATIC}")
+    @torch.compiler.disable(
+        reason=f"the mask keeps another number of elements of each image, or remembers earlier ones: {NEEDS_STATIC}"
+    )
     def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """`forward` for a mask whose shapes a compiler cannot know: it breaks the graph here, or says why it cannot."""
         return self.forward(*args, **kwargs)

@@ -277,7 +277,7 @@ def test_list_masks_tells_options_and_source(run: Run) -> None:
     masks = {info["name"]: info for info in run("list", "--masks", "--json").json}
     assert {"all", "none", "edges", "random"} <= masks.keys()
     assert masks["edges"]["options"] == {"threshold": [0.35], "dilation": [11]}
-    assert masks["edges"].keys() == {"name", "summary", "options", "source"}
+    assert masks["edges"].keys() == {"name", "summary", "options", "source", "form"}
     assert "dilation=11" in run("list", "--masks").out
 
 

@@ -71,9 +71,9 @@ def test_bounds_hold_for_every_choice_of_patches_and_are_met(
 ) -> None:
     """No map with that many patches has fewer or more elements after any stage, at the whole size or a cut one."""
     geometry = Geometry(strides, max_level)
-    total = Grid(2, size, 8, geometry.max_level, geometry.sides[-1]).patches * 2
+    total = Grid.of(geometry, 2, size, 8).patches * 2
     for kept in {0, 1, total // 2, total}:
-        bounds = Bounds.of_patches(geometry, 2, size, kept)
+        bounds = Bounds.of_patches(geometry, 2, size, (kept,))
         counts = []
         for _ in range(20):
             levels = patch_levels(2, size, geometry, kept)
@@ -94,13 +94,13 @@ def test_bounds_hold_for_every_choice_of_patches_and_are_met(
 @pytest.mark.parametrize("fraction", [0.0, 0.34, 1.0])
 def test_a_budget_keeps_the_patches_it_promises(fraction: float, per_batch: bool) -> None:
     geometry, size = Geometry((2, 2)), (13, 17)
-    grid = Grid(3, size, 8, 2, 4)
+    grid = Grid(3, size, 8, 2, 4, 4)
     mask = cs.Budget("random", fraction, per_batch)
     levels = mask(images(3, 104, 136), torch.zeros(3, 1, *size), grid)
     kept = int((levels[:, ::4, ::4] == 0).sum())
-    assert kept == mask.kept_patches(grid)
+    assert (kept,) == mask.kept_patches(grid)
     lattice = geometry.lattice(levels)
-    bounds = Bounds.of_patches(geometry, 3, size, kept)
+    bounds = Bounds.of_patches(geometry, 3, size, (kept,))
     assert all(bounds.least[s] <= len(lattice.at(s)) <= bounds.most[s] for s in range(3))
     assert bounds.level == lattice.uniform_level
 
