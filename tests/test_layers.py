@@ -62,7 +62,19 @@ LAYERS = [
         "surgery",
     ),
     *("macs", "model", "hosted", "static", "api", "zoo", "coverage", "io"),
-    *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "twins", "bench", "cli"),
+    *(
+        "report",
+        "bench_report",
+        "timing",
+        "memory",
+        "images",
+        "viz",
+        "conversion",
+        "mask_report",
+        "twins",
+        "bench",
+        "cli",
+    ),
 ]
 GEOMETRY = (
     *("layout", "lattice", "kernel_map"),

@@ -25,7 +25,7 @@ class SaliencyMask(MaskProvider):
     def __init__(
         self,
         function: str | Callable[[Tensor], Tensor] = SPECTRAL,
-        threshold: float | tuple[float, ...] = (0.3,),
+        threshold: float | tuple[float, ...] = (1.0,),
     ) -> None:
         """Create the mask.
 
@@ -86,10 +86,10 @@ class SaliencyMask(MaskProvider):
 
 
 def spectral_residual(image: Tensor) -> Tensor:
-    """(B, h, w) float32 in 0..1, the short side 64: what is unlike the rest of the image (Hou and Zhang, CVPR 2007).
+    """(B, h, w) float32, the short side 64: what is unlike the rest of the image (Hou and Zhang, CVPR 2007).
 
     The spectrum of the small grey image, its log amplitude minus that smoothed by 3 x 3, transformed back, squared,
-    smoothed (standard deviation 2.5) and stretched to 0..1 per image; a constant map becomes zero.
+    smoothed (standard deviation 2.5) and divided by its mean over the image; there objects are above 3.
     """
     height, width = image.shape[2:]
     scale = 64 / min(height, width)
@@ -103,8 +103,7 @@ def spectral_residual(image: Tensor) -> Tensor:
     )
     residual = torch.polar((amplitude - smooth).exp(), spectrum.angle())
     saliency = blurred(torch.fft.ifft2(residual).abs().square(), 2.5)
-    low, high = saliency.amin((1, 2), keepdim=True), saliency.amax((1, 2), keepdim=True)
-    return (saliency - low) / (high - low).clamp(min=1e-12)
+    return saliency / saliency.mean((1, 2), keepdim=True).clamp(min=1e-12)
 
 
 def _imported(name: str) -> Callable[[Tensor], Tensor]:

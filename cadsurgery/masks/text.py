@@ -97,7 +97,9 @@ class _Reader:
                 next=f"write a mask there: {_example_of_a_pipe(wrapper=self.words() or 'budget')}.",
             )
         if not words and (self.next() != _END or self.text.strip()):
-            raise _unfinished(self.text, f"a mask is missing before {self.next() or 'the end'!r}")
+            raise _unfinished(
+                self.text, f"a mask is missing before {repr(self.next()) if self.pieces else 'the end'}"
+            )
         return _alone(words)
 
 
