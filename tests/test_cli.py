@@ -168,7 +168,7 @@ REFUSED = [
     (["mask", "--size", "0x128"], "InvalidInput", "positive"),
     (["mask", "--size", "96x128", "--output-stride", "8,24"], "InvalidInput", "8,32"),
     (["mask", "--size", "96x128", "--patch", "hexagon"], "InvalidInput", "quadtree"),
-    (["mask", "--size", "96x128", "--output", "no/mask.png"], "FileError", "folder"),
+    (["mask", "--size", "96x128", "--output", "no/mask.png"], "FileError", "create it"),
     (["macs", "--model", "usernets:segmenter", "--rule", "flops"], "UnknownName", "published"),
     (["macs", "--model", "usernets:segmenter", "--size=-5x10"], "InvalidInput", "positive"),
     (["list", "--library", "tensorflow"], "UnknownName", "torchvision"),
@@ -390,28 +390,30 @@ def test_mask_for_a_network_uses_its_strides(run: Run, file: Path) -> None:
         assert "wrote mask.png" in run(*arguments[:-1]).out
 
 
-COMPARED = ("--mask", "edges", "--mask", "edges | dilate", "--mask", "all", "--compare")
+COMPARED = ("--mask", "none", "--mask", "edges | budget:fraction=0.25", "--mask", "all", "--compare")
 
 
 def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_path: Path) -> None:
     result = run("mask", *options(*COMPARED), "--json")
     rows = result.json["masks"]
-    assert [row["mask"].partition(":")[0] for row in rows] == ["edges", "edges", "all"]
-    assert rows[0]["active_fraction"] < rows[1]["active_fraction"] < rows[2]["active_fraction"] == 1
+    assert [row["mask"].partition(":")[0] for row in rows] == ["none", "edges", "all"]
+    assert [row["active_fraction"] for row in rows] == [0, 0.25, 1]
     assert rows[2]["share_of_elements"] == 1 and "macs" not in rows[0]
     assert all(row["share_of_elements"] == row["elements"] / row["fine_pixels"] for row in rows)
     with Image.open(tmp_path / "mask.png") as picture:
         assert picture.width > 600 and len(set(picture.convert("RGB").resize((64, 32)).getdata())) > 50
     table = run("mask", *options(*COMPARED)).out
-    assert "edges | dilate" in table and "active fraction" in table and "wrote mask.png" in table
+    assert (
+        "edges | budget:fraction=0.25" in table and "active fraction" in table and "wrote mask.png" in table
+    )
 
 
 @pytest.mark.parametrize("model", ["usernets:segmenter", "net.safetensors"])
 def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: str) -> None:
     rows = run("mask", *options("--model", model, *COMPARED), "--json").json["masks"]
-    counted = run("macs", "--model", model, *options("--mask", "edges"), "--json").json
-    assert rows[0]["macs"] == counted["macs"] and rows[0]["active_fraction"] == counted["active_fraction"]
-    assert rows[0]["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
+    counted = run("macs", "--model", model, *options("--mask", COMPARED[3]), "--json").json
+    assert rows[1]["macs"] == counted["macs"] and rows[1]["active_fraction"] == counted["active_fraction"]
+    assert rows[1]["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
     assert rows[2]["of_high"] == 1 and "MACs" in run("mask", *options("--model", model, *COMPARED)).out
 
 
