@@ -144,10 +144,10 @@ def export_program(
     net = load(model, mask=mask or None) if is_file(model) else None
     provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
     if not provider.static:
-        fixed = EXPORTED_MASK if provider.stateful else f"{provider.spec()} | budget:fraction=0.3"
+        fixed = EXPORTED_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
         raise not_static(
             provider,
-            "an exported program has fixed shapes and no memory.",
+            "an exported program has fixed shapes and sees the image alone.",
             f'cadsurgery export {model} --mask "{fixed}" -o {output}',
         )
     if net is None:

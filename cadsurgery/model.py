@@ -130,7 +130,8 @@ class AdaptiveModel(nn.Module):
         return self.finish(output, self.geometry.uniform_like(fine, level))
 
     @torch.compiler.disable(
-        reason=f"the mask keeps another number of elements of each image, or remembers earlier ones: {NEEDS_STATIC}"
+        reason="the mask keeps another number of elements of each image, or depends on more than the image: "
+        f"{NEEDS_STATIC}"
     )
     def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """`forward` for a mask whose shapes a compiler cannot know: it breaks the graph here, or says why it cannot."""

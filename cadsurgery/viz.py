@@ -88,13 +88,14 @@ def comparison_figure(
     count, wide = len(lattices) + 1, 4.6
     columns = min(range(min(count, 3), 5), key=lambda columns: (-count % columns, -columns))
     rows = -(-count // columns)
-    above = 0.15 + 0.17 * max(1 + text.count("\n") for text in titles)
+    above = 0.12 + 0.19 * max(1 + text.count("\n") for text in titles)
     tall = rows * (wide * height / width + above) + (0.7 if title else 0.45)
     figure = Figure(figsize=(wide * columns, tall), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in panels:
-        axis.set_axis_off()
+    for place, axis in enumerate(panels):
+        axis.set(xticks=[], yticks=[], visible=place < count)
+        axis.spines[:].set_visible(False)
     pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
     panels[0].imshow(pixels)
     panels[0].set_title("image", fontsize=10)

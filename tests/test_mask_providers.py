@@ -298,6 +298,19 @@ def test_labels_that_are_none_are_refused(labels: object) -> None:
     assert "integer tensor (batch, height, width)" in caught.value.next
 
 
+def test_a_budget_of_a_trimap_is_compiled_with_no_labels_in_the_graph(tmp_path: Path) -> None:
+    model, image = cs.adaptify(trunk(), "trimap | budget", verify_laws=False), torch.randn(1, 3, 128, 128)
+    compiled = torch.compile(model, backend="eager")
+    kept = []
+    for seed in range(2):
+        with labelled(blocks((128, 128), 1, seed=seed)):
+            assert torch.allclose(compiled(image), model(image), atol=1e-5)
+            kept.append(model.levels.clone())
+    assert not torch.equal(*kept)
+    with pytest.raises(cs.InvalidInput, match="depends on labels"), labelled(blocks((128, 128), 1)):
+        cs.export(model, image, tmp_path / "net.pt2")
+
+
 # -- saliency ------------------------------------------------------------------------------------------
 
 

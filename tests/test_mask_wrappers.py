@@ -276,8 +276,8 @@ def test_what_smooth_remembers_is_in_no_state_dict_and_no_file(tmp_path: Path) -
 )
 def test_smooth_is_not_static_and_says_so(text: str, tmp_path: Path) -> None:
     model, image = net(text), torch.randn(1, 3, 64, 64)
-    assert not model.mask.static and model.mask.stateful
-    with pytest.raises(cs.InvalidInput, match="remembers earlier images") as caught:
+    assert not model.mask.static and model.mask.dependence == "earlier images"
+    with pytest.raises(cs.InvalidInput, match="depends on earlier images") as caught:
         cs.export(model, image, tmp_path / "net.pt2")
     assert "budget" in caught.value.next and "Bucketed" in caught.value.next
     assert not list(tmp_path.iterdir())

@@ -51,8 +51,8 @@ class Budget(MaskWrapper):
 
     @property
     def static(self) -> bool:
-        """Unless the scores depend on earlier images, which a compiled graph cannot hold."""
-        return not self.stateful
+        """Unless the scores depend on more than image and features, such as labels, which a graph would fix."""
+        return not self.dependence
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int8: level i in the patches kept for it, the lowest elsewhere.

@@ -55,7 +55,8 @@ class Masking:
 
 def not_static(mask: MaskProvider, why: str, next: str = "") -> InvalidInput:
     """The refusal of a mask that is not static: what it does, `why` that does not do, and the next step."""
-    what = "remembers earlier images" if mask.stateful else "keeps another number of elements of each image"
+    depends = f"depends on {mask.dependence}, not the image alone"
+    what = depends if mask.dependence else "keeps another number of elements of each image"
     return InvalidInput(f"mask {mask.spec()} {what}.", why=why, next=next or NEEDS_STATIC)
 
 

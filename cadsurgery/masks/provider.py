@@ -57,7 +57,7 @@ class MaskProvider(nn.Module):
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
     takes: ClassVar[Literal["none", "one", "many"]] = "none"  # other masks: how the string form writes it
-    remembers: ClassVar[bool] = False  # whether a map depends on earlier images
+    needs: ClassVar[str] = ""  # what its maps depend on besides image and features, e.g. "earlier images"
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The level map (B, h, w)."""
@@ -90,9 +90,9 @@ class MaskProvider(nn.Module):
         return ()
 
     @property
-    def stateful(self) -> bool:
-        """Whether it or a mask it is made from remembers earlier images."""
-        return self.remembers or any(part.stateful for part in self.parts)
+    def dependence(self) -> str:
+        """What it or the first mask it is made from needs besides image and features; empty for nothing."""
+        return self.needs or next((part.dependence for part in self.parts if part.dependence), "")
 
     @property
     def storable(self) -> bool:

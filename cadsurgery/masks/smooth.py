@@ -22,7 +22,7 @@ class Smooth(MaskWrapper):
     anew, as `reset()` does. What is remembered is in no state dict, copy or file.
     """
 
-    remembers = True
+    needs = "earlier images"
 
     def __init__(self, mask: object, hold: int = 3) -> None:
         """Create the mask.

@@ -58,6 +58,7 @@ class TrimapMask(GradedMask):
     """
 
     counted = "widths"
+    needs = "labels"
 
     def __init__(self, width: int | tuple[int, ...] = (33,), ignore: int = IGNORED) -> None:
         """Create the mask.
