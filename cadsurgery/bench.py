@@ -290,7 +290,7 @@ def _name(network: str | nn.Module) -> str:
 
 def _setting(setup: Setup, rounds: int) -> BenchSetting:
     return BenchSetting(
-        mask=f"{resolve_mask(setup.mask).spec() or 'a tensor'} | budget",
+        mask=f"{resolve_mask(setup.mask).spec()} | budget",
         image=(setup.batch, 3, *setup.size),
         dtype=setup.dtype,
         device=device_in_words(device_named(setup.device)),

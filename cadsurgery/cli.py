@@ -36,8 +36,8 @@ Weights = Annotated[str, typer.Option(help="auto, none, a name of weights, or a 
 Mask = Annotated[
     str,
     typer.Option(
-        help='all, none, random, edges, or with options: "edges:threshold=0.15,dilation=11", '
-        'and wrappers: "edges | budget:fraction=0.3"'
+        help='a name of cadsurgery list --masks, with options: "edges:threshold=0.15,dilation=11", '
+        'wrappers: "edges | budget:fraction=0.3", several: "edges + gradient"'
     ),
 ]
 Stride = Annotated[
@@ -121,26 +121,42 @@ def plan(
 
 @app.command("mask")
 def mask_command(
-    mask: Mask = "edges",
+    mask: Annotated[
+        list[str], typer.Option(help="as of other commands; default edges; repeatable with --compare")
+    ] = [],  # noqa: B006
+    compare: Annotated[
+        bool, typer.Option("--compare", help="several masks side by side; without --mask a telling set")
+    ] = False,
     image: ImageOption = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="PNG of the classes of the image's pixels, for trimap")
+    ] = None,
     size: Size = "",
     model: Annotated[
-        str, typer.Option("--model", "-m", help="take strides, size and normalisation from this network")
+        str, typer.Option("--model", "-m", help="take strides, normalisation and MACs from this network")
     ] = "",
     output_stride: Stride = "8,32",
     patch: Patch = "quadtree",
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
     as_json: Json = False,
 ) -> None:
-    """Draw a mask: image, level map and lattice side by side."""
-    from cadsurgery.conversion import picture_of_mask
+    """Draw a mask: image, level map and lattice side by side; or several masks and what they cost."""
+    from cadsurgery.mask_report import draw_masks
 
     with _steps(as_json) as step:
         step("drawing")
-        found = picture_of_mask(mask, image, _size(size), model, _pair(output_stride), patch, output)
-    kept = f"{found['elements']} elements for {found['fine_pixels']} fine pixels"
-    text = f"active fraction {found['active_fraction']:.3f}, {kept}; wrote {output}"
-    _show(found, text, as_json)
+        report = draw_masks(
+            mask,
+            compare=compare,
+            image=image,
+            labels=labels,
+            size=_size(size),
+            model=model,
+            output_stride=_pair(output_stride),
+            patch=patch,
+            output=output,
+        )
+    _show(report.to_dict(), report.render(), as_json)
 
 
 @app.command()
@@ -397,7 +413,7 @@ def list_command(
 
         infos = list_masks()
         lines = [
-            f"[bold]{i.name}[/bold]  {i.summary}  {_described(i.options)}  [dim]{i.source}[/dim]"
+            f"[bold]{i.form}[/bold]  {i.summary}  {_described(i.options)}  [dim]{i.source}[/dim]"
             for i in infos
         ]
         _show([vars(info) for info in infos], "\n".join(lines), as_json)

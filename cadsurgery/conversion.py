@@ -18,17 +18,16 @@ from cadsurgery.files import check_folder
 from cadsurgery.hosted import HostedModel
 from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
 from cadsurgery.io import load, read_metadata, save
-from cadsurgery.lattice import Geometry
 from cadsurgery.launch import gathered, in_order, own_device, shard
 from cadsurgery.macs import MacReport, dense_macs
-from cadsurgery.masks import Grid, resolve_mask
-from cadsurgery.masks.provider import checked_levels
+from cadsurgery.masks import resolve_mask
+from cadsurgery.masks.masking import not_static
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.report import ConversionReport, Side
 from cadsurgery.static import export
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.timing import interleaved
-from cadsurgery.viz import class_picture, figure_picture, mask_figure
+from cadsurgery.viz import class_picture
 from cadsurgery.zoo import Source, build_model
 
 DEFAULT_SIZE = (512, 1024)
@@ -146,10 +145,11 @@ def export_program(
     net = load(model, mask=mask or None) if is_file(model) else None
     provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
     if not provider.static:
-        raise InvalidInput(
-            f"mask {provider.spec()!r} keeps another number of elements of each image.",
-            why="an exported program has fixed shapes.",
-            next=f'cadsurgery export {model} --mask "{provider.spec()} | budget:fraction=0.3" -o {output}',
+        fixed = EXPORTED_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
+        raise not_static(
+            provider,
+            "an exported program has fixed shapes and sees the image alone.",
+            f'cadsurgery export {model} --mask "{fixed}" -o {output}',
         )
     if net is None:
         net = adaptify(build(model, weights)[0], provider, **options, verify_laws=False)
@@ -178,7 +178,7 @@ def count(
     rule: str,
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
-    net = load(model, mask=mask or None) if is_file(model) else _quick(model, mask or "edges", options)
+    net = load(model, mask=mask or None) if is_file(model) else quick(model, mask or "edges", options)
     return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
 
 
@@ -188,7 +188,7 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
     Raises:
         InvalidInput: a converted file.
     """
-    if _is_file(model):
+    if is_file(model):
         raise InvalidInput(
             f"{model} is a converted network: --dense counts one that is not.",
             next="leave --dense out, which lists dense high and dense low too, or give the network's name.",
@@ -196,42 +196,6 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
     net, source = build(model, "none")
     batch = normalise(example_image(image, size), source).unsqueeze(0)
     return {"shape": list(batch.shape), "rule": rule, "macs": {"dense": dense_macs(net, batch, rule=rule)}}
-
-
-def picture_of_mask(
-    mask: str,
-    image: Path | None,
-    size: tuple[int, int] | None,
-    model: str,
-    output_stride: tuple[int, int] | None,
-    patch: str,
-    output: Path,
-) -> dict[str, Any]:
-    """Draw a mask on an image, for a network or for given strides."""
-    picture = example_image(image, size)
-    provider = resolve_mask(mask)
-    if model:
-        options: dict[str, Any] = {"output_stride": output_stride, "patch": patch}
-        net = load(model, mask=mask) if is_file(model) else _quick(model, mask, options)
-        with torch.inference_mode():
-            net(normalise(picture, net.source).unsqueeze(0))
-        lattice, stride = net.lattice, net.plan.strides[0]
-    else:
-        stride, low = output_stride or (8, 32)
-        geometry = Geometry(_halvings(stride, low), patch=patch)  # type: ignore[arg-type]
-        batch = normalise(picture, None).unsqueeze(0)
-        fine = (-(-picture.shape[1] // stride), -(-picture.shape[2] // stride))
-        grid = Grid(1, fine, stride, geometry.max_level, geometry.sides[-1])
-        found = provider(batch, batch[:, :, ::stride, ::stride], grid)
-        lattice = geometry.lattice(checked_levels(found, grid, provider.name))
-    write_png(figure_picture(mask_figure(picture, lattice, stride, title=provider.spec())), output)
-    return {
-        "mask": provider.spec(),
-        "active_fraction": lattice.active_fraction,
-        "elements": len(lattice),
-        "fine_pixels": lattice.size[0] * lattice.size[1],
-        "file": str(output),
-    }
 
 
 def predict(
@@ -292,7 +256,7 @@ def build(model: str, weights: str) -> tuple[nn.Module, Source]:
     return built, source
 
 
-def _quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
+def quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
     """A converted network with random weights, unverified: for what depends on its shapes only."""
     return adaptify(build(model, "none")[0], mask, **options, verify_laws=False)
 
@@ -307,13 +271,6 @@ def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0
     if size is not None and min(size) < 1:
         raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
     return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
-
-
-def _halvings(high: int, low: int) -> tuple[int, ...]:
-    ratio = low // max(high, 1)
-    if high < 1 or high * ratio != low or ratio < 2 or ratio & (ratio - 1):
-        raise InvalidInput(f"output stride {high} to {low} is no sequence of halvings.", next="e.g. 8,32.")
-    return (2,) * (ratio.bit_length() - 1)
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import cadsurgery
-from cadsurgery.errors import InvalidInput, first_line
+from cadsurgery.errors import InvalidInput, UnknownName, first_line
 
 
 def versions() -> dict[str, str]:
@@ -57,3 +59,18 @@ def device_in_words(device: torch.device) -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()} ({platform.machine()} CPU)"
     return f"{platform.machine()} CPU"
+
+
+def function_named(module: str, function: str) -> Any:
+    """What a module of the user's has under a name.
+
+    Raises:
+        UnknownName: no such module, or nothing of that name in it.
+    """
+    try:
+        found = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise UnknownName("module", module, [], next=f"it cannot be imported: {error}.") from error
+    if not hasattr(found, function):
+        raise UnknownName(f"function in {module}", function, dir(found))
+    return getattr(found, function)

@@ -38,6 +38,29 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255
 
 
+def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """A label file (grey or palette, 8 or 16 bits) as (H, W) int64, resized to `size` (height, width) by the nearest.
+
+    Raises:
+        FileError: missing or unreadable, or a picture in colour.
+    """
+    try:
+        with Image.open(path) as file:
+            labels, mode = file.copy(), file.mode
+    except (OSError, ValueError, SyntaxError) as error:
+        raise FileError(
+            f"{path} cannot be read as labels.", why=str(error), next="give a PNG of one class per pixel."
+        ) from error
+    if mode not in ("1", "L", "P") and not mode.startswith("I"):
+        raise FileError(
+            f"{path} is a picture of mode {mode}, not labels.",
+            next="give a PNG with one channel, grey or palette, whose values are classes.",
+        )
+    if size is not None:
+        labels = labels.resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(labels).astype(np.int64))
+
+
 def find_images(paths: Sequence[Path]) -> dict[Path, Path]:
     """Image files among the given files and folders, and where each belongs below an output folder.
 

@@ -16,9 +16,9 @@ from cadsurgery.api import adaptify
 from cadsurgery.environment import versions
 from cadsurgery.errors import CannotConvert, FileError, InvalidInput, first_line
 from cadsurgery.files import written_whole
-from cadsurgery.masks import FixedMask, MaskProvider, MaskWrapper, resolve_mask
-from cadsurgery.masks.provider import PROVIDERS
-from cadsurgery.masks.resolve import PIPE, wrapped
+from cadsurgery.masks import FixedMask, MaskProvider
+from cadsurgery.masks.basic import TENSOR
+from cadsurgery.masks.text import parse
 from cadsurgery.model import AdaptiveModel, OptimizedModel
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.zoo import Source, build_model
@@ -26,7 +26,7 @@ from cadsurgery.zoo import Source, build_model
 FORMAT = 1
 T = TypeVar("T")
 _KEY = "cadsurgery"
-_MASK, _TENSOR = "cadsurgery.mask.", "a tensor"  # prefix of what belongs to the mask; a mask that is one
+_MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
 _NO_MASK = "a function or provider of your own, which a file cannot hold"
 
 
@@ -53,7 +53,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "format": FORMAT,
         "versions": versions(),
         "source": net.source.to_dict() if net.source is not None else None,
-        "mask": _mask_spec(net.mask),
+        "mask": net.mask.spec() if net.mask.storable else None,
         "options": {
             "output_stride": net.plan.output_stride,
             "region": net.plan.region,
@@ -192,27 +192,15 @@ def _damaged(path: Path, why: str) -> FileError:
     )
 
 
-def _mask_spec(mask: MaskProvider) -> str | None:
-    """What `_stored_mask` reads back; None for what a file cannot hold."""
-    if isinstance(mask, FixedMask):
-        return _TENSOR
-    if PROVIDERS.get(mask.name) is not type(mask):
-        return None
-    if not isinstance(mask, MaskWrapper):
-        return mask.spec()
-    inner = _mask_spec(mask.mask)
-    return inner and f"{inner} {PIPE} {mask.own_spec()}"
-
-
 def _stored_mask(spec: str, tensors: dict[str, torch.Tensor]) -> MaskProvider | None:
-    """The mask of a spec, with its tensors; None if its tensor is missing."""
-    inner, *wrappers = spec.split(PIPE)
-    given = tensors.get("mask." * len(wrappers) + "levels") if inner.strip() == _TENSOR else inner
-    if given is None:
-        return None
-    mask = resolve_mask(given)
-    for wrapper in wrappers:
-        mask = wrapped(mask, wrapper)
+    """The mask of a spec, with its tensors; None if a tensor that is a mask is missing."""
+    mask = parse(spec, lambda: FixedMask(torch.zeros(1, 1)), TENSOR)
+    for name, part in mask.named_modules():
+        if isinstance(part, FixedMask):
+            key = f"{name}.levels".removeprefix(".")
+            if key not in tensors:
+                return None
+            part.levels = tensors[key]
     mask.load_state_dict(tensors)
     return mask
 

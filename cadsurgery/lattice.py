@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -173,10 +173,13 @@ class Bounds(NamedTuple):
     level: int | None = None
 
     @staticmethod
-    def of_patches(geometry: Geometry, batch: int, size: tuple[int, int], kept: int) -> Bounds:
-        """Bounds of maps that have level 0 in `kept` patches (aligned R_K x R_K blocks) of a batch with fine maps of
-        `size`, in any of them, and the lowest level elsewhere. A patch that sticks out of the map has fewer elements.
+    def of_patches(geometry: Geometry, batch: int, size: tuple[int, int], kept: tuple[int, ...]) -> Bounds:
+        """Bounds of maps of patches (aligned R_K x R_K blocks), each with one level, of a batch with fine maps of
+        `size`: `kept[i]` of them, any, have level i or finer, all others the lowest level. A patch that sticks out of
+        the map has fewer elements.
         """
+        if geometry.patch == "block":  # what is not the lowest level becomes level 0
+            kept = kept[-1:]
         patch, pixels = geometry.sides[-1], batch * size[0] * size[1]
         whole, rest = zip(*(divmod(length, patch) for length in size), strict=True)
         # Kinds of patches by height and width inside the map, and how many there are of each.
@@ -186,19 +189,35 @@ class Bounds(NamedTuple):
         )
         kinds = [(h, w, batch * many * times) for h, many in rows for w, times in columns]
         total = sum(many for *_, many in kinds)
-        if kept in (0, total):
-            level = 0 if kept else geometry.max_level
+        levels = [*(min(level, geometry.max_level) for level in range(len(kept))), geometry.max_level]
+        occurring = [
+            level
+            for level, (finer, so_far) in zip(levels, pairwise((0, *kept, total)), strict=True)
+            if so_far > finer
+        ]
+        if len(set(occurring)) == 1:
+            level = occurring[0]
             sides = [geometry.sides[min(level, stage)] for stage in range(len(geometry.sides))]
-            exact = tuple(batch * -(-size[0] // side) * -(-size[1] // side) for side in sides)
+            exact = tuple(batch * _cells(*size, side) for side in sides)
             return Bounds(exact, exact, level)
         least, most = [], []
         for stage in range(len(geometry.sides)):
             side = geometry.sides[min(stage, geometry.max_level)]
-            coarse = batch * -(-size[0] // side) * -(-size[1] // side)
-            gains = sorted((h * w - -(-h // side) * -(-w // side), many) for h, w, many in kinds)
-            least.append(min(pixels, coarse + _sum_of_first(gains, kept)))
-            most.append(min(pixels, coarse + _sum_of_first(gains[::-1], kept)))
+            few = many = batch * _cells(*size, side)
+            # The patches of level i or finer are among those of level i + 1 or finer, and have more elements.
+            for count, (fine, coarse) in zip(kept, pairwise(levels), strict=True):
+                sides = [geometry.sides[min(stage, level)] for level in (fine, coarse)]
+                gains = sorted((_cells(h, w, sides[0]) - _cells(h, w, sides[1]), n) for h, w, n in kinds)
+                few += _sum_of_first(gains, count)
+                many += _sum_of_first(gains[::-1], count)
+            least.append(min(pixels, few))
+            most.append(min(pixels, many))
         return Bounds(tuple(least), tuple(most))
+
+
+def _cells(height: int, width: int, side: int) -> int:
+    """How many cells of a side cover height x width pixels."""
+    return -(-height // side) * -(-width // side)
 
 
 def _sum_of_first(values: list[tuple[int, int]], count: int) -> int:

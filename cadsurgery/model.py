@@ -129,7 +129,10 @@ class AdaptiveModel(nn.Module):
         output, fine = self._run_unchanged(self.names(), **arguments)
         return self.finish(output, self.geometry.uniform_like(fine, level))
 
-    @torch.compiler.disable(reason=f"the mask keeps another number of elements of each image: {NEEDS_STATIC}")
+    @torch.compiler.disable(
+        reason="the mask keeps another number of elements of each image, or depends on more than the image: "
+        f"{NEEDS_STATIC}"
+    )
     def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """`forward` for a mask whose shapes a compiler cannot know: it breaks the graph here, or says why it cannot."""
         return self.forward(*args, **kwargs)

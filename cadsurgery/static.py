@@ -22,7 +22,7 @@ from cadsurgery.errors import CannotConvert, InvalidInput
 from cadsurgery.files import check_folder, written_whole
 from cadsurgery.hosted import HostedModel
 from cadsurgery.lattice import Bounds, Geometry, Lattice
-from cadsurgery.masks.masking import NEEDS_STATIC, Masking, check_image
+from cadsurgery.masks.masking import Masking, check_image, not_static
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, runnable
 from cadsurgery.surgery.rewrite import halves
@@ -174,11 +174,7 @@ def export(
     other = image.flip(2, 3) if other is None else other
     check_image(other, "the image to compare on")
     if not net.mask.static:
-        raise InvalidInput(
-            f"mask {net.mask.spec()} keeps another number of elements of each image.",
-            why="an exported program has fixed shapes.",
-            next=NEEDS_STATIC,
-        )
+        raise not_static(net.mask, "an exported program has fixed shapes.")
     if net.training:
         raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
     file = Path(path)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import colorsys
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 from PIL import Image
 from torch import Tensor
@@ -17,6 +19,7 @@ from cadsurgery.bench_report import BenchReport
 from cadsurgery.evaluation_report import EvaluationReport
 from cadsurgery.lattice import Lattice
 
+LOWEST_COLOUR = "#d9dce1"
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
 
 
@@ -69,6 +72,63 @@ def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item:
     drawn = pixels.copy()
     drawn[border] = 0.35 * drawn[border] + 0.65 * np.array([0.1, 0.25, 0.9])
     return drawn
+
+
+def comparison_figure(
+    image: Tensor, lattices: Sequence[Lattice], titles: Sequence[str], output_stride: int, title: str = ""
+) -> Figure:
+    """The image, and beside it each level map on it: what is kept high in colour, the lowest level grey.
+
+    Args:
+        image: (3, H, W) in 0..1.
+        lattices: of the last stage, one for each mask; of one geometry, the first image of each batch.
+        titles: above each.
+        output_stride: the high one: image pixels per fine pixel.
+        title: above the picture.
+    """
+    height, width = image.shape[1:]
+    count, wide = len(lattices) + 1, 4.6
+    columns = min(range(min(count, 3), 5), key=lambda columns: (-count % columns, -columns))
+    rows = -(-count // columns)
+    above = 0.12 + 0.19 * max(1 + text.count("\n") for text in titles)
+    tall = rows * (wide * height / width + above) + (0.7 if title else 0.45)
+    figure = Figure(figsize=(wide * columns, tall), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for place, axis in enumerate(panels):
+        axis.set(xticks=[], yticks=[], visible=place < count)
+        axis.spines[:].set_visible(False)
+    pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+    panels[0].imshow(pixels)
+    panels[0].set_title("image", fontsize=10)
+    for axis, lattice, text in zip(panels[1:], lattices, titles, strict=False):
+        axis.imshow(draw_levels(pixels, lattice, output_stride))
+        axis.set_title(text, fontsize=10)
+    geometry = lattices[0].geometry
+    handles = [
+        Patch(color=colour, label=f"level {level}: output stride {output_stride * geometry.sides[level]}")
+        for level, colour in enumerate(_level_colours(geometry.max_level))
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def draw_levels(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
+    """The image (H, W, 3) in the colours of levels; the lowest level in grey."""
+    height, width = pixels.shape[:2]
+    levels = lattice.levels[item].cpu().numpy()
+    rows = np.minimum(np.arange(height)[:, None] // output_stride, levels.shape[0] - 1)
+    columns = np.minimum(np.arange(width)[None, :] // output_stride, levels.shape[1] - 1)
+    grey = pixels.mean(2, keepdims=True)
+    colours = np.array([to_rgb(colour) for colour in _level_colours(lattice.geometry.max_level)])
+    bright = ((grey - grey.min()) / max(np.quantile(grey, 0.98) - grey.min(), 1e-6)).clip(0, 1)
+    return colours[levels[rows, columns]] * (0.5 + 0.5 * bright)
+
+
+def _level_colours(max_level: int) -> tuple[str, ...]:
+    return (*LEVEL_COLOURS[:max_level], LOWEST_COLOUR)
 
 
 def bench_figure(report: BenchReport) -> Figure:

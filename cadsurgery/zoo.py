@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib
 import inspect
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.environment import function_named
 from cadsurgery.errors import CadError, FileError, InvalidInput, UnknownName, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -255,12 +255,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _function_builder(module: str, function: str) -> Builder:
-    try:
-        builder = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise UnknownName("module", module, [], next=f"it cannot be imported: {error}.") from error
-    except AttributeError:
-        raise UnknownName(f"function in {module}", function, dir(importlib.import_module(module))) from None
+    builder = function_named(module, function)
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         if weights not in ("auto", "none"):

@@ -165,10 +165,13 @@ REFUSED = [
     (["plan", "--model", "missing.safetensors"], "FileError", "check the path"),
     (["mask", "--mask", "edgs"], "UnknownName", "edges"),
     (["mask", "--image", "missing.png"], "FileError", "PNG"),
+    (["mask", "--mask", "edges", "--mask", "gradient"], "InvalidInput", "--compare"),
+    (["mask", "--labels", "missing.png"], "FileError", "one class per pixel"),
+    (["mask", "--image", "images/first.png", "--mask", "trimap"], "InvalidInput", "--labels"),
     (["mask", "--size", "0x128"], "InvalidInput", "positive"),
     (["mask", "--size", "96x128", "--output-stride", "8,24"], "InvalidInput", "8,32"),
     (["mask", "--size", "96x128", "--patch", "hexagon"], "InvalidInput", "quadtree"),
-    (["mask", "--size", "96x128", "--output", "no/mask.png"], "FileError", "folder"),
+    (["mask", "--size", "96x128", "--output", "no/mask.png"], "FileError", "create it"),
     (["macs", "--model", "usernets:segmenter", "--rule", "flops"], "UnknownName", "published"),
     (["macs", "--model", "usernets:segmenter", "--size=-5x10"], "InvalidInput", "positive"),
     (["list", "--library", "tensorflow"], "UnknownName", "torchvision"),
@@ -280,7 +283,7 @@ def test_list_masks_tells_options_and_source(run: Run) -> None:
     masks = {info["name"]: info for info in run("list", "--masks", "--json").json}
     assert {"all", "none", "edges", "random"} <= masks.keys()
     assert masks["edges"]["options"] == {"threshold": [0.35], "dilation": [11]}
-    assert masks["edges"].keys() == {"name", "summary", "options", "source"}
+    assert masks["edges"].keys() == {"name", "summary", "options", "source", "form"}
     assert "dilation=11" in run("list", "--masks").out
 
 
@@ -403,6 +406,69 @@ def test_mask_for_a_network_uses_its_strides(run: Run, file: Path) -> None:
         arguments = ("mask", *options("--model", model, "--mask", "all"), "--json")
         assert run(*arguments).json["elements"] == 12 * 16
         assert "wrote mask.png" in run(*arguments[:-1]).out
+
+
+COMPARED = ("--mask", "none", "--mask", "edges | budget:fraction=0.25", "--mask", "all", "--compare")
+
+
+def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_path: Path) -> None:
+    result = run("mask", *options(*COMPARED), "--json")
+    rows = result.json["masks"]
+    assert [row["mask"].partition(":")[0] for row in rows] == ["none", "edges", "all"]
+    assert [row["active_fraction"] for row in rows] == [0, 0.25, 1]
+    assert rows[2]["share_of_elements"] == 1 and "macs" not in rows[0]
+    assert all(row["share_of_elements"] == row["elements"] / row["fine_pixels"] for row in rows)
+    with Image.open(tmp_path / "mask.png") as picture:
+        assert picture.width > 600 and len(set(picture.convert("RGB").resize((64, 32)).getdata())) > 50
+    table = run("mask", *options(*COMPARED)).out
+    assert (
+        "edges | budget:fraction=0.25" in table and "active fraction" in table and "wrote mask.png" in table
+    )
+
+
+@pytest.mark.parametrize("model", ["usernets:segmenter", "net.safetensors"])
+def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: str) -> None:
+    rows = run("mask", *options("--model", model, *COMPARED), "--json").json["masks"]
+    counted = run("macs", "--model", model, *options("--mask", COMPARED[3]), "--json").json
+    assert rows[1]["macs"] == counted["macs"] and rows[1]["active_fraction"] == counted["active_fraction"]
+    assert rows[1]["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
+    assert rows[2]["of_high"] == 1 and "MACs" in run("mask", *options("--model", model, *COMPARED)).out
+
+
+def test_a_comparison_chooses_telling_masks_and_labels_bring_the_oracle(run: Run, folder: Path) -> None:
+    def compared(*arguments: object) -> list[str]:
+        rows = run("mask", "--compare", *arguments, "--json").json["masks"]
+        return [row["mask"].partition(":")[0] for row in rows]
+
+    drawn = compared(*options())
+    assert {"edges", "gradient", "saliency", "trimap"} <= set(drawn)  # the generated scene has labels
+    image = ("--image", folder / "first.png")
+    assert compared(*image) == drawn[:-1]
+    Image.new("P", (128, 96)).save(folder / "labels.png")
+    assert compared(*image, "--labels", folder / "labels.png") == drawn
+
+
+def test_labels_are_read_as_classes_and_cut_to_size(run: Run, folder: Path) -> None:
+    classes = Image.new("L", (128, 96))
+    classes.paste(7, (64, 0, 128, 96))
+    classes.save(folder / "labels.png")
+    arguments = (
+        "--image",
+        folder / "first.png",
+        "--labels",
+        folder / "labels.png",
+        "--mask",
+        "trimap:width=3",
+    )
+    found = run("mask", *arguments, "--output-stride", "1,2", "--json").json
+    assert found["active_fraction"] == 4 / 128  # the boundary's two columns and one on each side
+    assert run("mask", *arguments, *options(size=(48, 64)), "--json").code == 0
+    told = run("mask", "--labels", folder / "labels.png", *options(size=(96, 64)), "--json")
+    assert told.code == 0  # both resized
+    told = run("mask", *arguments[:1], folder / "second.jpg", *arguments[2:], "--json")
+    assert told.code == 1 and "96x128" in told.json["what"] and "--size 65x129" in told.json["next"]
+    told = run("mask", *arguments[:3], folder / "first.png", "--json")
+    assert told.code == 1 and "mode RGB" in told.json["what"] and "one channel" in told.json["next"]
 
 
 # -- bench ---------------------------------------------------------------------------------------------

@@ -35,9 +35,16 @@ LAYERS = [
     *(
         "masks.provider",
         "masks.basic",
+        "masks.filters",
+        "masks.graded",
         "masks.edges",
+        "masks.trimap",
+        "masks.saliency",
+        "masks.text",
         "masks.resolve",
         "masks.budget",
+        "masks.wrappers",
+        "masks.smooth",
         "masks.masking",
         "masks",
     ),
@@ -57,7 +64,7 @@ LAYERS = [
     *("macs", "model", "hosted", "static", "api", "zoo", "coverage", "io"),
     *("report", "bench_report", "evaluation_report", "timing", "memory", "images"),
     *("data.dataset", "data.sources", "data.augment", "data", "metrics", "launch"),
-    *("viz", "conversion", "twins", "bench", "tally", "evaluation", "cli"),
+    *("viz", "conversion", "mask_report", "twins", "bench", "tally", "evaluation", "cli"),
 ]
 GEOMETRY = (
     *("layout", "lattice", "kernel_map"),

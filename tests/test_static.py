@@ -71,9 +71,9 @@ def test_bounds_hold_for_every_choice_of_patches_and_are_met(
 ) -> None:
     """No map with that many patches has fewer or more elements after any stage, at the whole size or a cut one."""
     geometry = Geometry(strides, max_level)
-    total = Grid(2, size, 8, geometry.max_level, geometry.sides[-1]).patches * 2
+    total = Grid.of(geometry, 2, size, 8).patches * 2
     for kept in {0, 1, total // 2, total}:
-        bounds = Bounds.of_patches(geometry, 2, size, kept)
+        bounds = Bounds.of_patches(geometry, 2, size, (kept,))
         counts = []
         for _ in range(20):
             levels = patch_levels(2, size, geometry, kept)
@@ -90,17 +90,47 @@ def test_bounds_hold_for_every_choice_of_patches_and_are_met(
             assert bounds.least == bounds.most == lowest, "patches divide the map"
 
 
+@pytest.mark.parametrize("strides", [(2,), (2, 2), (4, 2), (3, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("max_level", [1, -1])
+@pytest.mark.parametrize("size", [(16, 24), (13, 17), (3, 5)], ids=str)
+@pytest.mark.parametrize("patch", ["quadtree", "block"])
+def test_bounds_of_several_levels_hold_for_every_choice_of_patches(
+    strides: tuple[int, ...], max_level: int, size: tuple[int, int], patch: Any
+) -> None:
+    """As above, patches at any level: how many have level i or finer decides. Where patches divide the map, exactly."""
+    geometry = Geometry(strides, max_level, patch=patch)
+    grid = Grid.of(geometry, 2, size, 8)
+    total = 2 * grid.patches
+    for shares in ((0.0, 0.5), (0.2, 0.2), (0.3, 0.8), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.2, 0.5, 1.0)):
+        kept = tuple(round(share * total) for share in shares[: geometry.max_level])
+        bounds = Bounds.of_patches(geometry, 2, size, kept)
+        for _ in range(5):
+            rank = torch.randperm(total).view(2, -1)
+            by_patch = sum((rank >= count).long() for count in kept)
+            by_patch = torch.where(rank >= kept[-1], geometry.max_level, by_patch)
+            rows = -(-size[0] // grid.patch)
+            levels = (
+                by_patch.view(2, rows, -1).repeat_interleave(grid.patch, 1).repeat_interleave(grid.patch, 2)
+            )
+            lattice = geometry.lattice(levels[:, : size[0], : size[1]])
+            counts = [len(lattice.at(stage)) for stage in range(len(strides) + 1)]
+            assert all(a <= b <= c for a, b, c in zip(bounds.least, counts, bounds.most, strict=True))
+            assert bounds.level == lattice.uniform_level
+            if all(length % grid.patch == 0 for length in size):
+                assert bounds.least == bounds.most
+
+
 @pytest.mark.parametrize("per_batch", [False, True])
 @pytest.mark.parametrize("fraction", [0.0, 0.34, 1.0])
 def test_a_budget_keeps_the_patches_it_promises(fraction: float, per_batch: bool) -> None:
     geometry, size = Geometry((2, 2)), (13, 17)
-    grid = Grid(3, size, 8, 2, 4)
+    grid = Grid(3, size, 8, 2, 4, 4)
     mask = cs.Budget("random", fraction, per_batch)
     levels = mask(images(3, 104, 136), torch.zeros(3, 1, *size), grid)
     kept = int((levels[:, ::4, ::4] == 0).sum())
-    assert kept == mask.kept_patches(grid)
+    assert (kept,) == mask.kept_patches(grid)
     lattice = geometry.lattice(levels)
-    bounds = Bounds.of_patches(geometry, 3, size, kept)
+    bounds = Bounds.of_patches(geometry, 3, size, (kept,))
     assert all(bounds.least[s] <= len(lattice.at(s)) <= bounds.most[s] for s in range(3))
     assert bounds.level == lattice.uniform_level
 

@@ -2,20 +2,34 @@
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
 from cadsurgery.masks.budget import Budget
-from cadsurgery.masks.edges import EdgeMask
+from cadsurgery.masks.edges import EdgeMask, GradientMask
+from cadsurgery.masks.graded import GradedMask
 from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provider
 from cadsurgery.masks.resolve import MaskWrapper, resolve_mask
+from cadsurgery.masks.saliency import SaliencyMask
+from cadsurgery.masks.smooth import Smooth
+from cadsurgery.masks.trimap import TrimapMask, labelled
+from cadsurgery.masks.wrappers import Dilate, Threshold, Union
 
 __all__ = [
     "Budget",
+    "Dilate",
     "EdgeMask",
     "FixedMask",
     "FunctionMask",
+    "GradedMask",
+    "GradientMask",
     "Grid",
     "MaskProvider",
     "MaskWrapper",
     "RandomMask",
+    "SaliencyMask",
+    "Smooth",
+    "Threshold",
+    "TrimapMask",
     "UniformMask",
+    "Union",
+    "labelled",
     "list_masks",
     "mask_provider",
     "resolve_mask",

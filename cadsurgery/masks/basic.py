@@ -22,9 +22,9 @@ class UniformMask(MaskProvider):
         level = 0 if self.high else grid.max_level
         return torch.full((grid.batch, *grid.size), level, dtype=torch.int8, device=features.device)
 
-    def kept_patches(self, grid: Grid) -> int:
+    def kept_patches(self, grid: Grid) -> tuple[int, ...]:
         """All or none."""
-        return grid.batch * grid.patches if self.high else 0
+        return (grid.batch * grid.patches if self.high else 0,)
 
 
 @mask_provider("all")
@@ -82,8 +82,13 @@ class RandomMask(MaskProvider):
         return drawn.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2)[:, :height, :width]
 
 
+TENSOR = "a tensor"
+
+
 class FixedMask(MaskProvider):
     """A given level map, the same for every call."""
+
+    storable = True  # its tensor is stored beside its spec
 
     def __init__(self, levels: Tensor) -> None:
         super().__init__()
@@ -93,6 +98,10 @@ class FixedMask(MaskProvider):
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The given map."""
         return self.levels.to(features.device)
+
+    def spec(self) -> str:
+        """What stands for a tensor in the string form of what is made from it."""
+        return TENSOR
 
 
 class FunctionMask(MaskProvider):

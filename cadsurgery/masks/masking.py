@@ -39,7 +39,7 @@ class Masking:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
         size = (features.shape[2], features.shape[3])
         geometry, bounds = self.geometry, None
-        grid = Grid(features.shape[0], size, self.output_stride, geometry.max_level, geometry.sides[-1])
+        grid = Grid.of(geometry, features.shape[0], size, self.output_stride)
         if self.static or torch.compiler.is_compiling():  # otherwise exact counts are known, and faster
             bounds = self._bounds(grid)
         with torch.no_grad():
@@ -47,14 +47,17 @@ class Masking:
         return geometry.lattice(checked_levels(found, grid, self.provider.name), bounds)
 
     def _bounds(self, grid: Grid) -> Bounds:
-        kept = self.provider.kept_patches(grid)
+        kept = self.provider.kept_patches(grid) if self.provider.static else None
         if kept is None:
-            raise InvalidInput(
-                f"mask {self.provider.spec()} keeps another number of elements of each image.",
-                why="a compiled or exported network has fixed shapes.",
-                next=NEEDS_STATIC,
-            )
+            raise not_static(self.provider, "a compiled or exported network has fixed shapes.")
         return Bounds.of_patches(self.geometry, grid.batch, grid.size, kept)
+
+
+def not_static(mask: MaskProvider, why: str, next: str = "") -> InvalidInput:
+    """The refusal of a mask that is not static: what it does, `why` that does not do, and the next step."""
+    depends = f"depends on {mask.dependence}, not the image alone"
+    what = depends if mask.dependence else "keeps another number of elements of each image"
+    return InvalidInput(f"mask {mask.spec()} {what}.", why=why, next=next or NEEDS_STATIC)
 
 
 def check_image(image: Any, name: str = "the image") -> None:

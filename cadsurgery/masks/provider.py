@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import describe
+from cadsurgery.lattice import Geometry, describe
 
 
 class Grid(NamedTuple):
@@ -24,6 +24,8 @@ class Grid(NamedTuple):
         max_level: the lowest level allowed.
         patch: R_K, side in samples of a cell that every adaptive stage downsamples; aligned blocks of this side are
             legal at any level.
+        side: R_max_level, side in samples of a cell of the lowest level allowed; less than `patch` where the low
+            output stride stops before the last stage.
     """
 
     batch: int
@@ -31,6 +33,13 @@ class Grid(NamedTuple):
     output_stride: int
     max_level: int
     patch: int
+    side: int
+
+    @classmethod
+    def of(cls, geometry: Geometry, batch: int, size: tuple[int, int], output_stride: int) -> Grid:
+        """The grid of lattices of a geometry."""
+        low, sides = geometry.max_level, geometry.sides
+        return cls(batch, size, output_stride, low, sides[-1], sides[low])
 
     @property
     def patches(self) -> int:
@@ -46,8 +55,9 @@ class MaskProvider(nn.Module):
     """
 
     name: ClassVar[str] = ""
-    static: ClassVar[bool] = False  # whether `kept_patches` is a number
     source: ClassVar[str] = ""
+    takes: ClassVar[Literal["none", "one", "many"]] = "none"  # other masks: how the string form writes it
+    needs: ClassVar[str] = ""  # what its maps depend on besides image and features, e.g. "earlier images"
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The level map (B, h, w)."""
@@ -62,11 +72,32 @@ class MaskProvider(nn.Module):
         levels = checked_levels(self(image, features, grid), grid, self.name)
         return (grid.max_level - levels).to(torch.float32)
 
-    def kept_patches(self, grid: Grid) -> int | None:
-        """How many patches (`Grid.patch`) of a whole batch its maps keep at level 0, with everything else at the
-        lowest level, if that depends on the grid alone; None otherwise. With a number, shapes are static.
+    def kept_patches(self, grid: Grid) -> tuple[int, ...] | None:
+        """How many patches (`Grid.patch`) of a whole batch its maps keep at level 0, at level 1 or finer, and so on,
+        with everything else at the lowest level, if that depends on the grid alone; None otherwise. With numbers,
+        shapes are static.
         """
         return None
+
+    @property
+    def static(self) -> bool:
+        """Whether `kept_patches` gives numbers and a compiled graph can hold the mask."""
+        return False
+
+    @property
+    def parts(self) -> tuple[MaskProvider, ...]:
+        """The masks it is made from."""
+        return ()
+
+    @property
+    def dependence(self) -> str:
+        """What it or the first mask it is made from needs besides image and features; empty for nothing."""
+        return self.needs or next((part.dependence for part in self.parts if part.dependence), "")
+
+    @property
+    def storable(self) -> bool:
+        """Whether `spec()` says everything that makes it, learned tensors apart."""
+        return PROVIDERS.get(self.name) is type(self) and all(part.storable for part in self.parts)
 
     def options(self) -> dict[str, Any]:
         """The options this provider was made with, by name: those of its constructor."""
@@ -84,12 +115,21 @@ class MaskProvider(nn.Module):
 
 @dataclass(frozen=True)
 class MaskInfo:
-    """One line of `list_masks()`."""
+    """One line of `list_masks()`.
+
+    Attributes:
+        name: in the string form.
+        summary: what it keeps high.
+        options: with their defaults.
+        source: where it is from.
+        form: how it is written, other masks as MASK: `edges`, `MASK | budget`, `MASK + MASK`.
+    """
 
     name: str
     summary: str
     options: dict[str, Any]
     source: str
+    form: str
 
 
 PROVIDERS: dict[str, type[MaskProvider]] = {}
@@ -112,9 +152,17 @@ def mask_provider(name: str, source: str = "") -> Callable[[P], P]:
 def list_masks() -> list[MaskInfo]:
     """All mask providers, with options, defaults and source."""
     return [
-        MaskInfo(name, (cls.__doc__ or "").strip().partition("\n")[0], options_of(cls), cls.source)
+        MaskInfo(name, _summary(cls), options_of(cls), cls.source, _FORMS[cls.takes].format(name=name))
         for name, cls in sorted(PROVIDERS.items())
     ]
+
+
+_FORMS = {"none": "{name}", "one": "MASK | {name}", "many": "MASK + MASK"}
+
+
+def _summary(provider: type[MaskProvider]) -> str:
+    """The first paragraph of its docstring, as one line."""
+    return " ".join((provider.__doc__ or "").partition("\n\n")[0].split())
 
 
 def options_of(provider: type[MaskProvider]) -> dict[str, Any]:
@@ -170,3 +218,27 @@ def checked_levels(found: object, grid: Grid, provider: str) -> Tensor:
             next=f"clamp them: levels.clamp(0, {grid.max_level}).",
         )
     return levels
+
+
+def checked_scores(found: object, grid: Grid, provider: str, user: str) -> Tensor:
+    """A provider's scores (B, h, w), once they are known to be scores; `user` is the mask that ranks by them.
+
+    Raises:
+        InvalidInput: wrong type or size or, unless a graph is being compiled, NaN.
+    """
+    where = f"mask {user}, scores of mask {provider}"
+    shape = (grid.batch, *grid.size)
+    if not isinstance(found, Tensor) or not found.is_floating_point() or tuple(found.shape) != shape:
+        raise InvalidInput(
+            f"the scores are {describe(found)}.",
+            where=where,
+            next=f"give a floating-point tensor of shape {shape}.",
+        )
+    if not torch.compiler.is_compiling() and found.isnan().any():
+        raise InvalidInput(
+            "the scores hold NaN.",
+            where=where,
+            why="what is not a number has no rank.",
+            next="check the image and the mask that gives the scores.",
+        )
+    return found

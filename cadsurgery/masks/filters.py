@@ -1,0 +1,69 @@
+"""Filters of images and maps that masks are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.masks.provider import Grid
+
+GREY = (0.299, 0.587, 0.114)
+
+
+def grey_of(image: Tensor) -> Tensor:
+    """(B, H, W): luminance of an image (B, 3, H, W) as published, the mean of any other number of channels."""
+    if image.shape[1] != 3:
+        return image.mean(1)
+    weights = torch.tensor(GREY, dtype=image.dtype, device=image.device)
+    return torch.einsum("bchw,c->bhw", image, weights)
+
+
+def differences(grey: Tensor, outside: str) -> tuple[Tensor, Tensor]:
+    """Signed central differences of (B, H, W) to the right and downwards, not halved, as published.
+
+    Args:
+        grey: the map.
+        outside: `"constant"`, zero as published, or `"replicate"`, the nearest pixel.
+    """
+    padded = F.pad(grey.unsqueeze(1), (1, 1, 1, 1), mode=outside).squeeze(1)
+    right = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+    down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+    return right, down
+
+
+def blurred(values: Tensor, sigma: float) -> Tensor:
+    """(B, H, W) smoothed by a Gaussian of standard deviation `sigma` in samples, cut at three; 0 leaves it as it is."""
+    if sigma == 0:
+        return values
+    half = math.ceil(3 * sigma)
+    places = torch.arange(-half, half + 1, dtype=torch.float64)
+    bell = torch.exp(-places.square() / (2 * sigma**2))
+    weights = (bell / bell.sum()).to(values)
+    padded = F.pad(values.unsqueeze(1), (half,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1)).squeeze(1)
+
+
+def window_maximum(values: Tensor, side: int, stride: int = 1) -> Tensor:
+    """(B, ceil(H / stride), ceil(W / stride)): the largest of floating-point values (B, H, W) in the side x side window
+    (odd) around every stride-th pixel from the first.
+
+    Separable: the maximum over columns, then over rows; as views, many times faster than max-pooling.
+    """
+    half = side // 2
+    tall = F.pad(values, (0, 0, half, half), value=-math.inf).unfold(1, side, stride).amax(-1)
+    return F.pad(tall, (half, half), value=-math.inf).unfold(2, side, stride).amax(-1)
+
+
+def near(values: Tensor, side: int, grid: Grid) -> Tensor:
+    """(B, h, w) on the fine map: the largest of the values (B, H, W) in the side x side window around the pixel each
+    sample stands on; cut or replicated to the size of the fine map."""
+    sampled = window_maximum(values, side, grid.output_stride)
+    height, width = grid.size
+    missing = (max(0, width - sampled.shape[2]), max(0, height - sampled.shape[1]))
+    if any(missing):
+        padded = F.pad(sampled.unsqueeze(1), (0, missing[0], 0, missing[1]), mode="replicate")
+        sampled = padded.squeeze(1)
+    return sampled[:, :height, :width]
