@@ -41,6 +41,7 @@ _PUBLIC = {
     "CannotConvert": "errors",
     "FileError": "errors",
     "InvalidInput": "errors",
+    "TrainingStopped": "errors",
     "UnknownName": "errors",
 }
 
@@ -59,6 +60,7 @@ __all__ = [
     "MaskProvider",
     "MaskWrapper",
     "Plan",
+    "TrainingStopped",
     "Treatment",
     "UnknownName",
     "Window",
@@ -76,7 +78,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from cadsurgery.api import adaptify, plan
-    from cadsurgery.errors import CadError, CannotConvert, FileError, InvalidInput, UnknownName
+    from cadsurgery.errors import (
+        CadError,
+        CannotConvert,
+        FileError,
+        InvalidInput,
+        TrainingStopped,
+        UnknownName,
+    )
     from cadsurgery.functional import Elements
     from cadsurgery.io import load, save
     from cadsurgery.kernel_map import Window

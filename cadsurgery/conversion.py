@@ -142,7 +142,7 @@ def export_program(
     """
     check_folder(output)
     step(f"building {model}")
-    net = load(model, mask=mask or None) if _is_file(model) else None
+    net = load(model, mask=mask or None) if is_file(model) else None
     provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
     if not provider.static:
         raise InvalidInput(
@@ -163,7 +163,7 @@ def export_program(
 
 def make_or_read_plan(model: str, output_stride: tuple[int, int] | None, region: str | list[str]) -> Plan:
     """The plan of a network by name, or the one stored in a converted file."""
-    if _is_file(model):
+    if is_file(model):
         return Plan.from_json(read_metadata(model)["plan"])
     return make_plan(build(model, "none")[0], output_stride, region)
 
@@ -177,7 +177,7 @@ def count(
     rule: str,
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
-    net = load(model, mask=mask or None) if _is_file(model) else _quick(model, mask or "edges", options)
+    net = load(model, mask=mask or None) if is_file(model) else _quick(model, mask or "edges", options)
     return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
 
 
@@ -195,7 +195,7 @@ def picture_of_mask(
     provider = resolve_mask(mask)
     if model:
         options: dict[str, Any] = {"output_stride": output_stride, "patch": patch}
-        net = load(model, mask=mask) if _is_file(model) else _quick(model, mask, options)
+        net = load(model, mask=mask) if is_file(model) else _quick(model, mask, options)
         with torch.inference_mode():
             net(normalise(picture, net.source).unsqueeze(0))
         lattice, stride = net.lattice, net.plan.strides[0]
@@ -262,10 +262,10 @@ def predict(
     return done, failed
 
 
-def build(model: str, weights: str) -> tuple[nn.Module, Source]:
+def build(model: str, weights: str, num_classes: int | None = None) -> tuple[nn.Module, Source]:
     """A network by name, and where it comes from."""
     torch.manual_seed(0)  # random weights, where they are random, are the same in every run
-    built = build_model(model, weights)
+    built = build_model(model, weights, num_classes=num_classes)
     source = built.cad_source
     assert isinstance(source, Source)
     return built, source
@@ -276,7 +276,8 @@ def _quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
     return adaptify(build(model, "none")[0], mask, **options, verify_laws=False)
 
 
-def _is_file(model: str) -> bool:
+def is_file(model: str) -> bool:
+    """Whether what a user names is a file, a converted network, and no name to build one by."""
     return model.endswith(".safetensors") or Path(model).is_file()
 
 

@@ -1,0 +1,192 @@
+"""Which parameters are trained, and at which rate: classifier, backbone, mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cadsurgery.errors import InvalidInput
+from cadsurgery.finetune.settings import Settings
+from cadsurgery.model import AdaptiveModel
+from cadsurgery.surgery.plan import AFTER
+from cadsurgery.surgery.planner import BACKBONE_NAMES
+
+MASK = "_mask_provider"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters trained at one rate, or not at all.
+
+    Attributes:
+        name: `classifier`, `backbone`, `mask`, or `fixed`.
+        factor: of the learning rate; 0 for what is fixed.
+        parameters: by name; every parameter is in exactly one group.
+    """
+
+    name: str
+    factor: float
+    parameters: dict[str, nn.Parameter]
+
+    def describe(self) -> dict[str, object]:
+        """Name, factor, number of tensors and of values, the first names."""
+        return {
+            "group": self.name,
+            "factor": self.factor,
+            "tensors": len(self.parameters),
+            "values": sum(p.numel() for p in self.parameters.values()),
+            "first": list(self.parameters)[:3],
+        }
+
+
+def make_groups(
+    parameters: Mapping[str, nn.Parameter], net: nn.Module, settings: Settings
+) -> tuple[Group, ...]:
+    """The groups of the parameters of an objective of a network; those that need no gradient are `fixed`.
+
+    The classifier is every top-level child that no library calls a backbone; if none is called so, the last
+    child with parameters. What the objective adds of its own is trained as the backbone is.
+
+    Raises:
+        InvalidInput: nothing is left to train.
+    """
+    factors = {
+        "classifier": 1.0,
+        "backbone": settings.backbone_factor,
+        "mask": settings.mask_factor,
+        "fixed": 0.0,
+    }
+    of_mask = {id(p) for p in net.get_submodule(MASK).parameters()} if isinstance(net, AdaptiveModel) else ()
+    of_head = {id(p) for child in _head(net) for p in child.parameters()}
+    # A weight shared by both sides moves at the careful rate.
+    of_backbone = {
+        id(p)
+        for name, child in net.named_children()
+        if name != MASK and not any(child is head for head in _head(net))
+        for p in child.parameters()
+    }
+    found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
+    for name, parameter in parameters.items():
+        key = id(parameter)
+        if not parameter.requires_grad:
+            group = "fixed"
+        elif key in of_mask:
+            group = "mask"
+        else:
+            group = "classifier" if key in of_head and key not in of_backbone else "backbone"
+        found[group][name] = parameter
+    if not any(found[name] for name in factors if name != "fixed"):
+        raise InvalidInput(
+            "no parameter is left to train.",
+            why="all are frozen, or none takes part in the objective.",
+            next='call net.requires_grad_(True), or train with freeze="" and another objective.',
+        )
+    return tuple(Group(name, factors[name], found[name]) for name in factors if found[name])
+
+
+def _head(net: nn.Module) -> list[nn.Module]:
+    children = {
+        name: child
+        for name, child in net.named_children()
+        if name != MASK and any(True for _ in child.parameters())
+    }
+    if any(name in BACKBONE_NAMES for name in children):
+        return [child for name, child in children.items() if name not in BACKBONE_NAMES]
+    return list(children.values())[-1:]
+
+
+def make_optimizer(groups: Iterable[Group], settings: Settings) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trained groups; the learning rate is set at each step."""
+    trained = [
+        {"params": list(group.parameters.values()), "factor": group.factor}
+        for group in groups
+        if group.factor > 0
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+
+
+def stem_parameters(net: nn.Module) -> set[str]:
+    """Names of the parameters used before the adaptive region only.
+
+    Raises:
+        InvalidInput: the network is not adaptive, so it has no region.
+    """
+    if not isinstance(net, AdaptiveModel):
+        raise InvalidInput(
+            'freeze="stem" needs an adaptive network.',
+            why="the stem is what comes before the adaptive region.",
+            next='convert it first with cs.adaptify, or train with freeze="".',
+        )
+    before: dict[str, bool] = {}
+    for decision in net.plan.decisions:
+        is_before = decision.action == "dense" and decision.reason != AFTER
+        before[decision.path] = is_before and before.get(decision.path, True)
+
+    def is_stem(name: str) -> bool:
+        parts = name.split(".")
+        paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((before[path] for path in paths if path in before), False)
+
+    prefix = f"{net.plan.part}." if net.plan.part else ""
+    return {
+        name
+        for name, _ in net.named_parameters()
+        if name.startswith(prefix) and is_stem(name.removeprefix(prefix))
+    }
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Which modules of a network run in evaluation mode while it is trained."""
+
+    net: nn.Module
+    fixed: tuple[nn.Module, ...]
+
+    @staticmethod
+    def of(net: nn.Module, stem: set[str], settings: Settings) -> Modes:
+        """Batch norms if they are frozen, and every module whose own parameters are all in the stem."""
+        fixed = []
+        for path, module in net.named_modules():
+            own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+            in_stem = bool(own) and all(name in stem for name in own)
+            if in_stem or (settings.batch_norm == "frozen" and isinstance(module, _BatchNorm)):
+                fixed.append(module)
+        return Modes(net, tuple(fixed))
+
+    def train(self) -> None:
+        """Set the modes for training."""
+        self.net.train()
+        for module in self.fixed:
+            module.eval()
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; afterwards every module is in its own again."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Whatever the block does to running statistics is undone."""
+    before: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
