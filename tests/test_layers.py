@@ -55,7 +55,21 @@ LAYERS = [
         "surgery",
     ),
     *("macs", "model", "hosted", "static", "api", "zoo", "coverage", "io"),
-    *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "twins", "bench", "cli"),
+    *("report", "bench_report", "timing", "memory", "images", "viz", "conversion", "twins", "bench"),
+    *(
+        "finetune.settings",
+        "finetune.schedule",
+        "finetune.groups",
+        "finetune.objectives",
+        "finetune.batches",
+        "finetune.evaluation",
+        "finetune.checkpoints",
+        "finetune.logs",
+        "finetune.loop",
+        "finetune.command",
+        "finetune",
+    ),
+    "cli",
 ]
 GEOMETRY = (
     *("layout", "lattice", "kernel_map"),

@@ -91,7 +91,9 @@ def batches(
         InvalidInput: samples that are no samples, or cannot form a batch.
         CadError: what the dataset itself refuses.
     """
-    order = [sampling.positions(step, part, process) for step in steps for part in range(sampling.accumulate)]
+    order = [
+        list(sampling.positions(step, part, process)) for step in steps for part in range(sampling.accumulate)
+    ]
     if not order:
         return
     loader = DataLoader(
