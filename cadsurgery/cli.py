@@ -360,7 +360,8 @@ def finetune(
     given again. Several GPUs: accelerate launch -m cadsurgery.cli finetune ...
     """
     from cadsurgery.finetune.command import finetune as run
-    from cadsurgery.finetune.command import is_main_process, make_settings
+    from cadsurgery.finetune.command import make_settings
+    from cadsurgery.finetune.devices import is_main_process
 
     overrides = {
         **{"objective": objective, "steps": steps, "batch": batch, "accumulate": accumulate, "crop": crop},

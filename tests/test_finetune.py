@@ -101,6 +101,9 @@ def test_a_run_that_failed_goes_on_as_if_it_had_not(tmp_path: Path, changes: dic
     assert [row["step"] for row in rows(tmp_path / "whole")] == list("123456")
 
 
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
 def run_process(folder: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> int:
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     script = (str(HERE / "finetune_process.py"), str(folder), *map(str, arguments))
@@ -124,9 +127,8 @@ def test_a_killed_process_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
     assert run_process(tmp_path / "no-dropout-one", 4) == 0
-    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--multi_cpu")
     two = tmp_path / "no-dropout-two"
-    assert run_process(two, 2, launcher=(*launcher, "--num_machines", "1")) == 0
+    assert run_process(two, 2, launcher=LAUNCHER) == 0
     one, both = rows(tmp_path / "no-dropout-one"), rows(two)
     assert [row["step"] for row in both] == list("123456")
     for name in ("loss", "active_fraction"):
@@ -135,6 +137,17 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     ours, theirs = load_file(tmp_path / "no-dropout-one/net.safetensors"), load_file(two / "net.safetensors")
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_where_several_were_asked_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `accelerate launch --cpu --num_processes 2` does without mpirun."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with pytest.raises(cs.InvalidInput, match="torchrun"):
+        train(adaptive(), tmp_path)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

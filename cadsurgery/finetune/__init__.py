@@ -3,8 +3,9 @@
 from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.evaluation import evaluate
 from cadsurgery.finetune.logs import Row
-from cadsurgery.finetune.loop import Outcome, fit
+from cadsurgery.finetune.loop import fit
 from cadsurgery.finetune.objectives import Objective, list_objectives, objective
+from cadsurgery.finetune.results import Outcome
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.finetune.settings import Settings
 

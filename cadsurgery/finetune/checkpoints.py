@@ -59,7 +59,8 @@ class Checkpoint:
                 raise TrainingStopped(
                     f"{name} holds numbers that are not finite after step {self.step}.",
                     why="a gradient was not finite.",
-                    next=f"lower the learning rate or set clip; {path.name} holds the last good state.",
+                    next="start again in another output folder with a lower lr or with clip=1"
+                    + (f"; {path.name} holds the last good state." if path.exists() else "."),
                 )
         values = {name: value for name, value in vars(self).items() if name != "tensors"}
         metadata = {"format": FORMAT, "versions": versions(), **values}

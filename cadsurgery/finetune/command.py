@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from cadsurgery.conversion import build, is_file
 from cadsurgery.errors import InvalidInput
 from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.logs import Row
-from cadsurgery.finetune.loop import Outcome, fit
+from cadsurgery.finetune.loop import fit
+from cadsurgery.finetune.results import Outcome
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.io import load
 from cadsurgery.masks import resolve_mask
@@ -149,11 +149,6 @@ def make_settings(config: Path | None, overrides: dict[str, Any], objective_opti
         found[name] = _value(value)
     given = {name: value for name, value in overrides.items() if value is not None}
     return settings.changed({**given, "objective_options": found})
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for those that train together."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _value(text: str) -> Any:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from cadsurgery.errors import CadError, FileError, InvalidInput
+from cadsurgery.errors import FileError
 from cadsurgery.files import written_whole
+from cadsurgery.finetune.devices import imported
 
 Row = dict[str, float | None]  # None: not measured in this step
 
@@ -92,20 +93,3 @@ class TensorBoardLog:
     def close(self) -> None:
         """Write what is waiting."""
         self._writer.close()
-
-
-def imported(module: str, package: str) -> Any:
-    """A module of an optional dependency.
-
-    Raises:
-        InvalidInput: it is not installed.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        refusal: CadError = InvalidInput(
-            f"training needs {package}, which is not installed.", next="pip install 'cadsurgery[train]'"
-        )
-        raise refusal from error

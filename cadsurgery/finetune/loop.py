@@ -5,17 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cadsurgery.errors import FileError, InvalidInput, TrainingStopped, first_line
-from cadsurgery.files import written_whole
+from cadsurgery.errors import FileError, InvalidInput, TrainingStopped
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data, source_of
 from cadsurgery.finetune.checkpoints import (
     Checkpoint,
@@ -27,60 +22,25 @@ from cadsurgery.finetune.checkpoints import (
     restore,
     restore_optimizer,
 )
-from cadsurgery.finetune.evaluation import classes_of, evaluate
+from cadsurgery.finetune.devices import averaged, make_accelerator
+from cadsurgery.finetune.evaluation import evaluate
 from cadsurgery.finetune.groups import (
     Modes,
     evaluating,
-    kept_buffers,
     make_groups,
     make_optimizer,
     stem_parameters,
 )
-from cadsurgery.finetune.logs import Log, Row, imported, open_log
-from cadsurgery.finetune.objectives import Objective, logits_of, make_objective
+from cadsurgery.finetune.logs import Log, Row, open_log
+from cadsurgery.finetune.objectives import Objective, make_objective
+from cadsurgery.finetune.probe import count_outputs, freeze_unused
+from cadsurgery.finetune.results import Outcome, run_folder, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.io import save
-from cadsurgery.model import AdaptiveModel, OptimizedModel
+from cadsurgery.model import OptimizedModel
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
 START, LAST, BEST, NETWORK = ("start", "checkpoint", "best", "net")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run gave.
-
-    Attributes:
-        steps: done in all.
-        resumed: the step this call began at.
-        before: metrics on the validation data before the first step; empty without validation.
-        after: after the last.
-        best_step: step of the best validation; 0 if there was none.
-        best: its mIoU.
-        network: file of the finished network.
-        best_network: file of the best one, if there was a validation.
-        checkpoint: the last checkpoint.
-        groups: what was trained at which rate; see `Group.describe`.
-    """
-
-    steps: int
-    resumed: int
-    before: dict[str, float]
-    after: dict[str, float]
-    best_step: int
-    best: float | None
-    network: Path
-    best_network: Path | None
-    checkpoint: Path
-    groups: tuple[dict[str, object], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        values = {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()
-        }
-        return {**values, "groups": list(self.groups)}
 
 
 def fit(
@@ -132,7 +92,7 @@ def fit(
     done = False
     try:
         run = _Run(
-            net, data, settings, _folder(output), validation, objective, augment, resume, device, on_step
+            net, data, settings, run_folder(output), validation, objective, augment, resume, device, on_step
         )
         outcome = run.train()
         done = True
@@ -171,8 +131,8 @@ class _Run:
         net.to(self.accelerator.device)
         stem = stem_parameters(net) if settings.freeze == "stem" else set()
         self.modes = Modes.of(net, stem, settings)
-        self.first = self._first_batch()
-        self.classes = self._check_first_sample()
+        first = self._first_batch()
+        self.classes = count_outputs(net, data, first)
         identity = identity_of(net, data, augment, settings, processes)
         start = self._start(identity, resume)  # puts the starting weights into the network
         self.objective = (
@@ -182,10 +142,11 @@ class _Run:
         ).to(self.accelerator.device)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in stem)
-        self._leave_out_unused()
+        self.modes.train()
+        freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
         self.optimizer = make_optimizer(self.groups, settings)
-        self.average = _average(net, settings.ema) if settings.ema > 0 else None
+        self.average = averaged(net, settings.ema) if settings.ema > 0 else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
         self.state = self._resume(identity, start)
 
@@ -269,15 +230,6 @@ class _Run:
             self.average.update_parameters(self.net)
         return scalars
 
-    def _check_first_sample(self) -> int:
-        """The number of the network's outputs, from a first look at the first sample."""
-        first = self.first.first(1).to(self.accelerator.device)
-        with torch.no_grad(), evaluating(self.net):
-            outputs = logits_of(self.net(*first.inputs)).shape[1]
-        classes_of(self.data, outputs)
-        self.first.check_labels(outputs)
-        return outputs
-
     def _first_batch(self) -> Batch:
         return next(
             batches(
@@ -290,27 +242,6 @@ class _Run:
                 workers=0,
             )
         )
-
-    def _leave_out_unused(self) -> None:
-        """Freeze what the objective does not use, found by asking it for gradients; nothing else changes."""
-        batch = self.first.first(2).to(self.accelerator.device)
-        draw = Draw(self.settings.seed, 0, batch.positions)
-        self.modes.train()
-        torch.manual_seed(derived(self.settings.seed, 0, 0, 0, 5))
-        with kept_buffers(self.objective):
-            try:
-                self.objective(batch.inputs, batch.labels, draw)["loss"].backward()
-            except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
-                    raise
-                raise InvalidInput(
-                    "batch norm cannot be trained on one value per channel.",
-                    why=first_line(error),
-                    next='set batch to 2 or more, or batch_norm="frozen".',
-                ) from error
-        for parameter in self.objective.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
 
     def _start(self, identity: Identity, resume: bool) -> Checkpoint:
         """The state before the first step, from the folder if it holds this run."""
@@ -377,7 +308,7 @@ class _Run:
             values = {**vars(self.state), "best": miou, "best_step": step}
             self.state = Checkpoint(**values)
             if self.main:
-                _write(self.result, self.folder / f"{BEST}.safetensors")
+                write_network(self.result, self.folder / f"{BEST}.safetensors")
         return miou
 
     def _measure(self, net: nn.Module) -> dict[str, float]:
@@ -403,7 +334,7 @@ class _Run:
             restore(_tensors(self.average.module), _tensors(self.net), self.folder)
         network = self.folder / f"{NETWORK}.safetensors"
         if self.main:
-            _write(self.net, network)
+            write_network(self.net, network)
         self.accelerator.wait_for_everyone()
         state = self.state
         return Outcome(
@@ -420,58 +351,6 @@ class _Run:
         )
 
 
-def make_accelerator(settings: Settings, device: str) -> Any:
-    """Accelerate for the settings: device, precision, processes.
-
-    Raises:
-        InvalidInput: Accelerate is not installed, or the device cannot do what is asked.
-    """
-    accelerate = imported("accelerate", "accelerate")
-    # Another run of this process may have had another precision.
-    imported("accelerate.state", "accelerate").AcceleratorState._reset_state()
-    if device not in ("auto", "cpu"):
-        raise InvalidInput(
-            f"training cannot run on device {device!r}.",
-            next='use "auto" or "cpu"; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch.',
-        )
-    try:
-        return accelerate.Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
-    except (ValueError, RuntimeError) as error:
-        raise InvalidInput(
-            f"precision {settings.precision!r} cannot be had on this device.",
-            why=first_line(error),
-            next="train in precision no or bf16, or on a GPU.",
-        ) from error
-
-
-def _average(net: nn.Module, decay: float) -> AveragedModel:
-    """An exponential average of the weights; of buffers it has the last."""
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
-    average.eval()
-    return average
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, those of the mask included."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _folder(output: Path | str) -> Path:
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"{folder} cannot be created.", why=str(error), next="choose another --output."
-        ) from error
-    return folder
-
-
-def _write(net: nn.Module, path: Path) -> None:
-    """The network as a file: a converted one for `cadsurgery.load`, any other as a state dict."""
-    if isinstance(net, AdaptiveModel):
-        save(net, path)
-        return
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary)
