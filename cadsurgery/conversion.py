@@ -277,7 +277,7 @@ def _quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
 
 
 def is_file(model: str) -> bool:
-    """Whether what a user names is a file, a converted network, and no name to build one by."""
+    """Whether a model is meant as a converted file, not as a name."""
     return model.endswith(".safetensors") or Path(model).is_file()
 
 

@@ -734,9 +734,9 @@ def test_the_best_network_by_validation_is_kept(tmp_path: Path) -> None:
 
 
 class CountedMetrics:
-    """Stands in for `cadsurgery.metrics` where that is not there yet."""
+    """Stands in for `cadsurgery.metrics`: the share of pixels that are right."""
 
-    def __init__(self, classes: tuple[str, ...]) -> None:
+    def __init__(self, classes: int) -> None:
         self.classes, self.right, self.all = classes, 0, 0
 
     def update(self, prediction: Tensor, labels: Tensor) -> None:
@@ -745,7 +745,7 @@ class CountedMetrics:
         self.all += int(known.sum())
 
     def compute(self) -> dict[str, Any]:
-        return {"miou": torch.tensor(self.right / self.all), "per_class": {}}
+        return {"miou": self.right / self.all, "iou": [], "pixels": self.all, "trimap_iou": None}
 
 
 @pytest.fixture

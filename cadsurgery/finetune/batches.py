@@ -164,7 +164,10 @@ def augmentation(settings: Settings) -> Augmentation:
     from cadsurgery.data import Augment
 
     found: Augmentation = Augment(
-        crop=settings.crop, flip=settings.flip, jitter=settings.jitter, scale=settings.scale
+        crop=settings.crop or None,
+        flip=0.5 if settings.flip else 0.0,
+        jitter=settings.jitter,
+        scale=settings.scale if settings.scale != (1.0, 1.0) else None,
     )
     return found
 

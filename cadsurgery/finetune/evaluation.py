@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cadsurgery.errors import InvalidInput
 from cadsurgery.finetune.batches import Samples, check_data, prepared, source_of
@@ -16,7 +16,10 @@ def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
     """Metrics on whole images, one by one, under the network's own mask.
 
     Returns:
-        `miou` and what else `cadsurgery.metrics` finds that is a number, and the mean `active_fraction`.
+        `miou` and the other shares `cadsurgery.metrics` gives, and the mean `active_fraction`.
+
+    Raises:
+        InvalidInput: no data, samples that are none, or more classes than the network outputs.
     """
     from cadsurgery.metrics import SegmentationMetrics
 
@@ -28,32 +31,28 @@ def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
             output = net(*(value.unsqueeze(0).to(device) for value in inputs))
             logits = logits_of(output)
             if metrics is None:
-                metrics = SegmentationMetrics(classes_of(data, logits.shape[1]))
+                check_classes(data, logits.shape[1])
+                metrics = SegmentationMetrics(logits.shape[1])
             prediction = resized(logits, labels.shape).argmax(1)
             metrics.update(prediction.cpu(), labels.unsqueeze(0))
             active += net.active_fraction if isinstance(net, AdaptiveModel) else 0.0
     assert metrics is not None
-    found = {name: value for name, value in metrics.compute().items() if _is_number(value)}
+    found = {name: value for name, value in metrics.compute().items() if isinstance(value, float)}
     if isinstance(net, AdaptiveModel):
         found["active_fraction"] = active / len(data)
-    return {name: float(value) for name, value in found.items()}
+    return found
 
 
-def classes_of(data: object, outputs: int) -> tuple[str, ...]:
-    """Names of the network's outputs: those of the data, if it has names.
+def check_classes(data: object, outputs: int) -> None:
+    """Refuse data with more classes, if it names them, than a network has outputs.
 
     Raises:
         InvalidInput: the data has more classes than the network outputs.
     """
-    names = tuple(getattr(data, "classes", ()))
+    names = getattr(data, "classes", ())
     if len(names) > outputs:
         raise InvalidInput(
             f"the data has {len(names)} classes, but the network has {outputs} outputs.",
             where=str(getattr(data, "name", type(data).__name__)),
             next=f"build the network with num_classes={len(names)}.",
         )
-    return names + tuple(str(number) for number in range(len(names), outputs))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -134,6 +135,8 @@ class _Run:
         first = self._first_batch()
         self.classes = count_outputs(net, data, first)
         identity = identity_of(net, data, augment, settings, processes)
+        if objective is not None:
+            identity["objective"] = getattr(objective, "__qualname__", type(objective).__name__)
         start = self._start(identity, resume)  # puts the starting weights into the network
         self.objective = (
             objective(net)
@@ -263,7 +266,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         start = read_checkpoint(path)
         restore(start.part("weights"), _tensors(self.net), path)
-        return start
+        return replace(start, tensors={})
 
     def _resume(self, identity: Identity, start: Checkpoint) -> Checkpoint:
         """The last checkpoint, loaded; or the start."""
@@ -279,7 +282,7 @@ class _Run:
             restore(state.part("ema"), _tensors(self.average), path)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        return state
+        return replace(state, tensors={})
 
     def _save(self, step: int) -> None:
         tensors = {f"weights.{name}": value for name, value in self.objective.own_tensors().items()}
@@ -287,26 +290,16 @@ class _Run:
         if self.average is not None:
             tensors |= {f"ema.{name}": value for name, value in _tensors(self.average).items()}
         scaler = self.accelerator.scaler
-        last = self.state
-        self.state = Checkpoint(
-            step,
-            last.identity,
-            {},
-            last.best_step,
-            last.best,
-            last.before,
-            scaler.state_dict() if scaler is not None else {},
-        )
+        state = replace(self.state, step=step, scaler=scaler.state_dict() if scaler is not None else {})
         if self.main:
-            written = Checkpoint(**{**vars(self.state), "tensors": tensors})
-            written.write(self.folder / f"{LAST}.safetensors")
+            replace(state, tensors=tensors).write(self.folder / f"{LAST}.safetensors")
+        self.state = state
 
     def _validate(self, step: int) -> float:
         """mIoU now; the best network so far is written."""
         miou = self._measure(self.result)["miou"]
         if self.state.best is None or miou > self.state.best:
-            values = {**vars(self.state), "best": miou, "best_step": step}
-            self.state = Checkpoint(**values)
+            self.state = replace(self.state, best=miou, best_step=step)
             if self.main:
                 write_network(self.result, self.folder / f"{BEST}.safetensors")
         return miou

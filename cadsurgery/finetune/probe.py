@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cadsurgery.errors import InvalidInput, first_line
 from cadsurgery.finetune.batches import Batch, Samples
-from cadsurgery.finetune.evaluation import classes_of
+from cadsurgery.finetune.evaluation import check_classes
 from cadsurgery.finetune.groups import evaluating
 from cadsurgery.finetune.objectives import Objective, logits_of
 from cadsurgery.finetune.schedule import Draw, derived
@@ -25,7 +25,7 @@ def count_outputs(net: nn.Module, data: Samples, batch: Batch) -> int:
     first = batch.first(1).to(next(net.parameters()).device)
     with torch.no_grad(), evaluating(net):
         outputs = logits_of(net(*first.inputs)).shape[1]
-    classes_of(data, outputs)
+    check_classes(data, outputs)
     batch.check_labels(outputs)
     return outputs
 
