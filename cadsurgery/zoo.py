@@ -99,30 +99,6 @@ def build_model(
     return model.eval()
 
 
-def _with_classes(kwargs: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
-    return kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
-
-
-def _of_classes(
-    build: Builder, weights: str, kwargs: dict[str, Any], num_classes: int | None
-) -> tuple[nn.Module, Source]:
-    """A network with a number of outputs, with all weights that fit it."""
-    try:
-        return build(weights, _with_classes(kwargs, num_classes))
-    except ValueError:  # torchvision's builders: their weights are for another number
-        if num_classes is None or weights == "none":
-            raise
-    pretrained, source = build(weights, kwargs)
-    options = _with_classes(source.kwargs, num_classes)
-    model, _ = build("none", options)
-    ours, theirs = model.state_dict(), pretrained.state_dict()
-    fitting = {name: value for name, value in theirs.items() if ours[name].shape == value.shape}
-    model.load_state_dict(fitting, strict=False)
-    left = sorted(ours.keys() - fitting.keys())
-    note = f"{source.note}, but for {num_classes} classes {', '.join(left)} are random"
-    return model, replace(source, kwargs=options, note=note)
-
-
 def list_models(pattern: str = "*", library: str = "") -> list[str]:
     """Names of torchvision and timm networks for images; whether each converts is in `coverage.recorded`.
 
@@ -286,6 +262,30 @@ def _function_builder(module: str, function: str) -> Builder:
         return model, Source(f"{module}:{function}", kwargs, "own", "weights as the function made them")
 
     return build
+
+
+def _with_classes(kwargs: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
+    return kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
+
+
+def _of_classes(
+    build: Builder, weights: str, kwargs: dict[str, Any], num_classes: int | None
+) -> tuple[nn.Module, Source]:
+    """A network with a number of outputs, with all weights that fit it."""
+    try:
+        return build(weights, _with_classes(kwargs, num_classes))
+    except ValueError:  # torchvision's builders: their weights are for another number
+        if num_classes is None or weights == "none":
+            raise
+    pretrained, source = build(weights, kwargs)
+    options = _with_classes(source.kwargs, num_classes)
+    model, _ = build("none", options)
+    ours, theirs = model.state_dict(), pretrained.state_dict()
+    fitting = {name: value for name, value in theirs.items() if ours[name].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    left = sorted(ours.keys() - fitting.keys())
+    note = f"{source.note}, but for {num_classes} classes {', '.join(left)} are random"
+    return model, replace(source, kwargs=options, note=note)
 
 
 def _try_weights(build: Callable[[], nn.Module], asked: str, what: str) -> tuple[nn.Module | None, str]:
