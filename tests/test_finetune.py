@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery import cli
 from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives
-from cadsurgery.finetune.groups import make_groups, stem_parameters
+from cadsurgery.finetune.groups import Modes, make_groups, stem_of
 from cadsurgery.finetune.objectives import AnyBudget, Mixed, cross_entropy, divergence, supervised
 from cadsurgery.finetune.schedule import Sampling, learning_rate
 from cadsurgery.masks import Grid, MaskProvider
@@ -253,8 +253,26 @@ def test_a_frozen_stem_is_left_as_it_is_and_the_region_is_not(tmp_path: Path) ->
     same = {name for name, value in tensors(net).items() if torch.equal(value, before[name])}
     stem = {name for name in before if name.startswith(("backbone.0.", "backbone.1."))}
     assert same == stem
-    assert stem_parameters(net) == stem & dict(net.named_parameters()).keys()
+    assert stem_of(net).parameters == stem & dict(net.named_parameters()).keys()
     assert all(parameter.requires_grad for parameter in net.parameters())  # as it was before
+
+
+def test_the_stem_runs_in_evaluation_mode_and_the_region_does_not() -> None:
+    model = Segmenter()
+    model.backbone[0].append(nn.Dropout(0.5))
+    example = torch.zeros(1, 3, *SIZE)
+    net = cs.adaptify(model, output_stride=(4, 16), example_input=example, verify_laws=False)
+    Modes.of(net, stem_of(net), QUICK).train()
+    modes = {path: module.training for path, module in net.named_modules() if not list(module.children())}
+    entered = (
+        "backbone.1.2",
+        "_mask_provider",
+    )  # the activation whose output enters is the plan's first of the region
+    for path, training in modes.items():
+        assert training != path.startswith(("backbone.0.", "backbone.1.")) or path in entered
+    frozen = Modes.of(net, stem_of(net), replace(QUICK, batch_norm="frozen"))
+    frozen.train()
+    assert not any(m.training for m in net.modules() if isinstance(m, nn.BatchNorm2d)) and net.training
 
 
 class Scored(MaskProvider):

@@ -114,8 +114,21 @@ def make_optimizer(groups: Iterable[Group], settings: Settings) -> torch.optim.O
     )
 
 
-def stem_parameters(net: nn.Module) -> set[str]:
-    """Names of the parameters used before the adaptive region only.
+@dataclass(frozen=True)
+class Stem:
+    """What is used before the adaptive region only.
+
+    Attributes:
+        parameters: their names.
+        modules: paths of the modules that the plan decides on, without those inside them.
+    """
+
+    parameters: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+
+
+def stem_of(net: nn.Module) -> Stem:
+    """The stem of an adaptive network, by its plan.
 
     Raises:
         InvalidInput: the network is not adaptive, so it has no region.
@@ -128,20 +141,21 @@ def stem_parameters(net: nn.Module) -> set[str]:
         )
     before: dict[str, bool] = {}
     for decision in net.plan.decisions:
+        path = ".".join(filter(None, (net.plan.part, decision.path)))
         is_before = decision.action == "dense" and decision.reason != AFTER
-        before[decision.path] = is_before and before.get(decision.path, True)
+        before[path] = is_before and before.get(path, True)
+    containers = {path[:end] for path in before for end, letter in enumerate(path) if letter == "."}
 
     def is_stem(name: str) -> bool:
+        """By the innermost module that the plan names."""
         parts = name.split(".")
         paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
         return next((before[path] for path in paths if path in before), False)
 
-    prefix = f"{net.plan.part}." if net.plan.part else ""
-    return {
-        name
-        for name, _ in net.named_parameters()
-        if name.startswith(prefix) and is_stem(name.removeprefix(prefix))
-    }
+    return Stem(
+        frozenset(name for name, _ in net.named_parameters() if is_stem(name)),
+        frozenset(path for path, first in before.items() if first and path and path not in containers),
+    )
 
 
 @dataclass(frozen=True)
@@ -152,14 +166,14 @@ class Modes:
     fixed: tuple[nn.Module, ...]
 
     @staticmethod
-    def of(net: nn.Module, stem: set[str], settings: Settings) -> Modes:
-        """Batch norms if they are frozen, and every module whose own parameters are all in the stem."""
-        fixed = []
-        for path, module in net.named_modules():
-            own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
-            in_stem = bool(own) and all(name in stem for name in own)
-            if in_stem or (settings.batch_norm == "frozen" and isinstance(module, _BatchNorm)):
-                fixed.append(module)
+    def of(net: nn.Module, stem: Stem, settings: Settings) -> Modes:
+        """The modules of the stem, and batch norms if they are frozen."""
+        frozen = settings.batch_norm == "frozen"
+        fixed = (
+            module
+            for path, module in net.named_modules()
+            if path in stem.modules or (frozen and isinstance(module, _BatchNorm))
+        )
         return Modes(net, tuple(fixed))
 
     def train(self) -> None:

@@ -27,10 +27,11 @@ from cadsurgery.finetune.devices import averaged, make_accelerator
 from cadsurgery.finetune.evaluation import evaluate
 from cadsurgery.finetune.groups import (
     Modes,
+    Stem,
     evaluating,
     make_groups,
     make_optimizer,
-    stem_parameters,
+    stem_of,
 )
 from cadsurgery.finetune.logs import Log, Row, open_log
 from cadsurgery.finetune.objectives import Objective, make_objective
@@ -130,7 +131,7 @@ class _Run:
         processes: int = self.accelerator.num_processes
         self.sampling = Sampling(len(data), settings.seed, settings.batch, settings.accumulate, processes)
         net.to(self.accelerator.device)
-        stem = stem_parameters(net) if settings.freeze == "stem" else set()
+        stem = stem_of(net) if settings.freeze == "stem" else Stem()
         self.modes = Modes.of(net, stem, settings)
         first = self._first_batch()
         self.classes = count_outputs(net, data, first)
@@ -144,7 +145,7 @@ class _Run:
             else make_objective(settings.objective, net, settings.objective_options)
         ).to(self.accelerator.device)
         for name, parameter in net.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name not in stem)
+            parameter.requires_grad_(parameter.requires_grad and name not in stem.parameters)
         self.modes.train()
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
