@@ -47,6 +47,7 @@ _PUBLIC = {
     "CannotConvert": "errors",
     "FileError": "errors",
     "InvalidInput": "errors",
+    "TrainingStopped": "errors",
     "UnknownName": "errors",
 }
 
@@ -69,6 +70,7 @@ __all__ = [
     "Plan",
     "SegmentationData",
     "SegmentationMetrics",
+    "TrainingStopped",
     "Treatment",
     "UnknownName",
     "Window",
@@ -89,7 +91,14 @@ __all__ = [
 if TYPE_CHECKING:
     from cadsurgery.api import adaptify, plan
     from cadsurgery.data import Augment, SegmentationData, open_data
-    from cadsurgery.errors import CadError, CannotConvert, FileError, InvalidInput, UnknownName
+    from cadsurgery.errors import (
+        CadError,
+        CannotConvert,
+        FileError,
+        InvalidInput,
+        TrainingStopped,
+        UnknownName,
+    )
     from cadsurgery.evaluation import evaluate
     from cadsurgery.evaluation_report import EvaluationReport
     from cadsurgery.functional import Elements

@@ -390,6 +390,97 @@ def export(
     _show(found, text, as_json)
 
 
+@app.command()
+def finetune(
+    model: Annotated[
+        str, typer.Argument(help="a converted file, a torchvision or timm name, or module:function")
+    ],
+    data: Annotated[str, typer.Option(help="dataset to train on, e.g. folder:PATH")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run goes on")
+    ],
+    split: Annotated[str, typer.Option(help="split to train on")] = "train",
+    validation_split: Annotated[str, typer.Option(help="split to measure on; empty for none")] = "val",
+    mask: Annotated[str, typer.Option(help="default: the file's, or edges")] = "",
+    weights: Weights = "auto",
+    output_stride: Stride = "",
+    region: Region = "auto",
+    fill: Fill = "linear",
+    patch: Patch = "quadtree",
+    anchor: Anchor = "corner",
+    pool: Pool = "atrous",
+    objective: Annotated[str | None, typer.Option(help="mixed or any-budget")] = None,
+    objective_option: Annotated[
+        list[str], typer.Option(help="NAME=VALUE for the objective, e.g. teacher=self; repeatable")
+    ] = [],  # noqa: B006
+    steps: Annotated[int | None, typer.Option(help="optimiser steps; default 30000")] = None,
+    batch: Annotated[int | None, typer.Option(help="images per process and pass; default 8")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="passes per step; default 1")] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="side of the crops; default 768, 0 for whole images")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="of the classifier; default 0.1")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd (default) or adamw")] = None,
+    clip: Annotated[float | None, typer.Option(help="largest norm of the gradient; default none")] = None,
+    batch_norm: Annotated[str | None, typer.Option(help="train (default) or frozen")] = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="stem: what comes before the region stays as it is")
+    ] = None,
+    ema: Annotated[float | None, typer.Option(help="decay of an average of the weights")] = None,
+    precision: Annotated[str | None, typer.Option(help="no (default), fp16 or bf16")] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything random; default 0")] = None,
+    save_every: Annotated[int | None, typer.Option(help="steps between checkpoints; default 500")] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="steps between validations; default 1000")
+    ] = None,
+    log: Annotated[str | None, typer.Option(help="csv (default) or tensorboard")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes that load images; default 4")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file of settings; options given here come first")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="go on with the run in the folder; otherwise refuse one")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.
+
+    The defaults are the published settings. An interrupted run goes on exactly where it was when the command is
+    given again. Several GPUs: accelerate launch -m cadsurgery.cli finetune ...
+    """
+    from cadsurgery.finetune.command import finetune as run
+    from cadsurgery.finetune.command import make_settings
+    from cadsurgery.finetune.devices import is_main_process
+
+    overrides = {
+        **{"objective": objective, "steps": steps, "batch": batch, "accumulate": accumulate, "crop": crop},
+        **{"lr": lr, "optimizer": optimizer, "clip": clip, "batch_norm": batch_norm, "freeze": freeze},
+        **{"ema": ema, "precision": precision, "seed": seed, "save_every": save_every, "log": log},
+        **{"validate_every": validate_every, "workers": workers},
+    }
+    settings = make_settings(config, overrides, objective_option)
+    silent = as_json or not is_main_process()
+    with _training(settings.steps, settings.batch * settings.accumulate, silent) as (on_step, step):
+        report = run(
+            model=model,
+            data=data,
+            split=split,
+            validation_split=validation_split,
+            weights=weights,
+            mask=mask,
+            options=_options(output_stride, region, fill, patch, anchor, pool),
+            settings=settings,
+            output=output,
+            resume=resume,
+            device=device,
+            on_step=on_step,
+            step=step,
+        )
+    if is_main_process():
+        _show(report.to_dict(), report.render(), as_json)
+
+
 @app.command("list")
 def list_command(
     pattern: Annotated[str, typer.Argument(help='shell-style, e.g. "*resnet*"')] = "*",
@@ -450,6 +541,31 @@ def _progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], N
     with Progress(*columns, console=err) as bar:
         task = bar.add_task("starting", total=total)
         yield lambda row: bar.update(task, advance=1, description=f"{row['model']}: {row['result']}")
+
+
+@contextmanager
+def _training(
+    steps: int, images: int, silent: bool
+) -> Iterator[tuple[Callable[[dict[str, float | None]], None], Callable[[str], None]]]:
+    """A progress bar on the error stream with the last row of the log and images a second; nothing with --json."""
+    if silent:
+        yield (lambda row: None), (lambda text: None)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("starting", total=steps)
+
+        def on_step(row: dict[str, float | None]) -> None:
+            told = [
+                f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None
+            ]
+            speed = bar.tasks[0].speed
+            told += [f"{speed * images:.1f} images/s"] if speed else []
+            bar.update(task, completed=row["step"], description=", ".join(told))
+
+        yield on_step, lambda text: bar.update(task, description=text)
 
 
 def main() -> None:

@@ -247,10 +247,10 @@ def predict(
     return in_order([share[0] for share in shares]), in_order([share[1] for share in shares])
 
 
-def build(model: str, weights: str) -> tuple[nn.Module, Source]:
+def build(model: str, weights: str, num_classes: int | None = None) -> tuple[nn.Module, Source]:
     """A network by name, and where it comes from."""
     torch.manual_seed(0)  # random weights, where they are random, are the same in every run
-    built = build_model(model, weights)
+    built = build_model(model, weights, num_classes=num_classes)
     source = built.cad_source
     assert isinstance(source, Source)
     return built, source

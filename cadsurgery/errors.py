@@ -58,6 +58,10 @@ class FileError(CadError):
     """A file is missing, truncated, foreign, or cannot be written."""
 
 
+class TrainingStopped(CadError):
+    """Training cannot go on: the loss or the weights are no longer finite numbers."""
+
+
 def first_line(error: object) -> str:
     """The first line of an error's message, or its type: what fits into a reason."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()

@@ -7,7 +7,7 @@ import inspect
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ class Source:
         return Source(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def build_model(name: str, weights: str = "auto", **kwargs: Any) -> nn.Module:
+def build_model(
+    name: str, weights: str = "auto", *, num_classes: int | None = None, **kwargs: Any
+) -> nn.Module:
     """Build a network by name, in evaluation mode; `model.cad_source` tells how.
 
     Args:
@@ -65,7 +67,9 @@ def build_model(name: str, weights: str = "auto", **kwargs: Any) -> nn.Module:
         weights: `"auto"` takes the library's best weights, from its cache or the network, and says so if
             it must leave them random; `"none"` leaves them random; else a name of weights of torchvision
             (e.g. `"IMAGENET1K_V2"`), a tag of timm, or a file (`.safetensors`, `.pth`).
-        kwargs: for the builder, e.g. `num_classes=19`.
+        num_classes: number of outputs; of pretrained weights for another number, those that fit are taken
+            and the note names the others, which are random.
+        kwargs: for the builder, e.g. `aux_loss=True`.
 
     Raises:
         UnknownName: no such network or weights.
@@ -86,11 +90,11 @@ def build_model(name: str, weights: str = "auto", **kwargs: Any) -> nn.Module:
     if weights not in ("auto", "none") and (
         path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.exists()
     ):
-        model, source = build("none", kwargs)
+        model, source = build("none", _with_classes(kwargs, num_classes))
         _load_weights(model, path)
         source = Source(**{**vars(source), "weights": str(path), "note": f"weights from {path}"})
     else:
-        model, source = build(weights, kwargs)
+        model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = source  # type: ignore[assignment]
     return model.eval()
 
@@ -272,6 +276,30 @@ def _function_builder(module: str, function: str) -> Builder:
         return model, Source(f"{module}:{function}", kwargs, "own", note, *_statistics(model))
 
     return build
+
+
+def _with_classes(kwargs: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
+    return kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
+
+
+def _of_classes(
+    build: Builder, weights: str, kwargs: dict[str, Any], num_classes: int | None
+) -> tuple[nn.Module, Source]:
+    """A network with a number of outputs, with all weights that fit it."""
+    try:
+        return build(weights, _with_classes(kwargs, num_classes))
+    except ValueError:  # torchvision's builders: their weights are for another number
+        if num_classes is None or weights == "none":
+            raise
+    pretrained, source = build(weights, kwargs)
+    options = _with_classes(source.kwargs, num_classes)
+    model, _ = build("none", options)
+    ours, theirs = model.state_dict(), pretrained.state_dict()
+    fitting = {name: value for name, value in theirs.items() if ours[name].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    left = sorted(ours.keys() - fitting.keys())
+    note = f"{source.note}, but for {num_classes} classes {', '.join(left)} are random"
+    return model, replace(source, kwargs=options, note=note)
 
 
 def _try_weights(build: Callable[[], nn.Module], asked: str, what: str) -> tuple[nn.Module | None, str]:

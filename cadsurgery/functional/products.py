@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -244,6 +244,14 @@ def autocast(*values: Any) -> tuple[Any, ...]:
         return values
     dtype = torch.get_autocast_dtype(device)
     return tuple(value.to(dtype) if value is not None else None for value in values)
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Products within are taken in the type of their operands even if torch.autocast is on: for sums that need it."""
+    device = like.device.type
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 _LOCAL = threading.local()

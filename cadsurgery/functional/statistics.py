@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.functional.elements import Elements, native_shape, own_image, rows_on
+from cadsurgery.functional.products import no_autocast
 from cadsurgery.layout import NCHW, image_dims
 
 
@@ -70,8 +71,9 @@ class _WeightedNorm(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, share: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean = share @ rows
-        variance = share @ (rows - mean).square_()
+        with no_autocast(rows):
+            mean = share @ rows
+            variance = share @ (rows - mean).square_()
         scale = (variance + eps).rsqrt()
         ctx.save_for_backward(rows, share, mean, scale, weight)
         ctx.mark_non_differentiable(mean, variance)

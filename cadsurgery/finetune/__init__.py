@@ -1,0 +1,23 @@
+"""Fine-tuning: train a converted network, or any other, resumable to the exact step."""
+
+from cadsurgery.finetune.batches import augmentation
+from cadsurgery.finetune.evaluation import evaluate
+from cadsurgery.finetune.logs import Row
+from cadsurgery.finetune.loop import fit
+from cadsurgery.finetune.objectives import Objective, list_objectives, objective
+from cadsurgery.finetune.results import Outcome
+from cadsurgery.finetune.schedule import Draw
+from cadsurgery.finetune.settings import Settings
+
+__all__ = [
+    "Draw",
+    "Objective",
+    "Outcome",
+    "Row",
+    "Settings",
+    "augmentation",
+    "evaluate",
+    "fit",
+    "list_objectives",
+    "objective",
+]

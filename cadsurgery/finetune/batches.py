@@ -1,0 +1,189 @@
+"""Batches of a training run: samples read, augmented and normalised by position, never by order of arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cadsurgery.errors import CadError, InvalidInput
+from cadsurgery.finetune.objectives import IGNORED
+from cadsurgery.finetune.schedule import Sampling, derived
+from cadsurgery.finetune.settings import Settings
+from cadsurgery.images import normalise
+from cadsurgery.lattice import describe
+
+Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+class Samples(Protocol):
+    """A dataset to train on or to measure with.
+
+    An item is (image, labels): float32 (3, H, W) in 0..1, which is augmented and normalised, and int64 (H, W),
+    255 where ignored. Or (inputs, labels) with a tuple of tensors, which the network gets as they are.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one forward pass of one process.
+
+    Attributes:
+        inputs: arguments of the network, each (B, ...).
+        labels: (B, H, W) int64.
+        positions: in the sequence of samples.
+        indices: in the dataset.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+    positions: tuple[int, ...]
+    indices: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """On another device."""
+        inputs = tuple(value.to(device, non_blocking=True) for value in self.inputs)
+        return Batch(inputs, self.labels.to(device, non_blocking=True), self.positions, self.indices)
+
+    def first(self, count: int) -> Batch:
+        """Its first samples."""
+        inputs = tuple(value[:count] for value in self.inputs)
+        return Batch(inputs, self.labels[:count], self.positions[:count], self.indices[:count])
+
+    def check_labels(self, classes: int) -> None:
+        """Refuse labels that the network has no output for.
+
+        Raises:
+            InvalidInput: with the sample, the value and its first place.
+        """
+        wrong = ((self.labels < 0) | (self.labels >= classes)) & (self.labels != IGNORED)
+        if wrong.any():
+            image, row, column = (int(value) for value in wrong.nonzero()[0])
+            raise InvalidInput(
+                f"a label is {int(self.labels[image, row, column])}, but the network has {classes} outputs.",
+                where=f"sample {self.indices[image]} of the data, row {row}, column {column} of its crop",
+                why=f"labels are 0..{classes - 1}, or {IGNORED} for pixels to ignore.",
+                next="map the labels to these, or build the network with more classes.",
+            )
+
+
+def batches(
+    data: Samples,
+    sampling: Sampling,
+    augment: Augmentation | None,
+    source: Any,
+    *,
+    steps: range,
+    process: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """The batches of one process: `accumulate` for each step.
+
+    Raises:
+        InvalidInput: samples that are no samples, or cannot form a batch.
+        CadError: what the dataset itself refuses.
+    """
+    order = [
+        list(sampling.positions(step, part, process)) for step in steps for part in range(sampling.accumulate)
+    ]
+    if not order:
+        return
+    loader = DataLoader(
+        cast(Dataset[Any], _Positions(data, sampling, augment, source)),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=list,
+    )
+    for positions, found in zip(order, loader, strict=True):
+        indices = tuple(sampling.index(position) for position in positions)
+        for sample in found:
+            if isinstance(sample, CadError):
+                raise sample
+        columns = list(zip(*(inputs for inputs, _ in found), strict=True))
+        stacked = tuple(_stacked(column, indices) for column in columns)
+        labels = _stacked([labels for _, labels in found], indices).long()
+        yield Batch(stacked, labels, tuple(positions), indices)
+
+
+class _Positions:
+    """The dataset seen by position; errors come back as values, since a worker's would lose their parts."""
+
+    def __init__(self, data: Samples, sampling: Sampling, augment: Augmentation | None, source: Any) -> None:
+        self.data, self.sampling, self.augment, self.source = data, sampling, augment, source
+
+    def __getitem__(self, position: int) -> tuple[tuple[Tensor, ...], Tensor] | CadError:
+        index = self.sampling.index(position)
+        try:
+            inputs, labels = self.data[index]
+            if isinstance(inputs, Tensor) and self.augment is not None:
+                inputs, labels = self.augment(inputs, labels, derived(self.sampling.seed, position, 3))
+            return prepared(inputs, labels, self.source, index)
+        except CadError as error:
+            return error
+
+
+def prepared(inputs: Any, labels: Any, source: Any, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A sample as the network takes it: an image normalised, a tuple of inputs as it is.
+
+    Raises:
+        InvalidInput: it is neither.
+    """
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        if isinstance(inputs, Tensor) and inputs.dim() == 3 and inputs.is_floating_point():
+            return (normalise(inputs, source),), labels
+        if isinstance(inputs, tuple) and all(isinstance(value, Tensor) for value in inputs):
+            return inputs, labels
+    raise InvalidInput(
+        f"a sample is {describe(inputs)} with labels {describe(labels)}.",
+        where=f"sample {index} of the data",
+        next="give (image (3, H, W) float in 0..1, labels (H, W)), or (a tuple of tensors, labels).",
+    )
+
+
+def _stacked(tensors: Any, indices: tuple[int, ...]) -> Tensor:
+    sizes = {tuple(tensor.shape) for tensor in tensors}
+    if len(sizes) > 1:
+        raise InvalidInput(
+            f"samples of a batch have different sizes: {', '.join(map(str, sorted(sizes)))}.",
+            where=f"samples {', '.join(map(str, indices))} of the data",
+            next="train on crops of one size (crop above 0), or with batch 1.",
+        )
+    return torch.stack(list(tensors))
+
+
+def augmentation(settings: Settings) -> Augmentation:
+    """Crop, flip, jitter and scale of the settings, for `fit`."""
+    from cadsurgery.data import Augment
+
+    found: Augmentation = Augment(
+        crop=settings.crop or None,
+        flip=0.5 if settings.flip else 0.0,
+        jitter=settings.jitter,
+        scale=settings.scale if settings.scale != (1.0, 1.0) else None,
+    )
+    return found
+
+
+def check_data(data: Samples, what: str) -> None:
+    """Refuse an empty dataset.
+
+    Raises:
+        InvalidInput: it holds no sample.
+    """
+    if len(cast(Sized, data)) == 0:
+        raise InvalidInput(
+            f"the {what} data is empty.", next="check the path, the split and the endings of the files."
+        )
+
+
+def source_of(net: nn.Module) -> Any:
+    """How the network's images are normalised: its source, where it has one."""
+    return getattr(net, "source", None) or getattr(net, "cad_source", None)

@@ -1,0 +1,199 @@
+"""Checkpoints: everything a run is at a step in one safetensors file, and what a run must not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cadsurgery.environment import versions
+from cadsurgery.errors import FileError, InvalidInput, TrainingStopped
+from cadsurgery.files import written_whole
+from cadsurgery.finetune.settings import FREE, Settings
+from cadsurgery.model import AdaptiveModel
+
+FORMAT = 1
+_KEY = "cadsurgery.training"
+Identity = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after a step.
+
+    Attributes:
+        step: steps done.
+        identity: what the run is of; see `identity_of`.
+        tensors: by name: `weights.*`, `optimizer.*`, `ema.*`.
+        best_step: the step of the best validation, 0 if there was none.
+        best: its mIoU.
+        before: metrics before the first step.
+        scaler: numbers of the gradient scaler.
+    """
+
+    step: int
+    identity: Identity
+    tensors: dict[str, Tensor]
+    best_step: int = 0
+    best: float | None = None
+    before: dict[str, float] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write it whole or not at all; one that was there before stays until then.
+
+        Raises:
+            FileError: the path cannot be written.
+            TrainingStopped: a weight is not finite.
+        """
+        for name, value in self.tensors.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise TrainingStopped(
+                    f"{name} holds numbers that are not finite after step {self.step}.",
+                    why="a gradient was not finite.",
+                    next="start again in another output folder with a lower lr or with clip=1"
+                    + (f"; {path.name} holds the last good state." if path.exists() else "."),
+                )
+        values = {name: value for name, value in vars(self).items() if name != "tensors"}
+        metadata = {"format": FORMAT, "versions": versions(), **values}
+        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in self.tensors.items()}
+        with written_whole(path) as temporary:
+            try:
+                save_file(tensors, temporary, {_KEY: json.dumps(metadata)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors under a prefix: `weights`, `optimizer` or `ema`."""
+        return {
+            key.removeprefix(f"{name}."): value
+            for key, value in self.tensors.items()
+            if key.startswith(f"{name}.")
+        }
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read what `Checkpoint.write` wrote.
+
+    Raises:
+        FileError: missing, truncated or foreign.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[_KEY])
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+        if metadata.pop("format") > FORMAT:
+            raise ValueError("it was written by a later version")
+        metadata.pop("versions")
+        return Checkpoint(tensors=tensors, **metadata)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise FileError(
+            f"{path} is no readable checkpoint of a training run.",
+            why=f"{type(error).__name__}: {error}",
+            next="start again in another output folder.",
+        ) from error
+
+
+def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, processes: int) -> Identity:
+    """What must be the same when a run is resumed, as plain values: settings, network, data, processes."""
+    shapes = {
+        name: [list(p.shape), str(p.dtype)] for name, p in (*net.named_parameters(), *net.named_buffers())
+    }
+    network: dict[str, Any] = {"type": type(net).__name__, "tensors": _digest(shapes)}
+    if isinstance(net, AdaptiveModel):
+        network |= {"plan": _digest(net.plan.to_json()), "mask": net.mask.spec()}
+        network |= {"geometry": {name: str(value) for name, value in vars(net.geometry).items()}}
+    given = {name: value for name, value in settings.to_dict().items() if name not in FREE}
+    described = {
+        "name": str(getattr(data, "name", type(data).__name__)),
+        "samples": len(data),
+        "classes": list(getattr(data, "classes", ())),
+        "augment": repr(augment) if is_dataclass(augment) else getattr(augment, "__name__", None),
+    }
+    found = {"settings": given, "network": network, "data": described, "processes": processes}
+    return json.loads(json.dumps(found))
+
+
+def check_same_run(stored: Identity, now: Identity, folder: Path) -> None:
+    """Refuse to resume a run with other settings, network or data.
+
+    Raises:
+        InvalidInput: with every difference.
+    """
+    differences = _differences(stored, now, "")
+    if differences:
+        raise InvalidInput(
+            f"{folder} holds another run.",
+            where="; ".join(differences),
+            why="a resumed run goes on exactly as it began; the learning rate depends on the number of steps too.",
+            next="give it the same again, or start in another output folder.",
+        )
+
+
+def _differences(stored: Any, now: Any, path: str) -> list[str]:
+    if isinstance(stored, Mapping) and isinstance(now, Mapping):
+        names = sorted(stored.keys() | now.keys())
+        found = (_differences(stored.get(n), now.get(n), f"{path}.{n}" if path else n) for n in names)
+        return [difference for some in found for difference in some]
+    return [] if stored == now else [f"{path}: {_short(stored)}, now {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@torch.no_grad()
+def restore(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors into others of the same names, in place.
+
+    Raises:
+        FileError: names or shapes differ.
+    """
+    if tensors.keys() != into.keys() or any(tensors[n].shape != into[n].shape for n in into):
+        wrong = sorted(tensors.keys() ^ into.keys())[:3]
+        raise FileError(
+            f"the checkpoint {path} does not fit the network.",
+            where=", ".join(wrong),
+            next="start again in another output folder.",
+        )
+    for name, value in into.items():
+        value.copy_(tensors[name])
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The state of an optimiser by the name of the parameter it belongs to."""
+    return {
+        f"optimizer.{key}.{name}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Set the state that `optimizer_tensors` gave (without its first prefix)."""
+    for full, value in tensors.items():
+        key, _, name = full.partition(".")
+        parameter = parameters[name]
+        is_counter = key == "step"  # stays on the CPU
+        optimizer.state[parameter][key] = (
+            value if is_counter else torch.empty_like(parameter, requires_grad=False).copy_(value)
+        )

@@ -1,0 +1,77 @@
+"""Where training runs: device, precision and processes, through Accelerate."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cadsurgery.errors import InvalidInput, first_line
+from cadsurgery.finetune.settings import Settings
+
+
+def make_accelerator(settings: Settings, device: str) -> Any:
+    """Accelerate for the settings: device, precision, processes.
+
+    Raises:
+        InvalidInput: Accelerate is not installed, or the device cannot do what is asked.
+    """
+    accelerate = imported("accelerate", "accelerate")
+    # Another run of this process may have had another precision.
+    imported("accelerate.state", "accelerate").AcceleratorState._reset_state()
+    if device not in ("auto", "cpu"):
+        raise InvalidInput(
+            f"training cannot run on device {device!r}.",
+            next='use "auto" or "cpu"; choose GPUs with CUDA_VISIBLE_DEVICES or accelerate launch.',
+        )
+    reason = "its gradients need a scaler, which this device has not"
+    try:
+        made = accelerate.Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+    except (ValueError, RuntimeError) as error:
+        made, reason = None, first_line(error)
+    if made is None or (settings.precision == "fp16" and made.scaler is None):
+        raise InvalidInput(
+            f"precision {settings.precision!r} cannot be had on this device.",
+            why=reason,
+            next="train in precision no or bf16, or on a GPU.",
+        )
+    # What `accelerate launch --cpu --num_processes N` leaves in the environment of the only process it starts.
+    alone = made.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if alone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise InvalidInput(
+            "several processes were asked for, but one was started.",
+            why="accelerate launch --cpu starts more than one through mpirun only.",
+            next="start it by torchrun --nproc_per_node 2 or accelerate launch --multi_gpu --num_processes 2, "
+            "with device cpu.",
+        )
+    return made
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for those that were launched together; known before Accelerate is."""
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def averaged(net: nn.Module, decay: float) -> AveragedModel:
+    """An exponential average of the weights; of buffers it has the last."""
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+    average.eval()
+    return average
+
+
+def imported(module: str, package: str) -> Any:
+    """A module of an optional dependency.
+
+    Raises:
+        InvalidInput: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InvalidInput(
+            f"training needs {package}, which is not installed.", next="pip install 'cadsurgery[train]'"
+        ) from error

@@ -1,0 +1,58 @@
+"""How well a network segments a dataset."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cadsurgery.errors import InvalidInput
+from cadsurgery.finetune.batches import Samples, check_data, prepared, source_of
+from cadsurgery.finetune.groups import evaluating
+from cadsurgery.finetune.objectives import logits_of, resized
+from cadsurgery.model import AdaptiveModel
+
+
+def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
+    """Metrics on whole images, one by one, under the network's own mask.
+
+    Returns:
+        `miou` and the other shares `cadsurgery.metrics` gives, and the mean `active_fraction`.
+
+    Raises:
+        InvalidInput: no data, samples that are none, or more classes than the network outputs.
+    """
+    from cadsurgery.metrics import SegmentationMetrics
+
+    check_data(data, "validation")
+    device, metrics, active = next(net.parameters()).device, None, 0.0
+    with torch.inference_mode(), evaluating(net):
+        for index in range(len(data)):
+            inputs, labels = prepared(*data[index], source_of(net), index)
+            output = net(*(value.unsqueeze(0).to(device) for value in inputs))
+            logits = logits_of(output)
+            if metrics is None:
+                check_classes(data, logits.shape[1])
+                metrics = SegmentationMetrics(logits.shape[1])
+            prediction = resized(logits, labels.shape).argmax(1)
+            metrics.update(prediction.cpu(), labels.unsqueeze(0))
+            active += net.active_fraction if isinstance(net, AdaptiveModel) else 0.0
+    assert metrics is not None
+    found = {name: value for name, value in metrics.compute().items() if isinstance(value, float)}
+    if isinstance(net, AdaptiveModel):
+        found["active_fraction"] = active / len(data)
+    return found
+
+
+def check_classes(data: object, outputs: int) -> None:
+    """Refuse data with more classes, if it names them, than a network has outputs.
+
+    Raises:
+        InvalidInput: the data has more classes than the network outputs.
+    """
+    names = getattr(data, "classes", ())
+    if len(names) > outputs:
+        raise InvalidInput(
+            f"the data has {len(names)} classes, but the network has {outputs} outputs.",
+            where=str(getattr(data, "name", type(data).__name__)),
+            next=f"build the network with num_classes={len(names)}.",
+        )

@@ -1,0 +1,195 @@
+"""Which parameters are trained, and at which rate: classifier, backbone, mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cadsurgery.errors import InvalidInput
+from cadsurgery.finetune.settings import Settings
+from cadsurgery.model import AdaptiveModel
+from cadsurgery.surgery.plan import AFTER
+from cadsurgery.surgery.planner import BACKBONE_NAMES
+
+MASK = "_mask_provider"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters trained at one rate, or not at all.
+
+    Attributes:
+        name: `classifier`, `backbone`, `mask`, or `fixed`.
+        factor: of the learning rate; 0 for what is fixed.
+        parameters: by name; every parameter is in exactly one group.
+    """
+
+    name: str
+    factor: float
+    parameters: dict[str, nn.Parameter]
+
+    def describe(self) -> dict[str, object]:
+        """Name, factor, number of tensors and of values, the first names."""
+        return {
+            "group": self.name,
+            "factor": self.factor,
+            "tensors": len(self.parameters),
+            "values": sum(p.numel() for p in self.parameters.values()),
+            "first": list(self.parameters)[:3],
+        }
+
+
+def make_groups(
+    parameters: Mapping[str, nn.Parameter], net: nn.Module, settings: Settings
+) -> tuple[Group, ...]:
+    """The groups of the parameters of an objective of a network; those that need no gradient are `fixed`.
+
+    The classifier is every top-level child that no library calls a backbone; if none is called so, the last
+    child with parameters. What the objective adds of its own is trained as the backbone is.
+
+    Raises:
+        InvalidInput: nothing is left to train.
+    """
+    factors = {
+        "classifier": 1.0,
+        "backbone": settings.backbone_factor,
+        "mask": settings.mask_factor,
+        "fixed": 0.0,
+    }
+    of_mask = {id(p) for p in net.get_submodule(MASK).parameters()} if isinstance(net, AdaptiveModel) else ()
+    of_head = {id(p) for child in _head(net) for p in child.parameters()}
+    # A weight shared by both sides moves at the careful rate.
+    of_backbone = {
+        id(p)
+        for name, child in net.named_children()
+        if name != MASK and not any(child is head for head in _head(net))
+        for p in child.parameters()
+    }
+    found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
+    for name, parameter in parameters.items():
+        key = id(parameter)
+        if not parameter.requires_grad:
+            group = "fixed"
+        elif key in of_mask:
+            group = "mask"
+        else:
+            group = "classifier" if key in of_head and key not in of_backbone else "backbone"
+        found[group][name] = parameter
+    if not any(found[name] for name in factors if name != "fixed"):
+        raise InvalidInput(
+            "no parameter is left to train.",
+            why="all are frozen, or none takes part in the objective.",
+            next='call net.requires_grad_(True), or train with freeze="" and another objective.',
+        )
+    return tuple(Group(name, factors[name], found[name]) for name in factors if found[name])
+
+
+def _head(net: nn.Module) -> list[nn.Module]:
+    children = {
+        name: child
+        for name, child in net.named_children()
+        if name != MASK and any(True for _ in child.parameters())
+    }
+    if any(name in BACKBONE_NAMES for name in children):
+        return [child for name, child in children.items() if name not in BACKBONE_NAMES]
+    return list(children.values())[-1:]
+
+
+def make_optimizer(groups: Iterable[Group], settings: Settings) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trained groups; the learning rate is set at each step."""
+    trained = [
+        {"params": list(group.parameters.values()), "factor": group.factor}
+        for group in groups
+        if group.factor > 0
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+
+
+@dataclass(frozen=True)
+class Stem:
+    """What is used before the adaptive region only.
+
+    Attributes:
+        parameters: their names.
+        modules: paths of the modules that the plan decides on, without those inside them.
+    """
+
+    parameters: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+
+
+def stem_of(net: nn.Module) -> Stem:
+    """The stem of an adaptive network, by its plan.
+
+    Raises:
+        InvalidInput: the network is not adaptive, so it has no region.
+    """
+    if not isinstance(net, AdaptiveModel):
+        raise InvalidInput(
+            'freeze="stem" needs an adaptive network.',
+            why="the stem is what comes before the adaptive region.",
+            next='convert it first with cs.adaptify, or train with freeze="".',
+        )
+    before: dict[str, bool] = {}
+    for decision in net.plan.decisions:
+        path = ".".join(filter(None, (net.plan.part, decision.path)))
+        is_before = decision.action == "dense" and decision.reason != AFTER
+        before[path] = is_before and before.get(path, True)
+    containers = {path[:end] for path in before for end, letter in enumerate(path) if letter == "."}
+
+    def is_stem(name: str) -> bool:
+        """By the innermost module that the plan names."""
+        parts = name.split(".")
+        paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((before[path] for path in paths if path in before), False)
+
+    return Stem(
+        frozenset(name for name, _ in net.named_parameters() if is_stem(name)),
+        frozenset(path for path, first in before.items() if first and path and path not in containers),
+    )
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Which modules of a network run in evaluation mode while it is trained."""
+
+    net: nn.Module
+    fixed: tuple[nn.Module, ...]
+
+    @staticmethod
+    def of(net: nn.Module, stem: Stem, settings: Settings) -> Modes:
+        """The modules of the stem, and batch norms if they are frozen."""
+        frozen = settings.batch_norm == "frozen"
+        fixed = (
+            module
+            for path, module in net.named_modules()
+            if path in stem.modules or (frozen and isinstance(module, _BatchNorm))
+        )
+        return Modes(net, tuple(fixed))
+
+    def train(self) -> None:
+        """Set the modes for training."""
+        self.net.train()
+        for module in self.fixed:
+            module.eval()
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; afterwards every module is in its own again."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,95 @@
+"""The log of a run: one row per step, as CSV or for TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from cadsurgery.errors import FileError
+from cadsurgery.files import written_whole
+from cadsurgery.finetune.devices import imported
+
+Row = dict[str, float | None]  # None: not measured in this step
+
+
+class Log(Protocol):
+    """Where rows go."""
+
+    def write(self, row: Row) -> None:
+        """Add a row; `step` is among its values."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+def open_log(kind: str, folder: Path, step: int) -> Log:
+    """The log of a run in its folder, without what it says of later steps than this one.
+
+    Args:
+        kind: `csv` or `tensorboard`.
+        folder: of the run.
+        step: last step that is kept.
+
+    Raises:
+        FileError: it cannot be read or written.
+        InvalidInput: TensorBoard is not installed.
+    """
+    return CsvLog(folder / "log.csv", step) if kind == "csv" else TensorBoardLog(folder, step)
+
+
+class CsvLog:
+    """Rows appended to a file, each at once, so that a killed run has all of them."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Keep the rows up to a step, and go on behind them."""
+        self.path = path
+        try:
+            rows = _rows(path.read_text(encoding="utf-8"), step) if path.exists() else []
+            with written_whole(path) as temporary:
+                temporary.write_text("".join(rows), encoding="utf-8")
+            self._file = path.open("a", newline="", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise FileError(
+                f"{path} cannot be continued.", why=str(error), next="choose another output folder."
+            ) from error
+        self._columns = next(csv.reader(rows[:1]), None)
+
+    def write(self, row: Row) -> None:
+        """Add a row; the first decides the columns, and what a row lacks stays empty."""
+        writer = csv.writer(self._file, lineterminator="\n")
+        if self._columns is None:
+            self._columns = list(row)
+            writer.writerow(self._columns)
+        writer.writerow([row.get(name) for name in self._columns])
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _rows(text: str, step: int) -> list[str]:
+    """The header and the whole rows up to a step; a killed process may have left half a row at the end."""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return lines[:1] + [line for line in lines[1:] if int(line.partition(",")[0]) <= step]
+
+
+class TensorBoardLog:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Go on behind a step."""
+        made: Callable[..., Any] = imported("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._writer = made(str(folder), purge_step=step + 1)
+
+    def write(self, row: Row) -> None:
+        """Add a row."""
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Write what is waiting."""
+        self._writer.close()

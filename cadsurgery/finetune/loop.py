@@ -1,0 +1,350 @@
+"""The training loop: one run in one folder, resumable at every checkpoint to the exact step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.errors import FileError, InvalidInput, TrainingStopped
+from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data, source_of
+from cadsurgery.finetune.checkpoints import (
+    Checkpoint,
+    Identity,
+    check_same_run,
+    identity_of,
+    optimizer_tensors,
+    read_checkpoint,
+    restore,
+    restore_optimizer,
+)
+from cadsurgery.finetune.devices import averaged, make_accelerator
+from cadsurgery.finetune.evaluation import evaluate
+from cadsurgery.finetune.groups import (
+    Modes,
+    Stem,
+    evaluating,
+    make_groups,
+    make_optimizer,
+    stem_of,
+)
+from cadsurgery.finetune.logs import Log, Row, open_log
+from cadsurgery.finetune.objectives import Objective, make_objective
+from cadsurgery.finetune.probe import count_outputs, freeze_unused
+from cadsurgery.finetune.results import Outcome, run_folder, write_network
+from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
+from cadsurgery.finetune.settings import Settings
+from cadsurgery.model import OptimizedModel
+
+Validation = Samples | Callable[[nn.Module], dict[str, float]]
+START, LAST, BEST, NETWORK = ("start", "checkpoint", "best", "net")
+
+
+def fit(
+    net: nn.Module,
+    data: Samples,
+    settings: Settings | None = None,
+    *,
+    output: Path | str,
+    validation: Validation | None = None,
+    objective: Callable[[nn.Module], Objective] | None = None,
+    augment: Augmentation | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    on_step: Callable[[Row], None] | None = None,
+) -> Outcome:
+    """Train a network, in place, and write it to `output/net.safetensors`.
+
+    Everything random depends on the seed and the step alone. A run that was killed goes on from its last
+    checkpoint when it is called again, to the same weights bit for bit (on the CPU with the same number of threads).
+
+    Args:
+        net: an adaptive network, or any other for comparison. It is left in evaluation mode on the device.
+        data: samples to train on; see `Samples`.
+        settings: default: the published ones.
+        output: folder of the run; made if missing.
+        validation: samples, or a function from the network to its metrics, `miou` among them.
+        objective: makes the objective of the network; default: what the settings name.
+        augment: function (image, labels, seed) -> (image, labels); not for samples with tuples of inputs.
+        resume: False refuses a folder that holds a run already.
+        device: `auto` (a GPU if there is one, or what the launcher says) or `cpu`.
+        on_step: called in the main process with each row of the log, once the step is complete.
+
+    Raises:
+        InvalidInput: no data, labels without output, a network or setting that does not fit, a folder with another
+            run, or a missing library.
+        FileError: the folder or a checkpoint cannot be read or written.
+        TrainingStopped: the loss or the weights are not finite; the last good checkpoint is kept.
+    """
+    settings = settings or Settings()
+    check_data(data, "training")
+    if isinstance(net, OptimizedModel):
+        raise InvalidInput(
+            "an optimised network cannot be trained.",
+            why="its weights are folded.",
+            next="train the network it was made from, and call optimize() afterwards.",
+        )
+    modes = {module: module.training for module in net.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in net.parameters()}
+    done = False
+    try:
+        run = _Run(
+            net, data, settings, run_folder(output), validation, objective, augment, resume, device, on_step
+        )
+        outcome = run.train()
+        done = True
+        return outcome
+    finally:
+        for parameter, wanted in gradients.items():
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+        for module, training in modes.items():
+            module.training = training and not done
+
+
+class _Run:
+    """One call of `fit`: what its steps share."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        data: Samples,
+        settings: Settings,
+        folder: Path,
+        validation: Validation | None,
+        objective: Callable[[nn.Module], Objective] | None,
+        augment: Augmentation | None,
+        resume: bool,
+        device: str,
+        on_step: Callable[[Row], None] | None,
+    ) -> None:
+        self.net, self.data, self.settings, self.folder = net, data, settings, folder
+        self.validation, self.augment, self.on_step = validation, augment, on_step
+        self.accelerator = make_accelerator(settings, device)
+        self.main: bool = self.accelerator.is_main_process
+        self.process: int = self.accelerator.process_index
+        processes: int = self.accelerator.num_processes
+        self.sampling = Sampling(len(data), settings.seed, settings.batch, settings.accumulate, processes)
+        net.to(self.accelerator.device)
+        stem = stem_of(net) if settings.freeze == "stem" else Stem()
+        self.modes = Modes.of(net, stem, settings)
+        first = self._first_batch()
+        self.classes = count_outputs(net, data, first)
+        identity = identity_of(net, data, augment, settings, processes)
+        if objective is not None:
+            identity["objective"] = getattr(objective, "__qualname__", type(objective).__name__)
+        start = self._start(identity, resume)  # puts the starting weights into the network
+        self.objective = (
+            objective(net)
+            if objective is not None
+            else make_objective(settings.objective, net, settings.objective_options)
+        ).to(self.accelerator.device)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name not in stem.parameters)
+        self.modes.train()
+        freeze_unused(self.objective, first, settings.seed)
+        self.groups = make_groups(self.objective.own_parameters(), net, settings)
+        self.optimizer = make_optimizer(self.groups, settings)
+        self.average = averaged(net, settings.ema) if settings.ema > 0 else None
+        self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
+        self.state = self._resume(identity, start)
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is validated and saved: the average, if one is kept."""
+        return self.average.module if self.average is not None else self.net
+
+    def train(self) -> Outcome:
+        """All steps that are left, and what comes after them."""
+        resumed = self.state.step
+        log = open_log(self.settings.log, self.folder, resumed) if self.main else None
+        try:
+            self._steps(range(resumed, self.settings.steps), log)
+        finally:
+            if log is not None:
+                log.close()
+        return self._finish(resumed)
+
+    def _steps(self, steps: range, log: Log | None) -> None:
+        source = batches(
+            self.data,
+            self.sampling,
+            self.augment,
+            source_of(self.net),
+            steps=steps,
+            process=self.process,
+            workers=self.settings.workers,
+        )
+        self.modes.train()
+        for step in steps:
+            rate = learning_rate(step, 1.0, self.settings)
+            scalars = self._step(step, source)
+            row: Row = {"step": step + 1, "lr": rate, **scalars}
+            last = step + 1 == self.settings.steps
+            if self.validation is not None:
+                due = last or (step + 1) % self.settings.validate_every == 0
+                row["miou"] = self._validate(step + 1) if due else None
+            if log is not None:
+                log.write(row)
+            if last or (step + 1) % self.settings.save_every == 0:
+                self._save(step + 1)
+            if self.main and self.on_step is not None:
+                self.on_step(row)
+
+    def _step(self, step: int, source: Iterator[Batch]) -> dict[str, float]:
+        """One step of the optimiser; the mean of the scalars of its batches in all processes."""
+        parts = self.settings.accumulate
+        rows = []
+        for part in range(parts):
+            batch = next(source)
+            batch.check_labels(self.classes)
+            batch = batch.to(self.accelerator.device)
+            torch.manual_seed(derived(self.settings.seed, step, part, self.process, 4))
+            draw = Draw(self.settings.seed, step, batch.positions)
+            quiet = self.accelerator.no_sync(self.wrapped) if part + 1 < parts else contextlib.nullcontext()
+            with quiet:
+                found = self.wrapped(batch.inputs, batch.labels, draw)
+                self.accelerator.backward(found["loss"] / parts)
+            rows.append(torch.stack([value.detach().float() for value in found.values()]))
+        mean = self.accelerator.reduce(torch.stack(rows).mean(0), reduction="mean")
+        scalars: dict[str, float] = dict(zip(found, mean.tolist(), strict=True))
+        if not math.isfinite(scalars["loss"]):
+            raise TrainingStopped(
+                f"the loss is {scalars['loss']} at step {step + 1}.",
+                where=f"learning rate {learning_rate(step, 1.0, self.settings):.3g}, objective "
+                f"{type(self.objective).__name__}",
+                why=f"{self.folder / LAST}.safetensors holds the last good state, of step {self.state.step}."
+                if self.state.step
+                else "it happened before the first checkpoint.",
+                next="start again in another output folder with a lower lr, with clip=1, or in precision no.",
+            )
+        if self.settings.clip > 0:
+            trained = [p for group in self.groups if group.factor > 0 for p in group.parameters.values()]
+            self.accelerator.clip_grad_norm_(trained, self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, group["factor"], self.settings)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+        return scalars
+
+    def _first_batch(self) -> Batch:
+        return next(
+            batches(
+                self.data,
+                self.sampling,
+                self.augment,
+                source_of(self.net),
+                steps=range(1),
+                process=self.process,
+                workers=0,
+            )
+        )
+
+    def _start(self, identity: Identity, resume: bool) -> Checkpoint:
+        """The state before the first step, from the folder if it holds this run."""
+        path = self.folder / f"{START}.safetensors"
+        found = path.is_file()
+        self.accelerator.wait_for_everyone()
+        if found and not resume:
+            raise FileError(
+                f"{self.folder} holds a run already.",
+                next="choose another output folder, remove this one, or resume.",
+            )
+        if found:
+            check_same_run(read_checkpoint(path).identity, identity, self.folder)
+        else:
+            before = self._measure(self.net)
+            if self.main:
+                weights = {f"weights.{name}": value for name, value in _tensors(self.net).items()}
+                Checkpoint(0, identity, weights, before=before).write(path)
+        self.accelerator.wait_for_everyone()
+        start = read_checkpoint(path)
+        restore(start.part("weights"), _tensors(self.net), path)
+        return replace(start, tensors={})
+
+    def _resume(self, identity: Identity, start: Checkpoint) -> Checkpoint:
+        """The last checkpoint, loaded; or the start."""
+        path = self.folder / f"{LAST}.safetensors"
+        if not path.is_file():
+            return start
+        state = read_checkpoint(path)
+        check_same_run(state.identity, identity, self.folder)
+        restore(state.part("weights"), self.objective.own_tensors(), path)
+        trained = self.objective.own_parameters()
+        restore_optimizer(self.optimizer, trained, state.part("optimizer"))
+        if self.average is not None:
+            restore(state.part("ema"), _tensors(self.average), path)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        return replace(state, tensors={})
+
+    def _save(self, step: int) -> None:
+        tensors = {f"weights.{name}": value for name, value in self.objective.own_tensors().items()}
+        tensors |= optimizer_tensors(self.optimizer, self.objective.own_parameters())
+        if self.average is not None:
+            tensors |= {f"ema.{name}": value for name, value in _tensors(self.average).items()}
+        scaler = self.accelerator.scaler
+        state = replace(self.state, step=step, scaler=scaler.state_dict() if scaler is not None else {})
+        if self.main:
+            replace(state, tensors=tensors).write(self.folder / f"{LAST}.safetensors")
+        self.state = state
+
+    def _validate(self, step: int) -> float:
+        """mIoU now; the best network so far is written."""
+        miou = self._measure(self.result)["miou"]
+        if self.state.best is None or miou > self.state.best:
+            self.state = replace(self.state, best=miou, best_step=step)
+            if self.main:
+                write_network(self.result, self.folder / f"{BEST}.safetensors")
+        return miou
+
+    def _measure(self, net: nn.Module) -> dict[str, float]:
+        """Metrics of a network, the same in every process; nothing without validation."""
+        if self.validation is None:
+            return {}
+        if callable(self.validation):
+            with torch.no_grad(), evaluating(net):
+                found = self.validation(net)
+        else:
+            found = evaluate(net, self.validation)
+        if "miou" not in found:
+            raise InvalidInput(
+                "the validation gives no 'miou'.",
+                where=f"it gives {', '.join(found) or 'nothing'}",
+                next="return a dictionary with 'miou' and what else you like.",
+            )
+        return found
+
+    def _finish(self, resumed: int) -> Outcome:
+        after = self._measure(self.result)
+        if self.average is not None:
+            restore(_tensors(self.average.module), _tensors(self.net), self.folder)
+        network = self.folder / f"{NETWORK}.safetensors"
+        if self.main:
+            write_network(self.net, network)
+        self.accelerator.wait_for_everyone()
+        state = self.state
+        return Outcome(
+            steps=state.step,
+            resumed=resumed,
+            before=state.before,
+            after=after,
+            best_step=state.best_step,
+            best=state.best,
+            network=network,
+            best_network=self.folder / f"{BEST}.safetensors" if state.best is not None else None,
+            checkpoint=self.folder / f"{LAST}.safetensors",
+            groups=tuple(group.describe() for group in self.groups),
+        )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those of the mask included."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,297 @@
+"""What training minimises: modules that run the network on a batch and return its loss.
+
+An objective owns the network (`net`) so that a distributed wrapper around it sees every parameter it uses.
+A new one is a subclass under `@objective(name)`; the options of its constructor are those of the settings.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.finetune.groups import evaluating
+from cadsurgery.finetune.schedule import Draw
+from cadsurgery.lattice import describe
+from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
+from cadsurgery.masks.basic import UniformMask
+from cadsurgery.model import AdaptiveModel
+
+IGNORED = 255
+AUXILIARY_WEIGHT = 0.5  # of torchvision's reference training of segmentation networks
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+O = TypeVar("O", bound="type[Objective]")  # noqa: E741
+
+
+class Objective(nn.Module):
+    """Base of all objectives.
+
+    Attributes:
+        constants: names of children that never change, e.g. a teacher; checkpoints leave them out, and they
+            are made anew from the starting weights when a run is resumed.
+    """
+
+    constants: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name, without those of constants."""
+        return {name: value for name, value in self.named_parameters() if not self.is_constant(name)}
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, without those of constants: what a checkpoint holds."""
+        buffers = {name: value for name, value in self.named_buffers() if not self.is_constant(name)}
+        return {**self.own_parameters(), **buffers}
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a parameter or buffer never changes."""
+        return name.partition(".")[0] in self.constants
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Scalars of one batch: `loss`, which is minimised, and others to log, e.g. `active_fraction`.
+
+        Args:
+            inputs: arguments of the network, each (B, ...).
+            labels: (B, H, W) int64, 255 where ignored.
+            draw: the random state of the step; nothing else may decide about random numbers.
+        """
+        raise NotImplementedError
+
+    def active_fraction(self, loss: Tensor) -> dict[str, Tensor]:
+        """That of the last call of the network as a scalar beside the loss; nothing for a dense network."""
+        if not isinstance(self.net, AdaptiveModel):
+            return {}
+        return {"active_fraction": loss.new_tensor(self.net.active_fraction)}
+
+
+def objective(name: str) -> Callable[[O], O]:
+    """Register a class of objectives under a name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(kind: O) -> O:
+        if name in OBJECTIVES:
+            raise ValueError(f"objective {name!r} is registered twice")
+        OBJECTIVES[name] = kind
+        return kind
+
+    return register
+
+
+def list_objectives() -> dict[str, str]:
+    """Name and first line of every objective."""
+    return {name: (kind.__doc__ or "").strip().splitlines()[0] for name, kind in OBJECTIVES.items()}
+
+
+def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Objective:
+    """The objective of a name for a network.
+
+    Raises:
+        UnknownName: no such objective or option.
+        InvalidInput: an option's value, or the network, does not fit.
+    """
+    if name not in OBJECTIVES:
+        raise UnknownName("objective", name, OBJECTIVES)
+    known = list(inspect.signature(OBJECTIVES[name]).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise UnknownName(f"option of objective {name!r}", option, known)
+    return OBJECTIVES[name](net, **options)
+
+
+@objective("mixed")
+class Mixed(Objective):
+    """Cross entropy of the network under its own mask: mixed resolution, as it is used later."""
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Loss, its parts, and the active fraction."""
+        output = self.net(*inputs)
+        loss = supervised(output, labels)
+        return {"loss": loss, **self.active_fraction(loss)}
+
+
+@objective("any-budget")
+class AnyBudget(Objective):
+    """Cross entropy at another budget each step, distilled from the dense high network: one net for all budgets.
+
+    The budget keeps the patches that a ranking scores highest. The teacher is the network as it started
+    (`initial`) or as it is now (`self`), everything kept high, in evaluation mode; budgets 0 and 1 come more
+    often than others, as in the sandwich rule of slimmable networks (Yu & Huang, ICCV 2019).
+    """
+
+    constants = ("teacher",)
+
+    def __init__(
+        self,
+        net: nn.Module,
+        low: float = 0.0,
+        high: float = 1.0,
+        fractions: tuple[float, ...] | list[float] = (),
+        extremes: float = 0.25,
+        ranking: tuple[str, ...] | list[str] | str = ("own", "random"),
+        teacher: str = "initial",
+        temperature: float = 1.0,
+        weight: float = 1.0,
+    ) -> None:
+        """Create the objective.
+
+        Args:
+            net: an adaptive network.
+            low: least fraction of patches kept high.
+            high: largest fraction.
+            fractions: to draw from instead of the range.
+            extremes: chance of a step at exactly `low` or `high` (or the ends of the list).
+            ranking: masks that rank the patches, taken in turns: `own` (that of the network), `random`
+                blocks, or any other, e.g. `edges:threshold=0.2`.
+            teacher: `initial` or `self`.
+            temperature: that softens the logits of both.
+            weight: of the divergence.
+
+        Raises:
+            InvalidInput: a value out of range, a network that is not adaptive, or an own mask without ranking.
+            UnknownName: no such mask or teacher.
+        """
+        super().__init__(net)
+        if not isinstance(net, AdaptiveModel):
+            raise InvalidInput(
+                f"objective any-budget cannot train {type(net).__name__}.",
+                why="a budget needs an adaptive network.",
+                next="convert it first with cs.adaptify.",
+            )
+        ends = tuple(fractions) or (low, high)
+        if not all(0 <= f <= 1 for f in ends) or low > high or temperature <= 0 or not 0 <= extremes <= 1:
+            raise InvalidInput(
+                f"objective any-budget with low={low}, high={high}, fractions={tuple(fractions)}, "
+                f"extremes={extremes}, temperature={temperature}.",
+                next="fractions and extremes are in 0..1, low is at most high, temperature above 0.",
+            )
+        if teacher not in ("initial", "self"):
+            raise UnknownName("teacher", teacher, ("initial", "self"))
+        self.fractions, self.low, self.high = tuple(fractions), min(ends), max(ends)
+        self.extremes, self.temperature, self.weight = extremes, temperature, weight
+        names = (ranking,) if isinstance(ranking, str) else tuple(ranking)
+        self.rankings = tuple(name if name in ("own", "random") else resolve_mask(name) for name in names)
+        if "own" in self.rankings and isinstance(_ranker(net.mask), UniformMask):
+            raise InvalidInput(
+                f"the network's own mask {net.mask.spec()!r} ranks no patch above another.",
+                where="objective any-budget",
+                next="train with ranking=edges or ranking=random, or convert with another mask.",
+            )
+        self.teacher: nn.Module | None = None
+        if teacher == "initial":
+            self.teacher = copy.deepcopy(net).requires_grad_(False)
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Loss, its parts, and the active fraction drawn."""
+        output = self.net(*inputs, mask=Budget(self._ranking(draw), self.fraction(draw)))
+        entropy = supervised(output, labels)
+        noted = self.active_fraction(entropy)
+        # After the student: autocast keeps the weights it casts, and those cast here have no gradient.
+        teacher = self.net if self.teacher is None else self.teacher
+        with torch.no_grad(), evaluating(teacher):
+            target = logits_of(teacher(*inputs, mask="all"))
+        apart = divergence(logits_of(output), target, self.temperature)
+        return {
+            "loss": entropy + self.weight * apart,
+            "entropy": entropy.detach(),
+            "divergence": apart.detach(),
+            **noted,
+        }
+
+    def fraction(self, draw: Draw) -> float:
+        """The budget of a step, the same in all processes."""
+        random = draw.of_step()
+        if random.random() < self.extremes:
+            return float(random.choice((self.low, self.high)))
+        if self.fractions:
+            return float(random.choice(self.fractions))
+        return float(random.uniform(self.low, self.high))
+
+    def _ranking(self, draw: Draw) -> MaskProvider:
+        chosen = self.rankings[draw.step % len(self.rankings)]
+        if isinstance(chosen, MaskProvider):
+            return chosen.to(next(self.net.parameters()).device)
+        assert isinstance(self.net, AdaptiveModel)
+        return _ranker(self.net.mask) if chosen == "own" else DrawnBlocks(draw)
+
+
+class DrawnBlocks(MaskProvider):
+    """Random scores in blocks of 1, 2 or 4 patches, which image has which decided by its place in the data."""
+
+    def __init__(self, draw: Draw) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) in 0..1."""
+        height, width = grid.size
+        maps = []
+        for random in self.draw.of_images():
+            side = grid.patch * int(random.choice((1, 2, 4)))
+            blocks = torch.from_numpy(random.random((-(-height // side), -(-width // side))))
+            blocks = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)
+            maps.append(blocks[:height, :width])
+        return torch.stack(maps).to(features.device)
+
+
+def _ranker(mask: MaskProvider) -> MaskProvider:
+    """What gives the scores of a mask: inside its budgets."""
+    return _ranker(mask.mask) if isinstance(mask, Budget) else mask
+
+
+def logits_of(output: Any) -> Tensor:
+    """The class logits (B, C, H, W) among a network's outputs: the tensor itself, or `out` of a dictionary.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    found = output.get("out") if isinstance(output, Mapping) else output
+    if not isinstance(found, Tensor) or found.dim() != 4:
+        raise InvalidInput(
+            f"the network returns {describe(found)}.",
+            why="training needs class logits of shape (B, C, H, W), alone or as 'out' of a dictionary.",
+            next="wrap the network so that it returns them.",
+        )
+    return found
+
+
+def supervised(output: Any, labels: Tensor) -> Tensor:
+    """Cross entropy of the logits, and of `aux` of a dictionary at half weight."""
+    loss = cross_entropy(logits_of(output), labels)
+    if isinstance(output, Mapping) and isinstance(output.get("aux"), Tensor):
+        loss = loss + AUXILIARY_WEIGHT * cross_entropy(output["aux"], labels)
+    return loss
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labelled pixels; 0 if none is. Logits (B, C, h, w) are resized to the labels (B, H, W)."""
+    logits = resized(logits, labels.shape[-2:])
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def resized(logits: Tensor, size: torch.Size) -> Tensor:
+    """Logits (B, C, h, w) at another size, bilinear, if they do not have it."""
+    if logits.shape[-2:] == size:
+        return logits.float()
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher || student) of logits (B, C, H, W) softened by T, mean over pixels (Hinton et al. 2015)."""
+    ours = (student.float() / temperature).log_softmax(1)
+    theirs = (teacher.float() / temperature).log_softmax(1)
+    apart = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+    return temperature**2 * apart.mean()

@@ -1,0 +1,77 @@
+"""What a run leaves: its outcome, its folder, the files of its networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from cadsurgery.errors import FileError
+from cadsurgery.files import written_whole
+from cadsurgery.io import save
+from cadsurgery.model import AdaptiveModel
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        steps: done in all.
+        resumed: the step this call began at.
+        before: metrics on the validation data before the first step; empty without validation.
+        after: after the last.
+        best_step: step of the best validation; 0 if there was none.
+        best: its mIoU.
+        network: file of the finished network.
+        best_network: file of the best one, if there was a validation.
+        checkpoint: the last checkpoint.
+        groups: what was trained at which rate; see `Group.describe`.
+    """
+
+    steps: int
+    resumed: int
+    before: dict[str, float]
+    after: dict[str, float]
+    best_step: int
+    best: float | None
+    network: Path
+    best_network: Path | None
+    checkpoint: Path
+    groups: tuple[dict[str, object], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        values = {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()
+        }
+        return {**values, "groups": list(self.groups)}
+
+
+def run_folder(output: Path | str) -> Path:
+    """The folder of a run, made if it is missing.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"{folder} cannot be created.", why=str(error), next="choose another --output."
+        ) from error
+    return folder
+
+
+def write_network(net: nn.Module, path: Path) -> None:
+    """The network as a file: a converted one for `cadsurgery.load`, any other as a state dict."""
+    if isinstance(net, AdaptiveModel):
+        save(net, path)
+        return
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary)

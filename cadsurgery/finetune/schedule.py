@@ -1,0 +1,86 @@
+"""What a step does, as functions of the seed and the step alone: learning rate, samples, random numbers.
+
+Because nothing is carried from step to step, a run resumed at any step goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from cadsurgery.finetune.settings import Settings
+
+
+def learning_rate(step: int, factor: float, settings: Settings) -> float:
+    """Of the step with this number, counted from 0: max(lr factor (1 - step / steps)^power, floor)."""
+    falling = (1 - step / settings.steps) ** settings.power
+    return max(settings.lr * factor * falling, settings.lr_floor)
+
+
+def derived(*numbers: int) -> int:
+    """A seed of 63 bits that depends on all the numbers (each 0 or above)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random state of one forward pass.
+
+    Attributes:
+        seed: of the run.
+        step: counted from 0, the same in all processes.
+        positions: of this process's samples in the endless sequence of samples, one per image of the batch.
+    """
+
+    seed: int
+    step: int
+    positions: tuple[int, ...]
+
+    def of_step(self) -> np.random.Generator:
+        """Random numbers shared by all images of the step, in whichever process."""
+        return np.random.default_rng((self.seed, self.step, 1))
+
+    def of_images(self) -> list[np.random.Generator]:
+        """Random numbers of each image of the batch, independent of the process it is in."""
+        return [np.random.default_rng((self.seed, position, 2)) for position in self.positions]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which sample stands at which position of the endless sequence: every epoch a new permutation.
+
+    Attributes:
+        samples: size of the dataset.
+        seed: of the run.
+        batch: images per process and forward pass.
+        accumulate: forward passes per step.
+        processes: that train together.
+    """
+
+    samples: int
+    seed: int
+    batch: int
+    accumulate: int
+    processes: int
+
+    @property
+    def per_step(self) -> int:
+        """Images of one step, all processes and forward passes together."""
+        return self.batch * self.accumulate * self.processes
+
+    def index(self, position: int) -> int:
+        """The sample at a position."""
+        epoch, offset = divmod(position, self.samples)
+        return int(_permutation(self.samples, self.seed, epoch)[offset])
+
+    def positions(self, step: int, part: int, process: int) -> tuple[int, ...]:
+        """Positions of the images of one process in one forward pass (`part`) of a step."""
+        first = step * self.per_step + (part * self.processes + process) * self.batch
+        return tuple(range(first, first + self.batch))
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch, 0)).permutation(samples)
