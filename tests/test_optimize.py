@@ -259,6 +259,64 @@ def test_a_residual_smaller_than_the_product() -> None:
     assert_same(found.rows, (functional.rows_on(whole, less) + residual.rows).relu(), 1e-4)
 
 
+class _Broadcast(nn.Module):
+    """The sum of a map with one of a single channel, either of them the product."""
+
+    def __init__(self, side: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 64, 3, 4, 1), nn.Conv2d(64, 64, 3, 2, 1)
+        self.one = nn.Conv2d(64, 1, 3, 1, 1)
+        self.conv = nn.Conv2d(64, outputs, side, 1, side // 2, groups=groups)
+        self.last = nn.Conv2d(64, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.stem(x))
+        more = self.one(x).sigmoid() if self.conv.out_channels > 1 else x
+        return self.last(torch.relu(self.conv(x) + more))
+
+
+@pytest.mark.parametrize(
+    ("side", "outputs", "groups"), [(1, 64, 1), (3, 64, 1), (3, 64, 64), (1, 1, 1), (3, 1, 1)]
+)
+@torch.no_grad()
+def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, groups: int) -> None:
+    """Never read as if it had the product's: its memory is smaller."""
+    net = cs.adaptify(_Broadcast(side, outputs, groups).eval(), MIXED, verify_laws=False)
+    fast, x = net.optimize(), images(2, 65, 97)
+    for mask in (None, "all", "none"):
+        assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("gelu", (), "none")])
+@pytest.mark.parametrize("more", [(2, 5, 4), (4,), (5, 1), (3, 2, 5, 4), (3, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_linear_layer_adds_what_broadcasts(
+    activation: Activation | None, more: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Also to a larger shape than the product's."""
+    weight, bias = torch.randn(4, 6, 1, 1, dtype=dtype), torch.randn(4, dtype=dtype)
+    x, residual = torch.randn(2, 5, 6, dtype=dtype), torch.randn(more, dtype=dtype)
+    found = PackedLinear(weight, bias, 1, activation)(x, residual)
+    expected = nn.functional.linear(x, weight[:, :, 0, 0], bias) + residual
+    assert_same(found, activation.apply_(expected) if activation is not None else expected, 1e-5)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(8, 1), (8, 3), (1, 3)])
+@torch.no_grad()
+def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
+    """Of many sizes and types of dense maps the last are kept."""
+    conv = PackedConv(
+        torch.randn(8, channels, side, side), None, 8 // channels, None, ((1, 1), (1, 1), (1, 1))
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        for height in range(5, 12):
+            x = torch.randn(2, 8, height, 9).to(dtype)
+            expected = nn.functional.conv2d(x, conv.weight.to(dtype), None, 1, 1, groups=conv.groups)
+            assert_same(conv(x).float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-2)
+    assert 0 < len(conv.kernel.kept or ()) <= 4
+
+
 # -- compiled kernels against torch --------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")

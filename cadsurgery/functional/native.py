@@ -57,7 +57,7 @@ class _Reading(ctypes.Structure):
 
 
 def is_observed() -> bool:
-    """Whether torch counts, records or compiles what is called: compiled code, which it does not see, would be missing."""
+    """Whether torch counts, records or compiles what is called: it does not see compiled code."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 

@@ -50,12 +50,10 @@ def product_by_table(
     there are elements, never exist as a whole."""
     table = reading.table.to(rows.device)
     if _is_compiled(rows, kernel):
-        run = kernel.grouped if kernel.groups > 1 else kernel.implicit
-        return run(rows_and_halo(rows, reading, outside), table, residual)
+        return kernel.by_table(rows_and_halo(rows, reading, outside), table, residual)
     block, count = _block_length(table, rows), table.shape[0]
     if kernel.groups > 1:
-        weight, bias = kernel_matrix(kernel.weight.to(rows.dtype), kernel.groups), kernel.bias
-        bias = bias.to(rows.dtype) if bias is not None else None
+        weight, bias = kernel.matrix(rows.dtype), kernel.offset(rows.dtype)
         rows = extended(rows, reading, outside)
         parts = [_apply_taps(part, weight, bias, kernel.groups) for part in gathered_blocks(rows, table)]
         return kernel.finish(torch.cat(parts), residual)
@@ -214,17 +212,6 @@ def taps_of(x: Elements, window: Window, target: Lattice) -> tuple[Tensor, Tenso
     """Rows and the (N, taps) table into them that a convolution multiplies."""
     reading = tap_reading(x, window, target)
     return extended(x.rows, reading, window.outside or 0.0), reading.table.to(x.rows.device)
-
-
-def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
-    """A kernel (O, C / groups, kh, kw) as `_GatherConv` takes it.
-
-    Ungrouped: taps outermost, so that a row of gathered elements is a row of the matrix. Grouped: contiguous,
-    because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel of width one.
-    """
-    if groups > 1:
-        return weight.contiguous().flatten(2).unsqueeze(3)
-    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _block_length(table: Tensor, rows: Tensor) -> int:
