@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_same, build, images, randomise
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
@@ -426,6 +427,24 @@ def test_on_the_whole_map_a_convolution_is_the_same(
         more = Elements(torch.ones_like(out.rows), out.lattice)
         results.append(functional.fused_conv2d(x, kernel, more, window=shape, stage=stage).rows)
     assert_same(results[0], results[1], 1e-4)
+
+
+@torch.no_grad()
+def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that measures is not observed, so its costs would be those of other code."""
+
+    def refuse(key: str, measure: Any) -> Costs:
+        raise AssertionError(f"measured: {key}")
+
+    lattice = Geometry((2,)).lattice(torch.arange(48).view(1, 6, 8) % 2).at(1)
+    x, window = Elements(torch.randn(len(lattice), 6), lattice), Window((3, 3), 1, (1, 1), (1, 1, 1, 1), 2)
+    kernel = Kernel(torch.randn(4, 6, 3, 3), None, 1, None, {})
+    expected = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
+    monkeypatch.setattr(products, "costs", refuse)
+    with FlopCounterMode(display=False) as counter:
+        found = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
+    assert counter.get_total_flops() == 2 * len(lattice) * kernel.weight.numel()
+    assert_same(found, expected, 1e-5)
 
 
 def test_costs_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

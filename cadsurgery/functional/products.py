@@ -85,10 +85,12 @@ def _is_compiled(rows: Tensor, kernel: Kernel) -> bool:
 
 
 def whole_map_is_cheaper(x: Elements, kernel: Kernel, window: Window, target: Lattice) -> bool:
-    """Whether the costs measured on this machine say so; only where forms are kept, for inference in earnest."""
-    if kernel.kept is None or x.rows.device.type != "cpu" or not x.lattice.geometry.dense_shortcut:
+    """Whether the costs measured on this machine say so; only where forms are kept, for inference in earnest, and not
+    while torch observes what is called: what is measured then, in another thread, would be other code."""
+    geometry = x.lattice.geometry
+    if native.is_observed() or kernel.kept is None or x.rows.device.type != "cpu":
         return False
-    if window.mode != "zeros" or window.outside or x.lattice.geometry.anchor != "corner":
+    if not geometry.dense_shortcut or geometry.anchor != "corner" or window.mode != "zeros" or window.outside:
         return False
     outputs, group = kernel.weight.shape[:2]
     kind = "plain" if kernel.groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
