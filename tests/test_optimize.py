@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_same, build, images, randomise
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
@@ -22,6 +23,7 @@ from cadsurgery.functional.kernels import Activation, Kernel, PackedConv, Packed
 from cadsurgery.kernel_map import Window
 from cadsurgery.lattice import Geometry
 from cadsurgery.model import OptimizedModel
+from cadsurgery.surgery import fuse
 from cadsurgery.twins import dense_twin
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
@@ -233,6 +235,51 @@ def test_what_only_looks_like_a_pattern_is_left(fill: Any) -> None:
     for fast in (net.optimize(), net.optimize(fuse=False)):
         for mask in (None, "all", "none"):
             assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
+
+
+class _Deep(nn.Module):
+    """A weight and a map that are each made by a ladder: two ways to every rung."""
+
+    rungs = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.same, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2, 1)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self.down(self.stem(x)), self.weight
+        for _ in range(self.rungs):
+            weight = torch.tanh(weight) - torch.exp(weight)
+            x = torch.sigmoid(x) - torch.tanh(x)
+        x = self.same(x) * x
+        return self.last(nn.functional.conv2d(x, weight, None, 1, 1))
+
+
+class _Counted(TorchFunctionMode):
+    """How often a function of torch is called."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function, self.calls = function, 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += function is self.function
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And found without walking every way to it, of which there may be exponentially many."""
+    net, x = cs.adaptify(_Deep().eval(), MIXED, verify_laws=False), images(2, 65, 97)
+    asked, constant = [], fuse.Fuser.constant
+    monkeypatch.setattr(fuse.Fuser, "constant", lambda self, node: asked.append(node) or constant(self, node))
+    with _Counted(torch.exp) as counted:
+        fast = net.optimize()
+    assert counted.calls == _Deep.rungs
+    assert len(asked) < 3 * len(net.graph.nodes)
+    assert_same(fast(x), net(x), 1e-4)
 
 
 @torch.no_grad()

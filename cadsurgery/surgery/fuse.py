@@ -123,6 +123,13 @@ class Fuser:
     def __init__(self, graph: fx.Graph, model: nn.Module, epilogues: bool) -> None:
         self.graph, self.model, self.epilogues = graph, model, epilogues
         self.kernels = nn.Module()
+        self.fixed: set[fx.Node] = set()  # what is made of parameters alone
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            call = node.op in ("call_function", "call_method") and sources
+            if node.op == "get_attr" or (call and self.fixed.issuperset(sources)):
+                self.fixed.add(node)
+        self.values: dict[fx.Node, Any] = {}
 
     def run(self) -> None:
         """Remove what does nothing, then fuse every convolution and linear layer."""
@@ -154,16 +161,21 @@ class Fuser:
 
     def constant(self, node: Any) -> Any:
         """The value of a node made of parameters alone, else None."""
-        if not isinstance(node, fx.Node):
+        if node not in self.fixed:
             return None
-        if node.op == "get_attr":
-            first, *rest = str(node.target).split(".")
-            value: Any = self.kernels if first == KERNELS else getattr(self.model, first)
-            for part in rest:
-                value = getattr(value, part)
-            return value.detach() if isinstance(value, Tensor) else value
-        if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
-            return None
+        if node not in self.values:
+            self.values[node] = self.attribute(node) if node.op == "get_attr" else self.evaluated(node)
+        return self.values[node]
+
+    def attribute(self, node: fx.Node) -> Any:
+        """The parameter, or whatever else has this name."""
+        value: Any = self.model
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def evaluated(self, node: fx.Node) -> Any:
+        """A call with constant tensors alone, else None."""
         known = {source: self.constant(source) for source in node.all_input_nodes}
         if not all(isinstance(value, Tensor) for value in known.values()):
             return None
