@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -289,6 +290,18 @@ def test_a_convolution_with_hooks_is_left_alone() -> None:
     model.conv1.register_forward_pre_hook(lambda module, args: module.weight.mul_(1.0))
     fast = cs.adaptify(model, MIXED, verify_laws=False).optimize()
     assert [type(m) for m in modules_of(fast)].count(nn.Conv2d) == 1
+
+
+@pytest.mark.parametrize("fuse_all", [True, False])
+@pytest.mark.parametrize("name", ["norm", "same", "act"])
+@torch.no_grad()
+def test_what_has_hooks_is_neither_dropped_nor_taken_in(name: str, fuse_all: bool) -> None:
+    parts = {"stem": nn.Conv2d(3, 8, 3, 4, 1), "norm": nn.BatchNorm2d(8), "same": nn.Identity()}
+    parts |= {"down": nn.Conv2d(8, 8, 3, 2, 1), "act": nn.ReLU(), "last": nn.Conv2d(8, 8, 3, 2, 1)}
+    model = nn.Sequential(OrderedDict(parts)).eval()
+    model.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out + 1)
+    net, x = cs.adaptify(model, MIXED, verify_laws=False), images(2, 65, 97)
+    assert_same(net.optimize(fuse_all)(x), net(x), 1e-4)
 
 
 @torch.no_grad()

@@ -208,9 +208,10 @@ class Fuser:
 
     def drop_identity(self, node: fx.Node) -> None:
         """Remove what leaves a value as it is in evaluation mode."""
-        kind = type(self.module(node))
+        module = self.module(node)
+        kind = type(module)
         drops = kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
-        if drops or node.target is functional.drop_per_image:
+        if (drops and not _is_hooked(module)) or node.target is functional.drop_per_image:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             self.graph.erase_node(node)
         elif node.target is functional.Elements:
@@ -243,8 +244,8 @@ class Fuser:
             groups: Any = node.kwargs.get("groups", 1)
             known = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
             return _Fusion(node, weight, bias, groups) if known else None
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-            return None  # they may see or make what fusion would skip, such as a weight
+        if _is_hooked(module):
+            return None
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
             return _Fusion(node, module.weight.detach(), _detached(module.bias), module.groups)
         if type(module) is nn.Linear and self.epilogues:
@@ -273,13 +274,16 @@ class Fuser:
         if following is None:
             return None
         operation, module = following.node, self.module(following.node)
+        if _is_hooked(module):
+            return None
         if type(module) is nn.BatchNorm2d and following.lattice is None:
             return _folded(fusion, operation, module)
-        if operation.target in _PRODUCTS and fusion.is_linear:
+        target = operation.target if module is None else None  # a module may have the name of a method
+        if target in _PRODUCTS and fusion.is_linear:
             return self.with_factor(fusion, following)
         if not self.epilogues or fusion.activation is not None:
             return None
-        if operation.target in _ADDITIONS and fusion.residual is None:
+        if target in _ADDITIONS and fusion.residual is None:
             return self.with_residual(node, fusion, following)
         activation = _activation(operation, module)
         only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
@@ -388,6 +392,11 @@ def _is_lattice_of(node: fx.Node, elements: fx.Node) -> bool:
 
 def _is_own_lattice(node: Any, elements: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is getattr and node.args == (elements, "lattice")
+
+
+def _is_hooked(module: nn.Module | None) -> bool:
+    """Whether hooks may see or make what fusion would skip, such as a weight."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | None:
