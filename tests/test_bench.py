@@ -320,6 +320,24 @@ def test_memory_of_each_side_is_measured_alone() -> None:
     assert found.rows[0].memory_ratio == pytest.approx(found.rows[0].memory_mib / found.high.memory_mib)
 
 
+def print_peak_among_holes(mebibytes: str) -> None:
+    """MiB by which a call that frees and takes memory of growing sizes raises the peak; three pieces live at once."""
+
+    def run() -> None:
+        before = torch.ones(1)
+        for step in range(8):
+            before = torch.ones(int(mebibytes) * 2**18 - (8 - step) * 2**16) + before[:1]
+
+    run()
+    print(memory.peak_raised_by(run))
+
+
+def test_what_is_freed_is_not_in_the_peak() -> None:
+    """Only what is in use at once, however often memory was taken before, and the same in every process."""
+    peaks = [float(memory.printed_alone(__name__, "print_peak_among_holes", "16")) for _ in range(2)]
+    assert peaks == pytest.approx([3 * 16] * 2, abs=3)
+
+
 def test_a_peak_is_what_one_call_adds() -> None:
     ballast = torch.ones(2**24)  # 64 MiB; freed before, it must not hide what the call takes
     del ballast
