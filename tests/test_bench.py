@@ -345,6 +345,14 @@ def test_a_peak_is_what_one_call_adds() -> None:
     assert 30 < raised < 40
 
 
+def test_a_setting_names_what_a_table_was_made_with() -> None:
+    told = environment.setting(torch.device("cpu"))
+    assert told.startswith(environment.device_in_words(torch.device("cpu")))
+    assert f"{torch.get_num_threads()} threads" in told and "\n" not in told
+    assert all(f"{name} {number}" in told for name, number in environment.versions().items())
+    assert f"commit {environment.commit()[:7]}" in told or not environment.commit()
+
+
 # -- refusals ------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [

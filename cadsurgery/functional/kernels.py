@@ -102,7 +102,7 @@ class Kernel:
         if self.kept is None:
             return self.finish(product(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
         # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
-        # was packed for: with others it is reordered in every call, which was five times slower.
+        # was packed for: with others it is reordered in every call, which is far slower.
         weight = self._form(
             ("rows", rows.dtype),
             lambda: torch.ops.mkldnn._reorder_linear_weight(self.matrix(rows.dtype).contiguous()),
@@ -334,7 +334,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _image(rows: Tensor | None) -> Any:
-    """Rows (n, C) as a channels_last image; the view must be exactly that, or a hidden copy costs a quarter."""
+    """Rows (n, C) as a channels_last image; the view must be exactly that, or it is copied unseen."""
     return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2) if rows is not None else None
 
 
