@@ -210,7 +210,7 @@ def export(
 
 
 def _difference(found: Any, expected: Any) -> float:
-    """Largest difference of two outputs of the same structure, each tensor relative to its largest value; NaN if any."""
+    """Largest difference of two outputs of the same structure, each tensor relative to its largest value, or NaN."""
     pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (found, expected)), strict=True)
     differences = [
         float((one - two).abs().max() / two.abs().max().clamp(min=torch.finfo(two.dtype).tiny))
