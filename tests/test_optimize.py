@@ -140,6 +140,17 @@ def test_it_copies_and_pickles(small: cs.AdaptiveModel) -> None:
     assert fast.optimize() is fast
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_are_used(small: cs.AdaptiveModel, assign: bool) -> None:
+    """Also after a call has packed those before them."""
+    x, fast = images(1, 65, 97), small.optimize()
+    other = cs.adaptify(build("resnet18"), MIXED, verify_laws=False).optimize()
+    expected, before = fast(x), other(x)
+    other.load_state_dict(copy.deepcopy(fast.state_dict()), assign=assign)
+    assert not torch.equal(before, expected)
+    assert_same(other(x), expected, 1e-5)
+
+
 def test_it_counts_as_the_network_does(small: cs.AdaptiveModel) -> None:
     x = images(2, 65, 97)
     fast = small.optimize()

@@ -296,6 +296,10 @@ class PackedConv(nn.Module):
         self._kernel = None
         return super()._apply(function, recurse)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kernel = None  # packed from the weight there was
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kernel": None}
 
