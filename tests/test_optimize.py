@@ -507,8 +507,11 @@ def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch)
     def refuse(key: str, measure: Any) -> Costs:
         raise AssertionError(f"measured: {key}")
 
-    lattice = Geometry((2,)).lattice(torch.arange(48).view(1, 6, 8) % 2).at(1)
-    x, window = Elements(torch.randn(len(lattice), 6), lattice), Window((3, 3), 1, (1, 1), (1, 1, 1, 1), 2)
+    lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
+    x, window = (
+        Elements(torch.randn(len(lattice), 6), lattice),
+        Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
+    )
     kernel = Kernel(torch.randn(4, 6, 3, 3), None, 1, None, {})
     expected = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
     monkeypatch.setattr(products, "costs", refuse)
@@ -516,6 +519,31 @@ def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch)
         found = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
     assert counter.get_total_flops() == 2 * len(lattice) * kernel.weight.numel()
     assert_same(found, expected, 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("outputs", "groups"),
+    [(64, 1), (20, 1), (6, 6), (12, 6)],
+    ids=["product", "narrow", "depthwise", "wider"],
+)
+@torch.no_grad()
+def test_costs_are_those_of_the_code_that_runs(
+    outputs: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
+    x, window = (
+        Elements(torch.randn(len(lattice), 6), lattice),
+        Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
+    )
+    kernel = Kernel(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
+    calls, by_table = [], Kernel.by_table
+    monkeypatch.setattr(Kernel, "by_table", lambda self, *args: calls.append(self) or by_table(self, *args))
+    monkeypatch.setattr(products, "costs", lambda key, measure: measure())
+    products.whole_map_is_cheaper(x, kernel, window, lattice)
+    measured = len(calls)
+    products.product_on_elements(x, kernel, window, lattice, None)
+    assert bool(measured) == (len(calls) > measured) == (outputs in (64, 6))
 
 
 def test_costs_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
