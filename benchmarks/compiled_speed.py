@@ -20,6 +20,7 @@ from torch.fx.experimental.optimization import fuse
 from torchvision.models import resnet50
 
 import cadsurgery as cs
+from cadsurgery.environment import setting
 from cadsurgery.masks.masking import Masking
 from cadsurgery.timing import interleaved
 
@@ -62,9 +63,8 @@ def main() -> None:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))
         return
     height, width = options.size
-    print(
-        f"ResNet-50 backbone, {height}x{width}, fraction {options.fraction}, {torch.get_num_threads()} threads"
-    )
+    print(setting(x.device))
+    print(f"ResNet-50 backbone, {height}x{width}, fraction {options.fraction}")
     for name, milliseconds in best.items():
         eager = best[f"eager {name.split()[1]}"]
         print(f"{name:20} {milliseconds:8.1f} ms   {eager / milliseconds:5.2f}x eager")

@@ -19,6 +19,7 @@ from torch.fx.experimental.optimization import fuse
 from torchvision.models import resnet50
 
 import cadsurgery as cs
+from cadsurgery.environment import setting
 from cadsurgery.timing import interleaved
 
 BLOCK = 4  # fine pixels of a patch: R_K of the stages 8 -> 16 -> 32
@@ -71,9 +72,8 @@ def main() -> None:
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))
         return
-    print(
-        f"ResNet-50 backbone, {size[0]}x{size[1]}, float32, folded batch norm, {torch.get_num_threads()} threads"
-    )
+    print(setting(x.device))
+    print(f"ResNet-50 backbone, {size[0]}x{size[1]}, float32, folded batch norm")
     for name, milliseconds in best.items():
         print(f"{name:24} {milliseconds:8.0f} ms   {twin / milliseconds:5.2f}x dense OS 8")
 

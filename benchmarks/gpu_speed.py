@@ -28,6 +28,7 @@ from torchvision.models.segmentation import DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 import cadsurgery as cs
+from cadsurgery.environment import setting
 from cadsurgery.functional import gpu
 from cadsurgery.kernel_map import Window, kernel_map
 from cadsurgery.lattice import Geometry, Lattice
@@ -194,7 +195,8 @@ def main() -> None:
             )
         )
         return
-    print(f"3x3 convolution, bfloat16, {device}, torch {torch.__version__}")
+    print(setting(torch.device("cuda")))
+    print("3x3 convolution, bfloat16")
     for line in kernels:
         print(
             f"{line['channels']:4} channels {line['outputs']:7} outputs  {line['table']:8} {line['ms']:8.3f} ms"

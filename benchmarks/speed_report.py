@@ -2,8 +2,8 @@
 
     python benchmarks/speed_report.py
 
-Reads docs/bench/*.json and docs/bench/*.txt (what the other benchmarks print), replaces what stands between
-`<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME is a file's, and leaves the rest.
+Reads docs/bench/*.json and docs/bench/*.txt (what the other benchmarks print, their setting first), replaces
+what stands between `<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME is a file's, and leaves the rest.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 import cadsurgery as cs
+from cadsurgery.environment import setting
 from cadsurgery.timing import interleaved
 
 
@@ -59,6 +60,8 @@ def main() -> None:
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))
         return
+    print(setting(x.device))
+    print(f"ResNet-50 backbone, {options.batch} images of {options.size[0]}x{options.size[1]}, float32")
     for name, milliseconds in best.items():
         print(f"{name:24} {milliseconds:8.0f} ms   {best['dense OS 8'] / milliseconds:5.2f}x dense OS 8")
 

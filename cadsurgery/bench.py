@@ -114,7 +114,7 @@ def bench(
         FileError: a file cannot be written.
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
-    threads = threads or torch.get_num_threads()
+    threads = torch.get_num_threads() if threads is None else threads
     setup = Setup(mask, size, batch, output_stride, region, patch, dtype, device, threads)
     _check(listed, fractions, setup, rounds, fill, memory)
     for path, option in ((picture, "--picture"), (output, "--output")):

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def commit() -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return ""
+
+
+def setting(device: torch.device) -> str:
+    """Device, threads, versions, commit and date in one line, for benchmarks that print a table."""
+    numbers = ", ".join(f"{name} {number}" for name, number in versions().items())
+    made = f"commit {found[:7]}, " if (found := commit()) else ""
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{device_in_words(device)}, {threads}; {numbers}; {made}{datetime.now(UTC):%Y-%m-%d}"
 
 
 def device_named(name: str) -> torch.device:

@@ -206,10 +206,11 @@ def export(
 
 
 def _difference(found: Any, expected: Any) -> float:
-    """Largest difference of two outputs of the same structure, each tensor relative to its largest value."""
+    """Largest difference of two outputs of the same structure, each tensor relative to its largest value, or NaN."""
     pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (found, expected)), strict=True)
-    return max(
+    differences = [
         float((one - two).abs().max() / two.abs().max().clamp(min=torch.finfo(two.dtype).tiny))
         for one, two in pairs
         if isinstance(two, Tensor) and two.is_floating_point()
-    )
+    ]
+    return float(torch.tensor([0.0, *differences]).max())  # Python's max would drop a NaN that is not first

@@ -320,11 +320,37 @@ def test_memory_of_each_side_is_measured_alone() -> None:
     assert found.rows[0].memory_ratio == pytest.approx(found.rows[0].memory_mib / found.high.memory_mib)
 
 
+def print_peak_among_holes(mebibytes: str) -> None:
+    """MiB by which a call that frees and takes memory of growing sizes raises the peak; three pieces live at once."""
+
+    def run() -> None:
+        before = torch.ones(1)
+        for step in range(8):
+            before = torch.ones(int(mebibytes) * 2**18 - (8 - step) * 2**16) + before[:1]
+
+    run()
+    print(memory.peak_raised_by(run))
+
+
+def test_what_is_freed_is_not_in_the_peak() -> None:
+    """Only what is in use at once, however often memory was taken before, and the same in every process."""
+    peaks = [float(memory.printed_alone(__name__, "print_peak_among_holes", "16")) for _ in range(2)]
+    assert peaks == pytest.approx([3 * 16] * 2, abs=3)
+
+
 def test_a_peak_is_what_one_call_adds() -> None:
     ballast = torch.ones(2**24)  # 64 MiB; freed before, it must not hide what the call takes
     del ballast
     raised = memory.peak_raised_by(lambda: torch.ones(2**23))
     assert 30 < raised < 40
+
+
+def test_a_setting_names_what_a_table_was_made_with() -> None:
+    told = environment.setting(torch.device("cpu"))
+    assert told.startswith(environment.device_in_words(torch.device("cpu")))
+    assert f"{torch.get_num_threads()} threads" in told and "\n" not in told
+    assert all(f"{name} {number}" in told for name, number in environment.versions().items())
+    assert f"commit {environment.commit()[:7]}" in told or not environment.commit()
 
 
 # -- refusals ------------------------------------------------------------------------------------------
@@ -346,6 +372,7 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"batch": 0}, cs.InvalidInput, "batch=0", "at least 1"),
     ({"rounds": 0}, cs.InvalidInput, "rounds=0", "at least 1"),
     ({"threads": -1}, cs.InvalidInput, "threads=-1", "at least 1"),
+    ({"threads": 0}, cs.InvalidInput, "threads=0", "at least 1"),
     ({"size": (1, 1)}, cs.InvalidInput, "same work", "larger size"),
     ({"output_stride": (3, 5)}, cs.InvalidInput, "5", "(8, 32)"),
     ({"memory": True}, cs.InvalidInput, "without a name", "module:function"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import assert_same, build, images, randomise
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
@@ -21,6 +24,7 @@ from cadsurgery.functional.kernels import Activation, Kernel, PackedConv, Packed
 from cadsurgery.kernel_map import Window
 from cadsurgery.lattice import Geometry
 from cadsurgery.model import OptimizedModel
+from cadsurgery.surgery import fuse
 from cadsurgery.twins import dense_twin
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
@@ -136,6 +140,17 @@ def test_it_copies_and_pickles(small: cs.AdaptiveModel) -> None:
     assert fast.optimize() is fast
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_are_used(small: cs.AdaptiveModel, assign: bool) -> None:
+    """Also after a call has packed those before them."""
+    x, fast = images(1, 65, 97), small.optimize()
+    other = cs.adaptify(build("resnet18"), MIXED, verify_laws=False).optimize()
+    expected, before = fast(x), other(x)
+    other.load_state_dict(copy.deepcopy(fast.state_dict()), assign=assign)
+    assert not torch.equal(before, expected)
+    assert_same(other(x), expected, 1e-5)
+
+
 def test_it_counts_as_the_network_does(small: cs.AdaptiveModel) -> None:
     x = images(2, 65, 97)
     fast = small.optimize()
@@ -234,6 +249,51 @@ def test_what_only_looks_like_a_pattern_is_left(fill: Any) -> None:
             assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
 
 
+class _Deep(nn.Module):
+    """A weight and a map that are each made by a ladder: two ways to every rung."""
+
+    rungs = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.same, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3, 2, 1)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self.down(self.stem(x)), self.weight
+        for _ in range(self.rungs):
+            weight = torch.tanh(weight) - torch.exp(weight)
+            x = torch.sigmoid(x) - torch.tanh(x)
+        x = self.same(x) * x
+        return self.last(nn.functional.conv2d(x, weight, None, 1, 1))
+
+
+class _Counted(TorchFunctionMode):
+    """How often a function of torch is called."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function, self.calls = function, 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += function is self.function
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And found without walking every way to it, of which there may be exponentially many."""
+    net, x = cs.adaptify(_Deep().eval(), MIXED, verify_laws=False), images(2, 65, 97)
+    asked, constant = [], fuse.Fuser.constant
+    monkeypatch.setattr(fuse.Fuser, "constant", lambda self, node: asked.append(node) or constant(self, node))
+    with _Counted(torch.exp) as counted:
+        fast = net.optimize()
+    assert counted.calls == _Deep.rungs
+    assert len(asked) < 3 * len(net.graph.nodes)
+    assert_same(fast(x), net(x), 1e-4)
+
+
 @torch.no_grad()
 def test_a_convolution_with_hooks_is_left_alone() -> None:
     """A hook may make its weight, as the older weight norm does."""
@@ -241,6 +301,18 @@ def test_a_convolution_with_hooks_is_left_alone() -> None:
     model.conv1.register_forward_pre_hook(lambda module, args: module.weight.mul_(1.0))
     fast = cs.adaptify(model, MIXED, verify_laws=False).optimize()
     assert [type(m) for m in modules_of(fast)].count(nn.Conv2d) == 1
+
+
+@pytest.mark.parametrize("fuse_all", [True, False])
+@pytest.mark.parametrize("name", ["norm", "same", "act"])
+@torch.no_grad()
+def test_what_has_hooks_is_neither_dropped_nor_taken_in(name: str, fuse_all: bool) -> None:
+    parts = {"stem": nn.Conv2d(3, 8, 3, 4, 1), "norm": nn.BatchNorm2d(8), "same": nn.Identity()}
+    parts |= {"down": nn.Conv2d(8, 8, 3, 2, 1), "act": nn.ReLU(), "last": nn.Conv2d(8, 8, 3, 2, 1)}
+    model = nn.Sequential(OrderedDict(parts)).eval()
+    model.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out + 1)
+    net, x = cs.adaptify(model, MIXED, verify_laws=False), images(2, 65, 97)
+    assert_same(net.optimize(fuse_all)(x), net(x), 1e-4)
 
 
 @torch.no_grad()
@@ -257,6 +329,64 @@ def test_a_residual_smaller_than_the_product() -> None:
     whole = conv2d(x, kernel, None, window, 0)
     assert found.lattice == less
     assert_same(found.rows, (functional.rows_on(whole, less) + residual.rows).relu(), 1e-4)
+
+
+class _Broadcast(nn.Module):
+    """The sum of a map with one of a single channel, either of them the product."""
+
+    def __init__(self, side: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 64, 3, 4, 1), nn.Conv2d(64, 64, 3, 2, 1)
+        self.one = nn.Conv2d(64, 1, 3, 1, 1)
+        self.conv = nn.Conv2d(64, outputs, side, 1, side // 2, groups=groups)
+        self.last = nn.Conv2d(64, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.stem(x))
+        more = self.one(x).sigmoid() if self.conv.out_channels > 1 else x
+        return self.last(torch.relu(self.conv(x) + more))
+
+
+@pytest.mark.parametrize(
+    ("side", "outputs", "groups"), [(1, 64, 1), (3, 64, 1), (3, 64, 64), (1, 1, 1), (3, 1, 1)]
+)
+@torch.no_grad()
+def test_a_residual_of_other_channels_is_broadcast(side: int, outputs: int, groups: int) -> None:
+    """Never read as if it had the product's: its memory is smaller."""
+    net = cs.adaptify(_Broadcast(side, outputs, groups).eval(), MIXED, verify_laws=False)
+    fast, x = net.optimize(), images(2, 65, 97)
+    for mask in (None, "all", "none"):
+        assert_same(fast(x, mask=mask), net(x, mask=mask), 1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("gelu", (), "none")])
+@pytest.mark.parametrize("more", [(2, 5, 4), (4,), (5, 1), (3, 2, 5, 4), (3, 1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_linear_layer_adds_what_broadcasts(
+    activation: Activation | None, more: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Also to a larger shape than the product's."""
+    weight, bias = torch.randn(4, 6, 1, 1, dtype=dtype), torch.randn(4, dtype=dtype)
+    x, residual = torch.randn(2, 5, 6, dtype=dtype), torch.randn(more, dtype=dtype)
+    found = PackedLinear(weight, bias, 1, activation)(x, residual)
+    expected = nn.functional.linear(x, weight[:, :, 0, 0], bias) + residual
+    assert_same(found, activation.apply_(expected) if activation is not None else expected, 1e-5)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(8, 1), (8, 3), (1, 3)])
+@torch.no_grad()
+def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
+    """Of many sizes and types of dense maps the last are kept."""
+    conv = PackedConv(
+        torch.randn(8, channels, side, side), None, 8 // channels, None, ((1, 1), (1, 1), (1, 1))
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        for height in range(5, 12):
+            x = torch.randn(2, 8, height, 9).to(dtype)
+            expected = nn.functional.conv2d(x, conv.weight.to(dtype), None, 1, 1, groups=conv.groups)
+            assert_same(conv(x).float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-2)
+    assert 0 < len(conv.kernel.kept or ()) <= 4
 
 
 # -- compiled kernels against torch --------------------------------------------------------------------
@@ -368,6 +498,52 @@ def test_on_the_whole_map_a_convolution_is_the_same(
         more = Elements(torch.ones_like(out.rows), out.lattice)
         results.append(functional.fused_conv2d(x, kernel, more, window=shape, stage=stage).rows)
     assert_same(results[0], results[1], 1e-4)
+
+
+@torch.no_grad()
+def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that measures is not observed, so its costs would be those of other code."""
+
+    def refuse(key: str, measure: Any) -> Costs:
+        raise AssertionError(f"measured: {key}")
+
+    lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
+    x, window = (
+        Elements(torch.randn(len(lattice), 6), lattice),
+        Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
+    )
+    kernel = Kernel(torch.randn(4, 6, 3, 3), None, 1, None, {})
+    expected = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
+    monkeypatch.setattr(products, "costs", refuse)
+    with FlopCounterMode(display=False) as counter:
+        found = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
+    assert counter.get_total_flops() == 2 * len(lattice) * kernel.weight.numel()
+    assert_same(found, expected, 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("outputs", "groups"),
+    [(64, 1), (20, 1), (6, 6), (12, 6)],
+    ids=["product", "narrow", "depthwise", "wider"],
+)
+@torch.no_grad()
+def test_costs_are_those_of_the_code_that_runs(
+    outputs: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lattice = Geometry((2,)).lattice(1 - torch.eye(8, dtype=torch.int64)[None, ::2]).at(1)
+    x, window = (
+        Elements(torch.randn(len(lattice), 6), lattice),
+        Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
+    )
+    kernel = Kernel(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
+    calls, by_table = [], Kernel.by_table
+    monkeypatch.setattr(Kernel, "by_table", lambda self, *args: calls.append(self) or by_table(self, *args))
+    monkeypatch.setattr(products, "costs", lambda key, measure: measure())
+    products.whole_map_is_cheaper(x, kernel, window, lattice)
+    measured = len(calls)
+    products.product_on_elements(x, kernel, window, lattice, None)
+    assert bool(measured) == (len(calls) > measured) == (outputs in (64, 6))
 
 
 def test_costs_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

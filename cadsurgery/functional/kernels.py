@@ -1,15 +1,16 @@
 """Products of rows with a convolution's weight, and what is done to the result before it leaves the cache.
 
-A `Kernel` is a weight with its bias, groups and activation. On the CPU its products run in oneDNN: a 1x1 convolution
-on the rows seen as a channels_last image reaches the rate of a dense convolution, and takes residual and activation
-along. A `PackedConv` holds a kernel in the layout oneDNN wants, so that it is not reordered in every call.
+A `Kernel` is a weight with its bias, groups and activation. On the CPU it runs in oneDNN or in compiled code of this
+package (`native`), each with the weight packed its own way; residual and activation are taken along. A `PackedConv`
+keeps the packed weights from call to call: rows are multiplied as by a linear layer, whose packed weight serves any
+number of them, dense maps by weights packed for their shapes.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from cadsurgery.functional import native
 _ONEDNN = (torch.float32, torch.bfloat16)
 # A block of a result that is still in the cache when the next operation reads it.
 _BLOCK_BYTES = 1 << 20
-# Sizes of dense maps a weight is kept packed for.
-_MOST_SHAPES = 4
+# Packed forms of a weight that are kept, mostly for different shapes of dense maps.
+_MOST_FORMS = 4
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Kernel:
         groups: channel groups.
         activation: applied last, after the residual.
         kept: forms of the weight made so far; None if they are not worth keeping.
+        dense: whether its weight is also worth packing for the shape of a dense map.
     """
 
     weight: Tensor
@@ -82,7 +84,13 @@ class Kernel:
     groups: int = 1
     activation: Activation | None = None
     kept: dict[Hashable, Any] | None = None
+    dense: bool = False
     _making: Any = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def alone(self) -> Kernel:
+        """The product alone, without the activation; packed weights are shared."""
+        return replace(self, activation=None)
 
     def on_rows(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.
@@ -90,27 +98,25 @@ class Kernel:
         `residual` (n, O) is added before the activation.
         """
         if not _has_onednn(rows) or not rows.numel():
-            return self.finish(F.linear(rows, self.matrix(rows.dtype), self._offset(rows.dtype)), residual)
+            return self.finish(F.linear(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
         if self.kept is None:
-            return self.finish(product(rows, self.matrix(rows.dtype), self._offset(rows.dtype)), residual)
+            return self.finish(product(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
         # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
-        # was packed for: with others it is reordered in every call, which was five times slower.
+        # was packed for: with others it is reordered in every call, which is far slower.
         weight = self._form(
             ("rows", rows.dtype),
             lambda: torch.ops.mkldnn._reorder_linear_weight(self.matrix(rows.dtype).contiguous()),
         )
-        bias, act = self._offset(rows.dtype), self.activation
+        bias, act = self.offset(rows.dtype), self.activation
         if residual is None:
-            fused = (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
-            return _LINEAR(rows, weight, bias, *fused)
+            return _LINEAR(rows, weight, bias, *self._fused)
         residual = residual.contiguous()
         if act is None:
             return _LINEAR.binary(rows, residual, weight, bias, "add")
         if act.name == "relu" and rows.shape[0] > rows.shape[1]:
             # A convolution takes both along. Its weight is reordered in every call: less work than what follows.
-            out = self._onednn(
-                _image(rows), self._as_1x1(rows.dtype), _image(residual), (1, 1), (0, 0), (1, 1), 1
-            )
+            point = self.matrix(rows.dtype)[:, :, None, None]
+            out = self._onednn(_image(rows), point, _image(residual), (1, 1), (0, 0), (1, 1), 1)
             return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
         # The activation meets the sum block by block, while that is in the cache.
         out = rows.new_empty(rows.shape[0], self.weight.shape[0])
@@ -134,22 +140,19 @@ class Kernel:
         `residual` is added before the activation; it may be any tensor that broadcasts to the result.
         """
         if residual is not None and residual.shape != self._shape(image, stride, padding, dilation):
-            plain = Kernel(self.weight, self.bias, self.groups, None, self.kept, self._making)
-            out = plain.on_image(image, stride, padding, dilation) + residual
-            return self.activation.apply_(out) if self.activation is not None else out
-        weight, bias = self.weight.to(image.dtype), self._offset(image.dtype)
-        dense = self.kept is not None and "dense" in self.kept
-        if dense and self.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):
+            return self.finish(self.alone.on_image(image, stride, padding, dilation), residual)
+        weight, bias = self.weight.to(image.dtype), self.offset(image.dtype)
+        if self.dense and self.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):
             return self._on_pixels(image, residual)
         if not _has_onednn(image) or not image.numel():
             out = F.conv2d(image, weight, bias, stride, padding, dilation, self.groups)
             return self.finish(out, residual)
         image = image.contiguous(memory_format=torch.channels_last)
-        if dense:
+        if self.dense:
             shape = list(image.shape)
-            key = (image.dtype, stride, padding, dilation, *shape)
             weight = self._form(
-                key, lambda: _reordered(weight, stride, padding, dilation, self.groups, shape), _MOST_SHAPES
+                ("image", image.dtype, stride, padding, dilation, *shape),
+                lambda: _reordered(weight, stride, padding, dilation, self.groups, shape),
             )
         return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
 
@@ -162,31 +165,24 @@ class Kernel:
         out = self.on_rows(rows(image), rows(residual))
         return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
 
-    def grouped(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(n, O) of a grouped kernel that `native.has_grouped`, reading `source` by a table (n, taps)."""
-        dtype = source.rows.dtype
-        weight, bias = self._form(
-            ("grouped", dtype), lambda: native.grouped_weight(self.weight.to(dtype), self.bias)
-        )
-        bounds = self.activation.bounds if self.activation is not None else None
-        out = native.grouped(source, table, weight, bias, residual, bounds or (-float("inf"), float("inf")))
-        return out if bounds or self.activation is None else self.activation.apply_(out)
-
-    def implicit(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(n, O) of an ungrouped kernel that `native.has_product`, reading `source` by a table (n, taps)."""
-        dtype = source.rows.dtype
-        weight, bias = self._form(
-            ("product", dtype), lambda: native.product_weight(self.weight.to(dtype), self.bias)
-        )
-        bounds = self.activation.bounds if self.activation is not None else None
+    def by_table(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(n, O), reading `source` by a table (n, taps), of a kernel that `native.has_grouped` or `has_product`."""
+        dtype, act, outputs = source.rows.dtype, self.activation, self.weight.shape[0]
+        pack = native.grouped_weight if self.groups > 1 else native.product_weight
+        weight, bias = self._form(("table", dtype), lambda: pack(self.weight.to(dtype), self.bias))
+        bounds = act.bounds if act is not None else None
         limits = bounds or (-float("inf"), float("inf"))
-        out = native.product(source, table, weight, bias, residual, self.weight.shape[0], limits)
-        return out if bounds or self.activation is None else self.activation.apply_(out)
+        if self.groups > 1:
+            out = native.grouped(source, table, weight, bias, residual, limits)
+        else:
+            out = native.product(source, table, weight, bias, residual, outputs, limits)
+        return out if bounds or act is None else act.apply_(out)
 
     def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
-        """Residual and activation of a product, in place."""
+        """Residual, of any shape that broadcasts, and activation of a product; in place where that has the shape."""
         if residual is not None:
-            out.add_(residual)
+            whole = torch.broadcast_shapes(out.shape, residual.shape) == out.shape
+            out = out.add_(residual) if whole else out + residual
         return self.activation.apply_(out) if self.activation is not None else out
 
     def _onednn(
@@ -199,13 +195,12 @@ class Kernel:
         dilation: tuple[int, int],
         groups: int,
     ) -> Tensor:
-        bias, act = self._offset(image.dtype), self.activation
+        bias, act = self.offset(image.dtype), self.activation
         window = (padding, stride, dilation, groups)
         if residual is None and act is None and self.kept is None:
             return F.conv2d(image, weight, bias, stride, padding, dilation, groups)
         if residual is None:
-            fused = (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
-            return _POINTWISE(image, weight, bias, *window, *fused)
+            return _POINTWISE(image, weight, bias, *window, *self._fused)
         relu = act is not None and act.name == "relu"
         residual = residual.contiguous(memory_format=torch.channels_last)
         out = _POINTWISE.binary(
@@ -225,18 +220,21 @@ class Kernel:
         return image.shape[0], self.weight.shape[0], *sizes
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """(O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix."""
-        return self.weight.to(dtype).permute(0, 2, 3, 1).flatten(1)
+        """The weight as `kernel_matrix` lays it out."""
+        return kernel_matrix(self.weight.to(dtype), self.groups)
 
-    def _as_1x1(self, dtype: torch.dtype) -> Tensor:
-        """The matrix as the weight of a 1x1 convolution."""
-        return self.matrix(dtype)[:, :, None, None]
-
-    def _offset(self, dtype: torch.dtype) -> Tensor | None:
+    def offset(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias."""
         return self.bias.to(dtype) if self.bias is not None else None
 
-    def _form(self, key: Hashable, make: Callable[[], Any], most: int = 0) -> Any:
-        """What `make` returns, made once if forms are kept; any thread may ask. Of `most`, if given, the oldest go."""
+    @property
+    def _fused(self) -> tuple[str, tuple[float, ...], str]:
+        """The activation as oneDNN's fused operations take it."""
+        act = self.activation
+        return (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
+
+    def _form(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once if forms are kept; any thread may ask. The oldest of too many goes."""
         if self.kept is None:
             return make()
         found = self.kept.get(key)
@@ -245,8 +243,8 @@ class Kernel:
                 found = self.kept.get(key)
                 if found is None:
                     found = make()
-                    for old in list(self.kept)[1 : 1 - most] if most else ():
-                        del self.kept[old]
+                    if len(self.kept) >= _MOST_FORMS:
+                        del self.kept[next(iter(self.kept))]
                     self.kept[key] = found
         return found
 
@@ -280,8 +278,8 @@ class PackedConv(nn.Module):
     def kernel(self) -> Kernel:
         """The weight with its packed forms."""
         if self._kernel is None:
-            kept: dict[Hashable, Any] = {"dense": True} if self.window is not None else {}
-            self._kernel = Kernel(self.weight, self.bias, self.groups, self.activation, kept)
+            dense = self.window is not None
+            self._kernel = Kernel(self.weight, self.bias, self.groups, self.activation, {}, dense)
         return self._kernel
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -298,6 +296,10 @@ class PackedConv(nn.Module):
         self._kernel = None
         return super()._apply(function, recurse)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kernel = None  # packed from the weight there was
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kernel": None}
 
@@ -306,10 +308,25 @@ class PackedLinear(PackedConv):
     """A linear layer on the last axis of a dense map, as a product of rows."""
 
     def forward(self, values: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., O) from (..., C); `residual` is added before the activation."""
+        """(..., O) from (..., C); `residual` is added before the activation and may be any tensor that broadcasts."""
         shape = (*values.shape[:-1], self.weight.shape[0])
-        more = residual.expand(shape).reshape(-1, shape[-1]) if residual is not None else None
-        return self.kernel.on_rows(values.reshape(-1, values.shape[-1]), more).view(shape)
+        rows = values.reshape(-1, values.shape[-1])
+        if residual is not None and residual.shape != shape:
+            return self.kernel.finish(self.kernel.alone.on_rows(rows).view(shape), residual)
+        more = residual.reshape(-1, shape[-1]) if residual is not None else None
+        return self.kernel.on_rows(rows, more).view(shape)
+
+
+def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
+    """A kernel (O, C / groups, kh, kw) as products of gathered rows take it.
+
+    Ungrouped: (O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix. Grouped:
+    (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel
+    of width one.
+    """
+    if groups > 1:
+        return weight.contiguous().flatten(2).unsqueeze(3)
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -321,18 +338,18 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _image(rows: Tensor | None) -> Any:
-    """Rows (n, C) as a channels_last image; the view must be exactly that, or a hidden copy costs a quarter."""
+    """Rows (n, C) as a channels_last image; the view must be exactly that, or it is copied unseen."""
     return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2) if rows is not None else None
 
 
 def _has_onednn(values: Tensor) -> bool:
-    """Whether oneDNN's fused operations, which have no gradients, can be used."""
+    """Whether oneDNN's fused operations, which have no gradients and which torch does not count, can be used."""
     return (
         _POINTWISE is not None
         and values.device.type == "cpu"
         and values.dtype in _ONEDNN
         and (values.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        and not torch.compiler.is_compiling()
+        and not native.is_observed()
     )
 
 

@@ -208,8 +208,8 @@ static inline __attribute__((always_inline)) void multiply(
  *
  * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
  * weights for one chunk of outputs and DEPTH channels. */
-void SUFFIX(product)(const reading *in, const element *weight, const element *bias, const element *more, element *out,
-                     long outputs, double low, double high) {
+int SUFFIX(product)(const reading *in, const element *weight, const element *bias, const element *more, element *out,
+                    long outputs, double low, double high) {
     long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(dynamic)
     for (long first = 0; first < in->n; first += BLOCK) {
@@ -242,6 +242,7 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
             }
         }
     }
+    return 0;
 }
 #endif
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.flop_counter import register_flop_formula
 
 from cadsurgery.files import cache_folder
 
@@ -34,9 +33,6 @@ _ELEMENTS = {
     torch.float64: ("float64", "-DELEMENT=double", "-DWIDE"),
     torch.bfloat16: ("bfloat16", "-DBF16"),
 }
-
-
-_OPERATIONS = torch.library.Library("cadsurgery", "DEF")
 
 
 class Rows(NamedTuple):
@@ -60,14 +56,15 @@ class _Reading(ctypes.Structure):
     )
 
 
+def is_observed() -> bool:
+    """Whether torch counts, records or compiles what is called: it does not see compiled code."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
 def supported(rows: Tensor) -> bool:
-    """Whether there is compiled code for these rows; not while torch counts or records what it calls."""
+    """Whether there is compiled code for these rows; not while torch observes what is called."""
     return (
-        not torch.compiler.is_compiling()
-        and _get_current_dispatch_mode() is None
-        and rows.device.type == "cpu"
-        and rows.dtype in _ELEMENTS
-        and library() is not None
+        not is_observed() and rows.device.type == "cpu" and rows.dtype in _ELEMENTS and library() is not None
     )
 
 
@@ -86,8 +83,6 @@ def grouped(
 ) -> Tensor:
     """Grouped convolution with as many outputs as inputs: (n, C) = clamp(sum + bias + more).
 
-    It is an operation of torch's, so that FlopCounterMode sees it and torch.compile keeps it.
-
     Args:
         source: rows.
         table: (n, taps) int32.
@@ -96,58 +91,8 @@ def grouped(
         more: (n, C) or None, a residual.
         bounds: least and largest value of the result.
     """
-    out: Tensor = torch.ops.cadsurgery.grouped(
-        source.rows, source.halo, source.outside, table, weight, bias, more, *bounds
-    )
-    return out
-
-
-def _grouped(
-    rows: Tensor,
-    halo: Tensor | None,
-    outside: float,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    more: Tensor | None,
-    low: float,
-    high: float,
-) -> Tensor:
-    out = rows.new_empty(table.shape[0], rows.shape[1])
-    more = more.contiguous() if more is not None else None
-    failed = _call(
-        "grouped",
-        Rows(rows, halo, outside),
-        table,
-        ctypes.c_void_p(weight.data_ptr()),
-        ctypes.c_void_p(bias.data_ptr()),
-        ctypes.c_void_p(more.data_ptr() if more is not None else None),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_long(weight.shape[1]),
-        ctypes.c_double(low),
-        ctypes.c_double(high),
-    )
-    assert not failed, "callers ask has_grouped first"
-    return out
-
-
-_OPERATIONS.define(
-    "grouped(Tensor rows, Tensor? halo, float outside, Tensor table, Tensor weight, Tensor bias, Tensor? more, "
-    "float low, float high) -> Tensor"
-)
-_OPERATIONS.impl("grouped", _grouped, "CPU")
-
-
-@torch.library.register_fake("cadsurgery::grouped")
-def _grouped_shape(rows: Tensor, halo: Any, outside: float, table: Tensor, *rest: Any) -> Tensor:
-    return rows.new_empty(table.shape[0], rows.shape[1])
-
-
-@register_flop_formula(torch.ops.cadsurgery.grouped)
-def _grouped_flops(
-    rows: Any, halo: Any, outside: Any, table: Any, weight: Any, *rest: Any, **kwargs: Any
-) -> int:
-    return 2 * int(table[0] * table[1] * rows[1] * weight[1])
+    out = source.rows.new_empty(table.shape[0], source.rows.shape[1])
+    return _convolved("grouped", source, table, weight, bias, more, out, weight.shape[1], bounds)
 
 
 def product(
@@ -170,77 +115,33 @@ def product(
         outputs: channels of the result.
         bounds: least and largest value of the result.
     """
-    out: Tensor = torch.ops.cadsurgery.product(
-        source.rows, source.halo, source.outside, table, weight, bias, more, outputs, *bounds
-    )
-    return out
+    out = source.rows.new_empty(table.shape[0], outputs)
+    return _convolved("product", source, table, weight, bias, more, out, outputs, bounds)
 
 
-def _product(
-    rows: Tensor,
-    halo: Tensor | None,
-    outside: float,
+def _convolved(
+    name: str,
+    source: Rows,
     table: Tensor,
     weight: Tensor,
     bias: Tensor,
     more: Tensor | None,
-    outputs: int,
-    low: float,
-    high: float,
+    out: Tensor,
+    size: int,
+    bounds: tuple[float, float],
 ) -> Tensor:
-    out = rows.new_empty(table.shape[0], outputs)
+    """`out`, filled; `size` is the number the function of this name asks for besides those of the rows."""
     more = more.contiguous() if more is not None else None
-    _call(
-        "product",
-        Rows(rows, halo, outside),
-        table,
-        ctypes.c_void_p(weight.data_ptr()),
-        ctypes.c_void_p(bias.data_ptr()),
+    failed = _call(
+        *(name, source, table),
+        *(ctypes.c_void_p(value.data_ptr()) for value in (weight, bias)),
         ctypes.c_void_p(more.data_ptr() if more is not None else None),
         ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_long(outputs),
-        ctypes.c_double(low),
-        ctypes.c_double(high),
+        ctypes.c_long(size),
+        *map(ctypes.c_double, bounds),
     )
+    assert not failed, "callers ask has_grouped or has_product first"
     return out
-
-
-_OPERATIONS.define(
-    "product(Tensor rows, Tensor? halo, float outside, Tensor table, Tensor weight, Tensor bias, Tensor? more, "
-    "int outputs, float low, float high) -> Tensor"
-)
-_OPERATIONS.impl("product", _product, "CPU")
-
-
-@torch.library.register_fake("cadsurgery::product")
-def _product_shape(
-    rows: Tensor,
-    halo: Any,
-    outside: float,
-    table: Tensor,
-    weight: Any,
-    bias: Any,
-    more: Any,
-    outputs: int,
-    *rest: Any,
-) -> Tensor:
-    return rows.new_empty(table.shape[0], outputs)
-
-
-@register_flop_formula(torch.ops.cadsurgery.product)
-def _product_flops(
-    rows: Any,
-    halo: Any,
-    outside: Any,
-    table: Any,
-    weight: Any,
-    bias: Any,
-    more: Any,
-    outputs: Any,
-    *rest: Any,
-    **_: Any,
-) -> int:
-    return 2 * int(table[0] * table[1] * rows[1] * outputs)
 
 
 def has_product(weight: Tensor) -> bool:

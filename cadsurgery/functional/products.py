@@ -46,16 +46,20 @@ def product_on_elements(
 def product_by_table(
     rows: Tensor, reading: Reading, outside: float, kernel: Kernel, residual: Tensor | None = None
 ) -> Tensor:
-    """The products of gathered rows with a kernel, (N, O), block by block: the gathered rows, `taps` times as many as
-    there are elements, never exist as a whole."""
-    table = reading.table.to(rows.device)
+    """The products of the rows a table names with a kernel, (N, O)."""
     if _is_compiled(rows, kernel):
-        run = kernel.grouped if kernel.groups > 1 else kernel.implicit
-        return run(rows_and_halo(rows, reading, outside), table, residual)
+        return kernel.by_table(rows_and_halo(rows, reading, outside), reading.table.to(rows.device), residual)
+    return product_by_gathering(rows, reading, outside, kernel, residual)
+
+
+def product_by_gathering(
+    rows: Tensor, reading: Reading, outside: float, kernel: Kernel, residual: Tensor | None = None
+) -> Tensor:
+    """The same block by block: the gathered rows, `taps` times as many as the elements, never exist as a whole."""
+    table = reading.table.to(rows.device)
     block, count = _block_length(table, rows), table.shape[0]
     if kernel.groups > 1:
-        weight, bias = kernel_matrix(kernel.weight.to(rows.dtype), kernel.groups), kernel.bias
-        bias = bias.to(rows.dtype) if bias is not None else None
+        weight, bias = kernel.matrix(rows.dtype), kernel.offset(rows.dtype)
         rows = extended(rows, reading, outside)
         parts = [_apply_taps(part, weight, bias, kernel.groups) for part in gathered_blocks(rows, table)]
         return kernel.finish(torch.cat(parts), residual)
@@ -87,16 +91,19 @@ def _is_compiled(rows: Tensor, kernel: Kernel) -> bool:
 
 
 def whole_map_is_cheaper(x: Elements, kernel: Kernel, window: Window, target: Lattice) -> bool:
-    """Whether the costs measured on this machine say so; only where forms are kept, for inference in earnest."""
-    if kernel.kept is None or x.rows.device.type != "cpu" or not x.lattice.geometry.dense_shortcut:
+    """Whether the costs measured on this machine say so; only where forms are kept, for inference in earnest, and not
+    while torch observes what is called: what is measured then, in another thread, would be other code."""
+    geometry = x.lattice.geometry
+    if native.is_observed() or kernel.kept is None or x.rows.device.type != "cpu":
         return False
-    if window.mode != "zeros" or window.outside or x.lattice.geometry.anchor != "corner":
+    if not geometry.dense_shortcut or geometry.anchor != "corner" or window.mode != "zeros" or window.outside:
         return False
     outputs, group = kernel.weight.shape[:2]
     kind = "plain" if kernel.groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
     compiled = _is_compiled(x.rows, kernel)
+    way = "compiled" if compiled else "gathered"
     found = costs(
-        f"{kind}, {window.taps} taps, {x.rows.dtype}, compiled {compiled}", lambda: _measured(x, kernel)
+        f"{kind}, {window.taps} taps, {x.rows.dtype}, {way}", lambda: _measured(x, kernel, compiled)
     )
     pixels = target.batch * target.size[0] * target.size[1]
     return found.prefer_dense(
@@ -119,8 +126,9 @@ def product_on_whole_map(
     return kernel.finish(whole.reshape(-1, whole.shape[-1]).index_select(0, target.anchors), residual)
 
 
-def _measured(x: Elements, kernel: Kernel) -> Costs:
-    """Costs of a convolution of this kind, with 128 channels on a ragged lattice that is the same for all."""
+def _measured(x: Elements, kernel: Kernel, compiled: bool) -> Costs:
+    """Costs of a convolution of this kind, with 128 channels on a ragged lattice that is the same for all; on elements
+    by the code that runs this kernel, which need not be that of one with 128 channels."""
     _, group, height, width = kernel.weight.shape
     channels = 128 if kernel.groups == 1 else max(1, 128 // group) * group
     inner = channels if kernel.groups == 1 else group
@@ -133,7 +141,9 @@ def _measured(x: Elements, kernel: Kernel) -> Costs:
     window, target = target_of(sample, Window((height, width), 1, (1, 1), padding, spacing=2), 1)
     image, work = to_dense(sample), weight[0].numel() * channels
     dense = best_time(lambda: own.on_image(image, (1, 1), (height // 2, width // 2), (1, 1)))
-    sparse = best_time(lambda: product_on_elements(sample, own, window, target, None))
+    reading = tap_reading(sample, window, target)
+    on_elements = product_by_table if compiled else product_by_gathering
+    sparse = best_time(lambda: on_elements(sample.rows, reading, 0.0, own))
     moved = best_time(lambda: to_dense(sample))
     pixels = image.shape[2] * image.shape[3]
     return Costs(dense / (pixels * work), sparse / (len(target) * work), moved / image.numel())
@@ -214,17 +224,6 @@ def taps_of(x: Elements, window: Window, target: Lattice) -> tuple[Tensor, Tenso
     """Rows and the (N, taps) table into them that a convolution multiplies."""
     reading = tap_reading(x, window, target)
     return extended(x.rows, reading, window.outside or 0.0), reading.table.to(x.rows.device)
-
-
-def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
-    """A kernel (O, C / groups, kh, kw) as `_GatherConv` takes it.
-
-    Ungrouped: taps outermost, so that a row of gathered elements is a row of the matrix. Grouped: contiguous,
-    because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel of width one.
-    """
-    if groups > 1:
-        return weight.contiguous().flatten(2).unsqueeze(3)
-    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _block_length(table: Tensor, rows: Tensor) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,19 +9,19 @@ from torch import Tensor
 from cadsurgery.functional import gpu, native
 from cadsurgery.functional.elements import (
     Elements,
+    common_lattice,
     extended,
     needs_gradient,
     own_image,
     rows_and_halo,
     rows_on,
 )
-from cadsurgery.functional.kernels import Kernel, PackedConv, product
+from cadsurgery.functional.kernels import Kernel, PackedConv, kernel_matrix, product
 from cadsurgery.functional.products import (
     autocast,
     gather_conv,
     gathered_blocks,
     is_kept_whole,
-    kernel_matrix,
     product_on_elements,
     product_on_gpu,
     product_on_whole_map,
@@ -99,14 +97,10 @@ def fused_conv2d(
     kernel = kernel.kernel if isinstance(kernel, PackedConv) else kernel
     window, target = target_of(x, window, x.lattice.stage if stage is None else stage)
     x = Elements(autocast(x.rows)[0], x.lattice)
-    if residual is not None and any(a < b for a, b in zip(residual.lattice.size, target.size, strict=True)):
-        # The sum is smaller than the product: rare, so in separate steps.
-        plain = fused_conv2d(
-            x, replace(kernel, activation=None, kept=None), window=window, stage=target.stage
-        )
-        target = plain.lattice.at(target.stage, residual.lattice.size)
-        rows = rows_on(plain, target).clone()
-        return Elements(kernel.finish(rows, rows_on(residual, target)), target)
+    if residual is not None and not _is_of(residual, target, (*x.rows.shape[1:-1], kernel.weight.shape[0])):
+        plain = fused_conv2d(x, kernel.alone, window=window, stage=target.stage)
+        target = common_lattice(target.stage, plain, residual)
+        return Elements(kernel.finish(rows_on(plain, target), rows_on(residual, target)), target)
     more = rows_on(residual, target).to(x.rows.dtype) if residual is not None else None
     if window.is_pointwise and kernel.groups == 1:
         rows = rows_on(x, target)
@@ -121,6 +115,12 @@ def fused_conv2d(
     image, stride, padding, dilation = dense
     shown = _image_of(more, target) if more is not None else None
     return _from_dense(kernel.on_image(image, stride, padding, dilation, shown), target)
+
+
+def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bool:
+    """Whether a residual has the product's size and channels; rarely not, and the sum is a step of its own then."""
+    large = all(a >= b for a, b in zip(residual.lattice.size, target.size, strict=True))
+    return large and residual.rows.shape[1:] == channels
 
 
 def conv2d_per_image(

@@ -123,6 +123,13 @@ class Fuser:
     def __init__(self, graph: fx.Graph, model: nn.Module, epilogues: bool) -> None:
         self.graph, self.model, self.epilogues = graph, model, epilogues
         self.kernels = nn.Module()
+        self.fixed: set[fx.Node] = set()  # what is made of parameters alone
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            call = node.op in ("call_function", "call_method") and sources
+            if node.op == "get_attr" or (call and self.fixed.issuperset(sources)):
+                self.fixed.add(node)
+        self.values: dict[fx.Node, Any] = {}
 
     def run(self) -> None:
         """Remove what does nothing, then fuse every convolution and linear layer."""
@@ -154,16 +161,21 @@ class Fuser:
 
     def constant(self, node: Any) -> Any:
         """The value of a node made of parameters alone, else None."""
-        if not isinstance(node, fx.Node):
+        if node not in self.fixed:
             return None
-        if node.op == "get_attr":
-            first, *rest = str(node.target).split(".")
-            value: Any = self.kernels if first == KERNELS else getattr(self.model, first)
-            for part in rest:
-                value = getattr(value, part)
-            return value.detach() if isinstance(value, Tensor) else value
-        if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
-            return None
+        if node not in self.values:
+            self.values[node] = self.attribute(node) if node.op == "get_attr" else self.evaluated(node)
+        return self.values[node]
+
+    def attribute(self, node: fx.Node) -> Any:
+        """The parameter, or whatever else has this name."""
+        value: Any = self.model
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def evaluated(self, node: fx.Node) -> Any:
+        """A call with constant tensors alone, else None."""
         known = {source: self.constant(source) for source in node.all_input_nodes}
         if not all(isinstance(value, Tensor) for value in known.values()):
             return None
@@ -196,9 +208,10 @@ class Fuser:
 
     def drop_identity(self, node: fx.Node) -> None:
         """Remove what leaves a value as it is in evaluation mode."""
-        kind = type(self.module(node))
+        module = self.module(node)
+        kind = type(module)
         drops = kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
-        if drops or node.target is functional.drop_per_image:
+        if (drops and not _is_hooked(module)) or node.target is functional.drop_per_image:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             self.graph.erase_node(node)
         elif node.target is functional.Elements:
@@ -231,8 +244,8 @@ class Fuser:
             groups: Any = node.kwargs.get("groups", 1)
             known = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
             return _Fusion(node, weight, bias, groups) if known else None
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-            return None  # they may see or make what fusion would skip, such as a weight
+        if _is_hooked(module):
+            return None
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
             return _Fusion(node, module.weight.detach(), _detached(module.bias), module.groups)
         if type(module) is nn.Linear and self.epilogues:
@@ -261,13 +274,16 @@ class Fuser:
         if following is None:
             return None
         operation, module = following.node, self.module(following.node)
+        if _is_hooked(module):
+            return None
         if type(module) is nn.BatchNorm2d and following.lattice is None:
             return _folded(fusion, operation, module)
-        if operation.target in _PRODUCTS and fusion.is_linear:
+        target = operation.target if module is None else None  # a module may have the name of a method
+        if target in _PRODUCTS and fusion.is_linear:
             return self.with_factor(fusion, following)
         if not self.epilogues or fusion.activation is not None:
             return None
-        if operation.target in _ADDITIONS and fusion.residual is None:
+        if target in _ADDITIONS and fusion.residual is None:
             return self.with_residual(node, fusion, following)
         activation = _activation(operation, module)
         only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
@@ -376,6 +392,11 @@ def _is_lattice_of(node: fx.Node, elements: fx.Node) -> bool:
 
 def _is_own_lattice(node: Any, elements: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is getattr and node.args == (elements, "lattice")
+
+
+def _is_hooked(module: nn.Module | None) -> bool:
+    """Whether hooks may see or make what fusion would skip, such as a weight."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | None:

@@ -686,6 +686,7 @@ def test_counted_macs_are_executed_macs(name: str, output_stride: Size) -> None:
     levels = levels_for(SMALL, output_stride)
     report = net.macs(x, mask=levels)
     assert report.mask == executed_macs(net, x, mask=levels)
+    assert report.mask == executed_macs(net.optimize(), x, mask=levels)
     high = create_feature_extractor(dilated(name, model, output_stride[0]), ["layer4"])
     low = create_feature_extractor(dilated(name, model, output_stride[1]), ["layer4"])
     assert report.high == executed_macs(net, x, mask="all") == executed_macs(high, x)
