@@ -451,7 +451,7 @@ def finetune(
     """
     from cadsurgery.finetune.command import finetune as run
     from cadsurgery.finetune.command import make_settings
-    from cadsurgery.finetune.devices import is_main_process
+    from cadsurgery.launch import world
 
     overrides = {
         **{"objective": objective, "steps": steps, "batch": batch, "accumulate": accumulate, "crop": crop},
@@ -460,7 +460,7 @@ def finetune(
         **{"validate_every": validate_every, "workers": workers},
     }
     settings = make_settings(config, overrides, objective_option)
-    silent = as_json or not is_main_process()
+    silent = as_json or not world().is_main
     with _training(settings.steps, settings.batch * settings.accumulate, silent) as (on_step, step):
         report = run(
             model=model,
@@ -477,7 +477,7 @@ def finetune(
             on_step=on_step,
             step=step,
         )
-    if is_main_process():
+    if world().is_main:
         _show(report.to_dict(), report.render(), as_json)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +16,9 @@ from cadsurgery.errors import InvalidInput
 from cadsurgery.hosted import HostedModel
 from cadsurgery.lattice import Lattice
 from cadsurgery.macs import LayerWork, layer_work
-from cadsurgery.masks import MaskProvider
+from cadsurgery.masks import MaskProvider, labelled
 from cadsurgery.metrics import SegmentationMetrics
 from cadsurgery.model import AdaptiveModel
-
-try:
-    from cadsurgery.masks.trimap import labelled
-except ImportError:  # to be removed with the branch that brings masks made from labels
-
-    @contextmanager
-    def labelled(labels: Tensor) -> Iterator[None]:
-        """No mask asks for labels yet."""
-        yield
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cadsurgery.errors import CadError, InvalidInput
@@ -182,8 +182,3 @@ def check_data(data: Samples, what: str) -> None:
         raise InvalidInput(
             f"the {what} data is empty.", next="check the path, the split and the endings of the files."
         )
-
-
-def source_of(net: nn.Module) -> Any:
-    """How the network's images are normalised: its source, where it has one."""
-    return getattr(net, "source", None) or getattr(net, "cad_source", None)

@@ -50,12 +50,6 @@ def make_accelerator(settings: Settings, device: str) -> Any:
     return made
 
 
-def is_main_process() -> bool:
-    """Whether this process speaks for those that were launched together; known before Accelerate is."""
-    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
 def averaged(net: nn.Module, decay: float) -> AveragedModel:
     """An exponential average of the weights; of buffers it has the last."""
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)

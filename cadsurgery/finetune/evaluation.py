@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.finetune.batches import Samples, check_data, prepared, source_of
+from cadsurgery.finetune.batches import Samples, check_data, prepared
 from cadsurgery.finetune.groups import evaluating
 from cadsurgery.finetune.objectives import logits_of, resized
 from cadsurgery.model import AdaptiveModel
+from cadsurgery.zoo import source_of
 
 
 def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:

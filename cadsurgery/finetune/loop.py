@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.errors import FileError, InvalidInput, TrainingStopped
-from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data, source_of
+from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
     Checkpoint,
     Identity,
@@ -40,6 +40,7 @@ from cadsurgery.finetune.results import Outcome, run_folder, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.model import OptimizedModel
+from cadsurgery.zoo import source_of
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
 START, LAST, BEST, NETWORK = ("start", "checkpoint", "best", "net")
