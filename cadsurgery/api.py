@@ -77,7 +77,9 @@ def adaptify(
         region: `"auto"` runs the adaptive part as far as the rules reach, `"backbone"` stops where the
             backbone does (as published), or a list of node or module names.
         anchor: `"corner"`, or `"center"` to reproduce the published code and its checkpoints.
-        fill: how points inside a cell are read, `"linear"` or `"nearest"` (as published).
+        fill: how points inside a cell are read: `"linear"`, `"nearest"` (as published), or `"guided"`: linear, and
+            where the map leaves the region each pixel leans to those neighbours whose entering features were
+            like its own.
         pool: `"atrous"`, or `"drop"` to pass kept elements through max-pool stages (as published).
         patch: shape of the areas kept high, `"quadtree"` or `"block"` (as published).
         statistics: batch norm in training weighs elements by `"area"`, or each `"element"` the same (as
@@ -101,7 +103,7 @@ def adaptify(
     if strict:
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
-    graph = rewrite(facts, chosen, treatments)
+    graph = rewrite(facts, chosen, treatments, guided=fill == "guided")
     signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
     own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
     surgery = Surgery(graph, chosen, geometry, signature, facts.container, source, own)

@@ -45,7 +45,7 @@ Stride = Annotated[
     typer.Option("--output-stride", metavar="HIGH,LOW", help="e.g. 8,32; default: the network's own range"),
 ]
 Region = Annotated[str, typer.Option(help="auto, backbone, or names of modules, separated by commas")]
-Fill = Annotated[str, typer.Option(help="how points inside a cell are read: linear or nearest")]
+Fill = Annotated[str, typer.Option(help="how points inside a cell are read: linear, nearest or guided")]
 Patch = Annotated[str, typer.Option(help="shape of areas kept high: quadtree or block")]
 Anchor = Annotated[str, typer.Option(help="corner, or center to reproduce the published code")]
 Pool = Annotated[str, typer.Option(help="max-pool stages: atrous, or drop as published")]

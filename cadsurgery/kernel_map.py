@@ -123,7 +123,7 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     row = index[points]
     sources, mix = _nothing_mixed(row.device)
     used = None
-    linear = lattice.geometry.fill == "linear" and lattice.uniform_level != 0
+    linear = lattice.geometry.interpolates and lattice.uniform_level != 0
     if linear:
         off_anchor = lattice.anchors[row] != points
         if inside is not None:
@@ -229,7 +229,7 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
     above, below = max(0, -down[0]), max(0, down[-1])
     before, after = max(0, -across[0]), max(0, across[-1])
-    count, linear = len(source), source.geometry.fill == "linear" and source.uniform_level != 0
+    count, linear = len(source), source.geometry.interpolates and source.uniform_level != 0
     rows = source.index
     if linear:  # what is no anchor stands for itself, as a negative number, until it has a row of the halo
         pixels = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)

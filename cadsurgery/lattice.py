@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cadsurgery.errors import InvalidInput
 
-Fill = Literal["linear", "nearest"]
+Fill = Literal["linear", "nearest", "guided"]
 Anchor = Literal["corner", "center"]
 Pool = Literal["atrous", "drop"]
 Patch = Literal["quadtree", "block"]
@@ -29,7 +29,7 @@ Statistics = Literal["area", "element"]
 T = TypeVar("T")
 
 _CHOICES = {
-    "fill": ("linear", "nearest"),
+    "fill": ("linear", "nearest", "guided"),
     "anchor": ("corner", "center"),
     "pool": ("atrous", "drop"),
     "patch": ("quadtree", "block"),
@@ -44,7 +44,8 @@ class Geometry:
     Args:
         strides: stride r_j of each adaptive stage, in order.
         max_level: the lowest resolution allowed; later stages then only dilate. Default: all stages.
-        fill: how a point inside a cell is read, `"linear"` (default) or `"nearest"` (as published).
+        fill: how a point inside a cell is read, `"linear"` (default), `"nearest"` (as published) or `"guided"`:
+            linear, but where the map leaves the region weighed by the features that entered it.
         anchor: where the taps of a cell start, `"corner"` or, as in the published code, `"center"`.
         pool: what a max-pool stage does to cells it keeps: `"atrous"` pooling or `"drop"` (pass on).
         patch: how level maps are made legal: `"quadtree"` or `"block"` (as published).
@@ -83,6 +84,11 @@ class Geometry:
                 f"max_level={self.max_level} needs as many stages; strides are {self.strides}.",
                 next="give one positive stride per stage.",
             )
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether points inside a cell are read from more than the cell."""
+        return self.fill != "nearest"
 
     @property
     def sides(self) -> tuple[int, ...]:

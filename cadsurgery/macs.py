@@ -21,6 +21,7 @@ from cadsurgery.errors import UnknownName
 from cadsurgery.functional import Elements
 from cadsurgery.lattice import Lattice
 from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.planner import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
@@ -102,14 +103,16 @@ def count_macs(
     image: Any = next(iter((*args, *kwargs.values())), None)
     check_image(image)
     provider = net.mask if mask is None else resolve_mask(mask)
-    masking = Masking(provider, net.geometry, net.plan.strides[0])
-    found: list[Lattice] = []
+    asked = _Asked(Masking(provider, net.geometry, net.plan.strides[0]))
+    needs_values = provider.sees_features or provider.looks_ahead
+    found = [net.find_lattice(asked, *args, **kwargs)] if needs_values else []
 
     def masked(_: Tensor, features: Tensor) -> Lattice:
-        found.append(masking(image, torch.empty(features.shape, device=image.device)))
+        if not found:
+            found.append(asked(image, torch.empty(features.shape, device=image.device)))
         return found[0]
 
-    counted = ghost(net)
+    counted, before = ghost(net), [0]
     bound = net.bind(
         *(_to_meta(value) for value in args), **{key: _to_meta(value) for key, value in kwargs.items()}
     )
@@ -119,6 +122,7 @@ def count_macs(
         return net.geometry.uniform_like(features, 0)
 
     def low(_: Tensor, features: Tensor) -> Lattice:
+        before[0] = sum(counter.counts.values())
         return net.geometry.uniform_like(features, net.geometry.max_level)
 
     for chosen in (masked, high, low):
@@ -131,7 +135,35 @@ def count_macs(
         for decision in net.plan.decisions
         if any(count.get(decision.node) for count in counts)
     ]
+    ahead = sum(counts[-1].values()) - before[0] if provider.looks_ahead else 0
+    for name, work in zip(MASK_LAYERS, (asked.macs, ahead), strict=True):
+        if work:
+            layers.append(LayerMacs(name, provider.name, work, 0, 0))
     return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
+
+
+# What a mask costs: its own convolutions, and the pass of the network it looks at.
+MASK_LAYERS = ("(mask)", "(first pass)")
+
+
+@dataclass
+class _Asked:
+    """A masking that notes the MACs of its provider."""
+
+    masking: Masking
+    macs: int = 0
+
+    @property
+    def provider(self) -> MaskProvider:
+        """The mask."""
+        return self.masking.provider
+
+    def __call__(self, image: Tensor, features: Tensor) -> Lattice:
+        """The lattice."""
+        with FlopCounterMode(display=False) as flops:
+            lattice = self.masking(image, features)
+        self.macs = flops.get_total_flops() // 2
+        return lattice
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.macs import MacReport, count_macs, ghost
 from cadsurgery.masks.basic import UniformMask
+from cadsurgery.masks.confidence import first_pass
 from cadsurgery.masks.masking import NEEDS_STATIC, Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.fuse import KERNELS, fuse
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.rewrite import packed, unpacked
+from cadsurgery.surgery.rewrite import Halves, halves, packed, unpacked
 from cadsurgery.surgery.verify import Check
 
 
@@ -77,6 +78,7 @@ class AdaptiveModel(nn.Module):
         self._surgery = surgery
         self._last = _Last()
         self._override: ContextVar[object] = ContextVar("mask", default=None)
+        self._halved: Halved | None = None
         self._overridden = False  # whether it was ever set: before torch 2.15 compilers cannot look
         self._checks: tuple[Check, ...] = ()
         self._run = runnable(surgery.graph)
@@ -109,7 +111,10 @@ class AdaptiveModel(nn.Module):
             level = 0 if provider.high else self.plan.max_level
             if level == self.plan.identity_level:
                 return self._as_it_was(level, *args, **kwargs)
-        return self.run(Masking(provider, self.geometry, self.plan.strides[0]), *args, **kwargs)
+        masking = Masking(provider, self.geometry, self.plan.strides[0])
+        if provider.looks_ahead:
+            return self._run_twice(masking, *args, **kwargs)
+        return self.run(masking, *args, **kwargs)
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools."""
@@ -120,6 +125,44 @@ class AdaptiveModel(nn.Module):
         """Output and lattice of the rewritten graph, nothing checked or noted."""
         output, lattice = self._run(self.names(), masking, **self.bind(*args, **kwargs))
         return output, lattice
+
+    def halved(self) -> Halved:
+        """Its graph cut where the mask is asked for: what comes before, and the rest."""
+        if self._halved is None:
+            cut = halves(self._surgery.graph)
+            self._halved = Halved(cut, runnable(cut.before), runnable(cut.after))
+        return self._halved
+
+    def _run_twice(self, masking: Masking, /, *args: Any, **kwargs: Any) -> Any:
+        """For a mask that looks at what the network gives with everything downsampled."""
+        arguments = self.bind(*args, **kwargs)
+        check_image(next(iter(arguments.values()), None))
+        halved, names = self.halved(), self.names()
+        values = halved.before(names, **arguments)
+        with self._ahead(masking.provider, values):
+            return self.finish(*halved.after(names, masking, *values))
+
+    @contextmanager
+    def _ahead(self, provider: MaskProvider, values: tuple[Any, ...]) -> Iterator[None]:
+        """Show a mask, if it wants it, what the network gives for the values before the region."""
+        if not provider.looks_ahead:
+            yield
+            return
+        with torch.no_grad(), evaluating(self):
+            found, _ = self.halved().after(self.names(), self._everything_low, *values)
+        with first_pass(found):
+            yield
+
+    def _everything_low(self, image: Tensor, features: Tensor) -> Lattice:
+        return self.geometry.uniform_like(features, self.geometry.max_level)
+
+    def find_lattice(self, masking: Any, /, *args: Any, **kwargs: Any) -> Lattice:
+        """The lattice of a masking for an image, the network run no further than that takes, in evaluation mode."""
+        halved = self.halved()
+        with torch.no_grad(), evaluating(self):
+            values = halved.before(self.names(), **self.bind(*args, **kwargs))
+            with self._ahead(masking.provider, values):
+                return masking(values[halved.cut.image], values[halved.cut.features])
 
     def _as_it_was(self, level: int, *args: Any, **kwargs: Any) -> Any:
         """The network's own graph, operation for operation."""
@@ -288,12 +331,13 @@ class AdaptiveModel(nn.Module):
         self._run = runnable(self._surgery.graph)
         self._run_unchanged = runnable(unchanged) if unchanged is not None else None
         self._override = ContextVar("mask", default=None)
+        self._halved = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         shared = {"_surgery": self._surgery, "_run": self._run, "_last": _Last()}  # values, never changed
-        shared["_run_unchanged"] = self._run_unchanged
+        shared["_run_unchanged"], shared["_halved"] = self._run_unchanged, self._halved
         shared["_override"] = ContextVar("mask", default=None)
         state = {key: value for key, value in vars(self).items() if key not in shared}
         clone.__dict__.update(copy.deepcopy(state, memo), **shared)
@@ -354,6 +398,28 @@ class OptimizedModel(AdaptiveModel):
         return self
 
 
+@dataclass(frozen=True)
+class Halved:
+    """A rewritten graph as two functions; see `Halves`. Their first argument is `AdaptiveModel.names()`."""
+
+    cut: Halves
+    before: Any
+    after: Any
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; afterwards every module is in its own again."""
+    modes = {module: module.training for module in net.modules()}
+    if any(modes.values()):
+        net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class _Data:
     """The plain data of a network, without its modules and tensors."""
 
@@ -376,7 +442,7 @@ def _is_static(mask: object) -> bool:
 
 
 # What a pickled network does without.
-_MADE_ANEW = ("_run", "_run_unchanged", "_override")
+_MADE_ANEW = ("_run", "_run_unchanged", "_override", "_halved")
 
 
 def _without_mask(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

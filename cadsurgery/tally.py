@@ -15,7 +15,7 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.errors import InvalidInput
 from cadsurgery.hosted import HostedModel
 from cadsurgery.lattice import Lattice
-from cadsurgery.macs import LayerWork, layer_work
+from cadsurgery.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.masks import MaskProvider, labelled
 from cadsurgery.metrics import SegmentationMetrics
 from cadsurgery.model import AdaptiveModel
@@ -30,12 +30,14 @@ class Setting:
         fast: its optimised copy, which is run.
         mask: the provider.
         work: of layers by shape of the batch, shared by the settings of a network; None where it is not linear.
+        of_mask: MACs that the mask itself takes, by shape of the batch.
     """
 
     net: AdaptiveModel
     fast: AdaptiveModel
     mask: MaskProvider
     work: dict[tuple[int, ...], tuple[LayerWork, ...] | None]
+    of_mask: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Any:
         """The network's output under this mask; masks may see the labels (B, H, W)."""
@@ -57,10 +59,16 @@ class Setting:
         else:
             high = _high(self.net, lattice)
             counts = [(entry.layer, entry.on(lattice), entry.on(high)) for entry in layers]
+        if shape not in self.of_mask:
+            with labelled(labels):
+                report = self.net.macs(images, mask=self.mask)
+            self.of_mask[shape] = sum(entry.mask for entry in report.layers if entry.layer in MASK_LAYERS)
+        own = self.of_mask[shape]
+        counts = [count for count in counts if count[0] not in MASK_LAYERS]
         return Work(
-            sum(mask for _, mask, _ in counts),
+            own + sum(mask for _, mask, _ in counts),
             sum(high for *_, high in counts),
-            sum(mask for name, mask, _ in counts if name in inside),
+            own + sum(mask for name, mask, _ in counts if name in inside),
             sum(high for name, _, high in counts if name in inside),
         )
 

@@ -1,6 +1,7 @@
 """Fine-tuning: train a converted network, or any other, resumable to the exact step."""
 
 from cadsurgery.finetune.batches import augmentation
+from cadsurgery.finetune.blend import Blend
 from cadsurgery.finetune.evaluation import evaluate
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import fit
@@ -10,6 +11,7 @@ from cadsurgery.finetune.schedule import Draw
 from cadsurgery.finetune.settings import Settings
 
 __all__ = [
+    "Blend",
     "Draw",
     "Objective",
     "Outcome",

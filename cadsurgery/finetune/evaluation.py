@@ -7,9 +7,8 @@ from torch import nn
 
 from cadsurgery.errors import InvalidInput
 from cadsurgery.finetune.batches import Samples, check_data, prepared
-from cadsurgery.finetune.groups import evaluating
 from cadsurgery.finetune.objectives import logits_of, resized
-from cadsurgery.model import AdaptiveModel
+from cadsurgery.model import AdaptiveModel, evaluating
 from cadsurgery.zoo import source_of
 
 

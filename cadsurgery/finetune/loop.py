@@ -28,7 +28,6 @@ from cadsurgery.finetune.evaluation import evaluate
 from cadsurgery.finetune.groups import (
     Modes,
     Stem,
-    evaluating,
     make_groups,
     make_optimizer,
     stem_of,
@@ -39,7 +38,7 @@ from cadsurgery.finetune.probe import count_outputs, freeze_unused
 from cadsurgery.finetune.results import Outcome, run_folder, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.model import OptimizedModel
+from cadsurgery.model import OptimizedModel, evaluating
 from cadsurgery.zoo import source_of
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.errors import InvalidInput, UnknownName
-from cadsurgery.finetune.groups import evaluating
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.lattice import describe
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
-from cadsurgery.model import AdaptiveModel
+from cadsurgery.model import AdaptiveModel, evaluating
 
 IGNORED = 255
 AUXILIARY_WEIGHT = 0.5  # of torchvision's reference training of segmentation networks

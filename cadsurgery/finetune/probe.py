@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from cadsurgery.errors import InvalidInput, first_line
 from cadsurgery.finetune.batches import Batch, Samples
 from cadsurgery.finetune.evaluation import check_classes
-from cadsurgery.finetune.groups import evaluating
 from cadsurgery.finetune.objectives import Objective, logits_of
 from cadsurgery.finetune.schedule import Draw, derived
+from cadsurgery.model import evaluating
 
 
 def count_outputs(net: nn.Module, data: Samples, batch: Batch) -> int:

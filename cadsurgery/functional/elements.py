@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +52,14 @@ def fine_map(dense: Tensor, layout: str) -> Tensor:
     return dense.permute(*image, *channel_dims(layout)).flatten(3).permute(0, 3, 1, 2)
 
 
-def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW) -> Tensor:
+def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | None = None) -> Tensor:
     """A dense map that reads every `spacing`-th fine pixel by the lattice's fill.
 
     Args:
         x: elements.
         spacing: 1 for the fine size, the network's own sample distance for its native size.
         layout: of the result.
+        guide: (B, D, H, W) on the fine map: pixels between anchors lean to those whose guide is like theirs.
 
     Returns:
         By default (B, C, ceil(H / spacing), ceil(W / spacing)), in channels_last memory.
@@ -72,7 +73,9 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW) -> Tensor:
 
     reading = lattice.pyramid.derive(("to_dense", lattice.stage, lattice.size, spacing), build)
     flat = x.rows.reshape(len(lattice), -1)
-    if native.supported(flat) and not needs_gradient(flat):
+    if guide is not None and spacing == 1 and reading.sources.shape[0]:
+        reading = guided(reading, lattice, guide)
+    if native.supported(flat) and not needs_gradient(flat, reading.mix):
         rows = flat.new_empty(reading.table.numel(), flat.shape[1])
         native.gather(rows_and_halo(flat, reading, 0.0), reading.table.reshape(-1, 1), rows)
     else:
@@ -84,6 +87,33 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW) -> Tensor:
         by_pixel, present = by_pixel.flatten(1, 2), present.replace("hw", "p")
     channels = iter(channel_dims(present))
     return by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
+
+
+# Share of the mean distance that every distance is enlarged by, so that one that vanishes does not decide alone.
+_SLACK = 0.01
+
+
+def guided(reading: Reading, lattice: Lattice, guide: Tensor) -> Reading:
+    """The reading of a whole fine map with each halo row mixed anew, by likeness of a guide (B, D, H, W).
+
+    With b_i the bilinear weights of a pixel p and d_i = |g(p) - g(a_i)|^2 to the anchor of its i-th source, the
+    weights are b_i / (d_i + s sum_j b_j d_j)^2, normalised: inverse distance weighting (Shepard 1968) among the
+    neighbours, without a scale. Equal distances leave the bilinear weights; anchors and level 0 are no halo.
+    """
+    height, width = lattice.size
+    rows = guide[:, :, :height, :width].permute(0, 2, 3, 1).flatten(0, 2)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    halo = reading.sources.shape[0]
+    place = (reading.table.flatten() - len(lattice)).clamp(min=0).long()  # 0: no halo row
+    points = torch.zeros(halo + 1, dtype=torch.long, device=place.device)
+    points = points.scatter(0, place, torch.arange(len(place), device=place.device))[1:]
+    anchors = lattice.anchors[reading.sources.long()].to(rows.device)
+    own = rows.index_select(0, points.to(rows.device))
+    apart = torch.stack([(rows.index_select(0, one) - own).square().mean(1) for one in anchors.unbind(1)], 1)
+    mix = reading.mix.to(apart)
+    typical = (mix * apart).sum(1, keepdim=True)
+    likeness = mix / (apart / typical.clamp(min=torch.finfo(apart.dtype).tiny) + _SLACK).square()
+    return replace(reading, mix=likeness / likeness.sum(1, keepdim=True))
 
 
 def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> Tensor:
@@ -165,6 +195,6 @@ def needs_gradient(*values: Tensor | None) -> bool:
 
 def mixed(rows: Tensor, sources: Tensor, mix: Tensor) -> Tensor:
     """Weighted sums of rows: (M, C)."""
-    if native.supported(rows) and not needs_gradient(rows):
+    if native.supported(rows) and not needs_gradient(rows, mix):
         return native.mix(rows, sources, mix)
     return F.embedding_bag(sources.to(rows.device), rows, per_sample_weights=mix.to(rows), mode="sum")

@@ -2,8 +2,11 @@
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
 from cadsurgery.masks.budget import Budget
+from cadsurgery.masks.confidence import ConfidenceMask
+from cadsurgery.masks.detail import DetailMask
 from cadsurgery.masks.edges import EdgeMask, GradientMask
 from cadsurgery.masks.graded import GradedMask
+from cadsurgery.masks.learned import LearnedMask
 from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provider
 from cadsurgery.masks.resolve import MaskWrapper, resolve_mask
 from cadsurgery.masks.saliency import SaliencyMask
@@ -13,6 +16,8 @@ from cadsurgery.masks.wrappers import Dilate, Threshold, Union
 
 __all__ = [
     "Budget",
+    "ConfidenceMask",
+    "DetailMask",
     "Dilate",
     "EdgeMask",
     "FixedMask",
@@ -20,6 +25,7 @@ __all__ = [
     "GradedMask",
     "GradientMask",
     "Grid",
+    "LearnedMask",
     "MaskProvider",
     "MaskWrapper",
     "RandomMask",

@@ -14,6 +14,8 @@ from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
 class UniformMask(MaskProvider):
     """One level everywhere."""
 
+    image_only = True
+
     static = True
     high: bool = True
 
@@ -48,6 +50,8 @@ class KeepNone(UniformMask):
 @mask_provider("random")
 class RandomMask(MaskProvider):
     """Keep random blocks high: for tests, timing and any-budget training."""
+
+    image_only = True
 
     def __init__(self, fraction: float = 0.3, block: int = 4, seed: int = -1) -> None:
         """Create the mask.
@@ -88,6 +92,8 @@ TENSOR = "a tensor"
 class FixedMask(MaskProvider):
     """A given level map, the same for every call."""
 
+    image_only = True
+
     storable = True  # its tensor is stored beside its spec
 
     def __init__(self, levels: Tensor) -> None:
@@ -106,6 +112,8 @@ class FixedMask(MaskProvider):
 
 class FunctionMask(MaskProvider):
     """A user's function image -> map."""
+
+    image_only = True
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

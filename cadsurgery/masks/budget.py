@@ -23,6 +23,8 @@ class Budget(MaskWrapper):
     scores, shapes and control flow depend on no values, as compilers and CUDA graphs want it.
     """
 
+    image_only = True
+
     def __init__(
         self, mask: object, fraction: float | tuple[float, ...] = (0.3,), per_batch: bool = False
     ) -> None:

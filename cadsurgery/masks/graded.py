@@ -22,6 +22,8 @@ class GradedMask(MaskProvider):
     levels. A subclass gives the map (`strength`).
     """
 
+    image_only = True
+
     counted: ClassVar[str] = "thresholds"  # what a message calls the options that decide about a level each
 
     def __init__(self, threshold: float | tuple[float, ...], dilation: int | tuple[int, ...]) -> None:

@@ -57,6 +57,7 @@ class MaskProvider(nn.Module):
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
     takes: ClassVar[Literal["none", "one", "many"]] = "none"  # other masks: how the string form writes it
+    image_only: ClassVar[bool] = False  # does not look at the features, which then need not be computed
     needs: ClassVar[str] = ""  # what its maps depend on besides image and features, e.g. "earlier images"
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
@@ -88,6 +89,16 @@ class MaskProvider(nn.Module):
     def parts(self) -> tuple[MaskProvider, ...]:
         """The masks it is made from."""
         return ()
+
+    @property
+    def sees_features(self) -> bool:
+        """Whether it, or a mask it is made from, looks at the features that enter the region."""
+        return not self.image_only or any(part.sees_features for part in self.parts)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it, or a mask it is made from, wants a first pass of the network with everything downsampled."""
+        return any(part.looks_ahead for part in self.parts)
 
     @property
     def dependence(self) -> str:

@@ -22,6 +22,8 @@ SPECTRAL = "cadsurgery.masks.saliency:spectral_residual"
 class SaliencyMask(MaskProvider):
     """Keep high what a function of the image scores at least the threshold; several thresholds give levels."""
 
+    image_only = True
+
     def __init__(
         self,
         function: str | Callable[[Tensor], Tensor] = SPECTRAL,

@@ -22,6 +22,8 @@ class Smooth(MaskWrapper):
     anew, as `reset()` does. What is remembered is in no state dict, copy or file.
     """
 
+    image_only = True
+
     needs = "earlier images"
 
     def __init__(self, mask: object, hold: int = 3) -> None:

@@ -23,6 +23,8 @@ from cadsurgery.masks.text import joined
 class Dilate(MaskWrapper):
     """Grow what another mask keeps, each level by the same window on the fine map."""
 
+    image_only = True
+
     def __init__(self, mask: object, size: int = 3) -> None:
         """Create the mask.
 
@@ -50,6 +52,8 @@ class Dilate(MaskWrapper):
 @mask_provider("threshold")
 class Threshold(MaskWrapper):
     """Cut the scores of another mask at thresholds, one for each level above the lowest."""
+
+    image_only = True
 
     def __init__(self, mask: object, at: float | tuple[float, ...] = (0.5,)) -> None:
         """Create the mask.
@@ -82,6 +86,8 @@ class Threshold(MaskWrapper):
 @mask_provider("union")
 class Union(MaskProvider):
     """Keep each place at the finest level that any of several masks gives it."""
+
+    image_only = True
 
     takes = "many"
 

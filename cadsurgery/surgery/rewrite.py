@@ -39,6 +39,7 @@ class Rewriter:
     sources: dict[fx.Node, fx.Node] = field(default_factory=dict)  # broadcast node -> vector it repeats
     working: dict[fx.Node, fx.Node] = field(default_factory=dict)  # where the value is only wrapped
     lattice: fx.Node | None = None
+    guided: bool = False  # what leaves at the fine size is read with the entering features as a guide
 
     def run(self) -> fx.Graph:
         """The rewritten graph; it takes one input more, `masking`, and also returns the lattice."""
@@ -79,7 +80,8 @@ class Rewriter:
             decision = self.plan[node.name]
             spacing = 1 if decision.leaves == "fine" else decision.grid
             options = () if decision.layout == NCHW else (decision.layout,)
-            self.dense[node] = self.call(functional.to_dense, self.elements[node], spacing, *options)
+            guide = {"guide": self.fine_map()} if self.guided and spacing == 1 else {}
+            self.dense[node] = self.call(functional.to_dense, self.elements[node], spacing, *options, **guide)
         return self.dense[node]
 
     def as_elements(self, node: fx.Node) -> fx.Node:
@@ -239,9 +241,11 @@ def found_lattice(masking: Callable[[Any, Any], Any], image: Any, features: Any)
     return masking(image, features)
 
 
-def rewrite(facts: Facts, plan: Plan, treatments: dict[fx.Node, Treatment]) -> fx.Graph:
+def rewrite(
+    facts: Facts, plan: Plan, treatments: dict[fx.Node, Treatment], *, guided: bool = False
+) -> fx.Graph:
     """The graph of the adaptive network; `facts.model` and its graph are left as they are."""
-    return Rewriter(facts, plan, treatments).run()
+    return Rewriter(facts, plan, treatments, guided=guided).run()
 
 
 class Halves(NamedTuple):
@@ -265,8 +269,13 @@ def halves(graph: fx.Graph) -> Halves:
     nodes = list(graph.nodes)
     asked = next(place for place, node in enumerate(nodes) if node.target is found_lattice)
     masking, *shown = nodes[asked].args
-    rest = set(nodes[asked:])
-    needed = [node for node in nodes[:asked] if node is not masking and rest & node.users.keys()]
+    again = _made_again(nodes[:asked])  # in both halves: the values passed on are those of the image
+    rest = {*nodes[asked:], *again}
+    needed = [
+        node
+        for node in nodes[:asked]
+        if node is not masking and node not in again and rest & node.users.keys()
+    ]
     before, after = fx.Graph(), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in nodes[:asked]:
@@ -275,10 +284,23 @@ def halves(graph: fx.Graph) -> Halves:
     before.output(tuple(copies[node] for node in needed))
     copies = {masking: after.placeholder(MASKING)}
     copies |= {node: after.placeholder(node.name) for node in needed}
-    for node in nodes[asked:]:
+    for node in (*(node for node in nodes[:asked] if node in again), *nodes[asked:]):
         copies[node] = after.node_copy(node, copies.__getitem__)
+    after.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     image, features = (needed.index(value) for value in shown)
     return Halves(before, after, image, features)
+
+
+def _made_again(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Weights, sizes, dtypes and devices, and what is computed from such alone: no values of the image."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        asks = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+        asks |= node.op == "call_method" and node.target in ("size", "dim")
+        inputs = set(node.all_input_nodes)
+        if asks or node.op == "get_attr" or (inputs and inputs <= found and node.op == "call_function"):
+            found.add(node)
+    return found
 
 
 def unchanged(facts: Facts, plan: Plan) -> fx.Graph:

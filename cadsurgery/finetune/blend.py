@@ -1,0 +1,131 @@
+"""The objective that trains a learned mask: whole paths, blended by a sample of the mask."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.finetune.objectives import Objective, divergence, logits_of, objective, supervised
+from cadsurgery.finetune.schedule import Draw, derived
+from cadsurgery.masks import Grid, LearnedMask, MaskProvider
+from cadsurgery.model import AdaptiveModel, evaluating
+from cadsurgery.paths import blended
+
+
+@objective("blend")
+class Blend(Objective):
+    """Cross entropy of whole paths, one per level, blended by a sample of the learned mask; plus its distance from its
+    target: (share kept - fraction)^2.
+
+    As published (Hesse et al., CVPRW 2023, supplementary), but for what the options say. `network="fixed"` trains the
+    mask alone, `"mixed"` trains the network on the mixed graph it is used with and the mask on the blend.
+    """
+
+    constants = ("teacher",)
+
+    def __init__(
+        self,
+        net: nn.Module,
+        statistics: str = "separate",
+        share: str = "argmax",
+        weight: float = 1.0,
+        network: str = "blend",
+        distil: float = 0.0,
+    ) -> None:
+        """Create the objective.
+
+        Args:
+            net: an adaptive network with a learned mask, wrapped or not.
+            statistics: `separate`: batch norm keeps those of the low path, as published; `shared`: of all paths.
+            share: the share kept high is that of the map used later (`argmax`), or of a second sample (`sample`), as
+                published.
+            weight: of the distance from the target.
+            network: what trains the network: `blend`, as published, `mixed`, or nothing (`fixed`).
+            distil: weight of the divergence from the dense high network as it started.
+
+        Raises:
+            UnknownName: no such choice.
+            InvalidInput: no adaptive network, or one without a learned mask.
+        """
+        super().__init__(net)
+        _choice("statistics", statistics, ("separate", "shared"))
+        _choice("share", share, ("argmax", "sample"))
+        _choice("network", network, ("blend", "mixed", "fixed"))
+        mask = _learned(net.mask) if isinstance(net, AdaptiveModel) else None
+        if mask is None:
+            raise InvalidInput(
+                "objective blend has no learned mask to train.",
+                where=f"network {type(net).__name__}",
+                next='convert it with a learned mask: cs.adaptify(model, mask="learned:fraction=0.3").',
+            )
+        self.separate, self.share, self.weight = statistics == "separate", share, weight
+        self.network, self.distil = network, distil
+        self._mask = (mask,)  # a tuple: it is a part of the network, not of the objective
+        self.teacher: nn.Module | None = None
+        if distil > 0:
+            self.teacher = copy.deepcopy(net).requires_grad_(False)
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Loss, its parts, and the share kept high."""
+        net, mask = self.net, self._mask[0]
+        assert isinstance(net, AdaptiveModel)
+        noise = [torch.Generator().manual_seed(derived(draw.seed, draw.step, part)) for part in (6, 7)]
+        noted: dict[str, Tensor] = {}
+
+        def weigh(features: Tensor, grid: Grid) -> Tensor:
+            # As published, the mask's gradient does not end at the features, unless they are fixed.
+            logits = mask.logits(features, grid)
+            noted["kept"] = mask.kept(logits, grid, noise[1] if self.share == "sample" else None)
+            return mask.sample(logits, grid, noise[0])
+
+        if self.network == "blend":
+            output = blended(net, inputs, weigh, separate=self.separate)
+        else:
+            with _fixed(net, mask):
+                output = blended(net, inputs, weigh, separate=self.separate)
+        entropy = supervised(output, labels)
+        apart = (noted["kept"] - mask.fraction).square()
+        loss = entropy + self.weight * apart
+        parts = {"entropy": entropy.detach(), "kept": noted["kept"].detach()}
+        if self.teacher is not None:
+            teacher = self.teacher
+            with torch.no_grad(), evaluating(teacher):
+                target = logits_of(teacher(*inputs, mask="all"))
+            far = divergence(logits_of(output), target, 1.0)
+            loss, parts["divergence"] = loss + self.distil * far, far.detach()
+        if self.network == "mixed":
+            of_mixed = supervised(net(*inputs), labels)
+            loss, parts["mixed"] = loss + of_mixed, of_mixed.detach()
+        return {"loss": loss, **parts}
+
+
+def _learned(mask: MaskProvider) -> LearnedMask | None:
+    """The learned mask, or the one inside wrappers."""
+    if isinstance(mask, LearnedMask):
+        return mask
+    return next((found for found in map(_learned, mask.parts) if found is not None), None)
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UnknownName(f"choice of {name}", value, known)
+
+
+@contextmanager
+def _fixed(net: AdaptiveModel, mask: LearnedMask) -> Iterator[None]:
+    """Within, only the mask's parameters take part in gradients, and batch norm keeps no statistics."""
+    of_mask = {id(parameter) for parameter in mask.parameters()}
+    others = [p for p in net.parameters() if p.requires_grad and id(p) not in of_mask]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        with evaluating(net):
+            yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)

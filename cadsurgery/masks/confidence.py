@@ -1,0 +1,125 @@
+"""Masks by how sure the network itself is after a first pass with everything downsampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.lattice import describe
+from cadsurgery.masks.filters import blurred
+from cadsurgery.masks.graded import check_count, check_thresholds, levels_of_scores, several
+from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+
+MEASURES = ("margin", "entropy")
+_FIRST_PASS: ContextVar[Any] = ContextVar("first_pass", default=None)
+
+
+@contextmanager
+def first_pass(output: Any) -> Iterator[None]:
+    """What the network gave with everything downsampled, for the masks asked within, in this thread."""
+    token = _FIRST_PASS.set(output)
+    try:
+        yield
+    finally:
+        _FIRST_PASS.reset(token)
+
+
+@mask_provider("confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)")
+class ConfidenceMask(MaskProvider):
+    """Keep high where the network is unsure after a first pass with everything downsampled.
+
+    The pass begins where the region begins: what comes before runs once. Its work counts as the mask's.
+    """
+
+    image_only = True
+
+    def __init__(
+        self, threshold: float | tuple[float, ...] = (0.5,), measure: str = "margin", sigma: float = 1.0
+    ) -> None:
+        """Create the mask.
+
+        Args:
+            threshold: on the doubt, 0..1; the i-th decides what gets level i, everything else the lowest level.
+            measure: of doubt: `margin`, one minus the difference of the two largest probabilities, or `entropy`,
+                divided by its largest value.
+            sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
+
+        Raises:
+            UnknownName: no such measure.
+            InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
+        """
+        super().__init__()
+        self.threshold, self.measure, self.sigma = several(threshold), measure, sigma
+        if measure not in MEASURES:
+            raise UnknownName("measure of mask 'confidence'", measure, MEASURES)
+        check_thresholds(self.threshold, "mask confidence", falling=True)
+        if not 0 <= sigma < math.inf:
+            raise InvalidInput(
+                f"sigma={sigma} is no width.",
+                where="mask confidence",
+                next="give 0 or a positive number such as 1.",
+            )
+
+    @property
+    def looks_ahead(self) -> bool:
+        """It does."""
+        return True
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int8: level i where the doubt reaches threshold i, the lowest elsewhere.
+
+        Raises:
+            InvalidInput: more thresholds than levels, or a network that gives no class scores for a map.
+        """
+        check_count(len(self.threshold), "thresholds", grid, "mask confidence")
+        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The doubt at the pixels of each sample of the fine map, averaged and smoothed."""
+        doubt = _doubt(_logits(_FIRST_PASS.get(), grid), self.measure)
+        if tuple(doubt.shape[1:]) != grid.size:
+            doubt = F.interpolate(
+                doubt.unsqueeze(1), size=grid.size, mode="bilinear", antialias=True
+            ).squeeze(1)
+        return blurred(doubt, self.sigma)
+
+
+def _logits(output: Any, grid: Grid) -> Tensor:
+    """The class scores (B, C, H, W) among the outputs of the first pass: a tensor, or `out` of a dictionary."""
+    if output is None:
+        raise InvalidInput(
+            "there was no first pass to be sure of.",
+            where="mask confidence",
+            why="it looks at the network's own output, so it works inside an adaptive network only.",
+            next='call the network: net(image, mask="confidence").',
+        )
+    found = output.get("out") if isinstance(output, Mapping) else output
+    if (
+        not isinstance(found, Tensor)
+        or found.dim() != 4
+        or found.shape[1] < 2
+        or found.shape[0] != grid.batch
+    ):
+        raise InvalidInput(
+            f"the network gives {describe(found)}.",
+            where="mask confidence",
+            why="doubt needs scores (B, C, H, W) of two classes or more, alone or as 'out' of a dictionary.",
+            next="choose another mask, e.g. detail or edges.",
+        )
+    return found
+
+
+def _doubt(logits: Tensor, measure: str) -> Tensor:
+    """(B, H, W) in 0..1 of class scores (B, C, H, W)."""
+    if measure == "entropy":
+        logs = logits.float().log_softmax(1)
+        return -(logs.exp() * logs).sum(1) / math.log(logits.shape[1])
+    best = logits.float().softmax(1).topk(2, dim=1).values
+    return 1 - (best[:, 0] - best[:, 1])
