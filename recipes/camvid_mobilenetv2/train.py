@@ -1,0 +1,124 @@
+"""Fine-tuning on CamVid at CPU scale: minutes, because the frozen stem's outputs are computed once.
+
+    python recipes/camvid_mobilenetv2/train.py DATA --run any-budget --seed 0 --output runs
+
+Writes `runs/any-budget-0/`: settings, log, and `net.safetensors`. Killed, it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from network import build, images
+from rich.console import Console
+
+import cadsurgery as cs
+from cadsurgery.finetune import Settings, fit
+
+CROP, PLACES = (224, 288), (2, 2)
+COMMON: dict[str, Any] = {
+    **{
+        "steps": 150,
+        "batch": 4,
+        "optimizer": "adamw",
+        "lr": 1e-4,
+        "backbone_factor": 1.0,
+        "weight_decay": 1e-2,
+    },
+    **{
+        "batch_norm": "frozen",
+        "ema": 0.97,
+        "jitter": 0.0,
+        "workers": 0,
+        "save_every": 50,
+        "validate_every": 10**6,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to fine-tune.
+
+    Attributes:
+        mask: of the network while it is trained.
+        settings: beside the common ones.
+    """
+
+    mask: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+DETAIL = "detail | budget:fraction=0.13"
+LEARNED = "learned:fraction=0.11,channels=16/16/16"
+RUNS = {
+    "dense": Run("all"),
+    "detail": Run(DETAIL),
+    "any-budget": Run(
+        "detail | budget:fraction=0.3",
+        {"objective": "any-budget", "objective_options": {"ranking": ["own", "random"]}},
+    ),
+    "learned": Run(
+        LEARNED, {"objective": "blend", "objective_options": {"network": "mixed"}, "mask_factor": 10.0}
+    ),
+    "mask": Run(
+        LEARNED, {"objective": "blend", "objective_options": {"network": "fixed"}, "mask_factor": 10.0}
+    ),
+}
+
+
+def train(data: Path, name: str, seed: int, output: Path, steps: int | None = None) -> None:
+    """One run, to `output/NAME-SEED`."""
+    console, begin = Console(stderr=True), time.perf_counter()
+    run = RUNS[name]
+    settings = Settings(**{**COMMON, **run.settings, "seed": seed, **({"steps": steps} if steps else {})})
+    mask = f"{run.mask},seed={seed}" if run.mask.startswith("learned") else run.mask
+    net = cs.adaptify(build(data), mask, output_stride=(8, 16), fill="guided")
+    cached = cs.CachedStem(net, images(data, "train"), flip=True, crop=CROP, places=PLACES)
+    validation = cs.CachedStem(net, images(data, "val"))
+    console.print(f"{len(cached)} crops cached after {time.perf_counter() - begin:.0f} s")
+
+    def on_step(row: dict[str, Any]) -> None:
+        if row["step"] % 25 == 0:
+            told = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None)
+            console.print(f"{told}; {time.perf_counter() - begin:.0f} s", highlight=False)
+
+    outcome = fit(
+        cs.body_of(net),
+        cached,
+        settings,
+        output=output / f"{name}-{seed}",
+        validation=validation,
+        on_step=on_step,
+    )
+    told = {
+        **outcome.to_dict(),
+        **{"run": name, "seed": seed, "mask": mask, "seconds": time.perf_counter() - begin},
+        **{"threads": torch.get_num_threads(), "torch": torch.__version__},
+    }
+    (output / f"{name}-{seed}" / "outcome.json").write_text(json.dumps(told, indent=2) + "\n")
+    console.print(f"val mIoU {outcome.before['miou']:.4f} -> {outcome.after['miou']:.4f}")
+
+
+def main() -> None:
+    """Arguments in, a run out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--run", choices=list(RUNS), required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="default: 150")
+    parser.add_argument("--output", type=Path, default=Path("runs"))
+    options = parser.parse_args()
+    train(options.data, options.run, options.seed, options.output, options.steps)
+
+
+if __name__ == "__main__":
+    main()
