@@ -29,12 +29,12 @@ THIN = ("pole", "sign", "pedestrian")
 
 
 class Segmenter(nn.Module):
-    """timm MobileNetV2 at output stride 8, torchvision FCN head, bilinear upsampling."""
+    """timm MobileNetV2, torchvision FCN head, bilinear upsampling; trained at output stride 8."""
 
-    def __init__(self) -> None:
+    def __init__(self, output_stride: int = 8) -> None:
         super().__init__()
         self.backbone = timm.create_model(
-            "mobilenetv2_100", features_only=True, output_stride=8, out_indices=(4,)
+            "mobilenetv2_100", features_only=True, output_stride=output_stride, out_indices=(4,)
         )
         self.head = FCNHead(320, len(CLASSES))
         self.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # images are x / 127.5 - 1

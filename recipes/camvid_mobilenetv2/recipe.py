@@ -1,169 +1,232 @@
-"""CamVid accuracy of a MobileNetV2 + FCN segmentation network, converted without retraining.
+"""CamVid accuracy of a MobileNetV2 + FCN network: dense, converted as it is, and fine-tuned.
 
-    python recipes/camvid_mobilenetv2/recipe.py DATA [--only NAME ...] [--limit N] [--output results.json]
+    python recipes/camvid_mobilenetv2/recipe.py DATA [--runs RUNS] [--only NAME ...] [--limit N] [--output results.json]
 
-DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/` (see the README beside this file). One
-confusion matrix over the whole test split, mean IoU of classes 0..10, label 11 ignored.
+DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/` (see the README beside this file), RUNS what `train.py`
+wrote. One confusion matrix over the test split, mean IoU of the 11 classes. Cost: MACs of the adaptive region, the
+mask's own work included, relative to everything high.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from network import CLASSES, THIN, Segmenter, build, images
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torchvision.models.segmentation.fcn import FCNHead
+from torch import Tensor
 
 import cadsurgery as cs
+from cadsurgery.masks import MaskProvider, resolve_mask
+from cadsurgery.timing import interleaved
 
-CLASSES, IGNORED = 11, 11
-THIN = (2, 6, 9)  # pole, sign, pedestrian
-BATCH = 4
-
-
-class Segmenter(nn.Module):
-    """timm MobileNetV2 at output stride 8, torchvision FCN head, bilinear upsampling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = timm.create_model(
-            "mobilenetv2_100", features_only=True, output_stride=8, out_indices=(4,)
-        )
-        self.head = FCNHead(320, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores at image resolution."""
-        scores = self.head(self.backbone(x)[0])
-        return F.interpolate(scores, size=x.shape[-2:], mode="bilinear", align_corners=False)
+EDGES, GRADED = "edges:threshold=0.35,dilation=11", "edges:threshold=0.95/0.1,dilation=5/15"
+BUDGET = 0.13  # of the patches, at output strides 8 and 16: cost .355
+PUBLISHED: dict[str, Any] = {"fill": "nearest", "patch": "block"}
+GUIDED: dict[str, Any] = {"fill": "guided"}
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One row of the table: options of `adaptify`; none for the network as it is."""
+class Group:
+    """Masks evaluated together, on one converted network, beside everything high and everything low.
 
-    mask: str = ""
-    output_stride: tuple[int, int] = (8, 32)
-    options: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        strides: output strides, high and low.
+        options: further ones of `adaptify`.
+        masks: by label.
+        runs: name of the fine-tuning run whose networks are taken, one per seed; none: the given weights.
+    """
+
+    strides: tuple[int, int]
+    options: dict[str, Any]
+    masks: dict[str, str] = field(default_factory=dict)
+    runs: str = ""
 
 
-EDGES, GRADED = "edges:threshold=0.35,dilation=11", "edges:threshold=0.95/0.1,dilation=5/15"
-NEAREST: dict[str, Any] = {"fill": "nearest"}
-SETTINGS = {
-    "dense OS 8": Setting(),
-    "edges 0/2 nearest, blocks": Setting(EDGES, options={**NEAREST, "patch": "block"}),
-    "edges 0/2 nearest, quadtree": Setting(EDGES, options=NEAREST),
-    "edges 0/2 linear, quadtree": Setting(EDGES),
-    "edges 0/1 linear, quadtree": Setting(EDGES, (8, 16)),
-    "graded edges linear": Setting(GRADED),
-    "all low linear": Setting("none"),
+def budgets(mask: str, *fractions: float) -> dict[str, str]:
+    """A mask at several budgets."""
+    return {f"{mask}, budget {fraction:g}": f"{mask} | budget:fraction={fraction}" for fraction in fractions}
+
+
+GROUPS = {
+    "published": Group((8, 32), PUBLISHED, {"edges .35 (published)": EDGES}),
+    "linear 8-32": Group((8, 32), {}, {"graded edges .95/.1": GRADED}),
+    "linear 8-16": Group((8, 16), {}, {"edges .35": EDGES}),
+    "guided 8-16": Group(
+        (8, 16),
+        GUIDED,
+        {**budgets("detail", 0.1, BUDGET), **budgets("edges", BUDGET), **budgets("trimap", BUDGET)},
+    ),
+    "guided 8-32": Group((8, 32), GUIDED, {"confidence": "confidence | budget:fraction=0.08/0.45"}),
+    "dense, fine-tuned": Group((8, 16), GUIDED, {}, "dense"),
+    "dense, fine-tuned, 8-32": Group((8, 32), GUIDED, {}, "dense"),
+    "detail, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "detail"),
+    "any-budget": Group((8, 16), GUIDED, budgets("detail", 0.05, BUDGET, 0.25, 0.5), "any-budget"),
+    "learned": Group((8, 16), GUIDED, {"learned": ""}, "learned"),
+    "learned mask alone": Group((8, 16), GUIDED, {"learned": ""}, "mask"),
 }
 
 
-def build(data: Path) -> Segmenter:
-    """The network with its trained weights."""
-    file = data / "camvid_mobilenetv2_fcn" / "mobilenetv2_fcn_os8_camvid.fp16.safetensors"
-    model = Segmenter()
-    model.load_state_dict(
-        {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in load_file(file).items()
-        }
+def prepared(found: cs.SegmentationData, index: int) -> Tensor:
+    """An image as the network takes it, as a batch of one."""
+    return found[index][0][None] * 2 - 1
+
+
+def networks(group: Group, runs: Path | None) -> Iterator[tuple[str, Path | None]]:
+    """Names of the networks of a group, and the files they are in; none for the given weights."""
+    if not group.runs:
+        yield "given", None
+    elif runs is not None:
+        for folder in sorted(runs.glob(f"{group.runs}-[0-9]*")):
+            if (folder / "net.safetensors").is_file():
+                yield folder.name, folder / "net.safetensors"
+
+
+def evaluate(
+    data: Path, group: Group, file: Path | None, found: cs.SegmentationData, step: Any
+) -> list[dict[str, Any]]:
+    """Rows of a group for one network."""
+    model: Any = build(data, file)
+    masks: dict[str, Any] = dict(group.masks)
+    if "learned" in masks:
+        assert file is not None
+        masks["learned"] = cs.load(file, build(data)).mask
+        masks |= equal_cost(model, group, masks["learned"], found)
+    report = cs.evaluate(
+        *(model, found, list(masks.values())),
+        output_stride=[group.strides],
+        options=group.options,
+        rounds=0,
+        batch=4,
+        step=step,
     )
-    return model.eval()
+    labels = ["everything high", *masks, "everything low"]
+    return [
+        {"label": label, "thin": sum(row.iou[name] or 0.0 for name in THIN) / len(THIN), **row.to_dict()}
+        for label, row in zip(labels, report.rows, strict=True)
+    ]
 
 
-def load_split(data: Path, limit: int | None) -> list[tuple[Path, Path]]:
-    """Image and label files of the test split."""
-    folder = data / "camvid" / "test"
-    images = sorted((folder / "images").iterdir())[:limit]
-    return [(image, folder / "labels" / f"{image.stem}.png") for image in images]
-
-
-def evaluate(net: nn.Module, files: list[tuple[Path, Path]], name: str) -> dict[str, Any]:
-    """Confusion matrix over the files, and the mean cost relative to the dense network's adaptive part."""
-    confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
-    active, spent = [], 0.0
-    for start in track(range(0, len(files), BATCH), description=name, console=Console(stderr=True)):
-        chunk = files[start : start + BATCH]
-        pictures = [np.array(Image.open(image).convert("RGB")) for image, _ in chunk]
-        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        labels = torch.from_numpy(np.stack([np.array(Image.open(label)) for _, label in chunk])).long()
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            predicted = net(x.contiguous(memory_format=torch.channels_last)).argmax(1)
-        spent += time.perf_counter() - begin
-        valid = labels < CLASSES
-        pairs = labels[valid] * CLASSES + predicted[valid]
-        confusion += torch.bincount(pairs, minlength=CLASSES**2).view(CLASSES, CLASSES)
-        if isinstance(net, cs.AdaptiveModel):
-            active.append((net.active_fraction, region_cost(net, x)))
-    hits = confusion.diag().double()
-    iou = hits / (confusion.sum(0) + confusion.sum(1) - confusion.diag())
-    shares = np.array(active).mean(0) if active else (1.0, 1.0)
+def equal_cost(model: Segmenter, group: Group, learned: Any, found: cs.SegmentationData) -> dict[str, str]:
+    """Budgets of other masks that cost what the learned mask costs, its own work included, on some of the images."""
+    net = cs.adaptify(model, learned, output_stride=group.strides, **group.options, verify_laws=False)
+    inside = {decision.node for decision in net.plan.chosen("adapt", "keep")}
+    cost = low = high = 0
+    for index in range(0, len(found), max(1, len(found) // 16)):
+        layers = net.macs(prepared(found, index)).layers
+        cost += sum(layer.mask for layer in layers if layer.layer in inside or layer.layer.startswith("("))
+        high += sum(layer.high for layer in layers if layer.layer in inside)
+        low += sum(layer.low for layer in layers if layer.layer in inside)
+    fraction = round((cost - low) / (high - low), 4)
     return {
-        "miou": 100 * iou.nanmean().item(),  # a class can be absent from a few images
-        "thin": 100 * iou[list(THIN)].nanmean().item(),
-        "pixel_accuracy": 100 * (hits.sum() / confusion.sum()).item(),
-        "active_fraction": float(shares[0]),
-        "cost": float(shares[1]),
-        "iou": [None if math.isnan(value) else 100 * value for value in iou.tolist()],
-        "seconds_per_image": spent / len(files),
+        f"{name}, same cost": f"{name} | budget:fraction={fraction}" for name in ("edges", "detail", "random")
     }
 
 
-def region_cost(net: cs.AdaptiveModel, x: Tensor) -> float:
-    """MACs of the adaptive part for this batch's masks, relative to everything high."""
-    adaptive = {decision.node for decision in net.plan.chosen("adapt", "keep")}
-    layers = [layer for layer in net.macs(x).layers if layer.layer in adaptive]
-    return sum(layer.mask for layer in layers) / sum(layer.high for layer in layers)
+def dense(data: Path, found: cs.SegmentationData, stride: int) -> dict[str, Any]:
+    """Accuracy of the ordinary network built at an output stride, with the given weights."""
+    model, metrics = Segmenter(stride), cs.SegmentationMetrics(len(CLASSES))
+    model.load_state_dict(build(data).state_dict())
+    model.eval()
+    with torch.inference_mode():
+        for index in range(len(found)):
+            metrics.update(model(prepared(found, index)).argmax(1), found[index][1][None])
+    figures = metrics.compute()
+    thin = sum(figures["iou"][CLASSES.index(name)] or 0.0 for name in THIN) / len(THIN)
+    return {"label": f"dense network, output stride {stride}", "thin": thin, **figures}
+
+
+def region_times(data: Path, found: cs.SegmentationData, rounds: int) -> dict[str, Any]:
+    """Milliseconds of the adaptive region and the head after it, interleaved, on four images one by one."""
+    net = cs.adaptify(build(data), "all", output_stride=(8, 16), **GUIDED).optimize()
+    body = cs.body_of(net)
+    inputs = [
+        cs.stem_outputs(net, prepared(found, index)) for index in range(0, len(found), -(-len(found) // 4))
+    ]
+    masks = {"all": "all", **budgets("detail", 0.1, BUDGET, 0.25, 0.5), "none": "none"}
+
+    def side(mask: MaskProvider) -> Callable[[], Any]:
+        return lambda: [body(*values, mask=mask) for values in inputs]
+
+    sides = {label: side(resolve_mask(spec)) for label, spec in masks.items()}
+    return {name: vars(found) for name, found in interleaved(sides, rounds).items()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table in Markdown, shares in per cent."""
+    lines = [
+        "| network | setting | mIoU | thin classes | boundary IoU | trimap IoU | active | cost |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = [f"{100 * row[name]:.2f}" for name in ("miou", "thin", "boundary_iou", "trimap_iou")]
+        shares = [f"{row[name]:.3f}" if name in row else "" for name in ("active_fraction", "region_of_high")]
+        strides = "{}-{}".format(*row["output_stride"]) if "output_stride" in row else ""
+        lines.append(f"| {row['network']} {strides} | {row['label']} | {' | '.join((*figures, *shares))} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the table, write the figures."""
+    """Print the tables, write the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--runs", type=Path, help="folder of fine-tuned networks")
+    parser.add_argument(
+        "--only", nargs="+", choices=["dense", "times", *GROUPS], default=["dense", "times", *GROUPS]
+    )
+    parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="number of images; default all")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--rounds", type=int, default=7, help="of timing")
+    parser.add_argument("--output", type=Path, help="JSON file; what it holds already is kept")
     options = parser.parse_args()
     if not (options.data / "camvid").is_dir():
         print(f"skipped: {options.data} holds no camvid folder")
         sys.exit(0)
+    console, found = Console(stderr=True), images(options.data, options.split).first(options.limit)
+    kept = json.loads(options.output.read_text()) if options.output and options.output.is_file() else {}
+    rows: dict[str, list[dict[str, Any]]] = kept.get("rows", {})
+    times = kept.get("region_milliseconds", {})
+    with console.status("") as status:
+        if "dense" in options.only:
+            rows["dense"] = [
+                {"network": "given", **dense(options.data, found, stride)} for stride in (8, 16, 32)
+            ]
+        for name in (name for name in GROUPS if name in options.only):
+            for network, file in networks(GROUPS[name], options.runs):
+                status.update(f"{name}: {network}")
+                told = evaluate(
+                    options.data,
+                    GROUPS[name],
+                    file,
+                    found,
+                    lambda text, n=name: status.update(f"{n}: {text}"),
+                )
+                rows[f"{name} {network}"] = [{"network": network, **row} for row in told]
+                write(options.output, rows, times, found)
+        if "times" in options.only:
+            times = region_times(options.data, found, options.rounds)
+    print(table([row for name in rows for row in rows[name]]))
+    for name, time in times.items():
+        print(f"region, {name}: {time['best']:.0f} ms best, {time['median']:.0f} ms median for four images")
+    write(options.output, rows, times, found)
 
-    model, files = build(options.data), load_split(options.data, options.limit)
-    results = {}
-    table = Table(title=f"CamVid test, {len(files)} images, weights trained at OS 8, no retraining")
-    for column in ("setting", "mIoU", "thin classes", "pixel acc.", "active", "cost", "s / image"):
-        table.add_column(column, justify="left" if column == "setting" else "right")
-    for name in options.only:
-        setting = SETTINGS[name]
-        net: nn.Module = model
-        if setting.mask:
-            net = cs.adaptify(model, setting.mask, output_stride=setting.output_stride, **setting.options)
-        row = results[name] = evaluate(net, files, name)
-        figures = (row["miou"], row["thin"], row["pixel_accuracy"], row["active_fraction"], row["cost"])
-        table.add_row(name, *(f"{value:.2f}" for value in figures), f"{row['seconds_per_image']:.2f}")
-    Console().print(table)
-    if options.output:
-        document = {"images": len(files), "torch": torch.__version__, "settings": results}
-        options.output.write_text(json.dumps(document, indent=2) + "\n")
+
+def write(
+    output: Path | None, rows: dict[str, Any], times: dict[str, Any], found: cs.SegmentationData
+) -> None:
+    """All figures as JSON."""
+    if output is not None:
+        document = {"data": found.name, "images": len(found), "torch": torch.__version__}
+        document |= {"threads": torch.get_num_threads(), "rows": rows, "region_milliseconds": times}
+        output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
