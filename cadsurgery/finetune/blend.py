@@ -19,8 +19,8 @@ from cadsurgery.paths import blended
 
 @objective("blend")
 class Blend(Objective):
-    """Cross entropy of whole paths, one per level, blended by a sample of the learned mask, whose share kept high is
-    held at its target.
+    """Cross entropy of whole paths, one per level, blended by a sample of the learned mask; plus its distance from its
+    target: (share kept - fraction)^2.
 
     As published (Hesse et al., CVPRW 2023, supplementary), but for what the options say. `network="fixed"` trains the
     mask alone, `"mixed"` trains the network on the mixed graph it is used with and the mask on the blend.
@@ -32,7 +32,7 @@ class Blend(Objective):
         self,
         net: nn.Module,
         statistics: str = "separate",
-        share: str = "tracked",
+        share: str = "argmax",
         weight: float = 1.0,
         network: str = "blend",
         distil: float = 0.0,
@@ -42,9 +42,9 @@ class Blend(Objective):
         Args:
             net: an adaptive network with a learned mask, wrapped or not.
             statistics: `separate`: batch norm keeps those of the low path, as published; `shared`: of all paths.
-            share: what holds the share kept high at its target: `tracked`, an offset that follows the batches, so that
-                the map used later keeps it, or `published`, the squared distance of a second sample's share.
-            weight: of that distance.
+            share: the share kept high is that of the map used later (`argmax`), or of a second sample (`sample`), as
+                published.
+            weight: of the distance from the target.
             network: what trains the network: `blend`, as published, `mixed`, or nothing (`fixed`).
             distil: weight of the divergence from the dense high network as it started.
 
@@ -54,7 +54,7 @@ class Blend(Objective):
         """
         super().__init__(net)
         _choice("statistics", statistics, ("separate", "shared"))
-        _choice("share", share, ("tracked", "published"))
+        _choice("share", share, ("argmax", "sample"))
         _choice("network", network, ("blend", "mixed", "fixed"))
         mask = _learned(net.mask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
@@ -80,10 +80,7 @@ class Blend(Objective):
         def weigh(features: Tensor, grid: Grid) -> Tensor:
             # As published, the mask's gradient does not end at the features, unless they are fixed.
             logits = mask.logits(features, grid)
-            tracked = self.share == "tracked"
-            if tracked and self.training:
-                mask.track(logits.detach(), grid)
-            noted["kept"] = mask.kept(logits, grid, None if tracked else noise[1])
+            noted["kept"] = mask.kept(logits, grid, noise[1] if self.share == "sample" else None)
             return mask.sample(logits, grid, noise[0])
 
         if self.network == "blend":
@@ -92,9 +89,8 @@ class Blend(Objective):
             with _fixed(net, mask):
                 output = blended(net, inputs, weigh, separate=self.separate)
         entropy = supervised(output, labels)
-        loss = entropy
-        if self.share == "published":
-            loss = loss + self.weight * (noted["kept"] - mask.fraction).square()
+        apart = (noted["kept"] - mask.fraction).square()
+        loss = entropy + self.weight * apart
         parts = {"entropy": entropy.detach(), "kept": noted["kept"].detach()}
         if self.teacher is not None:
             teacher = self.teacher

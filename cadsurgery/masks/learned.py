@@ -53,8 +53,6 @@ class LearnedMask(MaskProvider):
                 next="fraction is in 0..1, channels are three positive numbers, temperature is above 0.",
             )
         self.estimator = nn.Sequential()
-        self.register_buffer("offset", torch.zeros(()))
-        self.offset: Tensor
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int64: the level of the best score in each cell of the lowest level."""
@@ -88,8 +86,7 @@ class LearnedMask(MaskProvider):
             )
         assert isinstance(pool, nn.MaxPool2d)
         pool.kernel_size = pool.stride = grid.side  # known from the network, not from a file
-        found = self.estimator(features.to(next(self.estimator.parameters()).dtype)).float()
-        return torch.cat([found[:, :1] + self.offset, found[:, 1:]], 1)
+        return self.estimator(features.to(next(self.estimator.parameters()).dtype)).float()
 
     def sample(self, logits: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
         """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
@@ -106,23 +103,6 @@ class LearnedMask(MaskProvider):
         sides = [grid.side ** (level / max(grid.max_level, 1)) for level in range(grid.max_level + 1)]
         worth = torch.tensor([side**-2 - sides[-1] ** -2 for side in sides], device=logits.device)
         return (shares * (worth / worth[0].clamp(min=1e-12)).to(shares)).sum()
-
-    @torch.no_grad()
-    def track(self, logits: Tensor, grid: Grid, rate: float = 0.5) -> None:
-        """Move the score of level 0 towards where the map keeps the target fraction of this batch.
-
-        As batch norm follows its statistics: the estimator learns where, this holds how much. It is a buffer, the
-        same in all processes of a distributed run.
-        """
-        low, high = -20.0, 20.0
-        for _ in range(30):  # the share kept rises with the score
-            middle = (low + high) / 2
-            moved = torch.cat([logits[:, :1] + middle, logits[:, 1:]], 1)
-            if self.kept(moved, grid) < self.fraction:
-                low = middle
-            else:
-                high = middle
-        self.offset += rate * (low + high) / 2
 
     def _hardened(self, logits: Tensor) -> Tensor:
         """One-hot over axis 1, with the gradient of the softmax."""
