@@ -5,9 +5,9 @@ twins gives at M,
 
     t <= 1.06 (t_low + (M - M_low) / (M_high - M_low) (t_high - t_low)),
 
-the mask itself and all tables included. `fill="linear"` interpolates rows at level changes and is granted 0.08 more;
-networks with depthwise or grouped convolutions, whose work is mostly memory traffic, 1.2 in all. A miss is a result,
-not an error: the report states it.
+the mask itself and all tables included. `fill="linear"` and `"guided"` interpolate rows at level changes and are
+granted 0.08 more; networks with depthwise or grouped convolutions, whose work is mostly memory traffic, 1.2 in all. A
+miss is a result, not an error: the report states it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def bench(
         batch: number of images.
         output_stride: see `adaptify`.
         region: see `adaptify`.
-        fill: one or both of "nearest" and "linear"; each gives an entry of its own, against the same twins.
+        fill: one or more of "nearest", "linear" and "guided"; each gives an entry of its own, against the same twins.
         patch: see `adaptify`.
         dtype: "float32" or "bfloat16".
         device: "cpu" or "cuda".
@@ -277,7 +277,7 @@ def band(net: AdaptiveModel) -> float:
     """The multiple of the line that the law allows this network."""
     if any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in net.modules()):
         return GROUPED
-    return BAND + LINEAR if net.geometry.fill == "linear" else BAND
+    return BAND + LINEAR if net.geometry.interpolates else BAND
 
 
 def _built(network: str | nn.Module) -> tuple[nn.Module, Source | None]:

@@ -240,7 +240,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="number of images")] = 1,
     output_stride: Stride = "",
     region: Region = "auto",
-    fill: Annotated[list[str], typer.Option(help="nearest, linear or both; repeatable")] = ["nearest"],  # noqa: B006
+    fill: Annotated[list[str], typer.Option(help="nearest, linear, both, guided; repeatable")] = ["nearest"],  # noqa: B006
     patch: Patch = "quadtree",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     device: Device = "cpu",
@@ -257,8 +257,8 @@ def bench(
 ) -> None:
     """Measure time against work: random weights, budgets of the mask against the dense twins, interleaved.
 
-    The law: at most 1.06 times the straight line between the dense twins (1.14 with linear fill in networks of
-    dense convolutions). A miss is reported in words; the exit code stays 0.
+    The law: at most 1.06 times the straight line between the dense twins (1.14 with linear or guided fill in networks
+    of dense convolutions). A miss is reported in words; the exit code stays 0.
     """
     from cadsurgery.bench import bench as measure
     from cadsurgery.conversion import DEFAULT_SIZE

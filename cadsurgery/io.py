@@ -90,7 +90,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
     metadata, tensors = _read(path)
     of_mask = {name[len(_MASK) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
     if mask is None and metadata.get("mask") is not None:
-        mask = _stored_mask(metadata["mask"], of_mask)
+        mask = _stored_mask(path, metadata["mask"], of_mask)
     if mask is None:
         raise FileError(
             f"{path} was saved with {_NO_MASK}.",
@@ -192,7 +192,7 @@ def _damaged(path: Path, why: str) -> FileError:
     )
 
 
-def _stored_mask(spec: str, tensors: dict[str, torch.Tensor]) -> MaskProvider | None:
+def _stored_mask(path: Path, spec: str, tensors: dict[str, torch.Tensor]) -> MaskProvider | None:
     """The mask of a spec, with its tensors; None if a tensor that is a mask is missing."""
     mask = parse(spec, lambda: FixedMask(torch.zeros(1, 1)), TENSOR)
     for name, part in mask.named_modules():
@@ -201,7 +201,14 @@ def _stored_mask(spec: str, tensors: dict[str, torch.Tensor]) -> MaskProvider | 
             if key not in tensors:
                 return None
             part.levels = tensors[key]
-    mask.load_state_dict(tensors)
+    try:
+        mask.load_state_dict(tensors, assign=True)  # the stored types
+    except RuntimeError as error:
+        raise FileError(
+            f"the tensors of mask {spec} in {path} do not fit it.",
+            why=" ".join(str(error).split())[:400],
+            next='write the file again with cs.save, or give another mask: cs.load(path, mask="edges").',
+        ) from error
     return mask
 
 

@@ -4,7 +4,7 @@
 
 with a(e) the anchor of output element e, d the dilation, p the padding and S the spacing in fine pixels of
 the samples the window was written for. Points outside the map get the padding row; points inside a cell
-that are not its anchor are read by `fill` and, if linear, appended as interpolated halo rows.
+that are not its anchor are read by `fill` and, unless it is nearest, appended as interpolated halo rows.
 """
 
 from __future__ import annotations

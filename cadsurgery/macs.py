@@ -1,4 +1,4 @@
-"""Multiply-accumulates of an adaptive network for a mask, counted without running it.
+"""Multiply-accumulates of an adaptive network for a mask, counted without running more of it than the mask asks for.
 
 The network is run on meta tensors, so that every operation yields shapes and no values, with the real
 lattice of the image's mask. Convolutions on elements count `output elements x weight entries`; dense
@@ -65,6 +65,11 @@ class MacReport:
     def mask(self) -> int:
         """MACs with the mask."""
         return sum(layer.mask for layer in self.layers)
+
+    @property
+    def of_mask(self) -> int:
+        """Those of them that find the mask: its own convolutions, and the pass of the network it looks at."""
+        return sum(layer.mask for layer in self.layers if layer.layer in MASK_LAYERS)
 
     @property
     def high(self) -> int:
@@ -142,7 +147,7 @@ def count_macs(
     return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
 
 
-# What a mask costs: its own convolutions, and the pass of the network it looks at.
+# See `MacReport.of_mask`.
 MASK_LAYERS = ("(mask)", "(first pass)")
 
 

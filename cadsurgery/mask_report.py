@@ -19,7 +19,7 @@ from cadsurgery.conversion import example_image, is_file, quick
 from cadsurgery.errors import InvalidInput
 from cadsurgery.files import check_folder
 from cadsurgery.images import labelled_scene, normalise, read_labels, write_png
-from cadsurgery.io import load
+from cadsurgery.io import load, read_metadata
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.masks import Grid, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import checked_levels
@@ -142,14 +142,20 @@ def draw_masks(
     check_folder(output)
     picture = example_image(image, size)
     known = _labels(labels, image, size, picture)
-    chosen = masks or (
-        (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ("edges",)
-    )
-    providers = [resolve_mask(mask) for mask in chosen]
+    chosen = [(text, resolve_mask(text)) for text in masks]
     seen = _network(model, output_stride, patch) if model else _Bare(output_stride or (8, 32), patch)
+    own = seen.own
+    if not chosen:
+        telling = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
+        chosen = [(text, resolve_mask(text)) for text in telling]
+        if own is not None or not compare:
+            first = own or resolve_mask("edges")
+            chosen = [(first.spec(), first), *(entry for entry in chosen if entry[1].spec() != first.spec())]
     found = []
     with labelled(known) if known is not None else nullcontext():
-        for text, provider in zip(chosen, providers, strict=True):
+        for text, mask in chosen:
+            # A file's own mask brings what it has learned.
+            provider = own if own is not None and own.spec() == mask.spec() else mask
             lattice, macs = seen.look(picture, provider, count=compare)
             fine = lattice.size[0] * lattice.size[1]
             row = MaskRow(text, provider.spec(), lattice.active_fraction, len(lattice), fine, macs)
@@ -182,12 +188,25 @@ def _labels(
 class _Bare:
     """Masks on the fine map of strides, without a network: the image itself stands for the entering features."""
 
+    own = None
+
     def __init__(self, output_stride: tuple[int, int], patch: str) -> None:
         self.stride = output_stride[0]
         self.geometry = Geometry(_halvings(*output_stride), patch=patch)  # type: ignore[arg-type]
 
     def look(self, picture: Tensor, mask: MaskProvider, count: bool) -> tuple[Lattice, None]:
-        """The lattice of a mask on an image (3, H, W); nothing can be counted."""
+        """The lattice of a mask on an image (3, H, W); nothing can be counted.
+
+        Raises:
+            InvalidInput: a mask that looks at what a network gives.
+        """
+        if mask.looks_ahead:
+            raise InvalidInput(
+                f"mask {mask.spec()} looks at what a network gives.",
+                where="cadsurgery mask",
+                why="there is none.",
+                next="name one: --model NAME, or the file that cadsurgery convert wrote.",
+            )
         batch = normalise(picture, None).unsqueeze(0)
         features = batch[:, :, :: self.stride, :: self.stride]
         grid = Grid.of(self.geometry, 1, (features.shape[2], features.shape[3]), self.stride)
@@ -196,10 +215,10 @@ class _Bare:
 
 
 class _Seen:
-    """Masks in a network."""
+    """Masks in a network; `own` is that of its file."""
 
-    def __init__(self, net: AdaptiveModel) -> None:
-        self.net, self.stride = net, net.plan.strides[0]
+    def __init__(self, net: AdaptiveModel, own: MaskProvider | None = None) -> None:
+        self.net, self.stride, self.own = net, net.plan.strides[0], own
 
     def look(
         self, picture: Tensor, mask: MaskProvider, count: bool
@@ -212,12 +231,15 @@ class _Seen:
         if not count:
             return lattice, None
         report = self.net.macs(batch, mask=lattice.pyramid.levels)  # the very map, whatever gave it
-        return lattice, (report.mask, report.high, report.low)
+        finding = self.net.macs(batch, mask=mask).of_mask
+        return lattice, (finding + report.mask, report.high, report.low)
 
 
 def _network(model: str, output_stride: tuple[int, int] | None, patch: str) -> _Seen:
     if is_file(model):
-        return _Seen(load(model, mask="none"))
+        stored = read_metadata(model).get("mask") is not None
+        net = load(model, mask=None if stored else "none")
+        return _Seen(net, net.mask if stored else None)
     return _Seen(quick(model, "none", {"output_stride": output_stride, "patch": patch}))
 
 

@@ -139,17 +139,24 @@ class AdaptiveModel(nn.Module):
         check_image(next(iter(arguments.values()), None))
         halved, names = self.halved(), self.names()
         values = halved.before(names, **arguments)
-        with self._ahead(masking.provider, values):
+        with self.ahead(masking.provider, values):
             return self.finish(*halved.after(names, masking, *values))
 
     @contextmanager
-    def _ahead(self, provider: MaskProvider, values: tuple[Any, ...]) -> Iterator[None]:
-        """Show a mask, if it wants it, what the network gives for the values before the region."""
+    def ahead(self, provider: MaskProvider, values: tuple[Any, ...]) -> Iterator[None]:
+        """Show a mask asked within, if it wants it, what the network gives with everything downsampled.
+
+        Args:
+            provider: the mask.
+            values: what the first half of the graph gave, see `halved`; it is left as it is.
+        """
         if not provider.looks_ahead:
             yield
             return
         with torch.no_grad(), evaluating(self):
-            found, _ = self.halved().after(self.names(), self._everything_low, *values)
+            # Clones: the region may work in place on what enters it.
+            again = (value.clone() if isinstance(value, Tensor) else value for value in values)
+            found, _ = self.halved().after(self.names(), self._everything_low, *again)
         with first_pass(found):
             yield
 
@@ -161,7 +168,7 @@ class AdaptiveModel(nn.Module):
         halved = self.halved()
         with torch.no_grad(), evaluating(self):
             values = halved.before(self.names(), **self.bind(*args, **kwargs))
-            with self._ahead(masking.provider, values):
+            with self.ahead(masking.provider, values):
                 return masking(values[halved.cut.image], values[halved.cut.features])
 
     def _as_it_was(self, level: int, *args: Any, **kwargs: Any) -> Any:
@@ -284,7 +291,7 @@ class AdaptiveModel(nn.Module):
         """Multiply-accumulates of this network on an image: with its mask, dense high and dense low.
 
         Args:
-            args: as for a call; the network is not run, only its mask and the shapes.
+            args: as for a call. The network is run no further than its mask needs; of the rest only the shapes.
             mask: for this count only, as for a call.
             rule: `"conv"`, multiply-accumulates of convolutions and matrix products, or `"published"`,
                 the counting of the CAD reference code (seed of its Tab. 2).

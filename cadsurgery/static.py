@@ -25,7 +25,6 @@ from cadsurgery.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks.masking import Masking, check_image, not_static
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, runnable
-from cadsurgery.surgery.rewrite import halves
 
 # Largest difference between a written program and the network, relative to the largest output.
 TOLERANCE = 1e-4
@@ -37,9 +36,10 @@ class Bucketed(nn.Module):
         fast = cs.Bucketed(net)
         y = fast(x)
 
-    What precedes the region and the mask come first; then the numbers of elements after each stage are rounded up to a
-    bucket, and the rest runs in a graph made for that bucket, its last rows padding that nothing reads. A graph is
-    made at the first image of its bucket and size. `net.levels` and `net.active_fraction` are those of the last call.
+    What precedes the region and the mask come first, with the first pass that a mask may want; then the numbers of
+    elements after each stage are rounded up to a bucket, and the rest runs in a graph made for that bucket, its last
+    rows padding that nothing reads. A graph is made at the first image of its bucket and size. `net.levels` and
+    `net.active_fraction` are those of the last call.
     """
 
     def __init__(self, net: AdaptiveModel, per_octave: int = 4, **options: Any) -> None:
@@ -64,7 +64,7 @@ class Bucketed(nn.Module):
         if per_octave < 1:
             raise InvalidInput(f"per_octave={per_octave}.", next="use a positive number such as 4.")
         self.net, self.per_octave, self.options = net, per_octave, options
-        self._halves = halves(net.graph)
+        self._halves = net.halved().cut
         self._before = torch.compile(_apart(runnable(self._halves.before)), **options)
         self._after: dict[object, Callable[..., Any]] = {}
 
@@ -81,7 +81,8 @@ class Bucketed(nn.Module):
         check_image(next(iter(arguments.values()), None))
         values = self._before(net.names(), **arguments)
         masking = Masking(provider, net.geometry, net.plan.strides[0])
-        lattice = masking(values[self._halves.image], values[self._halves.features])
+        with net.ahead(provider, values):
+            lattice = masking(values[self._halves.image], values[self._halves.features])
         bounds, levels = self._bounds(lattice), lattice.pyramid.levels
         key = (bounds, levels.shape)
         if key not in self._after:

@@ -62,7 +62,7 @@ class Setting:
         if shape not in self.of_mask:
             with labelled(labels):
                 report = self.net.macs(images, mask=self.mask)
-            self.of_mask[shape] = sum(entry.mask for entry in report.layers if entry.layer in MASK_LAYERS)
+            self.of_mask[shape] = report.of_mask
         own = self.of_mask[shape]
         counts = [count for count in counts if count[0] not in MASK_LAYERS]
         return Work(

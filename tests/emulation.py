@@ -42,10 +42,12 @@ def fill_cells(dense: Tensor, side: Tensor) -> Tensor:
     return pick(dense, side * (y // side), side * (x // side))
 
 
-def read(dense: Tensor, side: Tensor, fill: str) -> Tensor:
+def read(dense: Tensor, side: Tensor, fill: str, guide: Tensor | None = None) -> Tensor:
     """The value read at every pixel of a cell-constant map.
 
-    nearest: D. linear, per axis: (1 - delta / R) D(o) + (delta / R) D(o + R), indices clamped to the map.
+    nearest: D. linear, per axis: (1 - delta / R) D(o) + (delta / R) D(o + R), indices clamped to the map. guided: with
+    a guide g (B, D, H, W), each of these four with the weight b becomes b / (d + (T + eps |g|^2) / 100)^2, normalised,
+    where d is its squared distance to the pixel in the guide and T the sum of all b d; without one, linear.
     """
     if fill == "nearest":
         return dense
@@ -55,9 +57,20 @@ def read(dense: Tensor, side: Tensor, fill: str) -> Tensor:
     bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
     down = ((y - top).to(dense.dtype) / side)[:, None]
     across = ((x - left).to(dense.dtype) / side)[:, None]
-    upper = (1 - across) * pick(dense, top, left) + across * pick(dense, top, right)
-    lower = (1 - across) * pick(dense, bottom, left) + across * pick(dense, bottom, right)
-    return (1 - down) * upper + down * lower
+    corners = [(top, left), (top, right), (bottom, left), (bottom, right)]
+    shares = [v * h for v in (1 - down, down) for h in (1 - across, across)]
+    if fill == "guided" and guide is not None:
+        guide = guide[:, :, :height, :width]
+        at_anchor = fill_cells(guide, side)
+        apart = [(pick(at_anchor, *corner) - guide).square().mean(1, keepdim=True) for corner in corners]
+        typical = sum(share * far for share, far in zip(shares, apart, strict=True))
+        typical = typical + torch.finfo(guide.dtype).eps * guide.square().mean(1, keepdim=True)
+        flat = typical == 0
+        near = [1 / (far + typical / 100 + flat).square() for far in apart]
+        shares = [share * weight for share, weight in zip(shares, near, strict=True)]
+        total = sum(shares)
+        shares = [share / total for share in shares]
+    return sum(share * pick(dense, *corner) for share, corner in zip(shares, corners, strict=True))  # type: ignore[return-value]
 
 
 def ceil_samples(length: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -96,7 +109,7 @@ class Emulation:
     Attributes:
         levels: (B, H, W) int64, legal.
         strides: of the adaptive stages.
-        fill: "linear" or "nearest".
+        fill: "linear", "nearest" or "guided".
         anchor: "corner", or "center": windows start at the middle of a cell (published).
         pool: "atrous", or "drop": a strided max-pool leaves cells alone that it does not downsample.
     """
@@ -128,9 +141,9 @@ class Emulation:
         """The same feature after a later stage: the anchors that remain."""
         return self.cut(x.data, x, stage, size or x.size)
 
-    def read(self, x: Feature) -> Tensor:
-        """The dense map: every pixel read by `fill`."""
-        return read(x.data, self.side(self.stage_of(x), x.size), self.fill)
+    def read(self, x: Feature, guide: Tensor | None = None) -> Tensor:
+        """The dense map: every pixel read by `fill`, with a guide only where it leaves the region."""
+        return read(x.data, self.side(self.stage_of(x), x.size), self.fill, guide)
 
     @staticmethod
     def stage_of(x: Feature) -> int:
@@ -333,10 +346,18 @@ class NetworkEmulator(fx.Interpreter):
     output stride of its input in the network as written.
     """
 
-    def __init__(self, model: nn.Module, emulation: Emulation, high: int) -> None:
+    def __init__(self, model: nn.Module, emulation: Emulation, high: int, entering: str = "") -> None:
         graph_module = model if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model)
         super().__init__(graph_module)
-        self.emulation, self.high = emulation, high
+        self.emulation, self.high, self.entering = emulation, high, entering
+        self.guide: Tensor | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name == self.entering:
+            assert isinstance(value, Feature) and value.stage == 0
+            self.guide = value.data
+        return value
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module, x = self.fetch_attr(target), args[0]
@@ -422,19 +443,23 @@ class NetworkEmulator(fx.Interpreter):
         return replace(maps[0], data=function(*data))
 
 
-def emulate(model: nn.Module, image: Tensor, emulation: Emulation, high: int) -> Any:
-    """Output of the network for an image batch; features that leave it are read at the fine size."""
+def emulate(model: nn.Module, image: Tensor, emulation: Emulation, high: int, entering: str = "") -> Any:
+    """Output of the network for an image batch; features that leave it are read at the fine size, with the value of the
+    node `entering`, if one is named, as a guide."""
     x = emulation.enter(image) if high == 1 else Feature(image, None)
-    return finish(emulation, NetworkEmulator(model, emulation, high).run(x))
+    emulator = NetworkEmulator(model, emulation, high, entering)
+    value = emulator.run(x)
+    assert emulator.guide is not None or not entering, f"no node {entering}"
+    return finish(emulation, value, emulator.guide)
 
 
-def finish(emulation: Emulation, value: Any) -> Any:
+def finish(emulation: Emulation, value: Any, guide: Tensor | None = None) -> Any:
     """A result with each feature read as a dense map."""
     if isinstance(value, dict):
-        return {key: finish(emulation, entry) for key, entry in value.items()}
+        return {key: finish(emulation, entry, guide) for key, entry in value.items()}
     if not isinstance(value, Feature):
         return value
-    return value.data if value.stage is None else emulation.read(value)
+    return value.data if value.stage is None else emulation.read(value, guide)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def small() -> cs.AdaptiveModel:
     return cs.adaptify(build("resnet18"), MIXED, verify_laws=False)
 
 
-@pytest.mark.parametrize("fill", ["nearest", "linear"])
+@pytest.mark.parametrize("fill", ["nearest", "linear", "guided"])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_it_gives_what_the_network_gives(name: str, fill: Any) -> None:

@@ -32,7 +32,7 @@ from cadsurgery.masks.masking import Masking
 from cadsurgery.static import _difference, bucket
 
 BUDGET = "edges | budget:fraction=0.34"
-FILLS = pytest.mark.parametrize("fill", ["linear", "nearest"])
+FILLS = pytest.mark.parametrize("fill", ["linear", "nearest", "guided"])
 double = torch.float64
 
 

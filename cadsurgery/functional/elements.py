@@ -97,10 +97,12 @@ def guided(reading: Reading, lattice: Lattice, guide: Tensor) -> Reading:
     """The reading of a whole fine map with each halo row mixed anew, by likeness of a guide (B, D, H, W).
 
     With b_i the bilinear weights of a pixel p and d_i = |g(p) - g(a_i)|^2 to the anchor of its i-th source, the
-    weights are b_i / (d_i + s sum_j b_j d_j)^2, normalised: inverse distance weighting (Shepard 1968) among the
-    neighbours, without a scale. Equal distances leave the bilinear weights; anchors and level 0 are no halo.
+    weights are b_i / (d_i + s (sum_j b_j d_j + e |g(p)|^2))^2, normalised: inverse distance weighting (Shepard 1968)
+    among the neighbours, without a scale. Equal distances leave the bilinear weights, and so do those that are
+    rounding: e is the machine epsilon of the guide's type. Anchors and level 0 are no halo.
     """
     height, width = lattice.size
+    rounding = torch.finfo(guide.dtype).eps
     rows = guide[:, :, :height, :width].permute(0, 2, 3, 1).flatten(0, 2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     halo = reading.sources.shape[0]
@@ -111,8 +113,9 @@ def guided(reading: Reading, lattice: Lattice, guide: Tensor) -> Reading:
     own = rows.index_select(0, points.to(rows.device))
     apart = torch.stack([(rows.index_select(0, one) - own).square().mean(1) for one in anchors.unbind(1)], 1)
     mix = reading.mix.to(apart)
-    typical = (mix * apart).sum(1, keepdim=True)
-    likeness = mix / (apart / typical.clamp(min=torch.finfo(apart.dtype).tiny) + _SLACK).square()
+    typical = ((mix * apart).sum(1) + rounding * own.square().mean(1)).unsqueeze(1)
+    # Where all are equal, zero over anything: a gradient, too, must not divide by nothing.
+    likeness = mix / (apart / torch.where(typical > 0, typical, 1) + _SLACK).square()
     return replace(reading, mix=likeness / likeness.sum(1, keepdim=True))
 
 

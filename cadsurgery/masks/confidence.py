@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class ConfidenceMask(MaskProvider):
     """
 
     image_only = True
+    needs = "a first pass of the network"
 
     def __init__(
         self, threshold: float | tuple[float, ...] = (0.5,), measure: str = "margin", sigma: float = 1.0
@@ -101,6 +103,9 @@ def _logits(output: Any, grid: Grid) -> Tensor:
             next='call the network: net(image, mask="confidence").',
         )
     found = output.get("out") if isinstance(output, Mapping) else output
+    given = (
+        f"a dictionary of {', '.join(map(str, output))}" if isinstance(output, Mapping) else describe(found)
+    )
     if (
         not isinstance(found, Tensor)
         or found.dim() != 4
@@ -108,7 +113,7 @@ def _logits(output: Any, grid: Grid) -> Tensor:
         or found.shape[0] != grid.batch
     ):
         raise InvalidInput(
-            f"the network gives {describe(found)}.",
+            f"the network gives {given}.",
             where="mask confidence",
             why="doubt needs scores (B, C, H, W) of two classes or more, alone or as 'out' of a dictionary.",
             next="choose another mask, e.g. detail or edges.",
@@ -118,8 +123,9 @@ def _logits(output: Any, grid: Grid) -> Tensor:
 
 def _doubt(logits: Tensor, measure: str) -> Tensor:
     """(B, H, W) in 0..1 of class scores (B, C, H, W)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if measure == "entropy":
-        logs = logits.float().log_softmax(1)
+        logs = logits.log_softmax(1)
         return -(logs.exp() * logs).sum(1) / math.log(logits.shape[1])
-    best = logits.float().softmax(1).topk(2, dim=1).values
+    best = logits.softmax(1).topk(2, dim=1).values
     return 1 - (best[:, 0] - best[:, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.graded import several
-from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
+
+_MAKING = threading.Lock()
 
 
 @mask_provider("learned", source="Hesse et al., CVPRW 2023, supplementary; reference code ad_e2e_resnet.py")
@@ -39,7 +42,7 @@ class LearnedMask(MaskProvider):
             channels: of the three hidden convolutions, as published by default.
             temperature: of the Gumbel-softmax in training.
             noise: draw Gumbel noise when it is used, too, as published; from torch's generator.
-            seed: of the initial weights.
+            seed: of the initial weights, 0 or more.
 
         Raises:
             InvalidInput: a value out of range.
@@ -47,12 +50,19 @@ class LearnedMask(MaskProvider):
         super().__init__()
         self.fraction, self.channels, self.temperature = fraction, several(channels), temperature
         self.noise, self.seed = noise, seed
-        if not 0 <= fraction <= 1 or temperature <= 0 or len(self.channels) != 3 or min(self.channels) < 1:
+        in_range = 0 <= fraction <= 1 and temperature > 0 and 0 <= seed < 2**63
+        if not in_range or len(self.channels) != 3 or min(self.channels) < 1:
             raise InvalidInput(
-                f"learned mask with fraction={fraction}, channels={self.channels}, temperature={temperature}.",
-                next="fraction is in 0..1, channels are three positive numbers, temperature is above 0.",
+                f"learned mask with fraction={fraction}, channels={format_option(self.channels)}, "
+                f"temperature={temperature}, seed={seed}.",
+                next="fraction is in 0..1, channels are three positive numbers, temperature above 0, seed at least 0.",
             )
         self.estimator = nn.Sequential()
+
+    @property
+    def dependence(self) -> str:
+        """Until there are weights a graph cannot hold it."""
+        return "" if len(self.estimator) else "weights that the first call of the network makes"
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int64: the level of the best score in each cell of the lowest level."""
@@ -74,8 +84,9 @@ class LearnedMask(MaskProvider):
             InvalidInput: features with other channels, or a network with other levels, than it was made for.
         """
         if not len(self.estimator):
-            self._make(features.shape[1], grid.max_level + 1, grid.side, features)
-        first, last, pool = self.estimator[0], self.estimator[7], self.estimator[4]
+            self._make(features.shape[1], grid.max_level + 1, features.device)
+        first, last = self.estimator[0], self.estimator[7]
+        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
         made = (first.in_channels, last.out_channels)
         if made != (features.shape[1], grid.max_level + 1):
             raise InvalidInput(
@@ -84,9 +95,11 @@ class LearnedMask(MaskProvider):
                 why=f"{features.shape[1]} channels enter the region, and maps have {grid.max_level + 1} levels.",
                 next='use a new one, mask="learned", or the network it was trained with.',
             )
-        assert isinstance(pool, nn.MaxPool2d)
-        pool.kernel_size = pool.stride = grid.side  # known from the network, not from a file
-        return self.estimator(features.to(next(self.estimator.parameters()).dtype)).float()
+        found = features.to(first.weight.dtype)
+        for layer in self.estimator:
+            pools = isinstance(layer, nn.Identity)
+            found = F.max_pool2d(found, grid.side, ceil_mode=True) if pools else layer(found)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def sample(self, logits: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
         """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
@@ -101,8 +114,8 @@ class LearnedMask(MaskProvider):
         noisy = logits if generator is None else logits + _gumbel(logits, generator)
         shares = self._hardened(noisy).mean((0, 2, 3))
         sides = [grid.side ** (level / max(grid.max_level, 1)) for level in range(grid.max_level + 1)]
-        worth = torch.tensor([side**-2 - sides[-1] ** -2 for side in sides], device=logits.device)
-        return (shares * (worth / worth[0].clamp(min=1e-12)).to(shares)).sum()
+        worth = shares.new_tensor([side**-2 - sides[-1] ** -2 for side in sides])
+        return (shares * worth / worth[0]).sum()
 
     def _hardened(self, logits: Tensor) -> Tensor:
         """One-hot over axis 1, with the gradient of the softmax."""
@@ -110,33 +123,35 @@ class LearnedMask(MaskProvider):
         hard = F.one_hot(soft.argmax(1), soft.shape[1]).movedim(-1, 1).to(soft)
         return hard + soft - soft.detach()
 
-    def _make(self, inputs: int, levels: int, side: int, like: Tensor) -> None:
-        """The estimator, with random weights; it begins at about its target."""
+    def _make(self, inputs: int, levels: int, device: torch.device) -> None:
+        """The estimator, with random weights; it begins at about its target.
+
+        Once, whatever thread comes first, and with parameters that can be trained, whatever mode torch is in.
+        """
         a, b, c = self.channels
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with _MAKING, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            if len(self.estimator):
+                return
+            torch.default_generator.manual_seed(
+                self.seed
+            )  # not those of other devices, which are not restored
             layers = nn.Sequential(
                 *(nn.Conv2d(inputs, a, 3, padding=1), nn.ReLU()),
                 *(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()),
-                nn.MaxPool2d(side, side, ceil_mode=True),
+                nn.Identity(),  # max-pooling to the cells, whose side the network knows
                 *(nn.Conv2d(b, c, 3, padding=1), nn.ReLU()),
                 nn.Conv2d(c, levels, 3, padding=1),
             )
-        share = min(max(self.fraction, 0.01), 0.99)
-        with torch.no_grad():
-            bias = torch.zeros(levels)
-            bias[0] = math.log(share / (1 - share))
-            layers[7].load_state_dict({"bias": bias}, strict=False)
-        for name, layer in layers.named_children():
-            self.estimator.add_module(name, layer)
-        self.estimator.to(like.device)
-        self.estimator.train(self.training)
+            share = min(max(self.fraction, 0.01), 0.99)
+            start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (levels - 1)])
+            layers[7].bias = nn.Parameter(start)
+            self.estimator = layers.to(device).train(self.training)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Make the estimator that the tensors belong to, if there is none yet; its children are loaded after."""
         first, last = (state_dict.get(f"{prefix}estimator.{place}.weight") for place in (0, 7))
         if not len(self.estimator) and isinstance(first, Tensor) and isinstance(last, Tensor):
-            self._make(first.shape[1], last.shape[0], 2, first)
+            self._make(first.shape[1], last.shape[0], first.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

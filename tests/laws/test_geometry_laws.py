@@ -10,14 +10,14 @@ with a(e) the top-left pixel of the cell of target element e. `emulation.py` is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same, random_levels
-from emulation import Emulation, Feature, fill_cells
+from emulation import Emulation, Feature, fill_cells, pixels
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath
@@ -334,6 +334,72 @@ def test_to_dense_reads_every_pixel_by_fill(world: World, stage: int, spacing: i
 
 
 @QUICK
+@given(worlds(), st.integers(0, 3), st.integers(1, 4))
+def test_a_guide_weighs_what_is_read_between_anchors(world: World, stage: int, channels: int) -> None:
+    """As the formula says, per pixel; anchors and level 0 are exact, and only the fine size is guided."""
+    emulation = Emulation(world.emulation.levels, world.geometry.strides, "guided")
+    lattice = replace(world.geometry, anchor="corner", pool="atrous", fill="guided").lattice(emulation.levels)
+    world, stage = World(lattice, emulation, world.seed), min(stage, len(world.geometry.strides))
+    x, feature = world.features(3, stage)
+    guide = torch.randn(lattice.batch, channels, *world.size, dtype=torch.float64)
+    found = functional.to_dense(x, guide=guide)
+    assert_same(found, emulation.read(feature, guide), EXACT)
+    side = emulation.side(stage, world.size)
+    y, c = pixels(side)
+    anchors = ((y % side == 0) & (c % side == 0))[:, None].expand_as(found)
+    assert torch.equal(found[anchors], feature.data[anchors])
+    assert torch.equal(functional.to_dense(x, 2, guide=guide), functional.to_dense(x, 2))
+    assert_same(functional.to_dense(x, guide=8 * guide), found, EXACT)  # a guide has no scale
+
+
+@QUICK
+@given(worlds(), st.sampled_from([0.0, 1.0, -7.3]), st.sampled_from([torch.float64, torch.float32]))
+def test_a_guide_that_does_not_vary_leaves_the_linear_fill(
+    world: World, value: float, dtype: torch.dtype
+) -> None:
+    """Nor does one that varies by rounding alone; and its gradient is finite."""
+    lattice = Geometry(world.geometry.strides, fill="guided").lattice(world.emulation.levels)
+    dense = torch.randn(lattice.batch, 3, *world.size, dtype=dtype)
+    x = functional.to_elements(dense, lattice)
+    x = Elements(functional.rows_on(x, lattice), lattice)
+    expected = functional.to_dense(x)
+    flat = torch.full((lattice.batch, 2, *world.size), value, dtype=dtype, requires_grad=True)
+    found = functional.to_dense(x, guide=flat)
+    assert_same(found, expected)
+    if found.requires_grad:
+        assert torch.autograd.grad(found.square().sum(), flat)[0].isfinite().all()
+    noise = 1 + torch.finfo(dtype).eps * torch.randn(flat.shape, dtype=dtype)
+    assert_same(functional.to_dense(x, guide=noise * flat.detach()), expected, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_guided_reading_in_lower_precision_is_the_same_up_to_rounding(dtype: torch.dtype) -> None:
+    lattice = Geometry((2, 2), fill="guided").lattice(random_levels(2, (13, 18), (2, 2)))
+    dense, guide = torch.randn(2, 8, 13, 18).to(dtype), torch.randn(2, 3, 13, 18).to(dtype)
+
+    def run(kind: torch.dtype) -> Tensor:
+        x = functional.to_elements(dense.to(kind), lattice)
+        x = Elements(functional.rows_on(x, lattice), lattice)
+        return functional.to_dense(x, guide=guide.to(kind))
+
+    found = run(dtype)
+    assert found.dtype == dtype
+    assert_same(found.double(), run(torch.float64), 10 * torch.finfo(dtype).eps + 1e-6)
+
+
+def test_the_gradients_of_guided_reading_are_finite_differences() -> None:
+    """Law 6, for the rows and the guide."""
+    world = small_world("guided")
+    x, _ = world.features(2, 2)
+    guide = torch.randn(world.lattice.batch, 2, *world.size, dtype=torch.float64, requires_grad=True)
+
+    def run(rows: Tensor, guide: Tensor) -> Tensor:
+        return functional.to_dense(Elements(rows, x.lattice), guide=guide)
+
+    assert torch.autograd.gradcheck(run, (x.rows.detach().requires_grad_(), guide))
+
+
+@QUICK
 @given(worlds(), st.integers(0, 3), st.integers(0, 3))
 def test_rows_on_a_later_stage_are_those_at_the_remaining_anchors(
     world: World, first: int, second: int
@@ -567,7 +633,7 @@ def test_a_batch_is_its_images_one_by_one(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
+@pytest.mark.parametrize("fill", ["linear", "nearest", "guided"])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_lower_precision_is_the_same_up_to_its_rounding(
     dtype: torch.dtype, tolerance: float, fill: str, groups: int

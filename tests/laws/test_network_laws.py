@@ -34,6 +34,9 @@ SAMPLE = pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 RESNETS = pytest.mark.parametrize("name", [*BASIC, *BOTTLENECK, *DEEP])
 STRIDES = pytest.mark.parametrize("output_stride", [(4, 32), (8, 32), (8, 16), (16, 32)], ids=str)
 FILLS = pytest.mark.parametrize("fill", ["linear", "nearest"])
+ALL_FILLS = pytest.mark.parametrize(
+    "fill", ["linear", "nearest", "guided"]
+)  # guided: what leaves at the fine size
 double = torch.float64
 
 
@@ -94,6 +97,11 @@ def every(value: Any, step: int) -> Any:
     if isinstance(value, dict):
         return {key: every(entry, step) for key, entry in value.items()}
     return value[:, :, ::step, ::step] if value.dim() == 4 else value
+
+
+def guide_of(net: cs.AdaptiveModel, fill: str) -> str:
+    """The node whose value guides the fill, as the emulator is told."""
+    return net.plan.chosen("enter")[0].node.removeprefix("backbone_") if fill == "guided" else ""
 
 
 def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -268,14 +276,15 @@ def test_vgg_extremes_are_its_dense_twins(name: str, high: int) -> None:
 # -- 3: any level map ----------------------------------------------------------------------------------
 
 
-@FILLS
+@ALL_FILLS
 @STRIDES
 def test_any_level_map_on_resnet18_is_the_emulation(output_stride: Size, fill: str) -> None:
     """Law 3 for every pair of output strides: the map and the logits."""
     model, x = with_features(build("resnet18", double)), images(2, *SMALL, double)
     levels = levels_for(SMALL, output_stride)
     net = convert(model, output_stride=output_stride, fill=fill)
-    expected = emulate(model, x, Emulation(levels, stages(output_stride), fill), output_stride[0])
+    emulation = Emulation(levels, stages(output_stride), fill)
+    expected = emulate(model, x, emulation, output_stride[0], guide_of(net, fill))
     assert_same(run(net, x, mask=levels), expected)
     assert torch.equal(net.levels.long(), levels)
 
@@ -376,14 +385,15 @@ def test_plain_cnns_keep_laws_1_and_3(kind: str, size: Size, fill: str) -> None:
     assert_same(run(net, x, mask=levels), expected)
 
 
-@FILLS
+@ALL_FILLS
 def test_several_features_leave_the_region_at_the_fine_size(fill: str) -> None:
     """Law 3 for a feature extractor: each map that leaves is read densely, on its own lattice."""
     names = {name: name for name in ("layer1", "layer2", "layer3", "layer4")}
     model = create_feature_extractor(build("resnet18", double), names)
     x, levels = images(2, *SMALL, double), levels_for(SMALL, (8, 32))
-    found = run(convert(model, fill=fill), x, mask=levels)
-    assert_same(found, emulate(model, x, Emulation(levels, (2, 2), fill), 8))
+    net = convert(model, fill=fill)
+    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8, guide_of(net, fill))
+    assert_same(run(net, x, mask=levels), expected)
 
 
 FAMILIES = (
@@ -409,7 +419,7 @@ def test_other_families_keep_laws_1_and_3(name: str) -> None:
     assert_same(run(net, x, mask=levels), emulate(model, x, Emulation(levels, (2, 2)), 8))
 
 
-@FILLS
+@ALL_FILLS
 def test_a_dilated_chain_is_the_strided_one_seen_from_the_other_side(fill: str) -> None:
     """Laws 1 to 3 where dilation grows twice: the convolution before each growth absorbs the stride."""
     dense = randomise(
@@ -434,10 +444,11 @@ def test_a_dilated_chain_is_the_strided_one_seen_from_the_other_side(fill: str) 
     assert_same(run(net, x), run(dense, x))
     assert_same(every(run(net, x, mask="none"), 4), run(strided, x))
     levels = random_levels(2, (23, 36), (2, 2))
-    assert_same(run(net, x, mask=levels), emulate(strided, x, Emulation(levels, (2, 2), fill), 2))
+    expected = emulate(strided, x, Emulation(levels, (2, 2), fill), 2, guide_of(net, fill))
+    assert_same(run(net, x, mask=levels), expected)
 
 
-@FILLS
+@ALL_FILLS
 def test_what_follows_a_smaller_region_sees_the_native_size(fill: str) -> None:
     """Law 3 with region=["layer3"]: its map leaves at multiples of R_1, and layer4 runs dense on it."""
     model = build("resnet18", double)
@@ -449,7 +460,7 @@ def test_what_follows_a_smaller_region_sees_the_native_size(fill: str) -> None:
     assert_same(run(net, x, mask=levels), expected)
 
 
-@FILLS
+@ALL_FILLS
 @pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
 @pytest.mark.parametrize("region", ["auto", "backbone"])
 def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
@@ -462,8 +473,10 @@ def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
     model, x = build(name, double, aux_loss=False), images(2, *SMALL, double)
     levels = levels_for(SMALL, (8, 32))
     emulation = Emulation(levels, (2, 2), fill)
+    net = convert(model, region=region, fill=fill)
     with torch.no_grad():
-        features = NetworkEmulator(strided_backbone(model), emulation, 8).run(Feature(x, None))["out"]
+        trunk = NetworkEmulator(strided_backbone(model), emulation, 8, guide_of(net, fill))
+        features = trunk.run(Feature(x, None))["out"]
         assert features.stage == 2 and features.stride == 32
         rest = nn.Sequential(*model.classifier)
         if (
@@ -472,22 +485,21 @@ def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
             head_input = replace(features, stride=8)
             features = NetworkEmulator(rest[0], emulation, 8).run(head_input)
             rest = rest[1:]
-        logits = rest(emulation.read(features))
+        logits = rest(emulation.read(features, trunk.guide))
         expected = F.interpolate(logits, size=SMALL, mode="bilinear", align_corners=False)
-    found = run(convert(model, region=region, fill=fill), x, mask=levels)
-    assert_same(found["out"], expected)
+    assert_same(run(net, x, mask=levels)["out"], expected)
 
 
-@FILLS
+@ALL_FILLS
 @pytest.mark.parametrize("output_stride", [(8, 16), (8, 32), (4, 32)], ids=str)
 def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Size, fill: str) -> None:
     """Law 3 on DeepLab's backbone for other pairs of strides, finer than its own included."""
     model, x = build("deeplabv3_resnet50", double, aux_loss=False), images(2, *SMALL, double)
     levels = levels_for(SMALL, output_stride)
     emulation = Emulation(levels, stages(output_stride), fill)
-    expected = emulate(strided_backbone(model), x, emulation, output_stride[0])
-    found = run(convert(model.backbone, output_stride=output_stride, fill=fill), x, mask=levels)
-    assert_same(dict(found), expected)
+    net = convert(model.backbone, output_stride=output_stride, fill=fill)
+    expected = emulate(strided_backbone(model), x, emulation, output_stride[0], guide_of(net, fill))
+    assert_same(dict(run(net, x, mask=levels)), expected)
 
 
 # -- 5: batches, sizes, precision, layout --------------------------------------------------------------
@@ -633,14 +645,14 @@ def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
         assert_same(one, other, 1e-8)
 
 
-@FILLS
+@ALL_FILLS
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
 def test_gradients_of_any_level_map_are_the_emulations(name: str, fill: str) -> None:
     """Law 6: of a loss on the dense output, for every parameter that it depends on and the image."""
     model = create_feature_extractor(build(name, double), {"layer4": "out"})
     x, levels = images(2, *SMALL, double).requires_grad_(), levels_for(SMALL, (8, 32))
     net = convert(model, fill=fill)
-    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)["out"]
+    expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8, guide_of(net, fill))["out"]
     weights = torch.randn_like(expected)
     expected_grads = torch.autograd.grad((expected * weights).sum(), [x, *model.parameters()])
     found = net(x, mask=levels)["out"]
