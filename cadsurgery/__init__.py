@@ -20,6 +20,9 @@ _PUBLIC = {
     "AdaptiveModel": "model",
     "Bucketed": "static",
     "Budget": "masks",
+    "CachedStem": "caching",
+    "body_of": "caching",
+    "stem_outputs": "caching",
     "Elements": "functional",
     "Geometry": "lattice",
     "Lattice": "lattice",
@@ -56,6 +59,7 @@ __all__ = [
     "Augment",
     "Bucketed",
     "Budget",
+    "CachedStem",
     "CadError",
     "Call",
     "CannotConvert",
@@ -75,6 +79,7 @@ __all__ = [
     "UnknownName",
     "Window",
     "adaptify",
+    "body_of",
     "build_model",
     "evaluate",
     "export",
@@ -86,10 +91,12 @@ __all__ = [
     "plan",
     "rule",
     "save",
+    "stem_outputs",
 ]
 
 if TYPE_CHECKING:
     from cadsurgery.api import adaptify, plan
+    from cadsurgery.caching import CachedStem, body_of, stem_outputs
     from cadsurgery.data import Augment, SegmentationData, open_data
     from cadsurgery.errors import (
         CadError,

@@ -148,7 +148,8 @@ class AdaptiveModel(nn.Module):
         if not provider.looks_ahead:
             yield
             return
-        with torch.no_grad(), evaluating(self):
+        values = tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
+        with torch.no_grad(), evaluating(self):  # the network may work in place
             found, _ = self.halved().after(self.names(), self._everything_low, *values)
         with first_pass(found):
             yield
@@ -187,6 +188,10 @@ class AdaptiveModel(nn.Module):
             self._last.lattice, self._last.levels = lattice, None
         elif not is_exporting():
             self._last.lattice, self._last.levels = None, lattice.pyramid.levels
+        return self.contained(output)
+
+    def contained(self, output: Any) -> Any:
+        """The output of a graph in the original's type."""
         return self._surgery.container(output) if isinstance(output, dict) else output
 
     @contextmanager
