@@ -136,10 +136,11 @@ class CachedStem:
         self._seen = [
             _seen(net, *pair, dtype)
             for index in range(len(data))
-            for pair in _mirrored(*data[index], index, flip)
+            for pair in _mirrored(data[index], index, flip)
         ]
-        for seen in self._seen if crop is not None else ():
-            _check_crop(seen, crop, self._stride, self.name)
+        if crop is not None:
+            for seen in self._seen:
+                _check_crop(seen, crop, self._stride, name)
 
     @property
     def bytes(self) -> int:
@@ -165,12 +166,13 @@ class CachedStem:
         return values, parts[-1]
 
 
-def _mirrored(image: Any, labels: Any, index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
+def _mirrored(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
     """A sample, and its mirror image if `flip`.
 
     Raises:
         InvalidInput: it is no sample.
     """
+    image, labels = sample
     fits = isinstance(image, Tensor) and image.dim() == 3 and image.is_floating_point()
     if not fits or not isinstance(labels, Tensor) or labels.dim() != 2:
         raise InvalidInput(

@@ -162,11 +162,11 @@ class _Runner:
 
     def _blend(self, node: fx.Node, values: tuple[Elements, ...], maps: list[Tensor]) -> Tensor:
         """Dense maps of the paths, added by the weights of the fine pixels their samples lie on."""
-        spacing, *others = node.args[1:]
-        scale, layout = 1, str(others[0]) if others else NCHW
+        given: tuple[Any, ...] = node.args[1:]
+        spacing, scale, layout = given[0], 1, given[1] if len(given) > 1 else NCHW
         height, width = (-(-length // spacing) for length in values[0].lattice.size)
         if node.target is functional.resize_to_dense:
-            scale, layout, (height, width) = others[0], NCHW, maps[0].shape[-2:]
+            scale, layout, (height, width) = given[1], NCHW, maps[0].shape[-2:]
         weights = self.weights
         for axis, count in ((2, height), (3, width)):
             pixels = torch.arange(count, device=weights.device) * spacing // scale

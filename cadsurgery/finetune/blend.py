@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.finetune.objectives import Objective, divergence, logits_of, objective, supervised
 from cadsurgery.finetune.schedule import Draw, derived
+from cadsurgery.hosted import HostedModel
+from cadsurgery.launch import mean_everywhere
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
 from cadsurgery.model import AdaptiveModel, evaluating
 from cadsurgery.paths import blended
@@ -50,12 +52,17 @@ class Blend(Objective):
 
         Raises:
             UnknownName: no such choice.
-            InvalidInput: no adaptive network, or one without a learned mask.
+            InvalidInput: no network that is adaptive as a whole, or one without a learned mask.
         """
         super().__init__(net)
         _choice("statistics", statistics, ("separate", "shared"))
         _choice("share", share, ("argmax", "sample"))
         _choice("network", network, ("blend", "mixed", "fixed"))
+        if isinstance(net, HostedModel):
+            raise InvalidInput(
+                "objective blend cannot run a network that only hosts an adaptive part.",
+                next="train it with objective mixed.",
+            )
         mask = _learned(net.mask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
             raise InvalidInput(
@@ -74,14 +81,18 @@ class Blend(Objective):
         """Loss, its parts, and the share kept high."""
         net, mask = self.net, self._mask[0]
         assert isinstance(net, AdaptiveModel)
-        noise = [torch.Generator().manual_seed(derived(draw.seed, draw.step, part)) for part in (6, 7)]
+        noise, other = (
+            [torch.Generator().manual_seed(derived(draw.seed, at, part)) for at in draw.positions]
+            for part in (6, 7)
+        )
         noted: dict[str, Tensor] = {}
 
         def weigh(features: Tensor, grid: Grid) -> Tensor:
             # As published, the mask's gradient does not end at the features, unless they are fixed.
             logits = mask.logits(features, grid)
-            noted["kept"] = mask.kept(logits, grid, noise[1] if self.share == "sample" else None)
-            return mask.sample(logits, grid, noise[0])
+            kept = mask.kept(logits, grid, other if self.share == "sample" else None)
+            noted["kept"] = kept + (mean_everywhere(kept) - kept.detach())  # of all processes, with its own gradient
+            return mask.sample(logits, grid, noise)
 
         if self.network == "blend":
             output = blended(net, inputs, weigh, separate=self.separate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.graded import several
 from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @mask_provider("learned", source="Hesse et al., CVPRW 2023, supplementary; reference code ad_e2e_resnet.py")
@@ -88,15 +90,15 @@ class LearnedMask(MaskProvider):
         pool.kernel_size = pool.stride = grid.side  # known from the network, not from a file
         return self.estimator(features.to(next(self.estimator.parameters()).dtype)).float()
 
-    def sample(self, logits: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
-        al. 2017)."""
+        al. 2017); of torch's generator, another one, or one for each image."""
         return _on_fine_map(self._hardened(logits + _gumbel(logits, generator)), grid)
 
-    def kept(self, logits: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
+    def kept(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """The share kept high, a scalar to hold against `fraction`, with straight-through gradient.
 
-        Of the map that `forward` gives, which is what is used later; with a generator, of a Gumbel sample as published.
+        Of the map that `forward` gives, which is what is used later; with generators, of a Gumbel sample as published.
         """
         noisy = logits if generator is None else logits + _gumbel(logits, generator)
         shares = self._hardened(noisy).mean((0, 2, 3))
@@ -140,8 +142,10 @@ class LearnedMask(MaskProvider):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def _gumbel(like: Tensor, generator: Generators = None) -> Tensor:
     """Standard Gumbel noise; of a generator on the CPU, so that it is the same on all devices."""
+    if isinstance(generator, Sequence):
+        return torch.cat([_gumbel(one, own) for one, own in zip(like.split(1), generator, strict=True)])
     device = generator.device if generator is not None else like.device
     uniform = torch.rand(like.shape, generator=generator, device=device).clamp(min=1e-20).to(like)
     return -(-uniform.log()).clamp(min=1e-20).log()
