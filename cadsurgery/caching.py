@@ -8,7 +8,9 @@ The body shares the network's modules: what is trained there is trained here.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -130,7 +132,7 @@ class CachedStem:
         self._crop, self._stride = crop, net.plan.strides[-1]
         self._places = places if crop is not None else (1, 1)
         name = getattr(data, "name", type(data).__name__)
-        made = {"crop": crop, "places": self._places, "flip": flip, "dtype": dtype}
+        made = {"crop": crop, "places": self._places, "flip": flip, "dtype": dtype, "stem": _digest(net)}
         self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in made.items())
         self.classes = getattr(data, "classes", ())
         self._seen = [
@@ -164,6 +166,18 @@ class CachedStem:
             parts = tuple(_cut(part, size, corner, self._crop, self._stride) for part in parts)
         values = tuple(value.to(kind) for value, kind in zip(parts[:-1], seen.types, strict=True))
         return values, parts[-1]
+
+
+def _digest(net: AdaptiveModel) -> str:
+    """Of the weights of the stem: a run with another one is another run."""
+    found = hashlib.sha256()
+    for node in net.halved().cut.before.nodes:
+        if node.op in ("call_module", "get_attr"):
+            value = operator.attrgetter(str(node.target))(net.names())
+            tensors = value.state_dict().values() if isinstance(value, nn.Module) else [value]
+            for tensor in tensors:
+                found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def _mirrored(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:

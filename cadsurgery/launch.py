@@ -166,7 +166,9 @@ def _asked_for() -> tuple[int, int | None]:
         words = psutil.Process().parent().cmdline()
     except (ImportError, AttributeError, OSError, psutil.Error):
         raise refusal from None
-    start = next((at for at, word in enumerate(words) if os.path.basename(word).startswith("accelerate")), None)
+    start = next(
+        (at for at, word in enumerate(words) if os.path.basename(word).startswith("accelerate")), None
+    )
     if start is None:
         raise refusal
     # What follows `accelerate launch`, `accelerate-launch` or `-m accelerate.commands.launch`.

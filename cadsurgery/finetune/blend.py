@@ -91,7 +91,9 @@ class Blend(Objective):
             # As published, the mask's gradient does not end at the features, unless they are fixed.
             logits = mask.logits(features, grid)
             kept = mask.kept(logits, grid, other if self.share == "sample" else None)
-            noted["kept"] = kept + (mean_everywhere(kept) - kept.detach())  # of all processes, with its own gradient
+            noted["kept"] = kept + (
+                mean_everywhere(kept) - kept.detach()
+            )  # of all processes, with its own gradient
             return mask.sample(logits, grid, noise)
 
         if self.network == "blend":
