@@ -8,13 +8,15 @@ The body shares the network's modules: what is trained there is trained here.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cadsurgery.errors import InvalidInput
 from cadsurgery.hosted import HostedModel
@@ -31,20 +33,30 @@ def body_of(net: AdaptiveModel) -> AdaptiveModel:
     trained or saved.
 
     Raises:
-        InvalidInput: no converted network, or one that only hosts a converted part.
+        InvalidInput: no converted network, an optimised one, or one that only hosts a converted part.
     """
     _check(net)
-    cut = net.halved().cut
-    names = [node.name for node in cut.after.nodes if node.op == "placeholder"][1:]
+    graph = _on_copies(net.halved().cut.after)
+    names = [node.name for node in graph.nodes if node.op == "placeholder"][1:]
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-    surgery = replace(net._surgery, graph=cut.after, signature=inspect.Signature(parameters), unchanged=None)
-    kind = OptimizedModel if isinstance(net, OptimizedModel) else AdaptiveModel
-    body = kind.__new__(kind)
-    AdaptiveModel.__init__(body, net, surgery, net.mask)
-    if isinstance(net, OptimizedModel):
-        vars(body).update({name: value for name, value in vars(net).items() if name in ("_counted",)})
-    body.source, body.checks = source_of(net), net.checks
+    surgery = replace(net._surgery, graph=graph, signature=inspect.Signature(parameters), unchanged=None)
+    body = AdaptiveModel(net, surgery, net.mask)
+    body._constants, body.checks = net._constants, net.checks
     return body
+
+
+def _on_copies(graph: fx.Graph) -> fx.Graph:
+    """The graph on copies of its inputs: what follows a stem may work in place, and its outputs are used again."""
+    found, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        copies[node] = found.node_copy(node)
+    for node in inputs[2:]:  # behind the masking and the image, which nothing changes
+        copies[node] = found.call_method("clone", (copies[node],))
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            copies[node] = found.node_copy(node, copies.__getitem__)
+    return found
 
 
 def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -52,7 +64,7 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
     mode.
 
     Raises:
-        InvalidInput: no converted network, or one whose stem passes on more than tensors.
+        InvalidInput: no network that `body_of` takes, or one whose stem passes on more than tensors.
     """
     _check(net)
     with torch.no_grad(), evaluating(net):
@@ -67,11 +79,24 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
     return tuple(values)
 
 
+class _Seen(NamedTuple):
+    """What the stem gave for one image: values (C, h, w) and the types they had, and labels (H, W)."""
+
+    values: tuple[Tensor, ...]
+    types: tuple[torch.dtype, ...]
+    labels: Tensor
+
+
 class CachedStem:
     """A dataset of what enters the region, with labels: images seen once by the stem, then kept in memory.
 
     An item is (inputs of the body, labels). Whole images, or crops at fixed places; each also mirrored if `flip`.
     Colours cannot be jittered any more. A crop of a map has seen what lies around the crop.
+
+    Attributes:
+        name: of the data, and what was made of it.
+        classes: of the data.
+        bytes: of memory that is kept.
     """
 
     def __init__(
@@ -88,81 +113,150 @@ class CachedStem:
 
         Args:
             net: a converted network; its stem is to stay as it is now.
-            data: (image (3, H, W) in 0..1, labels (H, W)), all of one size unless they are used whole, one by one.
+            data: items (image (3, H, W) in 0..1, labels (H, W)).
             flip: each image also mirrored.
             crop: (height, width) in pixels, multiples of the low output stride; default: whole images.
-            places: number of crops downwards and across, evenly spread over the image.
-            dtype: of the values that are kept, e.g. torch.float16 for half the memory; default: as they are.
+            places: number of crops downwards and across, evenly spread over the image from edge to edge.
+            dtype: of the values that are kept, e.g. torch.float16 for half the memory; items have the network's.
+                Default: as they are.
 
         Raises:
-            InvalidInput: a crop that does not fit the image or the strides, or a network without a stem of its own.
+            InvalidInput: an image that is none, a crop that does not fit an image or the strides, or a network without
+                a stem of its own.
         """
         _check(net)
-        self.crop, self.places = crop, places
-        self.name, self.classes = getattr(data, "name", "cached"), getattr(data, "classes", ())
-        source, device = source_of(net), next(net.parameters()).device
-        self._kept: list[tuple[tuple[Tensor, ...], Tensor]] = []
-        self._types: tuple[torch.dtype, ...] = ()
-        for index in range(len(data)):
-            image, labels = data[index]
-            for mirrored in (False, True)[: 1 + flip]:
-                shown = image.flip(-1) if mirrored else image
-                values = stem_outputs(net, normalise(shown, source).unsqueeze(0).to(device))
-                self._types = tuple(value.dtype for value in values)
-                kept = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
-                self._kept.append((kept, labels.flip(-1) if mirrored else labels))
-        if crop is not None and self._kept:
-            self._check_crop(crop, net.plan.strides[-1])
+        if min(places) < 1 or not (dtype is None or dtype.is_floating_point):
+            raise InvalidInput(
+                f"places={places}, dtype={dtype}.", next="give 1 place or more each way, and a floating type."
+            )
+        self._crop, self._stride = crop, net.plan.strides[-1]
+        self._places = places if crop is not None else (1, 1)
+        name = getattr(data, "name", type(data).__name__)
+        made = {"crop": crop, "places": self._places, "flip": flip, "dtype": dtype, "stem": _digest(net)}
+        self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in made.items())
+        self.classes = getattr(data, "classes", ())
+        self._seen = [
+            _seen(net, *pair, dtype)
+            for index in range(len(data))
+            for pair in _mirrored(data[index], index, flip)
+        ]
+        if crop is not None:
+            for seen in self._seen:
+                _check_crop(seen, crop, self._stride, name)
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that is kept, labels included."""
+        return sum(value.nbytes for seen in self._seen for value in (*seen.values, seen.labels))
 
     def __len__(self) -> int:
-        return len(self._kept) * (self.places[0] * self.places[1] if self.crop else 1)
+        return len(self._seen) * self._places[0] * self._places[1]
 
     def __getitem__(self, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """Inputs of the body for one image, (C, h, w) each, and labels (H, W)."""
-        across = self.places[0] * self.places[1] if self.crop else 1
-        kept, labels = self._kept[index // across]
-        values = tuple(value.to(kind) for value, kind in zip(kept, self._types, strict=True))
-        if self.crop is None:
-            return values, labels
-        place = divmod(index % across, self.places[1])
-        size = (labels.shape[0], labels.shape[1])
-        corner = [
-            self._corner(n, count, whole, part)
-            for n, count, whole, part in zip(place, self.places, size, self.crop, strict=True)
-        ]
-        return tuple(_cut(value, size, corner, self.crop) for value in values), _cut(
-            labels, size, corner, self.crop
+        image, place = divmod(index, self._places[0] * self._places[1])
+        seen = self._seen[image]
+        parts: tuple[Tensor, ...] = (*seen.values, seen.labels)
+        if self._crop is not None:
+            size, steps = seen.labels.shape, divmod(place, self._places[1])
+            corner = [
+                self._stride * ((whole - part) // self._stride * step // max(count - 1, 1))
+                for step, count, whole, part in zip(steps, self._places, size, self._crop, strict=True)
+            ]
+            parts = tuple(_cut(part, size, corner, self._crop, self._stride) for part in parts)
+        values = tuple(value.to(kind) for value, kind in zip(parts[:-1], seen.types, strict=True))
+        return values, parts[-1]
+
+
+def _digest(net: AdaptiveModel) -> str:
+    """Of the weights of the stem: a run with another one is another run."""
+    found = hashlib.sha256()
+    for node in net.halved().cut.before.nodes:
+        if node.op in ("call_module", "get_attr"):
+            value = operator.attrgetter(str(node.target))(net.names())
+            tensors = value.state_dict().values() if isinstance(value, nn.Module) else [value]
+            for tensor in tensors:
+                found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _mirrored(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
+    """A sample, and its mirror image if `flip`.
+
+    Raises:
+        InvalidInput: it is no sample.
+    """
+    image, labels = sample
+    fits = isinstance(image, Tensor) and image.dim() == 3 and image.is_floating_point()
+    if not fits or not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise InvalidInput(
+            f"a sample is {describe(image)} with labels {describe(labels)}.",
+            where=f"sample {index} of the data",
+            next="give (image (3, H, W) float in 0..1, labels (H, W)).",
+        )
+    return [(image, labels), (image.flip(-1), labels.flip(-1))][: 1 + flip]
+
+
+def _seen(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _Seen:
+    """What the stem gives for an image."""
+    shown = normalise(image, source_of(net)).unsqueeze(0).to(next(net.parameters()).device)
+    values = stem_outputs(net, shown)
+    kept = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
+    return _Seen(kept, tuple(value.dtype for value in values), labels)
+
+
+def _check_crop(seen: _Seen, crop: tuple[int, int], stride: int, name: str) -> None:
+    """Refuse a crop that cannot be cut from an image and its maps.
+
+    Raises:
+        InvalidInput: it cannot.
+    """
+    height, width = seen.labels.shape
+    fits = all(c % stride == 0 and 0 < c <= n for c, n in zip(crop, (height, width), strict=True))
+    maps = [value for value in seen.values if value.dim() == 3]
+    if not fits or any(_pixels(value, (height, width), stride) is None for value in maps):
+        raise InvalidInput(
+            f"crops of {crop[0]} x {crop[1]} cannot be cut from an image of {height} x {width} and its maps"
+            f" of {', '.join(f'{value.shape[1]} x {value.shape[2]}' for value in maps[1:])}.",
+            where=f"data {name}",
+            next=f"give multiples of {stride} that fit the image, or use whole images (crop 0).",
         )
 
-    def _corner(self, place: int, count: int, whole: int, part: int) -> int:
-        steps = (whole - part) // self._step
-        return self._step * (steps * place // max(count - 1, 1))
 
-    def _check_crop(self, crop: tuple[int, int], stride: int) -> None:
-        self._step = stride
-        for kept, labels in self._kept:
-            fits = all(c % stride == 0 and 0 < c <= n for c, n in zip(crop, labels.shape, strict=True))
-            if not fits or any(value.dim() == 3 and labels.shape[0] % value.shape[1] for value in kept):
-                raise InvalidInput(
-                    f"crops of {crop[0]} x {crop[1]} from an image of {labels.shape[0]} x {labels.shape[1]}.",
-                    where=f"data {self.name}",
-                    next=f"give multiples of {stride} that fit the image, or crop=None for whole images.",
-                )
+def _pixels(value: Tensor, size: Sequence[int], stride: int) -> int | None:
+    """How many pixels of an image of `size` a sample of a map (..., h, w) stands for: a divisor of the low stride."""
+    shape = list(value.shape[-2:])
+    sides = [side for side in range(1, stride + 1) if stride % side == 0]
+    return next((side for side in sides if [-(-n // side) for n in size] == shape), None)
 
 
-def _cut(value: Tensor, size: Sequence[int], corner: Sequence[int], crop: Sequence[int]) -> Tensor:
-    """The part of a map (..., h, w) of an image of `size` that a crop in pixels covers; anything else as it is."""
+def _cut(
+    value: Tensor, size: Sequence[int], corner: Sequence[int], crop: Sequence[int], stride: int
+) -> Tensor:
+    """The part of a map (..., h, w) of an image of `size` that a crop in pixels covers; a vector as it is."""
     if value.dim() < 2:
         return value
-    scale = size[0] // value.shape[-2]
-    top, left, high, wide = (number // scale for number in (*corner, *crop))
+    side = _pixels(value, size, stride)
+    assert side is not None  # by _check_crop
+    top, left, high, wide = (number // side for number in (*corner, *crop))
     return value[..., top : top + high, left : left + wide]
 
 
 def _check(net: nn.Module) -> None:
+    """Refuse what has no stem.
+
+    Raises:
+        InvalidInput: no converted network, an optimised one, or one that only hosts a converted part.
+    """
+    if isinstance(net, OptimizedModel):
+        raise InvalidInput(
+            "an optimised network is not taken apart.",
+            why="what its stem passes on is fused.",
+            next="take the network it was made from; cs.body_of(net).optimize() is fast too.",
+        )
     if not isinstance(net, AdaptiveModel) or isinstance(net, HostedModel):
         raise InvalidInput(
             f"{type(net).__name__} has no stem to keep.",
             why="it is no network that is adaptive as a whole.",
-            next="pass what cs.adaptify(...) gave; of a detector, its part: net.part.",
+            next="pass what cs.adaptify(...) gave.",
         )

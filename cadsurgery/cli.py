@@ -409,10 +409,23 @@ def finetune(
     patch: Patch = "quadtree",
     anchor: Anchor = "corner",
     pool: Pool = "atrous",
-    objective: Annotated[str | None, typer.Option(help="mixed or any-budget")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="mixed (default), any-budget, or blend for a learned mask; their options are below"
+        ),
+    ] = None,
     objective_option: Annotated[
         list[str], typer.Option(help="NAME=VALUE for the objective, e.g. teacher=self; repeatable")
     ] = [],  # noqa: B006
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache",
+            help="run what comes before the region once and train the rest (implies --freeze stem): crops at fixed "
+            "places, mirrored too; colours are not jittered",
+        ),
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="optimiser steps; default 30000")] = None,
     batch: Annotated[int | None, typer.Option(help="images per process and pass; default 8")] = None,
     accumulate: Annotated[int | None, typer.Option(help="passes per step; default 1")] = None,
@@ -447,7 +460,15 @@ def finetune(
     """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.
 
     The defaults are the published settings. An interrupted run goes on exactly where it was when the command is
-    given again. Several GPUs: accelerate launch -m cadsurgery.cli finetune ...
+    given again. Several processes: accelerate launch --num_processes N -m cadsurgery.cli finetune ..., with --cpu
+    on the CPU.
+
+    Options of objectives (--objective-option NAME=VALUE; each is described in the guide):
+
+    any-budget: low, high, fractions, extremes, ranking (own, random or a mask), teacher (initial or self),
+    temperature, weight.
+
+    blend: statistics (separate or shared), share (argmax or sample), weight, network (blend, mixed or fixed), distil.
     """
     from cadsurgery.finetune.command import finetune as run
     from cadsurgery.finetune.command import make_settings
@@ -476,6 +497,7 @@ def finetune(
             device=device,
             on_step=on_step,
             step=step,
+            cache=cache,
         )
     if world().is_main:
         _show(report.to_dict(), report.render(), as_json)

@@ -18,7 +18,7 @@ from cadsurgery.files import check_folder
 from cadsurgery.hosted import HostedModel
 from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
 from cadsurgery.io import load, read_metadata, save
-from cadsurgery.launch import gathered, in_order, own_device, shard
+from cadsurgery.launch import gathered, in_order, own_device, shard, start_others
 from cadsurgery.macs import MacReport, dense_macs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.masking import not_static
@@ -211,6 +211,7 @@ def predict(
 
     Under a launcher each process takes its share of the images; every one returns the rows of all.
     """
+    start_others()
     where = own_device(device)
     paths = find_images(images)
     net = load(file, mask=mask).to(where).optimize()

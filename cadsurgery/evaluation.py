@@ -21,7 +21,7 @@ from cadsurgery.evaluation_report import EvaluationReport, EvaluationRow
 from cadsurgery.files import check_folder, written_whole
 from cadsurgery.images import normalise, write_png
 from cadsurgery.io import load
-from cadsurgery.launch import gathered, in_order, own_device, shard, world
+from cadsurgery.launch import gathered, in_order, own_device, shard, start_others, world
 from cadsurgery.macs import LayerWork
 from cadsurgery.masks import resolve_mask
 from cadsurgery.metrics import SegmentationMetrics
@@ -78,6 +78,7 @@ def evaluate(
             impossible option.
         CadError: not one image could be used (that image's error); or a name, file or option is refused.
     """
+    start_others()
     _check(limit, batch, rounds)
     for path, option in ((output, "--output"), (picture, "--picture")):
         if path is not None:

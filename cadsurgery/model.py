@@ -194,6 +194,10 @@ class AdaptiveModel(nn.Module):
             self._last.lattice, self._last.levels = lattice, None
         elif not is_exporting():
             self._last.lattice, self._last.levels = None, lattice.pyramid.levels
+        return self.contained(output)
+
+    def contained(self, output: Any) -> Any:
+        """The output of a graph in the original's type."""
         return self._surgery.container(output) if isinstance(output, dict) else output
 
     @contextmanager

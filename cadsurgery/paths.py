@@ -7,17 +7,16 @@ added, weighed by a soft level map (Hesse et al., CVPRW 2023, supplementary; ref
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
-from torch.fx.node import map_aggregate
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cadsurgery import functional
+from cadsurgery.errors import InvalidInput
 from cadsurgery.functional import Elements
 from cadsurgery.layout import NCHW
 from cadsurgery.masks.provider import Grid
@@ -25,6 +24,7 @@ from cadsurgery.model import AdaptiveModel
 from cadsurgery.surgery.rewrite import MASKING, found_lattice
 
 _EXITS = (functional.to_dense, functional.resize_to_dense)
+_PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 Weigh = Callable[[Tensor, Grid], Tensor]
 
 
@@ -38,13 +38,18 @@ class _Paths:
 def blended(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separate: bool = True) -> Any:
     """The network's output with the levels blended instead of mixed.
 
+    With weights that are one for a level and zero for the others it is `net(*inputs, mask=level everywhere)`.
+
     Args:
         net: an adaptive network.
         inputs: its arguments.
         weigh: from the features that enter the region (B, C, h, w) and their grid to weights (B, levels, h, w), which
             sum to one over the levels.
         separate: batch norm keeps running statistics of the path with everything low alone, as published, which are
-            what the mixed network then uses; otherwise of all paths.
+            what the mixed network then uses; otherwise of all paths, one after another.
+
+    Raises:
+        InvalidInput: weights of another shape.
     """
     halved, names = net.halved(), net.names()
     values = halved.before(names, **net.bind(*inputs))
@@ -52,10 +57,15 @@ def blended(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separa
     size = (features.shape[2], features.shape[3])
     grid = Grid.of(net.geometry, features.shape[0], size, net.plan.strides[0])
     weights = weigh(features, grid)
-    lattices = tuple(
-        net.geometry.uniform_like(features, level) for level in range(net.geometry.max_level + 1)
-    )
-    return _Runner(names, weights, separate).run(halved.cut.after, lattices, values)
+    levels = range(net.geometry.max_level + 1)
+    expected = (grid.batch, len(levels), *size)
+    if tuple(weights.shape) != expected:
+        raise InvalidInput(
+            f"the weights of the levels have shape {tuple(weights.shape)}.", next=f"give {expected}."
+        )
+    lattices = tuple(net.geometry.uniform_like(features, level) for level in levels)
+    output = _Runner(names, weights, separate).run(halved.cut.after, lattices, values)
+    return net.contained(output)
 
 
 @dataclass
@@ -65,6 +75,8 @@ class _Runner:
     names: Any
     weights: Tensor
     separate: bool
+    rows: set[fx.Node] = field(default_factory=set)  # values with a row per element, not one per image
+    left: set[fx.Node] = field(default_factory=set)  # what left the region, and what follows from it
 
     def run(self, graph: fx.Graph, lattices: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
         """The output of the second half of a rewritten graph."""
@@ -77,8 +89,7 @@ class _Runner:
                 env[node] = _Paths(lattices)
             elif node.op == "output":
                 output, _ = node.args[0]
-                found = fx.map_arg(output, env.__getitem__)
-                return map_aggregate(found, lambda value: self._joined(value))
+                return self._plain(output, env)
             else:
                 env[node] = self._value(node, env)
         raise AssertionError("a graph has an output")
@@ -87,28 +98,52 @@ class _Runner:
         """The value of a node: one, or one on each path."""
         if node.op == "get_attr":
             return self._named(str(node.target))
-        inputs = [env[source] for source in node.all_input_nodes]
-        if not any(isinstance(value, _Paths) for value in inputs):
-            return self._called(node, env.__getitem__)
+        self._note(node, env)
+        given = {source: env[source] for source in node.all_input_nodes}
+        if self.left & given.keys() and not any(map(self._in_region, given, given.values())):
+            # Vectors of the paths meet a map that has left the region.
+            given = {source: self._joined(value) for source, value in given.items()}
+        if not any(isinstance(value, _Paths) for value in given.values()):
+            return self._called(node, given.__getitem__)
         found = []
         for path in range(self.weights.shape[1]):
 
             def on_path(source: fx.Node, path: int = path) -> Any:
-                value = env[source]
+                value = given[source]
                 return value.values[path] if isinstance(value, _Paths) else value
 
             low = path + 1 == self.weights.shape[1]
-            with _untracked(node, on_path) if self.separate and not low else contextlib.nullcontext():
+            with contextlib.nullcontext() if low or not self.separate else _untracked(self._norms(node)):
                 found.append(self._called(node, on_path))
         if node.target in _EXITS:
-            return self._blend(
-                found, str(node.args[2]) if len(node.args) > 2 and node.target is _EXITS[0] else NCHW
-            )
+            return self._blend(node, given[node.args[0]].values, found)  # type: ignore[index]
         if node.target is functional.to_elements:  # a view of what all paths read; they may work in place
             found = [Elements(value.rows.clone(), value.lattice) for value in found]
-        if not isinstance(found[0], (Tensor, Elements)) and all(_same(value, found[0]) for value in found):
-            return found[0]
-        return _Paths(tuple(found))
+        same = isinstance(found[0], _PLAIN) and all(value == found[0] for value in found)
+        return found[0] if same else _Paths(tuple(found))
+
+    def _note(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+        """Where the value of a node stands: on rows, or behind the region."""
+        inputs = set(node.all_input_nodes)
+        of_elements = node.target is getattr and node.args[1] == "rows"
+        if of_elements or node.target is functional.rows_on or self.rows & inputs:
+            self.rows.add(node)
+        if node.target is functional.Elements:
+            self.rows.discard(node)
+        behind = self.left & inputs
+        if node.target in _EXITS or (behind and not any(isinstance(env[n], _Paths) for n in behind)):
+            self.left.add(node)
+
+    def _in_region(self, node: fx.Node, value: Any) -> bool:
+        """Whether a value has elements."""
+        return isinstance(value, _Paths) and (node in self.rows or not isinstance(value.values[0], Tensor))
+
+    def _norms(self, node: fx.Node) -> list[_BatchNorm]:
+        """The batch norms that a node runs."""
+        run = [self._named(str(node.target))] if node.op == "call_module" else []
+        run += [self._named(str(source.target)) for source in node.all_input_nodes if source.op == "get_attr"]
+        modules = [module for module in run if isinstance(module, nn.Module)]
+        return [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
 
     def _called(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
@@ -125,28 +160,38 @@ class _Runner:
             value = getattr(value, part)
         return value
 
-    def _blend(self, maps: list[Tensor], layout: str) -> Tensor:
-        """Dense maps of the paths, added by the weights at their size; `layout` has h and w, or p for both."""
-        flat = "p" in layout
-        size = self.weights.shape[-2:] if flat else [maps[0].shape[layout.index(axis)] for axis in "hw"]
+    def _blend(self, node: fx.Node, values: tuple[Elements, ...], maps: list[Tensor]) -> Tensor:
+        """Dense maps of the paths, added by the weights of the fine pixels their samples lie on."""
+        given: tuple[Any, ...] = node.args[1:]
+        spacing, scale, layout = given[0], 1, given[1] if len(given) > 1 else NCHW
+        height, width = (-(-length // spacing) for length in values[0].lattice.size)
+        if node.target is functional.resize_to_dense:
+            scale, layout, (height, width) = given[1], NCHW, maps[0].shape[-2:]
         weights = self.weights
-        if tuple(weights.shape[-2:]) != tuple(size):
-            weights = F.interpolate(weights, size=tuple(size), mode="nearest")
+        for axis, count in ((2, height), (3, width)):
+            pixels = torch.arange(count, device=weights.device) * spacing // scale
+            weights = weights.index_select(axis, pixels.clamp(max=weights.shape[axis] - 1))
         total: Tensor | None = None
         for found, weight in zip(maps, weights.unbind(1), strict=True):
-            lengths = {
-                "b": weight.shape[0],
-                "h": weight.shape[1],
-                "w": weight.shape[2],
-                "p": weight[0].numel(),
-            }
+            lengths = dict(zip("bhwp", (*weight.shape, weight[0].numel()), strict=True))
             part = found * weight.reshape([lengths.get(axis, 1) for axis in layout]).to(found)
             total = part if total is None else total + part
         assert total is not None
         return total
 
+    def _plain(self, output: Any, env: dict[fx.Node, Any]) -> Any:
+        """What the graph returns, in containers of Python, not those of graphs."""
+        if isinstance(output, fx.Node):
+            return self._joined(env[output])
+        if isinstance(output, dict):
+            return {key: self._plain(value, env) for key, value in output.items()}
+        if isinstance(output, (list, tuple)):
+            found = [self._plain(value, env) for value in output]
+            return found if isinstance(output, list) else tuple(found)
+        return output
+
     def _joined(self, value: Any) -> Any:
-        """A value that leaves the network on several paths, such as one vector per image, by the mean weights."""
+        """A value on several paths that no map of weights fits, such as one vector per image, by the mean weights."""
         if not isinstance(value, _Paths):
             return value
         shares = self.weights.mean((2, 3)).unbind(1)
@@ -157,20 +202,14 @@ class _Runner:
         return torch.stack(parts).sum(0)
 
 
-def _same(first: Any, second: Any) -> bool:
-    return type(first) is type(second) and bool(operator.eq(first, second))
-
-
 @contextlib.contextmanager
-def _untracked(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Iterator[None]:
-    """A batch norm that leaves its running statistics alone, if the node is one."""
-    given = node.kwargs.get("norm")
-    norm: Any = value_of(given) if isinstance(given, fx.Node) else None
-    if not getattr(norm, "track_running_stats", False):
-        yield
-        return
-    norm.track_running_stats = False
+def _untracked(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Batch norms leave their running statistics alone."""
+    tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        norm.track_running_stats = True
+        for norm in tracking:
+            norm.track_running_stats = True

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.finetune.objectives import Objective, divergence, logits_of, objective, supervised
 from cadsurgery.finetune.schedule import Draw, derived
+from cadsurgery.hosted import HostedModel
+from cadsurgery.launch import mean_everywhere
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
 from cadsurgery.model import AdaptiveModel, evaluating
 from cadsurgery.paths import blended
@@ -19,8 +21,8 @@ from cadsurgery.paths import blended
 
 @objective("blend")
 class Blend(Objective):
-    """Cross entropy of whole paths, one per level, blended by a sample of the learned mask; plus its distance from its
-    target: (share kept - fraction)^2.
+    """Cross entropy of whole paths, one per level, blended by a sample of the learned mask, whose share kept high is
+    held at its target.
 
     As published (Hesse et al., CVPRW 2023, supplementary), but for what the options say. `network="fixed"` trains the
     mask alone, `"mixed"` trains the network on the mixed graph it is used with and the mask on the blend.
@@ -32,7 +34,7 @@ class Blend(Objective):
         self,
         net: nn.Module,
         statistics: str = "separate",
-        share: str = "argmax",
+        share: str = "balanced",
         weight: float = 1.0,
         network: str = "blend",
         distil: float = 0.0,
@@ -42,20 +44,25 @@ class Blend(Objective):
         Args:
             net: an adaptive network with a learned mask, wrapped or not.
             statistics: `separate`: batch norm keeps those of the low path, as published; `shared`: of all paths.
-            share: the share kept high is that of the map used later (`argmax`), or of a second sample (`sample`), as
-                published.
-            weight: of the distance from the target.
+            share: what holds the share kept high at its target: `balanced`, scores by the statistics of each batch
+                (`LearnedMask.balanced_logits`), or `published`, the squared distance of a second sample's share.
+            weight: of that distance.
             network: what trains the network: `blend`, as published, `mixed`, or nothing (`fixed`).
             distil: weight of the divergence from the dense high network as it started.
 
         Raises:
             UnknownName: no such choice.
-            InvalidInput: no adaptive network, or one without a learned mask.
+            InvalidInput: no network that is adaptive as a whole, or one without a learned mask.
         """
         super().__init__(net)
         _choice("statistics", statistics, ("separate", "shared"))
-        _choice("share", share, ("argmax", "sample"))
+        _choice("share", share, ("balanced", "published"))
         _choice("network", network, ("blend", "mixed", "fixed"))
+        if isinstance(net, HostedModel):
+            raise InvalidInput(
+                "objective blend cannot run a network that only hosts an adaptive part.",
+                next="train it with objective mixed.",
+            )
         mask = _learned(net.mask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
             raise InvalidInput(
@@ -74,14 +81,19 @@ class Blend(Objective):
         """Loss, its parts, and the share kept high."""
         net, mask = self.net, self._mask[0]
         assert isinstance(net, AdaptiveModel)
-        noise = [torch.Generator().manual_seed(derived(draw.seed, draw.step, part)) for part in (6, 7)]
+        noise, other = (
+            [torch.Generator().manual_seed(derived(draw.seed, at, part)) for at in draw.positions]
+            for part in (6, 7)
+        )
         noted: dict[str, Tensor] = {}
 
         def weigh(features: Tensor, grid: Grid) -> Tensor:
             # As published, the mask's gradient does not end at the features, unless they are fixed.
-            logits = mask.logits(features, grid)
-            noted["kept"] = mask.kept(logits, grid, noise[1] if self.share == "sample" else None)
-            return mask.sample(logits, grid, noise[0])
+            balanced = self.share == "balanced"
+            logits = (mask.balanced_logits if balanced else mask.logits)(features, grid)
+            kept = mask.kept(logits, grid, None if balanced else other)
+            noted["kept"] = kept + (mean_everywhere(kept) - kept.detach())  # of all processes, own gradient
+            return mask.sample(logits, grid, noise)
 
         if self.network == "blend":
             output = blended(net, inputs, weigh, separate=self.separate)
@@ -89,8 +101,9 @@ class Blend(Objective):
             with _fixed(net, mask):
                 output = blended(net, inputs, weigh, separate=self.separate)
         entropy = supervised(output, labels)
-        apart = (noted["kept"] - mask.fraction).square()
-        loss = entropy + self.weight * apart
+        loss = entropy
+        if self.share == "published":
+            loss = loss + self.weight * (noted["kept"] - mask.fraction).square()
         parts = {"entropy": entropy.detach(), "kept": noted["kept"].detach()}
         if self.teacher is not None:
             teacher = self.teacher

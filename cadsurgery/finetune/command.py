@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cadsurgery.api import adaptify
+from cadsurgery.caching import CachedStem, body_of
 from cadsurgery.conversion import build, is_file
 from cadsurgery.errors import InvalidInput
-from cadsurgery.finetune.batches import augmentation
+from cadsurgery.finetune.batches import Samples, augmentation
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import fit
 from cadsurgery.finetune.results import Outcome
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.io import load
+from cadsurgery.launch import own_device, start_others
 from cadsurgery.masks import resolve_mask
 
 
@@ -30,6 +33,7 @@ class Report:
     mask: str
     data: str
     outcome: Outcome
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -37,6 +41,7 @@ class Report:
             "model": self.model,
             "mask": self.mask,
             "data": self.data,
+            "notes": list(self.notes),
             **self.outcome.to_dict(),
         }
 
@@ -44,7 +49,7 @@ class Report:
         """A few lines: what was trained, metrics before and after, files."""
         found = self.outcome
         went_on = f", resumed after step {found.resumed}" if found.resumed else ""
-        lines = [f"{self.model}, mask {self.mask}, {self.data}: {found.steps} steps{went_on}"]
+        lines = [f"{self.model}, mask {self.mask}, {self.data}: {found.steps} steps{went_on}", *self.notes]
         for group in found.groups:
             rate = f"lr x {group['factor']}" if group["factor"] else "not trained"
             lines.append(f"  {group['group']}: {group['tensors']} tensors, {group['values']} values, {rate}")
@@ -70,14 +75,16 @@ def finetune(
     device: str,
     on_step: Callable[[Row], None] | None,
     step: Callable[[str], None],
+    cache: bool = False,
 ) -> Report:
     """Build or load, convert, train, report; see `cadsurgery finetune --help`.
 
     Raises:
-        CadError: what the data, the network or `fit` refuse.
+        CadError: what the data, the network, the cache or `fit` refuse.
     """
     from cadsurgery.data import open_data
 
+    start_others()
     if mask:
         resolve_mask(mask)
     step(f"opening {data}")
@@ -85,20 +92,62 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     net = network(model, weights, mask, options, len(training.classes))
+    spec = getattr(getattr(net, "mask", None), "spec", lambda: "none")()
+    found = _Prepared(net, training, validation, settings)
+    if cache:
+        step("running the stem over the data")
+        found = _cached(found, device)
     step("training")
     outcome = fit(
-        net,
-        training,
-        settings,
+        found.net,
+        found.training,
+        found.settings,
         output=output,
-        validation=validation,
-        augment=augmentation(settings),
+        validation=found.validation,
+        augment=None if cache else augmentation(found.settings),
         resume=resume,
         device=device,
         on_step=on_step,
     )
-    spec = getattr(getattr(net, "mask", None), "spec", lambda: "none")()
-    return Report(model, spec, f"{training.name} ({len(training)} images)", outcome)
+    return Report(model, spec, f"{training.name} ({len(training)} images)", outcome, found.notes)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is trained, on what, how; and what is to be said about it."""
+
+    net: Any
+    training: Samples
+    validation: Samples | None
+    settings: Settings
+    notes: tuple[str, ...] = ()
+
+
+def _cached(given: _Prepared, device: str) -> _Prepared:
+    """The body on the outputs of the stem; they take the place of the augmentation, but for crops and mirroring.
+
+    Raises:
+        InvalidInput: the settings scale images, a crop that does not fit, or what `CachedStem` refuses.
+    """
+    settings = given.settings
+    if settings.scale != (1.0, 1.0):
+        raise InvalidInput(
+            f"--cache with scale={settings.scale}.",
+            why="what the stem has seen cannot be scaled any more.",
+            next="leave out scale, or train without --cache.",
+        )
+    gpu = device != "cpu" and torch.cuda.is_available()
+    given.net.to(own_device("cuda" if gpu else "cpu"))
+    crop = (settings.crop, settings.crop) if settings.crop else None
+    training = CachedStem(given.net, given.training, flip=settings.flip, crop=crop)
+    validation = CachedStem(given.net, given.validation) if given.validation is not None else None
+    kept = training.bytes + (validation.bytes if validation is not None else 0)
+    note = (
+        f"the stem is fixed, its outputs are kept in {kept / 1e9:.2f} GB of memory: {len(training)} samples to train "
+        "on, crops at fixed places, colours not jittered"
+    )
+    changed = settings.changed({"freeze": "stem", "jitter": 0.0})
+    return _Prepared(body_of(given.net), training, validation, changed, (note,))
 
 
 def network(model: str, weights: str, mask: str, options: dict[str, Any], classes: int) -> nn.Module:

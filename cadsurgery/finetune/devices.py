@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 from torch import nn
@@ -11,14 +10,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cadsurgery.errors import InvalidInput, first_line
 from cadsurgery.finetune.settings import Settings
+from cadsurgery.launch import start_others
 
 
 def make_accelerator(settings: Settings, device: str) -> Any:
     """Accelerate for the settings: device, precision, processes.
 
     Raises:
-        InvalidInput: Accelerate is not installed, or the device cannot do what is asked.
+        InvalidInput: Accelerate is not installed, or the device cannot do what is asked; or as `start_others`.
     """
+    start_others()
     accelerate = imported("accelerate", "accelerate")
     # Another run of this process may have had another precision.
     imported("accelerate.state", "accelerate").AcceleratorState._reset_state()
@@ -37,15 +38,6 @@ def make_accelerator(settings: Settings, device: str) -> Any:
             f"precision {settings.precision!r} cannot be had on this device.",
             why=reason,
             next="train in precision no or bf16, or on a GPU.",
-        )
-    # What `accelerate launch --cpu --num_processes N` leaves in the environment of the only process it starts.
-    alone = made.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-    if alone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        raise InvalidInput(
-            "several processes were asked for, but one was started.",
-            why="accelerate launch --cpu starts more than one through mpirun only.",
-            next="start it by torchrun --nproc_per_node 2 or accelerate launch --multi_gpu --num_processes 2, "
-            "with device cpu.",
         )
     return made
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.lattice import describe
+from cadsurgery.launch import mean_everywhere
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.model import AdaptiveModel, evaluating
@@ -275,10 +276,15 @@ def supervised(output: Any, labels: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labelled pixels; 0 if none is. Logits (B, C, h, w) are resized to the labels (B, H, W)."""
+    """Mean over the labelled pixels; 0 if none is. Logits (B, C, h, w) are resized to the labels (B, H, W).
+
+    Of several processes each divides its sum by the mean number of labelled pixels in a process: the mean of their
+    losses, and of their gradients, is that over the labelled pixels of all.
+    """
     logits = resized(logits, labels.shape[-2:])
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    count = mean_everywhere((labels != IGNORED).sum().double())
+    return total / count.clamp(min=1e-6).to(total)
 
 
 def resized(logits: Tensor, size: torch.Size) -> Tensor:

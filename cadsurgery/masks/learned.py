@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from cadsurgery.masks.graded import several
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
 
 _MAKING = threading.Lock()
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @mask_provider("learned", source="Hesse et al., CVPRW 2023, supplementary; reference code ad_e2e_resnet.py")
@@ -58,6 +60,10 @@ class LearnedMask(MaskProvider):
                 next="fraction is in 0..1, channels are three positive numbers, temperature above 0, seed at least 0.",
             )
         self.estimator = nn.Sequential()
+        self.centre: Tensor
+        self.spread: Tensor
+        self.offset: Tensor
+        self._measure(2)
 
     @property
     def dependence(self) -> str:
@@ -81,6 +87,43 @@ class LearnedMask(MaskProvider):
         """(B, levels, ceil(h / side), ceil(w / side)): one score per level and cell of the lowest level.
 
         Raises:
+            InvalidInput: as `estimate`.
+        """
+        found = self.estimate(features, grid)
+        centre, spread, offset = (value.to(found) for value in (self.centre, self.spread, self.offset))
+        return _raised((found - centre[:, None, None]) / spread, offset)
+
+    def balanced_logits(self, features: Tensor, grid: Grid, rate: float = 0.1) -> Tensor:
+        """The same by the statistics of this batch, so that its map keeps the target fraction; for training.
+
+        Scores are centred and scaled over the batch, and level 0 raised until the share kept is the fraction. So the
+        estimator learns where, not how much. As in batch norm, running statistics follow at the given rate; `logits`
+        uses them. They are buffers, and the same in all processes of a distributed run.
+
+        Raises:
+            InvalidInput: as `estimate`.
+        """
+        found = self.estimate(features, grid)
+        centre = found.mean((0, 2, 3))
+        found = found - centre[:, None, None]
+        spread = (found[:, 0] - found[:, -1]).std(correction=0).clamp(min=1e-6) / _SHARPNESS
+        found = found / spread
+        low, high = -10.0 * _SHARPNESS, 10.0 * _SHARPNESS
+        with torch.no_grad():
+            for _ in range(30):  # the share kept rises with the score of level 0
+                middle = (low + high) / 2
+                if self.kept(_raised(found, middle), grid) < self.fraction:
+                    low = middle
+                else:
+                    high = middle
+            for buffer, value in ((self.centre, centre), (self.spread, spread), (self.offset, high)):
+                buffer.lerp_(torch.as_tensor(value).to(buffer), rate)
+        return _raised(found, high)
+
+    def estimate(self, features: Tensor, grid: Grid) -> Tensor:
+        """What the estimator gives: (B, levels, ceil(h / side), ceil(w / side)).
+
+        Raises:
             InvalidInput: features with other channels, or a network with other levels, than it was made for.
         """
         if not len(self.estimator):
@@ -101,15 +144,15 @@ class LearnedMask(MaskProvider):
             found = F.max_pool2d(found, grid.side, ceil_mode=True) if pools else layer(found)
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
-    def sample(self, logits: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
-        al. 2017)."""
+        al. 2017); of torch's generator, another one, or one for each image."""
         return _on_fine_map(self._hardened(logits + _gumbel(logits, generator)), grid)
 
-    def kept(self, logits: Tensor, grid: Grid, generator: torch.Generator | None = None) -> Tensor:
+    def kept(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """The share kept high, a scalar to hold against `fraction`, with straight-through gradient.
 
-        Of the map that `forward` gives, which is what is used later; with a generator, of a Gumbel sample as published.
+        Of the map that `forward` gives, which is what is used later; with generators, of a Gumbel sample as published.
         """
         noisy = logits if generator is None else logits + _gumbel(logits, generator)
         shares = self._hardened(noisy).mean((0, 2, 3))
@@ -146,6 +189,13 @@ class LearnedMask(MaskProvider):
             start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (levels - 1)])
             layers[7].bias = nn.Parameter(start)
             self.estimator = layers.to(device).train(self.training)
+            self._measure(levels, device)
+
+    def _measure(self, levels: int, device: torch.device | None = None) -> None:
+        """Running statistics of the scores that leave them as they are."""
+        self.register_buffer("centre", torch.zeros(levels, device=device))
+        self.register_buffer("spread", torch.ones((), device=device))
+        self.register_buffer("offset", torch.zeros((), device=device))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Make the estimator that the tensors belong to, if there is none yet; its children are loaded after."""
@@ -155,8 +205,19 @@ class LearnedMask(MaskProvider):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+# Standard deviation of the difference of the scores of the first and the last level in training.
+_SHARPNESS = 3.0
+
+
+def _raised(logits: Tensor, offset: Tensor | float) -> Tensor:
+    """Scores with that of level 0 raised."""
+    return torch.cat([logits[:, :1] + offset, logits[:, 1:]], 1)
+
+
+def _gumbel(like: Tensor, generator: Generators = None) -> Tensor:
     """Standard Gumbel noise; of a generator on the CPU, so that it is the same on all devices."""
+    if isinstance(generator, Sequence):
+        return torch.cat([_gumbel(one, own) for one, own in zip(like.split(1), generator, strict=True)])
     device = generator.device if generator is not None else like.device
     uniform = torch.rand(like.shape, generator=generator, device=device).clamp(min=1e-20).to(like)
     return -(-uniform.log()).clamp(min=1e-20).log()
