@@ -336,13 +336,16 @@ def run(
     for name in ("out", "err"):
         monkeypatch.setattr(cli, name, Console(width=160, stderr=name == "err"))
 
-    def call(*arguments: object, processes: int = 1) -> Done:
+    def call(*arguments: object, processes: int = 1, launcher: str = "torchrun") -> Done:
         given = [str(argument) for argument in arguments]
         if processes > 1:
-            launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+            launchers = {
+                "torchrun": ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"],
+                "accelerate": ["accelerate.commands.launch", f"--num_processes={processes}", "--cpu"],
+            }
             path = os.pathsep.join(map(str, (ROOT, tmp_path)))
             done = subprocess.run(
-                [sys.executable, "-m", *launcher, "cadsurgery.cli", *given],
+                [sys.executable, "-m", *launchers[launcher], "-m", "cadsurgery.cli", *given],
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                 capture_output=True,
                 text=True,
@@ -393,10 +396,14 @@ def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
     assert other["rows"] == found["rows"]
 
 
-def test_two_processes_find_what_one_finds(run: Callable[..., Done], folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_find_what_one_finds(
+    run: Callable[..., Done], folder: Path, tmp_path: Path, launcher: str
+) -> None:
     """Evaluation over scenes, and predictions over a folder with a broken image; one process prints."""
     arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--rounds", 0, "--json"]
-    alone, together = run(*arguments), run(*arguments, "--output", "two.json", processes=2)
+    alone = run(*arguments)
+    together = run(*arguments, "--output", "two.json", processes=2, launcher=launcher)
     assert together.code == 0, together.err
     one, two = json.loads(alone.out), json.loads(together.out)
     assert (
@@ -419,7 +426,9 @@ def test_two_processes_find_what_one_finds(run: Callable[..., Done], folder: Pat
     predicted = []
     for processes in (1, 2):
         done = run(
-            "run", "net.safetensors", folder / "test" / "images", "-o", "out", "--json", processes=processes
+            *("run", "net.safetensors", folder / "test" / "images", "-o", "out", "--json"),
+            processes=processes,
+            launcher=launcher,
         )
         assert done.code != 0
         predicted.append(json.loads(done.out))

@@ -858,9 +858,31 @@ def test_the_command_trains_a_function_and_then_its_file(
     assert "before" in out and "classifier" in out and (tmp_path / "more/net.safetensors").is_file()
 
 
+def test_the_command_trains_behind_a_stem_that_is_run_once(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """The whole network is written, its stem as it was; the report says what is not done to the images."""
+    converted = ("finetune_nets:Segmenter", *SHORT, "--output-stride", "4,16")
+    arguments = (*converted, "--cache", "--crop", 32, "-o", "run")
+    code, out, err = command(*arguments, "--json")
+    assert code == 0, out + err
+    found = json.loads(out)
+    assert any("colours not jittered" in note and "72 samples" in note for note in found["notes"])
+    assert any(group["group"] == "fixed" for group in found["groups"]) and found["steps"] == 2
+    after = load_file(tmp_path / "run/net.safetensors")
+    before = load_file(tmp_path / "run/start.safetensors")
+    changed = {name for name in after if not torch.equal(before[f"weights.{name}"], after[name])}
+    assert len(after) == len(before) and "classifier.1.weight" in changed
+    assert not any(name.startswith(("backbone.0.", "backbone.1.")) for name in changed)
+    code, out, _ = command(*arguments)
+    assert code == 0 and "resumed after step 2" in out and "colours not jittered" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--cache", "--crop", "30"], "multiples of 16"),
+        (["--cache", "--crop", "0", "--config", "scaled.json"], "scale"),
         (["--objective-option", "low"], "NAME=VALUE"),
         (["--optimizer", "adam"], "adamw"),
         (["--mask", "edgse"], "edges"),
@@ -869,9 +891,11 @@ def test_the_command_trains_a_function_and_then_its_file(
     ],
 )
 def test_the_command_refuses_with_a_next_step(
-    command: Callable[..., tuple[int, str, str]], arguments: list[str], words: str
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, arguments: list[str], words: str
 ) -> None:
-    code, out, _ = command("finetune_nets:Segmenter", *SHORT, "-o", "run", "--json", *arguments)
+    (tmp_path / "scaled.json").write_text('{"scale": [0.5, 2.0]}')
+    strides = ("--output-stride", "4,16")
+    code, out, _ = command("finetune_nets:Segmenter", *SHORT, *strides, "-o", "run", "--json", *arguments)
     assert code == 1
     assert words in json.dumps(json.loads(out)) and json.loads(out)["next"]
 
