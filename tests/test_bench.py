@@ -123,17 +123,19 @@ def test_the_twins_are_uniform_and_stop_at_the_low_output_stride() -> None:
             assert_same(sides[key](image), net(image, mask=mask), 1e-4)
 
 
-def test_linear_fill_and_grouped_convolutions_are_granted_more() -> None:
+def test_interpolating_fills_and_grouped_convolutions_are_granted_more() -> None:
     bands = {
         (groups, fill): band(cs.adaptify(trunk(groups), fill=fill, verify_laws=False))
         for groups in (1, 4)
-        for fill in ("nearest", "linear")
+        for fill in ("nearest", "linear", "guided")
     }
     assert bands == {
         (1, "nearest"): BAND,
         (4, "nearest"): GROUPED,
         (4, "linear"): GROUPED,
+        (4, "guided"): GROUPED,
         (1, "linear"): BAND + LINEAR,
+        (1, "guided"): BAND + LINEAR,
     }
 
 

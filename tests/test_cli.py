@@ -166,6 +166,7 @@ REFUSED = [
     (["mask", "--mask", "edgs"], "UnknownName", "edges"),
     (["mask", "--image", "missing.png"], "FileError", "PNG"),
     (["mask", "--mask", "edges", "--mask", "gradient"], "InvalidInput", "--compare"),
+    (["mask", "--mask", "confidence | budget"], "InvalidInput", "--model"),
     (["mask", "--labels", "missing.png"], "FileError", "one class per pixel"),
     (["mask", "--image", "images/first.png", "--mask", "trimap"], "InvalidInput", "--labels"),
     (["mask", "--size", "0x128"], "InvalidInput", "positive"),
@@ -187,6 +188,11 @@ REFUSED = [
     (["convert", "--model", "usernets:segmenter", "--region", "backbone"], "CannotConvert", "auto"),
     (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", '--mask "edges:'),
     (["export", "usernets:segmenter", "--mask", "edges"], "InvalidInput", "| budget:fraction=0.3"),
+    (
+        ["export", "usernets:segmenter", "--mask", "confidence | budget"],
+        "InvalidInput",
+        "| budget:fraction=0.3",
+    ),
     (["export", "usernets:segmenter", "--output", "no/net.pt2"], "FileError", "--output"),
     (["export", "missing.safetensors"], "FileError", "path"),
     (["bench", "--model", "resnt18"], "UnknownName", "resnet18"),
@@ -433,6 +439,45 @@ def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: 
     assert rows[1]["macs"] == counted["macs"] and rows[1]["active_fraction"] == counted["active_fraction"]
     assert rows[1]["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
     assert rows[2]["of_high"] == 1 and "MACs" in run("mask", *options("--model", model, *COMPARED)).out
+
+
+LOOKING = ("confidence | budget:fraction=0.25", "learned:channels=8/6/4", "detail")
+
+
+@pytest.mark.parametrize("model", ["usernets:segmenter", "net.safetensors"])
+def test_masks_that_look_at_a_network_count_what_they_look_at(run: Run, file: Path, model: str) -> None:
+    given = [part for mask in LOOKING for part in ("--mask", mask)]
+    rows = run("mask", *options("--model", model, *given, "--compare"), "--json").json["masks"]
+    for row, mask in zip(rows, LOOKING, strict=True):
+        counted = run("macs", "--model", model, *options("--mask", mask), "--json").json
+        assert row["macs"] == counted["macs"] and row["active_fraction"] == counted["active_fraction"]
+    assert rows[0]["active_fraction"] == 0.25
+    assert run("mask", *options("--model", model, "--mask", LOOKING[0])).code == 0
+
+
+def test_a_file_shows_its_own_mask_with_what_it_has_learned(run: Run, tmp_path: Path) -> None:
+    net = cs.adaptify(cs.build_model("usernets:segmenter"), "learned:channels=8/6/4", verify_laws=False)
+    net(torch.zeros(1, 3, 64, 64))
+    with torch.no_grad():
+        net.mask.estimator[7].bias[0] = 100  # it has learned to keep everything
+    cs.save(net, tmp_path / "learned.safetensors")
+    arguments = ("mask", *options("--model", tmp_path / "learned.safetensors"), "--json")
+    assert run(*arguments).json["active_fraction"] == 1
+    assert run(*arguments, "--mask", "learned:channels=8/6/4").json["active_fraction"] == 1
+    assert run(*arguments, "--mask", "learned:channels=8/6/4,seed=1").json["active_fraction"] < 1
+    rows = run(*arguments, "--compare").json["masks"]
+    assert rows[0]["mask"].startswith("learned") and rows[0]["active_fraction"] == 1 and len(rows) > 4
+
+
+@pytest.mark.parametrize("command", ["convert", "bench"])
+def test_the_fill_may_be_guided(run: Run, command: str, tmp_path: Path) -> None:
+    quick = ("--fractions", "1,0.5,0", "--rounds", "1") if command == "bench" else ()
+    result = run(command, *options("--model", "usernets:segmenter", "--fill", "guided", *quick), "--json")
+    assert result.code == 0, result.err
+    if command == "convert":
+        assert cs.load(next(tmp_path.glob("*.safetensors"))).geometry.fill == "guided"
+    if command == "bench":
+        assert [entry["fill"] for entry in result.json["networks"]] == ["guided"]
 
 
 def test_a_comparison_chooses_telling_masks_and_labels_bring_the_oracle(run: Run, folder: Path) -> None:

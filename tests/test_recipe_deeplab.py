@@ -12,6 +12,7 @@ import operator
 import sys
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torchvision.ops import deform_conv2d
 
 import cadsurgery as cs
 from cadsurgery.macs import dense_macs
+from cadsurgery.masks import LearnedMask
 from recipes.deeplabv3_resnet101 import checkpoints, recipe, variants
 from recipes.deeplabv3_resnet101.checkpoints import Layout, load_published, published_state
 from recipes.deeplabv3_resnet101.recipe import RUNS
@@ -308,48 +310,43 @@ def test_edge_maps_of_a_published_run_are_in_whole_blocks_of_its_levels() -> Non
         assert (blocks == blocks[..., :1]).all()
 
 
-class StandIn(nn.Module):
-    """Convolutions in the order of the published estimator."""
-
-    def __init__(self, last: int) -> None:
-        super().__init__()
-        shapes = ((512, 128), (128, 64), (64, 64), (64, last))
-        self.layers = nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for inputs, outputs in shapes)
-
-
-class Estimating(cs.MaskProvider):
-    name = "stand-in"
-
-    def __init__(self, last: int = 2) -> None:
-        super().__init__()
-        self.last, self.estimator = last, StandIn(last)
-
-    def forward(self, image: Tensor, features: Tensor, grid: Any) -> Tensor:
-        assert features.shape[1] == 512
-        return torch.zeros(grid.batch, *grid.size, dtype=torch.bool)
+def published_estimator(state: State) -> nn.Module:
+    """The layers of a file, as its tensors say."""
+    layers = nn.Sequential(
+        *(nn.Conv2d(512, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 64, 3, padding=1), nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 2, 3, padding=1)),
+    )
+    prefix = "backbone.mask_estimator."
+    layers.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+    return layers
 
 
-@pytest.mark.parametrize("last", [2, 3])
-def test_the_mask_estimator_is_handed_to_the_provider_of_the_run(
-    last: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = tensors_of("learned-0.5")
-    given = recipe.Run(8, 16, "learned-stand-in", recipe.LEARNED)
-    monkeypatch.setitem(RUNS, "learned-0.5", given)
-
-    def adapted(net: nn.Module, run: recipe.Run, mask: object) -> nn.Module:
-        return recipe.adapted(net, run, Estimating(last) if mask is None else mask)
-
-    monkeypatch.setattr(checkpoints, "adapted", adapted)
-    if last != 2:
-        with pytest.raises(cs.InvalidInput, match="cannot take the published mask estimator"):
-            load_published(state, "learned-0.5")
-        return
+def test_the_mask_estimator_is_handed_to_the_learned_mask() -> None:
+    """The mask of the run takes every tensor, and gives the levels that the published layers give."""
+    state, x = tensors_of("learned-0.5"), images(2, *SIZE)
+    with torch.no_grad():
+        features = nn.Sequential(
+            *list(load_published(state, "learned-0.5", "all").net.backbone.children())[:6]
+        )(x)
+        scores = published_estimator(state)(features)
+    state["backbone.mask_estimator.7.bias"][0] += (scores[:, 1] - scores[:, 0]).median()  # half of the cells
     net = load_published(state, "learned-0.5").net
-    for at, ours in zip((0, 2, 5, 7), range(4), strict=True):
-        for part in ("weight", "bias"):
-            expected = state[f"backbone.mask_estimator.{at}.{part}"]
-            assert torch.equal(net.mask.state_dict()[f"estimator.layers.{ours}.{part}"], expected)
+    assert isinstance(net.mask, LearnedMask) and net.mask.fraction == 0.5
+    estimator = published_estimator(state).state_dict()
+    assert net.mask.state_dict().keys() == {f"estimator.{key}" for key in estimator}
+    assert all(torch.equal(net.mask.state_dict()[f"estimator.{key}"], estimator[key]) for key in estimator)
+    with torch.no_grad():
+        net(x)
+        found = published_estimator(state)(features).argmax(1)  # channel 1 asks to downsample
+    assert torch.equal(net.levels.long(), found.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert net.active_fraction == pytest.approx(0.5, abs=0.1)
+
+
+def test_another_mask_cannot_take_the_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = replace(RUNS["learned-0.5"], mask="learned:channels=8/6/4")
+    monkeypatch.setitem(RUNS, "learned-0.5", given)
+    with pytest.raises(cs.InvalidInput, match="cannot take the published mask estimator"):
+        load_published(tensors_of("learned-0.5"), "learned-0.5")
 
 
 # -- what is refused -----------------------------------------------------------------------------------
