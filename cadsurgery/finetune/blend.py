@@ -38,6 +38,7 @@ class Blend(Objective):
         weight: float = 1.0,
         network: str = "blend",
         distil: float = 0.0,
+        supervision: float = 1.0,
     ) -> None:
         """Create the objective.
 
@@ -49,6 +50,7 @@ class Blend(Objective):
             weight: of that distance.
             network: what trains the network: `blend`, as published, `mixed`, or nothing (`fixed`).
             distil: weight of the divergence from the dense high network as it started.
+            supervision: weight of the labels' cross entropy; 0 learns from the dense network alone.
 
         Raises:
             UnknownName: no such choice.
@@ -71,7 +73,7 @@ class Blend(Objective):
                 next='convert it with a learned mask: cs.adaptify(model, mask="learned:fraction=0.3").',
             )
         self.separate, self.share, self.weight = statistics == "separate", share, weight
-        self.network, self.distil = network, distil
+        self.network, self.distil, self.supervision = network, distil, supervision
         self._mask = (mask,)  # a tuple: it is a part of the network, not of the objective
         self.teacher: nn.Module | None = None
         if distil > 0:
@@ -100,21 +102,30 @@ class Blend(Objective):
         else:
             with _fixed(net, mask):
                 output = blended(net, inputs, weigh, separate=self.separate)
-        entropy = supervised(output, labels)
-        loss = entropy
+        target = self._target(inputs)
+        loss, parts = self._missed(output, labels, target)
         if self.share == "published":
             loss = loss + self.weight * (noted["kept"] - mask.fraction).square()
-        parts = {"entropy": entropy.detach(), "kept": noted["kept"].detach()}
-        if self.teacher is not None:
-            teacher = self.teacher
-            with torch.no_grad(), evaluating(teacher):
-                target = logits_of(teacher(*inputs, mask="all"))
-            far = divergence(logits_of(output), target, 1.0)
-            loss, parts["divergence"] = loss + self.distil * far, far.detach()
         if self.network == "mixed":
-            of_mixed = supervised(net(*inputs), labels)
+            of_mixed, _ = self._missed(net(*inputs), labels, target)
             loss, parts["mixed"] = loss + of_mixed, of_mixed.detach()
-        return {"loss": loss, **parts}
+        return {"loss": loss, **parts, "kept": noted["kept"].detach()}
+
+    def _target(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        """Logits of the teacher, if there is one."""
+        if self.teacher is None:
+            return None
+        with torch.no_grad(), evaluating(self.teacher):
+            return logits_of(self.teacher(*inputs, mask="all"))
+
+    def _missed(self, output: Any, labels: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """How far an output is from the labels and from the teacher, weighed and summed; and apart."""
+        entropy = supervised(output, labels)
+        loss, parts = self.supervision * entropy, {"entropy": entropy.detach()}
+        if target is not None:
+            apart = divergence(logits_of(output), target, 1.0)
+            loss, parts["divergence"] = loss + self.distil * apart, apart.detach()
+        return loss, parts
 
 
 def _learned(mask: MaskProvider) -> LearnedMask | None:

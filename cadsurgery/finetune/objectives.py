@@ -144,6 +144,7 @@ class AnyBudget(Objective):
         teacher: str = "initial",
         temperature: float = 1.0,
         weight: float = 1.0,
+        supervision: float = 1.0,
     ) -> None:
         """Create the objective.
 
@@ -158,6 +159,8 @@ class AnyBudget(Objective):
             teacher: `initial` or `self`.
             temperature: that softens the logits of both.
             weight: of the divergence.
+            supervision: weight of the labels' cross entropy; 0 learns from the dense network alone, which cannot
+                overfit few labels.
 
         Raises:
             InvalidInput: a value out of range, a network that is not adaptive, or an own mask without ranking.
@@ -180,7 +183,8 @@ class AnyBudget(Objective):
         if teacher not in ("initial", "self"):
             raise UnknownName("teacher", teacher, ("initial", "self"))
         self.fractions, self.low, self.high = tuple(fractions), min(ends), max(ends)
-        self.extremes, self.temperature, self.weight = extremes, temperature, weight
+        self.extremes, self.temperature = extremes, temperature
+        self.weight, self.supervision = weight, supervision
         names = (ranking,) if isinstance(ranking, str) else tuple(ranking)
         self.rankings = tuple(name if name in ("own", "random") else resolve_mask(name) for name in names)
         if "own" in self.rankings and isinstance(_ranker(net.mask), UniformMask):
@@ -204,7 +208,7 @@ class AnyBudget(Objective):
             target = logits_of(teacher(*inputs, mask="all"))
         apart = divergence(logits_of(output), target, self.temperature)
         return {
-            "loss": entropy + self.weight * apart,
+            "loss": self.supervision * entropy + self.weight * apart,
             "entropy": entropy.detach(),
             "divergence": apart.detach(),
             **noted,

@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.masks import MaskProvider, resolve_mask
+from cadsurgery.masks import MaskProvider, labelled, resolve_mask
 from cadsurgery.timing import interleaved
 
 EDGES, GRADED = "edges:threshold=0.35,dilation=11", "edges:threshold=0.95/0.1,dilation=5/15"
@@ -64,8 +64,7 @@ GROUPS = {
         {**budgets("detail", 0.1, BUDGET), **budgets("edges", BUDGET), **budgets("trimap", BUDGET)},
     ),
     "guided 8-32": Group((8, 32), GUIDED, {"confidence": "confidence | budget:fraction=0.08/0.45"}),
-    "dense, fine-tuned": Group((8, 16), GUIDED, {}, "dense"),
-    "dense, fine-tuned, 8-32": Group((8, 32), GUIDED, {}, "dense"),
+    "dense, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "dense"),
     "detail, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "detail"),
     "any-budget": Group((8, 16), GUIDED, budgets("detail", 0.05, BUDGET, 0.25, 0.5), "any-budget"),
     "learned": Group((8, 16), GUIDED, {"learned": ""}, "learned"),
@@ -142,20 +141,35 @@ def dense(data: Path, found: cs.SegmentationData, stride: int) -> dict[str, Any]
     return {"label": f"dense network, output stride {stride}", "thin": thin, **figures}
 
 
-def region_times(data: Path, found: cs.SegmentationData, rounds: int) -> dict[str, Any]:
-    """Milliseconds of the adaptive region and the head after it, interleaved, on four images one by one."""
-    net = cs.adaptify(build(data), "all", output_stride=(8, 16), **GUIDED).optimize()
-    body = cs.body_of(net)
-    inputs = [
-        cs.stem_outputs(net, prepared(found, index)) for index in range(0, len(found), -(-len(found) // 4))
-    ]
-    masks = {"all": "all", **budgets("detail", 0.1, BUDGET, 0.25, 0.5), "none": "none"}
+def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, rounds: int) -> dict[str, Any]:
+    """Milliseconds of everything after the stem, mask included, of every setting in turn, on four images one by one."""
+    places = range(0, len(found), -(-len(found) // 4))
+    sides: dict[str, Callable[[], Any]] = {}
 
-    def side(mask: MaskProvider) -> Callable[[], Any]:
-        return lambda: [body(*values, mask=mask) for values in inputs]
+    def side(
+        body: cs.AdaptiveModel, inputs: list[tuple[Tensor, ...]], mask: MaskProvider
+    ) -> Callable[[], Any]:
+        def run() -> None:
+            for place, values in zip(places, inputs, strict=True):
+                with labelled(found[place][1][None]):
+                    body(*values, mask=mask)
 
-    sides = {label: side(resolve_mask(spec)) for label, spec in masks.items()}
-    return {name: vars(found) for name, found in interleaved(sides, rounds).items()}
+        return run
+
+    for name, group in GROUPS.items():
+        for network, file in list(networks(group, runs))[
+            : 1 if "learned" in group.masks else 0 if group.runs else 1
+        ]:
+            net = cs.adaptify(
+                build(data, file), "all", output_stride=group.strides, **group.options
+            ).optimize()
+            body, inputs = cs.body_of(net), [cs.stem_outputs(net, prepared(found, place)) for place in places]
+            masks: dict[str, Any] = {"everything high": "all", **group.masks, "everything low": "none"}
+            if file is not None:
+                masks["learned"] = cs.load(file, build(data)).mask
+            for label, mask in masks.items():
+                sides[f"{name}, {network}: {label}"] = side(body, inputs, resolve_mask(mask))
+    return {name: vars(time) for name, time in interleaved(sides, rounds).items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -212,10 +226,10 @@ def main() -> None:
                 rows[f"{name} {network}"] = [{"network": network, **row} for row in told]
                 write(options.output, rows, times, found)
         if "times" in options.only:
-            times = region_times(options.data, found, options.rounds)
+            times = region_times(options.data, found, options.runs, options.rounds)
     print(table([row for name in rows for row in rows[name]]))
     for name, time in times.items():
-        print(f"region, {name}: {time['best']:.0f} ms best, {time['median']:.0f} ms median for four images")
+        print(f"region, {name}: {time['best']:.0f} ms best, {time['median']:.0f} ms median of four images")
     write(options.output, rows, times, found)
 
 

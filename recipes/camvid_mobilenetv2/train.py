@@ -64,8 +64,17 @@ RUNS = {
         "detail | budget:fraction=0.3",
         {"objective": "any-budget", "objective_options": {"ranking": ["own", "random"]}},
     ),
+    "distilled": Run(  # the same without labels: 92 images are few, and the weights have seen them
+        "detail | budget:fraction=0.3",
+        {"objective": "any-budget", "objective_options": {"ranking": ["own", "random"], "supervision": 0.0}},
+    ),
     "learned": Run(
-        LEARNED, {"objective": "blend", "objective_options": {"network": "mixed"}, "mask_factor": 10.0}
+        LEARNED,
+        {
+            "objective": "blend",
+            "objective_options": {"network": "mixed", "supervision": 0.0, "distil": 1.0},
+            "mask_factor": 10.0,
+        },
     ),
     "mask": Run(
         LEARNED, {"objective": "blend", "objective_options": {"network": "fixed"}, "mask_factor": 10.0}
