@@ -224,29 +224,51 @@ def test_the_mask_gets_a_gradient_and_the_network_what_is_said(network: str) -> 
 
 def test_the_loss_is_that_of_its_parts() -> None:
     net = adaptive(LEARNED).eval()
-    found, _ = gradients(Blend(net, weight=3.0, distil=0.5))
-    parts = found["entropy"] + 3.0 * (found["kept"] - 0.3) ** 2 + 0.5 * found["divergence"]
+    found, _ = gradients(Blend(net, share="published", weight=3.0, distil=0.5, supervision=2.0))
+    parts = 2.0 * found["entropy"] + 3.0 * (found["kept"] - 0.3) ** 2 + 0.5 * found["divergence"]
     torch.testing.assert_close(found["loss"], parts)
 
 
-def test_the_share_is_that_of_the_map_used_later_or_of_a_sample() -> None:
-    """Two levels of four: what is not at level 0 counts by its elements."""
+def test_the_published_share_is_that_of_another_sample() -> None:
     net, inputs = adaptive(LEARNED).eval(), labelled()[0]
     net(*inputs)
-    sides = torch.tensor([1.0, 2.0, 4.0])[net.levels.long()]
-    expected = ((sides**-2 - 1 / 16) / (1 - 1 / 16)).mean()
-    found, _ = gradients(Blend(net))
-    torch.testing.assert_close(found["kept"], expected)
     sampled = [
-        gradients(Blend(net, share="sample"), Draw(0, step, (step,) * 2))[0]["kept"] for step in (0, 1)
+        gradients(Blend(net, share="published"), Draw(0, step, (step,) * 2))[0]["kept"] for step in (0, 1)
     ]
     assert sampled[0] != sampled[1]
+
+
+def test_balanced_scores_hold_the_share_while_they_are_trained_and_later() -> None:
+    """Two levels of four: what is not at level 0 counts by its elements. The share moves in steps of one cell."""
+    net, inputs = adaptive(LEARNED).eval(), labelled()[0]
+    net(*inputs)
+    objective = Blend(net)
+    cell = 16 / net.levels.numel() * 2
+    for _ in range(80):  # the running statistics follow
+        found, _ = gradients(objective)
+        assert abs(found["kept"].item() - 0.3) <= cell
+    net(*inputs)
+    sides = torch.tensor([1.0, 2.0, 4.0])[net.levels.long()]
+    kept = ((sides**-2 - 1 / 16) / (1 - 1 / 16)).mean().item()
+    assert abs(kept - 0.3) <= 2 * cell
+
+
+def test_balanced_scores_give_no_gradient_to_keeping_more_everywhere() -> None:
+    net, inputs = adaptive(LEARNED).eval(), labelled()[0]
+    net(*inputs)
+    objective = Blend(net)
+    gradients(objective)
+    mask = net.mask
+    assert isinstance(mask, LearnedMask)
+    last = mask.estimator[7]
+    assert last.bias.grad is not None and last.weight.grad is not None
+    assert last.bias.grad.abs().max() < 1e-4 * last.weight.grad.abs().max()
 
 
 def test_noise_belongs_to_an_image_whatever_batch_it_is_in() -> None:
     """One batch is the mean of its images one by one, as several processes or accumulated passes have them."""
     net, ((image,), labels) = adaptive(LEARNED).eval(), labelled()
-    objective = Blend(net, weight=0.0)
+    objective = Blend(net, share="published", weight=0.0)
     with torch.no_grad():
         both = objective((image,), labels, Draw(0, 0, (4, 9)))["loss"]
         alone = [
@@ -282,7 +304,7 @@ def test_under_other_objectives_a_learned_mask_is_found_to_have_no_gradient() ->
         (lambda: adaptive("edges"), {}, "learned"),
         (Segmenter, {}, "learned"),
         (lambda: adaptive(LEARNED), {"statistics": "own"}, "separate"),
-        (lambda: adaptive(LEARNED), {"share": "all"}, "argmax"),
+        (lambda: adaptive(LEARNED), {"share": "all"}, "balanced"),
         (lambda: adaptive(LEARNED), {"network": "dense"}, "fixed"),
     ],
 )
