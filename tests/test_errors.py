@@ -394,7 +394,7 @@ def test_an_impossible_output_stride_is_refused_with_the_possible_ones(
 @pytest.mark.parametrize("option", ["fill", "anchor", "pool", "patch"])
 def test_an_unknown_choice_is_refused_with_the_choices(option: str) -> None:
     choices = {
-        "fill": ["linear", "nearest"],
+        "fill": ["linear", "nearest", "guided"],
         "anchor": ["corner", "center"],
         "pool": ["atrous", "drop"],
         "patch": ["quadtree", "block"],
