@@ -66,7 +66,8 @@ GROUPS = {
     "guided 8-32": Group((8, 32), GUIDED, {"confidence": "confidence | budget:fraction=0.08/0.45"}),
     "dense, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "dense"),
     "detail, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "detail"),
-    "any-budget": Group((8, 16), GUIDED, budgets("detail", 0.05, BUDGET, 0.25, 0.5), "any-budget"),
+    "any-budget, with labels": Group((8, 16), GUIDED, budgets("detail", BUDGET, 0.25, 0.5), "any-budget"),
+    "any-budget": Group((8, 16), GUIDED, budgets("detail", BUDGET, 0.25, 0.5), "distilled"),
     "learned": Group((8, 16), GUIDED, {"learned": ""}, "learned"),
     "learned mask alone": Group((8, 16), GUIDED, {"learned": ""}, "mask"),
 }
@@ -123,9 +124,7 @@ def equal_cost(model: Segmenter, group: Group, learned: Any, found: cs.Segmentat
         high += sum(layer.high for layer in layers if layer.layer in inside)
         low += sum(layer.low for layer in layers if layer.layer in inside)
     fraction = round((cost - low) / (high - low), 4)
-    return {
-        f"{name}, same cost": f"{name} | budget:fraction={fraction}" for name in ("edges", "detail", "random")
-    }
+    return {f"{name}, same cost": f"{name} | budget:fraction={fraction}" for name in ("edges", "detail")}
 
 
 def dense(data: Path, found: cs.SegmentationData, stride: int) -> dict[str, Any]:
