@@ -185,6 +185,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def spread(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Of each fine-tuned setting over its seeds: mean mIoU, least and largest, mean cost; in Markdown."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for group in rows.values():
+        for row in group:
+            name, dash, seed = row["network"].rpartition("-")
+            if dash and seed.isdigit():
+                label = (
+                    "same cost, " + row["label"].partition(",")[0] if "same" in row["label"] else row["label"]
+                )
+                found.setdefault((name, label), []).append(row)
+    lines = [
+        "| run | setting | seeds | mIoU | least, largest | active | cost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, label), same in found.items():
+        miou = [100 * row["miou"] for row in same]
+        active, cost = (
+            sum(row[key] for row in same) / len(same) for key in ("active_fraction", "region_of_high")
+        )
+        ends = f"{min(miou):.2f}, {max(miou):.2f}"
+        lines.append(
+            f"| {name} | {label} | {len(same)} | {sum(miou) / len(miou):.2f} | {ends} | {active:.3f} | {cost:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the tables, write the figures."""
     parser = argparse.ArgumentParser(
@@ -226,7 +253,7 @@ def main() -> None:
                 write(options.output, rows, times, found)
         if "times" in options.only:
             times = region_times(options.data, found, options.runs, options.rounds)
-    print(table([row for name in rows for row in rows[name]]))
+    print(table([row for name in rows for row in rows[name]]), spread(rows), sep="\n\n")
     for name, time in times.items():
         print(f"region, {name}: {time['best']:.0f} ms best, {time['median']:.0f} ms median of four images")
     write(options.output, rows, times, found)
