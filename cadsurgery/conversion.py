@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from cadsurgery.api import adaptify
 from cadsurgery.api import plan as make_plan
 from cadsurgery.environment import device_in_words, device_named
-from cadsurgery.errors import CadError, FileError, InvalidInput
-from cadsurgery.files import check_folder
+from cadsurgery.errors import CadError, InvalidInput
+from cadsurgery.files import check_folder, made_folder
 from cadsurgery.hosted import HostedModel
 from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
 from cadsurgery.io import load, read_metadata, save
@@ -215,12 +215,7 @@ def predict(
     where = own_device(device)
     paths = find_images(images)
     net = load(file, mask=mask).to(where).optimize()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"{output} cannot be created.", why=str(error), next="choose another --output."
-        ) from error
+    made_folder(output)
     done: list[tuple[int, dict[str, Any]]] = []
     failed: list[tuple[int, dict[str, Any]]] = []
     for position, (path, place) in shard(list(paths.items())):

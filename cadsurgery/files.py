@@ -51,6 +51,22 @@ def check_folder(path: Path, option: str = "--output") -> None:
         raise FileError(f"there is no folder {path.parent}.", next=f"create it or choose another {option}.")
 
 
+def made_folder(path: Path | str, option: str = "--output") -> Path:
+    """A folder to write into, made if it is missing.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"{folder} cannot be created.", why=str(error), next=f"choose another {option}."
+        ) from error
+    return folder
+
+
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Append lines to a file, all or none; it is made if it does not exist.
 

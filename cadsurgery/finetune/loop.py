@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.errors import FileError, InvalidInput, TrainingStopped
+from cadsurgery.files import made_folder
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
     Checkpoint,
@@ -35,7 +36,7 @@ from cadsurgery.finetune.groups import (
 from cadsurgery.finetune.logs import Log, Row, open_log
 from cadsurgery.finetune.objectives import Objective, make_objective
 from cadsurgery.finetune.probe import count_outputs, freeze_unused
-from cadsurgery.finetune.results import Outcome, run_folder, write_network
+from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.model import OptimizedModel, evaluating
@@ -94,7 +95,7 @@ def fit(
     done = False
     try:
         run = _Run(
-            net, data, settings, run_folder(output), validation, objective, augment, resume, device, on_step
+            net, data, settings, made_folder(output), validation, objective, augment, resume, device, on_step
         )
         outcome = run.train()
         done = True

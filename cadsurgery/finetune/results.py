@@ -9,7 +9,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from cadsurgery.errors import FileError
 from cadsurgery.files import written_whole
 from cadsurgery.io import save
 from cadsurgery.model import AdaptiveModel
@@ -49,22 +48,6 @@ class Outcome:
             name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()
         }
         return {**values, "groups": list(self.groups)}
-
-
-def run_folder(output: Path | str) -> Path:
-    """The folder of a run, made if it is missing.
-
-    Raises:
-        FileError: it cannot be made.
-    """
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"{folder} cannot be created.", why=str(error), next="choose another --output."
-        ) from error
-    return folder
 
 
 def write_network(net: nn.Module, path: Path) -> None:
