@@ -64,7 +64,7 @@ GROUPS = {
         {**budgets("detail", 0.1, BUDGET), **budgets("edges", BUDGET), **budgets("trimap", BUDGET)},
     ),
     "guided 8-32": Group((8, 32), GUIDED, {"confidence": "confidence | budget:fraction=0.08/0.45"}),
-    "dense, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "dense"),
+    "dense, fine-tuned": Group((8, 16), GUIDED, {}, "dense"),
     "detail, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "detail"),
     "any-budget, with labels": Group((8, 16), GUIDED, budgets("detail", BUDGET, 0.25, 0.5), "any-budget"),
     "any-budget": Group((8, 16), GUIDED, budgets("detail", BUDGET, 0.25, 0.5), "distilled"),
@@ -99,7 +99,7 @@ def evaluate(
         masks["learned"] = cs.load(file, build(data)).mask
         masks |= equal_cost(model, group, masks["learned"], found)
     report = cs.evaluate(
-        *(model, found, list(masks.values())),
+        *(model, found, list(masks.values()) or ["all"]),
         output_stride=[group.strides],
         options=group.options,
         rounds=0,
