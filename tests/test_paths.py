@@ -22,6 +22,7 @@ from cadsurgery.finetune import Blend, Draw, Objective, Settings, fit
 from cadsurgery.finetune.groups import make_groups
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.finetune.probe import freeze_unused
+from cadsurgery.images import normalise
 from cadsurgery.masks import Grid, LearnedMask
 from cadsurgery.paths import blended
 
@@ -334,18 +335,18 @@ def test_a_learned_mask_inside_wrappers_is_the_one_that_is_trained() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["blend", "mixed"])
-@pytest.mark.parametrize("fraction", [0.2, 0.6])
+@pytest.mark.parametrize("fraction", [0.35])
 def test_training_drives_the_share_to_the_target(tmp_path: Path, network: str, fraction: float) -> None:
     net = adaptive(f"learned:fraction={fraction},channels=8/8/8")
     settings = Settings(
-        **{"steps": 150, "batch": 4, "lr": 0.05, "mask_factor": 1.0, "workers": 0, "save_every": 150},
+        **{"steps": 100, "batch": 4, "lr": 0.05, "mask_factor": 0.1, "workers": 0, "save_every": 100},
         **{"objective": "blend", "objective_options": {"network": network, "weight": 20.0}},
     )
     scenes = Scenes(8)
     fit(net, scenes, settings, output=tmp_path, device="cpu")
     kept = []
     for image, _ in scenes.items:
-        net(image.unsqueeze(0))
+        net(normalise(image, None).unsqueeze(0))
         sides = torch.tensor([1.0, 2.0, 4.0])[net.levels.long()]
         kept.append(float(((sides**-2 - 1 / 16) / (1 - 1 / 16)).mean()))
     assert abs(sum(kept) / len(kept) - fraction) < 0.05
