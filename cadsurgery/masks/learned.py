@@ -110,6 +110,7 @@ class LearnedMask(MaskProvider):
         hard = F.one_hot(soft.argmax(1), soft.shape[1]).movedim(-1, 1).to(soft)
         return hard + soft - soft.detach()
 
+    @torch.inference_mode(False)  # made by a call in inference mode, it can be trained all the same
     def _make(self, inputs: int, levels: int, side: int, like: Tensor) -> None:
         """The estimator, with random weights; it begins at about its target."""
         a, b, c = self.channels
