@@ -226,6 +226,7 @@ def class_picture(prediction: Tensor) -> Image.Image:
 def figure_picture(figure: Figure, dpi: int = 90) -> Image.Image:
     """A figure as an image."""
     buffer = io.BytesIO()
+    figure.draw_without_rendering()  # the layout knows how high titles are only once the pictures have their place
     figure.savefig(buffer, format="png", dpi=dpi)
     buffer.seek(0)
     return Image.open(buffer)

@@ -426,6 +426,8 @@ def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_pat
     assert all(row["share_of_elements"] == row["elements"] / row["fine_pixels"] for row in rows)
     with Image.open(tmp_path / "mask.png") as picture:
         assert picture.width > 600 and len(set(picture.convert("RGB").resize((64, 32)).getdata())) > 50
+        rim = picture.convert("L").crop((0, 0, picture.width, 2))
+        assert rim.getextrema() == (255, 255)  # titles of two lines, none cut off
     table = run("mask", *options(*COMPARED)).out
     assert (
         "edges | budget:fraction=0.25" in table and "active fraction" in table and "wrote mask.png" in table

@@ -322,6 +322,17 @@ def test_an_objective_of_a_users_own_is_trained_and_resumed_with_its_parameters(
     assert [group["group"] for group in outcome.groups] == ["classifier", "backbone", "mask"]
 
 
+def test_a_learned_mask_that_was_first_used_in_inference_mode_is_trained(tmp_path: Path) -> None:
+    net = adaptive("learned:fraction=0.4,channels=4/4/4")
+    with torch.inference_mode():
+        net(torch.zeros(1, 3, *SIZE))
+    before = tensors(net)
+    changes = {"objective": "blend", "objective_options": {"network": "fixed"}, "mask_factor": 1.0}
+    train(net, tmp_path, replace(QUICK, **changes))
+    moved = {name for name, value in tensors(net).items() if not torch.equal(value, before[name])}
+    assert moved and all("mask" in name for name in moved)
+
+
 def test_a_dense_network_is_trained_the_same_way(tmp_path: Path) -> None:
     net = Segmenter()
     outcome = train(net, tmp_path)

@@ -1,7 +1,7 @@
 """Fine-tuning: train a converted network, or any other, resumable to the exact step."""
 
 from cadsurgery.finetune.batches import augmentation
-from cadsurgery.finetune.blend import Blend
+from cadsurgery.finetune.blend import Blend, calibrate
 from cadsurgery.finetune.evaluation import evaluate
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import fit
@@ -18,6 +18,7 @@ __all__ = [
     "Row",
     "Settings",
     "augmentation",
+    "calibrate",
     "evaluate",
     "fit",
     "list_objectives",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.finetune.batches import Samples, check_data, prepared
 from cadsurgery.finetune.objectives import Objective, divergence, logits_of, objective, supervised
 from cadsurgery.finetune.schedule import Draw, derived
 from cadsurgery.hosted import HostedModel
@@ -18,6 +19,7 @@ from cadsurgery.launch import mean_everywhere
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
 from cadsurgery.model import AdaptiveModel, evaluating
 from cadsurgery.paths import blended
+from cadsurgery.zoo import source_of
 
 
 @objective("blend")
@@ -127,6 +129,42 @@ class Blend(Objective):
             apart = divergence(logits_of(output), target, 1.0)
             loss, parts["divergence"] = loss + self.distil * apart, apart.detach()
         return loss, parts
+
+
+@torch.no_grad()
+def calibrate(net: AdaptiveModel, data: Samples) -> float:
+    """Set the offset of a learned mask so that it keeps its fraction of some data; training on crops, or averaging
+    weights, moves it.
+
+    Args:
+        net: an adaptive network, or the body of one, with a learned mask.
+        data: samples as in training, e.g. whole images of the training data; labels do not count.
+
+    Returns:
+        The share kept high of these data afterwards.
+
+    Raises:
+        InvalidInput: no learned mask, or no data.
+    """
+    check_data(data, "calibration")
+    mask = _learned(net.mask)
+    if mask is None:
+        raise InvalidInput(
+            f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
+            next='train a learned mask first: mask="learned:fraction=0.3", objective blend.',
+        )
+    halved, source = net.halved(), source_of(net)
+    device = next(mask.parameters(), torch.empty(0)).device
+    found: list[tuple[Tensor, Grid]] = []
+    with evaluating(net):
+        for index in range(len(data)):
+            inputs, _ = prepared(*data[index], source, index)
+            arguments = net.bind(*(value.unsqueeze(0).to(device) for value in inputs))
+            features = halved.before(net.names(), **arguments)[halved.cut.features]
+            size = (features.shape[2], features.shape[3])
+            grid = Grid.of(net.geometry, 1, size, net.plan.strides[0])
+            found.append((mask.logits(features, grid), grid))
+    return mask.balance(found)
 
 
 def _learned(mask: MaskProvider) -> LearnedMask | None:

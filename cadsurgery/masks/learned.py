@@ -108,17 +108,38 @@ class LearnedMask(MaskProvider):
         found = found - centre[:, None, None]
         spread = (found[:, 0] - found[:, -1]).std(correction=0).clamp(min=1e-6) / _SHARPNESS
         found = found / spread
-        low, high = -10.0 * _SHARPNESS, 10.0 * _SHARPNESS
         with torch.no_grad():
-            for _ in range(30):  # the share kept rises with the score of level 0
-                middle = (low + high) / 2
-                if self.kept(_raised(found, middle), grid) < self.fraction:
-                    low = middle
-                else:
-                    high = middle
-            for buffer, value in ((self.centre, centre), (self.spread, spread), (self.offset, high)):
+            offset = self._offset([(found, grid)])
+            for buffer, value in ((self.centre, centre), (self.spread, spread), (self.offset, offset)):
                 buffer.lerp_(torch.as_tensor(value).to(buffer), rate)
-        return _raised(found, high)
+        return _raised(found, offset)
+
+    @torch.no_grad()
+    def balance(self, found: Sequence[tuple[Tensor, Grid]]) -> float:
+        """Raise or lower the score of level 0 for good, so that the maps of these `logits` keep the target fraction.
+
+        Returns:
+            The share they keep then, the mean over the images.
+        """
+        offset = self._offset(found)
+        self.offset += offset
+        return self._kept_of_all(found, offset)
+
+    def _kept_of_all(self, found: Sequence[tuple[Tensor, Grid]], offset: float) -> float:
+        kept = [float(self.kept(_raised(logits, offset), grid)) for logits, grid in found]
+        return sum(kept) / len(kept)
+
+    def _offset(self, found: Sequence[tuple[Tensor, Grid]]) -> float:
+        """Of the score of level 0 for the target fraction; the share kept rises with it."""
+        reach = max(float(logits.max() - logits.min()) for logits, _ in found) + 1.0
+        low, high = -reach, reach
+        for _ in range(30):
+            middle = (low + high) / 2
+            if self._kept_of_all(found, middle) < self.fraction:
+                low = middle
+            else:
+                high = middle
+        return high
 
     def estimate(self, features: Tensor, grid: Grid) -> Tensor:
         """What the estimator gives: (B, levels, ceil(h / side), ceil(w / side)).

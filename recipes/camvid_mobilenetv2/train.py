@@ -19,7 +19,7 @@ from network import build, images
 from rich.console import Console
 
 import cadsurgery as cs
-from cadsurgery.finetune import Settings, fit
+from cadsurgery.finetune import Settings, calibrate, fit
 
 CROP, PLACES = (224, 288), (2, 2)
 COMMON: dict[str, Any] = {
@@ -77,7 +77,7 @@ RUNS = {
         {
             "objective": "blend",
             "objective_options": {"network": "mixed", "supervision": 0.0, "distil": 1.0},
-            "mask_factor": 10.0,
+            **{"lr": 3e-5, "mask_factor": 30.0, "weight_decay": 0.0},
         },
     ),
     "mask": Run(
@@ -102,20 +102,18 @@ def train(data: Path, name: str, seed: int, output: Path, steps: int | None = No
             told = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None)
             console.print(f"{told}; {time.perf_counter() - begin:.0f} s", highlight=False)
 
-    outcome = fit(
-        cs.body_of(net),
-        cached,
-        settings,
-        output=output / f"{name}-{seed}",
-        validation=validation,
-        on_step=on_step,
-    )
+    body, folder = cs.body_of(net), output / f"{name}-{seed}"
+    outcome = fit(body, cached, settings, output=folder, validation=validation, on_step=on_step)
+    if mask.startswith("learned"):  # on whole images: crops have more borders
+        share = calibrate(body, cs.CachedStem(net, images(data, "train")))
+        console.print(f"share kept of the training images: {share:.4f}")
+        cs.save(body, folder / "net.safetensors")
     told = {
         **outcome.to_dict(),
         **{"run": name, "seed": seed, "mask": mask, "seconds": time.perf_counter() - begin},
         **{"threads": torch.get_num_threads(), "torch": torch.__version__},
     }
-    (output / f"{name}-{seed}" / "outcome.json").write_text(json.dumps(told, indent=2) + "\n")
+    (folder / "outcome.json").write_text(json.dumps(told, indent=2) + "\n")
     console.print(f"val mIoU {outcome.before['miou']:.4f} -> {outcome.after['miou']:.4f}")
 
 
