@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
-from cadsurgery.finetune import Blend, Draw, Objective, Settings, fit
+from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
 from cadsurgery.finetune.groups import make_groups
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.finetune.probe import freeze_unused
@@ -256,6 +256,32 @@ def test_balanced_scores_hold_the_share_while_they_are_trained_and_later() -> No
     sides = torch.tensor([1.0, 2.0, 4.0])[net.levels.long()]
     kept = ((sides**-2 - 1 / 16) / (1 - 1 / 16)).mean().item()
     assert abs(kept - 0.3) <= 2 * cell
+
+
+def test_calibration_puts_the_share_of_some_data_on_its_target() -> None:
+    """Of images of any size, by the maps that are used later."""
+    net = adaptive("learned:fraction=0.4,channels=8/8/8").train()
+    torch.manual_seed(0)
+    sizes = ((64, 96), (96, 64), (65, 97), (96, 128))
+    data = [((torch.randn(3, *size),), torch.zeros(size, dtype=torch.long)) for size in sizes]
+    share = calibrate(net, data)
+    assert net.training and abs(share - 0.4) < 0.05
+    net.eval()
+    kept = []
+    for (image,), _ in data:
+        net(image[None])
+        mask = net.mask
+        assert isinstance(mask, LearnedMask)
+        grid = Grid.of(net.geometry, 1, tuple(net.levels.shape[1:]), net.plan.strides[0])  # type: ignore[arg-type]
+        cells = net.levels[:, :: grid.side, :: grid.side]
+        kept.append(mask.kept(F.one_hot(cells.long(), 3).movedim(-1, 1).float() * 9, grid).item())
+    assert sum(kept) / len(kept) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("mask", "data"), [("edges", [0]), (LEARNED, [])])
+def test_what_cannot_be_calibrated_is_refused(mask: str, data: list[Any]) -> None:
+    with pytest.raises(cs.InvalidInput, match="calibrat"):
+        calibrate(adaptive(mask), data)
 
 
 def test_balanced_scores_give_no_gradient_to_keeping_more_everywhere() -> None:

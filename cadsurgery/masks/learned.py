@@ -139,7 +139,7 @@ class LearnedMask(MaskProvider):
                 low = middle
             else:
                 high = middle
-        return high
+        return high + 1e-5 * reach  # clear of the place where a cell changes, whatever is rounded later
 
     def estimate(self, features: Tensor, grid: Grid) -> Tensor:
         """What the estimator gives: (B, levels, ceil(h / side), ceil(w / side)).
