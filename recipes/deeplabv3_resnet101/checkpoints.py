@@ -255,7 +255,7 @@ def _hand_over(estimator: Mapping[str, Tensor], net: cs.AdaptiveModel) -> None:
     """Give the estimator's tensors to the mask provider of the network, whose convolutions have the same order."""
     with torch.no_grad():
         net(torch.zeros(1, 3, 64, 64))  # a provider may make its layers on its first call
-    own = net.mask.state_dict()
+    own = dict(net.mask.named_parameters())
     given = [tuple(value.shape) for value in estimator.values()]
     if [tuple(value.shape) for value in own.values()] != given:
         raise cs.InvalidInput(
@@ -263,7 +263,7 @@ def _hand_over(estimator: Mapping[str, Tensor], net: cs.AdaptiveModel) -> None:
             why=f"its tensors have shapes {[tuple(value.shape) for value in own.values()]}, the published {given}.",
             next="pass a mask of your own made from it: load_published(..., mask=...).",
         )
-    net.mask.load_state_dict(dict(zip(own, estimator.values(), strict=True)))
+    net.mask.load_state_dict({**net.mask.state_dict(), **dict(zip(own, estimator.values(), strict=True))})
 
 
 def main() -> None:
