@@ -18,15 +18,13 @@ CAMVID_RECIPE = ROOT / "recipes" / "camvid_mobilenetv2" / "recipe.py"
 IMAGENET_RECIPE = ROOT / "recipes" / "imagenet_mobilenetv2" / "recipe.py"
 DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with the data and weights the recipes name
 
-# mIoU on all 233 test images by a dense emulation of the method, independent of this package.
+# mIoU on all 233 test images by a dense emulation of the method, independent of this package: group, setting.
 CAMVID = {
-    "dense OS 8": 55.9,
-    "edges 0/2 nearest, blocks": 52.7,
-    "edges 0/2 nearest, quadtree": 52.3,
-    "edges 0/2 linear, quadtree": 55.2,
-    "edges 0/1 linear, quadtree": 55.8,
-    "graded edges linear": 55.3,
-    "all low linear": 52.3,
+    ("published", "everything high"): 55.9,
+    ("published", "edges .35 (published)"): 52.7,
+    ("linear 8-32", "graded edges .95/.1"): 55.3,
+    ("linear 8-32", "everything low"): 52.3,
+    ("linear 8-16", "edges .35"): 55.8,
 }
 
 
@@ -45,31 +43,40 @@ def test_recipe_without_its_data_says_so_and_stops(recipe: Path, tmp_path: Path)
     assert "skipped" in done.stdout
 
 
-def _camvid(tmp_path: Path, *options: str) -> dict[str, dict[str, float]]:
+def _camvid(tmp_path: Path, *options: str) -> dict[tuple[str, str], dict[str, float]]:
+    """Rows of the recipe by group and setting, of the given weights."""
     output = tmp_path / "results.json"
     subprocess.run([sys.executable, CAMVID_RECIPE, DATA, "--output", output, *options], check=True)
-    return json.loads(output.read_text())["settings"]
+    rows = json.loads(output.read_text())["rows"]
+    return {(name.removesuffix(" given"), row["label"]): row for name, group in rows.items() for row in group}
 
 
 @pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with the CamVid data")
 def test_recipe_on_four_images_loses_most_where_everything_is_low(tmp_path: Path) -> None:
-    settings = _camvid(
-        tmp_path, "--limit", "4", "--only", "dense OS 8", "graded edges linear", "all low linear"
+    rows = _camvid(tmp_path, "--limit", "4", "--only", "linear 8-32")
+    high, graded, low = (
+        rows["linear 8-32", label] for label in ("everything high", "graded edges .95/.1", "everything low")
     )
-    dense, graded, low = (
-        settings[name]["miou"] for name in ("dense OS 8", "graded edges linear", "all low linear")
-    )
-    assert dense > low
-    assert graded > low
-    assert settings["all low linear"]["cost"] < settings["graded edges linear"]["cost"] < 1
+    assert high["miou"] > low["miou"] and graded["miou"] > low["miou"]
+    assert low["region_of_high"] < graded["region_of_high"] < high["region_of_high"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with the CamVid data")
 @pytest.mark.timeout(3600)
 def test_recipe_reaches_the_emulated_accuracy_on_all_images(tmp_path: Path) -> None:
-    settings = _camvid(tmp_path)
-    assert {name: settings[name]["miou"] for name in CAMVID} == pytest.approx(CAMVID, abs=0.3)
+    rows = _camvid(tmp_path, "--only", "published", "linear 8-32", "linear 8-16")
+    assert {key: 100 * rows[key]["miou"] for key in CAMVID} == pytest.approx(CAMVID, abs=0.3)
+
+
+@pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with the CamVid data")
+@pytest.mark.parametrize("run", ["any-budget", "learned"])
+def test_a_run_of_two_steps_leaves_a_network_that_loads(run: str, tmp_path: Path) -> None:
+    command = [sys.executable, CAMVID_RECIPE.with_name("train.py"), DATA, "--run", run, "--steps", "2"]
+    subprocess.run([*command, "--output", tmp_path], check=True)
+    told = json.loads((tmp_path / f"{run}-0" / "outcome.json").read_text())
+    assert told["steps"] == 2 and 0.5 < told["after"]["miou"] < 0.7
+    assert (tmp_path / f"{run}-0" / "net.safetensors").is_file()
 
 
 @pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with the ImageNet sample")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from network import CLASSES, THIN, Segmenter, build, images
 from rich.console import Console
 from torch import Tensor
@@ -159,15 +160,22 @@ def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, roun
         for network, file in list(networks(group, runs))[
             : 1 if "learned" in group.masks else 0 if group.runs else 1
         ]:
-            net = cs.adaptify(
-                build(data, file), "all", output_stride=group.strides, **group.options
-            ).optimize()
-            body, inputs = cs.body_of(net), [cs.stem_outputs(net, prepared(found, place)) for place in places]
+            net = cs.adaptify(build(data, file), "all", output_stride=group.strides, **group.options)
+            body, inputs = (
+                cs.body_of(net).optimize(),
+                [cs.stem_outputs(net, prepared(found, p)) for p in places],
+            )
             masks: dict[str, Any] = {"everything high": "all", **group.masks, "everything low": "none"}
             if file is not None:
                 masks["learned"] = cs.load(file, build(data)).mask
             for label, mask in masks.items():
                 sides[f"{name}, {network}: {label}"] = side(body, inputs, resolve_mask(mask))
+    # What every setting does after the region, dense: the head and the resizing.
+    fixed, (_, _, height, width) = build(data), inputs[0][0].shape
+    left = torch.randn(1, 320, -(-height // 8), -(-width // 8)).contiguous(memory_format=torch.channels_last)
+    sides["after the region"] = lambda: [
+        F.interpolate(fixed.head(left), size=(height, width), mode="bilinear") for _ in places
+    ]
     return {name: vars(time) for name, time in interleaved(sides, rounds).items()}
 
 
