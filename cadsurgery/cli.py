@@ -466,9 +466,10 @@ def finetune(
     Options of objectives (--objective-option NAME=VALUE; each is described in the guide):
 
     any-budget: low, high, fractions, extremes, ranking (own, random or a mask), teacher (initial or self),
-    temperature, weight.
+    temperature, weight, supervision.
 
-    blend: statistics (separate or shared), share (argmax or sample), weight, network (blend, mixed or fixed), distil.
+    blend: statistics (separate or shared), share (balanced or published), weight, network (blend, mixed or fixed),
+    distil, supervision.
     """
     from cadsurgery.finetune.command import finetune as run
     from cadsurgery.finetune.command import make_settings
