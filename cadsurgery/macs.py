@@ -108,7 +108,7 @@ def count_macs(
     image: Any = next(iter((*args, *kwargs.values())), None)
     check_image(image)
     provider = net.mask if mask is None else resolve_mask(mask)
-    asked = _Asked(Masking(provider, net.geometry, net.plan.strides[0]))
+    asked = _Asked(net.masking(provider))
     needs_values = provider.sees_features or provider.looks_ahead
     found = [net.find_lattice(asked, *args, **kwargs)] if needs_values else []
 

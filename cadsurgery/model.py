@@ -111,7 +111,7 @@ class AdaptiveModel(nn.Module):
             level = 0 if provider.high else self.plan.max_level
             if level == self.plan.identity_level:
                 return self._as_it_was(level, *args, **kwargs)
-        masking = Masking(provider, self.geometry, self.plan.strides[0])
+        masking = self.masking(provider)
         if provider.looks_ahead:
             return self._run_twice(masking, *args, **kwargs)
         return self.run(masking, *args, **kwargs)
@@ -125,6 +125,10 @@ class AdaptiveModel(nn.Module):
         """Output and lattice of the rewritten graph, nothing checked or noted."""
         output, lattice = self._run(self.names(), masking, **self.bind(*args, **kwargs))
         return output, lattice
+
+    def masking(self, provider: MaskProvider) -> Masking:
+        """How a mask is asked for its lattices."""
+        return Masking(provider, self.geometry, self.plan.strides[0])
 
     def halved(self) -> Halved:
         """Its graph cut where the mask is asked for: what comes before, and the rest."""

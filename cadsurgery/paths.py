@@ -54,11 +54,10 @@ def blended(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separa
     halved, names = net.halved(), net.names()
     values = halved.before(names, **net.bind(*inputs))
     features = values[halved.cut.features]
-    size = (features.shape[2], features.shape[3])
-    grid = Grid.of(net.geometry, features.shape[0], size, net.plan.strides[0])
+    grid = net.masking(net.mask).grid(features)
     weights = weigh(features, grid)
     levels = range(net.geometry.max_level + 1)
-    expected = (grid.batch, len(levels), *size)
+    expected = (grid.batch, len(levels), *grid.size)
     if tuple(weights.shape) != expected:
         raise InvalidInput(
             f"the weights of the levels have shape {tuple(weights.shape)}.", next=f"give {expected}."

@@ -22,7 +22,7 @@ from cadsurgery.errors import CannotConvert, InvalidInput
 from cadsurgery.files import check_folder, written_whole
 from cadsurgery.hosted import HostedModel
 from cadsurgery.lattice import Bounds, Geometry, Lattice
-from cadsurgery.masks.masking import Masking, check_image, not_static
+from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, runnable
 
@@ -80,7 +80,7 @@ class Bucketed(nn.Module):
         arguments = net.bind(*args, **kwargs)
         check_image(next(iter(arguments.values()), None))
         values = self._before(net.names(), **arguments)
-        masking = Masking(provider, net.geometry, net.plan.strides[0])
+        masking = net.masking(provider)
         with net.ahead(provider, values):
             lattice = masking(values[self._halves.image], values[self._halves.features])
         bounds, levels = self._bounds(lattice), lattice.pyramid.levels

@@ -161,8 +161,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
             inputs, _ = prepared(*data[index], source, index)
             arguments = net.bind(*(value.unsqueeze(0).to(device) for value in inputs))
             features = halved.before(net.names(), **arguments)[halved.cut.features]
-            size = (features.shape[2], features.shape[3])
-            grid = Grid.of(net.geometry, 1, size, net.plan.strides[0])
+            grid = net.masking(net.mask).grid(features)
             found.append((mask.logits(features, grid), grid))
     return mask.balance(found)
 

@@ -37,14 +37,17 @@ class Masking:
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
-        size = (features.shape[2], features.shape[3])
-        geometry, bounds = self.geometry, None
-        grid = Grid.of(geometry, features.shape[0], size, self.output_stride)
+        geometry, bounds, grid = self.geometry, None, self.grid(features)
         if self.static or torch.compiler.is_compiling():  # otherwise exact counts are known, and faster
             bounds = self._bounds(grid)
         with torch.no_grad():
             found = self.provider(image, features, grid)
         return geometry.lattice(checked_levels(found, grid, self.provider.name), bounds)
+
+    def grid(self, features: Tensor) -> Grid:
+        """What the mask is told of the fine map `features` (B, C, h, w)."""
+        size = (features.shape[2], features.shape[3])
+        return Grid.of(self.geometry, features.shape[0], size, self.output_stride)
 
     def _bounds(self, grid: Grid) -> Bounds:
         kept = self.provider.kept_patches(grid) if self.provider.static else None
