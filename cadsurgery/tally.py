@@ -51,20 +51,16 @@ class Setting:
             hosted = isinstance(self.net, HostedModel)
             self.work[shape] = None if hosted else layer_work(self.net, images)
         inside = {decision.node for decision in self.net.plan.chosen("adapt", "keep")}
-        layers, lattice = self.work[shape], self.fast.lattice
-        if layers is None:
-            with labelled(labels):
-                report = self.net.macs(images, mask=self.mask)
-            counts = [(entry.layer, entry.mask, entry.high) for entry in report.layers]
-        else:
-            high = _high(self.net, lattice)
-            counts = [(entry.layer, entry.on(lattice), entry.on(high)) for entry in layers]
-        if shape not in self.of_mask:
+        layers, lattice, counts = self.work[shape], self.fast.lattice, []
+        if layers is None or shape not in self.of_mask:
             with labelled(labels):
                 report = self.net.macs(images, mask=self.mask)
             self.of_mask[shape] = report.of_mask
+            counts = [(e.layer, e.mask, e.high) for e in report.layers if e.layer not in MASK_LAYERS]
+        if layers is not None:
+            high = _high(self.net, lattice)
+            counts = [(entry.layer, entry.on(lattice), entry.on(high)) for entry in layers]
         own = self.of_mask[shape]
-        counts = [count for count in counts if count[0] not in MASK_LAYERS]
         return Work(
             own + sum(mask for _, mask, _ in counts),
             sum(high for *_, high in counts),

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.finetune.batches import Samples, check_data, prepared
-from cadsurgery.finetune.objectives import Objective, divergence, logits_of, objective, supervised
+from cadsurgery.finetune.objectives import (
+    Objective,
+    dense_high,
+    divergence,
+    logits_of,
+    objective,
+    supervised,
+)
 from cadsurgery.finetune.schedule import Draw, derived
 from cadsurgery.hosted import HostedModel
 from cadsurgery.launch import mean_everywhere
@@ -63,11 +70,7 @@ class Blend(Objective):
         _choice("statistics", statistics, ("separate", "shared"))
         _choice("share", share, ("balanced", "published"))
         _choice("network", network, ("blend", "mixed", "fixed"))
-        if isinstance(net, HostedModel):
-            raise InvalidInput(
-                "objective blend cannot run a network that only hosts an adaptive part.",
-                next="train it with objective mixed.",
-            )
+        _check_whole(net)
         mask = _learned(net.mask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
             raise InvalidInput(
@@ -105,7 +108,7 @@ class Blend(Objective):
         else:
             with _fixed(net, mask):
                 output = blended(net, inputs, weigh, separate=self.separate)
-        target = self._target(inputs)
+        target = dense_high(self.teacher, inputs) if self.teacher is not None else None
         loss, parts = self._missed(output, labels, target)
         if self.share == "published":
             loss = loss + self.weight * (noted["kept"] - mask.fraction).square()
@@ -113,13 +116,6 @@ class Blend(Objective):
             of_mixed, _ = self._missed(net(*inputs), labels, target)
             loss, parts["mixed"] = loss + of_mixed, of_mixed.detach()
         return {"loss": loss, **parts, "kept": noted["kept"].detach()}
-
-    def _target(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
-        """Logits of the teacher, if there is one."""
-        if self.teacher is None:
-            return None
-        with torch.no_grad(), evaluating(self.teacher):
-            return logits_of(self.teacher(*inputs, mask="all"))
 
     def _missed(self, output: Any, labels: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """How far an output is from the labels and from the teacher, weighed and summed; and apart."""
@@ -144,8 +140,9 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
         The share kept high of these data afterwards.
 
     Raises:
-        InvalidInput: no learned mask, or no data.
+        InvalidInput: no learned mask, no data, or a network that only hosts an adaptive part.
     """
+    _check_whole(net)
     check_data(data, "calibration")
     mask = _learned(net.mask)
     if mask is None:
@@ -164,6 +161,15 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
             grid = net.masking(net.mask).grid(features)
             found.append((mask.logits(features, grid), grid))
     return mask.balance(found)
+
+
+def _check_whole(net: nn.Module) -> None:
+    """Refuse a network without halves of its own."""
+    if isinstance(net, HostedModel):
+        raise InvalidInput(
+            "a network that only hosts an adaptive part can be neither blended nor calibrated.",
+            next="train it with objective mixed.",
+        )
 
 
 def _learned(mask: MaskProvider) -> LearnedMask | None:

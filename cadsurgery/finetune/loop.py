@@ -154,6 +154,7 @@ class _Run:
         self.average = averaged(net, settings.ema) if settings.ema > 0 else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
         self.state = self._resume(identity, start)
+        self.measured: dict[int, dict[str, float]] = {}  # metrics of the last validation, by its step
 
     @property
     def result(self) -> nn.Module:
@@ -299,7 +300,8 @@ class _Run:
 
     def _validate(self, step: int) -> float:
         """mIoU now; the best network so far is written."""
-        miou = self._measure(self.result)["miou"]
+        self.measured = {step: self._measure(self.result)}
+        miou = self.measured[step]["miou"]
         if self.state.best is None or miou > self.state.best:
             self.state = replace(self.state, best=miou, best_step=step)
             if self.main:
@@ -324,7 +326,7 @@ class _Run:
         return found
 
     def _finish(self, resumed: int) -> Outcome:
-        after = self._measure(self.result)
+        after = self.measured.get(self.state.step) or self._measure(self.result)
         if self.average is not None:
             restore(_tensors(self.average.module), _tensors(self.net), self.folder)
         network = self.folder / f"{NETWORK}.safetensors"

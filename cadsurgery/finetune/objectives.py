@@ -204,9 +204,7 @@ class AnyBudget(Objective):
         noted = self.active_fraction(entropy)
         # After the student: autocast keeps the weights it casts, and those cast here have no gradient.
         teacher = self.net if self.teacher is None else self.teacher
-        with torch.no_grad(), evaluating(teacher):
-            target = logits_of(teacher(*inputs, mask="all"))
-        apart = divergence(logits_of(output), target, self.temperature)
+        apart = divergence(logits_of(output), dense_high(teacher, inputs), self.temperature)
         return {
             "loss": self.supervision * entropy + self.weight * apart,
             "entropy": entropy.detach(),
@@ -269,6 +267,12 @@ def logits_of(output: Any) -> Tensor:
             next="wrap the network so that it returns them.",
         )
     return found
+
+
+def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Logits of a network with everything kept high, in evaluation mode, without gradients: what is distilled from."""
+    with torch.no_grad(), evaluating(net):
+        return logits_of(net(*inputs, mask="all"))
 
 
 def supervised(output: Any, labels: Tensor) -> Tensor:

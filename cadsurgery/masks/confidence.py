@@ -15,8 +15,8 @@ from torch import Tensor
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.lattice import describe
 from cadsurgery.masks.filters import blurred
-from cadsurgery.masks.graded import check_count, check_thresholds, levels_of_scores, several
-from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.masks.graded import ScoredMask, check_sigma
+from cadsurgery.masks.provider import Grid, mask_provider
 
 MEASURES = ("margin", "entropy")
 _FIRST_PASS: ContextVar[Any] = ContextVar("first_pass", default=None)
@@ -33,7 +33,7 @@ def first_pass(output: Any) -> Iterator[None]:
 
 
 @mask_provider("confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)")
-class ConfidenceMask(MaskProvider):
+class ConfidenceMask(ScoredMask):
     """Keep high where the network is unsure after a first pass with everything downsampled.
 
     The pass begins where the region begins: what comes before runs once. Its work counts as the mask's.
@@ -48,7 +48,7 @@ class ConfidenceMask(MaskProvider):
         """Create the mask.
 
         Args:
-            threshold: on the doubt, 0..1; the i-th decides what gets level i, everything else the lowest level.
+            threshold: on the doubt, 0..1; several as in `ScoredMask`.
             measure: of doubt: `margin`, one minus the difference of the two largest probabilities, or `entropy`,
                 divided by its largest value.
             sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
@@ -57,34 +57,23 @@ class ConfidenceMask(MaskProvider):
             UnknownName: no such measure.
             InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
         """
-        super().__init__()
-        self.threshold, self.measure, self.sigma = several(threshold), measure, sigma
+        super().__init__(threshold)
+        self.measure, self.sigma = measure, sigma
         if measure not in MEASURES:
             raise UnknownName("measure of mask 'confidence'", measure, MEASURES)
-        check_thresholds(self.threshold, "mask confidence", falling=True)
-        if not 0 <= sigma < math.inf:
-            raise InvalidInput(
-                f"sigma={sigma} is no width.",
-                where="mask confidence",
-                next="give 0 or a positive number such as 1.",
-            )
+        check_sigma(sigma, "mask confidence")
 
     @property
     def looks_ahead(self) -> bool:
         """It does."""
         return True
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i where the doubt reaches threshold i, the lowest elsewhere.
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The doubt at the pixels of each sample of the fine map, averaged and smoothed.
 
         Raises:
-            InvalidInput: more thresholds than levels, or a network that gives no class scores for a map.
+            InvalidInput: the network gives no class scores for a map.
         """
-        check_count(len(self.threshold), "thresholds", grid, "mask confidence")
-        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
-
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """The doubt at the pixels of each sample of the fine map, averaged and smoothed."""
         doubt = _doubt(_logits(_FIRST_PASS.get(), grid), self.measure)
         if tuple(doubt.shape[1:]) != grid.size:
             doubt = F.interpolate(

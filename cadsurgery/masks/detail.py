@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.filters import blurred
-from cadsurgery.masks.graded import check_count, check_thresholds, levels_of_scores, several
-from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.masks.graded import ScoredMask, check_sigma
+from cadsurgery.masks.provider import Grid, mask_provider
 
 
 @mask_provider("detail", source="ours; measured in recipes/camvid_mobilenetv2")
-class DetailMask(MaskProvider):
+class DetailMask(ScoredMask):
     """Keep high where linear interpolation from every second sample misses the entering features most.
 
     The squared error is summed over channels, smoothed, so that kept areas are compact, and divided by its mean over
@@ -24,30 +23,15 @@ class DetailMask(MaskProvider):
         """Create the mask.
 
         Args:
-            threshold: on the relative error; the i-th decides what gets level i, everything else the lowest level.
+            threshold: on the relative error; several as in `ScoredMask`.
             sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
 
         Raises:
             InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
         """
-        super().__init__()
-        self.threshold, self.sigma = several(threshold), sigma
-        check_thresholds(self.threshold, "mask detail", falling=True)
-        if not 0 <= sigma < float("inf"):
-            raise InvalidInput(
-                f"sigma={sigma} is no width.",
-                where="mask detail",
-                next="give 0 or a positive number such as 2.",
-            )
-
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i where the relative error reaches threshold i, the lowest elsewhere.
-
-        Raises:
-            InvalidInput: more thresholds than levels.
-        """
-        check_count(len(self.threshold), "thresholds", grid, "mask detail")
-        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
+        super().__init__(threshold)
+        check_sigma(sigma, "mask detail")
+        self.sigma = sigma
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The smoothed error relative to its mean over the image."""

@@ -7,14 +7,11 @@ other thresholds are needed.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.filters import blurred, differences, grey_of
-from cadsurgery.masks.graded import GradedMask
+from cadsurgery.masks.graded import GradedMask, check_sigma
 from cadsurgery.masks.provider import mask_provider
 
 
@@ -58,10 +55,7 @@ class GradientMask(GradedMask):
             InvalidInput: as `GradedMask`; a negative or infinite sigma.
         """
         super().__init__(threshold, dilation)
-        if not 0 <= sigma < math.inf:
-            raise InvalidInput(
-                f"sigma={sigma}.", where="mask gradient", next="use pixels such as sigma=1, or 0 for none."
-            )
+        check_sigma(sigma, "mask gradient")
         self.sigma = sigma
 
     def strength(self, image: Tensor) -> Tensor:

@@ -70,6 +70,34 @@ class GradedMask(MaskProvider):
         return near(self.strength(image), self.dilation[0], grid)
 
 
+class ScoredMask(MaskProvider):
+    """Base of masks that keep high what a map of scores says; several thresholds on it give graded levels. A subclass
+    gives the map (`scores`).
+    """
+
+    def __init__(self, threshold: float | tuple[float, ...]) -> None:
+        """Create the mask.
+
+        Args:
+            threshold: on the scores; the i-th decides what gets level i, everything else the lowest level.
+
+        Raises:
+            InvalidInput: thresholds that are NaN or do not fall.
+        """
+        super().__init__()
+        self.threshold = several(threshold)
+        check_thresholds(self.threshold, f"mask {self.name}", falling=True)
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
+
+        Raises:
+            InvalidInput: more thresholds than levels, or no scores.
+        """
+        check_count(len(self.threshold), "thresholds", grid, f"mask {self.name}")
+        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
+
+
 def levels_where(chosen: Iterable[Tensor], grid: Grid) -> Tensor:
     """(B, h, w) int8: level i where the i-th bool map is True and none before it, the lowest level elsewhere."""
     maps = list(chosen)
@@ -112,6 +140,14 @@ def check_odd(option: str, sides: Sequence[int], where: str) -> None:
             f"{option}={format_option(tuple(sides))} is not odd and positive.",
             where=where,
             next="use an odd number such as 11.",
+        )
+
+
+def check_sigma(sigma: float, where: str) -> None:
+    """Refuse standard deviations that are no width."""
+    if not 0 <= sigma < math.inf:
+        raise InvalidInput(
+            f"sigma={sigma} is no width.", where=where, next="give 0 for none or a positive number such as 1."
         )
 
 

@@ -196,9 +196,8 @@ class LearnedMask(MaskProvider):
         with _MAKING, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             if len(self.estimator):
                 return
-            torch.default_generator.manual_seed(
-                self.seed
-            )  # not those of other devices, which are not restored
+            # Not those of other devices, which are not restored.
+            torch.default_generator.manual_seed(self.seed)
             layers = nn.Sequential(
                 *(nn.Conv2d(inputs, a, 3, padding=1), nn.ReLU()),
                 *(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()),

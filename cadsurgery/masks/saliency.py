@@ -12,14 +12,14 @@ from cadsurgery.environment import function_named
 from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import describe
 from cadsurgery.masks.filters import blurred, grey_of
-from cadsurgery.masks.graded import check_count, check_thresholds, levels_of_scores, several
-from cadsurgery.masks.provider import Grid, MaskProvider, checked_scores, mask_provider
+from cadsurgery.masks.graded import ScoredMask
+from cadsurgery.masks.provider import Grid, checked_scores, mask_provider
 
 SPECTRAL = "cadsurgery.masks.saliency:spectral_residual"
 
 
 @mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
-class SaliencyMask(MaskProvider):
+class SaliencyMask(ScoredMask):
     """Keep high what a function of the image scores at least the threshold; several thresholds give levels."""
 
     image_only = True
@@ -35,15 +35,13 @@ class SaliencyMask(MaskProvider):
             function: from the image batch (B, C, H, W), normalised as the network sees it, to a floating-point map
                 (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
                 `module:function` of one that can be imported.
-            threshold: on the map; the i-th decides what gets level i, everything else the lowest level.
+            threshold: on the map; several as in `ScoredMask`.
 
         Raises:
             UnknownName: no such module or function.
             InvalidInput: no function, or thresholds that are NaN or do not fall.
         """
-        super().__init__()
-        self.threshold = several(threshold)
-        check_thresholds(self.threshold, "mask saliency", falling=True)
+        super().__init__(threshold)
         self._function = _imported(function) if isinstance(function, str) else function
         if not callable(self._function):
             raise InvalidInput(
@@ -54,17 +52,12 @@ class SaliencyMask(MaskProvider):
         self.function = function if isinstance(function, str) else _name_of(function)
         self._named = isinstance(function, str)
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The function's map, at least float32, resized to the fine map (bilinear, with antialiasing).
 
         Raises:
-            InvalidInput: more thresholds than levels, or the function returns no score map.
+            InvalidInput: the function returns no score map.
         """
-        check_count(len(self.threshold), "thresholds", grid, "mask saliency")
-        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
-
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """The function's map, at least float32, resized to the fine map (bilinear, with antialiasing)."""
         found = self._function(image)
         if isinstance(found, Tensor) and found.dim() == 4 and found.shape[1] == 1:
             found = found.squeeze(1)

@@ -62,13 +62,13 @@ GROUPS = {
     "guided 8-16": Group(
         (8, 16),
         GUIDED,
-        {**budgets("detail", 0.1, BUDGET), **budgets("edges", BUDGET), **budgets("trimap", BUDGET)},
+        {**budgets("detail", 0.05, 0.1, BUDGET), **budgets("edges", BUDGET), **budgets("trimap", BUDGET)},
     ),
     "guided 8-32": Group((8, 32), GUIDED, {"confidence": "confidence | budget:fraction=0.08/0.45"}),
     "dense, fine-tuned": Group((8, 16), GUIDED, {}, "dense"),
     "detail, fine-tuned": Group((8, 16), GUIDED, budgets("detail", BUDGET), "detail"),
     "any-budget, with labels": Group((8, 16), GUIDED, budgets("detail", BUDGET, 0.25, 0.5), "any-budget"),
-    "any-budget": Group((8, 16), GUIDED, budgets("detail", BUDGET, 0.25, 0.5), "distilled"),
+    "any-budget": Group((8, 16), GUIDED, budgets("detail", 0.05, 0.1, BUDGET, 0.25, 0.5), "distilled"),
     "learned": Group((8, 16), GUIDED, {"learned": ""}, "learned"),
     "learned mask alone": Group((8, 16), GUIDED, {"learned": ""}, "mask"),
 }
@@ -120,10 +120,11 @@ def equal_cost(model: Segmenter, group: Group, learned: Any, found: cs.Segmentat
     inside = {decision.node for decision in net.plan.chosen("adapt", "keep")}
     cost = low = high = 0
     for index in range(0, len(found), max(1, len(found) // 16)):
-        layers = net.macs(prepared(found, index)).layers
-        cost += sum(layer.mask for layer in layers if layer.layer in inside or layer.layer.startswith("("))
-        high += sum(layer.high for layer in layers if layer.layer in inside)
-        low += sum(layer.low for layer in layers if layer.layer in inside)
+        report = net.macs(prepared(found, index))
+        layers = [layer for layer in report.layers if layer.layer in inside]
+        cost += report.of_mask + sum(layer.mask for layer in layers)
+        high += sum(layer.high for layer in layers)
+        low += sum(layer.low for layer in layers)
     fraction = round((cost - low) / (high - low), 4)
     return {f"{name}, same cost": f"{name} | budget:fraction={fraction}" for name in ("edges", "detail")}
 
