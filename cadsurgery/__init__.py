@@ -34,6 +34,8 @@ _PUBLIC = {
     "SegmentationData": "data",
     "SegmentationMetrics": "metrics",
     "build_model": "zoo",
+    "macs_at": "points",
+    "read_at": "points",
     "evaluate": "evaluation",
     "open_data": "data",
     "list_masks": "masks",
@@ -86,9 +88,11 @@ __all__ = [
     "list_masks",
     "list_models",
     "load",
+    "macs_at",
     "mask_provider",
     "open_data",
     "plan",
+    "read_at",
     "rule",
     "save",
     "stem_outputs",
@@ -115,6 +119,7 @@ if TYPE_CHECKING:
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
     from cadsurgery.metrics import SegmentationMetrics
     from cadsurgery.model import AdaptiveModel
+    from cadsurgery.points import macs_at, read_at
     from cadsurgery.static import Bucketed, export
     from cadsurgery.surgery.plan import Plan
     from cadsurgery.surgery.rules import Call, Treatment, rule

@@ -70,6 +70,24 @@ def device_in_words(device: torch.device) -> str:
     return f"{platform.machine()} CPU"
 
 
+def function_at(name: str, where: str, example: str) -> Any:
+    """What `module:function` names.
+
+    Args:
+        name: as written.
+        where: for the message.
+        example: how it is written.
+
+    Raises:
+        InvalidInput: it is not written so.
+        UnknownName: no such module or function.
+    """
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise InvalidInput(f"{name!r} is not module:function.", where=where, next=f"write e.g. {example}.")
+    return function_named(module, function)
+
+
 def function_named(module: str, function: str) -> Any:
     """What a module of the user's has under a name.
 

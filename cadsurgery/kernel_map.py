@@ -200,7 +200,7 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
         A reading whose table is (N_target, taps).
     """
     plain = window.mode == "zeros" and not drop and source.geometry.anchor == "corner"
-    key = ("kernel_map", source.stage, source.size, target.stage, target.size, window, drop)
+    key = ("kernel_map", source.key, target.key, window, drop)
     build = _shifted if plain else _folded
     return source.pyramid.derive(key, lambda: build(source, target, window, drop))
 
@@ -209,7 +209,7 @@ def divisors(
     source: Lattice, target: Lattice, window: Window, *, drop: bool = False, padding: bool = True
 ) -> Tensor:
     """(N_target,) how many taps of each element lie in the map or, if `padding` counts, in its padding."""
-    key = ("divisors", source.stage, source.size, target.stage, target.size, window, drop, padding)
+    key = ("divisors", source.key, target.key, window, drop, padding)
 
     def build() -> Tensor:
         _, inside, counted = _taps(source, target, window, drop)

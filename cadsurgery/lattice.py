@@ -263,9 +263,20 @@ def _derived(build: Callable[[Lattice], T]) -> property:
     """A property of a lattice that is computed once."""
 
     def get(self: Lattice) -> T:
-        return self.pyramid.derive((build.__name__, self.stage, self.size), lambda: build(self))
+        return self.pyramid.derive((build.__name__, *self.key), lambda: build(self))
 
     return property(get, doc=build.__doc__)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Which cells of a lattice are there, where not all are.
+
+    Attributes:
+        pixels: (B*H*W,) bool: fine pixels whose cell is there, if they are its anchor.
+    """
+
+    pixels: Tensor
 
 
 @dataclass(frozen=True)
@@ -274,20 +285,27 @@ class Lattice:
 
     The order is raster order of the anchors, image after image, so a uniform lattice is exactly the
     memory of a dense channels_last map and batch is only an offset. Two lattices are equal if they are
-    cut from the same level map at the same stage and size.
+    cut from the same level map at the same stage and size, and have the same cells.
 
     Attributes:
         pyramid: the level map all stages share.
         stage: number of adaptive stages passed; levels are capped at it.
         size: fine size (height, width).
+        part: the cells that are there; None for all. What cells hold that are not there is undefined.
     """
 
     pyramid: Pyramid
     stage: int
     size: tuple[int, int]
+    part: Part | None = None
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """What tells it from others of its level map."""
+        return self.stage, self.size, self.part
 
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
-        """The lattice of the same level map after `stage`, cut to the fine size (height, width)."""
+        """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
         size = size or self.size
         if size[0] > self.size[0] or size[1] > self.size[1]:
             raise InvalidInput(
@@ -353,6 +371,8 @@ class Lattice:
         corner = (image * height + y - y % self.side_map) * width + x - x % self.side_map
         pixel = (image * height + y) * width + x
         is_anchor = (corner == pixel).flatten()
+        if self.part is not None:
+            is_anchor &= self.part.pixels
         row = is_anchor.cumsum(0) - 1
         if self.capacity is None:
             anchors = is_anchor.nonzero().squeeze(1)
@@ -395,7 +415,10 @@ class Lattice:
 
     @_derived
     def uniform_level(self) -> int | None:
-        """The level all cells of all images have; None if they differ, or if that is not known without the map."""
+        """The level all cells of all images have; None if they differ or are not all there, or if that is not known
+        without the map."""
+        if self.part is not None:
+            return None
         if self.pyramid.bounds is not None:
             level = 0 if self.stage == 0 else self.pyramid.bounds.level
             return None if level is None else min(level, self.stage)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cadsurgery import functional
 from cadsurgery.errors import UnknownName
 from cadsurgery.functional import Elements
+from cadsurgery.interpreter import GraphInterpreter
 from cadsurgery.lattice import Lattice
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
@@ -131,7 +132,7 @@ def count_macs(
         return net.geometry.uniform_like(features, net.geometry.max_level)
 
     for chosen in (masked, high, low):
-        counter = _Counter(counted, rule)
+        counter = Counter(counted, rule)
         with torch.no_grad(), counter.flops:
             counter.run(chosen, *bound.values())
         counts.append(counter.counts)
@@ -208,7 +209,7 @@ def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | Non
             made.append(net.geometry.uniform_like(features, level))
             return made[0]
 
-        counter = _Counter(counted, "conv")
+        counter = Counter(counted, "conv")
         with torch.no_grad(), counter.flops:
             counter.run(uniform, *bound.values())
         runs.append((counter, lattices[0]))
@@ -249,7 +250,7 @@ _COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
 
 
 def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
-    """What the reference code counts for a module with so many values going in and out; see `_Counter._published`."""
+    """What the reference code counts for a module with so many values going in and out; see `Counter._published`."""
     if isinstance(module, nn.Conv2d):
         per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
         return outputs // module.out_channels * per_position
@@ -271,27 +272,20 @@ def ghost(net: M) -> M:
     return copy.deepcopy(net, memo).eval()
 
 
-class _Counter(fx.Interpreter):
+class Counter(GraphInterpreter):
     """Runs the rewritten graph on meta tensors and notes the MACs of each node of the original."""
 
-    def __init__(self, net: AdaptiveModel, rule: str) -> None:
-        super().__init__(net, graph=net.graph)
-        self.names = net.names()
+    def __init__(self, net: AdaptiveModel, rule: str = "conv", graph: fx.Graph | None = None) -> None:
+        super().__init__(net, graph or net.graph)
         self.flops = FlopCounterMode(display=False)
         self.published = rule == "published"
         backbone = next((name for name in BACKBONE_NAMES if name in net._modules), None)
         self.prefix = f"{backbone}." if backbone and self.published else ""
         self.counts: dict[str, int] = {}
+        self.rows = 0  # that operations with taps compute
         self.work: dict[
             str, dict[Place, int]
         ] = {}  # of each layer: MACs per element, or in all where it is dense
-
-    def fetch_attr(self, target: str) -> Any:
-        """Parameters and modules by the names the graph uses."""
-        value = self.names
-        for part in target.split("."):
-            value = getattr(value, part)
-        return value
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and count it."""
@@ -303,9 +297,12 @@ class _Counter(fx.Interpreter):
             count = self._published(n, value) if self.published else self._executed(n, value, executed)
             self.counts[origin] = self.counts.get(origin, 0) + count
             lattice = value.lattice if isinstance(value, Elements) else None
+            self.rows += len(value.lattice) if lattice is not None and "window" in n.kwargs else 0
             place = (lattice.stage, lattice.size) if lattice is not None else None
             places = self.work.setdefault(origin, {})
-            places[place] = places.get(place, 0) + (count // len(lattice) if lattice is not None else count)
+            places[place] = places.get(place, 0) + (
+                count // max(len(lattice), 1) if lattice is not None else count
+            )
         return value
 
     def _executed(self, n: fx.Node, value: Any, executed: int) -> int:

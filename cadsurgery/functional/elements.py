@@ -71,10 +71,11 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | 
         pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)
         return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
 
-    reading = lattice.pyramid.derive(("to_dense", lattice.stage, lattice.size, spacing), build)
+    reading = lattice.pyramid.derive(("to_dense", lattice.key, spacing), build)
     flat = x.rows.reshape(len(lattice), -1)
     if guide is not None and spacing == 1 and reading.sources.shape[0]:
-        reading = guided(reading, lattice, guide)
+        pixels = torch.arange(reading.table.numel(), device=reading.table.device)
+        reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)
     if native.supported(flat) and not needs_gradient(flat, reading.mix):
         rows = flat.new_empty(reading.table.numel(), flat.shape[1])
         native.gather(rows_and_halo(flat, reading, 0.0), reading.table.reshape(-1, 1), rows)
@@ -93,8 +94,8 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | 
 _SLACK = 0.01
 
 
-def guided(reading: Reading, lattice: Lattice, guide: Tensor) -> Reading:
-    """The reading of a whole fine map with each halo row mixed anew, by likeness of a guide (B, D, H, W).
+def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) -> Reading:
+    """The reading of fine pixels with each halo row mixed anew, by likeness of a guide (B, D, H, W).
 
     With b_i the bilinear weights of a pixel p and d_i = |g(p) - g(a_i)|^2 to the anchor of its i-th source, the
     weights are b_i / (d_i + s (sum_j b_j d_j + e |g(p)|^2))^2, normalised: inverse distance weighting (Shepard 1968)
@@ -108,7 +109,7 @@ def guided(reading: Reading, lattice: Lattice, guide: Tensor) -> Reading:
     halo = reading.sources.shape[0]
     place = (reading.table.flatten() - len(lattice)).clamp(min=0).long()  # 0: no halo row
     points = torch.zeros(halo + 1, dtype=torch.long, device=place.device)
-    points = points.scatter(0, place, torch.arange(len(place), device=place.device))[1:]
+    points = points.scatter(0, place, pixels.flatten())[1:]
     anchors = lattice.anchors[reading.sources.long()].to(rows.device)
     own = rows.index_select(0, points.to(rows.device))
     apart = torch.stack([(rows.index_select(0, one) - own).square().mean(1) for one in anchors.unbind(1)], 1)
@@ -159,8 +160,10 @@ def own_image(every: Sequence[Tensor], lattice: Lattice) -> Tensor:
     return torch.stack(tuple(every))[image, torch.arange(len(lattice), device=image.device)]
 
 
-def common_lattice(stage: int, *values: Elements) -> Lattice:
-    """The lattice of `stage` that all operands of a join can be read on: the smallest fine size."""
+def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
+    """The lattice that all operands of a join can be read on, if only its stage is given: the smallest fine size."""
+    if isinstance(stage, Lattice):
+        return stage
     height = min(value.lattice.size[0] for value in values)
     width = min(value.lattice.size[1] for value in values)
     return values[0].lattice.at(stage, (height, width))

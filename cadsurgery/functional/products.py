@@ -76,7 +76,7 @@ def product_by_gathering(
             else:
                 torch.index_select(rows, 0, part.flatten(), out=gathered)
             more = residual[start : start + block] if residual is not None else None
-            out[start : start + block] = kernel.on_rows(gathered.view(part.shape[0], -1), more)
+            out[start : start + block] = kernel.on_elements(gathered.view(part.shape[0], -1), more)
     return out
 
 
@@ -93,8 +93,8 @@ def _is_compiled(rows: Tensor, kernel: Kernel) -> bool:
 def whole_map_is_cheaper(x: Elements, kernel: Kernel, window: Window, target: Lattice) -> bool:
     """Whether the costs measured on this machine say so; only where forms are kept, for inference in earnest, and not
     while torch observes what is called: what is measured then, in another thread, would be other code."""
-    geometry = x.lattice.geometry
-    if native.is_observed() or kernel.kept is None or x.rows.device.type != "cpu":
+    geometry, partial = x.lattice.geometry, x.lattice.part or target.part
+    if partial or native.is_observed() or kernel.kept is None or x.rows.device.type != "cpu":
         return False
     if not geometry.dense_shortcut or geometry.anchor != "corner" or window.mode != "zeros" or window.outside:
         return False
@@ -154,7 +154,7 @@ def product_on_gpu(
 ) -> Tensor:
     """Rows (N, O) by the kernel that gathers and multiplies in one; what it needs of the kernel map is kept."""
     reading = tap_reading(x, window, target)
-    key = (x.lattice.stage, x.lattice.size, target.stage, target.size, window)
+    key = (x.lattice.key, target.key, window)
     derive = x.lattice.pyramid.derive
     if reading.sources.shape[0] or window.outside:
         rows, table = extended(x.rows, reading, window.outside or 0.0), reading.table
@@ -177,9 +177,11 @@ def product_on_gpu(
     )
 
 
-def target_of(x: Elements, window: Window, stage: int) -> tuple[Window, Lattice]:
-    """The window with its padding known, and the lattice of its output."""
+def target_of(x: Elements, window: Window, stage: int | Lattice) -> tuple[Window, Lattice]:
+    """The window with its padding known, and the lattice of its output, if only its stage is given."""
     window = window.fit(x.lattice.size)
+    if isinstance(stage, Lattice):
+        return window, stage
     return window, x.lattice.at(stage, window.output_size(x.lattice.size))
 
 

@@ -51,8 +51,7 @@ def resize(
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
     target = x.lattice.resampled(stage, (min(fine[0], room[0]), min(fine[1], room[1])))
-    places = (x.lattice.stage, x.lattice.size, target.stage, target.size)
-    key = ("resize", *places, spacings, before, after, mode, align_corners)
+    key = ("resize", x.lattice.key, target.key, spacings, before, after, mode, align_corners)
 
     def build() -> tuple[Tensor, Tensor]:
         image, *place = target.coordinates

@@ -35,7 +35,7 @@ from cadsurgery.lattice import Lattice
 
 
 def conv2d(
-    x: Elements, weight: Tensor, bias: Tensor | None, window: Window, stage: int, groups: int = 1
+    x: Elements, weight: Tensor, bias: Tensor | None, window: Window, stage: int | Lattice, groups: int = 1
 ) -> Elements:
     """Convolution evaluated at the elements of the lattice after `stage`.
 
@@ -47,7 +47,7 @@ def conv2d(
         weight: (O, C / groups, kh, kw).
         bias: (O,) or None.
         window: the operation as the network has it, with the spacing of its grid.
-        stage: stage of the output, at least the input's.
+        stage: stage of the output, at least the input's, or its lattice; so in all functions here.
         groups: channel groups.
     """
     if not torch.compiler.is_compiling() and not needs_gradient(x.rows, weight, bias):
@@ -83,7 +83,7 @@ def fused_conv2d(
     residual: Elements | None = None,
     *,
     window: Window,
-    stage: int | None,
+    stage: int | Lattice | None,
 ) -> Elements:
     """`conv2d` with a residual added and an activation applied in the same pass; without gradients.
 
@@ -98,14 +98,14 @@ def fused_conv2d(
     window, target = target_of(x, window, x.lattice.stage if stage is None else stage)
     x = Elements(autocast(x.rows)[0], x.lattice)
     if residual is not None and not _is_of(residual, target, (*x.rows.shape[1:-1], kernel.weight.shape[0])):
-        plain = fused_conv2d(x, kernel.alone, window=window, stage=target.stage)
-        target = common_lattice(target.stage, plain, residual)
+        plain = fused_conv2d(x, kernel.alone, window=window, stage=target)
+        target = common_lattice(target.stage if target.part is None else target, plain, residual)
         return Elements(kernel.finish(rows_on(plain, target), rows_on(residual, target)), target)
     more = rows_on(residual, target).to(x.rows.dtype) if residual is not None else None
     if window.is_pointwise and kernel.groups == 1:
         rows = rows_on(x, target)
         flat = more.reshape(-1, more.shape[-1]) if more is not None else None
-        out = kernel.on_rows(rows.reshape(-1, rows.shape[-1]), flat)
+        out = kernel.on_elements(rows.reshape(-1, rows.shape[-1]), flat)
         return Elements(out.view(*rows.shape[:-1], -1), target)
     dense = _as_dense(x, window, target, window.outside or 0.0)
     if dense is None:
@@ -129,7 +129,7 @@ def conv2d_per_image(
     weight: Tensor,
     bias: Tensor | None,
     window: Window,
-    stage: int,
+    stage: int | Lattice,
     shape: tuple[int, ...],
     groups: int = 1,
 ) -> Elements:
@@ -158,7 +158,7 @@ def conv2d_per_image(
     return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 
 
-def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
+def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Maximum over the window, evaluated at the elements of the lattice after `stage`.
 
     With `pool="drop"` cells that are not downsampled here pass unchanged (D2-Net as published);
@@ -166,7 +166,7 @@ def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
     """
     window, target = target_of(x, window, stage)
     outside = -torch.inf if window.outside is None else window.outside
-    drop = _drops(target, window)
+    drop = drops(target, window)
     dense = _as_dense(x, window, target, outside, -torch.inf) if not drop else None
     if dense is not None:
         image, stride, padding, dilation = dense
@@ -175,7 +175,11 @@ def max_pool2d(x: Elements, window: Window, stage: int) -> Elements:
 
 
 def avg_pool2d(
-    x: Elements, window: Window, stage: int, count_include_pad: bool = True, divisor: int | None = None
+    x: Elements,
+    window: Window,
+    stage: int | Lattice,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
 ) -> Elements:
     """Mean over the window, evaluated at the elements of the lattice after `stage`; see `max_pool2d`.
 
@@ -187,7 +191,7 @@ def avg_pool2d(
         divisor: fixed divisor instead.
     """
     window, target = target_of(x, window, stage)
-    drop = _drops(target, window)
+    drop = drops(target, window)
     reading = kernel_map(x.lattice, target, window, drop=drop)
     total = _pooled(x, reading, window.outside or 0.0, False)
     if divisor is not None:
@@ -196,16 +200,16 @@ def avg_pool2d(
     return Elements(total / counts.unsqueeze(1).to(total), target)
 
 
-def pixel_unshuffle(x: Elements, window: Window, stage: int) -> Elements:
+def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Space to depth: the values under an r x r window side by side in the channels."""
     window, target = target_of(x, window, stage)
-    reading = kernel_map(x.lattice, target, window, drop=_drops(target, window))
+    reading = kernel_map(x.lattice, target, window, drop=drops(target, window))
     rows = extended(x.rows, reading, 0.0)
     parts = [block.transpose(1, 2).flatten(1) for block in gathered_blocks(rows, reading.table)]
     return Elements(torch.cat(parts), target)
 
 
-def _drops(target: Lattice, window: Window) -> bool:
+def drops(target: Lattice, window: Window) -> bool:
     """Whether cells that are not downsampled here pass as they are."""
     return target.geometry.pool == "drop" and window.stride > 1
 

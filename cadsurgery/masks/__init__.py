@@ -6,6 +6,7 @@ from cadsurgery.masks.confidence import ConfidenceMask
 from cadsurgery.masks.detail import DetailMask
 from cadsurgery.masks.edges import EdgeMask, GradientMask
 from cadsurgery.masks.graded import GradedMask
+from cadsurgery.masks.keypoints import KeypointMask, keypoints_at
 from cadsurgery.masks.learned import LearnedMask
 from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provider
 from cadsurgery.masks.resolve import MaskWrapper, resolve_mask
@@ -25,6 +26,7 @@ __all__ = [
     "GradedMask",
     "GradientMask",
     "Grid",
+    "KeypointMask",
     "LearnedMask",
     "MaskProvider",
     "MaskWrapper",
@@ -35,6 +37,7 @@ __all__ = [
     "TrimapMask",
     "UniformMask",
     "Union",
+    "keypoints_at",
     "labelled",
     "list_masks",
     "mask_provider",

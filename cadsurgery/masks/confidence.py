@@ -32,6 +32,23 @@ def first_pass(output: Any) -> Iterator[None]:
         _FIRST_PASS.reset(token)
 
 
+def first_pass_output(where: str) -> Any:
+    """What the network gave in the first pass.
+
+    Raises:
+        InvalidInput: there was none.
+    """
+    output = _FIRST_PASS.get()
+    if output is None:
+        raise InvalidInput(
+            "there was no first pass of a network to look at.",
+            where=where,
+            why="it looks at the network's own output, so it works inside an adaptive network only.",
+            next="call the network with this mask: net(image, mask=...).",
+        )
+    return output
+
+
 @mask_provider("confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)")
 class ConfidenceMask(ScoredMask):
     """Keep high where the network is unsure after a first pass with everything downsampled.
@@ -74,7 +91,7 @@ class ConfidenceMask(ScoredMask):
         Raises:
             InvalidInput: the network gives no class scores for a map.
         """
-        doubt = _doubt(_logits(_FIRST_PASS.get(), grid), self.measure)
+        doubt = _doubt(_logits(first_pass_output("mask confidence"), grid), self.measure)
         if tuple(doubt.shape[1:]) != grid.size:
             doubt = F.interpolate(
                 doubt.unsqueeze(1), size=grid.size, mode="bilinear", antialias=True
@@ -84,13 +101,6 @@ class ConfidenceMask(ScoredMask):
 
 def _logits(output: Any, grid: Grid) -> Tensor:
     """The class scores (B, C, H, W) among the outputs of the first pass: a tensor, or `out` of a dictionary."""
-    if output is None:
-        raise InvalidInput(
-            "there was no first pass to be sure of.",
-            where="mask confidence",
-            why="it looks at the network's own output, so it works inside an adaptive network only.",
-            next='call the network: net(image, mask="confidence").',
-        )
     found = output.get("out") if isinstance(output, Mapping) else output
     given = (
         f"a dictionary of {', '.join(map(str, output))}" if isinstance(output, Mapping) else describe(found)

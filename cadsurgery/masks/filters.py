@@ -67,3 +67,14 @@ def near(values: Tensor, side: int, grid: Grid) -> Tensor:
         padded = F.pad(sampled.unsqueeze(1), (0, missing[0], 0, missing[1]), mode="replicate")
         sampled = padded.squeeze(1)
     return sampled[:, :height, :width]
+
+
+def closeness(reached: Tensor) -> Tensor:
+    """(B, h, w): minus the distance, the larger of both axes, of each sample to the nearest where a floating-point map
+    is 1 and not 0; minus the longer side of the map where it is 0 everywhere."""
+    longest = max(reached.shape[1:])
+    scores = torch.full_like(reached, -longest)
+    for _ in range(longest):
+        scores += reached
+        reached = window_maximum(reached, 3)
+    return scores

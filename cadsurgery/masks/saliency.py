@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.environment import function_named
+from cadsurgery.environment import function_at
 from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import describe
 from cadsurgery.masks.filters import blurred, grey_of
@@ -42,7 +42,10 @@ class SaliencyMask(ScoredMask):
             InvalidInput: no function, or thresholds that are NaN or do not fall.
         """
         super().__init__(threshold)
-        self._function = _imported(function) if isinstance(function, str) else function
+        example = f"saliency:function={SPECTRAL}"
+        self._function = (
+            function_at(function, "mask saliency", example) if isinstance(function, str) else function
+        )
         if not callable(self._function):
             raise InvalidInput(
                 f"{describe(self._function)} is no function.",
@@ -99,17 +102,6 @@ def spectral_residual(image: Tensor) -> Tensor:
     residual = torch.polar((amplitude - smooth).exp(), spectrum.angle())
     saliency = blurred(torch.fft.ifft2(residual).abs().square(), 2.5)
     return saliency / saliency.mean((1, 2), keepdim=True).clamp(min=1e-12)
-
-
-def _imported(name: str) -> Callable[[Tensor], Tensor]:
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise InvalidInput(
-            f"function={name} is not module:function.",
-            where="mask saliency",
-            next=f"write e.g. saliency:function={SPECTRAL}.",
-        )
-    return function_named(module, function)
 
 
 def _name_of(function: Callable[[Tensor], Tensor]) -> str:

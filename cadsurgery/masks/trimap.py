@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import describe
-from cadsurgery.masks.filters import near, window_maximum
+from cadsurgery.masks.filters import closeness, near
 from cadsurgery.masks.graded import GradedMask, check_odd, several
 from cadsurgery.masks.provider import Grid, mask_provider
 
@@ -103,11 +103,7 @@ class TrimapMask(GradedMask):
         """(B, h, w) float32: minus the distance to the nearest boundary (the larger of both axes) in samples, rounded
         down; everywhere minus the longer side of the map in an image without one."""
         reached = near(self.strength(image), 2 * grid.output_stride - 1, grid)
-        scores = torch.full_like(reached, -max(grid.size))
-        for _ in range(max(grid.size)):
-            scores += reached
-            reached = window_maximum(reached, 3)
-        return scores
+        return closeness(reached)
 
 
 def boundaries(labels: Tensor, ignore: int = IGNORED) -> Tensor:

@@ -1,0 +1,263 @@
+"""Masks around keypoints: full resolution where descriptors are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadsurgery.detection import points_of, sift
+from cadsurgery.environment import function_at
+from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.lattice import describe
+from cadsurgery.masks.confidence import first_pass_output
+from cadsurgery.masks.filters import closeness, grey_of
+from cadsurgery.masks.graded import check_count, levels_where
+from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
+
+SIFT, GIVEN, OWN = "sift", "given", "own"
+_POINTS: ContextVar[Sequence[Tensor] | None] = ContextVar("keypoints", default=None)
+_CALL = "with cadsurgery.masks.keypoints_at(points): net(image)"
+
+
+class Side(float):
+    """Side of a window in pixels: a whole number, 0 for none, `inf` for all."""
+
+    def __new__(cls, value: Any) -> Side:
+        """Read a number or a text.
+
+        Raises:
+            ValueError: no whole number.
+        """
+        side = super().__new__(cls, value)
+        if not (side == math.inf or (side >= 0 and side.is_integer())):
+            raise ValueError(value)
+        return side
+
+    def __str__(self) -> str:
+        return "inf" if self == math.inf else str(int(self))
+
+    __repr__ = __str__
+
+
+_DILATIONS = (Side(51),)
+
+
+@contextmanager
+def keypoints_at(points: Sequence[Tensor]) -> Iterator[None]:
+    """Give the keypoints of the images that are masked within, in this thread; may be nested.
+
+        with keypoints_at([points]):
+            y = net(image, mask="keypoints:detector=given,dilations=25/51/51")
+
+    Args:
+        points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
+    """
+    token = _POINTS.set(points)
+    try:
+        yield
+    finally:
+        _POINTS.reset(token)
+
+
+@mask_provider(
+    "keypoints", source="Hesse et al., CVPRW 2023, D2-Net: dilations 25/51/51 at output strides 1 to 8"
+)
+class KeypointMask(MaskProvider):
+    """Keep high what lies near keypoints; several dilations give graded levels."""
+
+    image_only = True
+
+    def __init__(
+        self,
+        detector: str | Callable[[Tensor], Any] = SIFT,
+        count: int = 512,
+        dilations: Any = _DILATIONS,
+    ) -> None:
+        """Create the mask.
+
+        Args:
+            detector: `sift`, OpenCV's on the grey image; `given`, the points of `keypoints_at` (or of
+                `cadsurgery.read_at`); `own`, the score map the network itself gives in a first pass with everything
+                downsampled; `module:function`; or a function of the image batch (B, C, H, W), normalised as the network
+                sees it, that returns a tensor (n, 2) of x and y in image pixels for each image, or a floating-point
+                score map (B, h, w) or (B, 1, h, w).
+            count: keypoints of an image at most, the best; of a score map its largest values that are the largest of
+                the 5 x 5 around them. Given points are all kept.
+            dilations: side in image pixels, odd, of the window around a keypoint that gets level i; 0 for none, inf for
+                the whole image. The lowest level elsewhere.
+
+        Raises:
+            UnknownName: no such detector.
+            InvalidInput: no function, a count below one, or dilations that are not odd.
+        """
+        super().__init__()
+        sides = dilations if isinstance(dilations, (tuple, list)) else (dilations,)
+        self.dilations = tuple(_side(side) for side in sides)
+        if not self.dilations or any(side not in (0, math.inf) and side % 2 == 0 for side in self.dilations):
+            raise InvalidInput(
+                f"dilations={format_option(self.dilations)} are not odd.",
+                where="mask keypoints",
+                next="give an odd side for each level, 0 for none or inf for all, e.g. 25/51/51.",
+            )
+        if count < 1:
+            raise InvalidInput(
+                f"count={count} keypoints.", where="mask keypoints", next="give 1 or more, e.g. 512."
+            )
+        known = (SIFT, GIVEN, OWN)
+        if isinstance(detector, str) and detector not in known:
+            self._function: Any = _named_detector(detector)
+        else:
+            self._function = detector
+        if not callable(self._function) and detector not in known:
+            raise InvalidInput(
+                f"{describe(detector)} is no detector.",
+                where="mask keypoints",
+                next="give sift, given, own, module:function, or a function image -> points.",
+            )
+        self._named = isinstance(detector, str)
+        self.detector = detector if isinstance(detector, str) else getattr(detector, "__name__", "function")
+        self.count = count
+
+    @property
+    def needs(self) -> str:  # type: ignore[override]
+        """The points, if they are given."""
+        return "keypoints" if self.detector == GIVEN else ""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the network's own scores are looked at."""
+        return self.detector == OWN
+
+    @property
+    def storable(self) -> bool:
+        """Only if the detector was given by name."""
+        return self._named
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int8: level i within dilation i of a keypoint, the lowest elsewhere.
+
+        A window begins and ends where its pixels do; made legal, that is the published patch rule: level i in every
+        block of R_(i+1) samples with a sample of level i.
+
+        Raises:
+            InvalidInput: more dilations than levels; no points where they are to be given, or a detector that returns
+                none.
+        """
+        check_count(len(self.dilations), "dilations", grid, "mask keypoints")
+        points = self.points(image, grid)
+        return levels_where([_within(points, side, grid, image) for side in self.dilations], grid)
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) float32: minus the distance to the nearest keypoint (the larger of both axes) in samples;
+        everywhere minus the longer side of the map in an image without one."""
+        here = _within(self.points(image, grid), Side(2 * grid.output_stride - 1), grid, image)
+        return closeness(here.float())
+
+    def points(self, image: Tensor, grid: Grid) -> list[Tensor]:
+        """The keypoints of each image of a batch, (n, 2) x and y in image pixels."""
+        where = "mask keypoints"
+        if self.detector == OWN:
+            found: Any = own_scores(first_pass_output(where), grid.batch, where)
+        elif self.detector == GIVEN:
+            found = _POINTS.get()
+            if found is None:
+                raise InvalidInput(
+                    "there are no keypoints.",
+                    where=where,
+                    why="detector=given keeps high what lies near points that are given with the image.",
+                    next=f"write {_CALL}, or use cadsurgery.read_at; or let detector=sift find them.",
+                )
+        elif self.detector == SIFT:
+            found = sift_of_normalised(image, self.count)
+        else:
+            found = self._function(image)
+        return points_of(found, image, self.count, where)
+
+
+def sift_of_normalised(image: Tensor, count: int) -> list[Tensor]:
+    """Keypoints of images (B, C, H, W) of any range: that of each grey image is stretched to 0..255 first."""
+    grey = grey_of(image.detach().float())
+    low, high = grey.flatten(1).aminmax(dim=1)
+    stretched = (grey - low.view(-1, 1, 1)) / (high - low).clamp(min=1e-12).view(-1, 1, 1)
+    bytes_ = (255 * stretched).round().to(torch.uint8).cpu().numpy()
+    return [torch.from_numpy(sift(picture, count)[0]) for picture in bytes_]
+
+
+def own_scores(output: Any, batch: int, where: str) -> Tensor:
+    """The score map among the outputs of a network: (B, 1, h, w), floating-point.
+
+    Raises:
+        InvalidInput: there is none, or more than one.
+    """
+    values = (
+        output.items()
+        if isinstance(output, dict)
+        else enumerate(output)
+        if isinstance(output, (tuple, list))
+        else [("", output)]
+    )
+    maps = [
+        value
+        for _, value in values
+        if isinstance(value, Tensor)
+        and value.dim() == 4
+        and value.shape[:2] == (batch, 1)
+        and value.is_floating_point()
+    ]
+    if len(maps) != 1:
+        raise InvalidInput(
+            f"the network gives {len(maps)} maps of one channel.",
+            where=where,
+            why="detector=own looks for the one score map (B, 1, h, w) among its outputs.",
+            next="use another detector, such as sift.",
+        )
+    return maps[0]
+
+
+def _named_detector(name: str) -> Any:
+    if ":" not in name:
+        raise UnknownName(
+            "detector of mask 'keypoints'", name, (SIFT, GIVEN, OWN), next="or module:function."
+        )
+    return function_at(name, "mask keypoints", "keypoints:detector=my_module:my_function")
+
+
+def _side(side: Any) -> Side:
+    try:
+        return Side(side)
+    except (TypeError, ValueError):
+        raise InvalidInput(
+            f"dilation {side!r} is no side.",
+            where="mask keypoints",
+            next="give an odd whole number of pixels, 0 for none or inf for all.",
+        ) from None
+
+
+def _within(points: Sequence[Tensor], side: Side, grid: Grid, image: Tensor) -> Tensor:
+    """(B, h, w) bool: samples whose first pixel lies in the window of this side around a keypoint's pixel.
+
+    By counting: each window adds one to its corners, and sums over both axes fill it.
+    """
+    height, width = grid.size
+    if side in (0, math.inf):
+        return torch.full((grid.batch, height, width), side != 0, device=image.device)
+    corners = torch.zeros(grid.batch, height + 1, width + 1, dtype=torch.int32, device=image.device)
+    half, stride = int(side) // 2, grid.output_stride
+    for index, of_image in enumerate(points):
+        pixel = (of_image + 0.5).floor().long()
+        low = ((pixel - half + stride - 1).div(stride, rounding_mode="floor")).clamp(min=0)
+        past = (pixel + half).div(stride, rounding_mode="floor") + 1
+        size = torch.tensor([width, height], device=pixel.device)
+        low, past = torch.minimum(low, size), torch.minimum(past.clamp(min=0), size)
+        some = (low < past).all(1)
+        (x0, y0), (x1, y1) = low[some].unbind(1), past[some].unbind(1)
+        one = torch.ones_like(x0, dtype=torch.int32)
+        for y, x, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+            corners[index].index_put_((y, x), sign * one, accumulate=True)
+    return corners.cumsum(1).cumsum(2)[:, :height, :width] > 0

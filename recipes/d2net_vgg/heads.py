@@ -1,0 +1,96 @@
+"""What D2-Net does with its map (Dusmanu et al., CVPR 2019): detect, localise and describe its own keypoints.
+
+The CAD paper takes SIFT keypoints instead and reads the map there (`recipe.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cadsurgery as cs
+
+EDGE = 5.0  # ratio of the curvatures of a channel beyond which a maximum lies on an edge
+
+# Second differences down, across and mixed; first ones down and across. Correlated with a channel.
+_SECOND = (
+    ((0, 1, 0), (0, -2, 0), (0, 1, 0)),
+    ((0, 0, 0), (1, -2, 1), (0, 0, 0)),
+    ((0.25, 0, -0.25), (0, 0, 0), (-0.25, 0, 0.25)),
+)
+_FIRST = (((0, -0.5, 0), (0, 0, 0), (0, 0.5, 0)), ((0, 0, 0), (-0.5, 0, 0.5), (0, 0, 0)))
+
+
+def detect(features: Tensor) -> Tensor:
+    """Hard detection (section 3.1): places that are the maximum of all channels and of their 3 x 3 neighbours in a
+    channel, and on no edge of it.
+
+    Args:
+        features: (B, C, h, w) map of the trunk.
+
+    Returns:
+        (B, C, h, w) bool.
+    """
+    strongest = features == features.amax(1, keepdim=True)
+    local = features == F.max_pool2d(features, 3, 1, 1)
+    down, across, mixed = _differences(features, _SECOND)
+    determinant, trace = down * across - mixed.square(), down + across
+    blob = (determinant > 0) & (trace.square() / determinant <= (EDGE + 1) ** 2 / EDGE)
+    return strongest & local & blob
+
+
+def localise(features: Tensor) -> Tensor:
+    """Handcrafted localisation (section 3.1, after SIFT): how far the maximum of the parabola through a channel's
+    neighbours lies from each sample, (B, 2, C, h, w) down and across, in samples."""
+    down, across, mixed = _differences(features, _SECOND)
+    along, aside = _differences(features, _FIRST)
+    determinant = down * across - mixed.square()
+    step_down = -(across * along - mixed * aside) / determinant
+    step_across = -(down * aside - mixed * along) / determinant
+    return torch.stack((step_down, step_across), 1)
+
+
+def keypoints(features: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """D2-Net's own keypoints of one image.
+
+    Args:
+        features: (1, C, h, w) map of the trunk.
+        stride: its output stride.
+
+    Returns:
+        (n, 2) x and y in image pixels, the strongest first; (n,) scores, the value of the channel; (n, C) descriptors,
+        interpolated and normalised.
+
+    Raises:
+        InvalidInput: a batch of several.
+    """
+    if features.shape[0] != 1:
+        raise cs.InvalidInput(
+            f"{features.shape[0]} maps at once.",
+            next="give one map (1, C, h, w): images differ in their keypoints.",
+        )
+    _, channel, y, x = detect(features).nonzero(as_tuple=True)
+    step = localise(features)[0, :, channel, y, x].T
+    near = (step.abs() < 0.5).all(1)
+    channel, y, x, step = channel[near], y[near], x[near], step[near]
+    place = torch.stack((y, x), 1) + step
+    size = torch.tensor(features.shape[2:], device=features.device)
+    inside = ((place >= 0) & (place <= size - 1)).all(1)
+    channel, y, x, place = channel[inside], y[inside], x[inside], place[inside]
+    scores, order = features[0, channel, y, x].sort(descending=True)
+    place = place[order]
+    grid = 2 * place.flip(1) / (size.flip(0) - 1).clamp(min=1) - 1
+    found = F.grid_sample(features, grid.view(1, -1, 1, 2).to(features), align_corners=True)
+    # Each pool puts a sample in the middle of its 2 x 2 pixels.
+    points = place.flip(1) * stride + (stride - 1) / 2
+    return points, scores, F.normalize(found[0, :, :, 0].T, dim=1)
+
+
+def _differences(features: Tensor, kernels: tuple[tuple[tuple[float, ...], ...], ...]) -> list[Tensor]:
+    """Each channel (B, C, h, w) correlated with 3 x 3 kernels, zero outside."""
+    batch, channels, height, width = features.shape
+    planes = features.reshape(batch * channels, 1, height, width)
+    weight = torch.tensor(kernels, dtype=features.dtype, device=features.device).unsqueeze(1)
+    out = F.conv2d(planes, weight, padding=1).view(batch, channels, len(kernels), height, width)
+    return list(out.unbind(2))

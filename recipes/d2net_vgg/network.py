@@ -1,0 +1,110 @@
+"""D2-Net's VGG-16 trunk (Dusmanu et al., CVPR 2019), as content-adaptive downsampling was published for it (Hesse et
+al., CVPRW 2023): weights as released, output stride 8 with all pools and 1 with none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.vgg import make_layers
+
+import cadsurgery as cs
+from cadsurgery.zoo import read_state_dict
+
+BUILDER = "recipes.d2net_vgg.network:trunk"
+CHANNELS: tuple[Any, ...] = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512)
+PREFIX = "dense_feature_extraction.model."  # of the released file's keys
+# Pools that the published networks of each output stride keep, from the first.
+POOLS = {8: 3, 4: 2, 2: 1, 1: 0}
+MEAN = (123.68, 116.779, 103.939)  # of Caffe's VGG, red, green and blue, 0..255
+
+
+class Trunk(nn.Module):
+    """VGG-16 up to the activation of conv4_3, (B, 3, H, W) to (B, 512, H / s, W / s).
+
+    Attributes:
+        mean: of the images (red, green, blue, 0..1) that are subtracted,
+        std: and what they are divided by: the network sees 0..255 less the mean. It turns to blue, green, red itself.
+    """
+
+    mean = tuple(value / 255 for value in MEAN)
+    std = (1 / 255,) * 3
+
+    def __init__(self, output_stride: int = 8) -> None:
+        """Build it with random weights.
+
+        Args:
+            output_stride: 8 as trained; for 4, 2 and 1 the last pools are left out and what follows is dilated.
+
+        Raises:
+            InvalidInput: another output stride.
+        """
+        super().__init__()
+        if output_stride not in POOLS:
+            raise cs.InvalidInput(
+                f"output_stride={output_stride} is not possible.",
+                next=f"use one of {', '.join(map(str, POOLS))}.",
+            )
+        layers = make_layers(list(CHANNELS))
+        pools, dilation = 0, 1
+        for index, layer in enumerate(layers):
+            if isinstance(layer, nn.MaxPool2d):
+                pools += 1
+                if pools > POOLS[output_stride]:
+                    layers[index], dilation = nn.Identity(), 2 * dilation
+            elif isinstance(layer, nn.Conv2d):
+                layer.dilation = layer.padding = (dilation, dilation)
+        self.model = layers
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The map of an image (B, 3, H, W), red first."""
+        return self.model(image.flip(1))
+
+
+def trunk(output_stride: int = 8) -> Trunk:
+    """The trunk with random weights; see `Trunk`."""
+    return Trunk(output_stride)
+
+
+def load_released(net: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
+    """Give a trunk, or a converted one, the weights of a released file: `d2_tf.pth` or one of its siblings.
+
+    Raises:
+        FileError: missing or unreadable; tensors missing, unknown, in another order or of another shape.
+    """
+    state = dict(source) if isinstance(source, Mapping) else read_state_dict(Path(source))
+    net.load_state_dict(from_released(state, net.state_dict()))
+
+
+def from_released(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The released tensors under the trunk's names, each used once.
+
+    Raises:
+        FileError: see `load_released`.
+    """
+    renamed = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    names = [name.removeprefix("model.") for name in wanted]
+    where = "; ".join(sorted(set(renamed) ^ set(names))[:4])
+    if list(renamed) != names or len(renamed) != len(state):
+        raise cs.FileError(
+            "this is no released D2-Net file.",
+            where=where or "the order of its tensors",
+            why=f"it has {len(state)} tensors; the trunk has {len(names)}, {PREFIX}{names[0]} to {PREFIX}{names[-1]}.",
+            next="give d2_tf.pth as it was downloaded.",
+        )
+    found = {name: renamed[name.removeprefix("model.")] for name in wanted}
+    wrong = [name for name, value in found.items() if value.shape != wanted[name].shape]
+    if wrong:
+        raise cs.FileError(
+            f"the shape of {wrong[0]} is {tuple(found[wrong[0]].shape)}, not {tuple(wanted[wrong[0]].shape)}.",
+            next="give d2_tf.pth as it was downloaded.",
+        )
+    return found
+
+
+def released_state(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a trunk in the released format."""
+    return {f"{PREFIX}{name.removeprefix('model.')}": value for name, value in net.state_dict().items()}
