@@ -307,6 +307,11 @@ class AdaptiveModel(nn.Module):
         """
         return count_macs(self, args, kwargs, mask, rule)
 
+    @property
+    def counted(self) -> AdaptiveModel:
+        """The network whose operations are counted, with shapes and no values."""
+        return ghost(self)
+
     def optimize(self, fuse: bool = True) -> AdaptiveModel:
         """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
 
@@ -388,6 +393,11 @@ class OptimizedModel(AdaptiveModel):
         """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile leaves it as it is."""
         with torch.no_grad():
             return super().forward(*args, mask=mask, **kwargs)
+
+    @property
+    def counted(self) -> AdaptiveModel:
+        """The network it was made from, with shapes and no values."""
+        return self._counted[0]
 
     def optimize(self, fuse: bool = True) -> OptimizedModel:
         """Itself: it is optimised."""

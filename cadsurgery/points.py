@@ -8,7 +8,7 @@ With `reach="receptive"` only what these points depend on is computed behind the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -101,9 +101,12 @@ def macs_at(
     run = _Run.of(net, image, points, mask, "receptive", output, align)
     with keypoints_at(run.points):
         whole = net.macs(image, mask=run.mask)
-    counted = [run.counted(cone) for cone in (None, run.cone())]
-    saved = counted[0][0] - counted[1][0]
-    return ReachMacs(whole.mask, whole.mask - saved, (counted[0][1], counted[1][1]))
+    plain = net.counted
+    with torch.no_grad():
+        values = plain.halved().before(plain.names(), **plain.bind(image.to("meta")))
+        counted = replace(run, net=plain, exit=_Exit.of(plain, output), values=values)
+        (every, rows), (needed, needed_rows) = (counted.macs(cone) for cone in (None, counted.cone()))
+    return ReachMacs(whole.mask, whole.mask - every + needed, (rows, needed_rows))
 
 
 @dataclass(frozen=True)
@@ -216,11 +219,12 @@ class _Run:
         rows = extended(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
         return list(rows.split(self.counts))
 
-    def counted(self, cone: Cone | None) -> tuple[int, int]:
-        """MACs behind the place where the mask is asked for, and rows that operations with taps compute."""
-        counter = _CountWithin(cone, ghost(self.net), "conv", self.exit.graph)
-        with torch.no_grad(), counter.flops:
-            counter.run(lambda *_: self.lattice, *map(_to_meta, self.values))
+    def macs(self, cone: Cone | None) -> tuple[int, int]:
+        """MACs behind the place where the mask is asked for, and rows that operations with taps compute; of a network
+        with shapes and no values."""
+        counter = _CountWithin(cone, self.net, "conv", self.exit.graph)
+        with counter.flops:
+            counter.run(lambda *_: self.lattice, *self.values)
         return sum(counter.counts.values()), counter.rows
 
     def _read(self, lattice: Lattice, pixels: Tensor, guide: Tensor | None) -> Reading:
