@@ -109,6 +109,16 @@ def macs_at(
     return ReachMacs(whole.mask, whole.mask - every + needed, (rows, needed_rows))
 
 
+def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
+    """Whether `read_at` can read an output of a network: it leaves the adaptive region as it is."""
+    try:
+        _check_net(net, "all")
+        _exit(net, output)
+    except (InvalidInput, UnknownName):
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Exit:
     """What follows the place where the mask is asked for, up to the elements of one output.
@@ -149,6 +159,12 @@ class _Exit:
 _EXITS: WeakKeyDictionary[AdaptiveModel, dict[Any, _Exit]] = WeakKeyDictionary()
 
 
+def _exit(net: AdaptiveModel, output: str | int | None) -> _Exit:
+    """The exit of an output, made once."""
+    exits = _EXITS.setdefault(net, {})
+    return exits[output] if output in exits else exits.setdefault(output, _Exit.of(net, output))
+
+
 class _Within(WithinCone, GraphInterpreter):
     """Runs a graph within a cone."""
 
@@ -187,8 +203,7 @@ class _Run:
                 raise UnknownName(kind, name, known)
         check_image(image)
         points = points_of(points, image, 1, "")
-        exits = _EXITS.setdefault(net, {})
-        exit = exits[output] if output in exits else exits.setdefault(output, _Exit.of(net, output))
+        exit = _exit(net, output)
         provider = net.mask if mask is None else resolve_mask(mask)
         masking, halved = net.masking(provider), net.halved()
         values = halved.before(net.names(), **net.bind(image))
@@ -197,7 +212,7 @@ class _Run:
             lattice = masking(*shown)
         net.finish(None, lattice)
         pixels = [
-            _pixels(of_image, index, image, lattice.whole_size, net.plan.strides[0], align)
+            pixels_at(of_image, index, image, lattice.whole_size, net.plan.strides[0], align)
             for index, of_image in enumerate(points)
         ]
         flat = torch.cat(pixels).to(lattice.levels.device)
@@ -253,10 +268,19 @@ class _Run:
         return self.exit.places[key]
 
 
-def _pixels(
-    points: Tensor, image: int, like: Tensor, size: tuple[int, int], stride: int, align: str
+def pixels_at(
+    points: Tensor, image: int, like: Tensor, size: tuple[int, int], stride: float, align: str
 ) -> Tensor:
-    """Flat fine pixels of points of an image."""
+    """(n,) int64: samples that points lie in, as flat numbers over a batch of maps.
+
+    Args:
+        points: (n, 2) x and y in pixels.
+        image: place in the batch.
+        like: the image batch (B, C, H, W).
+        size: (h, w) of the map.
+        stride: pixels of the image per sample.
+        align: see `read_at`.
+    """
     axes = []
     for axis, length, pixels in ((1, size[0], like.shape[2]), (0, size[1], like.shape[3])):
         place = points[:, axis]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -18,6 +19,7 @@ from torch import Tensor
 from cadsurgery.bench_report import BenchReport
 from cadsurgery.evaluation_report import EvaluationReport
 from cadsurgery.lattice import Lattice
+from cadsurgery.matching_report import THRESHOLDS, MatchingReport
 
 LOWEST_COLOUR = "#d9dce1"
 LEVEL_COLOURS = ("#d7301f", "#fc8d59", "#fdcc8a", "#a6bddb", "#2b8cbe", "#045a8d")
@@ -203,6 +205,79 @@ def evaluation_figure(report: EvaluationReport) -> Figure:
     axes.set_xlabel("MACs of one image")
     axes.set_ylabel("mean IoU, %")
     axes.set_title(f"{report.model}, {report.images} images", fontsize=10)
+    return figure
+
+
+def matching_figure(report: MatchingReport) -> Figure:
+    """Matching accuracy against the threshold, and at 3 pixels against MACs."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    curve, cost = figure.subplots(1, 2)
+    for place, row in enumerate(report.rows):
+        colour, values = PAIR_COLOURS[place % len(PAIR_COLOURS)], row.mma() or []
+        style = ("-", "--", ":")[place // len(PAIR_COLOURS) % 3]
+        curve.plot(THRESHOLDS, values, style, color=colour, label=row.label)
+        cost.plot(row.macs, values[THRESHOLDS.index(3)], "o", color=colour, markersize=6)
+        cost.annotate(
+            str(place + 1),
+            (row.macs, values[THRESHOLDS.index(3)]),
+            (5, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    curve.set(xlabel="threshold, pixels", ylabel="mean matching accuracy", ylim=(0, 1), xticks=THRESHOLDS)
+    handles, labels = curve.get_legend_handles_labels()
+    numbered = [f"{place + 1}  {label}" for place, label in enumerate(labels)]
+    figure.legend(handles, numbered, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    cost.set(xlabel="MACs of one image", ylabel="mean matching accuracy at 3 pixels")
+    cost.set_xlim(left=0)
+    cost.margins(y=0.2)
+    cost.xaxis.set_major_formatter(EngFormatter())
+    for axis in (curve, cost):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.suptitle(
+        f"{report.model}, {report.sequences} sequences, {len(report.rows[0].pairs)} pairs", fontsize=10
+    )
+    return figure
+
+
+def matches_figure(
+    first: Tensor, second: Tensor, matches: Sequence[tuple[str, Tensor, Tensor, Tensor]], limit: float = 3.0
+) -> Figure:
+    """Matches between two images, one picture per setting: right ones green, wrong ones red.
+
+    Args:
+        first: (3, H, W) in 0..1.
+        second: likewise, of any size.
+        matches: name, points (k, 2) in the first image, in the second, and errors (k,) in pixels.
+        limit: errors up to it are right.
+    """
+    height = max(first.shape[1], second.shape[1])
+    width, gap = first.shape[2] + second.shape[2], first.shape[2]
+    canvas = np.ones((height, width, 3), dtype=np.float32)
+    for image, left in ((first, 0), (second, gap)):
+        pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+        canvas[: pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    columns = min(len(matches), 2)
+    rows = -(-len(matches) // columns)
+    figure = Figure(figsize=(7.5 * columns, rows * (7.5 * height / width + 0.4)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in panels:
+        axis.set(xticks=[], yticks=[], visible=False)
+    for axis, (name, here, there, errors) in zip(panels, matches, strict=False):
+        axis.set_visible(True)
+        axis.imshow(0.5 + 0.5 * canvas)
+        right = (errors <= limit).cpu().numpy()
+        for chosen, colour, over in ((~right, "#d7301f", 2), (right, "#238b45", 3)):
+            ends = np.stack([here.cpu().numpy()[chosen], there.cpu().numpy()[chosen] + [gap, 0]], 1)
+            axis.add_collection(
+                LineCollection(list(ends), colors=colour, linewidths=0.5, alpha=0.7, zorder=over)
+            )
+            axis.plot(*ends.reshape(-1, 2).T, ".", color=colour, markersize=2, zorder=over)
+        axis.set(xlim=(0, width), ylim=(height, 0))
+        axis.set_title(f"{name}: {right.sum()} of {len(right)} matches within {limit:g} pixels", fontsize=9)
     return figure
 
 

@@ -58,10 +58,17 @@ class Trunk(nn.Module):
             elif isinstance(layer, nn.Conv2d):
                 layer.dilation = layer.padding = (dilation, dilation)
         self.model = layers
+        self.register_load_state_dict_pre_hook(_without_prefix)
 
     def forward(self, image: Tensor) -> Tensor:
         """The map of an image (B, 3, H, W), red first."""
         return self.model(image.flip(1))
+
+
+def _without_prefix(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Released files load as they are, `cadsurgery ... --weights d2_tf.pth` too."""
+    for name in [name for name in state if name.startswith(f"{prefix}{PREFIX}")]:
+        state[f"{prefix}model.{name.removeprefix(f'{prefix}{PREFIX}')}"] = state.pop(name)
 
 
 def trunk(output_stride: int = 8) -> Trunk:

@@ -1,0 +1,244 @@
+"""From an image to keypoints, scores and descriptors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.detection import peaks, points_of, sift
+from cadsurgery.environment import function_at
+from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.images import normalise
+from cadsurgery.masks.filters import grey_of
+from cadsurgery.masks.keypoints import OWN, SIFT, keypoints_at, own_scores
+from cadsurgery.model import AdaptiveModel
+from cadsurgery.points import ALIGNMENTS, REACHES, Align, Reach, macs_at, pixels_at, read_at, readable
+from cadsurgery.zoo import source_of
+
+GIVEN_MASK = "keypoints:detector=given"
+BORDER = 5  # samples at the edge of a network's own score map that have no keypoint: they see padding
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How keypoints are found and described.
+
+    Attributes:
+        detector: `sift` on the grey image, `own`, the score map among the network's outputs, or `module:function`: a
+            function of the image batch as the network sees it that gives points (n, 2) for each image, or a score map.
+        count: keypoints of an image at most, the best.
+        mask: of the network, or empty for its own; `keypoints:detector=given` has these keypoints.
+        reach: `"receptive"` computes nothing that the descriptors do not depend on, where the network's map can be read
+            at points; see `cadsurgery.read_at`.
+        align: see `cadsurgery.read_at`.
+        raw: descriptors as the network gives them; otherwise normalised.
+        output: name or place of the map of descriptors among several outputs; empty: the one of several channels.
+        max_edge: longer side of the image the network sees at most, in pixels; larger images are made smaller. 0: any.
+        max_sum: likewise height plus width (2800 as published for D2-Net).
+        multiple: height and width are cut down to multiples of it (8 as published for D2-Net).
+    """
+
+    detector: str = SIFT
+    count: int = 512
+    mask: str = GIVEN_MASK
+    reach: Reach = "receptive"
+    align: Align = "cell"
+    raw: bool = False
+    output: str = ""
+    max_edge: int = 0
+    max_sum: int = 0
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.multiple < 1 or min(self.max_edge, self.max_sum) < 0:
+            raise InvalidInput(
+                f"count={self.count}, multiple={self.multiple}, max_edge={self.max_edge}, max_sum={self.max_sum}.",
+                next="give at least 1 keypoint, a multiple of at least 1, and sizes of 0 (any) or more.",
+            )
+        for kind, name, known in (("reach", self.reach, REACHES), ("alignment", self.align, ALIGNMENTS)):
+            if name not in known:
+                raise UnknownName(kind, name, known)
+        if self.detector not in (SIFT, OWN) and ":" not in self.detector:
+            raise UnknownName("detector", self.detector, (SIFT, OWN), next="or module:function.")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Keypoints of an image.
+
+    Attributes:
+        keypoints: (n, 2) float32, x and y in pixels of the image file, 0 the middle of the first one; the best first.
+        scores: (n,) float32; ones if the detector gives none.
+        descriptors: (n, C) float32.
+        size: (height, width) of the image file.
+    """
+
+    keypoints: Tensor
+    scores: Tensor
+    descriptors: Tensor
+    size: tuple[int, int]
+
+
+@dataclass
+class Extractor:
+    """Extracts features with one network.
+
+    Attributes:
+        net: converted; `net.optimize()` for speed.
+        settings: how.
+        device: where the network is.
+    """
+
+    net: AdaptiveModel
+    settings: Extraction
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        name = self.settings.detector
+        self._function: Callable[[Tensor], Any] | None = None
+        if name not in (SIFT, OWN):
+            self._function = function_at(name, "--detector", "my_module:my_function")
+        self._output: Any = (
+            int(self.settings.output) if self.settings.output.isdecimal() else self.settings.output
+        )
+        self._output = None if self.settings.output == "" else self._output
+
+    @cached_property
+    def reads_elements(self) -> bool:
+        """Whether descriptors are read from elements; otherwise the map leaves the network whole."""
+        return self.settings.detector != OWN and readable(self.net, self._output)
+
+    def __call__(self, image: Tensor) -> Features:
+        """The features of an image (3, H, W) in 0..1.
+
+        Raises:
+            InvalidInput: an image too small, a detector that gives no points, or a network whose outputs are not
+                understood.
+        """
+        shown = self.resized(image)
+        batch = self.batch(shown)
+        with torch.inference_mode():
+            points, scores, descriptors = self._found(shown, batch)
+        if not self.settings.raw:
+            descriptors = F.normalize(descriptors, dim=1)
+        ratio = points.new_tensor([image.shape[2] / shown.shape[2], image.shape[1] / shown.shape[1]])
+        keypoints = (points + 0.5) * ratio - 0.5
+        return Features(
+            keypoints.float().cpu(),
+            scores.float().cpu(),
+            descriptors.float().cpu(),
+            (image.shape[1], image.shape[2]),
+        )
+
+    def resized(self, image: Tensor) -> Tensor:
+        """The image (3, h, w) the network sees: made smaller by the means of areas, cut to a multiple."""
+        height, width = image.shape[1:]
+        limit = self.settings
+        scale = min(
+            1.0,
+            limit.max_edge / max(height, width) if limit.max_edge else 1.0,
+            limit.max_sum / (height + width) if limit.max_sum else 1.0,
+        )
+        size = [int(length * scale) // limit.multiple * limit.multiple for length in (height, width)]
+        if min(size) < 1:
+            raise InvalidInput(
+                f"an image of {height} x {width} leaves nothing at a multiple of {limit.multiple}.",
+                next="use larger images, or a smaller --multiple.",
+            )
+        return image if size == [height, width] else F.interpolate(image[None], size=size, mode="area")[0]
+
+    def batch(self, shown: Tensor) -> Tensor:
+        """The batch of one that the network is called with."""
+        batch = normalise(shown, source_of(self.net)).unsqueeze(0)
+        return batch.to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def points(self, shown: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, 2) points in pixels of the image the network sees, and (n,) scores; not of detector `own`."""
+        if self._function is None:
+            grey = (255 * grey_of(shown[None])[0]).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+            points, scores = map(torch.from_numpy, sift(grey, self.settings.count))
+            return points.to(self.device, torch.float64), scores.to(self.device)
+        found = points_of(
+            self._function(batch), batch, self.settings.count, f"detector {self.settings.detector}"
+        )
+        points = found[0][: self.settings.count]
+        return points, points.new_ones(len(points))
+
+    def describe(self, batch: Tensor, points: Tensor) -> Tensor:
+        """(n, C) descriptors at points, as the network gives them."""
+        mask = self.settings.mask or None
+        if self.reads_elements:
+            options: Any = {"mask": mask, "reach": self.settings.reach, "align": self.settings.align}
+            return read_at(self.net, batch, [points], output=self._output, **options)[0]
+        with keypoints_at([points]):
+            return self._sampled(self.net(batch, mask=mask), batch, points)
+
+    def macs(self, batch: Tensor, points: Tensor) -> int:
+        """Multiply-accumulates of the network for the descriptors of an image."""
+        mask = self.settings.mask or None
+        if self.reads_elements:
+            found = macs_at(
+                self.net, batch, [points], mask=mask, output=self._output, align=self.settings.align
+            )
+            return found.receptive if self.settings.reach == "receptive" else found.all
+        with keypoints_at([points]):
+            return self.net.macs(batch, mask=mask).mask
+
+    def _found(self, shown: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.settings.detector != OWN:
+            points, scores = self.points(shown, batch)
+            return points, scores, self.describe(batch, points)
+        output = self.net(batch, mask=self.settings.mask or None)
+        own = own_scores(output, 1, "detector own")
+        ((places, scores),) = peaks(own.squeeze(1).float(), self.settings.count, border=BORDER)
+        step = places.new_tensor(
+            [batch.shape[3] / own.shape[3], batch.shape[2] / own.shape[2]], dtype=torch.float64
+        )
+        points = (places + 0.5) * step - 0.5
+        return points, scores, self._sampled(output, batch, points)
+
+    def _sampled(self, output: Any, batch: Tensor, points: Tensor) -> Tensor:
+        """The dense map of descriptors at points."""
+        found = descriptor_map(output, self._output)
+        size = (found.shape[2], found.shape[3])
+        flat = pixels_at(points, 0, batch, size, batch.shape[2] / size[0], self.settings.align)
+        return found[0].flatten(1)[:, flat].T
+
+
+def descriptor_map(output: Any, name: str | int | None) -> Tensor:
+    """The map of descriptors (1, C, h, w) among the outputs of a network.
+
+    Raises:
+        UnknownName: no such output.
+        InvalidInput: several, or none, of more than one channel.
+    """
+    items = (
+        output.items()
+        if isinstance(output, dict)
+        else enumerate(output)
+        if not isinstance(output, Tensor)
+        else ()
+    )
+    several = dict(items) or {"": output}
+    if name is not None:
+        if name not in several:
+            raise UnknownName("output", str(name), map(str, several))
+        return several[name]
+    maps = [
+        value
+        for value in several.values()
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] > 1
+    ]
+    if len(maps) != 1:
+        raise InvalidInput(
+            f"the network gives {len(maps)} maps of several channels.",
+            why="one of them must be the descriptors.",
+            next=f"name it: --output-name {' or '.join(map(str, several))}.",
+        )
+    return maps[0]
