@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torchvision
+from rich.console import Console
 from torch import Tensor, nn
+
+from cadsurgery import cli
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -18,6 +25,45 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 def fixed_seed() -> None:
     """Every test draws the same random numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+class Result(NamedTuple):
+    """Exit code and what a command printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed, as values."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `cadsurgery ARGS` in an empty folder, whose modules can be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "usernets", raising=False)
+    monkeypatch.setattr(cli, "out", Console(width=160))
+    monkeypatch.setattr(cli, "err", Console(width=160, stderr=True))
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["cadsurgery", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as request:
+            code = request.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 from PIL import Image
-from rich.console import Console
 
 import cadsurgery as cs
-from cadsurgery import bench, cli
+from cadsurgery import bench
 from cadsurgery.bench_report import BenchReport, BenchSetting
 from cadsurgery.macs import dense_macs
 from cadsurgery.surgery.plan import Plan
@@ -43,41 +41,11 @@ def flat():
 '''
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `cadsurgery ARGS` in an empty folder with a module `usernets`; its code, output and errors."""
+def run(tmp_path: Path, command_line: Run) -> Run:
+    """Runs `cadsurgery ARGS` in a folder with a module `usernets`; its code, output and errors."""
     (tmp_path / "usernets.py").write_text(NETWORKS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "usernets", raising=False)
-    monkeypatch.setattr(cli, "out", Console(width=160))
-    monkeypatch.setattr(cli, "err", Console(width=160, stderr=True))
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["cadsurgery", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as request:
-            code = request.code or 0
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
+    return command_line
 
 
 @pytest.fixture

@@ -1,0 +1,370 @@
+"""Keypoints of folders and matching on sequences: what is written, kept, refused and measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Run
+from PIL import Image
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.images import labelled_scene, normalise
+from cadsurgery.keypoints import (
+    Extraction,
+    Extractor,
+    Features,
+    evaluate_matching,
+    extract,
+    find_sequences,
+    read_features,
+    write_features,
+)
+from cadsurgery.matching import warped
+from cadsurgery.zoo import source_of
+
+NETWORKS = '''
+"""Networks of a user."""
+
+import torch
+from torch import nn
+
+
+def describer():
+    """Eight channels at output stride 4."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, 1, 1),
+    )
+
+
+class Both(nn.Module):
+    """A score map and descriptors at the image's size."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = describer()
+        self.head = nn.Conv2d(8, 9, 1)
+
+    def forward(self, x):
+        out = self.head(nn.functional.interpolate(self.trunk(x), scale_factor=4.0, mode="bilinear", align_corners=True))
+        return {"scores": out[:, :1].sigmoid(), "descriptors": out[:, 1:]}
+
+
+def both():
+    torch.manual_seed(0)
+    return Both()
+
+
+def middle(images):
+    """One keypoint, in the middle."""
+    return [torch.tensor([[image.shape[2] // 2, image.shape[1] // 2]]) for image in images]
+'''
+HOMOGRAPHY = torch.tensor([[0.98, -0.06, 6.0], [0.05, 1.01, -4.0], [1e-4, 5e-5, 1.0]], dtype=torch.float64)
+
+
+@pytest.fixture
+def run(tmp_path: Path, command_line: Run) -> Run:
+    """Runs `cadsurgery ARGS` in a folder with a module `usernets`."""
+    (tmp_path / "usernets.py").write_text(NETWORKS)
+    return command_line
+
+
+def describer() -> nn.Module:
+    return cs.build_model("usernets:describer", "none")
+
+
+def scene(height: int = 96, width: int = 128, seed: int = 0) -> Tensor:
+    return labelled_scene(height, width, seed)[0]
+
+
+def save(image: Tensor, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((255 * image.permute(1, 2, 0)).round().byte().numpy()).save(path)
+    return path
+
+
+def moved(image: Tensor, homography: Tensor) -> Tensor:
+    """The image whose pixel H p is the pixel p of the given one."""
+    _, height, width = image.shape
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    source = warped(torch.stack((x, y), -1).reshape(-1, 2), torch.linalg.inv(homography))
+    grid = 2 * source / torch.tensor([width - 1, height - 1]) - 1
+    return F.grid_sample(image[None].double(), grid.view(1, height, width, 2), align_corners=True)[0].float()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images of different size, one below another folder, a corrupt one, one of one colour."""
+    save(scene(), tmp_path / "images" / "first.png")
+    save(scene(97, 63, 1), tmp_path / "images" / "more" / "second.png")
+    save(torch.full((3, 40, 44), 0.5), tmp_path / "images" / "third.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def sequences(tmp_path: Path) -> Path:
+    """Two sequences of three images, of known homographies; one that the protocol leaves out."""
+    root = tmp_path / "sequences"
+    for name, seed in (("i_wall", 0), ("v_wall", 1), ("v_talent", 2)):
+        image = scene(seed=seed)
+        save(image, root / name / "1.png")
+        for number, homography in ((2, torch.eye(3, dtype=torch.float64)), (3, HOMOGRAPHY)):
+            save(moved(image, homography), root / name / f"{number}.ppm")
+            np.savetxt(root / name / f"H_1_{number}{'.txt' if number == 3 else ''}", homography.numpy())
+    return root
+
+
+EXTRACT = ("keypoints", "extract", "usernets:describer")
+
+
+def test_features_of_a_folder_are_written_and_a_corrupt_image_is_reported(run: Run, folder: Path) -> None:
+    result = run(*EXTRACT, folder, "--output", "out", "--count", 50, "--json")
+    assert result.code == 1
+    assert [Path(failure["image"]).name for failure in result.json["failed"]] == ["broken.png"]
+    rows = {Path(row["image"]).name: row for row in result.json["images"]}
+    assert set(rows) == {"first.png", "second.png", "third.png"}
+    assert Path("out/more/second.npz").is_file() and rows["third.png"]["keypoints"] == 0
+    for row in rows.values():
+        with np.load(row["output"]) as file:
+            count = row["keypoints"]
+            assert file["keypoints"].shape == (count, 2) and file["scores"].shape == (count,)
+            assert file["descriptors"].shape == (count, 8) and file["keypoints"].dtype == np.float32
+            np.testing.assert_allclose(np.linalg.norm(file["descriptors"], axis=1), 1, rtol=1e-5)
+            with Image.open(row["image"]) as image:
+                assert tuple(file["image_size"]) == image.size
+    assert 0 < rows["first.png"]["keypoints"] <= 50
+    told = run(*EXTRACT, folder, "--output", "out", "--count", 50)
+    assert (
+        told.code == 1 and "3 there already" in told.out and "1 failed" in told.out and "broken" in told.err
+    )
+
+
+def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, failed = extract(describer(), [folder], tmp_path / "whole", options={"output_stride": (1, 4)})
+    calls = []
+    original = Extractor.__call__
+
+    def stops(self: Extractor, image: Tensor) -> Features:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(image)
+        return original(self, image)
+
+    monkeypatch.setattr(Extractor, "__call__", stops)
+    with pytest.raises(KeyboardInterrupt):
+        extract(describer(), [folder], tmp_path / "out", options={"output_stride": (1, 4)})
+    monkeypatch.setattr(Extractor, "__call__", original)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npz")}
+    assert len(before) == 1 and not list((tmp_path / "out").rglob(".*"))
+    rows, again = extract(describer(), [folder], tmp_path / "out", options={"output_stride": (1, 4)})
+    assert [row["kept"] for row in rows].count(True) == 1 and len(again) == len(failed) == 1
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    for row, other in zip(rows, whole, strict=True):
+        found, expected = read_features(Path(row["output"])), read_features(Path(other["output"]))
+        assert torch.equal(found.descriptors, expected.descriptors)
+        assert torch.equal(found.keypoints, expected.keypoints)
+
+
+def test_a_folder_of_features_made_otherwise_is_refused(run: Run, folder: Path) -> None:
+    assert run(*EXTRACT, folder / "first.png", "--output", "out").code == 0
+    refused = run(*EXTRACT, folder / "first.png", "--output", "out", "--count", 3, "--json")
+    assert refused.code == 1 and "count" in refused.json["what"] and refused.json["next"]
+    Path("out/extraction.json").write_text("{")
+    assert run(*EXTRACT, folder / "first.png", "--output", "out", "--json").json["error"] == "FileError"
+
+
+def test_a_truncated_file_of_features_is_reported(run: Run, folder: Path) -> None:
+    assert run(*EXTRACT, folder / "first.png", "--output", "out").code == 0
+    Path("out/first.npz").write_bytes(b"PK")
+    result = run(*EXTRACT, folder / "first.png", "--output", "out", "--json")
+    assert result.code == 1 and "first.npz" in result.json["failed"][0]["what"]
+
+
+@pytest.mark.parametrize("form", ["npz", "h5"])
+def test_features_survive_their_file(form: str, tmp_path: Path) -> None:
+    features = Features(torch.rand(5, 2), torch.rand(5), torch.rand(5, 7), (48, 64))
+    write_features(features, tmp_path / f"a.{form}", "some/where/a.png")
+    found = read_features(tmp_path / f"a.{form}")
+    assert all(
+        torch.equal(getattr(found, key), getattr(features, key))
+        for key in ("keypoints", "scores", "descriptors")
+    )
+    assert found.size == (48, 64)
+
+
+def test_hdf5_is_laid_out_as_hloc_reads_it(run: Run, folder: Path) -> None:
+    import h5py
+
+    assert run(*EXTRACT, folder / "first.png", "--form", "h5", "--output", "out").code == 0
+    with h5py.File("out/first.h5") as file:
+        group = file["first.png"]
+        assert group["descriptors"].shape == (8, len(group["keypoints"]))
+
+
+def test_descriptors_are_those_of_the_network_at_the_keypoints(run: Run) -> None:
+    """In every way they can be found, and mapped back to the pixels of the file."""
+    image = scene()
+    net = cs.adaptify(describer(), "edges", output_stride=(1, 4)).eval()
+    for settings in (
+        Extraction(),
+        Extraction(reach="all", mask=""),
+        Extraction(mask="all", raw=True, count=20),
+    ):
+        extractor = Extractor(net.optimize(), settings)
+        found = extractor(image)
+        points = found.keypoints.long()
+        batch = normalise(image, source_of(net))[None]
+        with cs_keypoints(found.keypoints), torch.no_grad():
+            dense = net(batch, mask=settings.mask or None)[0]
+        rows = dense[:, points[:, 1], points[:, 0]].T
+        expected = rows if settings.raw else F.normalize(rows, dim=1)
+        torch.testing.assert_close(found.descriptors, expected, rtol=1e-4, atol=1e-5)
+    small = Extractor(net, Extraction(max_edge=64, multiple=8))
+    assert small.resized(image).shape == (3, 48, 64) and small(image).keypoints[:, 0].max() > 64
+
+
+def cs_keypoints(points: Tensor) -> Any:
+    from cadsurgery.masks import keypoints_at
+
+    return keypoints_at([points.double()])
+
+
+def test_a_network_with_its_own_score_map_detects_and_describes(run: Run, folder: Path) -> None:
+    arguments = ("keypoints", "extract", "usernets:both", folder / "first.png", "--output-stride", "1,4")
+    own = run(*arguments, "--detector", "own", "--mask", "edges", "--output", "own", "--count", 40, "--json")
+    assert own.code == 0 and own.json["images"][0]["keypoints"] == 40
+    features = read_features(Path("own/first.npz"))
+    assert bool((features.scores.diff() <= 0).all()) and features.keypoints.min() >= 5
+    given = run(*arguments, "--detector", "usernets:middle", "--output", "given", "--json")
+    middle = read_features(Path("given/first.npz"))
+    assert given.code == 0 and middle.keypoints.tolist() == [[64, 48]] and middle.descriptors.shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--detector", "surf"), "sift"),
+        (("--detector", "usernets:none"), "usernets"),
+        (("--detector", "own", "--mask", "all"), "score map"),
+        (("--form", "txt"), "npz"),
+        (("--reach", "far"), "receptive"),
+        (("--align", "left"), "corners"),
+        (("--mask", "keypoint"), "keypoints"),
+        (("--output-name", "x"), "output"),
+        (("--multiple", "500"), "multiple"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_extraction_refuses_what_cannot_be(
+    run: Run, folder: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    result = run(*EXTRACT, folder / "first.png", "--output", "out", *arguments, "--json")
+    assert result.code == 1
+    error = result.json["failed"][0] if "failed" in result.json else result.json
+    assert said in json.dumps(error)
+    assert not list(Path().glob("out/*.npz"))
+
+
+def test_a_converted_network_keeps_its_output_strides(run: Run, folder: Path, tmp_path: Path) -> None:
+    cs.save(cs.adaptify(describer(), "edges", output_stride=(1, 4)), tmp_path / "net.safetensors")
+    arguments = ("keypoints", "extract", "net.safetensors", folder / "first.png")
+    assert run(*arguments, "--mask", "").code == 0
+    assert "output strides" in run(*arguments, "--output-stride", "2,4", "--json").json["what"]
+
+
+# -- sequences -----------------------------------------------------------------------------------------
+
+
+def test_sequences_are_found_and_those_of_the_protocol_left_out(sequences: Path) -> None:
+    found, out = find_sequences(sequences)
+    assert [one.name for one in found] == ["i_wall", "v_wall"] and out == ["v_talent"]
+    assert [one.kind for one in found] == ["illumination", "viewpoint"]
+    assert found[0].numbers == (2, 3) and torch.equal(found[0].homographies[1], HOMOGRAPHY)
+    every, nothing = find_sequences(sequences, everything=True)
+    assert len(every) == 3 and not nothing
+    assert [one.name for one in find_sequences(sequences / "v_wall")[0]] == ["v_wall"]
+
+
+def test_sequences_that_are_none_are_refused_with_the_layout(sequences: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path / "usernets"):
+        with pytest.raises(cs.FileError, match="H_1_2"):
+            find_sequences(path)
+    with pytest.raises(cs.FileError, match="protocol"):
+        find_sequences(sequences / "v_talent")
+    for text in ("1 2 3", "a b", "0 0 0\n0 0 0\n0 0 0"):
+        (sequences / "i_wall" / "H_1_2").write_text(text)
+        with pytest.raises(cs.FileError, match="H_1_2"):
+            find_sequences(sequences)
+    (sequences / "i_wall" / "1.png").unlink()
+    with pytest.raises(cs.FileError, match="image 1"):
+        find_sequences(sequences)
+
+
+EVAL = ("keypoints", "eval", "usernets:describer", "--output-stride", "1,4", "--count", 100, "--rounds", 1)
+
+
+def test_matching_is_evaluated_for_several_masks_in_one_run(
+    run: Run, sequences: Path, tmp_path: Path
+) -> None:
+    masks = ("--mask", "none", "--mask", "keypoints:detector=given,dilations=9/21", "--mask", "all")
+    files = ("--output", "r.json", "--picture", "p.png", "--matches", "m.png")
+    result = run(*EVAL, "--data", sequences, "--reach", "all", *masks, *files, "--json")
+    assert result.code == 0, result
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report == result.json and report["left_out"] == ["v_talent"] and report["sequences"] == 2
+    none, some, every = report["rows"]
+    assert none["macs"] < some["macs"] < every["macs"] and none["active_fraction"] == 0
+    for row in report["rows"]:
+        assert len(row["pairs"]) == 4 and len(row["mma"]) == 15 and row["milliseconds"] > 0
+        assert all(a <= b for a, b in zip(row["mma"], row["mma"][1:], strict=False))
+        same = [pair for pair in row["pairs"] if pair["number"] == 2]
+        assert all(pair["accuracy"][0] == 1 and pair["corner_error"] < 1e-3 for pair in same)
+        halves = [row["mma_illumination"][2], row["mma_viewpoint"][2]]
+        assert sum(halves) / 2 == pytest.approx(row["mma"][2])
+    for name in ("p.png", "m.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size[0] > 500
+    told = run(*EVAL, "--data", sequences, "--all-sequences", "--output-stride", "2,4")
+    assert told.code == 0 and "3 sequences" in told.out and "1 to 4" in told.out and "2 to 4" in told.out
+
+
+def test_an_unreadable_image_costs_its_pair_and_the_exit_code(run: Run, sequences: Path) -> None:
+    (sequences / "i_wall" / "3.ppm").write_bytes(b"no image")
+    result = run(*EVAL, "--data", sequences, "--json")
+    assert result.code == 1 and len(result.json["failed"]) == 1
+    assert [len(row["pairs"]) for row in result.json["rows"]] == [3]
+    (sequences / "i_wall" / "1.png").write_bytes(b"no image")
+    result = run(*EVAL, "--data", sequences, "--json")
+    assert result.code == 1 and result.json["sequences"] == 1
+    (sequences / "v_wall" / "1.png").write_bytes(b"no image")
+    assert run(*EVAL, "--data", sequences, "--json").json["error"] == "CadError"
+
+
+def test_both_reaches_match_the_same(run: Run, sequences: Path) -> None:
+    def rows(reach: str) -> Any:
+        settings = Extraction(reach=reach, mask="keypoints:detector=given,dilations=9/21", count=60)  # type: ignore[arg-type]
+        report = evaluate_matching(describer(), sequences, [], settings, output_stride=[(1, 4)], rounds=0)
+        return report.rows[0]
+
+    every, needed = rows("all"), rows("receptive")
+    assert needed.pairs == every.pairs and needed.macs < every.macs
+
+
+def test_evaluation_refuses_what_cannot_be(run: Run, sequences: Path) -> None:
+    with pytest.raises(cs.InvalidInput, match="rounds"):
+        evaluate_matching(describer(), sequences, rounds=-1)
+    with pytest.raises(cs.FileError, match="folder"):
+        evaluate_matching(describer(), sequences, output=Path("nowhere/r.json"))
+    with pytest.raises(cs.InvalidInput, match="count"):
+        Extraction(count=0)
