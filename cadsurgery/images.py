@@ -17,7 +17,7 @@ from cadsurgery.files import written_whole
 if TYPE_CHECKING:
     from cadsurgery.zoo import Source
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:

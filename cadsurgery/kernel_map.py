@@ -9,6 +9,7 @@ that are not its anchor are read by `fill` and, unless it is nearest, appended a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -200,9 +201,20 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
         A reading whose table is (N_target, taps).
     """
     plain = window.mode == "zeros" and not drop and source.geometry.anchor == "corner"
+    build: Callable[[Lattice, Lattice, Window, bool], Reading]
     key = ("kernel_map", source.key, target.key, window, drop)
-    build = _shifted if plain else _folded
+    build = _of_part if source.part is not None else _shifted if plain else _folded
     return source.pyramid.derive(key, lambda: build(source, target, window, drop))
+
+
+def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+    """From a part that holds all that is read: the kernel map from the whole, its rows counted anew."""
+    whole = source.whole
+    found = kernel_map(whole, target, window, drop=drop)
+    rows = source.index[whole.anchors]
+    behind = torch.arange(1 + found.sources.shape[0], dtype=rows.dtype, device=rows.device) + len(source)
+    table = torch.cat((rows, behind))[found.table]
+    return replace(found, table=table, sources=rows[found.sources])
 
 
 def divisors(

@@ -304,6 +304,11 @@ class Lattice:
         """What tells it from others of its level map."""
         return self.stage, self.size, self.part
 
+    @property
+    def whole(self) -> Lattice:
+        """The same with all cells there."""
+        return Lattice(self.pyramid, self.stage, self.size)
+
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
         size = size or self.size

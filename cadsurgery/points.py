@@ -230,7 +230,7 @@ class _Run:
         elements, guide = _Within(cone, self.net, self.exit.graph).run(lambda *_: self.lattice, *self.values)
         lattice, pixels = elements.lattice, self._cut(elements.lattice)
         reading = self._read(lattice, pixels, guide)
-        flat = elements.rows.reshape(elements.rows.shape[0], -1)
+        flat = elements.rows.flatten(1)
         rows = extended(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
         return list(rows.split(self.counts))
 

@@ -171,12 +171,12 @@ def _torchvision_builder(name: str) -> Builder:
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         note = "weights are random (asked for)"
         if weights != "none":
-            known = list(torchvision.models.get_model_weights(name))
+            known = torchvision.models.get_model_weights(name)
             if weights != "auto" and weights not in [entry.name for entry in known]:
                 raise UnknownName(
                     f"weights of {name}", weights, [entry.name for entry in known] + ["auto", "none"]
                 )
-            entry = next((e for e in known if e.name == weights), known[-1] if known else None)
+            entry: Any = next((e for e in known if e.name == weights), getattr(known, "DEFAULT", None))
             if entry is not None:
                 model, problem = _try_weights(
                     lambda: builder(weights=entry, **kwargs), weights, f"{name} {entry.name}"
@@ -184,7 +184,7 @@ def _torchvision_builder(name: str) -> Builder:
                 if model is not None:
                     rebuilt = {**_classes(entry), **_decisions(model, builder), **kwargs}
                     note = f"pretrained weights {entry.name}"
-                    return model, Source(described, rebuilt, entry.name, note, *_expected_images(model))
+                    return model, Source(described, rebuilt, entry.name, note, *_expected_images(model, entry))
                 note = f"weights are RANDOM: {problem}"
             else:
                 note = "weights are RANDOM: torchvision has none for this network"
@@ -194,11 +194,13 @@ def _torchvision_builder(name: str) -> Builder:
     return build
 
 
-def _expected_images(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the images a network of torchvision expects; detectors normalise themselves."""
+def _expected_images(model: nn.Module, entry: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images a network of torchvision expects with some weights; detectors normalise
+    themselves."""
     if hasattr(getattr(model, "transform", None), "image_mean"):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return IMAGENET_MEAN, IMAGENET_STD
+    preset = entry.transforms() if entry is not None else None
+    return tuple(getattr(preset, "mean", IMAGENET_MEAN)), tuple(getattr(preset, "std", IMAGENET_STD))
 
 
 def _classes(entry: Any) -> dict[str, Any]:

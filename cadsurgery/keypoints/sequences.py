@@ -21,7 +21,6 @@ LEFT_OUT = frozenset(
     )
 )
 KINDS = {"i": "illumination", "v": "viewpoint"}
-_IMAGES = (*SUFFIXES, ".ppm", ".pgm")
 _LAYOUT = (
     "expected are folders with images 1.ppm (or .png, .jpg), 2.ppm, ... and files H_1_2, H_1_3, ... (or H_1_2.txt) of "
     "3 x 3 numbers; HPatches: hpatches-sequences-release of https://github.com/hpatches/hpatches-dataset."
@@ -93,7 +92,7 @@ def _homographies(folder: Path) -> dict[int, Path]:
 def _read(folder: Path, files: dict[int, Path]) -> ImageSequence:
     images = []
     for number in (1, *files):
-        image = next((p for suffix in _IMAGES if (p := folder / f"{number}{suffix}").is_file()), None)
+        image = next((p for suffix in SUFFIXES if (p := folder / f"{number}{suffix}").is_file()), None)
         if image is None:
             raise FileError(f"image {number} of the sequence {folder} is missing.", next=_LAYOUT)
         images.append(image)

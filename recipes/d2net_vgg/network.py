@@ -25,13 +25,10 @@ MEAN = (123.68, 116.779, 103.939)  # of Caffe's VGG, red, green and blue, 0..255
 class Trunk(nn.Module):
     """VGG-16 up to the activation of conv4_3, (B, 3, H, W) to (B, 512, H / s, W / s).
 
-    Attributes:
-        mean: of the images (red, green, blue, 0..1) that are subtracted,
-        std: and what they are divided by: the network sees 0..255 less the mean. It turns to blue, green, red itself.
+    It sees red, green and blue, 0..255 less their means, and turns them to blue, green, red itself.
     """
 
-    mean = tuple(value / 255 for value in MEAN)
-    std = (1 / 255,) * 3
+    pretrained_cfg = {"mean": tuple(value / 255 for value in MEAN), "std": (1 / 255,) * 3}  # noqa: RUF012
 
     def __init__(self, output_stride: int = 8) -> None:
         """Build it with random weights.
