@@ -184,7 +184,9 @@ def _torchvision_builder(name: str) -> Builder:
                 if model is not None:
                     rebuilt = {**_classes(entry), **_decisions(model, builder), **kwargs}
                     note = f"pretrained weights {entry.name}"
-                    return model, Source(described, rebuilt, entry.name, note, *_expected_images(model, entry))
+                    return model, Source(
+                        described, rebuilt, entry.name, note, *_expected_images(model, entry)
+                    )
                 note = f"weights are RANDOM: {problem}"
             else:
                 note = "weights are RANDOM: torchvision has none for this network"

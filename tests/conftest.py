@@ -16,7 +16,7 @@ import torchvision
 from rich.console import Console
 from torch import Tensor, nn
 
-from cadsurgery import cli
+from cadsurgery import cli, screen
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -49,8 +49,8 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "usernets", raising=False)
-    monkeypatch.setattr(cli, "out", Console(width=160))
-    monkeypatch.setattr(cli, "err", Console(width=160, stderr=True))
+    monkeypatch.setattr(screen, "out", Console(width=160))
+    monkeypatch.setattr(screen, "err", Console(width=160, stderr=True))
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["cadsurgery", *map(str, arguments)])

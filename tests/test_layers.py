@@ -110,7 +110,7 @@ LAYERS = [
         "finetune.command",
         "finetune",
     ),
-    "cli",
+    *("options", "screen", "cli_keypoints", "cli"),
 ]
 GEOMETRY = (
     *("layout", "lattice", "kernel_map"),
