@@ -83,7 +83,8 @@ def points_of(found: Any, image: Tensor, count: int, where: str) -> list[Tensor]
     """What a detector returned as points (n, 2), x and y in pixels of the images (B, C, H, W), on their device.
 
     Args:
-        found: a sequence of point tensors or arrays, one for each image, or a score map (B, h, w) or (B, 1, h, w).
+        found: a sequence of point tensors or arrays, one for each image, one tensor of all (B, n, 2), or a score map
+            (B, h, w) or (B, 1, h, w).
         image: the batch.
         count: points taken from a score map.
         where: for messages.
@@ -92,6 +93,8 @@ def points_of(found: Any, image: Tensor, count: int, where: str) -> list[Tensor]
         InvalidInput: it is neither.
     """
     batch, _, height, width = image.shape
+    if isinstance(found, Tensor) and found.dim() == 3 and found.shape[2] == 2:
+        found = list(found)  # as many points in each image
     if isinstance(found, Tensor) and found.is_floating_point() and found.dim() in (3, 4):
         scores = found.squeeze(1) if found.dim() == 4 and found.shape[1] == 1 else found
         if scores.dim() == 3 and scores.shape[0] == batch and 0 not in scores.shape:
@@ -113,7 +116,10 @@ def points_of(found: Any, image: Tensor, count: int, where: str) -> list[Tensor]
 
 def _checked(part: Any, index: int, image: Tensor, where: str) -> Tensor:
     """Points (n, 2) of an image as float64 on its device, finite and in the image."""
-    points = torch.as_tensor(part).detach()
+    try:
+        points = torch.as_tensor(part).detach()
+    except (TypeError, ValueError, RuntimeError):  # whatever a detector may return
+        points = torch.empty(0)
     if points.dim() == 2 and points.shape[1] == 2 and not points.is_complex():
         points = points.to(image.device, torch.float64)
         height, width = image.shape[2:]

@@ -185,7 +185,10 @@ def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
     down, across = (y - top) / side.double(), (x - left) / side.double()
     corners = [first + v * width + h for v in (top, bottom) for h in (left, right)]
     weights = [v * h for v in (1 - down, down) for h in (1 - across, across)]
-    return lattice.index[torch.stack(corners, 1)], torch.stack(weights, 1)
+    mix = torch.stack(weights, 1)
+    # What weighs nothing is not read: the own cell stands there, which always weighs something.
+    pixels = torch.where(mix > 0, torch.stack(corners, 1), corners[0].unsqueeze(1))
+    return lattice.index[pixels], mix
 
 
 def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool = False) -> Reading:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def match_errors(first: Tensor, second: Tensor, matches: Tensor, homography: Ten
         homography: (3, 3), from the first image to the second.
     """
     meant = warped(first[matches[:, 0]], homography)
-    return (meant - second[matches[:, 1]].to(meant)).norm(dim=1).nan_to_num(nan=float("inf"))
+    return (meant - second[matches[:, 1]].to(meant)).norm(dim=1).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def matching_accuracy(errors: Tensor, thresholds: Sequence[float]) -> list[float]:
@@ -88,14 +89,14 @@ def corner_error(
         size: (height, width) of the first image.
     """
     if len(matches) < 4:
-        return float("inf")
+        return math.inf
     cv2: Any = opencv()
     cv2.setRNGSeed(0)
     points = [part.double().cpu().numpy() for part in (first[matches[:, 0]], second[matches[:, 1]])]
     found, _ = cv2.findHomography(*points, cv2.RANSAC, 3.0, maxIters=5000, confidence=0.9999)
     if found is None or not np.isfinite(found).all():
-        return float("inf")
+        return math.inf
     height, width = size
     corners = torch.tensor([[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]])
     apart = warped(corners, torch.from_numpy(found)) - warped(corners, homography.cpu())
-    return float(apart.norm(dim=1).mean().nan_to_num(nan=float("inf")))
+    return float(apart.norm(dim=1).mean().nan_to_num(nan=math.inf, posinf=math.inf))

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
 
 from cadsurgery import functional
 from cadsurgery.detection import points_of
@@ -28,7 +29,7 @@ from cadsurgery.macs import Counter, ghost
 from cadsurgery.masks.keypoints import keypoints_at
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.resolve import resolve_mask
-from cadsurgery.model import AdaptiveModel
+from cadsurgery.model import AdaptiveModel, OptimizedModel
 from cadsurgery.reach import Cone, Place, WithinCone, places_of, reached
 
 Reach = Literal["all", "receptive"]
@@ -68,9 +69,10 @@ def read_at(
         image: (B, C, H, W), as for a call.
         points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
         mask: for this call only; it may be `keypoints`, which is given these points.
-        reach: `"receptive"` computes nothing that the points do not depend on. The rows are the same bit for bit
-            wherever the network itself works by elements; a map that is uniform, which otherwise runs as ordinary
-            convolutions, gives the same to rounding.
+        reach: `"receptive"` computes nothing that the points do not depend on. The rows are the same bit for bit in
+            float32 wherever the network itself works by elements, with convolutions of 16 channels or more and ReLU;
+            to rounding in other types, with fewer channels, with activations whose last values torch computes
+            otherwise (SiLU, GELU), and of a uniform map, which otherwise runs as ordinary convolutions.
         output: key or place of the map among several outputs.
         align: which sample of the fine map a point lies in: `"cell"`, the one that covers it, or `"corners"`, the one
             nearest when the outermost samples stand on the outermost pixels (as published for D2-Net).
@@ -83,8 +85,10 @@ def read_at(
             output is more than a map that leaves the region, that is training, or that only hosts an adaptive part.
         UnknownName: no such reach, alignment or output.
     """
-    run = _Run.of(net, image, points, mask, reach, output, align)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and reach == "all"):
+    _check_net(net, reach)
+    differentiable = reach == "all" and not isinstance(net, OptimizedModel)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+        run = _Run.of(net, image, points, mask, reach, output, align)
         return run.rows(run.cone() if reach == "receptive" else None)
 
 
@@ -98,6 +102,7 @@ def macs_at(
     align: Align = "cell",
 ) -> ReachMacs:
     """Multiply-accumulates of `read_at`, with and without `reach="receptive"`; arguments and errors as there."""
+    _check_net(net, "receptive")
     run = _Run.of(net, image, points, mask, "receptive", output, align)
     with keypoints_at(run.points):
         whole = net.macs(image, mask=run.mask)
@@ -126,11 +131,13 @@ class _Exit:
     Attributes:
         graph: gives (elements, guide or None).
         node: the one that gives the elements.
+        spacing: fine pixels between the samples of the dense output.
         places: of its nodes, by the shapes of what enters; found when first asked for.
     """
 
     graph: fx.Graph
     node: fx.Node
+    spacing: int
     places: dict[Any, dict[str, Place]] = field(default_factory=dict)
 
     @staticmethod
@@ -153,7 +160,17 @@ class _Exit:
         guide: Any = value.kwargs.get("guide")
         graph.output((copies[elements], copies[guide] if guide is not None else None))
         graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-        return _Exit(graph, copies[elements])
+        spacing: Any = value.args[1] if len(value.args) > 1 else value.kwargs.get("spacing", 1)
+        return _Exit(graph, copies[elements], spacing)
+
+    def pixels(
+        self, points: Tensor, image: int, like: Tensor, size: tuple[int, int], stride: int, align: str
+    ) -> Tensor:
+        """(n,) int64: fine pixels of the samples of the dense output that points lie in; see `pixels_at`."""
+        height, width = (-(-length // self.spacing) for length in size)
+        flat = pixels_at(points, image, like, (height, width), stride * self.spacing, align)
+        y, x = flat // width % height * self.spacing, flat % width * self.spacing
+        return (image * size[0] + y) * size[1] + x
 
 
 _EXITS: WeakKeyDictionary[AdaptiveModel, dict[Any, _Exit]] = WeakKeyDictionary()
@@ -197,11 +214,12 @@ class _Run:
         align: str,
     ) -> _Run:
         """Everything up to the lattice."""
-        _check_net(net, reach)
         for kind, name, known in (("reach", reach, REACHES), ("alignment", align, ALIGNMENTS)):
             if name not in known:
                 raise UnknownName(kind, name, known)
         check_image(image)
+        if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
+            points = (points,)  # a score map has no place here: refused as points
         points = points_of(points, image, 1, "")
         exit = _exit(net, output)
         provider = net.mask if mask is None else resolve_mask(mask)
@@ -212,7 +230,7 @@ class _Run:
             lattice = masking(*shown)
         net.finish(None, lattice)
         pixels = [
-            pixels_at(of_image, index, image, lattice.whole_size, net.plan.strides[0], align)
+            exit.pixels(of_image, index, image, lattice.whole_size, net.plan.strides[0], align)
             for index, of_image in enumerate(points)
         ]
         flat = torch.cat(pixels).to(lattice.levels.device)
@@ -258,8 +276,8 @@ class _Run:
 
     def _places(self) -> dict[str, Place]:
         """Of the nodes of the graph, for maps of these sizes."""
-        values = tuple(map(_to_meta, self.values))
-        key = tuple(value.shape if isinstance(value, Tensor) else value for value in values)
+        values = tree_map(_to_meta, self.values)
+        key = tuple(leaf.shape if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(values))
         if key not in self.exit.places:
             lattice, net = self.lattice, ghost(self.net)
             low = net.geometry.uniform(net.geometry.max_level, lattice.batch, lattice.whole_size)

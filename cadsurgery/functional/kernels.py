@@ -22,9 +22,10 @@ from cadsurgery.functional import native
 _ONEDNN = (torch.float32, torch.bfloat16)
 # A block of a result that is still in the cache when the next operation reads it.
 _BLOCK_BYTES = 1 << 20
-# Fewer rows than these go another way in oneDNN, which sums in another order. With so many the product of a row is
-# the same bit for bit whatever other rows there are.
-_FEWEST_ROWS = 64
+# With fewer rows, or fewer values in them (torch's own limit), a product goes another way than through oneDNN's usual
+# kernels and is summed in another order. With so many that of a row is the same bit for bit whatever other rows there
+# are.
+_FEWEST_ROWS, _FEWEST_VALUES = 64, 20480
 # Packed forms of a weight that are kept, mostly for different shapes of dense maps.
 _MOST_FORMS = 4
 
@@ -132,10 +133,11 @@ class Kernel:
 
     def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """`on_rows`, where the product of a row must not depend on how many there are."""
-        count = rows.shape[0]
-        if self.kept is None or not 0 < count < _FEWEST_ROWS:
+        count, fewest = rows.shape[0], _fewest(rows)
+        if self.kept is None or not 0 < count < fewest:
             return self.on_rows(rows, residual)
-        return self.on_rows(_filled(rows), _filled(residual) if residual is not None else None)[:count]
+        more = _filled(residual, fewest) if residual is not None else None
+        return self.on_rows(_filled(rows, fewest), more)[:count]
 
     def on_image(
         self,
@@ -342,16 +344,22 @@ def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`rows @ weight.T + bias` for (n, K) rows and an (O, K) weight, differentiable."""
     if rows.device.type == "cpu" and rows.dtype in _ONEDNN:
-        count, compiling = rows.shape[0], torch.compiler.is_compiling()
-        rows = _filled(rows) if not compiling and 0 < count < _FEWEST_ROWS else rows
+        count = rows.shape[0]
+        if not torch.compiler.is_compiling() and 0 < count < (fewest := _fewest(rows)):
+            rows = _filled(rows, fewest)
         out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
         return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
     return F.linear(rows, weight, bias)
 
 
-def _filled(rows: Tensor) -> Tensor:
-    """Few rows with zeros below."""
-    return F.pad(rows, (0, 0, 0, _FEWEST_ROWS - rows.shape[0]))
+def _fewest(rows: Tensor) -> int:
+    """How many rows of this length a product should have."""
+    return max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """Rows with zeros below."""
+    return F.pad(rows, (0, 0, 0, count - rows.shape[0]))
 
 
 def _image(rows: Tensor | None) -> Any:

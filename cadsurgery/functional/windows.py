@@ -106,7 +106,7 @@ def fused_conv2d(
         rows = rows_on(x, target)
         flat = more.reshape(-1, more.shape[-1]) if more is not None else None
         out = kernel.on_elements(rows.reshape(-1, rows.shape[-1]), flat)
-        return Elements(out.view(*rows.shape[:-1], -1), target)
+        return Elements(out.view(*rows.shape[:-1], out.shape[-1]), target)
     dense = _as_dense(x, window, target, window.outside or 0.0)
     if dense is None:
         whole = whole_map_is_cheaper(x, kernel, window, target)

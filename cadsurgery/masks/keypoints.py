@@ -114,7 +114,7 @@ class KeypointMask(MaskProvider):
             self._function: Any = _named_detector(detector)
         else:
             self._function = detector
-        if not callable(self._function) and detector not in known:
+        if not callable(self._function) and not (isinstance(detector, str) and detector in known):
             raise InvalidInput(
                 f"{describe(detector)} is no detector.",
                 where="mask keypoints",
@@ -127,12 +127,12 @@ class KeypointMask(MaskProvider):
     @property
     def needs(self) -> str:  # type: ignore[override]
         """The points, if they are given."""
-        return "keypoints" if self.detector == GIVEN else ""
+        return "keypoints" if self._named and self.detector == GIVEN else ""
 
     @property
     def looks_ahead(self) -> bool:
         """Whether the network's own scores are looked at."""
-        return self.detector == OWN
+        return self._named and self.detector == OWN
 
     @property
     def storable(self) -> bool:
@@ -162,9 +162,10 @@ class KeypointMask(MaskProvider):
     def points(self, image: Tensor, grid: Grid) -> list[Tensor]:
         """The keypoints of each image of a batch, (n, 2) x and y in image pixels."""
         where = "mask keypoints"
-        if self.detector == OWN:
+        kind = self.detector if self._named else ""
+        if kind == OWN:
             found: Any = own_scores(first_pass_output(where), grid.batch, where)
-        elif self.detector == GIVEN:
+        elif kind == GIVEN:
             found = _POINTS.get()
             if found is None:
                 raise InvalidInput(
@@ -173,7 +174,7 @@ class KeypointMask(MaskProvider):
                     why="detector=given keeps high what lies near points that are given with the image.",
                     next=f"write {_CALL}, or use cadsurgery.read_at; or let detector=sift find them.",
                 )
-        elif self.detector == SIFT:
+        elif kind == SIFT:
             found = sift_of_normalised(image, self.count)
         else:
             found = self._function(image)

@@ -1,0 +1,265 @@
+"""Matching by ALIKE, a network of one's own: as published, and with full resolution around keypoints only.
+
+    python recipes/alike/recipe.py DATA [--network alike-n] [--only NAME ...] [--rounds N] [--output results.json]
+
+DATA is a folder with `alike/` and `homography_pairs/` (see the README beside this file). Share of matches within 3
+pixels of the homography, mean over eight pairs; multiply-accumulates of the adaptive part and of the whole network, the
+mask's own work included, relative to everything high; milliseconds of two images one by one, all settings in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import cadsurgery as cs
+from cadsurgery.detection import peaks
+from cadsurgery.images import read_image
+from cadsurgery.masks import resolve_mask
+from cadsurgery.matching import match_errors, matching_accuracy, mutual_matches
+from cadsurgery.timing import interleaved
+from recipes.alike.network import CHANNELS, REGION, STRIDES, build, padded
+
+COUNT, RADIUS, BORDER, PIXELS = 1000, 2, 5, 3
+# Image 1 of each sequence is matched with these; `graf` 4 and 6 are beyond the network.
+SEQUENCES = {"churchill": (2, 3, 4, 5, 6), "graf": (2, 3, 5)}
+
+# Measured with the authors' code on the same images, independent of this package: the README of the weights.
+MEASURED = {
+    "alike-t": {
+        **{"churchill-2": 0.826, "churchill-3": 0.763, "churchill-4": 0.728, "churchill-5": 0.922},
+        **{"churchill-6": 0.628, "graf-2": 0.618, "graf-3": 0.440, "graf-5": 0.250},
+    },
+    "alike-n": {
+        **{"churchill-2": 0.893, "churchill-3": 0.816, "churchill-4": 0.815, "churchill-5": 0.940},
+        **{"churchill-6": 0.665, "graf-2": 0.691, "graf-3": 0.599, "graf-5": 0.525},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Masks evaluated on one converted network, beside everything high and everything low.
+
+    Attributes:
+        output_stride: high and low.
+        strides: that the last convolution is given, see `Alike`.
+        options: further ones of `adaptify`.
+        masks: by label.
+    """
+
+    output_stride: tuple[int, int]
+    strides: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, str] = field(default_factory=dict)
+
+
+def around(detector: str, count: int, *dilations: int) -> dict[str, str]:
+    """A mask of keypoints by its label."""
+    sides = "/".join(map(str, dilations))
+    mask = f"keypoints:detector={detector},count={count},dilations={sides}"
+    return {f"{detector} {count}, {sides} pixels": mask}
+
+
+def budget(name: str, fraction: float) -> dict[str, str]:
+    """A mask that keeps a share of the image."""
+    return {f"{name}, budget {fraction:g}": f"{name} | budget:fraction={fraction}"}
+
+
+HEAD: dict[str, Any] = {"region": REGION}
+GROUPS = {
+    # The original where the mask is high; elsewhere its last convolution is evaluated at every fourth pixel.
+    "head 1-4": Group(
+        (1, 4),
+        STRIDES,
+        HEAD,
+        {
+            **around("sift", 1000, 9),
+            **around("sift", 2000, 9),
+            **around("sift", 2000, 9, 21),
+            **around("sift", 2000, 11),
+            **around("own", 1000, 15),
+            **around("own", 4000, 5, 13),
+            **budget("edges", 0.3),
+            **budget("edges", 0.4),
+            **budget("random", 0.4),
+        },
+    ),
+    "head 1-4, nearest": Group((1, 4), STRIDES, HEAD | {"fill": "nearest"}, around("sift", 2000, 11)),
+    # The original where the mask is low; elsewhere its pools are removed.
+    "pools 8-32": Group((8, 32), masks={**around("sift", 2000, 11), **around("own", 1000, 15)}),
+    "pools 2-32": Group((2, 32), masks={**around("sift", 2000, 11), **around("own", 1000, 15)}),
+    "pools 1-32": Group((1, 32), masks=around("sift", 1000, 9)),
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """(n, 2) keypoints, x and y in whole pixels, and their descriptors (n, D)."""
+
+    points: Tensor
+    descriptors: Tensor
+
+
+def features(net: nn.Module, image: Tensor, **options: Any) -> Features:
+    """What a network finds in an image (3, H, W); options as of its call."""
+    with torch.inference_mode():
+        found = net(padded(image[None]), **options)
+    height, width = image.shape[1:]
+    scores, descriptors = (found[name][0, :, :height, :width] for name in ("scores", "descriptors"))
+    ((points, _),) = peaks(scores, COUNT, RADIUS, BORDER)
+    return Features(points, descriptors[:, points[:, 1], points[:, 0]].T)
+
+
+def matched(first: Features, second: Features, homography: Tensor) -> dict[str, float]:
+    """Share of matches that are right, and number of matches."""
+    matches = mutual_matches(first.descriptors, second.descriptors)
+    errors = match_errors(first.points, second.points, matches, homography)
+    return {"accuracy": matching_accuracy(errors, [PIXELS])[0], "matches": len(matches)}
+
+
+def pictures(data: Path) -> dict[str, Tensor]:
+    """The images (3, H, W), by sequence and number."""
+    folder = data / "homography_pairs"
+    wanted = [(name, index) for name, others in SEQUENCES.items() for index in (1, *others)]
+    return {f"{name}-{index}": read_image(folder / name / f"{index}.jpg") for name, index in wanted}
+
+
+def matching(data: Path, images: dict[str, Tensor], net: nn.Module, **options: Any) -> dict[str, Any]:
+    """Accuracy of each pair, means over them."""
+    found = {name: features(net, image, **options) for name, image in images.items()}
+    pairs = {}
+    for name in found:
+        sequence, _, index = name.partition("-")
+        if index != "1":
+            file = data / "homography_pairs" / sequence / f"H_1_{index}.txt"
+            homography = torch.from_numpy(np.loadtxt(file))
+            pairs[name] = matched(found[f"{sequence}-1"], found[name], homography)
+    right = [pair["accuracy"] * pair["matches"] for pair in pairs.values()]
+    means = {key: sum(pair[key] for pair in pairs.values()) / len(pairs) for key in ("accuracy", "matches")}
+    return {**means, "right": sum(right) / len(pairs), "pairs": pairs}
+
+
+def cost(net: cs.AdaptiveModel, images: dict[str, Tensor], mask: str) -> dict[str, float]:
+    """MACs of the adaptive part and of everything, the mask's own included, relative to everything high."""
+    inside = {decision.node for decision in net.plan.chosen("adapt", "keep")}
+    part = part_high = whole = whole_high = 0
+    active = []
+    for image in images.values():
+        report = net.macs(padded(image[None]), mask=mask)
+        layers = [layer for layer in report.layers if layer.layer in inside]
+        part += report.of_mask + sum(layer.mask for layer in layers)
+        part_high += sum(layer.high for layer in layers)
+        whole, whole_high = whole + report.mask, whole_high + report.high
+        active.append(report.active_fraction)
+    shares = {"part_of_high": part / part_high, "whole_of_high": whole / whole_high}
+    return {**shares, "active_fraction": sum(active) / len(active)}
+
+
+def adapted(data: Path, name: str, group: Group) -> cs.AdaptiveModel:
+    """The converted network of a group."""
+    net = build(data, name, group.strides)
+    return cs.adaptify(net, "none", output_stride=group.output_stride, **group.options)
+
+
+def measure(
+    data: Path, name: str, only: list[str], rounds: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Rows of the table: the network as it is, and the groups."""
+    images = pictures(data)
+    shown = [laid_out(padded(images[key][None])) for key in ("churchill-1", "graf-1")]
+    original = laid_out(build(data, name))
+    rows: list[dict[str, Any]] = [{"network": "as published", "setting": ""}]
+    rows[0] |= matching(data, images, original)
+    sides: list[Callable[[], Any]] = [lambda: [original(x) for x in shown]]
+    for label in only:
+        net = adapted(data, name, GROUPS[label])
+        fast = net.optimize()
+        masks = {"everything high": "all", **GROUPS[label].masks, "everything low": "none"}
+        for setting, mask in masks.items():
+            say(f"{label}: {setting}")
+            found = {**matching(data, images, net, mask=mask), **cost(net, images, mask)}
+            rows.append({"network": label, "setting": setting, "mask": mask, **found})
+            provider = resolve_mask(mask)
+            sides.append(lambda net=fast, mask=provider: [net(x, mask=mask) for x in shown])  # type: ignore[misc]
+    if rounds:
+        say("times")
+        times = interleaved({str(place): side for place, side in enumerate(sides)}, rounds)
+        for row, time in zip(rows, times.values(), strict=True):
+            row["ms"], row["ms_median"] = time.best, time.median
+    return rows
+
+
+def laid_out(value: Any) -> Any:
+    """A network or images in the layout that is fastest for them."""
+    return value.to(memory_format=torch.channels_last)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows in Markdown."""
+    lines = [
+        "| network | setting | accuracy | matches | right | active | adaptive part | whole network | ms |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        keys = ("active_fraction", "part_of_high", "whole_of_high")
+        shares = [f"{row[key]:.3f}" if key in row else "" for key in keys]
+        figures = [f"{row['accuracy']:.4f}", f"{row['matches']:.0f}", f"{row['right']:.0f}", *shares]
+        ms = f"{row['ms']:.0f}" if "ms" in row else ""
+        lines.append(f"| {row['network']} | {row['setting']} | {' | '.join(figures)} | {ms} |")
+    return "\n".join(lines)
+
+
+def furthest(row: dict[str, Any], name: str) -> float:
+    """Largest difference of a pair's accuracy from the measured one."""
+    return max(abs(row["pairs"][pair]["accuracy"] - value) for pair, value in MEASURED[name].items())
+
+
+def main() -> None:
+    """Print the table, write the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--network", choices=list(CHANNELS), default="alike-n")
+    parser.add_argument("--only", nargs="*", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--rounds", type=int, default=5, help="of timing; 0 for none")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args()
+    for folder in ("alike", "homography_pairs"):
+        if not (options.data / folder).is_dir():
+            print(f"skipped: {options.data} holds no {folder} folder")
+            sys.exit(0)
+    rows = measure(
+        options.data,
+        options.network,
+        options.only,
+        options.rounds,
+        lambda text: print(text, file=sys.stderr),
+    )
+    print(table(rows))
+    for row in rows:
+        label = f"{row['network']} {row['setting']}".strip()
+        print(f"{label}: at most {furthest(row, options.network):.4f} from the measured pairs")
+    if options.output:
+        document = {
+            "network": options.network,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        options.output.write_text(json.dumps({**document, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

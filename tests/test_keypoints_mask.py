@@ -1,0 +1,725 @@
+"""The mask around keypoints: the published rule, what finds the points, how it is written, ranked and kept.
+
+The published rule is written down again as it is: the full-resolution 0/1 map of keypoints convolved with d x d ones
+and zero padding, every o-th pixel, and level i, from K - 1 down to 0, on each aligned 2^(i+1) block with an active
+sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.lattice import Geometry
+from cadsurgery.masks import Grid, KeypointMask, keypoints_at, resolve_mask
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+INF = math.inf
+Size = tuple[int, int]
+Point = tuple[int, int]
+SIDES = st.one_of(st.sampled_from([0, INF]), st.integers(0, 20).map(lambda half: 2 * half + 1))
+
+
+def grid_of(size: Size, batch: int = 2, stride: int = 1, low: int = 3) -> Grid:
+    """The grid of an image size whose stages halve `low` times."""
+    return Grid(batch, (-(-size[0] // stride), -(-size[1] // stride)), stride, low, 2**low, 2**low)
+
+
+def net(mask: object = "none", **options: Any) -> cs.AdaptiveModel:
+    """Output stride 8 by three pools, all of them adaptive."""
+    layers: list[nn.Module] = []
+    for depth in range(3):
+        layers += [nn.Conv2d(4 if depth else 3, 4, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1)).eval()
+    options = {"output_stride": (1, 8), "example_input": torch.zeros(1, 3, 32, 32), **options}
+    return cs.adaptify(model, mask, verify_laws=False, **options)
+
+
+def tensors(points: list[list[Point]]) -> list[Tensor]:
+    return [torch.tensor(part, dtype=torch.float32).reshape(-1, 2) for part in points]
+
+
+def scenes(batch: int, size: Size, seed: int = 0) -> Tensor:
+    """Normalised images of a few bright rectangles: corners and blobs here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    scene = torch.zeros(batch, 3, *size)
+    for image in scene:
+        for _ in range(6):
+            y, x = (int(torch.randint(0, side - 12, (), generator=generator)) for side in size)
+            image[:, y : y + 9, x : x + 7] = torch.randn(3, 1, 1, generator=generator)
+    return scene
+
+
+# -- the published rule --------------------------------------------------------------------------------
+
+
+def published(
+    points: list[Point], sides: list[float], size: Size, stride: int, low: int, fine: Size | None = None
+) -> Tensor:
+    """Levels (h, w) of one image of `size`, on a fine map that may lose the border."""
+    height, width = fine or size
+    here = torch.zeros(1, 1, *size)
+    for x, y in points:
+        here[0, 0, y, x] = 1
+    levels = torch.full_like(here[0, 0, ::stride, ::stride][:height, :width], low).long()
+    for level in reversed(range(len(sides))):
+        if sides[level] == 0:
+            continue
+        active = torch.ones_like(levels, dtype=torch.bool)
+        if sides[level] != INF:
+            side = int(sides[level])
+            near = F.conv2d(here, torch.ones(1, 1, side, side), padding=side // 2)
+            active = near[0, 0, ::stride, ::stride][:height, :width] > 0.5
+        block = 2 ** (level + 1)
+        for y in range(0, levels.shape[0], block):
+            for x in range(0, levels.shape[1], block):
+                if active[y : y + block, x : x + block].any():
+                    levels[y : y + block, x : x + block] = level
+    return levels
+
+
+@QUICK
+@given(
+    data=st.data(),
+    size=st.tuples(st.integers(1, 44), st.integers(1, 44)),
+    stride=st.sampled_from([1, 2, 4]),
+    low=st.integers(1, 3),
+    patch=st.sampled_from(["quadtree", "block"]),
+)
+def test_the_legal_level_map_is_that_of_the_published_rule(
+    data: st.DataObject, size: Size, stride: int, low: int, patch: str
+) -> None:
+    """Any size, stride, points and dilations; images of a batch with different numbers of points, none at all."""
+    place = st.tuples(st.integers(0, size[1] - 1), st.integers(0, size[0] - 1))
+    points = data.draw(st.lists(st.lists(place, max_size=4), min_size=1, max_size=3))
+    sides = data.draw(st.lists(SIDES, min_size=1, max_size=low))
+    geometry, image = Geometry((2,) * low, patch=patch), torch.zeros(len(points), 3, *size)
+    with keypoints_at(tensors(points)):
+        found = KeypointMask("given", dilations=sides)(image, image, grid_of(size, len(points), stride, low))
+    assert found.dtype == torch.int8
+    wanted = torch.stack([published(part, sides, size, stride, low) for part in points])
+    assert torch.equal(geometry.lattice(found.long()).levels, geometry.lattice(wanted).levels)
+
+
+@QUICK
+@given(
+    data=st.data(),
+    size=st.tuples(st.integers(1, 44), st.integers(1, 44)),
+    stride=st.sampled_from([1, 2, 4]),
+    sides=st.lists(SIDES, min_size=3, max_size=3).map(sorted),
+)
+def test_where_dilations_rise_the_published_map_is_legal_as_it_is(
+    data: st.DataObject, size: Size, stride: int, sides: list[float]
+) -> None:
+    """As all published triplets do."""
+    points = data.draw(
+        st.lists(st.tuples(st.integers(0, size[1] - 1), st.integers(0, size[0] - 1)), max_size=4)
+    )
+    wanted, image = published(points, sides, size, stride, 3).unsqueeze(0), torch.zeros(1, 3, *size)
+    with keypoints_at(tensors([points])):
+        found = KeypointMask("given", dilations=sides)(image, image, grid_of(size, 1, stride))
+    assert torch.equal(Geometry((2, 2, 2)).lattice(found.long()).levels.long(), wanted)
+
+
+@QUICK
+@given(
+    data=st.data(),
+    sides=st.lists(SIDES, min_size=3, max_size=3),
+    larger=st.lists(SIDES, min_size=3, max_size=3),
+)
+def test_enlarging_a_dilation_never_raises_a_level(
+    data: st.DataObject, sides: list[float], larger: list[float]
+) -> None:
+    """K2, before and after the map is made legal."""
+    size, image, grid = (29, 37), torch.zeros(1, 3, 29, 37), grid_of((29, 37), 1)
+    points = data.draw(st.lists(st.tuples(st.integers(0, 36), st.integers(0, 28)), max_size=3))
+    larger = [max(pair) for pair in zip(sides, larger, strict=True)]
+    with keypoints_at(tensors([points])):
+        few, many = (KeypointMask("given", dilations=each)(image, image, grid) for each in (sides, larger))
+    assert few.shape == (1, *size) and (many <= few).all()
+    geometry = Geometry((2, 2, 2))
+    assert (geometry.lattice(many.long()).levels <= geometry.lattice(few.long()).levels).all()
+
+
+@pytest.mark.parametrize(
+    ("dilations", "levels"),
+    [
+        ("0/0/0", {3}),
+        ("0/0/5", {2, 3}),
+        ("0/19/35", {1, 2, 3}),
+        ("19/41/41", {0, 1, 2, 3}),
+        ("25/51/51", {0, 1, 3}),
+        ("inf/inf/inf", {0}),
+        ("0/0/inf", {2}),
+        ("1", {0, 1, 2, 3}),
+    ],
+)
+def test_one_keypoint_gives_the_levels_of_its_dilations(dilations: str, levels: set[int]) -> None:
+    """K2 and K3: what a published triplet leaves of a network at output strides 1 to 8."""
+    model = net(f"keypoints:detector=given,dilations={dilations}")
+    with keypoints_at([torch.tensor([[52.0, 43.0]])]):
+        model(torch.zeros(1, 3, 96, 112))
+    assert set(model.levels.unique().tolist()) == levels
+
+
+def test_a_network_whose_levels_end_early_keeps_them_there() -> None:
+    """Strides to 8, levels to 1: two dilations are one too many, one gives cells of two samples."""
+    points, image = [torch.tensor([[20.0, 9.0]])], torch.zeros(1, 3, 32, 40)
+    model = net("keypoints:detector=given,dilations=5", output_stride=(1, 2))
+    with keypoints_at(points):
+        model(image)
+        wanted = published([(20, 9)], [5], (32, 40), 1, 1).unsqueeze(0)
+        assert torch.equal(model.levels.long(), wanted)
+        with pytest.raises(cs.InvalidInput, match="2 dilations for 1 levels"):
+            model(image, mask="keypoints:detector=given,dilations=5/7")
+
+
+@pytest.mark.parametrize("size", [(37, 50), (33, 41), (39, 47)])
+@pytest.mark.parametrize("high", [1, 2, 4])
+def test_a_network_that_loses_its_border_has_the_published_map_without_it(size: Size, high: int) -> None:
+    """Pools drop what is no whole window: the fine map is smaller than the subsampled one."""
+    points = [[(size[1] - 1, size[0] - 1), (3, 30)], [(20, 11)]]
+    sides = [5.0, 9.0, 13.0][: 3 - int(math.log2(high))]
+    text = "/".join(f"{side:g}" for side in sides)
+    model = net(f"keypoints:detector=given,dilations={text}", output_stride=(high, 8))
+    with keypoints_at(tensors(points)):
+        model(torch.zeros(2, 3, *size))
+    fine = (size[0] // high, size[1] // high)
+    wanted = torch.stack([published(part, sides, size, high, len(sides), fine) for part in points])
+    assert torch.equal(model.levels, model.geometry.lattice(wanted).levels)
+
+
+@QUICK
+@given(x=st.floats(-0.5, 39.49), y=st.floats(-0.5, 29.49), side=st.sampled_from([1, 3, 7]))
+def test_a_point_between_pixels_is_that_of_its_pixel(x: float, y: float, side: int) -> None:
+    """Pixel n goes from n - 1/2 to n + 1/2."""
+    pixel = (math.floor(x + 0.5), math.floor(y + 0.5))
+    image, mask, grid = torch.zeros(1, 3, 30, 40), KeypointMask("given", dilations=side), grid_of((30, 40), 1)
+    with keypoints_at([torch.tensor([[x, y]], dtype=torch.float64)]):
+        between = mask(image, image, grid)
+    with keypoints_at(tensors([[pixel]])):
+        assert torch.equal(between, mask(image, image, grid))
+    assert between[0, min(pixel[1], 29), min(pixel[0], 39)] == 0
+
+
+def test_a_point_changes_nothing_beyond_its_window() -> None:
+    points, image = tensors([[(50, 40)], []]), torch.zeros(2, 3, 96, 112)
+    with keypoints_at(points):
+        found = KeypointMask("given", dilations=(5, 9))(image, image, grid_of((96, 112)))
+    y, x = (found[0] < 3).nonzero(as_tuple=True)
+    assert (int(y.min()), int(y.max()), int(x.min()), int(x.max())) == (36, 44, 46, 54)
+    assert (found[0, 38:43, 48:53] == 0).all() and int((found[0] == 0).sum()) == 25
+    assert (found[1] == 3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.int16])
+@pytest.mark.parametrize("of_image", [torch.float32, torch.float64, torch.bfloat16])
+def test_points_and_images_of_any_type_give_the_same(dtype: torch.dtype, of_image: torch.dtype) -> None:
+    points, image = [[(20, 9), (3, 30)], [(0, 0)]], torch.zeros(2, 3, 32, 40)
+    mask, grid = KeypointMask("given", dilations=(3, 9)), grid_of((32, 40))
+    with keypoints_at(tensors(points)):
+        expected = mask(image, image, grid)
+    with keypoints_at([part.to(dtype) for part in tensors(points)]):
+        other = image.to(of_image)
+        assert torch.equal(mask(other, other, grid), expected)
+
+
+# -- given ---------------------------------------------------------------------------------------------
+
+
+def test_given_points_are_nested_and_given_back_even_after_an_error() -> None:
+    mask, image, grid = KeypointMask("given", dilations=3), torch.zeros(1, 3, 16, 16), grid_of((16, 16), 1)
+    with keypoints_at([torch.empty(0, 2)]):
+        with pytest.raises(RuntimeError, match="stop"), keypoints_at(tensors([[(4, 4)]])):
+            assert (mask(image, image, grid) == 0).any()
+            raise RuntimeError("stop")
+        assert (mask(image, image, grid) == 3).all()
+    with pytest.raises(cs.InvalidInput, match="no keypoints"):
+        mask(image, image, grid)
+
+
+def test_each_thread_has_its_own_points() -> None:
+    mask, image, grid = KeypointMask("given", dilations=3), torch.zeros(1, 3, 16, 16), grid_of((16, 16), 1)
+    both, found = threading.Barrier(2, timeout=30), {}
+
+    def work(name: str, points: list[Tensor]) -> None:
+        with keypoints_at(points):
+            both.wait()
+            found[name] = bool((mask(image, image, grid) == 0).any())
+            both.wait()
+
+    sets = {"none": [torch.empty(0, 2)], "one": tensors([[(4, 4)]])}
+    threads = [threading.Thread(target=work, args=item) for item in sets.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"none": False, "one": True}
+
+
+def test_all_given_points_are_kept_whatever_the_count() -> None:
+    points, image = tensors([[(4, 4), (12, 12), (4, 12)]]), torch.zeros(1, 3, 16, 16)
+    with keypoints_at(points):
+        found = KeypointMask("given", count=1, dilations=1)(image, image, grid_of((16, 16), 1))
+    assert int((found == 0).sum()) == 3
+
+
+def test_without_points_it_is_said_how_to_give_them() -> None:
+    model = net("keypoints:detector=given")
+    with pytest.raises(cs.InvalidInput, match="there are no keypoints") as caught:
+        model(torch.zeros(2, 3, 32, 32))
+    assert "keypoints_at(points)" in caught.value.next and "read_at" in caught.value.next
+    with (
+        pytest.raises(cs.InvalidInput, match="a list of 1 for a batch of 2"),
+        keypoints_at([torch.zeros(1, 2)]),
+    ):
+        model(torch.zeros(2, 3, 32, 32))
+
+
+# -- sift ----------------------------------------------------------------------------------------------
+
+
+def by_opencv(image: Tensor, count: int) -> set[Point]:
+    """SIFT's pixels in a normalised image (3, H, W), its grey stretched to 0..255."""
+    red, green, blue = image.double()
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    shown = (255 * (grey - grey.min()) / (grey.max() - grey.min())).round().to(torch.uint8).numpy()
+    found: list[Point] = []
+    for point in sorted(cv2.SIFT_create().detect(shown, None), key=lambda one: -one.response):
+        pixel = (round(point.pt[0]), round(point.pt[1]))
+        if pixel not in found:
+            found.append(pixel)
+    return set(found[:count])
+
+
+@pytest.mark.parametrize("count", [3, 512])
+def test_sift_is_that_of_the_grey_image(count: int) -> None:
+    image, mask = scenes(2, (97, 129)), KeypointMask(count=count)
+    for points, one in zip(mask.points(image, grid_of((97, 129))), image, strict=True):
+        wanted = by_opencv(one, count)
+        assert {(int(x), int(y)) for x, y in points.tolist()} == wanted and wanted
+        assert len(points) == len(wanted) <= count
+
+
+def test_a_blank_image_has_no_keypoints_and_is_downsampled_as_a_whole() -> None:
+    model, image = net("keypoints"), scenes(3, (96, 112))
+    image[1] = 0.7
+    model(image)
+    assert (model.levels[1] == 3).all()
+    assert (model.levels[0] == 0).any() and (model.levels[2] == 0).any()
+    model(torch.zeros(2, 3, 96, 112))
+    assert model.active_fraction == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sift_does_not_know_the_range_of_an_image(dtype: torch.dtype) -> None:
+    """Twice as bright, or half, is the same picture; so is any type."""
+    image, mask, grid = scenes(2, (97, 129)).bfloat16().float(), KeypointMask(dilations=9), grid_of((97, 129))
+    expected = mask(image, image, grid)
+    assert torch.equal(mask(2 * image, image, grid), expected)
+    assert torch.equal(mask((image / 2).to(dtype), image, grid), expected)
+
+
+def test_a_batch_equals_its_images_one_by_one() -> None:
+    """A dull one among them too: each is looked at by itself."""
+    model, image = net("keypoints:dilations=9/17/25"), scenes(3, (97, 113))
+    image[1] = image[1] / 100 + 3
+    model(image)
+    together = model.levels.clone()
+    for position in range(3):
+        model(image[position : position + 1])
+        assert torch.equal(model.levels[0], together[position])
+    assert not torch.equal(together[0], together[1])
+
+
+# -- the network's own ---------------------------------------------------------------------------------
+
+
+class Detecting(nn.Module):
+    """A score map and descriptors, both of output stride 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 1, 1),
+            nn.Tanh(),
+            nn.Conv2d(8, 8, 3, 2, 1),
+            nn.Tanh(),
+            nn.Conv2d(8, 8, 3, 2, 1),
+        )
+        self.score = nn.Conv2d(8, 1, 1)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        found = self.body(image)
+        return {"descriptors": found, "scores": self.score(found)}
+
+
+def test_own_keypoints_are_the_peaks_of_a_first_pass_with_everything_downsampled() -> None:
+    """Two passes by hand give the same map and output."""
+    model = cs.adaptify(
+        Detecting().eval(),
+        "keypoints:detector=own,count=4,dilations=5/11",
+        example_input=torch.zeros(1, 3, 32, 32),
+        verify_laws=False,
+    )
+    image = torch.randn(2, 3, 41, 54)
+    with torch.no_grad():
+        found, levels = model(image), model.levels.clone()
+        first = model(image, mask="none")["scores"][:, 0]
+        points = []
+        for scores in first:
+            padded = F.pad(scores, (2, 2, 2, 2), value=-INF)
+            peaks = [
+                (float(scores[y, x]), x, y)
+                for y in range(scores.shape[0])
+                for x in range(scores.shape[1])
+                if scores[y, x] == padded[y : y + 5, x : x + 5].max()
+            ]
+            best = sorted(peaks, reverse=True)[:4]
+            step_y, step_x = 41 / scores.shape[0], 54 / scores.shape[1]
+            middle = [[(x + 0.5) * step_x - 0.5, (y + 0.5) * step_y - 0.5] for _, x, y in best]
+            points.append(torch.tensor(middle, dtype=torch.float64))
+        with keypoints_at(points):
+            expected = model(image, mask="keypoints:detector=given,dilations=5/11")
+    assert torch.equal(model.levels, levels) and 0 < model.active_fraction < 1
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_first_pass_for_own_keypoints_is_counted_as_the_masks_work() -> None:
+    model = cs.adaptify(
+        Detecting().eval(), "none", example_input=torch.zeros(1, 3, 32, 32), verify_laws=False
+    )
+    report = model.macs(torch.randn(1, 3, 32, 48), mask="keypoints:detector=own,dilations=5")
+    assert 0 < report.of_mask < report.mask
+    assert model.macs(torch.randn(1, 3, 32, 48), mask="none").of_mask == 0
+
+
+@pytest.mark.parametrize("channels", [0, 2])
+def test_a_network_without_one_score_map_has_no_keypoints_of_its_own(channels: int) -> None:
+    """None of one channel, or two."""
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 1, 3, 2, 1))
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, image: Tensor) -> Any:
+            found = self.body(image)
+            return (found, found * 2) if channels else torch.cat((found, found), 1)
+
+    options = {"example_input": torch.zeros(1, 3, 32, 32), "verify_laws": False}
+    model = cs.adaptify(Several().eval(), "keypoints:detector=own,dilations=5", **options)
+    with pytest.raises(cs.InvalidInput, match=f"{channels} maps of one channel") as caught:
+        model(torch.zeros(1, 3, 32, 32))
+    assert "sift" in caught.value.next
+
+
+def test_own_needs_a_network_to_look_at() -> None:
+    image = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(cs.InvalidInput, match="no first pass"):
+        KeypointMask("own")(image, image, grid_of((32, 32), 1))
+
+
+# -- functions -----------------------------------------------------------------------------------------
+
+CORNERS = [[(4, 4), (30, 9)], []]
+
+
+def corners(image: Tensor) -> list[Tensor]:
+    return tensors(CORNERS)[: image.shape[0]]
+
+
+def score_map(image: Tensor) -> Tensor:
+    """One sample per four pixels, two peaks in the first image."""
+    scores = torch.zeros(image.shape[0], image.shape[2] // 4, image.shape[3] // 4)
+    scores[0, 2, 3], scores[0, 6, 8] = 2.0, 1.0
+    return scores.masked_fill(scores == 0, -INF)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of a user."""
+    module = ModuleType("userpoints")
+    module.corners, module.score_map, module.number = corners, score_map, 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "userpoints", module)
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+@pytest.mark.parametrize("form", ["list", "tuple", "arrays", "whole numbers"])
+def test_a_function_may_return_points(form: str, as_module: bool) -> None:
+    def detector(image: Tensor) -> Any:
+        points: Any = corners(image)
+        if form == "tuple":
+            return tuple(points)
+        if form == "whole numbers":
+            return [part.long() for part in points]
+        return [part.numpy() for part in points] if form == "arrays" else points
+
+    class Detector(nn.Module):
+        def forward(self, image: Tensor) -> Any:
+            return detector(image)
+
+    image, grid = torch.zeros(2, 3, 32, 40), grid_of((32, 40))
+    found = KeypointMask(Detector() if as_module else detector, dilations=(3, 9))(image, image, grid)
+    with keypoints_at(corners(image)):
+        assert torch.equal(found, KeypointMask("given", dilations=(3, 9))(image, image, grid))
+
+
+@pytest.mark.parametrize("channel", [False, True])
+@pytest.mark.parametrize(("count", "middles"), [(1, [(13.5, 9.5)]), (9, [(13.5, 9.5), (33.5, 25.5)])])
+def test_a_function_may_return_a_score_map(
+    count: int, middles: list[tuple[float, float]], channel: bool
+) -> None:
+    """Its peaks, the largest first, each in the middle of its sample."""
+    image = torch.zeros(2, 3, 32, 40)
+
+    def scores(image: Tensor) -> Tensor:
+        return score_map(image).unsqueeze(1) if channel else score_map(image)
+
+    found = KeypointMask(scores, count=count).points(image, grid_of((32, 40)))
+    assert found[0].tolist() == [list(middle) for middle in middles]
+    assert found[1].shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["corners", "score_map"])
+def test_a_function_that_can_be_imported_works_by_name_and_in_files(
+    module: None, name: str, tmp_path: Path
+) -> None:
+    text = f"keypoints:detector=userpoints:{name},count=9,dilations=5/11"
+    model, image = net(text), torch.randn(2, 3, 32, 40)
+    assert model.mask.spec() == text and model.mask.storable
+    expected = model(image)
+    assert 0 < model.active_fraction < 1
+    cs.save(model, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", net()._original[0])
+    assert again.mask.spec() == text and torch.equal(again(image), expected)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "keypoints:dilations=3/inf",
+        "keypoints:detector=given,dilations=0/5",
+        "keypoints:dilations=9 | budget:fraction=0.2",
+        "edges + (keypoints:count=4,dilations=9 | dilate)",
+    ],
+)
+def test_every_copy_has_the_same_mask(mask: str, tmp_path: Path) -> None:
+    """Saved, copied, pickled."""
+    model, image = net(mask), scenes(2, (64, 72))
+    cs.save(model, tmp_path / "net.safetensors")
+    again = [
+        cs.load(tmp_path / "net.safetensors", net()._original[0]),
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+    ]
+    with torch.no_grad(), keypoints_at(corners(image)):
+        expected, levels = model(image), model.levels
+        for other in again:
+            assert other.mask.spec() == model.mask.spec()
+            assert torch.equal(other(image), expected) and torch.equal(other.levels, levels)
+
+
+def test_a_function_without_a_name_is_not_stored_and_load_asks_for_a_mask(tmp_path: Path) -> None:
+    mask = KeypointMask(corners)
+    assert not mask.storable and KeypointMask("given").storable
+    cs.save(net(mask), tmp_path / "net.safetensors")
+    with pytest.raises(cs.FileError, match="a function or provider of your own"):
+        cs.load(tmp_path / "net.safetensors", net()._original[0])
+
+
+@pytest.mark.parametrize("name", ["sift", "given", "own"])
+def test_a_function_is_asked_whatever_its_name(name: str) -> None:
+    def detector(image: Tensor) -> list[Tensor]:
+        return corners(image)
+
+    detector.__name__ = name
+    image, grid = torch.zeros(2, 3, 32, 40), grid_of((32, 40))
+    found = KeypointMask(detector, dilations=(3, 9))(image, image, grid)
+    assert torch.equal(found, KeypointMask(corners, dilations=(3, 9))(image, image, grid))
+
+
+# -- the string form -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("keypoints", "keypoints:detector=sift,count=512,dilations=51"),
+        ("keypoints:dilations=inf/0/5", "keypoints:detector=sift,count=512,dilations=inf/0/5"),
+        ("keypoints:dilations=25/51/51", "keypoints:detector=sift,count=512,dilations=25/51/51"),
+        (" keypoints : count = 7 , detector = own ", "keypoints:detector=own,count=7,dilations=51"),
+        ("keypoints:detector=given,dilations=5.0", "keypoints:detector=given,count=512,dilations=5"),
+    ],
+)
+def test_the_string_form_reads_back(text: str, spec: str) -> None:
+    mask = resolve_mask(text)
+    assert isinstance(mask, KeypointMask) and mask.spec() == spec
+    assert resolve_mask(spec).options() == mask.options() and resolve_mask(spec).spec() == spec
+
+
+@QUICK
+@given(
+    detector=st.sampled_from(["sift", "given", "own"]),
+    count=st.integers(1, 10**6),
+    sides=st.lists(SIDES, min_size=1, max_size=4),
+)
+def test_a_spec_reads_back_as_the_same_mask(detector: str, count: int, sides: list[float]) -> None:
+    mask = KeypointMask(detector, count, sides)
+    again: Any = resolve_mask(mask.spec())
+    assert again.options() == mask.options() == {"detector": detector, "count": count, "dilations": (*sides,)}
+    assert again.spec() == mask.spec()
+
+
+def test_it_is_listed_with_its_options_and_where_it_is_from() -> None:
+    (info,) = (info for info in cs.list_masks() if info.name == "keypoints")
+    assert info.form == "keypoints" and "keypoints" in info.summary
+    assert info.options == {"detector": "sift", "count": 512, "dilations": (51,)}
+    assert "Hesse et al., CVPRW 2023" in info.source and "25/51/51" in info.source
+
+
+# -- what is refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "word"),
+    [
+        ("keypoints:dilations=4", cs.InvalidInput, "odd"),
+        ("keypoints:dilations=5/8/5", cs.InvalidInput, "odd"),
+        ("keypoints:dilations=5.5", cs.InvalidInput, "dilations=51"),
+        ("keypoints:dilations=-3", cs.InvalidInput, "dilations=51"),
+        ("keypoints:dilations=nan", cs.InvalidInput, "dilations=51"),
+        ("keypoints:dilations=wide", cs.InvalidInput, "dilations=51"),
+        ("keypoints:count=0", cs.InvalidInput, "512"),
+        ("keypoints:count=1.5", cs.InvalidInput, "512"),
+        ("keypoints:detector=shift", cs.UnknownName, "did you mean sift"),
+        ("keypoints:detector=harris", cs.UnknownName, "module:function"),
+        ("keypoints:detector=userpoints:corner", cs.UnknownName, "corners"),
+        ("keypoints:detector=nomodule:f", cs.UnknownName, "cannot be imported"),
+        ("keypoints:detector=:f", cs.InvalidInput, "my_module:my_function"),
+        ("keypoints:detector=userpoints:number", cs.InvalidInput, "module:function"),
+        ("keypoints:dilation=5", cs.UnknownName, "dilations"),
+    ],
+)
+def test_a_bad_option_is_refused_with_a_good_one(
+    module: None, text: str, kind: type[cs.CadError], word: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        resolve_mask(text)
+    assert word in caught.value.next
+
+
+@pytest.mark.parametrize("dilations", [(), [], None, "5/7", 2, 5.5, -1, -INF, math.nan, (3, 4), [None]])
+def test_dilations_that_are_no_sides_are_refused(dilations: object) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        KeypointMask(dilations=dilations)
+    assert "odd" in caught.value.next and "inf for all" in caught.value.next
+
+
+@pytest.mark.parametrize("detector", [3, None, torch.zeros(3, 2), [(1, 2)]])
+def test_a_detector_that_is_no_function_is_refused(detector: object) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        KeypointMask(detector)  # type: ignore[arg-type]
+    assert "module:function" in caught.value.next
+
+
+def test_more_dilations_than_levels_are_refused() -> None:
+    model = net("keypoints:dilations=1/3/5/7")
+    with pytest.raises(cs.InvalidInput, match="4 dilations for 3 levels") as caught:
+        model(torch.zeros(1, 3, 32, 32))
+    assert "at most 3" in caught.value.next
+
+
+# -- ranks and budgets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_the_scores_are_minus_the_distance_in_samples(stride: int) -> None:
+    size, points = (33, 50), [[(7, 30), (44, 2), (20, 20)], []]
+    image, grid = torch.zeros(2, 3, *size), grid_of(size, 2, stride)
+    with keypoints_at(tensors(points)):
+        scores = KeypointMask("given", dilations=1).scores(image, image, grid)
+    wanted = torch.full((2, *grid.size), -float(max(grid.size)))
+    places = torch.tensor([[y, x] for x, y in points[0]])
+    for y in range(grid.size[0]):
+        for x in range(grid.size[1]):
+            apart = (places - torch.tensor([y * stride, x * stride])).abs().amax(1).min()
+            wanted[0, y, x] = -(int(apart) // stride)
+    assert scores.dtype == torch.float32 and torch.equal(scores, wanted)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (61, 91)])
+def test_a_budget_keeps_the_patches_nearest_to_keypoints(size: Size) -> None:
+    """As many in each image as the fraction says, however many points it has."""
+    image, points = torch.zeros(3, 3, *size), [[(9, 9), (80, 50)], [(50, 20)], []]
+    model = net("keypoints:detector=given | budget:fraction=0.3")
+    with keypoints_at(tensors(points)):
+        model(image)
+        grid = grid_of(size, 3)
+        scores = KeypointMask("given").scores(image, image, grid)
+    patches = F.avg_pool2d(scores.double().unsqueeze(1), 8, ceil_mode=True, count_include_pad=False).flatten(
+        1
+    )
+    levels = model.levels[:, ::8, ::8]
+    kept = (levels == 0).flatten(1)
+    assert ((levels == 0) | (levels == 3)).all()
+    assert kept.sum(1).tolist() == [round(0.3 * grid.patches)] * 3
+    for row, chosen in zip(patches[:2], kept[:2], strict=True):
+        assert row[chosen].min() >= row[~chosen].max()
+
+
+def test_a_budget_of_sift_keeps_the_same_share_of_every_image() -> None:
+    model, image = net("keypoints | budget:fraction=0.3"), scenes(2, (64, 96))
+    image[1] = 0
+    model(image)
+    shares = (model.levels == 0).double().mean((1, 2))
+    assert torch.allclose(shares, torch.full((2,), round(0.3 * 96) / 96, dtype=torch.float64))
+
+
+def test_a_budget_of_given_points_is_compiled_with_no_points_in_the_graph(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model, image = net("keypoints:detector=given | budget"), torch.randn(1, 3, 64, 64)
+    compiled, kept = torch.compile(model, backend="eager"), []
+    for point in ((9, 9), (50, 40)):
+        with torch.no_grad(), keypoints_at(tensors([[point]])):
+            assert torch.allclose(compiled(image), model(image), atol=1e-5)
+            kept.append(model.levels.clone())
+    assert not torch.equal(*kept)
+    with pytest.raises(cs.InvalidInput, match="depends on keypoints"), keypoints_at(tensors([[(9, 9)]])):
+        cs.export(model, image, tmp_path / "net.pt2")
+
+
+def test_keypoints_can_be_joined_dilated_and_smoothed_like_any_mask() -> None:
+    image, grid, points = torch.zeros(1, 3, 32, 40), grid_of((32, 40), 1), tensors([[(20, 9)]])
+    with keypoints_at(points):
+        point = resolve_mask("keypoints:detector=given,dilations=1")(image, image, grid)
+        wide = resolve_mask("keypoints:detector=given,dilations=5")(image, image, grid)
+        dilated = resolve_mask("keypoints:detector=given,dilations=1 | dilate:size=5")
+        joined = resolve_mask("keypoints:detector=given,dilations=1 + none")
+        assert torch.equal(dilated(image, image, grid).long(), wide.long())
+        assert torch.equal(joined(image, image, grid).long(), point.long())
+
+
+def test_points_of_numpy_may_be_given() -> None:
+    image, grid = torch.zeros(1, 3, 16, 16), grid_of((16, 16), 1)
+    with keypoints_at([np.array([[3, 4]])]):  # type: ignore[list-item]
+        found = KeypointMask("given", dilations=1)(image, image, grid)
+    assert (found == 0).nonzero().tolist() == [[0, 4, 3]]

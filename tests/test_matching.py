@@ -1,0 +1,276 @@
+"""Descriptors matched between two images of a plane: who is matched, how far off, and how often right."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cadsurgery as cs
+from cadsurgery.matching import corner_error, match_errors, matching_accuracy, mutual_matches, warped
+
+QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+INF = math.inf
+IDENTITY = torch.eye(3, dtype=torch.float64)
+THRESHOLDS = tuple(range(1, 16))
+
+
+def homography(seed: int) -> Tensor:
+    """Some view of a plane: turned, scaled, moved, a little in perspective."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    scale = torch.tensor([[0.2, 0.2, 20.0], [0.2, 0.2, 20.0], [1e-4, 1e-4, 0.0]], dtype=torch.float64)
+    return IDENTITY + scale * noise
+
+
+def moved(x: float, y: float) -> Tensor:
+    return torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=torch.float64)
+
+
+def spread(count: int, seed: int = 0) -> Tensor:
+    """Points in an image of 200 x 300."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 2, generator=generator, dtype=torch.float64) * torch.tensor([299.0, 199.0])
+
+
+def each(count: int) -> Tensor:
+    """Every point with its own."""
+    return torch.arange(count).unsqueeze(1).expand(-1, 2)
+
+
+# -- matches -------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 999),
+    sizes=st.tuples(st.integers(0, 12), st.integers(0, 12)),
+    values=st.sampled_from([2, 1000]),
+)
+def test_a_match_is_the_nearest_of_its_nearest(seed: int, sizes: tuple[int, int], values: int) -> None:
+    """Under the inner product; of equal ones the first counts."""
+    torch.manual_seed(seed)
+    first, second = (torch.randint(0, values, (size, 4)).double() for size in sizes)
+    wanted = []
+    for i, row in enumerate(first):
+        if len(second):
+            products = [float(row @ other) for other in second]
+            j = products.index(max(products))
+            back = [float(other @ second[j]) for other in first]
+            if back.index(max(back)) == i:
+                wanted.append([i, j])
+    found = mutual_matches(first, second)
+    assert found.dtype == torch.int64 and found.shape == (len(wanted), 2)
+    assert found.tolist() == wanted
+
+
+@QUICK
+@given(seed=st.integers(0, 999), sizes=st.tuples(st.integers(1, 30), st.integers(1, 30)))
+def test_matching_is_symmetric_and_each_row_is_matched_once(seed: int, sizes: tuple[int, int]) -> None:
+    torch.manual_seed(seed)
+    first, second = (torch.randn(size, 8) for size in sizes)
+    found, back = mutual_matches(first, second), mutual_matches(second, first)
+    assert sorted(map(tuple, found.flip(1).tolist())) == list(map(tuple, back.tolist()))
+    assert all(len(side.unique()) == len(found) for side in found.unbind(1))
+    assert 1 <= len(found) <= min(sizes)
+
+
+@QUICK
+@given(seed=st.integers(0, 999))
+def test_the_order_of_rows_does_not_matter(seed: int) -> None:
+    torch.manual_seed(seed)
+    first, second, order = torch.randn(15, 8), torch.randn(12, 8), torch.randperm(12)
+    found = mutual_matches(first, second[order])
+    found[:, 1] = order[found[:, 1]]
+    assert torch.equal(found, mutual_matches(first, second))
+
+
+def test_normalised_rows_are_matched_by_their_distance() -> None:
+    first, second = F.normalize(torch.randn(40, 6).double()), F.normalize(torch.randn(30, 6).double())
+    apart = torch.cdist(first, second)
+    nearest, back = apart.argmin(1), apart.argmin(0)
+    wanted = [[i, int(j)] for i, j in enumerate(nearest) if int(back[j]) == i]
+    assert mutual_matches(first, second).tolist() == wanted
+
+
+def test_raw_rows_are_matched_by_their_inner_product() -> None:
+    """As published: a long row is like everything."""
+    first = torch.tensor([[1.0, 0.0]])
+    second = torch.tensor([[1.0, 0.0], [9.0, 9.0]])
+    assert mutual_matches(first, second).tolist() == [[0, 1]]
+    assert mutual_matches(F.normalize(first), F.normalize(second)).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
+def test_nothing_is_matched_with_nothing(sizes: tuple[int, int]) -> None:
+    found = mutual_matches(torch.randn(sizes[0], 4), torch.randn(sizes[1], 4))
+    assert found.shape == (0, 2) and found.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [((3, 4), (3, 5)), ((0, 4), (2, 5)), ((4,), (3, 4)), ((1, 3, 4), (3, 4))]
+)
+def test_descriptors_of_different_networks_are_refused(
+    first: tuple[int, ...], second: tuple[int, ...]
+) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        mutual_matches(torch.zeros(first), torch.zeros(second))
+    assert str(first) in caught.value.what and "(n, C) and (m, C)" in caught.value.next
+
+
+# -- accuracy (K4) -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 100])
+def test_an_image_matched_with_itself_is_right_everywhere(count: int) -> None:
+    """K4: identical features, identity homography."""
+    features, points = F.normalize(torch.randn(count, 64)), spread(count)
+    matches = mutual_matches(features, features)
+    assert torch.equal(matches, each(count))
+    errors = match_errors(points, points, matches, IDENTITY)
+    assert errors.dtype == torch.float64 and (errors == 0).all()
+    assert matching_accuracy(errors, THRESHOLDS) == [1.0] * 15
+    assert matching_accuracy(errors, [0.0]) == [1.0]
+
+
+def test_no_matches_are_an_accuracy_of_zero() -> None:
+    """K4."""
+    none = torch.empty(0, 2, dtype=torch.long)
+    errors = match_errors(spread(5), spread(7), none, IDENTITY)
+    assert errors.shape == (0,)
+    assert matching_accuracy(errors, THRESHOLDS) == [0.0] * 15
+
+
+@QUICK
+@given(
+    offsets=st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_known_errors_give_the_known_accuracy(offsets: list[tuple[int, int]], seed: int) -> None:
+    """K4: points moved by a homography, then each by so many pixels."""
+    first, truth = spread(len(offsets), seed), homography(seed)
+    second = warped(first, truth) + torch.tensor(offsets, dtype=torch.float64)
+    order = torch.randperm(len(offsets))
+    matches = torch.stack((order, torch.arange(len(offsets))), 1)
+    errors = match_errors(first, second[order], matches, truth)
+    lengths = [math.hypot(*offsets[int(i)]) for i in order]
+    assert errors.tolist() == pytest.approx(lengths, abs=1e-8)
+    limits = [limit + 1e-6 for limit in THRESHOLDS]
+    wanted = [sum(length <= limit for length in lengths) / len(lengths) for limit in limits]
+    assert matching_accuracy(errors, limits) == pytest.approx(wanted)
+
+
+def test_an_error_of_exactly_the_threshold_is_right() -> None:
+    errors = torch.tensor([0.0, 3.0, 3.1, INF], dtype=torch.float64)
+    assert matching_accuracy(errors, [0, 2.9, 3, 3.2, 1e9]) == [0.25, 0.25, 0.5, 0.75, 0.75]
+
+
+@QUICK
+@given(seed=st.integers(0, 999))
+def test_accuracy_rises_with_the_threshold(seed: int) -> None:
+    torch.manual_seed(seed)
+    found = matching_accuracy(20 * torch.rand(30, dtype=torch.float64), THRESHOLDS)
+    assert all(0 <= fewer <= more <= 1 for fewer, more in pairwise(found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_points_of_any_type_have_the_same_errors(dtype: torch.dtype) -> None:
+    first = torch.tensor([[3, 4], [100, 50]])
+    errors = match_errors(
+        first.to(dtype), (first + torch.tensor([3, 4])).to(dtype), each(2), IDENTITY.float()
+    )
+    assert errors.tolist() == [5.0, 5.0]
+
+
+# -- homographies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_points_are_moved_as_opencv_moves_them(seed: int) -> None:
+    points, truth = spread(50, seed), homography(seed)
+    wanted = cv2.perspectiveTransform(points.numpy()[None], truth.numpy())[0]
+    found = warped(points, truth)
+    assert found.dtype == torch.float64 and np.allclose(found.numpy(), wanted)
+
+
+@QUICK
+@given(seed=st.integers(0, 999), other=st.integers(0, 999), scale=st.sampled_from([-3.0, 0.1, 7.0]))
+def test_moving_is_a_group_and_scale_means_nothing(seed: int, other: int, scale: float) -> None:
+    points, one, two = spread(20, seed), homography(seed), homography(other)
+    assert torch.equal(warped(points, IDENTITY), points)
+    assert torch.allclose(warped(warped(points, one), two), warped(points, two @ one))
+    assert torch.allclose(warped(warped(points, one), one.inverse()), points)
+    assert torch.allclose(warped(points, scale * one), warped(points, one))
+
+
+def test_what_is_moved_to_infinity_is_never_right() -> None:
+    """The line x = 4 goes to infinity."""
+    truth = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-0.25, 0, 1]], dtype=torch.float64)
+    points = torch.tensor([[4.0, 2.0], [0.0, 0.0], [4.0, 0.0]])
+    found = warped(points, truth)
+    assert not found[0].isfinite().any() and found[1].tolist() == [0.0, 0.0]
+    errors = match_errors(points, points, each(3), truth)
+    assert matching_accuracy(errors, [1e9]) == [pytest.approx(1 / 3)]
+    assert not errors.isnan().any()
+
+
+def test_an_infinite_error_is_infinite() -> None:
+    truth = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-0.25, 0, 1]], dtype=torch.float64)
+    points = torch.tensor([[4.0, 2.0], [4.0, 0.0]])
+    assert match_errors(points, points, each(2), truth).tolist() == [INF, INF]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_matches_give_the_homography(seed: int) -> None:
+    first, truth = spread(60, seed), homography(seed)
+    assert corner_error(first, warped(first, truth), each(60), truth, (200, 300)) < 1e-3
+    assert corner_error(first, warped(first, 5 * truth), each(60), 2 * truth, (200, 300)) < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_third_of_wrong_matches_does_not_matter(seed: int) -> None:
+    first, truth = spread(90, seed), homography(seed)
+    second = warped(first, truth)
+    second[:30] = spread(30, seed + 50)
+    assert corner_error(first, second, each(90), truth, (200, 300)) < 0.1
+
+
+@pytest.mark.parametrize(("x", "y"), [(3.0, 4.0), (0.0, 0.0), (-30.0, 40.0)])
+def test_the_error_is_how_far_the_corners_are_off(x: float, y: float) -> None:
+    """All matches say that nothing moved; the truth says all of it did."""
+    points = spread(40)
+    found = corner_error(points, points, each(40), moved(x, y), (200, 300))
+    assert found == pytest.approx(math.hypot(x, y), abs=1e-3)
+
+
+def test_corners_are_those_of_the_first_image() -> None:
+    """A scale of two about the first pixel: the farthest corner is off by the diagonal."""
+    points, truth = spread(40), torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))
+    wanted = (0 + 299 + 199 + math.hypot(299, 199)) / 4
+    assert corner_error(points, points, each(40), truth, (200, 300)) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_same_matches_give_the_same_error() -> None:
+    first, truth = spread(60), homography(1)
+    second = warped(first, truth) + 3 * torch.randn(60, 2, dtype=torch.float64)
+    found = {corner_error(first, second, each(60), truth, (200, 300)) for _ in range(3)}
+    assert len(found) == 1 and 0 < next(iter(found)) < 50
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_too_few_matches_give_no_homography(count: int) -> None:
+    points = spread(10)
+    assert corner_error(points, points, each(count), IDENTITY, (200, 300)) == INF
+
+
+def test_matches_of_one_place_give_no_homography() -> None:
+    points = torch.full((8, 2), 5.0)
+    assert corner_error(points, points, each(8), IDENTITY, (200, 300)) == INF

@@ -1,0 +1,660 @@
+"""The D2-Net recipe: the published networks and their cost, released weights, published settings, heads.
+
+K1, K3 and K5 of the specification, with the published options: windows start at the middle of a cell, cells are read as
+they are, and pools leave alone what they do not downsample.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, relative_error
+from emulation import Emulation, emulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery import functional
+from cadsurgery.detection import sift
+from cadsurgery.functional import to_dense, to_elements
+from cadsurgery.images import normalise, street_scene
+from cadsurgery.kernel_map import Window
+from cadsurgery.lattice import Geometry
+from cadsurgery.macs import dense_macs
+from cadsurgery.masks import keypoints_at
+from cadsurgery.zoo import source_of
+from recipes.d2net_vgg import heads, network, recipe
+from recipes.d2net_vgg.network import BUILDER, PREFIX, Trunk, load_released, released_state
+from recipes.d2net_vgg.recipe import OURS, PUBLISHED, RUNS
+
+QUICK = settings(max_examples=30, deadline=None, derandomize=True)
+SIZE = (24, 40)
+DOUBLE = torch.float64
+PIXEL_MACS = {8: 278_208, 4: 554_688, 2: 1_937_088, 1: 7_632_576}  # specification, 2.5
+HIGH = pytest.mark.parametrize("high", [1, 2, 4])
+
+
+def trunk(dtype: torch.dtype = torch.float32, output_stride: int = 8, seed: int = 0) -> Trunk:
+    """With random weights that keep the size of values."""
+    torch.manual_seed(seed)
+    net = Trunk(output_stride).eval()
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight)
+            nn.init.normal_(conv.bias, 0.0, 0.1)  # type: ignore[arg-type]
+    return net.to(dtype)
+
+
+def adapted(high: int, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
+    """A trunk with the published options."""
+    example = torch.zeros(1, 3, 16, 16, dtype=dtype)
+    chosen = {**PUBLISHED, "output_stride": (high, 8), "example_input": example, **options}
+    return cs.adaptify(trunk(dtype), "none", verify_laws=False, **chosen)
+
+
+def images(batch: int = 2, size: tuple[int, int] = SIZE, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, 3, *size, dtype=dtype)
+
+
+# -- the trunk -----------------------------------------------------------------------------------------
+
+
+def written_down(net: Trunk, image: Tensor, output_stride: int) -> Tensor:
+    """The published regular network: pools kept from the first, what follows a deleted one dilated."""
+    kept = {8: 3, 4: 2, 2: 1, 1: 0}[output_stride]
+    convs = [layer for layer in net.model if isinstance(layer, nn.Conv2d)]
+    x, dilation = image[:, [2, 1, 0]], 1
+    for number, conv in enumerate(convs):
+        if number in (2, 4, 7):
+            pool = (2, 4, 7).index(number)
+            if pool < kept:
+                x = F.max_pool2d(x, 2)
+            else:
+                dilation *= 2
+        x = F.relu(F.conv2d(x, conv.weight, conv.bias, padding=dilation, dilation=dilation))
+    return x
+
+
+@pytest.mark.parametrize("output_stride", [8, 4, 2, 1])
+@torch.no_grad()
+def test_the_trunk_is_the_published_regular_network(output_stride: int) -> None:
+    net, x = trunk(DOUBLE, output_stride), images(dtype=DOUBLE)
+    expected = written_down(net, x, output_stride)
+    assert expected.shape == (2, 512, SIZE[0] // output_stride, SIZE[1] // output_stride)
+    assert_same(net(x), expected)
+    convs = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+    assert [conv.out_channels for conv in convs] == [64, 64, 128, 128, *[256] * 3, *[512] * 3]
+    assert (net(x) >= 0).all()  # the last activation is there
+
+
+@pytest.mark.parametrize("output_stride", [16, 0, 3])
+def test_another_output_stride_is_refused_with_the_possible_ones(output_stride: int) -> None:
+    with pytest.raises(cs.InvalidInput) as caught:
+        Trunk(output_stride)
+    assert "8, 4, 2, 1" in caught.value.next
+
+
+def test_it_sees_pixels_less_caffes_means_blue_first() -> None:
+    net = cs.build_model(BUILDER, "none")
+    source = source_of(net)
+    shown = normalise(torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8), source)
+    wanted = torch.tensor([255 - 123.68, 127.5 - 116.779, -103.939])
+    assert torch.allclose(shown[0, :, 0, 0], wanted, atol=1e-4)
+    seen: list[Tensor] = []
+    net.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(shown)
+    assert torch.allclose(seen[0][0, :, 0, 0], wanted.flip(0), atol=1e-4)
+
+
+# -- K1: uniform maps ----------------------------------------------------------------------------------
+
+
+@HIGH
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@torch.no_grad()
+def test_everything_high_is_the_regular_network_of_that_stride(high: int, dtype: torch.dtype) -> None:
+    """K1, element by element."""
+    net, x = adapted(high, dtype), images(dtype=dtype)
+    expected = trunk(dtype, high)(x)
+    found = net(x, mask="all")
+    assert_same(found, expected, {torch.float32: 1e-5, DOUBLE: 1e-12}[dtype])
+    assert relative_error(net(x, mask="none"), expected) > 0.1, "the map matters"
+
+
+@HIGH
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@torch.no_grad()
+def test_everything_low_is_the_original_repeated(high: int, dtype: torch.dtype) -> None:
+    """K1 and K3: no window, all cells of output stride 8."""
+    net, x, times = adapted(high, dtype), images(dtype=dtype), 8 // high
+    expected = trunk(dtype)(x).repeat_interleave(times, 2).repeat_interleave(times, 3)
+    tolerance = {torch.float32: 1e-5, DOUBLE: 1e-12}[dtype]
+    assert_same(net(x, mask="none"), expected, tolerance)
+    sides = "/".join("0" * int(math.log2(times)))
+    with keypoints_at([torch.tensor([[9.0, 9.0]]), torch.empty(0, 2)]):
+        assert_same(net(x, mask=f"keypoints:detector=given,dilations={sides}"), expected, tolerance)
+    assert (net.levels == net.plan.max_level).all()
+
+
+@HIGH
+@torch.no_grad()
+def test_our_own_options_have_the_original_at_its_own_samples(high: int) -> None:
+    """Linear fill and a-trous pools: everything downsampled, each sample of the original is there."""
+    net, x = adapted(high, DOUBLE, anchor="corner", fill="linear", **OURS), images(dtype=DOUBLE)
+    found = net(x, mask="none")[:, :, :: 8 // high, :: 8 // high]
+    assert_same(found, trunk(DOUBLE)(x))
+
+
+@HIGH
+@torch.no_grad()
+def test_around_keypoints_it_is_the_published_rule(high: int) -> None:
+    """Levels of a triplet, by brute force on dense maps."""
+    net, x, count = adapted(high, DOUBLE), images(2, (16, 24), DOUBLE), int(math.log2(8 // high))
+    sides = "/".join(["1", "5", "9"][3 - count :])
+    points = [torch.tensor([[5.0, 3.0], [22.0, 15.0]]), torch.tensor([[12.0, 9.0]])]
+    with keypoints_at(points):
+        found = net(x, mask=f"keypoints:detector=given,dilations={sides}")
+    levels = net.levels.long()
+    assert set(levels.unique().tolist()) == set(range(count + 1))
+    emulation = Emulation(levels, (2,) * count, "nearest", "center", "drop")
+    assert_same(found, emulate(trunk(DOUBLE).model, x.flip(1), emulation, high))
+
+
+# -- K3: the adaptive pool -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_adaptive_pool_of_a_uniform_map_is_an_ordinary_one(stage: int) -> None:
+    """K3, at every count: cells of side 2^(k - 1) to cells of side 2^k."""
+    geometry = Geometry((2, 2, 2), fill="nearest", anchor="center", pool="drop")
+    small = torch.randn(2, 5, 24 >> (stage - 1), 40 >> (stage - 1))
+    dense = small.repeat_interleave(2 ** (stage - 1), 2).repeat_interleave(2 ** (stage - 1), 3)
+    x = to_elements(dense, geometry.uniform(3, 2, SIZE))
+    if stage > 1:
+        x = functional.Elements(functional.rows_on(x, x.lattice.at(stage - 1)), x.lattice.at(stage - 1))
+    window = Window((2, 2), 2, spacing=2 ** (stage - 1))
+    found = functional.max_pool2d(x, window, stage)
+    assert torch.equal(to_dense(found, 2**stage), nn.MaxPool2d(2)(small))
+
+
+def test_the_adaptive_pool_takes_the_maximum_where_it_downsamples_and_leaves_the_rest() -> None:
+    """The dense form of the specification: on boxes of level k and more the maximum, elsewhere the same."""
+    geometry = Geometry((2, 2), fill="nearest", anchor="center", pool="drop")
+    levels = torch.randint(0, 3, (2, 6, 10)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    lattice = geometry.lattice(levels)
+    dense = torch.randn(2, 5, *SIZE)
+    x, expected = to_elements(dense, lattice), dense
+    for stage in (1, 2):
+        x = functional.max_pool2d(x, Window((2, 2), 2, spacing=2 ** (stage - 1)), stage)
+        side = 2**stage
+        boxes = F.max_pool2d(expected, side).repeat_interleave(side, 2).repeat_interleave(side, 3)
+        expected = torch.where((lattice.levels >= stage).unsqueeze(1), boxes, expected)
+    assert torch.equal(to_dense(x), expected)
+
+
+# -- K5: cost ------------------------------------------------------------------------------------------
+
+
+def test_the_regular_networks_cost_what_is_published() -> None:
+    """K5, exactly."""
+    assert recipe.macs_per_pixel() == PIXEL_MACS
+
+
+@HIGH
+@pytest.mark.parametrize("options", [PUBLISHED, OURS], ids=["published", "ours"])
+def test_uniform_maps_cost_as_much_as_the_regular_networks(high: int, options: dict[str, Any]) -> None:
+    options = {"anchor": "corner", "fill": "linear", **options}
+    net, x = adapted(high, **options), torch.zeros(1, 3, 64, 64)
+    low, top = (net.macs(x, mask=mask).mask / 64**2 for mask in ("none", "all"))
+    assert (low, top) == (PIXEL_MACS[8], PIXEL_MACS[high])
+    assert dense_macs(trunk(output_stride=high), x) == net.macs(x, mask="all").mask
+
+
+def test_the_cost_lies_between_and_rises_with_the_windows() -> None:
+    net, x = adapted(1), torch.zeros(1, 3, 64, 64)
+    costs = []
+    for sides in ("0/0/0", "0/0/5", "0/0/11", "0/5/11", "3/5/11", "3/5/31", "13/31/31", "inf/inf/inf"):
+        mask = f"keypoints:detector=given,dilations={sides}"
+        with keypoints_at([torch.tensor([[20.0, 30.0], [50.0, 9.0]])]):
+            costs.append(net.macs(x, mask=mask).mask / 64**2)
+    assert costs == sorted(set(costs))
+    assert (costs[0], costs[-1]) == (PIXEL_MACS[8], PIXEL_MACS[1])
+
+
+# -- released weights ----------------------------------------------------------------------------------
+
+
+def released(seed: int = 1) -> dict[str, Tensor]:
+    """The tensors of a file as D2-Net's code writes it."""
+    torch.manual_seed(seed)
+    state, channels = {}, 3
+    indices = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21)
+    for index, wider in zip(indices, (64, 64, 128, 128, 256, 256, 256, 512, 512, 512), strict=True):
+        name = f"dense_feature_extraction.model.{index}"
+        state[f"{name}.weight"] = torch.randn(wider, channels, 3, 3) / (9 * channels / 2) ** 0.5
+        state[f"{name}.bias"], channels = torch.randn(wider) / 10, wider
+    return state
+
+
+@torch.no_grad()
+def test_a_released_state_is_loaded_and_written_back_bit_for_bit() -> None:
+    state, net, x = released(), trunk(), images(1)
+    load_released(net, state)
+    back = released_state(net)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    other = trunk(seed=5)
+    assert not torch.equal(other(x), net(x))
+    load_released(other, back)
+    assert torch.equal(other(x), net(x))
+
+
+@torch.no_grad()
+def test_every_way_to_load_a_released_file_gives_the_same(tmp_path: Path) -> None:
+    """By the recipe, strictly into a trunk, by name, into a converted network, from each kind of file."""
+    state, x, net = released(), images(1, (16, 24)), trunk()
+    load_released(net, state)
+    expected = net(x)
+    torch.save({"model": state, "min_validation_loss": torch.tensor(0.5)}, tmp_path / "d2_tf.pth")
+    torch.save(state, tmp_path / "plain.pth")
+    save_file(state, tmp_path / "d2.safetensors")
+    for file in ("d2_tf.pth", "plain.pth"):
+        other = trunk()
+        load_released(other, tmp_path / file)
+        assert torch.equal(other(x), expected)
+        assert torch.equal(cs.build_model(BUILDER, str(tmp_path / file))(x), expected)
+    assert torch.equal(cs.build_model(BUILDER, str(tmp_path / "d2.safetensors"))(x), expected)
+    strict = trunk()
+    strict.load_state_dict(dict(state))
+    assert torch.equal(strict(x), expected)
+    inside = nn.Sequential(trunk())
+    inside.load_state_dict({f"0.{name}": value for name, value in state.items()})
+    assert torch.equal(inside(x), expected)
+    converted = adapted(4)
+    load_released(converted, tmp_path / "d2_tf.pth")
+    twice = expected.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert_same(converted(x, mask="none"), twice, 1e-5)
+    whole = recipe.adapted(RUNS["os8"], tmp_path / "d2_tf.pth", verify_laws=False)
+    assert all(torch.equal(whole.state_dict()[name], value) for name, value in net.state_dict().items())
+
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+FIRST, LAST = f"{PREFIX}0.weight", f"{PREFIX}21.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda state: dict(reversed(state.items())), "order"),
+        (lambda state: {FIRST: state.pop(FIRST), **dict(reversed(state.items()))}, "order"),
+        (lambda state: {name: value for name, value in state.items() if name != LAST}, "21.bias"),
+        (lambda state: {**state, f"{PREFIX}24.weight": torch.zeros(1)}, "24.weight"),
+        (lambda state: {**state, "0.weight": state[FIRST]}, "order"),
+        (lambda state: {name.replace("model.", "net."): value for name, value in state.items()}, "0.bias"),
+        (lambda state: {name.replace(PREFIX, "model."): value for name, value in state.items()}, "0.bias"),
+        (lambda state: {}, "0.bias"),
+    ],
+    ids=["reversed", "shuffled", "missing", "unknown", "twice", "renamed", "the trunk's own", "empty"],
+)
+def test_what_is_not_a_released_file_is_refused(change: Change, word: str) -> None:
+    net = trunk()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(cs.FileError, match="no released D2-Net file") as caught:
+        load_released(net, change(released()))
+    assert word in caught.value.where and "20" in caught.value.why and "d2_tf.pth" in caught.value.next
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 5, 5), (64, 1, 3, 3), (64, 27), ()])
+def test_a_tensor_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    state = {**released(), FIRST: torch.zeros(shape)}
+    with pytest.raises(cs.FileError, match=r"the shape of model\.0\.weight") as caught:
+        load_released(trunk(), state)
+    assert str(shape) in caught.value.what and "(64, 3, 3, 3)" in caught.value.what
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no file of torch"])
+def test_a_file_that_cannot_be_read_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "d2_tf.pth"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(cs.FileError) as caught:
+        load_released(trunk(), path)
+    assert str(path) in caught.value.what
+
+
+# -- published settings --------------------------------------------------------------------------------
+
+
+def test_the_settings_are_the_published_ones() -> None:
+    """Their mean matching accuracy as in the specification, 2.5; they say so in their mask."""
+    assert {name: run.mma3 for name, run in RUNS.items()} == {
+        **{"os8": 0.5500, "0-0-5": 0.5750, "0-0-11": 0.6084, "0-0-21": 0.6372, "0-0-31": 0.6463},
+        **{"0-19-35": 0.6627, "0-27-37": 0.6682, "19-41-41": 0.6743, "25-51-51": 0.6781, "os1": 0.6765},
+    }
+    assert PUBLISHED == {"anchor": "center", "fill": "nearest", "pool": "drop"}
+    for name, run in RUNS.items():
+        assert len(run.dilations) == math.log2(8 // run.output_stride)
+        sides = run.mask.partition("dilations=")[2]
+        assert run.mask.startswith("keypoints:detector=given,count=512,")
+        if name[0].isdigit():
+            assert ["0"] * (3 - len(run.dilations)) + sides.split("/") == name.split("-")
+    assert RUNS["os8"].mask.endswith("=0/0/0") and RUNS["os1"].mask.endswith("=inf/inf/inf")
+
+
+@pytest.mark.parametrize("name", RUNS)
+@torch.no_grad()
+def test_every_setting_is_planned_and_runs(name: str) -> None:
+    """Of two images with different numbers of keypoints, with everything and with what is needed only."""
+    run, x = RUNS[name], images(2, (16, 24))
+    net = recipe.adapted(run, example_input=torch.zeros(1, 3, 16, 16), verify_laws=False)
+    assert net.plan.output_stride == (run.output_stride, 8)
+    assert net.plan.max_level == len(run.dilations) and net.mask.spec() == run.mask
+    geometry = net.geometry
+    assert (geometry.anchor, geometry.fill, geometry.pool) == ("center", "nearest", "drop")
+    points = [torch.tensor([[3.0, 4.0], [20.0, 11.0]]), torch.empty(0, 2)]
+    rows = recipe.describe(net, x, points, published=True)
+    assert [tuple(part.shape) for part in rows] == [(2, 512), (0, 512)]
+    lowest = {"os1": 0}.get(name, net.plan.max_level)
+    assert (net.levels[1] == lowest).all(), "no keypoints, nothing kept"
+    assert net.active_fraction > 0 if run.dilations[0] else net.active_fraction == 0
+    needed = recipe.describe(net, x, points, published=True, reach="receptive")
+    assert_same(needed[0], rows[0], 1e-5)
+
+
+@torch.no_grad()
+def test_a_setting_may_have_our_own_options_or_any() -> None:
+    options = {"example_input": torch.zeros(1, 3, 16, 16), "verify_laws": False}
+    ours = recipe.adapted(RUNS["0-19-35"], published=False, **options).geometry
+    assert (ours.anchor, ours.fill, ours.pool) == ("corner", "linear", "atrous")
+    assert (
+        recipe.adapted(RUNS["0-19-35"], published=False, fill="guided", **options).geometry.fill == "guided"
+    )
+
+
+@torch.no_grad()
+def test_descriptors_are_normalised_unless_published() -> None:
+    """Published: as they are, at round(y (h - 1) / (H - 1))."""
+    net, x = adapted(2), images(1)
+    points = [torch.tensor([[0.0, 0.0], [39.0, 23.0], [13.0, 9.0], [26.0, 14.0]])]
+    mask = RUNS["0-19-35"].mask
+    with keypoints_at(points):
+        dense = net(x, mask=mask)[0]
+    places = [(round(y * 11 / 23), round(x * 19 / 39)) for x, y in points[0].tolist()]
+    expected = torch.stack([dense[:, y, x] for y, x in places])
+    (published,) = recipe.describe(net, x, points, published=True, mask=mask)
+    assert torch.equal(published, expected)
+    (ours,) = recipe.describe(net, x, points, mask=mask)
+    expected = torch.stack([dense[:, int(y) // 2, int(x) // 2] for x, y in points[0].tolist()])
+    assert_same(ours, F.normalize(expected, dim=1), 1e-6)
+    assert torch.allclose(ours.norm(dim=1), torch.ones(4))
+
+
+# -- keypoints as published ----------------------------------------------------------------------------
+
+
+def test_the_published_grey_swaps_red_and_blue_and_cuts_off() -> None:
+    image = torch.zeros(3, 2, 4)
+    for channel in range(3):
+        image[channel, :, channel] = 1.0
+    assert recipe.grey(image).tolist() == [[29, 149, 76, 0]] * 2  # 255 times .114, .587, .299
+
+
+def test_detection_gives_sift_the_published_grey(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of images as the network sees them; each by itself."""
+    seen: list[Tensor] = []
+
+    def spy(picture: Any, count: int) -> Any:
+        assert count == 512
+        seen.append(torch.from_numpy(picture.copy()).int())
+        return sift(picture, count)
+
+    monkeypatch.setattr(recipe, "sift", spy)
+    scenes = torch.stack([street_scene(96, 128, seed) for seed in (0, 1)])
+    shown = normalise(scenes, source_of(cs.build_model(BUILDER, "none")))
+    found = recipe.detect(shown.requires_grad_())
+    for scene, picture, points in zip(scenes, seen, found, strict=True):
+        wanted = torch.from_numpy(recipe.grey(scene)).int()
+        assert (picture - wanted).abs().max() <= 1  # what is cut off may differ
+        assert (picture != wanted).double().mean() < 0.05
+        assert (picture - torch.from_numpy(recipe.grey(scene.flip(0))).int()).abs().max() > 5
+        assert torch.equal(points, torch.from_numpy(sift(picture.byte().numpy(), 512)[0]))
+        assert len(points) > 10
+    assert not torch.equal(found[0], found[1])
+
+
+@torch.no_grad()
+def test_the_published_detector_is_a_detector_of_the_mask() -> None:
+    """As `keypoints extract --detector` and masks name it."""
+    net = adapted(4)
+    shown = normalise(street_scene(48, 64), source_of(cs.build_model(BUILDER, "none"))).unsqueeze(0)
+    net(shown, mask="keypoints:detector=recipes.d2net_vgg.recipe:detect,dilations=5")
+    levels = net.levels
+    with keypoints_at(recipe.detect(shown)):
+        net(shown, mask="keypoints:detector=given,dilations=5")
+    assert torch.equal(levels, net.levels) and 0 < net.active_fraction < 1
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_prints_and_writes_its_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Without timing; from another folder too."""
+    monkeypatch.chdir(tmp_path)
+    names = ["os8", "0-0-31", "25-51-51", "os1"]
+    arguments = ["--rounds", "0", "--size", "48x64", "--runs", *names, "--output", "results.json"]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *arguments])
+    recipe.main()
+    printed = capsys.readouterr().out
+    for stride, macs in PIXEL_MACS.items():
+        assert f"output stride {stride}: {macs:,} MACs per pixel" in printed
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 2 + len(names)
+    document = json.loads(Path("results.json").read_text())
+    assert document["size"] == [48, 64] and document["weights"] == "random" and document["published"]
+    rows = {row["run"]: row for row in document["rows"]}
+    assert list(rows) == names
+    assert rows["os8"]["macs_per_pixel"] == PIXEL_MACS[8] and rows["os8"]["active_fraction"] == 0
+    assert rows["os1"]["macs_per_pixel"] == PIXEL_MACS[1] and rows["os1"]["active_fraction"] == 1
+    for name, row in rows.items():
+        assert row["output_stride"] == [RUNS[name].output_stride, 8]
+        assert row["keypoints"] == rows["os8"]["keypoints"] > 10
+        assert 0 < row["receptive_macs_per_pixel"] <= row["macs_per_pixel"] <= PIXEL_MACS[1]
+        assert row["elements"][1] <= row["elements"][0]
+        assert not any(key.endswith("_ms") for key in row)
+        (line,) = (line for line in table if line.startswith(f"| {name} |"))
+        assert f"{row['macs_per_pixel']:,.0f}" in line and f"{RUNS[name].mma3:.4f}" in line
+
+
+def test_the_table_says_how_much_faster() -> None:
+    row = {
+        "run": "os8",
+        "output_stride": [1, 8],
+        "macs_per_pixel": 4000.0,
+        "receptive_macs_per_pixel": 1000.0,
+    }
+    timed = recipe.table([{**row, "all_ms": 30.0, "receptive_ms": 12.0}])
+    assert "| os8 | 1-8 | 4,000 | 0.250 | 30 | 12 | 2.50x | 0.5500 |" in timed
+    assert "| os8 | 1-8 | 4,000 | 0.250 |  |  |  | 0.5500 |" in recipe.table([row])
+
+
+def test_the_recipe_runs_as_a_file() -> None:
+    """Its imports need no installed recipes."""
+    spec = importlib.util.spec_from_file_location("d2net_recipe", Path(recipe.__file__))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["d2net_recipe"] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["d2net_recipe"]
+    assert module.RUNS.keys() == RUNS.keys() and module.BUILDER == network.BUILDER
+
+
+# -- D2-Net's own heads --------------------------------------------------------------------------------
+
+
+def hill(
+    place: tuple[float, float], curved: tuple[float, float, float], size: tuple[int, int] = (11, 13)
+) -> Tensor:
+    """100 less half the quadratic form of (down, across, mixed) curvatures around a place."""
+    y = torch.arange(size[0], dtype=DOUBLE)[:, None] - place[0]
+    x = torch.arange(size[1], dtype=DOUBLE)[None] - place[1]
+    down, across, mixed = curved
+    return 100 - 0.5 * (down * y.square() + across * x.square() + 2 * mixed * y * x)
+
+
+def channels(*maps: Tensor) -> Tensor:
+    return torch.stack(maps).unsqueeze(0)
+
+
+def detected(*maps: Tensor) -> list[list[int]]:
+    """Channel, y and x of what is found inside the border."""
+    found = heads.detect(channels(*maps))
+    assert found.dtype == torch.bool and found.shape == (1, len(maps), *maps[0].shape)
+    inner = torch.zeros_like(found)
+    inner[..., 1:-1, 1:-1] = found[..., 1:-1, 1:-1]
+    return inner.nonzero()[:, 1:].tolist()
+
+
+def test_a_blob_is_found_once_in_its_channel() -> None:
+    blob, flat = hill((4, 7), (1, 1, 0)), torch.zeros(11, 13, dtype=DOUBLE)
+    assert detected(flat, blob, flat) == [[1, 4, 7]]
+    both = torch.maximum(blob, hill((8, 2), (3, 3, 0)))
+    assert detected(flat, both) == [[1, 4, 7], [1, 8, 2]]
+
+
+def test_what_is_flat_is_not_found() -> None:
+    assert not heads.detect(torch.full((1, 2, 9, 9), 0.0)).any()
+    assert not heads.detect(torch.full((1, 2, 9, 9), 3.0))[..., 1:-1, 1:-1].any()
+
+
+@pytest.mark.parametrize(("ratio", "found"), [(1.0, True), (4.9, True), (5.1, False), (100.0, False)])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("sheared", [False, True])
+def test_an_edge_is_not_found(ratio: float, found: bool, across: bool, sheared: bool) -> None:
+    """The ratio of the larger to the smaller curvature is at most five, in whatever direction."""
+    curved: tuple[float, float, float] = (1.0, ratio, 0.0) if across else (ratio, 1.0, 0.0)
+    if sheared:  # turned by 45 degrees, or by 135
+        curved = ((1 + ratio) / 2, (1 + ratio) / 2, (ratio - 1) / 2 * (1 if across else -1))
+    assert detected(hill((5, 6), curved)) == ([[0, 5, 6]] if found else [])
+
+
+@pytest.mark.parametrize(
+    "curved", [(-1, -1, 0), (1, -0.1, 0), (1, 1, 1.5)], ids=["pit", "pass", "turned pass"]
+)
+def test_a_pit_or_a_pass_is_not_found(curved: tuple[float, float, float]) -> None:
+    assert detected(hill((5, 6), curved)) == []
+
+
+def test_the_strongest_channel_decides() -> None:
+    """A place where another channel is larger is no detection of this one."""
+    blob = hill((5, 6), (1, 1, 0))
+    other = torch.zeros_like(blob)
+    other[5, 6] = 100.5
+    assert [0, 5, 6] not in detected(blob, other)
+    other[5, 6] = 99.5
+    assert [0, 5, 6] in detected(blob, other)
+
+
+def test_the_largest_of_its_neighbours_is_found() -> None:
+    torch.manual_seed(3)
+    features = torch.rand(2, 3, 20, 24, dtype=DOUBLE)
+    found = heads.detect(features).nonzero().tolist()
+    assert found
+    for image, channel, y, x in found:
+        here = features[image, channel, y, x]
+        assert here == features[image, :, y, x].max()
+        assert here == features[image, channel, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].max()
+
+
+@QUICK
+@given(
+    place=st.tuples(st.floats(0, 10), st.floats(0, 12)),
+    down=st.floats(0.5, 4),
+    across=st.floats(0.5, 4),
+    tilt=st.floats(-0.9, 0.9),
+)
+def test_the_top_of_a_parabola_is_found_exactly(
+    place: tuple[float, float], down: float, across: float, tilt: float
+) -> None:
+    """From every sample inside the border."""
+    curved = (down, across, tilt * math.sqrt(down * across))
+    step = heads.localise(channels(hill(place, curved)))
+    assert step.shape == (1, 2, 1, 11, 13)
+    y, x = torch.meshgrid(torch.arange(11.0), torch.arange(13.0), indexing="ij")
+    assert torch.allclose((y + step[0, 0, 0])[1:-1, 1:-1], torch.tensor(place[0], dtype=DOUBLE), atol=1e-6)
+    assert torch.allclose((x + step[0, 1, 0])[1:-1, 1:-1], torch.tensor(place[1], dtype=DOUBLE), atol=1e-6)
+
+
+def test_keypoints_lie_between_samples_and_are_described_there() -> None:
+    """Two tops; x and y in pixels, the middle of a sample's pixels; the strongest first."""
+    size = (15, 30)
+    low = (hill((5.25, 7.75), (1, 1.5, 0.25), size) - 90).clamp(min=0)
+    high = (hill((8.4, 21.2), (2, 1, 0), size) - 88).clamp(min=0)
+    beside = -torch.arange(450, dtype=DOUBLE).view(size)
+    features = channels(beside, low + high)
+    points, scores, rows = heads.keypoints(features, 4)
+    wanted = torch.tensor([[21.2, 8.4], [7.75, 5.25]], dtype=DOUBLE) * 4 + 1.5
+    assert torch.allclose(points, wanted)
+    assert scores.tolist() == [features[0, 1, 8, 21], features[0, 1, 5, 8]]
+    for row, y, x, down, across in zip(rows, (8, 5), (21, 7), (0.4, 0.25), (0.2, 0.75), strict=True):
+        box = features[0, :, y : y + 2, x : x + 2]
+        above, below = (1 - across) * box[..., 0, 0] + across * box[..., 0, 1], box[..., 1, :]
+        below = (1 - across) * below[..., 0] + across * below[..., 1]
+        assert torch.allclose(row, F.normalize((1 - down) * above + down * below, dim=0))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 8])
+def test_a_sample_lies_in_the_middle_of_its_pixels(stride: int) -> None:
+    """A top on a sample, at any stride: (stride - 1) / 2 behind its first pixel."""
+    features = channels(hill((4, 7), (1, 1, 0)).clamp(min=90) - 90)
+    points, scores, _ = heads.keypoints(features, stride)
+    middle = (stride - 1) / 2
+    assert points.tolist() == [[7 * stride + middle, 4 * stride + middle]] and scores.tolist() == [10.0]
+
+
+def test_a_top_that_lies_nearer_to_another_sample_is_dropped() -> None:
+    """A maximum among samples whose parabola peaks beyond the half way to its diagonal neighbour."""
+    features = torch.zeros(1, 1, 9, 9, dtype=DOUBLE)
+    features[0, 0, 3:6, 3:6] = torch.tensor([[4.9, 1.0, 1.0], [1.0, 5.0, 4.9], [1.0, 4.9, 4.9]])
+    assert heads.detect(features)[0, 0, 4, 4]
+    assert (heads.localise(features)[0, :, 0, 4, 4] > 0.5).all()
+    assert len(heads.keypoints(features, 1)[0]) == 0
+    features[0, 0, 5, 5] = -5.0  # not drawn that way any more
+    assert (heads.localise(features)[0, :, 0, 4, 4] < 0.5).all()
+    assert heads.keypoints(features, 1)[0].floor().tolist() == [[4.0, 4.0]]
+
+
+@torch.no_grad()
+def test_a_map_without_keypoints_gives_none() -> None:
+    points, scores, rows = heads.keypoints(torch.zeros(1, 4, 9, 9), 8)
+    assert (tuple(points.shape), tuple(scores.shape), tuple(rows.shape)) == ((0, 2), (0,), (0, 4))
+
+
+@torch.no_grad()
+def test_keypoints_of_the_trunk_lie_in_the_image() -> None:
+    net, x = trunk(), images(1, (48, 64))
+    points, scores, rows = heads.keypoints(net(x), 8)
+    assert len(points) == len(scores) == len(rows) > 3 and rows.shape[1] == 512
+    assert (points >= 3.5).all() and (points <= torch.tensor([64 - 4.5, 48 - 4.5])).all()
+    assert (scores.diff() <= 0).all()
+
+
+def test_keypoints_of_several_images_at_once_are_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="2 maps at once") as caught:
+        heads.keypoints(torch.zeros(2, 4, 9, 9), 8)
+    assert "one map" in caught.value.next
