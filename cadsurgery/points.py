@@ -163,15 +163,6 @@ class _Exit:
         spacing: Any = value.args[1] if len(value.args) > 1 else value.kwargs.get("spacing", 1)
         return _Exit(graph, copies[elements], spacing)
 
-    def pixels(
-        self, points: Tensor, image: int, like: Tensor, size: tuple[int, int], stride: int, align: str
-    ) -> Tensor:
-        """(n,) int64: fine pixels of the samples of the dense output that points lie in; see `pixels_at`."""
-        height, width = (-(-length // self.spacing) for length in size)
-        flat = pixels_at(points, image, like, (height, width), stride * self.spacing, align)
-        y, x = flat // width % height * self.spacing, flat % width * self.spacing
-        return (image * size[0] + y) * size[1] + x
-
 
 _EXITS: WeakKeyDictionary[AdaptiveModel, dict[Any, _Exit]] = WeakKeyDictionary()
 
@@ -200,8 +191,8 @@ class _Run:
     points: list[Tensor]
     values: tuple[Any, ...]
     lattice: Lattice
-    pixels: Tensor  # flat fine pixels of all points
-    counts: list[int]
+    image: Tensor
+    align: str
 
     @staticmethod
     def of(
@@ -219,7 +210,11 @@ class _Run:
                 raise UnknownName(kind, name, known)
         check_image(image)
         if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
-            points = (points,)  # a score map has no place here: refused as points
+            raise InvalidInput(
+                f"points are {describe(points)}.",
+                next="give a list with a tensor (n, 2) of x and y in pixels for each image; a score map has peaks: "
+                "cadsurgery.detection.peaks.",
+            )
         points = points_of(points, image, 1, "")
         exit = _exit(net, output)
         provider = net.mask if mask is None else resolve_mask(mask)
@@ -229,28 +224,23 @@ class _Run:
         with keypoints_at(points), net.ahead(provider, values):
             lattice = masking(*shown)
         net.finish(None, lattice)
-        pixels = [
-            exit.pixels(of_image, index, image, lattice.whole_size, net.plan.strides[0], align)
-            for index, of_image in enumerate(points)
-        ]
-        flat = torch.cat(pixels).to(lattice.levels.device)
-        return _Run(net, exit, provider, points, values, lattice, flat, [len(part) for part in pixels])
+        return _Run(net, exit, provider, points, values, lattice, image, align)
 
     def cone(self) -> Cone:
         """What the points depend on."""
         places = self._places()
         exit = self.lattice.at(*places[self.exit.node.name])
-        wanted = reached(exit, read_points(exit, self._cut(exit)))
+        wanted = reached(exit, read_points(exit, self._pixels(exit)))
         return Cone(self.exit.graph, places, self.lattice, self.exit.node, wanted)
 
     def rows(self, cone: Cone | None) -> list[Tensor]:
         """The map at the points of each image."""
         elements, guide = _Within(cone, self.net, self.exit.graph).run(lambda *_: self.lattice, *self.values)
-        lattice, pixels = elements.lattice, self._cut(elements.lattice)
+        lattice, pixels = elements.lattice, self._pixels(elements.lattice)
         reading = self._read(lattice, pixels, guide)
         flat = elements.rows.flatten(1)
         rows = extended(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
-        return list(rows.split(self.counts))
+        return list(rows.split([len(part) for part in self.points]))
 
     def macs(self, cone: Cone | None) -> tuple[int, int]:
         """MACs behind the place where the mask is asked for, and rows that operations with taps compute; of a network
@@ -266,13 +256,15 @@ class _Run:
             return reading
         return guided(reading, pixels, lattice, guide)
 
-    def _cut(self, lattice: Lattice) -> Tensor:
-        """The pixels on a fine map that may be smaller than the one the mask is for."""
-        (height, width), (rows, columns) = self.lattice.whole_size, lattice.size
-        if (height, width) == (rows, columns):
-            return self.pixels
-        image, y, x = self.pixels // (height * width), self.pixels // width % height, self.pixels % width
-        return (image * rows + y.clamp(max=rows - 1)) * columns + x.clamp(max=columns - 1)
+    def _pixels(self, lattice: Lattice) -> Tensor:
+        """Flat fine pixels of the samples of the dense output that the points of all images lie in."""
+        (height, width), spacing = lattice.size, self.exit.spacing
+        size, stride = (-(-height // spacing), -(-width // spacing)), self.net.plan.strides[0] * spacing
+        found = []
+        for image, points in enumerate(self.points):
+            y, x = sample_at(points, self.image, size, stride, self.align)
+            found.append((image * height + y * spacing) * width + x * spacing)
+        return torch.cat(found).to(lattice.levels.device)
 
     def _places(self) -> dict[str, Place]:
         """Of the nodes of the graph, for maps of these sizes."""
@@ -286,14 +278,13 @@ class _Run:
         return self.exit.places[key]
 
 
-def pixels_at(
-    points: Tensor, image: int, like: Tensor, size: tuple[int, int], stride: float, align: str
-) -> Tensor:
-    """(n,) int64: samples that points lie in, as flat numbers over a batch of maps.
+def sample_at(
+    points: Tensor, like: Tensor, size: tuple[int, int], stride: float, align: str
+) -> tuple[Tensor, Tensor]:
+    """Row and column, each (n,) int64, of the samples of a map that points lie in.
 
     Args:
         points: (n, 2) x and y in pixels.
-        image: place in the batch.
         like: the image batch (B, C, H, W).
         size: (h, w) of the map.
         stride: pixels of the image per sample.
@@ -307,7 +298,7 @@ def pixels_at(
         else:
             place = ((place + 0.5) / stride).floor()
         axes.append(place.long().clamp(0, length - 1))
-    return (image * size[0] + axes[0]) * size[1] + axes[1]
+    return axes[0], axes[1]
 
 
 def _chosen(value: Any, output: str | int | None) -> Any:
@@ -321,7 +312,7 @@ def _chosen(value: Any, output: str | int | None) -> Any:
         return value
     if output is None and len(several) == 1:
         return next(iter(several.values()))
-    if output not in several:
+    if not isinstance(output, (str, int)) or output not in several:
         known = [str(name) for name in several]
         raise UnknownName("output", str(output), known, next=f"say which with output=: {', '.join(known)}.")
     return several[output]

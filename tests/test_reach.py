@@ -66,6 +66,13 @@ def plain() -> nn.Module:
     )
 
 
+def cut() -> nn.Module:
+    """Without padding: each convolution loses a border."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2))
+    )
+
+
 def halved(channels: int, wider: int) -> BasicBlock:
     shortcut = nn.Sequential(nn.Conv2d(channels, wider, 1, 2, bias=False), nn.BatchNorm2d(wider))
     return BasicBlock(channels, wider, 2, shortcut)
@@ -191,6 +198,7 @@ class Decoding(nn.Module):
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
+    "cut": cut,
     "residual": residual,
     "depthwise": depthwise,
     "squeezed": squeezed,
@@ -326,12 +334,19 @@ def test_every_pixel_has_the_row_of_its_sample() -> None:
         assert torch.equal(found, wanted.flatten(1).T)
 
 
-@pytest.mark.parametrize("size", [SIZE, (64, 96), (9, 33)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("residual", SIZE), ("residual", (64, 96)), ("residual", (9, 33))),
+        pytest.param("plain", SIZE),  # its output is smaller than its level map
+        pytest.param("cut", SIZE),
+    ],
+)
 @pytest.mark.parametrize("reach", ["all", "receptive"])
 @torch.no_grad()
-def test_corners_are_aligned_as_published(size: Size, reach: Any) -> None:
-    """The sample at round(y (h - 1) / (H - 1)), halves to even."""
-    net, points = converted("residual"), points_in(size, 6, 3)
+def test_corners_are_aligned_as_published(name: str, size: Size, reach: Any) -> None:
+    """The sample of the dense output at round(y (h - 1) / (H - 1)), halves to even."""
+    net, points = converted(name), points_in(size, 6, 3)
     points = [part.clamp(min=0).minimum(torch.tensor([size[1] - 1.0, size[0] - 1.0])) for part in points]
     points[1][:2] = torch.tensor([[0.0, 0.0], [size[1] - 1, size[0] - 1]])
     x = images(2, *size)
@@ -776,22 +791,45 @@ def test_several_values_may_enter_at_once() -> None:
 class Flattened(nn.Module):
     """What follows its map needs the size it was made for, so the map leaves at that."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: nn.Module, features: int) -> None:
         super().__init__()
-        self.body, self.last = residual(), nn.Linear(16 * 8 * 12, 2)
+        self.body, self.last = body, nn.Linear(features, 2)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         found = self.body(image)
         return found, self.last(found.flatten(1))
 
 
+@pytest.mark.parametrize(
+    ("body", "size", "own"),
+    [
+        (residual, (64, 96), (8, 12)),
+        pytest.param(cut, SIZE, (7, 11)),  # the level map has more samples
+    ],
+)
+@pytest.mark.parametrize("align", ["cell", "corners"])
 @torch.no_grad()
-def test_a_map_that_leaves_at_its_own_size_is_read_at_that() -> None:
+def test_a_map_that_leaves_at_its_own_size_is_read_at_that(
+    body: Callable[[], nn.Module], size: Size, own: Size, align: Any
+) -> None:
+    """Every pixel, with everything and with what is needed only."""
     torch.manual_seed(0)
-    net, x, points = convert(Flattened()), images(1, 64, 96), points_in((64, 96), 6)
+    example, x = torch.zeros(1, 3, *size), images(1, *size)
+    net = convert(Flattened(body(), 16 * own[0] * own[1]), example_input=example)
+    y, column = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    every = torch.stack((column.flatten(), y.flatten()), 1)
     dense = net(x, mask="all")[0]
-    assert tuple(dense.shape[2:]) == (8, 12)
-    assert_rows(cs.read_at(net, x, points, mask="all", output=0), rows_of(dense, points, 8), 1e-6)
+    assert tuple(dense.shape[2:]) == own
+    if align == "corners":
+        rows = torch.tensor([round(place * (own[0] - 1) / (size[0] - 1)) for place in range(size[0])])
+        columns = torch.tensor([round(place * (own[1] - 1) / (size[1] - 1)) for place in range(size[1])])
+    else:
+        rows = (torch.arange(size[0]) // 8).clamp(max=own[0] - 1)
+        columns = (torch.arange(size[1]) // 8).clamp(max=own[1] - 1)
+    wanted = dense[0][:, rows][:, :, columns].flatten(1).T
+    for reach in ("all", "receptive"):
+        found = cs.read_at(net, x, [every], mask="all", output=0, reach=reach, align=align)
+        assert_rows(found, [wanted], 1e-5)
 
 
 # -- what is refused -----------------------------------------------------------------------------------

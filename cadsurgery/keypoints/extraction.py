@@ -18,7 +18,7 @@ from cadsurgery.images import normalise
 from cadsurgery.masks.filters import grey_of
 from cadsurgery.masks.keypoints import OWN, SIFT, keypoints_at, own_scores
 from cadsurgery.model import AdaptiveModel
-from cadsurgery.points import ALIGNMENTS, REACHES, Align, Reach, macs_at, pixels_at, read_at, readable
+from cadsurgery.points import ALIGNMENTS, REACHES, Align, Reach, macs_at, read_at, readable, sample_at
 from cadsurgery.zoo import source_of
 
 GIVEN_MASK = "keypoints:detector=given"
@@ -207,8 +207,8 @@ class Extractor:
         """The dense map of descriptors at points."""
         found = descriptor_map(output, self._output)
         size = (found.shape[2], found.shape[3])
-        flat = pixels_at(points, 0, batch, size, batch.shape[2] / size[0], self.settings.align)
-        return found[0].flatten(1)[:, flat].T
+        y, x = sample_at(points, batch, size, batch.shape[2] / size[0], self.settings.align)
+        return found[0, :, y, x].T
 
 
 def descriptor_map(output: Any, name: str | int | None) -> Tensor:

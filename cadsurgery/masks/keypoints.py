@@ -85,8 +85,8 @@ class KeypointMask(MaskProvider):
             detector: `sift`, OpenCV's on the grey image; `given`, the points of `keypoints_at` (or of
                 `cadsurgery.read_at`); `own`, the score map the network itself gives in a first pass with everything
                 downsampled; `module:function`; or a function of the image batch (B, C, H, W), normalised as the network
-                sees it, that returns a tensor (n, 2) of x and y in image pixels for each image, or a floating-point
-                score map (B, h, w) or (B, 1, h, w).
+                sees it, that returns a tensor (n, 2) of x and y in image pixels for each image, the best first, or a
+                floating-point score map (B, 1, h, w), or (B, h, w) wider than 2.
             count: keypoints of an image at most, the best; of a score map its largest values that are the largest of
                 the 5 x 5 around them. Given points are all kept.
             dilations: side in image pixels, odd, of the window around a keypoint that gets level i; 0 for none, inf for
@@ -126,8 +126,9 @@ class KeypointMask(MaskProvider):
 
     @property
     def needs(self) -> str:  # type: ignore[override]
-        """The points, if they are given."""
-        return "keypoints" if self._named and self.detector == GIVEN else ""
+        """The points, if they are given, or what finds them: no graph can hold it."""
+        named = {GIVEN: "keypoints", OWN: "a first pass of the network"}
+        return named.get(self.detector if self._named else "", "a detector outside the network")
 
     @property
     def looks_ahead(self) -> bool:
@@ -178,7 +179,8 @@ class KeypointMask(MaskProvider):
             found = sift_of_normalised(image, self.count)
         else:
             found = self._function(image)
-        return points_of(found, image, self.count, where)
+        points = points_of(found, image, self.count, where)
+        return points if kind == GIVEN else [part[: self.count] for part in points]
 
 
 def sift_of_normalised(image: Tensor, count: int) -> list[Tensor]:
