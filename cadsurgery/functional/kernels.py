@@ -344,8 +344,8 @@ def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`rows @ weight.T + bias` for (n, K) rows and an (O, K) weight, differentiable."""
     if rows.device.type == "cpu" and rows.dtype in _ONEDNN:
-        count = rows.shape[0]
-        if not torch.compiler.is_compiling() and 0 < count < (fewest := _fewest(rows)):
+        count, fewest = rows.shape[0], _fewest(rows)
+        if 0 < count < fewest:
             rows = _filled(rows, fewest)
         out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
         return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
@@ -353,8 +353,8 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fewest(rows: Tensor) -> int:
-    """How many rows of this length a product should have."""
-    return max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
+    """How many rows of this length a product should have; any while torch counts or compiles what is called."""
+    return 0 if native.is_observed() else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
 
 
 def _filled(rows: Tensor, count: int) -> Tensor:
