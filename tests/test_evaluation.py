@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import cli, launch, tally
+from cadsurgery import cli, launch, screen, tally
 from cadsurgery.data import SegmentationData
 from cadsurgery.evaluation_report import EvaluationReport
 from cadsurgery.images import normalise, street_scene
@@ -336,7 +336,7 @@ def run(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "usernets", raising=False)
     for name in ("out", "err"):
-        monkeypatch.setattr(cli, name, Console(width=160, stderr=name == "err"))
+        monkeypatch.setattr(screen, name, Console(width=160, stderr=name == "err"))
 
     def call(*arguments: object, processes: int = 1, launcher: str = "torchrun") -> Done:
         given = [str(argument) for argument in arguments]
