@@ -267,7 +267,8 @@ def _workspace(count: int, channels: int, like: Tensor) -> Iterator[Tensor]:
     free = _LOCAL.__dict__.setdefault("free", {})
     memory = free.pop(key := (like.device, like.dtype), None)
     if memory is None or memory.numel() < count * channels:
-        memory = like.new_empty(count * channels)
+        with torch.inference_mode(False):  # it outlives the mode of this call
+            memory = like.new_empty(count * channels)
     try:
         yield memory[: count * channels].view(count, channels)
     finally:
