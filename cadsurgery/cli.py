@@ -171,9 +171,7 @@ def run(
         "\n".join([*lines, f"{len(rows)} done, {len(failures)} failed"]),
         as_json,
     )
-    if not as_json and screen.is_first_process():
-        for failure in failures:
-            screen.err.print(f"[red]{failure['what']}[/red] {failure.get('why', '')}", highlight=False)
+    screen.show_failures(failures, as_json)
     if failures:
         raise typer.Exit(1)
 

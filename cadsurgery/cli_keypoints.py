@@ -103,9 +103,7 @@ def extract_command(
         f"{len(failures)} failed"
     )
     screen.show({"images": rows, "failed": failures}, text, as_json)
-    if not as_json and screen.is_first_process():
-        for failure in failures:
-            screen.err.print(f"[red]{failure['what']}[/red] {failure.get('why', '')}", highlight=False)
+    screen.show_failures(failures, as_json)
     if failures:
         raise typer.Exit(1)
 

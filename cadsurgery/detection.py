@@ -79,6 +79,14 @@ def peaks(scores: Tensor, count: int, radius: int = 2, border: int = 0) -> list[
     return found
 
 
+def in_pixels(places: Tensor, scores: Tensor, image: Tensor) -> Tensor:
+    """The middles (n, 2) of samples of a map (..., h, w) in pixels of images (..., H, W); of a map with a sample for
+    each pixel the pixels themselves."""
+    sides = [whole / part for whole, part in zip(image.shape[-2:], scores.shape[-2:], strict=True)]
+    step = image.new_tensor(sides[::-1], dtype=torch.float64)
+    return (places.to(step) + 0.5) * step - 0.5
+
+
 def points_of(found: Any, image: Tensor, count: int, where: str) -> list[Tensor]:
     """What a detector returned as points (n, 2), x and y in pixels of the images (B, C, H, W), on their device.
 
@@ -92,16 +100,13 @@ def points_of(found: Any, image: Tensor, count: int, where: str) -> list[Tensor]
     Raises:
         InvalidInput: it is neither.
     """
-    batch, _, height, width = image.shape
+    batch = image.shape[0]
     if isinstance(found, Tensor) and found.dim() == 3 and found.shape[2] == 2:
         found = list(found)  # as many points in each image
     if isinstance(found, Tensor) and found.is_floating_point() and found.dim() in (3, 4):
         scores = found.squeeze(1) if found.dim() == 4 and found.shape[1] == 1 else found
         if scores.dim() == 3 and scores.shape[0] == batch and 0 not in scores.shape:
-            step = image.new_tensor([width / scores.shape[2], height / scores.shape[1]], dtype=torch.float64)
-            tops = peaks(scores.detach(), count)
-            # The middle of a sample; of one per pixel the pixel itself.
-            return [(points.to(step) + 0.5) * step - 0.5 for points, _ in tops]
+            return [in_pixels(places, scores, image) for places, _ in peaks(scores.detach(), count)]
     if isinstance(found, Tensor) or not isinstance(found, Sequence) or len(found) != batch:
         several = isinstance(found, (tuple, list))
         given = f"a {type(found).__name__} of {len(found)}" if several else describe(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,13 @@ def show(values: Any, renderable: Any, as_json: bool) -> None:
         print_json(values)
     else:
         out.print(renderable)
+
+
+def show_failures(failures: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """What could not be done, on the error stream; nothing with --json, where the result holds it."""
+    if not as_json and is_first_process():
+        for failure in failures:
+            err.print(f"[red]{failure['what']}[/red] {failure.get('why', '')}", highlight=False)
 
 
 def print_json(values: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cadsurgery.conversion import build, is_file
 from cadsurgery.environment import commit, device_in_words, versions
@@ -18,7 +18,7 @@ from cadsurgery.errors import CadError, InvalidInput
 from cadsurgery.files import check_folder, written_whole
 from cadsurgery.images import read_image, write_png
 from cadsurgery.io import load
-from cadsurgery.keypoints.extraction import OWN, Extraction, Extractor, Features
+from cadsurgery.keypoints.extraction import Extraction, Extractor, Features, Seen
 from cadsurgery.keypoints.folder import converted
 from cadsurgery.keypoints.sequences import ImageSequence, find_sequences
 from cadsurgery.launch import gathered, in_order, own_device, shard, start_others, world
@@ -188,20 +188,24 @@ def _sequence(
     position: int,
 ) -> _Done:
     """One sequence with every setting; images that cannot be used are noted."""
-    images: list[Tensor | None] = []
+    seen: list[Seen | None] = []
     for path in sequence.images:
         try:
-            images.append(read_image(path))
+            seen.append(settings[0].extractor.seen(read_image(path)))
         except CadError as error:
-            if not images:
+            if not seen:
                 raise
-            images.append(None)
+            seen.append(None)
             failed.append((position, {"sequence": sequence.name, **error.to_dict()}))
     pairs, costs = [], []
-    for setting in settings:
-        features = [setting.extractor(image) if image is not None else None for image in images]
+    assert seen[0] is not None
+    for extractor, _ in settings:
+        features = [extractor.features(image) if image is not None else None for image in seen]
         pairs.append(_pairs(sequence, features))
-        costs.append(_cost(setting.extractor, images, features))
+        with torch.inference_mode():
+            macs = extractor.macs(seen[0])
+        counts = tuple(len(part.keypoints) for part in features if part is not None)
+        costs.append(_Cost(macs, extractor.net.active_fraction, counts))
     return _Done(sequence, pairs, costs)
 
 
@@ -220,20 +224,6 @@ def _pairs(sequence: ImageSequence, features: Sequence[Features | None]) -> list
     return found
 
 
-def _cost(
-    extractor: Extractor, images: Sequence[Tensor | None], features: Sequence[Features | None]
-) -> _Cost:
-    assert images[0] is not None
-    shown = extractor.resized(images[0])
-    batch = extractor.batch(shown)
-    with torch.inference_mode():
-        own = extractor.settings.detector == OWN
-        points = batch.new_zeros(0, 2) if own else extractor.points(shown, batch)[0]
-        macs = extractor.macs(batch, points)
-    active = extractor.net.active_fraction
-    return _Cost(macs, active, tuple(len(part.keypoints) for part in features if part is not None))
-
-
 def _extras(
     sequence: ImageSequence,
     settings: Sequence[_Setting],
@@ -243,32 +233,27 @@ def _extras(
 ) -> tuple[dict[str, Timing], tuple[int, int]]:
     """Times of all settings on the first image, and the picture of matches."""
     image = read_image(sequence.images[0])
-    shown = settings[0].extractor.resized(image)
-    size = (shown.shape[1], shown.shape[2])
+    seen = settings[0].extractor.seen(image)
     times: dict[str, Timing] = {}
     if rounds:
         step("measuring")
-        sides: dict[str, Callable[[], object]] = {}
-        for place, (extractor, _) in enumerate(settings):
-            batch = extractor.batch(shown)
-            if extractor.settings.detector == OWN:
-                sides[str(place)] = lambda e=extractor: e(image)  # type: ignore[misc]
-            else:
-                points = extractor.points(shown, batch)[0]
-                sides[str(place)] = lambda e=extractor, b=batch, p=points: e.describe(b, p)  # type: ignore[misc]
+        sides: dict[str, Callable[[], object]] = {
+            str(place): lambda e=extractor: e.features(seen)  # type: ignore[misc]
+            for place, (extractor, _) in enumerate(settings)
+        }
         times = interleaved(sides, rounds)
     if matches is not None:
         step("drawing")
-        other = read_image(sequence.images[1])
-        drawn = []
+        other, drawn = read_image(sequence.images[1]), []
+        seen_other = settings[0].extractor.seen(other)
         for extractor, name in settings:
-            first, second = extractor(image), extractor(other)
+            first, second = extractor.features(seen), extractor.features(seen_other)
             found = mutual_matches(first.descriptors, second.descriptors)
             errors = match_errors(first.keypoints, second.keypoints, found, sequence.homographies[0])
             ends = first.keypoints[found[:, 0]], second.keypoints[found[:, 1]]
             drawn.append((name, *ends, errors))
         write_png(figure_picture(matches_figure(image, other, drawn)), matches)
-    return times, size
+    return times, (seen.batch.shape[2], seen.batch.shape[3])
 
 
 def _row(

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.detection import peaks, points_of, sift
+from cadsurgery.detection import in_pixels, peaks, points_of, sift
 from cadsurgery.environment import function_at
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.images import normalise
 from cadsurgery.masks.filters import grey_of
-from cadsurgery.masks.keypoints import OWN, SIFT, keypoints_at, own_scores
+from cadsurgery.masks.keypoints import OWN, SIFT, keypoints_at, named_outputs, own_scores
 from cadsurgery.model import AdaptiveModel
 from cadsurgery.points import ALIGNMENTS, REACHES, Align, Reach, macs_at, read_at, readable, sample_at
 from cadsurgery.zoo import source_of
@@ -85,6 +85,22 @@ class Features:
     size: tuple[int, int]
 
 
+class Seen(NamedTuple):
+    """An image as a network sees it, and the keypoints found in it.
+
+    Attributes:
+        size: (height, width) of the image file.
+        batch: of one, (1, 3, h, w).
+        points: (n, 2) in pixels of the batch; None for detector `own`, which finds them in the network's output.
+        scores: (n,).
+    """
+
+    size: tuple[int, int]
+    batch: Tensor
+    points: Tensor | None = None
+    scores: Tensor | None = None
+
+
 @dataclass
 class Extractor:
     """Extracts features with one network.
@@ -121,20 +137,28 @@ class Extractor:
             InvalidInput: an image too small, a detector that gives no points, or a network whose outputs are not
                 understood.
         """
+        return self.features(self.seen(image))
+
+    def seen(self, image: Tensor) -> Seen:
+        """An image (3, H, W) in 0..1 prepared; extractors that differ in their mask alone share it."""
         shown = self.resized(image)
-        batch = self.batch(shown)
+        batch = normalise(shown, source_of(self.net)).unsqueeze(0).to(self.device)
+        batch, size = batch.contiguous(memory_format=torch.channels_last), (image.shape[1], image.shape[2])
+        if self.settings.detector == OWN:
+            return Seen(size, batch)
         with torch.inference_mode():
-            points, scores, descriptors = self._found(shown, batch)
+            return Seen(size, batch, *self._points(shown, batch))
+
+    def features(self, seen: Seen) -> Features:
+        """The features of a prepared image."""
+        with torch.inference_mode():
+            points, scores, descriptors = self._found(seen)
         if not self.settings.raw:
             descriptors = F.normalize(descriptors, dim=1)
-        ratio = points.new_tensor([image.shape[2] / shown.shape[2], image.shape[1] / shown.shape[1]])
+        height, width = seen.batch.shape[2:]
+        ratio = points.new_tensor([seen.size[1] / width, seen.size[0] / height])
         keypoints = (points + 0.5) * ratio - 0.5
-        return Features(
-            keypoints.float().cpu(),
-            scores.float().cpu(),
-            descriptors.float().cpu(),
-            (image.shape[1], image.shape[2]),
-        )
+        return Features(keypoints.float().cpu(), scores.float().cpu(), descriptors.float().cpu(), seen.size)
 
     def resized(self, image: Tensor) -> Tensor:
         """The image (3, h, w) the network sees: made smaller by the means of areas, cut to a multiple."""
@@ -153,12 +177,7 @@ class Extractor:
             )
         return image if size == [height, width] else F.interpolate(image[None], size=size, mode="area")[0]
 
-    def batch(self, shown: Tensor) -> Tensor:
-        """The batch of one that the network is called with."""
-        batch = normalise(shown, source_of(self.net)).unsqueeze(0)
-        return batch.to(self.device).contiguous(memory_format=torch.channels_last)
-
-    def points(self, shown: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def _points(self, shown: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """(n, 2) points in pixels of the image the network sees, and (n,) scores; not of detector `own`."""
         if self._function is None:
             grey = (255 * grey_of(shown[None])[0]).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
@@ -170,7 +189,7 @@ class Extractor:
         points = found[0][: self.settings.count]
         return points, points.new_ones(len(points))
 
-    def describe(self, batch: Tensor, points: Tensor) -> Tensor:
+    def _described(self, batch: Tensor, points: Tensor) -> Tensor:
         """(n, C) descriptors at points, as the network gives them."""
         mask = self.settings.mask or None
         if self.reads_elements:
@@ -179,9 +198,10 @@ class Extractor:
         with keypoints_at([points]):
             return self._sampled(self.net(batch, mask=mask), batch, points)
 
-    def macs(self, batch: Tensor, points: Tensor) -> int:
-        """Multiply-accumulates of the network for the descriptors of an image."""
-        mask = self.settings.mask or None
+    def macs(self, seen: Seen) -> int:
+        """Multiply-accumulates of the network for the descriptors of a prepared image."""
+        batch, mask = seen.batch, self.settings.mask or None
+        points = seen.points if seen.points is not None else batch.new_zeros(0, 2)
         if self.reads_elements:
             found = macs_at(
                 self.net, batch, [points], mask=mask, output=self._output, align=self.settings.align
@@ -190,17 +210,15 @@ class Extractor:
         with keypoints_at([points]):
             return self.net.macs(batch, mask=mask).mask
 
-    def _found(self, shown: Tensor, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.settings.detector != OWN:
-            points, scores = self.points(shown, batch)
-            return points, scores, self.describe(batch, points)
+    def _found(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+        """Points, scores and descriptors."""
+        batch = seen.batch
+        if seen.points is not None and seen.scores is not None:
+            return seen.points, seen.scores, self._described(batch, seen.points)
         output = self.net(batch, mask=self.settings.mask or None)
         own = own_scores(output, 1, "detector own")
         ((places, scores),) = peaks(own.squeeze(1).float(), self.settings.count, border=BORDER)
-        step = places.new_tensor(
-            [batch.shape[3] / own.shape[3], batch.shape[2] / own.shape[2]], dtype=torch.float64
-        )
-        points = (places + 0.5) * step - 0.5
+        points = in_pixels(places, own, batch)
         return points, scores, self._sampled(output, batch, points)
 
     def _sampled(self, output: Any, batch: Tensor, points: Tensor) -> Tensor:
@@ -218,14 +236,7 @@ def descriptor_map(output: Any, name: str | int | None) -> Tensor:
         UnknownName: no such output.
         InvalidInput: several, or none, of more than one channel.
     """
-    items = (
-        output.items()
-        if isinstance(output, dict)
-        else enumerate(output)
-        if not isinstance(output, Tensor)
-        else ()
-    )
-    several = dict(items) or {"": output}
+    several = named_outputs(output)
     if name is not None:
         if name not in several:
             raise UnknownName("output", str(name), map(str, several))

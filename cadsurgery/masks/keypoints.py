@@ -192,22 +192,22 @@ def sift_of_normalised(image: Tensor, count: int) -> list[Tensor]:
     return [torch.from_numpy(sift(picture, count)[0]) for picture in bytes_]
 
 
+def named_outputs(output: Any) -> dict[Any, Any]:
+    """What a network gives, by key or place; a single output under the empty name."""
+    if isinstance(output, (tuple, list)):
+        return dict(enumerate(output))
+    return output if isinstance(output, dict) else {"": output}
+
+
 def own_scores(output: Any, batch: int, where: str) -> Tensor:
     """The score map among the outputs of a network: (B, 1, h, w), floating-point.
 
     Raises:
         InvalidInput: there is none, or more than one.
     """
-    values = (
-        output.items()
-        if isinstance(output, dict)
-        else enumerate(output)
-        if isinstance(output, (tuple, list))
-        else [("", output)]
-    )
     maps = [
         value
-        for _, value in values
+        for value in named_outputs(output).values()
         if isinstance(value, Tensor)
         and value.dim() == 4
         and value.shape[:2] == (batch, 1)
