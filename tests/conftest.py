@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import accumulate
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from cadsurgery import cli, screen
 
+ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -43,16 +46,43 @@ class Result(NamedTuple):
 Run = Callable[..., Result]
 
 
+def launchers(processes: int) -> dict[str, list[str]]:
+    """What `python -m` runs to start a module in several processes on this machine, by the launcher's name."""
+    return {
+        "torchrun": ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"],
+        "accelerate": ["accelerate.commands.launch", f"--num_processes={processes}", "--cpu"],
+    }
+
+
 @pytest.fixture
 def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `cadsurgery ARGS` in an empty folder, whose modules can be imported."""
+    """Runs `cadsurgery ARGS` in an empty folder, whose modules can be imported; here, or in several processes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "usernets", raising=False)
     monkeypatch.setattr(screen, "out", Console(width=160))
     monkeypatch.setattr(screen, "err", Console(width=160, stderr=True))
 
-    def call(*arguments: object) -> Result:
+    def call(*arguments: object, processes: int = 1, launcher: str = "torchrun") -> Result:
+        if processes > 1:
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    *launchers(processes)[launcher],
+                    "-m",
+                    "cadsurgery.cli",
+                    *map(str, arguments),
+                ],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, tmp_path))),
+                    "OMP_NUM_THREADS": "1",
+                },
+                capture_output=True,
+                text=True,
+            )
+            return Result(done.returncode, done.stdout, done.stderr)
         monkeypatch.setattr(sys, "argv", ["cadsurgery", *map(str, arguments)])
         capsys.readouterr()
         code: Any = 0

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from conftest import build, images, random_levels
+from conftest import Run, build, images, random_levels
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import cli, launch, screen, tally
+from cadsurgery import launch, tally
 from cadsurgery.data import SegmentationData
 from cadsurgery.evaluation_report import EvaluationReport
 from cadsurgery.images import normalise, street_scene
@@ -30,7 +28,6 @@ from cadsurgery.tally import scores_of
 from cadsurgery.viz import evaluation_figure
 from cadsurgery.zoo import Source, source_of
 
-ROOT = Path(__file__).parents[1]
 DATA = "scene:5,height=48,width=80"
 EDGES, GRADED = "edges:threshold=0.15,dilation=3", "edges:threshold=0.95/0.1,dilation=3/9"
 
@@ -320,50 +317,14 @@ def segmenter():
 """
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Done]:
-    """Runs `cadsurgery ARGS` in a folder with a module `usernets`, here or in several processes."""
+def run(tmp_path: Path, command_line: Run) -> Run:
+    """Runs `cadsurgery ARGS` in a folder with a module `usernets`."""
     (tmp_path / "usernets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "usernets", raising=False)
-    for name in ("out", "err"):
-        monkeypatch.setattr(screen, name, Console(width=160, stderr=name == "err"))
-
-    def call(*arguments: object, processes: int = 1, launcher: str = "torchrun") -> Done:
-        given = [str(argument) for argument in arguments]
-        if processes > 1:
-            launchers = {
-                "torchrun": ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"],
-                "accelerate": ["accelerate.commands.launch", f"--num_processes={processes}", "--cpu"],
-            }
-            path = os.pathsep.join(map(str, (ROOT, tmp_path)))
-            done = subprocess.run(
-                [sys.executable, "-m", *launchers[launcher], "-m", "cadsurgery.cli", *given],
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-            )
-            return Done(done.returncode, done.stdout, done.stderr)
-        monkeypatch.setattr(sys, "argv", ["cadsurgery", *given])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as request:
-            cli.main()
-        code = request.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+    return command_line
 
 
-def test_the_command_prints_and_writes(run: Callable[..., Done], tmp_path: Path) -> None:
+def test_the_command_prints_and_writes(run: Run, tmp_path: Path) -> None:
     arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--mask", "all", "--limit", 2]
     pairs = ["--output-stride", "8,32", "--output-stride", "4,32"]
     done = run(
@@ -384,7 +345,7 @@ def test_the_command_prints_and_writes(run: Callable[..., Done], tmp_path: Path)
 
 
 def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
-    run: Callable[..., Done], folder: Path, tmp_path: Path
+    run: Run, folder: Path, tmp_path: Path
 ) -> None:
     """And a broken image gives exit code 1."""
     net = cs.adaptify(cs.build_model("usernets:segmenter"), EDGES, output_stride=(8, 32), fill="nearest")
@@ -399,9 +360,7 @@ def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_find_what_one_finds(
-    run: Callable[..., Done], folder: Path, tmp_path: Path, launcher: str
-) -> None:
+def test_two_processes_find_what_one_finds(run: Run, folder: Path, tmp_path: Path, launcher: str) -> None:
     """Evaluation over scenes, and predictions over a folder with a broken image; one process prints."""
     arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--rounds", 0, "--json"]
     alone = run(*arguments)

@@ -176,6 +176,22 @@ def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
         assert torch.equal(found.keypoints, expected.keypoints)
 
 
+def test_two_processes_extract_what_one_does(run: Run, folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    found = {}
+    for processes, output in ((1, "one"), (2, "two")):
+        result = run(*EXTRACT, folder, "--output", output, "--json", processes=processes)
+        assert result.code != 0 and len(result.json["failed"]) == 1, result.err
+        found[output] = [
+            (row["image"], row["keypoints"], read_features(Path(row["output"])).descriptors)
+            for row in result.json["images"]
+        ]
+    assert len(found["one"]) == 3
+    for (image, count, descriptors), other in zip(found["one"], found["two"], strict=True):
+        assert (image, count) == other[:2]
+        torch.testing.assert_close(descriptors, other[2])
+
+
 def test_a_folder_of_features_made_otherwise_is_refused(run: Run, folder: Path) -> None:
     assert run(*EXTRACT, folder / "first.png", "--output", "out").code == 0
     refused = run(*EXTRACT, folder / "first.png", "--output", "out", "--count", 3, "--json")
@@ -349,6 +365,27 @@ def test_an_unreadable_image_costs_its_pair_and_the_exit_code(run: Run, sequence
     assert result.code == 1 and result.json["sequences"] == 1
     (sequences / "v_wall" / "1.png").write_bytes(b"no image")
     assert run(*EVAL, "--data", sequences, "--json").json["error"] == "CadError"
+
+
+def test_two_processes_evaluate_what_one_does(run: Run, sequences: Path) -> None:
+    pytest.importorskip("accelerate")
+    arguments = (
+        "keypoints",
+        "eval",
+        "usernets:describer",
+        "--output-stride",
+        "1,4",
+        "--data",
+        sequences,
+        "--json",
+    )
+    one, two = (run(*arguments, "--rounds", 0, processes=processes).json for processes in (1, 2))
+    assert one["sequences"] == two["sequences"] == 2
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        assert row["mma"] == pytest.approx(other["mma"]) and row["macs"] == other["macs"]
+        assert [(pair["sequence"], pair["number"]) for pair in row["pairs"]] == [
+            (pair["sequence"], pair["number"]) for pair in other["pairs"]
+        ]
 
 
 def test_both_reaches_match_the_same(run: Run, sequences: Path) -> None:

@@ -114,6 +114,32 @@ def test_the_end_of_a_region_names_module_operation_and_source_line() -> None:
         cs.adaptify(build("fcn_resnet50"), strict=True)
 
 
+class Pyramid(nn.Module):
+    """Two maps; the coarser one is hardly any of the work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        strided = [nn.Conv2d(8 if depth else 3, 8, 3, 2, 1) for depth in range(4)]
+        self.trunk = nn.Sequential(*strided, *(nn.Conv2d(8, 8, 3, 1, 1) for _ in range(3)))
+        self.tail = nn.Conv2d(8, 4, 1, 2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.trunk(x)
+        return [x, self.tail(x)]
+
+
+def test_a_mere_tail_has_a_stage_of_its_own_only_where_a_region_names_it() -> None:
+    model, x = Pyramid().eval(), images(2, 97, 129)
+    plain = cs.adaptify(model, "none")
+    assert plain.plan.output_stride == (4, 16) and plain.plan["tail"].action == "barrier"
+    named = cs.adaptify(model, "none", region=["trunk", "tail"])
+    assert named.plan.output_stride == (8, 32) and named.plan["tail"].action != "barrier"
+    with torch.no_grad():
+        for net in (plain, named):
+            for found, expected in zip(net(x), model(x), strict=True):
+                torch.testing.assert_close(found, expected)
+
+
 def test_where_everything_leaves_at_native_size_the_plan_says_that_a_mask_cannot_matter() -> None:
     assert not cs.plan(build("vgg11")).matters
     assert "gains nothing" in str(cs.plan(build("vgg11")))

@@ -58,7 +58,7 @@ def make_plan(
         UnknownName: a region name that is neither a node nor a module.
     """
     refused = _refusal(facts, region)
-    flow = _settled_flow(facts, refused)
+    flow = _settled_flow(facts, refused, named=not isinstance(region, str))
     highs = sorted({flow.grid[node] for node in flow.grid})
     regions = {high: region_of(flow, facts, high) for high in highs}
     possible = [(high, low) for high in highs for low in regions[high].strides[1:]]
@@ -116,8 +116,9 @@ def _joins(node: fx.Node, flow: Flow) -> bool:
     return flow.treatments[node].kind in ("global", "resize") or flow.treatments[node].call in _JOINING
 
 
-def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str]) -> Flow:
-    """The forward flow in which every removed stride could really be put back, and every pad has its windows."""
+def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str], named: bool) -> Flow:
+    """The forward flow in which every removed stride could really be put back, and every pad has its windows; what a
+    region names it has, however little work that is."""
     by_design: frozenset[fx.Node] = frozenset()
     dense: dict[fx.Node, str] = {}
 
@@ -129,7 +130,7 @@ def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str]) -> Flow:
         highs = {flow.grid[node] for node in flow.grid}
         found = [dilated_by_design(flow, region_of(flow, facts, high)) for high in highs]
         new = frozenset().union(*found) - by_design
-        new_dense = {**_lone_pads(facts, flow), **_mere_tails(facts, flow)}
+        new_dense = _lone_pads(facts, flow) | ({} if named else _mere_tails(facts, flow))
         if not new and not new_dense.keys() - dense.keys():
             return flow
         by_design |= new

@@ -98,8 +98,12 @@ GROUPS = {
     ),
     "head 1-4, nearest": Group((1, 4), STRIDES, HEAD | {"fill": "nearest"}, around("sift", 2000, 11)),
     # The original where the mask is low; elsewhere its pools are removed.
-    "pools 8-32": Group((8, 32), masks={**around("sift", 2000, 11), **around("own", 1000, 15)}),
-    "pools 2-32": Group((2, 32), masks={**around("sift", 2000, 11), **around("own", 1000, 15)}),
+    "pools 8-32": Group(
+        (8, 32), masks={**around("sift", 1000, 9), **around("sift", 2000, 11), **around("own", 1000, 15)}
+    ),
+    "pools 2-32": Group(
+        (2, 32), masks={**around("sift", 500, 9), **around("sift", 2000, 11), **around("own", 1000, 15)}
+    ),
     "pools 1-32": Group((1, 32), masks=around("sift", 1000, 9)),
 }
 
