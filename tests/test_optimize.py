@@ -445,6 +445,20 @@ def test_compiled_gathering_and_pooling(dtype: torch.dtype, channels: int) -> No
     assert bool(total[~finite].isnan().all())
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 16, 50])
+def test_mixing_where_it_is_read_is_mixing_before(dtype: torch.dtype, channels: int) -> None:
+    rows = torch.randn(20, channels).to(dtype)
+    sources, shares = torch.randint(20, (11, 4), dtype=torch.int32), torch.rand(11, 4, dtype=torch.float64)
+    shares[2, 1:] = 0
+    table = torch.cat([torch.randint(20, (9,)), 21 + torch.randperm(11)])[torch.randperm(20)].to(torch.int32)
+    out = rows.new_empty(20, channels)
+    native.gather_mixing(rows, table.view(-1, 1), sources, shares, out)
+    halo = native.mix(rows, sources, shares)
+    assert torch.equal(out, torch.cat([rows, rows[:1], halo])[table.long()])
+
+
 @pytest.mark.parametrize("name", ["mobilenet_v2", "vgg11_bn"])
 @torch.no_grad()
 def test_without_a_compiler_the_results_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,30 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | 
     Returns:
         By default (B, C, ceil(H / spacing), ceil(W / spacing)), in channels_last memory.
     """
+    by_pixel = _by_pixel_of_uniform(x, spacing)
+    if by_pixel is None:
+        by_pixel = _by_pixel(x, spacing, guide)
+    present = "bhw" + "c" * (x.rows.dim() - 1)
+    if "p" in layout:
+        by_pixel, present = by_pixel.flatten(1, 2), present.replace("hw", "p")
+    channels = iter(channel_dims(present))
+    return by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
+
+
+def _by_pixel_of_uniform(x: Elements, spacing: int) -> Tensor | None:
+    """The pixels (B, h, w, ...) that lie on the anchors of a uniform lattice, a view if it is all of them; None where
+    others are read."""
+    level = x.lattice.uniform_level
+    side = x.lattice.geometry.sides[level] if level is not None else 0
+    if level is None or spacing % side:
+        return None
+    step = spacing // side
+    by_pixel = x.rows.view(x.lattice.batch, *x.lattice.grid(level), *x.rows.shape[1:])
+    return by_pixel[:, ::step, ::step].contiguous()
+
+
+def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
+    """Every `spacing`-th fine pixel (B, h, w, ...), see `to_dense`."""
     lattice = x.lattice
     height, width = lattice.size
 
@@ -78,16 +102,11 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | 
         reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)
     if native.supported(flat) and not needs_gradient(flat, reading.mix):
         rows = flat.new_empty(reading.table.numel(), flat.shape[1])
-        native.gather(rows_and_halo(flat, reading, 0.0), reading.table.reshape(-1, 1), rows)
+        native.gather_mixing(flat, reading.table.reshape(-1, 1), reading.sources, reading.mix, rows)
     else:
         rows = extended(flat, reading, 0.0)
         rows = rows.index_select(0, reading.table.flatten().to(x.rows.device))
-    by_pixel = rows.view(*reading.table.shape, *x.rows.shape[1:])
-    present = "bhw" + "c" * (x.rows.dim() - 1)
-    if "p" in layout:
-        by_pixel, present = by_pixel.flatten(1, 2), present.replace("hw", "p")
-    channels = iter(channel_dims(present))
-    return by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
+    return rows.view(*reading.table.shape, *x.rows.shape[1:])
 
 
 # Share of the mean distance that every distance is enlarged by, so that one that vanishes does not decide alone.
@@ -128,7 +147,7 @@ def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> T
     broadcast it against a map of `layout`.
     """
     if isinstance(value, Elements):
-        if value.lattice == lattice:
+        if value.lattice == lattice or _holds_no_less(lattice, value.lattice):
             return value.rows
         table = kernel_map(value.lattice, lattice, _POINT).table.squeeze(1)
         return value.rows.index_select(0, table.to(value.rows.device))
@@ -146,6 +165,12 @@ def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> T
     if per_image.shape[0] == 1:
         return per_image.expand(len(lattice), *per_image.shape[1:])
     return per_image.index_select(0, lattice.coordinates[0].to(value.device))
+
+
+def _holds_no_less(later: Lattice, lattice: Lattice) -> bool:
+    """Whether a lattice of a later stage has all elements of one: none of its cells is downsampled in between."""
+    static = lattice.capacity is not None or later.capacity is not None
+    return not static and lattice.size == later.size and len(lattice) == len(later)
 
 
 def own_image(every: Sequence[Tensor], lattice: Lattice) -> Tensor:

@@ -246,19 +246,33 @@ int SUFFIX(product)(const reading *in, const element *weight, const element *bia
 }
 #endif
 
+static inline void mix_row(const reading *in, const int32_t *entries, const sum *shares, long many, element *out) {
+    for (long start = 0; start < in->channels; start += LANES) {
+        long some = in->channels - start;
+        lane total = {};
+        for (long i = 0; i < many; i++)
+            if (shares[i] != 0) total += shares[i] * load_some(row(in, entries[i]) + start, some);
+        store_some(out + start, total, some);
+    }
+}
+
 /* Weighted sums of rows: out[i] = sum over `taps` of mix[i] times the rows its table names; out is (n, channels). */
 void SUFFIX(mix)(const reading *in, const sum *mix, element *out) {
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < in->n; i++)
-        for (long start = 0; start < in->channels; start += LANES) {
-            long some = in->channels - start;
-            lane total = {};
-            for (long tap = 0; tap < in->taps; tap++) {
-                sum share = mix[i * in->taps + tap];
-                if (share != 0) total += share * load_some(row(in, in->table[i * in->taps + tap]) + start, some);
-            }
-            store_some(out + i * in->channels + start, total, some);
-        }
+        mix_row(in, in->table + i * in->taps, mix + i * in->taps, in->taps, out + i * in->channels);
+}
+
+/* `gather` of one tap without a halo in memory: its rows, `many` of `sources` weighted by `mix`, are summed where they
+ * are read. Less memory passes than with one if each is read once. */
+void SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum *mix, long many, element *out) {
+    long bytes = in->channels * sizeof(element);
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < in->n; i++) {
+        long halo = in->table[i] - in->count - 1;
+        if (halo < 0) memcpy(out + i * in->channels, row(in, in->table[i]), bytes);
+        else mix_row(in, sources + halo * many, mix + halo * many, many, out + i * in->channels);
+    }
 }
 
 /* Largest value (largest != 0) or sum over the taps: out is (n, channels). */

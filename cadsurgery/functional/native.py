@@ -198,6 +198,15 @@ def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     return out
 
 
+def gather_mixing(rows: Tensor, table: Tensor, sources: Tensor, shares: Tensor, out: Tensor) -> None:
+    """`gather` of one tap by a `table` (n, 1), where entry N + 1 + i reads the weighted sum of rows `sources` (M, k)
+    by `shares` (M, k), which is made when it is read: for tables that read each about once."""
+    shares, sources = shares.to(_sum_type(rows.dtype)).contiguous(), sources.contiguous()
+    pointers = [ctypes.c_void_p(value.data_ptr()) for value in (sources, shares)]
+    many, result = ctypes.c_long(sources.shape[1]), ctypes.c_void_p(out.data_ptr())
+    _call("gather_mixing", Rows(rows.contiguous(), None, 0.0), table, *pointers, many, result)
+
+
 def pool(source: Rows, table: Tensor, out: Tensor, largest: bool) -> None:
     """The largest value or the sum over the taps: `out` (n, C)."""
     _call("pool", source, table, ctypes.c_void_p(out.data_ptr()), ctypes.c_long(largest))

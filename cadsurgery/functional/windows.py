@@ -165,6 +165,8 @@ def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     otherwise they are pooled with stride one (a-trous).
     """
     window, target = target_of(x, window, stage)
+    if window.is_pointwise:
+        return Elements(_subsampled(x, target), target)
     outside = -torch.inf if window.outside is None else window.outside
     drop = drops(target, window)
     dense = _as_dense(x, window, target, outside, -torch.inf) if not drop else None
@@ -191,6 +193,9 @@ def avg_pool2d(
         divisor: fixed divisor instead.
     """
     window, target = target_of(x, window, stage)
+    if window.is_pointwise:
+        rows = _subsampled(x, target)
+        return Elements(rows if divisor is None else rows / divisor, target)
     drop = drops(target, window)
     reading = kernel_map(x.lattice, target, window, drop=drop)
     total = _pooled(x, reading, window.outside or 0.0, False)
@@ -212,6 +217,12 @@ def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elemen
 def drops(target: Lattice, window: Window) -> bool:
     """Whether cells that are not downsampled here pass as they are."""
     return target.geometry.pool == "drop" and window.stride > 1
+
+
+def _subsampled(x: Elements, target: Lattice) -> Tensor:
+    """Rows of pools of a single tap: their own memory, as of any pool, which may be overwritten."""
+    rows = rows_on(x, target)
+    return rows.clone() if rows is x.rows else rows
 
 
 def _pooled(x: Elements, reading: Reading, outside: float, largest: bool) -> Tensor:
