@@ -85,7 +85,9 @@ def show_failures(failures: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """What could not be done, on the error stream; nothing with --json, where the result holds it."""
     if not as_json and is_first_process():
         for failure in failures:
-            err.print(f"[red]{failure['what']}[/red] {failure.get('why', '')}", highlight=False)
+            source, what = failure.get("image") or failure.get("sequence") or "", failure["what"]
+            where = "" if source in what else f"{source}: "
+            err.print(f"[red]{where}{what}[/red] {failure.get('why', '')}", highlight=False)
 
 
 def print_json(values: Any) -> None:

@@ -292,6 +292,43 @@ def test_extraction_refuses_what_cannot_be(
     assert not list(Path().glob("out/*.npz"))
 
 
+def test_a_network_without_a_map_of_descriptors_is_refused_before_any_image(
+    run: Run, folder: Path, sequences: Path, tmp_path: Path
+) -> None:
+    more = """
+
+class Flat(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).mean((2, 3))
+
+
+class Two(Both):
+    def forward(self, x):
+        return {**super().forward(x), "more": self.trunk(x)}
+
+
+def flat():
+    return Flat(*describer())
+
+
+def two():
+    return Two()
+"""
+    (tmp_path / "usernets.py").write_text(NETWORKS + more)
+    places = {"extract": (folder, "--output", "out"), "eval": ("--data", sequences)}
+    for command, arguments in places.items():
+        flat, two = (
+            run("keypoints", command, f"usernets:{name}", *arguments, "--output-stride", "1,4", "--json")
+            for name in ("flat", "two")
+        )
+        assert flat.code == two.code == 1
+        assert "no map of descriptors" in flat.json["what"] and "features" in flat.json["next"]
+        assert "2 maps" in two.json["what"] and "descriptors or more" in two.json["next"]
+    assert not Path("out/extraction.json").exists()
+    named = ("usernets:two", folder / "first.png", "--output", "out", "--output-name", "more")
+    assert run("keypoints", "extract", *named, "--output-stride", "1,4").code == 0
+
+
 def test_a_converted_network_keeps_its_output_strides(run: Run, folder: Path, tmp_path: Path) -> None:
     cs.save(cs.adaptify(describer(), "edges", output_stride=(1, 4)), tmp_path / "net.safetensors")
     arguments = ("keypoints", "extract", "net.safetensors", folder / "first.png")

@@ -15,6 +15,7 @@ from cadsurgery.detection import in_pixels, peaks, points_of, sift
 from cadsurgery.environment import function_at
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.images import normalise
+from cadsurgery.lattice import describe
 from cadsurgery.masks.filters import grey_of
 from cadsurgery.masks.keypoints import OWN, SIFT, keypoints_at, named_outputs, own_scores
 from cadsurgery.model import AdaptiveModel
@@ -109,6 +110,11 @@ class Extractor:
         net: converted; `net.optimize()` for speed.
         settings: how.
         device: where the network is.
+
+    Raises:
+        InvalidInput: the network gives no map of descriptors, more than one without a name, or no score map where
+            it is to detect.
+        UnknownName: no such detector, or no such output.
     """
 
     net: AdaptiveModel
@@ -124,6 +130,18 @@ class Extractor:
             int(self.settings.output) if self.settings.output.isdecimal() else self.settings.output
         )
         self._output = None if self.settings.output == "" else self._output
+        if not self.reads_elements:
+            self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        """Refuse a network without the outputs that are asked for before any image is read."""
+        with torch.inference_mode():
+            output = self.net(
+                torch.zeros(1, *self.net.plan.example_shape[1:], device=self.device), mask="none"
+            )
+        if self.settings.detector == OWN:
+            own_scores(output, 1, "detector own")
+        descriptor_map(output, self._output)
 
     @cached_property
     def reads_elements(self) -> bool:
@@ -134,8 +152,7 @@ class Extractor:
         """The features of an image (3, H, W) in 0..1.
 
         Raises:
-            InvalidInput: an image too small, a detector that gives no points, or a network whose outputs are not
-                understood.
+            InvalidInput: an image too small, or a detector that gives no points.
         """
         return self.features(self.seen(image))
 
@@ -246,7 +263,14 @@ def descriptor_map(output: Any, name: str | int | None) -> Tensor:
         for value in several.values()
         if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] > 1
     ]
-    if len(maps) != 1:
+    if not maps:
+        raise InvalidInput(
+            f"the network gives no map of descriptors, but {', '.join(map(describe, several.values()))}.",
+            why="they are read from a map (1, C, h, w) of several channels.",
+            next="give module:function of your own that returns the part which gives one, "
+            "e.g. the `features` of a classifier.",
+        )
+    if len(maps) > 1:
         raise InvalidInput(
             f"the network gives {len(maps)} maps of several channels.",
             why="one of them must be the descriptors.",

@@ -62,7 +62,7 @@ def extract(
 
     Raises:
         UnknownName: no such form.
-        InvalidInput: the folder holds features made otherwise.
+        InvalidInput: the network does not give what is asked for, or the folder holds features made otherwise.
         FileError: there are no images, or the folder cannot be written.
     """
     start_others()
@@ -80,8 +80,8 @@ def extract(
         **{"plan": [list(net.plan.output_stride), net.plan.region], "form": form, **asdict(settings)},
         "options": {key: str(value) for key, value in sorted((options or {}).items())},
     }
-    _check_folder(folder, identity)
     extractor = Extractor(net.to(where).optimize(), settings, where)
+    _check_folder(folder, identity)
     done: list[tuple[int, dict[str, Any]]] = []
     failed: list[tuple[int, dict[str, Any]]] = []
     for position, (path, place) in shard(list(paths.items())):
