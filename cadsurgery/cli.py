@@ -537,7 +537,12 @@ def list_command(
 
 
 def main() -> None:
-    """Entry point: errors a user can cause are printed without a traceback and exit with 1."""
+    """Entry point: errors a user can cause are printed without a traceback and exit with 1.
+
+    Modules named as `module:function` are also found in the current folder, behind all installed ones.
+    """
+    if not sys.flags.safe_path:
+        sys.path.append(str(Path.cwd()))
     try:
         code = app(standalone_mode=False)
     except CadError as error:

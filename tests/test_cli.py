@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import ROOT, Run
 from PIL import Image
 
 import cadsurgery as cs
@@ -20,6 +21,10 @@ from cadsurgery.surgery.plan import Plan
 from cadsurgery.timing import Timing
 
 SIZE = (96, 128)
+COMMANDS = (
+    *("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "finetune", "list"),
+    *("keypoints extract", "keypoints eval"),
+)
 NETWORKS = '''
 """Networks of a user."""
 
@@ -84,18 +89,29 @@ def test_the_command_line_starts_without_torch() -> None:
 def test_help_starts_without_torch_and_names_the_commands() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "cadsurgery.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name in ("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "list"):
-        assert name in done.stdout
+    for name in COMMANDS:
+        assert name.split()[0] in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported and "torch" not in imported
 
 
-@pytest.mark.parametrize(
-    "command", ["convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "list"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> None:
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.code == 0 and "--json" in result.out
+
+
+def test_modules_of_the_current_folder_are_found_as_the_installed_command_starts(tmp_path: Path) -> None:
+    """Python itself looks beside the script that it runs, which is not where the user is."""
+    script = tmp_path / "bin" / "start.py"
+    script.parent.mkdir()
+    script.write_text("from cadsurgery.cli import main\nmain()\n")
+    (tmp_path / "usernets.py").write_text(NETWORKS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for flags, code in (((), 0), (("-P",), 1)):  # -P: nothing but what is installed
+        command = [sys.executable, *flags, str(script), "plan", "--model", "usernets:segmenter"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
 
 
 @pytest.mark.parametrize(
