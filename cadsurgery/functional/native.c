@@ -264,7 +264,7 @@ void SUFFIX(mix)(const reading *in, const sum *mix, element *out) {
 }
 
 /* `gather` of one tap without a halo in memory: its rows, `many` of `sources` weighted by `mix`, are summed where they
- * are read. Less memory passes than with one if each is read once. */
+ * are read. Fewer passes over memory than with a halo, if each is read once. */
 void SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum *mix, long many, element *out) {
     long bytes = in->channels * sizeof(element);
 #pragma omp parallel for schedule(static)
