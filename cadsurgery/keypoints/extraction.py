@@ -126,10 +126,8 @@ class Extractor:
         self._function: Callable[[Tensor], Any] | None = None
         if name not in (SIFT, OWN):
             self._function = function_at(name, "--detector", "my_module:my_function")
-        self._output: Any = (
-            int(self.settings.output) if self.settings.output.isdecimal() else self.settings.output
-        )
-        self._output = None if self.settings.output == "" else self._output
+        output = self.settings.output
+        self._output: str | int | None = int(output) if output.isdecimal() else output or None
         if not self.reads_elements:
             self._check_outputs()
 
