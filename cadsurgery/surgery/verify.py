@@ -159,7 +159,7 @@ def _named(outputs: Any) -> dict[str, Tensor]:
 
 
 def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
-    """What a rewritten graph returned, with each map that leaves at the fine size read where the network has samples."""
+    """What a rewritten graph returned, each map that leaves at the fine size read where the network has samples."""
     node = next(node for node in adapted.nodes if node.op == "output")
 
     def read(value: Any, source: Any) -> Any:
@@ -175,7 +175,7 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
         every = slice(None, None, decision.grid)
         return value[tuple(every if axis in "hw" else slice(None) for axis in decision.layout)]
 
-    return read(outputs, node.args[0][0])  # type: ignore[index]
+    return read(outputs, node.args[0][0])
 
 
 _GLOBAL = (
