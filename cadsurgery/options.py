@@ -34,6 +34,13 @@ Size = Annotated[
     str, typer.Option(metavar="HxW", help="size of the image; default 512x1024, or the file's own")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="run code that the converted file names: a network or mask of its own, module:function",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
