@@ -19,6 +19,7 @@ from cadsurgery.options import (
     Json,
     Mask,
     Model,
+    Outputs,
     Patch,
     Pool,
     Region,
@@ -57,6 +58,7 @@ def convert(
     patch: Patch = "quadtree",
     anchor: Anchor = "corner",
     pool: Pool = "atrous",
+    outputs: Outputs = "fine",
     image: ImageOption = None,
     size: Size = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write")] = None,
@@ -76,7 +78,7 @@ def convert(
             model=model,
             weights=weights,
             mask=mask,
-            options=adaptify_options(output_stride, region, fill, patch, anchor, pool),
+            options=adaptify_options(output_stride, region, fill, patch, anchor, pool, outputs),
             image=image,
             size=read_size(size),
             output=path,
@@ -93,6 +95,7 @@ def plan(
     model: Model,
     output_stride: Stride = "",
     region: Region = "auto",
+    outputs: Outputs = "fine",
     all_nodes: Annotated[bool, typer.Option("--all", help="list dense nodes before the region too")] = False,
     as_json: Json = False,
 ) -> None:
@@ -102,7 +105,7 @@ def plan(
 
     with screen.steps(as_json) as step:
         step("planning")
-        found = make_or_read_plan(model, read_pair(output_stride), read_names(region))
+        found = make_or_read_plan(model, read_pair(output_stride), read_names(region), outputs)
     screen.show(json.loads(found.to_json()), render_plan(found, all_nodes=all_nodes), as_json)
 
 
@@ -360,6 +363,7 @@ def export(
     patch: Patch = "quadtree",
     anchor: Anchor = "corner",
     pool: Pool = "atrous",
+    outputs: Outputs = "fine",
     size: Size = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("network.pt2"),
     trust: Trust = False,
@@ -372,7 +376,7 @@ def export(
     from cadsurgery.conversion import export_program
 
     with screen.steps(as_json) as step:
-        options = adaptify_options(output_stride, region, fill, patch, anchor, pool)
+        options = adaptify_options(output_stride, region, fill, patch, anchor, pool, outputs)
         found = export_program(model, weights, mask, options, read_size(size), output, step, trust)
     shape = "x".join(map(str, found["image"]))
     text = (
@@ -401,6 +405,7 @@ def finetune(
     patch: Patch = "quadtree",
     anchor: Anchor = "corner",
     pool: Pool = "atrous",
+    outputs: Outputs = "fine",
     objective: Annotated[
         str | None,
         typer.Option(
@@ -484,7 +489,7 @@ def finetune(
             validation_split=validation_split,
             weights=weights,
             mask=mask,
-            options=adaptify_options(output_stride, region, fill, patch, anchor, pool),
+            options=adaptify_options(output_stride, region, fill, patch, anchor, pool, outputs),
             settings=settings,
             output=output,
             resume=resume,

@@ -163,11 +163,13 @@ def export_program(
     return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(found)}
 
 
-def make_or_read_plan(model: str, output_stride: tuple[int, int] | None, region: str | list[str]) -> Plan:
+def make_or_read_plan(
+    model: str, output_stride: tuple[int, int] | None, region: str | list[str], outputs: str = "fine"
+) -> Plan:
     """The plan of a network by name, or the one stored in a converted file."""
     if is_file(model):
         return Plan.from_json(read_metadata(model)["plan"])
-    return make_plan(build(model, "none")[0], output_stride, region)
+    return make_plan(build(model, "none")[0], output_stride, region, outputs=outputs)  # type: ignore[arg-type]
 
 
 def count(

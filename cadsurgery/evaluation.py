@@ -167,7 +167,8 @@ def _networks(
         original.load_state_dict(state)
         original.cad_source = source  # type: ignore[assignment]
         kept = {name: getattr(geometry, name) for name in ("anchor", "fill", "pool", "patch", "statistics")}
-        options, mask = {"region": found.plan.region, **kept}, found.mask
+        options = {"region": found.plan.region, "outputs": found.plan.returned, **kept}
+        mask = found.mask
     else:
         original = build(found, weights)[0] if isinstance(found, str) else found
     return [

@@ -27,7 +27,7 @@ from cadsurgery.masks.basic import TENSOR
 from cadsurgery.masks.text import parse
 from cadsurgery.model import AdaptiveModel, OptimizedModel
 from cadsurgery.plain import checked
-from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.zoo import Source, build_again
 
 FORMAT = 2  # 1: no checksums
@@ -54,6 +54,7 @@ _OPTIONS = {
     "pool": Pool,
     "patch": Patch,
     "statistics": Statistics,
+    "outputs": Outputs,
 }
 
 
@@ -89,6 +90,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             "pool": net.geometry.pool,
             "patch": net.geometry.patch,
             "statistics": net.geometry.statistics,
+            "outputs": net.plan.returned,
         },
         "plan": net.plan.to_json(),
         "tensors": _checksum(tensors),

@@ -27,6 +27,12 @@ Fill = Annotated[str, typer.Option(help="how points inside a cell are read: line
 Patch = Annotated[str, typer.Option(help="shape of areas kept high: quadtree or block")]
 Anchor = Annotated[str, typer.Option(help="corner, or center to reproduce the published code")]
 Pool = Annotated[str, typer.Option(help="max-pool stages: atrous, or drop as published")]
+Outputs = Annotated[
+    str,
+    typer.Option(
+        help="size of returned maps that leave the region as they are: fine, or native as the network returns them"
+    ),
+]
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="image file; default: a generated street scene")
 ]
@@ -45,7 +51,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def adaptify_options(
-    output_stride: str, region: str, fill: str, patch: str, anchor: str, pool: str
+    output_stride: str, region: str, fill: str, patch: str, anchor: str, pool: str, outputs: str = "fine"
 ) -> dict[str, Any]:
     """Options of `adaptify` from those of a command."""
     return {
@@ -55,6 +61,7 @@ def adaptify_options(
         "patch": patch,
         "anchor": anchor,
         "pool": pool,
+        "outputs": outputs,
     }
 
 

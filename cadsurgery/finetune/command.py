@@ -182,6 +182,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "patch": ("quadtree",),
     "anchor": ("corner",),
     "pool": ("atrous",),
+    "outputs": ("fine",),
 }
 
 

@@ -17,6 +17,7 @@ AFTER = "after the region"
 # How a map leaves the region that is read at arbitrary points by a resize.
 RESIZED = "resized"
 
+Outputs = Literal["fine", "native"]
 Action = Literal["dense", "enter", "adapt", "keep", "exit", "barrier"]
 
 
@@ -83,6 +84,8 @@ class Plan:
         outputs: node and output stride of each map that is returned.
         matters: whether keeping resolution can improve what comes out; it cannot where everything leaves at its
             native size and no operation of the region, a mean over the image or a resize, brings finer values there.
+        finest: the finest output stride that can improve what comes out.
+        returned: size at which maps that leave the region as they are are returned, `fine` or `native`.
         part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
     """
 
@@ -95,6 +98,8 @@ class Plan:
     example_shape: tuple[int, ...]
     outputs: tuple[tuple[str, int], ...] = ()
     matters: bool = True
+    finest: int = 0
+    returned: Outputs = "fine"
     part: str = ""
 
     @property
@@ -138,7 +143,7 @@ class Plan:
             decision = self[name]
             staged = decision.action in ("adapt", "keep") and decision.stages[1] > 0
             fine = staged and decision.leaves == "fine"
-            found.append((name, grid, high if fine else grid, decision.leaves if staged else "dense"))
+            found.append((name, grid, high if fine else grid, decision.leaves or "dense"))
         return found
 
     @property
@@ -219,13 +224,23 @@ class Plan:
         for reason, names in ends.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"region ends at {', '.join(names[:3])}{more}: {reason}")
-        if len(self.outputs) > 1:
-            for output, native, stride, how in self.standing():
+        for output, native, stride, how in self.standing():
+            if stride < native:
+                lines.append(
+                    f"output {output}: returned at output stride {stride}, in the network itself {native} "
+                    '(which outputs="native" keeps)'
+                )
+            elif len(self.outputs) > 1:
                 lines.append(f"output {output} (output stride {native}): {how}, at output stride {stride}")
         if not self.matters:
             lines.append(
                 "what leaves the region does so at its native size, where every mask gives the same up to the "
                 "approximation of merged cells: keeping more high costs work and gains nothing"
+            )
+        elif self.finest > high:
+            lines.append(
+                f"what leaves the region does so at output stride {self.finest}: keeping more than that costs work and "
+                f"gains nothing; output_stride=({self.finest}, {low}) does without"
             )
         if self.part:
             lines.insert(0, f"converted: {self.part}, inside a network that torch.fx cannot follow whole")
