@@ -473,7 +473,7 @@ def _is_last(node: fx.Node, flow: Flow) -> bool:
     """Whether nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
     is there at its own size anyway."""
     after = _and_after(node)
-    if {flow.treatments[user].kind for user in after - {node}} & {"window", "barrier", "global", "resize"}:
+    if {flow.treatments[user].kind for user in after - {node}} & {"window", "global", "resize"}:
         return False
     joined = {source for user in after for source in flow.maps(user)} - after - set(flow.maps(node))
     return all(flow.grid[source] == 1 or _is_made_of_resizes(source, flow) for source in joined)
