@@ -373,6 +373,21 @@ def test_masks_of_the_user_are_not_endless_either() -> None:
             parse(mask)
 
 
+@pytest.mark.parametrize("mask", ["random:block={}", "edges:dilation={}", "none | dilate:size={}"])
+def test_a_mask_of_huge_windows_asks_for_no_memory(saved: Path, mask: str) -> None:
+    """Nor another map than windows that just hold the image."""
+    found = []
+    for side in (127, 10**17 + 1):
+        rewritten(saved, lambda metadata, side=side: metadata.update(mask=mask.format(side)))
+        torch.manual_seed(0)
+        net = cs.load(saved, trunk())
+        net(example())
+        found.append(net.levels)
+    assert torch.equal(*found)
+    with pytest.raises(cs.FileError, match="sigma"):
+        cs.load(rewritten(saved, lambda metadata: metadata.update(mask="confidence:sigma=1e9")), trunk())
+
+
 def test_tensors_of_a_mask_of_another_size_than_it_says_are_refused(tmp_path: Path) -> None:
     net = adapted("learned:channels=8/6/4")
     net(images(1, 32, 32))
