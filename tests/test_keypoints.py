@@ -331,7 +331,7 @@ def two():
 
 def test_a_converted_network_keeps_its_output_strides(run: Run, folder: Path, tmp_path: Path) -> None:
     cs.save(cs.adaptify(describer(), "edges", output_stride=(1, 4)), tmp_path / "net.safetensors")
-    arguments = ("keypoints", "extract", "net.safetensors", folder / "first.png")
+    arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png")
     assert run(*arguments, "--mask", "").code == 0
     assert "output strides" in run(*arguments, "--output-stride", "2,4", "--json").json["what"]
 
