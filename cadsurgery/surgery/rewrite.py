@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
@@ -139,6 +141,10 @@ class Rewriter:
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source
         self.dense[node] = self.graph.node_copy(node, self.as_dense)
+        module = self.facts.module(node) if node.op == "call_module" else None
+        if isinstance(module, nn.InstanceNorm2d) or node.target in (F.instance_norm, torch.instance_norm):
+            self.working[node] = self.dense[node]
+            self.dense[node] = self.call(functional.contiguous_gradient, self.dense[node])
 
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """A size, dtype or device query on elements."""
