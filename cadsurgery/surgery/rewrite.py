@@ -142,7 +142,11 @@ class Rewriter:
             self.sources[node] = source
         self.dense[node] = self.graph.node_copy(node, self.as_dense)
         module = self.facts.module(node) if node.op == "call_module" else None
-        if isinstance(module, nn.InstanceNorm2d) or node.target in (F.instance_norm, torch.instance_norm):
+        parts = module.modules() if module is not None else ()
+        if any(isinstance(part, nn.InstanceNorm2d) for part in parts) or node.target in (
+            F.instance_norm,
+            torch.instance_norm,
+        ):
             self.working[node] = self.dense[node]
             self.dense[node] = self.call(functional.contiguous_gradient, self.dense[node])
 
