@@ -24,6 +24,7 @@ from cadsurgery.lattice import Lattice
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.planner import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
 
@@ -267,7 +268,8 @@ def _to_meta(value: Any) -> Any:
 
 def ghost(net: M) -> M:
     """A copy of a network with shapes and no values, in evaluation mode."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
+    memo = copying(net)
+    memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
     memo |= {id(b): b.to("meta") for b in net.buffers()}
     return copy.deepcopy(net, memo).eval()
 

@@ -22,6 +22,7 @@ from cadsurgery.masks.masking import NEEDS_STATIC, Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.fuse import KERNELS, fuse
+from cadsurgery.surgery.hooks import Watch, Watched, child, copying, settle, take_over
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, halves, packed, unpacked
 from cadsurgery.surgery.verify import Check
@@ -38,6 +39,7 @@ class Surgery:
         signature: of the original's forward.
         container: type of the output if it is a kind of dictionary.
         source: how the network was built, if by name.
+        watched: modules that stand for what was rewritten.
         unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
             a network whose discrete decisions (detections) must not depend on rounding.
     """
@@ -49,6 +51,7 @@ class Surgery:
     container: type[dict[str, Any]] = dict
     source: Any = None
     unchanged: fx.Graph | None = None
+    watched: tuple[Watched, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = {name: getattr(self, name) for name in ("graph", "unchanged")}
@@ -72,10 +75,9 @@ class AdaptiveModel(nn.Module):
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             getattr(self, kind).update(getattr(model, kind))
         self._original = (model,)  # for its data; a tuple, because its modules are this network's own
-        self._constants = {
-            name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")
-        }
+        self._constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
         self._surgery = surgery
+        self._watch = Watch(self, surgery.watched)
         self._last = _Last()
         self._override: ContextVar[object] = ContextVar("mask", default=None)
         self._halved: Halved | None = None
@@ -217,10 +219,17 @@ class AdaptiveModel(nn.Module):
     def lay_out(self) -> None:
         """Lay out the weights of convolutions as rows of elements are: values and names stay the same.
 
-        Not where the network's own graph is run too: dense convolutions round differently in another layout.
+        Not where the network's own graph is run too: dense convolutions round differently in another layout. Nor where
+        they are called together with instance norms, see `functional.contiguous_gradient`.
         """
+        called = (child(self, str(node.target)) for node in self.graph.nodes if node.op == "call_module")
+        parts = [list(module.modules()) for module in called if module is not None]
+        mixed = {
+            part for some in parts if any(isinstance(p, nn.InstanceNorm2d) for p in some) for part in some
+        }
         for module in self.modules() if self._run_unchanged is None else ():
-            if type(module) is nn.Conv2d and module.groups == 1:
+            plain = type(module) is nn.Conv2d and module.groups == 1 and "weight" in module._parameters
+            if plain and module not in mixed:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -230,7 +239,13 @@ class AdaptiveModel(nn.Module):
         return dict(bound.arguments)
 
     def names(self) -> _Names:
-        """The name space the rewritten graph reads modules and parameters from."""
+        """The name space the rewritten graph reads modules and parameters from.
+
+        Raises:
+            InvalidInput: a module is no longer what was converted, or has a hook that would not be called.
+        """
+        if not torch.compiler.is_compiling():
+            self._watch()
         return _Names(self)
 
     @property
@@ -352,6 +367,7 @@ class AdaptiveModel(nn.Module):
         self._run_unchanged = runnable(unchanged) if unchanged is not None else None
         self._override = ContextVar("mask", default=None)
         self._halved = None
+        self._watch = Watch(self, self._surgery.watched)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
@@ -359,6 +375,9 @@ class AdaptiveModel(nn.Module):
         shared = {"_surgery": self._surgery, "_run": self._run, "_last": _Last()}  # values, never changed
         shared["_run_unchanged"], shared["_halved"] = self._run_unchanged, self._halved
         shared["_override"] = ContextVar("mask", default=None)
+        shared["_watch"] = Watch(clone, self._surgery.watched)
+        for module in (self, *(part for part in self._original if isinstance(part, nn.Module))):
+            memo.update({**copying(module), **memo})
         state = {key: value for key, value in vars(self).items() if key not in shared}
         clone.__dict__.update(copy.deepcopy(state, memo), **shared)
         return clone
@@ -370,19 +389,24 @@ class OptimizedModel(AdaptiveModel):
     def __init__(self, net: AdaptiveModel, epilogues: bool) -> None:
         """Fuse the graph of `net` and copy what is left of its modules."""
         source = copy.deepcopy(net).eval().requires_grad_(False)
+        used = (str(node.target) for node in source.graph.nodes if node.op in ("call_module", "get_attr"))
+        settle(source, {"", *used})
         for module in source.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         root = nn.Module()
         for kind in ("_modules", "_parameters", "_buffers"):
             vars(root)[kind].update(vars(source)[kind])
-        for name, value in source._constants.items():
-            root.register_buffer(name, value)
+        for name in source._constants.keys() - source._parameters.keys():
+            root.register_buffer(name, getattr(source.names(), name))
         graph, kernels = fuse(source.graph, root, epilogues)
         root.add_module(KERNELS, kernels)
         surgery = replace(source._surgery, graph=graph, unchanged=None)
-        # GraphModule copies what the graph uses and leaves the rest.
-        super().__init__(fx.GraphModule(root, graph), surgery, source.mask)
+        made = fx.GraphModule(root, graph)  # it copies what the graph uses and leaves the rest
+        left = [found for found in surgery.watched if child(made, found.path) is not None]
+        still = tuple(Watched.of(made, found.path, found.is_called) for found in left)
+        super().__init__(made, replace(surgery, watched=still), source.mask)
+        take_over(self, source)
         self._original = (_Data(net._original[0]),)  # type: ignore[assignment]
         self._counted = (ghost(net),)
         self._checks = net.checks
@@ -467,7 +491,7 @@ def _is_static(mask: object) -> bool:
 
 
 # What a pickled network does without.
-_MADE_ANEW = ("_run", "_run_unchanged", "_override", "_halved")
+_MADE_ANEW = ("_run", "_run_unchanged", "_override", "_halved", "_watch")
 
 
 def _without_mask(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -489,9 +513,12 @@ class _Names:
 
     def __getattr__(self, name: str) -> Any:
         owner = self._owner
-        for values in (owner._modules, owner._parameters, owner._buffers, owner._constants):
+        for values in (owner._modules, owner._parameters, owner._buffers):
             if name in values:
                 return values[name]
+        constant = vars(owner).get(name, owner._constants.get(name))
+        if isinstance(constant, Tensor):
+            return constant
         if name == "training":
             return owner.training
         raise AttributeError(name)

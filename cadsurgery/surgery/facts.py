@@ -96,7 +96,9 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
         observer = _Observer(facts)
         try:
             with torch.no_grad(), evaluating(model):
-                expected = model(image)
+                expected = model.forward(
+                    image
+                )  # without hooks on the whole, which the converted network has too
                 with observer.counter:
                     traced = observer.run(image)
         except Exception as error:  # the network decides which sizes it accepts and how it says so
