@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cadsurgery.api import adaptify
+from cadsurgery.candidates import check_network
 from cadsurgery.environment import versions
 from cadsurgery.errors import CannotConvert, FileError, InvalidInput, first_line
 from cadsurgery.files import written_whole
@@ -38,9 +39,14 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
 
     Raises:
         FileError: the path cannot be written.
-        InvalidInput: the network is an optimised copy.
+        InvalidInput: the network is not converted, or an optimised copy.
     """
     path = Path(path)
+    if not isinstance(net, AdaptiveModel):
+        raise InvalidInput(
+            f"{type(net).__name__} is not a converted network.",
+            next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
+        )
     if isinstance(net, OptimizedModel) or isinstance(getattr(net, "part", None), OptimizedModel):
         raise InvalidInput(
             "an optimised network cannot be saved.",
@@ -85,8 +91,11 @@ def load(path: str | Path, model: nn.Module | None = None, *, mask: object = Non
 
     Raises:
         FileError: missing, truncated or foreign file, or one that does not fit the model.
+        InvalidInput, CannotConvert: `model` is no network, or wraps, compiles, ... one.
     """
     path = Path(path)
+    if model is not None:
+        check_network(model)
     metadata, tensors = _read(path)
     of_mask = {name[len(_MASK) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
     if mask is None and metadata.get("mask") is not None:
