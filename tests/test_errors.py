@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery import kernel_map
-from cadsurgery.images import find_images, read_image, write_png
+from cadsurgery.images import find_images, read_image, write_picture
 from cadsurgery.kernel_map import Window
 from cadsurgery.lattice import Geometry
 from cadsurgery.masks import resolve_mask
@@ -865,7 +865,7 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in ("no/cat.png", "file/cat.png"):
         with refused(cs.FileError, path, "cannot be written"):
-            write_png(Image.new("P", (4, 4)), tmp_path / path)
+            write_picture(Image.new("P", (4, 4)), tmp_path / path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
