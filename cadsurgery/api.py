@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
+from cadsurgery.candidates import check_network
 from cadsurgery.errors import CannotConvert, InvalidInput
 from cadsurgery.hosted import HostedModel
 from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
@@ -131,6 +132,10 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
     """
     if example_input is not None:
         check_image(example_input, "example_input")
+        if example_input.is_meta:
+            raise InvalidInput(
+                "example_input has no values: it is on the meta device.", next="give an image."
+            )
     path, part = "", model
     try:
         graph = _traced(model)
@@ -173,11 +178,7 @@ def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
 
 def _copied(model: object) -> nn.Module:
     """A copy that can be changed, every module in its own mode."""
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(
-            f"{model!r:.60} is not a network.",
-            next="pass a torch.nn.Module; cs.build_model(name) makes one by name.",
-        )
+    model = check_network(model)
     clone = copy.deepcopy(model, copying(model))
     clone.train(model.training)  # torchvision's feature extractors forget theirs when they are copied
     for ours, theirs in zip(clone.modules(), model.modules(), strict=True):

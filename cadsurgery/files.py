@@ -49,11 +49,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def check_folder(path: Path, option: str = "--output") -> None:
-    """Refuse a file in a folder that does not exist, before work is done for it.
+    """Refuse a file in a folder that does not exist, or a folder in place of a file, before work is done for it.
 
     Raises:
-        FileError: there is no such folder.
+        FileError: there is no such folder, or the path is one.
     """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder.", next=f"name a file in it: another {option}.")
     if not path.parent.is_dir():
         raise FileError(f"there is no folder {path.parent}.", next=f"create it or choose another {option}.")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -120,9 +121,6 @@ def count_macs(
         return found[0]
 
     counted, before = ghost(net), [0]
-    bound = net.bind(
-        *(_to_meta(value) for value in args), **{key: _to_meta(value) for key, value in kwargs.items()}
-    )
     counts = []
 
     def high(_: Tensor, features: Tensor) -> Lattice:
@@ -134,8 +132,9 @@ def count_macs(
 
     for chosen in (masked, high, low):
         counter = Counter(counted, rule)
+        run = partial(_on_shapes, counter, chosen)
         with torch.no_grad(), counter.flops:
-            counter.run(chosen, *bound.values())
+            net.checked(run, *args, **kwargs)
         counts.append(counter.counts)
     layers = [
         LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
@@ -147,6 +146,10 @@ def count_macs(
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0))
     return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
+
+
+def _on_shapes(counter: Counter, masking: Any, arguments: dict[str, Any]) -> None:
+    counter.run(masking, *(_to_meta(value) for value in arguments.values()))
 
 
 # See `MacReport.of_mask`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.errors import InvalidInput
+from cadsurgery.errors import CadError, InvalidInput
+from cadsurgery.inputs import first_types, misfit, wrong_type
 from cadsurgery.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.macs import MacReport, count_macs, ghost
 from cadsurgery.masks.basic import UniformMask
@@ -120,8 +121,36 @@ class AdaptiveModel(nn.Module):
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools."""
-        check_image(next(iter(self.bind(*args, **kwargs).values()), None))
-        return self.finish(*self.run_graph(masking, *args, **kwargs))
+
+        def whole(arguments: dict[str, Any]) -> Any:
+            return self.finish(*self._run(self.names(), masking, **arguments))
+
+        return self.checked(whole, *args, **kwargs)
+
+    def checked(self, run: Callable[[dict[str, Any]], Any], /, *args: Any, **kwargs: Any) -> Any:
+        """What a function makes of the arguments of a call by name.
+
+        Raises:
+            InvalidInput: the image is none, or does not fit the network.
+        """
+        arguments = self.bind(*args, **kwargs)
+        image: Any = next(iter(arguments.values()), None)
+        self.check(image)
+        if torch.compiler.is_compiling():
+            return run(arguments)
+        try:
+            return run(arguments)
+        except CadError:
+            raise
+        except Exception as error:  # the network decides what it takes: ask why only once it has refused
+            refusal = misfit(self, self.graph, image, error)
+            if refusal is None:
+                raise
+            raise refusal from error
+
+    def check(self, image: Any) -> None:
+        """Refuse what is no image batch; see `check_image`."""
+        check_image(image)
 
     def run_graph(self, masking: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Lattice]:
         """Output and lattice of the rewritten graph, nothing checked or noted."""
@@ -141,12 +170,14 @@ class AdaptiveModel(nn.Module):
 
     def _run_twice(self, masking: Masking, /, *args: Any, **kwargs: Any) -> Any:
         """For a mask that looks at what the network gives with everything downsampled."""
-        arguments = self.bind(*args, **kwargs)
-        check_image(next(iter(arguments.values()), None))
         halved, names = self.halved(), self.names()
-        values = halved.before(names, **arguments)
-        with self.ahead(masking.provider, values):
-            return self.finish(*halved.after(names, masking, *values))
+
+        def twice(arguments: dict[str, Any]) -> Any:
+            values = halved.before(names, **arguments)
+            with self.ahead(masking.provider, values):
+                return self.finish(*halved.after(names, masking, *values))
+
+        return self.checked(twice, *args, **kwargs)
 
     @contextmanager
     def ahead(self, provider: MaskProvider, values: tuple[Any, ...]) -> Iterator[None]:
@@ -172,18 +203,25 @@ class AdaptiveModel(nn.Module):
     def find_lattice(self, masking: Any, /, *args: Any, **kwargs: Any) -> Lattice:
         """The lattice of a masking for an image, the network run no further than that takes, in evaluation mode."""
         halved = self.halved()
-        with torch.no_grad(), evaluating(self):
-            values = halved.before(self.names(), **self.bind(*args, **kwargs))
+
+        def found(arguments: dict[str, Any]) -> Any:
+            values = halved.before(self.names(), **arguments)
             with self.ahead(masking.provider, values):
                 return masking(values[halved.cut.image], values[halved.cut.features])
 
+        with torch.no_grad(), evaluating(self):
+            lattice: Lattice = self.checked(found, *args, **kwargs)
+        return lattice
+
     def _as_it_was(self, level: int, *args: Any, **kwargs: Any) -> Any:
         """The network's own graph, operation for operation."""
-        arguments = self.bind(*args, **kwargs)
-        check_image(next(iter(arguments.values()), None))
-        assert self._run_unchanged is not None
-        output, fine = self._run_unchanged(self.names(), **arguments)
-        return self.finish(output, self.geometry.uniform_like(fine, level))
+
+        def unchanged(arguments: dict[str, Any]) -> Any:
+            assert self._run_unchanged is not None
+            output, fine = self._run_unchanged(self.names(), **arguments)
+            return self.finish(output, self.geometry.uniform_like(fine, level))
+
+        return self.checked(unchanged, *args, **kwargs)
 
     @torch.compiler.disable(
         reason="the mask keeps another number of elements of each image, or depends on more than the image: "
@@ -417,6 +455,13 @@ class OptimizedModel(AdaptiveModel):
         """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile leaves it as it is."""
         with torch.no_grad():
             return super().forward(*args, mask=mask, **kwargs)
+
+    def check(self, image: Any) -> None:
+        """As of the network it was made from: its kernels alone would convert their weights to any type."""
+        super().check(image)
+        for dtype in first_types(self, self.graph):
+            if refusal := wrong_type(image, dtype):
+                raise refusal
 
     @property
     def counted(self) -> AdaptiveModel:

@@ -162,6 +162,8 @@ REFUSED = [
     (["list", "--library", "tensorflow"], "UnknownName", "torchvision"),
     (["run", "missing.safetensors", "."], "FileError", "path"),
     (["run", "net.safetensors", "missing"], "FileError", "path"),
+    (["run", "net.safetensors", "missing.png", "absent"], "FileError", "path"),
+    (["run", "net.safetensors", "images/first.png", "--size", "0x9"], "InvalidInput", "positive"),
     (["run", "net.safetensors", "images", "--device", "abacus"], "InvalidInput", "cpu"),
     (["run", "net.safetensors", "images", "--mask", "edgs"], "UnknownName", "edges"),
     (["run", "net.safetensors", "images", "--output", "usernets.py", "--trust"], "FileError", "--output"),
@@ -656,6 +658,19 @@ def test_run_does_the_readable_images_reports_the_others_and_exits_with_1(
     assert result.code == 1
     told = run("run", file, "--trust", folder)
     assert "2 done, 1 failed" in told.out and "broken.png" in told.err and told.code == 1
+
+
+def test_run_does_the_images_that_are_there_and_reports_those_that_are_not(
+    run: Run, file: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    given = ("missing.png", folder / "first.png", "empty")
+    result = run("run", file, *given, "--json")
+    assert [Path(row["image"]).name for row in result.json["images"]] == ["first.png"]
+    assert [row["image"] for row in result.json["failed"]] == ["missing.png", "empty"]
+    assert result.code == 1 and (tmp_path / "predictions" / "first.png").is_file()
+    told = run("run", file, *given)
+    assert "1 done, 2 failed" in told.out and "missing.png" in told.err and told.code == 1
 
 
 def test_run_writes_the_class_of_every_output_pixel(

@@ -208,7 +208,7 @@ class Rewriter:
     def resize_to_dense(self, node: fx.Node, treatment: Treatment) -> fx.Node:
         """A resize that leaves the region: the dense map it yields."""
         source: Any = node.args[0] if node.args else node.kwargs["input"]
-        arguments = {name: self.argument(value) for name, value in treatment.arguments}
+        arguments = self.arguments(treatment)
         if self.guided:
             arguments["guide"] = self.fine_map()
         return self.call(
