@@ -1,0 +1,107 @@
+"""Random small networks keep the laws: what a call returns is a dense emulation's, on any level map.
+
+Each seed is a network of `random_networks`, converted with random options, run on a random level map per image. A
+refusal is `CannotConvert` with a reason of the network, never one that asks to report a mistake of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, random_levels, relative_error
+from emulation import Emulation
+from planned_emulation import PlannedEmulator, Told
+from random_networks import Case, Draw, random_case
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import cadsurgery as cs
+
+QUICK = 30
+ALL = 300
+
+
+def told(plan: cs.Plan) -> dict[str, Told]:
+    """What the emulator is told of each node: plain numbers."""
+    return {
+        d.node: Told(d.action in ("adapt", "keep"), d.stages[1], d.grid, d.leaves, bool(d.layout))
+        for d in plan.decisions
+    }
+
+
+def on_own_samples(net: cs.AdaptiveModel, output: Any) -> list[Tensor]:
+    """The tensors of an output, those that leave at the fine size at the network's own samples."""
+    steps = {name: native // stride for name, native, stride, _ in net.plan.standing()}
+    nodes = next(node for node in net._surgery.graph.nodes if node.op == "output").args[0][0]
+    del nodes, steps
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def convert(case: Case, draw: Draw) -> cs.AdaptiveModel:
+    possible = cs.plan(case.model, example_input=case.example).possible
+    options: dict[str, Any] = {
+        "output_stride": draw.choice([None, draw.choice(possible)]),
+        "fill": draw.choice(["linear", "linear", "nearest", "guided"]),
+        "patch": draw.choice(["quadtree", "quadtree", "block"]),
+    }
+    return cs.adaptify(case.model, "none", example_input=case.example, **options)
+
+
+def check(seed: int) -> None:
+    case, draw = random_case(seed), Draw(-1 - seed)
+    net = convert(case, draw)
+    plan, geometry, x = net.plan, net.geometry, case.image
+    with torch.no_grad():
+        original = case.model(x.clone())
+        net(x, mask="all")
+        size = (net.levels.shape[1], net.levels.shape[2])
+        options = {"max_level": plan.max_level, "patch": geometry.patch}
+        levels = random_levels(len(x), size, plan.stage_strides, split=draw.choice([0.3, 0.5, 0.7]), **options)
+        found = net(x, mask=levels)
+        assert torch.equal(net.levels.long(), levels)
+
+        emulation = Emulation(levels, plan.stage_strides, geometry.fill)
+        guide = plan.chosen("enter")[0].node if geometry.fill == "guided" else ""
+        emulator = PlannedEmulator(copy.deepcopy(case.model), emulation, told(plan), guide)
+        same(found, emulator.run(x.clone()))
+
+        if case.per_image:
+            for image in range(len(x)):
+                alone = net(x[image : image + 1], mask=levels[image : image + 1])
+                same(alone, of_image(found, image))
+        if plan.identity_level is not None:
+            own = net(x, mask=torch.full_like(levels, plan.identity_level))
+            at_own_level(plan, own, original)
+        same(net.optimize()(x, mask=levels), found, 1e-8)
+
+
+def same(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    """Outputs of any structure are equal up to rounding."""
+    assert isinstance(expected, type(found))  # torch.fx returns lists of its own kind
+    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    for one, other in pairs:
+        assert_same(one, other, tolerance)
+
+
+def of_image(output: Any, image: int) -> Any:
+    return torch.utils._pytree.tree_map(lambda leaf: leaf[image : image + 1], output)
+
+
+def at_own_level(plan: cs.Plan, found: Any, original: Any) -> None:
+    """Law 1: the outputs of the call are the original's; what is returned at the fine size at its own samples."""
+    assert type(found) is type(original)
+    for one, other in zip(tree_leaves(found), tree_leaves(original), strict=True):
+        if one.dim() == 4 and one.shape != other.shape:
+            step = max(1, round(one.shape[2] / other.shape[2]))
+            one = one[:, :, ::step, ::step]
+        assert relative_error(one, other) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(s, marks=[pytest.mark.slow] if s >= QUICK else []) for s in range(ALL)]
+)
+def test_a_random_network_is_its_emulation(seed: int) -> None:
+    check(seed)
