@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cadsurgery import functional
 from cadsurgery.errors import InvalidInput
 from cadsurgery.functional import Elements
+from cadsurgery.functional.resampling import read_as_resized
 from cadsurgery.layout import NCHW
 from cadsurgery.masks.provider import Grid
 from cadsurgery.model import AdaptiveModel
@@ -115,7 +116,8 @@ class _Runner:
             with contextlib.nullcontext() if low or not self.separate else _untracked(self._norms(node)):
                 found.append(self._called(node, on_path))
         if node.target in _EXITS:
-            return self._blend(node, given[node.args[0]].values, found)  # type: ignore[index]
+            arguments = fx.map_arg(node.kwargs, lambda source: on_path(source, 0))
+            return self._blend(node, given[node.args[0]].values, found, arguments)  # type: ignore[index]
         if node.target is functional.to_elements:  # a view of what all paths read; they may work in place
             found = [Elements(value.rows.clone(), value.lattice) for value in found]
         same = isinstance(found[0], _PLAIN) and all(value == found[0] for value in found)
@@ -159,17 +161,20 @@ class _Runner:
             value = getattr(value, part)
         return value
 
-    def _blend(self, node: fx.Node, values: tuple[Elements, ...], maps: list[Tensor]) -> Tensor:
+    def _blend(
+        self, node: fx.Node, values: tuple[Elements, ...], maps: list[Tensor], arguments: dict[str, Any]
+    ) -> Tensor:
         """Dense maps of the paths, added by the weights of the fine pixels their samples lie on."""
         given: tuple[Any, ...] = node.args[1:]
-        spacing, scale, layout = given[0], 1, given[1] if len(given) > 1 else NCHW
-        height, width = (-(-length // spacing) for length in values[0].lattice.size)
-        if node.target is functional.resize_to_dense:
-            scale, layout, (height, width) = given[1], NCHW, maps[0].shape[-2:]
+        spacing, layout = given[0], given[1] if len(given) > 1 else NCHW
+        resized = node.target is functional.resize_to_dense
         weights = self.weights
-        for axis, count in ((2, height), (3, width)):
-            pixels = torch.arange(count, device=weights.device) * spacing // scale
+        for axis, length in zip((2, 3), values[0].lattice.size, strict=True):
+            pixels = torch.arange(0, length, 1 if resized else spacing, device=weights.device)
             weights = weights.index_select(axis, pixels.clamp(max=weights.shape[axis] - 1))
+        if resized:
+            scaling = {name: value for name, value in arguments.items() if name != "guide"}
+            weights = read_as_resized(weights, spacing, **scaling)
         total: Tensor | None = None
         for found, weight in zip(maps, weights.unbind(1), strict=True):
             lengths = dict(zip("bhwp", (*weight.shape, weight[0].numel()), strict=True))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.functional.elements import Elements, extended, mixed
+from cadsurgery.functional.elements import Elements, extended, mixed, to_dense
 from cadsurgery.kernel_map import read_points
 from cadsurgery.lattice import Lattice
 
@@ -18,9 +21,9 @@ def resize(
     stage: int,
     spacings: tuple[int, int],
     scale: int,
-    size: tuple[int, int] | None = None,
+    size: Sequence[int] | int | None = None,
     mode: str = "nearest",
-    align_corners: bool = False,
+    align_corners: bool | None = False,
 ) -> Elements:
     """Upsampling inside the region: onto the lattice of an earlier stage.
 
@@ -41,7 +44,8 @@ def resize(
         InvalidInput: the output would be larger than the fine map.
     """
     before = tuple(-(-length // spacings[0]) for length in x.lattice.size)
-    after = tuple(size) if size is not None else tuple(count * scale for count in before)
+    wanted = (size, size) if isinstance(size, int) else size
+    after = tuple(wanted) if wanted is not None else tuple(count * scale for count in before)
     room = x.lattice.whole_size
     fine = tuple(count * spacings[1] for count in after)
     if any(length - spacings[1] >= most for length, most in zip(fine, room, strict=True)):
@@ -56,8 +60,8 @@ def resize(
     def build() -> tuple[Tensor, Tensor]:
         image, *place = target.coordinates
         side = target.side_map.flatten()[target.anchors]
-        ratios = _ratios(before, after, spacings, align_corners)
-        return _between_cells(x.lattice, image, place, side, ratios, mode, align_corners)
+        ratios = _ratios(before, after, spacings, bool(align_corners))
+        return _between_cells(x.lattice, image, place, side, ratios, mode, bool(align_corners))
 
     sources, mix = x.lattice.pyramid.derive(key, build)
     return Elements(mixed(x.rows, sources, mix), target)
@@ -66,36 +70,156 @@ def resize(
 def resize_to_dense(
     x: Elements,
     spacing: int,
-    scale: int,
-    size: tuple[int, int] | None = None,
+    *,
+    size: Sequence[int] | int | None = None,
+    scale_factor: Sequence[float] | float | None = None,
     mode: str = "nearest",
-    align_corners: bool = False,
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    guide: Tensor | None = None,
 ) -> Tensor:
-    """Upsampling that leaves the region: a dense map finer than the high output stride.
+    """A resize that leaves the region: the network's own map, read at arbitrary points of the elements.
 
-    Each of its samples is read between cells of the size of the one it lies in, as `resize` does it.
+    Output pixel p has the coordinate u(p) that torch gives it on the map the *network* resizes, which has a sample on
+    every `spacing`-th fine pixel. Its value is read at the fine position q = spacing u(p):
+
+    - `bilinear`: between the pixels around q of the fine map, as `to_dense` fills it. Linear between own samples is
+      linear inside cells, so at the network's own level this is the original, and finer cells refine it in place. With
+      the other fills the fine map steps between own samples; there the points between which is read are as far apart
+      as the cell around q is wide, at most one own sample.
+    - `nearest`: the value of the cell that holds torch's index on the fine grid, whatever the fill.
 
     Args:
         x: elements.
-        spacing: fine pixels between the samples of the network's own grid, before.
-        scale: how many times finer the output is; more than `spacing`.
-        size: samples (height, width) of the output; default `scale` times the input's.
-        mode: `nearest` or `bilinear`.
+        spacing: fine pixels between the samples of the network's own grid.
+        size: samples (height, width) of the output, as in torch.nn.functional.interpolate, like the rest.
+        scale_factor: of the output's size to that of the network's own map.
+        mode: `nearest`, `nearest-exact` or `bilinear`.
         align_corners: as in torch.
+        recompute_scale_factor: as in torch.
+        guide: (B, D, H, W) on the fine map, see `to_dense`.
+
+    Returns:
+        (B, C, height, width), exactly as large as in the network.
     """
-    before = tuple(-(-length // spacing) for length in x.lattice.size)
-    after = tuple(size) if size is not None else tuple(count * scale for count in before)
-    device, side = x.lattice.levels.device, spacing / scale
-    image = torch.arange(x.lattice.batch, device=device).view(-1, 1, 1).expand(-1, *after).flatten()
-    axes = [torch.arange(count, device=device, dtype=torch.float64) * side for count in after]
-    place = [
-        grid.repeat(x.lattice.batch)
-        for grid in (axes[0].repeat_interleave(after[1]), axes[1].repeat(after[0]))
-    ]
-    ratios = _ratios(before, after, (spacing, side), align_corners)
-    sides = torch.full_like(place[0], side)
-    sources, mix = _between_cells(x.lattice, image, place, sides, ratios, mode, align_corners)
-    return mixed(x.rows, sources, mix).view(x.lattice.batch, *after, -1).permute(0, 3, 1, 2)
+    scaling = Scaling(size, scale_factor, mode, align_corners, recompute_scale_factor)
+    lattice, bilinear = x.lattice, mode == "bilinear"
+    level = lattice.uniform_level
+    side = lattice.geometry.sides[level] if level is not None else 0
+    if side == spacing and lattice.geometry.dense_shortcut:
+        return scaling.of(to_dense(x, spacing))
+    if bilinear and spacing == 1:
+        return scaling.of(to_dense(x, 1, guide=guide))
+    places = scaling.places(lattice.size, spacing)
+    if not bilinear:
+        return _nearest(x, places)
+    every_pixel = lattice.geometry.fill == "linear"
+    if side and (every_pixel or side <= spacing):  # only anchors are read
+        return _between_samples(to_dense(x, side), [place / side for place in places])
+    dense = to_dense(x, 1, guide=guide)
+    return _between_samples(dense, places) if every_pixel else _between_sides(dense, lattice, places, spacing)
+
+
+def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
+    """Another fine map (B, C, H, W) read at the places that `resize_to_dense` reads with the same arguments."""
+    how = Scaling(**scaling)
+    places = how.places((fine.shape[2], fine.shape[3]), spacing)
+    if how.mode == "bilinear":
+        return _between_samples(fine, places)
+    y, x = (place.to(fine.device) for place in places)
+    return fine.index_select(2, y).index_select(3, x)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The arguments of torch.nn.functional.interpolate that say which sample of its input a sample is read from."""
+
+    size: Sequence[int] | int | None = None
+    scale_factor: Sequence[float] | float | None = None
+    mode: str = "nearest"
+    align_corners: bool | None = None
+    recompute_scale_factor: bool | None = None
+
+    def of(self, dense: Tensor) -> Tensor:
+        """torch's resize of a dense map."""
+        align = self.align_corners if self.mode == "bilinear" else None
+        size, factor = self.size, self.scale_factor
+        return F.interpolate(
+            *(dense, size, factor, self.mode, align),  # type: ignore[arg-type]
+            recompute_scale_factor=self.recompute_scale_factor,
+        )
+
+    def places(self, fine: tuple[int, int], spacing: int) -> list[Tensor]:
+        """Per axis the position q of each sample on a fine map of a size: float64, or int64 where one pixel is read.
+
+        torch itself says which of the map's own samples it reads: a map that holds their numbers is resized.
+        """
+        found = []
+        for axis, length in enumerate(fine):
+            count = -(-length // spacing)
+            alone = replace(
+                self, size=_along(self.size, axis, 1), scale_factor=_along(self.scale_factor, axis, 1.0)
+            )
+            dtype = torch.float64 if self.mode == "bilinear" else torch.float32  # torch's own for indices
+            own = alone.of(torch.arange(count, dtype=dtype).view(1, 1, count, 1)).flatten().double()
+            if self.mode == "bilinear":
+                found.append(own * spacing)
+                continue
+            factor = alone.scale_factor
+            ratio = count / len(own) if factor is None or self.recompute_scale_factor else 1 / factor[0]  # type: ignore[index]
+            middle = 0.5 if self.mode == "nearest-exact" else 0.0
+            exact = (torch.arange(len(own), dtype=torch.float64) + middle) * ratio
+            within = ((exact - own) * spacing + 1e-6).floor().clamp(0, spacing - 1)
+            found.append((own * spacing + within).long().clamp(max=length - 1))
+        return found
+
+
+def _along(value: Any, axis: int, other: float) -> Any:
+    """The entry of one image axis of a size or factor, and `other` for the axis that is left alone; None stays."""
+    if value is None:
+        return None
+    return (value[axis] if isinstance(value, (tuple, list)) else value, other)
+
+
+def _nearest(x: Elements, places: Sequence[Tensor]) -> Tensor:
+    """The values of the cells that hold the pixels at `places`, (B, C, height, width)."""
+    y, x_ = (place.to(x.lattice.index.device) for place in places)
+    cell = x.lattice.index.view(x.lattice.batch, *x.lattice.size).index_select(1, y).index_select(2, x_)
+    rows = x.rows.index_select(0, cell.flatten().to(x.rows.device))
+    return rows.view(*cell.shape, -1).permute(0, 3, 1, 2)
+
+
+def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """A map (B, C, h, w) read bilinearly at the product of `places` of both axes."""
+    rows = dense.permute(0, 2, 3, 1)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    for axis, place in enumerate(places, 1):
+        low = place.floor()
+        first = low.long().to(rows.device)
+        second = (first + 1).clamp(max=rows.shape[axis] - 1)
+        share = (place - low).to(wide).view(-1, *(1,) * (3 - axis))
+        wide = torch.lerp(wide.index_select(axis, first), wide.index_select(axis, second), share)
+    return wide.to(dense.dtype).permute(0, 3, 1, 2)
+
+
+def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], spacing: int) -> Tensor:
+    """A fine map (B, C, H, W) read bilinearly between points as far apart as the cells there, at most `spacing`."""
+    batch, (height, width), device = lattice.batch, lattice.size, lattice.levels.device
+    places = [place.to(device) for place in places]
+    inside = [place.long() for place in places]
+    step = lattice.side_map.index_select(1, inside[0]).index_select(2, inside[1]).clamp(max=spacing)
+    ends = []
+    for place, length, shape in zip(places, (height, width), ((1, -1, 1), (1, 1, -1)), strict=True):
+        first = place.long().view(shape) // step * step
+        second = torch.minimum(first + step, torch.tensor((length - 1) // spacing * spacing, device=device))
+        share = (place.view(shape) - first) / step
+        ends.append(((first, 1 - share), (second, share)))
+    image = torch.arange(batch, device=device).view(-1, 1, 1) * height
+    points = [(image + y) * width + x for y, _ in ends[0] for x, _ in ends[1]]
+    weights = [v * h for _, v in ends[0] for _, h in ends[1]]
+    rows = dense.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+    found = mixed(rows, torch.stack(points, 3).flatten(0, 2).int(), torch.stack(weights, 3).flatten(0, 2))
+    return found.view(*step.shape, -1).permute(0, 3, 1, 2)
 
 
 def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int) -> Elements:

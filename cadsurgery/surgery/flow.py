@@ -191,6 +191,8 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
     if treatment.axes not in ("", layout) and not (elementwise or treatment.kind == "global"):
         return f"needs a map of axes {treatment.axes}, not {layout}"
     if treatment.kind == "resize":
+        if treatment.last_only:
+            return treatment.last_only
         if flow.spacing[maps[0]] != flow.grid[maps[0]]:
             return "changes the resolution of a dilated map"
         if flow.grid[maps[0]] % treatment.scale:

@@ -11,6 +11,8 @@ from cadsurgery.kernel_map import Window
 
 # Reason of nodes that run dense because what they read has left the region.
 AFTER = "after the region"
+# How a map leaves the region that is read at arbitrary points by a resize.
+RESIZED = "resized"
 
 Action = Literal["dense", "enter", "adapt", "keep", "exit", "barrier"]
 
@@ -30,7 +32,8 @@ class Decision:
         stages: stage of its input and of its output.
         window: its window, with its spacing in fine pixels.
         grid: fine pixels between the samples of its output as the network itself has it.
-        leaves: size at which its value leaves the region: `fine`, `native` or "".
+        leaves: size at which its value leaves the region: `fine`, `native`, `resized` for a resize that reads elements,
+            or "".
         macs: multiply-accumulates on the example, in the network as it is.
         shape: of its output on the example, in the network as it is.
         cost: MACs of a node that ends the region and of all that runs dense because of it.

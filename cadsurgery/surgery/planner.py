@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import fx
 
 from cadsurgery.errors import CannotConvert, InvalidInput, UnknownName
+from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Region, Role, dilated_by_design, flow_forward, region_of
-from cadsurgery.surgery.plan import AFTER, Action, Decision, Plan
+from cadsurgery.surgery.plan import AFTER, RESIZED, Action, Decision, Plan
 from cadsurgery.surgery.treatment import Treatment, operation_name
 
 RegionOption = str | Sequence[str]
@@ -32,8 +32,6 @@ _OUTSIDE = "outside the region"
 
 # A further, coarser output map that costs less than this share of a network is no reason for a stage of its own.
 MERE_TAIL = 0.05
-
-_RESIZES = (F.interpolate, F.upsample)
 
 
 def make_plan(
@@ -68,7 +66,8 @@ def make_plan(
     chosen = regions[high]
     names = region if isinstance(region, str) else tuple(region)
     decisions = _decide(facts, flow, chosen, fine_outputs=not part)
-    readers, fine = _readers(facts, flow, chosen), any(decision.leaves == "fine" for decision in decisions)
+    readers = _readers(facts, flow, chosen)
+    fine = any(decision.leaves in ("fine", RESIZED) for decision in decisions)
     if not fine and not any(_works(node, flow) for node in readers):
         raise _nothing_to_convert(facts, flow)
     identity = _identity_level(flow, chosen, chosen.strides.index(low))
@@ -130,7 +129,8 @@ def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str], named: bool) 
         highs = {flow.grid[node] for node in flow.grid}
         found = [dilated_by_design(flow, region_of(flow, facts, high)) for high in highs]
         new = frozenset().union(*found) - by_design
-        new_dense = _lone_pads(facts, flow) | ({} if named else _mere_tails(facts, flow))
+        new_dense = _lone_pads(facts, flow) | _last_resizes(facts, flow)
+        new_dense |= {} if named else _mere_tails(facts, flow)
         if not new and not new_dense.keys() - dense.keys():
             return flow
         by_design |= new
@@ -145,6 +145,20 @@ def _lone_pads(facts: Facts, flow: Flow) -> dict[fx.Node, str]:
         for user in pad.users
         if not _pads_for(user, flow)
     }
+
+
+def _last_resizes(facts: Facts, flow: Flow) -> dict[fx.Node, str]:
+    """Resizes that nothing but pointwise operations follow: they read the region at arbitrary points, and what comes
+    out is as large as in the network."""
+    return {
+        node: "the last resize reads the map on the grid the network resizes"
+        for node, treatment in flow.treatments.items()
+        if _is_resize(treatment) and _is_last(node, flow) and flow.maps(node)
+    }
+
+
+def _is_resize(treatment: Treatment) -> bool:
+    return treatment.kind == "resize" and treatment.call == "resize"
 
 
 def _mere_tails(facts: Facts, flow: Flow) -> dict[fx.Node, str]:
@@ -348,7 +362,8 @@ def _source_line(node: fx.Node) -> str:
 
 def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
     treatments = flow.treatments
-    sizes = _leaving_sizes(flow, region, fine_outputs)
+    resized = _resized(facts, flow, region)
+    sizes = _leaving_sizes(facts.layouts, flow, region, resized, fine_outputs)
     staged = {node for node in region.needed if region.stage(node) > 0}
     staged |= {pad for pad in facts.pads if any(user in staged for user in pad.users)}
     read = {node: [source for source in flow.maps(node) if source in staged] for node in facts.graph.nodes}
@@ -363,8 +378,10 @@ def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> lis
         if node in on_elements:
             before, behind = _stages(node, flow, region)
             return "adapt" if treatments[node].window and behind > before else "keep", treatments[node].why
+        if node in resized:
+            return "exit", f"{flow.barriers[node]}; it is {read[node][0].name}"
         if node in ends:
-            natural = node.op == "output" or treatments[node].kind == "resize" or node.target in _RESIZES
+            natural = node.op == "output" or treatments[node].kind == "resize"
             usual = "the network's output" if node.op == "output" else "combines it with what left the region"
             reason = flow.barriers.get(node, usual)
             leaving = ", ".join(source.name for source in read[node])
@@ -392,7 +409,7 @@ def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> lis
                 stages=_stages(node, flow, region) if node in on_elements else (0, 0),
                 window=window,
                 grid=max(1, flow.grid.get(node, 1) // region.strides[0]),
-                leaves=sizes.get(read[node][0] if node in ends else node, ""),
+                leaves=RESIZED if node in resized else sizes.get(read[node][0] if node in ends else node, ""),
                 layout=facts.layout(node),
                 source=_source_line(node) if node in ends else "",
                 macs=facts.macs[node],
@@ -405,7 +422,7 @@ def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> lis
 
 def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Region) -> bool:
     """Whether a node reads elements and yields what needs none: one vector per image, or a map as fine as the
-    fine map or finer. Only a last resize is left dense: it takes what leaves the region at any size."""
+    fine map or finer."""
     if not sources or node in flow.barriers:
         return False
     treatment, high = flow.treatments[node], region.strides[0]
@@ -413,13 +430,27 @@ def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Regio
         return treatment.kind == "global"
     if flow.grid[node] == high:
         return True
-    return treatment.call == "resize" and flow.grid[node] < high and not _is_last(node, flow)
+    return treatment.call == "resize" and flow.grid[node] < high
 
 
 def _is_last(node: fx.Node, flow: Flow) -> bool:
-    """Whether nothing that reads neighbours or mixes channels comes after a node."""
-    kinds = {flow.treatments[user].kind for user in _and_after(node) - {node}}
-    return not kinds & {"window", "barrier", "global", "resize"}
+    """Whether nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
+    is there at its own size anyway."""
+    after = _and_after(node)
+    if {flow.treatments[user].kind for user in after - {node}} & {"window", "barrier", "global", "resize"}:
+        return False
+    joined = {source for user in after for source in flow.maps(user)} - after - set(flow.maps(node))
+    return all(flow.grid[source] == 1 or _is_made_of_resizes(source, flow) for source in joined)
+
+
+def _is_made_of_resizes(node: fx.Node, flow: Flow) -> bool:
+    """Whether a map is computed from resized maps, element by element."""
+    kind, sources = flow.treatments[node].kind, flow.maps(node)
+    if kind == "resize":
+        return True
+    return (
+        kind in ("pointwise", "join") and bool(sources) and all(_is_made_of_resizes(s, flow) for s in sources)
+    )
 
 
 def _only_asks(node: fx.Node, flow: Flow) -> bool:
@@ -443,15 +474,33 @@ def _and_after(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _leaving_sizes(flow: Flow, region: Region, fine_outputs: bool) -> dict[fx.Node, str]:
-    """For each map that leaves the region: `fine` if everything after accepts another size, else `native`."""
+def _resized(facts: Facts, flow: Flow, region: Region) -> frozenset[fx.Node]:
+    """Last resizes that read elements. One that reads a map whose own grid is the fine map bilinearly needs none of
+    them: it resizes that map as the network does."""
+    high = region.strides[0]
+    return frozenset(
+        node
+        for node, treatment in flow.treatments.items()
+        if _is_resize(treatment)
+        and _is_last(node, flow)
+        and all(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
+        and facts.layout(flow.maps(node)[0]) == NCHW
+        and (flow.grid[flow.maps(node)[0]] > high or dict(treatment.arguments)["mode"] != "bilinear")
+    )
+
+
+def _leaving_sizes(
+    layouts: dict[fx.Node, str], flow: Flow, region: Region, resized: frozenset[fx.Node], fine_outputs: bool
+) -> dict[fx.Node, str]:
+    """For each map that leaves the region: `fine` if everything after accepts another size, else `native`. Resizes
+    that read elements do not need it to leave."""
     sizes = {}
     for node in region.needed:
-        readers = _dense_readers(node, flow, region)
+        readers = [user for user in _dense_readers(node, flow, region) if user not in resized]
         if region.stage(node) > 0 and readers:
-            fine = flow.grid[node] == region.strides[0] or all(
-                _accepts_any_size(user, flow, fine_outputs) for user in readers
-            )
+            # Flattened positions say nothing of height and width: whoever takes them counts on the network's own.
+            returned = fine_outputs and "h" in layouts[node] and all(user.op == "output" for user in readers)
+            fine = flow.grid[node] == region.strides[0] or returned
             sizes[node] = "fine" if fine else "native"
     return sizes
 
@@ -465,14 +514,6 @@ def _dense_readers(node: fx.Node, flow: Flow, region: Region) -> list[fx.Node]:
         and not _reads_last(user, [node], flow, region)
         and not _only_asks(user, flow)
     ]
-
-
-def _accepts_any_size(user: fx.Node, flow: Flow, fine_outputs: bool) -> bool:
-    if user.op == "output":
-        return fine_outputs
-    if user.target in _RESIZES and _is_last(user, flow):
-        return user.kwargs.get("size") is not None and user.kwargs.get("scale_factor") is None
-    return False
 
 
 def _describe(node: fx.Node, facts: Facts, treatment: Treatment) -> str:

@@ -13,7 +13,7 @@ from torch.fx.node import map_aggregate
 from cadsurgery import functional
 from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.plan import Decision, Plan
+from cadsurgery.surgery.plan import RESIZED, Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
@@ -63,6 +63,8 @@ class Rewriter:
                 break
             if decision.action in ("adapt", "keep"):
                 self.emit(node, decision, treatment)
+            elif decision.leaves == RESIZED:
+                self.dense[node] = self.resize_to_dense(node, treatment)
             else:
                 self.copy(node, treatment)
             made = self.elements.get(node) or self.dense[node]
@@ -166,11 +168,12 @@ class Rewriter:
             x = self.as_elements(source)
             grid, scale = self.plan[source.name].grid, treatment.scale
             if grid % scale:  # finer than the high output stride
-                self.dense[node] = self.call(functional.resize_to_dense, x, grid, scale, **arguments)
+                self.dense[node] = self.resize_to_dense(node, treatment)
                 return
-            out = self.call(
-                function, x, stage=stage, spacings=(grid, grid // scale), scale=scale, **arguments
-            )
+            inside = {
+                name: arguments[name] for name in ("mode", "align_corners", "size") if name in arguments
+            }
+            out = self.call(function, x, stage=stage, spacings=(grid, grid // scale), scale=scale, **inside)
         else:
             x = self.on_stage(source, stage)
             out = self.working[node] = self.call(function, x, **arguments)
@@ -178,6 +181,16 @@ class Rewriter:
                 rows = self.graph.call_module(path, (self.call(getattr, out, "rows"),))
                 out = self.call(functional.Elements, rows, self.call(getattr, out, "lattice"))
         self.elements[node] = out
+
+    def resize_to_dense(self, node: fx.Node, treatment: Treatment) -> fx.Node:
+        """A resize that leaves the region: the dense map it yields."""
+        source: Any = node.args[0] if node.args else node.kwargs["input"]
+        arguments = {name: self.argument(value) for name, value in treatment.arguments}
+        if self.guided:
+            arguments["guide"] = self.fine_map()
+        return self.call(
+            functional.resize_to_dense, self.as_elements(source), self.plan[source.name].grid, **arguments
+        )
 
     def emit_global(self, node: fx.Node, source: fx.Node, treatment: Treatment) -> fx.Node:
         """One vector per image of a map, or of two."""

@@ -504,21 +504,21 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     source: Any = node.args[0] if node.args else node.kwargs["input"]
     if not facts.layout(source):
         return _broadcast(node, facts, source)
-    given = _arguments(
-        node, "x", size=None, scale_factor=None, mode="nearest", align_corners=None, antialias=False
-    )
+    usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
+    usual |= {"recompute_scale_factor": None, "antialias": False}
+    given = _arguments(node, "x", **usual)
     if node.op == "call_module":
-        module: Any = facts.module(node)
-        given |= {"size": module.size, "mode": module.mode, "align_corners": module.align_corners}
-    scale = _scale(facts.shapes[source][2:], facts.shapes[node][2:])
-    if not scale:
-        return barrier("it resizes the map by no whole factor")
-    if given["mode"] not in ("nearest", "bilinear") or given["antialias"]:
+        given |= {name: getattr(facts.module(node), name) for name in usual if name != "antialias"}
+    if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
         return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
-    arguments = {"mode": given["mode"], "align_corners": bool(given["align_corners"])}
-    if given["size"] is not None:
-        arguments["size"] = given["size"] if not isinstance(given["size"], int) else (given["size"],) * 2
-    return Treatment("resize", _why(resizing), "resize", tuple(arguments.items()), scale=scale)
+    arguments = tuple(
+        (name, given[name]) for name in usual if name != "antialias" and given[name] is not None
+    )
+    scale = _scale(facts.shapes[source][2:], facts.shapes[node][2:])
+    last_only = "" if scale else "it resizes the map by no whole factor"
+    if given["mode"] == "nearest-exact":
+        last_only = "its mode 'nearest-exact' reads another cell than the one a sample lies in"
+    return Treatment("resize", _why(resizing), "resize", arguments, scale=scale or 1, last_only=last_only)
 
 
 @rule(nn.PixelShuffle, F.pixel_shuffle)

@@ -61,6 +61,7 @@ class Treatment:
         rows: the call to make on rows, where it is not the operation's own.
         layout: axes of the result, where they are not those of the map it reads.
         scale: how many times finer the result of a resize is.
+        last_only: why a resize can only be carried out where it leaves the region for good, or "".
         axes: the layout `call` needs of the map; "" for any.
         spaced: whether `call` takes the spacing of the network's own grid.
         reads: the map that `call` reads, where it is not the first argument.
@@ -75,6 +76,7 @@ class Treatment:
     rows: Call | None = None
     layout: str = ""
     scale: int = 1
+    last_only: str = ""
     axes: str = NCHW
     spaced: bool = False
     reads: fx.Node | None = None

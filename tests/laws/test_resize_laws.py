@@ -56,10 +56,10 @@ def test_beyond_the_high_output_stride_it_is_interpolate(scale: int, mode: str, 
     coarse = torch.randn(2, 3, 6, 9, dtype=double)
     x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
     size = (6 * scale, 9 * scale)
-    if scale > 2:
-        found = functional.resize_to_dense(x, 2, scale, None, mode, align_corners)
-        assert_same(found, interpolate(coarse, size, mode, align_corners), EXACT)
-    sized = functional.resize_to_dense(x, 2, 4, (23, 35), mode, align_corners)
+    how: dict[str, Any] = {"mode": mode, "align_corners": align_corners}
+    found = functional.resize_to_dense(x, 2, scale_factor=scale, **how)
+    assert_same(found, interpolate(coarse, size, mode, align_corners), EXACT)
+    sized = functional.resize_to_dense(x, 2, size=(23, 35), **how)
     assert_same(sized, interpolate(coarse, (23, 35), mode, align_corners), EXACT)
 
 
