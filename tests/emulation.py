@@ -382,7 +382,7 @@ class Emulation:
         places = (y.clamp(max=x.size[0] - 1), c.clamp(max=x.size[1] - 1))
         cell = pick(source[:, None], *places)[:, 0]
         ends = []
-        for axis, at in enumerate((y, c)):
+        for axis, at in enumerate((y.double(), c.double())):
             own, most = -(-x.size[axis] // before), x.size[axis] - 1
             wanted = samples[axis]
             if align_corners:
@@ -394,13 +394,65 @@ class Emulation:
                 place = at * ratio
             else:
                 place = (at + target / 2) * ratio - cell / 2
-            place = torch.where(cell == target, at.double(), place.double()).clamp(min=0)
+            place = torch.where(cell == target, at, place).clamp(min=0)
             low = (place / cell + 1e-9).floor()
             share = torch.where(cell == target, 0.0, (place / cell - low).clamp(min=0)).to(x.data.dtype)
             first = (low * cell).long().clamp(max=most)
             ends.append(((first, 1 - share), ((first + cell).clamp(max=most), share)))
         data = sum((v * h)[:, None] * pick(x.data, at, c) for at, v in ends[0] for c, h in ends[1])
         return Feature(fill_cells(data, target), stage, after)
+
+    def resize_to_dense(
+        self,
+        x: Feature,
+        *,
+        spacing: int,
+        samples: tuple[int, int],
+        scales: tuple[float, float] | None,
+        mode: str,
+        align_corners: bool,
+        guide: Tensor | None,
+    ) -> Tensor:
+        """A resize of the network's own map, which has a sample on every `spacing`-th pixel, read from the cells.
+
+        Output sample p is at u(p) own samples from the first, as torch has it, so at the pixel q = spacing u(p). Bilinear
+        reads the map between pixels s apart: 1 if the fill is linear, else the side of the cell at q, at most `spacing`.
+        Nearest takes the cell that holds torch's index on the fine grid.
+
+        Args:
+            x: the map.
+            spacing: between own samples.
+            samples: of the output.
+            scales: own samples per sample of the output, if they are given and not that of the sizes.
+            mode: `nearest` or `bilinear`.
+            align_corners: as in torch.
+            guide: of a guided fill.
+        """
+        places = []
+        for axis, (length, wanted) in enumerate(zip(x.size, samples, strict=True)):
+            own, p = -(-length // spacing), torch.arange(wanted, dtype=torch.float64)
+            scale = own / wanted if scales is None else scales[axis]
+            if mode == "nearest":
+                index = (p * scale + 1e-9).floor().clamp(max=own - 1)
+                within = (spacing * (p * scale - index) + 1e-6).floor().clamp(0, spacing - 1)
+                places.append((spacing * index + within).long().clamp(max=length - 1))
+                continue
+            at = p * ((own - 1) / max(wanted - 1, 1)) if align_corners else (p + 0.5) * scale - 0.5
+            places.append(spacing * at.clamp(0, own - 1))
+        shape = (len(x.data), *samples)
+        y, c = places[0][None, :, None].expand(shape), places[1][None, None, :].expand(shape)
+        if mode == "nearest":
+            return pick(x.data, y, c)
+        side = self.side(self.stage_of(x), x.size)
+        apart = pick(side[:, None], y.long(), c.long())[:, 0].clamp(max=spacing)
+        apart = torch.ones_like(apart) if self.fill == "linear" else apart
+        fine, ends = self.read(x, guide), []
+        for at, length in ((y, x.size[0]), (c, x.size[1])):
+            last = (-(-length // spacing) - 1) * spacing
+            first = (at / apart).floor() * apart
+            share = ((at - first) / apart).to(fine.dtype)
+            ends.append(((first.long(), 1 - share), ((first + apart).clamp(max=last).long(), share)))
+        return sum((v * h)[:, None] * pick(fine, at, a) for at, v in ends[0] for a, h in ends[1])
 
     def join(self, function: Callable[..., Tensor], *values: Feature) -> Feature:
         """A pointwise function of features, on the last stage and smallest size among them."""

@@ -26,7 +26,7 @@ class Told(NamedTuple):
         inside: whether it is computed on cells.
         stage: adaptive stages passed by its value.
         grid: fine pixels between the samples of its value in the network as written.
-        leaves: size at which its value leaves the region, `fine`, `native` or "".
+        leaves: size at which its value leaves the region, `fine`, `native` or ""; `resized` for a resize that does so.
         is_map: whether its value is a map.
     """
 
@@ -119,7 +119,8 @@ class PlannedEmulator(fx.Interpreter):
             if self.here.inside:
                 enters = isinstance(value, Tensor) and told.is_map
                 return self.enter(value) if enters else value
-            return value if n.target in (getattr, "size", "dim") else self.leave(value, told)
+            kept = n.target in (getattr, "size", "dim") or self.here.leaves == "resized"
+            return value if kept else self.leave(value, told)
 
         return fx.map_arg(n.args, fetched), fx.map_arg(n.kwargs, fetched)
 
@@ -164,7 +165,8 @@ class PlannedEmulator(fx.Interpreter):
             value = float(getattr(module, "value", 0.0))
             return replace(x, pad=((top, bottom, left, right), PADS.get(type(module), "zeros"), value))
         if isinstance(module, nn.Upsample):
-            return self.resize(x, module.size, module.scale_factor, module.mode, module.align_corners)
+            given = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+            return self.resize(x, **{name: getattr(module, name) for name in given})
         if isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
             how = "mean" if isinstance(module, nn.AdaptiveAvgPool2d) else "amax"
             return self.over_image(x, how, (2, 3), True)
@@ -269,22 +271,24 @@ class PlannedEmulator(fx.Interpreter):
         return Cells(out.data, out.stage, out.stride)
 
     def resize(
-        self, x: Cells, size: Any, scale_factor: Any, mode: str, align_corners: Any, **_: Any
-    ) -> Cells:
-        native = x.native[2:]
+        self, x: Cells, size: Any, scale_factor: Any, mode: str, align_corners: Any, **more: Any
+    ) -> Cells | Tensor:
+        native, factors = x.native[2:], _two(scale_factor)
+        samples, scales = _two(size), None
         if size is None:
-            samples = [math.floor(n * float(s)) for n, s in zip(native, _two(scale_factor), strict=True)]
-        else:
-            samples = list(_two(size))
+            samples = tuple(math.floor(n * float(s)) for n, s in zip(native, factors, strict=True))
+            if not more.get("recompute_scale_factor"):
+                scales = (1 / factors[0], 1 / factors[1])
+        plain, common = Feature(x.data, x.stage, x.stride), {"samples": samples, "mode": mode}
+        common["align_corners"] = bool(align_corners)
         assert self.fine is not None
+        if self.here.leaves == "resized" or round(samples[0] / native[0]) > x.stride:
+            return self.emulation.resize_to_dense(
+                plain, spacing=x.stride, scales=scales, guide=self.guide, **common
+            )
+        spacings = (x.stride, self.here.grid)
         out = self.emulation.resize(
-            Feature(x.data, x.stage, x.stride),
-            stage=self.here.stage,
-            spacings=(x.stride, self.here.grid),
-            samples=(samples[0], samples[1]),
-            mode=mode,
-            align_corners=bool(align_corners),
-            whole=self.fine,
+            plain, stage=self.here.stage, spacings=spacings, whole=self.fine, **common
         )
         return Cells(out.data, out.stage, out.stride)
 

@@ -27,7 +27,7 @@ _MIXERS = frozenset(
     )
 )
 
-_JOINING = ("group_norm", "group_deviation", "softmax_over_image", "normalize_over_image")
+_JOINING = ("group_norm", "group_deviation", "norm_of_batch", "softmax_over_image", "normalize_over_image")
 _OUTSIDE = "outside the region"
 
 # A further, coarser output map that costs less than this share of a network is no reason for a stage of its own.
