@@ -70,12 +70,19 @@ class Cells(Feature):
         return done.permute([self.order.index(dim) for dim in range(len(self.order))])
 
 
+@dataclass(frozen=True)
+class Flat:
+    """A map (B, C, H, W) as (B, C, positions)."""
+
+    map: Cells
+
+
 # Functions and methods of each value alone, or of channels along an axis the data has as well.
 ALONE = {
     *("relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "elu", "hardswish", "hardsigmoid", "sigmoid"),
     *("tanh", "softplus", "mish", "clamp", "clamp_", "exp", "neg", "abs", "square", "sqrt", "pow", "dropout"),
     *("softmax", "log_softmax", "chunk", "split", "contiguous", "clone", "glu", "layer_norm", "linear"),
-    *("sigmoid_", "batch_norm", "mul_", "add_", "narrow", "clip", "hardtanh"),
+    *("sigmoid_", "batch_norm", "mul_", "add_", "narrow", "clip", "hardtanh", "normalize"),
 }
 JOINS = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "maximum", "minimum", "add_", "mul_", "sub_"}
 JOINS |= {"addcmul", "where", "div", "lerp"}
@@ -171,10 +178,8 @@ class PlannedEmulator(fx.Interpreter):
             how = "mean" if isinstance(module, nn.AdaptiveAvgPool2d) else "amax"
             return self.over_image(x, how, (2, 3), True)
         if isinstance(module, nn.GroupNorm | nn.InstanceNorm2d):
-            x = self.coarse(x, self.here.stage)
             groups = getattr(module, "num_groups", x.data.shape[1])
-            normed = self.emulation.group_norm(x, groups, module.weight, module.bias, module.eps)
-            return replace(x, data=normed.data)
+            return self.by_groups(x, groups, module.weight, module.bias, module.eps)
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is None:
             x = self.coarse(x, self.here.stage)
             ones = torch.ones(x.data.shape[1], dtype=x.data.dtype)
@@ -194,6 +199,9 @@ class PlannedEmulator(fx.Interpreter):
 
     def named(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A function or method of that name; without cells among its arguments it is torch's own."""
+        if isinstance(args[0], Flat):
+            assert name in GLOBAL and args[1] in (2, -1)
+            return self.over_image(args[0].map, name, (2, 3), bool(kwargs.get("keepdim")))
         found = [value for value in _leaves((args, kwargs)) if isinstance(value, Cells)]
         if not found:
             return function(*args, **kwargs)
@@ -223,6 +231,14 @@ class PlannedEmulator(fx.Interpreter):
             return replace(x, pad=given)
         if name in ("view", "reshape"):
             return self.viewed(x, args[1:])
+        if name == "flatten":
+            assert args[1:] == (2,) and x.layout == NCHW
+            return Flat(x)
+        if name == "group_norm":
+            given = {"weight": None, "bias": None, "eps": 1e-5, **kwargs}
+            return self.by_groups(x, args[1] if len(args) > 1 else given.pop("num_groups"), **given)
+        if name == "instance_norm":
+            return self.by_groups(x, x.data.shape[1], None, None, 1e-5)
         if name in ("permute", "transpose"):
             dims = list(range(x.data.dim()))
             if name == "permute":
@@ -246,6 +262,10 @@ class PlannedEmulator(fx.Interpreter):
         if name == "dim":
             return len(x.layout)
         return torch.Size(x.native)[args[0]] if args else torch.Size(x.native)
+
+    def by_groups(self, x: Cells, groups: int, weight: Any, bias: Any, eps: float) -> Cells:
+        x = self.coarse(x, self.here.stage)
+        return replace(x, data=self.emulation.group_norm(x, groups, weight, bias, eps).data)
 
     def window(self, x: Cells, kind: str, **given: Any) -> Cells:
         """A window, with the padding of the map it reads."""

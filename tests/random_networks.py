@@ -33,14 +33,12 @@ class Case:
         image: (B, 3, H, W), B > 1.
         example: what it is converted with; None for the package's own.
         per_image: whether the images of a batch do not depend on each other.
-        ends_in_resize: whether something after the last convolution makes the map finer.
     """
 
     model: nn.Module
     image: Tensor
     example: Tensor | None
     per_image: bool
-    ends_in_resize: bool
 
 
 # -- norms and activations -----------------------------------------------------------------------------------
@@ -259,7 +257,7 @@ class Bottleneck(nn.Module):
 class SqueezeExcite(nn.Module):
     def __init__(self, style: Style, channels: int) -> None:
         super().__init__()
-        self.how = style.draw.choice(["pool", "mean", "function", "linear"])
+        self.how = style.draw.choice(["pool", "mean", "function", "linear", "flat", "largest", "spread"])
         layer = nn.Linear if self.how == "linear" else lambda a, b: nn.Conv2d(a, b, 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc1, self.fc2 = layer(channels, channels // 2), layer(channels // 2, channels)
@@ -274,6 +272,12 @@ class SqueezeExcite(nn.Module):
             y = self.pool(x)
         elif self.how == "mean":
             y = x.mean((2, 3), keepdim=True)
+        elif self.how == "flat":
+            y = x.flatten(2).mean(-1)[:, :, None, None]
+        elif self.how == "largest":
+            y = torch.amax(x, dim=(-2, -1), keepdim=True)
+        elif self.how == "spread":
+            y = x.mean([-2, -1], keepdim=True) + x.std(dim=(2, 3), keepdim=True)
         else:
             y = F.adaptive_avg_pool2d(x, 1)
         return x * self.gate(self.fc2(F.relu(self.fc1(y), inplace=True)))
@@ -474,8 +478,149 @@ class Steps(nn.Module):
         return torch.tanh(x) * 2.0 - 0.5
 
 
+class PooledPyramid(nn.Module):
+    """As YOLO's SPPF: a large pool three times in a row."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        size = style.draw.choice([3, 5])
+        self.pool = nn.MaxPool2d(size, stride=1, padding=size // 2)
+        self.fuse = unit(style, 4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y1 = self.pool(x)
+        y2 = self.pool(y1)
+        return self.fuse(torch.cat((x, y1, y2, self.pool(y2)), 1))
+
+
+class Gated(nn.Module):
+    """Gated linear units, and the same convolution called twice."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = keeping(style, channels, 2 * channels, dilation)
+        self.again = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
+        self.how = style.draw.choice(["glu", "split", "slices"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.how == "glu":
+            y = F.glu(y, dim=1)
+        elif self.how == "split":
+            one, other = torch.split(y, [y.size(1) // 2, y.size(1) - y.size(1) // 2], dim=1)
+            y = one * other.sigmoid()
+        else:
+            y = y[:, ::2] * torch.sigmoid(y[:, 1::2])
+        return x + 0.5 * self.again(F.relu(self.again(y)))
+
+
+class Arithmetic(nn.Module):
+    """Formulas on maps."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = keeping(style, channels, channels, dilation)
+        self.alpha = nn.Parameter(torch.rand(channels))
+        self.register_buffer("shift", torch.rand(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x) * self.alpha.view(1, -1, 1, 1) + self.shift
+        gate = torch.sigmoid(-y)
+        y = (1 - gate) * x + gate * (y**2) / 4
+        return torch.addcmul(x, y, gate, value=0.5).clamp(min=-2.0)
+
+
+class PreactivatedInPlace(nn.Module):
+    """As the first pre-activated ResNets: the activation changes the shortcut, too."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.conv1 = keeping(style, channels, channels, dilation)
+        self.norm = style.norm_of(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(x)
+        out = self.norm(self.conv1(out))
+        out = self.conv2(self.relu(out))
+        return out + x
+
+
+class PartsInPlace(nn.Module):
+    """Halves of the channels, one of them changed in place."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = keeping(style, channels // 2, channels // 2, dilation)
+        self.act = nn.ReLU(inplace=True)
+        self.whole = style.draw.chance(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x.chunk(2, 1)
+        one = self.act(one)
+        y = torch.cat((self.conv(one), other), 1)
+        return x + y if self.whole else y
+
+
+class Standardised(nn.Module):
+    """A convolution whose weight is computed in the forward, and functional norms."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels // 2, 3, 3))
+        self.bias = nn.Parameter(torch.rand(channels))
+        self.dilation, self.how = dilation, style.draw.choice(["group", "instance", "batch", "normalize"])
+        self.register_buffer("mean", 0.1 * torch.randn(channels))
+        self.register_buffer("var", torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        w = w / (w.std(dim=(1, 2, 3), keepdim=True) * 8)
+        y = F.conv2d(x, w, self.bias, 1, self.dilation, self.dilation, groups=2)
+        if self.how == "group":
+            y = F.group_norm(y, 2)
+        elif self.how == "instance":
+            y = F.instance_norm(y)
+        elif self.how == "batch":
+            y = F.batch_norm(y, self.mean, self.var, training=False)
+        else:
+            y = F.normalize(y, dim=1)
+        return x + F.silu(y, inplace=True)
+
+
+class Strange(nn.Module):
+    """What no lattice passes: the region ends here."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.how = style.draw.choice(["where", "roll", "lrn", "flip", "lp", "bins", "positions"])
+        self.lrn = nn.LocalResponseNorm(2)
+        self.lp = nn.LPPool2d(2, 3, 1)
+        self.bins = nn.AdaptiveAvgPool2d(2)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "where":
+            x = torch.where(x > 0, x, 0.1 * x)
+        elif self.how == "roll":
+            x = torch.roll(x, 1, dims=3)
+        elif self.how == "lrn":
+            x = self.lrn(x)
+        elif self.how == "flip":
+            x = x + x.flip(-1)
+        elif self.how == "lp":
+            x = F.pad(self.lp(x.abs()), (1, 1, 1, 1))
+        elif self.how == "bins":
+            x = x + F.interpolate(self.bins(x), size=x.shape[2:], mode="bilinear", align_corners=True)
+        else:
+            x = x + torch.linspace(0, 1, x.shape[3], dtype=x.dtype)
+        return self.conv(x)
+
+
 BLOCKS: list[Any] = [Residual, Preactivated, Bottleneck, Inverted, ChannelsLast, Shuffle, Inception, DenseBlock]
-BLOCKS += [Hierarchical, SpatialGate, PoolMixer, Partial, Pyramid, Steps]
+BLOCKS += [Hierarchical, SpatialGate, PoolMixer, Partial, Pyramid, Steps, PooledPyramid, Gated, Arithmetic]
+BLOCKS += [PreactivatedInPlace, PartsInPlace, Standardised, Residual, Inverted]
 
 
 class Halved(nn.Module):
@@ -584,11 +729,103 @@ class Doubled(nn.Module):
         return self.head(self.block(torch.cat((self.up(maps[-1]), maps[-2]), 1)))
 
 
-HEADS: list[Any] = [Plain, Plain, Several, Several, Classify, TopDown, TopDown]
+class Resized(nn.Module):
+    """A map at the size of the image, or some factor larger."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__()
+        draw = style.draw
+        self.head = nn.Sequential(*unit(style, widths[-1], 8), nn.Conv2d(8, 4, 1))
+        self.mode = draw.choice(["nearest", "bilinear", "bilinear", "corners"])
+        self.by = draw.choice(["size", "size", "factor", "half", "module"])
+        self.after = draw.choice(["none", "sigmoid", "softmax"])
+        mode = "nearest" if self.mode == "nearest" else "bilinear"
+        align = {} if mode == "nearest" else {"align_corners": self.mode == "corners"}
+        self.how: dict[str, Any] = {"mode": mode, **align}
+        self.up = nn.Upsample(scale_factor=draw.choice([2, 4, 8]), **self.how)
+
+    def resized(self, y: Tensor, image: Tensor) -> Tensor:
+        if self.by == "size":
+            return F.interpolate(y, size=image.shape[-2:], **self.how)
+        if self.by == "half":
+            return F.interpolate(y, (image.shape[2] // 2, image.shape[3] // 2), **self.how)
+        if self.by == "factor":
+            return F.interpolate(y, scale_factor=4.0, **self.how)
+        return self.up(y)
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Any:
+        y = self.resized(self.head(maps[-1]), image)
+        return {"none": lambda y: y, "sigmoid": torch.sigmoid, "softmax": lambda y: F.softmax(y, 1)}[self.after](y)
+
+
+class TwoResized(Resized):
+    """With an auxiliary output, as torchvision's segmentation networks."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__(style, widths)
+        self.aux = nn.Conv2d(widths[-2], 4, 1)
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Any:
+        result = {"out": self.resized(self.head(maps[-1]), image)}
+        result["aux"] = self.resized(self.aux(maps[-2]), image)
+        return result
+
+
+class Skips(nn.Module):
+    """As FCN: scores of several stages, each resized onto the next finer one and added; the sum at the image's size."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__()
+        self.scores = nn.ModuleList([nn.Conv2d(width, 4, 1) for width in widths[1:]])
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Tensor:
+        scores = [score(x) for score, x in zip(self.scores, maps[1:], strict=True)]
+        y = scores.pop()
+        while scores:
+            side = scores.pop()
+            y = F.interpolate(y, side.shape[-2:], mode="bilinear", align_corners=False)
+            y = y.add_(side)
+        return F.interpolate(y, size=image.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class AllStages(nn.Module):
+    """As SegFormer's head: every stage at the size of the first, mixed, at the size of the image."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList([nn.Conv2d(width, 4, 1) for width in widths])
+        self.fuse = nn.Sequential(nn.Conv2d(4 * len(widths), 8, style.draw.choice([1, 3]), padding="same"), nn.ReLU())
+        self.last, self.to_image = nn.Conv2d(8, 3, 1), style.draw.chance(0.7)
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Tensor:
+        size = maps[0].shape[2:]
+        parts = [
+            F.interpolate(lateral(x), size=size, mode="bilinear", align_corners=False)
+            for lateral, x in zip(self.lateral, maps, strict=True)
+        ]
+        y = self.last(self.fuse(torch.cat(parts, dim=1)))
+        return F.interpolate(y, image.shape[2:], mode="bilinear") if self.to_image else y
+
+
+class Transposed(nn.Module):
+    """A decoder of transposed convolutions."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__()
+        self.conv = unit(style, widths[-1], 8)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.last = nn.ConvTranspose2d(8, 3, 4, 2, 1)
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Tensor:
+        return self.last(F.relu(self.up(self.conv(maps[-1]))))
+
+
+ENDINGS: list[Any] = [Resized, Resized, TwoResized, Skips, AllStages]
+HEADS: list[Any] = [Plain, Plain, Several, Several, Classify, TopDown, TopDown, Transposed, *ENDINGS]
 
 
 class Network(nn.Module):
-    def __init__(self, draw: Draw, ending: bool = False) -> None:
+    def __init__(self, draw: Draw) -> None:
         super().__init__()
         style = Style.of(draw)
         widths = draw.choice([[8, 12, 16], [12, 16, 24], [16, 16, 16], [8, 16, 24, 32]])
@@ -605,7 +842,8 @@ class Network(nn.Module):
             else:
                 own *= 2
                 first = nn.Sequential(halving(style, c_in, c_out), style.norm_of(c_out), style.activation())
-            blocks = [draw.choice(BLOCKS)(style, c_out, dilation) for _ in range(draw.choice([1, 1, 2]))]
+            kinds = [Strange if draw.chance(0.03) else draw.choice(BLOCKS) for _ in range(draw.choice([1, 1, 2]))]
+            blocks = [block(style, c_out, dilation) for block in kinds]
             stages.append(nn.Sequential(first, *blocks))
         self.stages = nn.ModuleList(stages)
         self.head = kind(style, widths)
@@ -669,4 +907,4 @@ def random_case(seed: int) -> Case:
         isinstance(module, nn.BatchNorm2d) and module.running_mean is None for module in model.modules()
     )
     own = step == 1 and draw.chance(0.1)
-    return Case(model, image, None if own else example, per_image, False)
+    return Case(model, image, None if own else example, per_image)
