@@ -215,20 +215,21 @@ class Emulation:
     ) -> Tensor:
         """The map inside its padding, with more below and to the right so that no pixel is lost: of the same `value`,
         unless something else is `beyond`. Reflected and replicated are `spacing` interleaved grids per axis, each as the
-        network does it to its own grid."""
+        network does it to its own grid, which goes on below and to the right."""
         top, bottom, left, right = (spacing * pad for pad in padding)
+        below, beside = (step * (taps - 1) for step, taps in zip(dilation, kernel, strict=True))
         if mode == "zeros":
             around = F.pad(values, (left, right, top, bottom), value=value)
-        else:
-            height, width = (-(-length // spacing) * spacing for length in values.shape[2:])
-            around = values.new_zeros(*values.shape[:2], height + top + bottom, width + left + right)
-            for y in range(min(spacing, values.shape[2])):
-                for c in range(min(spacing, values.shape[3])):
-                    grid = values[:, :, y::spacing, c::spacing]
-                    grid = F.pad(grid, (padding[2], padding[3], padding[0], padding[1]), mode)
-                    around[:, :, y::spacing, c::spacing][:, :, : grid.shape[2], : grid.shape[3]] = grid
-        more = (0, spacing * dilation[1] * (kernel[1] - 1), 0, spacing * dilation[0] * (kernel[0] - 1))
-        return F.pad(around, more, value=value if beyond is None else beyond)
+            more = (0, spacing * beside, 0, spacing * below)
+            return F.pad(around, more, value=value if beyond is None else beyond)
+        height, width = (-(-length // spacing) * spacing for length in values.shape[2:])
+        around = values.new_zeros(*values.shape[:2], height + spacing * below, width + spacing * beside)
+        for y in range(min(spacing, values.shape[2])):
+            for c in range(min(spacing, values.shape[3])):
+                grid = values[:, :, y::spacing, c::spacing]
+                grid = F.pad(grid, (padding[2], beside - padding[2], padding[0], below - padding[0]), mode)
+                around[:, :, y::spacing, c::spacing][:, :, : grid.shape[2], : grid.shape[3]] = grid
+        return around
 
     def max_pool(
         self,
@@ -438,7 +439,9 @@ class Emulation:
                 places.append((spacing * index + within).long().clamp(max=length - 1))
                 continue
             at = p * ((own - 1) / max(wanted - 1, 1)) if align_corners else (p + 0.5) * scale - 0.5
-            places.append(spacing * at.clamp(0, own - 1))
+            at = spacing * at.clamp(0, own - 1)
+            whole = at.round()  # on a pixel, rounding must not decide in which cell it is
+            places.append(torch.where((at - whole).abs() < 1e-6, whole, at))
         shape = (len(x.data), *samples)
         y, c = places[0][None, :, None].expand(shape), places[1][None, None, :].expand(shape)
         if mode == "nearest":
