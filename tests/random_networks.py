@@ -830,10 +830,10 @@ class Network(nn.Module):
         style = Style.of(draw)
         widths = draw.choice([[8, 12, 16], [12, 16, 24], [16, 16, 16], [8, 16, 24, 32]])
         kind = draw.choice([*HEADS, Doubled, Doubled] if style.exact else HEADS)
-        stages, dilation, own = [], 1, 2
-        self.stem = self._stem(style, widths[0])
+        stages, dilation = [], 1
+        self.stem, own = self._stem(style, widths[0])
         for c_in, c_out in zip(widths, widths[1:], strict=False):
-            if kind is not Doubled and (draw.chance(0.15) or dilation > 1):
+            if kind is not Doubled and (draw.chance(float(__import__("os").environ.get("DIL","0.15"))) or dilation > 1):
                 dilation *= 2
                 first: nn.Module = unit(style, c_in, c_out, dilation)
             elif draw.chance(0.5):
@@ -843,17 +843,26 @@ class Network(nn.Module):
                 own *= 2
                 first = nn.Sequential(halving(style, c_in, c_out), style.norm_of(c_out), style.activation())
             kinds = [Strange if draw.chance(0.03) else draw.choice(BLOCKS) for _ in range(draw.choice([1, 1, 2]))]
-            blocks = [block(style, c_out, dilation) for block in kinds]
+            own_dilation = [draw.choices([dilation, 1, 2 * dilation, 3], [20, 1, 1, 1])[0] for _ in kinds]
+            blocks = [block(style, c_out, d) for block, d in zip(kinds, own_dilation, strict=True)]
             stages.append(nn.Sequential(first, *blocks))
         self.stages = nn.ModuleList(stages)
         self.head = kind(style, widths)
         self.low, self.step = own * dilation, own if style.exact else 1
 
     @staticmethod
-    def _stem(style: Style, width: int) -> nn.Module:
+    def _stem(style: Style, width: int) -> tuple[nn.Module, int]:
         draw = style.draw
         k, p = draw.choice([(3, 1), (7, 3), (5, 2), (2, 0), (4, 1)])
-        return nn.Sequential(nn.Conv2d(3, width, k, 2, p, bias=False), style.norm_of(width), style.activation())
+        stem = [nn.Conv2d(3, width, k, 2, p, bias=False), style.norm_of(width), style.activation()]
+        kind = draw.choices(["plain", "full", "patches", "pooled"], [12, 2, 1, 1])[0]
+        if kind == "full":
+            stem = [nn.Conv2d(3, width, 3, 1, 1), nn.ReLU(), halving(style, width, width)]
+        elif kind == "patches":
+            stem = [nn.Conv2d(3, width, 4, 4), LayerNorm2d(width)]
+        elif kind == "pooled":
+            stem = [*stem, nn.MaxPool2d(3, 2, 1)]
+        return nn.Sequential(*stem), 4 if kind in ("patches", "pooled") else 2
 
     def forward(self, image: Tensor) -> Any:
         x = self.stem(image)
