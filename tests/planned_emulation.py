@@ -27,14 +27,14 @@ class Told(NamedTuple):
         stage: adaptive stages passed by its value.
         grid: fine pixels between the samples of its value in the network as written.
         leaves: size at which its value leaves the region, `fine`, `native` or ""; `resized` for a resize that does so.
-        is_map: whether its value is a map.
+        layout: order of its axes if it is a map, else "".
     """
 
     inside: bool
     stage: int
     grid: int
     leaves: str
-    is_map: bool
+    layout: str
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,17 @@ class PlannedEmulator(fx.Interpreter):
         def fetched(source: fx.Node) -> Any:
             value, told = self.env[source], self.told[source.name]
             if self.here.inside:
-                enters = isinstance(value, Tensor) and told.is_map
-                return self.enter(value) if enters else value
+                enters = isinstance(value, Tensor) and told.layout
+                return self.enter(value, told.layout) if enters else value
             kept = n.target in (getattr, "size", "dim") or self.here.leaves == "resized"
             return value if kept else self.leave(value, told)
 
         return fx.map_arg(n.args, fetched), fx.map_arg(n.kwargs, fetched)
 
-    def enter(self, dense: Tensor) -> Cells:
-        self.fine = self.fine or (dense.shape[2], dense.shape[3])
-        return Cells(dense, 0, 1)
+    def enter(self, dense: Tensor, layout: str) -> Cells:
+        made = Cells(dense, 0, 1, layout)
+        self.fine = self.fine or made.size
+        return made
 
     def leave(self, value: Any, told: Told) -> Any:
         """A value outside the region: dense, at its native size or the fine one."""

@@ -26,7 +26,7 @@ ALL = 300
 def told(plan: cs.Plan) -> dict[str, Told]:
     """What the emulator is told of each node: plain numbers."""
     return {
-        d.node: Told(d.action in ("adapt", "keep"), d.stages[1], d.grid, d.leaves, bool(d.layout))
+        d.node: Told(d.action in ("adapt", "keep"), d.stages[1], d.grid, d.leaves, d.layout)
         for d in plan.decisions
     }
 
@@ -41,7 +41,7 @@ def at_own_samples(emulator: PlannedEmulator, output: Any) -> Any:
         if isinstance(source, dict):
             return {key: read(value[key], part) for key, part in source.items()}
         of = emulator.told[source.name]
-        fine = of.inside and of.is_map and of.leaves == "fine"
+        fine = of.inside and of.layout and of.leaves == "fine"
         return value[:, :, :: of.grid, :: of.grid] if fine else value
 
     return read(output, returned)
