@@ -16,7 +16,7 @@ from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, Surgery
 from cadsurgery.surgery.facts import Facts, observe
-from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.planner import BACKBONE_NAMES, make_plan
 from cadsurgery.surgery.rewrite import rewrite, unchanged
 from cadsurgery.surgery.rules import has_rule, ruled_functions
@@ -29,6 +29,7 @@ def plan(
     output_stride: tuple[int, int] | None = None,
     region: str | Sequence[str] = "auto",
     example_input: Tensor | None = None,
+    outputs: Outputs = "fine",
 ) -> Plan:
     """What `adaptify` would do, without doing it: `print(plan)` shows every node's decision and reason.
 
@@ -37,13 +38,14 @@ def plan(
         output_stride: (high, low); see `adaptify`.
         region: see `adaptify`.
         example_input: an image batch (B, C, H, W) the network accepts; default: small random images.
+        outputs: see `adaptify`.
 
     Raises:
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
     path, facts = traceable_part(_copied(model), example_input)
-    return make_plan(facts, output_stride, _within(path, region), path)[0]
+    return make_plan(facts, output_stride, _within(path, region), path, outputs)[0]
 
 
 def adaptify(
@@ -57,6 +59,7 @@ def adaptify(
     pool: Pool = "atrous",
     patch: Patch = "quadtree",
     statistics: Statistics = "area",
+    outputs: Outputs = "fine",
     example_input: Tensor | None = None,
     strict: bool = False,
     verify_laws: bool = True,
@@ -84,6 +87,9 @@ def adaptify(
         patch: shape of the areas kept high, `"quadtree"` or `"block"` (as published).
         statistics: batch norm in training weighs elements by `"area"`, or each `"element"` the same (as
             published).
+        outputs: size at which the call returns maps that leave the region as they are: `"fine"`, one sample per high
+            output stride, or `"native"`, the size the original returns. What the network resizes itself has its size
+            in either case.
         example_input: an image batch (B, C, H, W) to plan and verify on; default: small random images.
         strict: refuse if an operation inside the region has no rule and ends it.
         verify_laws: check on the example that uniform maps give the dense networks exactly.
@@ -99,7 +105,7 @@ def adaptify(
     provider = resolve_mask(mask)
     whole = _copied(model)
     path, facts = traceable_part(whole, example_input)
-    chosen, treatments = make_plan(facts, output_stride, _within(path, region), path)
+    chosen, treatments = make_plan(facts, output_stride, _within(path, region), path, outputs)
     if strict:
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)

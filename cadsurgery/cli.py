@@ -19,11 +19,13 @@ from cadsurgery.options import (
     Json,
     Mask,
     Model,
+    Outputs,
     Patch,
     Pool,
     Region,
     Size,
     Stride,
+    Trust,
     Weights,
     adaptify_options,
     read_fractions,
@@ -56,6 +58,7 @@ def convert(
     patch: Patch = "quadtree",
     anchor: Anchor = "corner",
     pool: Pool = "atrous",
+    outputs: Outputs = "fine",
     image: ImageOption = None,
     size: Size = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write")] = None,
@@ -75,7 +78,7 @@ def convert(
             model=model,
             weights=weights,
             mask=mask,
-            options=adaptify_options(output_stride, region, fill, patch, anchor, pool),
+            options=adaptify_options(output_stride, region, fill, patch, anchor, pool, outputs),
             image=image,
             size=read_size(size),
             output=path,
@@ -92,6 +95,7 @@ def plan(
     model: Model,
     output_stride: Stride = "",
     region: Region = "auto",
+    outputs: Outputs = "fine",
     all_nodes: Annotated[bool, typer.Option("--all", help="list dense nodes before the region too")] = False,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +105,7 @@ def plan(
 
     with screen.steps(as_json) as step:
         step("planning")
-        found = make_or_read_plan(model, read_pair(output_stride), read_names(region))
+        found = make_or_read_plan(model, read_pair(output_stride), read_names(region), outputs)
     screen.show(json.loads(found.to_json()), render_plan(found, all_nodes=all_nodes), as_json)
 
 
@@ -124,6 +128,7 @@ def mask_command(
     output_stride: Stride = "8,32",
     patch: Patch = "quadtree",
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Draw a mask: image, level map and lattice side by side; or several masks and what they cost."""
@@ -141,6 +146,7 @@ def mask_command(
             output_stride=read_pair(output_stride),
             patch=patch,
             output=output,
+            trust=trust,
         )
     screen.show(report.to_dict(), report.render(), as_json)
 
@@ -155,13 +161,14 @@ def run(
     mask: Annotated[str, typer.Option(help="another mask than the file's")] = "",
     size: Annotated[str, typer.Option(metavar="HxW", help="resize images; default: as they are")] = "",
     device: Device = "cpu",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Run a converted file on images: predictions as PNG, active fraction and time of each."""
     from cadsurgery.conversion import predict
 
     with screen.steps(as_json) as step:
-        rows, failures = predict(file, images, output, mask or None, read_size(size), device, step)
+        rows, failures = predict(file, images, output, mask or None, read_size(size), device, step, trust)
     lines = [
         f"{row['image']}: active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms -> {row['output']}"
         for row in rows
@@ -190,6 +197,7 @@ def macs(
     ] = "conv",
     total: Annotated[bool, typer.Option("--total", help="totals only, no layers")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="the network as it is, not converted")] = False,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Count multiply-accumulates per layer: with the mask, dense high and dense low. Nothing is run."""
@@ -204,7 +212,7 @@ def macs(
             screen.show(found, text, as_json)
             return
         options = adaptify_options(output_stride, region, "linear", patch, "corner", "atrous")
-        report = count(model, mask, options, image, read_size(size), rule)
+        report = count(model, mask, options, image, read_size(size), rule, trust)
     screen.show(report.to_dict(layers=not total), render_macs(report, layers=not total), as_json)
 
 
@@ -303,6 +311,7 @@ def eval_command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write")] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: accuracy against work")] = None,
     device: Device = "cpu",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate masks and output strides on labelled images: accuracy, MACs and time beside the dense networks.
@@ -329,6 +338,7 @@ def eval_command(
             output=output,
             picture=picture,
             step=step,
+            trust=trust,
         )
     screen.show(report.to_dict(), report.render(), as_json)
     if report.failed:
@@ -353,8 +363,10 @@ def export(
     patch: Patch = "quadtree",
     anchor: Anchor = "corner",
     pool: Pool = "atrous",
+    outputs: Outputs = "fine",
     size: Size = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("network.pt2"),
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write a program for torch.export.load that runs without this package, for images of one size.
@@ -364,8 +376,8 @@ def export(
     from cadsurgery.conversion import export_program
 
     with screen.steps(as_json) as step:
-        options = adaptify_options(output_stride, region, fill, patch, anchor, pool)
-        found = export_program(model, weights, mask, options, read_size(size), output, step)
+        options = adaptify_options(output_stride, region, fill, patch, anchor, pool, outputs)
+        found = export_program(model, weights, mask, options, read_size(size), output, step, trust)
     shape = "x".join(map(str, found["image"]))
     text = (
         f"wrote {found['file']}: {found['bytes'] / 1e6:.1f} MB, images {shape}, mask {found['mask']}; "
@@ -393,6 +405,7 @@ def finetune(
     patch: Patch = "quadtree",
     anchor: Anchor = "corner",
     pool: Pool = "atrous",
+    outputs: Outputs = "fine",
     objective: Annotated[
         str | None,
         typer.Option(
@@ -439,6 +452,7 @@ def finetune(
         bool, typer.Option(help="go on with the run in the folder; otherwise refuse one")
     ] = True,
     device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.
@@ -475,7 +489,7 @@ def finetune(
             validation_split=validation_split,
             weights=weights,
             mask=mask,
-            options=adaptify_options(output_stride, region, fill, patch, anchor, pool),
+            options=adaptify_options(output_stride, region, fill, patch, anchor, pool, outputs),
             settings=settings,
             output=output,
             resume=resume,
@@ -483,6 +497,7 @@ def finetune(
             on_step=on_step,
             step=step,
             cache=cache,
+            trust=trust,
         )
     if world().is_main:
         screen.show(report.to_dict(), report.render(), as_json)
@@ -544,7 +559,8 @@ def main() -> None:
     if not sys.flags.safe_path:
         sys.path.append(str(Path.cwd()))
     try:
-        code = app(standalone_mode=False)
+        with screen.warnings_as_lines():
+            code = app(standalone_mode=False)
     except CadError as error:
         if "--json" in sys.argv:
             screen.print_json(error.to_dict())

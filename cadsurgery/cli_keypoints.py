@@ -16,6 +16,7 @@ from cadsurgery.options import (
     Pool,
     Region,
     Stride,
+    Trust,
     Weights,
     adaptify_options,
     read_pair,
@@ -74,6 +75,7 @@ def extract_command(
     max_sum: MaxSum = 0,
     multiple: Multiple = 1,
     device: Device = "cpu",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write keypoints, scores and descriptors of every image, one file each.
@@ -96,6 +98,7 @@ def extract_command(
             options=options,
             device=device,
             step=step,
+            trust=trust,
         )
     kept, found = sum(row["kept"] for row in rows), sum(row["keypoints"] for row in rows)
     text = (
@@ -144,6 +147,7 @@ def matching_command(
     picture: Annotated[Path | None, typer.Option(help="PNG: accuracy against threshold and MACs")] = None,
     matches: Annotated[Path | None, typer.Option(help="PNG: matches of the first pair")] = None,
     device: Device = "cpu",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Match images of known homographies: accuracy at 1 to 15 pixels beside MACs and time, for several masks.
@@ -171,6 +175,7 @@ def matching_command(
             picture=picture,
             matches=matches,
             step=step,
+            trust=trust,
         )
     screen.show(report.to_dict(), report.render(), as_json)
     if report.failed:

@@ -134,6 +134,7 @@ def export_program(
     size: tuple[int, int] | None,
     output: Path,
     step: Step,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Write a network by name or a converted file as a program; see `cadsurgery export --help`.
 
@@ -142,7 +143,7 @@ def export_program(
     """
     check_folder(output)
     step(f"building {model}")
-    net = load(model, mask=mask or None) if is_file(model) else None
+    net = load(model, mask=mask or None, trust=trust) if is_file(model) else None
     provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
     if not provider.static:
         fixed = EXPORTED_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
@@ -162,11 +163,13 @@ def export_program(
     return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(found)}
 
 
-def make_or_read_plan(model: str, output_stride: tuple[int, int] | None, region: str | list[str]) -> Plan:
+def make_or_read_plan(
+    model: str, output_stride: tuple[int, int] | None, region: str | list[str], outputs: str = "fine"
+) -> Plan:
     """The plan of a network by name, or the one stored in a converted file."""
     if is_file(model):
         return Plan.from_json(read_metadata(model)["plan"])
-    return make_plan(build(model, "none")[0], output_stride, region)
+    return make_plan(build(model, "none")[0], output_stride, region, outputs=outputs)  # type: ignore[arg-type]
 
 
 def count(
@@ -176,9 +179,11 @@ def count(
     image: Path | None,
     size: tuple[int, int] | None,
     rule: str,
+    trust: bool = False,
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
-    net = load(model, mask=mask or None) if is_file(model) else quick(model, mask or "edges", options)
+    from_file = is_file(model)
+    net = load(model, mask=mask or None, trust=trust) if from_file else quick(model, mask or "edges", options)
     return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
 
 
@@ -206,6 +211,7 @@ def predict(
     size: tuple[int, int] | None,
     device: str,
     step: Step,
+    trust: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run a converted file on images; an unreadable image is reported and the others are done.
 
@@ -214,7 +220,7 @@ def predict(
     start_others()
     where = own_device(device)
     paths = find_images(images)
-    net = load(file, mask=mask).to(where).optimize()
+    net = load(file, mask=mask, trust=trust).to(where).optimize()
     made_folder(output)
     done: list[tuple[int, dict[str, Any]]] = []
     failed: list[tuple[int, dict[str, Any]]] = []

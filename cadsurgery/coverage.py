@@ -33,7 +33,7 @@ from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.planner import position_mixers
 from cadsurgery.surgery.trace import evaluating
 from cadsurgery.surgery.treatment import operation_name
-from cadsurgery.surgery.verify import TOLERANCE
+from cadsurgery.surgery.verify import TOLERANCE, at_own_samples
 from cadsurgery.zoo import build_model, family_of
 
 Row = dict[str, Any]
@@ -128,14 +128,15 @@ def _compared(model: nn.Module) -> Row:
     tolerance = TOLERANCE[dtype]
     errors = {"1": 0.0, "2": 0.0}
     for check in net.checks:
-        law = "1" if "level" in check.law and "as it was" in check.law else "2"
-        errors[law] = max(errors[law], check.error)
+        errors[str(check.number)] = max(errors[str(check.number)], check.error)
+    sizes = [check.size for check in net.checks if check.number == 1]
     image = _image(model, plan, dtype)
     if dtype == torch.float32 and not _is_finite(net, image):  # random weights let some networks overflow
         return {**_compared(model.double()), "dtype": "float64"}
     errors["5"] = _batch_error(net, image)
-    if not any(d.leaves == "fine" and d.grid > 1 for d in plan.decisions) and not plan.part:
+    if sizes and not plan.part:
         errors["1"] = max(errors["1"], _identity_error(model, net, image))
+        sizes.append((image.shape[2], image.shape[3]))
     broken = [law for law, error in errors.items() if not error <= tolerance]
     return {
         "result": "broken" if broken else "converts",
@@ -152,6 +153,7 @@ def _compared(model: nn.Module) -> Row:
         "outputs": [list(entry) for entry in plan.standing()],
         "errors": {law: float(f"{error:.1e}") for law, error in errors.items()},
         "image": list(image.shape),
+        "sizes": [list(size) for size in dict.fromkeys(sizes)],
     }
 
 
@@ -209,6 +211,7 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, image: Tensor) -> floa
         return 0.0
     with torch.no_grad():
         found = net.run(lambda _, features: net.geometry.uniform_like(features, level), image)
+        found = at_own_samples(found, net.graph, net.plan)
         expected = model(image)
     return max(_error(*pair) for pair in zip(_tensors(found), _tensors(expected), strict=True))
 

@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 
 import cadsurgery
-from cadsurgery.errors import InvalidInput, UnknownName, first_line
+from cadsurgery.errors import FileError, InvalidInput, UnknownName, first_line
+
+_UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
 
 
 def versions() -> dict[str, str]:
@@ -88,12 +92,42 @@ def function_at(name: str, where: str, example: str) -> Any:
     return function_named(module, function)
 
 
+@contextlib.contextmanager
+def nothing_imported(file: str) -> Iterator[None]:
+    """While a file that nobody has said to trust is read: what it names is refused, not imported, in this thread."""
+    token = _UNTRUSTED.set(file)
+    try:
+        yield
+    finally:
+        _UNTRUSTED.reset(token)
+
+
+def untrusted(file: str, code: str, instead: str) -> FileError:
+    """The refusal to run what a file names.
+
+    Args:
+        file: its path.
+        code: what would have run.
+        instead: what else can be given to `cs.load`.
+    """
+    return FileError(
+        f"{file} names code of its own, which was not run.",
+        where=code,
+        why="it is neither ours nor listed by torchvision or timm, and a file of somebody else can name anything.",
+        next=f"if you know the file: cs.load(path, trust=True), on the command line --trust; or {instead}.",
+    )
+
+
 def function_named(module: str, function: str) -> Any:
     """What a module of the user's has under a name.
 
     Raises:
         UnknownName: no such module, or nothing of that name in it.
+        FileError: a file names it that is not trusted.
     """
+    if file := _UNTRUSTED.get():
+        code = f"import of {module}, for its {function}"
+        raise untrusted(file, f"{code:.400}", "another mask: cs.load(path, mask=...)")
     try:
         found = importlib.import_module(module)
     except (ImportError, ValueError) as error:

@@ -58,6 +58,10 @@ class FileError(CadError):
     """A file is missing, truncated, foreign, or cannot be written."""
 
 
+class CadWarning(UserWarning):
+    """What a user should know although the work goes on; the CLI prints it as a line."""
+
+
 class TrainingStopped(CadError):
     """Training cannot go on: the loss or the weights are no longer finite numbers."""
 

@@ -29,7 +29,7 @@ from cadsurgery.model import AdaptiveModel
 from cadsurgery.tally import Setting, Tally, merged
 from cadsurgery.timing import Timing, interleaved
 from cadsurgery.viz import evaluation_figure, figure_picture
-from cadsurgery.zoo import Source, build_model, source_of
+from cadsurgery.zoo import Source, build_again, source_of
 
 HIGH, LOW = "all", "none"
 
@@ -50,6 +50,7 @@ def evaluate(
     output: Path | None = None,
     picture: Path | None = None,
     step: Step = lambda text: None,
+    trust: bool = False,
 ) -> EvaluationReport:
     """Evaluate every mask at every pair of output strides, and beside them both dense networks of each pair.
 
@@ -72,6 +73,7 @@ def evaluate(
         output: JSON file to write.
         picture: PNG to draw: accuracy against work.
         step: called with what is being done.
+        trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
         InvalidInput: the network's output is no map of scores, or of another number of classes than the data; an
@@ -89,7 +91,7 @@ def evaluate(
     found = (open_data(data, split) if isinstance(data, str) else data).first(limit)
     SegmentationMetrics(len(found.classes))  # what it needs should be missed now
     step("building and converting")
-    nets = _networks(network, weights, output_stride, dict(options or {}))
+    nets = _networks(network, weights, output_stride, dict(options or {}), trust)
     source = source_of(network if isinstance(network, nn.Module) else nets[0])
     settings = [setting for net in nets for setting in _settings(net, masks, where)]
     tallies = [Tally(SegmentationMetrics(len(found.classes))) for _ in settings]
@@ -147,10 +149,11 @@ def _networks(
     weights: str,
     pairs: Sequence[tuple[int, int] | None],
     options: dict[str, Any],
+    trust: bool,
 ) -> list[AdaptiveModel]:
     """A converted network for each pair of output strides."""
     mask: object = "edges"
-    found = load(network) if isinstance(network, str) and is_file(network) else network
+    found = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
     if isinstance(found, AdaptiveModel):
         if not pairs:
             return [found]
@@ -160,11 +163,12 @@ def _networks(
                 "a converted network of no name cannot be given other output strides.",
                 next="pass the original network instead.",
             )
-        original = build_model(source.name, "none", **source.kwargs)
+        original = build_again(source, state)
         original.load_state_dict(state)
         original.cad_source = source  # type: ignore[assignment]
         kept = {name: getattr(geometry, name) for name in ("anchor", "fill", "pool", "patch", "statistics")}
-        options, mask = {"region": found.plan.region, **kept}, found.mask
+        options = {"region": found.plan.region, "outputs": found.plan.returned, **kept}
+        mask = found.mask
     else:
         original = build(found, weights)[0] if isinstance(found, str) else found
     return [

@@ -9,7 +9,7 @@ from the levels and is computed once, on demand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from operator import mul
@@ -320,8 +320,11 @@ class Lattice:
         return Lattice(self.pyramid, stage, size)
 
     def resampled(self, stage: int, size: tuple[int, int]) -> Lattice:
-        """The lattice of the same level map at any stage and any fine size up to the level map's own."""
-        return Lattice(self.pyramid, stage, self.whole_size).at(stage, size)
+        """The lattice of the same level map at any stage and any fine size up to `most_size`.
+
+        Beyond the level map its border goes on: there the cells lie that stick out of it, whole.
+        """
+        return Lattice(self.pyramid, stage, self.most_size).at(stage, size)
 
     @property
     def geometry(self) -> Geometry:
@@ -334,6 +337,22 @@ class Lattice:
         return self.pyramid.levels.shape[1], self.pyramid.levels.shape[2]
 
     @property
+    def most_size(self) -> tuple[int, int]:
+        """Height and width of the level map up to where its outermost cells can end."""
+        height, width = (-(-length // self.geometry.sides[-1]) for length in self.whole_size)
+        return height * self.geometry.sides[-1], width * self.geometry.sides[-1]
+
+    def holding(self, counts: Sequence[int], spacing: int) -> tuple[int, int]:
+        """Fine size of a map with this many samples, `spacing` fine pixels apart: as large as the level map where that
+        has no more of them."""
+        sizes = (
+            min(count * spacing, length) if count <= -(-length // spacing) else count * spacing
+            for count, length in zip(counts, self.whole_size, strict=True)
+        )
+        height, width = sizes
+        return height, width
+
+    @property
     def batch(self) -> int:
         """Number of images."""
         return self.pyramid.levels.shape[0]
@@ -341,7 +360,12 @@ class Lattice:
     @_derived
     def levels(self) -> Tensor:
         """(B, H, W) int8: level of the cell each fine pixel lies in."""
-        return self.pyramid.levels[:, : self.size[0], : self.size[1]].clamp(max=self.stage)
+        levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
+        for axis, (length, whole) in enumerate(zip(self.size, self.whole_size, strict=True), 1):
+            if length > whole:
+                pixels = torch.arange(length, device=levels.device).clamp(max=whole - 1)
+                levels = levels.index_select(axis, pixels)
+        return levels.clamp(max=self.stage)
 
     @_derived
     def side_map(self) -> Tensor:
@@ -363,6 +387,8 @@ class Lattice:
             rows, columns = self.grid(min(bounds.level, self.stage))
             return self.batch * rows * columns, self.batch * rows * columns
         lost = self.batch * self.whole_size[0] * self.whole_size[1] - pixels
+        if lost < 0:  # beyond the level map each pixel can be an element, or none more
+            return bounds.least[self.stage], min(bounds.most[self.stage] - lost, pixels)
         return max(bounds.least[self.stage] - lost, 0), min(bounds.most[self.stage], pixels)
 
     @_derived

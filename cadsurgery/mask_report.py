@@ -129,6 +129,7 @@ def draw_masks(
     output_stride: tuple[int, int] | None,
     patch: str,
     output: Path,
+    trust: bool = False,
 ) -> MaskReport:
     """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
 
@@ -143,7 +144,7 @@ def draw_masks(
     picture = example_image(image, size)
     known = _labels(labels, image, size, picture)
     chosen = [(text, resolve_mask(text)) for text in masks]
-    seen = _network(model, output_stride, patch) if model else _Bare(output_stride or (8, 32), patch)
+    seen = _network(model, output_stride, patch, trust) if model else _Bare(output_stride or (8, 32), patch)
     own = seen.own
     if not chosen:
         telling = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
@@ -235,10 +236,10 @@ class _Seen:
         return lattice, (finding + report.mask, report.high, report.low)
 
 
-def _network(model: str, output_stride: tuple[int, int] | None, patch: str) -> _Seen:
+def _network(model: str, output_stride: tuple[int, int] | None, patch: str, trust: bool) -> _Seen:
     if is_file(model):
         stored = read_metadata(model).get("mask") is not None
-        net = load(model, mask=None if stored else "none")
+        net = load(model, mask=None if stored else "none", trust=trust)
         return _Seen(net, net.mask if stored else None)
     return _Seen(quick(model, "none", {"output_stride": output_stride, "patch": patch}))
 

@@ -27,6 +27,12 @@ Fill = Annotated[str, typer.Option(help="how points inside a cell are read: line
 Patch = Annotated[str, typer.Option(help="shape of areas kept high: quadtree or block")]
 Anchor = Annotated[str, typer.Option(help="corner, or center to reproduce the published code")]
 Pool = Annotated[str, typer.Option(help="max-pool stages: atrous, or drop as published")]
+Outputs = Annotated[
+    str,
+    typer.Option(
+        help="size of returned maps that leave the region as they are: fine, or native as the network returns them"
+    ),
+]
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="image file; default: a generated street scene")
 ]
@@ -34,11 +40,18 @@ Size = Annotated[
     str, typer.Option(metavar="HxW", help="size of the image; default 512x1024, or the file's own")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="run code that the converted file names: a network or mask of its own, module:function",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def adaptify_options(
-    output_stride: str, region: str, fill: str, patch: str, anchor: str, pool: str
+    output_stride: str, region: str, fill: str, patch: str, anchor: str, pool: str, outputs: str = "fine"
 ) -> dict[str, Any]:
     """Options of `adaptify` from those of a command."""
     return {
@@ -48,6 +61,7 @@ def adaptify_options(
         "patch": patch,
         "anchor": anchor,
         "pool": pool,
+        "outputs": outputs,
     }
 
 

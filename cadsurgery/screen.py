@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+
+from cadsurgery.errors import CadWarning
 
 # A terminal knows its width; a pipe or file gets lines that need not wrap.
 out = Console(width=None if sys.stdout.isatty() else 140)
@@ -62,6 +65,23 @@ def steps(silent: bool) -> Iterator[Callable[[str], None]]:
         return
     with err.status("starting") as status:
         yield status.update
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Our own warnings are lines on the error stream, with --json too; of the first process only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CadWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, CadWarning):
+                others(message, category, *place, **more)
+            elif is_first_process():
+                err.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+
+        warnings.showwarning = show
+        yield
 
 
 def is_first_process() -> bool:

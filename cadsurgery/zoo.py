@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import math
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cadsurgery.environment import function_named
+from cadsurgery.environment import function_named, untrusted
 from cadsurgery.errors import CadError, FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.plain import checked
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # What torchvision's builders take that decides about parameters or the forward pass; read off the built
 # network so that it can be built again without its weights.
 _DECISIVE = ("aux_loss", "aux_logits", "transform_input")
+# What a file that is not trusted may give to builders: what chooses among the shapes of a network, none of which reads
+# files or addresses.
+_SHAPING = {
+    *(
+        "num_classes",
+        "in_chans",
+        "output_stride",
+        "features_only",
+        "out_indices",
+        "global_pool",
+        "width_mult",
+    ),
+    *("replace_stride_with_dilation", "groups", "width_per_group", "zero_init_residual", "dropout"),
+    *("drop_rate", "drop_path_rate", "act_layer", "norm_layer", "trainable_backbone_layers", "init_weights"),
+    *_DECISIVE,
+}
+_SMALL, _FEW = 4096, 10_000_000  # of such an argument; values of parameters that a builder may make and drop
 # Networks of torchvision for pairs of images, for video, or of quantised weights, by a part of their name.
 _NO_IMAGES = ("raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit", "swin3d")
 
@@ -37,6 +58,7 @@ class Source:
         note: what a user should know about them.
         mean: of the images it expects, per channel, on a scale of 0..1.
         std: their standard deviation.
+        untrusted: the file that says all this, if nobody has said to trust it: then it is no reason to run code.
     """
 
     name: str
@@ -45,15 +67,24 @@ class Source:
     note: str = ""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    untrusted: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "untrusted"}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Source:
-        """From `to_dict`."""
-        return Source(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """From `to_dict`.
+
+        Raises:
+            ValueError, TypeError: values that `to_dict` does not write.
+        """
+        hints = {name: hint for name, hint in get_type_hints(Source).items() if name != "untrusted"}
+        source = Source(**checked(values, hints, "the source"))
+        if not all(map(math.isfinite, source.mean + source.std)) or 0 in source.std:
+            raise ValueError(f"mean {source.mean} or standard deviation {source.std}")
+        return source
 
 
 def build_model(
@@ -97,6 +128,72 @@ def build_model(
         model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = source  # type: ignore[assignment]
     return model.eval()
+
+
+def build_again(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
+    """The network that a source names, with random weights.
+
+    For a file that is not trusted only torchvision's and timm's own networks are built, with arguments that choose
+    among their shapes, and none far larger than the tensors it is for.
+
+    Args:
+        source: of `build_model`.
+        state: tensors that it will be given.
+
+    Raises:
+        FileError: the file of the source names something else.
+        UnknownName: there is no such network here.
+    """
+    if not source.untrusted:
+        return build_model(source.name, "none", **source.kwargs)
+    library, colon, _ = source.name.partition(":")
+    if colon and library not in ("torchvision", "timm"):
+        raise untrusted(source.untrusted, _call(source), "the architecture: cs.load(path, model=...)")
+    largest = max((size for value in state.values() if value.numel() for size in value.shape), default=0)
+    for name, value in source.kwargs.items():
+        if name not in _SHAPING or not _is_small(value, max(largest, _SMALL)):
+            code = f"{_call(source)}: argument {name!r:.60}"
+            raise untrusted(source.untrusted, code, "the architecture: cs.load(path, model=...)")
+    with _limited(4 * sum(value.numel() for value in state.values()) + _FEW, source):
+        return build_model(source.name, "none", **source.kwargs)
+
+
+def _call(source: Source) -> str:
+    given = ", ".join(f"{name}={value!r}" for name, value in source.kwargs.items())
+    text = f"{source.name}({given})"
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+def _is_small(value: Any, largest: int) -> bool:
+    """Whether an argument is a plain value, or a short list of them, that asks for nothing large."""
+    if isinstance(value, list):
+        return len(value) <= 64 and not any(isinstance(v, list) or not _is_small(v, largest) for v in value)
+    if isinstance(value, str):
+        return len(value) <= 40
+    return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= largest)
+
+
+@contextmanager
+def _limited(most: int, source: Source) -> Iterator[None]:
+    """Refuse a network, while it is built in this thread, once its parameters have more values than `most`."""
+    thread, values = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal values
+        if threading.get_ident() == thread and parameter is not None:
+            values += parameter.numel()
+            if values > most:
+                raise FileError(
+                    f"{source.untrusted} names a network far larger than what it holds.",
+                    where=_call(source),
+                    next="pass the architecture it was converted from: cs.load(path, model=...).",
+                )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def source_of(network: nn.Module) -> Source:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -16,9 +17,12 @@ import pytest
 import torch
 import torchvision
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cadsurgery import cli, screen
+from cadsurgery.io import _checksum
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -94,6 +98,18 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         return Result(code, captured.out, captured.err)
 
     return call
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The file of a converted network with other metadata, and the checksums that belong to what is in it now."""
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["cadsurgery"])
+    tensors = load_file(path)
+    metadata["tensors"] = _checksum(tensors)
+    change(metadata)
+    text = json.dumps(metadata)
+    save_file(tensors, path, {"cadsurgery": text, "cadsurgery.sha256": sha256(text.encode()).hexdigest()})
+    return path
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, build, images, random_levels, relative_error
+from conftest import assert_same, build, images, random_levels, randomise, relative_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.models import get_model
@@ -383,9 +383,62 @@ def test_compiled_training_is_eager_training() -> None:
         assert torch.allclose(one, two, atol=1e-12), name
 
 
+class Excited(nn.Module):
+    """Channels weighed by a reduction of the whole image, as squeeze-and-excitation does."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * getattr(x, self.how)(dim=(2, 3), keepdim=True).sigmoid()
+
+
+def test_operations_on_a_whole_image_are_compiled() -> None:
+    """fullgraph: no break. On sizes with padding, which no reduction may count."""
+    reductions = [Excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
+    norms = [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)]
+    net = converted(nn.Sequential(*trunk(), *reductions, *norms, nn.Conv2d(4, 4, 3, 1, 1)).eval())
+    x, seen = images(2, 72, 104), graphs("aot_eager")
+    with torch.no_grad():
+        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
+    assert seen.frame_count == 1
+
+
+# Between them they have every operation of `cadsurgery.functional` that networks of the zoo need in the region.
+SAMPLE = (
+    *("timm:efficientnet_b0", "resnet50_gn", "seresnet50", "regnety_002", "shufflenet_v2_x0_5", "skresnet18"),
+    *(
+        "ghostnetv2_100",
+        "hrnet_w18_small",
+        "efficientnet_cc_b0_4e",
+        "resnest14d",
+        "edgenext_xx_small",
+        "dla46_c",
+    ),
+    *("gcresnext26ts", "swiftformer_xs", "test_efficientnet_evos", "convnextv2_atto", "eca_resnext26ts"),
+    *("poolformer_s12", "nf_regnet_b0", "lraspp_mobilenet_v3_large"),
+)
+OF_WHOLE_PATCHES = ("hrnet_w18_small", "dla46_c")  # they take no other images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_of_the_zoo_is_compiled(name: str) -> None:
+    """One graph, which gives what the network gives in eager mode; with padding where the network allows it."""
+    net = converted(randomise(cs.build_model(name, "none")))
+    x, seen = images(2, *((64, 96) if name in OF_WHOLE_PATCHES else (72, 104))), graphs("aot_eager")
+    with torch.no_grad():
+        found, expected = torch.compile(net, backend=seen, fullgraph=True)(x), net(x)
+    assert seen.frame_count == 1
+    assert_same(found, expected, 1e-5)
+
+
 def test_inductor_gives_what_eager_gives() -> None:
-    """Dense, depthwise and pointwise convolutions, pooling and a global mean, as compiled code."""
-    more = [nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.MaxPool2d(3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    """Dense, depthwise and pointwise convolutions, pooling, reductions of an image and a global mean, as compiled
+    code."""
+    more = [nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.MaxPool2d(3, 1, 1), Excited("norm"), nn.GroupNorm(2, 4)]
+    more += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net, x = converted(nn.Sequential(trunk(), *more).eval()), images(1, 72, 104)
     with torch.no_grad():
         assert_same(torch.compile(net, fullgraph=True)(x), net(x), 1e-5)

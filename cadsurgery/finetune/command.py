@@ -76,6 +76,7 @@ def finetune(
     on_step: Callable[[Row], None] | None,
     step: Callable[[str], None],
     cache: bool = False,
+    trust: bool = False,
 ) -> Report:
     """Build or load, convert, train, report; see `cadsurgery finetune --help`.
 
@@ -91,7 +92,7 @@ def finetune(
     training = open_data(data, split)
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
-    net = network(model, weights, mask, options, len(training.classes))
+    net = network(model, weights, mask, options, len(training.classes), trust)
     spec = getattr(getattr(net, "mask", None), "spec", lambda: "none")()
     found = _Prepared(net, training, validation, settings)
     if cache:
@@ -150,7 +151,9 @@ def _cached(given: _Prepared, device: str) -> _Prepared:
     return _Prepared(body_of(given.net), training, validation, changed, (note,))
 
 
-def network(model: str, weights: str, mask: str, options: dict[str, Any], classes: int) -> nn.Module:
+def network(
+    model: str, weights: str, mask: str, options: dict[str, Any], classes: int, trust: bool
+) -> nn.Module:
     """A converted file, with another mask if one is given, or a network by name, converted.
 
     One of torchvision or timm is built with the number of classes; a function's is taken as it is.
@@ -162,7 +165,7 @@ def network(model: str, weights: str, mask: str, options: dict[str, Any], classe
                 f"{model} is converted already; {', '.join(given)} cannot be changed.",
                 next="leave these options out, or convert the network anew with them.",
             )
-        return load(model, mask=mask or None)
+        return load(model, mask=mask or None, trust=trust)
     library, _, function = model.partition(":")
     own = bool(function) and library not in (
         "torchvision",
@@ -179,6 +182,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "patch": ("quadtree",),
     "anchor": ("corner",),
     "pool": ("atrous",),
+    "outputs": ("fine",),
 }
 
 

@@ -46,15 +46,14 @@ def resize(
     before = tuple(-(-length // spacings[0]) for length in x.lattice.size)
     wanted = (size, size) if isinstance(size, int) else size
     after = tuple(wanted) if wanted is not None else tuple(count * scale for count in before)
-    room = x.lattice.whole_size
-    fine = tuple(count * spacings[1] for count in after)
-    if any(length - spacings[1] >= most for length, most in zip(fine, room, strict=True)):
+    fine, room = x.lattice.holding(after, spacings[1]), x.lattice.most_size
+    if any(length > most for length, most in zip(fine, room, strict=True)):
         raise InvalidInput(
             f"upsampling to {after[0]}x{after[1]} samples gives more than the network's own maps have.",
             why="the image is not divisible by the network's strides.",
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
-    target = x.lattice.resampled(stage, (min(fine[0], room[0]), min(fine[1], room[1])))
+    target = x.lattice.resampled(stage, fine)
     key = ("resize", x.lattice.key, target.key, spacings, before, after, mode, align_corners)
 
     def build() -> tuple[Tensor, Tensor]:
@@ -145,7 +144,7 @@ class Scaling:
         align = self.align_corners if self.mode == "bilinear" else None
         size, factor = self.size, self.scale_factor
         return F.interpolate(
-            *(dense, size, factor, self.mode, align),  # type: ignore[arg-type]
+            *(dense, size, factor, self.mode, align),
             recompute_scale_factor=self.recompute_scale_factor,
         )
 
@@ -231,10 +230,13 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
         spacings: fine pixels between the samples of the network's own grid, before and after.
         scale: r.
     """
-    target = x.lattice.resampled(stage, x.lattice.size)
+    counts = [-(-length // spacings[0]) * scale for length in x.lattice.size]
+    target = x.lattice.resampled(stage, x.lattice.holding(counts, spacings[1]))
     (height, width), (image, y, x_) = x.lattice.size, target.coordinates
     down, across = (at // spacings[1] % scale for at in (y, x_))
-    points = (image * height + y - down * spacings[1]) * width + x_ - across * spacings[1]
+    # The last samples may reach beyond the map they are made of.
+    y, x_ = (y - down * spacings[1]).clamp(max=height - 1), (x_ - across * spacings[1]).clamp(max=width - 1)
+    points = (image * height + y) * width + x_
     reading = read_points(x.lattice, points)
     rows = extended(x.rows, reading, 0.0).index_select(0, reading.table.to(x.rows.device))
     phase = (down * scale + across).to(rows.device)

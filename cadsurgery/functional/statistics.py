@@ -166,7 +166,8 @@ def global_reduce(
         layout: of the dense map.
     """
     channels = [dim for dim in dims if layout[dim] == "c"]
-    samples = math.prod(native_shape(x, spacing, layout)[dim] for dim in dims)
+    # A list, because compilers cannot follow a generator into math.prod.
+    samples = math.prod([native_shape(x, spacing, layout)[dim] for dim in dims])
 
     def mean(rows: Tensor) -> Tensor:
         whole = global_mean(Elements(rows, x.lattice), True, layout)

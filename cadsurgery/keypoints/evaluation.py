@@ -54,6 +54,7 @@ def evaluate_matching(
     picture: Path | None = None,
     matches: Path | None = None,
     step: Callable[[str], None] = lambda text: None,
+    trust: bool = False,
 ) -> MatchingReport:
     """Match the first image of every sequence with the others, for every mask at every pair of output strides.
 
@@ -75,6 +76,7 @@ def evaluate_matching(
         picture: PNG to draw: accuracy against threshold and work.
         matches: PNG to draw: the matches of the first pair with each setting.
         step: called with what is being done.
+        trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
         InvalidInput: an impossible option, or a network whose outputs are not understood.
@@ -92,7 +94,7 @@ def evaluate_matching(
         resolve_mask(mask or "all")
     sequences, left_out = find_sequences(folder, everything=everything)
     step("building and converting")
-    nets = _networks(network, weights, output_stride, dict(options or {}))
+    nets = _networks(network, weights, output_stride, dict(options or {}), trust)
     source = source_of(nets[0])
     found = [_settings(net, chosen, settings, where) for net in nets]
     every = [setting for some in found for setting in some]
@@ -161,10 +163,14 @@ class _Done(NamedTuple):
 
 
 def _networks(
-    network: str | nn.Module, weights: str, pairs: Sequence[tuple[int, int] | None], options: dict[str, Any]
+    network: str | nn.Module,
+    weights: str,
+    pairs: Sequence[tuple[int, int] | None],
+    options: dict[str, Any],
+    trust: bool,
 ) -> list[AdaptiveModel]:
     """A converted network for each pair of output strides."""
-    found = load(network) if isinstance(network, str) and is_file(network) else network
+    found = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
     if isinstance(found, str):
         found = build(found, weights)[0]
     given = [{"output_stride": pair} for pair in pairs if pair is not None] or [{}]

@@ -39,6 +39,7 @@ def extract(
     options: dict[str, Any] | None = None,
     device: str = "cpu",
     step: Callable[[str], None] = lambda text: None,
+    trust: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Write the features of every image; an image that cannot be used is reported and the others are done.
 
@@ -56,6 +57,7 @@ def extract(
         options: of `adaptify` for networks that are not converted yet.
         device: "cpu" or "cuda".
         step: called with what is being done.
+        trust: run code that a converted file names; see `cadsurgery.load`.
 
     Returns:
         Rows of images that have a file (`image`, `output`, `keypoints`, `kept` whether it was there), and failures.
@@ -73,7 +75,7 @@ def extract(
     where, paths = own_device(device), find_images(images)
     folder = made_folder(output)
     step("building and converting")
-    net = converted(network, weights, options or {})
+    net = converted(network, weights, options or {}, trust=trust)
     source = net.source
     identity = {
         **{"model": getattr(source, "name", type(net).__name__), "weights": getattr(source, "weights", "")},
@@ -106,14 +108,18 @@ def extract(
 
 
 def converted(
-    network: str | nn.Module, weights: str, options: dict[str, Any], mask: object = "all"
+    network: str | nn.Module,
+    weights: str,
+    options: dict[str, Any],
+    mask: object = "all",
+    trust: bool = False,
 ) -> AdaptiveModel:
     """A converted network: loaded, converted, or as it is.
 
     Raises:
         InvalidInput: output strides for a network that is converted already; it keeps its other options too.
     """
-    found = load(network) if isinstance(network, str) and is_file(network) else network
+    found = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
     if isinstance(found, AdaptiveModel):
         if options.get("output_stride") is not None:
             raise InvalidInput(

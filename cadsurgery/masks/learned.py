@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from cadsurgery.masks.graded import several
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
 
 _MAKING = threading.Lock()
+_MOST = 4096  # channels
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -41,7 +43,7 @@ class LearnedMask(MaskProvider):
         Args:
             fraction: share to keep high that training aims at, 0..1; with more than two levels that of a two-level
                 map with as many elements. The published gamma is 1 - fraction.
-            channels: of the three hidden convolutions, as published by default.
+            channels: of the three hidden convolutions, as published by default; at most 4096.
             temperature: of the Gumbel-softmax in training.
             noise: draw Gumbel noise when it is used, too, as published; from torch's generator.
             seed: of the initial weights, 0 or more.
@@ -53,11 +55,12 @@ class LearnedMask(MaskProvider):
         self.fraction, self.channels, self.temperature = fraction, several(channels), temperature
         self.noise, self.seed = noise, seed
         in_range = 0 <= fraction <= 1 and temperature > 0 and 0 <= seed < 2**63
-        if not in_range or len(self.channels) != 3 or min(self.channels) < 1:
+        if not in_range or len(self.channels) != 3 or not all(1 <= n <= _MOST for n in self.channels):
             raise InvalidInput(
                 f"learned mask with fraction={fraction}, channels={format_option(self.channels)}, "
                 f"temperature={temperature}, seed={seed}.",
-                next="fraction is in 0..1, channels are three positive numbers, temperature above 0, seed at least 0.",
+                next=f"fraction is in 0..1, channels are three numbers in 1..{_MOST}, temperature above 0, seed "
+                "at least 0.",
             )
         self.estimator = nn.Sequential()
         self.centre: Tensor
@@ -219,9 +222,13 @@ class LearnedMask(MaskProvider):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Make the estimator that the tensors belong to, if there is none yet; its children are loaded after."""
-        first, last = (state_dict.get(f"{prefix}estimator.{place}.weight") for place in (0, 7))
-        if not len(self.estimator) and isinstance(first, Tensor) and isinstance(last, Tensor):
-            self._make(first.shape[1], last.shape[0], first.device)
+        stored: list[Any] = [state_dict.get(f"{prefix}estimator.{place}.weight") for place in (0, 2, 5, 7)]
+        kernels = [kernel for kernel in stored if isinstance(kernel, Tensor) and kernel.dim() == 4]
+        if not len(self.estimator) and len(kernels) == 4:
+            sizes = (kernels[0].shape[1], *self.channels, kernels[-1].shape[0])
+            # Others than the options say are not made, and then refused as tensors of nothing.
+            if all(k.shape == (b, a, 3, 3) for k, (a, b) in zip(kernels, pairwise(sizes), strict=True)):
+                self._make(sizes[0], sizes[-1], kernels[0].device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,10 @@ class SaliencyMask(ScoredMask):
         """
         super().__init__(threshold)
         example = f"saliency:function={SPECTRAL}"
-        self._function = (
-            function_at(function, "mask saliency", example) if isinstance(function, str) else function
-        )
+        self._function: Any = function
+        if isinstance(function, str):  # its own is no import, so that every file may name it
+            own = function == SPECTRAL
+            self._function = spectral_residual if own else function_at(function, "mask saliency", example)
         if not callable(self._function):
             raise InvalidInput(
                 f"{describe(self._function)} is no function.",

@@ -21,6 +21,7 @@ from cadsurgery.masks.provider import PROVIDERS, MaskProvider, format_option, op
 PIPE, PLUS = "|", "+"
 _MARKS = re.compile(r"([|()]|\+(?!\s*[\d.]))")  # the plus of 1e+16 belongs to a number
 _END = ""
+_MOST = 64  # marks: masks are read, written and asked recursively
 
 
 def parse(text: str, tensor: Callable[[], MaskProvider] | None = None, tensor_name: str = "") -> MaskProvider:
@@ -37,6 +38,11 @@ def parse(text: str, tensor: Callable[[], MaskProvider] | None = None, tensor_na
             other way round.
     """
     reader = _Reader(text, {tensor_name: tensor} if tensor else {})
+    if (marks := len(_MARKS.findall(text))) > _MOST:
+        raise InvalidInput(
+            f"the mask {text[:40]!r}... has {marks} pipes, pluses and parentheses.",
+            next=f"write one with at most {_MOST}.",
+        )
     mask = reader.mask()
     if reader.next() != _END:
         raise _unfinished(text, f"{reader.next()!r} is not expected here")

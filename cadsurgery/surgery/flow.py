@@ -43,6 +43,7 @@ class Flow:
         barriers: operations on maps without a treatment, and why.
         foreign: values computed from maps, by such operations, that are no maps.
         grown: nodes where a removed stride was found, and the spacing after it.
+        most: the lowest output stride that is asked for, once it is known.
     """
 
     role: dict[fx.Node, Role] = field(default_factory=dict)
@@ -52,6 +53,11 @@ class Flow:
     barriers: dict[fx.Node, str] = field(default_factory=dict)
     grown: dict[fx.Node, int] = field(default_factory=dict)
     foreign: set[fx.Node] = field(default_factory=set)
+    most: int | None = None
+
+    def cell(self, node: fx.Node) -> int:
+        """Side in pixels of the largest cell of a map: its spacing, but no more than the lowest output stride."""
+        return min(self.spacing[node], self.most or self.spacing[node])
 
     def maps(self, node: fx.Node) -> list[fx.Node]:
         """The maps a node reads."""
@@ -65,6 +71,7 @@ def flow_forward(
     facts: Facts,
     refused: Callable[[fx.Node], str] = lambda node: "",
     by_design: frozenset[fx.Node] = frozenset(),
+    most: int | None = None,
 ) -> Flow:
     """Roles, grids and spacings from the input on; the axes of maps are noted in the facts.
 
@@ -72,8 +79,9 @@ def flow_forward(
         facts: of the network.
         refused: why a node may not be in the region, or "".
         by_design: nodes whose dilation grows although no stride was removed there.
+        most: the lowest output stride that is asked for; by default all of the network's.
     """
-    flow = Flow()
+    flow = Flow(most=most)
     for known in (facts.layouts, facts.images, facts.pads):
         known.clear()
     for node in facts.graph.nodes:
@@ -198,7 +206,7 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
         if flow.grid[maps[0]] % treatment.scale:
             return "makes the map finer than the image"
     if treatment.window is not None and not treatment.window.is_pointwise:
-        spacing = flow.spacing[maps[0]]
+        spacing = flow.cell(maps[0])
         reaches = [step * flow.grid[maps[0]] for step in treatment.window.dilation]
         if treatment.kind == "window" and any(reach % spacing for reach in reaches):
             return f"its taps, {min(reaches)} pixels apart, fall inside cells of {spacing} pixels"

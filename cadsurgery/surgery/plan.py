@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import cache
+from itertools import pairwise
+from typing import Literal, get_type_hints
 
 from cadsurgery.errors import UnknownName
 from cadsurgery.kernel_map import Window
+from cadsurgery.plain import checked
 
 # Reason of nodes that run dense because what they read has left the region.
 AFTER = "after the region"
 # How a map leaves the region that is read at arbitrary points by a resize.
 RESIZED = "resized"
 
+Outputs = Literal["fine", "native"]
 Action = Literal["dense", "enter", "adapt", "keep", "exit", "barrier"]
 
 
@@ -80,6 +84,8 @@ class Plan:
         outputs: node and output stride of each map that is returned.
         matters: whether keeping resolution can improve what comes out; it cannot where everything leaves at its
             native size and no operation of the region, a mean over the image or a resize, brings finer values there.
+        finest: the finest output stride that can improve what comes out.
+        returned: size at which maps that leave the region as they are are returned, `fine` or `native`.
         part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
     """
 
@@ -92,6 +98,8 @@ class Plan:
     example_shape: tuple[int, ...]
     outputs: tuple[tuple[str, int], ...] = ()
     matters: bool = True
+    finest: int = 0
+    returned: Outputs = "fine"
     part: str = ""
 
     @property
@@ -135,7 +143,7 @@ class Plan:
             decision = self[name]
             staged = decision.action in ("adapt", "keep") and decision.stages[1] > 0
             fine = staged and decision.leaves == "fine"
-            found.append((name, grid, high if fine else grid, decision.leaves if staged else "dense"))
+            found.append((name, grid, high if fine else grid, decision.leaves or "dense"))
         return found
 
     @property
@@ -156,14 +164,36 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """The plan written by `to_json`."""
-        fields = json.loads(text)
-        decisions = []
-        for entry in fields.pop("decisions"):
-            window = entry["window"]
-            entry["window"] = None if window is None else Window._make(_tuples(window))
-            decisions.append(Decision(**{key: _tuples(value) for key, value in entry.items()}))
-        return Plan(tuple(decisions), **{key: _tuples(value) for key, value in fields.items()})
+        """The plan written by `to_json`; fields that have a default may be absent.
+
+        Raises:
+            Exception: of several kinds, for a text that is no plan.
+        """
+        found = json.loads(text)
+        decisions = tuple(_decision(entry) for entry in found.pop("decisions"))
+        hints = {name: hint for name, hint in _hints(Plan).items() if name != "decisions"}
+        plan = Plan(decisions, **checked(found, hints, "the plan"))
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Refuse strides, stages and names that are not among those of the plan, with a ValueError."""
+        rising = all(1 <= a < b and b % a == 0 for a, b in pairwise(self.strides))
+        levels, names = range(len(self.strides)), {decision.node for decision in self.decisions}
+        if not self.strides or self.strides[0] < 1 or not rising:
+            raise ValueError(f"strides {self.strides!r:.60}")
+        if self.output_stride[0] != self.strides[0] or self.output_stride[1] not in self.strides:
+            raise ValueError(f"output stride {self.output_stride} among {self.strides!r:.60}")
+        if self.identity_level is not None and self.identity_level not in levels:
+            raise ValueError(f"level {self.identity_level} of {len(levels)}")
+        if len(self.example_shape) != 4 or min(self.example_shape) < 1:
+            raise ValueError(f"an example of shape {self.example_shape!r:.60}")
+        for decision in self.decisions:
+            if any(stage not in levels for stage in decision.stages) or decision.macs < 0:
+                raise ValueError(f"stages {decision.stages} or MACs {decision.macs} of {decision.node:.60}")
+        for name, _ in self.outputs:
+            if name not in names:
+                raise ValueError(f"an output {name!r:.60} that has no decision")
 
     def __str__(self) -> str:
         header = ("node", "operation", "action", "output stride", "reason")
@@ -194,13 +224,23 @@ class Plan:
         for reason, names in ends.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"region ends at {', '.join(names[:3])}{more}: {reason}")
-        if len(self.outputs) > 1:
-            for output, native, stride, how in self.standing():
+        for output, native, stride, how in self.standing():
+            if stride < native:
+                lines.append(
+                    f"output {output}: returned at output stride {stride}, in the network itself {native} "
+                    '(which outputs="native" keeps)'
+                )
+            elif len(self.outputs) > 1:
                 lines.append(f"output {output} (output stride {native}): {how}, at output stride {stride}")
         if not self.matters:
             lines.append(
                 "what leaves the region does so at its native size, where every mask gives the same up to the "
                 "approximation of merged cells: keeping more high costs work and gains nothing"
+            )
+        elif self.finest > high:
+            lines.append(
+                f"what leaves the region does so at output stride {self.finest}: keeping more than that costs work and "
+                f"gains nothing; output_stride=({self.finest}, {low}) does without"
             )
         if self.part:
             lines.insert(0, f"converted: {self.part}, inside a network that torch.fx cannot follow whole")
@@ -222,6 +262,13 @@ class Plan:
         return f"{before} -> {after}" if before != after else f"{after}"
 
 
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, however deep: JSON does not know tuples."""
-    return tuple(_tuples(part) for part in value) if type(value) is list else value
+_hints = cache(get_type_hints)
+
+
+def _decision(values: object) -> Decision:
+    """A decision from plain values."""
+    found = checked(values, {**_hints(Decision), "window": tuple | None}, "a decision")
+    if found["window"] is not None:
+        fields = dict(zip(Window._fields, found["window"], strict=True))
+        found["window"] = Window(**checked(fields, _hints(Window), "a window"))
+    return Decision(**found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, get_args
 
 from torch import fx
 
@@ -10,7 +11,7 @@ from cadsurgery.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Region, Role, dilated_by_design, flow_forward, region_of
-from cadsurgery.surgery.plan import AFTER, RESIZED, Action, Decision, Plan
+from cadsurgery.surgery.plan import AFTER, RESIZED, Action, Decision, Outputs, Plan
 from cadsurgery.surgery.treatment import Treatment, operation_name
 
 RegionOption = str | Sequence[str]
@@ -39,6 +40,7 @@ def make_plan(
     output_stride: tuple[int, int] | None = None,
     region: RegionOption = "auto",
     part: str = "",
+    outputs: Outputs = "fine",
 ) -> tuple[Plan, dict[fx.Node, Treatment]]:
     """Decide for every node of a traced network; the treatments say how. Pure: the network is not changed.
 
@@ -49,14 +51,20 @@ def make_plan(
         region: `"auto"`, `"backbone"`, or names of nodes or modules.
         part: where the traced network is a part of another one, its name there: what it returns then keeps its
             native size, which the rest of that network relies on.
+        outputs: size at which maps that leave the region as they are are returned, `fine` or `native`.
 
     Raises:
         CannotConvert: nothing can be made adaptive.
-        InvalidInput: an impossible output stride; the message lists the possible ones.
+        InvalidInput: an impossible output stride, or another word for the outputs; the message lists the possible ones.
         UnknownName: a region name that is neither a node nor a module.
     """
+    if outputs not in get_args(Outputs):
+        raise InvalidInput(
+            f"outputs={outputs!r} is not a choice.", next=f"use one of {', '.join(get_args(Outputs))}."
+        )
+    returned: Outputs = "native" if part else outputs
     refused = _refusal(facts, region)
-    flow = _settled_flow(facts, refused, named=not isinstance(region, str))
+    flow, settled = _settled_flow(facts, refused, named=not isinstance(region, str))
     highs = sorted({flow.grid[node] for node in flow.grid})
     regions = {high: region_of(flow, facts, high) for high in highs}
     possible = [(high, low) for high in highs for low in regions[high].strides[1:]]
@@ -64,13 +72,22 @@ def make_plan(
         raise _nothing_to_convert(facts, flow)
     high, low = _choose(facts, flow, regions, possible, output_stride)
     chosen = regions[high]
+    if low < chosen.strides[-1]:  # no cell is larger than that: what reads in between may stay
+        capped = flow_forward(facts, settled.refused, settled.by_design, low)
+        if (larger := region_of(capped, facts, high)).strides == chosen.strides:
+            flow, chosen = capped, larger
+        else:
+            flow = flow_forward(facts, settled.refused, settled.by_design)  # facts are noted anew
     names = region if isinstance(region, str) else tuple(region)
-    decisions = _decide(facts, flow, chosen, fine_outputs=not part)
+    decisions = _decide(facts, flow, chosen, fine_outputs=returned == "fine")
     readers = _readers(facts, flow, chosen)
     fine = any(decision.leaves in ("fine", RESIZED) for decision in decisions)
     if not fine and not any(_works(node, flow) for node in readers):
         raise _nothing_to_convert(facts, flow)
     identity = _identity_level(flow, chosen, chosen.strides.index(low))
+    joins = any(_joins(node, flow) for node in readers)
+    leaving = [flow.grid[n] for n in chosen.needed if chosen.stage(n) and _dense_readers(n, flow, chosen)]
+    finest = high if fine or joins else min(leaving, default=low)
     shape = tuple(facts.example.shape)
     made = Plan(
         decisions=tuple(decisions),
@@ -83,7 +100,9 @@ def make_plan(
         outputs=tuple(
             (node.name, flow.grid[node]) for node in _outputs(facts) if flow.role[node] is Role.MAP
         ),
-        matters=fine or any(_joins(node, flow) for node in readers),
+        matters=finest < low,
+        finest=finest,
+        returned=returned,
         part=part,
     )
     return made, flow.treatments
@@ -115,7 +134,14 @@ def _joins(node: fx.Node, flow: Flow) -> bool:
     return flow.treatments[node].kind in ("global", "resize") or flow.treatments[node].call in _JOINING
 
 
-def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str], named: bool) -> Flow:
+class _Settled(NamedTuple):
+    """What a flow was settled with: why nodes are left out, and whose dilation stands for no removed stride."""
+
+    refused: Callable[[fx.Node], str]
+    by_design: frozenset[fx.Node]
+
+
+def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str], named: bool) -> tuple[Flow, _Settled]:
     """The forward flow in which every removed stride could really be put back, and every pad has its windows; what a
     region names it has, however little work that is."""
     by_design: frozenset[fx.Node] = frozenset()
@@ -135,7 +161,7 @@ def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str], named: bool) 
         new_dense = _lone_pads(facts, flow) | _last_resizes(facts, flow)
         new_dense |= {} if named else _mere_tails(facts, flow)
         if not new and not new_dense.keys() - dense.keys():
-            return flow
+            return flow, _Settled(refused_or_dense, by_design)
         by_design |= new
         dense |= new_dense
 
@@ -154,7 +180,7 @@ def _last_resizes(facts: Facts, flow: Flow) -> dict[fx.Node, str]:
     """Resizes that nothing but pointwise operations follow: they read the region at arbitrary points, and what comes
     out is as large as in the network."""
     return {
-        node: "the last resize reads the map on the grid the network resizes"
+        node: "resizes what leaves the region"
         for node, treatment in flow.treatments.items()
         if _is_resize(treatment) and _is_last(node, flow) and flow.maps(node)
     }
@@ -382,11 +408,10 @@ def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> lis
             before, behind = _stages(node, flow, region)
             return "adapt" if treatments[node].window and behind > before else "keep", treatments[node].why
         if node in resized:
-            return "exit", f"{flow.barriers[node]}; it is {read[node][0].name}"
+            return "exit", f"reads {read[node][0].name} at any point, on the grid the network resizes"
         if node in ends:
             natural = node.op == "output" or treatments[node].kind == "resize"
-            usual = "the network's output" if node.op == "output" else "combines it with what left the region"
-            reason = flow.barriers.get(node, usual)
+            reason = flow.barriers.get(node) or _why_it_ends(node, flow, region)
             leaving = ", ".join(source.name for source in read[node])
             reason = f"{reason}; {leaving} leaves at {sizes[read[node][0]]} size"
             return "exit" if natural else "barrier", reason
@@ -421,6 +446,17 @@ def _decide(facts: Facts, flow: Flow, region: Region, fine_outputs: bool) -> lis
             )
         )
     return decisions
+
+
+def _why_it_ends(node: fx.Node, flow: Flow, region: Region) -> str:
+    """Why a node that every rule lets pass reads the region's values dense."""
+    if node.op == "output":
+        return "the network's output"
+    if any(source in region.outside for source in flow.maps(node)):
+        return "combines it with what left the region"
+    if flow.treatments[node].kind == "resize":
+        return f"makes the map finer than output stride {region.strides[0]}"
+    return f"works at output stride {region.strides[0]}"
 
 
 def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Region) -> bool:

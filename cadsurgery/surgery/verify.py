@@ -41,6 +41,8 @@ class Check:
 
     Attributes:
         law: what was compared.
+        number: of the law, 1 or 2.
+        size: height and width of the image.
         where: node or output with the largest error.
         error: largest difference relative to the largest value.
         tolerance: allowed.
@@ -50,6 +52,8 @@ class Check:
     where: str
     error: float
     tolerance: float
+    number: int = 2
+    size: tuple[int, int] = (0, 0)
 
     @property
     def passed(self) -> bool:
@@ -115,13 +119,16 @@ def _uniform_checks(
     checks = []
     for level in _levels(plan, geometry):
         found = _values(model, adapted, plan, _uniform(mapped, level), image, watched)
-        if level == plan.identity_level:
+        own = level == plan.identity_level
+        if own:
             law, expected = "the network as it was", as_it_was
         else:
             law = f"the dense network at output stride {plan.strides[level]}"
             expected = _values(model, adapted, plan, _uniform(geometry, level), image, watched)
-        checks.append(_compare(f"everything at level {level} is {law}", found, expected, tolerance))
-        if level == plan.identity_level:
+        made = _compare(f"everything at level {level} is {law}", found, expected, tolerance)
+        size = (image.shape[2], image.shape[3])
+        checks.append(replace(made, number=1 if own else 2, size=size))
+        if own:
             checks += _at_another_size(model, adapted, plan, mapped, image, tolerance)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
             apart = _apart(adapted)
@@ -145,7 +152,8 @@ def _at_another_size(
     masking = _uniform(geometry, plan.identity_level or 0)
     found, _ = fx.Interpreter(model, graph=adapted).run(masking, smaller, *_defaults(adapted, 2))
     law = "the outputs at another size are the network's as it was"
-    return [_compare(law, _named(at_own_samples(found, adapted, plan)), _named(expected), tolerance)]
+    made = _compare(law, _named(at_own_samples(found, adapted, plan)), _named(expected), tolerance)
+    return [replace(made, number=1, size=(smaller.shape[2], smaller.shape[3]))]
 
 
 def _defaults(graph: fx.Graph, given: int) -> list[Any]:
@@ -160,7 +168,7 @@ def _named(outputs: Any) -> dict[str, Tensor]:
 
 
 def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
-    """What a rewritten graph returned, with each map that leaves at the fine size read where the network has samples."""
+    """What a rewritten graph returned, each map that leaves at the fine size read where the network has samples."""
     node = next(node for node in adapted.nodes if node.op == "output")
 
     def read(value: Any, source: Any) -> Any:
@@ -176,7 +184,7 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
         every = slice(None, None, decision.grid)
         return value[tuple(every if axis in "hw" else slice(None) for axis in decision.layout)]
 
-    return read(outputs, node.args[0][0])  # type: ignore[index]
+    return read(outputs, node.args[0][0])
 
 
 _GLOBAL = (
