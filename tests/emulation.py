@@ -165,9 +165,10 @@ class Emulation:
         for axis in (0, 1):
             samples = len(range(0, x.size[axis], spacing))
             before, after = padding[2 * axis : 2 * axis + 2]
-            if ceil_mode:
-                assert before == after
+            if ceil_mode and before == after:
                 count = ceil_samples(samples, kernel[axis], stride, before, dilation[axis])
+            elif ceil_mode:  # padded explicitly, so that the window has no padding of its own
+                count = ceil_samples(samples + before + after, kernel[axis], stride, 0, dilation[axis])
             else:
                 starts = range(0, samples + before + after - dilation[axis] * (kernel[axis] - 1), stride)
                 count = len(starts)
@@ -185,25 +186,16 @@ class Emulation:
         dilation: tuple[int, int] = (1, 1),
         padding: Padding = (0, 0, 0, 0),
         mode: str = "zeros",
+        outside: float = 0.0,
         spacing: int = 1,
         groups: int = 1,
     ) -> Feature:
         """y(p) = sum_uv W[u, v] x(p + spacing (dilation (u, v) - padding)), x as read; anchors are kept."""
         kernel = (weight.shape[2], weight.shape[3])
         size = self.fine_size(x, kernel, stride, dilation, padding, spacing)
-        values = self.read(x)
-        if mode == "zeros":
-            padded = self._padded(values, kernel, dilation, padding, spacing, 0.0)
-            steps = (spacing * dilation[0], spacing * dilation[1])
-            out = F.conv2d(padded, weight, bias, dilation=steps, groups=groups)
-        else:  # `spacing` interleaved grids per axis, each padded as the network pads its own grid
-            top, bottom, left, right = padding
-            out = values.new_zeros(values.shape[0], weight.shape[0], *x.size)
-            for y in range(min(spacing, x.size[0])):
-                for c in range(min(spacing, x.size[1])):
-                    grid = F.pad(values[:, :, y::spacing, c::spacing], (left, right, top, bottom), mode)
-                    part = F.conv2d(grid, weight, bias, dilation=dilation, groups=groups)
-                    out[:, :, y::spacing, c::spacing] = part
+        padded = self._padded(self.read(x), kernel, dilation, padding, spacing, outside, mode)
+        steps = (spacing * dilation[0], spacing * dilation[1])
+        out = F.conv2d(padded, weight, bias, dilation=steps, groups=groups)
         if self.anchor == "center" and kernel != (1, 1):
             side = self.side(self.stage_of(x), x.size)
             y, c = pixels(side)
@@ -218,12 +210,26 @@ class Emulation:
         padding: Padding,
         spacing: int,
         value: float,
+        mode: str = "zeros",
+        beyond: float | None = None,
     ) -> Tensor:
-        """The map inside its padding, with more of it below and to the right so that no pixel is lost."""
+        """The map inside its padding, with more below and to the right so that no pixel is lost: of the same `value`,
+        unless something else is `beyond`. Reflected and replicated are `spacing` interleaved grids per axis, each as the
+        network does it to its own grid, which goes on below and to the right."""
         top, bottom, left, right = (spacing * pad for pad in padding)
-        below = spacing * dilation[0] * (kernel[0] - 1)
-        beside = spacing * dilation[1] * (kernel[1] - 1)
-        return F.pad(values, (left, right + beside, top, bottom + below), value=value)
+        below, beside = (step * (taps - 1) for step, taps in zip(dilation, kernel, strict=True))
+        if mode == "zeros":
+            around = F.pad(values, (left, right, top, bottom), value=value)
+            more = (0, spacing * beside, 0, spacing * below)
+            return F.pad(around, more, value=value if beyond is None else beyond)
+        height, width = (-(-length // spacing) * spacing for length in values.shape[2:])
+        around = values.new_zeros(*values.shape[:2], height + spacing * below, width + spacing * beside)
+        for y in range(min(spacing, values.shape[2])):
+            for c in range(min(spacing, values.shape[3])):
+                grid = values[:, :, y::spacing, c::spacing]
+                grid = F.pad(grid, (padding[2], beside - padding[2], padding[0], below - padding[0]), mode)
+                around[:, :, y::spacing, c::spacing][:, :, : grid.shape[2], : grid.shape[3]] = grid
+        return around
 
     def max_pool(
         self,
@@ -234,13 +240,15 @@ class Emulation:
         stride: int = 1,
         dilation: tuple[int, int] = (1, 1),
         padding: Padding = (0, 0, 0, 0),
+        mode: str = "zeros",
+        outside: float = -torch.inf,
         spacing: int = 1,
         ceil_mode: bool = False,
     ) -> Feature:
-        """Maximum over the window; outside the map is minus infinity."""
+        """Maximum over the window; outside the map is minus infinity, unless it was padded with something else."""
         size = self.fine_size(x, kernel, stride, dilation, padding, spacing, ceil_mode)
         values = self.read(x)
-        padded = self._padded(values, kernel, dilation, padding, spacing, -torch.inf)
+        padded = self._padded(values, kernel, dilation, padding, spacing, outside, mode, -torch.inf)
         height, width = (1 + spacing * dilation[i] * (kernel[i] - 1) for i in (0, 1))
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         taps = windows[..., :: spacing * dilation[0], :: spacing * dilation[1]]
@@ -265,6 +273,8 @@ class Emulation:
         stage: int,
         stride: int = 1,
         padding: Padding = (0, 0, 0, 0),
+        mode: str = "zeros",
+        outside: float = 0.0,
         spacing: int = 1,
         ceil_mode: bool = False,
         count_include_pad: bool = True,
@@ -275,15 +285,10 @@ class Emulation:
         values = self.read(x)
         channels = values.shape[1]
         ones = values.new_ones(1, 1, *kernel)
-        padded = self._padded(values, kernel, (1, 1), padding, spacing, 0.0)
+        padded = self._padded(values, kernel, (1, 1), padding, spacing, outside, mode, 0.0)
         total = F.conv2d(padded, ones.expand(channels, 1, *kernel), dilation=spacing, groups=channels)
-        inside = values.new_ones(1, 1, *x.size)
-        if count_include_pad:
-            top, bottom, left, right = (spacing * pad for pad in padding)
-            inside = F.pad(inside, (left, right, top, bottom), value=1.0)
-            counted = self._padded(inside, kernel, (1, 1), (0, 0, 0, 0), spacing, 0.0)
-        else:
-            counted = self._padded(inside, kernel, (1, 1), padding, spacing, 0.0)
+        inside, around = values.new_ones(1, 1, *x.size), float(count_include_pad)
+        counted = self._padded(inside, kernel, (1, 1), padding, spacing, around, mode, 0.0)
         count = F.conv2d(counted, ones, dilation=spacing)
         return self.cut(total / (count if divisor is None else divisor), x, stage, size, stride)
 
@@ -326,6 +331,131 @@ class Emulation:
         variance = ((x.data - mean).square() * share).sum((0, 2, 3), keepdim=True)
         scaled = (x.data - mean) / (variance + eps).sqrt() * weight[:, None, None] + bias[:, None, None]
         return replace(x, data=scaled), mean.flatten(), variance.flatten()
+
+    def group_norm(
+        self, x: Feature, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Feature:
+        """Each image and group of channels by its own mean and biased variance."""
+        share = self.weight_of_pixels(x).to(x.data.dtype)
+        share = (share / share.sum((1, 2), keepdim=True))[:, None, None]
+        values = x.data.unflatten(1, (groups, -1))
+        mean = (values * share).sum((3, 4), keepdim=True).mean(2, keepdim=True)
+        variance = ((values - mean).square() * share).sum((3, 4), keepdim=True).mean(2, keepdim=True)
+        data = ((values - mean) / (variance + eps).sqrt()).flatten(1, 2)
+        if weight is not None:
+            data = data * weight[:, None, None]
+        return replace(x, data=data if bias is None else data + bias[:, None, None])
+
+    def unshuffle(self, x: Feature, factor: int, *, stage: int, spacing: int) -> Feature:
+        """Space to depth: the values under a window side by side in the channels, zeros outside the map."""
+        size = self.fine_size(x, (factor, factor), factor, (1, 1), (0, 0, 0, 0), spacing)
+        padded = self._padded(self.read(x), (factor, factor), (1, 1), (0, 0, 0, 0), spacing, 0.0)
+        height, width = x.size
+        taps = [
+            padded[:, :, spacing * v : spacing * v + height, spacing * h : spacing * h + width]
+            for v in range(factor)
+            for h in range(factor)
+        ]
+        return self.cut(torch.stack(taps, 2).flatten(1, 2), x, stage, size, factor)
+
+    def resize(
+        self,
+        x: Feature,
+        *,
+        stage: int,
+        spacings: tuple[int, int],
+        samples: tuple[int, int],
+        mode: str,
+        align_corners: bool,
+        whole: tuple[int, int],
+    ) -> Feature:
+        """Upsampling inside the region to `samples` on the network's own grid, at most the fine map's `whole` size.
+
+        Where a cell is as large as the one it lies in, that one's value. Else between cells of the size R of that one: at
+        its place (y + side / 2) ratio - R / 2 (y ratio with align_corners) fine pixels from the border, in steps of R; ratio
+        is one where the sizes divide.
+        """
+        before, after = spacings
+        size = tuple(min(count * after, most) for count, most in zip(samples, whole, strict=True))
+        target = self.side(stage, whole)[:, : size[0], : size[1]]
+        source = self.side(self.stage_of(x), x.size)
+        y, c = pixels(target)
+        places = (y.clamp(max=x.size[0] - 1), c.clamp(max=x.size[1] - 1))
+        cell = pick(source[:, None], *places)[:, 0]
+        ends = []
+        for axis, at in enumerate((y.double(), c.double())):
+            own, most = -(-x.size[axis] // before), x.size[axis] - 1
+            wanted = samples[axis]
+            if align_corners:
+                own, wanted = own - 1, max(wanted - 1, 1)
+            ratio = own * before / (wanted * after)
+            if mode == "nearest":
+                place = (at * ratio / cell).floor() * cell
+            elif align_corners:
+                place = at * ratio
+            else:
+                place = (at + target / 2) * ratio - cell / 2
+            place = torch.where(cell == target, at, place).clamp(min=0)
+            low = (place / cell + 1e-9).floor()
+            share = torch.where(cell == target, 0.0, (place / cell - low).clamp(min=0)).to(x.data.dtype)
+            first = (low * cell).long().clamp(max=most)
+            ends.append(((first, 1 - share), ((first + cell).clamp(max=most), share)))
+        data = sum((v * h)[:, None] * pick(x.data, at, c) for at, v in ends[0] for c, h in ends[1])
+        return Feature(fill_cells(data, target), stage, after)
+
+    def resize_to_dense(
+        self,
+        x: Feature,
+        *,
+        spacing: int,
+        samples: tuple[int, int],
+        scales: tuple[float, float] | None,
+        mode: str,
+        align_corners: bool,
+        guide: Tensor | None,
+    ) -> Tensor:
+        """A resize of the network's own map, which has a sample on every `spacing`-th pixel, read from the cells.
+
+        Output sample p is at u(p) own samples from the first, as torch has it, so at the pixel q = spacing u(p). Bilinear
+        reads the map between pixels s apart: 1 if the fill is linear, else the side of the cell at q, at most `spacing`.
+        Nearest takes the cell that holds torch's index on the fine grid.
+
+        Args:
+            x: the map.
+            spacing: between own samples.
+            samples: of the output.
+            scales: own samples per sample of the output, if they are given and not that of the sizes.
+            mode: `nearest` or `bilinear`.
+            align_corners: as in torch.
+            guide: of a guided fill.
+        """
+        places = []
+        for axis, (length, wanted) in enumerate(zip(x.size, samples, strict=True)):
+            own, p = -(-length // spacing), torch.arange(wanted, dtype=torch.float64)
+            scale = own / wanted if scales is None else scales[axis]
+            if mode == "nearest":
+                index = (p * scale + 1e-9).floor().clamp(max=own - 1)
+                within = (spacing * (p * scale - index) + 1e-6).floor().clamp(0, spacing - 1)
+                places.append((spacing * index + within).long().clamp(max=length - 1))
+                continue
+            at = p * ((own - 1) / max(wanted - 1, 1)) if align_corners else (p + 0.5) * scale - 0.5
+            at = spacing * at.clamp(0, own - 1)
+            whole = at.round()  # on a pixel, rounding must not decide in which cell it is
+            places.append(torch.where((at - whole).abs() < 1e-6, whole, at))
+        shape = (len(x.data), *samples)
+        y, c = places[0][None, :, None].expand(shape), places[1][None, None, :].expand(shape)
+        if mode == "nearest":
+            return pick(x.data, y, c)
+        side = self.side(self.stage_of(x), x.size)
+        apart = pick(side[:, None], y.long(), c.long())[:, 0].clamp(max=spacing)
+        apart = torch.ones_like(apart) if self.fill == "linear" else apart
+        fine, ends = self.read(x, guide), []
+        for at, length in ((y, x.size[0]), (c, x.size[1])):
+            last = (-(-length // spacing) - 1) * spacing
+            first = (at / apart).floor() * apart
+            share = ((at - first) / apart).to(fine.dtype)
+            ends.append(((first.long(), 1 - share), ((first + apart).clamp(max=last).long(), share)))
+        return sum((v * h)[:, None] * pick(fine, at, a) for at, v in ends[0] for a, h in ends[1])
 
     def join(self, function: Callable[..., Tensor], *values: Feature) -> Feature:
         """A pointwise function of features, on the last stage and smallest size among them."""

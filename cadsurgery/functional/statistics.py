@@ -52,6 +52,11 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
     return Elements(rows.to(x.rows.dtype), x.lattice)
 
 
+def norm_of_batch(x: Elements, norm: nn.BatchNorm2d) -> Elements:
+    """`batch_norm` without running statistics: in evaluation mode, too, by those of the batch, which joins its images."""
+    return batch_norm(x, norm)
+
+
 def without_padding(x: Elements, value: float = 0.0) -> Tensor:
     """The rows with a value in those that are padding: what sums over an image may add up."""
     real = x.lattice.real

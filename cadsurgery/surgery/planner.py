@@ -29,8 +29,8 @@ _MIXERS = frozenset(
     )
 )
 
-_JOINING = ("group_norm", "group_deviation", "softmax_over_image", "normalize_over_image")
-_OUTSIDE = "outside the region"
+_JOINING = ("group_norm", "group_deviation", "norm_of_batch", "softmax_over_image", "normalize_over_image")
+_OUTSIDE, _PADS = "outside the region", "pads"
 
 # A further, coarser output map that costs less than this share of a network is no reason for a stage of its own.
 MERE_TAIL = 0.05
@@ -149,6 +149,9 @@ def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str], named: bool) 
     dense: dict[fx.Node, str] = {}
 
     def refused_or_dense(node: fx.Node) -> str:
+        padded = next((source for source in node.all_input_nodes if dense.get(source, "").startswith(_PADS)), None)
+        if padded is not None and facts.layout(padded):
+            return f"reads what {padded.name} padded, which is larger than the maps of the region"
         return refused(node) or dense.get(node, "")
 
     while True:
@@ -167,7 +170,7 @@ def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str], named: bool) 
 def _lone_pads(facts: Facts, flow: Flow) -> dict[fx.Node, str]:
     """Padding that something else than a window of the region reads."""
     return {
-        pad: f"pads the map for {operation_name(user, facts)}, which is no window of the region"
+        pad: f"{_PADS} the map for {operation_name(user, facts)}, which is no window of the region"
         for pad in facts.pads
         for user in pad.users
         if not _pads_for(user, flow)

@@ -257,7 +257,8 @@ def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.BatchNorm2d)
 def batch_norm(node: fx.Node, facts: Facts) -> Treatment:
     """An affine map per channel; in training, statistics over the elements, weighed by their area."""
-    return Treatment("pointwise", _why(batch_norm), "batch_norm", (("norm", Attribute(str(node.target))),))
+    arguments = (("norm", Attribute(str(node.target))),)
+    return Treatment("pointwise", _why(batch_norm), _batch_norm_call(node, facts), arguments)
 
 
 @rule("timm.layers.norm_act:BatchNormAct2d")
@@ -265,7 +266,14 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
     """Batch normalisation followed by its own pointwise activation."""
     parts = tuple(f"{node.target}.{name}" for name in ("drop", "act"))
     arguments = (("norm", Attribute(str(node.target))),)
-    return Treatment("pointwise", _why(batch_norm_act), "batch_norm", arguments, then=parts)
+    return Treatment(
+        "pointwise", _why(batch_norm_act), _batch_norm_call(node, facts), arguments, then=parts
+    )
+
+
+def _batch_norm_call(node: fx.Node, facts: Facts) -> str:
+    norm: Any = facts.module(node)
+    return "norm_of_batch" if norm.running_mean is None or norm.running_var is None else "batch_norm"
 
 
 @rule(F.batch_norm)

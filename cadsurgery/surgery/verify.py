@@ -112,6 +112,7 @@ def _uniform_checks(
 ) -> list[Check]:
     """Every level everywhere, through kernel maps, against the dense networks."""
     tolerance = TOLERANCE.get(image.dtype, 1e-4)
+    geometry = replace(geometry, patch="quadtree")  # blocks have no levels between the highest and the lowest
     mapped = replace(geometry, dense_shortcut=False)
     watched = _watched(adapted, plan)
     as_it_was = _values(model, original, plan, None, image, watched)
@@ -194,7 +195,7 @@ _GLOBAL = (
 _MIXING = (
     *(*_GLOBAL, functional.group_norm, functional.group_deviation, functional.conv2d_per_image),
     *(functional.resize, functional.pixel_shuffle, functional.resize_to_dense),
-    *(functional.softmax_over_image, functional.normalize_over_image),
+    *(functional.softmax_over_image, functional.normalize_over_image, functional.norm_of_batch),
 )
 
 

@@ -1,0 +1,458 @@
+"""A whole network by emulation, told by its plan where the cells are; imports nothing from cadsurgery.
+
+What the plan says of a node is only where its value is computed: dense, or on the cells after which stage; and at which
+size it leaves. What the operations do there is `emulation`'s, or written out here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from emulation import Emulation, Feature, Padding, fill_cells
+from torch import Tensor, fx, nn
+
+NCHW = "bchw"
+
+
+class Told(NamedTuple):
+    """What a plan says of a node.
+
+    Attributes:
+        inside: whether it is computed on cells.
+        stage: adaptive stages passed by its value.
+        grid: fine pixels between the samples of its value in the network as written.
+        leaves: size at which its value leaves the region, `fine`, `native` or ""; `resized` for a resize that does so.
+        layout: order of its axes if it is a map, else "".
+    """
+
+    inside: bool
+    stage: int
+    grid: int
+    leaves: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Cells(Feature):
+    """A feature with the order of its axes, and with padding that the window which reads it takes over."""
+
+    layout: str = NCHW
+    pad: tuple[Padding, str, float] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.data.shape[self.layout.index("h")], self.data.shape[self.layout.index("w")]
+
+    @property
+    def order(self) -> list[int]:
+        """The axes of its data as batch, channels, height, width."""
+        channels = [dim for dim, axis in enumerate(self.layout) if axis == "c"]
+        return [self.layout.index("b"), *channels, self.layout.index("h"), self.layout.index("w")]
+
+    @property
+    def native(self) -> list[int]:
+        """Its shape as the network sees it."""
+        return [
+            -(-n // self.stride) if a in "hw" else n
+            for a, n in zip(self.layout, self.data.shape, strict=True)
+        ]
+
+    def with_maps(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of maps (B, C, H, W) applied to the data, in its own axes again."""
+        ordered = self.data.permute(self.order)
+        done = function(ordered.flatten(1, -3) if ordered.dim() > 4 else ordered)
+        done = done.unflatten(1, ordered.shape[1:-2]) if ordered.dim() > 4 else done
+        return done.permute([self.order.index(dim) for dim in range(len(self.order))])
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A map (B, C, H, W) as (B, C, positions)."""
+
+    map: Cells
+
+
+# Functions and methods of each value alone, or of channels along an axis the data has as well.
+ALONE = {
+    *("relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "elu", "hardswish", "hardsigmoid", "sigmoid"),
+    *("tanh", "softplus", "mish", "clamp", "clamp_", "exp", "neg", "abs", "square", "sqrt", "pow", "dropout"),
+    *("softmax", "log_softmax", "chunk", "split", "contiguous", "clone", "glu", "layer_norm", "linear"),
+    *("sigmoid_", "batch_norm", "mul_", "add_", "narrow", "clip", "hardtanh", "normalize"),
+}
+JOINS = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "maximum", "minimum", "add_", "mul_", "sub_"}
+JOINS |= {"addcmul", "where", "div", "lerp"}
+GLOBAL = {"mean", "sum", "amax", "amin", "norm", "var", "std", "max"}
+PADS = {nn.ReflectionPad2d: "reflect", nn.ReplicationPad2d: "replicate"}
+WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.PixelUnshuffle)
+
+
+class PlannedEmulator(fx.Interpreter):
+    """Runs a network in evaluation mode by emulation.
+
+    Args:
+        model: the network.
+        emulation: its level map and options.
+        told: what the plan says of each node.
+        guide: node whose value is the guide of what leaves at the fine size; "" for none.
+    """
+
+    def __init__(
+        self, model: nn.Module, emulation: Emulation, told: Mapping[str, Told], guide: str = ""
+    ) -> None:
+        traced = fx.symbolic_trace(model)
+        explicit(traced)
+        super().__init__(traced, garbage_collect_values=False)
+        self.emulation, self.told, self.guiding = emulation, told, guide
+        self.guide: Tensor | None = None
+        self.fine: tuple[int, int] | None = None
+
+    # -- values in and out ---------------------------------------------------------------------------------
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.here = self.told[n.name]
+        value = super().run_node(n)
+        if n.name == self.guiding:
+            self.guide = value.clone()
+        return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        def fetched(source: fx.Node) -> Any:
+            value, told = self.env[source], self.told[source.name]
+            if self.here.inside:
+                enters = isinstance(value, Tensor) and told.layout
+                return self.enter(value, told.layout) if enters else value
+            kept = n.target in (getattr, "size", "dim") or self.here.leaves == "resized"
+            return value if kept else self.leave(value, told)
+
+        return fx.map_arg(n.args, fetched), fx.map_arg(n.kwargs, fetched)
+
+    def enter(self, dense: Tensor, layout: str) -> Cells:
+        made = Cells(dense, 0, 1, layout)
+        self.fine = self.fine or made.size
+        return made
+
+    def leave(self, value: Any, told: Told) -> Any:
+        """A value outside the region: dense, at its native size or the fine one."""
+        if not isinstance(value, Cells):
+            return value
+        fine = told.leaves == "fine"
+
+        def read(maps: Tensor) -> Tensor:
+            dense = self.emulation.read(Feature(maps, value.stage), self.guide if fine else None)
+            return dense if fine else dense[:, :, :: told.grid, :: told.grid]
+
+        return value.with_maps(read)
+
+    def coarse(self, x: Any, stage: int, size: tuple[int, int] | None = None) -> Any:
+        """The cells of a later stage that remain, of a map cut to `size`."""
+        if not isinstance(x, Cells) or (x.stage == stage and size in (None, x.size)):
+            return x
+        height, width = size or x.size
+
+        def kept(maps: Tensor) -> Tensor:
+            cut = maps[:, :, :height, :width]
+            return fill_cells(cut, self.emulation.side(stage, (height, width)))
+
+        return replace(x, data=x.with_maps(kept), stage=stage)
+
+    # -- operations ----------------------------------------------------------------------------------------
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module, x = self.fetch_attr(target), args[0]
+        if not isinstance(x, Cells):
+            return module(*args)
+        if isinstance(module, WINDOWS):
+            return self.window(x, **_written(module))
+        if isinstance(module, nn.ConstantPad2d | nn.ReflectionPad2d | nn.ReplicationPad2d):
+            left, right, top, bottom = module.padding
+            value = float(getattr(module, "value", 0.0))
+            return replace(x, pad=((top, bottom, left, right), PADS.get(type(module), "zeros"), value))
+        if isinstance(module, nn.Upsample):
+            given = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+            return self.resize(x, **{name: getattr(module, name) for name in given})
+        if isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+            how = "mean" if isinstance(module, nn.AdaptiveAvgPool2d) else "amax"
+            return self.over_image(x, how, (2, 3), True)
+        if isinstance(module, nn.GroupNorm | nn.InstanceNorm2d):
+            groups = getattr(module, "num_groups", x.data.shape[1])
+            return self.by_groups(x, groups, module.weight, module.bias, module.eps)
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is None:
+            x = self.coarse(x, self.here.stage)
+            ones = torch.ones(x.data.shape[1], dtype=x.data.dtype)
+            weight, bias = (ones, ones - 1) if module.weight is None else (module.weight, module.bias)
+            normed, _, _ = self.emulation.batch_norm(x, weight, bias, module.eps)
+            return replace(x, data=normed.data)
+        return self.coarse(replace(x, data=module(x.data)), self.here.stage)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.named(target.__name__, target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        def method(self_: Any, *rest: Any, **options: Any) -> Any:
+            return getattr(self_, target)(*rest, **options)
+
+        return self.named(target, method, args, kwargs)
+
+    def named(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A function or method of that name; without cells among its arguments it is torch's own."""
+        if isinstance(args[0], Flat):
+            assert name in GLOBAL and args[1] in (2, -1)
+            return self.over_image(args[0].map, name, (2, 3), bool(kwargs.get("keepdim")))
+        found = [value for value in _leaves((args, kwargs)) if isinstance(value, Cells)]
+        if not found:
+            return function(*args, **kwargs)
+        x = args[0]
+        if name == "getitem" and isinstance(x, tuple | list):
+            return x[args[1]]
+        if name in ("getattr", "size", "dim"):
+            return self.asked(name, x, *args[1:])
+        if name in ("cat", "stack"):
+            return self.joined(lambda *parts: function(parts, *args[1:], **kwargs), x, spread=True)
+        if name in JOINS and sum(isinstance(v, Tensor | Cells) for v in _leaves(args)) > 1:
+            return self.joined(lambda *parts: function(*parts, **kwargs), args)
+        if name in JOINS:
+            return replace(found[0], data=function(*_data(args), **kwargs))
+        if name in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
+            return self.over_image(x, "mean" if "avg" in name else "amax", (2, 3), True)
+        if name in ("conv2d", "max_pool2d", "avg_pool2d", "pixel_unshuffle"):
+            return self.window(x, **_called(name, args, kwargs))
+        if name == "interpolate":
+            given = dict(zip(("size", "scale_factor", "mode", "align_corners"), args[1:], strict=False))
+            given = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None} | given
+            return self.resize(x, **(given | kwargs))
+        if name == "pad":
+            pads, mode, value = [*args[1], 0, 0][:4], "constant", 0.0
+            mode, value = kwargs.get("mode", mode), kwargs.get("value") or value
+            given = ((pads[2], pads[3], pads[0], pads[1]), "zeros" if mode == "constant" else mode, value)
+            return replace(x, pad=given)
+        if name in ("view", "reshape"):
+            return self.viewed(x, args[1:])
+        if name == "flatten":
+            assert args[1:] == (2,) and x.layout == NCHW
+            return Flat(x)
+        if name == "group_norm":
+            given = {"weight": None, "bias": None, "eps": 1e-5, **kwargs}
+            return self.by_groups(x, args[1] if len(args) > 1 else given.pop("num_groups"), **given)
+        if name == "instance_norm":
+            return self.by_groups(x, x.data.shape[1], None, None, 1e-5)
+        if name in ("permute", "transpose"):
+            dims = list(range(x.data.dim()))
+            if name == "permute":
+                dims = [d % len(dims) for d in (args[1] if isinstance(args[1], tuple | list) else args[1:])]
+            else:
+                dims[args[1]], dims[args[2]] = dims[args[2]], dims[args[1]]
+            layout = "".join(x.layout[dim] for dim in dims)
+            return replace(x, data=x.data.permute(dims), layout=layout)
+        if name in GLOBAL:
+            return self.reduced(name, function, x, args[1:], kwargs)
+        assert name in ALONE or name == "getitem", f"no emulation of {name}"
+        made = function(x.data, *args[1:], **kwargs)
+        if isinstance(made, tuple):
+            return tuple(self.coarse(replace(x, data=part), self.here.stage) for part in made)
+        return self.coarse(replace(x, data=made), self.here.stage)
+
+    @staticmethod
+    def asked(name: str, x: Cells, *args: Any) -> Any:
+        if name == "getattr":
+            return {"shape": torch.Size(x.native), "dtype": x.data.dtype, "device": x.data.device}[args[0]]
+        if name == "dim":
+            return len(x.layout)
+        return torch.Size(x.native)[args[0]] if args else torch.Size(x.native)
+
+    def by_groups(self, x: Cells, groups: int, weight: Any, bias: Any, eps: float) -> Cells:
+        x = self.coarse(x, self.here.stage)
+        return replace(x, data=self.emulation.group_norm(x, groups, weight, bias, eps).data)
+
+    def window(self, x: Cells, kind: str, **given: Any) -> Cells:
+        """A window, with the padding of the map it reads."""
+        padding, mode, options = (0, 0, 0, 0), "zeros", {}
+        own = given.pop("padding", (0, 0, 0, 0))
+        own_mode = given.pop("mode", "zeros")
+        if x.pad is not None:
+            padding, mode, outside = x.pad
+            assert not any(own) or (mode == own_mode == "zeros" and outside == 0 and kind == "conv")
+            options["outside"] = outside
+            if kind == "avg":
+                given["count_include_pad"] = True
+        else:
+            mode = own_mode
+        common = {"stage": self.here.stage, "spacing": x.stride, **given}
+        plain = Feature(x.data, x.stage, x.stride)
+        if kind == "unshuffle":
+            out = self.emulation.unshuffle(plain, common.pop("factor"), **common)
+            return Cells(out.data, out.stage, out.stride)
+        common |= {"padding": tuple(a + b for a, b in zip(own, padding, strict=True)), "mode": mode}
+        method = {"conv": self.emulation.conv, "max": self.emulation.max_pool, "avg": self.emulation.avg_pool}
+        out = method[kind](plain, **common, **options)
+        return Cells(out.data, out.stage, out.stride)
+
+    def resize(
+        self, x: Cells, size: Any, scale_factor: Any, mode: str, align_corners: Any, **more: Any
+    ) -> Cells | Tensor:
+        native, factors = x.native[2:], _two(scale_factor)
+        samples, scales = _two(size), None
+        if size is None:
+            samples = tuple(math.floor(n * float(s)) for n, s in zip(native, factors, strict=True))
+            if not more.get("recompute_scale_factor"):
+                scales = (1 / factors[0], 1 / factors[1])
+        plain, common = Feature(x.data, x.stage, x.stride), {"samples": samples, "mode": mode}
+        common["align_corners"] = bool(align_corners)
+        assert self.fine is not None
+        if self.here.leaves == "resized" or round(samples[0] / native[0]) > x.stride:
+            return self.emulation.resize_to_dense(
+                plain, spacing=x.stride, scales=scales, guide=self.guide, **common
+            )
+        spacings = (x.stride, self.here.grid)
+        out = self.emulation.resize(
+            plain, stage=self.here.stage, spacings=spacings, whole=self.fine, **common
+        )
+        return Cells(out.data, out.stage, out.stride)
+
+    @staticmethod
+    def viewed(x: Cells, shape: Any) -> Cells:
+        """Channels regrouped; the image keeps its axes."""
+        new = list(shape[0] if isinstance(shape[0], tuple | list) else shape)
+        first = len(new) - 2 if x.layout.endswith("hw") else 1
+        assert new[first : first + 2] == x.native[x.layout.index("h") :][:2], f"{new} moves the image"
+        new[first : first + 2] = x.size
+        layout = "b" + "c" * (first - 1) + "hw" + "c" * (len(new) - first - 2)
+        return replace(x, data=x.data.reshape(new), layout=layout)
+
+    def joined(self, function: Callable[..., Tensor], values: Any, spread: bool = False) -> Cells:
+        """A function of the values of each cell, on the smallest size among them."""
+        maps = [value for value in values if isinstance(value, Cells)]
+        size = (min(value.size[0] for value in maps), min(value.size[1] for value in maps))
+        parts = []
+        for value in values:
+            if isinstance(value, Cells):
+                value = self.coarse(value, self.here.stage, size).data
+            elif isinstance(value, Tensor) and value.dim() == 4 and min(value.shape[2:]) > 1:
+                assert torch.allclose(value, value[:, :, :1, :1].expand_as(value)), "not one vector per image"
+                value = value[:, :, :1, :1]
+            if spread and value.shape[-1] == 1:
+                value = value.expand(-1, -1, *size)
+            parts.append(value)
+        return replace(maps[0], data=function(*parts), stage=self.here.stage)
+
+    def reduced(self, name: str, function: Callable[..., Any], x: Cells, args: Any, kwargs: Any) -> Any:
+        """Over the image, or over channels in each cell."""
+        given = dict(zip(("p", "dim", "keepdim") if name == "norm" else ("dim", "keepdim"), args, strict=False))
+        given |= kwargs
+        dims = given["dim"] if isinstance(given["dim"], tuple | list) else (given["dim"],)
+        axes = {x.layout[dim] for dim in dims}
+        if axes == {"c"}:
+            made = function(x.data, *args, **kwargs)
+            layout = x.layout
+            if not given.get("keepdim"):
+                layout = "".join(a for d, a in enumerate(layout) if d not in {dim % len(layout) for dim in dims})
+            if isinstance(made, tuple):
+                return tuple(replace(x, data=part, layout=layout) for part in made)
+            return self.coarse(replace(x, data=made, layout=layout), self.here.stage)
+        assert axes == {"h", "w"}
+        return self.over_image(x, name, dims, bool(given.get("keepdim")))
+
+    def over_image(self, x: Cells, how: str, dims: Any, keepdim: bool) -> Tensor:
+        """Of each image: pixels by their weight; sums and norms as large as on the network's own grid."""
+        dims = [dim % x.data.dim() for dim in dims]
+        if how in ("amax", "amin"):
+            return getattr(x.data, how)(dims, keepdim=keepdim)
+        share = self.emulation.weight_of_pixels(Feature(x.data.permute(x.order), x.stage))
+        share = share / share.sum((1, 2), keepdim=True)
+        shape = [n if axis in "bhw" else 1 for axis, n in zip(x.layout, x.data.shape, strict=True)]
+        share = share.to(x.data.dtype).view(shape)
+        samples = math.prod(n for axis, n in zip(x.layout, x.native, strict=True) if axis in "hw")
+        mean = (x.data * share).sum(dims, keepdim=True)
+        if how in ("var", "std"):
+            mean = ((x.data - mean).square() * share).sum(dims, keepdim=True) * samples / (samples - 1)
+            mean = mean.sqrt() if how == "std" else mean
+        elif how == "norm":
+            mean = ((x.data.square() * share).sum(dims, keepdim=True) * samples).sqrt()
+        elif how == "sum":
+            mean = mean * samples
+        return mean if keepdim else mean.squeeze(dims)
+
+
+def explicit(traced: fx.GraphModule) -> None:
+    """Whoever reads a value after it was changed in place reads what it was changed to."""
+    order = {node: place for place, node in enumerate(traced.graph.nodes)}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            changes = bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
+        else:
+            name = str(getattr(node.target, "__name__", node.target))
+            changes = name in ("iadd", "isub", "imul") or (name.endswith("_") and not name.endswith("__"))
+            changes |= bool(node.kwargs.get("inplace"))
+        if changes and node.op != "output":
+            for user in list(node.args[0].users):
+                if order[user] > order[node]:
+                    user.replace_input_with(node.args[0], node)
+    traced.recompile()
+
+
+def _written(module: nn.Module) -> dict[str, Any]:
+    """A window's module as `PlannedEmulator.window` takes it."""
+    if isinstance(module, nn.PixelUnshuffle):
+        return {"kind": "unshuffle", "factor": module.downscale_factor}
+    kernel, stride = _two(module.kernel_size), _two(module.stride)
+    assert stride[0] == stride[1]
+    given: dict[str, Any] = {"stride": stride[0]}
+    if isinstance(module, nn.Conv2d):
+        dilation = _two(module.dilation)
+        reach = [step * (taps - 1) for step, taps in zip(dilation, kernel, strict=True)]
+        if module.padding == "same":
+            padding = (reach[0] // 2, reach[0] - reach[0] // 2, reach[1] // 2, reach[1] - reach[1] // 2)
+        else:
+            top, left = (0, 0) if module.padding == "valid" else _two(module.padding)
+            padding = (top, top, left, left)
+        weights = {"weight": module.weight, "bias": module.bias, "groups": module.groups}
+        mode = module.padding_mode
+        return {"kind": "conv", "padding": padding, "dilation": dilation, "mode": mode, **weights, **given}
+    top, left = _two(module.padding)
+    given |= {"padding": (top, top, left, left), "kernel": kernel, "ceil_mode": bool(module.ceil_mode)}
+    if isinstance(module, nn.MaxPool2d):
+        return {"kind": "max", "dilation": _two(module.dilation), **given}
+    counted = {"count_include_pad": module.count_include_pad, "divisor": module.divisor_override}
+    return {"kind": "avg", **counted, **given}
+
+
+def _called(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    """A window's function, by the module that does the same."""
+    if name == "pixel_unshuffle":
+        return {"kind": "unshuffle", "factor": args[1]}
+    if name == "conv2d":
+        names = ("weight", "bias", "stride", "padding", "dilation", "groups")
+        given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        given |= dict(zip(names, args[1:], strict=False)) | kwargs
+        weight = given["weight"]
+        top, left = _two(given["padding"])
+        return {
+            "kind": "conv",
+            "padding": (top, top, left, left),
+            "dilation": _two(given["dilation"]),
+            "stride": _two(given["stride"])[0],
+            **{key: given[key] for key in ("bias", "groups")},
+            "weight": weight,
+        }
+    pool = nn.MaxPool2d if name == "max_pool2d" else nn.AvgPool2d
+    return _written(pool(*args[1:], **kwargs))
+
+
+def _two(value: Any) -> tuple[Any, Any]:
+    return (value[0], value[-1]) if isinstance(value, tuple | list) else (value, value)
+
+
+def _leaves(values: Any) -> list[Any]:
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, tuple | list):
+        return [leaf for value in values for leaf in _leaves(value)]
+    return [values]
+
+
+def _data(values: Any) -> Any:
+    return [value.data if isinstance(value, Cells) else value for value in values]
