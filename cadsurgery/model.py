@@ -268,7 +268,8 @@ class AdaptiveModel(nn.Module):
         for module in self.modules() if self._run_unchanged is None else ():
             plain = type(module) is nn.Conv2d and module.groups == 1 and "weight" in module._parameters
             if plain and module not in mixed:
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+                weight: Any = module.weight
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of a call by the original's parameter names, defaults included."""
