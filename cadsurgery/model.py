@@ -222,14 +222,14 @@ class AdaptiveModel(nn.Module):
         Not where the network's own graph is run too: dense convolutions round differently in another layout. Nor where
         they are called together with instance norms, see `functional.contiguous_gradient`.
         """
-        called = (child(self, str(node.target)) for node in self.graph.nodes if node.op == "call_module")
+        nodes: Any = self.graph.nodes
+        called = (child(self, str(node.target)) for node in nodes if node.op == "call_module")
         parts = [list(module.modules()) for module in called if module is not None]
         mixed = {
             part for some in parts if any(isinstance(p, nn.InstanceNorm2d) for p in some) for part in some
         }
         for module in self.modules() if self._run_unchanged is None else ():
-            plain = type(module) is nn.Conv2d and module.groups == 1 and "weight" in module._parameters
-            if plain and module not in mixed:
+            if type(module) is nn.Conv2d and module.groups == 1 and module not in mixed:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import pytest
 import torch
 from conftest import assert_same, build, images, random_levels, relative_error
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.modules.module import register_module_forward_hook
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
