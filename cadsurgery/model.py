@@ -331,7 +331,8 @@ class AdaptiveModel(nn.Module):
         """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
 
         It is called like this network and gives the same to rounding, without gradients. The weights are those of
-        this moment; this network is not changed.
+        this moment; this network is not changed. NaN in weights, and NaN that an operation such as a division makes,
+        stays NaN; NaN that comes of values that overflow may not, where a ReLU is fused.
 
         Args:
             fuse: False folds batch norm only and leaves everything else to torch, as one would do by hand: at a
