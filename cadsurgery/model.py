@@ -260,7 +260,8 @@ class AdaptiveModel(nn.Module):
         Not where the network's own graph is run too: dense convolutions round differently in another layout. Nor where
         they are called together with instance norms, see `functional.contiguous_gradient`.
         """
-        called = (child(self, str(node.target)) for node in self.graph.nodes if node.op == "call_module")
+        nodes: Any = self.graph.nodes
+        called = (child(self, str(node.target)) for node in nodes if node.op == "call_module")
         parts = [list(module.modules()) for module in called if module is not None]
         mixed = {
             part for some in parts if any(isinstance(p, nn.InstanceNorm2d) for p in some) for part in some
@@ -370,7 +371,8 @@ class AdaptiveModel(nn.Module):
         """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
 
         It is called like this network and gives the same to rounding, without gradients. The weights are those of
-        this moment; this network is not changed.
+        this moment; this network is not changed. NaN in weights, and NaN that an operation such as a division makes,
+        stays NaN; NaN that comes of values that overflow may not, where a ReLU is fused.
 
         Args:
             fuse: False folds batch norm only and leaves everything else to torch, as one would do by hand: at a

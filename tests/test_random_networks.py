@@ -66,7 +66,9 @@ def check(seed: int) -> None:
         net(x, mask="all")
         size = (net.levels.shape[1], net.levels.shape[2])
         options = {"max_level": plan.max_level, "patch": geometry.patch}
-        levels = random_levels(len(x), size, plan.stage_strides, split=draw.choice([0.3, 0.5, 0.7]), **options)
+        levels = random_levels(
+            len(x), size, plan.stage_strides, split=draw.choice([0.3, 0.5, 0.7]), **options
+        )
         found = net(x, mask=levels)
         assert torch.equal(net.levels.long(), levels)
 

@@ -205,7 +205,9 @@ def mix_lines(values: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     shares = shares.to(_sum_type(values.dtype)).contiguous()
     pointers = [ctypes.c_void_p(value.data_ptr()) for value in (shares, out)]
     rows = Rows(values.contiguous().view(lines * width, channels), None, 0.0)
-    _call("mix_lines", rows, sources.contiguous(), pointers[0], ctypes.c_long(lines), pointers[1], count=width)
+    _call(
+        "mix_lines", rows, sources.contiguous(), pointers[0], ctypes.c_long(lines), pointers[1], count=width
+    )
     return out
 
 
