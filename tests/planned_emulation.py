@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from emulation import Emulation, Feature, Padding, fill_cells
 from torch import Tensor, fx, nn
 
@@ -341,7 +340,9 @@ class PlannedEmulator(fx.Interpreter):
 
     def reduced(self, name: str, function: Callable[..., Any], x: Cells, args: Any, kwargs: Any) -> Any:
         """Over the image, or over channels in each cell."""
-        given = dict(zip(("p", "dim", "keepdim") if name == "norm" else ("dim", "keepdim"), args, strict=False))
+        given = dict(
+            zip(("p", "dim", "keepdim") if name == "norm" else ("dim", "keepdim"), args, strict=False)
+        )
         given |= kwargs
         dims = given["dim"] if isinstance(given["dim"], tuple | list) else (given["dim"],)
         axes = {x.layout[dim] for dim in dims}
@@ -349,7 +350,9 @@ class PlannedEmulator(fx.Interpreter):
             made = function(x.data, *args, **kwargs)
             layout = x.layout
             if not given.get("keepdim"):
-                layout = "".join(a for d, a in enumerate(layout) if d not in {dim % len(layout) for dim in dims})
+                layout = "".join(
+                    a for d, a in enumerate(layout) if d not in {dim % len(layout) for dim in dims}
+                )
             if isinstance(made, tuple):
                 return tuple(replace(x, data=part, layout=layout) for part in made)
             return self.coarse(replace(x, data=made, layout=layout), self.here.stage)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,7 +124,9 @@ class PadThen(nn.Module):
 def keeping(style: Style, c_in: int, c_out: int, dilation: int = 1, groups: int = 1) -> nn.Module:
     """A convolution that keeps the size of its map."""
     draw, bias = style.draw, style.draw.chance(0.5)
-    kind = draw.choices(["plain", "same", "mode", "padded", "asymmetric", "large", "even"], [8, 1, 2, 2, 1, 1, 1])[0]
+    kind = draw.choices(
+        ["plain", "same", "mode", "padded", "asymmetric", "large", "even"], [8, 1, 2, 2, 1, 1, 1]
+    )[0]
     d, common = dilation, {"dilation": dilation, "groups": groups, "bias": bias}
     if kind == "same":
         return nn.Conv2d(c_in, c_out, draw.choice([3, (3, 1), (1, 5)]), padding="same", **common)
@@ -351,9 +354,7 @@ class Inception(nn.Module):
                 nn.Conv2d(channels, part, 1),
                 nn.Sequential(nn.Conv2d(channels, part, 1), *unit(style, part, part, dilation)),
                 nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(channels, part, 1)),
-                nn.Sequential(
-                    nn.AvgPool2d(3, 1, 1, count_include_pad=include), nn.Conv2d(channels, part, 1)
-                ),
+                nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=include), nn.Conv2d(channels, part, 1)),
             ]
         )
         self.norm = style.norm_of(channels)
@@ -419,7 +420,9 @@ class PoolMixer(nn.Module):
         self.norm = nn.GroupNorm(1, channels)
         self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
         self.scale = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
-        self.mlp = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1))
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, channels, 1), nn.GELU(), nn.Conv2d(channels, channels, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -618,7 +621,16 @@ class Strange(nn.Module):
         return self.conv(x)
 
 
-BLOCKS: list[Any] = [Residual, Preactivated, Bottleneck, Inverted, ChannelsLast, Shuffle, Inception, DenseBlock]
+BLOCKS: list[Any] = [
+    Residual,
+    Preactivated,
+    Bottleneck,
+    Inverted,
+    ChannelsLast,
+    Shuffle,
+    Inception,
+    DenseBlock,
+]
 BLOCKS += [Hierarchical, SpatialGate, PoolMixer, Partial, Pyramid, Steps, PooledPyramid, Gated, Arithmetic]
 BLOCKS += [PreactivatedInPlace, PartsInPlace, Standardised, Residual, Inverted]
 
@@ -755,7 +767,9 @@ class Resized(nn.Module):
 
     def forward(self, maps: list[Tensor], image: Tensor) -> Any:
         y = self.resized(self.head(maps[-1]), image)
-        return {"none": lambda y: y, "sigmoid": torch.sigmoid, "softmax": lambda y: F.softmax(y, 1)}[self.after](y)
+        return {"none": lambda y: y, "sigmoid": torch.sigmoid, "softmax": lambda y: F.softmax(y, 1)}[
+            self.after
+        ](y)
 
 
 class TwoResized(Resized):
@@ -794,7 +808,9 @@ class AllStages(nn.Module):
     def __init__(self, style: Style, widths: list[int]) -> None:
         super().__init__()
         self.lateral = nn.ModuleList([nn.Conv2d(width, 4, 1) for width in widths])
-        self.fuse = nn.Sequential(nn.Conv2d(4 * len(widths), 8, style.draw.choice([1, 3]), padding="same"), nn.ReLU())
+        self.fuse = nn.Sequential(
+            nn.Conv2d(4 * len(widths), 8, style.draw.choice([1, 3]), padding="same"), nn.ReLU()
+        )
         self.last, self.to_image = nn.Conv2d(8, 3, 1), style.draw.chance(0.7)
 
     def forward(self, maps: list[Tensor], image: Tensor) -> Tensor:
@@ -832,8 +848,8 @@ class Network(nn.Module):
         kind = draw.choice([*HEADS, Doubled, Doubled] if style.exact else HEADS)
         stages, dilation = [], 1
         self.stem, own = self._stem(style, widths[0])
-        for c_in, c_out in zip(widths, widths[1:], strict=False):
-            if kind is not Doubled and (draw.chance(float(__import__("os").environ.get("DIL","0.15"))) or dilation > 1):
+        for c_in, c_out in pairwise(widths):
+            if kind is not Doubled and (draw.chance(0.25) or dilation > 1):
                 dilation *= 2
                 first: nn.Module = unit(style, c_in, c_out, dilation)
             elif draw.chance(0.5):
@@ -842,7 +858,9 @@ class Network(nn.Module):
             else:
                 own *= 2
                 first = nn.Sequential(halving(style, c_in, c_out), style.norm_of(c_out), style.activation())
-            kinds = [Strange if draw.chance(0.03) else draw.choice(BLOCKS) for _ in range(draw.choice([1, 1, 2]))]
+            kinds = [
+                Strange if draw.chance(0.03) else draw.choice(BLOCKS) for _ in range(draw.choice([1, 1, 2]))
+            ]
             own_dilation = [draw.choices([dilation, 1, 2 * dilation, 3], [20, 1, 1, 1])[0] for _ in kinds]
             blocks = [block(style, c_out, d) for block, d in zip(kinds, own_dilation, strict=True)]
             stages.append(nn.Sequential(first, *blocks))
@@ -907,11 +925,13 @@ def random_case(seed: int) -> Case:
     def length() -> int:
         return -(-draw.randint(least, least + 20) // step) * step
 
-    batch = draw.choice([2, 2, 3])
+    batch, own_memory = draw.choice([2, 2, 3]), draw.chance(0.3)
     image = torch.randn(batch, 3, length(), length(), dtype=torch.float64)
     image += F.interpolate(torch.randn(batch, 3, 4, 5, dtype=torch.float64), image.shape[2:], mode="bicubic")
     example = torch.randn(draw.choice([1, 2]), 3, length(), length(), dtype=torch.float64)
     settled(model, image, draw)
+    if own_memory:
+        image = image.contiguous(memory_format=torch.channels_last)
     per_image = not any(
         isinstance(module, nn.BatchNorm2d) and module.running_mean is None for module in model.modules()
     )

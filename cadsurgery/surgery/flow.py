@@ -275,12 +275,16 @@ def region_of(flow: Flow, facts: Facts, high: int) -> Region:
             continue
         uses = [_need(node, user, flow, region) for user in node.users]
         region.needed[node] = min([use for use in uses if use], default=_floor(region, flow.spacing[node]))
-        if node not in facts.shapes:  # parts of a map, such as halves of the channels: they are where the whole is
+        if (
+            node not in facts.shapes
+        ):  # parts of a map, such as halves of the channels: they are where the whole is
             parts = [part for part in node.users if part in region.needed]
             region.needed.update(dict.fromkeys(parts, region.needed[node]))
     entering = {s for node in inside if region.stage(node) for s in flow.maps(node) if not region.stage(s)}
     foreign = any(flow.grid[node] != high for node in entering)  # the fine map would not be the network's own
-    sizes = [facts.images[node] for node in facts.graph.nodes if node in entering]  # the first is the fine map's
+    sizes = [
+        facts.images[node] for node in facts.graph.nodes if node in entering
+    ]  # the first is the fine map's
     grown = any(length > most for size in sizes for length, most in zip(size, sizes[0], strict=True))
     if foreign or grown:
         return Region((high,), frozenset(outside), dict.fromkeys(inside, high))

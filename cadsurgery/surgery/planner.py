@@ -148,7 +148,9 @@ def _settled_flow(facts: Facts, refused: Callable[[fx.Node], str], named: bool) 
     dense: dict[fx.Node, str] = {}
 
     def refused_or_dense(node: fx.Node) -> str:
-        padded = next((source for source in node.all_input_nodes if dense.get(source, "").startswith(_PADS)), None)
+        padded = next(
+            (source for source in node.all_input_nodes if dense.get(source, "").startswith(_PADS)), None
+        )
         if padded is not None and facts.layout(padded):
             return f"reads what {padded.name} padded, which is larger than the maps of the region"
         return refused(node) or dense.get(node, "")

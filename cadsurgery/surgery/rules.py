@@ -266,9 +266,7 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
     """Batch normalisation followed by its own pointwise activation."""
     parts = tuple(f"{node.target}.{name}" for name in ("drop", "act"))
     arguments = (("norm", Attribute(str(node.target))),)
-    return Treatment(
-        "pointwise", _why(batch_norm_act), _batch_norm_call(node, facts), arguments, then=parts
-    )
+    return Treatment("pointwise", _why(batch_norm_act), _batch_norm_call(node, facts), arguments, then=parts)
 
 
 def _batch_norm_call(node: fx.Node, facts: Facts) -> str:
