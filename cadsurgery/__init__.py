@@ -49,6 +49,7 @@ _PUBLIC = {
     "Window": "kernel_map",
     "save": "io",
     "CadError": "errors",
+    "CadWarning": "errors",
     "CannotConvert": "errors",
     "FileError": "errors",
     "InvalidInput": "errors",
@@ -63,6 +64,7 @@ __all__ = [
     "Budget",
     "CachedStem",
     "CadError",
+    "CadWarning",
     "Call",
     "CannotConvert",
     "Elements",
@@ -104,6 +106,7 @@ if TYPE_CHECKING:
     from cadsurgery.data import Augment, SegmentationData, open_data
     from cadsurgery.errors import (
         CadError,
+        CadWarning,
         CannotConvert,
         FileError,
         InvalidInput,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
+from cadsurgery.candidates import check_network
 from cadsurgery.errors import CannotConvert, InvalidInput
 from cadsurgery.hosted import HostedModel
 from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
@@ -16,6 +17,7 @@ from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, Surgery
 from cadsurgery.surgery.facts import Facts, observe
+from cadsurgery.surgery.hooks import Watched, copying, is_apart, take_over, watched
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.planner import BACKBONE_NAMES, make_plan
 from cadsurgery.surgery.rewrite import rewrite, unchanged
@@ -112,8 +114,11 @@ def adaptify(
     graph = rewrite(facts, chosen, treatments, guided=fill == "guided")
     signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
     own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
-    surgery = Surgery(graph, chosen, geometry, signature, facts.container, source, own)
+    surgery = Surgery(
+        graph, chosen, geometry, signature, facts.container, source, own, _relied_on(facts, chosen)
+    )
     net = AdaptiveModel(facts.model, surgery, provider)
+    take_over(net, facts.model)
     if verify_laws:
         net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.example)
     return HostedModel(whole, path, net) if path else net
@@ -127,9 +132,13 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
     """
     if example_input is not None:
         check_image(example_input, "example_input")
+        if example_input.is_meta:
+            raise InvalidInput(
+                "example_input has no values: it is on the meta device.", next="give an image."
+            )
     path, part = "", model
     try:
-        graph = trace(model, has_rule, ruled_functions())
+        graph = _traced(model)
     except CannotConvert as refusal:
         found = _backbone_graph(model)
         if found is None:
@@ -139,13 +148,26 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
     return path, observe(part, graph, example_input)
 
 
+def _traced(model: nn.Module) -> fx.Graph:
+    """The graph, whose nodes are operations with rules, and modules that have to be called as a whole."""
+    return trace(model, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
+
+
+def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
+    """The modules that stand for what was rewritten."""
+    used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
+    inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
+    operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
+    return watched(facts.model, operations, [str(node.target) for node in used])
+
+
 def _backbone_graph(model: nn.Module) -> tuple[str, fx.Graph] | None:
     """Name and graph of the first part that can be traced of those which libraries call a backbone."""
     for name in BACKBONE_NAMES:
         part = getattr(model, name, None)
         if isinstance(part, nn.Module):
             with contextlib.suppress(CannotConvert):
-                return name, trace(part, has_rule, ruled_functions())
+                return name, _traced(part)
     return None
 
 
@@ -156,12 +178,8 @@ def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
 
 def _copied(model: object) -> nn.Module:
     """A copy that can be changed, every module in its own mode."""
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(
-            f"{model!r:.60} is not a network.",
-            next="pass a torch.nn.Module; cs.build_model(name) makes one by name.",
-        )
-    clone = copy.deepcopy(model)
+    model = check_network(model)
+    clone = copy.deepcopy(model, copying(model))
     clone.train(model.training)  # torchvision's feature extractors forget theirs when they are copied
     for ours, theirs in zip(clone.modules(), model.modules(), strict=True):
         ours.training = theirs.training

@@ -32,7 +32,7 @@ from cadsurgery.conversion import DEFAULT_SIZE, Step, build, example_image
 from cadsurgery.environment import commit, device_in_words, device_named, versions
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.files import append_lines, check_folder
-from cadsurgery.images import normalise, write_png
+from cadsurgery.images import check_picture, normalise, write_picture
 from cadsurgery.macs import MacReport
 from cadsurgery.masks import Budget, resolve_mask
 from cadsurgery.memory import is_measurable, peak_raised_by, printed_alone
@@ -117,9 +117,10 @@ def bench(
     threads = torch.get_num_threads() if threads is None else threads
     setup = Setup(mask, size, batch, output_stride, region, patch, dtype, device, threads)
     _check(listed, fractions, setup, rounds, fill, memory)
-    for path, option in ((picture, "--picture"), (output, "--output")):
-        if path is not None:
-            check_folder(path, option)
+    if picture is not None:
+        check_picture(picture, "--picture")
+    if output is not None:
+        check_folder(output)
     if len(listed) > 1:  # a typo in the last name should not wait for the others to be measured
         for network in listed:
             step(f"planning {_name(network)}")
@@ -137,7 +138,7 @@ def bench(
         done += found
     report = BenchReport(setting, tuple(done))
     if picture is not None:
-        write_png(figure_picture(bench_figure(report)), picture)
+        write_picture(figure_picture(bench_figure(report)), picture)
     return report
 
 

@@ -67,8 +67,9 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
         InvalidInput: no network that `body_of` takes, or one whose stem passes on more than tensors.
     """
     _check(net)
+    before, names = net.halved().before, net.names()
     with torch.no_grad(), evaluating(net):
-        values = net.halved().before(net.names(), **net.bind(*args, **kwargs))
+        values = net.checked(lambda arguments: before(names, **arguments), *args, **kwargs)
     for value in values:
         if not isinstance(value, Tensor):
             raise InvalidInput(

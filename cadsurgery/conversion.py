@@ -16,9 +16,9 @@ from cadsurgery.environment import device_in_words, device_named
 from cadsurgery.errors import CadError, InvalidInput
 from cadsurgery.files import check_folder, made_folder
 from cadsurgery.hosted import HostedModel
-from cadsurgery.images import find_images, normalise, read_image, street_scene, write_png
+from cadsurgery.images import check_size, find_images, normalise, read_image, street_scene, write_picture
 from cadsurgery.io import load, read_metadata, save
-from cadsurgery.launch import gathered, in_order, own_device, shard, start_others
+from cadsurgery.launch import gathered, in_order, own_device, shard, start_others, world
 from cadsurgery.macs import MacReport, dense_macs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.masking import not_static
@@ -218,12 +218,13 @@ def predict(
     Under a launcher each process takes its share of the images; every one returns the rows of all.
     """
     start_others()
+    check_size(size)
     where = own_device(device)
-    paths = find_images(images)
+    paths, lacking = find_images(images)
     net = load(file, mask=mask, trust=trust).to(where).optimize()
     made_folder(output)
     done: list[tuple[int, dict[str, Any]]] = []
-    failed: list[tuple[int, dict[str, Any]]] = []
+    failed: list[tuple[int, dict[str, Any]]] = [(-1, row) for row in lacking if world().is_main]
     for position, (path, place) in shard(list(paths.items())):
         step(f"{path.name} ({position + 1} of {len(paths)})")
         try:
@@ -234,7 +235,7 @@ def predict(
             milliseconds = 1e3 * (time.perf_counter() - start)
             target = output / place
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_png(class_picture(_classes(prediction)), target)
+            write_picture(class_picture(_classes(prediction), prediction.shape[1]), target)
         except CadError as error:
             failed.append((position, {"image": str(path), **error.to_dict()}))
             continue
@@ -270,8 +271,7 @@ def is_file(model: str) -> bool:
 
 def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:
     """(3, H, W) in 0..1: the file, or a generated street scene."""
-    if size is not None and min(size) < 1:
-        raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
+    check_size(size)
     return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
 
 

@@ -19,7 +19,7 @@ from cadsurgery.environment import commit, device_in_words, versions
 from cadsurgery.errors import CadError, InvalidInput
 from cadsurgery.evaluation_report import EvaluationReport, EvaluationRow
 from cadsurgery.files import check_folder, written_whole
-from cadsurgery.images import normalise, write_png
+from cadsurgery.images import check_picture, normalise, write_picture
 from cadsurgery.io import load
 from cadsurgery.launch import gathered, in_order, own_device, shard, start_others, world
 from cadsurgery.macs import LayerWork
@@ -82,9 +82,10 @@ def evaluate(
     """
     start_others()
     _check(limit, batch, rounds)
-    for path, option in ((output, "--output"), (picture, "--picture")):
-        if path is not None:
-            check_folder(path, option)
+    if output is not None:
+        check_folder(output)
+    if picture is not None:
+        check_picture(picture, "--picture")
     where = own_device(device)
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
@@ -251,7 +252,7 @@ def _write(report: EvaluationReport, output: Path | None, picture: Path | None) 
         with written_whole(output) as temporary:
             temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     if picture is not None:
-        write_png(figure_picture(evaluation_figure(report)), picture)
+        write_picture(figure_picture(evaluation_figure(report)), picture)
 
 
 def _check(limit: int | None, batch: int, rounds: int) -> None:

@@ -7,11 +7,18 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from cadsurgery.errors import FileError
+
+_MAKING = ".making-"  # begins the names of folders in the cache in which something is being made
+_SECONDS_TO_LOCK = 1.0  # between making such a folder and locking it
 
 
 @contextlib.contextmanager
@@ -42,11 +49,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def check_folder(path: Path, option: str = "--output") -> None:
-    """Refuse a file in a folder that does not exist, before work is done for it.
+    """Refuse a file in a folder that does not exist, or a folder in place of a file, before work is done for it.
 
     Raises:
-        FileError: there is no such folder.
+        FileError: there is no such folder, or the path is one.
     """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder.", next=f"name a file in it: another {option}.")
     if not path.parent.is_dir():
         raise FileError(f"there is no folder {path.parent}.", next=f"create it or choose another {option}.")
 
@@ -96,12 +105,72 @@ def machine() -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 
-def cache_folder() -> Path:
-    """Where this machine keeps what is made once: in the user's cache folder, or a temporary one if there is none."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "cadsurgery" / machine()
+def cache_folder() -> Path | None:
+    """Where this machine keeps what is made once: in the user's cache folder; if there is none or it cannot be written,
+    in one temporary folder of this user; None if that cannot be used either.
+
+    A folder of somebody else, or that others can write to, is not used: what is in it may be run.
+    """
+    for base in (_user_cache, _user_temporary):
+        with contextlib.suppress(OSError, RuntimeError):  # no home, nothing temporary, no permission
+            folder = base()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if is_private(folder.lstat()) and os.access(folder, os.W_OK):
+                return folder
+    return None
+
+
+def is_private(found: os.stat_result) -> bool:
+    """Whether a file or folder, and no link, is this user's and nobody else can write to it."""
+    mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+    return mine and not stat.S_ISLNK(found.st_mode) and not (found.st_mode & 0o022 and os.name == "posix")
+
+
+def _user_cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (base if base.is_absolute() else Path.home() / ".cache") / "cadsurgery" / machine()
+
+
+def _user_temporary() -> Path:
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    return Path(tempfile.gettempdir()) / f"cadsurgery-{user}-{machine()}"
+
+
+@contextlib.contextmanager
+def kept_whole(path: Path) -> Iterator[Path]:
+    """A private temporary folder beside a file of the cache, to make its successor in: `successor` of that folder.
+
+    It takes the file's place when the block succeeds, and is on the disk before, so that a machine that stops leaves no
+    half. Folders of processes that were killed are removed first: whoever works in one holds a lock, which ends with
+    the process.
+    """
+    for other in path.parent.glob(f"{_MAKING}*"):
+        _remove_if_left(other)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_MAKING) as name:
+        folder = Path(name)
+        with (folder / "lock").open("w") as lock:
+            _try_lock(lock)
+            yield folder
+            with (folder / "successor").open("rb+") as file:
+                os.fsync(file.fileno())
+            (folder / "successor").chmod(0o600)
+            (folder / "successor").replace(path)
+
+
+def _remove_if_left(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - folder.lstat().st_mtime > _SECONDS_TO_LOCK:
+            with (folder / "lock").open("a") as lock:
+                if _try_lock(lock):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Lock a file until it is closed; False if another process did, or where there are no locks."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="cadsurgery-"))
-    return folder
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True

@@ -14,6 +14,7 @@ from cadsurgery.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.macs import MacReport
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.model import AdaptiveModel
+from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 
@@ -90,7 +91,7 @@ class HostedModel(AdaptiveModel):
 
     def optimize(self, fuse: bool = True) -> HostedModel:
         """A copy with the part optimised; see `AdaptiveModel.optimize`."""
-        host = copy.deepcopy(self._host[0]).eval().requires_grad_(False)
+        host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)
         return HostedModel(host, self._path, self.part.optimize(fuse))
 
     @property
@@ -141,6 +142,7 @@ class HostedModel(AdaptiveModel):
         return self.part.lattice
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostedModel:
+        memo.update({**copying(self), **memo})
         return HostedModel(copy.deepcopy(self._host[0], memo), self._path, copy.deepcopy(self.part, memo))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
-from cadsurgery.errors import FileError
-from cadsurgery.files import written_whole
+from cadsurgery.errors import FileError, InvalidInput
+from cadsurgery.files import check_folder, written_whole
 
 if TYPE_CHECKING:
     from cadsurgery.zoo import Source
@@ -20,22 +21,80 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+# What a picture can be written as.
+FORMATS = {
+    **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"},
+    **{".tif": "TIFF", ".tiff": "TIFF", ".pdf": "PDF"},
+}
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool = True) -> Tensor:
     """An image file as (3, H, W) float32 in 0..1, resized to `size` (height, width) if given.
 
+    Values are divided by the largest that their type can hold, 255 or 65535. Transparency is left out.
+
+    Args:
+        path: of the file.
+        size: to resize to.
+        upright: turned as the file says that the camera was held (EXIF), as viewers show it; else as it is stored.
+
     Raises:
-        FileError: missing, unreadable or empty.
+        FileError: missing, unreadable or empty, several pictures in one file, or values whose range is not known.
+        InvalidInput: a size without pixels.
     """
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise FileError(
-            f"{path} cannot be read as an image.", why=str(error), next="give a PNG or JPEG."
-        ) from error
+    check_size(size)
+    with _opened(path, "an image", "give a PNG or JPEG.") as file:
+        image = ImageOps.exif_transpose(file) if upright else file
+        wide = image.mode == "F" or image.mode.startswith("I")
+        # Converted by the library, what has more than 8 bits would be clipped to 255.
+        image = Image.fromarray(_grey(np.array(image), file, path)) if wide else image.convert("RGB")
     if size is not None:
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255
+    values = torch.from_numpy(np.array(image))
+    return values.expand(3, -1, -1).contiguous() if wide else values.permute(2, 0, 1).float() / 255
+
+
+def check_size(size: tuple[int, int] | None) -> None:
+    """Refuse a size of images without pixels.
+
+    Raises:
+        InvalidInput: a side is not positive.
+    """
+    if size is not None and min(size) < 1:
+        raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
+
+
+@contextmanager
+def _opened(path: Path, what: str, next: str) -> Iterator[Image.Image]:
+    """The only picture of a file; what goes wrong within is said of the file."""
+    try:
+        with Image.open(path) as file:
+            count = getattr(file, "n_frames", 1)
+            if count > 1 and file.format != "MPO":  # a photograph, with smaller copies of it
+                raise FileError(
+                    f"{path} holds {count} pictures.", next="store the one you mean in a file of its own."
+                )
+            yield file
+    except FileError:
+        raise
+    except Exception as error:  # decoders raise anything, also for pictures that are suspiciously large
+        raise FileError(f"{path} cannot be read as {what}.", why=str(error), next=next) from error
+
+
+def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path) -> np.ndarray[Any, Any]:
+    """(H, W) float32 in 0..1 of a grey picture of more than 8 bits."""
+    largest = 1.0
+    if file.mode.startswith("I;") or file.format in ("PNG", "PPM"):  # formats without numbers of 32 bits
+        bits = int(getattr(file, "tag_v2", {}).get(258, (16,))[0])
+        largest = 2.0**bits - 1
+    scaled = values.astype(np.float32) / np.float32(largest)
+    if (file.mode == "I" and largest == 1) or not (scaled.min() >= 0 and scaled.max() <= 1):
+        raise FileError(
+            f"{path} holds values from {values.min():g} to {values.max():g}, of mode {file.mode}.",
+            why="which of them is black and which is white is not known.",
+            next="store floating-point values in 0..1, or 8 or 16 bits.",
+        )
+    return scaled
 
 
 def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
@@ -44,13 +103,8 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         FileError: missing or unreadable, or a picture in colour.
     """
-    try:
-        with Image.open(path) as file:
-            labels, mode = file.copy(), file.mode
-    except (OSError, ValueError, SyntaxError) as error:
-        raise FileError(
-            f"{path} cannot be read as labels.", why=str(error), next="give a PNG of one class per pixel."
-        ) from error
+    with _opened(path, "labels", "give a PNG of one class per pixel.") as file:
+        labels, mode = file.copy(), file.mode
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
         raise FileError(
             f"{path} is a picture of mode {mode}, not labels.",
@@ -61,20 +115,30 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     return torch.from_numpy(np.array(labels).astype(np.int64))
 
 
-def find_images(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Image files among the given files and folders, and where each belongs below an output folder.
+def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str, str]]]:
+    """Image files among the given files and folders, and where each belongs below an output folder; and what was given
+    in vain, as rows of failures: a path that does not exist, a folder without images.
 
     Folders are searched and keep their structure; images that differ in their ending only keep it.
 
     Raises:
-        FileError: a path does not exist, or nothing was found.
+        FileError: nothing was found at all.
     """
     found: dict[Path, Path] = {}
+    failed: list[FileError] = []
+    vain: list[Path] = []
     for path in paths:
-        if not path.exists():
-            raise FileError(f"there is no file or folder {path}.", next="check the path.")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for image in [p for p in inside if p == path or p.suffix.lower() in SUFFIXES]:
+        inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+        if not path.is_dir():
+            inside = [path] if path.exists() else []
+        if not inside:
+            folder = path.is_dir()
+            what = f"there are no images in {path}." if folder else f"there is no file or folder {path}."
+            failed.append(
+                FileError(what, next=f"accepted: {', '.join(SUFFIXES)}." if folder else "check the path.")
+            )
+            vain.append(path)
+        for image in inside:
             place = image.relative_to(path) if path.is_dir() else Path(image.name)
             target, count = place.with_suffix(".png"), 1
             while target in found.values():
@@ -82,10 +146,14 @@ def find_images(paths: Sequence[Path]) -> dict[Path, Path]:
                 target = place.with_name(f"{place.stem}_{place.suffix[1:]}{'' if count == 2 else count}.png")
             found.setdefault(image, target)
     if not found:
-        raise FileError(
-            "there are no images in " + ", ".join(map(str, paths)), next=f"accepted: {', '.join(SUFFIXES)}."
+        others = f"neither is there anything in {', '.join(map(str, vain[1:]))}." if len(vain) > 1 else ""
+        raise (
+            FileError(failed[0].what, why=others, next=failed[0].next)
+            if failed
+            else FileError("no images were given.", next="name files or folders.")
         )
-    return found
+    rows = zip(vain, failed, strict=True)
+    return found, [{"image": str(path), **error.to_dict()} for path, error in rows]
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
@@ -169,11 +237,35 @@ def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple
     return torch.from_numpy(pixels).permute(2, 0, 1).float(), labels
 
 
-def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all.
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format of the path's ending, whole or not at all.
 
     Raises:
-        FileError: the path cannot be written.
+        FileError: the path cannot be written, or its ending is of no format.
     """
+    kind = _format(path)
+    if kind != "PNG":
+        picture = picture.convert(
+            "RGB"
+        )  # of the formats PNG alone has palettes and transparency as they are here
     with written_whole(path) as temporary:
-        picture.save(temporary, "PNG")
+        picture.save(temporary, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+
+
+def check_picture(path: Path, option: str = "--output") -> None:
+    """Refuse a path that no picture can be written to, before work is done for it.
+
+    Raises:
+        FileError: there is no such folder, or the ending is of no format.
+    """
+    check_folder(path, option)
+    _format(path)
+
+
+def _format(path: Path) -> str:
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise FileError(
+            f"{path} does not end like a picture.", next=f"choose an ending: {', '.join(FORMATS)}."
+        )
+    return kind

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cadsurgery.api import adaptify
+from cadsurgery.candidates import check_network
 from cadsurgery.environment import nothing_imported, versions
 from cadsurgery.errors import CadError, CadWarning, FileError, InvalidInput, first_line
 from cadsurgery.files import written_whole
@@ -66,9 +67,14 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
 
     Raises:
         FileError: the path cannot be written.
-        InvalidInput: the network is an optimised copy.
+        InvalidInput: the network is not converted, or an optimised copy.
     """
     path = Path(path)
+    if not isinstance(net, AdaptiveModel):
+        raise InvalidInput(
+            f"{type(net).__name__} is not a converted network.",
+            next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
+        )
     if isinstance(net, OptimizedModel) or isinstance(getattr(net, "part", None), OptimizedModel):
         raise InvalidInput(
             "an optimised network cannot be saved.",
@@ -124,8 +130,11 @@ def load(
     Raises:
         FileError: missing, damaged or foreign file, one that does not fit the model, or one that names code and is not
             trusted.
+        InvalidInput, CannotConvert: `model` is no network, or wraps, compiles, ... one.
     """
     path, mask = Path(path), None if mask is None else resolve_mask(mask)
+    if model is not None:
+        check_network(model)
     stated, tensors = _read(path)
     if stated.format < 2:
         warnings.warn(

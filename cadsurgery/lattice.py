@@ -497,7 +497,9 @@ def describe(value: object) -> str:
     """Type, dtype and shape of a value for messages."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}"[:80]
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # of NumPy
+        return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)}"
+    return " ".join(f"{type(value).__name__} {value!r}".split())[:80]
 
 
 def is_exporting() -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from cadsurgery.lattice import Lattice
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.planner import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
 
@@ -119,9 +121,6 @@ def count_macs(
         return found[0]
 
     counted, before = ghost(net), [0]
-    bound = net.bind(
-        *(_to_meta(value) for value in args), **{key: _to_meta(value) for key, value in kwargs.items()}
-    )
     counts = []
 
     def high(_: Tensor, features: Tensor) -> Lattice:
@@ -133,8 +132,9 @@ def count_macs(
 
     for chosen in (masked, high, low):
         counter = Counter(counted, rule)
+        run = partial(_on_shapes, counter, chosen)
         with torch.no_grad(), counter.flops:
-            counter.run(chosen, *bound.values())
+            net.checked(run, *args, **kwargs)
         counts.append(counter.counts)
     layers = [
         LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
@@ -146,6 +146,10 @@ def count_macs(
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0))
     return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
+
+
+def _on_shapes(counter: Counter, masking: Any, arguments: dict[str, Any]) -> None:
+    counter.run(masking, *(_to_meta(value) for value in arguments.values()))
 
 
 # See `MacReport.of_mask`.
@@ -267,7 +271,8 @@ def _to_meta(value: Any) -> Any:
 
 def ghost(net: M) -> M:
     """A copy of a network with shapes and no values, in evaluation mode."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
+    memo = copying(net)
+    memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
     memo |= {id(b): b.to("meta") for b in net.buffers()}
     return copy.deepcopy(net, memo).eval()
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from cadsurgery.conversion import example_image, is_file, quick
 from cadsurgery.errors import InvalidInput
-from cadsurgery.files import check_folder
-from cadsurgery.images import labelled_scene, normalise, read_labels, write_png
+from cadsurgery.images import check_picture, labelled_scene, normalise, read_labels, write_picture
 from cadsurgery.io import load, read_metadata
 from cadsurgery.lattice import Geometry, Lattice
 from cadsurgery.masks import Grid, MaskProvider, labelled, resolve_mask
@@ -140,7 +139,7 @@ def draw_masks(
         raise InvalidInput(
             f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
         )
-    check_folder(output)
+    check_picture(output)
     picture = example_image(image, size)
     known = _labels(labels, image, size, picture)
     chosen = [(text, resolve_mask(text)) for text in masks]
@@ -166,7 +165,7 @@ def draw_masks(
         figure = comparison_figure(picture, lattices, [row.title() for row in rows], seen.stride, model)
     else:
         figure = mask_figure(picture, lattices[0], seen.stride, title=rows[0].mask)
-    write_png(figure_picture(figure), output)
+    write_picture(figure_picture(figure), output)
     return MaskReport(rows, str(output), compare)
 
 

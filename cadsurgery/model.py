@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.errors import InvalidInput
+from cadsurgery.errors import CadError, InvalidInput
+from cadsurgery.inputs import first_types, misfit, wrong_type
 from cadsurgery.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.macs import MacReport, count_macs, ghost
 from cadsurgery.masks.basic import UniformMask
@@ -22,6 +23,7 @@ from cadsurgery.masks.masking import NEEDS_STATIC, Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.surgery.fuse import KERNELS, fuse
+from cadsurgery.surgery.hooks import Watch, Watched, child, copying, settle, take_over
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, halves, packed, unpacked
 from cadsurgery.surgery.verify import Check
@@ -38,6 +40,7 @@ class Surgery:
         signature: of the original's forward.
         container: type of the output if it is a kind of dictionary.
         source: how the network was built, if by name.
+        watched: modules that stand for what was rewritten.
         unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
             a network whose discrete decisions (detections) must not depend on rounding.
     """
@@ -49,6 +52,7 @@ class Surgery:
     container: type[dict[str, Any]] = dict
     source: Any = None
     unchanged: fx.Graph | None = None
+    watched: tuple[Watched, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = {name: getattr(self, name) for name in ("graph", "unchanged")}
@@ -72,10 +76,9 @@ class AdaptiveModel(nn.Module):
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             getattr(self, kind).update(getattr(model, kind))
         self._original = (model,)  # for its data; a tuple, because its modules are this network's own
-        self._constants = {
-            name: value for name, value in vars(model).items() if name.startswith("_tensor_constant")
-        }
+        self._constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
         self._surgery = surgery
+        self._watch = Watch(self, surgery.watched)
         self._last = _Last()
         self._override: ContextVar[object] = ContextVar("mask", default=None)
         self._halved: Halved | None = None
@@ -118,8 +121,36 @@ class AdaptiveModel(nn.Module):
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools."""
-        check_image(next(iter(self.bind(*args, **kwargs).values()), None))
-        return self.finish(*self.run_graph(masking, *args, **kwargs))
+
+        def whole(arguments: dict[str, Any]) -> Any:
+            return self.finish(*self._run(self.names(), masking, **arguments))
+
+        return self.checked(whole, *args, **kwargs)
+
+    def checked(self, run: Callable[[dict[str, Any]], Any], /, *args: Any, **kwargs: Any) -> Any:
+        """What a function makes of the arguments of a call by name.
+
+        Raises:
+            InvalidInput: the image is none, or does not fit the network.
+        """
+        arguments = self.bind(*args, **kwargs)
+        image: Any = next(iter(arguments.values()), None)
+        self.check(image)
+        if torch.compiler.is_compiling():
+            return run(arguments)
+        try:
+            return run(arguments)
+        except CadError:
+            raise
+        except Exception as error:  # the network decides what it takes: ask why only once it has refused
+            refusal = misfit(self, self.graph, image, error)
+            if refusal is None:
+                raise
+            raise refusal from error
+
+    def check(self, image: Any) -> None:
+        """Refuse what is no image batch; see `check_image`."""
+        check_image(image)
 
     def run_graph(self, masking: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Lattice]:
         """Output and lattice of the rewritten graph, nothing checked or noted."""
@@ -139,12 +170,14 @@ class AdaptiveModel(nn.Module):
 
     def _run_twice(self, masking: Masking, /, *args: Any, **kwargs: Any) -> Any:
         """For a mask that looks at what the network gives with everything downsampled."""
-        arguments = self.bind(*args, **kwargs)
-        check_image(next(iter(arguments.values()), None))
         halved, names = self.halved(), self.names()
-        values = halved.before(names, **arguments)
-        with self.ahead(masking.provider, values):
-            return self.finish(*halved.after(names, masking, *values))
+
+        def twice(arguments: dict[str, Any]) -> Any:
+            values = halved.before(names, **arguments)
+            with self.ahead(masking.provider, values):
+                return self.finish(*halved.after(names, masking, *values))
+
+        return self.checked(twice, *args, **kwargs)
 
     @contextmanager
     def ahead(self, provider: MaskProvider, values: tuple[Any, ...]) -> Iterator[None]:
@@ -170,18 +203,25 @@ class AdaptiveModel(nn.Module):
     def find_lattice(self, masking: Any, /, *args: Any, **kwargs: Any) -> Lattice:
         """The lattice of a masking for an image, the network run no further than that takes, in evaluation mode."""
         halved = self.halved()
-        with torch.no_grad(), evaluating(self):
-            values = halved.before(self.names(), **self.bind(*args, **kwargs))
+
+        def found(arguments: dict[str, Any]) -> Any:
+            values = halved.before(self.names(), **arguments)
             with self.ahead(masking.provider, values):
                 return masking(values[halved.cut.image], values[halved.cut.features])
 
+        with torch.no_grad(), evaluating(self):
+            lattice: Lattice = self.checked(found, *args, **kwargs)
+        return lattice
+
     def _as_it_was(self, level: int, *args: Any, **kwargs: Any) -> Any:
         """The network's own graph, operation for operation."""
-        arguments = self.bind(*args, **kwargs)
-        check_image(next(iter(arguments.values()), None))
-        assert self._run_unchanged is not None
-        output, fine = self._run_unchanged(self.names(), **arguments)
-        return self.finish(output, self.geometry.uniform_like(fine, level))
+
+        def unchanged(arguments: dict[str, Any]) -> Any:
+            assert self._run_unchanged is not None
+            output, fine = self._run_unchanged(self.names(), **arguments)
+            return self.finish(output, self.geometry.uniform_like(fine, level))
+
+        return self.checked(unchanged, *args, **kwargs)
 
     @torch.compiler.disable(
         reason="the mask keeps another number of elements of each image, or depends on more than the image: "
@@ -217,10 +257,17 @@ class AdaptiveModel(nn.Module):
     def lay_out(self) -> None:
         """Lay out the weights of convolutions as rows of elements are: values and names stay the same.
 
-        Not where the network's own graph is run too: dense convolutions round differently in another layout.
+        Not where the network's own graph is run too: dense convolutions round differently in another layout. Nor where
+        they are called together with instance norms, see `functional.contiguous_gradient`.
         """
+        called = (child(self, str(node.target)) for node in self.graph.nodes if node.op == "call_module")
+        parts = [list(module.modules()) for module in called if module is not None]
+        mixed = {
+            part for some in parts if any(isinstance(p, nn.InstanceNorm2d) for p in some) for part in some
+        }
         for module in self.modules() if self._run_unchanged is None else ():
-            if type(module) is nn.Conv2d and module.groups == 1:
+            plain = type(module) is nn.Conv2d and module.groups == 1 and "weight" in module._parameters
+            if plain and module not in mixed:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -230,7 +277,13 @@ class AdaptiveModel(nn.Module):
         return dict(bound.arguments)
 
     def names(self) -> _Names:
-        """The name space the rewritten graph reads modules and parameters from."""
+        """The name space the rewritten graph reads modules and parameters from.
+
+        Raises:
+            InvalidInput: a module is no longer what was converted, or has a hook that would not be called.
+        """
+        if not torch.compiler.is_compiling():
+            self._watch()
         return _Names(self)
 
     @property
@@ -352,6 +405,7 @@ class AdaptiveModel(nn.Module):
         self._run_unchanged = runnable(unchanged) if unchanged is not None else None
         self._override = ContextVar("mask", default=None)
         self._halved = None
+        self._watch = Watch(self, self._surgery.watched)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
@@ -359,6 +413,9 @@ class AdaptiveModel(nn.Module):
         shared = {"_surgery": self._surgery, "_run": self._run, "_last": _Last()}  # values, never changed
         shared["_run_unchanged"], shared["_halved"] = self._run_unchanged, self._halved
         shared["_override"] = ContextVar("mask", default=None)
+        shared["_watch"] = Watch(clone, self._surgery.watched)
+        for module in (self, *(part for part in self._original if isinstance(part, nn.Module))):
+            memo.update({**copying(module), **memo})
         state = {key: value for key, value in vars(self).items() if key not in shared}
         clone.__dict__.update(copy.deepcopy(state, memo), **shared)
         return clone
@@ -370,19 +427,24 @@ class OptimizedModel(AdaptiveModel):
     def __init__(self, net: AdaptiveModel, epilogues: bool) -> None:
         """Fuse the graph of `net` and copy what is left of its modules."""
         source = copy.deepcopy(net).eval().requires_grad_(False)
+        used = (str(node.target) for node in source.graph.nodes if node.op in ("call_module", "get_attr"))
+        settle(source, {"", *used})
         for module in source.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         root = nn.Module()
         for kind in ("_modules", "_parameters", "_buffers"):
             vars(root)[kind].update(vars(source)[kind])
-        for name, value in source._constants.items():
-            root.register_buffer(name, value)
+        for name in source._constants.keys() - source._parameters.keys():
+            root.register_buffer(name, getattr(source.names(), name))
         graph, kernels = fuse(source.graph, root, epilogues)
         root.add_module(KERNELS, kernels)
         surgery = replace(source._surgery, graph=graph, unchanged=None)
-        # GraphModule copies what the graph uses and leaves the rest.
-        super().__init__(fx.GraphModule(root, graph), surgery, source.mask)
+        made = fx.GraphModule(root, graph)  # it copies what the graph uses and leaves the rest
+        left = [found for found in surgery.watched if child(made, found.path) is not None]
+        still = tuple(Watched.of(made, found.path, found.is_called) for found in left)
+        super().__init__(made, replace(surgery, watched=still), source.mask)
+        take_over(self, source)
         self._original = (_Data(net._original[0]),)  # type: ignore[assignment]
         self._counted = (ghost(net),)
         self._checks = net.checks
@@ -393,6 +455,13 @@ class OptimizedModel(AdaptiveModel):
         """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile leaves it as it is."""
         with torch.no_grad():
             return super().forward(*args, mask=mask, **kwargs)
+
+    def check(self, image: Any) -> None:
+        """As of the network it was made from: its kernels alone would convert their weights to any type."""
+        super().check(image)
+        for dtype in first_types(self, self.graph):
+            if refusal := wrong_type(image, dtype):
+                raise refusal
 
     @property
     def counted(self) -> AdaptiveModel:
@@ -467,7 +536,7 @@ def _is_static(mask: object) -> bool:
 
 
 # What a pickled network does without.
-_MADE_ANEW = ("_run", "_run_unchanged", "_override", "_halved")
+_MADE_ANEW = ("_run", "_run_unchanged", "_override", "_halved", "_watch")
 
 
 def _without_mask(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -489,9 +558,12 @@ class _Names:
 
     def __getattr__(self, name: str) -> Any:
         owner = self._owner
-        for values in (owner._modules, owner._parameters, owner._buffers, owner._constants):
+        for values in (owner._modules, owner._parameters, owner._buffers):
             if name in values:
                 return values[name]
+        constant = vars(owner).get(name, owner._constants.get(name))
+        if isinstance(constant, Tensor):
+            return constant
         if name == "training":
             return owner.training
         raise AttributeError(name)

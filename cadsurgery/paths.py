@@ -7,7 +7,7 @@ added, weighed by a soft level map (Hesse et al., CVPRW 2023, supplementary; ref
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,7 @@ class _Runner:
             given = {source: self._joined(value) for source, value in given.items()}
         if not any(isinstance(value, _Paths) for value in given.values()):
             return self._called(node, given.__getitem__)
+        norms = [] if not self.separate else self._norms(node, given.values())
         found = []
         for path in range(self.weights.shape[1]):
 
@@ -113,7 +114,7 @@ class _Runner:
                 return value.values[path] if isinstance(value, _Paths) else value
 
             low = path + 1 == self.weights.shape[1]
-            with contextlib.nullcontext() if low or not self.separate else _untracked(self._norms(node)):
+            with contextlib.nullcontext() if low or not self.separate else _untracked(norms):
                 found.append(self._called(node, on_path))
         if node.target in _EXITS:
             arguments = fx.map_arg(node.kwargs, lambda source: on_path(source, 0))
@@ -139,11 +140,10 @@ class _Runner:
         """Whether a value has elements."""
         return isinstance(value, _Paths) and (node in self.rows or not isinstance(value.values[0], Tensor))
 
-    def _norms(self, node: fx.Node) -> list[_BatchNorm]:
-        """The batch norms that a node runs."""
+    def _norms(self, node: fx.Node, given: Iterable[Any]) -> list[_BatchNorm]:
+        """The batch norms that a node runs, on these values."""
         run = [self._named(str(node.target))] if node.op == "call_module" else []
-        run += [self._named(str(source.target)) for source in node.all_input_nodes if source.op == "get_attr"]
-        modules = [module for module in run if isinstance(module, nn.Module)]
+        modules = [module for module in (*run, *given) if isinstance(module, nn.Module)]
         return [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
 
     def _called(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:

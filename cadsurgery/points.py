@@ -27,7 +27,6 @@ from cadsurgery.kernel_map import Reading, read_points
 from cadsurgery.lattice import Lattice, describe
 from cadsurgery.macs import Counter, ghost
 from cadsurgery.masks.keypoints import keypoints_at
-from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, OptimizedModel
 from cadsurgery.reach import Cone, Place, WithinCone, places_of, reached
@@ -208,7 +207,7 @@ class _Run:
         for kind, name, known in (("reach", reach, REACHES), ("alignment", align, ALIGNMENTS)):
             if name not in known:
                 raise UnknownName(kind, name, known)
-        check_image(image)
+        net.check(image)
         if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
             raise InvalidInput(
                 f"points are {describe(points)}.",
@@ -219,7 +218,7 @@ class _Run:
         exit = _exit(net, output)
         provider = net.mask if mask is None else resolve_mask(mask)
         masking, halved = net.masking(provider), net.halved()
-        values = halved.before(net.names(), **net.bind(image))
+        values = net.checked(lambda arguments: halved.before(net.names(), **arguments), image)
         shown = values[halved.cut.image], values[halved.cut.features]
         with keypoints_at(points), net.ahead(provider, values):
             lattice = masking(*shown)

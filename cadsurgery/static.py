@@ -77,9 +77,7 @@ class Bucketed(nn.Module):
         """Run the network; see `AdaptiveModel.forward`."""
         net = self.net
         provider = net.mask if mask is None else resolve_mask(mask)
-        arguments = net.bind(*args, **kwargs)
-        check_image(next(iter(arguments.values()), None))
-        values = self._before(net.names(), **arguments)
+        values = net.checked(lambda arguments: self._before(net.names(), **arguments), *args, **kwargs)
         masking = net.masking(provider)
         with net.ahead(provider, values):
             lattice = masking(values[self._halves.image], values[self._halves.features])

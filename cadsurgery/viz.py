@@ -284,8 +284,11 @@ def matches_figure(
 PAIR_COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")
 
 
-def class_picture(prediction: Tensor) -> Image.Image:
-    """A class map (H, W) as a palette PNG: the value is the class, the colour a different hue for each."""
+def class_picture(prediction: Tensor, count: int = 256) -> Image.Image:
+    """A class map (H, W) as a palette PNG: the value is the class, the colour a different hue for each; grey of 16 bits
+    if there are more than 256 classes."""
+    if count > 256:
+        return Image.fromarray(prediction.to("cpu").numpy().astype(np.uint16))
     classes = prediction.to("cpu").numpy().astype(np.uint8)
     picture = Image.fromarray(classes, mode="P")
     palette = [0, 0, 0]

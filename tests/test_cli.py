@@ -162,9 +162,11 @@ REFUSED = [
     (["list", "--library", "tensorflow"], "UnknownName", "torchvision"),
     (["run", "missing.safetensors", "."], "FileError", "path"),
     (["run", "net.safetensors", "missing"], "FileError", "path"),
+    (["run", "net.safetensors", "missing.png", "absent"], "FileError", "path"),
+    (["run", "net.safetensors", "images/first.png", "--size", "0x9"], "InvalidInput", "positive"),
     (["run", "net.safetensors", "images", "--device", "abacus"], "InvalidInput", "cpu"),
     (["run", "net.safetensors", "images", "--mask", "edgs"], "UnknownName", "edges"),
-    (["run", "net.safetensors", "images", "--output", "usernets.py"], "FileError", "--output"),
+    (["run", "net.safetensors", "images", "--output", "usernets.py", "--trust"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--mask", "edgs"], "UnknownName", "edges"),
     (["convert", "--model", "usernets:segmenter", "--fill", "cubic"], "InvalidInput", "linear"),
     (["convert", "--model", "usernets:segmenter", "--output", "no/net.safetensors"], "FileError", "--output"),
@@ -309,7 +311,7 @@ def test_plan_takes_stride_and_region(run: Run) -> None:
 
 
 def test_plan_of_a_converted_file_is_the_one_it_was_converted_with(run: Run, file: Path) -> None:
-    assert Plan.from_json(run("plan", "--model", file, "--json").out) == cs.load(file).plan
+    assert Plan.from_json(run("plan", "--model", file, "--json").out) == cs.load(file, trust=True).plan
 
 
 @pytest.mark.parametrize("rule", ["conv", "published"])
@@ -344,13 +346,13 @@ def test_macs_counts_a_network_as_it_is(run: Run, file: Path) -> None:
     assert plain == dense_macs(net, torch.zeros(1, 3, 96, 128))
     assert f"{plain:.5e}" in run("macs", *segmenter, "--dense").out
     assert "layers" not in run("macs", *segmenter, "--total", "--json").json
-    refused = run("macs", "--model", file, "--dense")
+    refused = run("macs", "--trust", "--model", file, "--dense")
     assert refused.code == 1 and "converted network" in refused.err
 
 
 def test_macs_of_a_converted_file_use_its_mask_or_another(run: Run, file: Path) -> None:
-    stored = run("macs", "--model", file, *options(), "--json").json
-    other = run("macs", "--model", file, *options("--mask", "none"), "--json").json
+    stored = run("macs", "--trust", "--model", file, *options(), "--json").json
+    other = run("macs", "--trust", "--model", file, *options("--mask", "none"), "--json").json
     assert other["macs"]["mask"] == stored["macs"]["low"] < stored["macs"]["mask"]
 
 
@@ -393,7 +395,7 @@ def test_mask_of_a_given_image_and_stride(run: Run, folder: Path) -> None:
 
 def test_mask_for_a_network_uses_its_strides(run: Run, file: Path) -> None:
     for model in ("usernets:segmenter", file):
-        arguments = ("mask", *options("--model", model, "--mask", "all"), "--json")
+        arguments = ("mask", *options("--model", model, "--trust", "--mask", "all"), "--json")
         assert run(*arguments).json["elements"] == 12 * 16
         assert "wrote mask.png" in run(*arguments[:-1]).out
 
@@ -420,11 +422,12 @@ def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_pat
 
 @pytest.mark.parametrize("model", ["usernets:segmenter", "net.safetensors"])
 def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: str) -> None:
-    rows = run("mask", *options("--model", model, *COMPARED), "--json").json["masks"]
-    counted = run("macs", "--model", model, *options("--mask", COMPARED[3]), "--json").json
+    network = ("--model", model, "--trust")
+    rows = run("mask", *options(*network, *COMPARED), "--json").json["masks"]
+    counted = run("macs", *network, *options("--mask", COMPARED[3]), "--json").json
     assert rows[1]["macs"] == counted["macs"] and rows[1]["active_fraction"] == counted["active_fraction"]
     assert rows[1]["of_high"] == counted["macs"]["mask"] / counted["macs"]["high"]
-    assert rows[2]["of_high"] == 1 and "MACs" in run("mask", *options("--model", model, *COMPARED)).out
+    assert rows[2]["of_high"] == 1 and "MACs" in run("mask", *options(*network, *COMPARED)).out
 
 
 LOOKING = ("confidence | budget:fraction=0.25", "learned:channels=8/6/4", "detail")
@@ -433,12 +436,13 @@ LOOKING = ("confidence | budget:fraction=0.25", "learned:channels=8/6/4", "detai
 @pytest.mark.parametrize("model", ["usernets:segmenter", "net.safetensors"])
 def test_masks_that_look_at_a_network_count_what_they_look_at(run: Run, file: Path, model: str) -> None:
     given = [part for mask in LOOKING for part in ("--mask", mask)]
-    rows = run("mask", *options("--model", model, *given, "--compare"), "--json").json["masks"]
+    network = ("--model", model, "--trust")
+    rows = run("mask", *options(*network, *given, "--compare"), "--json").json["masks"]
     for row, mask in zip(rows, LOOKING, strict=True):
-        counted = run("macs", "--model", model, *options("--mask", mask), "--json").json
+        counted = run("macs", *network, *options("--mask", mask), "--json").json
         assert row["macs"] == counted["macs"] and row["active_fraction"] == counted["active_fraction"]
     assert rows[0]["active_fraction"] == 0.25
-    assert run("mask", *options("--model", model, "--mask", LOOKING[0])).code == 0
+    assert run("mask", *options(*network, "--mask", LOOKING[0])).code == 0
 
 
 def test_a_file_shows_its_own_mask_with_what_it_has_learned(run: Run, tmp_path: Path) -> None:
@@ -447,7 +451,7 @@ def test_a_file_shows_its_own_mask_with_what_it_has_learned(run: Run, tmp_path: 
     with torch.no_grad():
         net.mask.estimator[7].bias[0] = 100  # it has learned to keep everything
     cs.save(net, tmp_path / "learned.safetensors")
-    arguments = ("mask", *options("--model", tmp_path / "learned.safetensors"), "--json")
+    arguments = ("mask", *options("--model", tmp_path / "learned.safetensors"), "--trust", "--json")
     assert run(*arguments).json["active_fraction"] == 1
     assert run(*arguments, "--mask", "learned:channels=8/6/4").json["active_fraction"] == 1
     assert run(*arguments, "--mask", "learned:channels=8/6/4,seed=1").json["active_fraction"] < 1
@@ -461,7 +465,7 @@ def test_the_fill_may_be_guided(run: Run, command: str, tmp_path: Path) -> None:
     result = run(command, *options("--model", "usernets:segmenter", "--fill", "guided", *quick), "--json")
     assert result.code == 0, result.err
     if command == "convert":
-        assert cs.load(next(tmp_path.glob("*.safetensors"))).geometry.fill == "guided"
+        assert cs.load(next(tmp_path.glob("*.safetensors")), trust=True).geometry.fill == "guided"
     if command == "bench":
         assert [entry["fill"] for entry in result.json["networks"]] == ["guided"]
 
@@ -630,7 +634,7 @@ def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> N
     assert report["checks"] == [] and report["image"] == [1, 3, 96, 128]
     assert "weights.pth" in report["weights"] and report["random_weights"] is False
     assert all(side["milliseconds"] is None for side in report["sides"])
-    net = cs.load(tmp_path / "net.safetensors")
+    net = cs.load(tmp_path / "net.safetensors", trust=True)
     assert net.plan.output_stride == (4, 16) and net.mask.spec() == given["mask"]
     geometry = net.geometry
     assert (geometry.fill, geometry.patch, geometry.anchor, geometry.pool) == (
@@ -644,7 +648,7 @@ def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> N
 def test_run_does_the_readable_images_reports_the_others_and_exits_with_1(
     run: Run, file: Path, folder: Path, tmp_path: Path
 ) -> None:
-    result = run("run", file, folder, "--output", "predictions", "--json")
+    result = run("run", file, "--trust", folder, "--output", "predictions", "--json")
     assert [Path(row["image"]).name for row in result.json["images"]] == ["first.png", "second.jpg"]
     for row in result.json["images"]:
         assert row["milliseconds"] > 0 and 0 <= row["active_fraction"] <= 1
@@ -652,8 +656,21 @@ def test_run_does_the_readable_images_reports_the_others_and_exits_with_1(
     assert failure["image"].endswith("broken.png") and failure["error"] == "FileError" and failure["next"]
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == ["first.png", "second.png"]
     assert result.code == 1
-    told = run("run", file, folder)
+    told = run("run", file, "--trust", folder)
     assert "2 done, 1 failed" in told.out and "broken.png" in told.err and told.code == 1
+
+
+def test_run_does_the_images_that_are_there_and_reports_those_that_are_not(
+    run: Run, file: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    given = ("missing.png", folder / "first.png", "empty")
+    result = run("run", file, *given, "--json")
+    assert [Path(row["image"]).name for row in result.json["images"]] == ["first.png"]
+    assert [row["image"] for row in result.json["failed"]] == ["missing.png", "empty"]
+    assert result.code == 1 and (tmp_path / "predictions" / "first.png").is_file()
+    told = run("run", file, *given)
+    assert "1 done, 2 failed" in told.out and "missing.png" in told.err and told.code == 1
 
 
 def test_run_writes_the_class_of_every_output_pixel(
@@ -661,10 +678,10 @@ def test_run_writes_the_class_of_every_output_pixel(
 ) -> None:
     from cadsurgery.images import normalise, read_image
 
-    result = run("run", file, folder / "first.png", "--mask", "all", "--output", "out", "--json")
+    result = run("run", file, "--trust", folder / "first.png", "--mask", "all", "--output", "out", "--json")
     assert result.code == 0 and result.json["failed"] == []
     assert result.json["images"][0]["active_fraction"] == 1
-    net = cs.load(file)
+    net = cs.load(file, trust=True)
     scores = net(normalise(read_image(folder / "first.png"), net.source)[None], mask="all")
     with Image.open(tmp_path / "out" / "first.png") as picture:
         assert picture.mode == "P" and picture.size == (scores.shape[3], scores.shape[2])
@@ -673,7 +690,7 @@ def test_run_writes_the_class_of_every_output_pixel(
 
 
 def test_run_resizes_images_on_request(run: Run, file: Path, folder: Path, tmp_path: Path) -> None:
-    run("run", file, folder / "second.jpg", "--size", "64x256", "--output", "out")
+    run("run", file, "--trust", folder / "second.jpg", "--size", "64x256", "--output", "out")
     with Image.open(tmp_path / "out" / "second.png") as picture:
         assert picture.size == (32, 8)
 
@@ -683,7 +700,7 @@ def test_run_does_not_write_two_images_of_one_name_into_one_file(
 ) -> None:
     (folder / "more").mkdir()
     (folder / "more" / "first.png").write_bytes((folder / "first.png").read_bytes())
-    result = run("run", file, folder, "--output", "out", "--json")
+    result = run("run", file, "--trust", folder, "--output", "out", "--json")
     outputs = [row["output"] for row in result.json["images"]]
     assert len(outputs) == 3 and len(set(outputs)) == 3 and all(Path(path).is_file() for path in outputs)
 
@@ -721,12 +738,22 @@ def test_export_writes_a_program_that_gives_what_the_network_gives(
     assert "budget:fraction=0.3" in found["mask"]
     program = torch.export.load(tmp_path / "network.pt2").module()
     assert program(torch.zeros(1, 3, 96, 128)).shape[:2] == (1, 10)
-    told = run("export", file, "--mask", "edges | budget:fraction=0.5", "--size", "96x128", "-o", "other.pt2")
+    told = run(
+        "export",
+        file,
+        "--trust",
+        "--mask",
+        "edges | budget:fraction=0.5",
+        "--size",
+        "96x128",
+        "-o",
+        "other.pt2",
+    )
     assert told.code == 0 and "wrote other.pt2" in told.out and "largest difference" in told.out
     assert (tmp_path / "other.pt2").exists()
 
 
 def test_export_of_a_refused_mask_writes_nothing(run: Run, file: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
-    assert run("export", file, "--mask", "edges").code == 1
+    assert run("export", file, "--trust", "--mask", "edges").code == 1
     assert sorted(tmp_path.iterdir()) == before

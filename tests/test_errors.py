@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery import kernel_map
-from cadsurgery.images import find_images, read_image, write_png
+from cadsurgery.images import find_images, read_image, write_picture
 from cadsurgery.kernel_map import Window
 from cadsurgery.lattice import Geometry
 from cadsurgery.masks import resolve_mask
@@ -252,6 +252,107 @@ def test_what_is_no_image_batch_is_refused(image: object) -> None:
         adapted()(image)
 
 
+MISFITS: list[tuple[Callable[[Tensor], Tensor], list[str]]] = [
+    (lambda x: (x * 255).to(torch.uint8), ["uint8", "float32", "normalise"]),
+    (lambda x: x.long(), ["int64", "float32"]),
+    (lambda x: x > 0.5, ["bool", "float32"]),
+    (lambda x: x.double(), ["float64", "float32", "image.to(torch.float32)"]),
+    (lambda x: x.half(), ["float16", "net.to(torch.float16)"]),
+    (lambda x: x.bfloat16(), ["bfloat16"]),
+    (lambda x: x.to(torch.complex64), ["complex64"]),
+    (lambda x: x.to("meta"), ["on meta", "on cpu", 'image.to("cpu")']),
+    (lambda x: x[:, :1], ["1 channel,", "takes 3", "expand"]),
+    (lambda x: torch.cat((x, x[:, :1]), 1), ["4 channels", "takes 3", "image[:, :3]"]),
+    (lambda x: x.permute(0, 2, 3, 1), ["takes 3", "permute(0, 3, 1, 2)"]),
+    (lambda x: x.repeat(1, 2, 1, 1), ["6 channels", "takes 3"]),
+    (lambda x: x.to_sparse(), ["sparse", "to_dense()"]),
+]
+
+
+@pytest.mark.parametrize("optimised", [False, True], ids=["as it is", "optimised"])
+@pytest.mark.parametrize("pair", [(8, 32), (1, 4)], ids=["behind a stem", "from the image on"])
+@pytest.mark.parametrize(("change", "words"), MISFITS, ids=[words[0] for _, words in MISFITS])
+def test_an_image_of_another_type_device_or_depth_than_the_networks_is_refused(
+    change: Callable[[Tensor], Tensor], words: list[str], pair: tuple[int, int], optimised: bool
+) -> None:
+    """Optimised kernels would convert their weights to any type, and answer in it."""
+    net = adapted("edges", output_stride=pair)
+    with refused(cs.InvalidInput, *words):
+        (net.optimize() if optimised else net)(change(IMAGE))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: (x * 255).to(torch.uint8), lambda x: x.double(), lambda x: x[:, :1]],
+    ids=["uint8", "float64", "grey"],
+)
+def test_what_a_call_refuses_is_refused_by_everything_that_runs_the_network(
+    change: Callable[[Tensor], Tensor],
+) -> None:
+    net, points = adapted("edges"), [torch.zeros(1, 2)] * 2
+    for use in (
+        lambda image: net.macs(image),
+        lambda image: net(image, mask="all"),
+        lambda image: net(image, mask="confidence"),
+        lambda image: cs.read_at(net, image, points),
+        lambda image: cs.stem_outputs(net, image),
+    ):
+        with refused(cs.InvalidInput):
+            use(change(IMAGE))
+
+
+class TakesPictures(nn.Module):
+    """Scales pictures of whole numbers itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = trunk()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(x.float() / 255)
+
+
+@pytest.mark.parametrize("mask", ["all", "edges", "gradient", "detail", "saliency"])
+def test_a_network_that_scales_pictures_itself_takes_them(mask: str) -> None:
+    """Masks then see the same numbers as floats: differences of unsigned ones would wrap around."""
+    net = cs.adaptify(TakesPictures(), mask, verify_laws=False)
+    picture = torch.randint(0, 256, (2, 3, 97, 129), dtype=torch.uint8)
+    for one in (net, net.optimize()):
+        found = one(picture), one.levels
+        assert_same(found[0], one(picture.float()))
+        assert torch.equal(found[1], one.levels)
+    with refused(cs.InvalidInput, "does not run", "uint8", "got 1 channels", "float32 on cpu"):
+        net(picture[:, :1])
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+def test_autocast_and_networks_of_other_types_are_not_in_the_way(optimised: bool) -> None:
+    net = adapted("edges")
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    if optimised:
+        net, half = net.optimize(), half.optimize()
+    assert half(IMAGE.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(IMAGE).shape == net(IMAGE.bfloat16()).shape
+    with refused(cs.InvalidInput, "float32", "bfloat16"):
+        half(IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([IMAGE[0], IMAGE[0]], ["torch.stack"]),
+        (IMAGE[0], ["unsqueeze(0)"]),
+        (IMAGE.numpy(), ["float32 ndarray of shape (2, 3, 97, 129)", "read_image"]),
+    ],
+    ids=["a list of images", "one image", "an array"],
+)
+def test_how_an_image_batch_is_made_of_what_is_none(given: object, words: list[str]) -> None:
+    with refused(cs.InvalidInput, *words) as found:
+        adapted()(given)
+    assert "\n" not in found.error.what
+
+
 @pytest.mark.parametrize(
     ("shape", "value"),
     [((3, 97, 129), 0.0), ((2, 3, 0, 129), 0.0), ((2, 3, 97, 129), float("nan"))],
@@ -367,9 +468,77 @@ def test_a_refused_network_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_network_converted_already_is_refused() -> None:
-    with refused(cs.CannotConvert, "AdaptiveModel"):
-        cs.adaptify(adapted())
+def quantised(prepare_only: bool = False) -> nn.Module:
+    from torch.ao import quantization
+
+    model = quantization.QuantWrapper(trunk())
+    model.qconfig = quantization.get_default_qconfig("x86")
+    prepared = quantization.prepare(model)
+    prepared(IMAGE)
+    return prepared if prepare_only else quantization.convert(prepared)
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return trunk()
+
+
+UNSUITABLE: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "data parallel": (lambda: nn.DataParallel(trunk()), ["DataParallel wraps", "pass model.module"]),
+    "averaged": (lambda: torch.optim.swa_utils.AveragedModel(trunk()), ["AveragedModel", "model.module"]),
+    "compiled": (lambda: torch.compile(trunk()), ["OptimizedModule wraps", "pass model._orig_mod"]),
+    "scripted": (lambda: torch.jit.script(trunk()), ["TorchScript", "scripted or traced from"]),
+    "traced": (lambda: torch.jit.trace(trunk(), IMAGE), ["TorchScript", "scripted or traced from"]),
+    "exported": (
+        lambda: torch.export.export(trunk(), (IMAGE,)).module(),
+        ["exported program", "the network that was exported"],
+    ),
+    "quantised": (quantised, ["quantised", "floating point"]),
+    "to be quantised": (lambda: quantised(prepare_only=True), ["quantised", "floating point"]),
+    "converted": (adapted, ["AdaptiveModel is converted already", "the original"]),
+    "optimised": (lambda: adapted().optimize(), ["OptimizedModel is converted already", "the original"]),
+    "bucketed": (lambda: cs.Bucketed(adapted()), ["Bucketed is converted already", "the original"]),
+    "converted within": (
+        lambda: nn.Sequential(nn.Identity(), adapted()),
+        ["converted already", "module 1 of Sequential", "model.1 ="],
+    ),
+    "on meta": (on_meta, ["meta device", "0.weight", "to_empty", "load_state_dict"]),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3, 2), trunk(4)), ["without a shape", "0.weight"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "words"), UNSUITABLE.values(), ids=list(UNSUITABLE))
+def test_a_network_that_is_not_itself_is_refused_with_what_to_pass_instead(
+    make: Callable[[], nn.Module], words: list[str], tmp_path: Path
+) -> None:
+    model = make()
+    for convert in (cs.adaptify, cs.plan):
+        with refused(cs.CannotConvert, *words):
+            convert(model)
+    cs.save(adapted(), tmp_path / "net.safetensors")
+    with refused(cs.CannotConvert, *words):
+        cs.load(tmp_path / "net.safetensors", model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_is_quantised_dynamically_stays_in_floats_and_converts() -> None:
+    model = nn.Sequential(trunk(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    assert cs.adaptify(torch.ao.quantization.quantize_dynamic(model), "edges").checks
+
+
+def test_an_exported_program_and_an_example_without_values_are_refused() -> None:
+    with refused(cs.InvalidInput, "not a network", "the network that was exported"):
+        cs.adaptify(torch.export.export(trunk(), (IMAGE,)))  # type: ignore[arg-type]
+    with refused(cs.InvalidInput, "meta"):
+        cs.plan(trunk(), example_input=IMAGE.to("meta"))
+
+
+def test_only_a_converted_network_is_saved(tmp_path: Path) -> None:
+    with refused(cs.InvalidInput, "Sequential is not a converted network", "state_dict"):
+        cs.save(trunk(), tmp_path / "net.safetensors")  # type: ignore[arg-type]
+    with refused(cs.InvalidInput, "'resnet18' is not a network"):
+        cs.load(tmp_path / "net.safetensors", "resnet18")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", ["resnet18", None, trunk])
@@ -689,7 +858,7 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in ("no/cat.png", "file/cat.png"):
         with refused(cs.FileError, path, "cannot be written"):
-            write_png(Image.new("P", (4, 4)), tmp_path / path)
+            write_picture(Image.new("P", (4, 4)), tmp_path / path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -351,11 +351,11 @@ def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
     net = cs.adaptify(cs.build_model("usernets:segmenter"), EDGES, output_stride=(8, 32), fill="nearest")
     cs.save(net, tmp_path / "net.safetensors")
     data = ["--data", f"folder:{folder},classes=6", "--rounds", 0, "--json"]
-    done = run("eval", "net.safetensors", *data)
+    done = run("eval", "net.safetensors", "--trust", *data)
     found = json.loads(done.out)
     assert done.code == 1 and found["images"] == 2 and len(found["failed"]) == 1
     assert [row["mask"] for row in found["rows"]] == ["all", EDGES, "none"]
-    other = json.loads(run("eval", "net.safetensors", *data, "--output-stride", "8,32").out)
+    other = json.loads(run("eval", "net.safetensors", "--trust", *data, "--output-stride", "8,32").out)
     assert other["rows"] == found["rows"]
 
 
@@ -387,7 +387,7 @@ def test_two_processes_find_what_one_finds(run: Run, folder: Path, tmp_path: Pat
     predicted = []
     for processes in (1, 2):
         done = run(
-            *("run", "net.safetensors", folder / "test" / "images", "-o", "out", "--json"),
+            *("run", "net.safetensors", folder / "test" / "images", "-o", "out", "--json", "--trust"),
             processes=processes,
             launcher=launcher,
         )

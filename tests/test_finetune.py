@@ -864,7 +864,7 @@ def test_the_command_trains_a_function_and_then_its_file(
     assert found["steps"] == 2 and found["model"] == "finetune_nets:Segmenter"
     assert set(found["before"]) == set(found["after"]) == {"miou", "active_fraction"}
     assert float(rows(tmp_path / "run")[0]["lr"]) == 0.01 and "divergence" in rows(tmp_path / "run")[0]
-    code, out, err = command("run/net.safetensors", *SHORT, "-o", "more")
+    code, out, err = command("run/net.safetensors", "--trust", *SHORT, "-o", "more")
     assert code == 0, out + err
     assert "before" in out and "classifier" in out and (tmp_path / "more/net.safetensors").is_file()
 

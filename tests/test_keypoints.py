@@ -127,9 +127,15 @@ EXTRACT = ("keypoints", "extract", "usernets:describer")
 
 
 def test_features_of_a_folder_are_written_and_a_corrupt_image_is_reported(run: Run, folder: Path) -> None:
-    result = run(*EXTRACT, folder, "--output", "out", "--count", 50, "--json")
+    with Image.open(
+        folder / "first.png"
+    ) as image:  # held on its side; keypoints are in pixels as they are stored
+        turned = image.getexif()
+        turned[0x0112] = 6
+        image.save(folder / "first.png", exif=turned)
+    result = run(*EXTRACT, folder, "missing.png", "--output", "out", "--count", 50, "--json")
     assert result.code == 1
-    assert [Path(failure["image"]).name for failure in result.json["failed"]] == ["broken.png"]
+    assert [Path(failure["image"]).name for failure in result.json["failed"]] == ["missing.png", "broken.png"]
     rows = {Path(row["image"]).name: row for row in result.json["images"]}
     assert set(rows) == {"first.png", "second.png", "third.png"}
     assert Path("out/more/second.npz").is_file() and rows["third.png"]["keypoints"] == 0
@@ -331,7 +337,7 @@ def two():
 
 def test_a_converted_network_keeps_its_output_strides(run: Run, folder: Path, tmp_path: Path) -> None:
     cs.save(cs.adaptify(describer(), "edges", output_stride=(1, 4)), tmp_path / "net.safetensors")
-    arguments = ("keypoints", "extract", "net.safetensors", folder / "first.png")
+    arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png")
     assert run(*arguments, "--mask", "").code == 0
     assert "output strides" in run(*arguments, "--output-stride", "2,4", "--json").json["what"]
 

@@ -56,6 +56,7 @@ LAYERS = [
     *(
         "surgery.trace",
         "surgery.facts",
+        "surgery.hooks",
         "surgery.treatment",
         "surgery.rules",
         "surgery.flow",

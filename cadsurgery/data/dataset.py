@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cadsurgery.errors import FileError, InvalidInput, first_line
+from cadsurgery.errors import CadError, FileError, InvalidInput, first_line
 
 IGNORED = 255  # the label of a pixel that counts neither in losses nor in metrics
-_READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,9 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
             picture, stored = self.read(position)
             image = _image(picture)
             values = np.array(stored)
-        except _READ_ERRORS as error:
+        except CadError:
+            raise
+        except Exception as error:  # decoders raise anything
             raise FileError(
                 f"{name} or its labels cannot be read.",
                 why=first_line(error),

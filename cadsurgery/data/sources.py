@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadsurgery.data.dataset import IGNORED, SegmentationData, identity_table
 from cadsurgery.errors import CadError, FileError, InvalidInput, UnknownName, first_line
-from cadsurgery.images import SCENE_CLASSES, SUFFIXES, labelled_scene
+from cadsurgery.images import SCENE_CLASSES, SUFFIXES, labelled_scene, read_image
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -58,9 +58,8 @@ class _Files:
     images: tuple[Path, ...]
     labels: tuple[Path, ...]
 
-    def __call__(self, position: int) -> tuple[Image.Image, Image.Image]:
-        with Image.open(self.images[position]) as file:
-            image = file.convert("RGB")
+    def __call__(self, position: int) -> tuple[Tensor, Image.Image]:
+        image = read_image(self.images[position])
         with Image.open(self.labels[position]) as file:
             file.load()
             return image, file.copy()

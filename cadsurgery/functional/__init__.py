@@ -17,6 +17,7 @@ from cadsurgery.functional.elements import (
 from cadsurgery.functional.resampling import pixel_shuffle, resize, resize_to_dense
 from cadsurgery.functional.statistics import (
     batch_norm,
+    contiguous_gradient,
     drop_per_image,
     global_max,
     global_mean,
@@ -43,6 +44,7 @@ __all__ = [
     "avg_pool2d",
     "batch_norm",
     "common_lattice",
+    "contiguous_gradient",
     "conv2d",
     "conv2d_per_image",
     "drop_per_image",

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cadsurgery.errors import CadError
-from cadsurgery.files import cache_folder, written_whole
+from cadsurgery.files import cache_folder, is_private, kept_whole
+from cadsurgery.plain import as_tuples, fits
 
 _FILE = "costs.json"
 _ROUNDS, _MOST_ROUNDS, _NANOSECONDS = 7, 50, 100_000_000
@@ -79,20 +80,29 @@ def best_time(run: Callable[[], Tensor]) -> float:
 
 
 def _kept(key: str) -> Costs | None:
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return Costs(*map(float, json.loads(_path().read_text())[key]))
+    found = as_tuples(_all_kept().get(key))
+    if fits(found, tuple[float, float, float]) and all(0 <= cost < math.inf for cost in found):
+        return Costs(*map(float, found))
     return None
+
+
+def _all_kept() -> dict[str, Any]:
+    """What the file holds; nothing if there is none, it is damaged, or somebody else may have written it."""
+    path = _path()
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        if path is not None and is_private(path.lstat()):
+            return dict(json.loads(path.read_text()))
+    return {}
 
 
 def _measured(key: str, measure: Callable[[], Costs]) -> Costs:
     with ThreadPoolExecutor(1) as alone:
         found = alone.submit(_on_one_core, measure).result()
-    with contextlib.suppress(OSError, CadError):
-        known = {}
-        with contextlib.suppress(OSError, ValueError):
-            known = dict(json.loads(_path().read_text()))
-        with written_whole(_path()) as temporary:
-            temporary.write_text(json.dumps({**known, key: list(found)}, indent=1))
+    path = _path()
+    with contextlib.suppress(OSError):
+        if path is not None:
+            with kept_whole(path) as folder:
+                (folder / "successor").write_text(json.dumps({**_all_kept(), key: list(found)}, indent=1))
     return found
 
 
@@ -108,5 +118,6 @@ def _on_one_core(measure: Callable[[], Costs]) -> Costs:
         torch.set_num_threads(before)
 
 
-def _path() -> Path:
-    return cache_folder() / _FILE
+def _path() -> Path | None:
+    folder = cache_folder()
+    return folder / _FILE if folder is not None else None

@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from cadsurgery.files import cache_folder
+from cadsurgery.files import cache_folder, is_private, kept_whole
 
 SOURCE = Path(__file__).with_name("native.c")
+_HASH = hashlib.sha256().digest_size
 LANE_BYTES, PRODUCT_LANES, MOST_TAPS, GROUPS = 64, 4, 128, (1, 2, 4, 8, 16)
 _WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 _FLAGS = ("-O3", "-march=native", *_WIDEST, "-ffp-contract=fast", "-fopenmp", "-fPIC", "-c")
@@ -235,27 +235,52 @@ def library() -> Any:
     if compiler is None or os.environ.get("CADSURGERY_NATIVE", "1") == "0" or platform.system() != "Linux":
         return None
     try:
-        target = cache_folder() / f"native-{_fingerprint(compiler)}.so"
-        if not target.exists():
+        folder = cache_folder()
+        if folder is None:
+            return None
+        target = folder / f"native-{_fingerprint(compiler)}.so"
+        found = _loaded(target)
+        if found is None:
             _build(compiler, target)
-        # OpenMP's symbols are those of torch's own runtime: a second one would compete for the cores.
-        return ctypes.CDLL(str(target))
+            found = _loaded(target)
+        return found
     except (OSError, subprocess.SubprocessError):
         return None
 
 
+def _loaded(path: Path) -> Any:
+    """The library of a file, if it is this user's and whole: one that is cut off would end the process, and every
+    later one, when it is first used. None otherwise.
+
+    Its last bytes are the hash of all before them. What is loaded is the very file that was looked at, by its
+    descriptor, whatever its name stands for by then.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        data = file.read() if is_private(os.fstat(descriptor)) else b""
+        if hashlib.sha256(data[:-_HASH]).digest() != data[-_HASH:]:
+            return None
+        name = f"/proc/self/fd/{descriptor}"
+        # OpenMP's symbols are those of torch's own runtime: a second one would compete for the cores.
+        return ctypes.CDLL(name if os.path.exists(name) else str(path))
+
+
 def _build(compiler: str, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with kept_whole(target) as folder:
         objects = []
         for name, *defines in _ELEMENTS.values():
             objects.append(f"{folder}/{name}.o")
             suffix = f"-DSUFFIX(name)=name##_{name}"
             command = [compiler, *_FLAGS, *defines, suffix, str(SOURCE), "-o", objects[-1]]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
-        whole = f"{folder}/native.so"
-        link = [compiler, "-shared", "-nostdlib", "-nostartfiles", *objects, "-o", whole]
+        whole = folder / "successor"
+        link = [compiler, "-shared", "-nostdlib", "-nostartfiles", *objects, "-o", str(whole)]
         subprocess.run(link, check=True, capture_output=True, timeout=120)
-        os.replace(whole, target)
+        with whole.open("ab") as file:
+            file.write(hashlib.sha256(whole.read_bytes()).digest())
 
 
 def _fingerprint(compiler: str) -> str:

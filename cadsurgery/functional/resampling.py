@@ -109,7 +109,7 @@ def resize_to_dense(
         return scaling.of(to_dense(x, spacing))
     if bilinear and spacing == 1:
         return scaling.of(to_dense(x, 1, guide=guide))
-    places = scaling.places(lattice.size, spacing)
+    places = scaling.places(lattice.size, spacing, x.rows.dtype)
     if not bilinear:
         return _nearest(x, places)
     every_pixel = lattice.geometry.fill == "linear"
@@ -122,7 +122,7 @@ def resize_to_dense(
 def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
     """Another fine map (B, C, H, W) read at the places that `resize_to_dense` reads with the same arguments."""
     how = Scaling(**scaling)
-    places = how.places((fine.shape[2], fine.shape[3]), spacing)
+    places = how.places((fine.shape[2], fine.shape[3]), spacing, fine.dtype)
     if how.mode == "bilinear":
         return _between_samples(fine, places)
     y, x = (place.to(fine.device) for place in places)
@@ -148,28 +148,44 @@ class Scaling:
             recompute_scale_factor=self.recompute_scale_factor,
         )
 
-    def places(self, fine: tuple[int, int], spacing: int) -> list[Tensor]:
+    def places(self, fine: tuple[int, int], spacing: int, dtype: torch.dtype) -> list[Tensor]:
         """Per axis the position q of each sample on a fine map of a size: float64, or int64 where one pixel is read.
 
-        torch itself says which of the map's own samples it reads: a map that holds their numbers is resized.
+        torch itself says which of the map's own samples it reads: a map that holds their numbers is resized. Where one
+        sample is read it is a map of the size and type of the values, which decide how torch rounds.
         """
+        counts = [-(-length // spacing) for length in fine]
+        return (
+            self._between(counts, spacing)
+            if self.mode == "bilinear"
+            else self._single(counts, spacing, fine, dtype)
+        )
+
+    def _between(self, counts: Sequence[int], spacing: int) -> list[Tensor]:
         found = []
-        for axis, length in enumerate(fine):
-            count = -(-length // spacing)
+        for axis, count in enumerate(counts):
             alone = replace(
                 self, size=_along(self.size, axis, 1), scale_factor=_along(self.scale_factor, axis, 1.0)
             )
-            dtype = torch.float64 if self.mode == "bilinear" else torch.float32  # torch's own for indices
-            own = alone.of(torch.arange(count, dtype=dtype).view(1, 1, count, 1)).flatten().double()
-            if self.mode == "bilinear":
-                found.append(own * spacing)
-                continue
-            factor = alone.scale_factor
-            ratio = count / len(own) if factor is None or self.recompute_scale_factor else 1 / factor[0]  # type: ignore[index]
+            own = alone.of(torch.arange(count, dtype=torch.float64).view(1, 1, count, 1)).flatten()
+            place = own * spacing
+            whole = place.round()  # rounding must not choose the cell that is read
+            found.append(torch.where((place - whole).abs() < 1e-6, whole, place))
+        return found
+
+    def _single(
+        self, counts: Sequence[int], spacing: int, fine: tuple[int, int], dtype: torch.dtype
+    ) -> list[Tensor]:
+        axes = [torch.arange(count, dtype=torch.promote_types(dtype, torch.float32)) for count in counts]
+        numbers = self.of(torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0))[0].double()
+        found = []
+        for axis, own in enumerate((numbers[0, :, 0], numbers[1, 0])):
+            factor = None if self.recompute_scale_factor else _along(self.scale_factor, axis, 1.0)
+            ratio = counts[axis] / len(own) if factor is None else 1 / factor[0]
             middle = 0.5 if self.mode == "nearest-exact" else 0.0
             exact = (torch.arange(len(own), dtype=torch.float64) + middle) * ratio
             within = ((exact - own) * spacing + 1e-6).floor().clamp(0, spacing - 1)
-            found.append((own * spacing + within).long().clamp(max=length - 1))
+            found.append((own * spacing + within).long().clamp(max=fine[axis] - 1))
         return found
 
 
@@ -208,8 +224,9 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
     inside = [place.long() for place in places]
     step = lattice.side_map.index_select(1, inside[0]).index_select(2, inside[1]).clamp(max=spacing)
     ends = []
-    for place, length, shape in zip(places, (height, width), ((1, -1, 1), (1, 1, -1)), strict=True):
-        first = place.long().view(shape) // step * step
+    shapes = ((1, -1, 1), (1, 1, -1))
+    for place, pixel, length, shape in zip(places, inside, (height, width), shapes, strict=True):
+        first = pixel.view(shape) // step * step
         second = torch.minimum(first + step, torch.tensor((length - 1) // spacing * spacing, device=device))
         share = (place.view(shape) - first) / step
         ends.append(((first, 1 - share), (second, share)))

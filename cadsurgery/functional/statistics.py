@@ -111,6 +111,21 @@ def group_norm(
     return Elements(rows, x.lattice)
 
 
+def contiguous_gradient(values: Tensor) -> Tensor:
+    """A dense map whose gradient arrives in ordinary memory, whatever reads the map.
+
+    torch 2.15's backward of instance normalisation on the CPU takes a channels_last gradient of a single image for a
+    contiguous one: its values are then wrong by their own size. Elements and convolutions give such gradients.
+    """
+    if values.requires_grad and not torch.compiler.is_compiling():
+        values.register_hook(_contiguous)
+    return values
+
+
+def _contiguous(gradient: Tensor | None) -> Tensor | None:
+    return gradient.contiguous() if gradient is not None else None
+
+
 def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
     """Standard deviation of each image and group (Liu et al. 2020, EvoNorm-S0), repeated for its channels."""
     centred, variance = _centred_groups(x, groups)

@@ -16,7 +16,7 @@ from cadsurgery.conversion import build, is_file
 from cadsurgery.environment import commit, device_in_words, versions
 from cadsurgery.errors import CadError, InvalidInput
 from cadsurgery.files import check_folder, written_whole
-from cadsurgery.images import read_image, write_png
+from cadsurgery.images import check_picture, read_image, write_picture
 from cadsurgery.io import load
 from cadsurgery.keypoints.extraction import Extraction, Extractor, Features, Seen
 from cadsurgery.keypoints.folder import converted
@@ -85,9 +85,11 @@ def evaluate_matching(
     start_others()
     if rounds < 0:
         raise InvalidInput(f"rounds={rounds}.", next="give 0 for no timing, or more.")
-    for path, option in ((output, "--output"), (picture, "--picture"), (matches, "--matches")):
+    if output is not None:
+        check_folder(output)
+    for path, option in ((picture, "--picture"), (matches, "--matches")):
         if path is not None:
-            check_folder(path, option)
+            check_picture(path, option)
     settings, where = settings or Extraction(), own_device(device)
     chosen = [*masks] or [settings.mask]
     for mask in chosen:
@@ -142,7 +144,7 @@ def evaluate_matching(
             with written_whole(output) as temporary:
                 temporary.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         if picture is not None:
-            write_png(figure_picture(matching_figure(report)), picture)
+            write_picture(figure_picture(matching_figure(report)), picture)
     return report
 
 
@@ -197,7 +199,7 @@ def _sequence(
     seen: list[Seen | None] = []
     for path in sequence.images:
         try:
-            seen.append(settings[0].extractor.seen(read_image(path)))
+            seen.append(settings[0].extractor.seen(read_image(path, upright=False)))
         except CadError as error:
             if not seen:
                 raise
@@ -238,7 +240,7 @@ def _extras(
     step: Callable[[str], None],
 ) -> tuple[dict[str, Timing], tuple[int, int]]:
     """Times of all settings on the first image, and the picture of matches."""
-    image = read_image(sequence.images[0])
+    image = read_image(sequence.images[0], upright=False)
     seen = settings[0].extractor.seen(image)
     times: dict[str, Timing] = {}
     if rounds:
@@ -250,7 +252,7 @@ def _extras(
         times = interleaved(sides, rounds)
     if matches is not None:
         step("drawing")
-        other, drawn = read_image(sequence.images[1]), []
+        other, drawn = read_image(sequence.images[1], upright=False), []
         seen_other = settings[0].extractor.seen(other)
         for extractor, name in settings:
             first, second = extractor.features(seen), extractor.features(seen_other)
@@ -258,7 +260,7 @@ def _extras(
             errors = match_errors(first.keypoints, second.keypoints, found, sequence.homographies[0])
             ends = first.keypoints[found[:, 0]], second.keypoints[found[:, 1]]
             drawn.append((name, *ends, errors))
-        write_png(figure_picture(matches_figure(image, other, drawn)), matches)
+        write_picture(figure_picture(matches_figure(image, other, drawn)), matches)
     return times, (seen.batch.shape[2], seen.batch.shape[3])
 
 

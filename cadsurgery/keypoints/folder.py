@@ -72,7 +72,7 @@ def extract(
     if form not in FORMS:
         raise UnknownName("form of files", form, FORMS)
     resolve_mask(settings.mask or "all")
-    where, paths = own_device(device), find_images(images)
+    where, (paths, lacking) = own_device(device), find_images(images)
     folder = made_folder(output)
     step("building and converting")
     net = converted(network, weights, options or {}, trust=trust)
@@ -85,7 +85,7 @@ def extract(
     extractor = Extractor(net.to(where).optimize(), settings, where)
     _check_folder(folder, identity)
     done: list[tuple[int, dict[str, Any]]] = []
-    failed: list[tuple[int, dict[str, Any]]] = []
+    failed: list[tuple[int, dict[str, Any]]] = [(-1, row) for row in lacking if world().is_main]
     for position, (path, place) in shard(list(paths.items())):
         step(f"{path.name} ({position + 1} of {len(paths)})")
         target = folder / place.with_suffix(f".{form}")
@@ -95,7 +95,7 @@ def extract(
             if kept:
                 count = len(read_features(target).keypoints)
             else:
-                features = extractor(read_image(path))
+                features = extractor(read_image(path, upright=False))
                 made_folder(target.parent)
                 write_features(features, target, str(place.with_suffix(path.suffix)))
                 count = len(features.keypoints)

@@ -81,9 +81,9 @@ class RandomMask(MaskProvider):
         """(B, h, w) in 0..1, the same within a block."""
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         height, width = grid.size
-        blocks = (grid.batch, -(-height // self.block), -(-width // self.block))
-        drawn = torch.rand(blocks, generator=generator)
-        return drawn.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2)[:, :height, :width]
+        side = min(self.block, max(height, width))
+        drawn = torch.rand(grid.batch, -(-height // side), -(-width // side), generator=generator)
+        return drawn.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
 
 
 TENSOR = "a tensor"

@@ -52,7 +52,8 @@ def window_maximum(values: Tensor, side: int, stride: int = 1) -> Tensor:
 
     Separable: the maximum over columns, then over rows; as views, many times faster than max-pooling.
     """
-    half = side // 2
+    half = min(side // 2, max(values.shape[1:]))  # a larger one sees no more, and needs memory
+    side = 2 * half + 1
     tall = F.pad(values, (0, 0, half, half), value=-math.inf).unfold(1, side, stride).amax(-1)
     return F.pad(tall, (half, half), value=-math.inf).unfold(2, side, stride).amax(-1)
 

@@ -15,6 +15,7 @@ from cadsurgery.masks.filters import near
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option
 
 N = TypeVar("N", int, float)
+_WIDEST = 1000  # samples of standard deviation; the window has six times as many on a side
 
 
 class GradedMask(MaskProvider):
@@ -145,9 +146,11 @@ def check_odd(option: str, sides: Sequence[int], where: str) -> None:
 
 def check_sigma(sigma: float, where: str) -> None:
     """Refuse standard deviations that are no width."""
-    if not 0 <= sigma < math.inf:
+    if not 0 <= sigma <= _WIDEST:
         raise InvalidInput(
-            f"sigma={sigma} is no width.", where=where, next="give 0 for none or a positive number such as 1."
+            f"sigma={sigma} is no width.",
+            where=where,
+            next=f"give 0 for none or a positive number such as 1, at most {_WIDEST}.",
         )
 
 

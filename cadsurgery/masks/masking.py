@@ -40,6 +40,10 @@ class Masking:
         geometry, bounds, grid = self.geometry, None, self.grid(features)
         if self.static or torch.compiler.is_compiling():  # otherwise exact counts are known, and faster
             bounds = self._bounds(grid)
+        if (
+            not image.is_floating_point()
+        ):  # of a network that scales pictures itself; differences would wrap around
+            image = image.to(torch.get_default_dtype())
         with torch.no_grad():
             found = self.provider(image, features, grid)
         return geometry.lattice(checked_levels(found, grid, self.provider.name), bounds)
@@ -71,8 +75,13 @@ def check_image(image: Any, name: str = "the image") -> None:
     """
     if not isinstance(image, Tensor) or image.dim() != 4:
         raise InvalidInput(
-            f"{name} is {describe(image)}.", next="give an image batch (batch, channels, height, width)."
+            f"{name} is {describe(image)}.",
+            next=f"give an image batch (batch, channels, height, width){_made_from(image)}.",
         )
+    if image.layout is not torch.strided:
+        raise InvalidInput(f"{name} is sparse.", next="give an ordinary tensor: image.to_dense().")
+    if image.is_complex():
+        raise InvalidInput(f"{name} is {describe(image)}.", next="give real numbers, e.g. image.abs().")
     if 0 in image.shape:
         raise InvalidInput(
             f"{name} has size zero: {tuple(image.shape)}.",
@@ -91,6 +100,17 @@ def check_image(image: Any, name: str = "the image") -> None:
             why="they would spread through every mask and layer.",
             next="check the loading and normalisation of the image.",
         )
+
+
+def _made_from(value: object) -> str:
+    """How an image batch is made of what is none, for messages."""
+    if isinstance(value, Tensor):
+        return ", here image.unsqueeze(0)" if value.dim() == 3 else ""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
+        return ", here torch.stack(images)" if value[0].dim() == 3 else ", here torch.cat(images)"
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
+        return " as a float tensor, scaled and normalised: see cadsurgery.images.read_image and normalise"
+    return ""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -177,13 +177,14 @@ class Fuser:
     def evaluated(self, node: fx.Node) -> Any:
         """A call with constant tensors alone, else None."""
         known = {source: self.constant(source) for source in node.all_input_nodes}
-        if not all(isinstance(value, Tensor) for value in known.values()):
+        if not all(isinstance(value, (Tensor, nn.Module)) for value in known.values()):
             return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         with torch.no_grad():
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            return value.detach() if isinstance(value, Tensor) else value
 
     def consumer(self, node: fx.Node) -> _Consumer | None:
         """The only operation that reads the value of a node."""
@@ -268,8 +269,7 @@ class Fuser:
         users = list(fusion.tail.users)
         if len(users) == 1 and users[0].target is functional.batch_norm:
             norm_node: Any = users[0].kwargs.get("norm", users[0].args[-1])
-            norm = self.model.get_submodule(str(norm_node.target))
-            return _folded(fusion, users[0], norm)
+            return _folded(fusion, users[0], self.constant(norm_node))
         following = self.consumer(fusion.tail)
         if following is None:
             return None

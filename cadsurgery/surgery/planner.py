@@ -11,6 +11,7 @@ from cadsurgery.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Region, Role, dilated_by_design, flow_forward, region_of
+from cadsurgery.surgery.hooks import stays_whole
 from cadsurgery.surgery.plan import AFTER, RESIZED, Action, Decision, Outputs, Plan
 from cadsurgery.surgery.treatment import Treatment, operation_name
 
@@ -313,6 +314,15 @@ def _nothing_to_convert(facts: Facts, flow: Flow) -> CannotConvert:
     model = type(facts.model).__name__
     what = f"{model} has nothing that can be made adaptive."
     next_step = "convert another part of the network with region=[...], or teach the operation: see docs/extending.md."
+    whole = next((node for node in facts.graph.nodes if _stays_whole(node, facts)), None)
+    if whole is not None and whole in flow.barriers:
+        return CannotConvert(
+            what,
+            where=_place(whole, facts),
+            why=_first_barrier(facts, flow),
+            next="take that off before the conversion (a hook: handle.remove()), or convert another part of the "
+            "network with region=[...].",
+        )
     mixers = [node for node in position_mixers(facts, flow) if _OUTSIDE not in flow.barriers.get(node, "")]
     if mixers and not any(reason.startswith(_OUTSIDE) for reason in flow.barriers.values()):
         first, strided = mixers[0], [node for node in flow.grid if _downsamples(node, flow)]
@@ -370,7 +380,12 @@ def position_mixers(facts: Facts, flow: Flow) -> list[fx.Node]:
 def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
     """Whether a node is a module of a library that tracing does not look into: it may do anything."""
     made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
-    return made_of and not type(facts.module(node)).__module__.startswith("torch.")
+    foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
+    return foreign and not _stays_whole(node, facts)
+
+
+def _stays_whole(node: fx.Node, facts: Facts) -> str:
+    return stays_whole(facts.module(node)) if node.op == "call_module" else ""
 
 
 def _place(node: fx.Node, facts: Facts) -> str:
@@ -478,7 +493,7 @@ def _is_last(node: fx.Node, flow: Flow) -> bool:
     """Whether nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
     is there at its own size anyway."""
     after = _and_after(node)
-    if {flow.treatments[user].kind for user in after - {node}} & {"window", "barrier", "global", "resize"}:
+    if {flow.treatments[user].kind for user in after - {node}} & {"window", "global", "resize"}:
         return False
     joined = {source for user in after for source in flow.maps(user)} - after - set(flow.maps(node))
     return all(flow.grid[source] == 1 or _is_made_of_resizes(source, flow) for source in joined)

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import fx
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from cadsurgery import functional
 from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.hooks import parameter, prepared
 from cadsurgery.surgery.plan import RESIZED, Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Treatment
 
@@ -111,11 +114,23 @@ class Rewriter:
         """A call of a function in the new graph."""
         return self.graph.call_function(function, args, kwargs)
 
-    def argument(self, value: Any) -> Any:
-        """An argument of a treatment in the new graph."""
-        if isinstance(value, Attribute):
-            return self.graph.get_attr(value.path)
-        return fx.map_arg(value, self.as_dense)
+    def arguments(self, treatment: Treatment) -> dict[str, Any]:
+        """The arguments of a treatment in the new graph."""
+        modules: dict[str, fx.Node] = {}  # prepared once for all their parameters, as in a call
+        return {name: self.argument(value, modules) for name, value in treatment.arguments}
+
+    def argument(self, value: Any, modules: dict[str, fx.Node]) -> Any:
+        """An argument of a treatment in the new graph; `modules` are those that it may read."""
+        if not isinstance(value, Attribute):
+            return fx.map_arg(value, self.as_dense)
+        holder, _, name = value.path.rpartition(".")
+        is_module = isinstance(getattr(self.facts.model.get_submodule(holder), name), nn.Module)
+        path = value.path if is_module else holder
+        if not path:  # of the network itself
+            return self.graph.get_attr(name)
+        if path not in modules:
+            modules[path] = self.call(prepared, self.graph.get_attr(path))
+        return modules[path] if is_module else self.call(parameter, modules[path], name)
 
     def copy(self, node: fx.Node, treatment: Treatment) -> None:
         """A node that stays dense. What asks for the size of elements gets the network's own size."""
@@ -128,6 +143,14 @@ class Rewriter:
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source
         self.dense[node] = self.graph.node_copy(node, self.as_dense)
+        module = self.facts.module(node) if node.op == "call_module" else None
+        parts = module.modules() if module is not None else ()
+        if any(isinstance(part, nn.InstanceNorm2d) for part in parts) or node.target in (
+            F.instance_norm,
+            torch.instance_norm,
+        ):
+            self.working[node] = self.dense[node]
+            self.dense[node] = self.call(functional.contiguous_gradient, self.dense[node])
 
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """A size, dtype or device query on elements."""
@@ -150,7 +173,7 @@ class Rewriter:
         if treatment.kind == "global":
             self.dense[node] = self.emit_global(node, source, treatment)
             return
-        arguments = {name: self.argument(value) for name, value in treatment.arguments}
+        arguments = self.arguments(treatment)
         if treatment.spaced:
             arguments["spacing"] = self.plan[source.name].grid
         if treatment.kind == "pad":  # the windows that read it have taken it over
@@ -185,7 +208,7 @@ class Rewriter:
     def resize_to_dense(self, node: fx.Node, treatment: Treatment) -> fx.Node:
         """A resize that leaves the region: the dense map it yields."""
         source: Any = node.args[0] if node.args else node.kwargs["input"]
-        arguments = {name: self.argument(value) for name, value in treatment.arguments}
+        arguments = self.arguments(treatment)
         if self.guided:
             arguments["guide"] = self.fine_map()
         return self.call(
@@ -197,7 +220,7 @@ class Rewriter:
         maps = [source, *(value for _, value in treatment.arguments if self.facts.layout(value))]
         stage = max(self.plan[value.name].stages[1] for value in maps)
         arguments = {
-            name: self.on_stage(value, stage) if value in maps else self.argument(value)
+            name: self.on_stage(value, stage) if value in maps else self.argument(value, {})
             for name, value in treatment.arguments
         }
         if treatment.spaced:

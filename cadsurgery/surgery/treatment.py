@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from cadsurgery.kernel_map import Window
 from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.hooks import stays_whole
 
 Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
 
@@ -145,6 +146,9 @@ def treat(node: fx.Node, facts: Facts) -> Treatment:
     reads_map = any(facts.layout(value) for value in node.all_input_nodes)
     if not reads_map and found not in _OF_VECTORS:
         return Treatment("shape")
+    reason = stays_whole(facts.module(node)) if node.op == "call_module" else ""
+    if reason:
+        return barrier(reason)
     if found is None:
         return barrier(f"no rule for {operation_name(node, facts)}")
     treatment = found(node, facts)

@@ -1,0 +1,318 @@
+"""Hooks and exchanged modules: what happens when a module is called, where the rewritten network does not call it.
+
+A rewritten network calls few of its modules. Of a convolution it reads the weight, once what computes that weight has
+run (`prepared`); a container it looks into is not called at all. What only a call would do is refused with a reason: a
+hook that is there when a network is converted keeps its module dense, and `Watch` finds those that come later.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from cadsurgery.errors import InvalidInput
+
+# Hooks that compute a parameter before each call and look at nothing else.
+_COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+def prepared(module: nn.Module) -> nn.Module:
+    """A module whose parameters are to be read, as they would be in a call of it now."""
+    if module._forward_pre_hooks:
+        for hook in tuple(module._forward_pre_hooks.values()):
+            if isinstance(hook, _COMPUTING):
+                hook(module, ())
+    return module
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """A parameter of a module that is prepared."""
+    return getattr(module, name)
+
+
+def stays_whole(module: nn.Module) -> str:
+    """Why a module has to be called on maps as it is, or "": what a call does besides computing its weights."""
+    if is_replaced(module):
+        return "its forward was exchanged for another one than that of its class"
+    for part in module.modules():
+        for kind in _KINDS:
+            if any(not isinstance(hook, _COMPUTING) for hook in getattr(part, kind).values()):
+                name = kind.strip("_").removesuffix("s").replace("_", " ")
+                return f"it has a {name}, which is called with maps"
+    return ""
+
+
+def is_apart(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module must be called as a whole, because of hooks that tracing through it would lose.
+
+    Hooks that belong to the network itself, such as those that collect its features, are part of its forward.
+    """
+    hooks = [hook for kind in _KINDS for hook in getattr(module, kind).values()]
+    return any(isinstance(hook, SpectralNorm) or not _is_own(hook, model) for hook in hooks)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own, other than that of its class."""
+    return "forward" in vars(module)
+
+
+def _is_own(hook: Any, model: nn.Module) -> bool:
+    """Whether a hook computes a weight, or is a method of a network or of something that one of its modules holds."""
+    if isinstance(hook, _COMPUTING):
+        return True
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    owner = getattr(hook, "__self__", None)
+    if owner is None:
+        return False
+    return any(
+        owner is part or any(owner is held for held in vars(part).values()) for part in model.modules()
+    )
+
+
+def take_over(net: nn.Module, model: nn.Module) -> None:
+    """Give a network the hooks that another one has on itself as a whole."""
+    for kind in (*_KINDS, *_OPTIONS):
+        getattr(net, kind).update(getattr(model, kind))
+    net._is_full_backward_hook = model._is_full_backward_hook
+
+
+def copying(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy`: weights that were computed, which torch does not copy, without their history, and
+    hooks of others as they are: who registered them looks at what they note."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        for kind in _KINDS:
+            memo |= {id(hook): hook for hook in getattr(module, kind).values() if not _is_own(hook, model)}
+    return memo
+
+
+def child(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of this name, if there is one; a converted network may have another attribute of that name."""
+    found: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        found = found._modules.get(name) if found is not None else None
+    return found
+
+
+def settle(model: nn.Module, paths: Iterable[str]) -> None:
+    """Replace the computed weights of the modules of these names by what they are now."""
+    for path in paths:
+        module = child(model, path)
+        if module is None:
+            continue
+        if path and parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                _settle_parametrization(module, name)
+        for key, hook in list(prepared(module)._forward_pre_hooks.items()):
+            if isinstance(hook, _COMPUTING):
+                name = getattr(hook, "name", None) or hook._tensor_name  # type: ignore[union-attr]
+                value = getattr(module, name).detach().clone()
+                delattr(module, name)
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+                del module._forward_pre_hooks[key]
+
+
+def _settle_parametrization(module: nn.Module, name: str) -> None:
+    value = getattr(module, name).detach().clone()
+    lists: Any = module.parametrizations
+    del lists[name]
+    if not len(lists):
+        del module.parametrizations
+        module.__class__ = type(module).__mro__[1]
+    else:
+        delattr(type(module), name)
+    module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A module as it was converted.
+
+    Attributes:
+        path: its name.
+        kind: its class, as `package.module:Name`.
+        hooks: how many were traced with it.
+        is_replaced: whether it had a forward of its own.
+        is_called: whether it is an operation of the region; else it holds others and is looked into.
+    """
+
+    path: str
+    kind: str
+    hooks: int
+    is_replaced: bool
+    is_called: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, path: str, is_called: bool) -> Watched:
+        """The module of this name as it is now."""
+        module = model.get_submodule(path)
+        return cls(path, _kind(module), _foreign(module), is_replaced(module), is_called)
+
+
+def watched(model: nn.Module, operations: Iterable[str], others: Iterable[str]) -> tuple[Watched, ...]:
+    """What a rewritten graph relies on.
+
+    Args:
+        model: the network that is converted.
+        operations: names of modules that run on elements.
+        others: names of the modules and tensors that the graph uses besides.
+    """
+    operations = set(operations)
+    containers = {holder for path in (*operations, *others) for holder in _holders(path)}
+    parts = {
+        f"{path}.{name}"
+        for path in operations
+        for name, _ in model.get_submodule(path).named_modules()
+        if name and not name.startswith("parametrizations")
+    }
+    found = [
+        *((path, False) for path in containers - operations),
+        *((path, True) for path in operations | parts),
+    ]
+    return tuple(Watched.of(model, path, is_called) for path, is_called in sorted(found))
+
+
+def _holders(path: str) -> Iterator[str]:
+    """Names of the modules that a module or tensor lies in, without the network itself."""
+    while path := path.rpartition(".")[0]:
+        yield path
+
+
+class _Seen(NamedTuple):
+    """A module that was in order, with what tells that it still is."""
+
+    siblings: dict[str, Any]
+    name: str
+    module: nn.Module
+    kind: type
+    children: tuple[str, ...]
+    settings: tuple[Any, ...]
+
+
+class Watch:
+    """Finds hooks that would never be called, and modules that are no longer those that were converted.
+
+    Looking costs some microseconds: what was in order is compared by identity.
+    """
+
+    def __init__(self, net: nn.Module, watched: tuple[Watched, ...]) -> None:
+        """Take a network and what its rewritten graph relies on."""
+        self._net, self._watched = net, watched
+        self._seen: tuple[_Seen, ...] = ()
+        self._order: _Order | None = None
+
+    def __call__(self) -> None:
+        """Look.
+
+        Raises:
+            InvalidInput: a module was exchanged for one of another kind, or has a hook that sees maps.
+        """
+        if self._order is None or not self._order.holds():
+            before = self._seen or (None,) * len(self._watched)
+            self._seen = tuple(map(self._looked_at, self._watched, before))
+            self._order = _Order(self._seen)
+
+    def _looked_at(self, found: Watched, before: _Seen | None) -> _Seen:
+        module = child(self._net, found.path)
+        if module is None:
+            raise _exchanged(found, "it is gone")
+        if _kind(module) != found.kind:
+            raise _exchanged(found, f"it is {type(module).__name__} and was {_name(found.kind)}")
+        if is_replaced(module) != found.is_replaced:
+            raise _exchanged(found, "its forward was exchanged")
+        if _foreign(module) > found.hooks:
+            raise _hooked(found)
+        holder, _, name = found.path.rpartition(".")
+        around, children = child(self._net, holder), tuple(module._modules)
+        assert around is not None
+        seen = _Seen(around._modules, name, module, type(module), children, _settings(module))
+        if before is not None and _own(children) != _own(before.children):
+            raise _exchanged(found, "it holds other modules")
+        if before is not None and module is not before.module and seen.settings != before.settings:
+            raise _exchanged(found, "its settings are others")
+        return seen
+
+
+class _Order:
+    """Modules that were in order, laid out so that looking at all of them again is a few calls of compiled code."""
+
+    def __init__(self, seen: tuple[_Seen, ...]) -> None:
+        self._siblings = [one.siblings for one in seen]
+        self._names = [one.name for one in seen]
+        self._modules = [one.module for one in seen]
+        self._kinds = [one.kind for one in seen]
+        self._children = [one.module._modules for one in seen]
+        self._counts = [len(one.children) for one in seen]
+        self._states = [vars(one.module) for one in seen]
+        self._hooks = [hooks for state in self._states for hooks in map(state.__getitem__, _KINDS)]
+
+    def holds(self) -> bool:
+        """Whether these are the network's modules as they were, without a hook or a forward of their own."""
+        return not (
+            any(self._hooks)
+            or list(map(dict.get, self._siblings, self._names)) != self._modules
+            or list(map(type, self._modules)) != self._kinds
+            or list(map(len, self._children)) != self._counts
+            or any(map(operator.contains, self._states, itertools.repeat("forward")))
+        )
+
+
+def _hooked(found: Watched) -> InvalidInput:
+    of_elements = "it runs on elements of several sizes, where a hook expects a map."
+    looked_into = f"{found.path} itself is not called: what it holds was rewritten."
+    return InvalidInput(
+        f"{found.path} has a hook that this network cannot call as it is meant.",
+        why=of_elements if found.is_called else looked_into,
+        next="remove it (handle.remove()). A hook on the network itself is called, and so is one on an operation "
+        f"outside the region, see print(net.plan). One that {found.path} has before cs.adaptify is called too: the "
+        "region then ends there, and what follows runs dense.",
+    )
+
+
+def _own(children: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in children if name != "parametrizations")
+
+
+def _exchanged(found: Watched, why: str) -> InvalidInput:
+    return InvalidInput(
+        f"{found.path} is not the module that was converted: {why}.",
+        why="the network does not run its forward, which was rewritten when it was converted.",
+        next="change the network first and convert it then: cs.adaptify(model). A weight alone can be computed by "
+        'torch.nn.utils.parametrize.register_parametrization(module, "weight", ...) at any time.',
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _name(kind: str) -> str:
+    return kind.rpartition(":")[2].rpartition(".")[2]
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """Plain values of a module, not its mode."""
+    plain = (bool, int, float, str, tuple, type(None))
+    values = ((key, value) for key, value in vars(module).items() if isinstance(value, plain))
+    return tuple(sorted((key, repr(value)) for key, value in values if key[0] != "_" and key != "training"))
+
+
+def _foreign(module: nn.Module) -> int:
+    return sum(not isinstance(hook, _COMPUTING) for kind in _KINDS for hook in getattr(module, kind).values())

@@ -1,0 +1,369 @@
+"""Law 1 as a user sees it: the outputs of the call, at the network's own level, are the original's.
+
+And the definition of a resize that leaves the region, written out pixel by pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images, random_levels, randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery import functional
+from cadsurgery.functional import Elements
+from cadsurgery.lattice import Geometry, Lattice
+
+EXACT = 1e-9
+SIZES = [(64, 96), (75, 101), (97, 130)]
+FILLS = ["linear", "nearest", "guided"]
+
+
+def block(channels: int, out: int, stride: int = 1, dilation: int = 1, kernel: int = 3) -> nn.Sequential:
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+
+
+class Encoder(nn.Module):
+    """Five strides, 1x1 scores: what a subclass does with them is the point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (4, 4, 6, 8, 16)
+        strided = [block(before, after, 2) for before, after in zip((3, *widths), widths, strict=False)]
+        self.body = nn.Sequential(*strided[:3], block(6, 6), *strided[3:], block(16, 16))
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class Resized(Encoder):
+    def __init__(self, how: dict[str, Any], by: str) -> None:
+        super().__init__()
+        self.how, self.by = how, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        if self.by == "size":
+            return F.interpolate(scores, x.shape[2:], **self.how)
+        if self.by == "recomputed":
+            return F.interpolate(scores, scale_factor=31.5, recompute_scale_factor=True, **self.how)
+        return F.interpolate(scores, scale_factor=float(self.by), **self.how)
+
+
+class Module(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Upsample(scale_factor=32, mode="bilinear", align_corners=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.scores(x)).softmax(1)
+
+
+class TwoHeads(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        middle = self.body[3](self.body[2](self.body[1](self.body[0](x))))
+        last = self.head(self.body[6](self.body[5](self.body[4](middle))))
+        out = F.interpolate(last, x.shape[-2:], mode="bilinear", align_corners=False)
+        aux = F.interpolate(self.aux(middle), x.shape[-2:], mode="bilinear", align_corners=True)
+        return {"out": out, "aux": aux, "classes": out.argmax(1)}
+
+
+class Context(nn.Module):
+    """After CGNet: a local and a dilated branch joined, a global gate, the image injected after average pools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = block(3, 6, 2), block(9, 8, 2)
+        self.local = nn.Conv2d(8, 4, 3, 1, 1, groups=4, bias=False)
+        self.around = nn.Conv2d(8, 4, 3, 1, 2, 2, groups=4, bias=False)
+        self.norm, self.gate = nn.BatchNorm2d(8), nn.Sequential(nn.Linear(8, 8), nn.Sigmoid())
+        self.deeper, self.head = block(11, 8, 2), nn.Conv2d(8, 3, 1)
+        self.pool = nn.AvgPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.pool(x)
+        y = self.down(torch.cat([self.stem(x), half], 1))
+        y = F.relu(self.norm(torch.cat([self.local(y), self.around(y)], 1)))
+        y = y * self.gate(y.mean((2, 3)))[:, :, None, None]
+        y = self.head(self.deeper(torch.cat([y, self.pool(half)], 1)))
+        return F.interpolate(y, size=x.size()[2:], mode="bilinear", align_corners=False)
+
+
+class Asymmetric(nn.Module):
+    """After DABNet: 3x1 and 1x3 kernels, a dilated depthwise branch, a strided one beside a max-pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.strided = block(3, 6, 2), nn.Conv2d(6, 4, 3, 2, 1)
+        self.rows, self.columns = nn.Conv2d(10, 10, (3, 1), 1, (1, 0)), nn.Conv2d(10, 10, (1, 3), 1, (0, 1))
+        self.wide = nn.Conv2d(10, 10, (3, 1), 1, (2, 0), (2, 1), groups=10)
+        self.last, self.head = block(10, 8, 2), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        y = torch.cat([self.strided(y), F.max_pool2d(y, 2, 2, ceil_mode=True)], 1)
+        y = y + F.relu(self.columns(self.rows(y)) + self.wide(y))
+        return F.interpolate(self.head(self.last(y)), x.shape[2:], mode="bilinear", align_corners=True)
+
+
+class Pyramid(nn.Module):
+    """After CFPNet: hierarchical sums of branches with growing dilation, on a map that is strided afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = block(3, 6, 2), block(6, 8, 2)
+        self.branches = nn.ModuleList(nn.Conv2d(8, 4, 3, 1, rate, rate) for rate in (1, 2, 4))
+        self.join, self.last, self.head = nn.Conv2d(12, 8, 1), block(8, 8, 2), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.stem(x))
+        parts = [branch(y) for branch in self.branches]
+        parts[1] += parts[0]
+        parts[2] = parts[2] + parts[1]
+        y = self.head(self.last(y + self.join(torch.cat(parts, 1))))
+        return F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=False)
+
+
+class Shuffled(nn.Module):
+    """A decoder of pixel shuffles behind an encoder; further windows see the map beyond the image's border."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(block(3, 6, 2), block(6, 8, 2), block(8, 8, 2), block(8, 8, 2))
+        self.up = nn.Sequential(nn.Conv2d(8, 6 * factor**2, 1), nn.PixelShuffle(factor), block(6, 6))
+        self.norm, self.head = nn.GroupNorm(2, 6), nn.Conv2d(6, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.up(self.body(x))))
+
+
+class Decoder(Encoder):
+    """Doubles without asking for a size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.body(x), scale_factor=2, mode="bilinear", align_corners=False)
+        y = F.interpolate(self.body[6](y), scale_factor=2, mode="nearest")
+        return self.head(self.body[6](y))
+
+
+def resized_networks() -> Iterator[Any]:
+    modes = [("nearest", None), ("nearest-exact", None), ("bilinear", False), ("bilinear", True)]
+    for mode, align in modes:
+        how = {"mode": mode} if align is None else {"mode": mode, "align_corners": align}
+        for by in ("size", "32", "12.7", "recomputed"):
+            yield pytest.param(lambda how=how, by=by: Resized(how, by), id=f"{mode}-{align}-{by}")
+    others = (Module, TwoHeads, Context, Asymmetric, Pyramid)
+    yield from (pytest.param(kind, id=kind.__name__) for kind in others)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    randomise(model)
+    return model.double().eval()
+
+
+def leaves(value: Any) -> list[Tensor]:
+    return torch.utils._pytree.tree_leaves(value)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("make", resized_networks())
+def test_the_outputs_at_the_networks_own_level_are_the_networks(make: Any, fill: Any) -> None:
+    model = settled(make())
+    net = cs.adaptify(model, "none", fill=fill)
+    for size in SIZES:
+        x = images(2, *size).double()
+        with torch.no_grad():
+            for found, expected in zip(leaves(net(x)), leaves(model(x)), strict=True):
+                assert_same(found, expected, EXACT)
+
+
+@pytest.mark.parametrize("make", resized_networks())
+def test_a_mask_matters_behind_a_resize_and_the_plan_says_so(make: Any) -> None:
+    net = cs.adaptify(settled(make()), "none")
+    x = images(2, 64, 96).double()
+    with torch.no_grad():
+        low, high = leaves(net(x))[0], leaves(net(x, mask="all"))[0]
+        optimized = leaves(net.optimize()(x, mask="random"))
+    assert low.shape == high.shape and float((low - high).abs().max()) > 1e-3 * float(low.abs().max())
+    assert net.plan.matters and "gains nothing" not in net.plan.summary()
+    for found, expected in zip(optimized, leaves(net(x, mask=net.levels)), strict=True):
+        assert found.shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Shuffled(2), lambda: Shuffled(4), Decoder], ids=["2", "4", "decoder"]
+)
+@pytest.mark.parametrize("output_stride", [(2, 16), (4, 16)], ids=str)
+def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, output_stride: Any) -> None:
+    """Sizes that no stride divides: the map a shuffle makes has more samples than the image has at that stride."""
+    model = settled(make())
+    strides = (2, 32) if isinstance(model, Decoder) else output_stride
+    net = cs.adaptify(model, "none", output_stride=strides, outputs="native")
+    for size in SIZES:
+        x = images(2, *size).double()
+        with torch.no_grad():
+            assert_same(net(x), model(x), EXACT)
+            together, levels = net(x, mask="random"), net.levels
+            apart = [net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(2)]
+        assert_same(torch.cat(apart), together, EXACT)
+
+
+@pytest.mark.parametrize("size", [(12, 20), (13, 21)], ids=str)
+@pytest.mark.parametrize("fill", FILLS[:2])
+@pytest.mark.parametrize(
+    ("mode", "align"), [("nearest", None), ("nearest-exact", None), ("bilinear", False), ("bilinear", True)]
+)
+@pytest.mark.parametrize("scaling", [{"size": (29, 31)}, {"size": (7, 9)}, {"scale_factor": 2.5}], ids=str)
+def test_every_pixel_is_read_where_torch_reads_the_networks_own_map(
+    size: tuple[int, int], fill: Any, mode: str, align: bool | None, scaling: dict[str, Any]
+) -> None:
+    """The definition, pixel by pixel, on a mixed map whose own samples lie on every fourth fine pixel."""
+    lattice = Geometry((2, 2), fill=fill).lattice(random_levels(2, size, (2, 2)))
+    x = Elements(torch.randn(len(lattice), 2, dtype=torch.float64), lattice)
+    options = {"mode": mode} | ({} if align is None else {"align_corners": align})
+    found = functional.resize_to_dense(x, 4, **scaling, **options)
+    counts = [-(-length // 4) for length in size]
+    assert found.shape == F.interpolate(torch.zeros(2, 2, *counts), **scaling, **options).shape
+    fine, cell = functional.to_dense(x), lattice.index.view(2, *size)
+    for image in range(2):
+        for p in range(found.shape[2]):
+            for q in range(found.shape[3]):
+                ends = [
+                    own_place(index, count, out, scaling.get("scale_factor"), mode, align)
+                    for index, count, out in zip((p, q), counts, found.shape[2:], strict=True)
+                ]
+                if mode != "bilinear":
+                    y, x_ = (
+                        min(math.floor(4 * end + 1e-6), n - 1) for end, n in zip(ends, size, strict=True)
+                    )
+                    expected = x.rows[cell[image, y, x_]]
+                else:
+                    expected = between(fine[image], lattice, image, ends, counts, fill)
+                assert torch.allclose(found[image, :, p, q], expected, atol=1e-12)
+
+
+def own_place(index: int, count: int, out: int, factor: float | None, mode: str, align: bool | None) -> float:
+    """torch's coordinate on `count` samples of sample `index` of `out`."""
+    if align:
+        return index * (count - 1) / (out - 1)
+    ratio = 1 / factor if factor else count / out
+    if mode == "bilinear":
+        return min(max((index + 0.5) * ratio - 0.5, 0), count - 1)
+    return min((index + (0.5 if mode == "nearest-exact" else 0)) * ratio, count - 0.25)
+
+
+def between(
+    fine: Tensor, lattice: Lattice, image: int, ends: list[float], counts: list[int], fill: str
+) -> Tensor:
+    place = [4 * end for end in ends]
+    inside = [math.floor(at + 1e-9) for at in place]
+    side = 1 if fill == "linear" else min(int(lattice.side_map[image, inside[0], inside[1]]), 4)
+    first = [at // side * side for at in inside]
+    second = [min(at + side, 4 * (count - 1)) for at, count in zip(first, counts, strict=True)]
+    down, across = ((at - start) / side for at, start in zip(place, first, strict=True))
+    top = (1 - across) * fine[:, first[0], first[1]] + across * fine[:, first[0], second[1]]
+    bottom = (1 - across) * fine[:, second[0], first[1]] + across * fine[:, second[0], second[1]]
+    return (1 - down) * top + down * bottom
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_gradients_go_through_a_resize_that_leaves_the_region(fill: Any) -> None:
+    model = settled(Resized({"mode": "bilinear", "align_corners": False}, "size"))
+    net = cs.adaptify(model, "none", fill=fill)
+    x = images(1, 64, 64).double()
+    net(x)
+    levels = random_levels(1, tuple(net.levels.shape[1:]), net.geometry.strides)
+    weight, direction = net.head.weight, torch.randn_like(net.head.weight)
+    weights = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return (net(x, mask=levels) * weights).sum()
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    with torch.no_grad():
+        weight += 1e-6 * direction
+        above = loss()
+        weight -= 2e-6 * direction
+        below = loss()
+    assert_same((gradient * direction).sum(), (above - below) / 2e-6, 1e-6)
+
+
+class Features(Encoder):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        middle = self.body[3](self.body[2](self.body[1](self.body[0](x))))
+        lower = self.body[4](middle)
+        return [middle, lower, self.body[6](self.body[5](lower))]
+
+
+def test_maps_are_returned_at_the_fine_size_or_as_the_network_returns_them() -> None:
+    model = settled(Features())
+    x = images(2, 67, 99).double()
+    expected = model(x)
+    for outputs in ("fine", "native"):
+        net = cs.adaptify(model, "none", output_stride=(8, 32), outputs=outputs)  # type: ignore[arg-type]
+        found = net(x)
+        assert net.plan.returned == outputs
+        for ours, theirs, own in zip(found, expected, (8, 16, 32), strict=True):
+            step = own // 8 if outputs == "fine" else 1
+            assert_same(ours[..., ::step, ::step], theirs, EXACT)
+        shapes = {tuple(value.shape[2:]) for value in found}
+        assert len(shapes) == (1 if outputs == "fine" else 3)
+        said = "returned at output stride 8, in the network itself 32" in net.plan.summary()
+        assert said == (outputs == "fine")
+
+
+def test_another_word_for_the_outputs_is_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="fine, native"):
+        cs.plan(settled(Features()), outputs="coarse")  # type: ignore[arg-type]
+
+
+def test_outputs_are_kept_in_a_file(tmp_path: Any) -> None:
+    model = settled(Features())
+    net = cs.adaptify(model, "none", output_stride=(8, 32), outputs="native")
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", model=settled(Features()))
+    x = images(1, 64, 64).double()
+    for found, expected in zip(again(x), net(x), strict=True):
+        assert_same(found, expected, EXACT)
+
+
+class Dilated(nn.Module):
+    """Output stride 16 with the last stride removed, and a 3x3 head: taps 16 pixels apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        strided = [block(3 if i == 0 else 6, 6, 2) for i in range(4)]
+        self.body = nn.Sequential(*strided, block(6, 6), block(6, 6, dilation=2))
+        self.head = nn.Conv2d(6, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.head(self.body(x)), x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def test_cells_are_no_larger_than_the_lowest_output_stride_asked_for() -> None:
+    model = settled(Dilated())
+    whole = cs.plan(model, (8, 32))
+    assert "fall inside cells of 32 pixels" in whole["head"].reason
+    assert whole.finest == 16 and "output_stride=(16, 32) does without" in whole.summary()
+    net = cs.adaptify(model, "none", output_stride=(8, 16))
+    assert net.plan["head"].action in ("keep", "adapt") and net.plan.finest == 8
+    x = images(2, 75, 101).double()
+    with torch.no_grad():
+        assert_same(net(x), model(x), EXACT)
+        levels = net.levels * 0
+        levels[:, : levels.shape[1] // 2] = 1
+        mixed = net(x, mask=levels)
+        assert_same(mixed[:, :, :20], net(x, mask="none")[:, :, :20], EXACT)

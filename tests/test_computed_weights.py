@@ -1,0 +1,409 @@
+"""Weights that are computed when a module is called, hooks, and modules exchanged after the conversion.
+
+The law: the network gives what the original gives with the same modules, hooks and tensors, or says why it does not.
+"""
+
+import copy
+import functools
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
+
+import cadsurgery as cs
+from cadsurgery.errors import CannotConvert, InvalidInput
+
+How = Callable[[nn.Module], object]
+
+
+def weight_norm(module: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and what older networks are made with
+        old_weight_norm(module)
+
+
+HOOKS: dict[str, How] = {
+    "weight_norm": weight_norm,
+    "spectral_norm": spectral_norm,
+    "prune": lambda module: prune.ln_structured(module, "weight", 0.5, n=2, dim=0),
+    "prune twice": lambda module: [prune.ln_structured(module, "weight", 0.3, n=2, dim=d) for d in range(2)],
+}
+PARAMETRIZATIONS: dict[str, How] = {
+    "parametrizations.weight_norm": parametrizations.weight_norm,
+    "parametrizations.spectral_norm": parametrizations.spectral_norm,
+    "parametrizations.orthogonal": parametrizations.orthogonal,
+}
+ALL = pytest.mark.parametrize("how", [*HOOKS, *PARAMETRIZATIONS])
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, outputs: int, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, outputs, 3, 2, 1, groups=groups)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class Net(nn.Module):
+    """Output stride 16; the fine map is at 4, so that the last two blocks and the head are in the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(3, 8), Block(8, 16), Block(16, 16), Block(16, 16, groups=16))
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x))
+
+
+PLACES = ("blocks.1.conv", "blocks.2.conv", "blocks.3.conv", "head")
+
+
+def network(how: str = "", seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    net = Net().double()
+    for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    for place in PLACES if how else ():
+        {**HOOKS, **PARAMETRIZATIONS}[how](net.get_submodule(place))
+    return net.eval()
+
+
+def low(net: nn.Module, x: Tensor) -> Tensor:
+    """What a converted network gives with everything low, where the original has samples."""
+    return net(x, mask="none")[..., ::4, ::4]
+
+
+def x() -> Tensor:
+    return torch.randn(2, 3, 65, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@ALL
+@pytest.mark.parametrize("training", [False, True])
+def test_computed_weights_are_those_of_the_call_and_have_the_gradients_of_the_original(how, training):
+    model = network(how).train(training)
+    net = cs.adaptify(model)
+    other = network(how, seed=1)
+    for each in (model, net):
+        each.load_state_dict(other.state_dict())
+    results = []
+    for run in (model, functools.partial(low, net)):
+        for _ in range(2):  # a second step reads what the first one left
+            given = x().requires_grad_()
+            output = run(given)
+            output.square().sum().backward()
+        results.append((output, given.grad))
+    torch.testing.assert_close(results[1], results[0])
+    ours, theirs = dict(net.named_parameters()), dict(model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(ours[name].grad, parameter.grad, msg=name)
+    torch.testing.assert_close(net.state_dict(), model.state_dict())
+
+
+@ALL
+def test_copies_optimised_networks_and_counts_have_the_computed_weights(how):
+    model, other = network(how), network(how, seed=1)
+    net = cs.adaptify(model)
+    low(net, x()).sum().backward()  # weights with a history
+    net.load_state_dict(other.state_dict())
+    expected = other(x())
+    for fuse in (True, False):
+        torch.testing.assert_close(low(net.optimize(fuse), x()), expected)
+    torch.testing.assert_close(low(copy.deepcopy(net), x()), expected)
+    assert net.macs(x()).high >= cs.adaptify(network()).macs(x()).high  # computing may take products
+    torch.testing.assert_close(low(net, x()), expected)
+
+
+@pytest.mark.parametrize("how", HOOKS)
+def test_a_pickled_network_computes_its_weights(how):
+    net = cs.adaptify(network(how))
+    expected = low(net, x())
+    torch.testing.assert_close(low(pickle.loads(pickle.dumps(net)), x()), expected)
+
+
+@ALL
+def test_a_file_holds_what_weights_are_computed_from(how, tmp_path):
+    net = cs.adaptify(network(how, seed=1))
+    cs.save(net, tmp_path / "net.safetensors")
+    loaded = cs.load(tmp_path / "net.safetensors", network(how))
+    torch.testing.assert_close(low(loaded, x()), network(how, seed=1)(x()))
+
+
+@pytest.mark.parametrize("how", HOOKS)
+def test_a_network_that_has_run_with_gradients_can_be_converted(how):
+    model = network(how)
+    model(x()).sum().backward()
+    torch.testing.assert_close(low(cs.adaptify(model), x()), model(x()))
+
+
+@ALL
+def test_weights_may_be_made_computed_after_the_conversion(how):
+    net, model = cs.adaptify(network()), network(how)
+    low(net, x())
+    torch.manual_seed(0)
+    for place in PLACES:
+        {**HOOKS, **PARAMETRIZATIONS}[how](net.get_submodule(place))
+    net.load_state_dict(model.state_dict())
+    torch.testing.assert_close(low(net, x()), model(x()))
+    torch.testing.assert_close(low(net.optimize(), x()), model(x()))
+
+
+def test_a_pruned_norm_and_linear_layer_of_the_region_are_those_of_the_call():
+    def pruned() -> nn.Module:
+        model = network()
+        model.head = nn.Sequential(nn.Conv2d(16, 8, 1), Rows()).double()
+        for part in (model.blocks[2].norm, model.head[1].linear):
+            prune.random_unstructured(part, "weight", 0.5)
+        return model
+
+    model = pruned()
+    net = cs.adaptify(model)
+    model.load_state_dict(state := pruned().state_dict())
+    net.load_state_dict(state)
+    torch.testing.assert_close(low(net, x()), model(x()))
+    torch.testing.assert_close(low(net.optimize(), x()), model(x()))
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_pruning_and_training_go_on_after_the_conversion():
+    net = cs.adaptify(network())
+    step = torch.optim.SGD(net.parameters(), 0.1)
+    low(net, x()).square().sum().backward()
+    prune.ln_structured(net.head, "weight", 0.5, n=2, dim=0)
+    step = torch.optim.SGD(net.parameters(), 1e-3)
+    losses = []
+    for _ in range(3):
+        step.zero_grad()
+        loss = low(net, x()).square().mean()
+        loss.backward()
+        step.step()
+        losses.append(float(loss.detach()))
+    assert losses[2] < losses[1] < losses[0]
+
+
+# -- hooks ---------------------------------------------------------------------------------------------
+
+
+class Noted:
+    """Notes the shapes of what a hook is shown."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.shapes.append(tuple(output.shape))
+
+
+@pytest.mark.parametrize("place", ["blocks.3", "blocks.3.conv", "blocks.3.norm", "blocks.3.act"])
+def test_a_hook_there_before_the_conversion_is_called_with_maps_and_ends_the_region(place):
+    model, noted = network(), Noted()
+    model.get_submodule(place).register_forward_hook(noted.note)
+    net = cs.adaptify(model, "none")
+    reasons = [decision.reason for decision in net.plan.chosen("barrier")]
+    assert any("it has a forward hook, which is called with maps" in reason for reason in reasons)
+    noted.shapes.clear()
+    torch.testing.assert_close(net(x()), model(x()))
+    assert noted.shapes == [(2, 16, 5, 7)] * 2
+
+
+@pytest.mark.parametrize("place", ["blocks.3", "blocks.3.conv", "blocks.3.act", "blocks.2.norm"])
+def test_a_hook_there_before_the_conversion_may_change_values(place):
+    model = network()
+    model.get_submodule(place).register_forward_hook(lambda module, inputs, output: 2 * output)
+    model.get_submodule(place).register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    net = cs.adaptify(model, "none")
+    torch.testing.assert_close(net(x()), model(x()))
+    torch.testing.assert_close(net.optimize()(x()), model(x()))
+
+
+def test_strict_refuses_a_hook():
+    model = network()
+    model.blocks[3].register_forward_hook(Noted().note)
+    with pytest.raises(CannotConvert, match="it has a forward hook"):
+        cs.adaptify(model, strict=True)
+
+
+def test_a_hook_on_all_that_could_be_converted_says_what_to_do():
+    model = network()
+    model.blocks.register_forward_hook(Noted().note)
+    with pytest.raises(CannotConvert, match=r"(?s)blocks.*it has a forward hook.*handle\.remove"):
+        cs.adaptify(model)
+
+
+@pytest.mark.parametrize(
+    "place", ["blocks", "blocks.3", "blocks.3.conv", "blocks.2.norm", "blocks.3.act", "blocks.0"]
+)
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_a_hook_that_would_never_be_called_is_refused(place, register):
+    net = cs.adaptify(network(), "none")
+    expected = net(x())
+    handle = getattr(net.get_submodule(place), register)(lambda *_: None)
+    for call in (net, copy.deepcopy(net), net.macs):
+        with pytest.raises(
+            InvalidInput, match=rf"(?s)^{place} has a hook .*handle\.remove.*before cs\.adaptify"
+        ):
+            call(x())
+    handle.remove()
+    torch.testing.assert_close(net(x()), expected, rtol=0, atol=0)
+
+
+def test_hooks_on_dense_operations_are_called():
+    net, noted = cs.adaptify(network(), "none"), Noted()
+    net.blocks[0].act.register_forward_hook(noted.note)
+    net(x())
+    assert noted.shapes == [(2, 8, 33, 49)]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_on_the_network_itself_are_called(before):
+    model, noted = network(), Noted()
+    if before:
+        model.register_forward_hook(noted.note)
+    net = cs.adaptify(model, "none")
+    if not before:
+        net.register_forward_hook(noted.note)
+    noted.shapes.clear()
+    for each in (net, net.optimize(), copy.deepcopy(net)):
+        each(x())
+    assert noted.shapes == [(2, 5, 17, 25)] * 3
+
+
+def test_hooks_on_the_network_itself_may_change_what_it_is_given_and_gives():
+    model = network()
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    model.register_forward_hook(lambda module, inputs, output: output + 1)
+    net = cs.adaptify(model)
+    torch.testing.assert_close(low(net, x()), model(x()))
+    torch.testing.assert_close(low(net.optimize(), x()), model(x()))
+
+
+class Collecting(nn.Module):
+    """Collects features by hooks of its own, as timm's `FeatureHookNet` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.found = network(), Noted()
+        self.seen: list[Tensor] = []
+        self.body.blocks[2].register_forward_hook(self.collect)
+
+    def collect(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.seen = [output]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body(x), self.seen[0]
+
+
+def test_hooks_that_belong_to_the_network_are_part_of_its_forward():
+    model = Collecting().eval()
+    net = cs.adaptify(model, "none")
+    for given, expected in zip(net(x()), model(x()), strict=True):
+        step = -(-given.shape[-1] // expected.shape[-1])
+        torch.testing.assert_close(given[..., ::step, ::step], expected)
+    assert not any("hook" in decision.reason for decision in net.plan.chosen("barrier"))
+
+
+# -- exchanged modules ---------------------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """A convolution and a correction of low rank (Hu et al. 2022)."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.down = nn.Conv2d(conv.in_channels, 2, 3, conv.stride, 1, bias=False).double()
+        self.up = nn.Conv2d(2, conv.out_channels, 1, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.up(self.down(x))
+
+
+def test_an_adapter_put_in_before_the_conversion_is_converted():
+    model = network()
+    model.blocks[2].conv = LoRA(model.blocks[2].conv)
+    net = cs.adaptify(model)
+    assert not any("hook" in decision.reason for decision in net.plan.chosen("barrier"))
+    torch.testing.assert_close(low(net, x()), model(x()))
+    low(net, x()).sum().backward()
+    assert net.blocks[2].conv.down.weight.grad.abs().sum() > 0
+
+
+def test_an_adapter_put_in_after_the_conversion_is_refused():
+    net = cs.adaptify(network(), "none")
+    conv = net.blocks[2].conv
+    net.blocks[2].conv = LoRA(conv)
+    with pytest.raises(
+        InvalidInput, match=r"(?s)blocks\.2\.conv is not .*: it is LoRA and was Conv2d.*parametriz"
+    ):
+        net(x())
+    net.blocks[2].conv = conv
+    net(x())
+
+
+def test_a_module_of_the_same_class_and_settings_is_followed():
+    net, other = cs.adaptify(network(), "none"), network(seed=1)
+    net(x())
+    net.blocks[2] = other.blocks[2]
+    net.head = other.head
+    expected = network()
+    expected.blocks[2], expected.head = other.blocks[2], other.head
+    torch.testing.assert_close(low(net, x()), expected(x()))
+    torch.testing.assert_close(low(net.optimize(), x()), expected(x()))
+
+
+EXCHANGES: dict[str, How] = {
+    "settings": lambda net: net.blocks[2].register_module(
+        "conv", nn.Conv2d(16, 16, 3, 2, 1, dilation=2).double()
+    ),
+    "children": lambda net: net.blocks.append(nn.ReLU()),
+    "gone": lambda net: net.blocks.__delitem__(3),
+    "forward": lambda net: setattr(net.blocks[2].conv, "forward", lambda x: x),
+    "forward of a container": lambda net: setattr(net.blocks[2], "forward", lambda x: x),
+    "class": lambda net: setattr(net.blocks[2].norm, "__class__", nn.SyncBatchNorm),
+}
+
+
+@pytest.mark.parametrize("change", EXCHANGES)
+def test_a_module_with_another_forward_is_refused(change):
+    net = cs.adaptify(network(), "none")
+    net(x())
+    EXCHANGES[change](net)
+    with pytest.raises(InvalidInput, match=r"(?s)is not the module that was converted: .*cs\.adaptify"):
+        net(x())
+
+
+def test_a_forward_exchanged_before_the_conversion_ends_the_region():
+    model = network()
+    conv = model.blocks[3].conv
+    conv.forward = lambda x: 3 * nn.Conv2d.forward(conv, x)
+    net = cs.adaptify(model, "none")
+    assert any("its forward was exchanged" in decision.reason for decision in net.plan.chosen("barrier"))
+    torch.testing.assert_close(net(x()), model(x()))
+
+
+def test_settings_that_are_read_in_each_call_may_change():
+    net, model = cs.adaptify(network()), network()
+    low(net, x())
+    for each in (net, model):
+        each.blocks[2].norm.eps = 0.1
+    torch.testing.assert_close(low(net, x()), model(x()))

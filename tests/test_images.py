@@ -1,0 +1,205 @@
+"""Laws of pictures: what is read is what a file shows; what is written is what its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from PIL import Image
+
+import cadsurgery as cs
+from cadsurgery.images import find_images, read_image, write_picture
+from cadsurgery.viz import class_picture
+
+GREY = np.random.default_rng(0).integers(0, 256, (48, 64), dtype=np.uint8)
+
+
+def stored(path: Path, values: np.ndarray[Any, Any], **options: Any) -> Path:
+    Image.fromarray(values).save(path, **options)
+    return path
+
+
+# -- reading -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [None, (24, 40)])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("deep.png", GREY.astype(np.uint16) * 257),
+        ("deep.tif", GREY.astype(np.uint16) * 257),
+        ("deep.pgm", GREY.astype(np.uint16) * 257),
+        ("float.tif", GREY.astype(np.float32) / 255),
+    ],
+)
+def test_pictures_of_more_than_8_bits_are_scaled_by_their_range(
+    tmp_path: Path, name: str, values: np.ndarray[Any, Any], size: tuple[int, int] | None
+) -> None:
+    """PIL's own conversion clips all above 255 to white."""
+    plain = read_image(stored(tmp_path / "plain.png", GREY), size)
+    found = read_image(stored(tmp_path / name, values), size)
+    assert found.shape == plain.shape and found.dtype == torch.float32
+    torch.testing.assert_close(
+        found, plain, rtol=0, atol=1e-6 if size is None else 1.01 / 255
+    )  # 8 bits are rounded twice
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (GREY.astype(np.float32), ["0 to 255", "mode F"]),
+        (GREY.astype(np.float32) / 255 - 0.5, ["-0.5", "black"]),
+        (np.full((4, 4), np.nan, np.float32), ["nan"]),
+        (GREY.astype(np.int32) * 1000, ["mode I", "8 or 16 bits"]),
+    ],
+    ids=["floats to 255", "negative floats", "NaN", "whole numbers of 32 bits"],
+)
+def test_pictures_whose_range_is_not_known_are_refused(
+    tmp_path: Path, values: np.ndarray[Any, Any], words: list[str]
+) -> None:
+    path = stored(tmp_path / "strange.tif", values)
+    with pytest.raises(cs.FileError) as caught:
+        read_image(path)
+    assert all(word in str(caught.value) for word in [*words, "strange.tif"]) and caught.value.next
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_every_ordinary_kind_of_picture_is_read_in_colour(tmp_path: Path, mode: str) -> None:
+    picture = Image.effect_noise((64, 48), 60).convert("RGB").convert(mode)
+    path = tmp_path / f"picture.{'tif' if mode == 'CMYK' else 'png'}"
+    picture.save(path)
+    found = read_image(path)
+    assert found.shape == (3, 48, 64) and 0 <= found.min() < found.max() <= 1
+
+
+def test_pictures_are_turned_as_viewers_show_them_unless_pixels_as_stored_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # the camera was held on its side
+    path = stored(tmp_path / "phone.png", GREY, exif=orientation)
+    assert read_image(path).shape == (3, 64, 48)
+    assert torch.equal(read_image(path, upright=False), read_image(path).rot90(1, (1, 2)))
+
+
+@pytest.mark.parametrize("name", ["moving.gif", "moving.png", "pages.tif"])
+def test_a_file_of_several_pictures_is_refused(tmp_path: Path, name: str) -> None:
+    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.raises(cs.FileError, match="2 pictures") as caught:
+        read_image(tmp_path / name)
+    assert "file of its own" in caught.value.next
+
+
+def test_a_picture_that_is_suspiciously_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stored(tmp_path / "bomb.png", GREY)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(cs.FileError, match=r"bomb\.png cannot be read as an image"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, -1)])
+def test_a_size_without_pixels_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    with pytest.raises(cs.InvalidInput, match="no pixels"):
+        read_image(stored(tmp_path / "plain.png", GREY), size)
+
+
+def test_labelled_data_reads_pictures_as_everything_else_does(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    stored(tmp_path / "images" / "deep.png", GREY.astype(np.uint16) * 257)
+    stored(tmp_path / "labels" / "deep.png", GREY % 3)
+    image, _ = cs.open_data(f"folder:{tmp_path},classes=3", "all")[0]
+    torch.testing.assert_close(image, torch.from_numpy(GREY).float().expand(3, -1, -1) / 255)
+
+
+# -- finding -------------------------------------------------------------------------------------------
+
+
+def test_what_was_given_in_vain_does_not_keep_the_others_from_being_found(tmp_path: Path) -> None:
+    good, empty, missing = stored(tmp_path / "good.png", GREY), tmp_path / "empty", tmp_path / "missing.png"
+    empty.mkdir()
+    found, failed = find_images([missing, good, empty])
+    assert list(found) == [good]
+    assert [(row["image"], row["error"]) for row in failed] == [
+        (str(missing), "FileError"),
+        (str(empty), "FileError"),
+    ]
+    with pytest.raises(cs.FileError, match="no file or folder") as caught:
+        find_images([missing, empty])
+    assert "empty" in caught.value.why
+    with pytest.raises(cs.FileError, match="no images were given"):
+        find_images([])
+
+
+# -- writing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+@pytest.mark.parametrize(
+    "name", ["a.png", "a.PNG", "a.jpg", "a.jpeg", "a.webp", "a.bmp", "a.tif", "a.tiff", "a.pdf"]
+)
+def test_a_picture_is_written_in_the_format_of_its_name(tmp_path: Path, name: str, mode: str) -> None:
+    path = tmp_path / name
+    write_picture(Image.effect_noise((64, 48), 60).convert(mode), path)
+    if name.endswith(".pdf"):
+        assert path.read_bytes().startswith(b"%PDF-")
+        return
+    with Image.open(path) as picture:
+        assert picture.size == (64, 48)
+        assert path.suffix.lower() in Image.registered_extensions()
+        assert Image.registered_extensions()[path.suffix.lower()] == picture.format
+
+
+def test_more_classes_than_a_palette_has_are_written_in_16_bits(tmp_path: Path) -> None:
+    classes = torch.arange(300).view(10, 30)
+    write_picture(class_picture(classes, 300), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.array_equal(np.array(picture), classes.numpy())
+
+
+@pytest.mark.parametrize("name", ["a.svg", "a", "a.safetensors"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["mask", "--size", "64x64", "--output"],
+        ["bench", "--model", "no.module:here", "--picture"],
+        ["eval", "no.module:here", "--data", "scene:1", "--picture"],
+        ["keypoints", "eval", "no.module:here", "--data", ".", "--picture"],
+        ["keypoints", "eval", "no.module:here", "--data", ".", "--matches"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_no_pictures_is_refused_before_any_work(
+    command_line: Run, tmp_path: Path, command: list[str], name: str
+) -> None:
+    result = command_line(*command, name, "--json")
+    assert result.code == 1 and result.json["error"] == "FileError"
+    assert name in result.json["what"] and ".png" in result.json["next"]
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("kind", ["jpg", "pdf"])
+def test_a_mask_is_drawn_in_the_format_asked_for(command_line: Run, tmp_path: Path, kind: str) -> None:
+    assert command_line("mask", "--size", "64x64", "--output", f"mask.{kind}").code == 0
+    start = {"jpg": b"\xff\xd8\xff", "pdf": b"%PDF-"}[kind]
+    assert (tmp_path / f"mask.{kind}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["mask", "--size", "64x64"], ["convert", "--model", "no.module:here"], ["export", "no.module:here"]],
+    ids=" ".join,
+)
+def test_a_folder_in_place_of_a_file_to_write_is_refused_before_any_work(
+    command_line: Run, tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    result = command_line(*command, "--output", "folder", "--json")
+    assert result.code == 1 and "is a folder" in result.json["what"]

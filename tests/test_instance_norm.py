@@ -1,0 +1,84 @@
+"""Gradients of networks with instance normalisation: those of the original, and finite differences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+import cadsurgery as cs
+
+
+class Functional(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x)
+
+
+NORMS = {
+    "module": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+    "behind the region": nn.BatchNorm2d,
+    "function": lambda channels: Functional(),
+}
+
+
+def network(norm: str) -> nn.Module:
+    """Norms in the dense stem, which convolutions read, at the entry of the region, and in it."""
+
+    def block(channels: int, outputs: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, outputs, 3, stride, 1), NORMS[norm](outputs), nn.ReLU(inplace=True)]
+
+    blocks = [*block(3, 4, 1)[:2], *block(4, 4, 2)[:2], *block(4, 6, 2), *block(6, 6, 2), *block(6, 6, 2)]
+    if norm == "behind the region":  # which running statistics end
+        blocks.append(nn.InstanceNorm2d(6, track_running_stats=True))
+    return nn.Sequential(*blocks, nn.Conv2d(6, 2, 3, padding=1)).double()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, 33, 41), (1, 3, 32, 48), (2, 3, 33, 41), (1, 3, 19, 50)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradients_are_those_of_the_original(norm, training, shape, dtype):
+    model = network(norm).train(training).to(dtype)
+    example = torch.randn(1, 3, 65, 97, dtype=dtype)
+    net = cs.adaptify(model, "none", example_input=example)
+    with torch.no_grad():
+        sizes = [each(torch.zeros(shape, dtype=dtype)).shape[-1] for each in (net.eval(), model.eval())]
+    step = -(-sizes[0] // sizes[1])  # from one of the network's own samples to the next
+    net.train(training), model.train(training)
+    found = []
+    for run in (model, lambda x: net(x)[..., ::step, ::step]):
+        given = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        output = run(given)
+        output.square().sum().backward()
+        found.append((output, given.grad))
+    gradients = [[parameter.grad for parameter in each.parameters()] for each in (model, net)]
+    for expected, given in zip((*found[0], *gradients[0]), (*found[1], *gradients[1]), strict=True):
+        scale = expected.abs().max().item() + 1  # what comes before a norm has gradients that cancel
+        torch.testing.assert_close(
+            given, expected, rtol=0, atol=scale * (1e-9 if dtype == torch.float64 else 1e-3)
+        )
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mask", ["all", "none", "random:seed=0"])
+def test_gradients_are_finite_differences(norm, mask):
+    example = torch.randn(1, 3, 65, 97, dtype=torch.float64)
+    net = cs.adaptify(network(norm).eval(), mask, example_input=example)
+    given = torch.randn(1, 3, 19, 13, dtype=torch.float64).requires_grad_()
+    assert gradcheck(net, (given,), fast_mode=True)
+
+
+def test_a_part_that_is_called_as_a_whole_has_the_gradients_of_the_original():
+    model = network("function").eval()
+    model.append(
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 3, 3), nn.InstanceNorm2d(3))
+    )
+    model.append(nn.Conv2d(3, 2, 1)).double()
+    model[-2].register_forward_hook(lambda *_: None)  # so that tracing does not look into it
+    net = cs.adaptify(model, "none", example_input=torch.randn(1, 3, 97, 129, dtype=torch.float64))
+    found = []
+    for run in (model, net):
+        given = torch.randn(1, 3, 129, 99, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        run(given.requires_grad_()).square().sum().backward()
+        found.append(given.grad)
+    torch.testing.assert_close(found[1], found[0])
