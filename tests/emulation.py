@@ -214,8 +214,8 @@ class Emulation:
         beyond: float | None = None,
     ) -> Tensor:
         """The map inside its padding, with more below and to the right so that no pixel is lost: of the same `value`,
-        unless something else is `beyond`. Reflected and replicated are `spacing` interleaved grids per axis, each as the
-        network does it to its own grid, which goes on below and to the right."""
+        unless something else is `beyond`. Reflected and replicated are `spacing` interleaved grids per axis, each as
+        the network does it to its own grid, which goes on below and to the right."""
         top, bottom, left, right = (spacing * pad for pad in padding)
         below, beside = (step * (taps - 1) for step, taps in zip(dilation, kernel, strict=True))
         if mode == "zeros":
@@ -371,9 +371,9 @@ class Emulation:
     ) -> Feature:
         """Upsampling inside the region to `samples` on the network's own grid, at most the fine map's `whole` size.
 
-        Where a cell is as large as the one it lies in, that one's value. Else between cells of the size R of that one: at
-        its place (y + side / 2) ratio - R / 2 (y ratio with align_corners) fine pixels from the border, in steps of R; ratio
-        is one where the sizes divide.
+        Where a cell is as large as the one it lies in, that one's value. Else between cells of the size R of that one:
+        at its place (y + side / 2) ratio - R / 2 (y ratio with align_corners) fine pixels from the border, in steps of
+        R; ratio is one where the sizes divide.
         """
         before, after = spacings
         size = tuple(min(count * after, most) for count, most in zip(samples, whole, strict=True))
@@ -416,9 +416,9 @@ class Emulation:
     ) -> Tensor:
         """A resize of the network's own map, which has a sample on every `spacing`-th pixel, read from the cells.
 
-        Output sample p is at u(p) own samples from the first, as torch has it, so at the pixel q = spacing u(p). Bilinear
-        reads the map between pixels s apart: 1 if the fill is linear, else the side of the cell at q, at most `spacing`.
-        Nearest takes the cell that holds torch's index on the fine grid.
+        Output sample p is at u(p) own samples from the first, as torch has it, so at the pixel q = spacing u(p).
+        Bilinear reads the map between pixels s apart: 1 if the fill is linear, else the side of the cell at q, at most
+        `spacing`. Nearest takes the cell that holds torch's index on the fine grid.
 
         Args:
             x: the map.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -847,10 +848,8 @@ class Network(nn.Module):
         kind = draw.choice([*HEADS, Doubled, Doubled] if style.exact else HEADS)
         stages, dilation = [], 1
         self.stem, own = self._stem(style, widths[0])
-        for c_in, c_out in zip(widths, widths[1:], strict=False):
-            if kind is not Doubled and (
-                draw.chance(float(__import__("os").environ.get("DIL", "0.15"))) or dilation > 1
-            ):
+        for c_in, c_out in pairwise(widths):
+            if kind is not Doubled and (draw.chance(0.25) or dilation > 1):
                 dilation *= 2
                 first: nn.Module = unit(style, c_in, c_out, dilation)
             elif draw.chance(0.5):
@@ -926,11 +925,13 @@ def random_case(seed: int) -> Case:
     def length() -> int:
         return -(-draw.randint(least, least + 20) // step) * step
 
-    batch = draw.choice([2, 2, 3])
+    batch, own_memory = draw.choice([2, 2, 3]), draw.chance(0.3)
     image = torch.randn(batch, 3, length(), length(), dtype=torch.float64)
     image += F.interpolate(torch.randn(batch, 3, 4, 5, dtype=torch.float64), image.shape[2:], mode="bicubic")
     example = torch.randn(draw.choice([1, 2]), 3, length(), length(), dtype=torch.float64)
     settled(model, image, draw)
+    if own_memory:
+        image = image.contiguous(memory_format=torch.channels_last)
     per_image = not any(
         isinstance(module, nn.BatchNorm2d) and module.running_mean is None for module in model.modules()
     )

@@ -1,7 +1,8 @@
 """Random small networks keep the laws: what a call returns is a dense emulation's, on any level map.
 
-Each seed is a network of `random_networks`, converted with random options, run on a random level map per image. A
-refusal is `CannotConvert` with a reason of the network, never one that asks to report a mistake of ours.
+Each seed is a network of `random_networks`, converted with random options, run on a random level map per image: its
+outputs are the emulation's, a batch is its images one by one, the optimised copy gives the same, and at the network's own
+level the outputs of the call are the original's.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_same, random_levels
 from emulation import Emulation
 from planned_emulation import PlannedEmulator, Told
 from random_networks import Case, Draw, random_case
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 
-QUICK = 30
-ALL = 300
+QUICK, ALL = 30, 300
 
 
 def told(plan: cs.Plan) -> dict[str, Told]:
@@ -104,4 +106,116 @@ def of_image(output: Any, image: int) -> Any:
     "seed", [pytest.param(s, marks=[pytest.mark.slow] if s >= QUICK else []) for s in range(ALL)]
 )
 def test_a_random_network_is_its_emulation(seed: int) -> None:
+    """None of them is refused, though some hold operations that end the region."""
     check(seed)
+
+
+# -- what they found, made small -------------------------------------------------------------------------------
+
+
+def conv(stride: int = 1, dilation: int = 1, channels: int = 8, padding: int | None = None) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, stride, dilation if padding is None else padding, dilation)
+
+
+def keeps_law_1(model: nn.Module, **options: Any) -> cs.AdaptiveModel:
+    """Converts, verified, and at the network's own level gives its output at another size."""
+    model = model.double().eval()
+    example = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    net, x = cs.adaptify(model, "none", example_input=example, **options), torch.randn(2, 3, 53, 58).double()
+    with torch.no_grad():
+        size = net(x, mask="all") is not None and net.levels.shape
+        own = net(x, mask=torch.full(size, net.plan.identity_level))
+        step = net.plan.strides[net.plan.identity_level] // net.plan.strides[0]
+        assert_same(own[:, :, ::step, ::step], model(x), 1e-9)
+    return net
+
+
+def test_batch_norm_without_running_statistics_joins_the_batch_and_is_exact() -> None:
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    stem = nn.Conv2d(3, 8, 3, 2, 1)
+    net = keeps_law_1(nn.Sequential(stem, conv(2), norm, nn.ReLU(), conv(2), conv()))
+    assert net.plan["_2"].action == "keep" and net.plan.matters
+    x = torch.randn(2, 3, 48, 64, dtype=torch.float64)
+    levels = torch.full((2, 24, 32), 2)
+    levels[1, :8, :8] = 0
+    alone = net(x[:1], mask=levels[:1])
+    assert float((net(x, mask=levels)[:1] - alone).detach().abs().max()) > 1e-3, (
+        "the norm's statistics are of both"
+    )
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weigh(x)
+
+
+def test_blocks_of_a_dilated_chain_with_a_gate_are_verified_at_its_own_stride() -> None:
+    """Its own stride lies between the highest and the lowest, which level maps in blocks never have everywhere."""
+    chain = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), conv(2), Gate(), conv(1, 2), nn.ReLU(), conv(1, 2))
+    net = cs.adaptify(chain.eval(), "none", output_stride=(2, 8), patch="block")
+    assert net.plan.strides == (2, 4, 8) and net.plan.identity_level == 1
+    assert {check.law for check in net.checks} >= {"everything at level 1 is the network as it was"}
+
+
+class Halves(nn.Module):
+    """Half of the channels pass, half are convolved, at a place where dilations allow a coarser map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), conv(2), nn.ReLU())
+        self.conv, self.rest = conv(channels=4), nn.Sequential(conv(1, 2), conv(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.stem(x).chunk(2, 1)
+        return self.rest(torch.cat((self.conv(one), other), 1))
+
+
+def test_parts_of_a_map_are_on_the_lattice_of_the_whole() -> None:
+    net = keeps_law_1(Halves())
+    assert net.plan.output_stride == (4, 8)
+
+
+class Grown(nn.Module):
+    """Two branches, one of which makes the map larger before it is downsampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain, self.grow, self.down = (
+            nn.Conv2d(3, 8, 3, 2, 1),
+            conv(2),
+            conv(padding=2),
+            conv(2),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.stem(x))
+        return F.relu(self.plain(x)), F.relu(self.down(self.grow(x)))
+
+
+def test_a_map_larger_than_the_fine_map_does_not_enter_the_region() -> None:
+    plan = cs.plan(Grown().eval(), example_input=torch.randn(1, 3, 48, 64))
+    assert plan.possible and all(high != 2 for high, _ in plan.possible)
+    net = cs.adaptify(Grown().eval(), "none", example_input=torch.randn(1, 3, 48, 64))
+    assert "makes the map grow" in str(net.plan)
+
+
+class LonePad(nn.Module):
+    """A padded convolution whose taps fall inside cells: neither it nor its padding is in the region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), conv(1, 2), conv(1, 4))
+        self.pad, self.odd, self.last = nn.ZeroPad2d(3), conv(1, 3, padding=0), conv(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.last(x + F.relu(self.odd(self.pad(x))))
+
+
+def test_what_was_padded_outside_the_region_does_not_come_back_into_it() -> None:
+    net = cs.adaptify(LonePad().eval(), "none", example_input=torch.randn(1, 3, 48, 64))
+    assert net.plan["pad"].action == "barrier"

@@ -53,7 +53,7 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
 
 
 def norm_of_batch(x: Elements, norm: nn.BatchNorm2d) -> Elements:
-    """`batch_norm` without running statistics: in evaluation mode, too, by those of the batch, which joins its images."""
+    """`batch_norm` without running statistics: always by those of the batch, which joins its images."""
     return batch_norm(x, norm)
 
 
