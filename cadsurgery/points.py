@@ -34,6 +34,8 @@ from cadsurgery.reach import Cone, Place, WithinCone, places_of, reached
 Reach = Literal["all", "receptive"]
 Align = Literal["cell", "corners"]
 REACHES, ALIGNMENTS = ("all", "receptive"), ("cell", "corners")
+# Sizes of image batches whose places are kept for each output.
+MOST_SIZES = 8
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class _Exit:
         graph: gives (elements, guide or None).
         node: the one that gives the elements.
         spacing: fine pixels between the samples of the dense output.
-        places: of its nodes, by the shapes of what enters; found when first asked for.
+        places: of its nodes, by the shapes of what enters, for the last few; found when first asked for.
     """
 
     graph: fx.Graph
@@ -269,12 +271,16 @@ class _Run:
         """Of the nodes of the graph, for maps of these sizes."""
         values = tree_map(_to_meta, self.values)
         key = tuple(leaf.shape if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(values))
-        if key not in self.exit.places:
+        found = self.exit.places.pop(key, None)
+        if found is None:
             lattice, net = self.lattice, ghost(self.net)
             low = net.geometry.uniform(net.geometry.max_level, lattice.batch, lattice.whole_size)
             with torch.no_grad():
-                self.exit.places[key] = places_of(net, self.exit.graph, low, values)
-        return self.exit.places[key]
+                found = places_of(net, self.exit.graph, low, values)
+        self.exit.places[key] = found  # the last asked for stands last
+        for oldest in list(self.exit.places)[:-MOST_SIZES]:
+            self.exit.places.pop(oldest, None)
+        return found
 
 
 def sample_at(

@@ -26,6 +26,8 @@ from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.model import AdaptiveModel, runnable
 
+# Graphs that a bucketed network keeps.
+MOST_GRAPHS = 128
 # Largest difference between a written program and the network, relative to the largest output.
 TOLERANCE = 1e-4
 
@@ -38,8 +40,8 @@ class Bucketed(nn.Module):
 
     What precedes the region and the mask come first, with the first pass that a mask may want; then the numbers of
     elements after each stage are rounded up to a bucket, and the rest runs in a graph made for that bucket, its last
-    rows padding that nothing reads. A graph is made at the first image of its bucket and size. `net.levels` and
-    `net.active_fraction` are those of the last call.
+    rows padding that nothing reads. A graph is made at the first image of its bucket and size; of more than `MOST_GRAPHS`
+    the one that was not used for longest goes. `net.levels` and `net.active_fraction` are those of the last call.
     """
 
     def __init__(self, net: AdaptiveModel, per_octave: int = 4, **options: Any) -> None:
@@ -70,7 +72,7 @@ class Bucketed(nn.Module):
 
     @property
     def buckets(self) -> int:
-        """Number of buckets met so far, those of different image sizes apart."""
+        """Number of buckets there are graphs for, those of different image sizes apart."""
         return len(self._after)
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
@@ -83,9 +85,11 @@ class Bucketed(nn.Module):
             lattice = masking(values[self._halves.image], values[self._halves.features])
         bounds, levels = self._bounds(lattice), lattice.pyramid.levels
         key = (bounds, levels.shape)
-        if key not in self._after:
-            self._after[key] = self._made_for(bounds)
-        return net.finish(self._after[key](levels, *values), lattice)
+        run = self._after.pop(key, None) or self._made_for(bounds)
+        self._after[key] = run  # the last used stands last
+        for oldest in list(self._after)[:-MOST_GRAPHS]:
+            self._after.pop(oldest, None)
+        return net.finish(run(levels, *values), lattice)
 
     def _bounds(self, lattice: Lattice) -> Bounds:
         counts = [len(lattice.at(stage)) for stage in range(lattice.stage + 1)]

@@ -127,16 +127,23 @@ class Kernel:
             return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
         # The activation meets the sum block by block, while that is in the cache.
         out = rows.new_empty(rows.shape[0], self.weight.shape[0])
-        length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
+        length = _block_length(out)
         for part, more, whole in zip(
             rows.split(length), residual.split(length), out.split(length), strict=True
         ):
             whole.copy_(act.apply_(_LINEAR.binary(part, more, weight, bias, "add")))
         return out
 
-    def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`on_rows`, where the product of a row must not depend on how many there are."""
+    def on_elements(self, rows: Tensor, residual: Tensor | None = None, steady: bool = False) -> Tensor:
+        """`on_rows`, where the product of a row must not depend on how many there are.
+
+        Unless their number is `steady`, the same for all images of a size, compiled code multiplies them: it takes any
+        number, while oneDNN makes code for each anew: milliseconds, and some hundred kilobytes that stay in its caches.
+        """
         count, fewest = rows.shape[0], _fewest(rows)
+        if self.kept is not None and count and not steady and self._has_product(rows):
+            own = torch.arange(count, dtype=torch.int32).unsqueeze(1)
+            return self.by_table(native.Rows(rows.contiguous(), None, 0.0), own, residual)
         if self.kept is None or not 0 < count < fewest:
             return self.on_rows(rows, residual)
         more = _filled(residual, fewest) if residual is not None else None
@@ -182,16 +189,30 @@ class Kernel:
 
     def by_table(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, O), reading `source` by a table (n, taps), of a kernel that `native.has_grouped` or `has_product`."""
-        dtype, act, outputs = source.rows.dtype, self.activation, self.weight.shape[0]
+        dtype, act, (count, _) = source.rows.dtype, self.activation, table.shape
         pack = native.grouped_weight if self.groups > 1 else native.product_weight
         weight, bias = self._form(("table", dtype), lambda: pack(self.weight.to(dtype), self.bias))
         bounds = act.bounds if act is not None else None
         limits = bounds or (-float("inf"), float("inf"))
+        later = act if bounds is None else None
         if self.groups > 1:
             out = native.grouped(source, table, weight, bias, residual, limits)
-        else:
-            out = native.product(source, table, weight, bias, residual, outputs, limits)
-        return out if bounds or act is None else act.apply_(out)
+            return out if later is None else later.apply_(out)
+        out = source.rows.new_empty(count, self.weight.shape[0])
+        # An activation that is no clamp meets the result block by block, while that is in the caches of all cores.
+        length = _block_length(out) * torch.get_num_threads() if later is not None else max(count, 1)
+        for start in range(0, count, length):
+            part = slice(start, start + length)
+            more = residual[part] if residual is not None else None
+            native.product(source, table[part], weight, bias, more, out[part], limits)
+            if later is not None:
+                later.apply_(out[part])
+        return out
+
+    def _has_product(self, rows: Tensor) -> bool:
+        """Whether compiled code multiplies rows by the weight."""
+        own = self.groups == 1 and rows.dtype == self.weight.dtype
+        return own and native.supported(rows) and native.has_product(self.weight)
 
     def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
         """Residual, of any shape that broadcasts, and activation of a product; in place where that has the shape."""
@@ -364,6 +385,11 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
         return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
     return F.linear(rows, weight, bias)
+
+
+def _block_length(out: Tensor) -> int:
+    """Rows of a block of a result."""
+    return max(96, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
 
 
 def _fewest(rows: Tensor) -> int:

@@ -178,29 +178,30 @@ int SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const
 #ifndef BF16 /* bfloat16 has instructions of its own, which oneDNN uses */
 enum { ROWS = 6, BLOCK = 16 * ROWS, WIDE_PRODUCT = 4, CHUNK = WIDE_PRODUCT * LANES, DEPTH = 512 };
 
-/* sums[i] += a[i] B for ROWS rows of `channels` values and B (channels, CHUNK): 24 sums stay in registers. */
+/* sums[i] += a[i] B for ROWS rows of `channels` values and the first `wide` vectors of B (channels, CHUNK): up to 24 sums
+ * stay in registers. `wide` is a constant where this is inlined. */
 static inline __attribute__((always_inline)) void multiply(
-    const element *const *a, long channels, const element *b, element *sums) {
+    const element *const *a, long channels, const element *b, element *sums, const int wide) {
     lane total[ROWS][WIDE_PRODUCT];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < WIDE_PRODUCT; j++) total[i][j] = load(sums + i * CHUNK + j * LANES);
+        for (int j = 0; j < wide; j++) total[i][j] = load(sums + i * CHUNK + j * LANES);
     const element *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
     for (long c = 0; c < channels; c++) {
         lane by[WIDE_PRODUCT];
         element value[ROWS] = {a0[c], a1[c], a2[c], a3[c], a4[c], a5[c]};
 #pragma GCC unroll 4
-        for (int j = 0; j < WIDE_PRODUCT; j++) by[j] = load(b + c * CHUNK + j * LANES);
+        for (int j = 0; j < wide; j++) by[j] = load(b + c * CHUNK + j * LANES);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < WIDE_PRODUCT; j++) total[i][j] += value[i] * by[j];
+            for (int j = 0; j < wide; j++) total[i][j] += value[i] * by[j];
     }
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < WIDE_PRODUCT; j++) memcpy(sums + i * CHUNK + j * LANES, &total[i][j], sizeof(lane));
+        for (int j = 0; j < wide; j++) memcpy(sums + i * CHUNK + j * LANES, &total[i][j], sizeof(lane));
 }
 
 /* Ungrouped convolution without gathering: rows are read where they lie. out (n, outputs) is clamped to low..high after
@@ -216,6 +217,8 @@ int SUFFIX(product)(const reading *in, const element *weight, const element *bia
         long count = in->n - first < BLOCK ? in->n - first : BLOCK;
         element sums[BLOCK * CHUNK] __attribute__((aligned(64)));
         for (long chunk = 0; chunk < chunks; chunk++) {
+            long some = outputs - chunk * CHUNK < CHUNK ? outputs - chunk * CHUNK : CHUNK;
+            int wide = (some + LANES - 1) / LANES;
             for (long i = 0; i < BLOCK; i++) memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(element));
             for (long part = 0; part < channels; part += DEPTH)
                 for (long tap = 0; tap < in->taps; tap++) {
@@ -227,10 +230,13 @@ int SUFFIX(product)(const reading *in, const element *weight, const element *bia
                             long e = first + (tile + i < count ? tile + i : count - 1);
                             a[i] = row(in, in->table[e * in->taps + tap]) + part;
                         }
-                        multiply(a, depth, b, sums + tile * CHUNK);
+                        element *to = sums + tile * CHUNK;
+                        if (wide == 4) multiply(a, depth, b, to, 4);
+                        else if (wide == 3) multiply(a, depth, b, to, 3);
+                        else if (wide == 2) multiply(a, depth, b, to, 2);
+                        else multiply(a, depth, b, to, 1);
                     }
                 }
-            long some = outputs - chunk * CHUNK < CHUNK ? outputs - chunk * CHUNK : CHUNK;
             for (long i = 0; i < count; i++) {
                 const element *value = sums + i * CHUNK, *add = more ? more + (first + i) * outputs + chunk * CHUNK : 0;
                 element *to = out + (first + i) * outputs + chunk * CHUNK, least = low, most = high;

@@ -101,7 +101,7 @@ def product(
     weight: Tensor,
     bias: Tensor,
     more: Tensor | None,
-    outputs: int,
+    out: Tensor,
     bounds: tuple[float, float],
 ) -> Tensor:
     """Ungrouped convolution that reads rows where they lie: (n, outputs) = clamp(sum + bias + more).
@@ -112,11 +112,10 @@ def product(
         weight: (chunks, taps, channels, outputs of a chunk) as `product_weight` lays it out.
         bias: (chunks * outputs of a chunk,).
         more: (n, outputs) or None, a residual.
-        outputs: channels of the result.
+        out: (n, outputs), which is filled.
         bounds: least and largest value of the result.
     """
-    out = source.rows.new_empty(table.shape[0], outputs)
-    return _convolved("product", source, table, weight, bias, more, out, outputs, bounds)
+    return _convolved("product", source, table, weight, bias, more, out, out.shape[1], bounds)
 
 
 def _convolved(
@@ -145,9 +144,8 @@ def _convolved(
 
 
 def has_product(weight: Tensor) -> bool:
-    """Whether `product` is worth using for a kernel (O, C, kh, kw): not where most of its sums would be padding."""
-    outputs = weight.shape[0]
-    return weight.dtype in (torch.float32, torch.float64) and _padded(outputs, weight.dtype) <= 1.25 * outputs
+    """Whether `product` has a form for a kernel (O, C, kh, kw): not in bfloat16, for which oneDNN has instructions."""
+    return weight.dtype in (torch.float32, torch.float64)
 
 
 def product_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,150 @@
+"""Resident memory of one process over many calls, each with another image size, batch and mask.
+
+    python benchmarks/soak.py [--minutes 30] [--network mobilenet_v2] [--size 64 320] [--output soak.json]
+
+An optimised, a plain converted and the dense network, each in a process of its own, side by side; they see the same
+images. Prints the memory in use as time goes on and writes it as JSON. With random weights, in float32, on the CPU.
+
+resident: of the whole process. heap: what is allocated in it, as the C library knows it; the rest of a growth is memory
+that was freed and not given back. tensors: how many Python sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cadsurgery as cs
+from cadsurgery.environment import setting
+
+SIDES = ("dense", "plain", "optimised")
+MASKS = ("edges", "random:fraction=0.3", "edges | budget:fraction=0.34", "gradient", "all", "none")
+MIB = 1 << 20
+_NUMBERS = (
+    "arena",
+    "ordblks",
+    "smblks",
+    "hblks",
+    "hblkhd",
+    "usmblks",
+    "fsmblks",
+    "uordblks",
+    "fordblks",
+    "keepcost",
+)
+
+
+class Heap(ctypes.Structure):
+    """What glibc's `mallinfo2` returns, in its order."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _NUMBERS)
+
+
+def memory() -> dict[str, float]:
+    """MiB resident and allocated, and how many tensors there are."""
+    gc.collect()
+    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    find = ctypes.CDLL(None).mallinfo2
+    find.restype = Heap
+    heap = find()
+    return {
+        "resident": round(resident * 4096 / MIB, 1),
+        "heap": round((heap.uordblks + heap.hblkhd) / MIB, 1),
+        "tensors": sum(issubclass(type(value), Tensor) for value in gc.get_objects()),
+    }
+
+
+def requests(least: int, most: int) -> Iterator[tuple[Tensor, str]]:
+    """Images and masks without end, the same in every process."""
+    draw = torch.Generator().manual_seed(0)
+    while True:
+        height, width = (int(torch.randint(least, most + 1, (), generator=draw)) for _ in range(2))
+        batch, mask = (int(torch.randint(0, many, (), generator=draw)) for many in (3, len(MASKS)))
+        yield torch.rand(batch + 1, 3, height, width, generator=draw), MASKS[mask]
+
+
+def network(side: str, name: str) -> Callable[[Tensor, str], Any]:
+    """One side as a function of image and mask."""
+    torch.manual_seed(0)
+    model = cs.build_model(name, "none")
+    if side == "dense":
+        model = model.to(memory_format=torch.channels_last)
+        return lambda image, mask: model(image)
+    net = cs.adaptify(model, verify_laws=False)
+    net = net.optimize() if side == "optimised" else net
+    return lambda image, mask: net(image, mask=mask)
+
+
+def soak(side: str, options: argparse.Namespace) -> None:
+    """Print a line of JSON every so many calls."""
+    run, until = network(side, options.network), time.monotonic() + 60 * options.minutes
+    with torch.no_grad():
+        for calls, (image, mask) in enumerate(requests(*options.size)):
+            over = calls >= options.calls if options.calls else time.monotonic() > until
+            if calls % options.every == 0 or over:
+                print(json.dumps({"calls": calls, **memory()}), flush=True)
+            if over:
+                return
+            run(image, mask)
+
+
+def watch(side: str, found: list[dict[str, Any]]) -> None:
+    """Run one side in a process of its own and print what it tells."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            found.append(row := json.loads(line))
+            numbers = "  ".join(f"{key} {value:8.0f}" for key, value in row.items())
+            print(f"{side:10} {numbers}", flush=True)
+    if process.returncode:
+        raise SystemExit(f"the process of {side} ended with {process.returncode}.")
+
+
+def main() -> None:
+    """Run all sides, print and write their memory."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument(
+        "--calls", type=int, default=0, help="so many calls of each side, however long they take"
+    )
+    parser.add_argument("--every", type=int, default=100, help="calls between two measurements")
+    parser.add_argument("--network", default="mobilenet_v2")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(64, 320), help="least and largest side of an image"
+    )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--output", type=Path, default=Path("soak.json"))
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        soak(options.side, options)
+        return
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
+    threads = [threading.Thread(target=watch, args=item) for item in found.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbers = {"size": options.size, "minutes": options.minutes, "calls": options.calls}
+    made = {"network": options.network, **numbers, "setting": setting(torch.device("cpu")), "sides": found}
+    options.output.write_text(json.dumps(made, indent=1) + "\n")
+    print(made["setting"])
+
+
+if __name__ == "__main__":
+    main()
