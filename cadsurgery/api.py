@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.candidates import check_network
 from cadsurgery.errors import CannotConvert, InvalidInput
-from cadsurgery.hosted import HostedModel
+from cadsurgery.hosted import HostedModel, check_used
 from cadsurgery.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.resolve import resolve_mask
@@ -107,6 +107,8 @@ def adaptify(
     provider = resolve_mask(mask)
     whole = _copied(model)
     path, facts = traceable_part(whole, example_input)
+    if path and verify_laws:
+        check_used(whole, path, facts.example)
     chosen, treatments = make_plan(facts, output_stride, _within(path, region), path, outputs)
     if strict:
         _refuse_barriers(chosen)

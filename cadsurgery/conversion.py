@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cadsurgery.api import adaptify
 from cadsurgery.api import plan as make_plan
 from cadsurgery.environment import device_in_words, device_named
-from cadsurgery.errors import CadError, InvalidInput
+from cadsurgery.errors import CadError, FileError, InvalidInput
 from cadsurgery.files import check_folder, made_folder
 from cadsurgery.hosted import HostedModel
 from cadsurgery.images import check_size, find_images, normalise, read_image, street_scene, write_picture
@@ -28,7 +28,7 @@ from cadsurgery.static import export
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.timing import interleaved
 from cadsurgery.viz import class_picture
-from cadsurgery.zoo import Source, build_model
+from cadsurgery.zoo import WEIGHTS, Source, build_model
 
 DEFAULT_SIZE = (512, 1024)
 EXPORTED_MASK = "edges | budget:fraction=0.3"
@@ -251,12 +251,36 @@ def predict(
 
 
 def build(model: str, weights: str, num_classes: int | None = None) -> tuple[nn.Module, Source]:
-    """A network by name, and where it comes from."""
+    """A network by name, and where it comes from.
+
+    Raises:
+        FileError: there is no such file.
+        InvalidInput: a file is no name of a network.
+    """
+    if Path(model).suffix in WEIGHTS:
+        if not Path(model).is_file():
+            raise FileError(
+                f"there is no file {model}.", next="check the path, or give the name of a network."
+            )
+        raise InvalidInput(
+            f"{model} is a file, not the name of a network.",
+            why="what is converted is a network by name, with weights from a file if you like.",
+            next="give the name of its network, and --weights FILE for its weights.",
+        )
     torch.manual_seed(0)  # random weights, where they are random, are the same in every run
     built = build_model(model, weights, num_classes=num_classes)
     source = built.cad_source
     assert isinstance(source, Source)
     return built, source
+
+
+def weights_in_words(network: object, source: Source) -> str:
+    """Which weights a network has; how it was built tells that of a name only, others may have been trained since."""
+    if not isinstance(network, str):
+        return "weights as they were given"
+    if not is_file(network):
+        return source.note
+    return f"weights in {network}, at first {source.note.removeprefix('weights ').removeprefix('are ')}"
 
 
 def quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:

@@ -118,6 +118,16 @@ def untrusted(file: str, code: str, instead: str) -> FileError:
     )
 
 
+def same_place(one: Any, other: Any) -> bool:
+    """Whether two classes or functions have one name in one module: the same piece of code, run again, as in a
+    notebook."""
+    places = [
+        (getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")) for thing in (one, other)
+    ]
+    named = bool(places[0][1]) and "<lambda>" not in places[0][1]
+    return one is other or (named and places[0] == places[1])
+
+
 def function_named(module: str, function: str) -> Any:
     """What a module of the user's has under a name.
 

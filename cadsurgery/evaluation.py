@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.api import adaptify
-from cadsurgery.conversion import Step, build, is_file
+from cadsurgery.conversion import Step, build, is_file, weights_in_words
 from cadsurgery.data import SegmentationData, open_data
 from cadsurgery.environment import commit, device_in_words, versions
 from cadsurgery.errors import CadError, InvalidInput
@@ -121,7 +121,7 @@ def evaluate(
         times = _times(settings, *first, rounds)
     report = EvaluationReport(
         model=source.name,
-        weights=source.note,
+        weights=weights_in_words(network, source),
         random=source.weights == "random",
         data=found.name,
         split=found.split,

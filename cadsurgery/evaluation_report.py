@@ -125,7 +125,12 @@ class EvaluationReport:
             self._classes(),
         ]
         if self.random:
-            parts.append(Text("the weights are random: these accuracies mean nothing.", style="yellow"))
+            parts.append(
+                Text(
+                    "random weights: unless they were trained since, these accuracies mean nothing.",
+                    style="yellow",
+                )
+            )
         parts += [Text(f"{failure['what']} {failure.get('why', '')}", style="red") for failure in self.failed]
         if self.failed:
             parts.append(Text(f"{self.images} images done, {len(self.failed)} failed", style="red"))

@@ -7,13 +7,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from cadsurgery.errors import InvalidInput
+from cadsurgery.errors import CannotConvert, InvalidInput
 from cadsurgery.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.macs import MacReport
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.model import AdaptiveModel
+from cadsurgery.model import AdaptiveModel, evaluating
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
@@ -21,6 +21,44 @@ from cadsurgery.surgery.verify import Check
 
 class _Reached(Exception):
     """The part was called with these arguments."""
+
+
+def check_used(host: nn.Module, path: str, example: Tensor) -> None:
+    """Refuse a part that its network does not use, as far as an example tells.
+
+    It is given as a batch and as a list of images, as it is, negative and zero, since the network decides by values. A
+    network that runs on none of them can tell nothing.
+
+    Raises:
+        CannotConvert: it ran and did not call the part.
+    """
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    ran = False
+    handle = host.get_submodule(path).register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(), evaluating(host):
+            for images in (example, -example, torch.zeros_like(example)):
+                for given in (images, list(images)):
+                    try:
+                        host(given)
+                    except _Reached:
+                        return
+                    except Exception:  # the network decides what it takes
+                        continue
+                    ran = True
+    finally:
+        handle.remove()
+    if ran:
+        kind = type(host).__name__
+        raise CannotConvert(
+            f"{kind} does not use its {path}.",
+            why=f"its forward, which torch.fx cannot follow, never called it on a batch of {tuple(example.shape)}.",
+            next=f"convert the part that it runs, cs.adaptify(model.PART), or the {path} alone: "
+            f"cs.adaptify(model.{path}).",
+        )
 
 
 class HostedModel(AdaptiveModel):
@@ -139,7 +177,14 @@ class HostedModel(AdaptiveModel):
     @property
     def lattice(self) -> Lattice:
         """The lattice of the last call."""
-        return self.part.lattice
+        try:
+            return self.part.lattice
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"the network's {self._path} has not run yet.",
+                why="it is the part that is adaptive.",
+                next="call the network on images with which it uses that part: net(images).",
+            ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostedModel:
         memo.update({**copying(self), **memo})

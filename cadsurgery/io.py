@@ -33,7 +33,7 @@ from cadsurgery.zoo import Source, build_again
 
 FORMAT = 2  # 1: no checksums
 _KEY = "cadsurgery"
-_CHECKSUM = "cadsurgery.sha256"  # of the text under _KEY, which holds that of the tensors
+_CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
 _MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
 _NO_MASK = "a function or provider of your own, which a file cannot hold"
 _LONGEST = 2**25  # characters of metadata, and values of an example image, without the word of the user
@@ -101,10 +101,9 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "plan": net.plan.to_json(),
         "tensors": _checksum(tensors),
     }
-    text = json.dumps(metadata)
     with written_whole(path) as temporary:
         try:
-            save_file(tensors, temporary, {_KEY: text, _CHECKSUM: hashlib.sha256(text.encode()).hexdigest()})
+            save_file(tensors, temporary, {_KEY: sealed(metadata)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -197,7 +196,18 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     header = _opened(Path(path), False)[0]
     _stated(Path(path), header)
-    return dict(json.loads(header[_KEY]))
+    values = dict(json.loads(header[_KEY]))
+    values.pop(_CHECKSUM, None)
+    return values
+
+
+def sealed(metadata: Mapping[str, Any]) -> str:
+    """Metadata as text, with their checksum as one more of them: a file's order of several texts is left to chance."""
+    return json.dumps({**metadata, _CHECKSUM: _hash(metadata)})
+
+
+def _hash(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
 
 
 class _Stated(NamedTuple):
@@ -251,13 +261,14 @@ def _opened(path: Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor
 
 def _stated(path: Path, header: Mapping[str, str]) -> _Stated:
     """What the metadata say, once they are known to be what was written."""
-    text, checksum = header[_KEY], header.get(_CHECKSUM)
+    text = header[_KEY]
     if len(text) > _LONGEST:
         raise _damaged(path, f"it has {len(text)} characters.")
-    if checksum is not None and checksum != hashlib.sha256(text.encode()).hexdigest():
-        raise _damaged(path, "it is not what was written: its checksum is another.")
     with _damaged_if_wrong(path):
         values = json.loads(text)
+        checksum = values.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != _hash(values):
+            raise _damaged(path, "it is not what was written: its checksum is another.")
         number = values["format"]
         if type(number) is int and number > FORMAT:
             raise FileError(

@@ -178,7 +178,12 @@ class MatchingReport:
             self._table(),
         ]
         if self.random:
-            parts.append(Text("the weights are random: these accuracies mean nothing.", style="yellow"))
+            parts.append(
+                Text(
+                    "random weights: unless they were trained since, these accuracies mean nothing.",
+                    style="yellow",
+                )
+            )
         parts += [Text(f"{failure['what']} {failure.get('why', '')}", style="red") for failure in self.failed]
         return Group(*parts)
 

@@ -260,7 +260,8 @@ class AdaptiveModel(nn.Module):
         Not where the network's own graph is run too: dense convolutions round differently in another layout. Nor where
         they are called together with instance norms, see `functional.contiguous_gradient`.
         """
-        called = (child(self, str(node.target)) for node in self.graph.nodes if node.op == "call_module")
+        nodes: Any = self.graph.nodes
+        called = (child(self, str(node.target)) for node in nodes if node.op == "call_module")
         parts = [list(module.modules()) for module in called if module is not None]
         mixed = {
             part for some in parts if any(isinstance(p, nn.InstanceNorm2d) for p in some) for part in some
@@ -268,7 +269,8 @@ class AdaptiveModel(nn.Module):
         for module in self.modules() if self._run_unchanged is None else ():
             plain = type(module) is nn.Conv2d and module.groups == 1 and "weight" in module._parameters
             if plain and module not in mixed:
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+                weight: Any = module.weight
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of a call by the original's parameter names, defaults included."""
@@ -369,7 +371,8 @@ class AdaptiveModel(nn.Module):
         """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
 
         It is called like this network and gives the same to rounding, without gradients. The weights are those of
-        this moment; this network is not changed.
+        this moment; this network is not changed. NaN in weights, and NaN that an operation such as a division makes,
+        stays NaN; NaN that comes of values that overflow may not, where a ReLU is fused.
 
         Args:
             fuse: False folds batch norm only and leaves everything else to torch, as one would do by hand: at a

@@ -23,6 +23,8 @@ from cadsurgery.plain import checked
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # how names of files of weights end
+
 # What torchvision's builders take that decides about parameters or the forward pass; read off the built
 # network so that it can be built again without its weights.
 _DECISIVE = ("aux_loss", "aux_logits", "transform_input")
@@ -118,9 +120,7 @@ def build_model(
     else:
         build = _timm_builder(name)
     path = Path(weights)
-    if weights not in ("auto", "none") and (
-        path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.exists()
-    ):
+    if weights not in ("auto", "none") and (path.suffix in WEIGHTS or path.exists()):
         model, source = build("none", _with_classes(kwargs, num_classes))
         _load_weights(model, path)
         source = Source(**{**vars(source), "weights": str(path), "note": f"weights from {path}"})

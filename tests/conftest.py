@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from hashlib import sha256
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cadsurgery import cli, screen
-from cadsurgery.io import _checksum
+from cadsurgery.io import _checksum, sealed
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -107,8 +106,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     tensors = load_file(path)
     metadata["tensors"] = _checksum(tensors)
     change(metadata)
-    text = json.dumps(metadata)
-    save_file(tensors, path, {"cadsurgery": text, "cadsurgery.sha256": sha256(text.encode()).hexdigest()})
+    del metadata["sha256"]
+    save_file(tensors, path, {"cadsurgery": sealed(metadata)})
     return path
 
 

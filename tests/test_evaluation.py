@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery import launch, tally
+from cadsurgery.conversion import weights_in_words
 from cadsurgery.data import SegmentationData
 from cadsurgery.evaluation_report import EvaluationReport
 from cadsurgery.images import normalise, street_scene
@@ -230,6 +231,16 @@ class Undecided(nn.Module):
         return self.backbone(x if x.sum() > 0 else x + 0)
 
 
+def test_weights_that_may_have_been_trained_are_not_said_to_be_as_they_were_made() -> None:
+    """How a network was built by name says nothing of its weights any more once a user has had it."""
+    model = cs.build_model("resnet18", "none")
+    assert weights_in_words(model, model.cad_source) == "weights as they were given"
+    assert weights_in_words("resnet18", model.cad_source) == "weights are random (asked for)"
+    assert weights_in_words("a.safetensors", model.cad_source) == (
+        "weights in a.safetensors, at first random (asked for)"
+    )
+
+
 def test_a_network_converted_in_part_is_evaluated_too() -> None:
     report = cs.evaluate(Undecided(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
     whole = cs.evaluate(segmenter(), DATA, [EDGES], output_stride=[(8, 32)], limit=2, rounds=0)
@@ -355,6 +366,8 @@ def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
     found = json.loads(done.out)
     assert done.code == 1 and found["images"] == 2 and len(found["failed"]) == 1
     assert [row["mask"] for row in found["rows"]] == ["all", EDGES, "none"]
+    # Whatever they were when it was converted, that may be long ago.
+    assert found["weights"] == "weights in net.safetensors, at first as the function made them"
     other = json.loads(run("eval", "net.safetensors", "--trust", *data, "--output-stride", "8,32").out)
     assert other["rows"] == found["rows"]
 
@@ -448,5 +461,5 @@ def test_the_report_is_json_and_says_when_weights_are_random(report: EvaluationR
         return console.export_text()
 
     assert "random" not in printed(report)
-    assert "weights are random" in printed(replace(report, random=True))
+    assert "random weights: unless they were trained since" in printed(replace(report, random=True))
     assert isinstance(cs.open_data(DATA), SegmentationData)

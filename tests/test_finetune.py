@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery import cli
-from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives
+from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives, objective
 from cadsurgery.finetune.groups import Modes, make_groups, stem_of
-from cadsurgery.finetune.objectives import AnyBudget, Mixed, cross_entropy, divergence, supervised
+from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, divergence, supervised
 from cadsurgery.finetune.schedule import Sampling, learning_rate
 from cadsurgery.masks import Grid, MaskProvider
 
@@ -306,6 +306,21 @@ class Gated(Objective):
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
         loss = supervised(self.net(*inputs), labels)
         return {"loss": loss + (self.net.mask.bias - 1).square().sum() + self.extra.square().sum()}
+
+
+def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_objective() -> None:
+    cell = "@objective('celled')\nclass Celled(Objective):\n    'Version {}.'"
+    scope = {"objective": objective, "Objective": Objective, "__name__": "__main__"}
+    try:
+        for version in (1, 2):
+            exec(cell.format(version), scope)
+        assert list_objectives()["celled"] == "Version 2."
+        with pytest.raises(ValueError, match=r"by __main__\.Celled"):
+            exec(cell.format(3), {**scope, "__name__": "another.module"})
+        with pytest.raises(ValueError, match=r"registered already, by cadsurgery\."):
+            objective("mixed")(scope["Celled"])
+    finally:
+        OBJECTIVES.pop("celled", None)
 
 
 def test_an_objective_of_a_users_own_is_trained_and_resumed_with_its_parameters(tmp_path: Path) -> None:
@@ -867,6 +882,8 @@ def test_the_command_trains_a_function_and_then_its_file(
     code, out, err = command("run/net.safetensors", "--trust", *SHORT, "-o", "more")
     assert code == 0, out + err
     assert "before" in out and "classifier" in out and (tmp_path / "more/net.safetensors").is_file()
+    source = cs.load(tmp_path / "more/net.safetensors").source
+    assert source.weights == "fine-tuned"  # not random, whatever they were at first
 
 
 def test_the_command_trains_behind_a_stem_that_is_run_once(

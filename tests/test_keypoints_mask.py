@@ -509,7 +509,7 @@ def test_a_function_that_can_be_imported_works_by_name_and_in_files(
     expected = model(image)
     assert 0 < model.active_fraction < 1
     cs.save(model, tmp_path / "net.safetensors")
-    again = cs.load(tmp_path / "net.safetensors", net()._original[0])
+    again = cs.load(tmp_path / "net.safetensors", net()._original[0], trust=True)
     assert again.mask.spec() == text and torch.equal(again(image), expected)
 
 

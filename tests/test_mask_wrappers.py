@@ -441,7 +441,7 @@ NUMBERS = st.floats(-1e20, 1e20, allow_nan=False)
 ODD = st.integers(0, 30).map(lambda half: 2 * half + 1)
 LEAVES = st.one_of(
     st.builds(EdgeMask, st.lists(NUMBERS, min_size=1, max_size=3).map(tuple), ODD),
-    st.builds(GradientMask, NUMBERS, ODD, st.floats(0, 1e20)),
+    st.builds(GradientMask, NUMBERS, ODD, st.floats(0, 1000)),
     st.builds(TrimapMask, st.lists(ODD, min_size=1, max_size=3).map(tuple), st.integers(-1, 300)),
     st.builds(RandomMask, st.floats(0, 1)),
     st.sampled_from(["all", "none", "saliency"]).map(resolve_mask),

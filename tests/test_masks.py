@@ -784,9 +784,40 @@ def test_a_provider_sees_the_image_the_entering_features_and_the_grid(checkers: 
 
 
 def test_a_mask_name_is_registered_once(checkers: type[MaskProvider]) -> None:
-    with pytest.raises(ValueError, match="registered already"):
-        cs.mask_provider("checkers")(checkers)
+    class Other(MaskProvider):
+        """Another class."""
+
+    with pytest.raises(ValueError, match=r"registered already, by .*Checkers"):
+        cs.mask_provider("checkers")(Other)
+    with pytest.raises(ValueError, match=r"registered already, by cadsurgery\.masks"):
+        cs.mask_provider("edges")(checkers)
     assert PROVIDERS["checkers"] is checkers
+
+
+CELL = """
+@cs.mask_provider("celled")
+class Celled(MaskProvider):
+    'Version {version}.'
+
+    def forward(self, image, features, grid):
+        return torch.ones(grid.batch, *grid.size, dtype=torch.bool) if {version} == 2 else None
+"""
+
+
+def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_mask() -> None:
+    scope = {"cs": cs, "MaskProvider": MaskProvider, "torch": torch, "__name__": "__main__"}
+    try:
+        for version in (1, 2):
+            exec(CELL.format(version=version), scope)
+        assert next(info.summary for info in cs.list_masks() if info.name == "celled") == "Version 2."
+        model = net("celled")
+        model(torch.randn(1, 3, 64, 64))
+        assert model.active_fraction == 1 and model.mask.storable
+        elsewhere = {**scope, "__name__": "another.module"}
+        with pytest.raises(ValueError, match=r"by __main__\.Celled"):
+            exec(CELL.format(version=3), elsewhere)
+    finally:
+        PROVIDERS.pop("celled", None)
 
 
 def test_a_provider_without_a_docstring_can_be_listed() -> None:

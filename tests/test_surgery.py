@@ -197,6 +197,21 @@ def test_an_operation_has_one_rule() -> None:
         cs.rule(nn.ReLU)(lambda node, facts: cs.Treatment("barrier", "no"))
 
 
+def test_a_cell_of_a_notebook_that_is_run_twice_replaces_its_rule() -> None:
+    from cadsurgery.surgery.treatment import _RULES
+
+    cell = "@cs.rule(Calling)\ndef calling(node, facts):\n    return cs.Treatment('barrier', 'version {}')"
+    scope = {"cs": cs, "Calling": Calling, "__name__": "__main__"}
+    try:
+        for version in (1, 2):
+            exec(cell.format(version), scope)
+        assert _RULES[Calling] is scope["calling"]
+        with pytest.raises(ValueError, match="already has the rule calling"):
+            cs.rule(Calling)(lambda node, facts: cs.Treatment("barrier", "another"))
+    finally:
+        _RULES.pop(Calling, None)
+
+
 def test_a_module_with_an_own_rule_is_one_operation() -> None:
     """A user teaches an operation without touching the package."""
     from cadsurgery.surgery.treatment import _RULES, Treatment

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadsurgery.environment import same_place
 from cadsurgery.errors import InvalidInput, UnknownName
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.lattice import describe
@@ -77,13 +78,19 @@ class Objective(nn.Module):
 def objective(name: str) -> Callable[[O], O]:
     """Register a class of objectives under a name.
 
+    The same class defined again, as by a cell of a notebook that is run twice, takes the place of the first.
+
     Raises:
-        ValueError: the name is taken.
+        ValueError: another class has the name.
     """
 
     def register(kind: O) -> O:
-        if name in OBJECTIVES:
-            raise ValueError(f"objective {name!r} is registered twice")
+        known = OBJECTIVES.get(name, kind)
+        if not same_place(known, kind):
+            raise ValueError(
+                f"objective {name!r} is registered already, by {known.__module__}.{known.__qualname__}; choose another "
+                "name"
+            )
         OBJECTIVES[name] = kind
         return kind
 

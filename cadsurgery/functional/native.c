@@ -275,6 +275,32 @@ void SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum 
     }
 }
 
+/* `mix` of two rows, of every line of a map alike: the rows are the first of `lines` lines, of count rows each; out is
+ * (lines, n, channels). Whole vectors are read and written wherever what lies behind a row belongs to the line: what is
+ * written too much there is written again. */
+void SUFFIX(mix_lines)(const reading *in, const sum *mix, long lines, element *out) {
+    long channels = in->channels, behind = (LANES - 1) / channels + 1;
+#pragma omp parallel for schedule(static)
+    for (long line = 0; line < lines; line++) {
+        const element *rows = in->rows + line * in->count * channels;
+        for (long i = 0; i < in->n; i++) {
+            int32_t first = in->table[2 * i], second = in->table[2 * i + 1];
+            const element *a = rows + first * channels, *b = rows + second * channels;
+            element *to = out + (line * in->n + i) * channels;
+            sum near = mix[2 * i], far = mix[2 * i + 1];
+            long last = first > second ? first : second;
+            if (last + behind < in->count && i + behind < in->n)
+                for (long c = 0; c < channels; c += LANES)
+                    store_some(to + c, near * load(a + c) + far * load(b + c), LANES);
+            else
+                for (long c = 0; c < channels; c += LANES) {
+                    long some = channels - c;
+                    store_some(to + c, near * load_some(a + c, some) + far * load_some(b + c, some), some);
+                }
+        }
+    }
+}
+
 /* Largest value (largest != 0) or sum over the taps: out is (n, channels). */
 void SUFFIX(pool)(const reading *in, element *out, long largest) {
 #pragma omp parallel for schedule(static)

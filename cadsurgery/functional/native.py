@@ -198,6 +198,19 @@ def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     return out
 
 
+def mix_lines(values: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
+    """Weighted sums along the lines of a map (L, W, C): (L, M, C) from `sources` (M, 2) int32 and `shares` (M, 2)."""
+    lines, width, channels = values.shape
+    out = values.new_empty(lines, sources.shape[0], channels)
+    shares = shares.to(_sum_type(values.dtype)).contiguous()
+    pointers = [ctypes.c_void_p(value.data_ptr()) for value in (shares, out)]
+    rows = Rows(values.contiguous().view(lines * width, channels), None, 0.0)
+    _call(
+        "mix_lines", rows, sources.contiguous(), pointers[0], ctypes.c_long(lines), pointers[1], count=width
+    )
+    return out
+
+
 def gather_mixing(rows: Tensor, table: Tensor, sources: Tensor, shares: Tensor, out: Tensor) -> None:
     """`gather` of one tap by a `table` (n, 1), where entry N + 1 + i reads the weighted sum of rows `sources` (M, k)
     by `shares` (M, k), which is made when it is read: for tables that read each about once."""
@@ -212,13 +225,13 @@ def pool(source: Rows, table: Tensor, out: Tensor, largest: bool) -> None:
     _call("pool", source, table, ctypes.c_void_p(out.data_ptr()), ctypes.c_long(largest))
 
 
-def _call(name: str, source: Rows, table: Tensor, *arguments: Any) -> int:
+def _call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> int:
     rows, halo, outside = source
     beyond = rows.new_full((rows.shape[1],), outside)
     assert rows.is_contiguous() and table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
     reading = _Reading(
         *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
-        *(table.data_ptr(), rows.shape[0], *table.shape, rows.shape[1]),
+        *(table.data_ptr(), rows.shape[0] if count is None else count, *table.shape, rows.shape[1]),
     )
     function = getattr(library(), f"{name}_{_ELEMENTS[rows.dtype][0]}")
     return int(function(ctypes.byref(reading), *arguments))

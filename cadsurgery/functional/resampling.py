@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.errors import InvalidInput
-from cadsurgery.functional.elements import Elements, extended, mixed, to_dense
+from cadsurgery.functional import native
+from cadsurgery.functional.elements import Elements, extended, mixed, needs_gradient, to_dense
 from cadsurgery.kernel_map import read_points
 from cadsurgery.lattice import Lattice
 
@@ -212,7 +213,12 @@ def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
         low = place.floor()
         first = low.long().to(rows.device)
         second = (first + 1).clamp(max=rows.shape[axis] - 1)
-        share = (place - low).to(wide).view(-1, *(1,) * (3 - axis))
+        share = (place - low).to(wide)
+        if axis == 2 and native.supported(wide) and not needs_gradient(wide):
+            ends = torch.stack((first, second), 1).int(), torch.stack((1 - share, share), 1)
+            wide = native.mix_lines(wide.flatten(0, 1), *ends).view(*wide.shape[:2], len(place), -1)
+            break
+        share = share.view(-1, *(1,) * (3 - axis))
         wide = torch.lerp(wide.index_select(axis, first), wide.index_select(axis, second), share)
     return wide.to(dense.dtype).permute(0, 3, 1, 2)
 

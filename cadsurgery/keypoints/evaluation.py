@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cadsurgery.conversion import build, is_file
+from cadsurgery.conversion import build, is_file, weights_in_words
 from cadsurgery.environment import commit, device_in_words, versions
 from cadsurgery.errors import CadError, InvalidInput
 from cadsurgery.files import check_folder, written_whole
@@ -119,7 +119,7 @@ def evaluate_matching(
         times, size = _extras(usable, every, rounds, matches, step)
     report = MatchingReport(
         model=source.name,
-        weights=source.note,
+        weights=weights_in_words(network, source),
         random=source.weights == "random",
         data=str(folder),
         sequences=len(finished),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.environment import same_place
 from cadsurgery.errors import InvalidInput
 from cadsurgery.lattice import Geometry, describe
 
@@ -148,11 +149,20 @@ P = TypeVar("P", bound=type[MaskProvider])
 
 
 def mask_provider(name: str, source: str = "") -> Callable[[P], P]:
-    """Register a provider class under a name; its constructor's defaults are its options."""
+    """Register a provider class under a name; its constructor's defaults are its options.
+
+    The same class defined again, as by a cell of a notebook that is run twice, takes the place of the first.
+
+    Raises:
+        ValueError: another class has the name.
+    """
 
     def register(provider: P) -> P:
-        if name in PROVIDERS:
-            raise ValueError(f"mask {name!r} is registered already")
+        known = PROVIDERS.get(name, provider)
+        if not same_place(known, provider):
+            raise ValueError(
+                f"mask {name!r} is registered already, by {known.__module__}.{known.__qualname__}; choose another name"
+            )
         provider.name, provider.source = name, source
         PROVIDERS[name] = provider
         return provider

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from cadsurgery import functional
 from cadsurgery.functional.kernels import Activation, PackedConv, PackedLinear
 from cadsurgery.kernel_map import Window
+from cadsurgery.surgery.treatment import has_rule
 
 # Where the fused convolutions are found in the network that runs the graph.
 KERNELS = "cadsurgery_kernels"
@@ -48,6 +50,13 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE = (operator.iadd, operator.imul, "add_", "mul_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _POINT = Window((1, 1))
+_MAKES_NAN = frozenset(
+    (
+        *("truediv", "itruediv", "div", "true_divide", "divide", "fmod", "remainder"),
+        *("log", "log2", "log10", "log1p", "exp", "expm1", "exp2", "sqrt", "rsqrt", "pow", "reciprocal"),
+        *("acos", "asin", "acosh", "atanh", "erfinv", "logit", "tan", "var", "std", "var_mean", "std_mean"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,30 @@ class Fuser:
                 self.fixed.add(node)
         self.values: dict[fx.Node, Any] = {}
 
+    def meets_nan(self) -> bool:
+        """Whether values may be NaN though the image holds numbers; those that overflow are not foreseen."""
+        tensors = (*self.model.state_dict().values(), *self.kernels.state_dict().values())
+        numbers = all(bool(value.isfinite().all()) for value in tensors if value.is_floating_point())
+        return not numbers or any(map(self.may_make_nan, self.graph.nodes))
+
+    def may_make_nan(self, node: fx.Node) -> bool:
+        """Whether an operation may make NaN or infinity of moderate numbers; what is not known may."""
+        if node.op == "call_module":
+            module = self.module(node)
+            return (
+                module is not None
+                and not type(module).__module__.startswith("torch.nn.")
+                and not has_rule(module)
+            )
+        name = str(getattr(node.target, "__name__", node.target)).strip("_")
+        known = str(getattr(node.target, "__module__", "")).startswith(
+            ("torch", "_operator", "cadsurgery", "math")
+        )
+        foreign = (
+            node.op == "call_function" and not known and not isinstance(node.target, BuiltinFunctionType)
+        )
+        return name in _MAKES_NAN or foreign
+
     def run(self) -> None:
         """Remove what does nothing, then fuse every convolution and linear layer."""
         for node in list(self.graph.nodes):
@@ -139,6 +172,10 @@ class Fuser:
         for node in list(self.graph.nodes):
             if node in self.graph.nodes:
                 self.fuse(node)
+        if self.meets_nan():
+            for kernel in self.kernels.modules():
+                if isinstance(kernel, PackedConv):
+                    kernel.meets_nan = True
         self.clean()
         self.graph.lint()
 
@@ -344,10 +381,9 @@ class Fuser:
             kernel = _folded_convolution(module, fusion)
         elif not on_elements and type(module) is nn.Linear:
             kernel = PackedLinear(*parts)
-        elif not on_elements:
-            kernel = PackedConv(*parts, _window(module))
         else:
-            kernel = PackedConv(*parts)
+            window = None if on_elements else _window(module)
+            kernel = PackedConv(*parts, window)
         self.kernels.add_module(name, kernel)
         if not on_elements:
             more = (fusion.residual,) if fusion.residual is not None else ()

@@ -227,8 +227,8 @@ class Plan:
         for output, native, stride, how in self.standing():
             if stride < native:
                 lines.append(
-                    f"output {output}: returned at output stride {stride}, in the network itself {native} "
-                    '(which outputs="native" keeps)'
+                    f"output {output} (output stride {native}): returned at output stride {stride}; "
+                    'outputs="native" keeps its size'
                 )
             elif len(self.outputs) > 1:
                 lines.append(f"output {output} (output stride {native}): {how}, at output stride {stride}")

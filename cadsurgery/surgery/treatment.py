@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from cadsurgery.environment import same_place
 from cadsurgery.kernel_map import Window
 from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
@@ -103,13 +104,16 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
         operations: what the rule is for.
         of_vectors: call the rule also where the operation reads one vector per image and no map.
 
+    The same rule defined again, as by a cell of a notebook that is run twice, takes the place of the first.
+
     Raises:
-        ValueError: an operation has a rule already.
+        ValueError: an operation has another rule already.
     """
 
     def register(function: Rule) -> Rule:
         for operation in operations:
-            if _RULES.get(operation, function) is not function:  # torch and functional share some objects
+            known = _RULES.get(operation, function)
+            if not same_place(known, function):  # torch and functional share some objects
                 raise ValueError(f"{operation} already has the rule {_RULES[operation].__name__}")
         _RULES.update(dict.fromkeys(operations, function))
         _OF_VECTORS.update([function] if of_vectors else [])

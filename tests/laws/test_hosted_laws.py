@@ -127,6 +127,13 @@ class Untraceable(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Sometimes(Untraceable):
+    """It uses its backbone for some images only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x) if x.sum() > 0 else -x
+
+
 @pytest.mark.parametrize("backbone", [None, nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.ReLU())])
 def test_without_a_backbone_that_converts_it_is_refused(backbone: nn.Module | None) -> None:
     with pytest.raises(cs.CannotConvert):
@@ -137,6 +144,30 @@ def test_a_part_that_is_not_called_has_no_macs() -> None:
     backbone = nn.Sequential(
         nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)
     )
-    net = cs.adaptify(Untraceable(backbone).eval(), "none")
+    net = cs.adaptify(Sometimes(backbone).eval(), "none")
+    assert net(-torch.ones(1, 3, 16, 16)).shape == (1, 3, 16, 16)
     with pytest.raises(cs.InvalidInput, match="did not call its backbone"):
-        net.macs(torch.ones(1, 3, 16, 16))
+        net.macs(-torch.ones(1, 3, 16, 16))
+    with pytest.raises(cs.InvalidInput, match="backbone has not run yet") as caught:
+        _ = net.active_fraction
+    assert "uses that part" in caught.value.next
+    net(torch.ones(1, 3, 16, 16))
+    assert net.active_fraction == 0
+
+
+@pytest.mark.parametrize("form", ["batch", "list"])
+def test_a_backbone_that_the_network_does_not_use_is_refused(form: str) -> None:
+    """Or else masks, plan and MACs would be of something that never runs."""
+
+    class Unused(Untraceable):
+        def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+            if isinstance(x, list) != (form == "list"):
+                raise TypeError
+            return x[0] if x[0].sum() > 0 else -x[0]
+
+    model = Unused(
+        nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1))
+    )
+    with pytest.raises(cs.CannotConvert, match="does not use its backbone") as caught:
+        cs.adaptify(model)
+    assert "cs.adaptify(model.backbone)" in caught.value.next and "never called it" in caught.value.why

@@ -321,7 +321,7 @@ def test_maps_are_returned_at_the_fine_size_or_as_the_network_returns_them() -> 
             assert_same(ours[..., ::step, ::step], theirs, EXACT)
         shapes = {tuple(value.shape[2:]) for value in found}
         assert len(shapes) == (1 if outputs == "fine" else 3)
-        said = "returned at output stride 8, in the network itself 32" in net.plan.summary()
+        said = "(output stride 32): returned at output stride 8" in net.plan.summary()
         assert said == (outputs == "fine")
 
 

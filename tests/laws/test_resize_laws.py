@@ -104,11 +104,22 @@ def test_depth_to_space_is_pixel_shuffle_on_the_own_grid(factor: int) -> None:
     assert_same(functional.to_dense(found, 4 // factor), F.pixel_shuffle(coarse, factor), EXACT)
 
 
-def test_an_image_that_does_not_divide_is_refused_where_the_network_would_differ() -> None:
+@MODES
+def test_a_map_may_end_beyond_the_image(mode: str, align_corners: bool) -> None:
+    """Nine samples strided to five, doubled: ten, as in the network."""
+    lattice = Geometry((2,)).uniform(1, 1, (9, 9))
+    coarse = torch.randn(1, 2, 5, 5, dtype=double)
+    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
+    found = functional.resize(x, 0, (2, 1), 2, None, mode, align_corners)
+    assert found.lattice.size == (10, 10)
+    assert_same(functional.to_dense(found), interpolate(coarse, (10, 10), mode, align_corners), EXACT)
+
+
+def test_a_map_larger_than_its_outermost_cells_is_refused() -> None:
     lattice = Geometry((2,)).uniform(1, 1, (9, 9))
     x = Elements(torch.randn(len(lattice), 2), lattice)
     with pytest.raises(cs.InvalidInput, match="not divisible"):
-        functional.resize(x, 0, (2, 1), 2)
+        functional.resize(x, 0, (2, 1), 2, (11, 11))
 
 
 # -- decoders and pyramids ---------------------------------------------------------------------------------

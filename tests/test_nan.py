@@ -1,0 +1,138 @@
+"""NaN in, NaN out: what fused kernels do with what is no number."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.functional import native
+from cadsurgery.functional.kernels import Activation, Kernel
+
+ACTIVATIONS = {
+    "relu": Activation("relu"),
+    "hardtanh": Activation("hardtanh", (0.0, 6.0)),
+    "swish": Activation("swish"),
+    "hardswish": Activation("hardswish"),
+    "gelu": Activation("gelu", (), "none"),
+    "gelu tanh": Activation("gelu", (), "tanh"),
+    "leaky_relu": Activation("leaky_relu", (0.1,)),
+    "sigmoid": Activation("sigmoid"),
+    "tanh": Activation("tanh"),
+}
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+
+
+@TYPES
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("groups", [1, 4, 64])
+@pytest.mark.parametrize("count", [30, 300])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
+    """In rows, maps and tables; elsewhere the values are those of a kernel that knows nothing of NaN."""
+    if with_residual and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 here")
+    weight, bias = torch.randn(64, 64 // groups, 3, 3, dtype=dtype), torch.randn(64, dtype=dtype)
+    if groups == 1:
+        point = weight[:, :, :1, :1].contiguous()
+        kernels = [Kernel(point, bias, 1, ACTIVATIONS[name], {}, True, meets) for meets in (True, False)]
+        rows, more = torch.randn(count, 64, dtype=dtype), torch.randn(count, 64, dtype=dtype)
+        found = [kernel.on_rows(rows, more if with_residual else None) for kernel in kernels]
+        torch.testing.assert_close(*found)
+        rows[3, 5] = torch.nan
+        found[0] = kernels[0].on_rows(rows, more if with_residual else None)
+        assert found[0][3].isnan().all()
+        assert found[0].isnan().sum() == 64
+    kernel = Kernel(weight, bias, groups, ACTIVATIONS[name], {}, True, True)
+    if native.library() is not None and (
+        native.has_grouped(weight, groups) if groups > 1 else native.has_product(weight)
+    ):
+        rows, more = torch.randn(40, 64, dtype=dtype), torch.randn(count, 64, dtype=dtype)
+        table = torch.randint(0, 30, (count, 9), dtype=torch.int32)
+        table[3, 5] = 35
+        rows[35] = torch.nan
+        out = kernel.by_table(native.Rows(rows, None, 0.0), table, more if with_residual else None)
+        assert out[3].isnan().all()
+        assert out.isnan().sum() == 64
+    if not with_residual or dtype != torch.bfloat16:  # which oneDNN has on some machines only
+        image, more = torch.randn(1, 64, 8, 12, dtype=dtype), torch.randn(1, 64, 8, 12, dtype=dtype)
+        image[0, :, 4, 5] = torch.nan
+        out = kernel.on_image(image, (1, 1), (1, 1), (1, 1), more if with_residual else None)
+        assert out[:, :, 3:6, 4:7].isnan().all()
+        assert out.isnan().sum() == 9 * 64
+
+
+@TYPES
+@pytest.mark.parametrize("largest", [False, True])
+def test_pools_keep_nan(dtype, largest):
+    if native.library() is None:
+        pytest.skip("no compiler")
+    rows, table = torch.randn(40, 20, dtype=dtype), torch.randint(0, 30, (9, 4), dtype=torch.int32)
+    rows[35] = torch.nan
+    table[[0, 1, 2, 3], [0, 1, 2, 3]] = 35
+    out = rows.new_empty(9, 20)
+    native.pool(native.Rows(rows, None, 0.0), table, out, largest)
+    assert out[:4].isnan().all()
+    assert not out[4:].isnan().any()
+
+
+class Net(nn.Module):
+    """Every kind of fused convolution: dense, 3x3, depthwise, 1x1, with and without residual and clamp."""
+
+    def __init__(self, act: type[nn.Module], middle: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1), act(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), act()
+        )
+        self.down = nn.Sequential(
+            nn.Conv2d(32, 64, 1), act(), middle, nn.Conv2d(64, 64, 3, 2, 1, groups=64), act()
+        )
+        self.body = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.BatchNorm2d(64), act(), nn.Conv2d(64, 64, 1))
+        self.act, self.low = act(), nn.Conv2d(64, 64, 3, 2, 1)
+        self.head = nn.Sequential(nn.Conv2d(64, 64, 1), act(), nn.Conv2d(64, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.stem(x))
+        return self.head(self.low(self.act(self.body(x) + x)))
+
+
+class Share(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.sum(1, keepdim=True)
+
+
+def found(model: nn.Module, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tensor]:
+    net = cs.adaptify(model.eval().to(dtype), mask, verify_laws=False)
+    x = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        return net.optimize()(x).isnan(), net(x).isnan()
+
+
+@TYPES
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_optimised_network_whose_weights_are_no_numbers_gives_nan_where_the_network_does(dtype, act, bad):
+    torch.manual_seed(0)
+    model = Net(act, nn.Identity())
+    for name, _ in model.named_parameters():
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            broken.get_parameter(name).view(-1)[0] = bad
+        optimised, plain = found(broken, dtype, "random:seed=0")
+        assert torch.equal(optimised, plain), name
+        if bad != bad:
+            assert plain.any(), name
+
+
+@TYPES
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6])
+def test_nan_that_a_network_makes_is_kept(dtype, act):
+    torch.manual_seed(0)
+    model = Net(act, Share())
+    with torch.no_grad():
+        model.down[0].bias.fill_(-0.5)  # so that many elements are zero everywhere, and 0 / 0 is NaN
+        model.down[0].weight.mul_(1e-1)
+    optimised, plain = found(model, dtype, "random:seed=0")
+    assert torch.equal(optimised, plain)
+    assert plain.any()
