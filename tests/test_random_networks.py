@@ -1,8 +1,8 @@
 """Random small networks keep the laws: what a call returns is a dense emulation's, on any level map.
 
 Each seed is a network of `random_networks`, converted with random options, run on a random level map per image: its
-outputs are the emulation's, a batch is its images one by one, the optimised copy gives the same, and at the network's own
-level the outputs of the call are the original's.
+outputs are the emulation's, a batch is its images one by one, the optimised copy gives the same, and at the network's
+own level the outputs of the call are the original's.
 """
 
 from __future__ import annotations
