@@ -208,6 +208,7 @@ REFUSED = [
     (["bench", "--model", "usernets:segmenter", "--dtype", "float16x"], "UnknownName", "float32"),
     (["bench", "--model", "usernets:segmenter", "--device", "abacus"], "InvalidInput", "cpu"),
     (["bench", "--model", "usernets:segmenter", "--picture", "no/b.png"], "FileError", "--picture"),
+    (["bench", "--model", "usernets:grey", "--size", "64x64"], "InvalidInput", "image.mean"),
     (["bench", "--model", "usernets:segmenter", "--size", "1x1"], "InvalidInput", "larger size"),
 ]
 
