@@ -60,6 +60,14 @@ def device_named(name: str) -> torch.device:
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInput("there is no CUDA device here.", next="use --device cpu.")
+    if device.type == "meta":
+        raise InvalidInput("device meta holds shapes and no values.", next="use cpu or cuda.")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # a torch that was built without it says so in many ways
+        raise InvalidInput(
+            f"there is no device {name!r} here.", why=first_line(error), next="use cpu or cuda."
+        ) from error
     return device
 
 

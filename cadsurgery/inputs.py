@@ -72,6 +72,8 @@ def _wrong_channels(image: Tensor, channels: int) -> InvalidInput:
         hint = "the channels come second: image.permute(0, 3, 1, 2)."
     elif image.shape[1] == 1 and channels == 3:
         hint = "of a grey image: image.expand(-1, 3, -1, -1)."
+    elif image.shape[1] == 3 and channels == 1:
+        hint = "of an image in colour: image.mean(1, keepdim=True)."
     elif image.shape[1] == 4 and channels == 3:
         hint = "leave out transparency: image[:, :3]."
     else:

@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery import functional
-from cadsurgery.errors import UnknownName
+from cadsurgery.errors import InvalidInput, UnknownName, first_line
 from cadsurgery.functional import Elements
 from cadsurgery.interpreter import GraphInterpreter
-from cadsurgery.lattice import Lattice
+from cadsurgery.lattice import Lattice, describe
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
@@ -233,6 +233,7 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
 
     Raises:
         UnknownName: no such rule.
+        InvalidInput: it does not run on them.
     """
     if rule not in RULES:
         raise UnknownName("counting rule", rule, RULES)
@@ -246,7 +247,14 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
         if isinstance(module, _COUNTED):
             module.register_forward_hook(count)
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        counted(*(_to_meta(value) for value in args))
+        try:
+            counted(*(_to_meta(value) for value in args))
+        except Exception as error:  # the network decides what it takes
+            raise InvalidInput(
+                f"{type(model).__name__} does not run on {describe(next(iter(args), None))}.",
+                why=first_line(error),
+                next="give an image batch that it takes.",
+            ) from error
     return counts[0] if rule == "published" else flops.get_total_flops() // 2
 
 

@@ -44,7 +44,7 @@ def dense_twin(net: AdaptiveModel, level: int, image: Tensor) -> Callable[[Tenso
         return folded.run_graph(uniform, batch)[0]
 
     with torch.no_grad():
-        run(image)
+        folded.run(uniform, image)  # an image that does not fit is refused here
         recorded = make_fx(run)(image)
     recorded.graph.eliminate_dead_code()
     recorded.recompile()

@@ -367,6 +367,7 @@ def _function_builder(module: str, function: str) -> Builder:
             raise FileError(
                 f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file."
             )
+        _check_arguments(builder, f"{module}:{function}", kwargs)
         model = builder(**kwargs)
         if not isinstance(model, nn.Module):
             raise InvalidInput(
@@ -377,6 +378,23 @@ def _function_builder(module: str, function: str) -> Builder:
         return model, Source(f"{module}:{function}", kwargs, "own", note, *_statistics(model))
 
     return build
+
+
+def _check_arguments(builder: Any, name: str, kwargs: dict[str, Any]) -> None:
+    """Refuse what cannot be called so; what goes wrong within is for who wrote it."""
+    if not callable(builder):
+        raise InvalidInput(f"{name} is no function.", next="name one that returns a torch.nn.Module.")
+    try:
+        inspect.signature(builder).bind(**kwargs)
+    except ValueError:  # no signature is known
+        return
+    except TypeError as error:
+        given = f"with {', '.join(kwargs)}" if kwargs else "without arguments"
+        raise InvalidInput(
+            f"{name} cannot be called {given}.",
+            why=first_line(error),
+            next="name a function that builds the network so, e.g. with default values.",
+        ) from error
 
 
 def _with_classes(kwargs: dict[str, Any], num_classes: int | None) -> dict[str, Any]:

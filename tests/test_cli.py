@@ -41,6 +41,17 @@ def segmenter():
     return nn.Sequential(*layers, nn.Conv2d(4, 10, 1))
 
 
+def grey():
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), *list(segmenter())[2:])
+
+
+def of_classes(count):
+    return segmenter()
+
+
+LAYER = 3
+
+
 def flat():
     return nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1))
 '''
@@ -169,6 +180,12 @@ REFUSED = [
     (["run", "net.safetensors", "missing.png", "absent"], "FileError", "path"),
     (["run", "net.safetensors", "images/first.png", "--size", "0x9"], "InvalidInput", "positive"),
     (["run", "net.safetensors", "images", "--device", "abacus"], "InvalidInput", "cpu"),
+    (["run", "net.safetensors", "images", "--device", "meta"], "InvalidInput", "cpu"),
+    (["run", "net.safetensors", "images", "--device", "hpu"], "InvalidInput", "cpu"),
+    (["plan", "--model", "usernets:of_classes"], "InvalidInput", "default values"),
+    (["plan", "--model", "usernets:LAYER"], "InvalidInput", "torch.nn.Module"),
+    (["macs", "--model", "usernets:grey", "--size", "64x64"], "InvalidInput", "image.mean"),
+    (["macs", "--model", "usernets:grey", "--size", "64x64", "--dense"], "InvalidInput", "image batch"),
     (["run", "net.safetensors", "images", "--mask", "edgs"], "UnknownName", "edges"),
     (["run", "net.safetensors", "images", "--output", "usernets.py", "--trust"], "FileError", "--output"),
     (["convert", "--model", "usernets:segmenter", "--mask", "edgs"], "UnknownName", "edges"),
@@ -191,6 +208,7 @@ REFUSED = [
     (["bench", "--model", "usernets:segmenter", "--dtype", "float16x"], "UnknownName", "float32"),
     (["bench", "--model", "usernets:segmenter", "--device", "abacus"], "InvalidInput", "cpu"),
     (["bench", "--model", "usernets:segmenter", "--picture", "no/b.png"], "FileError", "--picture"),
+    (["bench", "--model", "usernets:grey", "--size", "64x64"], "InvalidInput", "image.mean"),
     (["bench", "--model", "usernets:segmenter", "--size", "1x1"], "InvalidInput", "larger size"),
 ]
 
