@@ -432,7 +432,7 @@ def test_the_script_converts_the_published_files_of_a_folder(
     for stem, name in ((adaptive, "edges-8-16-0.15"), (dense, "os8")):
         read, path = load_published(tmp_path / f"{stem}.pth"), tmp_path / f"{stem}.safetensors"
         if read.run.low is not None:
-            net: nn.Module = cs.load(path)
+            net: nn.Module = cs.load(path, trust=True)
         else:
             net = cs.build_model(checkpoints.BUILDER, str(path), **SMALL)
         with torch.no_grad():
