@@ -40,8 +40,9 @@ class Bucketed(nn.Module):
 
     What precedes the region and the mask come first, with the first pass that a mask may want; then the numbers of
     elements after each stage are rounded up to a bucket, and the rest runs in a graph made for that bucket, its last
-    rows padding that nothing reads. A graph is made at the first image of its bucket and size; of more than `MOST_GRAPHS`
-    the one that was not used for longest goes. `net.levels` and `net.active_fraction` are those of the last call.
+    rows padding that nothing reads. A graph is made at the first image of its bucket and size; of more than
+    `MOST_GRAPHS` the one that was not used for longest goes. `net.levels` and `net.active_fraction` are those of the
+    last call.
     """
 
     def __init__(self, net: AdaptiveModel, per_octave: int = 4, **options: Any) -> None:
