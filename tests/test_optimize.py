@@ -472,7 +472,9 @@ def test_without_a_compiler_the_results_are_the_same(name: str, monkeypatch: pyt
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("channels", "outputs"), [(5, 64), (70, 120), (33, 56), (40, 17), (9, 1)])
+@pytest.mark.parametrize(
+    ("channels", "outputs"), [(5, 64), (70, 120), (33, 56), (40, 17), (9, 1), (8, 48), (8, 80), (8, 96)]
+)
 @pytest.mark.parametrize("taps", [1, 9])
 def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps: int) -> None:
     source, table, whole = reading(dtype, channels, taps)
@@ -480,7 +482,7 @@ def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps
     assert native.has_product(weight) and not native.has_product(weight.bfloat16())
     more = torch.randn(37, outputs).to(dtype)
     packed = native.product_weight(weight, bias)
-    found = native.product(source, table, *packed, more, torch.empty_like(more), (0.0, 6.0))
+    found = native.product(source, table, *packed, more, outputs, (0.0, 6.0))
     gathered = whole.double()[table.long()]
     expected = torch.einsum("ntc,oct->no", gathered, weight.double()[:, :, 0])
     expected = (expected + bias.double() + more.double()).clamp(0, 6)

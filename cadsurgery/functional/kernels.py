@@ -2,8 +2,8 @@
 
 A `Kernel` is a weight with its bias, groups and activation. On the CPU it runs in oneDNN or in compiled code of this
 package (`native`), each with the weight packed its own way; residual and activation are taken along. A `PackedConv`
-keeps the packed weights from call to call: rows are multiplied as by a linear layer, whose packed weight serves any
-number of them, dense maps by weights packed for their shapes.
+keeps the packed weights from call to call: rows are multiplied by compiled code, or as by a linear layer of oneDNN,
+whose packed weight serves any number of rows too; dense maps by weights packed for their shapes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Activation:
         if self.bounds is not None:
             return values.clamp_(*self.bounds)
         if self.name == "gelu":
-            return values.copy_(F.gelu(values, approximate=self.algorithm))
+            return torch.ops.aten.gelu_(values, approximate=self.algorithm)
         if self.name == "leaky_relu":
             return F.leaky_relu_(values, *self.scalars)
         return _IN_PLACE[self.name](values)
@@ -108,6 +108,9 @@ class Kernel:
             return self.finish(F.linear(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
         if self.kept is None:
             return self.finish(product(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
+        if self._has_product(rows):
+            own = torch.arange(rows.shape[0], dtype=torch.int32).unsqueeze(1)
+            return self.by_table(native.Rows(rows.contiguous(), None, 0.0), own, residual)
         # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
         # was packed for: with others it is reordered in every call, which is far slower.
         weight = self._form(
@@ -127,24 +130,17 @@ class Kernel:
             return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
         # The activation meets the sum block by block, while that is in the cache.
         out = rows.new_empty(rows.shape[0], self.weight.shape[0])
-        length = _block_length(out)
+        length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
         for part, more, whole in zip(
             rows.split(length), residual.split(length), out.split(length), strict=True
         ):
             whole.copy_(act.apply_(_LINEAR.binary(part, more, weight, bias, "add")))
         return out
 
-    def on_elements(self, rows: Tensor, residual: Tensor | None = None, steady: bool = False) -> Tensor:
-        """`on_rows`, where the product of a row must not depend on how many there are.
-
-        Unless their number is `steady`, the same for all images of a size, compiled code multiplies them: it takes any
-        number, while oneDNN makes code for each anew: milliseconds, and some hundred kilobytes that stay in its caches.
-        """
+    def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`on_rows`, where the product of a row must not depend on how many there are."""
         count, fewest = rows.shape[0], _fewest(rows)
-        if self.kept is not None and count and not steady and self._has_product(rows):
-            own = torch.arange(count, dtype=torch.int32).unsqueeze(1)
-            return self.by_table(native.Rows(rows.contiguous(), None, 0.0), own, residual)
-        if self.kept is None or not 0 < count < fewest:
+        if self.kept is None or not 0 < count < fewest or self._has_product(rows):
             return self.on_rows(rows, residual)
         more = _filled(residual, fewest) if residual is not None else None
         return self.on_rows(_filled(rows, fewest), more)[:count]
@@ -189,28 +185,20 @@ class Kernel:
 
     def by_table(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, O), reading `source` by a table (n, taps), of a kernel that `native.has_grouped` or `has_product`."""
-        dtype, act, (count, _) = source.rows.dtype, self.activation, table.shape
+        dtype, act, outputs = source.rows.dtype, self.activation, self.weight.shape[0]
         pack = native.grouped_weight if self.groups > 1 else native.product_weight
         weight, bias = self._form(("table", dtype), lambda: pack(self.weight.to(dtype), self.bias))
         bounds = act.bounds if act is not None else None
         limits = bounds or (-float("inf"), float("inf"))
-        later = act if bounds is None else None
         if self.groups > 1:
             out = native.grouped(source, table, weight, bias, residual, limits)
-            return out if later is None else later.apply_(out)
-        out = source.rows.new_empty(count, self.weight.shape[0])
-        # An activation that is no clamp meets the result block by block, while that is in the caches of all cores.
-        length = _block_length(out) * torch.get_num_threads() if later is not None else max(count, 1)
-        for start in range(0, count, length):
-            part = slice(start, start + length)
-            more = residual[part] if residual is not None else None
-            native.product(source, table[part], weight, bias, more, out[part], limits)
-            if later is not None:
-                later.apply_(out[part])
-        return out
+        else:
+            out = native.product(source, table, weight, bias, residual, outputs, limits)
+        return out if bounds or act is None else act.apply_(out)
 
     def _has_product(self, rows: Tensor) -> bool:
-        """Whether compiled code multiplies rows by the weight."""
+        """Whether compiled code multiplies rows by the weight. It takes any number of them: oneDNN makes code for each
+        number anew, which takes a millisecond and some hundred kilobytes that stay in its caches."""
         own = self.groups == 1 and rows.dtype == self.weight.dtype
         return own and native.supported(rows) and native.has_product(self.weight)
 
@@ -385,11 +373,6 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
         return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
     return F.linear(rows, weight, bias)
-
-
-def _block_length(out: Tensor) -> int:
-    """Rows of a block of a result."""
-    return max(96, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
 
 
 def _fewest(rows: Tensor) -> int:

@@ -204,6 +204,40 @@ static inline __attribute__((always_inline)) void multiply(
         for (int j = 0; j < wide; j++) memcpy(sums + i * CHUNK + j * LANES, &total[i][j], sizeof(lane));
 }
 
+/* `multiply` of all there is to sum, whose sums start at the bias: they leave for `out` from the registers. For ROWS rows
+ * side by side in `out`, and whole vectors only. */
+static inline __attribute__((always_inline)) void multiply_once(
+    const element *const *a, long channels, const element *b, const element *bias, const element *more, element *out,
+    long outputs, const lane *limits, const int wide) {
+    lane total[ROWS][WIDE_PRODUCT];
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) total[i][j] = load(bias + j * LANES);
+    const element *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
+    for (long c = 0; c < channels; c++) {
+        lane by[WIDE_PRODUCT];
+        element value[ROWS] = {a0[c], a1[c], a2[c], a3[c], a4[c], a5[c]};
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) by[j] = load(b + c * CHUNK + j * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < wide; j++) total[i][j] += value[i] * by[j];
+    }
+    lane least = limits[0], most = limits[1]; /* in no register until here */
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) {
+            lane value = total[i][j];
+            if (more) value += load(more + i * outputs + j * LANES);
+            value = choose(value < least, least, value);
+            value = choose(value > most, most, value);
+            memcpy(out + i * outputs + j * LANES, &value, sizeof value);
+        }
+}
+
 /* Ungrouped convolution without gathering: rows are read where they lie. out (n, outputs) is clamped to low..high after
  * `more`, if any, is added. weight is (chunks, taps, channels, CHUNK) and bias (chunks * CHUNK), outputs padded.
  *
@@ -212,6 +246,7 @@ static inline __attribute__((always_inline)) void multiply(
 int SUFFIX(product)(const reading *in, const element *weight, const element *bias, const element *more, element *out,
                     long outputs, double low, double high) {
     long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK;
+    const lane limits[2] = {(lane){} + (element)low, (lane){} + (element)high};
 #pragma omp parallel for schedule(dynamic)
     for (long first = 0; first < in->n; first += BLOCK) {
         long count = in->n - first < BLOCK ? in->n - first : BLOCK;
@@ -219,12 +254,25 @@ int SUFFIX(product)(const reading *in, const element *weight, const element *bia
         for (long chunk = 0; chunk < chunks; chunk++) {
             long some = outputs - chunk * CHUNK < CHUNK ? outputs - chunk * CHUNK : CHUNK;
             int wide = (some + LANES - 1) / LANES;
-            for (long i = 0; i < BLOCK; i++) memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(element));
+            long done = 0; /* rows of the block */
+            if (in->taps == 1 && channels <= DEPTH && some % LANES == 0)
+                for (; done + ROWS <= count; done += ROWS) {
+                    const element *a[ROWS], *b = weight + chunk * channels * CHUNK, *own = bias + chunk * CHUNK;
+                    for (int i = 0; i < ROWS; i++) a[i] = row(in, in->table[first + done + i]);
+                    long at = (first + done) * outputs + chunk * CHUNK;
+                    const element *add = more ? more + at : 0;
+                    if (wide == 4) multiply_once(a, channels, b, own, add, out + at, outputs, limits, 4);
+                    else if (wide == 3) multiply_once(a, channels, b, own, add, out + at, outputs, limits, 3);
+                    else if (wide == 2) multiply_once(a, channels, b, own, add, out + at, outputs, limits, 2);
+                    else multiply_once(a, channels, b, own, add, out + at, outputs, limits, 1);
+                }
+            for (long i = done; i < (count + ROWS - 1) / ROWS * ROWS; i++)
+                memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(element));
             for (long part = 0; part < channels; part += DEPTH)
                 for (long tap = 0; tap < in->taps; tap++) {
                     long depth = channels - part < DEPTH ? channels - part : DEPTH;
                     const element *b = weight + ((chunk * in->taps + tap) * channels + part) * CHUNK;
-                    for (long tile = 0; tile < count; tile += ROWS) {
+                    for (long tile = done; tile < count; tile += ROWS) {
                         const element *a[ROWS];
                         for (int i = 0; i < ROWS; i++) {
                             long e = first + (tile + i < count ? tile + i : count - 1);
@@ -237,13 +285,13 @@ int SUFFIX(product)(const reading *in, const element *weight, const element *bia
                         else multiply(a, depth, b, to, 1);
                     }
                 }
-            for (long i = 0; i < count; i++) {
+            for (long i = done; i < count; i++) {
                 const element *value = sums + i * CHUNK, *add = more ? more + (first + i) * outputs + chunk * CHUNK : 0;
-                element *to = out + (first + i) * outputs + chunk * CHUNK, least = low, most = high;
+                element *to = out + (first + i) * outputs + chunk * CHUNK, floor = low, top = high;
                 for (long j = 0; j < some; j++) {
                     element found = add ? value[j] + add[j] : value[j];
-                    found = found < least ? least : found;
-                    to[j] = found > most ? most : found;
+                    found = found < floor ? floor : found;
+                    to[j] = found > top ? top : found;
                 }
             }
         }

@@ -101,7 +101,7 @@ def product(
     weight: Tensor,
     bias: Tensor,
     more: Tensor | None,
-    out: Tensor,
+    outputs: int,
     bounds: tuple[float, float],
 ) -> Tensor:
     """Ungrouped convolution that reads rows where they lie: (n, outputs) = clamp(sum + bias + more).
@@ -112,10 +112,11 @@ def product(
         weight: (chunks, taps, channels, outputs of a chunk) as `product_weight` lays it out.
         bias: (chunks * outputs of a chunk,).
         more: (n, outputs) or None, a residual.
-        out: (n, outputs), which is filled.
+        outputs: channels of the result.
         bounds: least and largest value of the result.
     """
-    return _convolved("product", source, table, weight, bias, more, out, out.shape[1], bounds)
+    out = source.rows.new_empty(table.shape[0], outputs)
+    return _convolved("product", source, table, weight, bias, more, out, outputs, bounds)
 
 
 def _convolved(
