@@ -182,7 +182,8 @@ def document(rows: list[Row], setting: Row) -> str:
 
 {len(rows)} networks of torchvision and timm were built with random weights and random statistics, converted with their
 default output strides, and compared, batches of two: law 1 (at the network's own level the outputs of the call are the
-original's, a map that is returned at the fine size at the network's own samples; {parity(rows)}), law 2 (every other uniform level is the dense network at that stride; everything high, read at the network's own positions,
+original's, a map that is returned at the fine size at the network's own samples; {parity(rows)}), law 2 (every
+other uniform level is the dense network at that stride; everything high, read at the network's own positions,
 is the original where no global operation mixes positions) and law 5 (a batch with a level map per image is its images
 one by one), to 1e-4 in float32, or to 1e-9 in float64 where a deep random network amplifies rounding
 ({double} networks). Families that were not part of the run are named below. A name that both libraries have is
