@@ -156,6 +156,15 @@ def ends(rows: list[Row]) -> str:
     return table(("operation", "why", "networks", "for example", "MACs dense from there, median"), lines)
 
 
+def parity(rows: list[Row]) -> str:
+    """How many networks were compared at sizes of both parities; some take few sizes."""
+    compared = [row["sizes"] for row in rows if row.get("sizes")]
+    both = sum({length % 2 for size in sizes for length in size} == {0, 1} for sizes in compared)
+    older = sum(row["result"] == "converts" and "sizes" not in row for row in rows)
+    said = f"{both} of {len(compared)} at odd and even sizes, the others at the sizes they take"
+    return said + (f"; {older} rows are of an earlier run, without resized outputs" if older else "")
+
+
 def document(rows: list[Row], setting: Row) -> str:
     """The page."""
     networks = [row for row in rows if row.get("kind") == "cnn"]
@@ -172,8 +181,9 @@ def document(rows: list[Row], setting: Row) -> str:
     return f"""# The zoo
 
 {len(rows)} networks of torchvision and timm were built with random weights and random statistics, converted with their
-default output strides, and compared: law 1 (on its own grid it is the original, on two odd, non-square sizes), law 2
-(every other uniform level is the dense network at that stride; everything high, read at the network's own positions,
+default output strides, and compared, batches of two: law 1 (at the network's own level the outputs of the call are the
+original's, a map that is returned at the fine size at the network's own samples; {parity(rows)}), law 2 (every
+other uniform level is the dense network at that stride; everything high, read at the network's own positions,
 is the original where no global operation mixes positions) and law 5 (a batch with a level map per image is its images
 one by one), to 1e-4 in float32, or to 1e-9 in float64 where a deep random network amplifies rounding
 ({double} networks). Families that were not part of the run are named below. A name that both libraries have is

@@ -1,4 +1,4 @@
-"""What does not fit: images that a network cannot take, and networks that surgery cannot."""
+"""Images that a network cannot take: of another type, device or number of channels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.errors import InvalidInput, first_line
 from cadsurgery.functional import to_elements
 from cadsurgery.lattice import describe
+from cadsurgery.surgery.hooks import parameter
 
 
 def misfit(net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception) -> InvalidInput | None:
@@ -96,16 +97,22 @@ def _readers(net: nn.Module, graph: fx.Graph) -> Iterator[tuple[Tensor, int]]:
             continue
         if not node.args or node.args[0] is not source:
             continue
-        operand = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
-        if node.op == "call_module":
-            owner: Any = net.get_submodule(str(node.target))
-        elif isinstance(operand, fx.Node) and operand.op == "get_attr":
-            owner = _attribute(net, str(operand.target))
-        else:
-            continue
+        owner = _owner(net, node)
         weight = owner if isinstance(owner, Tensor) else getattr(owner, "weight", None)
         if isinstance(weight, Tensor):
             yield weight, int(node.kwargs.get("groups") or getattr(owner, "groups", 1))
+
+
+def _owner(net: nn.Module, node: fx.Node) -> Any:
+    """The module or tensor that an operation applies to its first argument; None if it has none."""
+    if node.op == "call_module":
+        return net.get_submodule(str(node.target))
+    operand = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
+    if not isinstance(operand, fx.Node):
+        return None
+    if operand.target is parameter:
+        operand = operand.all_input_nodes[0].all_input_nodes[0]  # of a module that is prepared first
+    return _attribute(net, str(operand.target)) if operand.op == "get_attr" else None
 
 
 def _name(dtype: torch.dtype) -> str:

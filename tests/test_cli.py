@@ -779,3 +779,12 @@ def test_export_of_a_refused_mask_writes_nothing(run: Run, file: Path, tmp_path:
     before = sorted(tmp_path.iterdir())
     assert run("export", file, "--trust", "--mask", "edges").code == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_size_of_what_is_returned_is_chosen(run: Run) -> None:
+    command = ("plan", "--model", "usernets:segmenter")
+    assert run(*command, "--json").json["returned"] == "fine"
+    assert "returned at output stride 8" in run(*command).out
+    assert run(*command, "--outputs", "native", "--json").json["returned"] == "native"
+    refused = run(*command, "--outputs", "coarse")
+    assert refused.code == 1 and "fine, native" in refused.err

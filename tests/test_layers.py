@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cadsurgery"
 
 # A module imports only modules above it in this list.
 LAYERS = [
-    *("errors", "files", "environment"),
+    *("errors", "files", "plain", "environment"),
     *("layout", "lattice", "kernel_map"),
     *(
         "functional.native",
@@ -69,6 +69,7 @@ LAYERS = [
     ),
     *(
         "interpreter",
+        "inputs",
         "macs",
         "model",
         "paths",
@@ -76,6 +77,7 @@ LAYERS = [
         "reach",
         "points",
         "static",
+        "candidates",
         "api",
         "zoo",
         "coverage",
@@ -222,7 +224,7 @@ def test_geometry_loads_neither_libraries_of_networks_nor_surgery() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert set(ast.literal_eval(printed)) == {
-        *("cadsurgery.errors", "cadsurgery.files"),
+        *("cadsurgery.errors", "cadsurgery.files", "cadsurgery.plain"),
         *(f"cadsurgery.{name}" for name in GEOMETRY),
     }
 
