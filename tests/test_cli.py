@@ -617,7 +617,7 @@ def test_convert_reports_verifies_and_writes_a_file(run: Run, tmp_path: Path) ->
     assert report["model"] == "torchvision:resnet18" and report["random_weights"] is True
     assert report["output_stride"] == [8, 32] and report["image"] == [1, 3, *SIZE]
     assert report["adapted"][0] == "layer3_0_conv1" and 0 < report["share_of_macs_in_region"] < 1
-    assert len(report["checks"]) == 4 and all(check["passed"] for check in report["checks"])
+    assert len(report["checks"]) == 5 and all(check["passed"] for check in report["checks"])
     names = [side["name"] for side in report["sides"]]
     assert names[0] == "original" and "dense high" in names[1] and names[2] == "converted"
     assert names[3] == "converted, net.optimize()" and len(names) == 4
@@ -687,11 +687,11 @@ def test_run_does_the_images_that_are_there_and_reports_those_that_are_not(
 ) -> None:
     (tmp_path / "empty").mkdir()
     given = ("missing.png", folder / "first.png", "empty")
-    result = run("run", file, *given, "--json")
+    result = run("run", file, *given, "--trust", "--json")
     assert [Path(row["image"]).name for row in result.json["images"]] == ["first.png"]
     assert [row["image"] for row in result.json["failed"]] == ["missing.png", "empty"]
     assert result.code == 1 and (tmp_path / "predictions" / "first.png").is_file()
-    told = run("run", file, *given)
+    told = run("run", file, *given, "--trust")
     assert "1 done, 2 failed" in told.out and "missing.png" in told.err and told.code == 1
 
 

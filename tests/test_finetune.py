@@ -882,7 +882,7 @@ def test_the_command_trains_a_function_and_then_its_file(
     code, out, err = command("run/net.safetensors", "--trust", *SHORT, "-o", "more")
     assert code == 0, out + err
     assert "before" in out and "classifier" in out and (tmp_path / "more/net.safetensors").is_file()
-    source = cs.load(tmp_path / "more/net.safetensors").source
+    source = cs.load(tmp_path / "more/net.safetensors", trust=True).source
     assert source.weights == "fine-tuned"  # not random, whatever they were at first
 
 

@@ -282,9 +282,8 @@ def region_of(flow: Flow, facts: Facts, high: int) -> Region:
             region.needed.update(dict.fromkeys(parts, region.needed[node]))
     entering = {s for node in inside if region.stage(node) for s in flow.maps(node) if not region.stage(s)}
     foreign = any(flow.grid[node] != high for node in entering)  # the fine map would not be the network's own
-    sizes = [
-        facts.images[node] for node in facts.graph.nodes if node in entering
-    ]  # the first is the fine map's
+    # The first is the fine map's. Padding is no part of a map: it belongs to the window that reads it.
+    sizes = [facts.images[node] for node in facts.graph.nodes if node in entering and node not in facts.pads]
     grown = any(length > most for size in sizes for length, most in zip(size, sizes[0], strict=True))
     if foreign or grown:
         return Region((high,), frozenset(outside), dict.fromkeys(inside, high))

@@ -146,7 +146,7 @@ def _at_another_size(
     """The outputs of the call at the network's own level, at a size of the other parity; none if it takes none."""
     smaller = image[..., : image.shape[2] - 1, : image.shape[3] - 1]
     try:
-        expected = model(smaller.clone())
+        expected = model.forward(smaller.clone())  # hooks of the network as a whole are not in its graph
     except Exception:  # the network says in its own way which sizes it takes
         return []
     masking = _uniform(geometry, plan.identity_level or 0)
