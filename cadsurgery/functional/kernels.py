@@ -108,9 +108,6 @@ class Kernel:
             return self.finish(F.linear(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
         if self.kept is None:
             return self.finish(product(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
-        if self._has_product(rows):
-            own = torch.arange(rows.shape[0], dtype=torch.int32).unsqueeze(1)
-            return self.by_table(native.Rows(rows.contiguous(), None, 0.0), own, residual)
         # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
         # was packed for: with others it is reordered in every call, which is far slower.
         weight = self._form(
@@ -137,10 +134,20 @@ class Kernel:
             whole.copy_(act.apply_(_LINEAR.binary(part, more, weight, bias, "add")))
         return out
 
-    def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`on_rows`, where the product of a row must not depend on how many there are."""
+    def on_elements(self, rows: Tensor, residual: Tensor | None = None, *, steady: bool = False) -> Tensor:
+        """`on_rows`, where the product of a row must not depend on how many there are.
+
+        Args:
+            rows: (n, C).
+            residual: (n, O) or None.
+            steady: whether n depends on the size of the image alone, so that oneDNN, which makes code for each n, may
+                be asked: it is a little faster.
+        """
         count, fewest = rows.shape[0], _fewest(rows)
-        if self.kept is None or not 0 < count < fewest or self._has_product(rows):
+        if self.kept is not None and count and not steady and self._has_product(rows):
+            own = torch.arange(count, dtype=torch.int32).unsqueeze(1)
+            return self.by_table(native.Rows(rows.contiguous(), None, 0.0), own, residual)
+        if self.kept is None or not 0 < count < fewest:
             return self.on_rows(rows, residual)
         more = _filled(residual, fewest) if residual is not None else None
         return self.on_rows(_filled(rows, fewest), more)[:count]
@@ -347,9 +354,9 @@ class PackedLinear(PackedConv):
         shape = (*values.shape[:-1], self.weight.shape[0])
         rows = values.reshape(-1, values.shape[-1])
         if residual is not None and residual.shape != shape:
-            return self.kernel.finish(self.kernel.alone.on_rows(rows).view(shape), residual)
+            return self.kernel.finish(self.kernel.alone.on_elements(rows).view(shape), residual)
         more = residual.reshape(-1, shape[-1]) if residual is not None else None
-        return self.kernel.on_rows(rows, more).view(shape)
+        return self.kernel.on_elements(rows, more).view(shape)
 
 
 def kernel_matrix(weight: Tensor, groups: int) -> Tensor:

@@ -105,7 +105,8 @@ def fused_conv2d(
     if window.is_pointwise and kernel.groups == 1:
         rows = rows_on(x, target)
         flat = more.reshape(-1, more.shape[-1]) if more is not None else None
-        out = kernel.on_elements(rows.reshape(-1, rows.shape[-1]), flat)
+        steady = target.uniform_level is not None
+        out = kernel.on_elements(rows.reshape(-1, rows.shape[-1]), flat, steady=steady)
         return Elements(out.view(*rows.shape[:-1], out.shape[-1]), target)
     dense = _as_dense(x, window, target, window.outside or 0.0)
     if dense is None:
