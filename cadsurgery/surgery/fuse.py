@@ -152,7 +152,7 @@ class Fuser:
             module = self.module(node)
             return (
                 module is not None
-                and not type(module).__module__.startswith("torch.nn.")
+                and not type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
                 and not has_rule(module)
             )
         name = str(getattr(node.target, "__name__", node.target)).strip("_")
