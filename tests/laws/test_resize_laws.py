@@ -215,3 +215,22 @@ def test_several_feature_maps_stand_where_the_plan_says(name: str) -> None:
         step = own // stride
         assert_same(ours[..., ::step, ::step], theirs, 1e-4)
     assert str(net.plan).count("(output stride ") == len(expected)
+
+
+@pytest.mark.parametrize("fill", ["linear", "nearest"])
+@pytest.mark.parametrize("size", [(16, 24), (13, 22), (9, 7)], ids=str)
+def test_on_a_mixed_map_an_element_of_a_shuffle_takes_the_channels_of_its_phase(
+    size: tuple[int, int], fill: Any
+) -> None:
+    """Of the filled map, at the network's own sample it is made of; beyond the image the outermost one."""
+    lattice = Geometry((2, 2), fill=fill).lattice(random_levels(2, size, (2, 2)))
+    x = Elements(torch.randn(len(lattice), 8, dtype=double), lattice)
+    found, fine = functional.pixel_shuffle(x, 1, (4, 2), 2), functional.to_dense(x)
+    assert found.lattice.size == found.lattice.holding([-(-length // 4) * 2 for length in size], 2)
+    for row, (image, y, x_) in enumerate(
+        zip(*(part.tolist() for part in found.lattice.coordinates), strict=True)
+    ):
+        own = y // 2, x_ // 2
+        place = [min(o // 2 * 4 + at % 2, n - 1) for o, at, n in zip(own, (y, x_), size, strict=True)]
+        values = fine[image, :, place[0], place[1]].view(2, 4)
+        assert torch.equal(found.rows[row], values[:, own[0] % 2 * 2 + own[1] % 2])
