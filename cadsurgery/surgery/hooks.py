@@ -298,8 +298,13 @@ def _exchanged(found: Watched, why: str) -> InvalidInput:
     )
 
 
+def own_class(module: nn.Module) -> type:
+    """The class of a module as it was written: a parametrized one has a class of its own, made from that."""
+    return type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+
+
 def _kind(module: nn.Module) -> str:
-    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+    kind = own_class(module)
     return f"{kind.__module__}:{kind.__qualname__}"
 
 

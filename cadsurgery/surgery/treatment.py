@@ -14,13 +14,12 @@ from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from cadsurgery.environment import same_place
 from cadsurgery.kernel_map import Window
 from cadsurgery.layout import NCHW
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.hooks import stays_whole
+from cadsurgery.surgery.hooks import own_class, stays_whole
 
 Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
 
@@ -211,5 +210,5 @@ def _operation_keys(node: fx.Node, facts: Facts) -> tuple[object, ...]:
 
 
 def _module_keys(module: nn.Module) -> tuple[object, ...]:
-    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+    kind = own_class(module)
     return (kind, f"{kind.__module__}:{kind.__name__}")
