@@ -20,9 +20,9 @@ from torch.fx.experimental.optimization import fuse
 from torchvision.models import resnet50
 
 import cadsurgery as cs
-from cadsurgery.environment import setting
 from cadsurgery.masks.masking import Masking
-from cadsurgery.timing import interleaved
+from cadsurgery.support.provenance import setting
+from cadsurgery.support.timing import interleaved
 
 
 def backbone() -> nn.Module:

@@ -19,8 +19,8 @@ from torch.fx.experimental.optimization import fuse
 from torchvision.models import resnet50
 
 import cadsurgery as cs
-from cadsurgery.environment import setting
-from cadsurgery.timing import interleaved
+from cadsurgery.support.provenance import setting
+from cadsurgery.support.timing import interleaved
 
 BLOCK = 4  # fine pixels of a patch: R_K of the stages 8 -> 16 -> 32
 

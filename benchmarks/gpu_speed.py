@@ -28,11 +28,11 @@ from torchvision.models.segmentation import DeepLabV3
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 import cadsurgery as cs
-from cadsurgery.environment import setting
-from cadsurgery.functional import gpu
-from cadsurgery.kernel_map import Window, kernel_map
-from cadsurgery.lattice import Geometry, Lattice
-from cadsurgery.timing import interleaved
+from cadsurgery.elements.backends import gpu
+from cadsurgery.elements.kernel_map import Window, kernel_map
+from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.support.provenance import setting
+from cadsurgery.support.timing import interleaved
 
 BLOCK = 4  # fine pixels of a patch: R_K of the stages 8 -> 16 -> 32
 FRACTION = 0.34

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.environment import setting
+from cadsurgery.support.provenance import setting
 
 SIDES = ("dense", "plain", "optimised")
 MASKS = ("edges", "random:fraction=0.3", "edges | budget:fraction=0.34", "gradient", "all", "none")

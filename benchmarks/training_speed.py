@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 import cadsurgery as cs
-from cadsurgery.environment import setting
-from cadsurgery.timing import interleaved
+from cadsurgery.support.provenance import setting
+from cadsurgery.support.timing import interleaved
 
 
 def backbone(*dilated: bool) -> nn.Module:

@@ -1,7 +1,7 @@
 """docs/zoo.md and docs/zoo.png from the file of a full check of the zoo.
 
-cadsurgery list --check --output cadsurgery/zoo.jsonl      # the full run; goes on where it was stopped
-python benchmarks/zoo_report.py [--rows cadsurgery/zoo.jsonl] [--docs docs]
+cadsurgery list --check --output cadsurgery/tasks/zoo.jsonl      # the full run; goes on where it was stopped
+python benchmarks/zoo_report.py [--rows cadsurgery/tasks/zoo.jsonl] [--docs docs]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from cadsurgery.coverage import RECORDED, read_rows
-from cadsurgery.zoo import family_of, list_models
+from cadsurgery.data.networks import family_of, list_models
+from cadsurgery.tasks.zoo_check import RECORDED, read_rows
 
 Row = dict[str, Any]
 RESULTS = ("converts", "refused", "not checked", "not built", "broken")
@@ -189,7 +189,7 @@ one by one), to 1e-4 in float32, or to 1e-9 in float64 where a deep random netwo
 ({double} networks). Families that were not part of the run are named below. A name that both libraries have is
 torchvision's. This page is generated; nothing in it is written by hand.
 
-`cadsurgery list --check --output cadsurgery/zoo.jsonl`, then `python benchmarks/zoo_report.py`.
+`cadsurgery list --check --output cadsurgery/tasks/zoo.jsonl`, then `python benchmarks/zoo_report.py`.
 {versions}; {setting["machine"]}; commits {commits}.
 
 **{len(done)} of {len(networks)} convolutional networks convert ({len(done) / len(networks):.1%});

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cadsurgery import cli, screen
-from cadsurgery.io import _checksum, sealed
+from cadsurgery.cli import main, screen
+from cadsurgery.network.storage import _checksum, sealed
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -90,7 +90,7 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         capsys.readouterr()
         code: Any = 0
         try:
-            cli.main()
+            main()
         except SystemExit as request:
             code = request.code or 0
         captured = capsys.readouterr()

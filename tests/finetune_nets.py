@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.images import SCENE_CLASSES, labelled_scene
+from cadsurgery.data.images import SCENE_CLASSES, labelled_scene
 
 SIZE = (48, 64)
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from cadsurgery.functional import Elements, conv2d, fused_conv2d, gpu, triton_kernels
-from cadsurgery.functional.kernels import Activation, Kernel
-from cadsurgery.kernel_map import Window
-from cadsurgery.lattice import Geometry
+from cadsurgery.elements.backends import gpu, triton_kernels
+from cadsurgery.elements.backends.packed import Activation, Kernel
+from cadsurgery.elements.functional import Elements, conv2d, fused_conv2d
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry
 
 DEVICE = torch.device("cpu" if triton_kernels.INTERPRETED else "cuda")
 COUNT = 37 if triton_kernels.INTERPRETED else 5000

@@ -17,13 +17,13 @@ from rich.console import Console
 from torch import nn
 
 import cadsurgery as cs
-from cadsurgery import bench as module
-from cadsurgery import environment, memory
-from cadsurgery.bench import BAND, GROUPED, LINEAR, band, bench, law
-from cadsurgery.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
-from cadsurgery.files import append_lines
-from cadsurgery.images import normalise, street_scene
-from cadsurgery.timing import Timing, interleaved
+from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.support import memory, provenance
+from cadsurgery.support.files import append_lines
+from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.tasks import bench as module
+from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
+from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
 
 SIZE, FRACTIONS = (64, 96), (1.0, 0.5, 0.0)
 
@@ -201,8 +201,8 @@ def test_the_commit_is_told_only_in_a_checkout(monkeypatch: pytest.MonkeyPatch, 
     assert setting.to_dict()["commit"] == "abc1234" and "commit abc1234" in str(setting)
     outside = replace(setting, commit="")
     assert "commit" not in outside.to_dict() and "commit" not in str(outside)
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
-    assert environment.commit() == ""
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "environment.py"))
+    assert provenance.commit() == ""
 
 
 def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None:
@@ -351,11 +351,11 @@ def test_a_peak_is_what_one_call_adds() -> None:
 
 
 def test_a_setting_names_what_a_table_was_made_with() -> None:
-    told = environment.setting(torch.device("cpu"))
-    assert told.startswith(environment.device_in_words(torch.device("cpu")))
+    told = provenance.setting(torch.device("cpu"))
+    assert told.startswith(provenance.device_in_words(torch.device("cpu")))
     assert f"{torch.get_num_threads()} threads" in told and "\n" not in told
-    assert all(f"{name} {number}" in told for name, number in environment.versions().items())
-    assert f"commit {environment.commit()[:7]}" in told or not environment.commit()
+    assert all(f"{name} {number}" in told for name, number in provenance.versions().items())
+    assert f"commit {provenance.commit()[:7]}" in told or not provenance.commit()
 
 
 # -- refusals ------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_memory_is_refused_where_the_system_does_not_tell_it(
 
 def test_a_process_that_fails_is_told_with_its_reason() -> None:
     with pytest.raises(cs.CadError, match="process that was to measure memory") as caught:
-        memory.printed_alone("cadsurgery.bench", "print_peak", "no literal")
+        memory.printed_alone("cadsurgery.tasks.bench", "print_peak", "no literal")
     assert "SyntaxError" in caught.value.why and "leave out memory" in caught.value.next
     with pytest.raises(cs.CadError) as caught:
         memory.printed_alone("os", "_exit", "3")

@@ -18,11 +18,13 @@ from conftest import images, random_levels, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import functional, points, static
-from cadsurgery.functional import Elements, native
-from cadsurgery.functional.kernels import _MOST_FORMS, Kernel
-from cadsurgery.kernel_map import Window
-from cadsurgery.lattice import Geometry
+from cadsurgery.elements import functional
+from cadsurgery.elements.backends import native
+from cadsurgery.elements.backends.packed import _MOST_FORMS, Kernel
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.network import compile, points
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,7 +126,7 @@ def test_points_are_read_at_any_number_of_sizes() -> None:
 
 @torch.no_grad()
 def test_a_bucketed_network_keeps_the_graphs_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(compile, "MOST_GRAPHS", 2)
     net, (one, *others) = adapted("all"), [images(*size) for size in sizes(4)]
     fast = cs.Bucketed(net, backend="eager")
     for x in others:

@@ -18,10 +18,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from cadsurgery import files
-from cadsurgery.files import cache_folder, kept_whole
-from cadsurgery.functional import costs, native
-from cadsurgery.functional.costs import Costs
+from cadsurgery.elements.backends import costs, native
+from cadsurgery.elements.backends.costs import Costs
+from cadsurgery.support import files
+from cadsurgery.support.files import cache_folder, kept_whole
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="permission bits and compiled code as on Linux"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
+from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Settings, evaluate, fit
-from cadsurgery.images import normalise
 
 STEM = Settings(steps=4, batch=2, lr=0.05, workers=0, save_every=4, freeze="stem")
 

@@ -14,11 +14,11 @@ from conftest import ROOT, Run
 from PIL import Image
 
 import cadsurgery as cs
-from cadsurgery import bench
-from cadsurgery.bench_report import BenchReport, BenchSetting
-from cadsurgery.macs import dense_macs
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.timing import Timing
+from cadsurgery.tasks import bench
+from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 
 SIZE = (96, 128)
 COMMANDS = (
@@ -698,7 +698,7 @@ def test_run_does_the_images_that_are_there_and_reports_those_that_are_not(
 def test_run_writes_the_class_of_every_output_pixel(
     run: Run, file: Path, folder: Path, tmp_path: Path
 ) -> None:
-    from cadsurgery.images import normalise, read_image
+    from cadsurgery.data.images import normalise, read_image
 
     result = run("run", file, "--trust", folder / "first.png", "--mask", "all", "--output", "out", "--json")
     assert result.code == 0 and result.json["failed"] == []

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import cadsurgery as cs
-from cadsurgery.errors import CannotConvert, InvalidInput
+from cadsurgery.support.errors import CannotConvert, InvalidInput
 
 How = Callable[[nn.Module], object]
 

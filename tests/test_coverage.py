@@ -14,8 +14,16 @@ from conftest import images
 from torch import nn
 
 import cadsurgery as cs
-from cadsurgery import coverage
-from cadsurgery.coverage import Limits, check_network, check_networks, outlook, read_rows, recorded, settle
+from cadsurgery.tasks import zoo_check
+from cadsurgery.tasks.zoo_check import (
+    Limits,
+    check_network,
+    check_networks,
+    outlook,
+    read_rows,
+    recorded,
+    settle,
+)
 
 # One network for each kind of operation the zoo has; small ones.
 SAMPLE = {
@@ -163,14 +171,14 @@ def test_a_network_that_cannot_be_built_is_a_row() -> None:
 
 def test_an_inexact_network_is_a_broken_row_not_a_converted_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A law that does not hold after conversion is told, whatever the conversion itself verified."""
-    monkeypatch.setattr(coverage, "_batch_error", lambda net, image: 0.5)
+    monkeypatch.setattr(zoo_check, "_batch_error", lambda net, image: 0.5)
     row = check_network("resnet18")
     assert row["result"] == "broken" and "law 5" in row["why"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_never_within_a_tolerance(value: float) -> None:
-    assert coverage._error(torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])) == float("inf")
+    assert zoo_check._error(torch.tensor([1.0, value]), torch.tensor([1.0, 2.0])) == float("inf")
 
 
 # -- the recorded full run ---------------------------------------------------------------------------------
@@ -224,5 +232,5 @@ def test_the_recorded_rows_are_what_a_check_finds(name: str) -> None:
 
 
 def test_the_checked_sizes_are_odd_and_not_square() -> None:
-    for size in (coverage.EXAMPLE_SIZE, coverage.OTHER_SIZE):
+    for size in (zoo_check.EXAMPLE_SIZE, zoo_check.OTHER_SIZE):
         assert size[0] != size[1] and all(length % 2 for length in size)

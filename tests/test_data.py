@@ -16,9 +16,9 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.data import IGNORED, Augment, SegmentationData
+from cadsurgery.data.images import SCENE_CLASSES, normalise
+from cadsurgery.data.networks import Source
 from cadsurgery.data.sources import KINDS
-from cadsurgery.images import SCENE_CLASSES, normalise
-from cadsurgery.zoo import Source
 
 SIZE = (13, 22)
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.detection import opencv, peaks, points_of, sift
-from cadsurgery.images import street_scene
+from cadsurgery.data.images import street_scene
+from cadsurgery.masks.detectors import opencv, peaks, points_of, sift
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 INF = math.inf

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import kernel_map
-from cadsurgery.images import find_images, read_image, write_picture
-from cadsurgery.kernel_map import Window
-from cadsurgery.lattice import Geometry
+from cadsurgery.data.images import find_images, read_image, write_picture
+from cadsurgery.elements import kernel_map
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.masks import resolve_mask
 
 
@@ -218,7 +218,7 @@ def test_a_geometry_needs_a_stage_for_each_level() -> None:
 
 
 def test_a_lattice_of_another_batch_is_refused() -> None:
-    from cadsurgery.functional import to_elements
+    from cadsurgery.elements.functional import to_elements
 
     with refused(cs.InvalidInput, "batch of 2"):
         to_elements(torch.zeros(3, 4, 8, 8), Geometry((2,)).uniform(0, 2, (8, 8)))

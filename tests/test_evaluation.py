@@ -19,15 +19,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import launch, tally
-from cadsurgery.conversion import weights_in_words
 from cadsurgery.data import SegmentationData
-from cadsurgery.evaluation_report import EvaluationReport
-from cadsurgery.images import normalise, street_scene
-from cadsurgery.macs import layer_work
-from cadsurgery.tally import scores_of
-from cadsurgery.viz import evaluation_figure
-from cadsurgery.zoo import Source, source_of
+from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.data.networks import Source, source_of
+from cadsurgery.network.macs import layer_work
+from cadsurgery.support import processes
+from cadsurgery.tasks.convert import weights_in_words
+from cadsurgery.tasks.figures import evaluation_figure
+from cadsurgery.tasks.segmentation import counters
+from cadsurgery.tasks.segmentation.counters import scores_of
+from cadsurgery.tasks.segmentation.report import EvaluationReport
 
 DATA = "scene:5,height=48,width=80"
 EDGES, GRADED = "edges:threshold=0.15,dilation=3", "edges:threshold=0.95/0.1,dilation=3/9"
@@ -185,7 +186,7 @@ def test_masks_may_ask_for_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         (labels,) = known
         return labels[:, ::8, ::8] == 3
 
-    monkeypatch.setattr(tally, "labelled", labelled)
+    monkeypatch.setattr(counters, "labelled", labelled)
     report = cs.evaluate(segmenter(), DATA, [oracle], output_stride=[(8, 32)], limit=2, rounds=1)
     data = cs.open_data(DATA, "test")
     share = torch.stack([data[0][1], data[1][1]])[:, ::8, ::8].eq(3).double().mean()
@@ -398,10 +399,10 @@ def test_two_processes_find_what_one_finds(run: Run, folder: Path, tmp_path: Pat
     ]
     assert run(*converted, "--size", "96x128").code == 0
     predicted = []
-    for processes in (1, 2):
+    for count in (1, 2):
         done = run(
             *("run", "net.safetensors", folder / "test" / "images", "-o", "out", "--json", "--trust"),
-            processes=processes,
+            processes=count,
             launcher=launcher,
         )
         assert done.code != 0
@@ -418,24 +419,24 @@ def test_two_processes_find_what_one_finds(run: Run, folder: Path, tmp_path: Pat
 
 def test_shares_are_disjoint_and_complete_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     items = list("abcdefg")
-    assert launch.shard(items) == list(enumerate(items)) and launch.world().is_main
+    assert processes.shard(items) == list(enumerate(items)) and processes.world().is_main
     shares = []
     for rank in range(3):
         for name, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank}.items():
             monkeypatch.setenv(name, str(value))
-        assert launch.world() == (rank, 3, rank) and launch.world().is_main == (rank == 0)
-        shares.append(launch.shard(items))
+        assert processes.world() == (rank, 3, rank) and processes.world().is_main == (rank == 0)
+        shares.append(processes.shard(items))
     assert [len(share) for share in shares] == [3, 2, 2]
-    assert launch.in_order(shares) == items
+    assert processes.in_order(shares) == items
 
 
 def test_one_process_needs_no_accelerate_and_several_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert launch.gathered("mine", torch.device("cpu")) == ["mine"]
+    assert processes.gathered("mine", torch.device("cpu")) == ["mine"]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(cs.CadError, match=r"cadsurgery\[train\]"):
-        launch.gathered("mine", torch.device("cpu"))
+        processes.gathered("mine", torch.device("cpu"))
 
 
 # -- report --------------------------------------------------------------------------------------------

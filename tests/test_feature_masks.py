@@ -25,9 +25,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
-from cadsurgery.macs import MASK_LAYERS
 from cadsurgery.masks import Budget, ConfidenceMask, DetailMask, Grid, LearnedMask, resolve_mask
 from cadsurgery.masks.detail import interpolation_error
+from cadsurgery.network.macs import MASK_LAYERS
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 MASKS = (

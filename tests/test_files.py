@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
-import cadsurgery.environment
-from cadsurgery.io import read_metadata, sealed
-from cadsurgery.masks.text import parse
+import cadsurgery.support.provenance
+from cadsurgery.data.networks import Source
+from cadsurgery.masks.spec import parse
+from cadsurgery.network.storage import read_metadata, sealed
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.zoo import Source
 
 
 def trunk() -> nn.Module:
@@ -618,7 +618,7 @@ def malicious_metadata(draw: random.Random, path: Path) -> None:
 
 def malicious_tensors(draw: random.Random, path: Path) -> None:
     """Tensors swapped, dropped, of another type or shape, and signed."""
-    from cadsurgery.io import _checksum
+    from cadsurgery.network.storage import _checksum
 
     _, metadata, tensors, _ = original()
     tensors = dict(tensors)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import cli
+from cadsurgery.cli import main
 from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives, objective
 from cadsurgery.finetune.groups import Modes, make_groups, stem_of
 from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, divergence, supervised
@@ -797,9 +797,9 @@ class CountedMetrics:
 
 @pytest.fixture
 def metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("cadsurgery.metrics")
+    module = ModuleType("cadsurgery.tasks.segmentation.metrics")
     module.SegmentationMetrics = CountedMetrics  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cadsurgery.metrics", module)
+    monkeypatch.setitem(sys.modules, "cadsurgery.tasks.segmentation.metrics", module)
 
 
 def test_evaluation_compares_with_the_labels_and_changes_nothing(metrics: None) -> None:
@@ -816,7 +816,7 @@ def test_evaluation_compares_with_the_labels_and_changes_nothing(metrics: None) 
             with torch.no_grad():
                 return image, reference(image.unsqueeze(0))[0].argmax(0)
 
-    from cadsurgery.images import normalise
+    from cadsurgery.data.images import normalise
 
     still = copy.deepcopy(net).eval()
 
@@ -856,7 +856,7 @@ def command(
         monkeypatch.setattr(sys, "argv", ["cadsurgery", "finetune", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         printed = capsys.readouterr()
         return int(end.value.code or 0), printed.out, printed.err
 

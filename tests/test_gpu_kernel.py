@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cadsurgery.functional import gpu, triton_kernels
+from cadsurgery.elements.backends import gpu, triton_kernels
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(not triton_kernels.INSTALLED, reason="Triton is not installed")

@@ -12,8 +12,8 @@ from conftest import Run
 from PIL import Image
 
 import cadsurgery as cs
-from cadsurgery.images import find_images, read_image, write_picture
-from cadsurgery.viz import class_picture
+from cadsurgery.data.images import find_images, read_image, write_picture
+from cadsurgery.tasks.figures import class_picture
 
 GREY = np.random.default_rng(0).integers(0, 256, (48, 64), dtype=np.uint8)
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import cadsurgery as cs
-import cadsurgery.io
+import cadsurgery.network.storage
 from cadsurgery.masks import Budget, EdgeMask, FixedMask
 from cadsurgery.surgery.plan import Plan
 

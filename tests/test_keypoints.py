@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.images import labelled_scene, normalise
-from cadsurgery.keypoints import (
+from cadsurgery.data.images import labelled_scene, normalise
+from cadsurgery.data.networks import source_of
+from cadsurgery.tasks.keypoints import (
     Extraction,
     Extractor,
     Features,
@@ -26,8 +27,7 @@ from cadsurgery.keypoints import (
     read_features,
     write_features,
 )
-from cadsurgery.matching import warped
-from cadsurgery.zoo import source_of
+from cadsurgery.tasks.keypoints.matching import warped
 
 NETWORKS = '''
 """Networks of a user."""

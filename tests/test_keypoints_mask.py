@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.lattice import Geometry
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.masks import Grid, KeypointMask, keypoints_at, resolve_mask
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cadsurgery as cs
-from cadsurgery import launch
+from cadsurgery.support import processes
 
 psutil = pytest.importorskip("psutil")
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, int | None
 
     monkeypatch.setattr(PartialState, "_shared_state", {})
     monkeypatch.setattr(psutil, "Process", lambda: Parent(*words))
-    return launch._asked_for()
+    return processes._asked_for()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_process_that_has_begun_alone_is_refused(monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr(state.PartialState, "_shared_state", {"num_processes": 1})
     with pytest.raises(cs.InvalidInput, match="begun alone"):
-        launch._asked_for()
+        processes._asked_for()
 
 
 @pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "2"}, {"ACCELERATE_USE_CPU": "False"}], ids=str)
@@ -118,13 +118,13 @@ def test_nothing_is_started_in_any_other_case(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
-    launch.start_others()
+    processes.start_others()
     assert dict(os.environ) == before
 
 
 def test_the_mean_over_one_process_is_the_value() -> None:
     value = torch.tensor(3.0, requires_grad=True)
-    found = launch.mean_everywhere(value)
+    found = processes.mean_everywhere(value)
     assert float(found) == 3.0 and not found.requires_grad
 
 
@@ -165,9 +165,9 @@ def test_all_end_when_one_fails(tmp_path: Path, who: int) -> None:
     script = f"""
 import time, sys
 from cadsurgery import launch
-launch._GRACE = 0.5
-launch.start_others()
-if launch.world().rank == {who}:
+processes._GRACE = 0.5
+processes.start_others()
+if processes.world().rank == {who}:
     sys.exit(3)
 time.sleep(600)  # ended before, or the test's time is up
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -15,111 +16,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cadsurgery"
 
-# A module imports only modules above it in this list.
-LAYERS = [
-    *("errors", "files", "plain", "environment"),
-    *("layout", "lattice", "kernel_map"),
-    *(
-        "functional.native",
-        "functional.kernels",
-        "functional.costs",
-        "functional.elements",
-        "functional.triton_kernels",
-        "functional.gpu",
-        "functional.products",
-        "functional.windows",
-        "functional.statistics",
-        "functional.resampling",
-        "functional",
-    ),
-    *("detection", "matching"),
-    *(
-        "masks.provider",
-        "masks.basic",
-        "masks.filters",
-        "masks.graded",
-        "masks.edges",
-        "masks.trimap",
-        "masks.saliency",
-        "masks.text",
-        "masks.resolve",
-        "masks.budget",
-        "masks.detail",
-        "masks.confidence",
-        "masks.keypoints",
-        "masks.learned",
-        "masks.wrappers",
-        "masks.smooth",
-        "masks.masking",
-        "masks",
-    ),
-    *(
-        "surgery.trace",
-        "surgery.facts",
-        "surgery.hooks",
-        "surgery.treatment",
-        "surgery.rules",
-        "surgery.flow",
-        "surgery.plan",
-        "surgery.planner",
-        "surgery.rewrite",
-        "surgery.fuse",
-        "surgery.verify",
-        "surgery",
-    ),
-    *(
-        "interpreter",
-        "inputs",
-        "macs",
-        "model",
-        "paths",
-        "hosted",
-        "reach",
-        "points",
-        "static",
-        "candidates",
-        "api",
-        "zoo",
-        "coverage",
-        "io",
-    ),
-    *(
-        "report",
-        "bench_report",
-        "evaluation_report",
-        "matching_report",
-        "timing",
-        "memory",
-        "images",
-        "caching",
-    ),
-    *("data.dataset", "data.sources", "data.augment", "data", "metrics", "launch"),
-    *("viz", "conversion", "mask_report", "twins", "bench", "tally", "evaluation"),
-    *("keypoints.extraction", "keypoints.folder", "keypoints.sequences", "keypoints.evaluation", "keypoints"),
-    *(
-        "finetune.settings",
-        "finetune.devices",
-        "finetune.schedule",
-        "finetune.groups",
-        "finetune.objectives",
-        "finetune.batches",
-        "finetune.blend",
-        "finetune.evaluation",
-        "finetune.probe",
-        "finetune.checkpoints",
-        "finetune.logs",
-        "finetune.results",
-        "finetune.loop",
-        "finetune.command",
-        "finetune",
-    ),
-    *("options", "screen", "cli_keypoints", "cli"),
-]
-GEOMETRY = (
-    *("layout", "lattice", "kernel_map"),
-    *(name for name in LAYERS if name.startswith("functional")),
+# A room imports only rooms above it in this list.
+ROOMS = (
+    *("support", "data", "elements", "masks", "surgery"),
+    *("network", "methods", "tasks", "finetune", "cli"),
 )
-CORE = (*GEOMETRY, *(name for name in LAYERS if name.startswith("surgery")))
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
+ELEMENTS = [path for path in FILES if path.startswith("cadsurgery/elements/")]
+SURGERY = [path for path in FILES if path.startswith("cadsurgery/surgery/")]
 FOREIGN = ("torch.fx", "torchvision", "timm")
 # Families of networks as torchvision and timm name them; "plan" and "scan" must not match, "resnet18" must.
 FAMILIES = re.compile(
@@ -130,13 +34,8 @@ FAMILIES = re.compile(
 )
 
 
-def path_of(module: str) -> Path:
-    plain = PACKAGE / f"{module.replace('.', '/')}.py"
-    return plain if plain.exists() else PACKAGE / module / "__init__.py"
-
-
-def source_of(module: str) -> ast.Module:
-    return ast.parse(path_of(module).read_text())
+def source_of(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
 
 
 def is_for_types_only(node: ast.AST) -> bool:
@@ -155,41 +54,39 @@ def executed(tree: ast.AST) -> Iterator[ast.AST]:
         yield from executed(node)
 
 
-def imports(module: str) -> set[str]:
-    """Dotted names a module imports anywhere in its code: of modules, and `module.name` for names of them."""
+def imports(path: str) -> set[str]:
+    """Dotted names a file imports anywhere in its code: of modules, and `module.name` for names of them."""
     found = set()
-    for node in executed(source_of(module)):
+    for node in executed(source_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import"
+            assert node.level == 0, f"{path} has a relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def modules_imported(module: str) -> set[str]:
-    """The modules of the package that a module imports."""
-    found = set()
-    for name in imports(module):
-        parts = name.split(".")
-        if parts[0] != "cadsurgery":
-            continue
-        inner = [".".join(parts[1:end]) for end in range(2, len(parts) + 1)]
-        known = [candidate for candidate in inner if candidate in LAYERS]
-        found |= {known[-1]} if known else set()
-    return found
+def rooms_imported(path: str) -> set[str]:
+    """The rooms that a file imports something of; what is of the package as a whole is in none."""
+    inner = [name.split(".")[1] for name in imports(path) if name.startswith("cadsurgery.")]
+    return {name for name in inner if (PACKAGE / name).is_dir()}
 
 
-def test_every_module_has_its_place() -> None:
-    files = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
-    names = {".".join(path.parts).removesuffix(".__init__") for path in files} - {"__init__"}
-    assert names == set(LAYERS)
+def test_the_package_has_ten_rooms() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ROOMS) and [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
 
 
-@pytest.mark.parametrize("module", LAYERS)
-def test_a_module_imports_only_lower_ones(module: str) -> None:
-    lower = LAYERS[: LAYERS.index(module)]
-    assert modules_imported(module) - set(lower) == set()
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is_for(room: str) -> None:
+    described = ast.get_docstring(source_of(f"cadsurgery/{room}/__init__.py")) or ""
+    assert re.search(r"\bIn comes? .*\bout (go|come)", described, re.DOTALL)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.count("/") > 1])
+def test_no_import_goes_up(path: str) -> None:
+    lower = ROOMS[: ROOMS.index(path.split("/")[1]) + 1]
+    assert rooms_imported(path) - set(lower) == set()
 
 
 def test_the_package_itself_imports_nothing_on_its_own() -> None:
@@ -211,27 +108,36 @@ def test_every_public_name_can_be_had() -> None:
         _ = cs.adaptfy
 
 
-@pytest.mark.parametrize("module", GEOMETRY)
-def test_geometry_knows_neither_graphs_nor_libraries_of_networks(module: str) -> None:
-    names = imports(module)
+@pytest.mark.parametrize("name", ["functional", "images", "viz", "keypoints", "errors"])
+def test_modules_keep_the_names_that_users_know(name: str) -> None:
+    """`cadsurgery.images` is the module of its room, not a copy of it, and still knows where it is."""
+    import cadsurgery as cs
+
+    module = importlib.import_module(f"cadsurgery.{name}")
+    assert module is importlib.import_module(f"cadsurgery.{cs._MODULES[name]}") is getattr(cs, name)
+    assert module.__spec__ is not None and module.__spec__.name == module.__name__
+
+
+@pytest.mark.parametrize("path", ELEMENTS)
+def test_geometry_knows_neither_graphs_nor_libraries_of_networks(path: str) -> None:
+    names = imports(path)
     assert [name for name in names for foreign in FOREIGN if f"{name}.".startswith(f"{foreign}.")] == []
 
 
 def test_geometry_loads_neither_libraries_of_networks_nor_surgery() -> None:
     code = (
-        "import sys, cadsurgery.functional\n"
+        "import sys, cadsurgery.elements\n"
         "print([name for name in sys.modules if name.startswith(('torchvision', 'timm', 'cadsurgery.'))])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert set(ast.literal_eval(printed)) == {
-        *("cadsurgery.errors", "cadsurgery.files", "cadsurgery.plain"),
-        *(f"cadsurgery.{name}" for name in GEOMETRY),
-    }
+    rooms = {name.split(".")[1] for name in ast.literal_eval(printed) if name.startswith("cadsurgery.")}
+    assert not any(name.startswith(("torchvision", "timm")) for name in ast.literal_eval(printed))
+    assert rooms == {"support", "elements"}
 
 
-@pytest.mark.parametrize("module", [name for name in LAYERS if name.startswith("surgery")])
-def test_surgery_does_not_know_masks(module: str) -> None:
-    assert not any(name.startswith("cadsurgery.masks") for name in imports(module))
+@pytest.mark.parametrize("path", SURGERY)
+def test_surgery_does_not_know_masks(path: str) -> None:
+    assert "masks" not in rooms_imported(path)
 
 
 def said(tree: ast.Module) -> set[str]:
@@ -254,9 +160,9 @@ def said(tree: ast.Module) -> set[str]:
     return words
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_core_code_names_no_family_of_networks(module: str) -> None:
-    assert [word for word in said(source_of(module)) if FAMILIES.search(word)] == []
+@pytest.mark.parametrize("path", [*ELEMENTS, *SURGERY])
+def test_core_code_names_no_family_of_networks(path: str) -> None:
+    assert [word for word in said(source_of(path)) if FAMILIES.search(word)] == []
 
 
 def test_the_search_for_families_finds_them() -> None:

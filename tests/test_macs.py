@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
-from cadsurgery.macs import dense_macs
+from cadsurgery.network.macs import dense_macs
 
 
 def convolutions(*layers: tuple[int, int, int], width: int = 8, **options: Any) -> nn.Sequential:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.lattice import Geometry
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.masks import (
     Budget,
     Dilate,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.lattice import Geometry
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.masks import Budget, EdgeMask, Grid, MaskProvider, RandomMask, resolve_mask
 from cadsurgery.masks.provider import PROVIDERS
 

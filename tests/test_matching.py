@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.matching import corner_error, match_errors, matching_accuracy, mutual_matches, warped
+from cadsurgery.tasks.keypoints.matching import (
+    corner_error,
+    match_errors,
+    matching_accuracy,
+    mutual_matches,
+    warped,
+)
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 INF = math.inf

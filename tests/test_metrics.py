@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.data import IGNORED
-from cadsurgery.metrics import SegmentationMetrics, near_change
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics, near_change
 
 CLASSES, SIZE = 4, (37, 26)
 

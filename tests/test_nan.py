@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.functional import native
-from cadsurgery.functional.kernels import Activation, Kernel
+from cadsurgery.elements.backends import native
+from cadsurgery.elements.backends.packed import Activation, Kernel
 
 ACTIVATIONS = {
     "relu": Activation("relu"),

@@ -17,15 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
-from cadsurgery import functional
-from cadsurgery.functional import Elements, conv2d, costs, native, products
-from cadsurgery.functional.costs import Costs
-from cadsurgery.functional.kernels import Activation, Kernel, PackedConv, PackedLinear
-from cadsurgery.kernel_map import Window
-from cadsurgery.lattice import Geometry
-from cadsurgery.model import OptimizedModel
-from cadsurgery.surgery import fuse
-from cadsurgery.twins import dense_twin
+from cadsurgery.elements import functional, products
+from cadsurgery.elements.backends import costs, native
+from cadsurgery.elements.backends.costs import Costs
+from cadsurgery.elements.backends.packed import Activation, Kernel, PackedConv, PackedLinear
+from cadsurgery.elements.functional import Elements, conv2d
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.network import fuse
+from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.model import OptimizedModel
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
 # Plain, depthwise with ReLU6, grouped with squeeze-excite, linear layers with GELU, SiLU, dense joins, max-pooling.

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
+from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
 from cadsurgery.finetune.groups import make_groups
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.finetune.probe import freeze_unused
-from cadsurgery.images import normalise
 from cadsurgery.masks import Grid, LearnedMask
-from cadsurgery.paths import blended
+from cadsurgery.network.paths import blended
 
 double = torch.float64
 

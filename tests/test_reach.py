@@ -26,9 +26,9 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.resnet import BasicBlock
 
 import cadsurgery as cs
-from cadsurgery.macs import dense_macs
 from cadsurgery.masks import keypoints_at, resolve_mask
-from cadsurgery.points import readable
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.network.points import readable
 
 Size = tuple[int, int]
 SIZE: Size = (65, 97)

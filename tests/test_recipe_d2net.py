@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import functional
-from cadsurgery.detection import sift
-from cadsurgery.functional import to_dense, to_elements
-from cadsurgery.images import normalise, street_scene
-from cadsurgery.kernel_map import Window
-from cadsurgery.lattice import Geometry
-from cadsurgery.macs import dense_macs
+from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.data.networks import source_of
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import to_dense, to_elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.masks import keypoints_at
-from cadsurgery.zoo import source_of
+from cadsurgery.masks.detectors import sift
+from cadsurgery.network.macs import dense_macs
 from recipes.d2net_vgg import heads, network, recipe
 from recipes.d2net_vgg.network import BUILDER, PREFIX, Trunk, load_released, released_state
 from recipes.d2net_vgg.recipe import OURS, PUBLISHED, RUNS

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 import cadsurgery as cs
-from cadsurgery.macs import dense_macs
 from cadsurgery.masks import LearnedMask
+from cadsurgery.network.macs import dense_macs
 from recipes.deeplabv3_resnet101 import checkpoints, recipe, variants
 from recipes.deeplabv3_resnet101.checkpoints import Layout, load_published, published_state
 from recipes.deeplabv3_resnet101.recipe import RUNS

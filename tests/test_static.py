@@ -24,13 +24,13 @@ from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import cadsurgery as cs
-from cadsurgery import functional
-from cadsurgery.functional import Elements
-from cadsurgery.kernel_map import Window
-from cadsurgery.lattice import Bounds, Geometry, Lattice
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks import Grid
 from cadsurgery.masks.masking import Masking
-from cadsurgery.static import _difference, bucket
+from cadsurgery.network.compile import _difference, bucket
 
 BUDGET = "edges | budget:fraction=0.34"
 FILLS = pytest.mark.parametrize("fill", ["linear", "nearest", "guided"])

@@ -1,7 +1,10 @@
-"""Labelled images for training and evaluation."""
+"""Data: images, labelled folders, and networks by name.
+
+In come paths and names of the libraries; out go image batches and labels as tensors, and networks with their weights.
+"""
 
 from cadsurgery.data.augment import Augment
-from cadsurgery.data.dataset import IGNORED, SegmentationData
+from cadsurgery.data.datasets import IGNORED, SegmentationData
 from cadsurgery.data.sources import open_data
 
 __all__ = ["IGNORED", "Augment", "SegmentationData", "open_data"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
-from cadsurgery.data.dataset import IGNORED
-from cadsurgery.errors import InvalidInput
-from cadsurgery.zoo import IMAGENET_MEAN
+from cadsurgery.data.datasets import IGNORED
+from cadsurgery.data.networks import IMAGENET_MEAN
+from cadsurgery.support.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Augment:
         Returns:
             Image and labels of `size`.
         """
+        from torchvision import tv_tensors
+
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed))
         with torch.random.fork_rng(devices=()):
@@ -69,6 +73,9 @@ class Augment:
         return changed.as_subclass(Tensor), on_labels.as_subclass(Tensor)
 
     def _transform(self, image: Tensor) -> v2.Transform:
+        from torchvision import tv_tensors
+        from torchvision.transforms import v2
+
         steps: list[v2.Transform] = []
         if self.scale is not None:
             steps.append(v2.ScaleJitter((image.shape[1], image.shape[2]), self.scale))

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from cadsurgery.data.dataset import IGNORED, SegmentationData, identity_table
-from cadsurgery.errors import CadError, FileError, InvalidInput, UnknownName, first_line
-from cadsurgery.images import SCENE_CLASSES, SUFFIXES, labelled_scene, read_image
+from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
+from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, labelled_scene, read_image
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName, first_line
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

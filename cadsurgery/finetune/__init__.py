@@ -1,4 +1,8 @@
-"""Fine-tuning: train a converted network, or any other, resumable to the exact step."""
+"""Fine-tuning: train a converted network, or any other, resumable to the exact step.
+
+In come a network, labelled or unlabelled images, and settings; out come the network trained, checkpoints, a log and
+what it scored before and after.
+"""
 
 from cadsurgery.finetune.batches import augmentation
 from cadsurgery.finetune.blend import Blend, calibrate

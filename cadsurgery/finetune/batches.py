@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cadsurgery.errors import CadError, InvalidInput
+from cadsurgery.data.images import normalise
+from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.objectives import IGNORED
 from cadsurgery.finetune.schedule import Sampling, derived
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.images import normalise
-from cadsurgery.lattice import describe
+from cadsurgery.support.errors import CadError, InvalidInput
 
 Augmentation = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 

@@ -10,23 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Samples, check_data, prepared
-from cadsurgery.finetune.objectives import (
-    Objective,
-    dense_high,
-    divergence,
-    logits_of,
-    objective,
-    supervised,
-)
+from cadsurgery.finetune.objectives import Objective, dense_high, divergence, logits_of, objective, supervised
 from cadsurgery.finetune.schedule import Draw, derived
-from cadsurgery.hosted import HostedModel
-from cadsurgery.launch import mean_everywhere
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
-from cadsurgery.model import AdaptiveModel, evaluating
-from cadsurgery.paths import blended
-from cadsurgery.zoo import source_of
+from cadsurgery.network.hosted import HostedModel
+from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.network.paths import blended
+from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.processes import mean_everywhere
 
 
 @objective("blend")

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cadsurgery.environment import versions
-from cadsurgery.errors import FileError, InvalidInput, TrainingStopped
-from cadsurgery.files import written_whole
 from cadsurgery.finetune.settings import FREE, Settings
-from cadsurgery.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
+from cadsurgery.support.files import written_whole
+from cadsurgery.support.provenance import versions
 
 FORMAT = 1
 _KEY = "cadsurgery.training"

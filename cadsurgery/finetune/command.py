@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from cadsurgery.api import adaptify
-from cadsurgery.caching import CachedStem, body_of
-from cadsurgery.conversion import build, is_file
-from cadsurgery.errors import InvalidInput
 from cadsurgery.finetune.batches import Samples, augmentation
 from cadsurgery.finetune.logs import Row
 from cadsurgery.finetune.loop import fit
 from cadsurgery.finetune.results import Outcome
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.io import load
-from cadsurgery.launch import own_device, start_others
 from cadsurgery.masks import resolve_mask
+from cadsurgery.network.adaptify import adaptify
+from cadsurgery.network.stem import CachedStem, body_of
+from cadsurgery.network.storage import load
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.processes import own_device, start_others
+from cadsurgery.tasks.convert import build, is_file
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cadsurgery.errors import InvalidInput, first_line
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.launch import start_others
+from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.support.processes import start_others
 
 
 def make_accelerator(settings: Settings, device: str) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cadsurgery.errors import InvalidInput
+from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Samples, check_data, prepared
 from cadsurgery.finetune.objectives import logits_of, resized
-from cadsurgery.model import AdaptiveModel, evaluating
-from cadsurgery.zoo import source_of
+from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.support.errors import InvalidInput
 
 
 def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
@@ -21,7 +21,7 @@ def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
     Raises:
         InvalidInput: no data, samples that are none, or more classes than the network outputs.
     """
-    from cadsurgery.metrics import SegmentationMetrics
+    from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
     check_data(data, "validation")
     device, metrics, active = next(net.parameters()).device, None, 0.0

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.plan import AFTER
 from cadsurgery.surgery.planner import BACKBONE_NAMES
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from cadsurgery.errors import FileError
-from cadsurgery.files import written_whole
 from cadsurgery.finetune.devices import imported
+from cadsurgery.support.errors import FileError
+from cadsurgery.support.files import written_whole
 
 Row = dict[str, float | None]  # None: not measured in this step
 

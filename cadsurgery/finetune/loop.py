@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.errors import FileError, InvalidInput, TrainingStopped
-from cadsurgery.files import made_folder
+from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
     Checkpoint,
@@ -26,21 +25,16 @@ from cadsurgery.finetune.checkpoints import (
 )
 from cadsurgery.finetune.devices import averaged, make_accelerator
 from cadsurgery.finetune.evaluation import evaluate
-from cadsurgery.finetune.groups import (
-    Modes,
-    Stem,
-    make_groups,
-    make_optimizer,
-    stem_of,
-)
+from cadsurgery.finetune.groups import Modes, Stem, make_groups, make_optimizer, stem_of
 from cadsurgery.finetune.logs import Log, Row, open_log
 from cadsurgery.finetune.objectives import Objective, make_objective
 from cadsurgery.finetune.probe import count_outputs, freeze_unused
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.model import OptimizedModel, evaluating
-from cadsurgery.zoo import source_of
+from cadsurgery.network.model import OptimizedModel, evaluating
+from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
+from cadsurgery.support.files import made_folder
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
 START, LAST, BEST, NETWORK = ("start", "checkpoint", "best", "net")

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.environment import same_place
-from cadsurgery.errors import InvalidInput, UnknownName
+from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.schedule import Draw
-from cadsurgery.lattice import describe
-from cadsurgery.launch import mean_everywhere
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
-from cadsurgery.model import AdaptiveModel, evaluating
+from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.processes import mean_everywhere
+from cadsurgery.support.provenance import same_place
 
 IGNORED = 255
 AUXILIARY_WEIGHT = 0.5  # of torchvision's reference training of segmentation networks

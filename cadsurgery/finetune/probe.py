@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.errors import InvalidInput, first_line
 from cadsurgery.finetune.batches import Batch, Samples
 from cadsurgery.finetune.evaluation import check_classes
 from cadsurgery.finetune.objectives import Objective, logits_of
 from cadsurgery.finetune.schedule import Draw, derived
-from cadsurgery.model import evaluating
+from cadsurgery.network.model import evaluating
+from cadsurgery.support.errors import InvalidInput, first_line
 
 
 def count_outputs(net: nn.Module, data: Samples, batch: Batch) -> int:

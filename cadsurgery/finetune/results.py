@@ -9,10 +9,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from cadsurgery.files import written_whole
-from cadsurgery.io import save
-from cadsurgery.model import AdaptiveModel
-from cadsurgery.zoo import Source
+from cadsurgery.data.networks import Source
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.storage import save
+from cadsurgery.support.files import written_whole
 
 TRAINED = "fine-tuned"  # what the source of a network says of its weights then
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.errors import FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, first_line
 
 CHOICES = {
     "optimizer": ("sgd", "adamw"),

@@ -1,4 +1,8 @@
-"""Mask providers: from an image to a level map on the fine map."""
+"""Masks: where a network keeps its resolution.
+
+In come an image and the fine map of a network; out comes a level map on its cells. A mask is written as text, made
+from a function, or learned; this room does not know networks.
+"""
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
 from cadsurgery.masks.budget import Budget

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.support.errors import InvalidInput
 
 
 class UniformMask(MaskProvider):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.graded import check_count, several
 from cadsurgery.masks.provider import Grid, format_option, mask_provider
 from cadsurgery.masks.resolve import MaskWrapper
+from cadsurgery.support.errors import InvalidInput
 
 
 @mask_provider("budget")

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput, UnknownName
-from cadsurgery.lattice import describe
+from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.filters import blurred
 from cadsurgery.masks.graded import ScoredMask, check_sigma
 from cadsurgery.masks.provider import Grid, mask_provider
+from cadsurgery.support.errors import InvalidInput, UnknownName
 
 MEASURES = ("margin", "entropy")
 _FIRST_PASS: ContextVar[Any] = ContextVar("first_pass", default=None)

@@ -10,9 +10,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.filters import near
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option
+from cadsurgery.support.errors import InvalidInput
 
 N = TypeVar("N", int, float)
 _WIDEST = 1000  # samples of standard deviation; the window has six times as many on a side

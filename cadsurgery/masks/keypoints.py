@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.detection import points_of, sift
-from cadsurgery.environment import function_at
-from cadsurgery.errors import InvalidInput, UnknownName
-from cadsurgery.lattice import describe
+from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.confidence import first_pass_output
+from cadsurgery.masks.detectors import points_of, sift
 from cadsurgery.masks.filters import closeness, grey_of
 from cadsurgery.masks.graded import check_count, levels_where
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
+from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.provenance import function_at
 
 SIFT, GIVEN, OWN = "sift", "given", "own"
 _POINTS: ContextVar[Sequence[Tensor] | None] = ContextVar("keypoints", default=None)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.graded import several
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
+from cadsurgery.support.errors import InvalidInput
 
 _MAKING = threading.Lock()
 _MOST = 4096  # channels

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import Bounds, Geometry, Lattice, describe
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, describe
 from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels
+from cadsurgery.support.errors import InvalidInput
 
 # What a message says where a mask is not static.
 NEEDS_STATIC = (

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.environment import same_place
-from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import Geometry, describe
+from cadsurgery.elements.lattice import Geometry, describe
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.provenance import same_place
 
 
 class Grid(NamedTuple):

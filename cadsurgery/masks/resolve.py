@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import describe
+from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import FixedMask, FunctionMask
 from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels, checked_scores
-from cadsurgery.masks.text import PIPE, parse
+from cadsurgery.masks.spec import PIPE, parse
+from cadsurgery.support.errors import InvalidInput
 
 
 def resolve_mask(mask: object) -> MaskProvider:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.environment import function_at
-from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import describe
+from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.filters import blurred, grey_of
 from cadsurgery.masks.graded import ScoredMask
 from cadsurgery.masks.provider import Grid, checked_scores, mask_provider
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.provenance import function_at
 
 SPECTRAL = "cadsurgery.masks.saliency:spectral_residual"
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.provider import Grid, mask_provider
 from cadsurgery.masks.resolve import MaskWrapper
+from cadsurgery.support.errors import InvalidInput
 
 
 @mask_provider("smooth")

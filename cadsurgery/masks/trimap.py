@@ -9,11 +9,11 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from cadsurgery.errors import InvalidInput
-from cadsurgery.lattice import describe
+from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.filters import closeness, near
 from cadsurgery.masks.graded import GradedMask, check_odd, several
 from cadsurgery.masks.provider import Grid, mask_provider
+from cadsurgery.support.errors import InvalidInput
 
 IGNORED = 255  # label of pixels that belong to no class
 _LABELS: ContextVar[Tensor | None] = ContextVar("labels", default=None)

@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.errors import InvalidInput
 from cadsurgery.masks.filters import window_maximum
-from cadsurgery.masks.graded import (
-    check_count,
-    check_odd,
-    check_thresholds,
-    levels_of_scores,
-    several,
-)
+from cadsurgery.masks.graded import check_count, check_odd, check_thresholds, levels_of_scores, several
 from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels, checked_scores, mask_provider
 from cadsurgery.masks.resolve import MaskWrapper, resolve_mask
-from cadsurgery.masks.text import joined
+from cadsurgery.masks.spec import joined
+from cadsurgery.support.errors import InvalidInput
 
 
 @mask_provider("dilate")

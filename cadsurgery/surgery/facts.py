@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadsurgery.errors import CannotConvert, first_line
-from cadsurgery.kernel_map import Window
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.support.errors import CannotConvert, first_line
 from cadsurgery.surgery.trace import evaluating
 
 # Odd, non-square and small: what a conversion relies on must not depend on a convenient size.

@@ -17,7 +17,7 @@ from enum import Enum
 
 from torch import fx
 
-from cadsurgery.layout import NCHW, is_flat
+from cadsurgery.elements.axes import NCHW, is_flat
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Treatment

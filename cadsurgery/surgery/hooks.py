@@ -20,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from cadsurgery.errors import InvalidInput
+from cadsurgery.support.errors import InvalidInput
 
 # Hooks that compute a parameter before each call and look at nothing else.
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)

@@ -8,9 +8,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Literal, get_type_hints
 
-from cadsurgery.errors import UnknownName
-from cadsurgery.kernel_map import Window
-from cadsurgery.plain import checked
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.support.errors import UnknownName
+from cadsurgery.support.plain import checked
 
 # Reason of nodes that run dense because what they read has left the region.
 AFTER = "after the region"

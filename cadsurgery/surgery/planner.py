@@ -7,8 +7,8 @@ from typing import NamedTuple, get_args
 
 from torch import fx
 
-from cadsurgery.errors import CannotConvert, InvalidInput, UnknownName
-from cadsurgery.layout import NCHW
+from cadsurgery.elements.axes import NCHW
+from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Region, Role, dilated_by_design, flow_forward, region_of
 from cadsurgery.surgery.hooks import stays_whole

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from cadsurgery import functional
-from cadsurgery.layout import NCHW
+from cadsurgery.elements import functional
+from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import parameter, prepared
 from cadsurgery.surgery.plan import RESIZED, Decision, Plan

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cadsurgery.kernel_map import Window
-from cadsurgery.layout import (
+from cadsurgery.elements.axes import (
     NCHW,
     channel_dims,
     channel_sizes,
@@ -25,6 +24,7 @@ from cadsurgery.layout import (
     regrouped,
     row_dim,
 )
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.treatment import (
     Attribute,

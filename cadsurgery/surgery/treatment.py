@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import fx, nn
 
-from cadsurgery.environment import same_place
-from cadsurgery.kernel_map import Window
-from cadsurgery.layout import NCHW
+from cadsurgery.elements.axes import NCHW
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.support.provenance import same_place
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import own_class, stays_whole
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery import functional
-from cadsurgery.errors import CadError, CannotConvert, first_line
-from cadsurgery.functional import Elements, to_dense
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements, to_dense
+from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.support.errors import CadError, CannotConvert, first_line
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
 from cadsurgery.surgery.trace import evaluating

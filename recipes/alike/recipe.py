@@ -24,11 +24,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cadsurgery as cs
-from cadsurgery.detection import peaks
-from cadsurgery.images import read_image
+from cadsurgery.data.images import read_image
 from cadsurgery.masks import resolve_mask
-from cadsurgery.matching import match_errors, matching_accuracy, mutual_matches
-from cadsurgery.timing import interleaved
+from cadsurgery.masks.detectors import peaks
+from cadsurgery.support.timing import interleaved
+from cadsurgery.tasks.keypoints.matching import match_errors, matching_accuracy, mutual_matches
 from recipes.alike.network import CHANNELS, REGION, STRIDES, build, padded
 
 COUNT, RADIUS, BORDER, PIXELS = 1000, 2, 5, 3

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.masks import MaskProvider, labelled, resolve_mask
-from cadsurgery.timing import interleaved
+from cadsurgery.support.timing import interleaved
 
 EDGES, GRADED = "edges:threshold=0.35,dilation=11", "edges:threshold=0.95/0.1,dilation=5/15"
 BUDGET = 0.13  # of the patches, at output strides 8 and 16: cost .355

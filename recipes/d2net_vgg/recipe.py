@@ -25,11 +25,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cadsurgery as cs
-from cadsurgery.detection import sift
-from cadsurgery.images import normalise, read_image, street_scene
-from cadsurgery.macs import dense_macs
-from cadsurgery.timing import interleaved
-from cadsurgery.zoo import source_of
+from cadsurgery.data.images import normalise, read_image, street_scene
+from cadsurgery.data.networks import source_of
+from cadsurgery.masks.detectors import sift
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.support.timing import interleaved
 from recipes.d2net_vgg.network import BUILDER, POOLS, load_released
 
 COUNT = 512  # keypoints of an image at most

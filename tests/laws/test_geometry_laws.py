@@ -24,11 +24,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from cadsurgery import functional
-from cadsurgery.errors import CadError
-from cadsurgery.functional import Elements
-from cadsurgery.kernel_map import Window, kernel_map
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window, kernel_map
+from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.support.errors import CadError
 
 EXACT = 1e-9
 QUICK = settings(

@@ -16,9 +16,9 @@ from conftest import assert_same, images, random_levels, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery import functional
-from cadsurgery.functional import Elements
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.lattice import Geometry, Lattice
 
 EXACT = 1e-9
 SIZES = [(64, 96), (75, 101), (97, 130)]

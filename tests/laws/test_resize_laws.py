@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 import cadsurgery as cs
-from cadsurgery import functional
-from cadsurgery.functional import Elements
-from cadsurgery.lattice import Geometry, Lattice
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.lattice import Geometry, Lattice
 
 EXACT = 1e-9
 double = torch.float64

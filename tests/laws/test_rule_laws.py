@@ -17,7 +17,7 @@ from conftest import assert_same, images, random_levels
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.layout import permuted, regrouped, row_dim
+from cadsurgery.elements.axes import permuted, regrouped, row_dim
 
 Function = Callable[[Any, Tensor], Tensor]
 SIZE = (51, 67)

@@ -1,0 +1,5 @@
+"""`python -m cadsurgery.cli`."""
+
+from cadsurgery.cli import main
+
+main()

@@ -1,0 +1,115 @@
+"""What the command line prints: results on the output stream, progress on the error stream."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from cadsurgery.support.errors import CadWarning
+
+# A terminal knows its width; a pipe or file gets lines that need not wrap.
+out = Console(width=None if sys.stdout.isatty() else 140)
+err = Console(width=None if sys.stderr.isatty() else 140, stderr=True)
+
+
+@contextmanager
+def progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A progress bar on the error stream that names what was done last; nothing with --json."""
+    if silent:
+        yield lambda row: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("starting", total=total)
+        yield lambda row: bar.update(task, advance=1, description=f"{row['model']}: {row['result']}")
+
+
+@contextmanager
+def training(
+    steps: int, images: int, silent: bool
+) -> Iterator[tuple[Callable[[dict[str, float | None]], None], Callable[[str], None]]]:
+    """A progress bar on the error stream with the last row of the log and images a second; nothing with --json."""
+    if silent:
+        yield (lambda row: None), (lambda text: None)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("starting", total=steps)
+
+        def on_step(row: dict[str, float | None]) -> None:
+            told = [
+                f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None
+            ]
+            speed = bar.tasks[0].speed
+            told += [f"{speed * images:.1f} images/s"] if speed else []
+            bar.update(task, completed=row["step"], description=", ".join(told))
+
+        yield on_step, lambda text: bar.update(task, description=text)
+
+
+@contextmanager
+def steps(silent: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner on the error stream that names the step; nothing with --json or in further processes."""
+    if silent or not is_first_process():
+        yield lambda text: None
+        return
+    with err.status("starting") as status:
+        yield status.update
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Our own warnings are lines on the error stream, with --json too; of the first process only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CadWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, CadWarning):
+                others(message, category, *place, **more)
+            elif is_first_process():
+                err.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+
+        warnings.showwarning = show
+        yield
+
+
+def is_first_process() -> bool:
+    """Of those that a launcher started: the one that prints."""
+    from cadsurgery.support.processes import world
+
+    return world().is_main
+
+
+def show(values: Any, renderable: Any, as_json: bool) -> None:
+    """A result, as JSON or for a reader; by the first process only."""
+    if not is_first_process():
+        return
+    if as_json:
+        print_json(values)
+    else:
+        out.print(renderable)
+
+
+def show_failures(failures: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """What could not be done, on the error stream; nothing with --json, where the result holds it."""
+    if not as_json and is_first_process():
+        for failure in failures:
+            source, what = failure.get("image") or failure.get("sequence") or "", failure["what"]
+            where = "" if source in what else f"{source}: "
+            err.print(f"[red]{where}{what}[/red] {failure.get('why', '')}", highlight=False)
+
+
+def print_json(values: Any) -> None:
+    """Values as JSON."""
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")

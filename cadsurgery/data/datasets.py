@@ -1,0 +1,121 @@
+"""A labelled dataset as pairs of tensors, every item checked when it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, first_line
+
+IGNORED = 255  # the label of a pixel that counts neither in losses nor in metrics
+
+
+@dataclass(frozen=True)
+class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
+    """Images and labels of one split; `data[i]` is `(image, labels)`.
+
+    `image` is float32 (3, H, W) in 0..1, not normalised; `labels` int64 (H, W) in 0..len(classes)-1, or 255 where
+    ignored.
+
+    Attributes:
+        name: the spec it was opened with.
+        split: which part.
+        classes: their names, in order of their labels.
+        names: of the items, for messages; paths where they are files.
+        read: the item at a position, as an image and a label picture or (H, W) array of stored values.
+        table: from stored label values to classes; what it lacks is out of range.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    read: Callable[[int], tuple[Any, Any]]
+    table: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a dataset without images."""
+        if not self.names:
+            raise FileError(
+                f"data {self.name} has no images in split {self.split!r}.",
+                next="choose another split, or check the folder.",
+            )
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        """The item at a position.
+
+        Raises:
+            FileError: a file cannot be read.
+            InvalidInput: image and labels differ in size, labels are no map of values, or one is out of range.
+        """
+        if not -len(self) <= position < len(self):
+            raise IndexError(position)
+        name = self.names[position]
+        try:
+            picture, stored = self.read(position)
+            image = _image(picture)
+            values = np.array(stored)
+        except CadError:
+            raise
+        except Exception as error:  # decoders raise anything
+            raise FileError(
+                f"{name} or its labels cannot be read.",
+                why=first_line(error),
+                next="replace the file or take both out.",
+            ) from error
+        return image, self._labels(values, image, name)
+
+    def first(self, count: int | None) -> SegmentationData:
+        """The first so many items; None for all."""
+        return self if count is None else replace(self, names=self.names[:count])
+
+    def _labels(self, values: np.ndarray[Any, Any], image: Tensor, name: str) -> Tensor:
+        if values.ndim != 2:
+            raise InvalidInput(
+                f"the labels of {name} are a colour picture, {values.shape[0]}x{values.shape[1]}x{values.shape[2]}.",
+                next="store the number of the class of each pixel in a PNG of one channel.",
+            )
+        if values.shape != tuple(image.shape[1:]):
+            sizes = ["x".join(map(str, shape)) for shape in (image.shape[1:], values.shape)]
+            raise InvalidInput(
+                f"{name} has {sizes[0]} pixels and its labels have {sizes[1]}.",
+                why="each pixel needs its own label.",
+                next="resize the labels (nearest neighbour), or replace the pair.",
+            )
+        known = dict(self.table)
+        found = np.unique(values)
+        if strange := [int(value) for value in found if int(value) not in known]:
+            raise InvalidInput(
+                f"{name} has label {', '.join(map(str, strange[:5]))}.",
+                why=f"data {self.name} has {len(self.classes)} classes, labels 0..{len(self.classes) - 1}.",
+                next=f"raise classes=..., or ignore such pixels: ignore={'/'.join(map(str, strange[:5]))}.",
+            )
+        places = np.array([known[int(value)] for value in found], dtype=np.int64)
+        return torch.from_numpy(places[np.searchsorted(found, values)])
+
+
+def _image(picture: Any) -> Tensor:
+    """(3, H, W) float32 in 0..1 of a picture; tensors are passed on."""
+    if isinstance(picture, Tensor):
+        return picture
+    assert isinstance(picture, Image.Image)
+    pixels = np.array(picture.convert("RGB"), dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def identity_table(classes: int, ignore: Iterable[int] = ()) -> tuple[tuple[int, int], ...]:
+    """Stored values that are the classes themselves; 255 and `ignore` are ignored."""
+    return tuple(
+        ({value: value for value in range(classes)} | dict.fromkeys((IGNORED, *ignore), IGNORED)).items()
+    )

@@ -1,0 +1,271 @@
+"""Images in and out: reading, normalising, a generated street scene, writing without half-written files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch import Tensor
+
+from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.files import check_folder, written_whole
+
+if TYPE_CHECKING:
+    from cadsurgery.data.networks import Source
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+# What a picture can be written as.
+FORMATS = {
+    **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"},
+    **{".tif": "TIFF", ".tiff": "TIFF", ".pdf": "PDF"},
+}
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool = True) -> Tensor:
+    """An image file as (3, H, W) float32 in 0..1, resized to `size` (height, width) if given.
+
+    Values are divided by the largest that their type can hold, 255 or 65535. Transparency is left out.
+
+    Args:
+        path: of the file.
+        size: to resize to.
+        upright: turned as the file says that the camera was held (EXIF), as viewers show it; else as it is stored.
+
+    Raises:
+        FileError: missing, unreadable or empty, several pictures in one file, or values whose range is not known.
+        InvalidInput: a size without pixels.
+    """
+    check_size(size)
+    with _opened(path, "an image", "give a PNG or JPEG.") as file:
+        image = ImageOps.exif_transpose(file) if upright else file
+        wide = image.mode == "F" or image.mode.startswith("I")
+        # Converted by the library, what has more than 8 bits would be clipped to 255.
+        image = Image.fromarray(_grey(np.array(image), file, path)) if wide else image.convert("RGB")
+    if size is not None:
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    values = torch.from_numpy(np.array(image))
+    return values.expand(3, -1, -1).contiguous() if wide else values.permute(2, 0, 1).float() / 255
+
+
+def check_size(size: tuple[int, int] | None) -> None:
+    """Refuse a size of images without pixels.
+
+    Raises:
+        InvalidInput: a side is not positive.
+    """
+    if size is not None and min(size) < 1:
+        raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
+
+
+@contextmanager
+def _opened(path: Path, what: str, next: str) -> Iterator[Image.Image]:
+    """The only picture of a file; what goes wrong within is said of the file."""
+    try:
+        with Image.open(path) as file:
+            count = getattr(file, "n_frames", 1)
+            if count > 1 and file.format != "MPO":  # a photograph, with smaller copies of it
+                raise FileError(
+                    f"{path} holds {count} pictures.", next="store the one you mean in a file of its own."
+                )
+            yield file
+    except FileError:
+        raise
+    except Exception as error:  # decoders raise anything, also for pictures that are suspiciously large
+        raise FileError(f"{path} cannot be read as {what}.", why=str(error), next=next) from error
+
+
+def _grey(values: np.ndarray[Any, Any], file: Image.Image, path: Path) -> np.ndarray[Any, Any]:
+    """(H, W) float32 in 0..1 of a grey picture of more than 8 bits."""
+    largest = 1.0
+    if file.mode.startswith("I;") or file.format in ("PNG", "PPM"):  # formats without numbers of 32 bits
+        bits = int(getattr(file, "tag_v2", {}).get(258, (16,))[0])
+        largest = 2.0**bits - 1
+    scaled = values.astype(np.float32) / np.float32(largest)
+    if (file.mode == "I" and largest == 1) or not (scaled.min() >= 0 and scaled.max() <= 1):
+        raise FileError(
+            f"{path} holds values from {values.min():g} to {values.max():g}, of mode {file.mode}.",
+            why="which of them is black and which is white is not known.",
+            next="store floating-point values in 0..1, or 8 or 16 bits.",
+        )
+    return scaled
+
+
+def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """A label file (grey or palette, 8 or 16 bits) as (H, W) int64, resized to `size` (height, width) by the nearest.
+
+    Raises:
+        FileError: missing or unreadable, or a picture in colour.
+    """
+    with _opened(path, "labels", "give a PNG of one class per pixel.") as file:
+        labels, mode = file.copy(), file.mode
+    if mode not in ("1", "L", "P") and not mode.startswith("I"):
+        raise FileError(
+            f"{path} is a picture of mode {mode}, not labels.",
+            next="give a PNG with one channel, grey or palette, whose values are classes.",
+        )
+    if size is not None:
+        labels = labels.resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(labels).astype(np.int64))
+
+
+def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str, str]]]:
+    """Image files among the given files and folders, and where each belongs below an output folder; and what was given
+    in vain, as rows of failures: a path that does not exist, a folder without images.
+
+    Folders are searched and keep their structure; images that differ in their ending only keep it.
+
+    Raises:
+        FileError: nothing was found at all.
+    """
+    found: dict[Path, Path] = {}
+    failed: list[FileError] = []
+    vain: list[Path] = []
+    for path in paths:
+        inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+        if not path.is_dir():
+            inside = [path] if path.exists() else []
+        if not inside:
+            folder = path.is_dir()
+            what = f"there are no images in {path}." if folder else f"there is no file or folder {path}."
+            failed.append(
+                FileError(what, next=f"accepted: {', '.join(SUFFIXES)}." if folder else "check the path.")
+            )
+            vain.append(path)
+        for image in inside:
+            place = image.relative_to(path) if path.is_dir() else Path(image.name)
+            target, count = place.with_suffix(".png"), 1
+            while target in found.values():
+                count += 1
+                target = place.with_name(f"{place.stem}_{place.suffix[1:]}{'' if count == 2 else count}.png")
+            found.setdefault(image, target)
+    if not found:
+        others = f"neither is there anything in {', '.join(map(str, vain[1:]))}." if len(vain) > 1 else ""
+        raise (
+            FileError(failed[0].what, why=others, next=failed[0].next)
+            if failed
+            else FileError("no images were given.", next="name files or folders.")
+        )
+    rows = zip(vain, failed, strict=True)
+    return found, [{"image": str(path), **error.to_dict()} for path, error in rows]
+
+
+def normalise(image: Tensor, source: Source | None) -> Tensor:
+    """An image (3, H, W) or batch (B, 3, H, W) in 0..1 as the network expects it: mean and standard deviation of its
+    source, or ImageNet's."""
+    from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
+
+    mean, std = (source.mean, source.std) if source is not None else (IMAGENET_MEAN, IMAGENET_STD)
+    shift, scale = (torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
+    return (image - shift) / scale
+
+
+SCENE_CLASSES = ("sky", "building", "ground", "road", "pole", "car")
+
+
+def street_scene(height: int = 512, width: int = 1024, seed: int = 0) -> Tensor:
+    """A generated street scene, (3, H, W) float32 in 0..1: smooth areas, edges and thin structures."""
+    return labelled_scene(height, width, seed)[0]
+
+
+def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A generated street scene and its labels (H, W), int64 indices into `SCENE_CLASSES`."""
+    random = np.random.default_rng(seed)
+    rows = np.linspace(0, 1, height)[:, None, None]
+    sky = np.array([150, 185, 225]) * (1 - rows) + np.array([225, 232, 238]) * rows
+    canvas = Image.fromarray(np.broadcast_to(sky, (height, width, 3)).astype(np.uint8))
+    classes = Image.new("L", (width, height), 0)
+    on_canvas, on_classes = ImageDraw.Draw(canvas), ImageDraw.Draw(classes)
+
+    def paint(shape: str, box: Sequence[object], colour: tuple[int, ...], name: str, **options: int) -> None:
+        getattr(on_canvas, shape)(box, fill=colour, **options)
+        getattr(on_classes, shape)(box, fill=SCENE_CLASSES.index(name), **options)
+
+    def shade(low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(value) for value in random.integers(low, high, 3))
+
+    horizon, ground = int(0.45 * height), int(0.5 * height)
+    left = 0
+    while left < width:
+        wide, tall = int(width * random.uniform(0.08, 0.18)), int(height * random.uniform(0.15, 0.38))
+        wall = shade(90, 190)
+        window = tuple(max(0, value - 60) for value in wall)
+        paint("rectangle", (left, horizon - tall, left + wide, ground), wall, "building")
+        step_x, step_y = max(8, wide // 6), max(8, height // 18)
+        for x in range(left + step_x // 2, left + wide - step_x // 2, step_x):
+            for y in range(horizon - tall + step_y // 2, horizon - step_y // 2, step_y):
+                paint("rectangle", (x, y, x + step_x // 2, y + step_y // 2), window, "building")
+        left += max(1, wide)
+    paint("rectangle", (0, ground, width, height), (120, 118, 112), "ground")
+    corners = [
+        (0.42 * width, horizon),
+        (0.58 * width, horizon),
+        (0.98 * width, height),
+        (0.02 * width, height),
+    ]
+    paint("polygon", corners, (78, 80, 84), "road")
+    for part in np.linspace(0.05, 0.95, 7):
+        y, half = horizon + part * (height - horizon), 1 + 5 * part * width / 1024
+        box = (width / 2 - half, y, width / 2 + half, y + 0.05 * height * part)
+        paint("rectangle", box, (235, 235, 225), "road")
+    for side in (0.2, 0.33, 0.71, 0.86):
+        x, base = int((side + random.uniform(-0.05, 0.05)) * width), horizon + int(0.12 * height)
+        paint(
+            "line", (x, base, x, base - int(0.32 * height)), (45, 45, 48), "pole", width=max(1, width // 250)
+        )
+        radius, top = height // 40, base - int(0.36 * height)
+        paint("ellipse", (x - radius, top, x + radius, top + 2 * radius), (190, 40, 40), "pole")
+    for car in range(4):
+        x = int((0.15 + 0.22 * car + random.uniform(-0.06, 0.06)) * width)
+        y = horizon + int((0.14 + random.uniform(0, 0.2)) * height)
+        wide, tall = int(0.09 * width), int(0.08 * height)
+        paint("rectangle", (x, y, x + wide, y + tall), shade(30, 220), "car")
+        paint("rectangle", (x + wide // 5, y - tall // 2, x + 4 * wide // 5, y), (60, 70, 85), "car")
+        for wheel in (0.2, 0.75):
+            middle, radius = x + int(wheel * wide), tall // 4
+            box = (middle - radius, y + tall - radius, middle + radius, y + tall + radius)
+            paint("ellipse", box, (20, 20, 20), "car")
+    smooth = np.asarray(canvas.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float64)
+    pixels = (smooth + random.normal(0, 1.5, smooth.shape)).clip(0, 255) / 255
+    labels = torch.from_numpy(np.array(classes, dtype=np.int64))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float(), labels
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format of the path's ending, whole or not at all.
+
+    Raises:
+        FileError: the path cannot be written, or its ending is of no format.
+    """
+    kind = _format(path)
+    if kind != "PNG":
+        picture = picture.convert(
+            "RGB"
+        )  # of the formats PNG alone has palettes and transparency as they are here
+    with written_whole(path) as temporary:
+        picture.save(temporary, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+
+
+def check_picture(path: Path, option: str = "--output") -> None:
+    """Refuse a path that no picture can be written to, before work is done for it.
+
+    Raises:
+        FileError: there is no such folder, or the ending is of no format.
+    """
+    check_folder(path, option)
+    _format(path)
+
+
+def _format(path: Path) -> str:
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise FileError(
+            f"{path} does not end like a picture.", next=f"choose an ending: {', '.join(FORMATS)}."
+        )
+    return kind

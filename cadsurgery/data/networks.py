@@ -1,0 +1,495 @@
+"""Networks by name: torchvision, timm, or `module:function`, with their weights if they can be had."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import math
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.plain import checked
+from cadsurgery.support.provenance import function_named, untrusted
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # how names of files of weights end
+
+# What torchvision's builders take that decides about parameters or the forward pass; read off the built
+# network so that it can be built again without its weights.
+_DECISIVE = ("aux_loss", "aux_logits", "transform_input")
+# What a file that is not trusted may give to builders: what chooses among the shapes of a network, none of which reads
+# files or addresses.
+_SHAPING = {
+    *(
+        "num_classes",
+        "in_chans",
+        "output_stride",
+        "features_only",
+        "out_indices",
+        "global_pool",
+        "width_mult",
+    ),
+    *("replace_stride_with_dilation", "groups", "width_per_group", "zero_init_residual", "dropout"),
+    *("drop_rate", "drop_path_rate", "act_layer", "norm_layer", "trainable_backbone_layers", "init_weights"),
+    *_DECISIVE,
+}
+_SMALL, _FEW = 4096, 10_000_000  # of such an argument; values of parameters that a builder may make and drop
+# Networks of torchvision for pairs of images, for video, or of quantised weights, by a part of their name.
+_NO_IMAGES = ("raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit", "swin3d")
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a network was built, so that a file can build it again.
+
+    Attributes:
+        name: `torchvision:NAME`, `timm:NAME` or `module:function`.
+        kwargs: arguments of its builder.
+        weights: which weights it got: a name, a file, or `random`.
+        note: what a user should know about them.
+        mean: of the images it expects, per channel, on a scale of 0..1.
+        std: their standard deviation.
+        untrusted: the file that says all this, if nobody has said to trust it: then it is no reason to run code.
+    """
+
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: str = "random"
+    note: str = ""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    untrusted: str = field(default="", compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "untrusted"}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Source:
+        """From `to_dict`.
+
+        Raises:
+            ValueError, TypeError: values that `to_dict` does not write.
+        """
+        hints = {name: hint for name, hint in get_type_hints(Source).items() if name != "untrusted"}
+        source = Source(**checked(values, hints, "the source"))
+        if not all(map(math.isfinite, source.mean + source.std)) or 0 in source.std:
+            raise ValueError(f"mean {source.mean} or standard deviation {source.std}")
+        return source
+
+
+def build_model(
+    name: str, weights: str = "auto", *, num_classes: int | None = None, **kwargs: Any
+) -> nn.Module:
+    """Build a network by name, in evaluation mode; `model.cad_source` tells how.
+
+    Args:
+        name: a torchvision or timm name (torchvision wins if both have it; `timm:NAME` chooses), or
+            `module:function` for a network of your own.
+        weights: `"auto"` takes the library's best weights, from its cache or the network, and says so if
+            it must leave them random; `"none"` leaves them random; else a name of weights of torchvision
+            (e.g. `"IMAGENET1K_V2"`), a tag of timm, or a file (`.safetensors`, `.pth`).
+        num_classes: number of outputs; of pretrained weights for another number, those that fit are taken
+            and the note names the others, which are random.
+        kwargs: for the builder, e.g. `aux_loss=True`.
+
+    Raises:
+        UnknownName: no such network or weights.
+        FileError: weights asked for by name or file cannot be had.
+    """
+    library, _, rest = name.partition(":")
+    if library == "torchvision" and rest:
+        build = _torchvision_builder(rest)
+    elif library == "timm" and rest:
+        build = _timm_builder(rest)
+    elif rest and library:
+        build = _function_builder(library, rest)
+    elif name in _torchvision_names():
+        build = _torchvision_builder(name)
+    else:
+        build = _timm_builder(name)
+    path = Path(weights)
+    if weights not in ("auto", "none") and (path.suffix in WEIGHTS or path.exists()):
+        model, source = build("none", _with_classes(kwargs, num_classes))
+        _load_weights(model, path)
+        source = Source(**{**vars(source), "weights": str(path), "note": f"weights from {path}"})
+    else:
+        model, source = _of_classes(build, weights, kwargs, num_classes)
+    model.cad_source = source  # type: ignore[assignment]
+    return model.eval()
+
+
+def build_again(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
+    """The network that a source names, with random weights.
+
+    For a file that is not trusted only torchvision's and timm's own networks are built, with arguments that choose
+    among their shapes, and none far larger than the tensors it is for.
+
+    Args:
+        source: of `build_model`.
+        state: tensors that it will be given.
+
+    Raises:
+        FileError: the file of the source names something else.
+        UnknownName: there is no such network here.
+    """
+    if not source.untrusted:
+        return build_model(source.name, "none", **source.kwargs)
+    library, colon, _ = source.name.partition(":")
+    if colon and library not in ("torchvision", "timm"):
+        raise untrusted(source.untrusted, _call(source), "the architecture: cs.load(path, model=...)")
+    largest = max((size for value in state.values() if value.numel() for size in value.shape), default=0)
+    for name, value in source.kwargs.items():
+        if name not in _SHAPING or not _is_small(value, max(largest, _SMALL)):
+            code = f"{_call(source)}: argument {name!r:.60}"
+            raise untrusted(source.untrusted, code, "the architecture: cs.load(path, model=...)")
+    with _limited(4 * sum(value.numel() for value in state.values()) + _FEW, source):
+        return build_model(source.name, "none", **source.kwargs)
+
+
+def _call(source: Source) -> str:
+    given = ", ".join(f"{name}={value!r}" for name, value in source.kwargs.items())
+    text = f"{source.name}({given})"
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+def _is_small(value: Any, largest: int) -> bool:
+    """Whether an argument is a plain value, or a short list of them, that asks for nothing large."""
+    if isinstance(value, list):
+        return len(value) <= 64 and not any(isinstance(v, list) or not _is_small(v, largest) for v in value)
+    if isinstance(value, str):
+        return len(value) <= 40
+    return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= largest)
+
+
+@contextmanager
+def _limited(most: int, source: Source) -> Iterator[None]:
+    """Refuse a network, while it is built in this thread, once its parameters have more values than `most`."""
+    thread, values = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal values
+        if threading.get_ident() == thread and parameter is not None:
+            values += parameter.numel()
+            if values > most:
+                raise FileError(
+                    f"{source.untrusted} names a network far larger than what it holds.",
+                    where=_call(source),
+                    next="pass the architecture it was converted from: cs.load(path, model=...).",
+                )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def source_of(network: nn.Module) -> Source:
+    """Where a network came from; for one of your own its type, and the mean and standard deviation that its
+    `pretrained_cfg` states, as timm's networks do, or ImageNet's."""
+    for name in ("source", "cad_source"):
+        found = getattr(network, name, None)
+        if isinstance(found, Source):
+            return found
+    note = "weights as they were given"
+    return Source(type(network).__name__, {}, "own", note, *_statistics(network))
+
+
+def _statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images that a network expects."""
+    stated = getattr(network, "pretrained_cfg", None)
+    stated = stated if isinstance(stated, dict) else {}
+    return tuple(stated.get("mean") or IMAGENET_MEAN), tuple(stated.get("std") or IMAGENET_STD)
+
+
+def list_models(pattern: str = "*", library: str = "") -> list[str]:
+    """Names of torchvision and timm networks for images; whether each converts is in `coverage.recorded`.
+
+    Args:
+        pattern: shell-style, e.g. `"*resnet*"`.
+        library: `"torchvision"` or `"timm"`; default both, without duplicates.
+
+    Raises:
+        UnknownName: no such library.
+    """
+    import timm
+
+    names = {"torchvision": _torchvision_names(), "timm": timm.list_models()}
+    if library and library not in names:
+        raise UnknownName("library", library, names)
+    chosen = [library] if library else list(names)
+    return sorted({name for key in chosen for name in fnmatch.filter(names[key], pattern)})
+
+
+def family_of(name: str) -> str:
+    """The library and module a network is of, e.g. `torchvision.resnet`."""
+    import timm
+    import torchvision
+
+    if name in _torchvision_names():
+        module = torchvision.models.get_model_builder(name).__module__
+    else:
+        module = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else name
+    return f"{module.partition('.')[0]}.{module.rpartition('.')[2]}"
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    return [name for name in torchvision.models.list_models() if not any(part in name for part in _NO_IMAGES)]
+
+
+Builder = Callable[[str, dict[str, Any]], tuple[nn.Module, Source]]
+
+
+def _torchvision_builder(name: str) -> Builder:
+    import torchvision
+
+    if name not in torchvision.models.list_models():
+        raise UnknownName("torchvision network", name, torchvision.models.list_models())
+    builder = torchvision.models.get_model_builder(name)
+    no_backbone = (
+        {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    )
+    described = f"torchvision:{name}"
+
+    def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
+        note = "weights are random (asked for)"
+        if weights != "none":
+            known = torchvision.models.get_model_weights(name)
+            if weights != "auto" and weights not in [entry.name for entry in known]:
+                raise UnknownName(
+                    f"weights of {name}", weights, [entry.name for entry in known] + ["auto", "none"]
+                )
+            entry: Any = next((e for e in known if e.name == weights), getattr(known, "DEFAULT", None))
+            if entry is not None:
+                model, problem = _try_weights(
+                    lambda: builder(weights=entry, **kwargs), weights, f"{name} {entry.name}"
+                )
+                if model is not None:
+                    rebuilt = {**_classes(entry), **_decisions(model, builder), **kwargs}
+                    note = f"pretrained weights {entry.name}"
+                    return model, Source(
+                        described, rebuilt, entry.name, note, *_expected_images(model, entry)
+                    )
+                note = f"weights are RANDOM: {problem}"
+            else:
+                note = "weights are RANDOM: torchvision has none for this network"
+        model = builder(weights=None, **no_backbone, **kwargs)
+        return model, Source(described, kwargs, "random", note, *_expected_images(model))
+
+    return build
+
+
+def _expected_images(model: nn.Module, entry: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the images a network of torchvision expects with some weights; detectors normalise
+    themselves."""
+    if hasattr(getattr(model, "transform", None), "image_mean"):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    preset = entry.transforms() if entry is not None else None
+    return tuple(getattr(preset, "mean", IMAGENET_MEAN)), tuple(getattr(preset, "std", IMAGENET_STD))
+
+
+def _classes(entry: Any) -> dict[str, Any]:
+    categories = entry.meta.get("categories")
+    return {"num_classes": len(categories)} if categories else {}
+
+
+def _decisions(model: nn.Module, builder: Any) -> dict[str, Any]:
+    found = {name: getattr(model, name) for name in _DECISIVE if isinstance(getattr(model, name, None), bool)}
+    if "aux_loss" in inspect.signature(builder).parameters:
+        found["aux_loss"] = getattr(model, "aux_classifier", None) is not None
+    return found
+
+
+def _timm_builder(name: str) -> Builder:
+    with _timm_offline_if_needed():
+        import timm
+
+    plain = name.partition(".")[0]
+    if not timm.is_model(plain):
+        raise UnknownName(
+            "network", name, {*_torchvision_names(), *timm.list_models()}, next="cadsurgery list PATTERN"
+        )
+
+    tags = timm.list_pretrained(f"{plain}.*")
+    if name != plain and name not in tags:
+        raise UnknownName(f"weights of {plain}", name.partition(".")[2], [t.partition(".")[2] for t in tags])
+
+    def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
+        chosen, note, tag = None, "weights are random (asked for)", "random"
+        if weights != "none":
+            full = name if weights == "auto" else f"{plain}.{weights}"
+            if weights != "auto" and full not in tags:
+                raise UnknownName(
+                    f"weights of {plain}", weights, [t.partition(".")[2] for t in tags if "." in t]
+                )
+            if tags or timm.is_model_pretrained(plain):
+                with _timm_offline_if_needed():
+                    chosen, problem = _try_weights(
+                        lambda: timm.create_model(full, pretrained=True, **kwargs), weights, full
+                    )
+                tag = str(_config(chosen).get("tag") or "default") if chosen is not None else tag
+                note = f"pretrained weights {tag}" if chosen is not None else f"weights are RANDOM: {problem}"
+            else:
+                note = "weights are RANDOM: timm has none for this network"
+        model = chosen if chosen is not None else timm.create_model(plain, pretrained=False, **kwargs)
+        config = _config(model)
+        mean, std = tuple(config.get("mean") or IMAGENET_MEAN), tuple(config.get("std") or IMAGENET_STD)
+        return model, Source(f"timm:{plain}", kwargs, tag, note, mean, std)
+
+    return build
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """timm's description of a network's weights."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    return dict(config or {})
+
+
+def _function_builder(module: str, function: str) -> Builder:
+    builder = function_named(module, function)
+
+    def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
+        if weights not in ("auto", "none"):
+            raise FileError(
+                f"there is no file of weights {weights!r}.", next="give a .safetensors or .pth file."
+            )
+        _check_arguments(builder, f"{module}:{function}", kwargs)
+        model = builder(**kwargs)
+        if not isinstance(model, nn.Module):
+            raise InvalidInput(
+                f"{module}:{function} returned {type(model).__name__}.",
+                next="it must return a torch.nn.Module.",
+            )
+        note = "weights as the function made them"
+        return model, Source(f"{module}:{function}", kwargs, "own", note, *_statistics(model))
+
+    return build
+
+
+def _check_arguments(builder: Any, name: str, kwargs: dict[str, Any]) -> None:
+    """Refuse what cannot be called so; what goes wrong within is for who wrote it."""
+    if not callable(builder):
+        raise InvalidInput(f"{name} is no function.", next="name one that returns a torch.nn.Module.")
+    try:
+        inspect.signature(builder).bind(**kwargs)
+    except ValueError:  # no signature is known
+        return
+    except TypeError as error:
+        given = f"with {', '.join(kwargs)}" if kwargs else "without arguments"
+        raise InvalidInput(
+            f"{name} cannot be called {given}.",
+            why=first_line(error),
+            next="name a function that builds the network so, e.g. with default values.",
+        ) from error
+
+
+def _with_classes(kwargs: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
+    return kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
+
+
+def _of_classes(
+    build: Builder, weights: str, kwargs: dict[str, Any], num_classes: int | None
+) -> tuple[nn.Module, Source]:
+    """A network with a number of outputs, with all weights that fit it."""
+    try:
+        return build(weights, _with_classes(kwargs, num_classes))
+    except ValueError:  # torchvision's builders: their weights are for another number
+        if num_classes is None or weights == "none":
+            raise
+    pretrained, source = build(weights, kwargs)
+    options = _with_classes(source.kwargs, num_classes)
+    model, _ = build("none", options)
+    ours, theirs = model.state_dict(), pretrained.state_dict()
+    fitting = {name: value for name, value in theirs.items() if ours[name].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    left = sorted(ours.keys() - fitting.keys())
+    note = f"{source.note}, but for {num_classes} classes {', '.join(left)} are random"
+    return model, replace(source, kwargs=options, note=note)
+
+
+def _try_weights(build: Callable[[], nn.Module], asked: str, what: str) -> tuple[nn.Module | None, str]:
+    """The network with weights, or None and why if they may be left out; else an error."""
+    try:
+        return build(), ""
+    except (OSError, RuntimeError) as error:  # no connection, no cached file, a broken download
+        cause = getattr(error, "reason", None) or error
+        problem = f"{what} is neither cached nor reachable ({first_line(cause)})"
+        if asked == "auto":
+            return None, problem
+        raise FileError(
+            f"the weights {what} cannot be had.",
+            why=first_line(cause),
+            next="connect to the network, copy the file into the library's cache, or use --weights auto or none.",
+        ) from error
+
+
+@contextmanager
+def _timm_offline_if_needed() -> Iterator[None]:
+    """Spare the user a minute of retries of the hub client where there is no network."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        socket.getaddrinfo("huggingface.co", 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    state = read_state_dict(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise FileError(
+            f"the weights in {path} do not fit this network.",
+            why=" ".join(str(error).split())[:400],
+            next="check the name and options of the network, e.g. its number of classes.",
+        ) from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` file or of a torch checkpoint (which must hold tensors only).
+
+    Raises:
+        FileError: missing, unreadable, or not a state dict.
+    """
+    if not path.is_file():
+        raise FileError(f"there is no file {path}.", next="check the path.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CadError:
+        raise
+    except Exception as error:  # both readers raise their own kinds for broken files
+        raise FileError(
+            f"{path} cannot be read as weights.",
+            why=f"{type(error).__name__}: {first_line(error)}",
+            next="give a .safetensors file or a torch checkpoint with tensors only.",
+        ) from error
+    for key in ("state_dict", "model_state", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FileError(f"{path} holds no state dict.", next="save model.state_dict().")
+    return state

@@ -1,0 +1,324 @@
+"""Convolution on elements for CUDA, in Triton: gathering and multiplying in one kernel.
+
+    out[n] = act(scale * sum_t W_t rows[table[n, t]] + bias + residual[n])                     (*)
+
+An implicit matrix product, one program per tile of outputs: gathered rows go straight to the tensor cores and
+never exist in memory. Nothing is added atomically, so forward and backward give the same bits every time
+(for the same tile sizes, which are tuned once per shape and machine and kept on disk).
+
+Triton is optional. With TRITON_INTERPRET=1 set before its import the kernels run on CPU tensors, for tests.
+The first call of a shape tunes and compiles: make it before a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cadsurgery.elements.backends import triton_kernels
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "sigmoid": F.sigmoid,
+}
+# Their derivative follows from the output alone, so they stay fused when gradients are needed.
+_INVERTIBLE = ("none", "relu", "relu6")
+# Backward of the weight: enough programs for any GPU, few enough that their partial sums take about 16 MB.
+_PROGRAMS = 1024
+
+
+class ReversedMap(NamedTuple):
+    """A kernel map read backwards: for every row the outputs that read it, at most one per tap in a row.
+
+    Where a tap of several outputs reads the same row (a coarse cell beside fine ones, the padding row), that
+    row continues in extra rows of the table. So the gradient of the rows is (*) itself, and then a short sum.
+
+    Attributes:
+        table: (R + M, taps) int32, the output that reads by this tap or -1. Row r < R belongs to row r.
+        extras: (M,) int64, R..R+M-1: the further rows, those of one owner side by side.
+        owners: (K,) int64, the rows that have extras, each once.
+        offsets: (K,) int64, where the extras of each owner start.
+    """
+
+    table: Tensor
+    extras: Tensor
+    owners: Tensor
+    offsets: Tensor
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
+    if not triton_kernels.INSTALLED or triton_kernels.INTERPRETED:
+        return triton_kernels.INTERPRETED and device.type == "cpu"
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def supports(rows: Tensor, weight: Tensor, groups: int = 1) -> bool:
+    """Whether `gather_conv` takes these operands: one of the three types, ungrouped or depthwise."""
+    grouping = groups == 1 or groups == rows.shape[1] == weight.shape[0]
+    return grouping and rows.dtype == weight.dtype and rows.dtype in DTYPES and available(rows.device)
+
+
+def activation_name(name: str, scalars: tuple[float, ...], algorithm: str) -> str | None:
+    """The name here of an activation as oneDNN calls it, None if there is none."""
+    if name == "hardtanh":
+        return "relu6" if scalars == (0.0, 6.0) else None
+    if name == "leaky_relu":
+        return f"leaky_relu:{scalars[0]}"
+    if name == "gelu":
+        return "gelu" if algorithm == "none" else None
+    return {"swish": "silu"}.get(name, name if name in _ACTIVATIONS else None)
+
+
+def reversed_map(table: Tensor, rows: int) -> ReversedMap:
+    """The kernel map `table` (N, taps) into `rows` rows, read backwards; negative entries are left out.
+
+    One stable integer sort; waits for the device, so keep the result as long as the table.
+    """
+    taps = table.shape[1]
+    entry = table.flatten().ge(0).nonzero().squeeze(1)
+    output, tap = entry // taps, entry % taps
+    key, order = torch.sort(table.flatten()[entry].long() * taps + tap, stable=True)
+    output, tap, row = output[order], tap[order], key // taps
+    position = torch.arange(len(key), device=table.device)
+    # The first slot of each (row, tap) is in the row itself, the next ones in its extras.
+    slot = position - torch.searchsorted(key, key)
+    needed = torch.zeros(rows, dtype=torch.int64, device=table.device)
+    needed.scatter_reduce_(0, row, slot, "amax")
+    ends = needed.cumsum(0)
+    place = torch.where(slot == 0, row, rows + (ends - needed)[row] + slot - 1)
+    count = int(needed.sum())
+    readers = torch.full((rows + count, taps), -1, dtype=torch.int32, device=table.device)
+    readers[place, tap] = output.to(torch.int32)
+    owners = needed.nonzero().squeeze(1)
+    extras = torch.arange(rows, rows + count, device=table.device)
+    return ReversedMap(readers, extras, owners, (ends - needed)[owners])
+
+
+def gather_conv(
+    rows: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    groups: int = 1,
+    reverse: Callable[[], ReversedMap] | None = None,
+) -> Tensor:
+    """The convolution (*), (N, O), for operands that `supports` accepts; differentiable in all but the table.
+
+    Args:
+        rows: (R, C) float32, float16 or bfloat16; sums are float32.
+        weight: (O, taps C), taps outermost; depthwise (C, taps).
+        table: (N, taps) int32 into the rows; a negative entry reads zero.
+        bias: (O,).
+        scale: (O,).
+        residual: (N, O).
+        activation: none, relu, relu6, silu, hardswish, gelu, sigmoid or `leaky_relu:<slope>`.
+        groups: 1, or C for a depthwise convolution.
+        reverse: gives the reversed map of the table, kept by the caller; made anew if missing.
+    """
+    name, slope = _parsed(activation)
+    channels, outputs, taps = rows.shape[1], weight.shape[0], table.shape[1]
+    if groups > 1 and not groups == channels == outputs:
+        raise ValueError(f"{groups} groups of {channels} channels are neither ungrouped nor depthwise.")
+    expected = {
+        "weight": (weight, (outputs, taps * (channels if groups == 1 else 1))),
+        "bias": (bias, (outputs,)),
+        "scale": (scale, (outputs,)),
+        "residual": (residual, (table.shape[0], outputs)),
+    }
+    for label, (value, shape) in expected.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{label} is {tuple(value.shape)} where {shape} is needed.")
+    operands = (rows, weight, bias, scale, residual)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in operands):
+        return _forward(rows, weight, table, bias, scale, residual, name, slope, groups)
+    if scale is not None:
+        weight = weight * scale.to(weight).unsqueeze(1)
+    if name in _INVERTIBLE:
+        return GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse)
+    out = GatherConv.apply(rows, weight, bias, residual, table, "none", groups, reverse)
+    return F.leaky_relu(out, slope) if name == "leaky_relu" else _ACTIVATIONS[name](out)
+
+
+class GatherConv(torch.autograd.Function):
+    """(*) with gradients; saves its inputs and, behind an activation, its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        table: Tensor,
+        activation: str,
+        groups: int,
+        reverse: Callable[[], ReversedMap] | None,
+    ) -> Tensor:
+        """See `gather_conv`."""
+        out = _forward(rows, weight, table, bias, None, residual, activation, 0.0, groups)
+        ctx.save_for_backward(rows, weight, table, None if activation == "none" else out)
+        ctx.activation, ctx.groups, ctx.reverse = activation, groups, reverse
+        ctx.dtypes = [x.dtype if x is not None else None for x in (bias, residual)]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of rows, weight, bias and residual."""
+        rows, weight, table, out = ctx.saved_tensors
+        bias_dtype, residual_dtype = ctx.dtypes
+        needs = ctx.needs_input_grad
+        if out is not None:
+            open_above = out < 6 if ctx.activation == "relu6" else True
+            grad = grad * ((out > 0) & open_above)
+        grad = grad.contiguous()
+        grad_rows = grad_weight = None
+        if needs[0]:
+            reverse = ctx.reverse() if ctx.reverse is not None else reversed_map(table, rows.shape[0])
+            grad_rows = _grad_rows(grad, weight, reverse, table.shape[1], rows.shape[0], ctx.groups)
+        if needs[1]:
+            grad_weight = _grad_weight(rows, grad, table, ctx.groups).to(weight.dtype)
+        return (
+            grad_rows,
+            grad_weight,
+            grad.sum(0, dtype=torch.float32).to(bias_dtype) if needs[2] else None,
+            grad.to(residual_dtype) if needs[3] else None,
+            *(None,) * 4,
+        )
+
+
+def _parsed(activation: str) -> tuple[str, float]:
+    """Name and slope."""
+    name, _, slope = activation.partition(":")
+    if name == "leaky_relu" and slope:
+        return name, float(slope)
+    if activation not in _ACTIVATIONS:
+        known = ", ".join([*_ACTIVATIONS, "leaky_relu:<slope>"])
+        raise ValueError(f"there is no fused activation {activation!r}; known: {known}.")
+    return activation, 0.0
+
+
+def _grad_rows(
+    grad: Tensor, weight: Tensor, reverse: ReversedMap, taps: int, count: int, groups: int
+) -> Tensor:
+    """Gradient of the rows (count, C): (*) over the reversed map, then the extras added to their owners."""
+    if groups == 1:
+        weight = weight.reshape(weight.shape[0], taps, -1).permute(2, 1, 0).flatten(1)
+    parts = _forward(grad, weight, reverse.table, None, None, None, "none", 0.0, groups)
+    found = parts[:count]
+    if len(reverse.owners):
+        sums = F.embedding_bag(reverse.extras, parts, reverse.offsets, mode="sum")
+        found[reverse.owners] += sums  # owners are distinct: a plain write, in a fixed order
+    return found
+
+
+# Custom operators, so that a compiled graph holds one opaque node: tuning and launching stay outside of it.
+
+
+@torch.library.custom_op("cadsurgery::gather_conv", mutates_args=())
+def _forward(
+    rows: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    slope: float,
+    groups: int,
+) -> Tensor:
+    count, outputs = table.shape[0], weight.shape[0]
+    out = rows.new_empty(count, outputs)
+    if not count:
+        return out
+    rows, weight, bias, scale, residual = map(_operand, (rows, weight, bias, scale, residual))
+    table = table.contiguous()
+    sizes = {"C": rows.shape[1], "TAPS": table.shape[1], "ACTIVATION": activation, "SLOPE": slope}
+    arguments = (rows, weight, table, bias, scale, residual, out, count, count.bit_length())
+    with torch.cuda.device_of(rows):
+        if groups > 1:
+            triton_kernels.depthwise[
+                lambda meta: (_cdiv(count, meta["BLOCK_N"]), _cdiv(outputs, meta["BLOCK_C"]))
+            ](*arguments, **sizes)
+        else:
+            triton_kernels.product[
+                lambda meta: (_cdiv(count, meta["BLOCK_N"]) * _cdiv(outputs, meta["BLOCK_O"]),)
+            ](*arguments, C_OUT=outputs, PRECISION=_precision(), **sizes)
+    return out
+
+
+@_forward.register_fake
+def _(rows: Tensor, weight: Tensor, table: Tensor, *_: Tensor | str | float | None) -> Tensor:
+    return rows.new_empty(table.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("cadsurgery::gather_conv_grad_weight", mutates_args=())
+def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
+    """Gradient of the weight, float32: every program sums a share of the outputs, then the shares are summed."""
+    (count, taps), channels, outputs = table.shape, rows.shape[1], grad.shape[1]
+    rows, grad, table = _operand(rows), _operand(grad), table.contiguous()
+    tiles = taps * _cdiv(channels, 64) * (_cdiv(outputs, 64) if groups == 1 else 1)
+    shares = max(1, min(_PROGRAMS // tiles, _cdiv(count, 256)))
+    depth = channels if groups == 1 else 1
+    if not count:
+        return rows.new_zeros(outputs, taps * depth, dtype=torch.float32)
+    partial = rows.new_empty(shares, outputs, taps * depth, dtype=torch.float32)
+    sizes = {"C": channels, "TAPS": taps}
+    arguments = (rows, grad, table, partial, count, _cdiv(count, shares), count.bit_length())
+    with torch.cuda.device_of(rows):
+        if groups > 1:
+            triton_kernels.depthwise_weight[lambda meta: (taps * _cdiv(channels, meta["BLOCK_C"]), shares)](
+                *arguments, **sizes
+            )
+        else:
+            triton_kernels.product_weight[
+                lambda meta: (
+                    taps * _cdiv(outputs, meta["BLOCK_O"]) * _cdiv(channels, meta["BLOCK_C"]),
+                    shares,
+                )
+            ](*arguments, C_OUT=outputs, PRECISION=_precision(), **sizes)
+    return partial.sum(0)
+
+
+@_grad_weight.register_fake
+def _(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
+    depth = rows.shape[1] if groups == 1 else 1
+    return rows.new_empty(grad.shape[1], table.shape[1] * depth, dtype=torch.float32)
+
+
+def _operand(x: Any) -> Any:
+    """A tensor or None as the kernels take it; Triton 3.9's interpreter cannot multiply bfloat16."""
+    if x is None:
+        return None
+    return (
+        x.contiguous().float() if triton_kernels.INTERPRETED and x.dtype == torch.bfloat16 else x.contiguous()
+    )
+
+
+def _cdiv(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _precision() -> str:
+    """How float32 is multiplied: as the user allows matrix products to be."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

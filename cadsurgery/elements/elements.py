@@ -1,0 +1,231 @@
+"""The value type of the region, and its way in and out: dense maps, elements, rows of another lattice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.axes import NCHW, channel_dims, image_dims, is_flat
+from cadsurgery.elements.backends import native
+from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_points
+from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.support.errors import InvalidInput
+
+_POINT = Window((1, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Elements:
+    """Feature vectors of the cells of a lattice.
+
+    Attributes:
+        rows: (N, C), contiguous, in the lattice's order; (N, *channel axes) where a map has several.
+        lattice: the cells.
+    """
+
+    rows: Tensor
+    lattice: Lattice
+
+
+def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements:
+    """A dense map at the high output stride as elements of stage 0; a view if it is channels_last in memory."""
+    if dense.dim() != len(layout) or dense.shape[layout.index("b")] != lattice.batch:
+        raise InvalidInput(
+            f"a batch of {lattice.batch} maps is expected here, not {describe(dense)}.",
+            next="give one level map per image.",
+        )
+    image = [layout.index(axis) for axis in "bhwp" if axis in layout]
+    by_pixel = dense.permute(*image, *channel_dims(layout))
+    size = lattice.size if "p" in layout else (by_pixel.shape[1], by_pixel.shape[2])
+    return Elements(by_pixel.flatten(0, len(image) - 1).contiguous(), lattice.resampled(0, size))
+
+
+def fine_map(dense: Tensor, layout: str) -> Tensor:
+    """A dense map of any layout as (B, C, H, W): what a mask provider is shown."""
+    if layout == NCHW:
+        return dense
+    image = [layout.index(axis) for axis in "bhw"]
+    return dense.permute(*image, *channel_dims(layout)).flatten(3).permute(0, 3, 1, 2)
+
+
+def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | None = None) -> Tensor:
+    """A dense map that reads every `spacing`-th fine pixel by the lattice's fill.
+
+    Args:
+        x: elements.
+        spacing: 1 for the fine size, the network's own sample distance for its native size.
+        layout: of the result.
+        guide: (B, D, H, W) on the fine map: pixels between anchors lean to those whose guide is like theirs.
+
+    Returns:
+        By default (B, C, ceil(H / spacing), ceil(W / spacing)), in channels_last memory.
+    """
+    by_pixel = _by_pixel_of_uniform(x, spacing)
+    if by_pixel is None:
+        by_pixel = _by_pixel(x, spacing, guide)
+    present = "bhw" + "c" * (x.rows.dim() - 1)
+    if "p" in layout:
+        by_pixel, present = by_pixel.flatten(1, 2), present.replace("hw", "p")
+    channels = iter(channel_dims(present))
+    return by_pixel.permute([next(channels) if axis == "c" else present.index(axis) for axis in layout])
+
+
+def _by_pixel_of_uniform(x: Elements, spacing: int) -> Tensor | None:
+    """The pixels (B, h, w, ...) that lie on the anchors of a uniform lattice, a view if it is all of them; None where
+    others are read."""
+    level = x.lattice.uniform_level
+    side = x.lattice.geometry.sides[level] if level is not None else 0
+    if level is None or spacing % side:
+        return None
+    step = spacing // side
+    by_pixel = x.rows.view(x.lattice.batch, *x.lattice.grid(level), *x.rows.shape[1:])
+    return by_pixel[:, ::step, ::step].contiguous()
+
+
+def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
+    """Every `spacing`-th fine pixel (B, h, w, ...), see `to_dense`."""
+    lattice = x.lattice
+    height, width = lattice.size
+
+    def build() -> Reading:
+        pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)
+        return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
+
+    reading = lattice.pyramid.derive(("to_dense", lattice.key, spacing), build)
+    flat = x.rows.reshape(len(lattice), -1)
+    if guide is not None and spacing == 1 and reading.sources.shape[0]:
+        pixels = torch.arange(reading.table.numel(), device=reading.table.device)
+        reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)
+    if native.supported(flat) and not needs_gradient(flat, reading.mix):
+        rows = flat.new_empty(reading.table.numel(), flat.shape[1])
+        native.gather_mixing(flat, reading.table.reshape(-1, 1), reading.sources, reading.mix, rows)
+    else:
+        rows = extended(flat, reading, 0.0)
+        rows = rows.index_select(0, reading.table.flatten().to(x.rows.device))
+    return rows.view(*reading.table.shape, *x.rows.shape[1:])
+
+
+# Share of the mean distance that every distance is enlarged by, so that one that vanishes does not decide alone.
+_SLACK = 0.01
+
+
+def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) -> Reading:
+    """The reading of fine pixels with each halo row mixed anew, by likeness of a guide (B, D, H, W).
+
+    With b_i the bilinear weights of a pixel p and d_i = |g(p) - g(a_i)|^2 to the anchor of its i-th source, the
+    weights are b_i / (d_i + s (sum_j b_j d_j + e |g(p)|^2))^2, normalised: inverse distance weighting (Shepard 1968)
+    among the neighbours, without a scale. Equal distances leave the bilinear weights, and so do those that are
+    rounding: e is the machine epsilon of the guide's type. Anchors and level 0 are no halo.
+    """
+    height, width = lattice.size
+    rounding = torch.finfo(guide.dtype).eps
+    rows = guide[:, :, :height, :width].permute(0, 2, 3, 1).flatten(0, 2)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    halo = reading.sources.shape[0]
+    place = (reading.table.flatten() - len(lattice)).clamp(min=0).long()  # 0: no halo row
+    points = torch.zeros(halo + 1, dtype=torch.long, device=place.device)
+    points = points.scatter(0, place, pixels.flatten())[1:]
+    anchors = lattice.anchors[reading.sources.long()].to(rows.device)
+    own = rows.index_select(0, points.to(rows.device))
+    apart = torch.stack([(rows.index_select(0, one) - own).square().mean(1) for one in anchors.unbind(1)], 1)
+    mix = reading.mix.to(apart)
+    typical = ((mix * apart).sum(1) + rounding * own.square().mean(1)).unsqueeze(1)
+    # Where all are equal, zero over anything: a gradient, too, must not divide by nothing.
+    likeness = mix / (apart / torch.where(typical > 0, typical, 1) + _SLACK).square()
+    return replace(reading, mix=likeness / likeness.sum(1, keepdim=True))
+
+
+def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> Tensor:
+    """Rows (N, *channel axes) of a value on a lattice of the same or a later stage.
+
+    Elements are subsampled to the anchors that remain. A tensor without extent in the image, such as one
+    vector per image (B, C, 1, 1) or one for all (C, 1, 1), is repeated for every element as torch would
+    broadcast it against a map of `layout`.
+    """
+    if isinstance(value, Elements):
+        if value.lattice == lattice or _holds_no_less(lattice, value.lattice):
+            return value.rows
+        table = kernel_map(value.lattice, lattice, _POINT).table.squeeze(1)
+        return value.rows.index_select(0, table.to(value.rows.device))
+    if value.dim() == 0:
+        return value
+    if not is_flat(value.shape, layout):
+        raise InvalidInput(
+            f"{describe(value)} has spatial extent and cannot be combined with elements.",
+            next="end the region before this operation: region=[...] takes module names.",
+        )
+    value = value.reshape(*(1,) * (len(layout) - value.dim()), *value.shape)
+    channels = channel_dims(layout)
+    per_image = value.permute(layout.index("b"), *channels, *image_dims(layout))
+    per_image = per_image.reshape(per_image.shape[: 1 + len(channels)])
+    if per_image.shape[0] == 1:
+        return per_image.expand(len(lattice), *per_image.shape[1:])
+    return per_image.index_select(0, lattice.coordinates[0].to(value.device))
+
+
+def _holds_no_less(later: Lattice, lattice: Lattice) -> bool:
+    """Whether a lattice of a later stage has all elements of one: none of its cells is downsampled in between."""
+    static = lattice.capacity is not None or later.capacity is not None
+    return not static and lattice.size == later.size and len(lattice) == len(later)
+
+
+def own_image(every: Sequence[Tensor], lattice: Lattice) -> Tensor:
+    """From rows (N, ...) computed for each image as if all were its own, each image's own.
+
+    With bounds only, where an image's rows end is not known while a graph is made. Costs the batch size times the
+    work; nothing more for one image.
+    """
+    if len(every) == 1:
+        return every[0]
+    image = lattice.coordinates[0].to(every[0].device)
+    return torch.stack(tuple(every))[image, torch.arange(len(lattice), device=image.device)]
+
+
+def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
+    """The lattice that all operands of a join can be read on, if only its stage is given: the smallest fine size."""
+    if isinstance(stage, Lattice):
+        return stage
+    height = min(value.lattice.size[0] for value in values)
+    width = min(value.lattice.size[1] for value in values)
+    return values[0].lattice.at(stage, (height, width))
+
+
+def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
+    """Shape of the map as the network itself sees it, with one sample per `spacing` fine pixels."""
+    height, width = (-(-length // spacing) for length in x.lattice.size)
+    channels = iter(x.rows.shape[1:])
+    known = {"b": x.lattice.batch, "h": height, "w": width, "p": height * width}
+    return torch.Size(next(channels) if axis == "c" else known[axis] for axis in layout)
+
+
+def extended(rows: Tensor, reading: Reading, padding: float) -> Tensor:
+    """The rows a reading's table points into: the elements, one row of padding, the halo."""
+    halo = reading.sources.shape[0]
+    if not halo and not reading.has_outside:
+        return rows
+    parts = [rows, rows.new_full((1, rows.shape[1]), padding)]
+    if halo:
+        parts.append(mixed(rows, reading.sources, reading.mix))
+    return torch.cat(parts)
+
+
+def rows_and_halo(rows: Tensor, reading: Reading, outside: float) -> native.Rows:
+    """What compiled code reads: the rows as they are, the halo apart."""
+    halo = mixed(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
+    return native.Rows(rows.contiguous(), halo, outside)
+
+
+def needs_gradient(*values: Tensor | None) -> bool:
+    """Whether a gradient with respect to any of these will be asked for."""
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+
+def mixed(rows: Tensor, sources: Tensor, mix: Tensor) -> Tensor:
+    """Weighted sums of rows: (M, C)."""
+    if native.supported(rows) and not needs_gradient(rows, mix):
+        return native.mix(rows, sources, mix)
+    return F.embedding_bag(sources.to(rows.device), rows, per_sample_weights=mix.to(rows), mode="sum")

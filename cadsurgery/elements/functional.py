@@ -1,0 +1,72 @@
+"""The operations of a convolutional network on elements: what `torch.nn.functional` is to dense maps.
+
+Every function takes and returns `Elements`, computes only the elements of its output lattice, is
+differentiable, and treats the images of a batch apart from each other. Pointwise functions need no entry
+here: they act on `rows` as they are.
+"""
+
+from cadsurgery.elements.elements import (
+    Elements,
+    common_lattice,
+    fine_map,
+    native_shape,
+    rows_on,
+    to_dense,
+    to_elements,
+)
+from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
+from cadsurgery.elements.whole_image import (
+    batch_norm,
+    contiguous_gradient,
+    drop_per_image,
+    global_max,
+    global_mean,
+    global_reduce,
+    group_deviation,
+    group_norm,
+    matrix_on_rows,
+    norm_of_batch,
+    normalize_over_image,
+    softmax_over_image,
+    sum_of_products,
+)
+from cadsurgery.elements.windows import (
+    avg_pool2d,
+    conv2d,
+    conv2d_per_image,
+    fused_conv2d,
+    max_pool2d,
+    pixel_unshuffle,
+)
+
+__all__ = [
+    "Elements",
+    "avg_pool2d",
+    "batch_norm",
+    "common_lattice",
+    "contiguous_gradient",
+    "conv2d",
+    "conv2d_per_image",
+    "drop_per_image",
+    "fine_map",
+    "fused_conv2d",
+    "global_max",
+    "global_mean",
+    "global_reduce",
+    "group_deviation",
+    "group_norm",
+    "matrix_on_rows",
+    "max_pool2d",
+    "native_shape",
+    "norm_of_batch",
+    "normalize_over_image",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "resize",
+    "resize_to_dense",
+    "rows_on",
+    "softmax_over_image",
+    "sum_of_products",
+    "to_dense",
+    "to_elements",
+]

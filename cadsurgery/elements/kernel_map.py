@@ -1,0 +1,338 @@
+"""Kernel maps: for each output element and tap, the input element that is read.
+
+    table[e, t] = row of the source element holding  a(e) + S (d t - p)                        (*)
+
+with a(e) the anchor of output element e, d the dilation, p the padding and S the spacing in fine pixels of
+the samples the window was written for. Points outside the map get the padding row; points inside a cell
+that are not its anchor are read by `fill` and, unless it is nearest, appended as interpolated halo rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.lattice import Lattice
+from cadsurgery.support.errors import InvalidInput
+
+
+class Window(NamedTuple):
+    """Kernel size, stride, dilation and padding of an operation, as written in the network.
+
+    Attributes:
+        kernel: (height, width).
+        stride: of both axes.
+        dilation: (vertical, horizontal).
+        padding: (top, bottom, left, right).
+        mode: `"zeros"`, `"reflect"` or `"replicate"`.
+        ceil_mode: whether a last partial window counts (pooling).
+        spacing: fine pixels between the samples of the grid these numbers refer to.
+        same: the padding is what gives ceil(n / stride) outputs for n samples, known when a map is.
+        outside: what zero padding reads, where it is not what the operation ignores.
+    """
+
+    kernel: tuple[int, int]
+    stride: int = 1
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mode: str = "zeros"
+    ceil_mode: bool = False
+    spacing: int = 1
+    same: bool = False
+    outside: float | None = None
+
+    @property
+    def taps(self) -> int:
+        """Number of taps."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def is_pointwise(self) -> bool:
+        """One tap at the element itself."""
+        return self.taps == 1 and not any(self.padding)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Offsets its taps are made of, in samples: what must fit into the cells it reads."""
+        unknown = (1,) if self.same and self.taps > 1 else ()
+        return (*self.dilation, *self.padding, *unknown)
+
+    def fit(self, size: tuple[int, int]) -> Window:
+        """The window with the padding that "same" means for a fine map of `size`; itself otherwise."""
+        if not self.same:
+            return self
+        pads = [self._same(*axis) for axis in zip(size, self.kernel, self.dilation, strict=True)]
+        (top, bottom), (left, right) = pads
+        return self._replace(padding=(top, bottom, left, right), same=False)
+
+    def _same(self, fine: int, kernel: int, dilation: int) -> tuple[int, int]:
+        samples = -(-fine // self.spacing)
+        reach = (-(-samples // self.stride) - 1) * self.stride + dilation * (kernel - 1) + 1
+        total = max(reach - samples, 0)
+        return total // 2, total - total // 2
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Fine size of the output of a fine map of `size`: H' = min(H, n' R), n' the output size in samples."""
+        height, width = size
+        return (
+            self._output_length(height, self.kernel[0], self.dilation[0], self.padding[0], self.padding[1]),
+            self._output_length(width, self.kernel[1], self.dilation[1], self.padding[2], self.padding[3]),
+        )
+
+    def _output_length(self, fine: int, kernel: int, dilation: int, before: int, after: int) -> int:
+        samples = -(-fine // self.spacing)
+        room = samples + before + after - dilation * (kernel - 1) - 1
+        count = (-(-room // self.stride) if self.ceil_mode else room // self.stride) + 1
+        if self.ceil_mode and (count - 1) * self.stride >= samples + before:
+            count -= 1  # torch: a window must start inside the map or its left padding
+        if room < 0 or count < 1:
+            raise InvalidInput(
+                f"a {self.kernel[0]}x{self.kernel[1]} window does not fit into {samples} samples.",
+                why="the image is too small for this network.",
+                next="use a larger image.",
+            )
+        return min(fine, count * self.spacing * self.stride)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Where a list of points is read: a table into rows extended by one padding row and a halo.
+
+    Attributes:
+        table: integer tensor of any shape with entries in 0..N+M; N is the padding row.
+        sources: (M, 4) int32, the four elements each halo row mixes.
+        mix: (M, 4) float64, their weights, summing to one.
+        has_outside: whether any entry is the padding row.
+        used: number of halo rows that are read, the first ones, if shapes must not depend on it; None: all.
+    """
+
+    table: Tensor
+    sources: Tensor
+    mix: Tensor
+    has_outside: bool
+    used: Tensor | None = None
+
+
+def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
+    """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
+    index, count = lattice.index, len(lattice)
+    row = index[points]
+    sources, mix = _nothing_mixed(row.device)
+    used = None
+    linear = lattice.geometry.interpolates and lattice.uniform_level != 0
+    if linear:
+        off_anchor = lattice.anchors[row] != points
+        if inside is not None:
+            off_anchor &= inside
+    if linear and lattice.capacity is not None:
+        reading = _bounded_halo(lattice, row, points, off_anchor)
+        row, sources, mix, used = reading.table, reading.sources, reading.mix, reading.used
+    elif linear:
+        wanted = torch.zeros(index.shape[0], dtype=torch.bool, device=row.device)
+        wanted[points[off_anchor]] = True
+        rank = (wanted.cumsum(0) + count).to(torch.int32)
+        row = torch.where(off_anchor, rank[points], row)
+        sources, mix = _interpolation(lattice, wanted.nonzero().squeeze(1))
+    if inside is None or (lattice.capacity is None and bool(inside.all())):
+        return Reading(row.to(torch.int32), sources, mix, False, used)
+    return Reading(torch.where(inside, row, count).to(torch.int32), sources, mix, True, used)
+
+
+def _bounded_halo(lattice: Lattice, entries: Tensor, pixels: Tensor, between: Tensor) -> Reading:
+    """Where points of a lattice with bounds are read: `entries`, or the halo where a point lies `between` anchors.
+
+    Shapes follow from the bounds alone: the halo has a row for every pixel that can be no anchor. Those that are read
+    come first.
+
+    Args:
+        lattice: that is read.
+        entries: rows of the points that are no halo.
+        pixels: flat fine pixels of the points, where they lie between anchors.
+        between: which do.
+    """
+    capacity, whole = lattice.capacity, lattice.index.shape[0]
+    assert capacity is not None
+    wanted = torch.zeros(whole + 1, dtype=torch.bool, device=entries.device)
+    wanted[torch.where(between, pixels, whole)] = True
+    wanted = wanted[:whole]
+    rank = wanted.cumsum(0) + capacity[1]
+    table = torch.where(between, rank[torch.where(between, pixels, 0)], entries).to(torch.int32)
+    points = torch.nonzero_static(wanted, size=whole - capacity[0], fill_value=0).squeeze(1)
+    return Reading(table, *_interpolation(lattice, points), False, wanted.sum())
+
+
+def _nothing_mixed(device: torch.device) -> tuple[Tensor, Tensor]:
+    none = torch.empty(0, 4, dtype=torch.int32, device=device)
+    return none, none.double()
+
+
+def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Elements and weights of bilinear reading: per axis (1 - delta/R) D(a) + (delta/R) D(a + R).
+
+    D is the nearest-filled map, replicated at the border; a and R belong to the cell holding the point.
+    """
+    height, width = lattice.size
+    side = lattice.side_map.flatten()[points]
+    y, x = points // width % height, points % width
+    first = points - y * width - x  # first pixel of the image
+    top, left = y - y % side, x - x % side
+    bottom, right = (top + side).clamp(max=height - 1), (left + side).clamp(max=width - 1)
+    down, across = (y - top) / side.double(), (x - left) / side.double()
+    corners = [first + v * width + h for v in (top, bottom) for h in (left, right)]
+    weights = [v * h for v in (1 - down, down) for h in (1 - across, across)]
+    mix = torch.stack(weights, 1)
+    # What weighs nothing is not read: the own cell stands there, which always weighs something.
+    pixels = torch.where(mix > 0, torch.stack(corners, 1), corners[0].unsqueeze(1))
+    return lattice.index[pixels], mix
+
+
+def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool = False) -> Reading:
+    """The kernel map (*) from `source` to `target`, computed once per pair of lattices and window.
+
+    Args:
+        source: lattice of the input elements.
+        target: lattice of the output elements, of the same level map, stage at least the source's.
+        window: the operation.
+        drop: cells that this operation does not downsample read only themselves (`pool="drop"`).
+
+    Returns:
+        A reading whose table is (N_target, taps).
+    """
+    plain = window.mode == "zeros" and not drop and source.geometry.anchor == "corner"
+    build: Callable[[Lattice, Lattice, Window, bool], Reading]
+    key = ("kernel_map", source.key, target.key, window, drop)
+    build = _of_part if source.part is not None else _shifted if plain else _folded
+    return source.pyramid.derive(key, lambda: build(source, target, window, drop))
+
+
+def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+    """From a part that holds all that is read: the kernel map from the whole, its rows counted anew."""
+    whole = source.whole
+    found = kernel_map(whole, target, window, drop=drop)
+    rows = source.index[whole.anchors]
+    behind = torch.arange(1 + found.sources.shape[0], dtype=rows.dtype, device=rows.device) + len(source)
+    table = torch.cat((rows, behind))[found.table]
+    return replace(found, table=table, sources=rows[found.sources])
+
+
+def divisors(
+    source: Lattice, target: Lattice, window: Window, *, drop: bool = False, padding: bool = True
+) -> Tensor:
+    """(N_target,) how many taps of each element lie in the map or, if `padding` counts, in its padding."""
+    key = ("divisors", source.key, target.key, window, drop, padding)
+
+    def build() -> Tensor:
+        _, inside, counted = _taps(source, target, window, drop)
+        return (counted if padding else inside).sum(1)
+
+    return source.pyramid.derive(key, build)
+
+
+def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+    """The common case: every tap is the anchor moved by the same vector, and reads zero outside the map.
+
+    One integer per element plus one per tap is the place in a padded map of rows.
+    """
+    height, width = source.size
+    top, _, left, _ = window.padding
+    down = [window.spacing * (window.dilation[0] * tap - top) for tap in range(window.kernel[0])]
+    across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
+    above, below = max(0, -down[0]), max(0, down[-1])
+    before, after = max(0, -across[0]), max(0, across[-1])
+    count, linear = len(source), source.geometry.interpolates and source.uniform_level != 0
+    rows = source.index
+    if linear:  # what is no anchor stands for itself, as a negative number, until it has a row of the halo
+        pixels = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+        at_anchor = torch.zeros_like(rows, dtype=torch.bool)
+        at_anchor[source.anchors] = True
+        rows = torch.where(at_anchor, rows, -1 - pixels)
+    padded = F.pad(rows.view(-1, height, width), (before, after, above, below), value=count).flatten()
+    image, y, x = target.coordinates
+    wide = width + before + after
+    place = (image * (height + above + below) + y + above) * wide + x + before
+    steps = torch.tensor([v * wide + h for v in down for h in across], device=rows.device)
+    table = padded[place.unsqueeze(1) + steps]
+    has_outside = above + below + before + after > 0
+    if linear and source.capacity is not None:
+        found = _bounded_halo(source, table, (-1 - table).long(), table < 0)
+        return replace(found, has_outside=has_outside)
+    sources, mix = _nothing_mixed(rows.device)
+    if linear:
+        between = table < 0
+        wanted = torch.zeros_like(rows, dtype=torch.bool)
+        wanted[(-1 - table[between]).long()] = True
+        rank = wanted.cumsum(0, dtype=torch.int32) + count
+        table[between] = rank[(-1 - table[between]).long()]
+        sources, mix = _interpolation(source, wanted.nonzero().squeeze(1))
+    return Reading(table, sources, mix, has_outside)
+
+
+def _folded(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+    """Any other: taps folded back at the border, shifted to the centre of cells, or dropped."""
+    points, inside, _ = _taps(source, target, window, drop)
+    return read_points(source, points, inside)
+
+
+def _taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat fine pixels (N, taps) that are read, whether they lie in the map, whether in it or its padding."""
+    height, width = source.size
+    image, y, x = target.coordinates
+    anchor = (image * height + y) * width + x
+    side = source.side_map.flatten()[anchor]
+    shift = side // 2 if source.geometry.anchor == "center" else torch.zeros_like(side)
+    top, bottom, left, right = window.padding
+    rows, row_in, row_counted = _axis(
+        y, window.kernel[0], window.dilation[0], top, bottom, window, height, shift
+    )
+    columns, col_in, col_counted = _axis(
+        x, window.kernel[1], window.dilation[1], left, right, window, width, shift
+    )
+    points = ((image * height)[:, None, None] + rows[:, :, None]) * width + columns[:, None, :]
+    inside = (row_in[:, :, None] & col_in[:, None, :]).flatten(1)
+    counted = (row_counted[:, :, None] & col_counted[:, None, :]).flatten(1)
+    points = points.flatten(1)
+    if drop:
+        target_side = target.side_map.flatten()[target.anchors]
+        kept = (target_side == side).unsqueeze(1)
+        points = torch.where(kept, anchor.unsqueeze(1), points)
+        inside, counted = inside | kept, counted | kept
+    return points, inside, counted
+
+
+def _axis(
+    anchor: Tensor,
+    kernel: int,
+    dilation: int,
+    before: int,
+    after: int,
+    window: Window,
+    length: int,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions (N, kernel) of the taps along one axis, whether they are inside, whether they count.
+
+    The map is seen as `spacing` interleaved grids, one per phase of the anchor, each padded the way the
+    network pads its own grid. So reflected and replicated borders keep the laws at any size.
+    """
+    spacing = window.spacing
+    phase, cell = anchor % spacing, anchor // spacing
+    samples = ((length - phase + spacing - 1) // spacing).unsqueeze(1)
+    offsets = torch.arange(kernel, device=anchor.device) * dilation - before
+    sample = cell.unsqueeze(1) + offsets
+    counted = (sample >= -before) & (sample < samples + after)
+    inside = (sample >= 0) & (sample < samples)
+    if window.mode == "reflect":
+        period = (2 * (samples - 1)).clamp(min=1)
+        folded = sample.remainder(period)
+        inside = torch.ones_like(inside)
+        sample = torch.minimum(folded, period - folded)
+    elif window.mode == "replicate":
+        inside = torch.ones_like(inside)
+    sample = torch.minimum(sample.clamp(min=0), samples - 1)
+    position = phase.unsqueeze(1) + sample * spacing + shift.unsqueeze(1)
+    return position.clamp(max=length - 1), inside, counted

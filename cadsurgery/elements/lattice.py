@@ -1,0 +1,507 @@
+"""The lattice: which cells of the fine map each image of a batch keeps, as an immutable value.
+
+A level map T on the fine map (H x W, one sample per high output stride) says how often each place is
+downsampled. After stage j the lattice has the levels min(T, j); a cell of level l covers R_l x R_l fine
+pixels and is anchored at its top-left one. Everything else (element order, batch offsets, areas) follows
+from the levels and is computed once, on demand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.support.errors import InvalidInput
+
+Fill = Literal["linear", "nearest", "guided"]
+Anchor = Literal["corner", "center"]
+Pool = Literal["atrous", "drop"]
+Patch = Literal["quadtree", "block"]
+Statistics = Literal["area", "element"]
+T = TypeVar("T")
+
+_CHOICES = {
+    "fill": ("linear", "nearest", "guided"),
+    "anchor": ("corner", "center"),
+    "pool": ("atrous", "drop"),
+    "patch": ("quadtree", "block"),
+    "statistics": ("area", "element"),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The choices all lattices of one converted network share.
+
+    Args:
+        strides: stride r_j of each adaptive stage, in order.
+        max_level: the lowest resolution allowed; later stages then only dilate. Default: all stages.
+        fill: how a point inside a cell is read, `"linear"` (default), `"nearest"` (as published) or `"guided"`:
+            linear, but where the map leaves the region weighed by the features that entered it.
+        anchor: where the taps of a cell start, `"corner"` or, as in the published code, `"center"`.
+        pool: what a max-pool stage does to cells it keeps: `"atrous"` pooling or `"drop"` (pass on).
+        patch: how level maps are made legal: `"quadtree"` or `"block"` (as published).
+        statistics: what batch norm weighs an element by in training: the `"area"` of its cell, so that the
+            statistics estimate the dense network's, or each `"element"` the same (as published).
+        dense_shortcut: run uniform maps as ordinary dense convolutions. Results are the same;
+            verification switches it off to exercise the kernel maps.
+    """
+
+    strides: tuple[int, ...]
+    max_level: int = -1
+    fill: Fill = "linear"
+    anchor: Anchor = "corner"
+    pool: Pool = "atrous"
+    patch: Patch = "quadtree"
+    statistics: Statistics = "area"
+    dense_shortcut: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InvalidInput(
+                    f"{name}={getattr(self, name)!r} is not a choice.",
+                    next=f"use one of {', '.join(allowed)}.",
+                )
+        if self.anchor == "center" and self.fill != "nearest":
+            raise InvalidInput(
+                'anchor="center" needs fill="nearest".',
+                why="it reproduces the published code, whose cells are located off the place their value is of.",
+                next='add fill="nearest", or keep anchor="corner".',
+            )
+        if self.max_level < 0:
+            object.__setattr__(self, "max_level", len(self.strides))
+        if self.max_level > len(self.strides) or any(stride < 1 for stride in self.strides):
+            raise InvalidInput(
+                f"max_level={self.max_level} needs as many stages; strides are {self.strides}.",
+                next="give one positive stride per stage.",
+            )
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether points inside a cell are read from more than the cell."""
+        return self.fill != "nearest"
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """R_0..R_K: side of a cell of each level, in fine pixels."""
+        return tuple(accumulate(self.strides, mul, initial=1))
+
+    def lattice(self, levels: Tensor, bounds: Bounds | None = None) -> Lattice:
+        """The lattice after the last stage, from any integer level map (B, H, W); see `legalise`.
+
+        With `bounds`, which must hold for the map, its number of rows is known without looking at the map.
+        """
+        if levels.dim() != 3 or levels.is_floating_point() or levels.is_complex() or 0 in levels.shape:
+            raise InvalidInput(
+                f"a level map is a non-empty (batch, height, width) integer tensor, not {describe(levels)}.",
+                next="give 0 where the high output stride is kept and 1, 2, ... where it is downsampled.",
+            )
+        if levels.dtype == torch.bool:
+            levels = torch.where(levels, 0, self.max_level)
+        if not torch.compiler.is_compiling():  # values are unknown while a graph is made
+            low, high = (int(bound) for bound in torch.aminmax(levels))
+            if low < 0 or high > self.max_level:
+                raise InvalidInput(
+                    f"the level map has values {low}..{high}.",
+                    why=f"levels are 0 (keep high) to {self.max_level} (downsample everything).",
+                    next=f"clamp it, e.g. levels.clamp(0, {self.max_level}).",
+                )
+        pyramid = Pyramid(legalise(levels, self), self, bounds)
+        return Lattice(pyramid, len(self.strides), (levels.shape[1], levels.shape[2]))
+
+    def uniform(
+        self, level: int, batch: int, size: tuple[int, int], device: torch.device | str = "cpu"
+    ) -> Lattice:
+        """A lattice with one level everywhere on a fine map of `size` (height, width)."""
+        return self.lattice(torch.full((batch, *size), level, dtype=torch.int8, device=device))
+
+    def uniform_like(self, features: Tensor, level: int) -> Lattice:
+        """The uniform lattice for a fine map (B, C, H, W); of real values even if the map has none."""
+        batch, _, height, width = features.shape
+        return self.uniform(level, batch, (height, width), "cpu" if features.is_meta else features.device)
+
+
+def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
+    """Lower levels until every cell fits: a cell of level l exists only where all its pixels ask for l.
+
+    `patch="quadtree"` splits only as far as needed; `patch="block"` keeps blocks of R_K pixels whole,
+    either at level 0 or at the lowest allowed one (seed of the method: Hesse et al. 2023, edge masks).
+
+    Args:
+        levels: (B, H, W) integers in 0..max_level; cells at the border may stick out of the map.
+
+    Returns:
+        (B, H, W) int8 with `result <= levels`; idempotent.
+    """
+    if geometry.patch == "block":
+        whole = _block_minimum(levels, geometry.sides[-1]) >= geometry.max_level
+        return (whole * geometry.max_level).to(torch.int8)
+    legal = torch.zeros_like(levels, dtype=torch.int8)
+    for level in range(1, geometry.max_level + 1):
+        fits = _block_minimum(levels, geometry.sides[level]) >= level
+        legal = torch.where(fits, level, legal).to(torch.int8)
+    return legal
+
+
+def _block_minimum(levels: Tensor, side: int) -> Tensor:
+    """Minimum of each aligned side x side block, on every pixel of the block."""
+    _, height, width = levels.shape
+    pad = (0, -width % side, 0, -height % side)
+    padded = F.pad(levels.to(torch.int16), pad, value=torch.iinfo(torch.int16).max)
+    minimum = padded.unflatten(1, (-1, side)).unflatten(3, (-1, side)).amin((2, 4))
+    return minimum.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
+
+
+class Bounds(NamedTuple):
+    """How many elements a level map can have, from its size alone: what makes every shape static.
+
+    A lattice with bounds has as many rows as there can be elements; the rows beyond the real ones are padding.
+    Padding elements repeat the first element's place, are read by nothing and weigh nothing in image-wide
+    operations, so that their values reach no real element.
+
+    Attributes:
+        least: elements of all images after each stage 0..K, at least.
+        most: likewise, at most.
+        level: the level of all cells of all images, if it is known to be the same.
+    """
+
+    least: tuple[int, ...]
+    most: tuple[int, ...]
+    level: int | None = None
+
+    @staticmethod
+    def of_patches(geometry: Geometry, batch: int, size: tuple[int, int], kept: tuple[int, ...]) -> Bounds:
+        """Bounds of maps of patches (aligned R_K x R_K blocks), each with one level, of a batch with fine maps of
+        `size`: `kept[i]` of them, any, have level i or finer, all others the lowest level. A patch that sticks out of
+        the map has fewer elements.
+        """
+        if geometry.patch == "block":  # what is not the lowest level becomes level 0
+            kept = kept[-1:]
+        patch, pixels = geometry.sides[-1], batch * size[0] * size[1]
+        whole, rest = zip(*(divmod(length, patch) for length in size), strict=True)
+        # Kinds of patches by height and width inside the map, and how many there are of each.
+        rows, columns = (
+            [(patch, count), (cut, 1)] if cut else [(patch, count)]
+            for count, cut in zip(whole, rest, strict=True)
+        )
+        kinds = [(h, w, batch * many * times) for h, many in rows for w, times in columns]
+        total = sum(many for *_, many in kinds)
+        levels = [*(min(level, geometry.max_level) for level in range(len(kept))), geometry.max_level]
+        occurring = [
+            level
+            for level, (finer, so_far) in zip(levels, pairwise((0, *kept, total)), strict=True)
+            if so_far > finer
+        ]
+        if len(set(occurring)) == 1:
+            level = occurring[0]
+            sides = [geometry.sides[min(level, stage)] for stage in range(len(geometry.sides))]
+            exact = tuple(batch * _cells(*size, side) for side in sides)
+            return Bounds(exact, exact, level)
+        least, most = [], []
+        for stage in range(len(geometry.sides)):
+            side = geometry.sides[min(stage, geometry.max_level)]
+            few = many = batch * _cells(*size, side)
+            # The patches of level i or finer are among those of level i + 1 or finer, and have more elements.
+            for count, (fine, coarse) in zip(kept, pairwise(levels), strict=True):
+                sides = [geometry.sides[min(stage, level)] for level in (fine, coarse)]
+                gains = sorted((_cells(h, w, sides[0]) - _cells(h, w, sides[1]), n) for h, w, n in kinds)
+                few += _sum_of_first(gains, count)
+                many += _sum_of_first(gains[::-1], count)
+            least.append(min(pixels, few))
+            most.append(min(pixels, many))
+        return Bounds(tuple(least), tuple(most))
+
+
+def _cells(height: int, width: int, side: int) -> int:
+    """How many cells of a side cover height x width pixels."""
+    return -(-height // side) * -(-width // side)
+
+
+def _sum_of_first(values: list[tuple[int, int]], count: int) -> int:
+    """Sum of the first `count` of values that are given with how often each occurs."""
+    total = 0
+    for value, many in values:
+        total += value * min(many, count)
+        count -= min(many, count)
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class Pyramid:
+    """A legal level map with everything computed from it: cells, areas, kernel maps.
+
+    It lives as long as the lattices of one forward pass and holds values only, keyed by all their inputs.
+
+    Attributes:
+        levels: (B, H, W) int8, legal.
+        geometry: the choices it is read with.
+        bounds: of the numbers of elements, if shapes must not depend on the map.
+    """
+
+    levels: Tensor
+    geometry: Geometry
+    bounds: Bounds | None = None
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def derive(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, computed once per key."""
+        if key not in self._derived:
+            self._derived[key] = build()
+        return self._derived[key]
+
+
+def _derived(build: Callable[[Lattice], T]) -> property:
+    """A property of a lattice that is computed once."""
+
+    def get(self: Lattice) -> T:
+        return self.pyramid.derive((build.__name__, *self.key), lambda: build(self))
+
+    return property(get, doc=build.__doc__)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Which cells of a lattice are there, where not all are.
+
+    Attributes:
+        pixels: (B*H*W,) bool: fine pixels whose cell is there, if they are its anchor.
+    """
+
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The cells of a batch after one stage. Rows of an `Elements` value are in its order.
+
+    The order is raster order of the anchors, image after image, so a uniform lattice is exactly the
+    memory of a dense channels_last map and batch is only an offset. Two lattices are equal if they are
+    cut from the same level map at the same stage and size, and have the same cells.
+
+    Attributes:
+        pyramid: the level map all stages share.
+        stage: number of adaptive stages passed; levels are capped at it.
+        size: fine size (height, width).
+        part: the cells that are there; None for all. What cells hold that are not there is undefined.
+    """
+
+    pyramid: Pyramid
+    stage: int
+    size: tuple[int, int]
+    part: Part | None = None
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """What tells it from others of its level map."""
+        return self.stage, self.size, self.part
+
+    @property
+    def whole(self) -> Lattice:
+        """The same with all cells there."""
+        return Lattice(self.pyramid, self.stage, self.size)
+
+    def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
+        """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
+        size = size or self.size
+        if size[0] > self.size[0] or size[1] > self.size[1]:
+            raise InvalidInput(
+                f"a lattice of {self.size[0]}x{self.size[1]} fine pixels cannot grow to {size[0]}x{size[1]}.",
+                next="convert with a region that ends before this operation.",
+            )
+        return Lattice(self.pyramid, stage, size)
+
+    def resampled(self, stage: int, size: tuple[int, int]) -> Lattice:
+        """The lattice of the same level map at any stage and any fine size up to `most_size`.
+
+        Beyond the level map its border goes on: there the cells lie that stick out of it, whole.
+        """
+        return Lattice(self.pyramid, stage, self.most_size).at(stage, size)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The choices it is read with."""
+        return self.pyramid.geometry
+
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        """Height and width of the level map it is cut from."""
+        return self.pyramid.levels.shape[1], self.pyramid.levels.shape[2]
+
+    @property
+    def most_size(self) -> tuple[int, int]:
+        """Height and width of the level map up to where its outermost cells can end."""
+        height, width = (-(-length // self.geometry.sides[-1]) for length in self.whole_size)
+        return height * self.geometry.sides[-1], width * self.geometry.sides[-1]
+
+    def holding(self, counts: Sequence[int], spacing: int) -> tuple[int, int]:
+        """Fine size of a map with this many samples, `spacing` fine pixels apart: as large as the level map where that
+        has no more of them."""
+        sizes = (
+            min(count * spacing, length) if count <= -(-length // spacing) else count * spacing
+            for count, length in zip(counts, self.whole_size, strict=True)
+        )
+        height, width = sizes
+        return height, width
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return self.pyramid.levels.shape[0]
+
+    @_derived
+    def levels(self) -> Tensor:
+        """(B, H, W) int8: level of the cell each fine pixel lies in."""
+        levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
+        for axis, (length, whole) in enumerate(zip(self.size, self.whole_size, strict=True), 1):
+            if length > whole:
+                pixels = torch.arange(length, device=levels.device).clamp(max=whole - 1)
+                levels = levels.index_select(axis, pixels)
+        return levels.clamp(max=self.stage)
+
+    @_derived
+    def side_map(self) -> Tensor:
+        """(B, H, W) int64: side of the cell each fine pixel lies in."""
+        sides = torch.tensor(self.geometry.sides, device=self.levels.device)
+        return sides[self.levels.long()]
+
+    @_derived
+    def capacity(self) -> tuple[int, int] | None:
+        """Least and largest number of elements if they are known without the map; then it has the largest number of
+        rows."""
+        bounds, (height, width) = self.pyramid.bounds, self.size
+        if bounds is None:
+            return None
+        pixels = self.batch * height * width
+        if self.stage == 0:
+            return pixels, pixels
+        if bounds.level is not None:
+            rows, columns = self.grid(min(bounds.level, self.stage))
+            return self.batch * rows * columns, self.batch * rows * columns
+        lost = self.batch * self.whole_size[0] * self.whole_size[1] - pixels
+        if lost < 0:  # beyond the level map each pixel can be an element, or none more
+            return bounds.least[self.stage], min(bounds.most[self.stage] - lost, pixels)
+        return max(bounds.least[self.stage] - lost, 0), min(bounds.most[self.stage], pixels)
+
+    @_derived
+    def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Anchors (N,) as flat pixel numbers, the (B*H*W,) row of the cell each pixel lies in, and how many elements
+        each image has (B,)."""
+        (height, width), device = self.size, self.levels.device
+        y = torch.arange(height, device=device).view(1, -1, 1)
+        x = torch.arange(width, device=device).view(1, 1, -1)
+        image = torch.arange(self.batch, device=device).view(-1, 1, 1)
+        corner = (image * height + y - y % self.side_map) * width + x - x % self.side_map
+        pixel = (image * height + y) * width + x
+        is_anchor = (corner == pixel).flatten()
+        if self.part is not None:
+            is_anchor &= self.part.pixels
+        row = is_anchor.cumsum(0) - 1
+        if self.capacity is None:
+            anchors = is_anchor.nonzero().squeeze(1)
+        else:
+            anchors = torch.nonzero_static(is_anchor, size=self.capacity[1], fill_value=0).squeeze(1)
+        counts = is_anchor.view(self.batch, -1).sum(1)
+        return anchors, row[corner.flatten()].to(torch.int32), counts
+
+    @property
+    def anchors(self) -> Tensor:
+        """(N,) int64: flat (image, y, x) pixel number of each element's anchor, ascending; 0 for padding."""
+        return self._cells[0]
+
+    @property
+    def index(self) -> Tensor:
+        """(B*H*W,) int32: the element whose cell holds each fine pixel."""
+        return self._cells[1]
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,) int64: number of elements of each image."""
+        return self._cells[2]
+
+    @_derived
+    def real(self) -> Tensor | None:
+        """(N,) bool: which rows are elements and no padding; None if all are known to be."""
+        if self.capacity is None or self.capacity[0] == self.capacity[1]:
+            return None
+        return torch.arange(len(self), device=self.levels.device) < self.counts.sum()
+
+    def __len__(self) -> int:
+        """Number of rows: of elements and, where only bounds are known, padding."""
+        return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
+
+    @_derived
+    def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, y and x (each (N,) int64) of each element's anchor."""
+        height, width = self.size
+        return self.anchors // (height * width), self.anchors // width % height, self.anchors % width
+
+    @_derived
+    def uniform_level(self) -> int | None:
+        """The level all cells of all images have; None if they differ or are not all there, or if that is not known
+        without the map."""
+        if self.part is not None:
+            return None
+        if self.pyramid.bounds is not None:
+            level = 0 if self.stage == 0 else self.pyramid.bounds.level
+            return None if level is None else min(level, self.stage)
+        low, high = torch.aminmax(self.levels)
+        return int(low) if bool(low == high) else None
+
+    @_derived
+    def weights(self) -> Tensor:
+        """(N,) float64: how much each element counts in a mean over its image; sums to H*W per image.
+
+        An element weighs the area of its cell inside the map. In an image with one level everywhere
+        each counts the same, cut or not, because that image *is* its dense twin (laws 1 and 2). Padding weighs zero.
+        """
+        height, width = self.size
+        image, y, x = self.coordinates
+        side = self.side_map.flatten()[self.anchors]
+        area = torch.minimum(side, height - y) * torch.minimum(side, width - x)
+        flat = self.levels.flatten(1)
+        uniform = flat.amin(1) == flat.amax(1)
+        weights = torch.where(uniform[image], height * width / self.counts[image].double(), area.double())
+        return weights if self.real is None else weights * self.real
+
+    @_derived
+    def membership(self) -> Tensor:
+        """(B, N) float64: `weights` of each image's own elements, normalised to sum to one per image."""
+        height, width = self.size
+        rows = torch.zeros(self.batch, len(self), dtype=torch.float64, device=self.levels.device)
+        rows[self.coordinates[0], torch.arange(len(self), device=rows.device)] = self.weights / (
+            height * width
+        )
+        return rows
+
+    @_derived
+    def active_fraction(self) -> float:
+        """Share of fine pixels at level 0."""
+        return (self.levels == 0).double().mean().item()
+
+    def grid(self, level: int) -> tuple[int, int]:
+        """Height and width of a dense map with one sample per cell of `level`."""
+        side = self.geometry.sides[level]
+        return math.ceil(self.size[0] / side), math.ceil(self.size[1] / side)
+
+
+def describe(value: object) -> str:
+    """Type, dtype and shape of a value for messages."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # of NumPy
+        return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)}"
+    return " ".join(f"{type(value).__name__} {value!r}".split())[:80]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export makes a graph; torch's own function says yes in torch.compile too, before torch 2.15."""
+    return torch.compiler._is_exporting_flag

@@ -1,0 +1,317 @@
+"""Operations that make a map finer: onto the lattice of an earlier stage, or beyond the high output stride."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.backends import native
+from cadsurgery.elements.elements import Elements, extended, mixed, needs_gradient, to_dense
+from cadsurgery.elements.kernel_map import read_points
+from cadsurgery.elements.lattice import Lattice
+from cadsurgery.support.errors import InvalidInput
+
+
+def resize(
+    x: Elements,
+    stage: int,
+    spacings: tuple[int, int],
+    scale: int,
+    size: Sequence[int] | int | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = False,
+) -> Elements:
+    """Upsampling inside the region: onto the lattice of an earlier stage.
+
+    Where a cell of the output is as large as the one it lies in (it was never downsampled), the value is taken over:
+    in the dense network at that stride there is nothing to resize. Elsewhere it is read between the coarse cells
+    as torch.nn.functional.interpolate reads between samples.
+
+    Args:
+        x: elements.
+        stage: of the output, at most the input's.
+        spacings: fine pixels between the samples of the network's own grid, before and after.
+        scale: how many times finer the output is.
+        size: samples (height, width) of the output on the network's own grid; default `scale` times the input's.
+        mode: `nearest` or `bilinear`.
+        align_corners: as in torch.
+
+    Raises:
+        InvalidInput: the output would be larger than the fine map.
+    """
+    before = tuple(-(-length // spacings[0]) for length in x.lattice.size)
+    wanted = (size, size) if isinstance(size, int) else size
+    after = tuple(wanted) if wanted is not None else tuple(count * scale for count in before)
+    fine, room = x.lattice.holding(after, spacings[1]), x.lattice.most_size
+    if any(length > most for length, most in zip(fine, room, strict=True)):
+        raise InvalidInput(
+            f"upsampling to {after[0]}x{after[1]} samples gives more than the network's own maps have.",
+            why="the image is not divisible by the network's strides.",
+            next="pad or resize the image to a multiple of the lowest output stride.",
+        )
+    target = x.lattice.resampled(stage, fine)
+    key = ("resize", x.lattice.key, target.key, spacings, before, after, mode, align_corners)
+
+    def build() -> tuple[Tensor, Tensor]:
+        image, *place = target.coordinates
+        side = target.side_map.flatten()[target.anchors]
+        ratios = _ratios(before, after, spacings, bool(align_corners))
+        return _between_cells(x.lattice, image, place, side, ratios, mode, bool(align_corners))
+
+    sources, mix = x.lattice.pyramid.derive(key, build)
+    return Elements(mixed(x.rows, sources, mix), target)
+
+
+def resize_to_dense(
+    x: Elements,
+    spacing: int,
+    *,
+    size: Sequence[int] | int | None = None,
+    scale_factor: Sequence[float] | float | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    guide: Tensor | None = None,
+) -> Tensor:
+    """A resize that leaves the region: the network's own map, read at arbitrary points of the elements.
+
+    Output pixel p has the coordinate u(p) that torch gives it on the map the *network* resizes, which has a sample on
+    every `spacing`-th fine pixel. Its value is read at the fine position q = spacing u(p):
+
+    - `bilinear`: between the pixels around q of the fine map, as `to_dense` fills it. Linear between own samples is
+      linear inside cells, so at the network's own level this is the original, and finer cells refine it in place. With
+      the other fills the fine map steps between own samples; there the points between which is read are as far apart
+      as the cell around q is wide, at most one own sample.
+    - `nearest`: the value of the cell that holds torch's index on the fine grid, whatever the fill.
+
+    Args:
+        x: elements.
+        spacing: fine pixels between the samples of the network's own grid.
+        size: samples (height, width) of the output, as in torch.nn.functional.interpolate, like the rest.
+        scale_factor: of the output's size to that of the network's own map.
+        mode: `nearest`, `nearest-exact` or `bilinear`.
+        align_corners: as in torch.
+        recompute_scale_factor: as in torch.
+        guide: (B, D, H, W) on the fine map, see `to_dense`.
+
+    Returns:
+        (B, C, height, width), exactly as large as in the network.
+    """
+    scaling = Scaling(size, scale_factor, mode, align_corners, recompute_scale_factor)
+    lattice, bilinear = x.lattice, mode == "bilinear"
+    level = lattice.uniform_level
+    side = lattice.geometry.sides[level] if level is not None else 0
+    if side == spacing and lattice.geometry.dense_shortcut:
+        return scaling.of(to_dense(x, spacing))
+    if bilinear and spacing == 1:
+        return scaling.of(to_dense(x, 1, guide=guide))
+    places = scaling.places(lattice.size, spacing, x.rows.dtype)
+    if not bilinear:
+        return _nearest(x, places)
+    every_pixel = lattice.geometry.fill == "linear"
+    if side and (every_pixel or side <= spacing):  # only anchors are read
+        return _between_samples(to_dense(x, side), [place / side for place in places])
+    dense = to_dense(x, 1, guide=guide)
+    return _between_samples(dense, places) if every_pixel else _between_sides(dense, lattice, places, spacing)
+
+
+def read_as_resized(fine: Tensor, spacing: int, **scaling: Any) -> Tensor:
+    """Another fine map (B, C, H, W) read at the places that `resize_to_dense` reads with the same arguments."""
+    how = Scaling(**scaling)
+    places = how.places((fine.shape[2], fine.shape[3]), spacing, fine.dtype)
+    if how.mode == "bilinear":
+        return _between_samples(fine, places)
+    y, x = (place.to(fine.device) for place in places)
+    return fine.index_select(2, y).index_select(3, x)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The arguments of torch.nn.functional.interpolate that say which sample of its input a sample is read from."""
+
+    size: Sequence[int] | int | None = None
+    scale_factor: Sequence[float] | float | None = None
+    mode: str = "nearest"
+    align_corners: bool | None = None
+    recompute_scale_factor: bool | None = None
+
+    def of(self, dense: Tensor) -> Tensor:
+        """torch's resize of a dense map."""
+        align = self.align_corners if self.mode == "bilinear" else None
+        size, factor = self.size, self.scale_factor
+        return F.interpolate(
+            *(dense, size, factor, self.mode, align),
+            recompute_scale_factor=self.recompute_scale_factor,
+        )
+
+    def places(self, fine: tuple[int, int], spacing: int, dtype: torch.dtype) -> list[Tensor]:
+        """Per axis the position q of each sample on a fine map of a size: float64, or int64 where one pixel is read.
+
+        torch itself says which of the map's own samples it reads: a map that holds their numbers is resized. Where one
+        sample is read it is a map of the size and type of the values, which decide how torch rounds.
+        """
+        counts = [-(-length // spacing) for length in fine]
+        return (
+            self._between(counts, spacing)
+            if self.mode == "bilinear"
+            else self._single(counts, spacing, fine, dtype)
+        )
+
+    def _between(self, counts: Sequence[int], spacing: int) -> list[Tensor]:
+        found = []
+        for axis, count in enumerate(counts):
+            alone = replace(
+                self, size=_along(self.size, axis, 1), scale_factor=_along(self.scale_factor, axis, 1.0)
+            )
+            own = alone.of(torch.arange(count, dtype=torch.float64).view(1, 1, count, 1)).flatten()
+            place = own * spacing
+            whole = place.round()  # rounding must not choose the cell that is read
+            found.append(torch.where((place - whole).abs() < 1e-6, whole, place))
+        return found
+
+    def _single(
+        self, counts: Sequence[int], spacing: int, fine: tuple[int, int], dtype: torch.dtype
+    ) -> list[Tensor]:
+        axes = [torch.arange(count, dtype=torch.promote_types(dtype, torch.float32)) for count in counts]
+        numbers = self.of(torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0))[0].double()
+        found = []
+        for axis, own in enumerate((numbers[0, :, 0], numbers[1, 0])):
+            factor = None if self.recompute_scale_factor else _along(self.scale_factor, axis, 1.0)
+            ratio = counts[axis] / len(own) if factor is None else 1 / factor[0]
+            middle = 0.5 if self.mode == "nearest-exact" else 0.0
+            exact = (torch.arange(len(own), dtype=torch.float64) + middle) * ratio
+            within = ((exact - own) * spacing + 1e-6).floor().clamp(0, spacing - 1)
+            found.append((own * spacing + within).long().clamp(max=fine[axis] - 1))
+        return found
+
+
+def _along(value: Any, axis: int, other: float) -> Any:
+    """The entry of one image axis of a size or factor, and `other` for the axis that is left alone; None stays."""
+    if value is None:
+        return None
+    return (value[axis] if isinstance(value, (tuple, list)) else value, other)
+
+
+def _nearest(x: Elements, places: Sequence[Tensor]) -> Tensor:
+    """The values of the cells that hold the pixels at `places`, (B, C, height, width)."""
+    y, x_ = (place.to(x.lattice.index.device) for place in places)
+    cell = x.lattice.index.view(x.lattice.batch, *x.lattice.size).index_select(1, y).index_select(2, x_)
+    rows = x.rows.index_select(0, cell.flatten().to(x.rows.device))
+    return rows.view(*cell.shape, -1).permute(0, 3, 1, 2)
+
+
+def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """A map (B, C, h, w) read bilinearly at the product of `places` of both axes."""
+    rows = dense.permute(0, 2, 3, 1)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    for axis, place in enumerate(places, 1):
+        low = place.floor()
+        first = low.long().to(rows.device)
+        second = (first + 1).clamp(max=rows.shape[axis] - 1)
+        share = (place - low).to(wide)
+        if axis == 2 and native.supported(wide) and not needs_gradient(wide):
+            ends = torch.stack((first, second), 1).int(), torch.stack((1 - share, share), 1)
+            wide = native.mix_lines(wide.flatten(0, 1), *ends).view(*wide.shape[:2], len(place), -1)
+            break
+        share = share.view(-1, *(1,) * (3 - axis))
+        wide = torch.lerp(wide.index_select(axis, first), wide.index_select(axis, second), share)
+    return wide.to(dense.dtype).permute(0, 3, 1, 2)
+
+
+def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], spacing: int) -> Tensor:
+    """A fine map (B, C, H, W) read bilinearly between points as far apart as the cells there, at most `spacing`."""
+    batch, (height, width), device = lattice.batch, lattice.size, lattice.levels.device
+    places = [place.to(device) for place in places]
+    inside = [place.long() for place in places]
+    step = lattice.side_map.index_select(1, inside[0]).index_select(2, inside[1]).clamp(max=spacing)
+    ends = []
+    shapes = ((1, -1, 1), (1, 1, -1))
+    for place, pixel, length, shape in zip(places, inside, (height, width), shapes, strict=True):
+        first = pixel.view(shape) // step * step
+        second = torch.minimum(first + step, torch.tensor((length - 1) // spacing * spacing, device=device))
+        share = (place.view(shape) - first) / step
+        ends.append(((first, 1 - share), (second, share)))
+    image = torch.arange(batch, device=device).view(-1, 1, 1) * height
+    points = [(image + y) * width + x for y, _ in ends[0] for x, _ in ends[1]]
+    weights = [v * h for _, v in ends[0] for _, h in ends[1]]
+    rows = dense.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+    found = mixed(rows, torch.stack(points, 3).flatten(0, 2).int(), torch.stack(weights, 3).flatten(0, 2))
+    return found.view(*step.shape, -1).permute(0, 3, 1, 2)
+
+
+def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int) -> Elements:
+    """Depth to space: an element reads the channels of its phase on the output's own grid.
+
+    Args:
+        x: elements (N, C r r).
+        stage: of the output.
+        spacings: fine pixels between the samples of the network's own grid, before and after.
+        scale: r.
+    """
+    counts = [-(-length // spacings[0]) * scale for length in x.lattice.size]
+    target = x.lattice.resampled(stage, x.lattice.holding(counts, spacings[1]))
+    (height, width), (image, y, x_) = x.lattice.size, target.coordinates
+    down, across = (at // spacings[1] % scale for at in (y, x_))
+    # The last samples may reach beyond the map they are made of.
+    y, x_ = (y - down * spacings[1]).clamp(max=height - 1), (x_ - across * spacings[1]).clamp(max=width - 1)
+    points = (image * height + y) * width + x_
+    reading = read_points(x.lattice, points)
+    rows = extended(x.rows, reading, 0.0).index_select(0, reading.table.to(x.rows.device))
+    phase = (down * scale + across).to(rows.device)
+    rows = rows.unflatten(1, (-1, scale * scale))
+    return Elements(rows.gather(2, phase.view(-1, 1, 1).expand(-1, rows.shape[1], 1)).squeeze(2), target)
+
+
+def _ratios(
+    before: Sequence[int], after: Sequence[int], spacings: tuple[float, float], align_corners: bool
+) -> tuple[float, ...]:
+    """Per axis, how far a grid of `after` samples is from fitting one of `before`; 1 unless the sizes do not divide."""
+    if align_corners:  # the outermost samples coincide
+        before, after = [have - 1 for have in before], [max(want - 1, 1) for want in after]
+    return tuple(have * spacings[0] / (want * spacings[1]) for have, want in zip(before, after, strict=True))
+
+
+def _between_cells(
+    source: Lattice,
+    image: Tensor,
+    place: Sequence[Tensor],
+    side: Tensor,
+    ratios: Sequence[float],
+    mode: str,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """Elements (M, 4) and their weights that samples of a finer grid are resized from.
+
+    Args:
+        source: the lattice that is read.
+        image: (M,) image of each sample.
+        place: its y and x, in fine pixels.
+        side: (M,) distance of samples there, in fine pixels.
+        ratios: see `_ratios`.
+        mode: `nearest` or `bilinear`.
+        align_corners: as in torch.
+    """
+    height, width = source.size
+    inside = [at.long().clamp(max=length - 1) for at, length in zip(place, source.size, strict=True)]
+    cell = source.side_map.flatten()[(image * height + inside[0]) * width + inside[1]]
+    same = cell == side
+    ends = []
+    for fine, length, ratio in zip(place, source.size, ratios, strict=True):
+        at = fine.double()
+        if mode == "nearest":
+            point = (at * ratio / cell).floor() * cell
+        else:
+            point = at * ratio if align_corners else (at + side / 2) * ratio - cell / 2
+        point = torch.where(same, at, point).clamp(min=0)
+        low = (point / cell + 1e-9).floor()
+        share = torch.where(same, 0.0, (point / cell - low).clamp(min=0))
+        first = (low * cell).long().clamp(max=length - 1)
+        ends.append(((first, 1 - share), ((first + cell).clamp(max=length - 1), share)))
+    points = [(image * height + y) * width + x for y, _ in ends[0] for x, _ in ends[1]]
+    weights = [v * h for _, v in ends[0] for _, h in ends[1]]
+    return source.index[torch.stack(points, 1)], torch.stack(weights, 1)

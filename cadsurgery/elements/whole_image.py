@@ -1,0 +1,308 @@
+"""Operations on an image as a whole: norms, means, sums, what attention between channels is made of.
+
+Elements are weighed by the area of their cells. A sum or norm runs over as many values as the network's own grid has:
+the weighted mean times their number. So it keeps the scale the weights were trained with, at any resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from cadsurgery.elements.axes import NCHW, image_dims
+from cadsurgery.elements.elements import Elements, native_shape, own_image, rows_on
+from cadsurgery.elements.products import no_autocast
+
+
+def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = None) -> Elements:
+    """Batch normalisation with the parameters and statistics of `norm`.
+
+    In training the statistics run over the real elements of all images. `weighted` weighs each by the
+    area of its cell, so that the statistics estimate those of the dense network; False counts each once,
+    as published; None leaves it to the geometry. Running statistics are updated like torch does.
+    """
+    use_batch = norm.training or norm.running_mean is None or norm.running_var is None
+    if not use_batch:
+        rows = F.batch_norm(
+            x.rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+        )
+        return Elements(rows, x.lattice)
+    weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
+    real, count = x.lattice.real, len(x.lattice)
+    if real is None and (not weighted or x.lattice.uniform_level is not None):
+        # Each counts the same, as torch counts.
+        found = torch.native_batch_norm(x.rows, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
+        rows, mean, inverse = found
+        variance = inverse.detach().square().reciprocal() - norm.eps
+    else:
+        share = x.lattice.weights if weighted or real is None else real.double()
+        share = (share / share.sum()).to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
+        values = without_padding(x).to(share.dtype)
+        affine = [part.to(values) if part is not None else None for part in (norm.weight, norm.bias)]
+        rows, mean, variance = _WeightedNorm.apply(values, share, *affine, norm.eps)
+    if norm.training and norm.track_running_stats:
+        of_batch = count if real is None else x.lattice.counts.sum().to(variance)
+        _update_statistics(norm, mean.detach(), variance, of_batch)
+    return Elements(rows.to(x.rows.dtype), x.lattice)
+
+
+def norm_of_batch(x: Elements, norm: nn.BatchNorm2d) -> Elements:
+    """`batch_norm` without running statistics: always by those of the batch, which joins its images."""
+    return batch_norm(x, norm)
+
+
+def without_padding(x: Elements, value: float = 0.0) -> Tensor:
+    """The rows with a value in those that are padding: what sums over an image may add up."""
+    real = x.lattice.real
+    if real is None:
+        return x.rows
+    return torch.where(real.to(x.rows.device).view(-1, *(1,) * (x.rows.dim() - 1)), x.rows, value)
+
+
+class _WeightedNorm(torch.autograd.Function):
+    """Rows normalised by their weighted mean and variance, with the gradient in closed form.
+
+    With weights w that sum to one, y = g z + b and z = (x - sum w x) / sqrt(v + eps), v = sum w (x - mean)^2:
+    dx_i = g / sqrt(v + eps) (dy_i - w_i (sum_j dy_j + z_i sum_j dy_j z_j)).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, share: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with no_autocast(rows):
+            mean = share @ rows
+            variance = share @ (rows - mean).square_()
+        scale = (variance + eps).rsqrt()
+        ctx.save_for_backward(rows, share, mean, scale, weight)
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(rows, mean, variance, weight, bias, False, 0.0, eps), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *of_statistics: Tensor) -> tuple[Tensor | None, ...]:
+        rows, share, mean, scale, weight = ctx.saved_tensors
+        z = (rows - mean).mul_(scale)
+        of_bias = grad.sum(0)
+        of_weight = torch.mul(grad, z).sum(0)
+        found = torch.addcmul(of_bias, z, of_weight).mul_(-share.unsqueeze(1)).add_(grad)
+        found.mul_(scale if weight is None else scale * weight)
+        present = weight is not None
+        return found, None, of_weight if present else None, of_bias if present else None, None
+
+
+def group_norm(
+    x: Elements, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> Elements:
+    """Group normalisation: each image and group by its own mean and variance, elements weighed by area.
+
+    With as many groups as channels it is instance normalisation.
+    """
+    centred, variance = _centred_groups(x, groups)
+    rows = (centred * (variance + eps).rsqrt()).flatten(1).to(x.rows.dtype)
+    if weight is not None:
+        rows = rows * weight if bias is None else torch.addcmul(bias, rows, weight)
+    return Elements(rows, x.lattice)
+
+
+def contiguous_gradient(values: Tensor) -> Tensor:
+    """A dense map whose gradient arrives in ordinary memory, whatever reads the map.
+
+    torch 2.15's backward of instance normalisation on the CPU takes a channels_last gradient of a single image for a
+    contiguous one: its values are then wrong by their own size. Elements and convolutions give such gradients.
+    """
+    if values.requires_grad and not torch.compiler.is_compiling():
+        values.register_hook(_contiguous)
+    return values
+
+
+def _contiguous(gradient: Tensor | None) -> Tensor | None:
+    return gradient.contiguous() if gradient is not None else None
+
+
+def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
+    """Standard deviation of each image and group (Liu et al. 2020, EvoNorm-S0), repeated for its channels."""
+    centred, variance = _centred_groups(x, groups)
+    rows = (variance + eps).sqrt().expand_as(centred).flatten(1)
+    return Elements(rows.to(x.rows.dtype), x.lattice)
+
+
+def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
+    """Dropout of whole channels or whole images, as `dropout` does it to a map: one factor per image and channel."""
+    if not dropout.training:
+        return x
+    channels = x.rows.shape[1:]
+    factors = dropout(x.rows.new_ones(x.lattice.batch, *channels, 1, 1))
+    return Elements(x.rows * rows_on(factors, x.lattice, f"b{'c' * len(channels)}hw"), x.lattice)
+
+
+def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
+    """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C)."""
+    share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
+    values = without_padding(x).reshape(len(x.lattice), -1).to(share.dtype)
+    return _per_image((share @ values).to(x.rows.dtype), x, keepdim, layout)
+
+
+def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
+    """Maximum of each image: (B, C, 1, 1) or (B, C)."""
+    values = without_padding(x, -torch.inf).reshape(len(x.lattice), -1)
+    image = x.lattice.coordinates[0].to(x.rows.device).unsqueeze(1).expand_as(values)
+    lowest = values.new_full((x.lattice.batch, values.shape[1]), -torch.inf)
+    return _per_image(lowest.scatter_reduce(0, image, values, "amax"), x, keepdim, layout)
+
+
+def global_reduce(
+    x: Elements,
+    how: str,
+    dims: tuple[int, ...],
+    keepdim: bool = False,
+    correction: int = 1,
+    spacing: int = 1,
+    layout: str = NCHW,
+) -> Tensor:
+    """A reduction over the image axes of each image, and over channel axes if `dims` has some.
+
+    A sum or norm runs over as many values as the network's own grid has: the weighted mean times their number. So
+    it keeps the scale the weights were trained with, at any resolution.
+
+    Args:
+        x: elements.
+        how: `mean`, `sum`, `norm` (Euclidean), `var`, `std`, `amax` or `amin`.
+        dims: axes of the dense map that are reduced; all image axes are among them.
+        keepdim: keep them with size one.
+        correction: of variances, as in torch.
+        spacing: fine pixels between the samples of the network's own grid.
+        layout: of the dense map.
+    """
+    channels = [dim for dim in dims if layout[dim] == "c"]
+    # A list, because compilers cannot follow a generator into math.prod.
+    samples = math.prod([native_shape(x, spacing, layout)[dim] for dim in dims])
+
+    def mean(rows: Tensor) -> Tensor:
+        whole = global_mean(Elements(rows, x.lattice), True, layout)
+        return whole.mean(channels, keepdim=True) if channels else whole
+
+    if how in ("amax", "amin"):
+        sign = 1 if how == "amax" else -1
+        found = sign * global_max(Elements(sign * x.rows, x.lattice), True, layout)
+        found = getattr(found, how)(channels, keepdim=True) if channels else found
+    elif how in ("var", "std"):
+        centred = x.rows - rows_on(mean(x.rows), x.lattice, layout)
+        found = mean(centred.square()) * (samples / max(samples - correction, 1))
+        found = found.sqrt() if how == "std" else found
+    elif how == "norm":
+        found = (mean(x.rows.square()) * samples).sqrt()
+    else:
+        found = mean(x.rows) * (samples if how == "sum" else 1)
+    return found if keepdim else found.squeeze(dims)
+
+
+def softmax_over_image(x: Elements, spacing: int) -> Elements:
+    """Softmax over all positions of each image, for every channel apart.
+
+    Each element counts as often as the network's own grid has samples in its cell, so that the weights sum to one over
+    that grid; see `global_reduce`.
+    """
+    layout = "bp" + "c" * (x.rows.dim() - 1)
+    highest = rows_on(global_max(x, True, layout), x.lattice, layout)
+    exponents = (x.rows - highest).exp()
+    total = global_reduce(Elements(exponents, x.lattice), "sum", (1,), True, 0, spacing, layout)
+    return Elements(exponents / rows_on(total, x.lattice, layout), x.lattice)
+
+
+def normalize_over_image(x: Elements, spacing: int) -> Elements:
+    """Each channel of an image divided by its Euclidean norm over all positions; see `global_reduce`."""
+    layout = "bp" + "c" * (x.rows.dim() - 1)
+    norm = global_reduce(x, "norm", (1,), True, 0, spacing, layout).clamp(min=1e-12)
+    return Elements(x.rows / rows_on(norm, x.lattice, layout), x.lattice)
+
+
+def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> Tensor:
+    """The matrix product of two maps along their positions: (B, ..., I, J) from rows (N, ..., I) and (N, ..., J).
+
+    The sum over positions is scaled to the network's own grid; see `global_reduce`. It is what attention between
+    channels and pooling by attention are made of.
+    """
+    height, width = (-(-length // spacing) for length in x.lattice.size)
+    share = x.lattice.weights / (x.lattice.size[0] * x.lattice.size[1]) * height * width
+    weighed = without_padding(x) * share.to(x.rows).view(-1, *(1,) * (x.rows.dim() - 1))
+    parts: Iterable[tuple[Tensor, Tensor]]
+    if x.lattice.capacity is None:
+        counts = x.lattice.counts.tolist()
+        parts = zip(weighed.split(counts), other.rows.split(counts), strict=True)
+    else:
+        values = without_padding(other)
+        parts = [
+            (weighed * own.view(-1, *(1,) * (weighed.dim() - 1)), values) for own in _own_rows(x, weighed)
+        ]
+    return torch.stack([torch.einsum("n...i,n...j->...ij", left, right) for left, right in parts])
+
+
+def matrix_on_rows(x: Elements, matrix: Tensor, transposed: bool) -> Elements:
+    """A matrix (K, J), or one per image (B, ..., K, J), on the last channel axis of rows (N, ..., K).
+
+    Args:
+        x: elements.
+        matrix: as the network multiplies it from the right; `transposed` if from the left.
+        transposed: whether its last two axes are (J, K).
+    """
+    matrix = matrix.transpose(-1, -2) if transposed else matrix
+    if matrix.dim() == 2:
+        return Elements(x.rows @ matrix, x.lattice)
+    matrices = matrix.expand(x.lattice.batch, *matrix.shape[1:])
+    if x.lattice.capacity is not None:
+        every = [torch.einsum("n...k,...kj->n...j", x.rows, own) for own in matrices]
+        return Elements(own_image(every, x.lattice), x.lattice)
+    counts = x.lattice.counts.tolist()
+    parts = zip(x.rows.split(counts), matrices, strict=True)
+    return Elements(torch.cat([torch.einsum("n...k,...kj->n...j", *part) for part in parts]), x.lattice)
+
+
+def _own_rows(x: Elements, like: Tensor) -> list[Tensor]:
+    """For each image the (N,) share, one or zero, that its rows have in it."""
+    image = x.lattice.coordinates[0].to(like.device)
+    return [(image == number).to(like.dtype) for number in range(x.lattice.batch)]
+
+
+def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tensor:
+    """One vector (B, C) per image in the axes of a layout, its image axes of size one or gone."""
+    channels = iter(range(1, x.rows.dim()))
+    kept = [next(channels) if axis == "c" else 0 for axis in layout if axis in "bc"]
+    values = values.view(-1, *x.rows.shape[1:]).permute(kept)
+    for dim in image_dims(layout) if keepdim else ():
+        values = values.unsqueeze(dim)
+    return values
+
+
+def _centred_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
+    """Rows (N, groups, C / groups) less the mean of their image and group, and its variance (N, groups, 1)."""
+    dtype = torch.promote_types(x.rows.dtype, torch.float32)
+    layout = "bcchw"
+
+    def mean(rows: Tensor) -> Tensor:
+        found = global_reduce(Elements(rows, x.lattice), "mean", (2, 3, 4), True, layout=layout)
+        return rows_on(found, x.lattice, layout)
+
+    rows = x.rows.to(dtype).unflatten(1, (groups, -1))
+    centred = rows - mean(rows)
+    return centred, mean(centred.square())
+
+
+def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    others = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
+    unbiased = variance * (count / others)
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean.to(norm.running_mean), momentum or 0.0)
+        norm.running_var.lerp_(unbiased.to(norm.running_var), momentum or 0.0)

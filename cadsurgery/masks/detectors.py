@@ -1,0 +1,144 @@
+"""Keypoints of images: SIFT, peaks of score maps, and what a detector may return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.lattice import describe
+from cadsurgery.support.errors import CadError, InvalidInput
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def opencv() -> Any:
+    """OpenCV, which is slow to load and an extra of this package.
+
+    Raises:
+        CadError: it is not installed.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise CadError("SIFT needs OpenCV.", next="pip install 'cadsurgery[keypoints]'") from error
+    return cv2
+
+
+def sift(grey: NDArray[np.uint8], count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """SIFT keypoints (Lowe 2004, OpenCV's defaults) of a grey picture (H, W), as published for D2-Net: the strongest
+    first, rounded to whole pixels, each pixel once.
+
+    Returns:
+        (n, 2) x and y, and (n,) responses; n at most `count`, 0 on a picture without any.
+    """
+    cv2 = opencv()
+    found = sorted(cv2.SIFT_create().detect(grey, None), key=lambda point: -point.response)
+    height, width = grey.shape
+    kept: dict[tuple[int, int], float] = {}
+    for point in found:
+        x, y = round(point.pt[0]), round(point.pt[1])
+        if 0 <= x < width and 0 <= y < height:
+            kept.setdefault((x, y), point.response)
+        if len(kept) == count:
+            break
+    points = np.array(list(kept), dtype=np.float32).reshape(-1, 2)
+    return points, np.array(list(kept.values()), dtype=np.float32)
+
+
+def peaks(scores: Tensor, count: int, radius: int = 2, border: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """The largest values of score maps (B, h, w) that are the largest within `radius` on both axes.
+
+    Args:
+        scores: floating-point.
+        count: of each map at most.
+        radius: in samples; equal neighbours all count.
+        border: samples at each edge that have no peak.
+
+    Returns:
+        For each map (n, 2) x and y in samples, the largest first, and (n,) values.
+    """
+    side = 2 * radius + 1
+    largest = F.max_pool2d(scores.unsqueeze(1), side, 1, radius).squeeze(1)
+    is_peak = (scores == largest) & scores.isfinite()
+    if border:
+        inner = torch.zeros_like(is_peak)
+        inner[:, border:-border, border:-border] = True
+        is_peak &= inner
+    found = []
+    for values, chosen in zip(scores, is_peak, strict=True):
+        y, x = chosen.nonzero(as_tuple=True)
+        strength, order = values[y, x].sort(descending=True, stable=True)
+        order = order[:count]
+        found.append((torch.stack((x[order], y[order]), 1), strength[:count]))
+    return found
+
+
+def in_pixels(places: Tensor, scores: Tensor, image: Tensor) -> Tensor:
+    """The middles (n, 2) of samples of a map (..., h, w) in pixels of images (..., H, W); of a map with a sample for
+    each pixel the pixels themselves."""
+    sides = [whole / part for whole, part in zip(image.shape[-2:], scores.shape[-2:], strict=True)]
+    step = image.new_tensor(sides[::-1], dtype=torch.float64)
+    return (places.to(step) + 0.5) * step - 0.5
+
+
+def points_of(found: Any, image: Tensor, count: int, where: str) -> list[Tensor]:
+    """What a detector returned as points (n, 2), x and y in pixels of the images (B, C, H, W), on their device.
+
+    Args:
+        found: a sequence of point tensors or arrays, one for each image, one tensor of all (B, n, 2), or a score map
+            (B, h, w) or (B, 1, h, w).
+        image: the batch.
+        count: points taken from a score map.
+        where: for messages.
+
+    Raises:
+        InvalidInput: it is neither.
+    """
+    batch = image.shape[0]
+    if isinstance(found, Tensor) and found.dim() == 3 and found.shape[2] == 2:
+        found = list(found)  # as many points in each image
+    if isinstance(found, Tensor) and found.is_floating_point() and found.dim() in (3, 4):
+        scores = found.squeeze(1) if found.dim() == 4 and found.shape[1] == 1 else found
+        if scores.dim() == 3 and scores.shape[0] == batch and 0 not in scores.shape:
+            return [in_pixels(places, scores, image) for places, _ in peaks(scores.detach(), count)]
+    if isinstance(found, Tensor) or not isinstance(found, Sequence) or len(found) != batch:
+        several = isinstance(found, (tuple, list))
+        given = f"a {type(found).__name__} of {len(found)}" if several else describe(found)
+        raise InvalidInput(
+            f"keypoints are {given} for a batch of {batch}.",
+            where=where,
+            next="give a list with points (n, 2), x and y in pixels, for each image, or a floating-point score map "
+            f"({batch}, h, w).",
+        )
+    return [_checked(part, index, image, where) for index, part in enumerate(found)]
+
+
+def _checked(part: Any, index: int, image: Tensor, where: str) -> Tensor:
+    """Points (n, 2) of an image as float64 on its device, finite and in the image."""
+    try:
+        points = torch.as_tensor(part).detach()
+    except (TypeError, ValueError, RuntimeError):  # whatever a detector may return
+        points = torch.empty(0)
+    if points.dim() == 2 and points.shape[1] == 2 and not points.is_complex():
+        points = points.to(image.device, torch.float64)
+        height, width = image.shape[2:]
+        size = points.new_tensor([width, height])
+        if bool(((points >= -0.5) & (points < size - 0.5)).all()):
+            return points
+        raise InvalidInput(
+            "a keypoint is not in the image.",
+            where=f"{where}, image {index}" if where else f"image {index}",
+            why=f"x is 0..{width - 1} and y 0..{height - 1} in pixels, 0 the middle of the first one.",
+            next="give x before y, in pixels of the image the network sees.",
+        )
+    raise InvalidInput(
+        f"keypoints are {describe(part)}.",
+        where=f"{where}, image {index}" if where else f"image {index}",
+        next="give (n, 2): x and y in image pixels; (0, 2) for none.",
+    )

@@ -1,0 +1,207 @@
+"""The string form of masks.
+
+    mask   = sum { "|" wrapper }             a wrapper works on everything before it
+    sum    = term { "+" term }               the finest level of several masks; binds tighter than the pipe
+    term   = name [":" options] | "(" mask ")"
+    options = option "=" value {"," option "=" value}
+
+so that `edges + gradient:threshold=1 | budget:fraction=0.3` is a budget of both together, and
+`edges + (gradient | budget:fraction=0.1)` edges and a tenth of the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from cadsurgery.masks.provider import PROVIDERS, MaskProvider, format_option, options_of
+from cadsurgery.support.errors import InvalidInput, UnknownName
+
+PIPE, PLUS = "|", "+"
+_MARKS = re.compile(r"([|()]|\+(?!\s*[\d.]))")  # the plus of 1e+16 belongs to a number
+_END = ""
+_MOST = 64  # marks: masks are read, written and asked recursively
+
+
+def parse(text: str, tensor: Callable[[], MaskProvider] | None = None, tensor_name: str = "") -> MaskProvider:
+    """The mask a string describes.
+
+    Args:
+        text: the string form.
+        tensor: makes what stands for `tensor_name`, which otherwise is no name of a mask.
+        tensor_name: what a file writes for a tensor.
+
+    Raises:
+        UnknownName: no such mask, wrapper or option; the closest names are listed.
+        InvalidInput: a value cannot be read, a part is missing, or a wrapper stands where a mask belongs or the
+            other way round.
+    """
+    reader = _Reader(text, {tensor_name: tensor} if tensor else {})
+    if (marks := len(_MARKS.findall(text))) > _MOST:
+        raise InvalidInput(
+            f"the mask {text[:40]!r}... has {marks} pipes, pluses and parentheses.",
+            next=f"write one with at most {_MOST}.",
+        )
+    mask = reader.mask()
+    if reader.next() != _END:
+        raise _unfinished(text, f"{reader.next()!r} is not expected here")
+    return mask
+
+
+def joined(masks: list[str]) -> str:
+    """The string form of the finest level of masks."""
+    return f" {PLUS} ".join(f"({mask})" if _MARKS.search(mask) else mask for mask in masks)
+
+
+class _Reader:
+    """Reads a string from left to right."""
+
+    def __init__(self, text: str, known: dict[str, Callable[[], MaskProvider]]) -> None:
+        self.text, self.known = text, known
+        self.pieces = [piece.strip() for piece in _MARKS.split(text) if piece.strip()]
+
+    def next(self) -> str:
+        return self.pieces[0] if self.pieces else _END
+
+    def took(self, mark: str) -> bool:
+        """Whether the mark comes next; then it is passed."""
+        found = self.next() == mark
+        if found:
+            self.pieces.pop(0)
+        return found
+
+    def words(self) -> str:
+        """What comes before the next mark."""
+        return self.pieces.pop(0) if self.next() not in (_END, PIPE, PLUS, "(", ")") else ""
+
+    def mask(self) -> MaskProvider:
+        mask = self.sum()
+        while self.took(PIPE):
+            mask = _wrapped(mask, self.words())
+        return mask
+
+    def sum(self) -> MaskProvider:
+        terms = [self.term()]
+        while self.took(PLUS):
+            terms.append(self.term())
+        return PROVIDERS["union"](*terms) if len(terms) > 1 else terms[0]
+
+    def term(self) -> MaskProvider:
+        if self.took("("):
+            mask = self.mask()
+            if not self.took(")"):
+                raise _unfinished(self.text, "a parenthesis is not closed")
+            return mask
+        words = self.words()
+        if words in self.known:
+            return self.known[words]()
+        if not words and self.next() == PIPE:
+            self.pieces.pop(0)
+            raise InvalidInput(
+                f"nothing stands before the pipe in {self.text!r}.",
+                next=f"write a mask there: {_example_of_a_pipe(wrapper=self.words() or 'budget')}.",
+            )
+        if not words and (self.next() != _END or self.text.strip()):
+            raise _unfinished(
+                self.text, f"a mask is missing before {repr(self.next()) if self.pieces else 'the end'}"
+            )
+        return _alone(words)
+
+
+def _unfinished(text: str, what: str) -> InvalidInput:
+    return InvalidInput(
+        f"the mask {text!r} cannot be read: {what}.",
+        next='write masks as "edges", "edges + gradient" or "(edges | dilate) + gradient | budget:fraction=0.3".',
+    )
+
+
+def _alone(text: str) -> MaskProvider:
+    name = _name(text)
+    if name not in PROVIDERS:
+        raise UnknownName("mask", name, PROVIDERS)
+    if PROVIDERS[name].takes == "one":
+        raise InvalidInput(
+            f"mask {name!r} needs another mask to work on.",
+            next=f"write that before it and a pipe: {_example_of_a_pipe(wrapper=text)}.",
+        )
+    if PROVIDERS[name].takes == "many":
+        raise InvalidInput(
+            f"mask {name!r} needs other masks to work on.",
+            next='write a plus between them: "edges + gradient".',
+        )
+    return PROVIDERS[name](**_options(name, text))
+
+
+def _wrapped(mask: MaskProvider, text: str) -> MaskProvider:
+    name = _name(text)
+    wrapper: Any = PROVIDERS.get(name)
+    if wrapper is None:
+        known = [known for known, provider in PROVIDERS.items() if provider.takes == "one"]
+        raise UnknownName("mask wrapper", name, known, next=f"write {_example_of_a_pipe()}.")
+    if wrapper.takes == "many":
+        raise InvalidInput(
+            f"mask {name!r} cannot stand behind a pipe.",
+            why="it is made of several masks.",
+            next='write a plus between them: "edges + gradient".',
+        )
+    if wrapper.takes == "none":
+        raise InvalidInput(
+            f"mask {name!r} cannot stand behind a pipe.",
+            why="it is a mask of its own and takes no other.",
+            next=f"write {text!r} alone, a wrapper behind it: {_example_of_a_pipe(text)}, "
+            f'or a plus between both: "edges {PLUS} {text}".',
+        )
+    return wrapper(mask, **_options(name, text))
+
+
+def _name(text: str) -> str:
+    return text.partition(":")[0].strip()
+
+
+def _example_of_a_pipe(mask: str = "edges", wrapper: str = "budget:fraction=0.3") -> str:
+    return f'"{mask.strip()} {PIPE} {wrapper.strip()}"'
+
+
+def _options(name: str, text: str) -> dict[str, Any]:
+    """The options that follow the name of a mask in its string form."""
+    known = options_of(PROVIDERS[name])
+    options = {}
+    for part in filter(None, (part.strip() for part in text.partition(":")[2].split(","))):
+        option, equals, value = (piece.strip() for piece in part.partition("="))
+        if option not in known:
+            example = f"e.g. {name}:{_example(known)}" if known else f"mask {name!r} takes no options."
+            raise UnknownName(f"option of mask {name!r}", option, known, next=example)
+        if not equals or not value:
+            raise InvalidInput(
+                f"option {option!r} of mask {name!r} has no value.", next=f"write {option}=VALUE."
+            )
+        options[option] = _value(name, option, value, known[option])
+    return options
+
+
+def _value(mask: str, option: str, text: str, default: Any) -> Any:
+    """A number, a yes or no, or several separated by slashes."""
+    kind = type(default[0]) if isinstance(default, tuple) else type(default)
+    try:
+        values = tuple(_READ.get(kind, kind)(part) for part in text.split("/"))
+    except (ValueError, KeyError):
+        raise InvalidInput(
+            f"option {option}={text} of mask {mask!r} is not {_KINDS.get(kind, 'a number')}.",
+            next=f"write e.g. {option}={format_option(default)}.",
+        ) from None
+    if len(values) > 1 and not isinstance(default, tuple):
+        raise InvalidInput(
+            f"option {option!r} of mask {mask!r} takes one value.", next=f"write {option}={values[0]}."
+        )
+    return values if isinstance(default, tuple) else values[0]
+
+
+def _example(options: dict[str, Any]) -> str:
+    return ",".join(f"{name}={format_option(value)}" for name, value in options.items())
+
+
+_KINDS = {int: "an integer", bool: "True or False"}
+_READ: dict[type, Callable[[str], Any]] = {
+    bool: lambda text: {"true": True, "false": False}[text.strip().lower()]
+}

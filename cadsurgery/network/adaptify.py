@@ -1,0 +1,200 @@
+"""The two verbs: `plan`, the dry run, and `adaptify`, the surgery."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Sequence
+
+from torch import Tensor, fx, nn
+
+from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
+from cadsurgery.masks.masking import check_image
+from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.network.candidates import check_network
+from cadsurgery.network.hosted import HostedModel, check_used
+from cadsurgery.network.model import AdaptiveModel, Surgery
+from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.surgery.facts import Facts, observe
+from cadsurgery.surgery.hooks import Watched, copying, is_apart, take_over, watched
+from cadsurgery.surgery.plan import Outputs, Plan
+from cadsurgery.surgery.planner import BACKBONE_NAMES, make_plan
+from cadsurgery.surgery.rewrite import rewrite, unchanged
+from cadsurgery.surgery.rules import has_rule, ruled_functions
+from cadsurgery.surgery.trace import trace
+from cadsurgery.surgery.verify import verify
+
+
+def plan(
+    model: nn.Module,
+    output_stride: tuple[int, int] | None = None,
+    region: str | Sequence[str] = "auto",
+    example_input: Tensor | None = None,
+    outputs: Outputs = "fine",
+) -> Plan:
+    """What `adaptify` would do, without doing it: `print(plan)` shows every node's decision and reason.
+
+    Args:
+        model: a convolutional network; it is not changed.
+        output_stride: (high, low); see `adaptify`.
+        region: see `adaptify`.
+        example_input: an image batch (B, C, H, W) the network accepts; default: small random images.
+        outputs: see `adaptify`.
+
+    Raises:
+        CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
+        InvalidInput: an impossible output stride; the possible ones are listed.
+    """
+    path, facts = traceable_part(_copied(model), example_input)
+    return make_plan(facts, output_stride, _within(path, region), path, outputs)[0]
+
+
+def adaptify(
+    model: nn.Module,
+    mask: object = "edges",
+    *,
+    output_stride: tuple[int, int] | None = None,
+    region: str | Sequence[str] = "auto",
+    anchor: Anchor = "corner",
+    fill: Fill = "linear",
+    pool: Pool = "atrous",
+    patch: Patch = "quadtree",
+    statistics: Statistics = "area",
+    outputs: Outputs = "fine",
+    example_input: Tensor | None = None,
+    strict: bool = False,
+    verify_laws: bool = True,
+) -> AdaptiveModel:
+    """The same network with content-adaptive downsampling (Hesse et al., CVPRW 2023, Fig. 8c).
+
+    Features stay at the high output stride where the mask says so and are downsampled elsewhere, in one
+    pass, with the same weights and receptive field. The argument is not changed; parameters keep names
+    and values.
+
+    Args:
+        model: a convolutional network, strided or already dilated; or one that torch.fx cannot follow whole, such as
+            a detector, whose backbone is then converted inside it.
+        mask: a name (`"edges"`, `"edges:threshold=0.15,dilation=11"`, `"all"`, `"none"`, `"random"`), a
+            provider, a callable image -> map, or a tensor; see `list_masks`.
+        output_stride: (high, low), input pixels per sample where the mask is high and elsewhere. Default:
+            (native / 4, native) for a strided network, (current, undilated) for a dilated one.
+        region: `"auto"` runs the adaptive part as far as the rules reach, `"backbone"` stops where the
+            backbone does (as published), or a list of node or module names.
+        anchor: `"corner"`, or `"center"` to reproduce the published code and its checkpoints.
+        fill: how points inside a cell are read: `"linear"`, `"nearest"` (as published), or `"guided"`: linear, and
+            where the map leaves the region each pixel leans to those neighbours whose entering features were
+            like its own.
+        pool: `"atrous"`, or `"drop"` to pass kept elements through max-pool stages (as published).
+        patch: shape of the areas kept high, `"quadtree"` or `"block"` (as published).
+        statistics: batch norm in training weighs elements by `"area"`, or each `"element"` the same (as
+            published).
+        outputs: size at which the call returns maps that leave the region as they are: `"fine"`, one sample per high
+            output stride, or `"native"`, the size the original returns. What the network resizes itself has its size
+            in either case.
+        example_input: an image batch (B, C, H, W) to plan and verify on; default: small random images.
+        strict: refuse if an operation inside the region has no rule and ends it.
+        verify_laws: check on the example that uniform maps give the dense networks exactly.
+
+    Returns:
+        An `AdaptiveModel`, in the training or evaluation mode of `model`.
+
+    Raises:
+        CannotConvert: nothing can be made adaptive, or, if strict, something cannot.
+        InvalidInput: an impossible option; the message lists the possible ones.
+        UnknownName: an unknown mask, option or region; the message lists the closest names.
+    """
+    provider = resolve_mask(mask)
+    whole = _copied(model)
+    path, facts = traceable_part(whole, example_input)
+    if path and verify_laws:
+        check_used(whole, path, facts.example)
+    chosen, treatments = make_plan(facts, output_stride, _within(path, region), path, outputs)
+    if strict:
+        _refuse_barriers(chosen)
+    geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
+    graph = rewrite(facts, chosen, treatments, guided=fill == "guided")
+    signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
+    own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
+    surgery = Surgery(
+        graph, chosen, geometry, signature, facts.container, source, own, _relied_on(facts, chosen)
+    )
+    net = AdaptiveModel(facts.model, surgery, provider)
+    take_over(net, facts.model)
+    if verify_laws:
+        net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.example)
+    return HostedModel(whole, path, net) if path else net
+
+
+def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str, Facts]:
+    """Name and facts of the part of a model that torch.fx can follow: itself ("") or its backbone.
+
+    Raises:
+        CannotConvert: there is no such part, or it does not run on the example.
+    """
+    if example_input is not None:
+        check_image(example_input, "example_input")
+        if example_input.is_meta:
+            raise InvalidInput(
+                "example_input has no values: it is on the meta device.", next="give an image."
+            )
+    path, part = "", model
+    try:
+        graph = _traced(model)
+    except CannotConvert as refusal:
+        found = _backbone_graph(model)
+        if found is None:
+            raise refusal
+        path, graph = found
+        part = getattr(model, path)
+    return path, observe(part, graph, example_input)
+
+
+def _traced(model: nn.Module) -> fx.Graph:
+    """The graph, whose nodes are operations with rules, and modules that have to be called as a whole."""
+    return trace(model, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
+
+
+def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
+    """The modules that stand for what was rewritten."""
+    used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
+    inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
+    operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
+    return watched(facts.model, operations, [str(node.target) for node in used])
+
+
+def _backbone_graph(model: nn.Module) -> tuple[str, fx.Graph] | None:
+    """Name and graph of the first part that can be traced of those which libraries call a backbone."""
+    for name in BACKBONE_NAMES:
+        part = getattr(model, name, None)
+        if isinstance(part, nn.Module):
+            with contextlib.suppress(CannotConvert):
+                return name, _traced(part)
+    return None
+
+
+def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
+    """The region asked for, where the part that is converted is the backbone itself."""
+    return "auto" if path and region == "backbone" else region
+
+
+def _copied(model: object) -> nn.Module:
+    """A copy that can be changed, every module in its own mode."""
+    model = check_network(model)
+    clone = copy.deepcopy(model, copying(model))
+    clone.train(model.training)  # torchvision's feature extractors forget theirs when they are copied
+    for ours, theirs in zip(clone.modules(), model.modules(), strict=True):
+        ours.training = theirs.training
+    return clone
+
+
+def _refuse_barriers(plan: Plan) -> None:
+    barriers = plan.chosen("barrier")
+    if barriers:
+        first = barriers[0]
+        raise CannotConvert(
+            f"{first.node} ends the region.",
+            where=first.place,
+            why=f"{first.reason}; {plan.dense_after:.0%} of the MACs run dense after the region.",
+            next='pass strict=False to accept that, or end the region on purpose: region="backbone" or names.',
+        )

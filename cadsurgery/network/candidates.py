@@ -1,0 +1,84 @@
+"""Networks that surgery cannot take as they are, and what to pass instead."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from cadsurgery.network.compile import Bucketed
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import CannotConvert, InvalidInput
+
+# Modules of torch that run the network they hold, and where they hold it; by name, because some take seconds to import.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "AveragedModel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+# Where torch keeps modules of whole numbers, and those that prepare for them; dynamic ones take floats and give floats.
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat", "torch.ao.quantization")
+_DYNAMIC = ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+
+
+def check_network(model: object) -> nn.Module:
+    """The network, once it is known to be one whose modules and values are its own.
+
+    Raises:
+        InvalidInput: no network at all.
+        CannotConvert: it wraps the network, is compiled, scripted, exported, quantised or converted, or has no values.
+    """
+    if not isinstance(model, nn.Module):
+        made = "the network that was exported" if hasattr(model, "graph_module") else "a torch.nn.Module"
+        raise InvalidInput(
+            f"{model!r:.60} is not a network.", next=f"pass {made}; cs.build_model(name) makes one by name."
+        )
+    for path, module in model.named_modules():
+        if reason := _reason(module):
+            what, next = reason
+            inner = f"put the module it was made from in its place: model.{path} = ..."
+            raise CannotConvert(
+                f"{type(module).__name__} {what}.",
+                where=f"module {path} of {type(model).__name__}" if path else "",
+                next=inner if path else next,
+            )
+    for name, value in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(value):
+            raise CannotConvert(
+                f"{type(model).__name__} has parameters without a shape.",
+                where=name,
+                next="call it on an image first, which gives its lazy modules their shapes.",
+            )
+        if value.is_meta:
+            raise CannotConvert(
+                f"{type(model).__name__} is on the meta device: it has shapes and no values.",
+                where=name,
+                next='give it values first: model.to_empty(device="cpu"), then model.load_state_dict(...).',
+            )
+    return model
+
+
+def _reason(module: nn.Module) -> tuple[str, str] | None:
+    """What stands in the way of surgery on a module, and what to do."""
+    if isinstance(module, (AdaptiveModel, Bucketed)):
+        return (
+            "is converted already",
+            "pass the original network; another mask needs no conversion: net.mask = ..., or net(x, mask=...).",
+        )
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    if wrapper := next((name for name in _WRAPPERS if name in kinds), None):
+        return "wraps the network", f"pass model.{_WRAPPERS[wrapper]}, and wrap what cs.adaptify gives."
+    if isinstance(module, torch.jit.ScriptModule):
+        return ("is a TorchScript program", "pass the network it was scripted or traced from.")
+    if isinstance(module, fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+    ):
+        return ("is an exported program", "pass the network that was exported.")
+    kind, place = type(module).__name__, type(module).__module__
+    if place.startswith(_QUANTISED) and not place.startswith(_DYNAMIC) and "PackedParams" not in kind:
+        return ("is quantised", "pass the network as it was before quantisation, in floating point.")
+    return None

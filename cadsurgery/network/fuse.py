@@ -1,0 +1,497 @@
+"""Fold and fuse a rewritten graph for inference: what follows a convolution becomes part of it.
+
+Batch norm and constant factors go into its weight; a residual and an activation are applied to its result while that
+is in the cache. Every step is exact in evaluation mode. What matches no pattern stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import BuiltinFunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from cadsurgery.elements import functional
+from cadsurgery.elements.backends.packed import Activation, PackedConv, PackedLinear
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.surgery.treatment import has_rule
+
+# Where the fused convolutions are found in the network that runs the graph.
+KERNELS = "cadsurgery_kernels"
+
+_RELU, _RELU6 = Activation("relu"), Activation("hardtanh", (0.0, 6.0))
+_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
+    nn.ReLU: lambda module: _RELU,
+    nn.ReLU6: lambda module: _RELU6,
+    nn.Hardtanh: lambda module: Activation("hardtanh", (module.min_val, module.max_val)),
+    nn.SiLU: lambda module: Activation("swish"),
+    nn.Hardswish: lambda module: Activation("hardswish"),
+    nn.GELU: lambda module: Activation("gelu", (), module.approximate),
+    nn.LeakyReLU: lambda module: Activation("leaky_relu", (module.negative_slope,)),
+    nn.Sigmoid: lambda module: Activation("sigmoid"),
+    nn.Tanh: lambda module: Activation("tanh"),
+}
+_FUNCTIONS: dict[Any, Activation] = {
+    **dict.fromkeys((F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"), _RELU),
+    **dict.fromkeys((F.relu6,), _RELU6),
+    **dict.fromkeys((F.silu,), Activation("swish")),
+    **dict.fromkeys((F.hardswish,), Activation("hardswish")),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), Activation("tanh")),
+}
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_DROPS = ("torchvision.ops.stochastic_depth:StochasticDepth", "timm.layers.drop:DropPath")
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_IN_PLACE = (operator.iadd, operator.imul, "add_", "mul_")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_POINT = Window((1, 1))
+_MAKES_NAN = frozenset(
+    (
+        *("truediv", "itruediv", "div", "true_divide", "divide", "fmod", "remainder"),
+        *("log", "log2", "log10", "log1p", "exp", "expm1", "exp2", "sqrt", "rsqrt", "pow", "reciprocal"),
+        *("acos", "asin", "acosh", "atanh", "erfinv", "logit", "tan", "var", "std", "var_mean", "std_mean"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class _Fusion:
+    """A convolution and what it has taken in so far.
+
+    Attributes:
+        tail: node whose value it computes.
+        weight: with everything folded into it.
+        bias: likewise.
+        groups: channel groups.
+        residual: node that is added.
+        activation: applied last.
+    """
+
+    tail: fx.Node
+    weight: Tensor
+    bias: Tensor | None
+    groups: int = 1
+    residual: fx.Node | None = None
+    activation: Activation | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether factors can still be folded in."""
+        return self.residual is None and self.activation is None
+
+    def scaled(self, tail: fx.Node, scale: Tensor, shift: Tensor | None = None) -> _Fusion:
+        """Followed by a factor and a shift per output channel."""
+        wide = scale.double()
+        bias = self.bias.double() * wide if self.bias is not None else torch.zeros_like(wide)
+        bias = bias + shift.double() if shift is not None else bias
+        weight = self.weight.double() * wide.view(-1, *(1,) * (self.weight.dim() - 1))
+        has_bias = self.bias is not None or shift is not None
+        return replace(
+            self,
+            tail=tail,
+            weight=weight.to(self.weight),
+            bias=bias.to(self.weight) if has_bias else None,
+        )
+
+
+class _Consumer:
+    """The one operation that reads a value, on elements or dense.
+
+    Attributes:
+        node: the operation.
+        value: node of the value as the operation reads it (its rows, or itself).
+        result: node of the result (elements again, or the operation itself).
+        lattice: node of the lattice both are on; None if dense.
+    """
+
+    def __init__(
+        self, node: fx.Node, value: fx.Node, result: fx.Node, lattice: fx.Node | None = None
+    ) -> None:
+        self.node, self.value, self.result, self.lattice = node, value, result, lattice
+
+    @property
+    def other(self) -> fx.Node | None:
+        """The second operand of an operation on two, none of which it overwrites but the first."""
+        args = self.node.args
+        if len(args) != 2 or self.node.kwargs or not all(isinstance(part, fx.Node) for part in args):
+            return None
+        first, second = args
+        if first is second or (self.node.target in _IN_PLACE and first is not self.value):
+            return None
+        return second if first is self.value else first  # type: ignore[return-value]
+
+
+class Fuser:
+    """Fuses the convolutions of one graph; `graph` is changed, `kernels` is filled."""
+
+    def __init__(self, graph: fx.Graph, model: nn.Module, epilogues: bool) -> None:
+        self.graph, self.model, self.epilogues = graph, model, epilogues
+        self.kernels = nn.Module()
+        self.fixed: set[fx.Node] = set()  # what is made of parameters alone
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            call = node.op in ("call_function", "call_method") and sources
+            if node.op == "get_attr" or (call and self.fixed.issuperset(sources)):
+                self.fixed.add(node)
+        self.values: dict[fx.Node, Any] = {}
+
+    def meets_nan(self) -> bool:
+        """Whether values may be NaN though the image holds numbers; those that overflow are not foreseen."""
+        tensors = (*self.model.state_dict().values(), *self.kernels.state_dict().values())
+        numbers = all(bool(value.isfinite().all()) for value in tensors if value.is_floating_point())
+        return not numbers or any(map(self.may_make_nan, self.graph.nodes))
+
+    def may_make_nan(self, node: fx.Node) -> bool:
+        """Whether an operation may make NaN or infinity of moderate numbers; what is not known may."""
+        if node.op == "call_module":
+            module = self.module(node)
+            return (
+                module is not None
+                and not type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
+                and not has_rule(module)
+            )
+        name = str(getattr(node.target, "__name__", node.target)).strip("_")
+        known = str(getattr(node.target, "__module__", "")).startswith(
+            ("torch", "_operator", "cadsurgery", "math")
+        )
+        foreign = (
+            node.op == "call_function" and not known and not isinstance(node.target, BuiltinFunctionType)
+        )
+        return name in _MAKES_NAN or foreign
+
+    def run(self) -> None:
+        """Remove what does nothing, then fuse every convolution and linear layer."""
+        for node in list(self.graph.nodes):
+            self.drop_identity(node)
+        self.clean()
+        for node in list(self.graph.nodes):
+            if node in self.graph.nodes:
+                self.fuse(node)
+        if self.meets_nan():
+            for kernel in self.kernels.modules():
+                if isinstance(kernel, PackedConv):
+                    kernel.meets_nan = True
+        self.clean()
+        self.graph.lint()
+
+    def clean(self) -> None:
+        """Remove what nobody uses."""
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+    # -- reading the graph -------------------------------------------------------------------------
+
+    def module(self, node: Any) -> nn.Module | None:
+        """The module a node calls."""
+        if isinstance(node, fx.Node) and node.op == "call_module":
+            first, _, rest = str(node.target).partition(".")
+            return (
+                self.kernels.get_submodule(rest)
+                if first == KERNELS
+                else self.model.get_submodule(str(node.target))
+            )
+        return None
+
+    def constant(self, node: Any) -> Any:
+        """The value of a node made of parameters alone, else None."""
+        if node not in self.fixed:
+            return None
+        if node not in self.values:
+            self.values[node] = self.attribute(node) if node.op == "get_attr" else self.evaluated(node)
+        return self.values[node]
+
+    def attribute(self, node: fx.Node) -> Any:
+        """The parameter, or whatever else has this name."""
+        value: Any = self.model
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def evaluated(self, node: fx.Node) -> Any:
+        """A call with constant tensors alone, else None."""
+        known = {source: self.constant(source) for source in node.all_input_nodes}
+        if not all(isinstance(value, (Tensor, nn.Module)) for value in known.values()):
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        with torch.no_grad():
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            return value.detach() if isinstance(value, Tensor) else value
+
+    def consumer(self, node: fx.Node) -> _Consumer | None:
+        """The only operation that reads the value of a node."""
+        if not _is_elements(node):
+            users = list(node.users)
+            return _Consumer(users[0], node, users[0]) if len(users) == 1 else None
+        lattices = [user for user in node.users if _is_lattice_of(user, node)]
+        rows = [user for user in node.users if user.target is functional.rows_on and user.args[0] is node]
+        if len(rows) != 1 or len(lattices) != 1 or len(lattices) + 1 != len(node.users):
+            return None
+        (read,), (lattice,) = rows, lattices
+        if read.args[1] is not lattice or len(read.users) != 1:
+            return None
+        operation = next(iter(read.users))
+        if len(operation.users) != 1:
+            return None
+        result = next(iter(operation.users))
+        same = result.target is functional.Elements and result.args == (operation, lattice)
+        return _Consumer(operation, read, result, lattice) if same else None
+
+    # -- changing it -------------------------------------------------------------------------------
+
+    def drop_identity(self, node: fx.Node) -> None:
+        """Remove what leaves a value as it is in evaluation mode."""
+        module = self.module(node)
+        kind = type(module)
+        drops = kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
+        if (drops and not _is_hooked(module)) or node.target is functional.drop_per_image:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            self.graph.erase_node(node)
+        elif node.target is functional.Elements:
+            rows, lattice = node.args
+            assert isinstance(rows, fx.Node)
+            source = rows.args[0] if rows.target is functional.rows_on else None
+            if isinstance(source, fx.Node) and rows.args[1] is lattice and _is_own_lattice(lattice, source):
+                node.replace_all_uses_with(source)
+
+    def fuse(self, node: fx.Node) -> None:
+        """Replace a convolution or linear layer, and all it can take in, by one node."""
+        start = self.start(node)
+        if start is None:
+            return
+        fusion = start
+        while (longer := self.extended(node, fusion)) is not None:
+            fusion = longer
+        if not self.epilogues and fusion.tail is node:
+            return
+        with self.graph.inserting_before(fusion.tail):
+            made = self.emit(node, fusion)
+        made.meta.update(fusion.tail.meta)
+        fusion.tail.replace_all_uses_with(made)
+
+    def start(self, node: fx.Node) -> _Fusion | None:
+        """A convolution or linear layer alone, if its weight is known."""
+        module: Any = self.module(node)
+        if node.target is functional.conv2d:
+            weight, bias = self.constant(node.args[1]), self.constant(node.args[2])
+            groups: Any = node.kwargs.get("groups", 1)
+            known = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
+            return _Fusion(node, weight, bias, groups) if known else None
+        if _is_hooked(module):
+            return None
+        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
+            return _Fusion(node, module.weight.detach(), _detached(module.bias), module.groups)
+        if type(module) is nn.Linear and self.epilogues:
+            of_elements = self.reads_rows(node)
+            weight = module.weight.detach()[:, :, None, None]
+            tail = next(iter(node.users)) if of_elements else node
+            return _Fusion(tail, weight, _detached(module.bias))
+        return None
+
+    def reads_rows(self, node: fx.Node) -> bool:
+        """Whether a linear layer acts on the rows of elements."""
+        rows: Any = node.args[0]
+        if not (isinstance(rows, fx.Node) and rows.target is functional.rows_on and len(node.users) == 1):
+            return False
+        result = next(iter(node.users))
+        return result.target is functional.Elements and _is_own_lattice(rows.args[1], rows.args[0])
+
+    def extended(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
+        """With the next operation taken in, if it can be."""
+        users = list(fusion.tail.users)
+        if len(users) == 1 and users[0].target is functional.batch_norm:
+            norm_node: Any = users[0].kwargs.get("norm", users[0].args[-1])
+            return _folded(fusion, users[0], self.constant(norm_node))
+        following = self.consumer(fusion.tail)
+        if following is None:
+            return None
+        operation, module = following.node, self.module(following.node)
+        if _is_hooked(module):
+            return None
+        if type(module) is nn.BatchNorm2d and following.lattice is None:
+            return _folded(fusion, operation, module)
+        target = operation.target if module is None else None  # a module may have the name of a method
+        if target in _PRODUCTS and fusion.is_linear:
+            return self.with_factor(fusion, following)
+        if not self.epilogues or fusion.activation is not None:
+            return None
+        if target in _ADDITIONS and fusion.residual is None:
+            return self.with_residual(node, fusion, following)
+        activation = _activation(operation, module)
+        only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
+        if activation is None or not only:
+            return None
+        return replace(fusion, tail=following.result, activation=activation)
+
+    def with_factor(self, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
+        """A factor per channel, such as layer scale."""
+        other: Any = following.other
+        if other is None:
+            return None
+        if following.lattice is not None:
+            if other.target is not functional.rows_on or other.args[1] is not following.lattice:
+                return None
+            other = other.args[0]
+        factor = self.constant(other)
+        channels = fusion.weight.shape[0]
+        # On a dense map the channels' place is unknown unless the other axes are there to tell.
+        shapes = [(channels,), (channels, 1, 1), (1, channels, 1, 1), (1, 1, 1, channels)]
+        if not isinstance(factor, Tensor) or tuple(factor.shape) not in shapes:
+            return None
+        of_linear = type(self.module(fusion.tail)) is nn.Linear
+        if following.lattice is None and (factor.dim() == 1 or factor.shape[-1] == channels) != of_linear:
+            return None
+        return fusion.scaled(following.result, factor.flatten())
+
+    def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
+        """Another map of the same lattice."""
+        other: Any = following.other
+        if other is None:
+            return None
+        if following.lattice is not None:
+            lattice = following.lattice
+            if other.target is not functional.rows_on or other.args[1] is not lattice:
+                return None
+            other = other.args[0]
+            stage = node.kwargs.get("stage")
+            if lattice.target is functional.common_lattice and lattice.args[0] != stage is not None:
+                return None
+        elif self.constant(other) is not None:
+            return None
+        if not _is_elements(other) and following.lattice is not None:
+            return None
+        return replace(fusion, tail=following.result, residual=other)
+
+    def emit(self, node: fx.Node, fusion: _Fusion) -> fx.Node:
+        """The node that does it all."""
+        module: Any = self.module(node)
+        name = f"k{len(self.kernels._modules)}"
+        path = f"{KERNELS}.{name}"
+        parts = (fusion.weight, fusion.bias, fusion.groups, fusion.activation)
+        on_elements = node.target is functional.conv2d or (
+            type(module) is nn.Linear and self.reads_rows(node)
+        )
+        kernel: nn.Module
+        if not on_elements and not self.epilogues:
+            kernel = _folded_convolution(module, fusion)
+        elif not on_elements and type(module) is nn.Linear:
+            kernel = PackedLinear(*parts)
+        else:
+            window = None if on_elements else _window(module)
+            kernel = PackedConv(*parts, window)
+        self.kernels.add_module(name, kernel)
+        if not on_elements:
+            more = (fusion.residual,) if fusion.residual is not None else ()
+            return self.graph.call_module(path, (node.args[0], *more))
+        source: Any = node.args[0] if node.target is functional.conv2d else node.args[0].args[0]  # type: ignore[union-attr]
+        window, stage = node.kwargs.get("window", _POINT), node.kwargs.get("stage")
+        if not self.epilogues:
+            tensors = [self.graph.get_attr(f"{path}.{part}") for part in ("weight", "bias")]
+            numbers = {"window": window, "stage": stage, "groups": fusion.groups}
+            return self.graph.call_function(functional.conv2d, (source, *tensors), numbers)
+        return self.graph.call_function(
+            functional.fused_conv2d,
+            (source, self.graph.get_attr(path), fusion.residual),
+            {"window": window, "stage": stage},
+        )
+
+
+def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.Graph, nn.Module]:
+    """A graph with convolutions fused, and the kernels it finds under `KERNELS`; both arguments stay as they are.
+
+    Args:
+        graph: rewritten, of a network in evaluation mode.
+        model: whose modules and parameters it uses.
+        epilogues: fuse residuals and activations and use packed weights; else fold batch norm and factors only.
+    """
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    fuser = Fuser(copied, model, epilogues)
+    fuser.run()
+    return copied, fuser.kernels
+
+
+def _is_elements(node: Any) -> bool:
+    """Whether a node's value is elements."""
+    return isinstance(node, fx.Node) and node.target in _MAKE_ELEMENTS
+
+
+def _is_lattice_of(node: fx.Node, elements: fx.Node) -> bool:
+    own = _is_own_lattice(node, elements)
+    return own or (node.target is functional.common_lattice and elements in node.args[1:])
+
+
+def _is_own_lattice(node: Any, elements: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is getattr and node.args == (elements, "lattice")
+
+
+def _is_hooked(module: nn.Module | None) -> bool:
+    """Whether hooks may see or make what fusion would skip, such as a weight."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | None:
+    if module is not None:
+        made = _MODULES.get(type(module))
+        return made(module) if made is not None else None
+    if operation.target is F.gelu:
+        variant: Any = operation.kwargs.get("approximate", "none")
+        return Activation("gelu", (), variant)
+    inplace = set(operation.kwargs) <= {"inplace"}
+    return _FUNCTIONS.get(operation.target) if len(operation.args) == 1 and inplace else None
+
+
+def _folded(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
+    """Followed by batch norm with running statistics."""
+    if not fusion.is_linear or norm.running_mean is None or norm.running_var is None:
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale * norm.weight.detach().double() if norm.weight is not None else scale
+    shift = -norm.running_mean.double() * scale
+    shift = shift + norm.bias.detach().double() if norm.bias is not None else shift
+    return fusion.scaled(tail, scale, shift)
+
+
+def _folded_convolution(module: nn.Conv2d, fusion: _Fusion) -> nn.Conv2d:
+    """The convolution with its folded weight, as torch runs it fastest."""
+    out, inner, *kernel = fusion.weight.shape
+    made = nn.utils.skip_init(
+        nn.Conv2d,
+        inner * fusion.groups,
+        out,
+        tuple(kernel),
+        module.stride,
+        module.padding,
+        module.dilation,
+        fusion.groups,
+    )
+    made.weight = nn.Parameter(fusion.weight.contiguous(memory_format=torch.channels_last), False)
+    made.bias = nn.Parameter(fusion.bias, False) if fusion.bias is not None else None
+    return made
+
+
+def _window(conv: nn.Conv2d) -> Any:
+    """(stride, padding, dilation) of a convolution of dense maps."""
+    padding = (0, 0) if conv.padding == "valid" else conv.padding
+    return conv.stride, padding, conv.dilation
+
+
+def _detached(value: Tensor | None) -> Tensor | None:
+    return value.detach() if value is not None else None
+
+
+def _makers() -> Iterator[Any]:
+    """Functions whose value is elements."""
+    for name in functional.__all__:
+        made = getattr(functional, name)
+        annotation = getattr(made, "__annotations__", {}).get("return", "")
+        if made is functional.Elements or annotation in ("Elements", functional.Elements):
+            yield made
+
+
+_MAKE_ELEMENTS = frozenset(_makers())

@@ -1,0 +1,197 @@
+"""A network whose forward torch.fx cannot follow, with its backbone made adaptive in place: detectors, for example."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
+from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.network.macs import MacReport
+from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.surgery.hooks import copying
+from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.verify import Check
+
+
+class _Reached(Exception):
+    """The part was called with these arguments."""
+
+
+def check_used(host: nn.Module, path: str, example: Tensor) -> None:
+    """Refuse a part that its network does not use, as far as an example tells.
+
+    It is given as a batch and as a list of images, as it is, negative and zero, since the network decides by values. A
+    network that runs on none of them can tell nothing.
+
+    Raises:
+        CannotConvert: it ran and did not call the part.
+    """
+
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    ran = False
+    handle = host.get_submodule(path).register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(), evaluating(host):
+            for images in (example, -example, torch.zeros_like(example)):
+                for given in (images, list(images)):
+                    try:
+                        host(given)
+                    except _Reached:
+                        return
+                    except Exception:  # the network decides what it takes
+                        continue
+                    ran = True
+    finally:
+        handle.remove()
+    if ran:
+        kind = type(host).__name__
+        raise CannotConvert(
+            f"{kind} does not use its {path}.",
+            why=f"its forward, which torch.fx cannot follow, never called it on a batch of {tuple(example.shape)}.",
+            next=f"convert the part that it runs, cs.adaptify(model.PART), or the {path} alone: "
+            f"cs.adaptify(model.{path}).",
+        )
+
+
+class HostedModel(AdaptiveModel):
+    """A network that is run as it is, with one part of it adaptive.
+
+    It is called as the original is, and has the same state dict. Plan, levels, active fraction and MACs are those of
+    the part; its mask sees the batch that the part gets (a detector has resized and normalised it by then).
+    """
+
+    def __init__(self, host: nn.Module, path: str, part: AdaptiveModel) -> None:
+        """Put `part` into `host` at `path`; use `cadsurgery.adaptify` to get one."""
+        nn.Module.__init__(self)
+        host.set_submodule(path, part)
+        self._host = (host,)  # a tuple: its modules are this network's own, not a child's
+        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = host.__dict__[kind]
+        self._path = path
+        self.training = host.training
+
+    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+        """Run the network as the original is called; see `AdaptiveModel.forward`. Compile its part, not the whole:
+        `net.part.compile()`."""
+        if torch.compiler.is_compiling() and not is_exporting():
+            return self._run_uncompiled(*args, mask=mask, **kwargs)
+        host = self._host[0]
+        host.training = self.training
+        with self.part.masked(mask) if mask is not None else contextlib.nullcontext():
+            return host(*args, **kwargs)
+
+    @torch.compiler.disable(
+        reason="what surrounds the adaptive part decides by values; use net.part.compile()."
+    )
+    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    @property
+    def part(self) -> AdaptiveModel:
+        """The adaptive part."""
+        part = self.get_submodule(self._path)
+        assert isinstance(part, AdaptiveModel)
+        return part
+
+    def lay_out(self) -> None:
+        """Nothing: the part has seen to its weights."""
+
+    def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the part alone with another masking; see `AdaptiveModel.run`."""
+        return self.part.run(masking, *args, **kwargs)
+
+    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
+        """Multiply-accumulates of the part on what it gets when the network is called with these arguments."""
+
+        def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            raise _Reached(inputs, named)
+
+        part = self.part
+        handle = part.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self(*args, **kwargs)
+        except _Reached as reached:
+            inputs, named = reached.args
+        else:
+            raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
+        finally:
+            handle.remove()
+        return part.macs(*inputs, mask=mask, rule=rule, **named)
+
+    def optimize(self, fuse: bool = True) -> HostedModel:
+        """A copy with the part optimised; see `AdaptiveModel.optimize`."""
+        host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)
+        return HostedModel(host, self._path, self.part.optimize(fuse))
+
+    @property
+    def plan(self) -> Plan:
+        """What was changed in the part, and why."""
+        return self.part.plan
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the part's lattices are built and read."""
+        return self.part.geometry
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph of the part."""
+        return self.part.graph
+
+    @property
+    def source(self) -> Any:
+        """Where the network came from, if it was built by name."""
+        return self.part.source
+
+    @source.setter
+    def source(self, source: Any) -> None:
+        self.part.source = source
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """The laws verified when the part was made."""
+        return self.part.checks
+
+    @checks.setter
+    def checks(self, checks: tuple[Check, ...]) -> None:
+        self.part.checks = checks
+
+    @property
+    def mask(self) -> MaskProvider:
+        """The mask provider; assign anything `adaptify` takes as a mask."""
+        return self.part.mask
+
+    @mask.setter
+    def mask(self, mask: object) -> None:
+        self.part.mask = mask
+
+    @property
+    def lattice(self) -> Lattice:
+        """The lattice of the last call."""
+        try:
+            return self.part.lattice
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"the network's {self._path} has not run yet.",
+                why="it is the part that is adaptive.",
+                next="call the network on images with which it uses that part: net(images).",
+            ) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostedModel:
+        memo.update({**copying(self), **memo})
+        return HostedModel(copy.deepcopy(self._host[0], memo), self._path, copy.deepcopy(self.part, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)

@@ -1,0 +1,124 @@
+"""Images that a network cannot take: of another type, device or number of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.elements.functional import to_elements
+from cadsurgery.elements.lattice import describe
+from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.surgery.hooks import parameter
+
+
+def misfit(net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception) -> InvalidInput | None:
+    """Why a network cannot take an image batch: its device, type or number of channels; None if these are right.
+
+    Args:
+        net: the network.
+        graph: its rewritten graph, whose first input behind the masking is the image.
+        image: what it was called with.
+        error: what came of it.
+    """
+    read = list(_readers(net, graph))
+    for weight, groups in read:
+        if image.device != weight.device and not weight.is_meta:  # a network that only counts
+            return InvalidInput(
+                f"the image is on {image.device}, the network on {weight.device}.",
+                next=f'bring them together: image.to("{weight.device}"), or net.to("{image.device}").',
+            )
+        if refusal := wrong_type(image, weight.dtype):
+            return refusal
+        if weight.dim() == 4 and image.shape[1] != weight.shape[1] * groups:
+            return _wrong_channels(image, weight.shape[1] * groups)
+    values = (value for value in chain(net.parameters(), net.buffers()) if value.is_floating_point())
+    first = next(values, None)
+    if read or first is None or (image.dtype == first.dtype and image.device == first.device):
+        return None
+    return InvalidInput(
+        f"the network does not run on {describe(image)} on {image.device}.",
+        why=first_line(error),  # it changes the image first: to what, only this tells
+        next=f"give images such as it was converted with; it computes in {_name(first.dtype)} on {first.device}.",
+    )
+
+
+def wrong_type(image: Tensor, dtype: torch.dtype) -> InvalidInput | None:
+    """The refusal of an image whose values are of another type than those a network computes in."""
+    found, wanted = _name(image.dtype), _name(dtype)
+    if not image.is_floating_point():
+        return InvalidInput(
+            f"the image holds {found} values, the network computes in {wanted}.",
+            why="it expects an image that is scaled and normalised.",
+            next=f"of a picture in 0..255: cadsurgery.images.normalise(image.to(torch.{wanted}) / 255, net.source).",
+        )
+    if image.dtype == dtype or torch.is_autocast_enabled(image.device.type):
+        return None
+    return InvalidInput(
+        f"the image is {found}, the network {wanted}.",
+        next=f"give it in the network's type, image.to(torch.{wanted}), or convert the network: net.to(torch.{found}).",
+    )
+
+
+def first_types(net: nn.Module, graph: fx.Graph) -> set[torch.dtype]:
+    """Types of the weights that are applied to the image as it is given."""
+    return {weight.dtype for weight, _ in _readers(net, graph)}
+
+
+def _wrong_channels(image: Tensor, channels: int) -> InvalidInput:
+    if image.shape[3] == channels:
+        hint = "the channels come second: image.permute(0, 3, 1, 2)."
+    elif image.shape[1] == 1 and channels == 3:
+        hint = "of a grey image: image.expand(-1, 3, -1, -1)."
+    elif image.shape[1] == 3 and channels == 1:
+        hint = "of an image in colour: image.mean(1, keepdim=True)."
+    elif image.shape[1] == 4 and channels == 3:
+        hint = "leave out transparency: image[:, :3]."
+    else:
+        hint = "give an image batch (batch, channels, height, width) as the network was made for."
+    count = f"{image.shape[1]} channel{'s' * (image.shape[1] != 1)}"
+    return InvalidInput(
+        f"the image has {count}, the network takes {channels}.",
+        where=f"an image batch of shape {tuple(image.shape)}",
+        next=hint,
+    )
+
+
+def _readers(net: nn.Module, graph: fx.Graph) -> Iterator[tuple[Tensor, int]]:
+    """Weights, and their groups, of the operations that read the image itself."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    waiting = [(inputs[1], user) for user in inputs[1].users] if len(inputs) > 1 else []
+    for source, node in waiting:
+        if node.target is to_elements:
+            waiting += [(node, user) for user in node.users]
+            continue
+        if not node.args or node.args[0] is not source:
+            continue
+        owner = _owner(net, node)
+        weight = owner if isinstance(owner, Tensor) else getattr(owner, "weight", None)
+        if isinstance(weight, Tensor):
+            yield weight, int(node.kwargs.get("groups") or getattr(owner, "groups", 1))
+
+
+def _owner(net: nn.Module, node: fx.Node) -> Any:
+    """The module or tensor that an operation applies to its first argument; None if it has none."""
+    if node.op == "call_module":
+        return net.get_submodule(str(node.target))
+    operand = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
+    if not isinstance(operand, fx.Node):
+        return None
+    if operand.target is parameter:
+        operand = operand.all_input_nodes[0].all_input_nodes[0]  # of a module that is prepared first
+    return _attribute(net, str(operand.target)) if operand.op == "get_attr" else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _attribute(net: nn.Module, name: str) -> Any:
+    path, _, last = name.rpartition(".")
+    return getattr(net.get_submodule(path), last, None)

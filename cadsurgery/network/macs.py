@@ -1,0 +1,360 @@
+"""Multiply-accumulates of an adaptive network for a mask, counted without running more of it than the mask asks for.
+
+The network is run on meta tensors, so that every operation yields shapes and no values, with the real
+lattice of the image's mask. Convolutions on elements count `output elements x weight entries`; dense
+operations are counted by torch's FlopCounterMode. Interpolated halo rows are memory traffic, not MACs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.network.interpreter import GraphInterpreter
+from cadsurgery.support.errors import InvalidInput, UnknownName, first_line
+from cadsurgery.surgery.hooks import copying
+from cadsurgery.surgery.planner import BACKBONE_NAMES
+from cadsurgery.surgery.rewrite import WORK
+
+if TYPE_CHECKING:
+    from cadsurgery.network.model import AdaptiveModel
+
+RULES = ("conv", "published")
+Place = tuple[int, tuple[int, int]] | None  # stage and fine size of a lattice
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LayerMacs:
+    """MACs of one layer: with the mask, everything high, everything low."""
+
+    layer: str
+    operation: str
+    mask: int
+    high: int
+    low: int
+
+
+@dataclass(frozen=True)
+class MacReport:
+    """MACs of a network on an image; `print` shows the totals.
+
+    Attributes:
+        layers: layers that multiply, in order.
+        active_fraction: of the mask.
+        rule: how they were counted.
+        shape: of the image batch.
+    """
+
+    layers: tuple[LayerMacs, ...]
+    active_fraction: float
+    rule: str
+    shape: tuple[int, ...]
+
+    @property
+    def mask(self) -> int:
+        """MACs with the mask."""
+        return sum(layer.mask for layer in self.layers)
+
+    @property
+    def of_mask(self) -> int:
+        """Those of them that find the mask: its own convolutions, and the pass of the network it looks at."""
+        return sum(layer.mask for layer in self.layers if layer.layer in MASK_LAYERS)
+
+    @property
+    def high(self) -> int:
+        """MACs of the dense network at the high output stride."""
+        return sum(layer.high for layer in self.layers)
+
+    @property
+    def low(self) -> int:
+        """MACs of the dense network at the low output stride."""
+        return sum(layer.low for layer in self.layers)
+
+    def to_dict(self, *, layers: bool = True) -> dict[str, Any]:
+        """Totals and, unless they are left out, layers as plain values, for `--json`."""
+        values = {
+            "shape": list(self.shape),
+            "rule": self.rule,
+            "active_fraction": self.active_fraction,
+            "macs": {"mask": self.mask, "high": self.high, "low": self.low},
+        }
+        return {**values, "layers": [vars(layer) for layer in self.layers]} if layers else values
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return (
+            f"MACs on {size} ({self.rule} rule): {self.mask:.4e} with this mask "
+            f"(active fraction {self.active_fraction:.3f}), {self.high:.4e} dense high, {self.low:.4e} dense low"
+        )
+
+
+def count_macs(
+    net: AdaptiveModel, args: tuple[Any, ...], kwargs: dict[str, Any], mask: object, rule: str
+) -> MacReport:
+    """See `AdaptiveModel.macs`."""
+    if rule not in RULES:
+        raise UnknownName("counting rule", rule, RULES)
+    image: Any = next(iter((*args, *kwargs.values())), None)
+    check_image(image)
+    provider = net.mask if mask is None else resolve_mask(mask)
+    asked = _Asked(net.masking(provider))
+    needs_values = provider.sees_features or provider.looks_ahead
+    found = [net.find_lattice(asked, *args, **kwargs)] if needs_values else []
+
+    def masked(_: Tensor, features: Tensor) -> Lattice:
+        if not found:
+            found.append(asked(image, torch.empty(features.shape, device=image.device)))
+        return found[0]
+
+    counted, before = ghost(net), [0]
+    counts = []
+
+    def high(_: Tensor, features: Tensor) -> Lattice:
+        return net.geometry.uniform_like(features, 0)
+
+    def low(_: Tensor, features: Tensor) -> Lattice:
+        before[0] = sum(counter.counts.values())
+        return net.geometry.uniform_like(features, net.geometry.max_level)
+
+    for chosen in (masked, high, low):
+        counter = Counter(counted, rule)
+        run = partial(_on_shapes, counter, chosen)
+        with torch.no_grad(), counter.flops:
+            net.checked(run, *args, **kwargs)
+        counts.append(counter.counts)
+    layers = [
+        LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
+        for decision in net.plan.decisions
+        if any(count.get(decision.node) for count in counts)
+    ]
+    ahead = sum(counts[-1].values()) - before[0] if provider.looks_ahead else 0
+    for name, work in zip(MASK_LAYERS, (asked.macs, ahead), strict=True):
+        if work:
+            layers.append(LayerMacs(name, provider.name, work, 0, 0))
+    return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
+
+
+def _on_shapes(counter: Counter, masking: Any, arguments: dict[str, Any]) -> None:
+    counter.run(masking, *(_to_meta(value) for value in arguments.values()))
+
+
+# See `MacReport.of_mask`.
+MASK_LAYERS = ("(mask)", "(first pass)")
+
+
+@dataclass
+class _Asked:
+    """A masking that notes the MACs of its provider."""
+
+    masking: Masking
+    macs: int = 0
+
+    @property
+    def provider(self) -> MaskProvider:
+        """The mask."""
+        return self.masking.provider
+
+    def __call__(self, image: Tensor, features: Tensor) -> Lattice:
+        """The lattice."""
+        with FlopCounterMode(display=False) as flops:
+            lattice = self.masking(image, features)
+        self.macs = flops.get_total_flops() // 2
+        return lattice
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """MACs of one layer as a function of the lattice, for images of one size.
+
+    Attributes:
+        layer: its name.
+        places: stage and fine size of a lattice it runs on, None where it is dense; MACs per element, or in all.
+    """
+
+    layer: str
+    places: tuple[tuple[Place, int], ...]
+
+    def on(self, lattice: Lattice) -> int:
+        """MACs on the lattice of a run, any stage of it."""
+        return sum(
+            work if place is None else work * len(lattice.resampled(*place)) for place, work in self.places
+        )
+
+
+def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | None:
+    """What turns the lattice of each further run on such a batch into exactly the MACs that `net.macs` counts.
+
+    MACs are linear in the numbers of elements after each stage, so one count serves all masks. None if they are not: a
+    count on another lattice tells.
+    """
+    counted = ghost(net)
+    bound = net.bind(_to_meta(image))
+    runs = []
+    for level in (0, net.geometry.max_level):
+        lattices: list[Lattice] = []
+
+        def uniform(
+            _: Tensor, features: Tensor, level: int = level, made: list[Lattice] = lattices
+        ) -> Lattice:
+            made.append(net.geometry.uniform_like(features, level))
+            return made[0]
+
+        counter = Counter(counted, "conv")
+        with torch.no_grad(), counter.flops:
+            counter.run(uniform, *bound.values())
+        runs.append((counter, lattices[0]))
+    layers = tuple(LayerWork(name, tuple(places.items())) for name, places in runs[0][0].work.items())
+    counter, lattice = runs[1]
+    return layers if {layer.layer: layer.on(lattice) for layer in layers} == counter.counts else None
+
+
+def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
+    """Multiply-accumulates of any network on an image as it is; not run.
+
+    Args:
+        model: the network.
+        args: as for a call.
+        rule: `"conv"`, what torch's FlopCounterMode counts, or `"published"`, see `AdaptiveModel.macs`: of its
+            backbone, if it names one.
+
+    Raises:
+        UnknownName: no such rule.
+        InvalidInput: it does not run on them.
+    """
+    if rule not in RULES:
+        raise UnknownName("counting rule", rule, RULES)
+    counted, counts = ghost(model), [0]
+    backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        counts[0] += published_macs(module, inputs[0].numel(), getattr(output, "numel", lambda: 0)())
+
+    for module in counted.get_submodule(backbone).modules() if rule == "published" else ():
+        if isinstance(module, _COUNTED):
+            module.register_forward_hook(count)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        try:
+            counted(*(_to_meta(value) for value in args))
+        except Exception as error:  # the network decides what it takes
+            raise InvalidInput(
+                f"{type(model).__name__} does not run on {describe(next(iter(args), None))}.",
+                why=first_line(error),
+                next="give an image batch that it takes.",
+            ) from error
+    return counts[0] if rule == "published" else flops.get_total_flops() // 2
+
+
+_COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
+
+
+def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
+    """What the reference code counts for a module with so many values going in and out; see `Counter._published`."""
+    if isinstance(module, nn.Conv2d):
+        per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
+        return outputs // module.out_channels * per_position
+    if isinstance(module, nn.BatchNorm2d):
+        return 2 * outputs
+    if isinstance(module, nn.MaxPool2d):
+        return inputs
+    return outputs if isinstance(module, nn.ReLU) else 0
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def ghost(net: M) -> M:
+    """A copy of a network with shapes and no values, in evaluation mode."""
+    memo = copying(net)
+    memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
+    memo |= {id(b): b.to("meta") for b in net.buffers()}
+    return copy.deepcopy(net, memo).eval()
+
+
+class Counter(GraphInterpreter):
+    """Runs the rewritten graph on meta tensors and notes the MACs of each node of the original."""
+
+    def __init__(self, net: AdaptiveModel, rule: str = "conv", graph: fx.Graph | None = None) -> None:
+        super().__init__(net, graph or net.graph)
+        self.flops = FlopCounterMode(display=False)
+        self.published = rule == "published"
+        backbone = next((name for name in BACKBONE_NAMES if name in net._modules), None)
+        self.prefix = f"{backbone}." if backbone and self.published else ""
+        self.counts: dict[str, int] = {}
+        self.rows = 0  # that operations with taps compute
+        self.work: dict[
+            str, dict[Place, int]
+        ] = {}  # of each layer: MACs per element, or in all where it is dense
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and count it."""
+        before = self.flops.get_total_flops()
+        value = super().run_node(n)
+        origin, path = n.meta.get(WORK, ("", ""))
+        if origin and path.startswith(self.prefix):
+            executed = (self.flops.get_total_flops() - before) // 2
+            count = self._published(n, value) if self.published else self._executed(n, value, executed)
+            self.counts[origin] = self.counts.get(origin, 0) + count
+            lattice = value.lattice if isinstance(value, Elements) else None
+            self.rows += len(value.lattice) if lattice is not None and "window" in n.kwargs else 0
+            place = (lattice.stage, lattice.size) if lattice is not None else None
+            places = self.work.setdefault(origin, {})
+            places[place] = places.get(place, 0) + (
+                count // max(len(lattice), 1) if lattice is not None else count
+            )
+        return value
+
+    def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
+        if n.target is functional.conv2d:
+            return len(value.lattice) * self._operand(n, 1).numel()
+        if n.target is functional.conv2d_per_image:
+            return len(value.lattice) * math.prod(n.kwargs["shape"])  # type: ignore[arg-type]
+        if isinstance(value, Elements) and n.target is not functional.matrix_on_rows:
+            return 0
+        return 0 if n.target in _FREE else executed
+
+    def _published(self, n: fx.Node, value: Any) -> int:
+        """Counting of the reference code: the backbone's convolutions with bias, batch norm 2 and ReLU 1 per
+        value, max-pooling its input; a strided k x k convolution runs before the subsampling."""
+        if n.target is functional.conv2d:
+            window: Any = n.kwargs["window"]
+            source = self._operand(n, 0).lattice
+            lattice = value.lattice if window.taps == 1 else source.at(source.stage, value.lattice.size)
+            weight, bias = self._operand(n, 1), n.args[2] if len(n.args) > 2 else n.kwargs.get("bias")
+            return len(lattice) * (weight.numel() + (weight.shape[0] if bias is not None else 0))
+        size = value.rows.numel() if isinstance(value, Elements) else getattr(value, "numel", lambda: 0)()
+        if n.target is functional.batch_norm:
+            return 2 * size
+        if n.target is functional.max_pool2d:
+            return self._operand(n, 0).rows.numel()
+        if n.op != "call_module":
+            return 0
+        module = self.fetch_attr(str(n.target))
+        inputs = self._operand(n, 0).numel() if isinstance(module, nn.MaxPool2d) else 0
+        return published_macs(module, inputs, size)
+
+    def _operand(self, n: fx.Node, position: int) -> Any:
+        names = ("x", "weight")
+        node: Any = n.args[position] if len(n.args) > position else n.kwargs[names[position]]
+        return self.env[node]
+
+
+# Bookkeeping of the engine, which a dense network does not have.
+_FREE = (
+    *(functional.global_mean, functional.global_max, functional.global_reduce, functional.resize_to_dense),
+    *(functional.to_dense, functional.rows_on),
+)

@@ -1,0 +1,341 @@
+"""The map a network gives, read at points of the image only: from the elements, with no dense map in between.
+
+    rows = cs.read_at(net, image, [points], reach="receptive")
+
+With `reach="receptive"` only what these points depend on is computed behind the place where the mask is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cadsurgery.elements import functional
+from cadsurgery.elements.elements import extended, guided
+from cadsurgery.elements.kernel_map import Reading, read_points
+from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.masks.detectors import points_of
+from cadsurgery.masks.keypoints import keypoints_at
+from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.network.dependencies import Cone, Place, WithinCone, places_of, reached
+from cadsurgery.network.hosted import HostedModel
+from cadsurgery.network.interpreter import GraphInterpreter
+from cadsurgery.network.macs import Counter, ghost
+from cadsurgery.network.model import AdaptiveModel, OptimizedModel
+from cadsurgery.support.errors import InvalidInput, UnknownName
+
+Reach = Literal["all", "receptive"]
+Align = Literal["cell", "corners"]
+REACHES, ALIGNMENTS = ("all", "receptive"), ("cell", "corners")
+# Sizes of image batches whose places are kept for each output.
+MOST_SIZES = 8
+
+
+@dataclass(frozen=True)
+class ReachMacs:
+    """Multiply-accumulates with and without what the points do not depend on.
+
+    Attributes:
+        all: of the whole network on the images, with its mask.
+        receptive: with `reach="receptive"`.
+        elements: rows that operations with taps compute, with everything and with what is needed only.
+    """
+
+    all: int
+    receptive: int
+    elements: tuple[int, int]
+
+
+def read_at(
+    net: AdaptiveModel,
+    image: Tensor,
+    points: Sequence[Tensor],
+    *,
+    mask: object = None,
+    reach: Reach = "all",
+    output: str | int | None = None,
+    align: Align = "cell",
+) -> list[Tensor]:
+    """The network's map at points, equal to what its dense output holds there.
+
+    Args:
+        net: a converted network whose output leaves the adaptive region as it is.
+        image: (B, C, H, W), as for a call.
+        points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
+        mask: for this call only; it may be `keypoints`, which is given these points.
+        reach: `"receptive"` computes nothing that the points do not depend on. The rows are the same bit for bit in
+            float32 wherever the network itself works by elements, with convolutions of 16 channels or more and ReLU;
+            to rounding in other types, with fewer channels, with activations whose last values torch computes
+            otherwise (SiLU, GELU), and of a uniform map, which otherwise runs as ordinary convolutions.
+        output: key or place of the map among several outputs.
+        align: which sample of the fine map a point lies in: `"cell"`, the one that covers it, or `"corners"`, the one
+            nearest when the outermost samples stand on the outermost pixels (as published for D2-Net).
+
+    Returns:
+        (n, C) for each image.
+
+    Raises:
+        InvalidInput: points that are none, lie outside the image or are of another number of images; a network whose
+            output is more than a map that leaves the region, that is training, or that only hosts an adaptive part.
+        UnknownName: no such reach, alignment or output.
+    """
+    _check_net(net, reach)
+    differentiable = reach == "all" and not isinstance(net, OptimizedModel)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
+        run = _Run.of(net, image, points, mask, reach, output, align)
+        return run.rows(run.cone() if reach == "receptive" else None)
+
+
+def macs_at(
+    net: AdaptiveModel,
+    image: Tensor,
+    points: Sequence[Tensor],
+    *,
+    mask: object = None,
+    output: str | int | None = None,
+    align: Align = "cell",
+) -> ReachMacs:
+    """Multiply-accumulates of `read_at`, with and without `reach="receptive"`; arguments and errors as there."""
+    _check_net(net, "receptive")
+    run = _Run.of(net, image, points, mask, "receptive", output, align)
+    with keypoints_at(run.points):
+        whole = net.macs(image, mask=run.mask)
+    plain = net.counted
+    with torch.no_grad():
+        values = plain.halved().before(plain.names(), **plain.bind(image.to("meta")))
+        counted = replace(run, net=plain, exit=_Exit.of(plain, output), values=values)
+        (every, rows), (needed, needed_rows) = (counted.macs(cone) for cone in (None, counted.cone()))
+    return ReachMacs(whole.mask, whole.mask - every + needed, (rows, needed_rows))
+
+
+def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
+    """Whether `read_at` can read an output of a network: it leaves the adaptive region as it is."""
+    try:
+        _check_net(net, "all")
+        _exit(net, output)
+    except (InvalidInput, UnknownName):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Exit:
+    """What follows the place where the mask is asked for, up to the elements of one output.
+
+    Attributes:
+        graph: gives (elements, guide or None).
+        node: the one that gives the elements.
+        spacing: fine pixels between the samples of the dense output.
+        places: of its nodes, by the shapes of what enters, for the last few; found when first asked for.
+    """
+
+    graph: fx.Graph
+    node: fx.Node
+    spacing: int
+    places: dict[Any, dict[str, Place]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(net: AdaptiveModel, output: str | int | None) -> _Exit:
+        """The exit of an output of a network."""
+        source = net.halved().cut.after
+        value = _chosen(next(node for node in source.nodes if node.op == "output").args[0][0], output)
+        if not isinstance(value, fx.Node) or value.target is not functional.to_dense:
+            last = value.target if isinstance(value, fx.Node) else describe(value)
+            raise InvalidInput(
+                f"the output is not read from the adaptive region: {getattr(last, '__name__', last)} makes it.",
+                why="only a map that leaves the region as it is can be read at points.",
+                next="convert the part of the network that gives the map, or name an output that is one: output=.",
+            )
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in source.nodes:
+            if node.op != "output":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        elements: Any = value.args[0]
+        guide: Any = value.kwargs.get("guide")
+        graph.output((copies[elements], copies[guide] if guide is not None else None))
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        spacing: Any = value.args[1] if len(value.args) > 1 else value.kwargs.get("spacing", 1)
+        return _Exit(graph, copies[elements], spacing)
+
+
+_EXITS: WeakKeyDictionary[AdaptiveModel, dict[Any, _Exit]] = WeakKeyDictionary()
+
+
+def _exit(net: AdaptiveModel, output: str | int | None) -> _Exit:
+    """The exit of an output, made once."""
+    exits = _EXITS.setdefault(net, {})
+    return exits[output] if output in exits else exits.setdefault(output, _Exit.of(net, output))
+
+
+class _Within(WithinCone, GraphInterpreter):
+    """Runs a graph within a cone."""
+
+
+class _CountWithin(WithinCone, Counter):
+    """Counts a graph within a cone."""
+
+
+@dataclass
+class _Run:
+    """One reading: what the network gave up to the mask, its lattice, and the pixels that are read."""
+
+    net: AdaptiveModel
+    exit: _Exit
+    mask: Any
+    points: list[Tensor]
+    values: tuple[Any, ...]
+    lattice: Lattice
+    image: Tensor
+    align: str
+
+    @staticmethod
+    def of(
+        net: AdaptiveModel,
+        image: Tensor,
+        points: Sequence[Tensor],
+        mask: object,
+        reach: str,
+        output: str | int | None,
+        align: str,
+    ) -> _Run:
+        """Everything up to the lattice."""
+        for kind, name, known in (("reach", reach, REACHES), ("alignment", align, ALIGNMENTS)):
+            if name not in known:
+                raise UnknownName(kind, name, known)
+        net.check(image)
+        if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
+            raise InvalidInput(
+                f"points are {describe(points)}.",
+                next="give a list with a tensor (n, 2) of x and y in pixels for each image; a score map has peaks: "
+                "cadsurgery.detection.peaks.",
+            )
+        points = points_of(points, image, 1, "")
+        exit = _exit(net, output)
+        provider = net.mask if mask is None else resolve_mask(mask)
+        masking, halved = net.masking(provider), net.halved()
+        values = net.checked(lambda arguments: halved.before(net.names(), **arguments), image)
+        shown = values[halved.cut.image], values[halved.cut.features]
+        with keypoints_at(points), net.ahead(provider, values):
+            lattice = masking(*shown)
+        net.finish(None, lattice)
+        return _Run(net, exit, provider, points, values, lattice, image, align)
+
+    def cone(self) -> Cone:
+        """What the points depend on."""
+        places = self._places()
+        exit = self.lattice.at(*places[self.exit.node.name])
+        wanted = reached(exit, read_points(exit, self._pixels(exit)))
+        return Cone(self.exit.graph, places, self.lattice, self.exit.node, wanted)
+
+    def rows(self, cone: Cone | None) -> list[Tensor]:
+        """The map at the points of each image."""
+        elements, guide = _Within(cone, self.net, self.exit.graph).run(lambda *_: self.lattice, *self.values)
+        lattice, pixels = elements.lattice, self._pixels(elements.lattice)
+        reading = self._read(lattice, pixels, guide)
+        flat = elements.rows.flatten(1)
+        rows = extended(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
+        return list(rows.split([len(part) for part in self.points]))
+
+    def macs(self, cone: Cone | None) -> tuple[int, int]:
+        """MACs behind the place where the mask is asked for, and rows that operations with taps compute; of a network
+        with shapes and no values."""
+        counter = _CountWithin(cone, self.net, "conv", self.exit.graph)
+        with counter.flops:
+            counter.run(lambda *_: self.lattice, *self.values)
+        return sum(counter.counts.values()), counter.rows
+
+    def _read(self, lattice: Lattice, pixels: Tensor, guide: Tensor | None) -> Reading:
+        reading = read_points(lattice, pixels)
+        if guide is None or not reading.sources.shape[0]:
+            return reading
+        return guided(reading, pixels, lattice, guide)
+
+    def _pixels(self, lattice: Lattice) -> Tensor:
+        """Flat fine pixels of the samples of the dense output that the points of all images lie in."""
+        (height, width), spacing = lattice.size, self.exit.spacing
+        size, stride = (-(-height // spacing), -(-width // spacing)), self.net.plan.strides[0] * spacing
+        found = []
+        for image, points in enumerate(self.points):
+            y, x = sample_at(points, self.image, size, stride, self.align)
+            found.append((image * height + y * spacing) * width + x * spacing)
+        return torch.cat(found).to(lattice.levels.device)
+
+    def _places(self) -> dict[str, Place]:
+        """Of the nodes of the graph, for maps of these sizes."""
+        values = tree_map(_to_meta, self.values)
+        key = tuple(leaf.shape if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(values))
+        found = self.exit.places.pop(key, None)
+        if found is None:
+            lattice, net = self.lattice, ghost(self.net)
+            low = net.geometry.uniform(net.geometry.max_level, lattice.batch, lattice.whole_size)
+            with torch.no_grad():
+                found = places_of(net, self.exit.graph, low, values)
+        self.exit.places[key] = found  # the last asked for stands last
+        for oldest in list(self.exit.places)[:-MOST_SIZES]:
+            self.exit.places.pop(oldest, None)
+        return found
+
+
+def sample_at(
+    points: Tensor, like: Tensor, size: tuple[int, int], stride: float, align: str
+) -> tuple[Tensor, Tensor]:
+    """Row and column, each (n,) int64, of the samples of a map that points lie in.
+
+    Args:
+        points: (n, 2) x and y in pixels.
+        like: the image batch (B, C, H, W).
+        size: (h, w) of the map.
+        stride: pixels of the image per sample.
+        align: see `read_at`.
+    """
+    axes = []
+    for axis, length, pixels in ((1, size[0], like.shape[2]), (0, size[1], like.shape[3])):
+        place = points[:, axis]
+        if align == "corners":
+            place = (place * ((length - 1) / max(pixels - 1, 1))).round()
+        else:
+            place = ((place + 0.5) / stride).floor()
+        axes.append(place.long().clamp(0, length - 1))
+    return axes[0], axes[1]
+
+
+def _chosen(value: Any, output: str | int | None) -> Any:
+    """One of the outputs of a graph."""
+    several = dict(enumerate(value)) if isinstance(value, (tuple, list)) else value
+    if not isinstance(several, dict):
+        if output is not None:
+            raise UnknownName(
+                "output", str(output), [], next="the network has a single one: leave output out."
+            )
+        return value
+    if output is None and len(several) == 1:
+        return next(iter(several.values()))
+    if not isinstance(output, (str, int)) or output not in several:
+        known = [str(name) for name in several]
+        raise UnknownName("output", str(output), known, next=f"say which with output=: {', '.join(known)}.")
+    return several[output]
+
+
+def _check_net(net: Any, reach: str) -> None:
+    if not isinstance(net, AdaptiveModel) or isinstance(net, HostedModel):
+        raise InvalidInput(
+            f"{type(net).__name__} is no network that is adaptive as a whole.",
+            next="pass what cs.adaptify(...) gave for the part that gives the map.",
+        )
+    if reach == "receptive" and any(norm.training for norm in net.modules() if isinstance(norm, _BatchNorm)):
+        raise InvalidInput(
+            "a network in training mode has no receptive field.",
+            why="the statistics of a batch depend on every element.",
+            next="call net.eval() first.",
+        )
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value

@@ -1,0 +1,263 @@
+"""Training what follows a fixed stem: its outputs are computed once per image and kept.
+
+    body, cached = cs.body_of(net), cs.CachedStem(net, data)
+    fit(body, cached, settings, output=folder)
+
+The body shares the network's modules: what is trained there is trained here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.data.images import normalise
+from cadsurgery.data.networks import source_of
+from cadsurgery.elements.lattice import describe
+from cadsurgery.network.hosted import HostedModel
+from cadsurgery.network.model import AdaptiveModel, OptimizedModel, evaluating
+from cadsurgery.support.errors import InvalidInput
+
+
+def body_of(net: AdaptiveModel) -> AdaptiveModel:
+    """The network from where its mask is asked for: `body(*stem_outputs(net, x))` is `net(x)`.
+
+    Its modules, mask and state dict are those of the network, so that a body that was trained or saved is the network
+    trained or saved.
+
+    Raises:
+        InvalidInput: no converted network, an optimised one, or one that only hosts a converted part.
+    """
+    _check(net)
+    graph = _on_copies(net.halved().cut.after)
+    names = [node.name for node in graph.nodes if node.op == "placeholder"][1:]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    surgery = replace(net._surgery, graph=graph, signature=inspect.Signature(parameters), unchanged=None)
+    body = AdaptiveModel(net, surgery, net.mask)
+    body._constants, body.checks = net._constants, net.checks
+    return body
+
+
+def _on_copies(graph: fx.Graph) -> fx.Graph:
+    """The graph on copies of its inputs: what follows a stem may work in place, and its outputs are used again."""
+    found, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs:
+        copies[node] = found.node_copy(node)
+    for node in inputs[2:]:  # behind the masking and the image, which nothing changes
+        copies[node] = found.call_method("clone", (copies[node],))
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            copies[node] = found.node_copy(node, copies.__getitem__)
+    return found
+
+
+def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """What the body takes: the image first, then the maps that enter the region; without gradients, in evaluation
+    mode.
+
+    Raises:
+        InvalidInput: no network that `body_of` takes, or one whose stem passes on more than tensors.
+    """
+    _check(net)
+    before, names = net.halved().before, net.names()
+    with torch.no_grad(), evaluating(net):
+        values = net.checked(lambda arguments: before(names, **arguments), *args, **kwargs)
+    for value in values:
+        if not isinstance(value, Tensor):
+            raise InvalidInput(
+                f"the stem of this network passes on {describe(value)}.",
+                why="only tensors can be kept for training.",
+                next="train the whole network.",
+            )
+    return tuple(values)
+
+
+class _Seen(NamedTuple):
+    """What the stem gave for one image: values (C, h, w) and the types they had, and labels (H, W)."""
+
+    values: tuple[Tensor, ...]
+    types: tuple[torch.dtype, ...]
+    labels: Tensor
+
+
+class CachedStem:
+    """A dataset of what enters the region, with labels: images seen once by the stem, then kept in memory.
+
+    An item is (inputs of the body, labels). Whole images, or crops at fixed places; each also mirrored if `flip`.
+    Colours cannot be jittered any more. A crop of a map has seen what lies around the crop.
+
+    Attributes:
+        name: of the data, and what was made of it.
+        classes: of the data.
+        bytes: of memory that is kept.
+    """
+
+    def __init__(
+        self,
+        net: AdaptiveModel,
+        data: Any,
+        *,
+        flip: bool = False,
+        crop: tuple[int, int] | None = None,
+        places: tuple[int, int] = (3, 3),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Run the stem over the data.
+
+        Args:
+            net: a converted network; its stem is to stay as it is now.
+            data: items (image (3, H, W) in 0..1, labels (H, W)).
+            flip: each image also mirrored.
+            crop: (height, width) in pixels, multiples of the low output stride; default: whole images.
+            places: number of crops downwards and across, evenly spread over the image from edge to edge.
+            dtype: of the values that are kept, e.g. torch.float16 for half the memory; items have the network's.
+                Default: as they are.
+
+        Raises:
+            InvalidInput: an image that is none, a crop that does not fit an image or the strides, or a network without
+                a stem of its own.
+        """
+        _check(net)
+        if min(places) < 1 or not (dtype is None or dtype.is_floating_point):
+            raise InvalidInput(
+                f"places={places}, dtype={dtype}.", next="give 1 place or more each way, and a floating type."
+            )
+        self._crop, self._stride = crop, net.plan.strides[-1]
+        self._places = places if crop is not None else (1, 1)
+        name = getattr(data, "name", type(data).__name__)
+        made = {"crop": crop, "places": self._places, "flip": flip, "dtype": dtype, "stem": _digest(net)}
+        self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in made.items())
+        self.classes = getattr(data, "classes", ())
+        self._seen = [
+            _seen(net, *pair, dtype)
+            for index in range(len(data))
+            for pair in _mirrored(data[index], index, flip)
+        ]
+        if crop is not None:
+            for seen in self._seen:
+                _check_crop(seen, crop, self._stride, name)
+
+    @property
+    def bytes(self) -> int:
+        """Of memory that is kept, labels included."""
+        return sum(value.nbytes for seen in self._seen for value in (*seen.values, seen.labels))
+
+    def __len__(self) -> int:
+        return len(self._seen) * self._places[0] * self._places[1]
+
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Inputs of the body for one image, (C, h, w) each, and labels (H, W)."""
+        image, place = divmod(index, self._places[0] * self._places[1])
+        seen = self._seen[image]
+        parts: tuple[Tensor, ...] = (*seen.values, seen.labels)
+        if self._crop is not None:
+            size, steps = seen.labels.shape, divmod(place, self._places[1])
+            corner = [
+                self._stride * ((whole - part) // self._stride * step // max(count - 1, 1))
+                for step, count, whole, part in zip(steps, self._places, size, self._crop, strict=True)
+            ]
+            parts = tuple(_cut(part, size, corner, self._crop, self._stride) for part in parts)
+        values = tuple(value.to(kind) for value, kind in zip(parts[:-1], seen.types, strict=True))
+        return values, parts[-1]
+
+
+def _digest(net: AdaptiveModel) -> str:
+    """Of the weights of the stem: a run with another one is another run."""
+    found = hashlib.sha256()
+    for node in net.halved().cut.before.nodes:
+        if node.op in ("call_module", "get_attr"):
+            value = operator.attrgetter(str(node.target))(net.names())
+            tensors = value.state_dict().values() if isinstance(value, nn.Module) else [value]
+            for tensor in tensors:
+                found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _mirrored(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
+    """A sample, and its mirror image if `flip`.
+
+    Raises:
+        InvalidInput: it is no sample.
+    """
+    image, labels = sample
+    fits = isinstance(image, Tensor) and image.dim() == 3 and image.is_floating_point()
+    if not fits or not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise InvalidInput(
+            f"a sample is {describe(image)} with labels {describe(labels)}.",
+            where=f"sample {index} of the data",
+            next="give (image (3, H, W) float in 0..1, labels (H, W)).",
+        )
+    return [(image, labels), (image.flip(-1), labels.flip(-1))][: 1 + flip]
+
+
+def _seen(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _Seen:
+    """What the stem gives for an image."""
+    shown = normalise(image, source_of(net)).unsqueeze(0).to(next(net.parameters()).device)
+    values = stem_outputs(net, shown)
+    kept = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
+    return _Seen(kept, tuple(value.dtype for value in values), labels)
+
+
+def _check_crop(seen: _Seen, crop: tuple[int, int], stride: int, name: str) -> None:
+    """Refuse a crop that cannot be cut from an image and its maps.
+
+    Raises:
+        InvalidInput: it cannot.
+    """
+    height, width = seen.labels.shape
+    fits = all(c % stride == 0 and 0 < c <= n for c, n in zip(crop, (height, width), strict=True))
+    maps = [value for value in seen.values if value.dim() == 3]
+    if not fits or any(_pixels(value, (height, width), stride) is None for value in maps):
+        raise InvalidInput(
+            f"crops of {crop[0]} x {crop[1]} cannot be cut from an image of {height} x {width} and its maps"
+            f" of {', '.join(f'{value.shape[1]} x {value.shape[2]}' for value in maps[1:])}.",
+            where=f"data {name}",
+            next=f"give multiples of {stride} that fit the image, or use whole images (crop 0).",
+        )
+
+
+def _pixels(value: Tensor, size: Sequence[int], stride: int) -> int | None:
+    """How many pixels of an image of `size` a sample of a map (..., h, w) stands for: a divisor of the low stride."""
+    shape = list(value.shape[-2:])
+    sides = [side for side in range(1, stride + 1) if stride % side == 0]
+    return next((side for side in sides if [-(-n // side) for n in size] == shape), None)
+
+
+def _cut(
+    value: Tensor, size: Sequence[int], corner: Sequence[int], crop: Sequence[int], stride: int
+) -> Tensor:
+    """The part of a map (..., h, w) of an image of `size` that a crop in pixels covers; a vector as it is."""
+    if value.dim() < 2:
+        return value
+    side = _pixels(value, size, stride)
+    assert side is not None  # by _check_crop
+    top, left, high, wide = (number // side for number in (*corner, *crop))
+    return value[..., top : top + high, left : left + wide]
+
+
+def _check(net: nn.Module) -> None:
+    """Refuse what has no stem.
+
+    Raises:
+        InvalidInput: no converted network, an optimised one, or one that only hosts a converted part.
+    """
+    if isinstance(net, OptimizedModel):
+        raise InvalidInput(
+            "an optimised network is not taken apart.",
+            why="what its stem passes on is fused.",
+            next="take the network it was made from; cs.body_of(net).optimize() is fast too.",
+        )
+    if not isinstance(net, AdaptiveModel) or isinstance(net, HostedModel):
+        raise InvalidInput(
+            f"{type(net).__name__} has no stem to keep.",
+            why="it is no network that is adaptive as a whole.",
+            next="pass what cs.adaptify(...) gave.",
+        )

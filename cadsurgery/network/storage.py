@@ -1,0 +1,400 @@
+"""Save and load converted networks: safetensors for tensors, JSON metadata for everything else."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cadsurgery.data.networks import Source, build_again
+from cadsurgery.elements.lattice import Anchor, Fill, Patch, Pool, Statistics
+from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
+from cadsurgery.masks.basic import TENSOR
+from cadsurgery.masks.spec import parse
+from cadsurgery.network.adaptify import adaptify
+from cadsurgery.network.candidates import check_network
+from cadsurgery.network.model import AdaptiveModel, OptimizedModel
+from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
+from cadsurgery.support.files import written_whole
+from cadsurgery.support.plain import checked
+from cadsurgery.support.provenance import nothing_imported, versions
+from cadsurgery.surgery.plan import Outputs, Plan
+
+FORMAT = 2  # 1: no checksums
+_KEY = "cadsurgery"
+_CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
+_MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
+_NO_MASK = "a function or provider of your own, which a file cannot hold"
+_LONGEST = 2**25  # characters of metadata, and values of an example image, without the word of the user
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FIELDS = {
+    "format": int,
+    "versions": dict[str, str],
+    "source": dict[str, Any] | None,
+    "mask": str | None,
+    "options": dict[str, Any],
+    "plan": str,
+    "tensors": str,
+}
+_OPTIONS = {
+    "output_stride": tuple[int, int],
+    "region": str | tuple[str, ...],
+    "anchor": Anchor,
+    "fill": Fill,
+    "pool": Pool,
+    "patch": Patch,
+    "statistics": Statistics,
+    "outputs": Outputs,
+}
+
+
+def save(net: AdaptiveModel, path: str | Path) -> None:
+    """Write a converted network: parameters and buffers, plan, options, mask, source and versions.
+
+    The file appears whole or not at all, and holds checksums. No pickle. A mask that is a function or an
+    unregistered provider cannot be stored; `load` then asks for one.
+
+    Raises:
+        FileError: the path cannot be written.
+        InvalidInput: the network is not converted, or an optimised copy.
+    """
+    path = Path(path)
+    if not isinstance(net, AdaptiveModel):
+        raise InvalidInput(
+            f"{type(net).__name__} is not a converted network.",
+            next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
+        )
+    if isinstance(net, OptimizedModel) or isinstance(getattr(net, "part", None), OptimizedModel):
+        raise InvalidInput(
+            "an optimised network cannot be saved.",
+            why="its weights are folded and no longer the original's.",
+            next="save the network it was made from, and call optimize() after loading.",
+        )
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
+    tensors |= {f"{_MASK}{name}": value.cpu().contiguous() for name, value in net.mask.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "versions": versions(),
+        "source": net.source.to_dict() if net.source is not None else None,
+        "mask": net.mask.spec() if net.mask.storable else None,
+        "options": {
+            "output_stride": net.plan.output_stride,
+            "region": net.plan.region,
+            "anchor": net.geometry.anchor,
+            "fill": net.geometry.fill,
+            "pool": net.geometry.pool,
+            "patch": net.geometry.patch,
+            "statistics": net.geometry.statistics,
+            "outputs": net.plan.returned,
+        },
+        "plan": net.plan.to_json(),
+        "tensors": _checksum(tensors),
+    }
+    with written_whole(path) as temporary:
+        try:
+            save_file(tensors, temporary, {_KEY: sealed(metadata)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def load(
+    path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
+) -> AdaptiveModel:
+    """Read a converted network written by `save`.
+
+    A file is no reason to run code: what it names is built or asked only if it is ours or listed by torchvision or
+    timm.
+
+    Args:
+        path: the file.
+        model: the original architecture (any weights); needed if the network was not built by name.
+        mask: replaces the stored mask.
+        trust: import and call what the file names, `module:function` of a network or of its mask, whatever it is,
+            and make whatever size it asks for.
+
+    Returns:
+        The network in evaluation mode. Its plan is made anew and compared with the stored one.
+
+    Raises:
+        FileError: missing, damaged or foreign file, one that does not fit the model, or one that names code and is not
+            trusted.
+        InvalidInput, CannotConvert: `model` is no network, or wraps, compiles, ... one.
+    """
+    path, mask = Path(path), None if mask is None else resolve_mask(mask)
+    if model is not None:
+        check_network(model)
+    stated, tensors = _read(path)
+    if stated.format < 2:
+        warnings.warn(
+            f"{path} was written without checksums (format 1): damage to it would not be noticed. "
+            "Write it again: cs.save(cs.load(path), path).",
+            CadWarning,
+            stacklevel=2,
+        )
+    of_mask = {name[len(_MASK) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    if mask is None and stated.mask is not None:
+        mask = _stored_mask(path, stated.mask, of_mask, trust)
+    if mask is None:
+        raise FileError(
+            f"{path} was saved with {_NO_MASK}.",
+            next='give one: cs.load(path, mask="edges" or your function).',
+        )
+    source, stored = stated.source, stated.plan
+    if source is not None and not trust:
+        source = replace(source, untrusted=str(path))
+    if math.prod(stored.example_shape) > _LONGEST and not trust:
+        raise _damaged(
+            path,
+            f"an example of shape {stored.example_shape} is too large to be made on the word of a file.",
+            "if you know the file, pass trust=True (--trust).",
+        )
+    if model is None:
+        model = _built(path, source, tensors)
+    options = {**stated.options, "output_stride": stored.output_stride}
+    with _refused(f"{path} does not fit this model.", "pass the architecture it was converted from."):
+        dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        example = torch.zeros(stored.example_shape, dtype=dtype)
+        net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
+    same = net.plan == stored if stated.format > 1 else _geometry(net.plan) == _geometry(stored)
+    if not same:
+        raise FileError(
+            f"{path} holds another plan than this model gives.",
+            where=_first_difference(net.plan, stored),
+            why=f"it was written with {_listed(stated.versions)}; here are {_listed(versions())}.",
+            next="pass the model it was converted from, or convert again.",
+        )
+    _check_types(path, tensors, net.state_dict())
+    try:
+        net.load_state_dict(tensors, assign=True)  # the stored types, e.g. bfloat16
+    except RuntimeError as error:
+        raise FileError(
+            f"the parameters in {path} do not fit the model.",
+            why=" ".join(str(error).split())[:400],
+            next="pass the architecture it was converted from.",
+        ) from error
+    net.lay_out()
+    net.source = source
+    return net
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What a file says about itself, without its tensors.
+
+    Raises:
+        FileError: missing, damaged or foreign file.
+    """
+    header = _opened(Path(path), False)[0]
+    _stated(Path(path), header)
+    values = dict(json.loads(header[_KEY]))
+    values.pop(_CHECKSUM, None)
+    return values
+
+
+def sealed(metadata: Mapping[str, Any]) -> str:
+    """Metadata as text, with their checksum as one more of them: a file's order of several texts is left to chance."""
+    return json.dumps({**metadata, _CHECKSUM: _hash(metadata)})
+
+
+def _hash(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
+
+
+class _Stated(NamedTuple):
+    """The metadata of a file, every value of its type."""
+
+    format: int
+    versions: dict[str, str]
+    source: Source | None
+    mask: str | None
+    options: dict[str, Any]
+    plan: Plan
+    tensors: str
+
+
+def _read(path: Path) -> tuple[_Stated, dict[str, Tensor]]:
+    header, tensors = _opened(path, True)
+    stated = _stated(path, header)
+    if stated.format > 1 and stated.tensors != _checksum(tensors):
+        raise FileError(
+            f"{path} is damaged.",
+            why="its parameters are not those that were written: their checksum is another.",
+            next="fetch or write the file again.",
+        )
+    return stated, tensors
+
+
+def _opened(path: Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors as they lie in the file."""
+    if not path.is_file():
+        raise FileError(f"there is no file {path}.", next="check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            names = list(file.keys()) if tensors and _KEY in header else []
+            # Copied: in the file they lie at any address, and convolutions round by how memory is aligned.
+            values = {name: file.get_tensor(name).clone() for name in names}
+    except Exception as error:  # of many kinds, for types that torch does not have too
+        raise FileError(
+            f"{path} is not a readable safetensors file.",
+            why=f"{first_line(error)}; it may be truncated.",
+            next="write it again with cs.save or cadsurgery convert.",
+        ) from error
+    if _KEY not in header:
+        raise FileError(
+            f"{path} was not written by cadsurgery.",
+            why="it holds no plan.",
+            next="give its weights to cadsurgery convert --weights FILE.",
+        )
+    return header, values
+
+
+def _stated(path: Path, header: Mapping[str, str]) -> _Stated:
+    """What the metadata say, once they are known to be what was written."""
+    text = header[_KEY]
+    if len(text) > _LONGEST:
+        raise _damaged(path, f"it has {len(text)} characters.")
+    with _damaged_if_wrong(path):
+        values = json.loads(text)
+        checksum = values.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != _hash(values):
+            raise _damaged(path, "it is not what was written: its checksum is another.")
+        number = values["format"]
+        if type(number) is int and number > FORMAT:
+            raise FileError(
+                f"{path} has format {number}, this version reads up to {FORMAT}.",
+                next="update cadsurgery.",
+            )
+        if number != 1 and checksum is None:
+            raise ValueError(f"a file of format {number!r:.60} without checksum")
+        found = {"tensors": "", **checked(values, _FIELDS, "it")}
+        found["source"] = Source.from_dict(found["source"]) if found["source"] is not None else None
+        found["options"] = checked(found["options"], _OPTIONS, "options")
+        found["plan"] = Plan.from_json(found["plan"])
+        return _Stated(**found)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def _damaged_if_wrong(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CadError:
+        raise
+    except Exception as error:  # what a file says can go wrong in every way
+        raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _damaged(
+    path: Path, why: str, next: str = "fetch the file again, or write it again with cs.save."
+) -> FileError:
+    return FileError(f"the metadata of {path} is damaged.", why=why[:400], next=next)
+
+
+@contextlib.contextmanager
+def _refused(what: str, next: str, where: str = "") -> Iterator[None]:
+    """Errors in what is made as a file says, of whatever kind, are the file's."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        words = (error.what, error.why) if isinstance(error, CadError) else (first_line(error),)
+        raise FileError(what, where=where, why=" ".join(filter(None, words))[:400], next=next) from error
+
+
+def _built(path: Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network of a source."""
+    if source is None:
+        raise FileError(
+            f"{path} does not say how to build its network.",
+            why="the network was converted from a module, not by name.",
+            next="pass the original architecture: cs.load(path, model=...).",
+        )
+    next = "pass the architecture it was converted from: cs.load(path, model=...)."
+    with _refused(f"the network that {path} names cannot be built.", next, f"{source.name:.200}"):
+        return build_again(source, tensors)
+
+
+def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
+    """The mask of a spec, with its tensors; None if a tensor that is a mask is missing."""
+    other = 'give another mask: cs.load(path, mask="edges")'
+    with contextlib.nullcontext() if trust else nothing_imported(str(path)):
+        next = f"register it first if it is one of your own, or {other}."
+        with _refused(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
+            mask = parse(spec, lambda: FixedMask(torch.zeros(1, 1)), TENSOR)
+    for name, part in mask.named_modules():
+        if isinstance(part, FixedMask):
+            key = f"{name}.levels".removeprefix(".")
+            if key not in tensors:
+                return None
+            no_level = tensors[key].is_floating_point() or tensors[key].is_complex()
+            if no_level or tensors[key].dim() not in (2, 3):
+                raise FileError(
+                    f"the tensor {key} of the mask in {path} is no level map.",
+                    why=f"it is {tensors[key].dtype} of shape {tuple(tensors[key].shape)}.",
+                    next=f"{other}.",
+                )
+            part.levels = tensors[key]
+    _check_types(path, tensors, mask.state_dict())
+    try:
+        mask.load_state_dict(tensors, assign=True)  # the stored types
+    except RuntimeError as error:
+        raise FileError(
+            f"the tensors of mask {spec:.200} in {path} do not fit it.",
+            why=" ".join(str(error).split())[:400],
+            next=f"write the file again with cs.save, or {other}.",
+        ) from error
+    return mask
+
+
+def _check_types(path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse integers where a network has floating-point numbers, and the other way round."""
+    for name, value in stored.items():
+        like = own.get(name, value).dtype
+        if value.dtype != like and not (value.dtype in _FLOATS and like in _FLOATS):
+            raise FileError(
+                f"the parameters in {path} do not fit the model.",
+                where=name,
+                why=f"it is {value.dtype}, in the model {like}.",
+                next="pass the architecture it was converted from.",
+            )
+
+
+def _geometry(plan: Plan) -> tuple[object, ...]:
+    """What decides which elements there are and what reads them; the rest of a plan is words that change."""
+    parts = plan.chosen("adapt", "keep", "enter")
+    return plan.output_stride, plan.strides, tuple((d.node, d.action, d.stages, d.window) for d in parts)
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def _first_difference(plan: Plan, stored: Plan) -> str:
+    for ours, theirs in zip(plan.decisions, stored.decisions, strict=False):
+        if ours != theirs:
+            fields = [name for name, value in vars(theirs).items() if getattr(ours, name) != value]
+            changes = (
+                f"{name} {getattr(theirs, name)!r}, now {getattr(ours, name)!r}" for name in fields[:3]
+            )
+            return f"{theirs.node} ({theirs.operation}): stored {'; '.join(changes)}"
+    return f"{len(stored.decisions)} decisions stored, {len(plan.decisions)} now"

@@ -1,0 +1,176 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from cadsurgery.support.errors import FileError
+
+_MAKING = ".making-"  # begins the names of folders in the cache in which something is being made
+_SECONDS_TO_LOCK = 1.0  # between making such a folder and locking it
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block succeeds, and is removed when not.
+
+    Raises:
+        FileError: the path cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # as an ordinary new file; temporary ones are private
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be written.",
+            why=f"{type(error).__name__}: {error.strerror or error}",
+            next="choose an existing folder you may write to.",
+        ) from error
+
+
+def check_folder(path: Path, option: str = "--output") -> None:
+    """Refuse a file in a folder that does not exist, or a folder in place of a file, before work is done for it.
+
+    Raises:
+        FileError: there is no such folder, or the path is one.
+    """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder.", next=f"name a file in it: another {option}.")
+    if not path.parent.is_dir():
+        raise FileError(f"there is no folder {path.parent}.", next=f"create it or choose another {option}.")
+
+
+def made_folder(path: Path | str, option: str = "--output") -> Path:
+    """A folder to write into, made if it is missing.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"{folder} cannot be created.", why=str(error), next=f"choose another {option}."
+        ) from error
+    return folder
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines to a file, all or none; it is made if it does not exist.
+
+    Raises:
+        FileError: it cannot be read as text, or cannot be written.
+    """
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"{path} cannot be read.", why=str(error), next="choose another file to append to."
+        ) from error
+    with written_whole(path) as temporary:
+        separator = "" if before.endswith("\n") or not before else "\n"
+        text = before + separator + "".join(f"{line}\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8")
+
+
+@functools.cache
+def machine() -> str:
+    """A name for this processor and the instructions it has."""
+    described = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        wanted = ("model name", "flags", "Features")
+        described += "".join(next((line for line in lines if line.startswith(name)), "") for name in wanted)
+    return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+
+def cache_folder() -> Path | None:
+    """Where this machine keeps what is made once: in the user's cache folder; if there is none or it cannot be written,
+    in one temporary folder of this user; None if that cannot be used either.
+
+    A folder of somebody else, or that others can write to, is not used: what is in it may be run.
+    """
+    for base in (_user_cache, _user_temporary):
+        with contextlib.suppress(OSError, RuntimeError):  # no home, nothing temporary, no permission
+            folder = base()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if is_private(folder.lstat()) and os.access(folder, os.W_OK):
+                return folder
+    return None
+
+
+def is_private(found: os.stat_result) -> bool:
+    """Whether a file or folder, and no link, is this user's and nobody else can write to it."""
+    mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+    return mine and not stat.S_ISLNK(found.st_mode) and not (found.st_mode & 0o022 and os.name == "posix")
+
+
+def _user_cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (base if base.is_absolute() else Path.home() / ".cache") / "cadsurgery" / machine()
+
+
+def _user_temporary() -> Path:
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    return Path(tempfile.gettempdir()) / f"cadsurgery-{user}-{machine()}"
+
+
+@contextlib.contextmanager
+def kept_whole(path: Path) -> Iterator[Path]:
+    """A private temporary folder beside a file of the cache, to make its successor in: `successor` of that folder.
+
+    It takes the file's place when the block succeeds, and is on the disk before, so that a machine that stops leaves no
+    half. Folders of processes that were killed are removed first: whoever works in one holds a lock, which ends with
+    the process.
+    """
+    for other in path.parent.glob(f"{_MAKING}*"):
+        _remove_if_left(other)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_MAKING) as name:
+        folder = Path(name)
+        with (folder / "lock").open("w") as lock:
+            _try_lock(lock)
+            yield folder
+            with (folder / "successor").open("rb+") as file:
+                os.fsync(file.fileno())
+            (folder / "successor").chmod(0o600)
+            (folder / "successor").replace(path)
+
+
+def _remove_if_left(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - folder.lstat().st_mtime > _SECONDS_TO_LOCK:
+            with (folder / "lock").open("a") as lock:
+                if _try_lock(lock):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Lock a file until it is closed; False if another process did, or where there are no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True

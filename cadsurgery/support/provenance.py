@@ -1,0 +1,155 @@
+"""What a result was made with: versions, commit, device. Reports and files state it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cadsurgery
+from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, first_line
+
+_UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that networks come from."""
+    found = {"cadsurgery": cadsurgery.__version__}
+    for package in ("torch", "torchvision", "timm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def commit() -> str:
+    """The commit of this package, if it is run from a checkout of its repository; else empty."""
+    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return ""
+
+
+def setting(device: torch.device) -> str:
+    """Device, threads, versions, commit and date in one line, for benchmarks that print a table."""
+    numbers = ", ".join(f"{name} {number}" for name, number in versions().items())
+    made = f"commit {found[:7]}, " if (found := commit()) else ""
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{device_in_words(device)}, {threads}; {numbers}; {made}{datetime.now(UTC):%Y-%m-%d}"
+
+
+def device_named(name: str) -> torch.device:
+    """A device that is here.
+
+    Raises:
+        InvalidInput: no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"{name!r} is not a device.", why=first_line(error), next="use cpu or cuda."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("there is no CUDA device here.", next="use --device cpu.")
+    if device.type == "meta":
+        raise InvalidInput("device meta holds shapes and no values.", next="use cpu or cuda.")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # a torch that was built without it says so in many ways
+        raise InvalidInput(
+            f"there is no device {name!r} here.", why=first_line(error), next="use cpu or cuda."
+        ) from error
+    return device
+
+
+def device_in_words(device: torch.device) -> str:
+    """The name of the device, as far as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({platform.machine()} CPU)"
+    return f"{platform.machine()} CPU"
+
+
+def function_at(name: str, where: str, example: str) -> Any:
+    """What `module:function` names.
+
+    Args:
+        name: as written.
+        where: for the message.
+        example: how it is written.
+
+    Raises:
+        InvalidInput: it is not written so.
+        UnknownName: no such module or function.
+    """
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise InvalidInput(f"{name!r} is not module:function.", where=where, next=f"write e.g. {example}.")
+    return function_named(module, function)
+
+
+@contextlib.contextmanager
+def nothing_imported(file: str) -> Iterator[None]:
+    """While a file that nobody has said to trust is read: what it names is refused, not imported, in this thread."""
+    token = _UNTRUSTED.set(file)
+    try:
+        yield
+    finally:
+        _UNTRUSTED.reset(token)
+
+
+def untrusted(file: str, code: str, instead: str) -> FileError:
+    """The refusal to run what a file names.
+
+    Args:
+        file: its path.
+        code: what would have run.
+        instead: what else can be given to `cs.load`.
+    """
+    return FileError(
+        f"{file} names code of its own, which was not run.",
+        where=code,
+        why="it is neither ours nor listed by torchvision or timm, and a file of somebody else can name anything.",
+        next=f"if you know the file: cs.load(path, trust=True), on the command line --trust; or {instead}.",
+    )
+
+
+def same_place(one: Any, other: Any) -> bool:
+    """Whether two classes or functions have one name in one module: the same piece of code, run again, as in a
+    notebook."""
+    places = [
+        (getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")) for thing in (one, other)
+    ]
+    named = bool(places[0][1]) and "<lambda>" not in places[0][1]
+    return one is other or (named and places[0] == places[1])
+
+
+def function_named(module: str, function: str) -> Any:
+    """What a module of the user's has under a name.
+
+    Raises:
+        UnknownName: no such module, or nothing of that name in it.
+        FileError: a file names it that is not trusted.
+    """
+    if file := _UNTRUSTED.get():
+        code = f"import of {module}, for its {function}"
+        raise untrusted(file, f"{code:.400}", "another mask: cs.load(path, mask=...)")
+    try:
+        found = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise UnknownName("module", module, [], next=f"it cannot be imported: {error}.") from error
+    if not hasattr(found, function):
+        raise UnknownName(f"function in {module}", function, dir(found))
+    return getattr(found, function)

@@ -1,0 +1,381 @@
+"""Does time follow work? A network under budgets of patches against its dense twins, in one interleaved run.
+
+The law: a mask of M multiply-accumulates takes at most 1.06 times what the straight line between the dense
+twins gives at M,
+
+    t <= 1.06 (t_low + (M - M_low) / (M_high - M_low) (t_high - t_low)),
+
+the mask itself and all tables included. `fill="linear"` and `"guided"` interpolate rows at level changes and are
+granted 0.08 more; networks with depthwise or grouped convolutions, whose work is mostly memory traffic, 1.2 in all. A
+miss is a result, not an error: the report states it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.data.images import check_picture, normalise, write_picture
+from cadsurgery.data.networks import Source
+from cadsurgery.masks import Budget, resolve_mask
+from cadsurgery.network.adaptify import adaptify, plan
+from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.macs import MacReport
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.files import append_lines, check_folder
+from cadsurgery.support.memory import is_measurable, peak_raised_by, printed_alone
+from cadsurgery.support.provenance import commit, device_in_words, device_named, versions
+from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
+from cadsurgery.tasks.convert import DEFAULT_SIZE, Step, build, example_image
+from cadsurgery.tasks.figures import bench_figure, figure_picture
+
+FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
+HIGH, LOW = "dense high", "dense low"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How networks are made and what they are run on; see `bench` for the fields.
+
+    A process that measures the memory of one side is told them as text: there the mask is a string.
+    """
+
+    mask: object
+    size: tuple[int, int]
+    batch: int
+    output_stride: tuple[int, int] | None
+    region: str | list[str]
+    patch: str
+    dtype: str
+    device: str
+    threads: int
+
+
+def bench(
+    networks: str | nn.Module | Sequence[str | nn.Module],
+    mask: object = "edges",
+    fractions: Sequence[float] = FRACTIONS,
+    *,
+    size: tuple[int, int] = DEFAULT_SIZE,
+    batch: int = 1,
+    output_stride: tuple[int, int] | None = None,
+    region: str | list[str] = "auto",
+    fill: Sequence[str] = ("nearest",),
+    patch: str = "quadtree",
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 7,
+    memory: bool = False,
+    picture: Path | None = None,
+    output: Path | None = None,
+    step: Step = lambda text: None,
+) -> BenchReport:
+    """Measure networks with random weights under budgets, and compare their times with the law.
+
+    Args:
+        networks: names, or modules, which keep their weights.
+        mask: ranks the patches, which `Budget` then keeps; anything `adaptify` takes as a mask.
+        fractions: budgets, each 0..1.
+        size: height and width of the generated street scenes.
+        batch: number of images.
+        output_stride: see `adaptify`.
+        region: see `adaptify`.
+        fill: one or more of "nearest", "linear" and "guided"; each gives an entry of its own, against the same twins.
+        patch: see `adaptify`.
+        dtype: "float32" or "bfloat16".
+        device: "cpu" or "cuda".
+        threads: of torch on the CPU; default: as they are.
+        rounds: counted rounds; each runs every side once.
+        memory: also measure the peak memory of each side, in a process of its own (Linux, CPU, names only).
+        picture: PNG to write.
+        output: JSON Lines to append the rows of each network to as soon as it is done.
+        step: called with what is being done.
+
+    Raises:
+        InvalidInput: an impossible option.
+        UnknownName: an unknown network, mask or dtype.
+        CannotConvert: a network has nothing to make adaptive.
+        FileError: a file cannot be written.
+    """
+    listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
+    threads = torch.get_num_threads() if threads is None else threads
+    setup = Setup(mask, size, batch, output_stride, region, patch, dtype, device, threads)
+    _check(listed, fractions, setup, rounds, fill, memory)
+    if picture is not None:
+        check_picture(picture, "--picture")
+    if output is not None:
+        check_folder(output)
+    if len(listed) > 1:  # a typo in the last name should not wait for the others to be measured
+        for network in listed:
+            step(f"planning {_name(network)}")
+            plan(_built(network)[0], output_stride, region)
+    setting = _setting(setup, rounds)
+    done: list[NetworkBench] = []
+    for network in listed:
+        with _threads(threads):
+            found = _compare(
+                network, setup, list(dict.fromkeys(map(float, fractions))), fill, rounds, memory, step
+            )
+        if output is not None:
+            rows = [{**setting.to_dict(), **row} for entry in found for row in entry.lines()]
+            append_lines(output, map(json.dumps, rows))
+        done += found
+    report = BenchReport(setting, tuple(done))
+    if picture is not None:
+        write_picture(figure_picture(bench_figure(report)), picture)
+    return report
+
+
+def law(macs: int, high: Twin, low: Twin) -> float:
+    """Milliseconds on the straight line between the dense twins."""
+    share = (macs - low.macs) / (high.macs - low.macs)
+    return low.milliseconds + share * (high.milliseconds - low.milliseconds)
+
+
+def _compare(
+    network: str | nn.Module,
+    setup: Setup,
+    fractions: Sequence[float],
+    fills: Sequence[str],
+    rounds: int,
+    memory: bool,
+    step: Step,
+) -> list[NetworkBench]:
+    """One interleaved run of a network with every fill, and what it says."""
+    name = _name(network)
+    nets: dict[str, AdaptiveModel] = {}
+    sides: dict[str, Callable[[], object]] = {}
+    fill_of: dict[str, str] = {}
+    for fill in dict.fromkeys(fills):
+        step(f"converting {name}, fill {fill}")
+        nets[fill], image, weights = _converted(network, setup, fill)
+        for key, run in _sides(nets[fill], image, setup.mask, fill, fractions).items():
+            if key not in sides:  # uniform maps are read without filling: one pair of twins serves all
+                sides[key], fill_of[key] = partial(run, image), fill
+    step(f"counting the multiply-accumulates of {name}")
+    counts = {
+        _key(fill, fraction): net.macs(image, mask=Budget(setup.mask, fraction))
+        for fill, net in nets.items()
+        for fraction in fractions
+    }
+    counted = next(iter(counts.values()))
+    if counted.high == counted.low:
+        raise InvalidInput(
+            f"{name} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
+            next="give a larger size.",
+        )
+    step(f"measuring {name}")
+    times = interleaved(sides, rounds)
+    peaks: dict[str, float] = {}
+    for key, fill in fill_of.items() if memory else ():
+        step(f"measuring the memory of {name}, {key}")
+        peaks[key] = _peak_memory(name, setup, fill, key)
+
+    def twin(key: str, macs: int) -> Twin:
+        return Twin(macs, times[key].best, times[key].median, peaks.get(key))
+
+    high, low = twin(HIGH, counted.high), twin(LOW, counted.low)
+    return [
+        NetworkBench(
+            model=name,
+            weights=weights,
+            fill=fill,
+            output_stride=net.plan.output_stride,
+            band=band(net),
+            high=high,
+            low=low,
+            rows=tuple(
+                _row(fraction, counts[key], times[key], peaks.get(key), high, low)
+                for fraction in fractions
+                for key in [_key(fill, fraction)]
+            ),
+            notes=_notes(net, high, low),
+        )
+        for fill, net in nets.items()
+    ]
+
+
+def _row(
+    fraction: float, counted: MacReport, time: Timing, peak: float | None, high: Twin, low: Twin
+) -> BenchRow:
+    line, speedup = law(counted.mask, high, low), high.milliseconds / time.best
+    return BenchRow(
+        fraction=fraction,
+        active_fraction=counted.active_fraction,
+        macs=counted.mask,
+        milliseconds=time.best,
+        milliseconds_median=time.median,
+        law_milliseconds=line,
+        law_ratio=time.best / line,
+        realised=speedup / (high.macs / counted.mask),
+        speedup=speedup,
+        memory_mib=peak,
+        memory_ratio=peak / high.memory_mib if peak is not None and high.memory_mib else None,
+    )
+
+
+def _notes(net: AdaptiveModel, high: Twin, low: Twin) -> tuple[str, ...]:
+    """What a reader must know to judge the figures."""
+    notes = []
+    if net.plan.part:
+        notes.append(f"MACs are those of the {net.plan.part}, times those of the whole network.")
+    if high.milliseconds <= low.milliseconds:
+        notes.append(
+            "dense high is not slower than dense low at this size: the law says little; give a larger one."
+        )
+    return tuple(notes)
+
+
+def _converted(network: str | nn.Module, setup: Setup, fill: str) -> tuple[AdaptiveModel, Tensor, str]:
+    """An unverified network, its images (B, 3, H, W) and its weights in words, on the device."""
+    model, source = _built(network)
+    net = adaptify(
+        model,
+        setup.mask,
+        output_stride=setup.output_stride,
+        region=setup.region,
+        patch=setup.patch,  # type: ignore[arg-type]
+        fill=fill,  # type: ignore[arg-type]
+        verify_laws=False,
+    )
+    where: dict[str, Any] = {"device": device_named(setup.device), "dtype": DTYPES[setup.dtype]}
+    scenes = [normalise(example_image(None, setup.size, seed), source) for seed in range(setup.batch)]
+    image = torch.stack(scenes).to(**where).contiguous(memory_format=torch.channels_last)
+    return net.eval().to(**where), image, source.note if source is not None else "its own weights"
+
+
+def _sides(
+    net: AdaptiveModel, image: Tensor, mask: object, fill: str, fractions: Sequence[float]
+) -> dict[str, Callable[[Tensor], object]]:
+    """What is compared, by key, each a call on images: the dense twins, and the network under each budget."""
+    fast, lowest = net.optimize(), net.geometry.max_level
+    twins = {HIGH: dense_twin(net, 0, image), LOW: dense_twin(net, lowest, image)}
+    budgets = {_key(fill, fraction): Budget(mask, fraction) for fraction in fractions}
+    return {**twins, **{key: partial(fast, mask=budget) for key, budget in budgets.items()}}
+
+
+def _key(fill: str, fraction: float) -> str:
+    return f"{fill} {fraction!r}"
+
+
+def band(net: AdaptiveModel) -> float:
+    """The multiple of the line that the law allows this network."""
+    if any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in net.modules()):
+        return GROUPED
+    return BAND + LINEAR if net.geometry.interpolates else BAND
+
+
+def _built(network: str | nn.Module) -> tuple[nn.Module, Source | None]:
+    return (network, None) if isinstance(network, nn.Module) else build(network, "none")
+
+
+def _name(network: str | nn.Module) -> str:
+    return network if isinstance(network, str) else type(network).__name__
+
+
+def _setting(setup: Setup, rounds: int) -> BenchSetting:
+    return BenchSetting(
+        mask=f"{resolve_mask(setup.mask).spec()} | budget",
+        image=(setup.batch, 3, *setup.size),
+        dtype=setup.dtype,
+        device=device_in_words(device_named(setup.device)),
+        threads=setup.threads,
+        rounds=rounds,
+        versions={**versions(), "python": platform.python_version()},
+        commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _check(
+    networks: Sequence[str | nn.Module],
+    fractions: Sequence[float],
+    setup: Setup,
+    rounds: int,
+    fills: Sequence[str],
+    memory: bool,
+) -> None:
+    """Refuse what would fail later, before anything is built."""
+    if not networks or not fills:
+        raise InvalidInput(
+            f"there is no {'network' if fills else 'fill'} to measure.",
+            next='name at least one, e.g. "resnet50" and "nearest".',
+        )
+    if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
+        raise InvalidInput(
+            f"the fractions are {', '.join(f'{fraction:g}' for fraction in fractions) or 'none'}.",
+            next="give shares of the patches from 0 to 1, e.g. 1,0.5,0.25,0.",
+        )
+    if setup.dtype not in DTYPES:
+        raise UnknownName("dtype", setup.dtype, DTYPES)
+    if min(setup.batch, setup.threads, rounds, *setup.size) < 1:
+        height, width = setup.size
+        raise InvalidInput(
+            f"not all are positive: batch={setup.batch}, threads={setup.threads}, rounds={rounds}, "
+            f"size={height}x{width}.",
+            next="give at least 1 of each.",
+        )
+    device = device_named(setup.device)
+    resolve_mask(setup.mask)
+    if not memory:
+        return
+    if not is_measurable() or device.type != "cpu":
+        raise InvalidInput(
+            "peak memory is measured on the CPU of a Linux system only.",
+            next="leave out memory, or run it there.",
+        )
+    if not isinstance(setup.mask, str) or not all(isinstance(network, str) for network in networks):
+        raise InvalidInput(
+            "peak memory of a network or mask without a name cannot be measured.",
+            why="each side runs in a process of its own, which builds it anew.",
+            next='give names, e.g. "resnet50" or "module:function", and a mask such as "edges".',
+        )
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads of torch within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _peak_memory(network: str, setup: Setup, fill: str, key: str) -> float:
+    """MiB by which one call of a side raises the peak of the resident set."""
+    task = {"network": network, "setup": vars(setup), "fill": fill, "key": key}
+    return float(printed_alone(__name__, print_peak.__name__, repr(task)))
+
+
+def print_peak(task: str) -> None:
+    """What the process for one side does: build it, run it, print MiB."""
+    told = ast.literal_eval(task)
+    setup, key = Setup(**told["setup"]), told["key"]
+    torch.set_num_threads(setup.threads)
+    net, image, _ = _converted(told["network"], setup, told["fill"])
+    if key in (HIGH, LOW):
+        run: Callable[..., object] = dense_twin(net, 0 if key == HIGH else net.geometry.max_level, image)
+    else:
+        run = partial(net.optimize(), mask=Budget(setup.mask, float(key.rpartition(" ")[2])))
+    del net
+    with torch.inference_mode():
+        run(image)  # what is made once: packed weights, measured costs, the libraries' own memory
+        print(peak_raised_by(lambda: run(image)))

@@ -1,0 +1,320 @@
+"""What the commands do: from names and paths to networks, reports and files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.data.images import check_size, find_images, normalise, read_image, street_scene, write_picture
+from cadsurgery.data.networks import WEIGHTS, Source, build_model
+from cadsurgery.masks import resolve_mask
+from cadsurgery.masks.masking import not_static
+from cadsurgery.network.adaptify import adaptify
+from cadsurgery.network.adaptify import plan as make_plan
+from cadsurgery.network.compile import export
+from cadsurgery.network.hosted import HostedModel
+from cadsurgery.network.macs import MacReport, dense_macs
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.storage import load, read_metadata, save
+from cadsurgery.support.errors import CadError, FileError, InvalidInput
+from cadsurgery.support.files import check_folder, made_folder
+from cadsurgery.support.processes import gathered, in_order, own_device, shard, start_others, world
+from cadsurgery.support.provenance import device_in_words, device_named
+from cadsurgery.support.timing import interleaved
+from cadsurgery.surgery.plan import Plan
+from cadsurgery.tasks.figures import class_picture
+from cadsurgery.tasks.report import ConversionReport, Side
+
+DEFAULT_SIZE = (512, 1024)
+EXPORTED_MASK = "edges | budget:fraction=0.3"
+TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
+
+Step = Callable[[str], None]
+
+
+def convert(
+    *,
+    model: str,
+    weights: str,
+    mask: str,
+    options: dict[str, Any],
+    image: Path | None,
+    size: tuple[int, int] | None,
+    output: Path,
+    device: str,
+    verify_laws: bool,
+    rounds: int,
+    step: Step,
+) -> ConversionReport:
+    """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
+    resolve_mask(mask)  # a typo should not wait for the network to be built
+    where = device_named(device)
+    check_folder(output)
+    step(f"building {model}")
+    original, source = build(model, weights)
+    picture = example_image(image, size)
+    step("converting and verifying" if verify_laws else "converting")
+    net = adaptify(original, mask, **options, verify_laws=verify_laws)
+    batch = normalise(picture, source).unsqueeze(0).to(where).contiguous(memory_format=torch.channels_last)
+    original.to(where).to(memory_format=torch.channels_last)
+    net.to(where)
+    step("counting multiply-accumulates")
+    counted = net.macs(batch)
+    if isinstance(
+        net, HostedModel
+    ):  # the part alone: the rest decides by values, which counting does not have
+        of_original = counted.low if net.plan.identity_level == net.plan.max_level else counted.high
+    else:
+        of_original = dense_macs(original, batch)
+    step("measuring")
+    sides: dict[str, Callable[[], object]] = {"original": lambda: original(batch)}
+    high = f"dense high (output stride {net.plan.output_stride[0]})"
+    if net.plan.identity_level != 0:
+        sides[high] = lambda: net(batch, mask="all")
+    fast = net.optimize()
+    sides["converted"] = lambda: net(batch)
+    sides["optimized"] = lambda: fast(batch)
+    times = interleaved(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
+    best = {name: time.best for name, time in times.items()}
+    name = "original = dense high" if net.plan.identity_level == 0 else "original"
+    rows = [Side(name, of_original, best.get("original"))]
+    if high in sides:
+        rows.append(Side(high, counted.high, best.get(high)))
+    rows.append(Side("converted", counted.mask, best.get("converted")))
+    rows.append(Side("converted, net.optimize()", counted.mask, best.get("optimized")))
+    step(f"writing {output}")
+    save(net, output)
+    return ConversionReport(
+        model=source.name,
+        weights=source.note,
+        random=source.weights == "random",
+        mask=net.mask.spec(),
+        plan=net.plan,
+        active_fraction=counted.active_fraction,
+        image=tuple(batch.shape),
+        sides=tuple(rows),
+        checks=net.checks,
+        device=f"{device_in_words(where)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        file=str(output),
+        notes=_notes(net.plan, counted.active_fraction, rows),
+    )
+
+
+def _notes(plan: Plan, active_fraction: float, sides: Sequence[Side]) -> tuple[str, ...]:
+    """What a user can act on."""
+    notes = []
+    if not plan.matters:
+        notes.append(
+            "everything leaves the region at its native size: keeping more high cannot improve the result here; "
+            "convert the network together with what follows, or return the last map."
+        )
+    if active_fraction > 0.9:
+        notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
+    if plan.dense_after > 0.25:
+        notes.append(f"{plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
+    high, optimized = sides[-3].milliseconds, sides[-1].milliseconds
+    if high is not None and optimized is not None and optimized > high:
+        notes.append(
+            "slower than dense high here even when optimised: building the lattice outweighs the work saved; "
+            "try a coarser high output stride, a larger network, or a mask that keeps less."
+        )
+    return tuple(notes)
+
+
+def export_program(
+    model: str,
+    weights: str,
+    mask: str,
+    options: dict[str, Any],
+    size: tuple[int, int] | None,
+    output: Path,
+    step: Step,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Write a network by name or a converted file as a program; see `cadsurgery export --help`.
+
+    Raises:
+        InvalidInput: the mask keeps another number of elements of each image.
+    """
+    check_folder(output)
+    step(f"building {model}")
+    net = load(model, mask=mask or None, trust=trust) if is_file(model) else None
+    provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
+    if not provider.static:
+        fixed = EXPORTED_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
+        raise not_static(
+            provider,
+            "an exported program has fixed shapes and sees the image alone.",
+            f'cadsurgery export {model} --mask "{fixed}" -o {output}',
+        )
+    if net is None:
+        net = adaptify(build(model, weights)[0], provider, **options, verify_laws=False)
+    net.eval()
+    first, second = (normalise(example_image(None, size, seed), net.source).unsqueeze(0) for seed in (0, 1))
+    step("exporting and comparing")
+    found = export(net, first, output, other=second)
+    with torch.inference_mode():
+        net(second)
+    return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(found)}
+
+
+def make_or_read_plan(
+    model: str, output_stride: tuple[int, int] | None, region: str | list[str], outputs: str = "fine"
+) -> Plan:
+    """The plan of a network by name, or the one stored in a converted file."""
+    if is_file(model):
+        return Plan.from_json(read_metadata(model)["plan"])
+    return make_plan(build(model, "none")[0], output_stride, region, outputs=outputs)  # type: ignore[arg-type]
+
+
+def count(
+    model: str,
+    mask: str,
+    options: dict[str, Any],
+    image: Path | None,
+    size: tuple[int, int] | None,
+    rule: str,
+    trust: bool = False,
+) -> MacReport:
+    """MACs of a network by name or of a converted file on an image."""
+    from_file = is_file(model)
+    net = load(model, mask=mask or None, trust=trust) if from_file else quick(model, mask or "edges", options)
+    return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
+
+
+def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, rule: str) -> dict[str, Any]:
+    """MACs of a network by name as it is, not converted.
+
+    Raises:
+        InvalidInput: a converted file.
+    """
+    if is_file(model):
+        raise InvalidInput(
+            f"{model} is a converted network: --dense counts one that is not.",
+            next="leave --dense out, which lists dense high and dense low too, or give the network's name.",
+        )
+    net, source = build(model, "none")
+    batch = normalise(example_image(image, size), source).unsqueeze(0)
+    return {"shape": list(batch.shape), "rule": rule, "macs": {"dense": dense_macs(net, batch, rule=rule)}}
+
+
+def predict(
+    file: Path,
+    images: Sequence[Path],
+    output: Path,
+    mask: str | None,
+    size: tuple[int, int] | None,
+    device: str,
+    step: Step,
+    trust: bool = False,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run a converted file on images; an unreadable image is reported and the others are done.
+
+    Under a launcher each process takes its share of the images; every one returns the rows of all.
+    """
+    start_others()
+    check_size(size)
+    where = own_device(device)
+    paths, lacking = find_images(images)
+    net = load(file, mask=mask, trust=trust).to(where).optimize()
+    made_folder(output)
+    done: list[tuple[int, dict[str, Any]]] = []
+    failed: list[tuple[int, dict[str, Any]]] = [(-1, row) for row in lacking if world().is_main]
+    for position, (path, place) in shard(list(paths.items())):
+        step(f"{path.name} ({position + 1} of {len(paths)})")
+        try:
+            batch = normalise(read_image(path, size), net.source).unsqueeze(0).to(where)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                prediction = _first_tensor(net(batch))
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            target = output / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_picture(class_picture(_classes(prediction), prediction.shape[1]), target)
+        except CadError as error:
+            failed.append((position, {"image": str(path), **error.to_dict()}))
+            continue
+        row = {
+            "image": str(path),
+            "output": str(target),
+            "active_fraction": net.active_fraction,
+            "milliseconds": milliseconds,
+        }
+        done.append((position, row))
+    shares = gathered((done, failed), where)
+    return in_order([share[0] for share in shares]), in_order([share[1] for share in shares])
+
+
+def build(model: str, weights: str, num_classes: int | None = None) -> tuple[nn.Module, Source]:
+    """A network by name, and where it comes from.
+
+    Raises:
+        FileError: there is no such file.
+        InvalidInput: a file is no name of a network.
+    """
+    if Path(model).suffix in WEIGHTS:
+        if not Path(model).is_file():
+            raise FileError(
+                f"there is no file {model}.", next="check the path, or give the name of a network."
+            )
+        raise InvalidInput(
+            f"{model} is a file, not the name of a network.",
+            why="what is converted is a network by name, with weights from a file if you like.",
+            next="give the name of its network, and --weights FILE for its weights.",
+        )
+    torch.manual_seed(0)  # random weights, where they are random, are the same in every run
+    built = build_model(model, weights, num_classes=num_classes)
+    source = built.cad_source
+    assert isinstance(source, Source)
+    return built, source
+
+
+def weights_in_words(network: object, source: Source) -> str:
+    """Which weights a network has; how it was built tells that of a name only, others may have been trained since."""
+    if not isinstance(network, str):
+        return "weights as they were given"
+    if not is_file(network):
+        return source.note
+    return f"weights in {network}, at first {source.note.removeprefix('weights ').removeprefix('are ')}"
+
+
+def quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
+    """A converted network with random weights, unverified: for what depends on its shapes only."""
+    return adaptify(build(model, "none")[0], mask, **options, verify_laws=False)
+
+
+def is_file(model: str) -> bool:
+    """Whether a model is meant as a converted file, not as a name."""
+    return model.endswith(".safetensors") or Path(model).is_file()
+
+
+def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:
+    """(3, H, W) in 0..1: the file, or a generated street scene."""
+    check_size(size)
+    return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or tensors[0].dim() != 4:
+        shape = tuple(tensors[0].shape) if tensors else ()
+        raise InvalidInput(
+            f"the network's output {shape} is no map, so there is nothing to draw.",
+            next="use cs.load in Python for classifiers, or convert a segmentation network.",
+        )
+    return tensors[0]
+
+
+def _classes(prediction: Tensor) -> Tensor:
+    """(H, W) class numbers: the strongest channel, or for one channel its value in 256 steps."""
+    scores = prediction[0].float()
+    if scores.shape[0] > 1:
+        return scores.argmax(0)
+    low, high = scores.aminmax()
+    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * 255).round()

@@ -1,0 +1,232 @@
+"""Features of folders of images, one file each; what is there already is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cadsurgery.data.images import find_images, read_image
+from cadsurgery.masks import resolve_mask
+from cadsurgery.network.adaptify import adaptify
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.storage import load
+from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName
+from cadsurgery.support.files import made_folder, written_whole
+from cadsurgery.support.processes import gathered, in_order, own_device, shard, start_others, world
+from cadsurgery.support.provenance import versions
+from cadsurgery.tasks.convert import build, is_file
+from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
+
+FORMS = ("npz", "h5")
+SETTINGS = "extraction.json"
+
+
+def extract(
+    network: str | nn.Module,
+    images: Sequence[Path],
+    output: Path,
+    settings: Extraction | None = None,
+    *,
+    form: str = "npz",
+    weights: str = "auto",
+    options: dict[str, Any] | None = None,
+    device: str = "cpu",
+    step: Callable[[str], None] = lambda text: None,
+    trust: bool = False,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write the features of every image; an image that cannot be used is reported and the others are done.
+
+    Images whose file is there are left as they are, so that an interrupted run goes on: files appear whole or not at
+    all, and `extraction.json` in the folder tells what they were made with. Under `accelerate launch` or `torchrun`
+    each process takes its share; every one returns the rows of all.
+
+    Args:
+        network: a converted network or file, a network by name or `module:function`, or a module to convert.
+        images: files and folders.
+        output: folder; images of folders keep their place below.
+        settings: how.
+        form: `npz` or `h5`, see `write_features`.
+        weights: of a network by name.
+        options: of `adaptify` for networks that are not converted yet.
+        device: "cpu" or "cuda".
+        step: called with what is being done.
+        trust: run code that a converted file names; see `cadsurgery.load`.
+
+    Returns:
+        Rows of images that have a file (`image`, `output`, `keypoints`, `kept` whether it was there), and failures.
+
+    Raises:
+        UnknownName: no such form.
+        InvalidInput: the network does not give what is asked for, or the folder holds features made otherwise.
+        FileError: there are no images, or the folder cannot be written.
+    """
+    start_others()
+    settings = settings or Extraction()
+    if form not in FORMS:
+        raise UnknownName("form of files", form, FORMS)
+    resolve_mask(settings.mask or "all")
+    where, (paths, lacking) = own_device(device), find_images(images)
+    folder = made_folder(output)
+    step("building and converting")
+    net = converted(network, weights, options or {}, trust=trust)
+    source = net.source
+    identity = {
+        **{"model": getattr(source, "name", type(net).__name__), "weights": getattr(source, "weights", "")},
+        **{"plan": [list(net.plan.output_stride), net.plan.region], "form": form, **asdict(settings)},
+        "options": {key: str(value) for key, value in sorted((options or {}).items())},
+    }
+    extractor = Extractor(net.to(where).optimize(), settings, where)
+    _check_folder(folder, identity)
+    done: list[tuple[int, dict[str, Any]]] = []
+    failed: list[tuple[int, dict[str, Any]]] = [(-1, row) for row in lacking if world().is_main]
+    for position, (path, place) in shard(list(paths.items())):
+        step(f"{path.name} ({position + 1} of {len(paths)})")
+        target = folder / place.with_suffix(f".{form}")
+        row = {"image": str(path), "output": str(target)}
+        try:
+            kept = target.is_file()
+            if kept:
+                count = len(read_features(target).keypoints)
+            else:
+                features = extractor(read_image(path, upright=False))
+                made_folder(target.parent)
+                write_features(features, target, str(place.with_suffix(path.suffix)))
+                count = len(features.keypoints)
+        except CadError as error:
+            failed.append((position, {"image": str(path), **error.to_dict()}))
+            continue
+        done.append((position, {**row, "keypoints": count, "kept": kept}))
+    shares = gathered((done, failed), where)
+    return in_order([share[0] for share in shares]), in_order([share[1] for share in shares])
+
+
+def converted(
+    network: str | nn.Module,
+    weights: str,
+    options: dict[str, Any],
+    mask: object = "all",
+    trust: bool = False,
+) -> AdaptiveModel:
+    """A converted network: loaded, converted, or as it is.
+
+    Raises:
+        InvalidInput: output strides for a network that is converted already; it keeps its other options too.
+    """
+    found = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
+    if isinstance(found, AdaptiveModel):
+        if options.get("output_stride") is not None:
+            raise InvalidInput(
+                "a converted network keeps its output strides.",
+                next="leave --output-stride out, or give the original network.",
+            )
+        return found.eval()
+    original = build(found, weights)[0] if isinstance(found, str) else found
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return adaptify(original.eval(), mask, verify_laws=False, **chosen)
+
+
+def write_features(features: Features, path: Path, name: str = "") -> None:
+    """Write features to a file, whole or not at all.
+
+    `.npz` as D2-Net and the HPatches benchmark read it: keypoints (n, 2), scores (n,), descriptors (n, C), image_size
+    (width, height). `.h5` as hloc reads it: the same in a group named after the image, descriptors as (C, n).
+
+    Raises:
+        CadError: `.h5` without h5py.
+        FileError: the path cannot be written.
+    """
+    height, width = features.size
+    values = {
+        "keypoints": features.keypoints.numpy(),
+        "scores": features.scores.numpy(),
+        "descriptors": features.descriptors.numpy(),
+        "image_size": np.array([width, height], dtype=np.int64),
+    }
+    if path.suffix == ".h5":
+        h5py = _h5py()
+        with written_whole(path) as temporary, h5py.File(temporary, "w") as file:
+            group = file.create_group(name or path.stem)
+            for key, value in values.items():
+                group.create_dataset(key, data=value.T if key == "descriptors" else value)
+        return
+    with written_whole(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **values)  # type: ignore[arg-type]
+
+
+def read_features(path: Path) -> Features:
+    """Features from a file of `write_features`.
+
+    Raises:
+        FileError: missing, unreadable, or without these values.
+    """
+    try:
+        if path.suffix == ".h5":
+            with _h5py().File(path, "r") as file:
+                group = _only_group(file)
+                values = {key: np.asarray(group[key]) for key in group}
+            values["descriptors"] = values["descriptors"].T
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                values = dict(file)
+        keypoints, scores, descriptors = (
+            torch.from_numpy(np.ascontiguousarray(values[key]))
+            for key in ("keypoints", "scores", "descriptors")
+        )
+        width, height = (int(length) for length in values["image_size"])
+    except CadError:
+        raise
+    except Exception as error:  # readers of both kinds raise many
+        raise FileError(
+            f"{path} cannot be read as features.",
+            why=f"{type(error).__name__}: {error}",
+            next="remove it and extract again.",
+        ) from error
+    return Features(keypoints[:, :2], scores, descriptors, (height, width))
+
+
+def _only_group(file: Any) -> Any:
+    """The group that holds the values, however deep its name nests."""
+    while "keypoints" not in file:
+        file = file[next(iter(file))]
+    return file
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise CadError(
+            "HDF5 files need h5py.", next="pip install 'cadsurgery[keypoints]', or use --form npz"
+        ) from error
+    return h5py
+
+
+def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder of features made otherwise; note what they are made with in a new one."""
+    path, plain = folder / SETTINGS, json.loads(json.dumps(identity))
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))["made_with"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileError(
+                f"{path} cannot be read.", why=str(error), next="choose another --output."
+            ) from error
+        changed = (
+            [key for key in plain if known.get(key) != plain[key]] if isinstance(known, dict) else list(plain)
+        )
+        if changed:
+            raise InvalidInput(
+                f"{folder} holds features made with another {', '.join(changed)}.",
+                why="; ".join(f"{key}: {known.get(key)!r} there, {plain[key]!r} now" for key in changed[:3]),
+                next="choose another --output, or remove the folder.",
+            )
+    elif world().is_main:
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps({"made_with": plain, "versions": versions()}, indent=2) + "\n")

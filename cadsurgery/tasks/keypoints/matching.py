@@ -1,0 +1,102 @@
+"""Descriptors matched between two images of a plane, and how right the matches are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.lattice import describe
+from cadsurgery.masks.detectors import opencv
+from cadsurgery.support.errors import InvalidInput
+
+
+def mutual_matches(first: Tensor, second: Tensor) -> Tensor:
+    """Mutual nearest neighbours under the inner product, as published for D2-Net; for normalised rows those of the
+    Euclidean distance.
+
+    Args:
+        first: (n, C) descriptors of one image.
+        second: (m, C) of the other.
+
+    Returns:
+        (k, 2) int64: rows of the first and of the second, ascending; of equal neighbours the first counts.
+
+    Raises:
+        InvalidInput: descriptors of another number of channels.
+    """
+    if first.dim() != 2 or second.dim() != 2 or first.shape[1:] != second.shape[1:]:
+        raise InvalidInput(
+            f"{describe(first)} cannot be matched with {describe(second)}.",
+            next="give descriptors (n, C) and (m, C) of one network.",
+        )
+    if not len(first) or not len(second):
+        return torch.empty(0, 2, dtype=torch.long, device=first.device)
+    likeness = first @ second.T
+    forward, backward = likeness.argmax(1), likeness.argmax(0)
+    own = torch.arange(len(first), device=first.device)
+    mutual = backward[forward] == own
+    return torch.stack((own[mutual], forward[mutual]), 1)
+
+
+def warped(points: Tensor, homography: Tensor) -> Tensor:
+    """Points (n, 2), x and y, moved by a homography (3, 3); those at infinity are infinite."""
+    points = points.to(torch.float64)
+    homography = homography.to(points)
+    whole = torch.cat((points, torch.ones_like(points[:, :1])), 1) @ homography.T
+    return whole[:, :2] / whole[:, 2:]
+
+
+def match_errors(first: Tensor, second: Tensor, matches: Tensor, homography: Tensor) -> Tensor:
+    """(k,) float64: distance in pixels of each match from where the homography says it is.
+
+    Args:
+        first: (n, 2) points of one image.
+        second: (m, 2) points of the other.
+        matches: (k, 2) rows of both.
+        homography: (3, 3), from the first image to the second.
+    """
+    meant = warped(first[matches[:, 0]], homography)
+    return (meant - second[matches[:, 1]].to(meant)).norm(dim=1).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def matching_accuracy(errors: Tensor, thresholds: Sequence[float]) -> list[float]:
+    """Share of matches of one pair with an error of at most each threshold in pixels; 0 if there are no matches.
+
+    The mean over pairs is the mean matching accuracy, MMA (Mikolajczyk and Schmid 2005, as of D2-Net).
+    """
+    count = len(errors)
+    return [float((errors <= limit).sum()) / count if count else 0.0 for limit in thresholds]
+
+
+def corner_error(
+    first: Tensor, second: Tensor, matches: Tensor, homography: Tensor, size: tuple[int, int]
+) -> float:
+    """How far the corners of the first image, moved by the homography that OpenCV's RANSAC finds from the matches
+    (3 pixels), lie from where they should, in pixels, on average; infinite if none is found.
+
+    The share of pairs where it is at most a few pixels is the homography accuracy (DeTone et al., CVPRW 2018).
+
+    Args:
+        first: (n, 2) points of the first image.
+        second: (m, 2) points of the second.
+        matches: (k, 2) rows of both.
+        homography: (3, 3), the true one.
+        size: (height, width) of the first image.
+    """
+    if len(matches) < 4:
+        return math.inf
+    cv2: Any = opencv()
+    cv2.setRNGSeed(0)
+    points = [part.double().cpu().numpy() for part in (first[matches[:, 0]], second[matches[:, 1]])]
+    found, _ = cv2.findHomography(*points, cv2.RANSAC, 3.0, maxIters=5000, confidence=0.9999)
+    if found is None or not np.isfinite(found).all():
+        return math.inf
+    height, width = size
+    corners = torch.tensor([[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]])
+    apart = warped(corners, torch.from_numpy(found)) - warped(corners, homography.cpu())
+    return float(apart.norm(dim=1).mean().nan_to_num(nan=math.inf, posinf=math.inf))

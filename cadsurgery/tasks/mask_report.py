@@ -1,0 +1,250 @@
+"""Masks looked at: one as a picture of its map and lattice, several side by side with what they cost."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from cadsurgery.data.images import check_picture, labelled_scene, normalise, read_labels, write_picture
+from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.masks import Grid, MaskProvider, labelled, resolve_mask
+from cadsurgery.masks.provider import checked_levels
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.storage import load, read_metadata
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.tasks.convert import example_image, is_file, quick
+from cadsurgery.tasks.figures import comparison_figure, figure_picture, mask_figure
+
+COMPARED = (
+    "edges",
+    "edges:threshold=0.95/0.1,dilation=5/15",
+    "gradient:threshold=0.5,dilation=7,sigma=1",
+    "saliency",
+    "edges | budget:fraction=0.3",
+)
+COMPARED_WITH_LABELS = ("trimap:width=9/25",)
+
+
+@dataclass(frozen=True)
+class MaskRow:
+    """One mask on one image.
+
+    Attributes:
+        given: the mask as the user wrote it.
+        mask: its spec.
+        active_fraction: share of the fine map at level 0.
+        elements: after the last stage.
+        fine_pixels: of the fine map: the elements of dense high.
+        macs: of the network with this mask, dense high and dense low; None without a network.
+    """
+
+    given: str
+    mask: str
+    active_fraction: float
+    elements: int
+    fine_pixels: int
+    macs: tuple[int, int, int] | None = None
+
+    @property
+    def share(self) -> float:
+        """Elements relative to dense high."""
+        return self.elements / self.fine_pixels
+
+    @property
+    def of_high(self) -> float | None:
+        """MACs relative to dense high; None without a network."""
+        return self.macs[0] / self.macs[1] if self.macs and self.macs[1] else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        found: dict[str, Any] = {
+            "mask": self.mask,
+            "active_fraction": self.active_fraction,
+            "elements": self.elements,
+            "fine_pixels": self.fine_pixels,
+            "share_of_elements": self.share,
+        }
+        if self.macs:
+            found["macs"] = dict(zip(("mask", "high", "low"), self.macs, strict=True))
+            found["of_high"] = self.of_high
+        return found
+
+    def title(self, width: int = 52) -> str:
+        """For a picture: the mask, its active fraction and its cost, each part in few words."""
+        cost = "" if self.of_high is None else f", MACs {self.of_high:.2f} of high"
+        name = textwrap.fill(self.given, width, break_on_hyphens=False)
+        return f"{name}\nactive {self.active_fraction:.2f}, elements {self.share:.2f}{cost}"
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What `cadsurgery mask` tells: a row for each mask, and the picture."""
+
+    rows: tuple[MaskRow, ...]
+    file: str
+    compared: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`: of one mask its row, of several a list."""
+        if self.compared:
+            return {"masks": [row.to_dict() for row in self.rows], "file": self.file}
+        return {**self.rows[0].to_dict(), "file": self.file}
+
+    def render(self) -> RenderableType:
+        """For a terminal."""
+        row = self.rows[0]
+        if not self.compared:
+            kept = f"{row.elements} elements for {row.fine_pixels} fine pixels"
+            return Text(f"active fraction {row.active_fraction:.3f}, {kept}; wrote {self.file}")
+        table = Table(title=f"masks on {row.fine_pixels} fine pixels", title_justify="left")
+        table.add_column("mask", overflow="fold")
+        for column in ("active fraction", "elements", "of high", *(("MACs", "of high") if row.macs else ())):
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            of_network = (f"{row.macs[0]:.3e}", f"{row.of_high or 0:.2f}") if row.macs else ()
+            found = (f"{row.active_fraction:.3f}", f"{row.elements}", f"{row.share:.2f}")
+            table.add_row(Text(row.given), *found, *of_network)
+        return Group(table, Text(f"wrote {self.file}", style="bold green"))
+
+
+def draw_masks(
+    masks: Sequence[str],
+    *,
+    compare: bool,
+    image: Path | None,
+    labels: Path | None,
+    size: tuple[int, int] | None,
+    model: str,
+    output_stride: tuple[int, int] | None,
+    patch: str,
+    output: Path,
+    trust: bool = False,
+) -> MaskReport:
+    """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
+
+    Raises:
+        InvalidInput: several masks that are not to be compared, or labels of another size than the image.
+    """
+    if len(masks) > 1 and not compare:
+        raise InvalidInput(
+            f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
+        )
+    check_picture(output)
+    picture = example_image(image, size)
+    known = _labels(labels, image, size, picture)
+    chosen = [(text, resolve_mask(text)) for text in masks]
+    seen = _network(model, output_stride, patch, trust) if model else _Bare(output_stride or (8, 32), patch)
+    own = seen.own
+    if not chosen:
+        telling = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
+        chosen = [(text, resolve_mask(text)) for text in telling]
+        if own is not None or not compare:
+            first = own or resolve_mask("edges")
+            chosen = [(first.spec(), first), *(entry for entry in chosen if entry[1].spec() != first.spec())]
+    found = []
+    with labelled(known) if known is not None else nullcontext():
+        for text, mask in chosen:
+            # A file's own mask brings what it has learned.
+            provider = own if own is not None and own.spec() == mask.spec() else mask
+            lattice, macs = seen.look(picture, provider, count=compare)
+            fine = lattice.size[0] * lattice.size[1]
+            row = MaskRow(text, provider.spec(), lattice.active_fraction, len(lattice), fine, macs)
+            found.append((row, lattice))
+    rows, lattices = zip(*found, strict=True)
+    if compare:
+        figure = comparison_figure(picture, lattices, [row.title() for row in rows], seen.stride, model)
+    else:
+        figure = mask_figure(picture, lattices[0], seen.stride, title=rows[0].mask)
+    write_picture(figure_picture(figure), output)
+    return MaskReport(rows, str(output), compare)
+
+
+def _labels(
+    path: Path | None, image: Path | None, size: tuple[int, int] | None, picture: Tensor
+) -> Tensor | None:
+    """(1, H, W): of the file, or of the generated scene; None for an image without."""
+    height, width = picture.shape[1:]
+    if path is None:
+        return labelled_scene(height, width)[1].unsqueeze(0) if image is None else None
+    labels = read_labels(path, size)
+    if tuple(labels.shape) != (height, width):
+        raise InvalidInput(
+            f"the labels in {path} are {labels.shape[0]}x{labels.shape[1]}, the image is {height}x{width}.",
+            next=f"give labels of the image, or resize both: --size {height}x{width}.",
+        )
+    return labels.unsqueeze(0)
+
+
+class _Bare:
+    """Masks on the fine map of strides, without a network: the image itself stands for the entering features."""
+
+    own = None
+
+    def __init__(self, output_stride: tuple[int, int], patch: str) -> None:
+        self.stride = output_stride[0]
+        self.geometry = Geometry(_halvings(*output_stride), patch=patch)  # type: ignore[arg-type]
+
+    def look(self, picture: Tensor, mask: MaskProvider, count: bool) -> tuple[Lattice, None]:
+        """The lattice of a mask on an image (3, H, W); nothing can be counted.
+
+        Raises:
+            InvalidInput: a mask that looks at what a network gives.
+        """
+        if mask.looks_ahead:
+            raise InvalidInput(
+                f"mask {mask.spec()} looks at what a network gives.",
+                where="cadsurgery mask",
+                why="there is none.",
+                next="name one: --model NAME, or the file that cadsurgery convert wrote.",
+            )
+        batch = normalise(picture, None).unsqueeze(0)
+        features = batch[:, :, :: self.stride, :: self.stride]
+        grid = Grid.of(self.geometry, 1, (features.shape[2], features.shape[3]), self.stride)
+        levels = checked_levels(mask(batch, features, grid), grid, mask.name)
+        return self.geometry.lattice(levels), None
+
+
+class _Seen:
+    """Masks in a network; `own` is that of its file."""
+
+    def __init__(self, net: AdaptiveModel, own: MaskProvider | None = None) -> None:
+        self.net, self.stride, self.own = net, net.plan.strides[0], own
+
+    def look(
+        self, picture: Tensor, mask: MaskProvider, count: bool
+    ) -> tuple[Lattice, tuple[int, int, int] | None]:
+        """The lattice of a mask on an image (3, H, W), and MACs with it, dense high and dense low."""
+        batch = normalise(picture, self.net.source).unsqueeze(0)
+        with torch.inference_mode():
+            self.net(batch, mask=mask)
+        lattice = self.net.lattice
+        if not count:
+            return lattice, None
+        report = self.net.macs(batch, mask=lattice.pyramid.levels)  # the very map, whatever gave it
+        finding = self.net.macs(batch, mask=mask).of_mask
+        return lattice, (finding + report.mask, report.high, report.low)
+
+
+def _network(model: str, output_stride: tuple[int, int] | None, patch: str, trust: bool) -> _Seen:
+    if is_file(model):
+        stored = read_metadata(model).get("mask") is not None
+        net = load(model, mask=None if stored else "none", trust=trust)
+        return _Seen(net, net.mask if stored else None)
+    return _Seen(quick(model, "none", {"output_stride": output_stride, "patch": patch}))
+
+
+def _halvings(high: int, low: int) -> tuple[int, ...]:
+    ratio = low // max(high, 1)
+    if high < 1 or high * ratio != low or ratio < 2 or ratio & (ratio - 1):
+        raise InvalidInput(f"output stride {high} to {low} is no sequence of halvings.", next="e.g. 8,32.")
+    return (2,) * (ratio.bit_length() - 1)

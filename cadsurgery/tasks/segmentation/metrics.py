@@ -1,0 +1,194 @@
+"""Accuracy of a segmentation over a whole split: sums that are added up image by image, and across processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.support.errors import CadError, InvalidInput
+
+IGNORED = 255
+
+
+class SegmentationMetrics:
+    """Mean IoU, pixel accuracy, boundary IoU and trimap IoU; one confusion matrix over all that was added.
+
+    All states are sums of pixels, so metrics of parts of a split merge to those of the whole. Distances are
+    Chebyshev's: squares of pixels.
+
+    Boundary IoU (Cheng et al., CVPR 2021): per class, the IoU of those parts of the predicted and of the labelled area
+    that lie within d pixels of their own outline. The image's border is outline, as in the authors' code, and so is
+    the border to ignored pixels, which belong to no class and are not counted.
+
+    Trimap IoU (Krähenbühl and Koltun, NIPS 2011; Chen et al., PAMI 2018): mean IoU of the pixels within `trimap` pixels
+    of a change of label, an ignored area being a label too.
+
+    Attributes:
+        classes: their number.
+        boundary: d as a share of the image's diagonal, at least one pixel.
+        trimap: width of the band on each side of a change of label, in pixels.
+    """
+
+    def __init__(self, classes: int, boundary: float = 0.02, trimap: int = 9) -> None:
+        """Start with nothing.
+
+        Raises:
+            InvalidInput: no class, or a band without width.
+            CadError: torchmetrics is missing.
+        """
+        if classes < 1 or boundary <= 0 or trimap < 1:
+            raise InvalidInput(
+                f"not all are positive: classes={classes}, boundary={boundary}, trimap={trimap}.",
+                next="e.g. SegmentationMetrics(19, boundary=0.02, trimap=9).",
+            )
+        self._confusion_matrix = _torchmetrics()
+        self.classes, self.boundary, self.trimap = classes, boundary, trimap
+        square = torch.zeros(classes, classes, dtype=torch.int64)
+        row = torch.zeros(classes, dtype=torch.int64)
+        self._sums = {"all": square, "band": square.clone(), "common": row, "either": row.clone()}
+
+    def update(self, prediction: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            prediction: (B, H, W) int64, 0..classes-1.
+            labels: (B, H, W) int64, 0..classes-1 or 255 for ignored pixels.
+
+        Raises:
+            InvalidInput: sizes differ, or a value is out of range.
+        """
+        self._check(prediction, labels)
+        valid = labels != IGNORED
+        of_labels = near_change(labels, self.trimap)
+        self._add("all", self._confusion(prediction, labels))
+        self._add("band", self._confusion(prediction, labels.where(of_labels, IGNORED)))
+        height, width = labels.shape[1:]
+        distance = max(1, round(self.boundary * math.hypot(height, width)))
+        seen = prediction.where(valid, IGNORED)
+        inner, outer = (near_change(shown, distance, border=True) & valid for shown in (seen, labels))
+        counts = [self._count(shown[band]) for shown, band in ((seen, inner), (labels, outer))]
+        common = self._count(labels[inner & outer & (seen == labels)])
+        self._add("common", common)
+        self._add("either", counts[0] + counts[1] - common)
+
+    def merge(self, other: SegmentationMetrics) -> None:
+        """Add what another has seen.
+
+        Raises:
+            InvalidInput: it measures something else.
+        """
+        settings = [(part.classes, part.boundary, part.trimap) for part in (self, other)]
+        if settings[0] != settings[1]:
+            raise InvalidInput(
+                f"metrics of (classes, boundary, trimap) = {settings[1]} cannot be added to those of {settings[0]}.",
+                next="make both with the same arguments.",
+            )
+        for name, value in other._sums.items():
+            self._add(name, value)
+
+    def compute(self) -> dict[str, Any]:
+        """The figures so far, as shares 0..1; None where no pixel counted.
+
+        Returns:
+            `miou` and `iou` (per class; None for a class in neither predictions nor labels, which the mean leaves
+            out), `pixel_accuracy`, `boundary_iou`, `trimap_iou`, and `pixels`, how many counted.
+        """
+        everything, band = self._sums["all"], self._sums["band"]
+        iou, total = _iou(everything), int(everything.sum())
+        hits = int(everything.diagonal().sum())
+        return {
+            "miou": _mean(iou),
+            "iou": iou,
+            "pixel_accuracy": hits / total if total else None,
+            "boundary_iou": _mean(_shares(self._sums["common"], self._sums["either"])),
+            "trimap_iou": _mean(_iou(band)),
+            "pixels": total,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_confusion_matrix"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _confusion_matrix=_torchmetrics())
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value.to(self._sums[name])
+
+    def _confusion(self, prediction: Tensor, labels: Tensor) -> Tensor:
+        options = {"num_classes": self.classes, "ignore_index": IGNORED, "validate_args": False}
+        return self._confusion_matrix(prediction, labels, **options)
+
+    def _count(self, values: Tensor) -> Tensor:
+        return torch.bincount(values, minlength=self.classes)
+
+    def _check(self, prediction: Tensor, labels: Tensor) -> None:
+        if prediction.dim() != 3 or prediction.shape != labels.shape:
+            raise InvalidInput(
+                f"predictions {tuple(prediction.shape)} and labels {tuple(labels.shape)} do not match.",
+                next="give both as (batch, height, width); resize the scores before argmax.",
+            )
+        for what, values in (("prediction", prediction), ("label", labels[labels != IGNORED])):
+            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.classes:
+                raise InvalidInput(
+                    f"a {what} is not 0..{self.classes - 1}: {int(values.min())}..{int(values.max())}.",
+                    next=f"check the number of classes; ignored labels are {IGNORED}.",
+                )
+
+
+def near_change(values: Tensor, distance: int, *, border: bool = False) -> Tensor:
+    """(B, H, W) bool: whether another value lies within `distance` pixels, in a square around each pixel.
+
+    Args:
+        values: (B, H, W) integers below 2^15.
+        distance: in pixels.
+        border: whether what is outside of the image counts as another value.
+    """
+    shown = values.to(torch.int16)  # minima and maxima of these are several times faster than max-pooling
+    if border:  # one ring is enough: a window that leaves the image crosses it
+        shown = F.pad(shown, (1, 1, 1, 1), value=-1)
+    high, low = (_over_window(shown, distance, better) for better in (torch.maximum, torch.minimum))
+    found = high != low
+    return found[:, 1:-1, 1:-1] if border else found
+
+
+def _over_window(values: Tensor, distance: int, better: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Maximum or minimum of the square of side 2 distance + 1 around each pixel, one axis after the other."""
+    for axis in (1, 2):
+        length, side, width = values.shape[axis], 2 * distance + 1, 1
+        # What is repeated at the ends lies in their windows anyway.
+        places = torch.arange(-distance, length + distance, device=values.device).clamp(0, length - 1)
+        values = values.index_select(axis, places)
+        while width < side:  # windows of twice the width from two that overlap or touch
+            ahead = min(width, side - width)
+            count = values.shape[axis] - ahead
+            values = better(values.narrow(axis, 0, count), values.narrow(axis, ahead, count))
+            width += ahead
+    return values
+
+
+def _iou(confusion: Tensor) -> list[float | None]:
+    hits = confusion.diagonal()
+    return _shares(hits, confusion.sum(0) + confusion.sum(1) - hits)
+
+
+def _shares(parts: Tensor, wholes: Tensor) -> list[float | None]:
+    pairs = zip(parts.tolist(), wholes.tolist(), strict=True)
+    return [part / whole if whole else None for part, whole in pairs]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _torchmetrics() -> Any:
+    try:
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+    except ImportError as error:
+        raise CadError("metrics need torchmetrics.", next="pip install 'cadsurgery[train]'") from error
+    return multiclass_confusion_matrix
