@@ -12,6 +12,10 @@ from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Workers share the cores: one thread each, in the processes they start too. Read when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 import torchvision
@@ -26,6 +30,17 @@ from cadsurgery.network.storage import _checksum, sealed
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+MEMORY = 5 << 30  # bytes that a process with tests and those it starts take at most
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto`: a worker for each core, as far as memory goes."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // MEMORY))
 
 
 @pytest.fixture(autouse=True)
