@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, build, images, random_levels, randomise, relative_error
+from conftest import assert_same, build, covering, images, random_levels, randomise, relative_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.modules.module import register_module_forward_hook
@@ -305,7 +305,7 @@ def trunk() -> nn.Module:
 
 def network(name: str) -> nn.Module:
     """Trunk and logits of a network."""
-    model = build(name)
+    model = build(name, by=4)
     if name.startswith("resnet"):
         return create_feature_extractor(model, {"layer4": "map", "fc": "logits"})
     return model.features if name.startswith("vgg") else model
@@ -314,8 +314,7 @@ def network(name: str) -> nn.Module:
 NETWORKS = ("resnet18", "mobilenet_v2", "regnet_y_400mf", "efficientnet_b0", "vgg11")
 
 
-@FILLS
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "fill"), covering(NETWORKS, ("linear", "nearest", "guided")))
 def test_networks_with_bounds_are_those_without_whatever_the_padding_holds(name: str, fill: str) -> None:
     """On sizes that patches do not divide, in batches: dense, depthwise, squeeze-excite and pooling networks."""
     for dtype, tolerance in ((torch.float32, 2e-5), (double, 1e-11)):
@@ -326,7 +325,7 @@ def test_networks_with_bounds_are_those_without_whatever_the_padding_holds(name:
             assert_same(found, net(x), tolerance)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("regnet_y_400mf", marks=pytest.mark.slow)])
 def test_one_graph_serves_every_image_of_a_size(name: str) -> None:
     """fullgraph: no break; one graph for four images; levels and active fraction of each call are known."""
     net, seen = converted(network(name)), graphs("aot_eager")
@@ -359,7 +358,7 @@ def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
 
 @pytest.mark.parametrize("mask", ["all", "none"])
 def test_uniform_masks_compile_to_the_dense_networks(mask: str) -> None:
-    net, seen, x = converted(build("resnet18"), mask), graphs(), images(1, 65, 97)
+    net, seen, x = converted(build("resnet18", by=4), mask), graphs(), images(1, 65, 97)
     with torch.no_grad():
         assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x), 1e-5)
     names = [str(node.target) for graph in seen.graphs for node in graph.graph.nodes]
@@ -367,7 +366,7 @@ def test_uniform_masks_compile_to_the_dense_networks(mask: str) -> None:
 
 
 def test_a_mask_of_a_call_is_compiled_too() -> None:
-    net, x, mask = converted(build("resnet18"), "edges"), images(1, 64, 96), cs.Budget("edges", 0.5)
+    net, x, mask = converted(build("resnet18", by=4), "edges"), images(1, 64, 96), cs.Budget("edges", 0.5)
     fast = torch.compile(lambda image: net(image, mask=mask), backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_same(fast(x), net(x, mask=mask), 1e-5)
@@ -375,7 +374,7 @@ def test_a_mask_of_a_call_is_compiled_too() -> None:
 
 def test_compiled_training_is_eager_training() -> None:
     """Outputs, gradients and running statistics, on sizes with padding."""
-    net = converted(build("resnet18", double)).train()
+    net = converted(build("resnet18", double, by=4)).train()
     twin, x = copy.deepcopy(net), images(2, 72, 104, double)
     found, expected = torch.compile(net, backend="aot_eager", fullgraph=True)(x), twin(x)
     assert_same(found, expected, 1e-9)
@@ -450,7 +449,7 @@ def test_inductor_gives_what_eager_gives() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_cuda_graph_replays_on_other_images() -> None:
-    net = converted(build("resnet18")).cuda()
+    net = converted(build("resnet18", by=4)).cuda()
     fast = torch.compile(net, mode="reduce-overhead", fullgraph=True)
     with torch.no_grad():
         for _ in range(4):
@@ -460,7 +459,7 @@ def test_a_cuda_graph_replays_on_other_images() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_static_form_is_captured_without_a_compiler() -> None:
-    net = converted(build("resnet18")).cuda()
+    net = converted(build("resnet18", by=4)).cuda()
     static = Masking(net.mask, net.geometry, net.plan.strides[0], static=True)
     image = images(1, 72, 104).cuda()
     with torch.no_grad():
@@ -491,7 +490,7 @@ torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
 
 def test_an_exported_program_runs_without_the_package(tmp_path: Path) -> None:
     """On another image than it was made from; its operations are torch's own."""
-    net, x = converted(build("resnet18")), images(2, 72, 104)
+    net, x = converted(build("resnet18", by=4)), images(2, 72, 104)
     report = cs.export(net, images(2, 72, 104), tmp_path / "net.pt2")
     assert report.difference < 1e-5 and report.bytes == (tmp_path / "net.pt2").stat().st_size
     torch.save(x, tmp_path / "x.pt")
@@ -631,8 +630,10 @@ def test_bucketed_takes_sizes_and_the_original_call() -> None:
 
 def test_bucketed_refuses_what_it_cannot_wrap() -> None:
     with pytest.raises(cs.InvalidInput, match=r"cs\.adaptify"):
-        cs.Bucketed(build("resnet18"))
+        cs.Bucketed(build("resnet18", by=4))
     with pytest.raises(cs.InvalidInput, match="per_octave"):
-        cs.Bucketed(converted(build("resnet18")), per_octave=0)
+        cs.Bucketed(converted(build("resnet18", by=4)), per_octave=0)
     with pytest.raises(cs.InvalidInput, match="NaN"):
-        cs.Bucketed(converted(build("resnet18")), backend="eager")(torch.full((1, 3, 64, 96), torch.nan))
+        cs.Bucketed(converted(build("resnet18", by=4)), backend="eager")(
+            torch.full((1, 3, 64, 96), torch.nan)
+        )
