@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cadsurgery.elements.lattice import describe
-from cadsurgery.masks.confidence import first_pass_output
+from cadsurgery.masks.context import call_context, first_pass_output
 from cadsurgery.masks.detectors import points_of, sift
 from cadsurgery.masks.filters import closeness, grey_of
 from cadsurgery.masks.graded import check_count, levels_where
@@ -21,7 +19,6 @@ from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 
 SIFT, GIVEN, OWN = "sift", "given", "own"
-_POINTS: ContextVar[Sequence[Tensor] | None] = ContextVar("keypoints", default=None)
 _CALL = "with cadsurgery.masks.keypoints_at(points): net(image)"
 
 
@@ -46,23 +43,6 @@ class Side(float):
 
 
 _DILATIONS = (Side(51),)
-
-
-@contextmanager
-def keypoints_at(points: Sequence[Tensor]) -> Iterator[None]:
-    """Give the keypoints of the images that are masked within, in this thread; may be nested.
-
-        with keypoints_at([points]):
-            y = net(image, mask="keypoints:detector=given,dilations=25/51/51")
-
-    Args:
-        points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
-    """
-    token = _POINTS.set(points)
-    try:
-        yield
-    finally:
-        _POINTS.reset(token)
 
 
 @mask_provider(
@@ -167,7 +147,7 @@ class KeypointMask(MaskProvider):
         if kind == OWN:
             found: Any = own_scores(first_pass_output(where), grid.batch, where)
         elif kind == GIVEN:
-            found = _POINTS.get()
+            found = call_context().points
             if found is None:
                 raise InvalidInput(
                     "there are no keypoints.",

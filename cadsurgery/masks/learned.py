@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadsurgery.masks.filters import on_samples
 from cadsurgery.masks.graded import several
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
 from cadsurgery.support.errors import InvalidInput
@@ -78,13 +79,14 @@ class LearnedMask(MaskProvider):
         found = self.logits(features, grid)
         if self.noise:
             found = found + _gumbel(found)
-        return _on_fine_map(found.argmax(1), grid)
+        return on_samples(found.argmax(1), grid.side, grid.size)
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """How many levels above the lowest the mask expects to be kept."""
         probabilities = self.logits(features, grid).softmax(1)
         above = torch.arange(grid.max_level, -1, -1, device=features.device)
-        return _on_fine_map(torch.einsum("blhw,l->bhw", probabilities, above.to(probabilities)), grid)
+        expected = torch.einsum("blhw,l->bhw", probabilities, above.to(probabilities))
+        return on_samples(expected, grid.side, grid.size)
 
     def logits(self, features: Tensor, grid: Grid) -> Tensor:
         """(B, levels, ceil(h / side), ceil(w / side)): one score per level and cell of the lowest level.
@@ -171,7 +173,7 @@ class LearnedMask(MaskProvider):
     def sample(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
         al. 2017); of torch's generator, another one, or one for each image."""
-        return _on_fine_map(self._hardened(logits + _gumbel(logits, generator)), grid)
+        return on_samples(self._hardened(logits + _gumbel(logits, generator)), grid.side, grid.size)
 
     def kept(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """The share kept high, a scalar to hold against `fraction`, with straight-through gradient.
@@ -248,10 +250,3 @@ def _gumbel(like: Tensor, generator: Generators = None) -> Tensor:
     device = generator.device if generator is not None else like.device
     uniform = torch.rand(like.shape, generator=generator, device=device).clamp(min=1e-20).to(like)
     return -(-uniform.log()).clamp(min=1e-20).log()
-
-
-def _on_fine_map(cells: Tensor, grid: Grid) -> Tensor:
-    """(..., h, w): each cell's value (..., ceil(h / side), ceil(w / side)) on its samples."""
-    height, width = grid.size
-    repeated = cells.repeat_interleave(grid.side, -2).repeat_interleave(grid.side, -1)
-    return repeated[..., :height, :width]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
-from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel, Surgery

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks.masking import check_image, not_static
-from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.model import AdaptiveModel, runnable
 from cadsurgery.support.errors import CannotConvert, InvalidInput

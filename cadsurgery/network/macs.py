@@ -22,7 +22,7 @@ from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.interpreter import GraphInterpreter
 from cadsurgery.support.errors import InvalidInput, UnknownName, first_line
 from cadsurgery.surgery.hooks import copying

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.masks.basic import UniformMask
-from cadsurgery.masks.confidence import first_pass
+from cadsurgery.masks.context import first_pass
 from cadsurgery.masks.masking import NEEDS_STATIC, Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.fuse import KERNELS, fuse
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.network.macs import MacReport, count_macs, ghost

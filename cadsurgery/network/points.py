@@ -21,9 +21,9 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.elements import extended, guided
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
-from cadsurgery.masks.keypoints import keypoints_at
-from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.dependencies import Cone, Place, WithinCone, places_of, reached
 from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.interpreter import GraphInterpreter

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from cadsurgery.data.networks import Source, build_again
 from cadsurgery.elements.lattice import Anchor, Fill, Patch, Pool, Statistics
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
-from cadsurgery.masks.basic import TENSOR
 from cadsurgery.masks.spec import parse
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
@@ -340,7 +339,7 @@ def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool)
     with contextlib.nullcontext() if trust else nothing_imported(str(path)):
         next = f"register it first if it is one of your own, or {other}."
         with _refused(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
-            mask = parse(spec, lambda: FixedMask(torch.zeros(1, 1)), TENSOR)
+            mask = parse(spec, tensors=True)
     for name, part in mask.named_modules():
         if isinstance(part, FixedMask):
             key = f"{name}.levels".removeprefix(".")
