@@ -14,7 +14,8 @@ from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
-from cadsurgery.network.model import AdaptiveModel, Surgery
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.facts import Facts, observe
 from cadsurgery.surgery.hooks import Watched, copying, is_apart, take_over, watched
@@ -114,12 +115,11 @@ def adaptify(
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(facts, chosen, treatments, guided=fill == "guided")
-    signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
+    signature = inspect.signature(facts.model.forward)
     own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
-    surgery = Surgery(
-        graph, chosen, geometry, signature, facts.container, source, own, _relied_on(facts, chosen)
-    )
-    net = AdaptiveModel(facts.model, surgery, provider)
+    program = Program(graph, chosen, geometry, signature, facts.container, own, _relied_on(facts, chosen))
+    net = AdaptiveModel(facts.model, program, provider)
+    net.source = getattr(model, "cad_source", None)
     take_over(net, facts.model)
     if verify_laws:
         net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.example)

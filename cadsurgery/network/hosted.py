@@ -7,16 +7,14 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
-from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.network.macs import MacReport
-from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.hooks import copying
-from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.verify import Check
+from cadsurgery.surgery.trace import evaluating
 
 
 class _Reached(Exception):
@@ -68,6 +66,8 @@ class HostedModel(AdaptiveModel):
     the part; its mask sees the batch that the part gets (a detector has resized and normalised it by then).
     """
 
+    hosts_part = True
+
     def __init__(self, host: nn.Module, path: str, part: AdaptiveModel) -> None:
         """Put `part` into `host` at `path`; use `cadsurgery.adaptify` to get one."""
         nn.Module.__init__(self)
@@ -101,12 +101,7 @@ class HostedModel(AdaptiveModel):
         assert isinstance(part, AdaptiveModel)
         return part
 
-    def lay_out(self) -> None:
-        """Nothing: the part has seen to its weights."""
-
-    def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the part alone with another masking; see `AdaptiveModel.run`."""
-        return self.part.run(masking, *args, **kwargs)
+    adaptive_part = part
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
         """Multiply-accumulates of the part on what it gets when the network is called with these arguments."""
@@ -133,48 +128,6 @@ class HostedModel(AdaptiveModel):
         return HostedModel(host, self._path, self.part.optimize(fuse))
 
     @property
-    def plan(self) -> Plan:
-        """What was changed in the part, and why."""
-        return self.part.plan
-
-    @property
-    def geometry(self) -> Geometry:
-        """How the part's lattices are built and read."""
-        return self.part.geometry
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The rewritten graph of the part."""
-        return self.part.graph
-
-    @property
-    def source(self) -> Any:
-        """Where the network came from, if it was built by name."""
-        return self.part.source
-
-    @source.setter
-    def source(self, source: Any) -> None:
-        self.part.source = source
-
-    @property
-    def checks(self) -> tuple[Check, ...]:
-        """The laws verified when the part was made."""
-        return self.part.checks
-
-    @checks.setter
-    def checks(self, checks: tuple[Check, ...]) -> None:
-        self.part.checks = checks
-
-    @property
-    def mask(self) -> MaskProvider:
-        """The mask provider; assign anything `adaptify` takes as a mask."""
-        return self.part.mask
-
-    @mask.setter
-    def mask(self, mask: object) -> None:
-        self.part.mask = mask
-
-    @property
     def lattice(self) -> Lattice:
         """The lattice of the last call."""
         try:
@@ -189,9 +142,6 @@ class HostedModel(AdaptiveModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> HostedModel:
         memo.update({**copying(self), **memo})
         return HostedModel(copy.deepcopy(self._host[0], memo), self._path, copy.deepcopy(self.part, memo))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

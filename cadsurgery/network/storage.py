@@ -23,7 +23,7 @@ from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
-from cadsurgery.network.model import AdaptiveModel, OptimizedModel
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
 from cadsurgery.support.files import written_whole
 from cadsurgery.support.plain import checked
@@ -74,7 +74,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             f"{type(net).__name__} is not a converted network.",
             next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
         )
-    if isinstance(net, OptimizedModel) or isinstance(getattr(net, "part", None), OptimizedModel):
+    if net.program.is_fused:
         raise InvalidInput(
             "an optimised network cannot be saved.",
             why="its weights are folded and no longer the original's.",
@@ -182,7 +182,7 @@ def load(
             why=" ".join(str(error).split())[:400],
             next="pass the architecture it was converted from.",
         ) from error
-    net.lay_out()
+    net.adaptive_part.lay_out()
     net.source = source
     return net
 

@@ -17,7 +17,6 @@ from cadsurgery.masks.masking import not_static
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.compile import export
-from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.macs import MacReport, dense_macs
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import load, read_metadata, save
@@ -65,9 +64,7 @@ def convert(
     net.to(where)
     step("counting multiply-accumulates")
     counted = net.macs(batch)
-    if isinstance(
-        net, HostedModel
-    ):  # the part alone: the rest decides by values, which counting does not have
+    if net.hosts_part:  # the part alone: the rest decides by values, which counting does not have
         of_original = counted.low if net.plan.identity_level == net.plan.max_level else counted.high
     else:
         of_original = dense_macs(original, batch)
