@@ -19,6 +19,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.resizing import read_as_resized
 from cadsurgery.masks.provider import Grid
 from cadsurgery.network.model import AdaptiveModel
@@ -26,7 +27,6 @@ from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.rewrite import found_lattice
 
-_EXITS = (functional.to_dense, functional.resize_to_dense)
 _PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 Weigh = Callable[[Tensor, Grid], Tensor]
 
@@ -107,7 +107,7 @@ class _Runner(GraphInterpreter):
             low = path + 1 == self.weights.shape[1]
             with contextlib.nullcontext() if low or not self.separate else _untracked(norms):
                 results.append(self._call(n, on_path))
-        if n.target in _EXITS:
+        if _leaves(n):
             arguments = fx.map_arg(n.kwargs, lambda source: on_path(source, 0))
             return self._blend(n, inputs[n.args[0]].values, results, arguments)  # type: ignore[index]
         if n.target is functional.to_elements:  # a view of what all paths read; they may work in place
@@ -124,7 +124,7 @@ class _Runner(GraphInterpreter):
         if node.target is functional.Elements:
             self.rows.discard(node)
         behind = self.left & inputs
-        if node.target in _EXITS or (behind and not any(isinstance(self.env[n], _Paths) for n in behind)):
+        if _leaves(node) or (behind and not any(isinstance(self.env[n], _Paths) for n in behind)):
             self.left.add(node)
 
     def _in_region(self, node: fx.Node, value: Any) -> bool:
@@ -184,6 +184,12 @@ class _Runner(GraphInterpreter):
             for part, share in zip(value.values, shares, strict=True)
         ]
         return torch.stack(parts).sum(0)
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether the region is left here."""
+    operation = operation_of(node.target)
+    return operation is not None and operation.gives == "dense"
 
 
 @contextlib.contextmanager

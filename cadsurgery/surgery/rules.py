@@ -7,13 +7,14 @@ The docstring of a rule is the geometric reason why its treatment is exact; the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from cadsurgery.elements import functional
 from cadsurgery.elements.axes import (
     NCHW,
     channel_dims,
@@ -29,11 +30,13 @@ from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.treatment import (
     Attribute,
     Call,
+    Cause,
     Rule,
     Treatment,
     barrier,
     growing,
     has_rule,
+    joins_positions,
     operation_name,
     rule,
     ruled_functions,
@@ -51,7 +54,7 @@ def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
     conv: Any = facts.module(node)
     window = _window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    return _windowed("conv2d", _why(convolution), window, **_weights(node, conv), groups=conv.groups)
+    return _windowed(functional.conv2d, _why(convolution), window, **_weights(node, conv), groups=conv.groups)
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
@@ -59,7 +62,9 @@ def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
     conv: Any = facts.module(node)
     window = _window(conv.kernel_size, conv.stride, 0, conv.dilation, same=True)
-    return _windowed("conv2d", _why(convolution_same), window, **_weights(node, conv), groups=conv.groups)
+    return _windowed(
+        functional.conv2d, _why(convolution_same), window, **_weights(node, conv), groups=conv.groups
+    )
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
@@ -71,7 +76,7 @@ def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
     mixed = {"mix": given["routing_weights"], **_weights(node, conv), "shape": shape, "groups": conv.groups}
-    return _windowed("conv2d_per_image", _why(convolution_per_image), window, **mixed)
+    return _windowed(functional.conv2d_per_image, _why(convolution_per_image), window, **mixed)
 
 
 @rule(F.conv2d, torch.conv2d)
@@ -83,7 +88,7 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("its weight is not a tensor of known shape")
     window = _window(tuple(facts.shapes[weight][2:]), given["stride"], given["padding"], given["dilation"])
     kept = {name: given[name] for name in ("weight", "bias", "groups")}
-    return _windowed("conv2d", _why(convolution_function), window, **kept)
+    return _windowed(functional.conv2d, _why(convolution_function), window, **kept)
 
 
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d)
@@ -94,7 +99,7 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("its indices refer to a dense map")
     kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
     window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
-    return _windowed("max_pool2d", _why(max_pooling), window)
+    return _windowed(functional.max_pool2d, _why(max_pooling), window)
 
 
 @rule(nn.AvgPool2d, F.avg_pool2d)
@@ -103,7 +108,7 @@ def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
     kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
-    return _windowed("avg_pool2d", _why(average_pooling), window, **kept)
+    return _windowed(functional.avg_pool2d, _why(average_pooling), window, **kept)
 
 
 @rule("timm.layers.pool2d_same:MaxPool2dSame")
@@ -111,7 +116,7 @@ def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions, after the padding the map's own size asks for."""
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
-    return _windowed("max_pool2d", _why(max_pooling_same), window)
+    return _windowed(functional.max_pool2d, _why(max_pooling_same), window)
 
 
 @rule("timm.layers.pool2d_same:AvgPool2dSame")
@@ -119,14 +124,14 @@ def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions and the padding the map's own size asks for."""
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], 0, 1, same=True)
-    return _windowed("avg_pool2d", _why(average_pooling_same), window)
+    return _windowed(functional.avg_pool2d, _why(average_pooling_same), window)
 
 
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
     factor = _factor(node, facts, "downscale_factor")
-    return _windowed("pixel_unshuffle", _why(space_to_depth), _window(factor, factor, 0, 1))
+    return _windowed(functional.pixel_unshuffle, _why(space_to_depth), _window(factor, factor, 0, 1))
 
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.pad)
@@ -188,7 +193,9 @@ def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
     if _pair(size) != (1, 1):
         return barrier(f"pooling to {size} cuts the map into uneven bins")
     is_max = "max" in operation_name(node, facts).lower()
-    return Treatment("global", _why(adaptive_pooling), "global_max" if is_max else "global_mean")
+    return Treatment(
+        "global", _why(adaptive_pooling), functional.global_max if is_max else functional.global_mean
+    )
 
 
 @rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
@@ -215,7 +222,9 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
         "keepdim": bool(given["keepdim"]),
         "correction": given["correction"],
     }
-    return Treatment("global", _why(reduction), "global_reduce", tuple(arguments.items()), spaced=True)
+    return Treatment(
+        "global", _why(reduction), functional.global_reduce, tuple(arguments.items()), spaced=True
+    )
 
 
 @rule(nn.GroupNorm, F.group_norm, nn.InstanceNorm2d, F.instance_norm)
@@ -240,7 +249,7 @@ def group_norm(node: fx.Node, facts: Facts) -> Treatment:
             return barrier("it has running statistics of single images")
         found = {"weight": given["weight"], "bias": given["bias"], "groups": shape[1]}
         found["eps"] = given.get("eps", 1e-5)
-    return Treatment("pointwise", _why(group_norm), "group_norm", tuple(found.items()))
+    return Treatment("pointwise", _why(group_norm), functional.group_norm, tuple(found.items()))
 
 
 @rule("timm.layers.evo_norm:group_std")
@@ -248,7 +257,7 @@ def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
     """The standard deviation of each image and group, over elements weighed by area, on every element."""
     given = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
     kept = {name: given[name] for name in ("groups", "eps")}
-    return Treatment("pointwise", _why(group_deviation), "group_deviation", tuple(kept.items()))
+    return Treatment("pointwise", _why(group_deviation), functional.group_deviation, tuple(kept.items()))
 
 
 # -- normalisation and dropout -------------------------------------------------------------------------
@@ -269,9 +278,10 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise", _why(batch_norm_act), _batch_norm_call(node, facts), arguments, then=parts)
 
 
-def _batch_norm_call(node: fx.Node, facts: Facts) -> str:
+def _batch_norm_call(node: fx.Node, facts: Facts) -> Callable[..., Any]:
     norm: Any = facts.module(node)
-    return "norm_of_batch" if norm.running_mean is None or norm.running_var is None else "batch_norm"
+    of_batch = norm.running_mean is None or norm.running_var is None
+    return functional.norm_of_batch if of_batch else functional.batch_norm
 
 
 @rule(F.batch_norm)
@@ -302,7 +312,7 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
     arguments = (("dropout", Attribute(str(node.target))),)
     axes = NCHW if isinstance(facts.module(node), nn.Dropout2d) else ""
-    return Treatment("pointwise", _why(dropout_per_image), "drop_per_image", arguments, axes=axes)
+    return Treatment("pointwise", _why(dropout_per_image), functional.drop_per_image, arguments, axes=axes)
 
 
 # -- each element alone --------------------------------------------------------------------------------
@@ -341,8 +351,11 @@ def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
 def linear(node: fx.Node, facts: Facts) -> Treatment:
     """A matrix on the channels of each element."""
     if facts.layout(node.args[0])[-1] != "c":
-        return barrier("it mixes the positions of the image")
+        return barrier("it mixes the positions of the image", Cause.POSITIONS)
     return Treatment("pointwise", _why(linear))
+
+
+_OVER_IMAGE = {"softmax": functional.softmax_over_image, "normalize": functional.normalize_over_image}
 
 
 @rule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
@@ -359,18 +372,10 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
         return Treatment("join", _why(arithmetic))
     how = operation_name(node, facts).removeprefix("Tensor.").lower()
-    if (
-        isinstance(dim, int)
-        and image_dims(layout) == (dim % len(layout),)
-        and how in ("softmax", "normalize")
-    ):
-        return Treatment(
-            "pointwise",
-            "over all positions, each weighed by its area",
-            f"{how}_over_image",
-            axes="",
-            spaced=True,
-        )
+    over_image = _OVER_IMAGE.get(how)
+    if isinstance(dim, int) and image_dims(layout) == (dim % len(layout),) and over_image is not None:
+        why = "over all positions, each weighed by its area"
+        return Treatment("pointwise", why, over_image, axes="", spaced=True)
     if not isinstance(dim, int) or row_dim(layout, dim) is None:
         name = operation_name(node, facts)
         return barrier(f"{name} over {'positions of the image' if isinstance(dim, int) else dim} mixes them")
@@ -524,14 +529,16 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     last_only = "" if scale else "it resizes the map by no whole factor"
     if given["mode"] == "nearest-exact":
         last_only = "its mode 'nearest-exact' reads another cell than the one a sample lies in"
-    return Treatment("resize", _why(resizing), "resize", arguments, scale=scale or 1, last_only=last_only)
+    return Treatment(
+        "resize", _why(resizing), functional.resize, arguments, scale=scale or 1, last_only=last_only
+    )
 
 
 @rule(nn.PixelShuffle, F.pixel_shuffle)
 def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the channels of its phase on the output's own grid."""
     factor = _factor(node, facts, "upscale_factor")
-    return Treatment("resize", _why(depth_to_space), "pixel_shuffle", scale=factor)
+    return Treatment("resize", _why(depth_to_space), functional.pixel_shuffle, scale=factor)
 
 
 @rule("expand", "expand_as", of_vectors=True)
@@ -572,7 +579,7 @@ def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
         sums = left[-1] == "p" and right[-2:] == "pc" and left[-2] == "c" and left[:-2] == right[:-2]
         if sums and left[0] == "b":
             return Treatment(
-                "global", _why(matrix_product), "sum_of_products", (("other", second),), spaced=True
+                "global", _why(matrix_product), functional.sum_of_products, (("other", second),), spaced=True
             )
         return barrier("attention mixes all positions of the map")
     matrix, layout = (second, left) if left else (first, right)
@@ -580,16 +587,22 @@ def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
     inner = layout[:-1] if left else layout[:-2] + layout[-1]
     acts = layout[-1 if left else -2] == "c" and layout[0] == "b"
     if not acts or len(shape) > len(layout) or (len(shape) > 2 and not set(inner[1:-1]) <= {"c"}):
-        return barrier("it mixes the positions of the image")
+        return barrier("it mixes the positions of the image", Cause.POSITIONS)
     call = (("matrix", matrix), ("transposed", not left))
     reads = first if left else second
-    return Treatment("pointwise", _why(matrix_product), "matrix_on_rows", call, axes="", reads=reads)
+    return Treatment("pointwise", _why(matrix_product), functional.matrix_on_rows, call, axes="", reads=reads)
 
 
 @rule(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
 def attention(node: fx.Node, facts: Facts) -> Treatment:
     """Every position looks at every other, so all would need one resolution."""
     return barrier("attention mixes all positions of the map")
+
+
+joins_positions(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
+joins_positions(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", nn.LSTM, nn.GRU, F.grid_sample)
+joins_positions(torch.cumsum, "cumsum", torch.roll, "roll", F.unfold, "unfold", nn.Unfold)
+joins_positions(torch.fft.fft2, torch.fft.rfft2)
 
 
 @rule(nn.ConvTranspose2d, F.conv_transpose2d)
@@ -707,7 +720,7 @@ def _window(
     return growing(window) or window
 
 
-def _windowed(call: str, why: str, window: Window | str, **arguments: Any) -> Treatment:
+def _windowed(call: Callable[..., Any], why: str, window: Window | str, **arguments: Any) -> Treatment:
     if isinstance(window, str):
         return barrier(window)
     return Treatment("window", why, call, tuple(arguments.items()), window)
