@@ -193,7 +193,7 @@ def boundaries(labels: Tensor, ignore: int = IGNORED) -> Tensor:
     """(B, H, W) bool: pixels with another label than one of their four neighbours, neither of the two `ignore`."""
     values = labels.long()  # not all integer types can be compared
     known = values != ignore
-    found = torch.zeros_like(known)
+    on_boundary = torch.zeros_like(known)
     for axis in (1, 2):
         pairs = labels.shape[axis] - 1
         before, after = (
@@ -201,8 +201,8 @@ def boundaries(labels: Tensor, ignore: int = IGNORED) -> Tensor:
         )
         differ = (before[0] != after[0]) & before[1] & after[1]
         for place in (0, 1):
-            found.narrow(axis, place, pairs).logical_or_(differ)
-    return found
+            on_boundary.narrow(axis, place, pairs).logical_or_(differ)
+    return on_boundary
 
 
 def levels_where(chosen: Iterable[Tensor], grid: Grid) -> Tensor:
@@ -231,9 +231,9 @@ def check_thresholds(thresholds: Sequence[float], where: str, *, falling: bool =
             "a threshold is NaN or missing.", where=where, next="use numbers such as 0.35 or 0.8/0.2."
         )
     if falling and any(later >= earlier for earlier, later in pairwise(thresholds)):
-        given = format_option(tuple(thresholds))
+        written = format_option(tuple(thresholds))
         raise InvalidInput(
-            f"the thresholds {given} do not fall.",
+            f"the thresholds {written} do not fall.",
             where=where,
             why="the i-th gives level i, so what reaches a later one must include what reaches an earlier one.",
             next=f"write {format_option(tuple(sorted(set(thresholds), reverse=True)))}.",

@@ -145,10 +145,10 @@ class KeypointMask(MaskProvider):
         where = "mask keypoints"
         kind = self.detector if self._named else ""
         if kind == OWN:
-            found: Any = own_scores(first_pass_output(where), grid.batch, where)
+            detected: Any = own_scores(first_pass_output(where), grid.batch, where)
         elif kind == GIVEN:
-            found = call_context().points
-            if found is None:
+            detected = call_context().points
+            if detected is None:
                 raise InvalidInput(
                     "there are no keypoints.",
                     where=where,
@@ -156,10 +156,10 @@ class KeypointMask(MaskProvider):
                     next=f"write {_CALL}, or use cadsurgery.read_at; or let detector=sift find them.",
                 )
         elif kind == SIFT:
-            found = sift_of_normalised(image, self.count)
+            detected = sift_of_normalised(image, self.count)
         else:
-            found = self._function(image)
-        points = points_of(found, image, self.count, where)
+            detected = self._function(image)
+        points = points_of(detected, image, self.count, where)
         return points if kind == GIVEN else [part[: self.count] for part in points]
 
 

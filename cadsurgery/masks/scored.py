@@ -87,12 +87,12 @@ def interpolation_error(features: Tensor) -> Tensor:
     second sample, the border replicated, summed over channels."""
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     height, width = features.shape[2:]
-    kept = features[:, :, ::2, ::2]
-    rows, columns = kept.shape[2:]
+    every_second = features[:, :, ::2, ::2]
+    rows, columns = every_second.shape[2:]
     size = (2 * rows - 1, 2 * columns - 1)
-    between = F.interpolate(kept, size=size, mode="bilinear", align_corners=True)
-    found = F.pad(between, (0, width - size[1], 0, height - size[0]), mode="replicate")
-    return (features - found).square().sum(1)
+    between = F.interpolate(every_second, size=size, mode="bilinear", align_corners=True)
+    interpolated = F.pad(between, (0, width - size[1], 0, height - size[0]), mode="replicate")
+    return (features - interpolated).square().sum(1)
 
 
 @mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
@@ -122,8 +122,8 @@ class SaliencyMask(ScoredMask):
         example = f"saliency:function={SPECTRAL}"
         self._function: Any = function
         if isinstance(function, str):  # its own is no import, so that every file may name it
-            own = function == SPECTRAL
-            self._function = spectral_residual if own else function_at(function, "mask saliency", example)
+            is_ours = function == SPECTRAL
+            self._function = spectral_residual if is_ours else function_at(function, "mask saliency", example)
         if not callable(self._function):
             raise InvalidInput(
                 f"{describe(self._function)} is no function.",
@@ -206,23 +206,23 @@ class ConfidenceMask(ScoredMask):
 
 def _logits(output: Any, grid: Grid) -> Tensor:
     """The class scores (B, C, H, W) among the outputs of the first pass: a tensor, or `out` of a dictionary."""
-    found = output.get("out") if isinstance(output, Mapping) else output
-    given = (
-        f"a dictionary of {', '.join(map(str, output))}" if isinstance(output, Mapping) else describe(found)
+    logits = output.get("out") if isinstance(output, Mapping) else output
+    described = (
+        f"a dictionary of {', '.join(map(str, output))}" if isinstance(output, Mapping) else describe(logits)
     )
     if (
-        not isinstance(found, Tensor)
-        or found.dim() != 4
-        or found.shape[1] < 2
-        or found.shape[0] != grid.batch
+        not isinstance(logits, Tensor)
+        or logits.dim() != 4
+        or logits.shape[1] < 2
+        or logits.shape[0] != grid.batch
     ):
         raise InvalidInput(
-            f"the network gives {given}.",
+            f"the network gives {described}.",
             where="mask confidence",
             why="doubt needs scores (B, C, H, W) of two classes or more, alone or as 'out' of a dictionary.",
             next="choose another mask, e.g. detail or edges.",
         )
-    return found
+    return logits
 
 
 def _doubt(logits: Tensor, measure: str) -> Tensor:

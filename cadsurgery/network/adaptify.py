@@ -117,8 +117,10 @@ def adaptify(
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(flow, chosen, guided=fill == "guided")
     signature = inspect.signature(facts.model.forward)
-    own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
-    program = Program(graph, chosen, geometry, signature, facts.container, own, _relied_on(facts, chosen))
+    as_it_was = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
+    program = Program(
+        graph, chosen, geometry, signature, facts.container, as_it_was, _relied_on(facts, chosen)
+    )
     net = AdaptiveModel(facts.model, program, provider)
     net.source = getattr(model, "cad_source", None)
     take_over(net, facts.model)
@@ -143,10 +145,10 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
     try:
         graph = _traced(model)
     except CannotConvert as refusal:
-        found = _backbone_graph(model)
-        if found is None:
+        backbone = _backbone_graph(model)
+        if backbone is None:
             raise refusal
-        path, graph = found
+        path, graph = backbone
         part = getattr(model, path)
     return path, observe(part, graph, example_input)
 

@@ -79,7 +79,9 @@ class Bucketed(nn.Module):
         """Run the network; see `AdaptiveModel.forward`."""
         net, program = self.net, self.net.program
         provider = net.mask if mask is None else resolve_mask(mask)
-        values = program.checked(lambda given: self._before(program.names(), **given), *args, **kwargs)
+        values = program.checked(
+            lambda arguments: self._before(program.names(), **arguments), *args, **kwargs
+        )
         lattice = program.ask(program.masking(provider), values)
         bounds, levels = self._bounds(lattice), lattice.pyramid.levels
         key = (bounds, levels.shape)
@@ -207,9 +209,9 @@ def export(
     return Exported(str(file), file.stat().st_size, tuple(image.shape), difference)
 
 
-def _difference(found: Any, expected: Any) -> float:
+def _difference(output: Any, expected: Any) -> float:
     """Largest difference of two outputs of the same structure, each tensor relative to its largest value, or NaN."""
-    pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (found, expected)), strict=True)
+    pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (output, expected)), strict=True)
     differences = [
         float((one - two).abs().max() / two.abs().max().clamp(min=torch.finfo(two.dtype).tiny))
         for one, two in pairs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,23 @@ class _Reached(Exception):
     """The part was called with these arguments."""
 
 
+def _reach(part: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Positional and named arguments with which a call comes to a part, where it ends; None if it never does."""
+
+    def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        raise _Reached(inputs, named)
+
+    handle = part.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call(*args, **kwargs)
+    except _Reached as reached:
+        return reached.args
+    finally:
+        handle.remove()
+    return None
+
+
 def check_used(host: nn.Module, path: str, example: Tensor) -> None:
     """Refuse a part that its network does not use, as far as an example tells.
 
@@ -30,25 +48,14 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
     Raises:
         CannotConvert: it ran and did not call the part.
     """
-
-    def stop(*_: Any) -> None:
-        raise _Reached
-
-    ran = False
-    handle = host.get_submodule(path).register_forward_pre_hook(stop)
-    try:
-        with torch.no_grad(), evaluating(host):
-            for images in (example, -example, torch.zeros_like(example)):
-                for given in (images, list(images)):
-                    try:
-                        host(given)
-                    except _Reached:
+    ran, part = False, host.get_submodule(path)
+    with evaluating(host):
+        for images in (example, -example, torch.zeros_like(example)):
+            for batch in (images, list(images)):
+                with contextlib.suppress(Exception):  # the network decides what it takes
+                    if _reach(part, host, batch) is not None:
                         return
-                    except Exception:  # the network decides what it takes
-                        continue
                     ran = True
-    finally:
-        handle.remove()
     if ran:
         kind = type(host).__name__
         raise CannotConvert(
@@ -105,22 +112,11 @@ class HostedModel(AdaptiveModel):
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
         """Multiply-accumulates of the part on what it gets when the network is called with these arguments."""
-
-        def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            raise _Reached(inputs, named)
-
-        part = self.part
-        handle = part.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self(*args, **kwargs)
-        except _Reached as reached:
-            inputs, named = reached.args
-        else:
+        arguments = _reach(self.part, self, *args, **kwargs)
+        if arguments is None:
             raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
-        finally:
-            handle.remove()
-        return part.macs(*inputs, mask=mask, rule=rule, **named)
+        inputs, named = arguments
+        return self.part.macs(*inputs, mask=mask, rule=rule, **named)
 
     def optimize(self, fuse: bool = True) -> HostedModel:
         """A copy with the part optimised; see `AdaptiveModel.optimize`."""

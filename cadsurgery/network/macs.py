@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.masks.masking import Masking, check_image
@@ -325,24 +326,23 @@ class Counter(GraphInterpreter):
     def _published(self, n: fx.Node, value: Any) -> int:
         """Counting of the reference code: the backbone's convolutions with bias, batch norm 2 and ReLU 1 per
         value, max-pooling its input; a strided k x k convolution runs before the subsampling."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is functional.conv2d:
-            window: Any = n.kwargs["window"]
-            source = self._operand(n, 0).lattice
-            lattice = value.lattice if window.taps == 1 else source.at(source.stage, value.lattice.size)
-            weight, bias = self._operand(n, 1), n.args[2] if len(n.args) > 2 else n.kwargs.get("bias")
-            return len(lattice) * (weight.numel() + (weight.shape[0] if bias is not None else 0))
+            return _published_conv2d(value, *args, **kwargs)
         size = value.rows.numel() if isinstance(value, Elements) else getattr(value, "numel", lambda: 0)()
         if n.target is functional.batch_norm:
             return 2 * size
         if n.target is functional.max_pool2d:
-            return self._operand(n, 0).rows.numel()
+            return int(args[0].rows.numel())
         if n.op != "call_module":
             return 0
         module = self.fetch_attr(str(n.target))
-        inputs = self._operand(n, 0).numel() if isinstance(module, nn.MaxPool2d) else 0
-        return published_macs(module, inputs, size)
+        return published_macs(module, args[0].numel() if isinstance(module, nn.MaxPool2d) else 0, size)
 
-    def _operand(self, n: fx.Node, position: int) -> Any:
-        names = ("x", "weight")
-        node: Any = n.args[position] if len(n.args) > position else n.kwargs[names[position]]
-        return self.env[node]
+
+def _published_conv2d(
+    value: Elements, x: Elements, weight: Tensor, bias: Tensor | None = None, *, window: Window, **_: Any
+) -> int:
+    """See `Counter._published`."""
+    lattice = value.lattice if window.taps == 1 else x.lattice.at(x.lattice.stage, value.lattice.size)
+    return len(lattice) * (weight.numel() + (weight.shape[0] if bias is not None else 0))

@@ -199,7 +199,7 @@ class Program:
         """The lattice of a masking for an image, the network run no further than that takes, in evaluation mode."""
         with torch.no_grad(), evaluating(self.net):
             lattice: Lattice = self.checked(
-                lambda given: self.ask(masking, self.before(given)), *args, **kwargs
+                lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
             )
         return lattice
 

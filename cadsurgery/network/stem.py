@@ -133,8 +133,14 @@ class CachedStem:
         self._crop, self._stride = crop, net.plan.strides[-1]
         self._places = places if crop is not None else (1, 1)
         name = getattr(data, "name", type(data).__name__)
-        made = {"crop": crop, "places": self._places, "flip": flip, "dtype": dtype, "stem": _digest(program)}
-        self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in made.items())
+        options = {
+            "crop": crop,
+            "places": self._places,
+            "flip": flip,
+            "dtype": dtype,
+            "stem": _digest(program),
+        }
+        self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in options.items())
         self.classes = getattr(data, "classes", ())
         self._seen = [
             _seen(net, *pair, dtype)
@@ -204,8 +210,8 @@ def _seen(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype 
     """What the stem gives for an image."""
     shown = normalise(image, source_of(net)).unsqueeze(0).to(next(net.parameters()).device)
     values = stem_outputs(net, shown)
-    kept = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
-    return _Seen(kept, tuple(value.dtype for value in values), labels)
+    stored = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
+    return _Seen(stored, tuple(value.dtype for value in values), labels)
 
 
 def _check_crop(seen: _Seen, crop: tuple[int, int], stride: int, name: str) -> None:

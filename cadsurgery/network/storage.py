@@ -276,20 +276,20 @@ def _stated(path: Path, header: Mapping[str, str]) -> _Stated:
             )
         if number != 1 and checksum is None:
             raise ValueError(f"a file of format {number!r:.60} without checksum")
-        found = {"tensors": "", **checked(values, _FIELDS, "it")}
-        found["source"] = Source.from_dict(found["source"]) if found["source"] is not None else None
-        found["options"] = checked(found["options"], _OPTIONS, "options")
-        found["plan"] = Plan.from_json(found["plan"])
-        return _Stated(**found)
+        fields = {"tensors": "", **checked(values, _FIELDS, "it")}
+        fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
+        fields["options"] = checked(fields["options"], _OPTIONS, "options")
+        fields["plan"] = Plan.from_json(fields["plan"])
+        return _Stated(**fields)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     """Of names, types, shapes and values."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -365,10 +365,10 @@ def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool)
     return mask
 
 
-def _check_types(path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def _check_types(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse integers where a network has floating-point numbers, and the other way round."""
     for name, value in stored.items():
-        like = own.get(name, value).dtype
+        like = expected.get(name, value).dtype
         if value.dtype != like and not (value.dtype in _FLOATS and like in _FLOATS):
             raise FileError(
                 f"the parameters in {path} do not fit the model.",
