@@ -230,20 +230,20 @@ def group_norm(node: fx.Node, facts: Facts) -> Treatment:
         if getattr(norm, "track_running_stats", False):
             return barrier("it has running statistics of single images")
         groups, eps = getattr(norm, "num_groups", shape[1]), norm.eps
-        found = {**_weights(node, norm), "groups": groups, "eps": eps}
+        arguments = {**_weights(node, norm), "groups": groups, "eps": eps}
     elif node.target is F.group_norm:
         given = _arguments(node, "input", "groups", weight=None, bias=None, eps=1e-5)
-        found = {name: given.get(name) for name in ("weight", "bias", "eps")}
-        found["groups"] = given.get("num_groups", given.get("groups"))
+        arguments = {name: given.get(name) for name in ("weight", "bias", "eps")}
+        arguments["groups"] = given.get("num_groups", given.get("groups"))
     else:
         given = _arguments(
             node, "input", running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True
         )
         if not given["use_input_stats"] or given["running_mean"] is not None:
             return barrier("it has running statistics of single images")
-        found = {"weight": given["weight"], "bias": given["bias"], "groups": shape[1]}
-        found["eps"] = given.get("eps", 1e-5)
-    return Treatment("pointwise", call=functional.group_norm, arguments=tuple(found.items()))
+        arguments = {"weight": given["weight"], "bias": given["bias"], "groups": shape[1]}
+        arguments["eps"] = given.get("eps", 1e-5)
+    return Treatment("pointwise", call=functional.group_norm, arguments=tuple(arguments.items()))
 
 
 @rule("timm.layers.evo_norm:group_std")
