@@ -135,10 +135,10 @@ class Cone:
             self._need(read, needed, target.size)
         else:
             drop = operation.drops and drops(target, window)
-            found = reached(source, kernel_map(source, target, window, drop=drop))
-            self._need(read, found, source.size)
-        for other in node.all_input_nodes:  # a residual, element by element
-            if other is not read and other.name in self._places:
+            pixels = reached(source, kernel_map(source, target, window, drop=drop))
+            self._need(read, pixels, source.size)
+        for other in node.args[1:]:  # a residual, element by element; it may be what the window reads, too
+            if isinstance(other, fx.Node) and other.name in self._places:
                 self._need(other, needed, target.size)
 
     def _visit_rows(self, node: fx.Node, needed: Tensor, size: Size) -> None:
@@ -202,12 +202,12 @@ class WithinCone:
 
 def _row_valued(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that give rows, or something made of rows alone."""
-    found: set[fx.Node] = set()
+    row_valued: set[fx.Node] = set()
     for node in graph.nodes:
         source = node.target is functional.rows_on or (node.target is getattr and node.args[1] == "rows")
-        if source or (node.target is not Elements and found & set(node.all_input_nodes)):
-            found.add(node)
-    return found
+        if source or (node.target is not Elements and row_valued & set(node.all_input_nodes)):
+            row_valued.add(node)
+    return row_valued
 
 
 def _moved(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:

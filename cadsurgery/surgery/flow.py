@@ -254,12 +254,12 @@ def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozense
 
 def and_after(node: fx.Node) -> set[fx.Node]:
     """A node and all that depends on it."""
-    found, pending = set(), [node]
+    reached, pending = set(), [node]
     while pending:
-        if (last := pending.pop()) not in found:
-            found.add(last)
+        if (last := pending.pop()) not in reached:
+            reached.add(last)
             pending.extend(last.users)
-    return found
+    return reached
 
 
 def _is_last(node: fx.Node, flow: Flow) -> bool:

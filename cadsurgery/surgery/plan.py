@@ -170,10 +170,10 @@ class Plan:
         Raises:
             Exception: of several kinds, for a text that is no plan.
         """
-        found = json.loads(text)
-        decisions = tuple(_decision(entry) for entry in found.pop("decisions"))
+        values = json.loads(text)
+        decisions = tuple(_decision(entry) for entry in values.pop("decisions"))
         hints = {name: hint for name, hint in _hints(Plan).items() if name != "decisions"}
-        plan = Plan(decisions, **checked(found, hints, "the plan"))
+        plan = Plan(decisions, **checked(values, hints, "the plan"))
         plan._check()
         return plan
 
@@ -270,8 +270,8 @@ def _decision(values: object) -> Decision:
     """A decision from plain values."""
     if isinstance(values, dict) and values.get("reason") == _AFTER:
         values = {"after": True, **values}
-    found = checked(values, {**_hints(Decision), "window": tuple | None}, "a decision")
-    if found["window"] is not None:
-        fields = dict(zip(Window._fields, found["window"], strict=True))
-        found["window"] = Window(**checked(fields, _hints(Window), "a window"))
-    return Decision(**found)
+    fields = checked(values, {**_hints(Decision), "window": tuple | None}, "a decision")
+    if fields["window"] is not None:
+        numbers = dict(zip(Window._fields, fields["window"], strict=True))
+        fields["window"] = Window(**checked(numbers, _hints(Window), "a window"))
+    return Decision(**fields)

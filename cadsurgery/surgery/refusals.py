@@ -31,15 +31,15 @@ def asked_region(facts: Facts, region: RegionOption) -> Refusal:
         return lambda node, maps: None
     modules = dict(facts.model.named_modules())
     if region == "backbone":
-        found = [name for name in BACKBONE_NAMES if name in modules]
-        if not found:
+        backbones = [name for name in BACKBONE_NAMES if name in modules]
+        if not backbones:
             raise CannotConvert(
                 'region="backbone" is not possible: the network does not say which part is its backbone.',
                 where=type(facts.model).__name__,
                 next=f'use region="auto", or name modules: region=[...] of '
                 f"{', '.join(name for name in modules if name and '.' not in name)}.",
             )
-        region = found[:1]
+        region = backbones[:1]
     elif isinstance(region, str):
         raise UnknownName("region", region, ["auto", "backbone"], next="or a list of node or module names.")
     if not isinstance(region, (list, tuple)) or not all(isinstance(name, str) for name in region):

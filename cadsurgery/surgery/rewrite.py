@@ -329,14 +329,14 @@ def halves(graph: fx.Graph) -> Halves:
 
 def _made_again(nodes: list[fx.Node]) -> set[fx.Node]:
     """Weights, sizes, dtypes and devices, and what is computed from such alone: no values of the image."""
-    found: set[fx.Node] = set()
+    again: set[fx.Node] = set()
     for node in nodes:
         asks = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
         asks |= node.op == "call_method" and node.target in ("size", "dim")
         inputs = set(node.all_input_nodes)
-        if asks or node.op == "get_attr" or (inputs and inputs <= found and node.op == "call_function"):
-            found.add(node)
-    return found
+        if asks or node.op == "get_attr" or (inputs and inputs <= again and node.op == "call_function"):
+            again.add(node)
+    return again
 
 
 def unchanged(facts: Facts, plan: Plan) -> fx.Graph:

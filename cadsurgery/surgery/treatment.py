@@ -76,7 +76,7 @@ class Treatment:
             (changes to a finer grid), `pointwise` (acts on each element alone), `join` (combines elements of one
             lattice), `global` (one vector per image), `broadcast` (repeats such a vector over the map),
             `shape` (asks for the size), or `barrier`.
-        why: the reason, for the plan.
+        why: the reason, for the plan; by default the first line of the rule's docstring.
         call: the operation that does it on elements: one of `cadsurgery.functional`, or its name, or one declared by
             `@cadsurgery.operation`; without one it is done on rows.
         arguments: its keyword arguments: constants, nodes or `Attribute`s.
@@ -146,7 +146,7 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
         @cs.rule(MyActivation)
         def my_activation(node, facts):
             \"\"\"Acts on each value alone.\"\"\"
-            return cs.Treatment("pointwise", "acts on each value alone")
+            return cs.Treatment("pointwise")
 
     Args:
         operations: what the rule is for.
@@ -168,6 +168,11 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
         return function
 
     return register
+
+
+def first_line(function: Rule) -> str:
+    """Of a rule's docstring: its geometric reason."""
+    return (function.__doc__ or "").strip().partition("\n")[0]
 
 
 def barrier(why: str, cause: Cause = Cause.OPERATION) -> Treatment:
@@ -194,28 +199,30 @@ def has_rule(module: nn.Module) -> bool:
 
 def ruled_functions() -> tuple[Callable[..., Any], ...]:
     """Python functions that have a rule: tracing does not look into them."""
-    found = []
+    functions = []
     for key in _RULES:
         if isinstance(key, str) and ":" in key:
             module, _, name = key.partition(":")
             key = getattr(sys.modules.get(module), name, None)
         if isinstance(key, FunctionType) and not key.__module__.startswith("torch."):
-            found.append(key)
-    return tuple(found)
+            functions.append(key)
+    return tuple(functions)
 
 
 def treat(node: fx.Node, facts: Facts) -> Treatment:
     """The treatment of one node by its rule; padding that it reads is taken into its window."""
-    found = next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
+    known = next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
     reads_map = any(facts.layout(value) for value in node.all_input_nodes)
-    if not reads_map and found not in _OF_VECTORS:
+    if not reads_map and known not in _OF_VECTORS:
         return Treatment("shape")
     reason = stays_whole(facts.module(node)) if node.op == "call_module" else ""
     if reason:
         return barrier(reason)
-    if found is None:
+    if known is None:
         return barrier(f"no rule for {operation_name(node, facts)}")
-    treatment = found(node, facts)
+    treatment = known(node, facts)
+    if not treatment.why:
+        treatment = replace(treatment, why=first_line(known))
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and source in facts.pads and treatment.kind != "shape":
         return _padded(treatment, facts.pads[source])

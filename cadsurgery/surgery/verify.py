@@ -119,21 +119,21 @@ def _uniform_checks(
     as_it_was = _values(model, original, plan, None, image, watched)
     checks = []
     for level in _levels(plan, geometry, adapted):
-        found = _values(model, adapted, plan, _uniform(mapped, level), image, watched)
+        ours = _values(model, adapted, plan, _uniform(mapped, level), image, watched)
         own = level == plan.identity_level
         if own:
             law, expected = "the network as it was", as_it_was
         else:
             law = f"the dense network at output stride {plan.strides[level]}"
             expected = _values(model, adapted, plan, _uniform(geometry, level), image, watched)
-        made = _compare(f"everything at level {level} is {law}", found, expected, tolerance)
+        check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
         size = (image.shape[2], image.shape[3])
-        checks.append(replace(made, number=1 if own else 2, size=size))
+        checks.append(replace(check, number=1 if own else 2, size=size))
         if own:
             checks += _at_another_size(model, adapted, plan, mapped, image, tolerance)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
             apart = _apart(adapted)
-            maps = {name: value for name, value in found.items() if name in apart}
+            maps = {name: value for name, value in ours.items() if name in apart}
             if not maps:
                 continue
             law = "everything high, read where the network has samples, is the network as it was"
@@ -151,10 +151,10 @@ def _at_another_size(
     except Exception:  # the network says in its own way which sizes it takes
         return []
     masking = _uniform(geometry, plan.identity_level or 0)
-    found, _ = fx.Interpreter(model, graph=adapted).run(masking, smaller, *_defaults(adapted, 2))
+    ours, _ = fx.Interpreter(model, graph=adapted).run(masking, smaller, *_defaults(adapted, 2))
     law = "the outputs at another size are the network's as it was"
-    made = _compare(law, _named(at_own_samples(found, adapted, plan)), _named(expected), tolerance)
-    return [replace(made, number=1, size=(smaller.shape[2], smaller.shape[3]))]
+    check = _compare(law, _named(at_own_samples(ours, adapted, plan)), _named(expected), tolerance)
+    return [replace(check, number=1, size=(smaller.shape[2], smaller.shape[3]))]
 
 
 def _defaults(graph: fx.Graph, given: int) -> list[Any]:
@@ -249,7 +249,7 @@ def _values(
     watched: dict[str, Decision],
 ) -> dict[str, Tensor]:
     """Watched values and outputs on the network's own grid."""
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     class Collect(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -259,19 +259,19 @@ def _values(
                 seen = value
                 if isinstance(seen, Elements):
                     seen = to_dense(seen, watched[origin].grid, watched[origin].layout)
-                found[origin] = seen.clone()  # what follows may change it in place
+                values[origin] = seen.clone()  # what follows may change it in place
             return value
 
     given = [image] if masking is None else [masking, image]
     output = Collect(model, graph=graph).run(*given, *_defaults(graph, len(given)))
-    return found | _named(output if masking is None else at_own_samples(output[0], graph, plan))
+    return values | _named(output if masking is None else at_own_samples(output[0], graph, plan))
 
 
-def _compare(law: str, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> Check:
+def _compare(law: str, ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> Check:
     worst = Check(law, "", 0.0, tolerance)
-    if not found or found.keys() != expected.keys():
+    if not ours or ours.keys() != expected.keys():
         return Check(law, "nothing to compare", float("nan"), tolerance)
-    for name, value in found.items():
+    for name, value in ours.items():
         reference = expected[name]
         if value.shape != reference.shape:
             return Check(
