@@ -85,7 +85,8 @@ def read_at(
             output is more than a map that leaves the region, that is training, or that only hosts an adaptive part.
         UnknownName: no such reach, alignment or output.
     """
-    differentiable = reach == "all" and not _program(net, reach).is_fused
+    program = _program(net, reach)
+    differentiable = reach == "all" and not program.is_fused
     with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
         run = _Run.of(net, image, points, mask, reach, output, align)
         return run.rows(run.cone() if reach == "receptive" else None)
