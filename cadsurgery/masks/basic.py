@@ -34,9 +34,6 @@ class UniformMask(MaskProvider):
 class KeepAll(UniformMask):
     """Keep everything at the high output stride."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
 
 @mask_provider("none")
 class KeepNone(UniformMask):

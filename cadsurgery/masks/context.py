@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,8 +54,7 @@ def _given(**values: Any) -> Iterator[None]:
         _put(**before)
 
 
-@contextmanager
-def labelled(labels: Tensor) -> Iterator[None]:
+def labelled(labels: Tensor) -> AbstractContextManager[None]:
     """Give the labels of the images that are masked within, in this thread; may be nested.
 
         with labelled(labels):
@@ -73,12 +72,10 @@ def labelled(labels: Tensor) -> Iterator[None]:
             f"the labels are {describe(labels)}.",
             next="give an integer tensor (batch, height, width): a class for every image pixel.",
         )
-    with _given(labels=labels):
-        yield
+    return _given(labels=labels)
 
 
-@contextmanager
-def keypoints_at(points: Sequence[Tensor]) -> Iterator[None]:
+def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Give the keypoints of the images that are masked within, in this thread; may be nested.
 
         with keypoints_at([points]):
@@ -87,15 +84,12 @@ def keypoints_at(points: Sequence[Tensor]) -> Iterator[None]:
     Args:
         points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
     """
-    with _given(points=points):
-        yield
+    return _given(points=points)
 
 
-@contextmanager
-def first_pass(output: Any) -> Iterator[None]:
+def first_pass(output: Any) -> AbstractContextManager[None]:
     """What the network gave with everything downsampled, for the masks asked within, in this thread."""
-    with _given(first_pass=output):
-        yield
+    return _given(first_pass=output)
 
 
 def first_pass_output(where: str) -> Any:

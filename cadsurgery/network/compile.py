@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
+from cadsurgery.elements.lattice import Bounds, Lattice
 from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.model import AdaptiveModel, whole_program
@@ -100,10 +100,10 @@ class Bucketed(nn.Module):
 
     def _make_for(self, bounds: Bounds) -> Callable[..., Any]:
         program = self.net.program
-        forward = runnable(program.halves.after)
+        forward, geometry = runnable(program.halves.after), program.geometry
 
         def run(levels: Tensor, *values: Any) -> Any:
-            return forward(program.names(), _Known(program.geometry, levels, bounds), *values)[0]
+            return forward(program.names(), lambda *_: geometry.lattice(levels, bounds), *values)[0]
 
         return torch.compile(_apart(run), fullgraph=True, dynamic=False, **self.options)
 
@@ -118,18 +118,6 @@ def bucket(count: int, per_octave: int) -> tuple[int, int]:
     while most(place) < count:
         place += 1
     return most(place - 1) + 1, most(place)
-
-
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """Masking with a level map that was found before."""
-
-    geometry: Geometry
-    levels: Tensor
-    bounds: Bounds
-
-    def __call__(self, image: Tensor, features: Tensor) -> Lattice:
-        return self.geometry.lattice(self.levels, self.bounds)
 
 
 def _apart(function: Any) -> Any:

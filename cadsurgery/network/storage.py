@@ -46,6 +46,7 @@ _FIELDS = {
     "plan": str,
     "tensors": str,
 }
+_OF_GEOMETRY = ("anchor", "fill", "pool", "patch", "statistics")
 _OPTIONS = {
     "output_stride": tuple[int, int],
     "region": str | tuple[str, ...],
@@ -90,11 +91,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "options": {
             "output_stride": net.plan.output_stride,
             "region": net.plan.region,
-            "anchor": net.geometry.anchor,
-            "fill": net.geometry.fill,
-            "pool": net.geometry.pool,
-            "patch": net.geometry.patch,
-            "statistics": net.geometry.statistics,
+            **{name: getattr(net.geometry, name) for name in _OF_GEOMETRY},
             "outputs": net.plan.returned,
         },
         "plan": net.plan.to_json(),
