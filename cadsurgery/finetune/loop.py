@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import cadsurgery.finetune.blend  # noqa: F401  # an objective by name
 from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (

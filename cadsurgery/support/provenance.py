@@ -38,12 +38,22 @@ def commit() -> str:
     return ""
 
 
+def made_here(device: torch.device) -> dict[str, Any]:
+    """What a report states of a result made here and now: `device` with threads, `versions`, `commit` and `date`."""
+    return {
+        "device": device_with_threads(device),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def setting(device: torch.device) -> str:
-    """Device, threads, versions, commit and date in one line, for benchmarks that print a table."""
-    numbers = ", ".join(f"{name} {number}" for name, number in versions().items())
-    made = f"commit {found[:7]}, " if (found := commit()) else ""
-    threads = f"{torch.get_num_threads()} threads"
-    return f"{device_in_words(device)}, {threads}; {numbers}; {made}{datetime.now(UTC):%Y-%m-%d}"
+    """The same in one line, for benchmarks that print a table."""
+    made = made_here(device)
+    numbers = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    at = f"commit {made['commit'][:7]}, " if made["commit"] else ""
+    return f"{made['device']}; {numbers}; {at}{made['date'][:10]}"
 
 
 def device_named(name: str) -> torch.device:
@@ -80,6 +90,11 @@ def device_in_words(device: torch.device) -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()} ({platform.machine()} CPU)"
     return f"{platform.machine()} CPU"
+
+
+def device_with_threads(device: torch.device) -> str:
+    """Its name, and how many threads torch uses beside it."""
+    return f"{device_in_words(device)}, {torch.get_num_threads()} threads"
 
 
 def function_at(name: str, where: str, example: str) -> Any:

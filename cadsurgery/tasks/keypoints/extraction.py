@@ -18,55 +18,12 @@ from cadsurgery.masks.detectors import in_pixels, peaks, points_of, sift
 from cadsurgery.masks.filters import grey_of
 from cadsurgery.masks.keypoints import OWN, SIFT, keypoints_at, named_outputs, own_scores
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.points import ALIGNMENTS, REACHES, Align, Reach, macs_at, read_at, readable, sample_at
+from cadsurgery.network.points import macs_at, read_at, readable, sample_at
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
+from cadsurgery.tasks.options import Extraction as Extraction
 
-GIVEN_MASK = "keypoints:detector=given"
 BORDER = 5  # samples at the edge of a network's own score map that have no keypoint: they see padding
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """How keypoints are found and described.
-
-    Attributes:
-        detector: `sift` on the grey image, `own`, the score map among the network's outputs, or `module:function`: a
-            function of the image batch as the network sees it that gives points (n, 2) for each image, or a score map.
-        count: keypoints of an image at most, the best.
-        mask: of the network, or empty for its own; `keypoints:detector=given` has these keypoints.
-        reach: `"receptive"` computes nothing that the descriptors do not depend on, where the network's map can be read
-            at points; see `cadsurgery.read_at`.
-        align: see `cadsurgery.read_at`.
-        raw: descriptors as the network gives them; otherwise normalised.
-        output: name or place of the map of descriptors among several outputs; empty: the one of several channels.
-        max_edge: longer side of the image the network sees at most, in pixels; larger images are made smaller. 0: any.
-        max_sum: likewise height plus width (2800 as published for D2-Net).
-        multiple: height and width are cut down to multiples of it (8 as published for D2-Net).
-    """
-
-    detector: str = SIFT
-    count: int = 512
-    mask: str = GIVEN_MASK
-    reach: Reach = "receptive"
-    align: Align = "cell"
-    raw: bool = False
-    output: str = ""
-    max_edge: int = 0
-    max_sum: int = 0
-    multiple: int = 1
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.multiple < 1 or min(self.max_edge, self.max_sum) < 0:
-            raise InvalidInput(
-                f"count={self.count}, multiple={self.multiple}, max_edge={self.max_edge}, max_sum={self.max_sum}.",
-                next="give at least 1 keypoint, a multiple of at least 1, and sizes of 0 (any) or more.",
-            )
-        for kind, name, known in (("reach", self.reach, REACHES), ("alignment", self.align, ALIGNMENTS)):
-            if name not in known:
-                raise UnknownName(kind, name, known)
-        if self.detector not in (SIFT, OWN) and ":" not in self.detector:
-            raise UnknownName("detector", self.detector, (SIFT, OWN), next="or module:function.")
 
 
 @dataclass(frozen=True)
