@@ -7,30 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from cadsurgery.cli import screen
-from cadsurgery.cli.options import (
-    Device,
-    Json,
-    Network,
-    Of,
-    Report,
-    Rounds,
-    Size,
-    Strides,
-    Trust,
-    Weights,
-    command,
-    read_fractions,
-    read_pair,
-    read_size,
-)
+from cadsurgery.cli import options, screen
 from cadsurgery.tasks.options import Conversion
 
 commands = typer.Typer()
 
 
 @commands.command()
-@command
+@options.command
 def bench(
     *,
     model: Annotated[
@@ -43,13 +27,13 @@ def bench(
     fractions: Annotated[str, typer.Option(help="budgets: shares of the patches kept high")] = (
         "1,0.5,0.34,0.25,0.1,0"
     ),
-    size: Size = "",
+    size: options.Size = "",
     batch: Annotated[int, typer.Option(min=1, help="number of images")] = 1,
-    conversion: Annotated[dict[str, Any], Of(Conversion, ("output_stride", "region"))],
+    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("output_stride", "region"))],
     fill: Annotated[list[str], typer.Option(help="nearest, linear, both, guided; repeatable")] = ["nearest"],  # noqa: B006
-    areas: Annotated[dict[str, Any], Of(Conversion, ("patch",))],
+    areas: Annotated[dict[str, Any], options.Of(Conversion, ("patch",))],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    device: Device = "cpu",
+    device: options.Device = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="of torch on the CPU; 0 for its own choice")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="timing rounds; each runs every side once")] = 7,
     memory: Annotated[
@@ -59,7 +43,7 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON Lines to append each row to")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure time against work: random weights, budgets of the mask against the dense twins, interleaved.
 
@@ -73,8 +57,8 @@ def bench(
         report = measure(
             model,
             mask,
-            read_fractions(fractions),
-            size=read_size(size) or DEFAULT_SIZE,
+            options.read_fractions(fractions),
+            size=options.read_size(size) or DEFAULT_SIZE,
             batch=batch,
             **conversion,
             **areas,
@@ -92,10 +76,10 @@ def bench(
 
 
 @commands.command("eval")
-@command
+@options.command
 def eval_command(
     *,
-    model: Network,
+    model: options.Network,
     data: Annotated[
         str,
         typer.Option(
@@ -108,17 +92,19 @@ def eval_command(
         list[str],
         typer.Option(help="repeatable; default: the file's, or edges; dense high and low are added"),
     ] = [],  # noqa: B006
-    output_stride: Strides = [],  # noqa: B006
-    weights: Weights = "auto",
-    conversion: Annotated[dict[str, Any], Of(Conversion, ("region", "fill", "patch", "anchor", "pool"))],
+    output_stride: options.Strides = [],  # noqa: B006
+    weights: options.Weights = "auto",
+    conversion: Annotated[
+        dict[str, Any], options.Of(Conversion, ("region", "fill", "patch", "anchor", "pool"))
+    ],
     limit: Annotated[int, typer.Option(min=0, help="the first so many images; 0 for all")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="images in one call")] = 1,
-    rounds: Rounds = 3,
-    output: Report = None,
+    rounds: options.Rounds = 3,
+    output: options.Report = None,
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: accuracy against work")] = None,
-    device: Device = "cpu",
-    trust: Trust = False,
-    as_json: Json = False,
+    device: options.Device = "cpu",
+    trust: options.Trust = False,
+    as_json: options.Json = False,
 ) -> None:
     """Evaluate masks and output strides on labelled images: accuracy, MACs and time beside the dense networks.
 
@@ -131,7 +117,7 @@ def eval_command(
             model,
             data,
             mask,
-            output_stride=[read_pair(text) for text in output_stride],
+            output_stride=[options.read_pair(text) for text in output_stride],
             options=conversion,
             weights=weights,
             split=split,

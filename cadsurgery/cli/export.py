@@ -7,29 +7,28 @@ from typing import Annotated
 
 import typer
 
-from cadsurgery.cli import screen
-from cadsurgery.cli.options import Converted, Json, Network, Size, Trust, Weights, command, read_size
+from cadsurgery.cli import options, screen
 
 commands = typer.Typer()
 
 
 @commands.command()
-@command
+@options.command
 def export(
     *,
-    model: Network,
+    model: options.Network,
     mask: Annotated[
         str,
         typer.Option(
             help="one that keeps a fixed share; default: the file's, or edges | budget:fraction=0.3"
         ),
     ] = "",
-    weights: Weights = "auto",
-    conversion: Converted,
-    size: Size = "",
+    weights: options.Weights = "auto",
+    conversion: options.Converted,
+    size: options.Size = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("network.pt2"),
-    trust: Trust = False,
-    as_json: Json = False,
+    trust: options.Trust = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a program for torch.export.load that runs without this package, for images of one size.
 
@@ -38,7 +37,9 @@ def export(
     from cadsurgery.tasks.convert import export_program
 
     with screen.steps(as_json) as step:
-        exported = export_program(model, weights, mask, conversion, read_size(size), output, step, trust)
+        exported = export_program(
+            model, weights, mask, conversion, options.read_size(size), output, step, trust
+        )
     shape = "x".join(map(str, exported["image"]))
     text = (
         f"wrote {exported['file']}: {exported['bytes'] / 1e6:.1f} MB, images {shape}, mask {exported['mask']}; "

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cadsurgery.cli import screen
-from cadsurgery.cli.options import Converted, Json, Network, Of, Trust, Weights, command
+from cadsurgery.cli import options, screen
 from cadsurgery.finetune.settings import Settings
 
 commands = typer.Typer()
@@ -19,10 +18,10 @@ SETTINGS = (
 
 
 @commands.command()
-@command
+@options.command
 def finetune(
     *,
-    model: Network,
+    model: options.Network,
     data: Annotated[str, typer.Option(help="dataset to train on, e.g. folder:PATH")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run goes on")
@@ -30,9 +29,9 @@ def finetune(
     split: Annotated[str, typer.Option(help="split to train on")] = "train",
     validation_split: Annotated[str, typer.Option(help="split to measure on; empty for none")] = "val",
     mask: Annotated[str, typer.Option(help="default: the file's, or edges")] = "",
-    weights: Weights = "auto",
-    conversion: Converted,
-    objective: Annotated[dict[str, Any], Of(Settings, ("objective",), given=True)],
+    weights: options.Weights = "auto",
+    conversion: options.Converted,
+    objective: Annotated[dict[str, Any], options.Of(Settings, ("objective",), given=True)],
     objective_option: Annotated[
         list[str], typer.Option(help="NAME=VALUE for the objective, e.g. teacher=self; repeatable")
     ] = [],  # noqa: B006
@@ -44,7 +43,7 @@ def finetune(
             "places, mirrored too; colours are not jittered",
         ),
     ] = False,
-    settings: Annotated[dict[str, Any], Of(Settings, SETTINGS, given=True)],
+    settings: Annotated[dict[str, Any], options.Of(Settings, SETTINGS, given=True)],
     config: Annotated[
         Path | None, typer.Option(help="JSON file of settings; options given here come first")
     ] = None,
@@ -52,8 +51,8 @@ def finetune(
         bool, typer.Option(help="go on with the run in the folder; otherwise refuse one")
     ] = True,
     device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
-    trust: Trust = False,
-    as_json: Json = False,
+    trust: options.Trust = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.
 

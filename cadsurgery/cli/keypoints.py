@@ -7,20 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cadsurgery.cli import screen
-from cadsurgery.cli.options import (
-    Device,
-    Json,
-    Network,
-    Of,
-    Report,
-    Rounds,
-    Strides,
-    Trust,
-    Weights,
-    command,
-    read_pair,
-)
+from cadsurgery.cli import options, screen
 from cadsurgery.tasks.options import Conversion, Extraction
 
 commands = typer.Typer(
@@ -29,28 +16,28 @@ commands = typer.Typer(
     no_args_is_help=True,
 )
 SIZES = ("max_edge", "max_sum", "multiple")
-Described = Annotated[dict[str, Any], Of(Extraction, ("reach", "align", "raw", "output", *SIZES))]
+Described = Annotated[dict[str, Any], options.Of(Extraction, ("reach", "align", "raw", "output", *SIZES))]
 
 
 @commands.command("extract")
-@command
+@options.command
 def extract_command(
     *,
-    model: Network,
+    model: options.Network,
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the features")] = Path(
         "features"
     ),
-    keypoints: Annotated[dict[str, Any], Of(Extraction, ("mask", "detector", "count"))],
+    keypoints: Annotated[dict[str, Any], options.Of(Extraction, ("mask", "detector", "count"))],
     form: Annotated[str, typer.Option(help="npz (as D2-Net writes it) or h5 (as hloc reads it)")] = "npz",
-    weights: Weights = "auto",
+    weights: options.Weights = "auto",
     conversion: Annotated[
-        dict[str, Any], Of(Conversion, ("output_stride", "region", "fill", "anchor", "pool"))
+        dict[str, Any], options.Of(Conversion, ("output_stride", "region", "fill", "anchor", "pool"))
     ],
     description: Described,
-    device: Device = "cpu",
-    trust: Trust = False,
-    as_json: Json = False,
+    device: options.Device = "cpu",
+    trust: options.Trust = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write keypoints, scores and descriptors of every image, one file each.
 
@@ -79,30 +66,30 @@ def extract_command(
 
 
 @commands.command("eval")
-@command
+@options.command
 def matching_command(
     *,
-    model: Network,
+    model: options.Network,
     data: Annotated[
         Path,
         typer.Option(help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one"),
     ],
     mask: Annotated[list[str], typer.Option(help="repeatable")] = [Extraction.mask],  # noqa: B006
-    output_stride: Strides = [],  # noqa: B006
-    keypoints: Annotated[dict[str, Any], Of(Extraction, ("detector", "count"))],
-    weights: Weights = "auto",
-    conversion: Annotated[dict[str, Any], Of(Conversion, ("region", "fill", "anchor", "pool"))],
+    output_stride: options.Strides = [],  # noqa: B006
+    keypoints: Annotated[dict[str, Any], options.Of(Extraction, ("detector", "count"))],
+    weights: options.Weights = "auto",
+    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("region", "fill", "anchor", "pool"))],
     description: Described,
     all_sequences: Annotated[
         bool, typer.Option("--all-sequences", help="also the eight of HPatches that the protocol leaves out")
     ] = False,
-    rounds: Rounds = 3,
-    output: Report = None,
+    rounds: options.Rounds = 3,
+    output: options.Report = None,
     picture: Annotated[Path | None, typer.Option(help="PNG: accuracy against threshold and MACs")] = None,
     matches: Annotated[Path | None, typer.Option(help="PNG: matches of the first pair")] = None,
-    device: Device = "cpu",
-    trust: Trust = False,
-    as_json: Json = False,
+    device: options.Device = "cpu",
+    trust: options.Trust = False,
+    as_json: options.Json = False,
 ) -> None:
     """Match images of known homographies: accuracy at 1 to 15 pixels beside MACs and time, for several masks.
 
@@ -114,7 +101,7 @@ def matching_command(
     with screen.steps(as_json) as step:
         report = evaluate_matching(
             *(model, data, mask, settings),
-            output_stride=[read_pair(text) for text in output_stride],
+            output_stride=[options.read_pair(text) for text in output_stride],
             options=conversion,
             weights=weights,
             everything=all_sequences,

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cadsurgery.cli import screen
-from cadsurgery.cli.options import Json
+from cadsurgery.cli import options, screen
 
 commands = typer.Typer()
 
@@ -28,7 +27,7 @@ def list_command(
     workers: Annotated[int, typer.Option(min=1, help="--check: networks at a time")] = 2,
     memory: Annotated[float, typer.Option(min=0.5, help="--check: GiB for each network")] = 10.0,
     seconds: Annotated[float, typer.Option(min=1, help="--check: seconds for each network")] = 600.0,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """List networks: whether each converts, with which output strides, what stays dense and why."""
     if masks:
