@@ -335,11 +335,16 @@ def two():
     assert run("keypoints", "extract", *named, "--output-stride", "1,4").code == 0
 
 
-def test_a_converted_network_keeps_its_output_strides(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_converted_network_is_given_other_output_strides_as_for_eval(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
     cs.save(cs.adaptify(describer(), "edges", output_stride=(1, 4)), tmp_path / "net.safetensors")
-    arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png")
-    assert run(*arguments, "--mask", "").code == 0
-    assert "output strides" in run(*arguments, "--output-stride", "2,4", "--json").json["what"]
+    arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png", "--mask", "")
+    assert run(*arguments).code == 0
+    assert run(*arguments, "--output-stride", "2,4", "-o", "coarse").code == 0
+    fine, coarse = (json.loads(Path(out, "extraction.json").read_text()) for out in ("features", "coarse"))
+    assert fine["made_with"]["plan"][0] == [1, 4] and coarse["made_with"]["plan"][0] == [2, 4]
+    assert fine["made_with"]["model"] == coarse["made_with"]["model"]
 
 
 # -- sequences -----------------------------------------------------------------------------------------
