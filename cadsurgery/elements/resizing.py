@@ -14,9 +14,11 @@ from cadsurgery.elements.backends import native
 from cadsurgery.elements.elements import Elements, extended, mixed, needs_gradient, to_dense
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.operations import operation
 from cadsurgery.support.errors import InvalidInput
 
 
+@operation(reads="image")
 def resize(
     x: Elements,
     stage: int,
@@ -67,6 +69,7 @@ def resize(
     return Elements(mixed(x.rows, sources, mix), target)
 
 
+@operation(reads="image", gives="dense", exit_of=resize)
 def resize_to_dense(
     x: Elements,
     spacing: int,
@@ -244,6 +247,7 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
     return found.view(*step.shape, -1).permute(0, 3, 1, 2)
 
 
+@operation(reads="image")
 def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int) -> Elements:
     """Depth to space: an element reads the channels of its phase on the output's own grid.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +22,7 @@ from cadsurgery.elements.elements import (
 )
 from cadsurgery.elements.kernel_map import Reading, Window, divisors, kernel_map
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.operations import operation
 from cadsurgery.elements.products import (
     autocast,
     gather_conv,
@@ -34,6 +38,22 @@ from cadsurgery.elements.products import (
 )
 
 
+def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **options: Any) -> int:
+    """Every element of the result meets every entry of the weight once."""
+    return len(out.lattice) * weight.numel()
+
+
+def _macs_of_kernel(
+    out: Elements, x: Elements, kernel: Kernel | PackedConv, *rest: Any, **options: Any
+) -> int:
+    return len(out.lattice) * kernel.weight.numel()
+
+
+def _macs_of_shape(out: Elements, *rest: Any, shape: tuple[int, ...], **options: Any) -> int:
+    return len(out.lattice) * math.prod(shape)
+
+
+@operation(reads="window", macs=_macs_of_weight)
 def conv2d(
     x: Elements, weight: Tensor, bias: Tensor | None, window: Window, stage: int | Lattice, groups: int = 1
 ) -> Elements:
@@ -77,6 +97,7 @@ def conv2d(
     return Elements(gather_conv(rows, kernel_matrix(weight, groups), bias, table, groups), target)
 
 
+@operation(reads="window", macs=_macs_of_kernel)
 def fused_conv2d(
     x: Elements,
     kernel: Kernel | PackedConv,
@@ -124,6 +145,7 @@ def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bo
     return large and residual.rows.shape[1:] == channels
 
 
+@operation(reads="window", macs=_macs_of_shape)
 def conv2d_per_image(
     x: Elements,
     mix: Tensor,
@@ -159,6 +181,7 @@ def conv2d_per_image(
     return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 
 
+@operation(reads="window", outside=-math.inf, drops=True)
 def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Maximum over the window, evaluated at the elements of the lattice after `stage`.
 
@@ -177,6 +200,7 @@ def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     return Elements(_pooled(x, kernel_map(x.lattice, target, window, drop=drop), outside, True), target)
 
 
+@operation(reads="window", drops=True)
 def avg_pool2d(
     x: Elements,
     window: Window,
@@ -206,6 +230,7 @@ def avg_pool2d(
     return Elements(total / counts.unsqueeze(1).to(total), target)
 
 
+@operation(reads="window", drops=True)
 def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Space to depth: the values under an r x r window side by side in the channels."""
     window, target = target_of(x, window, stage)
