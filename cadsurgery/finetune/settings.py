@@ -113,8 +113,8 @@ class Settings:
         for name in values:
             if name not in known:
                 raise UnknownName("setting", name, known)
-        found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return replace(self, **found)
+        changes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return replace(self, **changes)
 
     @staticmethod
     def read(path: Path) -> Settings:

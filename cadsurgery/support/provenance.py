@@ -23,11 +23,11 @@ _UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the libraries that networks come from."""
-    found = {"cadsurgery": cadsurgery.__version__}
+    numbers = {"cadsurgery": cadsurgery.__version__}
     for package in ("torch", "torchvision", "timm"):
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            numbers[package] = version(package)
+    return numbers
 
 
 def commit() -> str:
@@ -162,9 +162,9 @@ def function_named(module: str, function: str) -> Any:
         code = f"import of {module}, for its {function}"
         raise untrusted(file, f"{code:.400}", "another mask: cs.load(path, mask=...)")
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except (ImportError, ValueError) as error:
         raise UnknownName("module", module, [], next=f"it cannot be imported: {error}.") from error
-    if not hasattr(found, function):
-        raise UnknownName(f"function in {module}", function, dir(found))
-    return getattr(found, function)
+    if not hasattr(imported, function):
+        raise UnknownName(f"function in {module}", function, dir(imported))
+    return getattr(imported, function)

@@ -230,20 +230,20 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, image: Tensor) -> floa
     if level is None:
         return 0.0
     with torch.no_grad():
-        found = net.run(lambda _, features: net.geometry.uniform_like(features, level), image)
-        found = at_own_samples(found, net.graph, net.plan)
+        uniform = net.run(lambda _, features: net.geometry.uniform_like(features, level), image)
+        uniform = at_own_samples(uniform, net.graph, net.plan)
         expected = model(image)
-    return max(_error(*pair) for pair in zip(_tensors(found), _tensors(expected), strict=True))
+    return max(_error(*pair) for pair in zip(_tensors(uniform), _tensors(expected), strict=True))
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+def _error(values: Tensor, expected: Tensor) -> float:
+    if values.shape != expected.shape:
         return float("inf")
-    error = float((found - expected).abs().max()) / max(scale(expected), 1e-30)
+    error = float((values - expected).abs().max()) / max(scale(expected), 1e-30)
     return error if error == error else float("inf")  # `max` would pass over a NaN
 
 

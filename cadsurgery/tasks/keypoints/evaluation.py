@@ -182,7 +182,7 @@ def _sequence(sequence: ImageSequence, settings: Sequence[_Setting], failures: F
 def _pairs(sequence: ImageSequence, features: Sequence[Features | None]) -> list[Pair]:
     first, *others = features
     assert first is not None
-    found = []
+    pairs = []
     for number, homography, other in zip(sequence.numbers, sequence.homographies, others, strict=True):
         if other is None:
             continue
@@ -190,8 +190,8 @@ def _pairs(sequence: ImageSequence, features: Sequence[Features | None]) -> list
         errors = match_errors(first.keypoints, other.keypoints, matches, homography)
         corner = corner_error(first.keypoints, other.keypoints, matches, homography, first.size)
         accuracy = tuple(matching_accuracy(errors, THRESHOLDS))
-        found.append(Pair(sequence.name, sequence.kind, number, len(matches), accuracy, corner))
-    return found
+        pairs.append(Pair(sequence.name, sequence.kind, number, len(matches), accuracy, corner))
+    return pairs
 
 
 def _extras(
@@ -218,18 +218,18 @@ def _extras(
         seen_other = settings[0].extractor.seen(other)
         for extractor, name in settings:
             first, second = extractor.features(seen), extractor.features(seen_other)
-            found = mutual_matches(first.descriptors, second.descriptors)
-            errors = match_errors(first.keypoints, second.keypoints, found, sequence.homographies[0])
-            ends = first.keypoints[found[:, 0]], second.keypoints[found[:, 1]]
+            mutual = mutual_matches(first.descriptors, second.descriptors)
+            errors = match_errors(first.keypoints, second.keypoints, mutual, sequence.homographies[0])
+            ends = first.keypoints[mutual[:, 0]], second.keypoints[mutual[:, 1]]
             drawn.append((name, *ends, errors))
         write_picture(figure_picture(matches_figure(image, other, drawn)), matches)
     return times, (seen.batch.shape[2], seen.batch.shape[3])
 
 
 def _row(
-    setting: _Setting, found: Sequence[tuple[Sequence[Pair], _Cost]], time: Timing | None
+    setting: _Setting, parts: Sequence[tuple[Sequence[Pair], _Cost]], time: Timing | None
 ) -> MatchingRow:
-    every, costs = tuple(pair for pairs, _ in found for pair in pairs), [cost for _, cost in found]
+    every, costs = tuple(pair for pairs, _ in parts for pair in pairs), [cost for _, cost in parts]
     counts = [count for cost in costs for count in cost.keypoints]
     return MatchingRow(
         mask=setting.mask,

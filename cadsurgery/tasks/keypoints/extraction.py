@@ -155,10 +155,10 @@ class Extractor:
             grey = (255 * grey_of(shown[None])[0]).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
             points, scores = map(torch.from_numpy, sift(grey, self.settings.count))
             return points.to(self.device, torch.float64), scores.to(self.device)
-        found = points_of(
+        detected = points_of(
             self._function(batch), batch, self.settings.count, f"detector {self.settings.detector}"
         )
-        points = found[0][: self.settings.count]
+        points = detected[0][: self.settings.count]
         return points, points.new_ones(len(points))
 
     def _described(self, batch: Tensor, points: Tensor) -> Tensor:
@@ -175,10 +175,10 @@ class Extractor:
         batch, mask = seen.batch, self.settings.mask or None
         points = seen.points if seen.points is not None else batch.new_zeros(0, 2)
         if self.reads_elements:
-            found = macs_at(
+            macs = macs_at(
                 self.net, batch, [points], mask=mask, output=self._output, align=self.settings.align
             )
-            return found.receptive if self.settings.reach == "receptive" else found.all
+            return macs.receptive if self.settings.reach == "receptive" else macs.all
         with keypoints_at([points]):
             return self.net.macs(batch, mask=mask).mask
 
@@ -195,10 +195,10 @@ class Extractor:
 
     def _sampled(self, output: Any, batch: Tensor, points: Tensor) -> Tensor:
         """The dense map of descriptors at points."""
-        found = descriptor_map(output, self._output)
-        size = (found.shape[2], found.shape[3])
+        descriptors = descriptor_map(output, self._output)
+        size = (descriptors.shape[2], descriptors.shape[3])
         y, x = sample_at(points, batch, size, batch.shape[2] / size[0], self.settings.align)
-        return found[0, :, y, x].T
+        return descriptors[0, :, y, x].T
 
 
 def descriptor_map(output: Any, name: str | int | None) -> Tensor:
