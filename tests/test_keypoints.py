@@ -412,7 +412,7 @@ def test_an_unreadable_image_costs_its_pair_and_the_exit_code(run: Run, sequence
     result = run(*EVAL, "--data", sequences, "--json")
     assert result.code == 1 and result.json["sequences"] == 1
     (sequences / "v_wall" / "1.png").write_bytes(b"no image")
-    assert run(*EVAL, "--data", sequences, "--json").json["error"] == "CadError"
+    assert run(*EVAL, "--data", sequences, "--json").json["error"] == "FileError"
 
 
 def test_two_processes_evaluate_what_one_does(run: Run, sequences: Path) -> None:

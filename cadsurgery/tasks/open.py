@@ -15,6 +15,7 @@ from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import load
 from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.provenance import made_here
 from cadsurgery.tasks.options import Conversion
 
 DEFAULT_SIZE = (512, 1024)
@@ -144,6 +145,13 @@ def weights_in_words(network: object, source: Source) -> str:
     if not is_file(network):
         return source.note
     return f"weights in {network}, at first {source.note.removeprefix('weights ').removeprefix('are ')}"
+
+
+def provenance(network: object, source: Source, device: torch.device) -> dict[str, Any]:
+    """What a report of a network states of itself, made here and now: `model`, `weights`, whether they are `random`,
+    and what `made_here` gives."""
+    words = weights_in_words(network, source)
+    return {"model": source.name, "weights": words, "random": source.weights == "random", **made_here(device)}
 
 
 def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -127,11 +127,83 @@ def heading(model: str, weights: str, random: bool) -> Text:
     return Text(f"{model}, {weights}", style="bold red" if random else "bold")
 
 
-def warnings(random: bool, failed: Iterable[Mapping[str, str]]) -> list[Text]:
-    """What a reader of accuracies must know: that weights are random, and what could not be used."""
-    told = "random weights: unless they were trained since, these accuracies mean nothing."
-    failures = (Text(f"{failure['what']} {failure.get('why', '')}", style="red") for failure in failed)
-    return [*([Text(told, style="yellow")] if random else []), *failures]
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRow(Plain):
+    """One mask at one pair of output strides, as measured.
+
+    Attributes:
+        mask: its spec.
+        output_stride: (high, low).
+        active_fraction: share of the fine maps kept high.
+        macs: multiply-accumulates of one image, mean over images; the whole network.
+        milliseconds: of the first image, the best round; None if not measured.
+        milliseconds_median: the usual round.
+    """
+
+    mask: str
+    output_stride: tuple[int, int]
+    active_fraction: float
+    macs: float
+    milliseconds: float | None = None
+    milliseconds_median: float | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name."""
+        return f"{self.mask} {self.output_stride[0]}->{self.output_stride[1]}"
+
+    @property
+    def strides(self) -> str:
+        """The pair of output strides in words."""
+        return "{} to {}".format(*self.output_stride)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredReport(Report):
+    """What a network does on data: where the figures come from.
+
+    Attributes:
+        model: source of the network.
+        weights: which it has, in words.
+        random: whether they are random.
+        data: spec of the data, or its folder.
+        rounds: of timing, 0 if not timed.
+        device: in words, with threads.
+        versions: of this package and its libraries.
+        commit: of this package; empty outside a checkout.
+        date: when it was done.
+        failed: what could not be used, each an error as plain values.
+    """
+
+    model: str
+    weights: str
+    random: bool
+    data: str
+    rounds: int
+    device: str
+    versions: dict[str, str]
+    commit: str
+    date: str
+    failed: tuple[dict[str, str], ...] = ()
+
+    def subject(self) -> str:
+        """The data and how it was measured, in a line."""
+        raise NotImplementedError
+
+    def tables(self) -> Iterable[Table]:
+        """The rows."""
+        raise NotImplementedError
+
+    def parts(self) -> Iterator[RenderableType]:
+        """Network and data, the rows, and what a reader must know."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(self.subject(), style="dim")
+        yield from self.tables()
+        if self.random:
+            told = "random weights: unless they were trained since, these accuracies mean nothing."
+            yield Text(told, style="yellow")
+        for failure in self.failed:
+            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
 
 
 def canvas(width: float, height: float) -> Figure:

@@ -15,7 +15,6 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import own_device, world
-from cadsurgery.support.provenance import made_here
 from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, Step, for_each, silent
@@ -23,7 +22,7 @@ from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Feature
 from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.keypoints.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
 from cadsurgery.tasks.keypoints.sequences import ImageSequence, find_sequences
-from cadsurgery.tasks.open import at_strides, weights_in_words
+from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import check_outputs
 
 
@@ -107,9 +106,6 @@ def evaluate_matching(
     if world().is_main and (rounds or matches):
         times, size = _extras(usable, every, rounds, matches, step)
     report = MatchingReport(
-        model=source.name,
-        weights=weights_in_words(network, source),
-        random=source.weights == "random",
         data=str(folder),
         sequences=len(finished),
         left_out=tuple(left_out),
@@ -123,7 +119,7 @@ def evaluate_matching(
             for at, setting in enumerate(every)
         ),
         failed=tuple(failed),
-        **made_here(where),
+        **provenance(network, source, where),
     )
     if world().is_main:
         report.write(output, picture)

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
-from cadsurgery.tasks.report import COLOURS, Column, Plain, Report, canvas, heading, number, table, warnings
+from cadsurgery.tasks.report import COLOURS, Column, MeasuredReport, MeasuredRow, canvas, number, table
 
 THRESHOLDS = tuple(range(1, 16))  # pixels
 CORNERS = (1, 3, 5)  # pixels, of homography accuracy
@@ -39,34 +37,22 @@ class Pair(NamedTuple):
     corner_error: float
 
 
-@dataclass(frozen=True)
-class MatchingRow(Plain):
-    """One mask at one pair of output strides.
+@dataclass(frozen=True, kw_only=True)
+class MatchingRow(MeasuredRow):
+    """One mask at one pair of output strides. Work is that of the first images of the sequences; times are those to
+    describe one, with detector `own` to detect too.
 
     Attributes:
-        mask: its string.
-        output_stride: (high, low).
         reads: where descriptors are read: `elements`, or `dense map`.
         pairs: all of them.
         keypoints: of an image, mean.
-        active_fraction: share of the fine map kept high, mean over the first images of the sequences.
-        macs: multiply-accumulates of the whole network, likewise.
         homography: share of pairs whose corner error is at most so many pixels.
-        milliseconds: to describe the first image, the best round; None if not measured. With detector `own` they
-            include detection.
-        milliseconds_median: the usual round.
     """
 
-    mask: str
-    output_stride: tuple[int, int]
     reads: str
     pairs: tuple[Pair, ...]
     keypoints: float
-    active_fraction: float
-    macs: float
     homography: dict[int, float]
-    milliseconds: float | None = None
-    milliseconds_median: float | None = None
 
     def mma(self, kind: str = "") -> list[float] | None:
         """Mean matching accuracy at each of `THRESHOLDS`, of pairs of a kind or of all; None if there are none."""
@@ -81,11 +67,6 @@ class MatchingRow(Plain):
     def matches(self) -> float:
         """Of a pair, mean."""
         return sum(pair.matches for pair in self.pairs) / len(self.pairs)
-
-    @property
-    def label(self) -> str:
-        """A short name."""
-        return f"{self.mask} {self.output_stride[0]}->{self.output_stride[1]}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
@@ -113,74 +94,52 @@ def mean_accuracy(pairs: Sequence[Pair]) -> list[float] | None:
     return [sum(values) / len(pairs) for values in zip(*(pair.accuracy for pair in pairs), strict=True)]
 
 
-@dataclass(frozen=True)
-class MatchingReport(Report):
+@dataclass(frozen=True, kw_only=True)
+class MatchingReport(MeasuredReport):
     """Matching against work: what was evaluated, on what, and a row for each setting.
 
     Attributes:
-        model: source of the network.
-        weights: which it has, in words.
-        random: whether they are random.
-        data: the folder.
         sequences: how many counted.
         left_out: names of those the published protocol leaves out.
         detector: of keypoints.
         count: keypoints of an image at most.
         reach: see `cadsurgery.read_at`.
         image: (height, width) of the image that was timed.
-        rounds: of timing, 0 if not timed.
-        device: in words, with threads.
-        versions: of this package and its libraries.
-        commit: of this package; empty outside a checkout.
-        date: when it was done.
         rows: in the order asked for.
-        failed: images or sequences that could not be used, each an error as plain values.
     """
 
-    model: str
-    weights: str
-    random: bool
-    data: str
     sequences: int
     left_out: tuple[str, ...]
     detector: str
     count: int
     reach: str
     image: tuple[int, int]
-    rounds: int
-    device: str
-    versions: dict[str, str]
-    commit: str
-    date: str
     rows: tuple[MatchingRow, ...]
-    failed: tuple[dict[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
         return {**super().to_dict(), "thresholds": list(THRESHOLDS)}
 
-    def parts(self) -> Iterator[RenderableType]:
-        """Network and data, a row for each setting, and what a reader must know."""
+    def subject(self) -> str:
+        """Data, keypoints, device, and what was timed."""
         left = f", {len(self.left_out)} left out by the protocol" if self.left_out else ""
         size = "{}x{}".format(*self.image)
         timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
-        yield heading(self.model, self.weights, self.random)
-        yield Text(
+        return (
             f"{self.data}: {self.sequences} sequences{left}, {len(self.rows[0].pairs)} pairs; {self.detector}, at most "
-            f"{self.count} keypoints; reach {self.reach}; on {self.device}{timed}",
-            style="dim",
+            f"{self.count} keypoints; reach {self.reach}; on {self.device}{timed}"
         )
-        yield self._table()
-        yield from warnings(self.random, self.failed)
 
-    def _table(self) -> Table:
+    def tables(self) -> Iterator[Table]:
+        """All settings."""
+
         def at(limit: int, kind: str = "") -> Callable[[MatchingRow], str]:
             return lambda row: f"{row.at(limit, kind):.4f}"
 
         kinds = [kind for kind in ("illumination", "viewpoint") if self.rows[0].mma(kind)]
         columns: list[Column[MatchingRow]] = [
             Column("mask", lambda row: row.mask, False),
-            Column("strides", lambda row: "{} to {}".format(*row.output_stride), False),
+            Column("strides", lambda row: row.strides, False),
             *(Column(f"@{limit}", at(limit)) for limit in (1, 3, 5, 10)),
             *(Column(f"@3 {kind[:6]}.", at(3, kind)) for kind in kinds),
             Column("homogr.", lambda row: f"{row.homography[3]:.3f}"),
@@ -190,7 +149,7 @@ class MatchingReport(Report):
             Column("ms", lambda row: number(row.milliseconds)),
         ]
         title = "matching accuracy (MMA) at pixels; homography: corners within 3 pixels"
-        return table(self.rows, columns, title)
+        yield table(self.rows, columns, title)
 
     def figure(self) -> Figure:
         """Matching accuracy against the threshold, and at 3 pixels against MACs."""

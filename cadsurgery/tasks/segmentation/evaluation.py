@@ -17,10 +17,9 @@ from cadsurgery.network.macs import LayerWork
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import gather, own_device, shard, world
-from cadsurgery.support.provenance import made_here
 from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
-from cadsurgery.tasks.open import at_strides, weights_in_words
+from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import check_outputs
 from cadsurgery.tasks.segmentation.counters import Setting, Tally, merged
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
@@ -106,9 +105,6 @@ def evaluate(
         step("measuring")
         times = _times(settings, *first, rounds)
     report = EvaluationReport(
-        model=source.name,
-        weights=weights_in_words(network, source),
-        random=source.weights == "random",
         data=samples.name,
         split=samples.split,
         images=tallies[0].images,
@@ -121,7 +117,7 @@ def evaluate(
             for position, (setting, tally) in enumerate(zip(settings, tallies, strict=True))
         ),
         failed=tuple(failed),
-        **made_here(where),
+        **provenance(network, source, where),
     )
     if world().is_main:
         report.write(output, picture)

@@ -14,120 +14,88 @@ from rich.text import Text
 from cadsurgery.tasks.report import (
     COLOURS,
     Column,
-    Plain,
-    Report,
+    MeasuredReport,
+    MeasuredRow,
     canvas,
-    heading,
     number,
     ratio,
     table,
-    warnings,
 )
 
 
-@dataclass(frozen=True)
-class EvaluationRow(Plain):
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow(MeasuredRow):
     """One mask at one pair of output strides.
 
     Attributes:
-        mask: its spec.
-        output_stride: (high, low).
         anchor: whether it is a dense network: everything high, or everything low.
         miou: mean IoU, 0..1, like all accuracies here; None if nothing counted.
         iou: of each class by name; None for a class in neither predictions nor labels.
         pixel_accuracy: share of right pixels.
         boundary_iou: see `SegmentationMetrics`.
         trimap_iou: likewise.
-        active_fraction: share of the fine maps of all images kept high.
-        macs: of one image, mean over images; the whole network.
         macs_of_high: relative to everything high.
         region_of_high: the same of the adaptive region alone, what the mask decides about.
-        milliseconds: of the first image, the best round; None if not measured.
-        milliseconds_median: the usual round.
     """
 
-    mask: str
-    output_stride: tuple[int, int]
     anchor: bool
     miou: float | None
     iou: dict[str, float | None]
     pixel_accuracy: float | None
     boundary_iou: float | None
     trimap_iou: float | None
-    active_fraction: float
-    macs: float
     macs_of_high: float
     region_of_high: float
-    milliseconds: float | None = None
-    milliseconds_median: float | None = None
 
     @property
     def label(self) -> str:
         """A short name: for an anchor the output stride it has everywhere."""
         high, low = self.output_stride
-        if self.anchor:
-            return f"dense OS {high if self.active_fraction == 1 else low}"
-        return f"{self.mask} {high}->{low}"
+        return f"dense OS {high if self.active_fraction == 1 else low}" if self.anchor else super().label
 
 
-@dataclass(frozen=True)
-class EvaluationReport(Report):
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(MeasuredReport):
     """Accuracy against work: what was evaluated, on what, and a row for each setting.
 
     Attributes:
-        model: source of the network.
-        weights: which it has, in words.
-        random: whether they are random.
-        data: spec of the data.
-        split: part of it.
+        split: part of the data.
         images: how many counted.
         batch: images in one call.
         image: (3, H, W) of the image that was timed.
-        rounds: of timing, 0 if not timed.
         processes: that shared the images.
-        device: in words, with threads.
-        versions: of this package and its libraries.
-        commit: of this package; empty outside a checkout.
-        date: when it was done.
         rows: in the order asked for, each pair of output strides between its dense anchors.
-        failed: images that could not be used, each an error as plain values.
     """
 
-    model: str
-    weights: str
-    random: bool
-    data: str
     split: str
     images: int
     batch: int
     image: tuple[int, ...]
-    rounds: int
     processes: int
-    device: str
-    versions: dict[str, str]
-    commit: str
-    date: str
     rows: tuple[EvaluationRow, ...]
-    failed: tuple[dict[str, str], ...] = ()
 
     def parts(self) -> Iterator[RenderableType]:
-        """Network and data, a row for each setting, the classes, and what a reader must know."""
-        size = "x".join(map(str, self.image[1:]))
-        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
-        on = f"{self.data}, split {self.split}, {self.images} images, on {self.device}{timed}"
-        yield heading(self.model, self.weights, self.random)
-        yield Text(on, style="dim")
-        yield self._overview()
-        yield self._classes()
-        yield from warnings(self.random, self.failed)
+        """As of every such report, and how many images could be used if not all."""
+        yield from super().parts()
         if self.failed:
             yield Text(f"{self.images} images done, {len(self.failed)} failed", style="red")
+
+    def subject(self) -> str:
+        """Data, device, and what was timed."""
+        size = "x".join(map(str, self.image[1:]))
+        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
+        return f"{self.data}, split {self.split}, {self.images} images, on {self.device}{timed}"
+
+    def tables(self) -> Iterator[Table]:
+        """All settings, and the classes."""
+        yield self._overview()
+        yield self._classes()
 
     def _overview(self) -> Table:
         high = {row.output_stride: row.milliseconds for row in reversed(self.rows) if row.anchor}
         columns: list[Column[EvaluationRow]] = [
             Column("mask", lambda row: row.mask, False),
-            Column("output stride", lambda row: "{} to {}".format(*row.output_stride), False),
+            Column("output stride", lambda row: row.strides, False),
             Column("mIoU", lambda row: percent(row.miou)),
             Column("boundary", lambda row: percent(row.boundary_iou)),
             Column("trimap", lambda row: percent(row.trimap_iou)),
