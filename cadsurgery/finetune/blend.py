@@ -145,15 +145,15 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
         )
     program, source = net.program, source_of(net)
     device = next(mask.parameters(), torch.empty(0)).device
-    found: list[tuple[Tensor, Grid]] = []
+    logits: list[tuple[Tensor, Grid]] = []
     with evaluating(net):
         for index in range(len(data)):
             inputs, _ = prepared(*data[index], source, index)
             arguments = program.bind(*(value.unsqueeze(0).to(device) for value in inputs))
             features = program.before(arguments)[program.halves.features]
             grid = program.masking(net.mask).grid(features)
-            found.append((mask.logits(features, grid), grid))
-    return mask.balance(found)
+            logits.append((mask.logits(features, grid), grid))
+    return mask.balance(logits)
 
 
 def _check_whole(net: nn.Module) -> None:
@@ -169,7 +169,7 @@ def _learned(mask: MaskProvider) -> LearnedMask | None:
     """The learned mask, or the one inside wrappers."""
     if isinstance(mask, LearnedMask):
         return mask
-    return next((found for found in map(_learned, mask.parts) if found is not None), None)
+    return next((part for part in map(_learned, mask.parts) if part is not None), None)
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -267,14 +267,14 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         InvalidInput: there is none.
     """
-    found = output.get("out") if isinstance(output, Mapping) else output
-    if not isinstance(found, Tensor) or found.dim() != 4:
+    logits = output.get("out") if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor) or logits.dim() != 4:
         raise InvalidInput(
-            f"the network returns {describe(found)}.",
+            f"the network returns {describe(logits)}.",
             why="training needs class logits of shape (B, C, H, W), alone or as 'out' of a dictionary.",
             next="wrap the network so that it returns them.",
         )
-    return found
+    return logits
 
 
 def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
