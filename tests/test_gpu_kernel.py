@@ -146,7 +146,7 @@ def test_without_triton_it_imports_and_is_not_available() -> None:
     code = (
         "import sys, torch\n"
         "sys.modules['triton'] = None\n"
-        "from cadsurgery.functional import gpu\n"
+        "from cadsurgery.elements.backends import gpu\n"
         "print([gpu.available(torch.device(name)) for name in ('cpu', 'cuda')])"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -17,10 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
-from cadsurgery.elements import functional, products
-from cadsurgery.elements.backends import costs, native
+from cadsurgery.elements import functional
+from cadsurgery.elements.backends import choose, costs, dense, native
+from cadsurgery.elements.backends.choose import Between, Convolution
 from cadsurgery.elements.backends.costs import Costs
-from cadsurgery.elements.backends.packed import Activation, Kernel, PackedConv, PackedLinear
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
+from cadsurgery.elements.backends.weights import Activation, Weights
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
@@ -325,7 +327,7 @@ def test_a_residual_smaller_than_the_product() -> None:
     less = lattice.at(0, (10, 12))
     residual = Elements(torch.randn(len(less), 4), less)
     found = functional.fused_conv2d(
-        x, Kernel(kernel, None, 1, Activation("relu")), residual, window=window, stage=0
+        x, Weights(kernel, None, 1, Activation("relu")), residual, window=window, stage=0
     )
     whole = conv2d(x, kernel, None, window, 0)
     assert found.lattice == less
@@ -387,7 +389,7 @@ def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
             x = torch.randn(2, 8, height, 9).to(dtype)
             expected = nn.functional.conv2d(x, conv.weight.to(dtype), None, 1, 1, groups=conv.groups)
             assert_same(conv(x).float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-2)
-    assert 0 < len(conv.kernel.kept or ()) <= 4
+    assert 0 < len(conv.weights.forms or ()) <= 4
 
 
 # -- compiled kernels against torch --------------------------------------------------------------------
@@ -507,13 +509,13 @@ def test_on_the_whole_map_a_convolution_is_the_same(
     shape = Window((side, side), stride, (1, 1), (padding,) * 4, spacing=2)
     lattice = Geometry((2, 2), fill=fill).lattice(torch.randint(0, 3, (2, 13, 15))).at(1)
     x = Elements(torch.randn(len(lattice), 6), lattice)
-    kernel = Kernel(torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {})
+    weights = Weights(torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {})
     results = []
     for found in (Costs(0.0, 1.0, 0.0), Costs(1.0, 0.0, 1.0)):
-        monkeypatch.setattr(products, "costs", lambda key, measure, found=found: found)
-        out = functional.fused_conv2d(x, kernel, window=shape, stage=stage)
+        monkeypatch.setattr(dense, "costs", lambda key, measure, found=found: found)
+        out = functional.fused_conv2d(x, weights, window=shape, stage=stage)
         more = Elements(torch.ones_like(out.rows), out.lattice)
-        results.append(functional.fused_conv2d(x, kernel, more, window=shape, stage=stage).rows)
+        results.append(functional.fused_conv2d(x, weights, more, window=shape, stage=stage).rows)
     assert_same(results[0], results[1], 1e-4)
 
 
@@ -529,12 +531,12 @@ def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch)
         Elements(torch.randn(len(lattice), 6), lattice),
         Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
     )
-    kernel = Kernel(torch.randn(4, 6, 3, 3), None, 1, None, {})
-    expected = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
-    monkeypatch.setattr(products, "costs", refuse)
+    weights = Weights(torch.randn(4, 6, 3, 3), None, 1, None, {})
+    expected = functional.fused_conv2d(x, weights, window=window, stage=1).rows
+    monkeypatch.setattr(dense, "costs", refuse)
     with FlopCounterMode(display=False) as counter:
-        found = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
-    assert counter.get_total_flops() == 2 * len(lattice) * kernel.weight.numel()
+        found = functional.fused_conv2d(x, weights, window=window, stage=1).rows
+    assert counter.get_total_flops() == 2 * len(lattice) * weights.weight.numel()
     assert_same(found, expected, 1e-5)
 
 
@@ -553,13 +555,17 @@ def test_costs_are_those_of_the_code_that_runs(
         Elements(torch.randn(len(lattice), 6), lattice),
         Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
     )
-    kernel = Kernel(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
-    calls, by_table = [], Kernel.by_table
-    monkeypatch.setattr(Kernel, "by_table", lambda self, *args: calls.append(self) or by_table(self, *args))
-    monkeypatch.setattr(products, "costs", lambda key, measure: measure())
-    products.whole_map_is_cheaper(x, kernel, window, lattice)
+    weights = Weights(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
+    calls, convolve = [], native.Native.convolve
+    monkeypatch.setattr(
+        native.Native, "convolve", lambda self, work: calls.append(work) or convolve(self, work)
+    )
+    monkeypatch.setattr(dense, "costs", lambda key, measure: measure())
+    work = Convolution(x.rows, weights, Between(lattice, lattice, window))
+    whole_map = next(one for one in choose.BACKENDS if one.name == "whole map")
+    whole_map.applies(work)
     measured = len(calls)
-    products.product_on_elements(x, kernel, window, lattice, None)
+    choose.choose(work, after=whole_map).convolve(work)
     assert bool(measured) == (len(calls) > measured) == (outputs != 12)
 
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.elements import Elements, native_shape, own_image, rows_on
-from cadsurgery.elements.products import no_autocast
+from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
 
 
 def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = None) -> Elements:

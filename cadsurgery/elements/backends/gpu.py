@@ -13,6 +13,7 @@ The first call of a shape tunes and compiles: make it before a CUDA graph is cap
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.backends import triton_kernels
+from cadsurgery.elements.backends.choose import Backend, Between, Convolution, extend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,6 +39,44 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _INVERTIBLE = ("none", "relu", "relu6")
 # Backward of the weight: enough programs for any GPU, few enough that their partial sums take about 16 MB.
 _PROGRAMS = 1024
+
+
+class Triton(Backend):
+    """One kernel that gathers and multiplies, forward and backward; what it needs of the kernel map is kept."""
+
+    name = "triton"
+
+    def applies(self, work: Convolution) -> bool:
+        """Ungrouped and depthwise convolutions of rows on such a device, but no products of rows as they are."""
+        if work.graph or work.is_product or not isinstance(work.reads, Between):
+            return False
+        return supports(work.rows, work.weights.weight, work.weights.groups)
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, O)."""
+        assert isinstance(work.reads, Between)
+        rows, weights, source, reading = work.rows, work.weights, work.reads.source, work.reading
+        derive, key = source.pyramid.derive, (source.key, work.reads.target.key, work.reads.window)
+        if reading.sources.shape[0] or work.outside:
+            rows, table = extend(rows, reading, work.outside), reading.table
+        else:  # padding is read as a negative entry: no copy of the rows with a row of zeros behind them
+            count = len(source)
+            table = derive(("signed", *key), lambda: reading.table.masked_fill(reading.table == count, -1))
+        # Made when a gradient first asks.
+        reverse = derive(("reversed", *key), lambda: cache(lambda: reversed_map(table, rows.shape[0])))
+        act = weights.activation
+        fused = activation_name(act.name, act.scalars, act.algorithm) if act is not None else "none"
+        out = gather_conv(
+            rows,
+            weights.weight.flatten(1) if weights.groups > 1 else weights.matrix(rows.dtype),
+            table,
+            weights.bias,
+            residual=work.residual,
+            activation=fused or "none",
+            groups=weights.groups,
+            reverse=reverse,
+        )
+        return out if fused is not None or act is None else act.apply_(out)
 
 
 class ReversedMap(NamedTuple):

@@ -13,14 +13,31 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from cadsurgery.elements.backends.choose import (
+    Backend,
+    Between,
+    Convolution,
+    Gathering,
+    Mixing,
+    MixingLines,
+    Picking,
+    Pooling,
+    Work,
+    every_row,
+    is_observed,
+)
+from cadsurgery.elements.backends.choose import (
+    mix as mix_rows,
+)
+from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.support.files import cache_folder, is_private, kept_whole
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -49,16 +66,96 @@ class Rows(NamedTuple):
     outside: float
 
 
+class Native(Backend):
+    """Compiled code that reads rows where they lie."""
+
+    name = "native"
+
+    def applies(self, work: Work) -> bool:
+        """Values alone, of rows that it has a form for."""
+        if not work.is_inference or not supported(work.rows):
+            return False
+        return not isinstance(work, Convolution) or self._has_form(work)
+
+    def _has_form(self, work: Convolution) -> bool:
+        weights = work.weights
+        if weights.groups > 1:
+            return has_grouped(weights.weight, weights.groups)
+        # Its weight has to be packed: worth it where that is kept. Where the number of rows follows from the size of
+        # the image alone, oneDNN, which makes code for each number, is a little faster; for any other that takes a
+        # millisecond and some hundred kilobytes that stay in its caches.
+        packed = weights.forms is not None and work.rows.dtype == weights.weight.dtype
+        steady = (
+            work.is_product
+            and isinstance(work.reads, Between)
+            and work.reads.target.uniform_level is not None
+        )
+        return packed and has_product(weights.weight) and not steady
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, ..., O)."""
+        weights, outputs, residual = work.weights, work.weights.weight.shape[0], work.residual
+        if work.is_product:
+            rows = work.of_target
+            shape = (*rows.shape[:-1], outputs)
+            rows = rows.reshape(-1, rows.shape[-1])
+            source, table = Rows(rows.contiguous(), None, 0.0), every_row(len(rows), rows.device).table
+            residual = residual.reshape(-1, outputs) if residual is not None else None
+        else:
+            reading = work.reading
+            source, table = rows_and_halo(work.rows, reading, work.outside), reading.table
+            shape = (len(table), outputs)
+        dtype, act = work.rows.dtype, weights.activation
+        pack = grouped_weight if weights.groups > 1 else product_weight
+        weight, bias = weights.form(("native", dtype), lambda: pack(weights.weight.to(dtype), weights.bias))
+        bounds = act.bounds if act is not None else None
+        limits = bounds or (-float("inf"), float("inf"))
+        if weights.groups > 1:
+            out = grouped(source, table, weight, bias, residual, limits)
+        else:
+            out = product(source, table, weight, bias, residual, outputs, limits)
+        return (out if bounds or act is None else act.apply_(out)).view(shape)
+
+    def pool(self, work: Pooling) -> Tensor:
+        """Rows (N, C)."""
+        reading = work.reads.reading
+        out = work.rows.new_empty(reading.table.shape[0], work.rows.shape[1])
+        pool(rows_and_halo(work.rows, reading, work.outside), reading.table, out, work.largest)
+        return out
+
+    def mix(self, work: Mixing) -> Tensor:
+        """Rows (M, C)."""
+        return mix(work.rows, work.sources, work.shares)
+
+    def mix_lines(self, work: MixingLines) -> Tensor:
+        """(L, M, C)."""
+        sources = torch.stack((work.first, work.second), 1).int()
+        return mix_lines(work.rows, sources, torch.stack((1 - work.share, work.share), 1))
+
+    def pick(self, work: Picking) -> Tensor:
+        """(entries, C)."""
+        table, reading = work.reading.table.reshape(-1, 1), work.reading
+        out = work.rows.new_empty(len(table), work.rows.shape[1])
+        gather_mixing(work.rows, table, reading.sources, reading.mix, out)
+        return out
+
+    def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
+        """The function of entries (n, taps) and memory (n * taps, C)."""
+        source = rows_and_halo(work.rows, work.reading, work.outside)
+        return lambda entries, out: gather(source, entries, out)
+
+
+def rows_and_halo(rows: Tensor, reading: Reading, outside: float) -> Rows:
+    """What compiled code reads: the rows as they are, the halo apart."""
+    halo = mix_rows(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
+    return Rows(rows.contiguous(), halo, outside)
+
+
 class _Reading(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
         *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels")),
     )
-
-
-def is_observed() -> bool:
-    """Whether torch counts, records or compiles what is called: it does not see compiled code."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def supported(rows: Tensor) -> bool:
