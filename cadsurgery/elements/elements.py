@@ -18,6 +18,7 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.elements.operations import operation
 from cadsurgery.support.errors import InvalidInput
 
 # Devices with torch.autocast; asked for here, because compilers before torch 2.15 cannot.
@@ -39,6 +40,7 @@ class Elements:
     lattice: Lattice
 
 
+@operation(reads="element")
 def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements:
     """A dense map at the high output stride as elements of stage 0; a view if it is channels_last in memory."""
     if dense.dim() != len(layout) or dense.shape[layout.index("b")] != lattice.batch:
@@ -52,6 +54,7 @@ def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements
     return Elements(by_pixel.flatten(0, len(image) - 1).contiguous(), lattice.resampled(0, size))
 
 
+@operation(reads="element", gives="other")
 def fine_map(dense: Tensor, layout: str) -> Tensor:
     """A dense map of any layout as (B, C, H, W): what a mask provider is shown."""
     if layout == NCHW:
@@ -60,6 +63,7 @@ def fine_map(dense: Tensor, layout: str) -> Tensor:
     return dense.permute(*image, *channel_dims(layout)).flatten(3).permute(0, 3, 1, 2)
 
 
+@operation(reads="window", gives="dense")
 def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | None = None) -> Tensor:
     """A dense map that reads every `spacing`-th fine pixel by the lattice's fill.
 
@@ -142,6 +146,7 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     return replace(reading, mix=likeness / likeness.sum(1, keepdim=True))
 
 
+@operation(reads="element", gives="other")
 def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> Tensor:
     """Rows (N, *channel axes) of a value on a lattice of the same or a later stage.
 
@@ -179,6 +184,7 @@ def own_image(every: Sequence[Tensor], lattice: Lattice) -> Tensor:
     return torch.stack(tuple(every))[image, torch.arange(len(lattice), device=image.device)]
 
 
+@operation(reads="nothing", gives="other")
 def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
     """The lattice that all operands of a join can be read on, if only its stage is given: the smallest fine size."""
     if isinstance(stage, Lattice):
@@ -188,6 +194,7 @@ def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
     return values[0].lattice.at(stage, (height, width))
 
 
+@operation(reads="nothing", gives="other")
 def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
     """Shape of the map as the network itself sees it, with one sample per `spacing` fine pixels."""
     height, width = (-(-length // spacing) for length in x.lattice.size)

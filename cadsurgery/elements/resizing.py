@@ -19,9 +19,11 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.operations import operation
 from cadsurgery.support.errors import InvalidInput
 
 
+@operation(reads="image")
 def resize(
     x: Elements,
     stage: int,
@@ -71,6 +73,7 @@ def resize(
     return Elements(mix(x.rows, *x.lattice.pyramid.derive(key, build)), target)
 
 
+@operation(reads="image", gives="dense", exit_of=resize)
 def resize_to_dense(
     x: Elements,
     spacing: int,
@@ -248,6 +251,7 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
     return values.view(*step.shape, -1).permute(0, 3, 1, 2)
 
 
+@operation(reads="image")
 def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int) -> Elements:
     """Depth to space: an element reads the channels of its phase on the output's own grid.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,8 +21,25 @@ from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements, autocast, common_lattice, own_image, rows_on
 from cadsurgery.elements.kernel_map import Reading, Window, divisors, kernel_map
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.operations import operation
 
 
+def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **options: Any) -> int:
+    """Every element of the result meets every entry of the weight once."""
+    return len(out.lattice) * weight.numel()
+
+
+def _macs_of_weights(
+    out: Elements, x: Elements, weights: Weights | PackedConv, *rest: Any, **options: Any
+) -> int:
+    return len(out.lattice) * weights.weight.numel()
+
+
+def _macs_of_shape(out: Elements, *rest: Any, shape: tuple[int, ...], **options: Any) -> int:
+    return len(out.lattice) * math.prod(shape)
+
+
+@operation(reads="window", macs=_macs_of_weight)
 def conv2d(
     x: Elements, weight: Tensor, bias: Tensor | None, window: Window, stage: int | Lattice, groups: int = 1
 ) -> Elements:
@@ -44,6 +64,7 @@ def conv2d(
     )
 
 
+@operation(reads="window", macs=_macs_of_weights)
 def fused_conv2d(
     x: Elements,
     weights: Weights | PackedConv,
@@ -79,6 +100,7 @@ def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bo
     return large and residual.rows.shape[1:] == channels
 
 
+@operation(reads="window", macs=_macs_of_shape)
 def conv2d_per_image(
     x: Elements,
     mix: Tensor,
@@ -118,6 +140,7 @@ def conv2d_per_image(
     return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 
 
+@operation(reads="window", outside=-math.inf, drops=True)
 def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Maximum over the window, evaluated at the elements of the lattice after `stage`.
 
@@ -128,11 +151,11 @@ def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     if window.is_pointwise:
         return Elements(_subsampled(x, target), target)
     outside = -torch.inf if window.outside is None else window.outside
-    return Elements(
-        _pool(x, Between(x.lattice, target, window, drops(target, window)), outside, True), target
-    )
+    reads = Between(x.lattice, target, window, drops(target, window))
+    return Elements(compute(Pooling(x.rows, reads, outside, largest=True)), target)
 
 
+@operation(reads="window", drops=True)
 def avg_pool2d(
     x: Elements,
     window: Window,
@@ -154,13 +177,15 @@ def avg_pool2d(
         rows = _subsampled(x, target)
         return Elements(rows if divisor is None else rows / divisor, target)
     drop = drops(target, window)
-    total = _pool(x, Between(x.lattice, target, window, drop), window.outside or 0.0, False)
+    reads = Between(x.lattice, target, window, drop)
+    total = compute(Pooling(x.rows, reads, window.outside or 0.0, largest=False))
     if divisor is not None:
         return Elements(total / divisor, target)
     counts = divisors(x.lattice, target, window, drop=drop, padding=count_include_pad)
     return Elements(total / counts.unsqueeze(1).to(total), target)
 
 
+@operation(reads="window", drops=True)
 def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Space to depth: the values under an r x r window side by side in the channels."""
     window, target = _target_of(x, window, stage)
@@ -179,11 +204,6 @@ def _subsampled(x: Elements, target: Lattice) -> Tensor:
     """Rows of pools of a single tap: their own memory, as of any pool, which may be overwritten."""
     rows = rows_on(x, target)
     return rows.clone() if rows is x.rows else rows
-
-
-def _pool(x: Elements, reads: Between, outside: float, largest: bool) -> Tensor:
-    """The largest value or the sum over the taps of each element: (N, C)."""
-    return compute(Pooling(x.rows, reads, outside, largest))
 
 
 def _target_of(x: Elements, window: Window, stage: int | Lattice) -> tuple[Window, Lattice]:

@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.plan import AFTER
-from cadsurgery.surgery.planner import BACKBONE_NAMES
+from cadsurgery.surgery.refusals import BACKBONE_NAMES
 
 MASK = "_mask_provider"
 
@@ -141,7 +140,7 @@ def stem_of(net: nn.Module) -> Stem:
     before: dict[str, bool] = {}
     for decision in net.plan.decisions:
         path = ".".join(filter(None, (net.plan.part, decision.path)))
-        is_before = decision.action == "dense" and decision.reason != AFTER
+        is_before = decision.action == "dense" and not decision.after
         before[path] = is_before and before.get(path, True)
     containers = {path[:end] for path in before for end, letter in enumerate(path) if letter == "."}
 

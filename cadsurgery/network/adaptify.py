@@ -16,10 +16,11 @@ from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel, Surgery
 from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, observe
 from cadsurgery.surgery.hooks import Watched, copying, is_apart, take_over, watched
 from cadsurgery.surgery.plan import Outputs, Plan
-from cadsurgery.surgery.planner import BACKBONE_NAMES, make_plan
+from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import rewrite, unchanged
 from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import trace
@@ -109,11 +110,11 @@ def adaptify(
     path, facts = traceable_part(whole, example_input)
     if path and verify_laws:
         check_used(whole, path, facts.example)
-    chosen, treatments = make_plan(facts, output_stride, _within(path, region), path, outputs)
+    chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
     if strict:
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
-    graph = rewrite(facts, chosen, treatments, guided=fill == "guided")
+    graph = rewrite(flow, chosen, guided=fill == "guided")
     signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
     own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
     surgery = Surgery(

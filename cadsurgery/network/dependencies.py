@@ -18,6 +18,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Reading, kernel_map
 from cadsurgery.elements.lattice import Lattice, Part
+from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.windows import drops
 from cadsurgery.network.interpreter import GraphInterpreter
 
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 Place = tuple[int, Size]  # stage and fine size of a lattice
-
-_POOLS = (functional.max_pool2d, functional.avg_pool2d, functional.pixel_unshuffle)
-_WINDOWS = (functional.conv2d, functional.fused_conv2d, functional.conv2d_per_image, *_POOLS)
-# What looks at no values of elements: what enters, sizes, lattices.
-_NEEDS_NOTHING = (functional.to_elements, functional.native_shape, functional.common_lattice)
 
 
 class _Places(GraphInterpreter):
@@ -109,25 +105,29 @@ class Cone:
             self._visit_rows(node, *self._rows[node])
             return
         needed, target = self._needed.get(node), node.target
-        if target in _NEEDS_NOTHING or (target is getattr and node.args[1] in ("rows", "lattice")):
+        operation = operation_of(target)
+        reads = operation.reads if operation is not None else ""
+        if reads == "nothing" or (target is getattr and node.args[1] in ("rows", "lattice")):
             if target is functional.common_lattice and needed is not None:
                 self.lattices[node.name] = self._part(node, needed)
         elif needed is None or node.name not in self._places:
             self._need_all_of(node)
-        elif target in _WINDOWS:
-            self._visit_window(node, needed)
+        elif operation is not None and "window" in node.kwargs:
+            self._visit_window(node, operation, needed)
         elif target is Elements:
             size = self._places[node.name][1]
             rows, lattice = node.args
             self._need_rows(rows, needed, size)
             if isinstance(lattice, fx.Node) and lattice.target is functional.common_lattice:
                 self._need(lattice, needed, size)
-        elif target is functional.batch_norm:  # of a network that is not trained
-            self._need(node.args[0], needed, self._places[node.name][1])
+        elif reads == "element":  # statistics of a batch are of networks that are trained
+            for read in node.all_input_nodes:
+                if read.name in self._places:
+                    self._need(read, needed, self._places[node.name][1])
         else:
             self._need_all_of(node)
 
-    def _visit_window(self, node: fx.Node, needed: Tensor) -> None:
+    def _visit_window(self, node: fx.Node, operation: Operation, needed: Tensor) -> None:
         target = self._part(node, needed)
         self.lattices[node.name] = target
         read: Any = node.args[0]
@@ -137,11 +137,12 @@ class Cone:
         if window.is_pointwise:
             self._need(read, needed, target.size)
         else:
-            drop = node.target in _POOLS and drops(target, window)
+            drop = operation.drops and drops(target, window)
             found = reached(source, kernel_map(source, target, window, drop=drop))
             self._need(read, found, source.size)
-        if node.target is functional.fused_conv2d and len(node.args) > 2 and node.args[2] is not None:
-            self._need(node.args[2], needed, target.size)
+        for other in node.all_input_nodes:  # a residual, element by element
+            if other is not read and other.name in self._places:
+                self._need(other, needed, target.size)
 
     def _visit_rows(self, node: fx.Node, needed: Tensor, size: Size) -> None:
         """An operation on rows: each row of the result is made of those of the same place."""

@@ -8,7 +8,6 @@ operations are counted by torch's FlopCounterMode. Interpolated halo rows are me
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.elements.operations import operation_of
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.resolve import resolve_mask
 from cadsurgery.network.interpreter import GraphInterpreter
 from cadsurgery.support.errors import InvalidInput, UnknownName, first_line
 from cadsurgery.surgery.hooks import copying
-from cadsurgery.surgery.planner import BACKBONE_NAMES
+from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
 
 if TYPE_CHECKING:
@@ -319,13 +319,13 @@ class Counter(GraphInterpreter):
         return value
 
     def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
-        if n.target is functional.conv2d:
-            return len(value.lattice) * self._operand(n, 1).numel()
-        if n.target is functional.conv2d_per_image:
-            return len(value.lattice) * math.prod(n.kwargs["shape"])  # type: ignore[arg-type]
-        if isinstance(value, Elements) and n.target is not functional.matrix_on_rows:
-            return 0
-        return 0 if n.target in _FREE else executed
+        operation = operation_of(n.target)
+        if operation is None:
+            return 0 if isinstance(value, Elements) else executed
+        if operation.macs is None:
+            return executed
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return operation.macs(value, *args, **kwargs)
 
     def _published(self, n: fx.Node, value: Any) -> int:
         """Counting of the reference code: the backbone's convolutions with bias, batch norm 2 and ReLU 1 per
@@ -351,10 +351,3 @@ class Counter(GraphInterpreter):
         names = ("x", "weight")
         node: Any = n.args[position] if len(n.args) > position else n.kwargs[names[position]]
         return self.env[node]
-
-
-# Bookkeeping of the engine, which a dense network does not have.
-_FREE = (
-    *(functional.global_mean, functional.global_max, functional.global_reduce, functional.resize_to_dense),
-    *(functional.to_dense, functional.rows_on),
-)

@@ -18,13 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.resizing import read_as_resized
 from cadsurgery.masks.provider import Grid
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.rewrite import MASKING, found_lattice
 
-_EXITS = (functional.to_dense, functional.resize_to_dense)
 _PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 Weigh = Callable[[Tensor, Grid], Tensor]
 
@@ -116,7 +116,7 @@ class _Runner:
             low = path + 1 == self.weights.shape[1]
             with contextlib.nullcontext() if low or not self.separate else _untracked(norms):
                 found.append(self._called(node, on_path))
-        if node.target in _EXITS:
+        if _leaves(node):
             arguments = fx.map_arg(node.kwargs, lambda source: on_path(source, 0))
             return self._blend(node, given[node.args[0]].values, found, arguments)  # type: ignore[index]
         if node.target is functional.to_elements:  # a view of what all paths read; they may work in place
@@ -133,7 +133,7 @@ class _Runner:
         if node.target is functional.Elements:
             self.rows.discard(node)
         behind = self.left & inputs
-        if node.target in _EXITS or (behind and not any(isinstance(env[n], _Paths) for n in behind)):
+        if _leaves(node) or (behind and not any(isinstance(env[n], _Paths) for n in behind)):
             self.left.add(node)
 
     def _in_region(self, node: fx.Node, value: Any) -> bool:
@@ -204,6 +204,12 @@ class _Runner:
             for part, share in zip(value.values, shares, strict=True)
         ]
         return torch.stack(parts).sum(0)
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether the region is left here."""
+    operation = operation_of(node.target)
+    return operation is not None and operation.gives == "dense"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
@@ -117,7 +118,7 @@ def _uniform_checks(
     watched = _watched(adapted, plan)
     as_it_was = _values(model, original, plan, None, image, watched)
     checks = []
-    for level in _levels(plan, geometry):
+    for level in _levels(plan, geometry, adapted):
         found = _values(model, adapted, plan, _uniform(mapped, level), image, watched)
         own = level == plan.identity_level
         if own:
@@ -187,38 +188,38 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
     return read(outputs, node.args[0][0])
 
 
-_GLOBAL = (
-    *(functional.global_mean, functional.global_max, functional.global_reduce),
-    functional.sum_of_products,
-)
-# What lets the value at one position depend on the resolution elsewhere, so that both extremes differ.
-_MIXING = (
-    *(*_GLOBAL, functional.group_norm, functional.group_deviation, functional.conv2d_per_image),
-    *(functional.resize, functional.pixel_shuffle, functional.resize_to_dense),
-    *(functional.softmax_over_image, functional.normalize_over_image, functional.norm_of_batch),
-)
-
-
 def _apart(adapted: fx.Graph) -> set[str]:
     """Values of the original that no operation which mixes positions has a part in."""
     mixed: set[fx.Node] = set()
     for node in adapted.nodes:
-        if node.target in _MIXING or any(source in mixed for source in node.all_input_nodes):
+        operation = operation_of(node.target)
+        mixes = operation is not None and operation.mixes
+        if mixes or any(source in mixed for source in node.all_input_nodes):
             mixed.add(node)
     return {node.meta[ORIGIN] for node in adapted.nodes if node not in mixed and ORIGIN in node.meta}
 
 
 def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
     """The maps that are compared: what leaves the region, and what becomes one vector per image."""
-    read = {node.args[0].meta.get(ORIGIN) for node in adapted.nodes if node.target in _GLOBAL}
+    read = {
+        node.args[0].meta.get(ORIGIN)
+        for node in adapted.nodes
+        if (operation := operation_of(node.target)) is not None and operation.gives == "vector"
+    }
     return {d.node: d for d in plan.decisions if (d.leaves and d.stages[1]) or d.node in read}
 
 
-def _levels(plan: Plan, geometry: Geometry) -> list[int]:
-    """Levels to compare: all, but where max-pools drop what they keep only the lowest has a dense twin."""
+def _levels(plan: Plan, geometry: Geometry, adapted: fx.Graph) -> list[int]:
+    """Levels to compare: all, but where pools drop what they keep only the lowest has a dense twin."""
     levels = list(range(plan.max_level + 1))
-    drops = geometry.pool == "drop" and any("pool" in d.operation.lower() for d in plan.chosen("adapt"))
+    operations = (operation_of(node.target) for node in adapted.nodes if _subsamples(node))
+    drops = geometry.pool == "drop" and any(known is not None and known.drops for known in operations)
     return [level for level in levels if level == len(geometry.strides)] if drops else levels
+
+
+def _subsamples(node: fx.Node) -> bool:
+    window: Any = node.kwargs.get("window")
+    return window is not None and window.stride > 1
 
 
 @contextmanager

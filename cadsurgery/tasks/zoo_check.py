@@ -31,7 +31,7 @@ from cadsurgery.support.provenance import commit, versions
 from cadsurgery.surgery.facts import scale
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.planner import position_mixers
+from cadsurgery.surgery.refusals import position_mixers
 from cadsurgery.surgery.trace import evaluating
 from cadsurgery.surgery.treatment import operation_name
 from cadsurgery.surgery.verify import TOLERANCE, at_own_samples
@@ -99,7 +99,7 @@ def settle(model: nn.Module, row: Row | None = None) -> None:
     except CannotConvert:
         row["kind"] = "not traced"
         return
-    mixers = position_mixers(facts, flow_forward(facts))
+    mixers = position_mixers(flow_forward(facts))
     row["kind"] = "attention" if mixers else "cnn"
     if mixers:
         row["mixers"] = sorted({operation_name(node, facts) for node in mixers})
