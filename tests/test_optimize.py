@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -392,6 +394,34 @@ def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
     assert 0 < len(conv.weights.forms or ()) <= 4
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("groups", "channels", "outputs", "size"),
+    [
+        (1, 8, 8, (5, 6)),
+        (1, 8, 8, (1, 1)),
+        (1, 1, 8, (5, 6)),
+        (1, 8, 1, (5, 6)),
+        (1, 8, 1, (1, 1)),
+        (2, 8, 8, (5, 6)),
+        (8, 8, 8, (5, 6)),
+        (8, 8, 8, (1, 1)),
+    ],
+)
+@torch.no_grad()
+def test_a_residual_and_relu_in_bfloat16(
+    groups: int, channels: int, outputs: int, size: tuple[int, int], packed: bool
+) -> None:
+    """torch refused it in groups and for maps of a single pixel: "Unsupported datatype for add_relu"."""
+    weight = torch.randn(outputs, channels // groups, 3, 3)
+    weights = Weights(weight.bfloat16(), None, groups, Activation("relu"), {}, packed)
+    image, more = torch.randn(2, channels, *size).bfloat16(), torch.randn(2, outputs, *size).bfloat16()
+    found = weights.on_image(image, (1, 1), (1, 1), (1, 1), more)
+    expected = nn.functional.conv2d(image.float(), weights.weight.float(), None, 1, 1, 1, groups) + more
+    assert found.dtype == torch.bfloat16
+    assert_same(found.float(), expected.relu(), 2e-2)
+
+
 # -- compiled kernels against torch --------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
@@ -587,6 +617,79 @@ def test_costs_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.Mon
     assert costs.costs("a", measure) == (1.0, 2.0, 3.0) and asked == [1, 1]
     assert "1.0" in path.read_text()
     assert torch.get_num_threads() == threads
+
+
+@pytest.fixture
+def as_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A process that knows no costs and has a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CADSURGERY_COSTS", raising=False)
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    monkeypatch.setattr(costs, "_PINNED", None)
+    monkeypatch.setattr(costs, "_OF_FILE", {})
+    return tmp_path
+
+
+def never() -> Costs:
+    raise AssertionError("measured")
+
+
+@pytest.mark.parametrize("form", ["report", "record", "cache"])
+def test_costs_that_one_run_recorded_decide_in_another(
+    form: str, as_new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this machine would measure; a kind that is not among them is computed on elements."""
+    costs.costs("a", lambda: Costs(1.0, 2.0, 3.0))
+    recorded, file = costs.record(), as_new / "costs.json"
+    if form == "cache":
+        (file,) = as_new.glob("cadsurgery/*/costs.json")
+    else:
+        file.write_text(json.dumps({"model": "x", "costs": recorded} if form == "report" else recorded))
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    monkeypatch.setenv("CADSURGERY_COSTS", str(file))
+    assert costs.costs("a", never) == (1.0, 2.0, 3.0) and costs.record() == recorded
+    assert not costs.costs("b", never).prefer_dense(100, 100, 1, (0, 0))
+    assert costs.record()["digest"] != recorded["digest"]
+
+
+def test_costs_are_pinned_by_an_argument_and_let_go(as_new: Path) -> None:
+    file = as_new / "costs.json"
+    file.write_text(json.dumps({f"a, torch {torch.__version__}": [3, 2, 1]}))
+    for source in (file, str(file), costs.read(file)):
+        costs.pin(source)
+        assert costs.costs("a", never) == (3.0, 2.0, 1.0)
+    costs.pin(None)
+    assert costs.record()["kinds"] == {}
+    assert costs.costs("a", lambda: Costs(1.0, 1.0, 1.0)) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting"),
+        ("[" * 100_000, "recursion"),
+        ("[1, 2]", "no object"),
+        ('{"costs": {"kinds": 3}}', "no object"),
+        ('{"a": [1, 2]}', "'a' has no three numbers"),
+        ('{"a": [1, 2, 3], "b": [1, 2, NaN]}', "'b' has no three numbers"),
+        ('{"a": [1, -2, 3]}', "'a' has no three numbers"),
+    ],
+    ids=lambda text: str(text)[:12],
+)
+def test_costs_that_cannot_be_pinned_are_refused(
+    text: str | None, why: str, as_new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = as_new / "costs.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("CADSURGERY_COSTS", str(file))
+    for ask in (lambda: costs.pin(file), lambda: costs.costs("a", never)):
+        with pytest.raises(cs.FileError) as caught:
+            ask()
+        assert why in caught.value.why and str(file) in caught.value.where
+        assert "unset CADSURGERY_COSTS" in caught.value.next
+    assert costs.record()["kinds"] == {}
 
 
 def test_the_cheaper_way_is_preferred() -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data.images import check_picture, normalise, write_picture
 from cadsurgery.data.networks import Source
+from cadsurgery.elements.backends import costs
 from cadsurgery.masks import Budget, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.dense_twin import dense_twin
@@ -133,10 +134,11 @@ def bench(
                 network, setup, list(dict.fromkeys(map(float, fractions))), fill, rounds, memory, step
             )
         if output is not None:
-            rows = [{**setting.to_dict(), **row} for entry in found for row in entry.lines()]
+            made = {**setting.to_dict(), "costs": costs.record()["digest"]}
+            rows = [{**made, **row} for entry in found for row in entry.lines()]
             append_lines(output, map(json.dumps, rows))
         done += found
-    report = BenchReport(setting, tuple(done))
+    report = BenchReport(setting, tuple(done), costs.record())
     if picture is not None:
         write_picture(figure_picture(bench_figure(report)), picture)
     return report

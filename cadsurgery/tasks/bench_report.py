@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -174,14 +174,16 @@ class BenchSetting:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What `cadsurgery bench` tells."""
+    """What `cadsurgery bench` tells; `costs` are those of convolutions that decided, see `backends.costs.record`."""
 
     setting: BenchSetting
     networks: tuple[NetworkBench, ...]
+    costs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
-        return {**self.setting.to_dict(), "networks": [network.to_dict() for network in self.networks]}
+        networks = [network.to_dict() for network in self.networks]
+        return {**self.setting.to_dict(), "networks": networks, "costs": self.costs}
 
     def render(self) -> RenderableType:
         """The report for a terminal."""

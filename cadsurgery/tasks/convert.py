@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data.images import check_size, find_images, normalise, read_image, street_scene, write_picture
 from cadsurgery.data.networks import WEIGHTS, Source, build_model
+from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.masking import not_static
 from cadsurgery.network.adaptify import adaptify
@@ -102,6 +103,7 @@ def convert(
         device=f"{device_in_words(where)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         file=str(output),
         notes=_notes(net.plan, counted.active_fraction, rows),
+        costs=costs.record(),
     )
 
 

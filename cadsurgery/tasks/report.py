@@ -40,6 +40,8 @@ class ConversionReport:
         checks: laws verified; empty if not.
         device: in words.
         file: written, or "".
+        notes: what a user can act on.
+        costs: of convolutions that decided, see `backends.costs.record`.
     """
 
     model: str
@@ -54,6 +56,7 @@ class ConversionReport:
     device: str
     file: str = ""
     notes: tuple[str, ...] = field(default=())
+    costs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
@@ -73,6 +76,7 @@ class ConversionReport:
             "device": self.device,
             "file": self.file,
             "notes": list(self.notes),
+            "costs": self.costs,
         }
 
     def render(self) -> RenderableType:
