@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import native
-from cadsurgery.elements.backends.choose import Convolution, every_row
+from cadsurgery.elements.backends.choose import Convolution, Pooling, every_row
 from cadsurgery.elements.backends.weights import Activation, Weights
 
 ACTIVATIONS = {
@@ -74,8 +74,8 @@ def test_pools_keep_nan(dtype, largest):
     rows, table = torch.randn(40, 20, dtype=dtype), torch.randint(0, 30, (9, 4), dtype=torch.int32)
     rows[35] = torch.nan
     table[[0, 1, 2, 3], [0, 1, 2, 3]] = 35
-    out = rows.new_empty(9, 20)
-    native.pool(native.Rows(rows, None, 0.0), table, out, largest)
+    reading = replace(every_row(40, rows.device), table=table)
+    out = native.Native().pool(Pooling(rows, reading, 0.0, largest))
     assert out[:4].isnan().all()
     assert not out[4:].isnan().any()
 

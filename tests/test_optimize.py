@@ -21,12 +21,19 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends import choose, costs, dense, native
-from cadsurgery.elements.backends.choose import Between, Convolution
+from cadsurgery.elements.backends.choose import (
+    Between,
+    Convolution,
+    Gathering,
+    Mixing,
+    Picking,
+    Pooling,
+)
 from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, Weights
 from cadsurgery.elements.functional import Elements, conv2d
-from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network import fuse
 from cadsurgery.network.dense_twin import dense_twin
@@ -427,12 +434,15 @@ def test_a_residual_and_relu_in_bfloat16(
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
 
 
-def reading(dtype: torch.dtype, channels: int, taps: int) -> tuple[native.Rows, Tensor, Tensor]:
-    """Rows with a halo, a table, and the same rows in one tensor."""
-    rows, halo = (torch.randn(count, channels).to(dtype) for count in (40, 7))
-    table = torch.randint(0, 48, (37, taps), dtype=torch.int32)
-    outside = torch.full((1, channels), -0.5, dtype=dtype)
-    return native.Rows(rows, halo, -0.5), table, torch.cat([rows, outside, halo])
+def read(dtype: torch.dtype, channels: int, taps: int) -> tuple[Tensor, Reading, Tensor]:
+    """Rows, a table into them, what is outside and a halo, and all of those in one tensor."""
+    rows = torch.randn(40, channels).to(dtype)
+    sources, shares = torch.randint(40, (7, 4), dtype=torch.int32), torch.rand(7, 4, dtype=torch.float64)
+    reading = Reading(torch.randint(0, 48, (37, taps), dtype=torch.int32), sources, shares, True)
+    return rows, reading, choose.extend(rows, reading, -0.5)
+
+
+CLAMP = Activation("hardtanh", (0.0, 6.0))
 
 
 @needs_compiler
@@ -441,16 +451,17 @@ def reading(dtype: torch.dtype, channels: int, taps: int) -> tuple[native.Rows, 
     ("group", "channels"), [(1, 5), (1, 32), (1, 77), (2, 6), (4, 36), (8, 104), (16, 48)]
 )
 @pytest.mark.parametrize("taps", [1, 9, 49])
+@torch.no_grad()
 def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: int, taps: int) -> None:
-    source, table, whole = reading(dtype, channels, taps)
+    rows, reading, whole = read(dtype, channels, taps)
     weight, bias = torch.randn(channels, group, 1, taps).to(dtype), torch.randn(channels).to(dtype)
     if not native.has_grouped(weight, channels // group):
         assert group > native.LANE_BYTES // dtype.itemsize  # a group wider than a vector of double
         return
     more = torch.randn(37, channels).to(dtype)
-    packed = native.grouped_weight(weight, bias)
-    found = native.grouped(source, table, *packed, more, (0.0, 6.0))
-    gathered = whole.double()[table.long()].view(37, taps, channels // group, group)
+    weights = Weights(weight, bias, channels // group, CLAMP)
+    found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
+    gathered = whole.double()[reading.table.long()].view(37, taps, channels // group, group)
     by_group = weight.double().view(channels // group, group, group, taps)
     expected = torch.einsum("ntgi,goit->ngo", gathered, by_group).flatten(1) + bias.double() + more.double()
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
@@ -460,17 +471,16 @@ def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("channels", [3, 16, 50])
+@torch.no_grad()
 def test_compiled_gathering_and_pooling(dtype: torch.dtype, channels: int) -> None:
-    source, table, whole = reading(dtype, channels, 4)
-    source.rows[3, 0] = float("nan")
-    whole[3, 0] = float("nan")
-    out = source.rows.new_empty(37 * 4, channels)
-    native.gather(source, table, out)
-    gathered = whole[table.long()]
+    rows, reading, _ = read(dtype, channels, 4)
+    rows[3, 0] = float("nan")
+    whole, compiled = choose.extend(rows, reading, -0.5), native.Native()
+    out = rows.new_empty(37 * 4, channels)
+    compiled.gather(Gathering(rows, reading, -0.5))(reading.table, out)
+    gathered = whole[reading.table.long()]
     assert torch.equal(out.view(37, 4, channels).nan_to_num(9.0), gathered.nan_to_num(9.0))
-    largest, total = source.rows.new_empty(37, channels), source.rows.new_empty(37, channels)
-    native.pool(source, table, largest, True)
-    native.pool(source, table, total, False)
+    largest, total = (compiled.pool(Pooling(rows, reading, -0.5, which)) for which in (True, False))
     assert torch.equal(largest.nan_to_num(9.0), gathered.amax(1).nan_to_num(9.0))
     sums = gathered.double().nan_to_num(0.0).sum(1)
     finite = ~gathered.isnan().any(1)
@@ -481,14 +491,15 @@ def test_compiled_gathering_and_pooling(dtype: torch.dtype, channels: int) -> No
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("channels", [3, 16, 50])
+@torch.no_grad()
 def test_mixing_where_it_is_read_is_mixing_before(dtype: torch.dtype, channels: int) -> None:
     rows = torch.randn(20, channels).to(dtype)
     sources, shares = torch.randint(20, (11, 4), dtype=torch.int32), torch.rand(11, 4, dtype=torch.float64)
     shares[2, 1:] = 0
     table = torch.cat([torch.randint(20, (9,)), 21 + torch.randperm(11)])[torch.randperm(20)].to(torch.int32)
-    out = rows.new_empty(20, channels)
-    native.gather_mixing(rows, table.view(-1, 1), sources, shares, out)
-    halo = native.mix(rows, sources, shares)
+    compiled = native.Native()
+    out = compiled.pick(Picking(rows, Reading(table, sources, shares, False)))
+    halo = compiled.mix(Mixing(rows, sources, shares))
     assert torch.equal(out, torch.cat([rows, rows[:1], halo])[table.long()])
 
 
@@ -510,13 +521,13 @@ def test_without_a_compiler_the_results_are_the_same(name: str, monkeypatch: pyt
 )
 @pytest.mark.parametrize("taps", [1, 9])
 def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps: int) -> None:
-    source, table, whole = reading(dtype, channels, taps)
+    rows, reading, whole = read(dtype, channels, taps)
     weight, bias = torch.randn(outputs, channels, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
     assert native.has_product(weight) and not native.has_product(weight.bfloat16())
     more = torch.randn(37, outputs).to(dtype)
-    packed = native.product_weight(weight, bias)
-    found = native.product(source, table, *packed, more, outputs, (0.0, 6.0))
-    gathered = whole.double()[table.long()]
+    weights = Weights(weight, bias, 1, CLAMP)
+    found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
+    gathered = whole.double()[reading.table.long()]
     expected = torch.einsum("ntc,oct->no", gathered, weight.double()[:, :, 0])
     expected = (expected + bias.double() + more.double()).clamp(0, 6)
     assert_same(found.double(), expected, 1e-5 if dtype == torch.float32 else 1e-12)

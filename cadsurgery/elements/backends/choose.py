@@ -39,10 +39,10 @@ class Between:
     def reading(self) -> Reading:
         """The kernel map, or for one tap at the element itself the rows as they are."""
         if self.window.is_pointwise:
-            rows = rows_of(self.source, self.target)
+            rows, device = rows_of(self.source, self.target), self.target.levels.device
             if rows is None:
-                return every_row(len(self.target), self.target.levels.device)
-            return Reading(rows.unsqueeze(1), *nothing_mixed(rows.device), False)
+                return every_row(len(self.target), device)
+            return Reading(rows.unsqueeze(1), *nothing_mixed(device), False)
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
 
 
@@ -124,10 +124,15 @@ class Convolution(Work):
 class Pooling(Work):
     """The largest value, or the sum, over the taps of each element: rows (N_target, C)."""
 
-    reads: Between
+    reads: Between | Reading
     outside: float
     largest: bool
     task: ClassVar[str] = "pool"
+
+    @property
+    def reading(self) -> Reading:
+        """Where it reads."""
+        return self.reads.reading if isinstance(self.reads, Between) else self.reads
 
 
 @dataclass(frozen=True, eq=False)

@@ -103,9 +103,9 @@ class Uniform(Backend):
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C) of a maximum."""
         image, operation, padding = self._padded(work, -torch.inf)
-        return _rows_of(
-            F.max_pool2d(image, work.reads.window.kernel, operation.stride, padding, operation.dilation)
-        )
+        assert isinstance(work.reads, Between)
+        kernel = work.reads.window.kernel
+        return _rows_of(F.max_pool2d(image, kernel, operation.stride, padding, operation.dilation))
 
     def _padded(self, work: Convolution | Pooling, filled: float) -> tuple[Tensor, _Dense, tuple[int, int]]:
         """The map, the operation and what that pads: nothing where it would fill in another value than `filled`, pads

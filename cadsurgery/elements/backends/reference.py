@@ -48,7 +48,7 @@ class Torch(Backend):
 
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C)."""
-        reading = work.reads.reading
+        reading = work.reading
         blocks = gathered_blocks(extend(work.rows, reading, work.outside), reading.table)
         return torch.cat([block.amax(1) if work.largest else block.sum(1) for block in blocks])
 

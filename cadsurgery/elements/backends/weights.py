@@ -162,10 +162,10 @@ class Weights:
             return self.finish(out, residual)
         image = image.contiguous(memory_format=torch.channels_last)
         if self.dense:
-            shape = list(image.shape)
+            shape, pack = list(image.shape), torch.ops.mkldnn._reorder_convolution_weight
             weight = self.form(
                 ("image", image.dtype, stride, padding, dilation, *shape),
-                lambda: _reordered(weight, stride, padding, dilation, self.groups, shape),
+                lambda: pack(weight.contiguous(), padding, stride, dilation, self.groups, shape),
             )
         return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
 
@@ -310,20 +310,6 @@ def _has_onednn(values: Tensor) -> bool:
         and (values.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         and not is_observed()
         and not (torch.is_grad_enabled() and values.requires_grad)
-    )
-
-
-def _reordered(
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    shape: list[int],
-) -> Tensor:
-    """The weight in oneDNN's own layout for images of a shape."""
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.contiguous(), padding, stride, dilation, groups, shape
     )
 
 
