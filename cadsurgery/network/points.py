@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.elements import extended, guided
+from cadsurgery.elements.backends.choose import extend
+from cadsurgery.elements.elements import guided
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.masks.context import keypoints_at
@@ -239,7 +240,7 @@ class _Run:
         lattice, pixels = elements.lattice, self._pixels(elements.lattice)
         reading = self._read(lattice, pixels, guide)
         flat = elements.rows.flatten(1)
-        rows = extended(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
+        rows = extend(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
         return list(rows.split([len(part) for part in self.points]))
 
     def macs(self, cone: Cone | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
+from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.masking import not_static
 from cadsurgery.network.adaptify import adaptify
@@ -95,6 +96,7 @@ def convert(
         device=f"{device_with_threads(where)}, torch {torch.__version__}",
         file=str(output),
         notes=_notes(net.plan, counted.active_fraction, rows),
+        costs=costs.record(),
     )
 
 
