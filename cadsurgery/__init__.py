@@ -47,6 +47,7 @@ _PUBLIC = {
     "load": "network.storage",
     "mask_provider": "masks",
     "export": "network.compile",
+    "operation": "elements.operations",
     "rule": "surgery.rules",
     "Call": "surgery.rules",
     "Treatment": "surgery.rules",
@@ -60,6 +61,9 @@ _PUBLIC = {
     "TrainingStopped": "support.errors",
     "UnknownName": "support.errors",
 }
+
+# Rooms that users know by their own names.
+_ROOMS = ("data", "finetune", "masks")
 
 # Modules under the names users know them by, whichever room they are in.
 _MODULES = {
@@ -121,6 +125,7 @@ __all__ = [
     "macs_at",
     "mask_provider",
     "open_data",
+    "operation",
     "plan",
     "read_at",
     "rule",
@@ -134,6 +139,7 @@ if TYPE_CHECKING:
     from cadsurgery.elements.functional import Elements
     from cadsurgery.elements.kernel_map import Window
     from cadsurgery.elements.lattice import Geometry, Lattice
+    from cadsurgery.elements.operations import operation
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
     from cadsurgery.network.adaptify import adaptify, plan
     from cadsurgery.network.compile import Bucketed, export
@@ -158,6 +164,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES or name in _ROOMS:
+        return importlib.import_module(f"cadsurgery.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'cadsurgery' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"cadsurgery.{_PUBLIC[name]}"), name)

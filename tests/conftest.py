@@ -83,14 +83,6 @@ def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
     return cases
 
 
-def launchers(processes: int) -> dict[str, list[str]]:
-    """What `python -m` runs to start a module in several processes on this machine, by the launcher's name."""
-    return {
-        "torchrun": ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"],
-        "accelerate": ["accelerate.commands.launch", f"--num_processes={processes}", "--cpu"],
-    }
-
-
 @pytest.fixture
 def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `cadsurgery ARGS` in an empty folder, whose modules can be imported; here, or in several processes."""
@@ -100,17 +92,11 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(screen, "out", Console(width=160))
     monkeypatch.setattr(screen, "err", Console(width=160, stderr=True))
 
-    def call(*arguments: object, processes: int = 1, launcher: str = "torchrun") -> Result:
+    def call(*arguments: object, processes: int = 1) -> Result:
         if processes > 1:
+            torchrun = ("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
             done = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    *launchers(processes)[launcher],
-                    "-m",
-                    "cadsurgery.cli",
-                    *map(str, arguments),
-                ],
+                [sys.executable, "-m", *torchrun, "-m", "cadsurgery.cli", *map(str, arguments)],
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, tmp_path))),

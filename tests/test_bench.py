@@ -227,7 +227,7 @@ def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None
 def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Path) -> None:
     with Image.open(folder / "bench.png") as picture:
         assert picture.format == "PNG" and picture.width > 1.5 * picture.height
-    figure = module.bench_figure(report)
+    figure = report.figure()
     panels = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title().partition(":")[0] for axis in panels] == [
         "resnet18, nearest",
@@ -238,7 +238,7 @@ def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Pat
 
 def test_panels_without_a_network_are_hidden(report: BenchReport) -> None:
     four = replace(report, networks=report.networks * 2)
-    assert [axis.get_visible() for axis in module.bench_figure(four).axes] == [True] * 4 + [False] * 2
+    assert [axis.get_visible() for axis in four.figure().axes] == [True] * 4 + [False] * 2
 
 
 def test_rows_are_appended_as_lines_that_stand_alone(report: BenchReport, folder: Path) -> None:

@@ -34,10 +34,11 @@ OLD = 10 * files._SECONDS_TO_LOCK
 # Loads the compiled code and calls it.
 USE = """
 import torch
-from cadsurgery.functional import native
+from cadsurgery.elements.backends import native
+from cadsurgery.elements.backends.choose import mix
 assert native.library() is not None
 rows = torch.arange(6.0).view(3, 2)
-out = native.mix(rows, torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([[0.5, 0.5]]))
+out = mix(rows, torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([[0.5, 0.5]]))
 assert out.tolist() == [[2.0, 3.0]], out
 """
 
@@ -97,7 +98,7 @@ def test_a_cache_that_cannot_be_written_is_one_temporary_folder_of_the_user(
     found = cache_folder()
     assert found is not None and found.parent == home / "tmp" and str(os.geteuid()) in found.name
     assert found.stat().st_mode & 0o777 == 0o700
-    run(f"from cadsurgery.files import cache_folder; assert str(cache_folder()) == {str(found)!r}")
+    run(f"from cadsurgery.support.files import cache_folder; assert str(cache_folder()) == {str(found)!r}")
     assert list((home / "tmp").iterdir()) == [found]
 
 
@@ -144,7 +145,7 @@ def test_without_home_and_passwd_entry_everything_works(home: Path) -> None:
     nobody += "pathlib.Path.home = gone\n"
     run(nobody + USE, XDG_CACHE_HOME=None, HOME=None)
     nowhere = "import tempfile\ndef none(): raise FileNotFoundError\ntempfile.gettempdir = none\n"
-    use = "import torch\nfrom cadsurgery.functional import costs, native\nassert native.library() is None\n"
+    use = "import torch\nfrom cadsurgery.elements.backends import costs, native\nassert native.library() is None\n"
     use += "assert costs.costs('a', lambda: costs.Costs(1.0, 2.0, 3.0)) == (1.0, 2.0, 3.0)\n"
     run(nobody + nowhere + use, XDG_CACHE_HOME=None, HOME=None)
 
@@ -227,7 +228,7 @@ def test_a_file_appears_whole_on_the_disk_and_private(home: Path, monkeypatch: p
 @pytest.fixture
 def worker(home: Path) -> Iterator[subprocess.Popen[str]]:
     """A process in the middle of making a file."""
-    code = "import sys, time\nfrom pathlib import Path\nfrom cadsurgery.files import kept_whole\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom cadsurgery.support.files import kept_whole\n"
     code += "with kept_whole(Path(sys.argv[1])):\n    print('begun', flush=True)\n    time.sleep(600)\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(home / "kept")]

@@ -14,6 +14,7 @@ from conftest import ROOT, Run
 from PIL import Image
 
 import cadsurgery as cs
+from cadsurgery import cli
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
@@ -110,6 +111,65 @@ def test_help_starts_without_torch_and_names_the_commands() -> None:
 def test_every_command_explains_itself_and_has_json(run: Run, command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.code == 0 and "--json" in result.out
+
+
+COMMAND = '''
+from dataclasses import dataclass
+from typing import Annotated, Any
+import typer
+from cadsurgery.cli import options, screen
+from cadsurgery.tasks.options import option
+
+commands = typer.Typer()
+
+@dataclass(frozen=True)
+class Greeting:
+    words: str = option("good day", "said first; default {default}")
+    times: int = option(2, "how often", min=1, name="repeat")
+    loud: bool = option(False, "in capitals")
+
+@commands.command()
+@options.command
+def greet(
+    *,
+    name: Annotated[str, typer.Argument(help="of whom")],
+    greeting: Annotated[dict[str, Any], options.Of(Greeting)],
+    given: Annotated[dict[str, Any], options.Of(options.Conversion, ("fill", "region"), given=True)],
+    as_json: options.Json = False,
+) -> None:
+    """Say something."""
+    screen.show({"name": name, **vars(Greeting(**greeting)), "given": given}, name, as_json)
+'''
+
+
+def test_a_new_command_is_one_file_and_has_its_options_from_a_dataclass(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "greeting.py").write_text(COMMAND)
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    try:
+        assert "Say something." in run("--help").out
+        shown = run("greet", "--help").out
+        assert (
+            "said first; default good day" in shown and "[default: 2]" in shown and "--no-loud" not in shown
+        )
+        given = run("greet", "you", "--json").json
+        assert given == {"name": "you", "words": "good day", "times": 2, "loud": False, "given": {}}
+        told = run("greet", "you", "--repeat", 3, "--loud", "--region", "a,b", "--json").json
+        assert told["times"] == 3 and told["loud"] is True and told["given"] == {"region": ["a", "b"]}
+        assert run("greet", "you", "--repeat", 0).code == 2
+    finally:
+        sys.modules.pop("cadsurgery.cli.greeting", None)
+
+
+@pytest.mark.parametrize("command", ["macs", "export"])
+def test_options_that_a_converted_file_cannot_be_given_are_refused(
+    run: Run, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "net.safetensors").touch()
+    network = ("--model", "net.safetensors") if command == "macs" else ("net.safetensors",)
+    done = run(command, *network, "--output-stride", "8,16", "--patch", "block", "--json")
+    assert done.code == 1 and "output_stride, patch cannot be changed" in done.json["what"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,9 +22,8 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.network.macs import layer_work
-from cadsurgery.support import processes
-from cadsurgery.tasks.convert import weights_in_words
 from cadsurgery.tasks.figures import evaluation_figure
+from cadsurgery.tasks.open import weights_in_words
 from cadsurgery.tasks.segmentation import counters
 from cadsurgery.tasks.segmentation.counters import scores_of
 from cadsurgery.tasks.segmentation.report import EvaluationReport
@@ -373,15 +371,11 @@ def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
     assert other["rows"] == found["rows"]
 
 
-LAUNCHERS = ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path, launcher: str) -> None:
+def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
     """Evaluation over scenes; one process prints."""
     arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--rounds", 0, "--json"]
     alone = run(*arguments)
-    together = run(*arguments, "--output", "two.json", processes=2, launcher=launcher)
+    together = run(*arguments, "--output", "two.json", processes=2)
     assert together.code == 0, together.err
     one, two = json.loads(alone.out), json.loads(together.out)
     assert (
@@ -393,10 +387,7 @@ def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path, launcher: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_predict_what_one_predicts(
-    run: Run, folder: Path, tmp_path: Path, launcher: str
-) -> None:
+def test_two_processes_predict_what_one_predicts(run: Run, folder: Path, tmp_path: Path) -> None:
     """Over a folder with a broken image; one process prints."""
     converted = [
         "convert",
@@ -414,7 +405,6 @@ def test_two_processes_predict_what_one_predicts(
         done = run(
             *("run", "net.safetensors", folder / "test" / "images", "-o", "out", "--json", "--trust"),
             processes=count,
-            launcher=launcher,
         )
         assert done.code != 0
         predicted.append(json.loads(done.out))
@@ -423,31 +413,6 @@ def test_two_processes_predict_what_one_predicts(
     assert (
         predicted[0] == predicted[1] and len(predicted[0]["images"]) == 2 and len(predicted[0]["failed"]) == 1
     )
-
-
-# -- launch --------------------------------------------------------------------------------------------
-
-
-def test_shares_are_disjoint_and_complete_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    items = list("abcdefg")
-    assert processes.shard(items) == list(enumerate(items)) and processes.world().is_main
-    shares = []
-    for rank in range(3):
-        for name, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank}.items():
-            monkeypatch.setenv(name, str(value))
-        assert processes.world() == (rank, 3, rank) and processes.world().is_main == (rank == 0)
-        shares.append(processes.shard(items))
-    assert [len(share) for share in shares] == [3, 2, 2]
-    assert processes.in_order(shares) == items
-
-
-def test_one_process_needs_no_accelerate_and_several_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert processes.gathered("mine", torch.device("cpu")) == ["mine"]
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(cs.CadError, match=r"cadsurgery\[train\]"):
-        processes.gathered("mine", torch.device("cpu"))
 
 
 # -- report --------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(name)
         raise ImportError(name)
 
-    monkeypatch.setattr(cadsurgery.environment, "importlib", SimpleNamespace(import_module=refuse))
+    monkeypatch.setattr(cadsurgery.support.provenance, "importlib", SimpleNamespace(import_module=refuse))
     return asked
 
 
@@ -108,7 +108,7 @@ def test_a_source_that_was_not_needed_is_not_called_later(saved: Path, imported:
         "saliency:function=os:system",
         "keypoints:detector=os:system",
         "edges + (saliency:function=os:system | budget) | dilate",
-        "saliency:function=cadsurgery.files:made_folder",
+        "saliency:function=cadsurgery.support.files:made_folder",
     ],
 )
 def test_a_mask_that_a_file_names_is_not_imported(

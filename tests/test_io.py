@@ -246,7 +246,7 @@ def test_safetensors_itself_reads_the_file(tmp_path: Path) -> None:
 def test_metadata_is_read_without_the_tensors(tmp_path: Path) -> None:
     net = adapted(patch="block")
     cs.save(net, tmp_path / "net.safetensors")
-    found = cadsurgery.io.read_metadata(tmp_path / "net.safetensors")
+    found = cadsurgery.network.storage.read_metadata(tmp_path / "net.safetensors")
     assert found["options"]["patch"] == "block" and Plan.from_json(found["plan"]) == net.plan
 
 
@@ -264,7 +264,7 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(
         Path(file).write_bytes(b"half of it")
         raise failure
 
-    monkeypatch.setattr(cadsurgery.io, "save_file", broken)
+    monkeypatch.setattr(cadsurgery.network.storage, "save_file", broken)
     with pytest.raises(cs.FileError if isinstance(failure, OSError) else KeyboardInterrupt):
         cs.save(adapted("all"), path)
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before

@@ -336,11 +336,16 @@ def two():
     assert run("keypoints", "extract", *named, "--output-stride", "1,4").code == 0
 
 
-def test_a_converted_network_keeps_its_output_strides(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_a_converted_network_is_given_other_output_strides_as_for_eval(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
     cs.save(cs.adaptify(describer(), "edges", output_stride=(1, 4)), tmp_path / "net.safetensors")
-    arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png")
-    assert run(*arguments, "--mask", "").code == 0
-    assert "output strides" in run(*arguments, "--output-stride", "2,4", "--json").json["what"]
+    arguments = ("keypoints", "extract", "net.safetensors", "--trust", folder / "first.png", "--mask", "")
+    assert run(*arguments).code == 0
+    assert run(*arguments, "--output-stride", "2,4", "-o", "coarse").code == 0
+    fine, coarse = (json.loads(Path(out, "extraction.json").read_text()) for out in ("features", "coarse"))
+    assert fine["made_with"]["plan"][0] == [1, 4] and coarse["made_with"]["plan"][0] == [2, 4]
+    assert fine["made_with"]["model"] == coarse["made_with"]["model"]
 
 
 # -- sequences -----------------------------------------------------------------------------------------
@@ -408,7 +413,7 @@ def test_an_unreadable_image_costs_its_pair_and_the_exit_code(run: Run, sequence
     result = run(*EVAL, "--data", sequences, "--json")
     assert result.code == 1 and result.json["sequences"] == 1
     (sequences / "v_wall" / "1.png").write_bytes(b"no image")
-    assert run(*EVAL, "--data", sequences, "--json").json["error"] == "CadError"
+    assert run(*EVAL, "--data", sequences, "--json").json["error"] == "FileError"
 
 
 @pytest.mark.slow

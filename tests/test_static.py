@@ -558,7 +558,7 @@ def test_export_refuses_with_a_next_step_and_writes_nothing(
     with pytest.raises(cs.InvalidInput, match="image"):
         cs.export(net, x[0], path)
     with monkeypatch.context() as patched:
-        patched.setattr("cadsurgery.static._difference", lambda *values: 0.5)
+        patched.setattr("cadsurgery.network.compile._difference", lambda *values: 0.5)
         with pytest.raises(cs.CannotConvert, match="differs from the network by"):
             cs.export(net, x, path)
     with monkeypatch.context() as patched:

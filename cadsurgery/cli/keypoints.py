@@ -7,166 +7,102 @@ from typing import Annotated, Any
 
 import typer
 
-from cadsurgery.cli import screen
-from cadsurgery.cli.options import (
-    Anchor,
-    Device,
-    Fill,
-    Json,
-    Pool,
-    Region,
-    Stride,
-    Trust,
-    Weights,
-    adaptify_options,
-    read_pair,
-)
+from cadsurgery.cli import options, screen
+from cadsurgery.tasks.options import Conversion, Extraction
 
-app = typer.Typer(
+commands = typer.Typer(
+    name="keypoints",
     help="Keypoints and descriptors by an adaptive network: full resolution around keypoints, and only what they need.",
     no_args_is_help=True,
 )
-Detector = Annotated[
-    str, typer.Option(help="sift, own (the network's score map), or module:function of the image batch")
-]
-Count = Annotated[int, typer.Option(min=1, help="keypoints of an image at most")]
-ReachOption = Annotated[
-    str, typer.Option(help="receptive: compute only what the keypoints depend on; all: everything")
-]
-Align = Annotated[
-    str,
-    typer.Option(help="sample of a point: cell, the one that covers it; corners, as published for D2-Net"),
-]
-Raw = Annotated[bool, typer.Option("--raw", help="descriptors as the network gives them, not normalised")]
-OutputName = Annotated[str, typer.Option(help="which output holds the descriptors, if there are several")]
-MaxEdge = Annotated[int, typer.Option(min=0, help="longer side of images at most, in pixels; 0 for any")]
-MaxSum = Annotated[int, typer.Option(min=0, help="height plus width at most (2800 as published); 0 for any")]
-Multiple = Annotated[int, typer.Option(min=1, help="cut sizes to multiples of it (8 as published)")]
-KEYPOINT_MASK = "keypoints:detector=given"
+SIZES = ("max_edge", "max_sum", "multiple")
+Described = Annotated[dict[str, Any], options.Of(Extraction, ("reach", "align", "raw", "output", *SIZES))]
 
 
-@app.command("extract")
+@commands.command("extract")
+@options.command
 def extract_command(
-    model: Annotated[
-        str, typer.Argument(help="a converted file, a torchvision or timm name, or module:function")
-    ],
+    *,
+    model: options.Network,
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the features")] = Path(
         "features"
     ),
-    mask: Annotated[
-        str,
-        typer.Option(help='"keypoints:detector=given" has the extracted keypoints; empty: the file\'s own'),
-    ] = KEYPOINT_MASK,
-    detector: Detector = "sift",
-    count: Count = 512,
+    keypoints: Annotated[dict[str, Any], options.Of(Extraction, ("mask", "detector", "count"))],
     form: Annotated[str, typer.Option(help="npz (as D2-Net writes it) or h5 (as hloc reads it)")] = "npz",
-    weights: Weights = "auto",
-    output_stride: Stride = "",
-    region: Region = "auto",
-    fill: Fill = "linear",
-    anchor: Anchor = "corner",
-    pool: Pool = "atrous",
-    reach: ReachOption = "receptive",
-    align: Align = "cell",
-    raw: Raw = False,
-    output_name: OutputName = "",
-    max_edge: MaxEdge = 0,
-    max_sum: MaxSum = 0,
-    multiple: Multiple = 1,
-    device: Device = "cpu",
-    trust: Trust = False,
-    as_json: Json = False,
+    weights: options.Weights = "auto",
+    conversion: Annotated[
+        dict[str, Any], options.Of(Conversion, ("output_stride", "region", "fill", "anchor", "pool"))
+    ],
+    description: Described,
+    device: options.Device = "cpu",
+    trust: options.Trust = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write keypoints, scores and descriptors of every image, one file each.
 
     What is there already is kept, so an interrupted run goes on. An image that cannot be used is reported, the others
     are done, and the exit code is 1. Runs under accelerate launch and torchrun.
     """
-    from cadsurgery.tasks.keypoints import Extraction, extract
+    from cadsurgery.tasks.keypoints import extract
 
-    settings: dict[str, Any] = {
-        **{"detector": detector, "count": count, "mask": mask, "reach": reach, "align": align, "raw": raw},
-        **{"output": output_name, "max_edge": max_edge, "max_sum": max_sum, "multiple": multiple},
-    }
-    options = adaptify_options(output_stride, region, fill, "quadtree", anchor, pool)
+    settings = Extraction(**keypoints, **description)
     with screen.steps(as_json) as step:
         rows, failures = extract(
-            *(model, images, output, Extraction(**settings)),
+            *(model, images, output, settings),
             form=form,
             weights=weights,
-            options=options,
+            options=conversion,
             device=device,
             step=step,
             trust=trust,
         )
-    kept, found = sum(row["kept"] for row in rows), sum(row["keypoints"] for row in rows)
+    kept, count = sum(row["kept"] for row in rows), sum(row["keypoints"] for row in rows)
     text = (
-        f"{found} keypoints of {len(rows)} images in {output} ({len(rows) - kept} new, {kept} there already), "
+        f"{count} keypoints of {len(rows)} images in {output} ({len(rows) - kept} new, {kept} there already), "
         f"{len(failures)} failed"
     )
-    screen.show({"images": rows, "failed": failures}, text, as_json)
-    screen.show_failures(failures, as_json)
-    if failures:
-        raise typer.Exit(1)
+    screen.show_rows(rows, failures, text, as_json)
 
 
-@app.command("eval")
+@commands.command("eval")
+@options.command
 def matching_command(
-    model: Annotated[
-        str, typer.Argument(help="a converted file, a torchvision or timm name, or module:function")
-    ],
+    *,
+    model: options.Network,
     data: Annotated[
         Path,
         typer.Option(help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one"),
     ],
-    mask: Annotated[list[str], typer.Option(help="repeatable")] = [KEYPOINT_MASK],  # noqa: B006
-    output_stride: Annotated[
-        list[str],
-        typer.Option("--output-stride", metavar="HIGH,LOW", help="repeatable: every mask at every pair"),
-    ] = [],  # noqa: B006
-    detector: Detector = "sift",
-    count: Count = 512,
-    weights: Weights = "auto",
-    region: Region = "auto",
-    fill: Fill = "linear",
-    anchor: Anchor = "corner",
-    pool: Pool = "atrous",
-    reach: ReachOption = "receptive",
-    align: Align = "cell",
-    raw: Raw = False,
-    output_name: OutputName = "",
-    max_edge: MaxEdge = 0,
-    max_sum: MaxSum = 0,
-    multiple: Multiple = 1,
+    mask: Annotated[list[str], typer.Option(help="repeatable")] = [Extraction.mask],  # noqa: B006
+    output_stride: options.Strides = [],  # noqa: B006
+    keypoints: Annotated[dict[str, Any], options.Of(Extraction, ("detector", "count"))],
+    weights: options.Weights = "auto",
+    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("region", "fill", "anchor", "pool"))],
+    description: Described,
     all_sequences: Annotated[
         bool, typer.Option("--all-sequences", help="also the eight of HPatches that the protocol leaves out")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=0, help="timing rounds on the first image; 0 to skip")] = 3,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write")] = None,
+    rounds: options.Rounds = 3,
+    output: options.Report = None,
     picture: Annotated[Path | None, typer.Option(help="PNG: accuracy against threshold and MACs")] = None,
     matches: Annotated[Path | None, typer.Option(help="PNG: matches of the first pair")] = None,
-    device: Device = "cpu",
-    trust: Trust = False,
-    as_json: Json = False,
+    device: options.Device = "cpu",
+    trust: options.Trust = False,
+    as_json: options.Json = False,
 ) -> None:
     """Match images of known homographies: accuracy at 1 to 15 pixels beside MACs and time, for several masks.
 
     The protocol of HPatches as D2-Net uses it. Runs under accelerate launch and torchrun.
     """
-    from cadsurgery.tasks.keypoints import Extraction, evaluate_matching
+    from cadsurgery.tasks.keypoints import evaluate_matching
 
-    settings: dict[str, Any] = {
-        **{"detector": detector, "count": count, "mask": mask[0], "reach": reach, "align": align, "raw": raw},
-        **{"output": output_name, "max_edge": max_edge, "max_sum": max_sum, "multiple": multiple},
-    }
-    options = adaptify_options("", region, fill, "quadtree", anchor, pool)
-    del options["output_stride"]  # of which there can be several
+    settings = Extraction(**keypoints, **description)
     with screen.steps(as_json) as step:
         report = evaluate_matching(
-            *(model, data, mask, Extraction(**settings)),
-            output_stride=[read_pair(text) for text in output_stride],
-            options=options,
+            *(model, data, mask, settings),
+            output_stride=[options.read_pair(text) for text in output_stride],
+            options=conversion,
             weights=weights,
             everything=all_sequences,
             rounds=rounds,
@@ -177,6 +113,6 @@ def matching_command(
             step=step,
             trust=trust,
         )
-    screen.show(report.to_dict(), report.render(), as_json)
+    screen.show_report(report, as_json)
     if report.failed:
         raise typer.Exit(1)

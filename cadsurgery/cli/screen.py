@@ -7,11 +7,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 from cadsurgery.support.errors import CadWarning
+
+if TYPE_CHECKING:
+    from cadsurgery.tasks.for_each import Failure
+    from cadsurgery.tasks.report import Report
 
 # A terminal knows its width; a pipe or file gets lines that need not wrap.
 out = Console(width=None if sys.stdout.isatty() else 140)
@@ -36,8 +41,9 @@ def progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], No
 def training(
     steps: int, images: int, silent: bool
 ) -> Iterator[tuple[Callable[[dict[str, float | None]], None], Callable[[str], None]]]:
-    """A progress bar on the error stream with the last row of the log and images a second; nothing with --json."""
-    if silent:
+    """A progress bar on the error stream with the last row of the log and images a second; nothing with --json or in
+    further processes."""
+    if silent or not is_first_process():
         yield (lambda row: None), (lambda text: None)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -101,13 +107,28 @@ def show(values: Any, renderable: Any, as_json: bool) -> None:
         out.print(renderable)
 
 
-def show_failures(failures: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """What could not be done, on the error stream; nothing with --json, where the result holds it."""
+def show_report(report: Report, as_json: bool) -> None:
+    """What a task tells."""
+    show(report.to_dict(), report.render(), as_json)
+
+
+def show_rows(
+    rows: Sequence[Mapping[str, Any]], failures: Sequence[Failure], text: str, as_json: bool
+) -> None:
+    """What was done with each of several files, and what could not be done, on the error stream; with --json both are
+    in the result.
+
+    Raises:
+        Exit: with 1, if there is such.
+    """
+    show({"images": rows, "failed": failures}, text, as_json)
     if not as_json and is_first_process():
         for failure in failures:
-            source, what = failure.get("image") or failure.get("sequence") or "", failure["what"]
-            where = "" if source in what else f"{source}: "
+            what, where = failure["what"], f"{failure['image']}: "
+            where = "" if failure["image"] in what else where
             err.print(f"[red]{where}{what}[/red] {failure.get('why', '')}", highlight=False)
+    if failures:
+        raise typer.Exit(1)
 
 
 def print_json(values: Any) -> None:

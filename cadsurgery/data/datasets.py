@@ -94,15 +94,15 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
                 next="resize the labels (nearest neighbour), or replace the pair.",
             )
         known = dict(self.table)
-        found = np.unique(values)
-        if strange := [int(value) for value in found if int(value) not in known]:
+        stored = np.unique(values)
+        if strange := [int(value) for value in stored if int(value) not in known]:
             raise InvalidInput(
                 f"{name} has label {', '.join(map(str, strange[:5]))}.",
                 why=f"data {self.name} has {len(self.classes)} classes, labels 0..{len(self.classes) - 1}.",
                 next=f"raise classes=..., or ignore such pixels: ignore={'/'.join(map(str, strange[:5]))}.",
             )
-        places = np.array([known[int(value)] for value in found], dtype=np.int64)
-        return torch.from_numpy(places[np.searchsorted(found, values)])
+        places = np.array([known[int(value)] for value in stored], dtype=np.int64)
+        return torch.from_numpy(places[np.searchsorted(stored, values)])
 
 
 def _image(picture: Any) -> Tensor:

@@ -124,7 +124,7 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
     Raises:
         FileError: nothing was found at all.
     """
-    found: dict[Path, Path] = {}
+    places: dict[Path, Path] = {}
     failed: list[FileError] = []
     vain: list[Path] = []
     for path in paths:
@@ -141,11 +141,11 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
         for image in inside:
             place = image.relative_to(path) if path.is_dir() else Path(image.name)
             target, count = place.with_suffix(".png"), 1
-            while target in found.values():
+            while target in places.values():
                 count += 1
                 target = place.with_name(f"{place.stem}_{place.suffix[1:]}{'' if count == 2 else count}.png")
-            found.setdefault(image, target)
-    if not found:
+            places.setdefault(image, target)
+    if not places:
         others = f"neither is there anything in {', '.join(map(str, vain[1:]))}." if len(vain) > 1 else ""
         raise (
             FileError(failed[0].what, why=others, next=failed[0].next)
@@ -153,7 +153,7 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
             else FileError("no images were given.", next="name files or folders.")
         )
     rows = zip(vain, failed, strict=True)
-    return found, [{"image": str(path), **error.to_dict()} for path, error in rows]
+    return places, [{"image": str(path), **error.to_dict()} for path, error in rows]
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:

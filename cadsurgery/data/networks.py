@@ -200,9 +200,9 @@ def source_of(network: nn.Module) -> Source:
     """Where a network came from; for one of your own its type, and the mean and standard deviation that its
     `pretrained_cfg` states, as timm's networks do, or ImageNet's."""
     for name in ("source", "cad_source"):
-        found = getattr(network, name, None)
-        if isinstance(found, Source):
-            return found
+        source = getattr(network, name, None)
+        if isinstance(source, Source):
+            return source
     note = "weights as they were given"
     return Source(type(network).__name__, {}, "own", note, *_statistics(network))
 
@@ -308,10 +308,12 @@ def _classes(entry: Any) -> dict[str, Any]:
 
 
 def _decisions(model: nn.Module, builder: Any) -> dict[str, Any]:
-    found = {name: getattr(model, name) for name in _DECISIVE if isinstance(getattr(model, name, None), bool)}
+    options = {
+        name: getattr(model, name) for name in _DECISIVE if isinstance(getattr(model, name, None), bool)
+    }
     if "aux_loss" in inspect.signature(builder).parameters:
-        found["aux_loss"] = getattr(model, "aux_classifier", None) is not None
-    return found
+        options["aux_loss"] = getattr(model, "aux_classifier", None) is not None
+    return options
 
 
 def _timm_builder(name: str) -> Builder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,23 +128,18 @@ class _Torchvision:
 
 
 def _torchvision(
-    name: str,
-    make: Callable[[], Any],
-    classes: tuple[str, ...],
-    table: Mapping[int, int],
-    spec: str,
-    split: str,
+    make: Callable[[], Any], classes: tuple[str, ...], table: Mapping[int, int], spec: str, split: str
 ) -> SegmentationData:
-    place = spec.partition(":")[2].partition(",")[0]
+    name, _, rest = spec.partition(":")
     try:
         dataset = make()
     except (RuntimeError, OSError) as error:
-        raise missing(KINDS[name], place, first_line(error)) from error
+        raise missing(KINDS[name], rest.partition(",")[0], first_line(error)) from error
     names = [str(path) for path in (dataset._images if name == "pets" else dataset.images)]
     order = sorted(range(len(names)), key=names.__getitem__)
-    in_order = tuple(names[index] for index in order)
+    read = _Torchvision(dataset, tuple(order))
     return SegmentationData(
-        spec, split, classes, in_order, _Torchvision(dataset, tuple(order)), tuple(table.items())
+        spec, split, classes, tuple(names[index] for index in order), read, tuple(table.items())
     )
 
 
@@ -153,14 +149,8 @@ def _cityscapes(place: str, split: str, options: Mapping[str, str], spec: str) -
     used = {entry.id: entry for entry in Cityscapes.classes if not entry.ignore_in_eval and entry.id >= 0}
     table = {value: used[value].train_id if value in used else IGNORED for value in range(256)}
     classes = tuple(entry.name for entry in used.values())
-    return _torchvision(
-        "cityscapes",
-        lambda: Cityscapes(place, split, mode="fine", target_type="semantic"),
-        classes,
-        table,
-        spec,
-        split,
-    )
+    make = partial(Cityscapes, place, split, mode="fine", target_type="semantic")
+    return _torchvision(make, classes, table, spec, split)
 
 
 def _voc(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -169,15 +159,8 @@ def _voc(place: str, split: str, options: Mapping[str, str], spec: str) -> Segme
     years = [str(year) for year in range(2007, 2013)]
     if options["year"] not in years:
         raise UnknownName("year of data 'voc'", options["year"], years)
-    table = dict(identity_table(len(VOC_CLASSES)))
-    return _torchvision(
-        "voc",
-        lambda: VOCSegmentation(place, options["year"], split, download=False),
-        VOC_CLASSES,
-        table,
-        spec,
-        split,
-    )
+    make = partial(VOCSegmentation, place, options["year"], split, download=False)
+    return _torchvision(make, VOC_CLASSES, dict(identity_table(len(VOC_CLASSES))), spec, split)
 
 
 def _sbd(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -189,29 +172,16 @@ def _sbd(place: str, split: str, options: Mapping[str, str], spec: str) -> Segme
         raise CadError(
             "the labels of SBD are MATLAB files, which need SciPy.", next="pip install scipy"
         ) from error
-    table = dict(identity_table(len(VOC_CLASSES)))
-    return _torchvision(
-        "sbd",
-        lambda: SBDataset(place, split, mode="segmentation", download=False),
-        VOC_CLASSES,
-        table,
-        spec,
-        split,
-    )
+    make = partial(SBDataset, place, split, mode="segmentation", download=False)
+    return _torchvision(make, VOC_CLASSES, dict(identity_table(len(VOC_CLASSES))), spec, split)
 
 
 def _pets(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     from torchvision.datasets import OxfordIIITPet
 
     known = "trainval" if split == "train" else split
-    return _torchvision(
-        "pets",
-        lambda: OxfordIIITPet(place, known, target_types="segmentation", download=False),
-        ("pet", "background", "border"),
-        {1: 0, 2: 1, 3: 2},
-        spec,
-        split,
-    )
+    make = partial(OxfordIIITPet, place, known, target_types="segmentation", download=False)
+    return _torchvision(make, ("pet", "background", "border"), {1: 0, 2: 1, 3: 2}, spec, split)
 
 
 # -- generated -----------------------------------------------------------------------------------------

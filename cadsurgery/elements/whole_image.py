@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.elements import Elements, native_shape, own_image, rows_on
-from cadsurgery.elements.products import no_autocast
+from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
+from cadsurgery.elements.operations import operation
 
 
+@operation(reads="element")
 def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = None) -> Elements:
     """Batch normalisation with the parameters and statistics of `norm`.
 
@@ -52,6 +53,7 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
     return Elements(rows.to(x.rows.dtype), x.lattice)
 
 
+@operation(reads="batch")
 def norm_of_batch(x: Elements, norm: nn.BatchNorm2d) -> Elements:
     """`batch_norm` without running statistics: always by those of the batch, which joins its images."""
     return batch_norm(x, norm)
@@ -97,6 +99,7 @@ class _WeightedNorm(torch.autograd.Function):
         return found, None, of_weight if present else None, of_bias if present else None, None
 
 
+@operation(reads="image")
 def group_norm(
     x: Elements, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> Elements:
@@ -126,6 +129,7 @@ def _contiguous(gradient: Tensor | None) -> Tensor | None:
     return gradient.contiguous() if gradient is not None else None
 
 
+@operation(reads="image")
 def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
     """Standard deviation of each image and group (Liu et al. 2020, EvoNorm-S0), repeated for its channels."""
     centred, variance = _centred_groups(x, groups)
@@ -133,6 +137,7 @@ def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
     return Elements(rows.to(x.rows.dtype), x.lattice)
 
 
+@operation(reads="element", trains_only=True)
 def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
     """Dropout of whole channels or whole images, as `dropout` does it to a map: one factor per image and channel."""
     if not dropout.training:
@@ -142,6 +147,7 @@ def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
     return Elements(x.rows * rows_on(factors, x.lattice, f"b{'c' * len(channels)}hw"), x.lattice)
 
 
+@operation(reads="image", gives="vector")
 def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
@@ -149,6 +155,7 @@ def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor
     return _per_image((share @ values).to(x.rows.dtype), x, keepdim, layout)
 
 
+@operation(reads="image", gives="vector")
 def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Maximum of each image: (B, C, 1, 1) or (B, C)."""
     values = without_padding(x, -torch.inf).reshape(len(x.lattice), -1)
@@ -157,6 +164,7 @@ def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     return _per_image(lowest.scatter_reduce(0, image, values, "amax"), x, keepdim, layout)
 
 
+@operation(reads="image", gives="vector")
 def global_reduce(
     x: Elements,
     how: str,
@@ -203,6 +211,7 @@ def global_reduce(
     return found if keepdim else found.squeeze(dims)
 
 
+@operation(reads="image")
 def softmax_over_image(x: Elements, spacing: int) -> Elements:
     """Softmax over all positions of each image, for every channel apart.
 
@@ -216,6 +225,7 @@ def softmax_over_image(x: Elements, spacing: int) -> Elements:
     return Elements(exponents / rows_on(total, x.lattice, layout), x.lattice)
 
 
+@operation(reads="image")
 def normalize_over_image(x: Elements, spacing: int) -> Elements:
     """Each channel of an image divided by its Euclidean norm over all positions; see `global_reduce`."""
     layout = "bp" + "c" * (x.rows.dim() - 1)
@@ -223,6 +233,7 @@ def normalize_over_image(x: Elements, spacing: int) -> Elements:
     return Elements(x.rows / rows_on(norm, x.lattice, layout), x.lattice)
 
 
+@operation(reads="image", gives="vector", macs=None)
 def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> Tensor:
     """The matrix product of two maps along their positions: (B, ..., I, J) from rows (N, ..., I) and (N, ..., J).
 
@@ -244,6 +255,7 @@ def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> 
     return torch.stack([torch.einsum("n...i,n...j->...ij", left, right) for left, right in parts])
 
 
+@operation(reads="element", macs=None)
 def matrix_on_rows(x: Elements, matrix: Tensor, transposed: bool) -> Elements:
     """A matrix (K, J), or one per image (B, ..., K, J), on the last channel axis of rows (N, ..., K).
 

@@ -102,14 +102,14 @@ def batches(
         num_workers=workers,
         collate_fn=list,
     )
-    for positions, found in zip(order, loader, strict=True):
+    for positions, samples in zip(order, loader, strict=True):
         indices = tuple(sampling.index(position) for position in positions)
-        for sample in found:
+        for sample in samples:
             if isinstance(sample, CadError):
                 raise sample
-        columns = list(zip(*(inputs for inputs, _ in found), strict=True))
+        columns = list(zip(*(inputs for inputs, _ in samples), strict=True))
         stacked = tuple(_stacked(column, indices) for column in columns)
-        labels = _stacked([labels for _, labels in found], indices).long()
+        labels = _stacked([labels for _, labels in samples], indices).long()
         yield Batch(stacked, labels, tuple(positions), indices)
 
 
@@ -163,13 +163,13 @@ def augmentation(settings: Settings) -> Augmentation:
     """Crop, flip, jitter and scale of the settings, for `fit`."""
     from cadsurgery.data import Augment
 
-    found: Augmentation = Augment(
+    augment: Augmentation = Augment(
         crop=settings.crop or None,
         flip=0.5 if settings.flip else 0.0,
         jitter=settings.jitter,
         scale=settings.scale if settings.scale != (1.0, 1.0) else None,
     )
-    return found
+    return augment
 
 
 def check_data(data: Samples, what: str) -> None:

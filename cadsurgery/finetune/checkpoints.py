@@ -119,8 +119,8 @@ def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, pro
         "classes": list(getattr(data, "classes", ())),
         "augment": repr(augment) if is_dataclass(augment) else getattr(augment, "__name__", None),
     }
-    found = {"settings": given, "network": network, "data": described, "processes": processes}
-    return json.loads(json.dumps(found))
+    identity = {"settings": given, "network": network, "data": described, "processes": processes}
+    return json.loads(json.dumps(identity))
 
 
 def check_same_run(stored: Identity, now: Identity, folder: Path) -> None:
@@ -142,8 +142,8 @@ def check_same_run(stored: Identity, now: Identity, folder: Path) -> None:
 def _differences(stored: Any, now: Any, path: str) -> list[str]:
     if isinstance(stored, Mapping) and isinstance(now, Mapping):
         names = sorted(stored.keys() | now.keys())
-        found = (_differences(stored.get(n), now.get(n), f"{path}.{n}" if path else n) for n in names)
-        return [difference for some in found for difference in some]
+        parts = (_differences(stored.get(n), now.get(n), f"{path}.{n}" if path else n) for n in names)
+        return [difference for some in parts for difference in some]
     return [] if stored == now else [f"{path}: {_short(stored)}, now {_short(now)}"]
 
 

@@ -10,16 +10,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.support.errors import InvalidInput, first_line
-from cadsurgery.support.processes import start_others
+from cadsurgery.support.processes import world
 
 
 def make_accelerator(settings: Settings, device: str) -> Any:
     """Accelerate for the settings: device, precision, processes.
 
     Raises:
-        InvalidInput: Accelerate is not installed, or the device cannot do what is asked; or as `start_others`.
+        InvalidInput: Accelerate is not installed, or the device cannot do what is asked; or as `world`.
     """
-    start_others()
+    world()
     accelerate = imported("accelerate", "accelerate")
     # Another run of this process may have had another precision.
     imported("accelerate.state", "accelerate").AcceleratorState._reset_state()

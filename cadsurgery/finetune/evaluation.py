@@ -8,8 +8,9 @@ from torch import nn
 from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Samples, check_data, prepared
 from cadsurgery.finetune.objectives import logits_of, resized
-from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.trace import evaluating
 
 
 def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
@@ -37,10 +38,10 @@ def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
             metrics.update(prediction.cpu(), labels.unsqueeze(0))
             active += net.active_fraction if isinstance(net, AdaptiveModel) else 0.0
     assert metrics is not None
-    found = {name: value for name, value in metrics.compute().items() if isinstance(value, float)}
+    figures = {name: value for name, value in metrics.compute().items() if isinstance(value, float)}
     if isinstance(net, AdaptiveModel):
-        found["active_fraction"] = active / len(data)
-    return found
+        figures["active_fraction"] = active / len(data)
+    return figures
 
 
 def check_classes(data: object, outputs: int) -> None:

@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.plan import AFTER
-from cadsurgery.surgery.planner import BACKBONE_NAMES
+from cadsurgery.surgery.refusals import BACKBONE_NAMES
 
 MASK = "_mask_provider"
 
@@ -69,7 +68,7 @@ def make_groups(
         if name != MASK and not any(child is head for head in _head(net))
         for p in child.parameters()
     }
-    found: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
+    groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
     for name, parameter in parameters.items():
         key = id(parameter)
         if not parameter.requires_grad:
@@ -78,14 +77,14 @@ def make_groups(
             group = "mask"
         else:
             group = "classifier" if key in of_head and key not in of_backbone else "backbone"
-        found[group][name] = parameter
-    if not any(found[name] for name in factors if name != "fixed"):
+        groups[group][name] = parameter
+    if not any(groups[name] for name in factors if name != "fixed"):
         raise InvalidInput(
             "no parameter is left to train.",
             why="all are frozen, or none takes part in the objective.",
             next='call net.requires_grad_(True), or train with freeze="" and another objective.',
         )
-    return tuple(Group(name, factors[name], found[name]) for name in factors if found[name])
+    return tuple(Group(name, factors[name], groups[name]) for name in factors if groups[name])
 
 
 def _head(net: nn.Module) -> list[nn.Module]:
@@ -141,7 +140,7 @@ def stem_of(net: nn.Module) -> Stem:
     before: dict[str, bool] = {}
     for decision in net.plan.decisions:
         path = ".".join(filter(None, (net.plan.part, decision.path)))
-        is_before = decision.action == "dense" and decision.reason != AFTER
+        is_before = decision.action == "dense" and not decision.after
         before[path] = is_before and before.get(path, True)
     containers = {path[:end] for path in before for end, letter in enumerate(path) if letter == "."}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import cadsurgery.finetune.blend  # noqa: F401  # an objective by name
 from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
@@ -32,9 +33,10 @@ from cadsurgery.finetune.probe import count_outputs, freeze_unused
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.network.model import OptimizedModel, evaluating
+from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
 from cadsurgery.support.files import made_folder
+from cadsurgery.surgery.trace import evaluating
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
 START, LAST, BEST, NETWORK = ("start", "checkpoint", "best", "net")
@@ -204,11 +206,11 @@ class _Run:
             draw = Draw(self.settings.seed, step, batch.positions)
             quiet = self.accelerator.no_sync(self.wrapped) if part + 1 < parts else contextlib.nullcontext()
             with quiet:
-                found = self.wrapped(batch.inputs, batch.labels, draw)
-                self.accelerator.backward(found["loss"] / parts)
-            rows.append(torch.stack([value.detach().float() for value in found.values()]))
+                outputs = self.wrapped(batch.inputs, batch.labels, draw)
+                self.accelerator.backward(outputs["loss"] / parts)
+            rows.append(torch.stack([value.detach().float() for value in outputs.values()]))
         mean = self.accelerator.reduce(torch.stack(rows).mean(0), reduction="mean")
-        scalars: dict[str, float] = dict(zip(found, mean.tolist(), strict=True))
+        scalars: dict[str, float] = dict(zip(outputs, mean.tolist(), strict=True))
         if not math.isfinite(scalars["loss"]):
             raise TrainingStopped(
                 f"the loss is {scalars['loss']} at step {step + 1}.",
@@ -246,14 +248,14 @@ class _Run:
     def _start(self, identity: Identity, resume: bool) -> Checkpoint:
         """The state before the first step, from the folder if it holds this run."""
         path = self.folder / f"{START}.safetensors"
-        found = path.is_file()
+        is_there = path.is_file()
         self.accelerator.wait_for_everyone()
-        if found and not resume:
+        if is_there and not resume:
             raise FileError(
                 f"{self.folder} holds a run already.",
                 next="choose another output folder, remove this one, or resume.",
             )
-        if found:
+        if is_there:
             check_same_run(read_checkpoint(path).identity, identity, self.folder)
         else:
             before = self._measure(self.net)
@@ -308,16 +310,16 @@ class _Run:
             return {}
         if callable(self.validation):
             with torch.no_grad(), evaluating(net):
-                found = self.validation(net)
+                figures = self.validation(net)
         else:
-            found = evaluate(net, self.validation)
-        if "miou" not in found:
+            figures = evaluate(net, self.validation)
+        if "miou" not in figures:
             raise InvalidInput(
                 "the validation gives no 'miou'.",
-                where=f"it gives {', '.join(found) or 'nothing'}",
+                where=f"it gives {', '.join(figures) or 'nothing'}",
                 next="return a dictionary with 'miou' and what else you like.",
             )
-        return found
+        return figures
 
     def _finish(self, resumed: int) -> Outcome:
         after = self.measured.get(self.state.step) or self._measure(self.result)

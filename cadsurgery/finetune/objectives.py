@@ -19,10 +19,11 @@ from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
-from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import same_place
+from cadsurgery.surgery.trace import evaluating
 
 IGNORED = 255
 AUXILIARY_WEIGHT = 0.5  # of torchvision's reference training of segmentation networks
@@ -266,14 +267,14 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         InvalidInput: there is none.
     """
-    found = output.get("out") if isinstance(output, Mapping) else output
-    if not isinstance(found, Tensor) or found.dim() != 4:
+    logits = output.get("out") if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor) or logits.dim() != 4:
         raise InvalidInput(
-            f"the network returns {describe(found)}.",
+            f"the network returns {describe(logits)}.",
             why="training needs class logits of shape (B, C, H, W), alone or as 'out' of a dictionary.",
             next="wrap the network so that it returns them.",
         )
-    return found
+    return logits
 
 
 def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
@@ -13,12 +12,13 @@ from cadsurgery.data.networks import Source
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import save
 from cadsurgery.support.files import written_whole
+from cadsurgery.tasks.report import Plain
 
 TRAINED = "fine-tuned"  # what the source of a network says of its weights then
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Plain):
     """What a run gave.
 
     Attributes:
@@ -45,20 +45,12 @@ class Outcome:
     checkpoint: Path
     groups: tuple[dict[str, object], ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        values = {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()
-        }
-        return {**values, "groups": list(self.groups)}
-
 
 def write_network(net: nn.Module, path: Path) -> None:
     """The network as a file: a converted one for `cadsurgery.load`, any other as a state dict."""
     if isinstance(net, AdaptiveModel):
-        if isinstance(
-            net.source, Source
-        ):  # whatever they were at first, a report should not call them random
+        # Whatever they were at first, a report should not call them random.
+        if isinstance(net.source, Source):
             net.source = replace(net.source, weights=TRAINED)
         save(net, path)
         return

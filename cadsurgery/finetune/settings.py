@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.tasks.options import option
 
 CHOICES = {
     "optimizer": ("sgd", "adamw"),
@@ -55,33 +56,35 @@ class Settings:
         workers: processes per training process that load images; 0 loads in it.
     """
 
-    steps: int = 30_000
-    batch: int = 8
-    accumulate: int = 1
-    lr: float = 0.1
+    steps: int = option(30_000, "optimiser steps; default {default}")
+    batch: int = option(8, "images per process and pass; default {default}")
+    accumulate: int = option(1, "passes per step; default {default}")
+    lr: float = option(0.1, "of the classifier; default {default}")
     backbone_factor: float = 0.1
     mask_factor: float = 0.01
     power: float = 0.9
     lr_floor: float = 1e-6
-    optimizer: str = "sgd"
+    optimizer: str = option("sgd", "{default} (default) or adamw")
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    clip: float = 0.0
-    crop: int = 768
+    clip: float = option(0.0, "largest norm of the gradient; default none")
+    crop: int = option(768, "side of the crops; default {default}, 0 for whole images")
     flip: bool = True
     jitter: float = 0.5
     scale: tuple[float, float] = (1.0, 1.0)
-    precision: str = "no"
-    batch_norm: str = "train"
-    freeze: str = ""
-    ema: float = 0.0
-    seed: int = 0
-    objective: str = "mixed"
+    precision: str = option("no", "{default} (default), fp16 or bf16")
+    batch_norm: str = option("train", "{default} (default) or frozen")
+    freeze: str = option("", "stem: what comes before the region stays as it is")
+    ema: float = option(0.0, "decay of an average of the weights")
+    seed: int = option(0, "of everything random; default {default}")
+    objective: str = option(
+        "mixed", "{default} (default), any-budget, or blend for a learned mask; their options are below"
+    )
     objective_options: dict[str, Any] = field(default_factory=dict)
-    save_every: int = 500
-    validate_every: int = 1000
-    log: str = "csv"
-    workers: int = 4
+    save_every: int = option(500, "steps between checkpoints; default {default}")
+    validate_every: int = option(1000, "steps between validations; default {default}")
+    log: str = option("csv", "{default} (default) or tensorboard")
+    workers: int = option(4, "processes that load images; default {default}")
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -110,8 +113,8 @@ class Settings:
         for name in values:
             if name not in known:
                 raise UnknownName("setting", name, known)
-        found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return replace(self, **found)
+        changes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return replace(self, **changes)
 
     @staticmethod
     def read(path: Path) -> Settings:

@@ -11,15 +11,17 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
-from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
-from cadsurgery.network.model import AdaptiveModel, Surgery
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, observe
 from cadsurgery.surgery.hooks import Watched, copying, is_apart, take_over, watched
 from cadsurgery.surgery.plan import Outputs, Plan
-from cadsurgery.surgery.planner import BACKBONE_NAMES, make_plan
+from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import rewrite, unchanged
 from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import trace
@@ -109,17 +111,18 @@ def adaptify(
     path, facts = traceable_part(whole, example_input)
     if path and verify_laws:
         check_used(whole, path, facts.example)
-    chosen, treatments = make_plan(facts, output_stride, _within(path, region), path, outputs)
+    chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
     if strict:
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
-    graph = rewrite(facts, chosen, treatments, guided=fill == "guided")
-    signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
-    own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
-    surgery = Surgery(
-        graph, chosen, geometry, signature, facts.container, source, own, _relied_on(facts, chosen)
+    graph = rewrite(flow, chosen, guided=fill == "guided")
+    signature = inspect.signature(facts.model.forward)
+    as_it_was = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
+    program = Program(
+        graph, chosen, geometry, signature, facts.container, as_it_was, _relied_on(facts, chosen)
     )
-    net = AdaptiveModel(facts.model, surgery, provider)
+    net = AdaptiveModel(facts.model, program, provider)
+    net.source = getattr(model, "cad_source", None)
     take_over(net, facts.model)
     if verify_laws:
         net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.example)
@@ -142,10 +145,10 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
     try:
         graph = _traced(model)
     except CannotConvert as refusal:
-        found = _backbone_graph(model)
-        if found is None:
+        backbone = _backbone_graph(model)
+        if backbone is None:
             raise refusal
-        path, graph = found
+        path, graph = backbone
         part = getattr(model, path)
     return path, observe(part, graph, example_input)
 

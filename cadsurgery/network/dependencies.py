@@ -8,7 +8,7 @@ whole image wants all of it. Run on lattices cut to these parts, the wanted elem
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +18,19 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Reading, kernel_map
 from cadsurgery.elements.lattice import Lattice, Part
+from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.windows import drops
-from cadsurgery.network.interpreter import GraphInterpreter
-
-if TYPE_CHECKING:
-    from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import GraphInterpreter, Program
 
 Size = tuple[int, int]
 Place = tuple[int, Size]  # stage and fine size of a lattice
-
-_POOLS = (functional.max_pool2d, functional.avg_pool2d, functional.pixel_unshuffle)
-_WINDOWS = (functional.conv2d, functional.fused_conv2d, functional.conv2d_per_image, *_POOLS)
-# What looks at no values of elements: what enters, sizes, lattices.
-_NEEDS_NOTHING = (functional.to_elements, functional.native_shape, functional.common_lattice)
 
 
 class _Places(GraphInterpreter):
     """Runs a graph and notes where its nodes have elements or lattices."""
 
-    def __init__(self, net: AdaptiveModel, graph: fx.Graph) -> None:
-        super().__init__(net, graph)
+    def __init__(self, program: Program, graph: fx.Graph) -> None:
+        super().__init__(program, graph)
         self.places: dict[str, Place] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -50,17 +43,17 @@ class _Places(GraphInterpreter):
 
 
 def places_of(
-    net: AdaptiveModel, graph: fx.Graph, lattice: Lattice, values: tuple[Any, ...]
+    program: Program, graph: fx.Graph, lattice: Lattice, values: tuple[Any, ...]
 ) -> dict[str, Place]:
     """Where each node of a graph that gives elements or a lattice has them, by its name.
 
     Args:
-        net: with shapes and no values, see `macs.ghost`.
+        program: on shapes without values, see `macs.ghost`.
         graph: behind the place where the mask is asked for.
         lattice: any of the fine map's size.
         values: what enters the graph, as meta tensors.
     """
-    interpreter = _Places(net, graph)
+    interpreter = _Places(program, graph)
     interpreter.run(lambda *_: lattice, *values)
     return interpreter.places
 
@@ -109,25 +102,29 @@ class Cone:
             self._visit_rows(node, *self._rows[node])
             return
         needed, target = self._needed.get(node), node.target
-        if target in _NEEDS_NOTHING or (target is getattr and node.args[1] in ("rows", "lattice")):
+        operation = operation_of(target)
+        reads = operation.reads if operation is not None else ""
+        if reads == "nothing" or (target is getattr and node.args[1] in ("rows", "lattice")):
             if target is functional.common_lattice and needed is not None:
                 self.lattices[node.name] = self._part(node, needed)
         elif needed is None or node.name not in self._places:
             self._need_all_of(node)
-        elif target in _WINDOWS:
-            self._visit_window(node, needed)
+        elif operation is not None and "window" in node.kwargs:
+            self._visit_window(node, operation, needed)
         elif target is Elements:
             size = self._places[node.name][1]
             rows, lattice = node.args
             self._need_rows(rows, needed, size)
             if isinstance(lattice, fx.Node) and lattice.target is functional.common_lattice:
                 self._need(lattice, needed, size)
-        elif target is functional.batch_norm:  # of a network that is not trained
-            self._need(node.args[0], needed, self._places[node.name][1])
+        elif reads == "element":  # statistics of a batch are of networks that are trained
+            for read in node.all_input_nodes:
+                if read.name in self._places:
+                    self._need(read, needed, self._places[node.name][1])
         else:
             self._need_all_of(node)
 
-    def _visit_window(self, node: fx.Node, needed: Tensor) -> None:
+    def _visit_window(self, node: fx.Node, operation: Operation, needed: Tensor) -> None:
         target = self._part(node, needed)
         self.lattices[node.name] = target
         read: Any = node.args[0]
@@ -137,11 +134,12 @@ class Cone:
         if window.is_pointwise:
             self._need(read, needed, target.size)
         else:
-            drop = node.target in _POOLS and drops(target, window)
-            found = reached(source, kernel_map(source, target, window, drop=drop))
-            self._need(read, found, source.size)
-        if node.target is functional.fused_conv2d and len(node.args) > 2 and node.args[2] is not None:
-            self._need(node.args[2], needed, target.size)
+            drop = operation.drops and drops(target, window)
+            pixels = reached(source, kernel_map(source, target, window, drop=drop))
+            self._need(read, pixels, source.size)
+        for other in node.args[1:]:  # a residual, element by element; it may be what the window reads, too
+            if isinstance(other, fx.Node) and other.name in self._places:
+                self._need(other, needed, target.size)
 
     def _visit_rows(self, node: fx.Node, needed: Tensor, size: Size) -> None:
         """An operation on rows: each row of the result is made of those of the same place."""
@@ -204,12 +202,12 @@ class WithinCone:
 
 def _row_valued(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that give rows, or something made of rows alone."""
-    found: set[fx.Node] = set()
+    row_valued: set[fx.Node] = set()
     for node in graph.nodes:
         source = node.target is functional.rows_on or (node.target is getattr and node.args[1] == "rows")
-        if source or (node.target is not Elements and found & set(node.all_input_nodes)):
-            found.add(node)
-    return found
+        if source or (node.target is not Elements and row_valued & set(node.all_input_nodes)):
+            row_valued.add(node)
+    return row_valued
 
 
 def _moved(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:

@@ -7,7 +7,7 @@ is in the cache. Every step is exact in evaluation mode. What matches no pattern
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType
 from typing import Any
@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.packed import Activation, PackedConv, PackedLinear
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
+from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.operations import operation_of
 from cadsurgery.surgery.treatment import has_rule
 
 # Where the fused convolutions are found in the network that runs the graph.
@@ -249,7 +251,8 @@ class Fuser:
         module = self.module(node)
         kind = type(module)
         drops = kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
-        if (drops and not _is_hooked(module)) or node.target is functional.drop_per_image:
+        operation = operation_of(node.target)
+        if (drops and not _is_hooked(module)) or (operation is not None and operation.trains_only):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             self.graph.erase_node(node)
         elif node.target is functional.Elements:
@@ -418,7 +421,10 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
 
 def _is_elements(node: Any) -> bool:
     """Whether a node's value is elements."""
-    return isinstance(node, fx.Node) and node.target in _MAKE_ELEMENTS
+    if not isinstance(node, fx.Node):
+        return False
+    operation = operation_of(node.target)
+    return node.target is functional.Elements or (operation is not None and operation.gives == "elements")
 
 
 def _is_lattice_of(node: fx.Node, elements: fx.Node) -> bool:
@@ -483,15 +489,3 @@ def _window(conv: nn.Conv2d) -> Any:
 
 def _detached(value: Tensor | None) -> Tensor | None:
     return value.detach() if value is not None else None
-
-
-def _makers() -> Iterator[Any]:
-    """Functions whose value is elements."""
-    for name in functional.__all__:
-        made = getattr(functional, name)
-        annotation = getattr(made, "__annotations__", {}).get("return", "")
-        if made is functional.Elements or annotation in ("Elements", functional.Elements):
-            yield made
-
-
-_MAKE_ELEMENTS = frozenset(_makers())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class CadError(Exception):
@@ -29,6 +29,15 @@ class CadError(Exception):
         """The parts of the message, for `--json`."""
         parts = {"what": self.what, "where": self.where, "why": self.why, "next": self.next}
         return {"error": type(self).__name__, **{key: text for key, text in parts.items() if text}}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, str]) -> CadError:
+        """The error of `to_dict`; what else is among the values is left out."""
+        kinds = {kind.__name__: kind for kind in CadError.__subclasses__()}
+        error = CadError.__new__(kinds.get(values["error"], CadError))
+        parts = {name: values.get(name, "") for name in ("where", "why", "next")}
+        CadError.__init__(error, values["what"], **parts)
+        return error
 
 
 class CannotConvert(CadError):

@@ -120,10 +120,10 @@ def cache_folder() -> Path | None:
     return None
 
 
-def is_private(found: os.stat_result) -> bool:
+def is_private(status: os.stat_result) -> bool:
     """Whether a file or folder, and no link, is this user's and nobody else can write to it."""
-    mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
-    return mine and not stat.S_ISLNK(found.st_mode) and not (found.st_mode & 0o022 and os.name == "posix")
+    mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+    return mine and not stat.S_ISLNK(status.st_mode) and not (status.st_mode & 0o022 and os.name == "posix")
 
 
 def _user_cache() -> Path:

@@ -53,8 +53,8 @@ def checked(values: object, hints: Mapping[str, Any], what: str) -> dict[str, An
     for name in values:
         if name not in hints:
             raise ValueError(f"{what} has an unknown field {name!r:.60}")
-    found = {name: as_tuples(value) for name, value in values.items()}
-    for name, value in found.items():
+    tuples = {name: as_tuples(value) for name, value in values.items()}
+    for name, value in tuples.items():
         if not fits(value, hints[name]):
             raise ValueError(f"{name!r} of {what} is {value!r:.60}")
-    return found
+    return tuples

@@ -23,11 +23,11 @@ _UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the libraries that networks come from."""
-    found = {"cadsurgery": cadsurgery.__version__}
+    numbers = {"cadsurgery": cadsurgery.__version__}
     for package in ("torch", "torchvision", "timm"):
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            numbers[package] = version(package)
+    return numbers
 
 
 def commit() -> str:
@@ -38,12 +38,22 @@ def commit() -> str:
     return ""
 
 
+def made_here(device: torch.device) -> dict[str, Any]:
+    """What a report states of a result made here and now: `device` with threads, `versions`, `commit` and `date`."""
+    return {
+        "device": device_with_threads(device),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def setting(device: torch.device) -> str:
-    """Device, threads, versions, commit and date in one line, for benchmarks that print a table."""
-    numbers = ", ".join(f"{name} {number}" for name, number in versions().items())
-    made = f"commit {found[:7]}, " if (found := commit()) else ""
-    threads = f"{torch.get_num_threads()} threads"
-    return f"{device_in_words(device)}, {threads}; {numbers}; {made}{datetime.now(UTC):%Y-%m-%d}"
+    """The same in one line, for benchmarks that print a table."""
+    made = made_here(device)
+    numbers = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    at = f"commit {made['commit'][:7]}, " if made["commit"] else ""
+    return f"{made['device']}; {numbers}; {at}{made['date'][:10]}"
 
 
 def device_named(name: str) -> torch.device:
@@ -80,6 +90,11 @@ def device_in_words(device: torch.device) -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()} ({platform.machine()} CPU)"
     return f"{platform.machine()} CPU"
+
+
+def device_with_threads(device: torch.device) -> str:
+    """Its name, and how many threads torch uses beside it."""
+    return f"{device_in_words(device)}, {torch.get_num_threads()} threads"
 
 
 def function_at(name: str, where: str, example: str) -> Any:
@@ -147,9 +162,9 @@ def function_named(module: str, function: str) -> Any:
         code = f"import of {module}, for its {function}"
         raise untrusted(file, f"{code:.400}", "another mask: cs.load(path, mask=...)")
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except (ImportError, ValueError) as error:
         raise UnknownName("module", module, [], next=f"it cannot be imported: {error}.") from error
-    if not hasattr(found, function):
-        raise UnknownName(f"function in {module}", function, dir(found))
-    return getattr(found, function)
+    if not hasattr(imported, function):
+        raise UnknownName(f"function in {module}", function, dir(imported))
+    return getattr(imported, function)

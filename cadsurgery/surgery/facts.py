@@ -29,7 +29,7 @@ class Facts:
         shapes: shape of each node that is a tensor.
         macs: multiply-accumulates of each node on the example, as torch counts them.
         container: type of the output if it is a kind of dictionary, which tracing turns into a plain one.
-        layouts: axes of each value that is a map, found while planning.
+        layouts: axes of each value that is a map. These three are those of a forward pass, see `flow.Flow.facts`.
         images: height and width, on the example, of each such map on its own grid.
         pads: padding that was added to a map and belongs to the window that reads it.
     """
@@ -58,6 +58,11 @@ class Facts:
             return str(node.target)
         stack = node.meta.get("nn_module_stack") or {}
         return next((str(path) for path, _ in reversed(stack.values())), "") if stack else ""
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes whose values are returned."""
+        return next(node for node in self.graph.nodes if node.op == "output").all_input_nodes
 
     def is_map(self, node: fx.Node) -> bool:
         """Whether a node's value has four dimensions."""

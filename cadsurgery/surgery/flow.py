@@ -1,26 +1,22 @@
-"""Where a network downsamples, and at which stride each of its values has to be known.
+"""Where a network downsamples: the forward pass over its graph, in input pixels throughout.
 
-Two passes over the graph, in input pixels throughout:
-
-- forward: the `grid` of each value (its output stride in the network as it is) and its `spacing` (the same
-  once removed strides are put back: where the dilation of a chain doubles, a stride was removed);
-- backward: the stride at which each value is `needed`. A pointwise operation needs of its input what is
-  needed of its output; a window needs no finer grid than its taps reach. So a coarsening moves towards the
-  input until a spatial operation absorbs it by computing only the kept outputs.
+It finds the `grid` of each value (its output stride in the network as it is) and its `spacing` (the same once removed
+strides are put back: where the dilation of a chain doubles, a stride was removed). The backward pass is in `region`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 
 from torch import fx
 
 from cadsurgery.elements.axes import NCHW, is_flat
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.rules import treat
-from cadsurgery.surgery.treatment import Treatment
+from cadsurgery.surgery.treatment import Barrier, Treatment
 
 
 class Role(Enum):
@@ -36,6 +32,7 @@ class Flow:
     """Roles, treatments, grids and spacings of all nodes, and the operations that no lattice passes.
 
     Attributes:
+        facts: of the network, with the axes of its maps, which this pass has found.
         role: of each node.
         treatments: of each node, by its rule.
         grid: output stride of each map in the network as it is.
@@ -46,11 +43,12 @@ class Flow:
         most: the lowest output stride that is asked for, once it is known.
     """
 
+    facts: Facts
     role: dict[fx.Node, Role] = field(default_factory=dict)
     treatments: dict[fx.Node, Treatment] = field(default_factory=dict)
     grid: dict[fx.Node, int] = field(default_factory=dict)
     spacing: dict[fx.Node, int] = field(default_factory=dict)
-    barriers: dict[fx.Node, str] = field(default_factory=dict)
+    barriers: dict[fx.Node, Barrier] = field(default_factory=dict)
     grown: dict[fx.Node, int] = field(default_factory=dict)
     foreign: set[fx.Node] = field(default_factory=set)
     most: int | None = None
@@ -63,27 +61,42 @@ class Flow:
         """The maps a node reads."""
         return [source for source in node.all_input_nodes if self.role[source] is Role.MAP]
 
+    def at_exit(self, node: fx.Node) -> bool:
+        """Whether a resize has a form that reads elements at arbitrary points and gives a dense map."""
+        operation = self.treatments[node].operation
+        return (
+            self.treatments[node].kind == "resize" and operation is not None and operation.at_exit is not None
+        )
+
+    @cached_property
+    def last(self) -> frozenset[fx.Node]:
+        """Resizes that nothing but pointwise operations follow; to be asked for when the pass is done."""
+        return frozenset(
+            node
+            for node, treatment in self.treatments.items()
+            if treatment.kind == "resize" and self.maps(node) and _is_last(node, self)
+        )
+
 
 _OTHER = Treatment("shape")
 
 
 def flow_forward(
     facts: Facts,
-    refused: Callable[[fx.Node], str] = lambda node: "",
+    refused: Callable[[fx.Node, Sequence[fx.Node]], Barrier | None] = lambda node, maps: None,
     by_design: frozenset[fx.Node] = frozenset(),
     most: int | None = None,
 ) -> Flow:
-    """Roles, grids and spacings from the input on; the axes of maps are noted in the facts.
+    """Roles, grids and spacings from the input on.
 
     Args:
         facts: of the network.
-        refused: why a node may not be in the region, or "".
+        refused: why a node that reads these maps may not be in the region, or None.
         by_design: nodes whose dilation grows although no stride was removed there.
         most: the lowest output stride that is asked for; by default all of the network's.
     """
-    flow = Flow(most=most)
-    for known in (facts.layouts, facts.images, facts.pads):
-        known.clear()
+    facts = replace(facts, layouts={}, images={}, pads={})
+    flow = Flow(facts, most=most)
     for node in facts.graph.nodes:
         if node.op == "placeholder":
             first = facts.is_map(node) and not flow.grid
@@ -104,8 +117,8 @@ def flow_forward(
             flow.role[node] = Role.OTHER
         elif treatment.kind == "broadcast" and node.args[0] not in maps:  # reads the map for its size only
             flow.role[node] = Role.VECTOR
-        elif reason := refused(node) or _misfit(node, maps, flow, facts):
-            flow.barriers[node] = reason
+        elif barrier := refused(node, maps) or _barrier(node, maps, flow, facts):
+            flow.barriers[node] = barrier
             _behind_barrier(node, maps[0], flow, facts)
         elif treatment.kind == "global":
             flow.role[node] = Role.VECTOR
@@ -157,7 +170,7 @@ def _behind_foreign(node: fx.Node, flow: Flow, facts: Facts) -> None:
     grid = _looks_like_map(facts.shapes.get(node, ()), facts.example.shape) if node.op != "output" else 0
     if grid:
         flow.role[node] = Role.MAP
-        flow.barriers[node] = "is computed from values that are no map"
+        flow.barriers[node] = Barrier("is computed from values that are no map")
         flow.grid[node] = flow.spacing[node] = grid
         _note_map(node, NCHW, facts)
 
@@ -175,12 +188,19 @@ def _looks_like_map(shape: Sequence[int], image: Sequence[int]) -> int:
     return grid if grid and all(fits) else 0
 
 
+def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> Barrier | None:
+    """Why no lattice passes a node, if none does."""
+    treatment = flow.treatments[node]
+    if treatment.kind == "barrier":
+        return Barrier(treatment.why, treatment.cause)
+    misfit = _misfit(node, maps, flow, facts)
+    return Barrier(misfit) if misfit else None
+
+
 def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str:
     """Why the treatment of a node does not apply here, or ""."""
     treatment = flow.treatments[node]
     layout = facts.layout(maps[0])
-    if treatment.kind == "barrier":
-        return treatment.why
     if treatment.kind == "broadcast":
         return "resizes a map"
     if treatment.kind == "join":
@@ -232,103 +252,31 @@ def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozense
     flow.grid[node], flow.spacing[node] = grid // treatment.scale, spacing // treatment.scale
 
 
-@dataclass(frozen=True)
-class Region:
-    """The part of a network that runs on lattices, for one high output stride.
-
-    Attributes:
-        strides: output strides of the lattices, the high one first.
-        outside: maps coarser than the high output stride that are computed dense, from what left the region.
-        needed: output stride of the lattice each other map is computed on.
-    """
-
-    strides: tuple[int, ...]
-    outside: frozenset[fx.Node]
-    needed: dict[fx.Node, int]
-
-    def stage(self, node: fx.Node) -> int:
-        """Number of adaptive stages passed by a map; 0 is the dense map at the high output stride."""
-        return self.strides.index(self.needed[node])
+def and_after(node: fx.Node) -> set[fx.Node]:
+    """A node and all that depends on it."""
+    reached, pending = set(), [node]
+    while pending:
+        if (last := pending.pop()) not in reached:
+            reached.add(last)
+            pending.extend(last.users)
+    return reached
 
 
-def region_of(flow: Flow, facts: Facts, high: int) -> Region:
-    """The region for a high output stride: all maps coarser than it, up to where a barrier does not let it go on.
-
-    Maps at the high output stride or finer are dense, and exact, wherever they are in the graph. So the region
-    begins again where such a map is downsampled once more, as in networks with parallel branches.
-    """
-    outside: set[fx.Node] = set()
-    for node in facts.graph.nodes:
-        coarse = flow.role[node] is Role.MAP and flow.spacing[node] > high
-        if coarse and (node in flow.barriers or any(source in outside for source in flow.maps(node))):
-            outside.add(node)
-    inside = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
-    strides = [high]
-    for spacing in sorted({flow.spacing[node] for node in inside if node not in flow.barriers}):
-        if spacing > strides[-1] and spacing % strides[-1] == 0:
-            strides.append(spacing)
-    region = Region(tuple(strides), frozenset(outside), {})
-    for node in reversed(inside):
-        before = any(flow.grid[source] < high for source in flow.maps(node))
-        if node in flow.barriers or before or any(source in outside for source in flow.maps(node)):
-            region.needed[node] = high
-            continue
-        uses = [_need(node, user, flow, region) for user in node.users]
-        region.needed[node] = min([use for use in uses if use], default=_floor(region, flow.spacing[node]))
-        if (
-            node not in facts.shapes
-        ):  # parts of a map, such as halves of the channels: they are where the whole is
-            parts = [part for part in node.users if part in region.needed]
-            region.needed.update(dict.fromkeys(parts, region.needed[node]))
-    entering = {s for node in inside if region.stage(node) for s in flow.maps(node) if not region.stage(s)}
-    foreign = any(flow.grid[node] != high for node in entering)  # the fine map would not be the network's own
-    # The first is the fine map's. Padding is no part of a map: it belongs to the window that reads it.
-    sizes = [facts.images[node] for node in facts.graph.nodes if node in entering and node not in facts.pads]
-    grown = any(length > most for size in sizes for length, most in zip(size, sizes[0], strict=True))
-    if foreign or grown:
-        return Region((high,), frozenset(outside), dict.fromkeys(inside, high))
-    return region
+def _is_last(node: fx.Node, flow: Flow) -> bool:
+    """Whether nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
+    is there at its own size anyway."""
+    after = and_after(node)
+    if {flow.treatments[user].kind for user in after - {node}} & {"window", "global", "resize"}:
+        return False
+    joined = {source for user in after for source in flow.maps(user)} - after - set(flow.maps(node))
+    return all(flow.grid[source] == 1 or _is_made_of_resizes(source, flow) for source in joined)
 
 
-def _need(node: fx.Node, user: fx.Node, flow: Flow, region: Region) -> int:
-    """The coarsest stride at which `user` can take its input `node`; 0 if it does not read values."""
-    treatment = flow.treatments[user]
-    if flow.role[user] is Role.OTHER and treatment.kind == "shape" and user.op != "output":
-        return 0
-    if user not in region.needed or user in flow.barriers:  # the output, a global operation, a dense reader
-        return _floor(region, flow.spacing[node])
-    if treatment.kind == "resize":
-        return _floor(region, min(flow.spacing[node], region.needed[user] * treatment.scale))
-    window = treatment.window
-    if window is None or treatment.kind == "pad":
-        return region.needed[user]
-    need = _floor(region, region.needed[user] // window.stride)
-    if not window.is_pointwise:
-        need = _floor(region, need, *(step * flow.grid[node] for step in window.steps))
-    return need
-
-
-def _floor(region: Region, limit: int, *multiples: int) -> int:
-    """The largest stride of the region that is at most `limit` and divides all `multiples`."""
-    fitting = [s for s in region.strides if s <= limit and all(m % s == 0 for m in multiples)]
-    return fitting[-1] if fitting else region.strides[0]
-
-
-def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
-    """Nodes whose grown dilation is no removed stride: something else needs their input finer."""
-
-    def coarsest(node: fx.Node) -> int:
-        """The stride a value is available at, where operations without taps pass a coarsening on."""
-        source = flow.maps(node)[0]
-        while source in region.needed and flow.treatments[source].kind == "pointwise":
-            before = flow.maps(source)[0]
-            if region.needed.get(before, 0) < region.needed[source]:
-                return region.needed.get(before, 0)
-            source = before
-        return region.needed.get(source, region.strides[-1])
-
-    return frozenset(
-        node
-        for node, spacing in flow.grown.items()
-        if node in region.needed and coarsest(node) < min(spacing, region.strides[-1])
+def _is_made_of_resizes(node: fx.Node, flow: Flow) -> bool:
+    """Whether a map is computed from resized maps, element by element."""
+    kind, sources = flow.treatments[node].kind, flow.maps(node)
+    if kind == "resize":
+        return True
+    return (
+        kind in ("pointwise", "join") and bool(sources) and all(_is_made_of_resizes(s, flow) for s in sources)
     )

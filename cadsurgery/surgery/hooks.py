@@ -104,10 +104,10 @@ def copying(model: nn.Module) -> dict[int, Any]:
 
 def child(model: nn.Module, path: str) -> nn.Module | None:
     """The module of this name, if there is one; a converted network may have another attribute of that name."""
-    found: nn.Module | None = model
+    module: nn.Module | None = model
     for name in path.split(".") if path else ():
-        found = found._modules.get(name) if found is not None else None
-    return found
+        module = module._modules.get(name) if module is not None else None
+    return module
 
 
 def settle(model: nn.Module, paths: Iterable[str]) -> None:
@@ -181,11 +181,11 @@ def watched(model: nn.Module, operations: Iterable[str], others: Iterable[str]) 
         for name, _ in model.get_submodule(path).named_modules()
         if name and not name.startswith("parametrizations")
     }
-    found = [
+    paths = [
         *((path, False) for path in containers - operations),
         *((path, True) for path in operations | parts),
     ]
-    return tuple(Watched.of(model, path, is_called) for path, is_called in sorted(found))
+    return tuple(Watched.of(model, path, is_called) for path, is_called in sorted(paths))
 
 
 def _holders(path: str) -> Iterator[str]:
@@ -228,24 +228,24 @@ class Watch:
             self._seen = tuple(map(self._looked_at, self._watched, before))
             self._order = _Order(self._seen)
 
-    def _looked_at(self, found: Watched, before: _Seen | None) -> _Seen:
-        module = child(self._net, found.path)
+    def _looked_at(self, watched: Watched, before: _Seen | None) -> _Seen:
+        module = child(self._net, watched.path)
         if module is None:
-            raise _exchanged(found, "it is gone")
-        if _kind(module) != found.kind:
-            raise _exchanged(found, f"it is {type(module).__name__} and was {_name(found.kind)}")
-        if is_replaced(module) != found.is_replaced:
-            raise _exchanged(found, "its forward was exchanged")
-        if _foreign(module) > found.hooks:
-            raise _hooked(found)
-        holder, _, name = found.path.rpartition(".")
+            raise _exchanged(watched, "it is gone")
+        if _kind(module) != watched.kind:
+            raise _exchanged(watched, f"it is {type(module).__name__} and was {_name(watched.kind)}")
+        if is_replaced(module) != watched.is_replaced:
+            raise _exchanged(watched, "its forward was exchanged")
+        if _foreign(module) > watched.hooks:
+            raise _hooked(watched)
+        holder, _, name = watched.path.rpartition(".")
         around, children = child(self._net, holder), tuple(module._modules)
         assert around is not None
         seen = _Seen(around._modules, name, module, type(module), children, _settings(module))
         if before is not None and _own(children) != _own(before.children):
-            raise _exchanged(found, "it holds other modules")
+            raise _exchanged(watched, "it holds other modules")
         if before is not None and module is not before.module and seen.settings != before.settings:
-            raise _exchanged(found, "its settings are others")
+            raise _exchanged(watched, "its settings are others")
         return seen
 
 
@@ -273,14 +273,14 @@ class _Order:
         )
 
 
-def _hooked(found: Watched) -> InvalidInput:
+def _hooked(watched: Watched) -> InvalidInput:
     of_elements = "it runs on elements of several sizes, where a hook expects a map."
-    looked_into = f"{found.path} itself is not called: what it holds was rewritten."
+    looked_into = f"{watched.path} itself is not called: what it holds was rewritten."
     return InvalidInput(
-        f"{found.path} has a hook that this network cannot call as it is meant.",
-        why=of_elements if found.is_called else looked_into,
+        f"{watched.path} has a hook that this network cannot call as it is meant.",
+        why=of_elements if watched.is_called else looked_into,
         next="remove it (handle.remove()). A hook on the network itself is called, and so is one on an operation "
-        f"outside the region, see print(net.plan). One that {found.path} has before cs.adaptify is called too: the "
+        f"outside the region, see print(net.plan). One that {watched.path} has before cs.adaptify is called too: the "
         "region then ends there, and what follows runs dense.",
     )
 
@@ -289,9 +289,9 @@ def _own(children: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in children if name != "parametrizations")
 
 
-def _exchanged(found: Watched, why: str) -> InvalidInput:
+def _exchanged(watched: Watched, why: str) -> InvalidInput:
     return InvalidInput(
-        f"{found.path} is not the module that was converted: {why}.",
+        f"{watched.path} is not the module that was converted: {why}.",
         why="the network does not run its forward, which was rewritten when it was converted.",
         next="change the network first and convert it then: cs.adaptify(model). A weight alone can be computed by "
         'torch.nn.utils.parametrize.register_parametrization(module, "weight", ...) at any time.',

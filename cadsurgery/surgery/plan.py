@@ -12,12 +12,11 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.support.errors import UnknownName
 from cadsurgery.support.plain import checked
 
-# Reason of nodes that run dense because what they read has left the region.
-AFTER = "after the region"
-# How a map leaves the region that is read at arbitrary points by a resize.
-RESIZED = "resized"
+# What the reason of such nodes was in files that do not say `after` yet.
+_AFTER = "after the region"
 
 Outputs = Literal["fine", "native"]
+Leaves = Literal["", "fine", "native", "resized"]
 Action = Literal["dense", "enter", "adapt", "keep", "exit", "barrier"]
 
 
@@ -42,6 +41,7 @@ class Decision:
         shape: of its output on the example, in the network as it is.
         cost: MACs of a node that ends the region and of all that runs dense because of it.
         layout: axes of its output if it is a map, e.g. `bchw`; see `cadsurgery.layout`.
+        after: whether it runs dense because what it reads has left the region.
         source: line of the network's own code, e.g. `resnet.py:148`, where the region ends.
     """
 
@@ -53,11 +53,12 @@ class Decision:
     stages: tuple[int, int] = (0, 0)
     window: Window | None = None
     grid: int = 1
-    leaves: str = ""
+    leaves: Leaves = ""
     macs: int = 0
     shape: tuple[int, ...] = ()
     cost: int = 0
     layout: str = ""
+    after: bool = False
     source: str = field(default="", compare=False)
 
     @property
@@ -138,13 +139,13 @@ class Plan:
 
     def standing(self) -> list[tuple[str, int, int, str]]:
         """Of each map that is returned: node, its output stride, the stride it is returned at, and in words."""
-        high, found = self.strides[0], []
+        high, outputs = self.strides[0], list[tuple[str, int, int, str]]()
         for name, grid in self.outputs:
             decision = self[name]
             staged = decision.action in ("adapt", "keep") and decision.stages[1] > 0
             fine = staged and decision.leaves == "fine"
-            found.append((name, grid, high if fine else grid, decision.leaves or "dense"))
-        return found
+            outputs.append((name, grid, high if fine else grid, decision.leaves or "dense"))
+        return outputs
 
     @property
     def region_end(self) -> list[Decision]:
@@ -155,7 +156,7 @@ class Plan:
     def dense_after(self) -> float:
         """Share of the network's MACs that run dense after the region."""
         total = sum(decision.macs for decision in self.decisions)
-        after = [d.macs for d in self.decisions if d.action in ("exit", "barrier") or d.reason == AFTER]
+        after = [d.macs for d in self.decisions if d.action in ("exit", "barrier") or d.after]
         return sum(after) / total if total else 0.0
 
     def to_json(self) -> str:
@@ -169,10 +170,10 @@ class Plan:
         Raises:
             Exception: of several kinds, for a text that is no plan.
         """
-        found = json.loads(text)
-        decisions = tuple(_decision(entry) for entry in found.pop("decisions"))
+        values = json.loads(text)
+        decisions = tuple(_decision(entry) for entry in values.pop("decisions"))
         hints = {name: hint for name, hint in _hints(Plan).items() if name != "decisions"}
-        plan = Plan(decisions, **checked(found, hints, "the plan"))
+        plan = Plan(decisions, **checked(values, hints, "the plan"))
         plan._check()
         return plan
 
@@ -267,8 +268,10 @@ _hints = cache(get_type_hints)
 
 def _decision(values: object) -> Decision:
     """A decision from plain values."""
-    found = checked(values, {**_hints(Decision), "window": tuple | None}, "a decision")
-    if found["window"] is not None:
-        fields = dict(zip(Window._fields, found["window"], strict=True))
-        found["window"] = Window(**checked(fields, _hints(Window), "a window"))
-    return Decision(**found)
+    if isinstance(values, dict) and values.get("reason") == _AFTER:
+        values = {"after": True, **values}
+    fields = checked(values, {**_hints(Decision), "window": tuple | None}, "a decision")
+    if fields["window"] is not None:
+        numbers = dict(zip(Window._fields, fields["window"], strict=True))
+        fields["window"] = Window(**checked(numbers, _hints(Window), "a window"))
+    return Decision(**fields)

@@ -15,8 +15,9 @@ from torch.fx.node import map_aggregate
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.hooks import parameter, prepared
-from cadsurgery.surgery.plan import RESIZED, Decision, Plan
+from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
@@ -66,7 +67,7 @@ class Rewriter:
                 break
             if decision.action in ("adapt", "keep"):
                 self.emit(node, decision, treatment)
-            elif decision.leaves == RESIZED:
+            elif decision.leaves == "resized":
                 self.dense[node] = self.resize_to_dense(node, treatment)
             else:
                 self.copy(node, treatment)
@@ -182,7 +183,7 @@ class Rewriter:
         if not treatment.call:
             self.elements[node] = self.emit_on_rows(node, stage, treatment)
             return
-        function = getattr(functional, treatment.call)
+        function = treatment.call
         if treatment.kind == "window":
             x = self.as_elements(source)
             leading = [arguments.pop(name) for name in ("mix", "weight", "bias") if name in arguments]
@@ -211,8 +212,9 @@ class Rewriter:
         arguments = self.arguments(treatment)
         if self.guided:
             arguments["guide"] = self.fine_map()
+        assert treatment.operation is not None
         return self.call(
-            functional.resize_to_dense, self.as_elements(source), self.plan[source.name].grid, **arguments
+            treatment.operation.at_exit, self.as_elements(source), self.plan[source.name].grid, **arguments
         )
 
     def emit_global(self, node: fx.Node, source: fx.Node, treatment: Treatment) -> fx.Node:
@@ -227,7 +229,7 @@ class Rewriter:
             arguments["spacing"] = self.plan[source.name].grid
         if self.facts.layouts[source] != NCHW:
             arguments["layout"] = self.facts.layouts[source]
-        return self.call(getattr(functional, treatment.call), self.on_stage(source, stage), **arguments)
+        return self.call(treatment.call, self.on_stage(source, stage), **arguments)
 
     def on_stage(self, node: fx.Node, stage: int) -> fx.Node:
         """A value as elements of a stage."""
@@ -277,11 +279,9 @@ def found_lattice(masking: Callable[[Any, Any], Any], image: Any, features: Any)
     return masking(image, features)
 
 
-def rewrite(
-    facts: Facts, plan: Plan, treatments: dict[fx.Node, Treatment], *, guided: bool = False
-) -> fx.Graph:
-    """The graph of the adaptive network; `facts.model` and its graph are left as they are."""
-    return Rewriter(facts, plan, treatments, guided=guided).run()
+def rewrite(flow: Flow, plan: Plan, *, guided: bool = False) -> fx.Graph:
+    """The graph of the adaptive network; the model and its own graph are left as they are."""
+    return Rewriter(flow.facts, plan, flow.treatments, guided=guided).run()
 
 
 class Halves(NamedTuple):
@@ -329,14 +329,14 @@ def halves(graph: fx.Graph) -> Halves:
 
 def _made_again(nodes: list[fx.Node]) -> set[fx.Node]:
     """Weights, sizes, dtypes and devices, and what is computed from such alone: no values of the image."""
-    found: set[fx.Node] = set()
+    again: set[fx.Node] = set()
     for node in nodes:
         asks = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
         asks |= node.op == "call_method" and node.target in ("size", "dim")
         inputs = set(node.all_input_nodes)
-        if asks or node.op == "get_attr" or (inputs and inputs <= found and node.op == "call_function"):
-            found.add(node)
-    return found
+        if asks or node.op == "get_attr" or (inputs and inputs <= again and node.op == "call_function"):
+            again.add(node)
+    return again
 
 
 def unchanged(facts: Facts, plan: Plan) -> fx.Graph:

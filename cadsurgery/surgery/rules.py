@@ -1,19 +1,20 @@
 """Rules: one function per operation that says what the operation is geometrically.
 
-The docstring of a rule is the geometric reason why its treatment is exact; the plan shows its first line. See
-`surgery/treatment.py` for what a rule returns, and docs/extending.md for a worked example.
+The docstring of a rule is the geometric reason why its treatment is exact; the plan shows its first line where the
+treatment gives no other. See `surgery/treatment.py` for what a rule returns, docs/extending.md for a worked example.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from cadsurgery.elements import functional
 from cadsurgery.elements.axes import (
     NCHW,
     channel_dims,
@@ -29,11 +30,13 @@ from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.treatment import (
     Attribute,
     Call,
-    Rule,
+    Cause,
     Treatment,
     barrier,
+    first_line,
     growing,
     has_rule,
+    joins_positions,
     operation_name,
     rule,
     ruled_functions,
@@ -51,7 +54,7 @@ def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
     conv: Any = facts.module(node)
     window = _window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    return _windowed("conv2d", _why(convolution), window, **_weights(node, conv), groups=conv.groups)
+    return _windowed(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
@@ -59,7 +62,7 @@ def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
     conv: Any = facts.module(node)
     window = _window(conv.kernel_size, conv.stride, 0, conv.dilation, same=True)
-    return _windowed("conv2d", _why(convolution_same), window, **_weights(node, conv), groups=conv.groups)
+    return _windowed(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
@@ -71,7 +74,7 @@ def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
     mixed = {"mix": given["routing_weights"], **_weights(node, conv), "shape": shape, "groups": conv.groups}
-    return _windowed("conv2d_per_image", _why(convolution_per_image), window, **mixed)
+    return _windowed(functional.conv2d_per_image, window, **mixed)
 
 
 @rule(F.conv2d, torch.conv2d)
@@ -83,7 +86,7 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("its weight is not a tensor of known shape")
     window = _window(tuple(facts.shapes[weight][2:]), given["stride"], given["padding"], given["dilation"])
     kept = {name: given[name] for name in ("weight", "bias", "groups")}
-    return _windowed("conv2d", _why(convolution_function), window, **kept)
+    return _windowed(functional.conv2d, window, **kept)
 
 
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d)
@@ -94,7 +97,7 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("its indices refer to a dense map")
     kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
     window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
-    return _windowed("max_pool2d", _why(max_pooling), window)
+    return _windowed(functional.max_pool2d, window)
 
 
 @rule(nn.AvgPool2d, F.avg_pool2d)
@@ -103,7 +106,7 @@ def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
     kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
-    return _windowed("avg_pool2d", _why(average_pooling), window, **kept)
+    return _windowed(functional.avg_pool2d, window, **kept)
 
 
 @rule("timm.layers.pool2d_same:MaxPool2dSame")
@@ -111,7 +114,7 @@ def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions, after the padding the map's own size asks for."""
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
-    return _windowed("max_pool2d", _why(max_pooling_same), window)
+    return _windowed(functional.max_pool2d, window)
 
 
 @rule("timm.layers.pool2d_same:AvgPool2dSame")
@@ -119,14 +122,14 @@ def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions and the padding the map's own size asks for."""
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], 0, 1, same=True)
-    return _windowed("avg_pool2d", _why(average_pooling_same), window)
+    return _windowed(functional.avg_pool2d, window)
 
 
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
     factor = _factor(node, facts, "downscale_factor")
-    return _windowed("pixel_unshuffle", _why(space_to_depth), _window(factor, factor, 0, 1))
+    return _windowed(functional.pixel_unshuffle, _window(factor, factor, 0, 1))
 
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.pad)
@@ -152,7 +155,7 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("it pads across opposite borders, or channels and image at once")
     (left, right), (top, bottom) = by_axis[0], by_axis[1] if len(by_axis) > 1 else (0, 0)
     window = Window((1, 1), padding=(top, bottom, left, right), mode=mode, outside=float(value))
-    return Treatment("pad", _why(padding), window=window)
+    return Treatment("pad", window=window)
 
 
 def _padded_channels(
@@ -162,7 +165,7 @@ def _padded_channels(
     rows = [pairs.get(dim, (0, 0)) for dim in channel_dims(layout)]
     flat = [size for pair in rows[::-1] for size in pair]
     how = "constant" if mode == "zeros" else mode
-    return Treatment("pointwise", _why(padding), rows=Call(F.pad, (node.args[0], flat, how, value)))
+    return Treatment("pointwise", rows=Call(F.pad, (node.args[0], flat, how, value)))
 
 
 @rule("timm.layers.padding:pad_same")
@@ -172,7 +175,7 @@ def padding_same(node: fx.Node, facts: Facts) -> Treatment:
     window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
     if isinstance(window, str):
         return barrier(window)
-    return Treatment("pad", _why(padding_same), window=window._replace(outside=float(given["value"])))
+    return Treatment("pad", window=window._replace(outside=float(given["value"])))
 
 
 # -- the image as a whole ------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
     if _pair(size) != (1, 1):
         return barrier(f"pooling to {size} cuts the map into uneven bins")
     is_max = "max" in operation_name(node, facts).lower()
-    return Treatment("global", _why(adaptive_pooling), "global_max" if is_max else "global_mean")
+    return Treatment("global", call=functional.global_max if is_max else functional.global_mean)
 
 
 @rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
@@ -206,7 +209,7 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
         return barrier(f"a {how} over {given['dim']} that no lattice has")
     over_image = set(dims) & set(image_dims(layout))
     if not over_image:
-        return _over_channels(node, facts, dims, bool(given["keepdim"]), _why(reduction))
+        return _over_channels(node, facts, dims, bool(given["keepdim"]))
     if over_image != set(image_dims(layout)) or layout.index("b") in dims:
         return barrier(f"{how} over {given['dim']} joins some positions of the image and not others")
     arguments = {
@@ -215,7 +218,7 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
         "keepdim": bool(given["keepdim"]),
         "correction": given["correction"],
     }
-    return Treatment("global", _why(reduction), "global_reduce", tuple(arguments.items()), spaced=True)
+    return Treatment("global", call=functional.global_reduce, arguments=tuple(arguments.items()), spaced=True)
 
 
 @rule(nn.GroupNorm, F.group_norm, nn.InstanceNorm2d, F.instance_norm)
@@ -227,20 +230,20 @@ def group_norm(node: fx.Node, facts: Facts) -> Treatment:
         if getattr(norm, "track_running_stats", False):
             return barrier("it has running statistics of single images")
         groups, eps = getattr(norm, "num_groups", shape[1]), norm.eps
-        found = {**_weights(node, norm), "groups": groups, "eps": eps}
+        arguments = {**_weights(node, norm), "groups": groups, "eps": eps}
     elif node.target is F.group_norm:
         given = _arguments(node, "input", "groups", weight=None, bias=None, eps=1e-5)
-        found = {name: given.get(name) for name in ("weight", "bias", "eps")}
-        found["groups"] = given.get("num_groups", given.get("groups"))
+        arguments = {name: given.get(name) for name in ("weight", "bias", "eps")}
+        arguments["groups"] = given.get("num_groups", given.get("groups"))
     else:
         given = _arguments(
             node, "input", running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True
         )
         if not given["use_input_stats"] or given["running_mean"] is not None:
             return barrier("it has running statistics of single images")
-        found = {"weight": given["weight"], "bias": given["bias"], "groups": shape[1]}
-        found["eps"] = given.get("eps", 1e-5)
-    return Treatment("pointwise", _why(group_norm), "group_norm", tuple(found.items()))
+        arguments = {"weight": given["weight"], "bias": given["bias"], "groups": shape[1]}
+        arguments["eps"] = given.get("eps", 1e-5)
+    return Treatment("pointwise", call=functional.group_norm, arguments=tuple(arguments.items()))
 
 
 @rule("timm.layers.evo_norm:group_std")
@@ -248,7 +251,7 @@ def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
     """The standard deviation of each image and group, over elements weighed by area, on every element."""
     given = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
     kept = {name: given[name] for name in ("groups", "eps")}
-    return Treatment("pointwise", _why(group_deviation), "group_deviation", tuple(kept.items()))
+    return Treatment("pointwise", call=functional.group_deviation, arguments=tuple(kept.items()))
 
 
 # -- normalisation and dropout -------------------------------------------------------------------------
@@ -258,7 +261,7 @@ def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
 def batch_norm(node: fx.Node, facts: Facts) -> Treatment:
     """An affine map per channel; in training, statistics over the elements, weighed by their area."""
     arguments = (("norm", Attribute(str(node.target))),)
-    return Treatment("pointwise", _why(batch_norm), _batch_norm_call(node, facts), arguments)
+    return Treatment("pointwise", call=_batch_norm_call(node, facts), arguments=arguments)
 
 
 @rule("timm.layers.norm_act:BatchNormAct2d")
@@ -266,12 +269,13 @@ def batch_norm_act(node: fx.Node, facts: Facts) -> Treatment:
     """Batch normalisation followed by its own pointwise activation."""
     parts = tuple(f"{node.target}.{name}" for name in ("drop", "act"))
     arguments = (("norm", Attribute(str(node.target))),)
-    return Treatment("pointwise", _why(batch_norm_act), _batch_norm_call(node, facts), arguments, then=parts)
+    return Treatment("pointwise", call=_batch_norm_call(node, facts), arguments=arguments, then=parts)
 
 
-def _batch_norm_call(node: fx.Node, facts: Facts) -> str:
+def _batch_norm_call(node: fx.Node, facts: Facts) -> Callable[..., Any]:
     norm: Any = facts.module(node)
-    return "norm_of_batch" if norm.running_mean is None or norm.running_var is None else "batch_norm"
+    of_batch = norm.running_mean is None or norm.running_var is None
+    return functional.norm_of_batch if of_batch else functional.batch_norm
 
 
 @rule(F.batch_norm)
@@ -280,7 +284,7 @@ def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
     given = _arguments(node, "input", "mean", "var", weight=None, bias=None, training=False)
     if given["training"] or facts.layout(node.args[0])[1] != "c":
         return barrier("it takes its statistics from a dense batch")
-    return Treatment("pointwise", _why(batch_norm_function))
+    return Treatment("pointwise")
 
 
 @rule(nn.LayerNorm, F.layer_norm, nn.RMSNorm, F.rms_norm)
@@ -294,7 +298,7 @@ def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
     axes = facts.layout(node.args[0])[-len(shape) :]
     if set(axes) != {"c"}:
         return barrier("it normalises over positions of the image")
-    return Treatment("pointwise", _why(layer_norm))
+    return Treatment("pointwise")
 
 
 @rule(nn.Dropout2d, "timm.layers.drop:DropPath", "torchvision.ops.stochastic_depth:StochasticDepth")
@@ -302,7 +306,7 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
     arguments = (("dropout", Attribute(str(node.target))),)
     axes = NCHW if isinstance(facts.module(node), nn.Dropout2d) else ""
-    return Treatment("pointwise", _why(dropout_per_image), "drop_per_image", arguments, axes=axes)
+    return Treatment("pointwise", call=functional.drop_per_image, arguments=arguments, axes=axes)
 
 
 # -- each element alone --------------------------------------------------------------------------------
@@ -325,7 +329,7 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 @rule("timm.layers.activations_me:HardMishMe")
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
-    return Treatment("pointwise", _why(pointwise))
+    return Treatment("pointwise")
 
 
 @rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
@@ -334,15 +338,18 @@ def pointwise(node: fx.Node, facts: Facts) -> Treatment:
 @rule(torch.addcmul, "addcmul", "addcmul_", torch.lerp, "lerp", torch.where, torch.subtract, torch.multiply)
 def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
-    return Treatment("join", _why(arithmetic))
+    return Treatment("join")
 
 
 @rule(nn.Linear, F.linear)
 def linear(node: fx.Node, facts: Facts) -> Treatment:
     """A matrix on the channels of each element."""
     if facts.layout(node.args[0])[-1] != "c":
-        return barrier("it mixes the positions of the image")
-    return Treatment("pointwise", _why(linear))
+        return barrier("it mixes the positions of the image", Cause.POSITIONS)
+    return Treatment("pointwise")
+
+
+_OVER_IMAGE = {"softmax": functional.softmax_over_image, "normalize": functional.normalize_over_image}
 
 
 @rule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
@@ -357,31 +364,23 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     dim: Any = module.dim if module is not None else given["dim"]
     layout = facts.layout(node.args[0])
     if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
-        return Treatment("join", _why(arithmetic))
+        return Treatment("join", "combines the values of one cell")
     how = operation_name(node, facts).removeprefix("Tensor.").lower()
-    if (
-        isinstance(dim, int)
-        and image_dims(layout) == (dim % len(layout),)
-        and how in ("softmax", "normalize")
-    ):
-        return Treatment(
-            "pointwise",
-            "over all positions, each weighed by its area",
-            f"{how}_over_image",
-            axes="",
-            spaced=True,
-        )
+    over_image = _OVER_IMAGE.get(how)
+    if isinstance(dim, int) and image_dims(layout) == (dim % len(layout),) and over_image is not None:
+        why = "over all positions, each weighed by its area"
+        return Treatment("pointwise", why, over_image, axes="", spaced=True)
     if not isinstance(dim, int) or row_dim(layout, dim) is None:
         name = operation_name(node, facts)
         return barrier(f"{name} over {'positions of the image' if isinstance(dim, int) else dim} mixes them")
     if module is not None:
         functions: dict[Any, Any] = {nn.Softmax: F.softmax, nn.LogSoftmax: F.log_softmax, nn.GLU: F.glu}
         call = Call(functions[type(module)], (node.args[0], row_dim(layout, dim)))
-        return Treatment("pointwise", _why(along_channels), rows=call)
+        return Treatment("pointwise", rows=call)
     keepdim = bool(given.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False))
     reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
     after = layout[: dim % len(layout)] + layout[dim % len(layout) + 1 :] if reduced else layout
-    return Treatment("pointwise", _why(along_channels), rows=_redirected(node, names, layout), layout=after)
+    return Treatment("pointwise", rows=_redirected(node, names, layout), layout=after)
 
 
 # -- axes: the same rows under another name ------------------------------------------------------------
@@ -400,7 +399,7 @@ def reshaping(node: fx.Node, facts: Facts) -> Treatment:
     call = Call(None, (source,))
     if sizes != channel_sizes(layout, shape):
         call = Call("reshape", (source, -1, *sizes))
-    return Treatment("pointwise", _why(reshaping), rows=call, layout=after)
+    return Treatment("pointwise", rows=call, layout=after)
 
 
 @rule("permute", torch.permute, "transpose", torch.transpose, "swapaxes", torch.swapaxes, "movedim")
@@ -421,7 +420,7 @@ def permutation(node: fx.Node, facts: Facts) -> Treatment:
     after, rows = permuted(layout, order)
     moved = list(rows) != sorted(rows)
     call = Call(torch.permute, (source, rows)) if moved else Call(None, (source,))
-    return Treatment("pointwise", _why(permutation), rows=call, layout=after)
+    return Treatment("pointwise", rows=call, layout=after)
 
 
 @rule(torch.split, "split", torch.chunk, "chunk", "tensor_split", torch.tensor_split)
@@ -432,7 +431,7 @@ def split(node: fx.Node, facts: Facts) -> Treatment:
     if row_dim(layout, given["dim"]) is None:
         return barrier("it cuts the image or the batch into parts")
     names = ("x", "sections", "dim")
-    return Treatment("pointwise", _why(split), rows=_redirected(node, names, layout, dim=0))
+    return Treatment("pointwise", rows=_redirected(node, names, layout, dim=0))
 
 
 @rule(torch.unbind, "unbind", "select", torch.select, "narrow", torch.narrow)
@@ -445,7 +444,7 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
     dim = given["dim"] % len(layout)
     after = layout if "narrow" in str(node.target) else layout[:dim] + layout[dim + 1 :]
     call = _redirected(node, ("x", "dim"), layout, dim=0)
-    return Treatment("pointwise", _why(selection), rows=call, layout=after)
+    return Treatment("pointwise", rows=call, layout=after)
 
 
 @rule(operator.getitem)
@@ -453,7 +452,7 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
     """One of several values, or some channels of each element."""
     source, given = node.args
     if source not in facts.shapes:  # a part of what was split
-        return Treatment("pointwise", _why(indexing))
+        return Treatment("pointwise")
     layout = facts.layout(source)
     index: list[Any] = list(given) if isinstance(given, tuple) else [given]
     if any(part is Ellipsis for part in index):
@@ -475,7 +474,7 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
             return barrier("it takes parts of the image or the batch")
         dim += 1
     call = Call(operator.getitem, (source, tuple(rows)))
-    return Treatment("pointwise", _why(indexing), rows=call, layout=after + layout[dim:])
+    return Treatment("pointwise", rows=call, layout=after + layout[dim:])
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -486,7 +485,7 @@ def concatenation(node: fx.Node, facts: Facts) -> Treatment:
     row = row_dim(facts.layout(first), dim)
     if row is None:
         return barrier("it puts images or batches side by side")
-    return Treatment("join", _why(concatenation), rows=Call(torch.cat, (given["tensors"], row)))
+    return Treatment("join", rows=Call(torch.cat, (given["tensors"], row)))
 
 
 @rule(torch.stack)
@@ -497,7 +496,7 @@ def stacking(node: fx.Node, facts: Facts) -> Treatment:
     dim = given["dim"] % (len(layout) + 1)
     row = 1 + layout[:dim].count("c")
     call = Call(torch.stack, (given["tensors"], row))
-    return Treatment("join", _why(stacking), rows=call, layout=f"{layout[:dim]}c{layout[dim:]}")
+    return Treatment("join", rows=call, layout=f"{layout[:dim]}c{layout[dim:]}")
 
 
 # -- another resolution --------------------------------------------------------------------------------
@@ -524,14 +523,16 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     last_only = "" if scale else "it resizes the map by no whole factor"
     if given["mode"] == "nearest-exact":
         last_only = "its mode 'nearest-exact' reads another cell than the one a sample lies in"
-    return Treatment("resize", _why(resizing), "resize", arguments, scale=scale or 1, last_only=last_only)
+    return Treatment(
+        "resize", call=functional.resize, arguments=arguments, scale=scale or 1, last_only=last_only
+    )
 
 
 @rule(nn.PixelShuffle, F.pixel_shuffle)
 def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the channels of its phase on the output's own grid."""
     factor = _factor(node, facts, "upscale_factor")
-    return Treatment("resize", _why(depth_to_space), "pixel_shuffle", scale=factor)
+    return Treatment("resize", call=functional.pixel_shuffle, scale=factor)
 
 
 @rule("expand", "expand_as", of_vectors=True)
@@ -543,9 +544,9 @@ def broadcast(node: fx.Node, facts: Facts) -> Treatment:
 def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
     shape = tuple(facts.shapes.get(source, ()))
     if not facts.layout(source) and is_flat(shape, NCHW) and facts.is_map(node):
-        return Treatment("broadcast", _why(broadcast))
+        return Treatment("broadcast", first_line(broadcast))
     if facts.layout(source) and facts.shapes[source] == facts.shapes[node]:
-        return Treatment("pointwise", _why(broadcast), rows=Call(None, (source,)))
+        return Treatment("pointwise", first_line(broadcast), rows=Call(None, (source,)))
     return barrier(f"{operation_name(node, facts)} changes the resolution")
 
 
@@ -559,7 +560,7 @@ def shape(node: fx.Node, facts: Facts) -> Treatment:
         return barrier(f"reads the attribute {node.args[1]!r} of a map")
     if node.target == "numel":
         return barrier("counts the values of a map")
-    return Treatment("shape", _why(shape))
+    return Treatment("shape")
 
 
 @rule(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", "__matmul__")
@@ -572,7 +573,7 @@ def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
         sums = left[-1] == "p" and right[-2:] == "pc" and left[-2] == "c" and left[:-2] == right[:-2]
         if sums and left[0] == "b":
             return Treatment(
-                "global", _why(matrix_product), "sum_of_products", (("other", second),), spaced=True
+                "global", call=functional.sum_of_products, arguments=(("other", second),), spaced=True
             )
         return barrier("attention mixes all positions of the map")
     matrix, layout = (second, left) if left else (first, right)
@@ -580,16 +581,22 @@ def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
     inner = layout[:-1] if left else layout[:-2] + layout[-1]
     acts = layout[-1 if left else -2] == "c" and layout[0] == "b"
     if not acts or len(shape) > len(layout) or (len(shape) > 2 and not set(inner[1:-1]) <= {"c"}):
-        return barrier("it mixes the positions of the image")
+        return barrier("it mixes the positions of the image", Cause.POSITIONS)
     call = (("matrix", matrix), ("transposed", not left))
     reads = first if left else second
-    return Treatment("pointwise", _why(matrix_product), "matrix_on_rows", call, axes="", reads=reads)
+    return Treatment("pointwise", call=functional.matrix_on_rows, arguments=call, axes="", reads=reads)
 
 
 @rule(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
 def attention(node: fx.Node, facts: Facts) -> Treatment:
     """Every position looks at every other, so all would need one resolution."""
     return barrier("attention mixes all positions of the map")
+
+
+joins_positions(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
+joins_positions(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", nn.LSTM, nn.GRU, F.grid_sample)
+joins_positions(torch.cumsum, "cumsum", torch.roll, "roll", F.unfold, "unfold", nn.Unfold)
+joins_positions(torch.fft.fft2, torch.fft.rfft2)
 
 
 @rule(nn.ConvTranspose2d, F.conv_transpose2d)
@@ -599,10 +606,6 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
 
 
 # -- helpers -------------------------------------------------------------------------------------------
-
-
-def _why(function: Rule) -> str:
-    return (function.__doc__ or "").splitlines()[0]
 
 
 def _arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
@@ -663,7 +666,7 @@ def _redirected(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: 
     return Call(node.target, tuple(args), kwargs)
 
 
-def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: bool, why: str) -> Treatment:
+def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: bool) -> Treatment:
     """A reduction over channel axes alone, row by row."""
     layout = facts.layout(node.args[0])
     if any(layout[dim] != "c" for dim in dims):
@@ -677,7 +680,7 @@ def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: 
     else:
         kept["dim"] = rows
     after = layout if keepdim else "".join(axis for dim, axis in enumerate(layout) if dim not in dims)
-    return Treatment("pointwise", why, rows=Call(node.target, tuple(args), kept), layout=after)
+    return Treatment("pointwise", rows=Call(node.target, tuple(args), kept), layout=after)
 
 
 def _window(
@@ -707,10 +710,10 @@ def _window(
     return growing(window) or window
 
 
-def _windowed(call: str, why: str, window: Window | str, **arguments: Any) -> Treatment:
+def _windowed(call: Callable[..., Any], window: Window | str, **arguments: Any) -> Treatment:
     if isinstance(window, str):
         return barrier(window)
-    return Treatment("window", why, call, tuple(arguments.items()), window)
+    return Treatment("window", call=call, arguments=tuple(arguments.items()), window=window)
 
 
 def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:

@@ -10,18 +10,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 from torch import fx, nn
 
+from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.operations import Operation, operation_of
+from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import same_place
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import own_class, stays_whole
 
 Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
+
+
+class Cause(Enum):
+    """Why an operation is not in the region."""
+
+    OPERATION = "no rule lets it pass there"
+    POSITIONS = "it joins all positions of the image"
+    PADDING = "it pads a map for what is no window of the region"
+    ASKED = "it is not in the region that was asked for"
+    END = "nothing of the region needs what it yields"
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """An operation that runs dense: why, in words for people and as a cause that decisions are made by."""
+
+    why: str
+    cause: Cause = Cause.OPERATION
 
 
 class Attribute(NamedTuple):
@@ -54,8 +76,9 @@ class Treatment:
             (changes to a finer grid), `pointwise` (acts on each element alone), `join` (combines elements of one
             lattice), `global` (one vector per image), `broadcast` (repeats such a vector over the map),
             `shape` (asks for the size), or `barrier`.
-        why: the reason, for the plan.
-        call: function of `cadsurgery.functional` that does it on elements; else it is done on rows.
+        why: the reason, for the plan; by default the first line of the rule's docstring.
+        call: the operation that does it on elements: one of `cadsurgery.functional`, or its name, or one declared by
+            `@cadsurgery.operation`; without one it is done on rows.
         arguments: its keyword arguments: constants, nodes or `Attribute`s.
         window: kernel, stride, dilation and padding, for windows and pads.
         then: modules applied to the rows afterwards.
@@ -66,11 +89,12 @@ class Treatment:
         axes: the layout `call` needs of the map; "" for any.
         spaced: whether `call` takes the spacing of the network's own grid.
         reads: the map that `call` reads, where it is not the first argument.
+        cause: of a barrier.
     """
 
     kind: Kind
     why: str = ""
-    call: str = ""
+    call: Callable[..., Any] | str | None = None
     arguments: tuple[tuple[str, Any], ...] = ()
     window: Window | None = None
     then: tuple[str, ...] = ()
@@ -81,11 +105,36 @@ class Treatment:
     axes: str = NCHW
     spaced: bool = False
     reads: fx.Node | None = None
+    cause: Cause = Cause.OPERATION
+
+    def __post_init__(self) -> None:
+        """Find the operation that a name stands for.
+
+        Raises:
+            UnknownName: there is none of that name.
+            InvalidInput: the function is not declared.
+        """
+        if isinstance(self.call, str):
+            if self.call and self.call not in functional.__all__:
+                raise UnknownName("operation on elements", self.call, functional.__all__)
+            object.__setattr__(self, "call", getattr(functional, self.call) if self.call else None)
+        if self.call is not None and operation_of(self.call) is None:
+            raise InvalidInput(
+                f"{getattr(self.call, '__name__', self.call)!r} is not declared as an operation on elements.",
+                why="what it reads is not known, so that neither its place in a plan nor its cost would be.",
+                next='put @cadsurgery.operation(reads="window") or the like above the function.',
+            )
+
+    @property
+    def operation(self) -> Operation | None:
+        """What `call` is; None where the work is done on rows."""
+        return operation_of(self.call)
 
 
 Rule = Callable[[fx.Node, Facts], Treatment]
 _RULES: dict[object, Rule] = {}
 _OF_VECTORS: set[Rule] = set()
+_MIXERS: set[object] = set()
 
 
 def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule]:
@@ -97,7 +146,7 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
         @cs.rule(MyActivation)
         def my_activation(node, facts):
             \"\"\"Acts on each value alone.\"\"\"
-            return cs.Treatment("pointwise", "acts on each value alone")
+            return cs.Treatment("pointwise")
 
     Args:
         operations: what the rule is for.
@@ -121,9 +170,26 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
     return register
 
 
-def barrier(why: str) -> Treatment:
+def first_line(function: Rule) -> str:
+    """Of a rule's docstring: its geometric reason."""
+    return (function.__doc__ or "").strip().partition("\n")[0]
+
+
+def barrier(why: str, cause: Cause = Cause.OPERATION) -> Treatment:
     """The operation runs dense, and so does what follows from it."""
-    return Treatment("barrier", why)
+    return Treatment("barrier", why, cause=cause)
+
+
+def joins_positions(*operations: object) -> None:
+    """Declare what joins all positions of the image on values of more than two axes, whether it has a rule or not: it
+    tells transformers and recurrent networks from convolutional ones."""
+    _MIXERS.update(operations)
+
+
+def is_mixer(node: fx.Node, facts: Facts) -> bool:
+    """Whether a node's operation is one of those on values of more than two axes."""
+    mixes = any(key in _MIXERS for key in _operation_keys(node, facts))
+    return mixes and len(facts.shapes.get(node, "any")) > 2
 
 
 def has_rule(module: nn.Module) -> bool:
@@ -133,28 +199,30 @@ def has_rule(module: nn.Module) -> bool:
 
 def ruled_functions() -> tuple[Callable[..., Any], ...]:
     """Python functions that have a rule: tracing does not look into them."""
-    found = []
+    functions = []
     for key in _RULES:
         if isinstance(key, str) and ":" in key:
             module, _, name = key.partition(":")
             key = getattr(sys.modules.get(module), name, None)
         if isinstance(key, FunctionType) and not key.__module__.startswith("torch."):
-            found.append(key)
-    return tuple(found)
+            functions.append(key)
+    return tuple(functions)
 
 
 def treat(node: fx.Node, facts: Facts) -> Treatment:
     """The treatment of one node by its rule; padding that it reads is taken into its window."""
-    found = next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
+    known = next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
     reads_map = any(facts.layout(value) for value in node.all_input_nodes)
-    if not reads_map and found not in _OF_VECTORS:
+    if not reads_map and known not in _OF_VECTORS:
         return Treatment("shape")
     reason = stays_whole(facts.module(node)) if node.op == "call_module" else ""
     if reason:
         return barrier(reason)
-    if found is None:
+    if known is None:
         return barrier(f"no rule for {operation_name(node, facts)}")
-    treatment = found(node, facts)
+    treatment = known(node, facts)
+    if not treatment.why:
+        treatment = replace(treatment, why=first_line(known))
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and source in facts.pads and treatment.kind != "shape":
         return _padded(treatment, facts.pads[source])
@@ -166,7 +234,7 @@ def _padded(treatment: Treatment, pad: Window) -> Treatment:
     window = treatment.window
     if treatment.kind != "window" or window is None:
         return barrier("reads a padded map without a window that would reach into the padding")
-    ignored = -float("inf") if treatment.call == "max_pool2d" else 0.0
+    ignored = treatment.operation.outside if treatment.operation is not None else 0.0
     own = any(window.padding) or window.same
     if own and (pad.same or pad.mode != window.mode or (pad.mode == "zeros" and pad.outside != ignored)):
         return barrier("its padding and that of the map it reads differ")

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
@@ -117,22 +118,22 @@ def _uniform_checks(
     watched = _watched(adapted, plan)
     as_it_was = _values(model, original, plan, None, image, watched)
     checks = []
-    for level in _levels(plan, geometry):
-        found = _values(model, adapted, plan, _uniform(mapped, level), image, watched)
+    for level in _levels(plan, geometry, adapted):
+        ours = _values(model, adapted, plan, _uniform(mapped, level), image, watched)
         own = level == plan.identity_level
         if own:
             law, expected = "the network as it was", as_it_was
         else:
             law = f"the dense network at output stride {plan.strides[level]}"
             expected = _values(model, adapted, plan, _uniform(geometry, level), image, watched)
-        made = _compare(f"everything at level {level} is {law}", found, expected, tolerance)
+        check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
         size = (image.shape[2], image.shape[3])
-        checks.append(replace(made, number=1 if own else 2, size=size))
+        checks.append(replace(check, number=1 if own else 2, size=size))
         if own:
             checks += _at_another_size(model, adapted, plan, mapped, image, tolerance)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
             apart = _apart(adapted)
-            maps = {name: value for name, value in found.items() if name in apart}
+            maps = {name: value for name, value in ours.items() if name in apart}
             if not maps:
                 continue
             law = "everything high, read where the network has samples, is the network as it was"
@@ -150,10 +151,10 @@ def _at_another_size(
     except Exception:  # the network says in its own way which sizes it takes
         return []
     masking = _uniform(geometry, plan.identity_level or 0)
-    found, _ = fx.Interpreter(model, graph=adapted).run(masking, smaller, *_defaults(adapted, 2))
+    ours, _ = fx.Interpreter(model, graph=adapted).run(masking, smaller, *_defaults(adapted, 2))
     law = "the outputs at another size are the network's as it was"
-    made = _compare(law, _named(at_own_samples(found, adapted, plan)), _named(expected), tolerance)
-    return [replace(made, number=1, size=(smaller.shape[2], smaller.shape[3]))]
+    check = _compare(law, _named(at_own_samples(ours, adapted, plan)), _named(expected), tolerance)
+    return [replace(check, number=1, size=(smaller.shape[2], smaller.shape[3]))]
 
 
 def _defaults(graph: fx.Graph, given: int) -> list[Any]:
@@ -187,38 +188,38 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
     return read(outputs, node.args[0][0])
 
 
-_GLOBAL = (
-    *(functional.global_mean, functional.global_max, functional.global_reduce),
-    functional.sum_of_products,
-)
-# What lets the value at one position depend on the resolution elsewhere, so that both extremes differ.
-_MIXING = (
-    *(*_GLOBAL, functional.group_norm, functional.group_deviation, functional.conv2d_per_image),
-    *(functional.resize, functional.pixel_shuffle, functional.resize_to_dense),
-    *(functional.softmax_over_image, functional.normalize_over_image, functional.norm_of_batch),
-)
-
-
 def _apart(adapted: fx.Graph) -> set[str]:
     """Values of the original that no operation which mixes positions has a part in."""
     mixed: set[fx.Node] = set()
     for node in adapted.nodes:
-        if node.target in _MIXING or any(source in mixed for source in node.all_input_nodes):
+        operation = operation_of(node.target)
+        mixes = operation is not None and operation.mixes
+        if mixes or any(source in mixed for source in node.all_input_nodes):
             mixed.add(node)
     return {node.meta[ORIGIN] for node in adapted.nodes if node not in mixed and ORIGIN in node.meta}
 
 
 def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
     """The maps that are compared: what leaves the region, and what becomes one vector per image."""
-    read = {node.args[0].meta.get(ORIGIN) for node in adapted.nodes if node.target in _GLOBAL}
+    read = {
+        node.args[0].meta.get(ORIGIN)
+        for node in adapted.nodes
+        if (operation := operation_of(node.target)) is not None and operation.gives == "vector"
+    }
     return {d.node: d for d in plan.decisions if (d.leaves and d.stages[1]) or d.node in read}
 
 
-def _levels(plan: Plan, geometry: Geometry) -> list[int]:
-    """Levels to compare: all, but where max-pools drop what they keep only the lowest has a dense twin."""
+def _levels(plan: Plan, geometry: Geometry, adapted: fx.Graph) -> list[int]:
+    """Levels to compare: all, but where pools drop what they keep only the lowest has a dense twin."""
     levels = list(range(plan.max_level + 1))
-    drops = geometry.pool == "drop" and any("pool" in d.operation.lower() for d in plan.chosen("adapt"))
+    operations = (operation_of(node.target) for node in adapted.nodes if _subsamples(node))
+    drops = geometry.pool == "drop" and any(known is not None and known.drops for known in operations)
     return [level for level in levels if level == len(geometry.strides)] if drops else levels
+
+
+def _subsamples(node: fx.Node) -> bool:
+    window: Any = node.kwargs.get("window")
+    return window is not None and window.stride > 1
 
 
 @contextmanager
@@ -248,7 +249,7 @@ def _values(
     watched: dict[str, Decision],
 ) -> dict[str, Tensor]:
     """Watched values and outputs on the network's own grid."""
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     class Collect(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -258,19 +259,19 @@ def _values(
                 seen = value
                 if isinstance(seen, Elements):
                     seen = to_dense(seen, watched[origin].grid, watched[origin].layout)
-                found[origin] = seen.clone()  # what follows may change it in place
+                values[origin] = seen.clone()  # what follows may change it in place
             return value
 
     given = [image] if masking is None else [masking, image]
     output = Collect(model, graph=graph).run(*given, *_defaults(graph, len(given)))
-    return found | _named(output if masking is None else at_own_samples(output[0], graph, plan))
+    return values | _named(output if masking is None else at_own_samples(output[0], graph, plan))
 
 
-def _compare(law: str, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> Check:
+def _compare(law: str, ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> Check:
     worst = Check(law, "", 0.0, tolerance)
-    if not found or found.keys() != expected.keys():
+    if not ours or ours.keys() != expected.keys():
         return Check(law, "nothing to compare", float("nan"), tolerance)
-    for name, value in found.items():
+    for name, value in ours.items():
         reference = expected[name]
         if value.shape != reference.shape:
             return Check(

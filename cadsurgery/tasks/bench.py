@@ -18,7 +18,6 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,21 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.images import check_picture, normalise, write_picture
-from cadsurgery.data.networks import Source
+from cadsurgery.elements.backends import costs
 from cadsurgery.masks import Budget, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, UnknownName
-from cadsurgery.support.files import append_lines, check_folder
+from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import is_measurable, peak_raised_by, printed_alone
-from cadsurgery.support.provenance import commit, device_in_words, device_named, versions
+from cadsurgery.support.provenance import device_in_words, device_named, made_here
 from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
-from cadsurgery.tasks.convert import DEFAULT_SIZE, Step, build, example_image
-from cadsurgery.tasks.figures import bench_figure, figure_picture
+from cadsurgery.tasks.for_each import Step, silent
+from cadsurgery.tasks.open import DEFAULT_SIZE, example_batch, original
+from cadsurgery.tasks.report import check_outputs
 
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,7 +83,7 @@ def bench(
     memory: bool = False,
     picture: Path | None = None,
     output: Path | None = None,
-    step: Step = lambda text: None,
+    step: Step = silent,
 ) -> BenchReport:
     """Measure networks with random weights under budgets, and compare their times with the law.
 
@@ -117,28 +116,24 @@ def bench(
     threads = torch.get_num_threads() if threads is None else threads
     setup = Setup(mask, size, batch, output_stride, region, patch, dtype, device, threads)
     _check(listed, fractions, setup, rounds, fill, memory)
-    if picture is not None:
-        check_picture(picture, "--picture")
-    if output is not None:
-        check_folder(output)
+    check_outputs(output, picture=picture)
     if len(listed) > 1:  # a typo in the last name should not wait for the others to be measured
         for network in listed:
             step(f"planning {_name(network)}")
-            plan(_built(network)[0], output_stride, region)
+            plan(original(network, "none")[0], output_stride, region)
     setting = _setting(setup, rounds)
     done: list[NetworkBench] = []
+    budgets = list(dict.fromkeys(map(float, fractions)))
     for network in listed:
         with _threads(threads):
-            found = _compare(
-                network, setup, list(dict.fromkeys(map(float, fractions))), fill, rounds, memory, step
-            )
+            entries = _compare(network, setup, budgets, fill, rounds, memory, step)
         if output is not None:
-            rows = [{**setting.to_dict(), **row} for entry in found for row in entry.lines()]
+            provenance = {**setting.to_dict(), "costs": costs.record()["digest"]}
+            rows = [{**provenance, **row} for entry in entries for row in entry.lines()]
             append_lines(output, map(json.dumps, rows))
-        done += found
-    report = BenchReport(setting, tuple(done))
-    if picture is not None:
-        write_picture(figure_picture(bench_figure(report)), picture)
+        done += entries
+    report = BenchReport(setting, tuple(done), costs.record())
+    report.write(picture=picture)
     return report
 
 
@@ -244,7 +239,7 @@ def _notes(net: AdaptiveModel, high: Twin, low: Twin) -> tuple[str, ...]:
 
 def _converted(network: str | nn.Module, setup: Setup, fill: str) -> tuple[AdaptiveModel, Tensor, str]:
     """An unverified network, its images (B, 3, H, W) and its weights in words, on the device."""
-    model, source = _built(network)
+    model, source = original(network, "none")
     net = adaptify(
         model,
         setup.mask,
@@ -255,9 +250,9 @@ def _converted(network: str | nn.Module, setup: Setup, fill: str) -> tuple[Adapt
         verify_laws=False,
     )
     where: dict[str, Any] = {"device": device_named(setup.device), "dtype": DTYPES[setup.dtype]}
-    scenes = [normalise(example_image(None, setup.size, seed), source) for seed in range(setup.batch)]
-    image = torch.stack(scenes).to(**where).contiguous(memory_format=torch.channels_last)
-    return net.eval().to(**where), image, source.note if source is not None else "its own weights"
+    scenes = [example_batch(source, None, setup.size, seed) for seed in range(setup.batch)]
+    image = torch.cat(scenes).to(**where).contiguous(memory_format=torch.channels_last)
+    return net.eval().to(**where), image, source.note if isinstance(network, str) else "its own weights"
 
 
 def _sides(
@@ -281,15 +276,12 @@ def band(net: AdaptiveModel) -> float:
     return BAND + LINEAR if net.geometry.interpolates else BAND
 
 
-def _built(network: str | nn.Module) -> tuple[nn.Module, Source | None]:
-    return (network, None) if isinstance(network, nn.Module) else build(network, "none")
-
-
 def _name(network: str | nn.Module) -> str:
     return network if isinstance(network, str) else type(network).__name__
 
 
 def _setting(setup: Setup, rounds: int) -> BenchSetting:
+    made = made_here(device_named(setup.device))
     return BenchSetting(
         mask=f"{resolve_mask(setup.mask).spec()} | budget",
         image=(setup.batch, 3, *setup.size),
@@ -297,9 +289,9 @@ def _setting(setup: Setup, rounds: int) -> BenchSetting:
         device=device_in_words(device_named(setup.device)),
         threads=setup.threads,
         rounds=rounds,
-        versions={**versions(), "python": platform.python_version()},
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={**made["versions"], "python": platform.python_version()},
+        commit=made["commit"],
+        date=made["date"],
     )
 
 

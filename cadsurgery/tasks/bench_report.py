@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Group, RenderableType
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from cadsurgery.tasks.report import Column, Report, canvas, number, plain, ratio, table
 
 SLOWER = 1.03  # an entry counts as slower than dense high from this multiple of its time on
 
@@ -158,8 +162,7 @@ class BenchSetting:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; without the commit if there is none."""
-        values = {**vars(self), "image": list(self.image)}
-        return {name: value for name, value in values.items() if name != "commit" or value}
+        return {name: plain(value) for name, value in vars(self).items() if name != "commit" or value}
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.image[2:]))
@@ -173,62 +176,94 @@ class BenchSetting:
 
 
 @dataclass(frozen=True)
-class BenchReport:
-    """What `cadsurgery bench` tells."""
+class BenchReport(Report):
+    """What `cadsurgery bench` tells; `costs` are those of convolutions that decided, see `backends.costs.record`."""
 
     setting: BenchSetting
     networks: tuple[NetworkBench, ...]
+    costs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
-        return {**self.setting.to_dict(), "networks": [network.to_dict() for network in self.networks]}
+        networks = [network.to_dict() for network in self.networks]
+        return {**self.setting.to_dict(), "networks": networks, "costs": self.costs}
 
-    def render(self) -> RenderableType:
-        """The report for a terminal."""
-        parts: list[RenderableType] = [Text(str(self.setting))]
+    def parts(self) -> Iterator[RenderableType]:
+        """What was measured with, then each network: its table, the law and notes."""
+        yield Text(str(self.setting))
         for network in self.networks:
-            parts += [
-                _bench_table(network),
-                Text(
-                    network.verdict(), style="green" if network.holds and not network.slower else "bold red"
-                ),
-                *(Text(note, style="yellow") for note in network.notes),
-            ]
-        return Group(*parts)
+            yield _table(network)
+            good = network.holds and not network.slower
+            yield Text(network.verdict(), style="green" if good else "bold red")
+            yield from (Text(note, style="yellow") for note in network.notes)
+
+    def figure(self) -> Figure:
+        """Time against active fraction, a panel for each network: the law's band, budgets and dense twins."""
+        columns = min(3, len(self.networks))
+        rows = -(-len(self.networks) // columns)
+        figure = canvas(5.5 * columns, 4.2 * rows + 0.6)
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis in panels[len(self.networks) :]:
+            axis.set_visible(False)
+        for axis, network in zip(panels, self.networks, strict=False):
+            _draw(axis, network)
+        figure.suptitle(str(self.setting), fontsize=8)
+        return figure
 
 
-def _bench_table(network: NetworkBench) -> Table:
+Line = tuple[str, float, Twin | BenchRow]  # side, active fraction, what it took
+
+
+def _table(network: NetworkBench) -> Table:
     """Twins and budgets of a network; the law's column is time over the line between the twins."""
-    high, low = network.output_stride
-    table = Table(
-        title=f"{network.model}, {network.weights}, output stride {high} to {low}, fill {network.fill}",
-        title_justify="left",
-    )
-    columns = ["side", "active", "MACs", "ms", "median", "law ms", "of law", "realised", "speed-up"]
-    remembers = network.high.memory_mib is not None
-    for column in columns + ["MiB", "of high"] * remembers:
-        table.add_column(column, justify="left" if column == "side" else "right")
 
-    def add(side: str, active: float, run: Twin | BenchRow, law: Sequence[str]) -> None:
-        memory: tuple[str, ...] = ()
-        if run.memory_mib is not None and network.high.memory_mib:
-            memory = (f"{run.memory_mib:.0f}", f"{run.memory_mib / network.high.memory_mib:.2f}")
-        times = (f"{run.milliseconds:.1f}", f"{run.milliseconds_median:.1f}")
-        table.add_row(side, f"{active:.3f}", f"{run.macs:.3e}", *times, *law, *memory)
+    def of_budget(form: Callable[[BenchRow], str]) -> Callable[[Line], str]:
+        return lambda line: form(line[2]) if isinstance(line[2], BenchRow) else ""
 
-    add("dense high", 1.0, network.high, ("", "", "", ""))
-    for row in network.rows:
-        law = (
-            f"{row.law_milliseconds:.1f}",
-            f"{row.law_ratio:.3f}",
-            f"{row.realised:.2f}",
-            f"{row.speedup:.2f}",
-        )
-        add(f"budget {row.fraction:g}", row.active_fraction, row, law)
-    add(
-        "dense low",
-        0.0,
-        network.low,
-        ("", "", "", f"{network.high.milliseconds / network.low.milliseconds:.2f}"),
-    )
-    return table
+    def speedup(line: Line) -> str:
+        return "" if line[2] is high else f"{high.milliseconds / line[2].milliseconds:.2f}"
+
+    high, low = network.high, network.low
+    columns: list[Column[Line]] = [
+        Column("side", lambda line: line[0], False),
+        Column("active", lambda line: f"{line[1]:.3f}"),
+        Column("MACs", lambda line: f"{line[2].macs:.3e}"),
+        Column("ms", lambda line: f"{line[2].milliseconds:.1f}"),
+        Column("median", lambda line: f"{line[2].milliseconds_median:.1f}"),
+        Column("law ms", of_budget(lambda row: f"{row.law_milliseconds:.1f}")),
+        Column("of law", of_budget(lambda row: f"{row.law_ratio:.3f}")),
+        Column("realised", of_budget(lambda row: f"{row.realised:.2f}")),
+        Column("speed-up", speedup),
+    ]
+    if (whole := high.memory_mib) is not None:
+        columns += [
+            Column("MiB", lambda line: number(line[2].memory_mib)),
+            Column("of high", lambda line: ratio(line[2].memory_mib, whole)),
+        ]
+    budgets: list[Line] = [(f"budget {row.fraction:g}", row.active_fraction, row) for row in network.rows]
+    strides = "{} to {}".format(*network.output_stride)
+    title = f"{network.model}, {network.weights}, output stride {strides}, fill {network.fill}"
+    return table([("dense high", 1.0, high), *budgets, ("dense low", 0.0, low)], columns, title)
+
+
+def _draw(axis: Any, network: NetworkBench) -> None:
+    """One network's panel."""
+    high, low = network.high, network.low
+    rows = sorted(network.rows, key=lambda row: row.active_fraction)
+    active = [0.0, *(row.active_fraction for row in rows), 1.0]
+    law = np.array([low.milliseconds, *(row.law_milliseconds for row in rows), high.milliseconds])
+    label = f"law: 1.00 to {network.band:.2f}"
+    axis.fill_between(active, law, network.band * law, color="#a6bddb", alpha=0.6, label=label)
+    axis.plot(active, law, color="#2b8cbe", linewidth=1)
+    places, best = active[1:-1], [row.milliseconds for row in rows]
+    median = [row.milliseconds_median for row in rows]
+    axis.vlines(places, best, median, color="#d7301f", linewidth=1)
+    axis.plot(places, median, "_", color="#d7301f", markersize=9, label="median")
+    axis.plot(places, best, "o", color="#d7301f", markersize=5, label="best")
+    twins = [low.milliseconds, high.milliseconds]
+    axis.plot([0, 1], twins, "s", color="#222222", markersize=6, zorder=1.9, label="dense low, high")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("active fraction")
+    axis.set_ylabel("ms")
+    axis.set_title(f"{network.model}, {network.fill}: law {'holds' if network.holds else 'MISSED'}")
+    axis.legend(loc="lower right", fontsize=8)

@@ -8,33 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cadsurgery.data.images import check_size, find_images, normalise, read_image, street_scene, write_picture
-from cadsurgery.data.networks import WEIGHTS, Source, build_model
+from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
+from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.masking import not_static
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.compile import export
-from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.macs import MacReport, dense_macs
-from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import load, read_metadata, save
-from cadsurgery.support.errors import CadError, FileError, InvalidInput
+from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import check_folder, made_folder
-from cadsurgery.support.processes import gathered, in_order, own_device, shard, start_others, world
-from cadsurgery.support.provenance import device_in_words, device_named
+from cadsurgery.support.processes import own_device
+from cadsurgery.support.provenance import device_named, device_with_threads
 from cadsurgery.support.timing import interleaved
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.tasks.convert_report import ConversionReport, Side
 from cadsurgery.tasks.figures import class_picture
-from cadsurgery.tasks.report import ConversionReport, Side
+from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
+from cadsurgery.tasks.open import converted, example_batch, is_file, original
 
-DEFAULT_SIZE = (512, 1024)
 EXPORTED_MASK = "edges | budget:fraction=0.3"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
-
-Step = Callable[[str], None]
 
 
 def convert(
@@ -56,23 +53,20 @@ def convert(
     where = device_named(device)
     check_folder(output)
     step(f"building {model}")
-    original, source = build(model, weights)
-    picture = example_image(image, size)
+    before, source = original(model, weights)
+    batch = example_batch(source, image, size).to(where).contiguous(memory_format=torch.channels_last)
     step("converting and verifying" if verify_laws else "converting")
-    net = adaptify(original, mask, **options, verify_laws=verify_laws)
-    batch = normalise(picture, source).unsqueeze(0).to(where).contiguous(memory_format=torch.channels_last)
-    original.to(where).to(memory_format=torch.channels_last)
+    net = adaptify(before, mask, **options, verify_laws=verify_laws)
+    before.to(where).to(memory_format=torch.channels_last)
     net.to(where)
     step("counting multiply-accumulates")
     counted = net.macs(batch)
-    if isinstance(
-        net, HostedModel
-    ):  # the part alone: the rest decides by values, which counting does not have
+    if net.hosts_part:  # the part alone: the rest decides by values, which counting does not have
         of_original = counted.low if net.plan.identity_level == net.plan.max_level else counted.high
     else:
-        of_original = dense_macs(original, batch)
+        of_original = dense_macs(before, batch)
     step("measuring")
-    sides: dict[str, Callable[[], object]] = {"original": lambda: original(batch)}
+    sides: dict[str, Callable[[], object]] = {"original": lambda: before(batch)}
     high = f"dense high (output stride {net.plan.output_stride[0]})"
     if net.plan.identity_level != 0:
         sides[high] = lambda: net(batch, mask="all")
@@ -99,9 +93,10 @@ def convert(
         image=tuple(batch.shape),
         sides=tuple(rows),
         checks=net.checks,
-        device=f"{device_in_words(where)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        device=f"{device_with_threads(where)}, torch {torch.__version__}",
         file=str(output),
         notes=_notes(net.plan, counted.active_fraction, rows),
+        costs=costs.record(),
     )
 
 
@@ -143,7 +138,7 @@ def export_program(
     """
     check_folder(output)
     step(f"building {model}")
-    net = load(model, mask=mask or None, trust=trust) if is_file(model) else None
+    net = converted(model, mask, options, trust=trust) if is_file(model) else None
     provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
     if not provider.static:
         fixed = EXPORTED_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
@@ -152,15 +147,13 @@ def export_program(
             "an exported program has fixed shapes and sees the image alone.",
             f'cadsurgery export {model} --mask "{fixed}" -o {output}',
         )
-    if net is None:
-        net = adaptify(build(model, weights)[0], provider, **options, verify_laws=False)
-    net.eval()
-    first, second = (normalise(example_image(None, size, seed), net.source).unsqueeze(0) for seed in (0, 1))
+    net = (net or converted(model, provider, options, weights=weights)).eval()
+    first, second = (example_batch(net.source, None, size, seed) for seed in (0, 1))
     step("exporting and comparing")
-    found = export(net, first, output, other=second)
+    exported = export(net, first, output, other=second)
     with torch.inference_mode():
         net(second)
-    return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(found)}
+    return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(exported)}
 
 
 def make_or_read_plan(
@@ -169,7 +162,7 @@ def make_or_read_plan(
     """The plan of a network by name, or the one stored in a converted file."""
     if is_file(model):
         return Plan.from_json(read_metadata(model)["plan"])
-    return make_plan(build(model, "none")[0], output_stride, region, outputs=outputs)  # type: ignore[arg-type]
+    return make_plan(original(model, "none")[0], output_stride, region, outputs=outputs)  # type: ignore[arg-type]
 
 
 def count(
@@ -182,9 +175,8 @@ def count(
     trust: bool = False,
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
-    from_file = is_file(model)
-    net = load(model, mask=mask or None, trust=trust) if from_file else quick(model, mask or "edges", options)
-    return net.macs(normalise(example_image(image, size), net.source).unsqueeze(0), rule=rule)
+    net = converted(model, mask, options, trust=trust)
+    return net.macs(example_batch(net.source, image, size), rule=rule)
 
 
 def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, rule: str) -> dict[str, Any]:
@@ -198,8 +190,8 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
             f"{model} is a converted network: --dense counts one that is not.",
             next="leave --dense out, which lists dense high and dense low too, or give the network's name.",
         )
-    net, source = build(model, "none")
-    batch = normalise(example_image(image, size), source).unsqueeze(0)
+    net, source = original(model, "none")
+    batch = example_batch(source, image, size)
     return {"shape": list(batch.shape), "rule": rule, "macs": {"dense": dense_macs(net, batch, rule=rule)}}
 
 
@@ -212,91 +204,32 @@ def predict(
     device: str,
     step: Step,
     trust: bool = False,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Run a converted file on images; an unreadable image is reported and the others are done.
 
     Under a launcher each process takes its share of the images; every one returns the rows of all.
     """
-    start_others()
     check_size(size)
     where = own_device(device)
     paths, lacking = find_images(images)
     net = load(file, mask=mask, trust=trust).to(where).optimize()
     made_folder(output)
-    done: list[tuple[int, dict[str, Any]]] = []
-    failed: list[tuple[int, dict[str, Any]]] = [(-1, row) for row in lacking if world().is_main]
-    for position, (path, place) in shard(list(paths.items())):
-        step(f"{path.name} ({position + 1} of {len(paths)})")
-        try:
-            batch = normalise(read_image(path, size), net.source).unsqueeze(0).to(where)
-            start = time.perf_counter()
-            with torch.inference_mode():
-                prediction = _first_tensor(net(batch))
-            milliseconds = 1e3 * (time.perf_counter() - start)
-            target = output / place
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(class_picture(_classes(prediction), prediction.shape[1]), target)
-        except CadError as error:
-            failed.append((position, {"image": str(path), **error.to_dict()}))
-            continue
-        row = {
-            "image": str(path),
-            "output": str(target),
-            "active_fraction": net.active_fraction,
-            "milliseconds": milliseconds,
-        }
-        done.append((position, row))
-    shares = gathered((done, failed), where)
-    return in_order([share[0] for share in shares]), in_order([share[1] for share in shares])
 
+    def draw(item: tuple[Path, Path]) -> dict[str, Any]:
+        path, place = item
+        batch = normalise(read_image(path, size), net.source).unsqueeze(0).to(where)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            prediction = _first_tensor(net(batch))
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        target = output / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(class_picture(_classes(prediction), prediction.shape[1]), target)
+        row = {"image": str(path), "output": str(target), "active_fraction": net.active_fraction}
+        return {**row, "milliseconds": milliseconds}
 
-def build(model: str, weights: str, num_classes: int | None = None) -> tuple[nn.Module, Source]:
-    """A network by name, and where it comes from.
-
-    Raises:
-        FileError: there is no such file.
-        InvalidInput: a file is no name of a network.
-    """
-    if Path(model).suffix in WEIGHTS:
-        if not Path(model).is_file():
-            raise FileError(
-                f"there is no file {model}.", next="check the path, or give the name of a network."
-            )
-        raise InvalidInput(
-            f"{model} is a file, not the name of a network.",
-            why="what is converted is a network by name, with weights from a file if you like.",
-            next="give the name of its network, and --weights FILE for its weights.",
-        )
-    torch.manual_seed(0)  # random weights, where they are random, are the same in every run
-    built = build_model(model, weights, num_classes=num_classes)
-    source = built.cad_source
-    assert isinstance(source, Source)
-    return built, source
-
-
-def weights_in_words(network: object, source: Source) -> str:
-    """Which weights a network has; how it was built tells that of a name only, others may have been trained since."""
-    if not isinstance(network, str):
-        return "weights as they were given"
-    if not is_file(network):
-        return source.note
-    return f"weights in {network}, at first {source.note.removeprefix('weights ').removeprefix('are ')}"
-
-
-def quick(model: str, mask: str, options: dict[str, Any]) -> AdaptiveModel:
-    """A converted network with random weights, unverified: for what depends on its shapes only."""
-    return adaptify(build(model, "none")[0], mask, **options, verify_laws=False)
-
-
-def is_file(model: str) -> bool:
-    """Whether a model is meant as a converted file, not as a name."""
-    return model.endswith(".safetensors") or Path(model).is_file()
-
-
-def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:
-    """(3, H, W) in 0..1: the file, or a generated street scene."""
-    check_size(size)
-    return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
+    failures = Failures("image", lacking)
+    return for_each(list(paths.items()), draw, failures, where, name=lambda item: str(item[0]), step=step)
 
 
 def _first_tensor(output: Any) -> Tensor:

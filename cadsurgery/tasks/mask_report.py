@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
@@ -22,8 +21,9 @@ from cadsurgery.masks.provider import checked_levels
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.tasks.convert import example_image, is_file, quick
-from cadsurgery.tasks.figures import comparison_figure, figure_picture, mask_figure
+from cadsurgery.tasks.figures import comparison_figure, mask_figure
+from cadsurgery.tasks.open import converted, example_image, is_file
+from cadsurgery.tasks.report import Column, Report, figure_picture, table
 
 COMPARED = (
     "edges",
@@ -67,7 +67,7 @@ class MaskRow:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "mask": self.mask,
             "active_fraction": self.active_fraction,
             "elements": self.elements,
@@ -75,9 +75,9 @@ class MaskRow:
             "share_of_elements": self.share,
         }
         if self.macs:
-            found["macs"] = dict(zip(("mask", "high", "low"), self.macs, strict=True))
-            found["of_high"] = self.of_high
-        return found
+            values["macs"] = dict(zip(("mask", "high", "low"), self.macs, strict=True))
+            values["of_high"] = self.of_high
+        return values
 
     def title(self, width: int = 52) -> str:
         """For a picture: the mask, its active fraction and its cost, each part in few words."""
@@ -87,7 +87,7 @@ class MaskRow:
 
 
 @dataclass(frozen=True)
-class MaskReport:
+class MaskReport(Report):
     """What `cadsurgery mask` tells: a row for each mask, and the picture."""
 
     rows: tuple[MaskRow, ...]
@@ -100,21 +100,26 @@ class MaskReport:
             return {"masks": [row.to_dict() for row in self.rows], "file": self.file}
         return {**self.rows[0].to_dict(), "file": self.file}
 
-    def render(self) -> RenderableType:
-        """For a terminal."""
+    def parts(self) -> Iterator[RenderableType]:
+        """One mask in a line, several as a table."""
         row = self.rows[0]
         if not self.compared:
             kept = f"{row.elements} elements for {row.fine_pixels} fine pixels"
-            return Text(f"active fraction {row.active_fraction:.3f}, {kept}; wrote {self.file}")
-        table = Table(title=f"masks on {row.fine_pixels} fine pixels", title_justify="left")
-        table.add_column("mask", overflow="fold")
-        for column in ("active fraction", "elements", "of high", *(("MACs", "of high") if row.macs else ())):
-            table.add_column(column, justify="right")
-        for row in self.rows:
-            of_network = (f"{row.macs[0]:.3e}", f"{row.of_high or 0:.2f}") if row.macs else ()
-            found = (f"{row.active_fraction:.3f}", f"{row.elements}", f"{row.share:.2f}")
-            table.add_row(Text(row.given), *found, *of_network)
-        return Group(table, Text(f"wrote {self.file}", style="bold green"))
+            yield Text(f"active fraction {row.active_fraction:.3f}, {kept}; wrote {self.file}")
+            return
+        columns: list[Column[MaskRow]] = [
+            Column("mask", lambda row: Text(row.given), False),
+            Column("active fraction", lambda row: f"{row.active_fraction:.3f}"),
+            Column("elements", lambda row: str(row.elements)),
+            Column("of high", lambda row: f"{row.share:.2f}"),
+        ]
+        if row.macs:
+            columns += [
+                Column("MACs", lambda row: f"{row.macs[0]:.3e}" if row.macs else ""),
+                Column("of high", lambda row: f"{row.of_high or 0:.2f}"),
+            ]
+        yield table(self.rows, columns, f"masks on {row.fine_pixels} fine pixels")
+        yield Text(f"wrote {self.file}", style="bold green")
 
 
 def draw_masks(
@@ -142,31 +147,32 @@ def draw_masks(
     check_picture(output)
     picture = example_image(image, size)
     known = _labels(labels, image, size, picture)
-    chosen = [(text, resolve_mask(text)) for text in masks]
-    seen = _network(model, output_stride, patch, trust) if model else _Bare(output_stride or (8, 32), patch)
-    own = seen.own
-    if not chosen:
+    asked = [(text, resolve_mask(text)) for text in masks]
+    subject = (
+        _network(model, output_stride, patch, trust) if model else _Bare(output_stride or (8, 32), patch)
+    )
+    own = subject.own
+    if not asked:
         telling = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
-        chosen = [(text, resolve_mask(text)) for text in telling]
+        asked = [(text, resolve_mask(text)) for text in telling]
         if own is not None or not compare:
             first = own or resolve_mask("edges")
-            chosen = [(first.spec(), first), *(entry for entry in chosen if entry[1].spec() != first.spec())]
-    found = []
+            asked = [(first.spec(), first), *(entry for entry in asked if entry[1].spec() != first.spec())]
+    rows, lattices = [], []
     with labelled(known) if known is not None else nullcontext():
-        for text, mask in chosen:
+        for text, mask in asked:
             # A file's own mask brings what it has learned.
             provider = own if own is not None and own.spec() == mask.spec() else mask
-            lattice, macs = seen.look(picture, provider, count=compare)
+            lattice, macs = subject.look(picture, provider, count=compare)
             fine = lattice.size[0] * lattice.size[1]
-            row = MaskRow(text, provider.spec(), lattice.active_fraction, len(lattice), fine, macs)
-            found.append((row, lattice))
-    rows, lattices = zip(*found, strict=True)
+            rows.append(MaskRow(text, provider.spec(), lattice.active_fraction, len(lattice), fine, macs))
+            lattices.append(lattice)
     if compare:
-        figure = comparison_figure(picture, lattices, [row.title() for row in rows], seen.stride, model)
+        figure = comparison_figure(picture, lattices, [row.title() for row in rows], subject.stride, model)
     else:
-        figure = mask_figure(picture, lattices[0], seen.stride, title=rows[0].mask)
+        figure = mask_figure(picture, lattices[0], subject.stride, title=rows[0].mask)
     write_picture(figure_picture(figure), output)
-    return MaskReport(rows, str(output), compare)
+    return MaskReport(tuple(rows), str(output), compare)
 
 
 def _labels(
@@ -214,7 +220,7 @@ class _Bare:
         return self.geometry.lattice(levels), None
 
 
-class _Seen:
+class _InNetwork:
     """Masks in a network; `own` is that of its file."""
 
     def __init__(self, net: AdaptiveModel, own: MaskProvider | None = None) -> None:
@@ -231,16 +237,16 @@ class _Seen:
         if not count:
             return lattice, None
         report = self.net.macs(batch, mask=lattice.pyramid.levels)  # the very map, whatever gave it
-        finding = self.net.macs(batch, mask=mask).of_mask
-        return lattice, (finding + report.mask, report.high, report.low)
+        of_mask = self.net.macs(batch, mask=mask).of_mask
+        return lattice, (of_mask + report.mask, report.high, report.low)
 
 
-def _network(model: str, output_stride: tuple[int, int] | None, patch: str, trust: bool) -> _Seen:
+def _network(model: str, output_stride: tuple[int, int] | None, patch: str, trust: bool) -> _InNetwork:
     if is_file(model):
         stored = read_metadata(model).get("mask") is not None
         net = load(model, mask=None if stored else "none", trust=trust)
-        return _Seen(net, net.mask if stored else None)
-    return _Seen(quick(model, "none", {"output_stride": output_stride, "patch": patch}))
+        return _InNetwork(net, net.mask if stored else None)
+    return _InNetwork(converted(model, "none", {"output_stride": output_stride, "patch": patch}))
 
 
 def _halvings(high: int, low: int) -> tuple[int, ...]:

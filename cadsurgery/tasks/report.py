@@ -1,166 +1,222 @@
-"""Reports for people: rich tables of plans, MACs, times and checks."""
+"""The one shape of reports: where figures come from, rows and columns; printed, as JSON, as lines, as a picture.
+
+A report of a task is a frozen dataclass that derives from `Report` and says which parts it prints, and how it is drawn
+if it is; the rest is the same for all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cadsurgery.network.macs import MacReport
-from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.verify import Check
+from cadsurgery.data.images import check_picture, write_picture
+from cadsurgery.support.files import check_folder, written_whole
+
+COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # of lines and points in figures
+
+Row = TypeVar("Row")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: sequences as lists, paths as text, what has `to_dict` by it."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+class Plain:
+    """Rows, and reports: dataclasses that are plain values too."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        return {("random_weights" if key == "random" else key): plain(v) for key, v in vars(self).items()}
+
+
+class Report(Plain):
+    """What a task tells."""
+
+    def parts(self) -> Iterable[RenderableType]:
+        """What is printed, from top to bottom."""
+        raise NotImplementedError
+
+    def render(self) -> RenderableType:
+        """The report for a terminal."""
+        return Group(*self.parts())
+
+    def figure(self) -> Figure:
+        """The report as a picture."""
+        raise NotImplementedError
+
+    def write(self, output: Path | None = None, picture: Path | None = None) -> None:
+        """Write it as JSON, draw it, or both.
+
+        Raises:
+            FileError: a path that cannot be written.
+        """
+        if output is not None:
+            with written_whole(output) as temporary:
+                temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if picture is not None:
+            write_picture(figure_picture(self.figure()), picture)
+
+
+def check_outputs(output: Path | None, **pictures: Path | None) -> None:
+    """Refuse files that cannot be written before work is done for them; pictures by the name of their option.
+
+    Raises:
+        FileError: no such folder, a folder in place of a file, or an ending of no format.
+    """
+    if output is not None:
+        check_folder(output)
+    for option, path in pictures.items():
+        if path is not None:
+            check_picture(path, f"--{option}")
 
 
 @dataclass(frozen=True)
-class Side:
-    """One line of a comparison: a network, its MACs and its time."""
+class Column(Generic[Row]):
+    """A column of a table: its title, what it shows of a row, and whether that is a number."""
 
-    name: str
-    macs: int
-    milliseconds: float | None
+    title: str
+    show: Callable[[Row], str | Text]
+    is_number: bool = True
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What `cadsurgery convert` tells.
+def table(
+    rows: Iterable[Row],
+    columns: Sequence[Column[Row]],
+    title: str = "",
+    style: Callable[[Row], str] = lambda row: "",
+) -> Table:
+    """Rows under columns, numbers to the right."""
+    shown = Table(title=title or None, title_justify="left")
+    for column in columns:
+        shown.add_column(column.title, justify="right" if column.is_number else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(column.show(row) for column in columns), style=style(row))
+    return shown
+
+
+def number(value: float | None, form: str = ".0f") -> str:
+    """A number in this form; "-" if there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def ratio(value: float | None, whole: float | None) -> str:
+    """One number over another; "-" if one is missing or the other is 0."""
+    return "-" if value is None or not whole else f"{value / whole:.2f}"
+
+
+def heading(model: str, weights: str, random: bool) -> Text:
+    """A network and its weights; random ones stand out."""
+    return Text(f"{model}, {weights}", style="bold red" if random else "bold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRow(Plain):
+    """One mask at one pair of output strides, as measured.
+
+    Attributes:
+        mask: its spec.
+        output_stride: (high, low).
+        active_fraction: share of the fine maps kept high.
+        macs: multiply-accumulates of one image, mean over images; the whole network.
+        milliseconds: of the first image, the best round; None if not measured.
+        milliseconds_median: the usual round.
+    """
+
+    mask: str
+    output_stride: tuple[int, int]
+    active_fraction: float
+    macs: float
+    milliseconds: float | None = None
+    milliseconds_median: float | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name."""
+        return f"{self.mask} {self.output_stride[0]}->{self.output_stride[1]}"
+
+    @property
+    def strides(self) -> str:
+        """The pair of output strides in words."""
+        return "{} to {}".format(*self.output_stride)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredReport(Report):
+    """What a network does on data: where the figures come from.
 
     Attributes:
         model: source of the network.
-        weights: which weights it has, in words.
+        weights: which it has, in words.
         random: whether they are random.
-        mask: spec of the mask.
-        plan: of the conversion.
-        active_fraction: of the mask on the image.
-        image: shape of the image batch.
-        sides: original, dense high if that is another network, converted, optimised.
-        checks: laws verified; empty if not.
-        device: in words.
-        file: written, or "".
+        data: spec of the data, or its folder.
+        rounds: of timing, 0 if not timed.
+        device: in words, with threads.
+        versions: of this package and its libraries.
+        commit: of this package; empty outside a checkout.
+        date: when it was done.
+        failed: what could not be used, each an error as plain values.
     """
 
     model: str
     weights: str
     random: bool
-    mask: str
-    plan: Plan
-    active_fraction: float
-    image: tuple[int, ...]
-    sides: tuple[Side, ...]
-    checks: tuple[Check, ...]
+    data: str
+    rounds: int
     device: str
-    file: str = ""
-    notes: tuple[str, ...] = field(default=())
+    versions: dict[str, str]
+    commit: str
+    date: str
+    failed: tuple[dict[str, str], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
-        return {
-            "model": self.model,
-            "weights": self.weights,
-            "random_weights": self.random,
-            "mask": self.mask,
-            "output_stride": list(self.plan.output_stride),
-            "region_ends": [f"{d.node}: {d.reason}" for d in self.plan.region_end],
-            "adapted": [d.node for d in self.plan.chosen("adapt")],
-            "share_of_macs_in_region": self.plan.share("adapt", "keep"),
-            "active_fraction": self.active_fraction,
-            "image": list(self.image),
-            "sides": [vars(side) for side in self.sides],
-            "checks": [{**vars(check), "passed": check.passed} for check in self.checks],
-            "device": self.device,
-            "file": self.file,
-            "notes": list(self.notes),
-        }
+    def subject(self) -> str:
+        """The data and how it was measured, in a line."""
+        raise NotImplementedError
 
-    def render(self) -> RenderableType:
-        """The report for a terminal."""
-        parts: list[RenderableType] = [
-            Text(f"{self.model}, {self.weights}", style="bold red" if self.random else "bold")
-        ]
-        parts.append(Text(self.plan.summary()))
-        parts.append(Text(f"adapted: {', '.join(d.node for d in self.plan.chosen('adapt'))}", style="dim"))
-        size = f"{self.image[2]}x{self.image[3]}"
-        table = Table(
-            title=f"{self.image[0]} image of {size}, mask {self.mask}, on {self.device}", title_justify="left"
-        )
-        for column in ("network", "MACs", "of high", "ms", "of high"):
-            table.add_column(column, justify="left" if column == "network" else "right")
-        high = next(side for side in self.sides if "high" in side.name)
-        for side in self.sides:
-            timed = side.milliseconds is not None and high.milliseconds is not None
-            table.add_row(
-                side.name,
-                f"{side.macs:.3e}",
-                f"{side.macs / high.macs:.2f}",
-                f"{side.milliseconds:.0f}" if side.milliseconds is not None else "-",
-                f"{side.milliseconds / high.milliseconds:.2f}" if timed else "-",  # type: ignore[operator]
-            )
-        parts.append(table)
-        parts.append(Text(f"active fraction {self.active_fraction:.3f} (share of the fine map kept high)"))
-        parts.append(render_checks(self.checks))
-        parts.extend(Text(note, style="yellow") for note in self.notes)
-        if self.file:
-            parts.append(Text(f"wrote {self.file}", style="bold green"))
-        return Group(*parts)
+    def tables(self) -> Iterable[Table]:
+        """The rows."""
+        raise NotImplementedError
+
+    def parts(self) -> Iterator[RenderableType]:
+        """Network and data, the rows, and what a reader must know."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(self.subject(), style="dim")
+        yield from self.tables()
+        if self.random:
+            told = "random weights: unless they were trained since, these accuracies mean nothing."
+            yield Text(told, style="yellow")
+        for failure in self.failed:
+            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
 
 
-def render_checks(checks: Sequence[Check]) -> RenderableType:
-    """One line per verified law."""
-    if not checks:
-        return Text("not verified", style="yellow")
-    lines = [f"verified: {c.law} (error {c.error:.1e}, allowed {c.tolerance:.0e})" for c in checks]
-    return Text("\n".join(lines), style="green")
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that needs no screen."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def render_plan(plan: Plan, *, all_nodes: bool = False) -> RenderableType:
-    """The plan as a table; without `all_nodes`, dense nodes before the region are left out.
-
-    Why an operation of the region is exact is told once per operation, below the table.
-    """
-    table = Table(title_justify="left")
-    for column in ("node", "operation", "action", "output stride", "MACs", "reason"):
-        table.add_column(column, overflow="fold", justify="right" if column == "MACs" else "left")
-    styles = {
-        "adapt": "bold green",
-        "keep": "green",
-        "barrier": "bold red",
-        "exit": "yellow",
-        "enter": "cyan",
-    }
-    reasons: dict[str, str] = {}
-    for decision in plan.decisions:
-        if decision.action == "dense" and not all_nodes:
-            continue
-        if inside := decision.action in ("adapt", "keep"):
-            reasons.setdefault(decision.operation.partition(" ")[0], decision.reason)
-        table.add_row(
-            decision.node,
-            decision.operation,
-            Text(decision.action, style=styles.get(decision.action, "dim")),
-            plan.stride_text(decision),
-            f"{decision.macs:.2e}" if decision.macs else "",
-            "" if inside else plan.reason_text(decision),
-        )
-    told = Text("\n".join(f"{operation}: {reason}" for operation, reason in reasons.items()), style="dim")
-    return Group(Text(plan.summary()), table, told)
-
-
-def render_macs(report: MacReport, *, layers: bool = True) -> RenderableType:
-    """MACs per layer and in total."""
-    table = Table(title=str(report), title_justify="left")
-    for column in ("layer", "operation", "with mask", "dense high", "dense low", "of high"):
-        table.add_column(column, justify="left" if column in ("layer", "operation") else "right")
-    for layer in report.layers if layers else ():
-        share = f"{layer.mask / layer.high:.2f}" if layer.high else "-"
-        table.add_row(
-            layer.layer, layer.operation, f"{layer.mask:.3e}", f"{layer.high:.3e}", f"{layer.low:.3e}", share
-        )
-    table.add_section()
-    total = f"{report.mask / report.high:.2f}" if report.high else "-"
-    table.add_row(
-        "total", "", f"{report.mask:.5e}", f"{report.high:.5e}", f"{report.low:.5e}", total, style="bold"
-    )
-    return table
+def figure_picture(figure: Figure, dpi: int = 90) -> Image.Image:
+    """A figure as an image."""
+    buffer = io.BytesIO()
+    figure.draw_without_rendering()  # the layout knows how high titles are only once the pictures have their place
+    figure.savefig(buffer, format="png", dpi=dpi)
+    buffer.seek(0)
+    return Image.open(buffer)

@@ -12,7 +12,8 @@ import multiprocessing
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import build_model, family_of
 from cadsurgery.network.adaptify import adaptify, traceable_part
-from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, FileError, first_line
 from cadsurgery.support.files import check_folder, written_whole
@@ -31,7 +31,7 @@ from cadsurgery.support.provenance import commit, versions
 from cadsurgery.surgery.facts import scale
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.planner import position_mixers
+from cadsurgery.surgery.refusals import position_mixers
 from cadsurgery.surgery.trace import evaluating
 from cadsurgery.surgery.treatment import operation_name
 from cadsurgery.surgery.verify import TOLERANCE, at_own_samples
@@ -58,6 +58,9 @@ def check_network(name: str) -> Row:
     Returns:
         One row: `result` (`converts`, `refused`, `broken` or `not built`), why, strides, what stays dense, shares of
         the MACs, errors of the laws, seconds.
+
+    Raises:
+        MemoryError: there is not enough memory for it.
     """
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -65,16 +68,29 @@ def check_network(name: str) -> Row:
     try:
         model = build_model(name, "none")
     except Exception as error:  # a builder of a foreign library can fail in any way
+        _check_memory(error)
         return {**row, "result": "not built", "why": f"{type(error).__name__}: {first_line(error)}"}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     try:
         settle(model, row)
         row |= _compared(model)
     except CadError as error:
+        _check_memory(error)
         row |= {"result": "refused", **error.to_dict()}
     except Exception as error:  # the report says so; nothing is left out
+        _check_memory(error)
         row |= {"result": "broken", "why": f"{type(error).__name__}: {first_line(error)}"}
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _check_memory(error: BaseException | None) -> None:
+    """What came from a lack of memory is no result; torch has no type of its own for that on the CPU."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        ):
+            raise MemoryError from error
+        error = error.__cause__
 
 
 def settle(model: nn.Module, row: Row | None = None) -> None:
@@ -99,7 +115,7 @@ def settle(model: nn.Module, row: Row | None = None) -> None:
     except CannotConvert:
         row["kind"] = "not traced"
         return
-    mixers = position_mixers(facts, flow_forward(facts))
+    mixers = position_mixers(flow_forward(facts))
     row["kind"] = "attention" if mixers else "cnn"
     if mixers:
         row["mixers"] = sorted({operation_name(node, facts) for node in mixers})
@@ -159,17 +175,21 @@ def _compared(model: nn.Module) -> Row:
 
 def _converted(model: nn.Module) -> AdaptiveModel:
     """On a small example, or on what the network takes."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        return adaptify(model, "random")  # which refuses it
     generator = torch.Generator().manual_seed(0)
-    example = torch.randn(2, first.in_channels, *EXAMPLE_SIZE, generator=generator).to(first.weight.dtype)
-    try:
-        return adaptify(model, "random", example_input=example)
-    except CannotConvert as error:
-        if "example image" not in error.what:
-            raise
-    return adaptify(model, "random")
+    for first in model.modules():
+        if isinstance(first, nn.Conv2d):
+            example = torch.randn(2, first.in_channels, *EXAMPLE_SIZE, generator=generator)
+            example = example.to(first.weight.dtype)
+            return adaptify(model, "random", example_input=example if _takes(model, example) else None)
+    return adaptify(model, "random")  # which refuses it
+
+
+def _takes(model: nn.Module, image: Tensor) -> bool:
+    """Whether a network runs on an image batch; it says in its own way what it takes."""
+    with contextlib.suppress(Exception), torch.no_grad(), evaluating(model):
+        model(image)
+        return True
+    return False
 
 
 def _image(model: nn.Module, plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -178,21 +198,20 @@ def _image(model: nn.Module, plan: Plan, dtype: torch.dtype) -> Tensor:
     batch, channels, *size = plan.example_shape
     for chosen in (OTHER_SIZE, size):
         image = torch.randn(batch, channels, *chosen, generator=generator).to(dtype)
-        with contextlib.suppress(Exception), torch.no_grad():  # a network says in its own way what it takes
-            (model.get_submodule(plan.part) if plan.part else model)(image)
-            return image
+        if _takes(model.get_submodule(plan.part) if plan.part else model, image):
+            break
     return image
 
 
 def _is_finite(net: AdaptiveModel, image: Tensor) -> bool:
-    part = net.part if isinstance(net, HostedModel) else net
+    part = net.adaptive_part
     with torch.no_grad():
         return all(bool(leaf.isfinite().all()) for leaf in _tensors(part(image, mask="none")))
 
 
 def _batch_error(net: AdaptiveModel, image: Tensor) -> float:
     """Law 5: a batch, each image with its own random level map, against its images one by one."""
-    part = net.part if isinstance(net, HostedModel) else net
+    part = net.adaptive_part
     torch.manual_seed(2)
     with torch.no_grad():
         together = part(image, mask="random")
@@ -210,20 +229,20 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, image: Tensor) -> floa
     if level is None:
         return 0.0
     with torch.no_grad():
-        found = net.run(lambda _, features: net.geometry.uniform_like(features, level), image)
-        found = at_own_samples(found, net.graph, net.plan)
+        uniform = net.run(lambda _, features: net.geometry.uniform_like(features, level), image)
+        uniform = at_own_samples(uniform, net.graph, net.plan)
         expected = model(image)
-    return max(_error(*pair) for pair in zip(_tensors(found), _tensors(expected), strict=True))
+    return max(_error(*pair) for pair in zip(_tensors(uniform), _tensors(expected), strict=True))
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+def _error(values: Tensor, expected: Tensor) -> float:
+    if values.shape != expected.shape:
         return float("inf")
-    error = float((found - expected).abs().max()) / max(scale(expected), 1e-30)
+    error = float((values - expected).abs().max()) / max(scale(expected), 1e-30)
     return error if error == error else float("inf")  # `max` would pass over a NaN
 
 
@@ -354,50 +373,41 @@ def _json_or_none(line: str) -> Any:
         return None
 
 
-def _in_processes(names: Iterable[str], workers: int, limits: Limits) -> Iterator[Row]:
+def _in_processes(names: Sequence[str], workers: int, limits: Limits) -> Iterator[Row]:
+    """A row for each network as soon as it is there; each has a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cadsurgery.tasks.zoo_check", "timm", "torchvision"])
-    waiting = list(names)[::-1]
-    running: list[tuple[str, Any, Any, float]] = []
+    pool = ThreadPoolExecutor(workers)
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                name, receiver_sender = waiting.pop(), context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(name, limits.memory_gib, receiver_sender[1]))
-                process.start()
-                receiver_sender[1].close()
-                running.append((name, process, receiver_sender[0], time.perf_counter()))
-            for entry in list(running):
-                if (row := _finished(*entry, limits)) is not None:
-                    running.remove(entry)
-                    yield row
-            time.sleep(0.02)
+        running = [pool.submit(_alone, name, limits, context) for name in names]
+        yield from (future.result() for future in as_completed(running))
     finally:
-        for _, process, _, _ in running:
-            process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
-def _finished(name: str, process: Any, receiver: Any, start: float, limits: Limits) -> Row | None:
-    """The row of a process that has ended or must; None while it may go on."""
-    seconds = time.perf_counter() - start
-    row = None
-    if receiver.poll():
-        with contextlib.suppress(EOFError):
+def _alone(name: str, limits: Limits, context: Any) -> Row:
+    """The row of a network that is checked in a process of its own, or that it exceeded a limit."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(name, limits.memory_gib, sender))
+    start = time.perf_counter()
+    process.start()
+    sender.close()
+    in_time, row = receiver.poll(limits.seconds), None
+    if in_time:
+        with contextlib.suppress(EOFError):  # the process has ended without a row
             row = receiver.recv()
-    if row is None and process.is_alive() and seconds < limits.seconds:
-        return None
-    if row is None:
-        late = process.is_alive()
-        process.kill()
-        why = (
-            f"took more than {limits.seconds:.0f} s"
-            if late
-            else f"needed more than {limits.memory_gib:g} GiB"
-        )
-        row = {"model": name, "family": family_of(name), "result": "not checked", "why": why}
-        row["seconds"] = round(seconds, 1)
+    process.kill()
     process.join()
-    return row
+    if row is not None:
+        return row
+    exceeded = (
+        f"needed more than {limits.memory_gib:g} GiB" if in_time else f"took more than {limits.seconds:.0f} s"
+    )
+    seconds = round(time.perf_counter() - start, 1)
+    return {
+        **{"model": name, "family": family_of(name), "result": "not checked", "why": exceeded},
+        "seconds": seconds,
+    }
 
 
 def _work(name: str, memory_gib: float, sender: Any) -> None:
@@ -407,10 +417,5 @@ def _work(name: str, memory_gib: float, sender: Any) -> None:
         cap = int(memory_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     torch.set_num_threads(1)
-    try:
-        row = check_network(name)
-    except MemoryError:
-        return  # reported by the parent
-    if "allocate memory" in row.get("why", ""):
-        return
-    sender.send(row)
+    with contextlib.suppress(MemoryError):  # reported by the parent
+        sender.send(check_network(name))

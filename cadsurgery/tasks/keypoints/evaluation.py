@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from cadsurgery.data.images import check_picture, read_image, write_picture
-from cadsurgery.data.networks import source_of
+from cadsurgery.data.images import read_image, write_picture
 from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.storage import load
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.support.files import check_folder, written_whole
-from cadsurgery.support.processes import gathered, in_order, own_device, shard, start_others, world
-from cadsurgery.support.provenance import commit, device_in_words, versions
+from cadsurgery.support.processes import own_device, world
 from cadsurgery.support.timing import Timing, interleaved
-from cadsurgery.tasks.convert import build, is_file, weights_in_words
-from cadsurgery.tasks.figures import figure_picture, matches_figure, matching_figure
+from cadsurgery.tasks.figures import figure_picture, matches_figure
+from cadsurgery.tasks.for_each import Failures, Step, for_each, silent
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, Seen
-from cadsurgery.tasks.keypoints.folder import converted
 from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.keypoints.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
 from cadsurgery.tasks.keypoints.sequences import ImageSequence, find_sequences
+from cadsurgery.tasks.open import at_strides, provenance
+from cadsurgery.tasks.report import check_outputs
 
 
 class _Setting(NamedTuple):
@@ -53,7 +48,7 @@ def evaluate_matching(
     output: Path | None = None,
     picture: Path | None = None,
     matches: Path | None = None,
-    step: Callable[[str], None] = lambda text: None,
+    step: Step = silent,
     trust: bool = False,
 ) -> MatchingReport:
     """Match the first image of every sequence with the others, for every mask at every pair of output strides.
@@ -82,45 +77,35 @@ def evaluate_matching(
         InvalidInput: an impossible option, or a network whose outputs are not understood.
         CadError: not one pair could be matched (that pair's error); or a name, file or option is refused.
     """
-    start_others()
     if rounds < 0:
         raise InvalidInput(f"rounds={rounds}.", next="give 0 for no timing, or more.")
-    if output is not None:
-        check_folder(output)
-    for path, option in ((picture, "--picture"), (matches, "--matches")):
-        if path is not None:
-            check_picture(path, option)
+    check_outputs(output, picture=picture, matches=matches)
     settings, where = settings or Extraction(), own_device(device)
     chosen = [*masks] or [settings.mask]
     for mask in chosen:
         resolve_mask(mask or "all")
     sequences, left_out = find_sequences(folder, everything=everything)
     step("building and converting")
-    nets = _networks(network, weights, output_stride, dict(options or {}), trust)
-    source = source_of(nets[0])
-    found = [_settings(net, chosen, settings, where) for net in nets]
-    every = [setting for some in found for setting in some]
-    done: list[tuple[int, _Done]] = []
-    failed: list[tuple[int, dict[str, str]]] = []
-    for position, sequence in shard(sequences):
-        step(f"{sequence.name} ({position + 1} of {len(sequences)})")
-        try:
-            done.append((position, _sequence(sequence, every, failed, position)))
-        except CadError as error:
-            failed.append((position, {"sequence": sequence.name, **error.to_dict()}))
-    shares = gathered((done, failed), where)
-    finished, failures = in_order([share[0] for share in shares]), in_order([share[1] for share in shares])
+    pairs = [pair for pair in output_stride if pair is not None]
+    nets, source = at_strides(network, pairs, options or {}, mask="all", weights=weights, trust=trust)
+    every = [setting for net in nets for setting in _settings(net, chosen, settings, where)]
+    failures = Failures("sequence")
+    finished, failed = for_each(
+        sequences,
+        lambda sequence: _sequence(sequence, every, failures),
+        failures,
+        where,
+        name=lambda sequence: sequence.name,
+        step=step,
+    )
     usable = next((one.sequence for one in finished if one.pairs[0]), None)
     if usable is None:
-        what = failures[0] if failures else {"what": "there was nothing to match."}
-        raise CadError(what["what"], why=what.get("why", ""), next=what.get("next", "check the images."))
+        nothing = CadError("there was nothing to match.", next="check the images.")
+        raise CadError.from_dict(failed[0]) if failed else nothing
     times, size = dict[str, Timing](), (0, 0)
     if world().is_main and (rounds or matches):
         times, size = _extras(usable, every, rounds, matches, step)
     report = MatchingReport(
-        model=source.name,
-        weights=weights_in_words(network, source),
-        random=source.weights == "random",
         data=str(folder),
         sequences=len(finished),
         left_out=tuple(left_out),
@@ -129,22 +114,15 @@ def evaluate_matching(
         reach=settings.reach,
         image=size,
         rounds=rounds,
-        device=f"{device_in_words(where)}, {torch.get_num_threads()} threads",
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
         rows=tuple(
             _row(setting, [(one.pairs[at], one.costs[at]) for one in finished], times.get(str(at)))
             for at, setting in enumerate(every)
         ),
-        failed=tuple(failures),
+        failed=tuple(failed),
+        **provenance(network, source, where),
     )
     if world().is_main:
-        if output is not None:
-            with written_whole(output) as temporary:
-                temporary.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-        if picture is not None:
-            write_picture(figure_picture(matching_figure(report)), picture)
+        report.write(output, picture)
     return report
 
 
@@ -164,21 +142,6 @@ class _Done(NamedTuple):
     costs: list[_Cost]
 
 
-def _networks(
-    network: str | nn.Module,
-    weights: str,
-    pairs: Sequence[tuple[int, int] | None],
-    options: dict[str, Any],
-    trust: bool,
-) -> list[AdaptiveModel]:
-    """A converted network for each pair of output strides."""
-    found = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
-    if isinstance(found, str):
-        found = build(found, weights)[0]
-    given = [{"output_stride": pair} for pair in pairs if pair is not None] or [{}]
-    return [converted(found, weights, {**options, **pair}) for pair in given]
-
-
 def _settings(
     net: AdaptiveModel, masks: Sequence[str], settings: Extraction, where: torch.device
 ) -> list[_Setting]:
@@ -189,12 +152,7 @@ def _settings(
     ]
 
 
-def _sequence(
-    sequence: ImageSequence,
-    settings: Sequence[_Setting],
-    failed: list[tuple[int, dict[str, str]]],
-    position: int,
-) -> _Done:
+def _sequence(sequence: ImageSequence, settings: Sequence[_Setting], failures: Failures) -> _Done:
     """One sequence with every setting; images that cannot be used are noted."""
     seen: list[Seen | None] = []
     for path in sequence.images:
@@ -204,7 +162,7 @@ def _sequence(
             if not seen:
                 raise
             seen.append(None)
-            failed.append((position, {"sequence": sequence.name, **error.to_dict()}))
+            failures.note(error)
     pairs, costs = [], []
     assert seen[0] is not None
     for extractor, _ in settings:
@@ -220,7 +178,7 @@ def _sequence(
 def _pairs(sequence: ImageSequence, features: Sequence[Features | None]) -> list[Pair]:
     first, *others = features
     assert first is not None
-    found = []
+    pairs = []
     for number, homography, other in zip(sequence.numbers, sequence.homographies, others, strict=True):
         if other is None:
             continue
@@ -228,8 +186,8 @@ def _pairs(sequence: ImageSequence, features: Sequence[Features | None]) -> list
         errors = match_errors(first.keypoints, other.keypoints, matches, homography)
         corner = corner_error(first.keypoints, other.keypoints, matches, homography, first.size)
         accuracy = tuple(matching_accuracy(errors, THRESHOLDS))
-        found.append(Pair(sequence.name, sequence.kind, number, len(matches), accuracy, corner))
-    return found
+        pairs.append(Pair(sequence.name, sequence.kind, number, len(matches), accuracy, corner))
+    return pairs
 
 
 def _extras(
@@ -237,7 +195,7 @@ def _extras(
     settings: Sequence[_Setting],
     rounds: int,
     matches: Path | None,
-    step: Callable[[str], None],
+    step: Step,
 ) -> tuple[dict[str, Timing], tuple[int, int]]:
     """Times of all settings on the first image, and the picture of matches."""
     image = read_image(sequence.images[0], upright=False)
@@ -256,18 +214,18 @@ def _extras(
         seen_other = settings[0].extractor.seen(other)
         for extractor, name in settings:
             first, second = extractor.features(seen), extractor.features(seen_other)
-            found = mutual_matches(first.descriptors, second.descriptors)
-            errors = match_errors(first.keypoints, second.keypoints, found, sequence.homographies[0])
-            ends = first.keypoints[found[:, 0]], second.keypoints[found[:, 1]]
+            mutual = mutual_matches(first.descriptors, second.descriptors)
+            errors = match_errors(first.keypoints, second.keypoints, mutual, sequence.homographies[0])
+            ends = first.keypoints[mutual[:, 0]], second.keypoints[mutual[:, 1]]
             drawn.append((name, *ends, errors))
         write_picture(figure_picture(matches_figure(image, other, drawn)), matches)
     return times, (seen.batch.shape[2], seen.batch.shape[3])
 
 
 def _row(
-    setting: _Setting, found: Sequence[tuple[Sequence[Pair], _Cost]], time: Timing | None
+    setting: _Setting, parts: Sequence[tuple[Sequence[Pair], _Cost]], time: Timing | None
 ) -> MatchingRow:
-    every, costs = tuple(pair for pairs, _ in found for pair in pairs), [cost for _, cost in found]
+    every, costs = tuple(pair for pairs, _ in parts for pair in pairs), [cost for _, cost in parts]
     counts = [count for cost in costs for count in cost.keypoints]
     return MatchingRow(
         mask=setting.mask,

@@ -14,59 +14,17 @@ from torch import Tensor
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import describe
+from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import in_pixels, peaks, points_of, sift
 from cadsurgery.masks.filters import grey_of
-from cadsurgery.masks.keypoints import OWN, SIFT, keypoints_at, named_outputs, own_scores
+from cadsurgery.masks.keypoints import OWN, SIFT, named_outputs, own_scores
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.points import ALIGNMENTS, REACHES, Align, Reach, macs_at, read_at, readable, sample_at
+from cadsurgery.network.points import macs_at, read_at, readable, sample_at
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
+from cadsurgery.tasks.options import Extraction as Extraction
 
-GIVEN_MASK = "keypoints:detector=given"
 BORDER = 5  # samples at the edge of a network's own score map that have no keypoint: they see padding
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """How keypoints are found and described.
-
-    Attributes:
-        detector: `sift` on the grey image, `own`, the score map among the network's outputs, or `module:function`: a
-            function of the image batch as the network sees it that gives points (n, 2) for each image, or a score map.
-        count: keypoints of an image at most, the best.
-        mask: of the network, or empty for its own; `keypoints:detector=given` has these keypoints.
-        reach: `"receptive"` computes nothing that the descriptors do not depend on, where the network's map can be read
-            at points; see `cadsurgery.read_at`.
-        align: see `cadsurgery.read_at`.
-        raw: descriptors as the network gives them; otherwise normalised.
-        output: name or place of the map of descriptors among several outputs; empty: the one of several channels.
-        max_edge: longer side of the image the network sees at most, in pixels; larger images are made smaller. 0: any.
-        max_sum: likewise height plus width (2800 as published for D2-Net).
-        multiple: height and width are cut down to multiples of it (8 as published for D2-Net).
-    """
-
-    detector: str = SIFT
-    count: int = 512
-    mask: str = GIVEN_MASK
-    reach: Reach = "receptive"
-    align: Align = "cell"
-    raw: bool = False
-    output: str = ""
-    max_edge: int = 0
-    max_sum: int = 0
-    multiple: int = 1
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.multiple < 1 or min(self.max_edge, self.max_sum) < 0:
-            raise InvalidInput(
-                f"count={self.count}, multiple={self.multiple}, max_edge={self.max_edge}, max_sum={self.max_sum}.",
-                next="give at least 1 keypoint, a multiple of at least 1, and sizes of 0 (any) or more.",
-            )
-        for kind, name, known in (("reach", self.reach, REACHES), ("alignment", self.align, ALIGNMENTS)):
-            if name not in known:
-                raise UnknownName(kind, name, known)
-        if self.detector not in (SIFT, OWN) and ":" not in self.detector:
-            raise UnknownName("detector", self.detector, (SIFT, OWN), next="or module:function.")
 
 
 @dataclass(frozen=True)
@@ -198,10 +156,10 @@ class Extractor:
             grey = (255 * grey_of(shown[None])[0]).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
             points, scores = map(torch.from_numpy, sift(grey, self.settings.count))
             return points.to(self.device, torch.float64), scores.to(self.device)
-        found = points_of(
+        detected = points_of(
             self._function(batch), batch, self.settings.count, f"detector {self.settings.detector}"
         )
-        points = found[0][: self.settings.count]
+        points = detected[0][: self.settings.count]
         return points, points.new_ones(len(points))
 
     def _described(self, batch: Tensor, points: Tensor) -> Tensor:
@@ -218,10 +176,10 @@ class Extractor:
         batch, mask = seen.batch, self.settings.mask or None
         points = seen.points if seen.points is not None else batch.new_zeros(0, 2)
         if self.reads_elements:
-            found = macs_at(
+            macs = macs_at(
                 self.net, batch, [points], mask=mask, output=self._output, align=self.settings.align
             )
-            return found.receptive if self.settings.reach == "receptive" else found.all
+            return macs.receptive if self.settings.reach == "receptive" else macs.all
         with keypoints_at([points]):
             return self.net.macs(batch, mask=mask).mask
 
@@ -238,10 +196,10 @@ class Extractor:
 
     def _sampled(self, output: Any, batch: Tensor, points: Tensor) -> Tensor:
         """The dense map of descriptors at points."""
-        found = descriptor_map(output, self._output)
-        size = (found.shape[2], found.shape[3])
+        descriptors = descriptor_map(output, self._output)
+        size = (descriptors.shape[2], descriptors.shape[3])
         y, x = sample_at(points, batch, size, batch.shape[2] / size[0], self.settings.align)
-        return found[0, :, y, x].T
+        return descriptors[0, :, y, x].T
 
 
 def descriptor_map(output: Any, name: str | int | None) -> Tensor:

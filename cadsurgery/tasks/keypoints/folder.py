@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from torch import nn
 
 from cadsurgery.data.images import find_images, read_image
 from cadsurgery.masks import resolve_mask
-from cadsurgery.network.adaptify import adaptify
-from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.storage import load
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName
 from cadsurgery.support.files import made_folder, written_whole
-from cadsurgery.support.processes import gathered, in_order, own_device, shard, start_others, world
+from cadsurgery.support.processes import own_device, world
 from cadsurgery.support.provenance import versions
-from cadsurgery.tasks.convert import build, is_file
+from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each, silent
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features
+from cadsurgery.tasks.open import at_strides
 
 FORMS = ("npz", "h5")
 SETTINGS = "extraction.json"
@@ -38,13 +36,13 @@ def extract(
     weights: str = "auto",
     options: dict[str, Any] | None = None,
     device: str = "cpu",
-    step: Callable[[str], None] = lambda text: None,
+    step: Step = silent,
     trust: bool = False,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Write the features of every image; an image that cannot be used is reported and the others are done.
 
     Images whose file is there are left as they are, so that an interrupted run goes on: files appear whole or not at
-    all, and `extraction.json` in the folder tells what they were made with. Under `accelerate launch` or `torchrun`
+    all, and `extraction.json` in the folder tells what they were made with. Under `torchrun` or `accelerate launch`
     each process takes its share; every one returns the rows of all.
 
     Args:
@@ -67,7 +65,6 @@ def extract(
         InvalidInput: the network does not give what is asked for, or the folder holds features made otherwise.
         FileError: there are no images, or the folder cannot be written.
     """
-    start_others()
     settings = settings or Extraction()
     if form not in FORMS:
         raise UnknownName("form of files", form, FORMS)
@@ -75,7 +72,7 @@ def extract(
     where, (paths, lacking) = own_device(device), find_images(images)
     folder = made_folder(output)
     step("building and converting")
-    net = converted(network, weights, options or {}, trust=trust)
+    (net,), _ = at_strides(network, (), options or {}, mask="all", weights=weights, trust=trust)
     source = net.source
     identity = {
         **{"model": getattr(source, "name", type(net).__name__), "weights": getattr(source, "weights", "")},
@@ -84,52 +81,22 @@ def extract(
     }
     extractor = Extractor(net.to(where).optimize(), settings, where)
     _check_folder(folder, identity)
-    done: list[tuple[int, dict[str, Any]]] = []
-    failed: list[tuple[int, dict[str, Any]]] = [(-1, row) for row in lacking if world().is_main]
-    for position, (path, place) in shard(list(paths.items())):
-        step(f"{path.name} ({position + 1} of {len(paths)})")
+
+    def describe(item: tuple[Path, Path]) -> dict[str, Any]:
+        path, place = item
         target = folder / place.with_suffix(f".{form}")
-        row = {"image": str(path), "output": str(target)}
-        try:
-            kept = target.is_file()
-            if kept:
-                count = len(read_features(target).keypoints)
-            else:
-                features = extractor(read_image(path, upright=False))
-                made_folder(target.parent)
-                write_features(features, target, str(place.with_suffix(path.suffix)))
-                count = len(features.keypoints)
-        except CadError as error:
-            failed.append((position, {"image": str(path), **error.to_dict()}))
-            continue
-        done.append((position, {**row, "keypoints": count, "kept": kept}))
-    shares = gathered((done, failed), where)
-    return in_order([share[0] for share in shares]), in_order([share[1] for share in shares])
+        kept = target.is_file()
+        if kept:
+            features = read_features(target)
+        else:
+            features = extractor(read_image(path, upright=False))
+            made_folder(target.parent)
+            write_features(features, target, str(place.with_suffix(path.suffix)))
+        row = {"image": str(path), "output": str(target), "keypoints": len(features.keypoints)}
+        return {**row, "kept": kept}
 
-
-def converted(
-    network: str | nn.Module,
-    weights: str,
-    options: dict[str, Any],
-    mask: object = "all",
-    trust: bool = False,
-) -> AdaptiveModel:
-    """A converted network: loaded, converted, or as it is.
-
-    Raises:
-        InvalidInput: output strides for a network that is converted already; it keeps its other options too.
-    """
-    found = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
-    if isinstance(found, AdaptiveModel):
-        if options.get("output_stride") is not None:
-            raise InvalidInput(
-                "a converted network keeps its output strides.",
-                next="leave --output-stride out, or give the original network.",
-            )
-        return found.eval()
-    original = build(found, weights)[0] if isinstance(found, str) else found
-    chosen = {name: value for name, value in options.items() if value is not None}
-    return adaptify(original.eval(), mask, verify_laws=False, **chosen)
+    failures = Failures("image", lacking)
+    return for_each(list(paths.items()), describe, failures, where, name=lambda item: str(item[0]), step=step)
 
 
 def write_features(features: Features, path: Path, name: str = "") -> None:

@@ -93,10 +93,10 @@ def corner_error(
     cv2: Any = opencv()
     cv2.setRNGSeed(0)
     points = [part.double().cpu().numpy() for part in (first[matches[:, 0]], second[matches[:, 1]])]
-    found, _ = cv2.findHomography(*points, cv2.RANSAC, 3.0, maxIters=5000, confidence=0.9999)
-    if found is None or not np.isfinite(found).all():
+    estimate, _ = cv2.findHomography(*points, cv2.RANSAC, 3.0, maxIters=5000, confidence=0.9999)
+    if estimate is None or not np.isfinite(estimate).all():
         return math.inf
     height, width = size
     corners = torch.tensor([[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]])
-    apart = warped(corners, torch.from_numpy(found)) - warped(corners, homography.cpu())
+    apart = warped(corners, torch.from_numpy(estimate)) - warped(corners, homography.cpu())
     return float(apart.norm(dim=1).mean().nan_to_num(nan=math.inf, posinf=math.inf))

@@ -81,12 +81,12 @@ def find_sequences(folder: Path, *, everything: bool = False) -> tuple[list[Imag
 
 def _homographies(folder: Path) -> dict[int, Path]:
     """Files H_1_k by k."""
-    found = {}
+    files = {}
     for path in folder.iterdir():
         match = re.fullmatch(r"H_1_(\d+)(\.txt)?", path.name)
         if match and path.is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+            files[int(match[1])] = path
+    return dict(sorted(files.items()))
 
 
 def _read(folder: Path, files: dict[int, Path]) -> ImageSequence:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData, open_data
-from cadsurgery.data.images import check_picture, normalise, write_picture
-from cadsurgery.data.networks import Source, build_again, source_of
+from cadsurgery.data.images import normalise
 from cadsurgery.masks import resolve_mask
-from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.macs import LayerWork
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.storage import load
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.support.files import check_folder, written_whole
-from cadsurgery.support.processes import gathered, in_order, own_device, shard, start_others, world
-from cadsurgery.support.provenance import commit, device_in_words, versions
+from cadsurgery.support.processes import gather, own_device, shard, world
 from cadsurgery.support.timing import Timing, interleaved
-from cadsurgery.tasks.convert import Step, build, is_file, weights_in_words
-from cadsurgery.tasks.figures import evaluation_figure, figure_picture
+from cadsurgery.tasks.for_each import Failures, Step, each, silent
+from cadsurgery.tasks.open import at_strides, provenance
+from cadsurgery.tasks.report import check_outputs
 from cadsurgery.tasks.segmentation.counters import Setting, Tally, merged
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow
@@ -49,13 +43,13 @@ def evaluate(
     device: str = "cpu",
     output: Path | None = None,
     picture: Path | None = None,
-    step: Step = lambda text: None,
+    step: Step = silent,
     trust: bool = False,
 ) -> EvaluationReport:
     """Evaluate every mask at every pair of output strides, and beside them both dense networks of each pair.
 
     Each image is read once and all settings are run on it, with `net.optimize()`. MACs are exact for every image.
-    Under `accelerate launch` or `torchrun` each process takes its share of the images; every process returns the same
+    Under `torchrun` or `accelerate launch` each process takes its share of the images; every process returns the same
     figures, the first one measures times and writes.
 
     Args:
@@ -80,102 +74,54 @@ def evaluate(
             impossible option.
         CadError: not one image could be used (that image's error); or a name, file or option is refused.
     """
-    start_others()
     _check(limit, batch, rounds)
-    if output is not None:
-        check_folder(output)
-    if picture is not None:
-        check_picture(picture, "--picture")
+    check_outputs(output, picture=picture)
     where = own_device(device)
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
-    found = (open_data(data, split) if isinstance(data, str) else data).first(limit)
-    SegmentationMetrics(len(found.classes))  # what it needs should be missed now
+    samples = (open_data(data, split) if isinstance(data, str) else data).first(limit)
+    SegmentationMetrics(len(samples.classes))  # what it needs should be missed now
     step("building and converting")
-    nets = _networks(network, weights, output_stride, dict(options or {}), trust)
-    source = source_of(network if isinstance(network, nn.Module) else nets[0])
+    nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
     settings = [setting for net in nets for setting in _settings(net, masks, where)]
-    tallies = [Tally(SegmentationMetrics(len(found.classes))) for _ in settings]
-    failed: list[tuple[int, dict[str, str]]] = []
-    refusals: list[CadError] = []
+    tallies = [Tally(SegmentationMetrics(len(samples.classes))) for _ in settings]
+    failures = Failures("image")
     first: tuple[Tensor, Tensor] | None = None
     done = 0
-    for images, labels in _batches(found, batch, failed, refusals):
-        step(f"{done + len(images)} of {len(shard(found.names))} images")
-        pair = (
-            normalise(images, source).to(where).contiguous(memory_format=torch.channels_last),
-            labels.to(where),
-        )
-        first = first or (pair[0][:1], pair[1][:1])
+    for images, labels in _batches(samples, batch, failures):
+        step(f"{done + len(images)} of {len(shard(samples.names))} images")
+        images = normalise(images, source).to(where).contiguous(memory_format=torch.channels_last)
+        labels = labels.to(where)
+        first = first or (images[:1], labels[:1])
         for setting, tally in zip(settings, tallies, strict=True):
-            tally.add(setting, *pair, found)
+            tally.add(setting, images, labels, samples)
         done += len(images)
-    shares = gathered((tallies, failed), where)
-    tallies = [merged(parts) for parts in zip(*(share[0] for share in shares), strict=True)]
-    failures = in_order([share[1] for share in shares])
+    tallies = [merged(parts) for parts in zip(*gather(tallies, where), strict=True)]
+    failed = failures.gather(where)
     if not tallies[0].images:
-        raise refusals[0] if refusals else CadError(failures[0]["what"], next="check the data.")
+        raise CadError.from_dict(failed[0])
     times: dict[str, Timing] = {}
     if rounds and first is not None and world().is_main:
         step("measuring")
         times = _times(settings, *first, rounds)
     report = EvaluationReport(
-        model=source.name,
-        weights=weights_in_words(network, source),
-        random=source.weights == "random",
-        data=found.name,
-        split=found.split,
+        data=samples.name,
+        split=samples.split,
         images=tallies[0].images,
         batch=batch,
         image=tuple(first[0].shape[1:]) if first is not None else (),
         rounds=rounds,
         processes=world().size,
-        device=f"{device_in_words(where)}, {torch.get_num_threads()} threads",
-        versions=versions(),
-        commit=commit(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
         rows=tuple(
-            _row(setting, tally, times.get(str(position)), found.classes)
+            _row(setting, tally, times.get(str(position)), samples.classes)
             for position, (setting, tally) in enumerate(zip(settings, tallies, strict=True))
         ),
-        failed=tuple(failures),
+        failed=tuple(failed),
+        **provenance(network, source, where),
     )
     if world().is_main:
-        _write(report, output, picture)
+        report.write(output, picture)
     return report
-
-
-def _networks(
-    network: str | nn.Module,
-    weights: str,
-    pairs: Sequence[tuple[int, int] | None],
-    options: dict[str, Any],
-    trust: bool,
-) -> list[AdaptiveModel]:
-    """A converted network for each pair of output strides."""
-    mask: object = "edges"
-    found = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
-    if isinstance(found, AdaptiveModel):
-        if not pairs:
-            return [found]
-        source, state, geometry = found.source, found.state_dict(), found.geometry
-        if not isinstance(source, Source) or ":" not in source.name:
-            raise InvalidInput(
-                "a converted network of no name cannot be given other output strides.",
-                next="pass the original network instead.",
-            )
-        original = build_again(source, state)
-        original.load_state_dict(state)
-        original.cad_source = source  # type: ignore[assignment]
-        kept = {name: getattr(geometry, name) for name in ("anchor", "fill", "pool", "patch", "statistics")}
-        options = {"region": found.plan.region, "outputs": found.plan.returned, **kept}
-        mask = found.mask
-    else:
-        original = build(found, weights)[0] if isinstance(found, str) else found
-    return [
-        adaptify(original, mask, output_stride=pair, verify_laws=False, **options)
-        for pair in pairs or (None,)
-    ]
 
 
 def _settings(net: AdaptiveModel, masks: Sequence[object], where: torch.device) -> list[Setting]:
@@ -189,25 +135,15 @@ def _settings(net: AdaptiveModel, masks: Sequence[object], where: torch.device) 
     return [Setting(net, fast, mask, work) for mask in (chosen[0], *middle, chosen[-1])]
 
 
-def _batches(
-    data: SegmentationData, size: int, failed: list[tuple[int, dict[str, str]]], refusals: list[CadError]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(data: SegmentationData, size: int, failures: Failures) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, 3, H, W) and labels (B, H, W) of this process's share; unusable ones are noted and left out."""
     waiting: list[tuple[Tensor, Tensor]] = []
-    for position, name in shard(data.names):
-        try:
-            pair = data[position]
-        except CadError as error:
-            failed.append((position, {"image": name, **error.to_dict()}))
-            refusals.append(error)
-            continue
-        if waiting and waiting[0][0].shape != pair[0].shape:
+    places = range(len(data))
+    for _, pair in each(places, data.__getitem__, failures, name=data.names.__getitem__):
+        if waiting and (len(waiting) == size or waiting[0][0].shape != pair[0].shape):
             yield _stacked(waiting)
             waiting = []
         waiting.append(pair)
-        if len(waiting) == size:
-            yield _stacked(waiting)
-            waiting = []
     if waiting:
         yield _stacked(waiting)
 
@@ -245,14 +181,6 @@ def _row(setting: Setting, tally: Tally, time: Timing | None, classes: tuple[str
         milliseconds=time.best if time else None,
         milliseconds_median=time.median if time else None,
     )
-
-
-def _write(report: EvaluationReport, output: Path | None, picture: Path | None) -> None:
-    if output is not None:
-        with written_whole(output) as temporary:
-            temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if picture is not None:
-        write_picture(figure_picture(evaluation_figure(report)), picture)
 
 
 def _check(limit: int | None, batch: int, rounds: int) -> None:

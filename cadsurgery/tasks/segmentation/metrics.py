@@ -152,8 +152,8 @@ def near_change(values: Tensor, distance: int, *, border: bool = False) -> Tenso
     if border:  # one ring is enough: a window that leaves the image crosses it
         shown = F.pad(shown, (1, 1, 1, 1), value=-1)
     high, low = (_over_window(shown, distance, better) for better in (torch.maximum, torch.minimum))
-    found = high != low
-    return found[:, 1:-1, 1:-1] if border else found
+    changes = high != low
+    return changes[:, 1:-1, 1:-1] if border else changes
 
 
 def _over_window(values: Tensor, distance: int, better: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -2,185 +2,153 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from rich.console import Group, RenderableType
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cadsurgery.tasks.report import (
+    COLOURS,
+    Column,
+    MeasuredReport,
+    MeasuredRow,
+    canvas,
+    number,
+    ratio,
+    table,
+)
 
-@dataclass(frozen=True)
-class EvaluationRow:
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow(MeasuredRow):
     """One mask at one pair of output strides.
 
     Attributes:
-        mask: its spec.
-        output_stride: (high, low).
         anchor: whether it is a dense network: everything high, or everything low.
         miou: mean IoU, 0..1, like all accuracies here; None if nothing counted.
         iou: of each class by name; None for a class in neither predictions nor labels.
         pixel_accuracy: share of right pixels.
         boundary_iou: see `SegmentationMetrics`.
         trimap_iou: likewise.
-        active_fraction: share of the fine maps of all images kept high.
-        macs: of one image, mean over images; the whole network.
         macs_of_high: relative to everything high.
         region_of_high: the same of the adaptive region alone, what the mask decides about.
-        milliseconds: of the first image, the best round; None if not measured.
-        milliseconds_median: the usual round.
     """
 
-    mask: str
-    output_stride: tuple[int, int]
     anchor: bool
     miou: float | None
     iou: dict[str, float | None]
     pixel_accuracy: float | None
     boundary_iou: float | None
     trimap_iou: float | None
-    active_fraction: float
-    macs: float
     macs_of_high: float
     region_of_high: float
-    milliseconds: float | None = None
-    milliseconds_median: float | None = None
 
     @property
     def label(self) -> str:
         """A short name: for an anchor the output stride it has everywhere."""
         high, low = self.output_stride
-        if self.anchor:
-            return f"dense OS {high if self.active_fraction == 1 else low}"
-        return f"{self.mask} {high}->{low}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
-        return {**vars(self), "output_stride": list(self.output_stride)}
+        return f"dense OS {high if self.active_fraction == 1 else low}" if self.anchor else super().label
 
 
-@dataclass(frozen=True)
-class EvaluationReport:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(MeasuredReport):
     """Accuracy against work: what was evaluated, on what, and a row for each setting.
 
     Attributes:
-        model: source of the network.
-        weights: which it has, in words.
-        random: whether they are random.
-        data: spec of the data.
-        split: part of it.
+        split: part of the data.
         images: how many counted.
         batch: images in one call.
         image: (3, H, W) of the image that was timed.
-        rounds: of timing, 0 if not timed.
         processes: that shared the images.
-        device: in words, with threads.
-        versions: of this package and its libraries.
-        commit: of this package; empty outside a checkout.
-        date: when it was done.
         rows: in the order asked for, each pair of output strides between its dense anchors.
-        failed: images that could not be used, each an error as plain values.
     """
 
-    model: str
-    weights: str
-    random: bool
-    data: str
     split: str
     images: int
     batch: int
     image: tuple[int, ...]
-    rounds: int
     processes: int
-    device: str
-    versions: dict[str, str]
-    commit: str
-    date: str
     rows: tuple[EvaluationRow, ...]
-    failed: tuple[dict[str, str], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
-        values = {
-            ("random_weights" if name == "random" else name): value for name, value in vars(self).items()
-        }
-        return {
-            **values,
-            "image": list(self.image),
-            "rows": [row.to_dict() for row in self.rows],
-            "failed": list(self.failed),
-        }
+    def parts(self) -> Iterator[RenderableType]:
+        """As of every such report, and how many images could be used if not all."""
+        yield from super().parts()
+        if self.failed:
+            yield Text(f"{self.images} images done, {len(self.failed)} failed", style="red")
 
-    def render(self) -> RenderableType:
-        """The report for a terminal."""
-        title = f"{self.model}, {self.weights}"
+    def subject(self) -> str:
+        """Data, device, and what was timed."""
         size = "x".join(map(str, self.image[1:]))
         timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
-        parts: list[RenderableType] = [
-            Text(title, style="bold red" if self.random else "bold"),
-            Text(
-                f"{self.data}, split {self.split}, {self.images} images, on {self.device}{timed}", style="dim"
-            ),
-            self._overview(),
-            self._classes(),
-        ]
-        if self.random:
-            parts.append(
-                Text(
-                    "random weights: unless they were trained since, these accuracies mean nothing.",
-                    style="yellow",
-                )
-            )
-        parts += [Text(f"{failure['what']} {failure.get('why', '')}", style="red") for failure in self.failed]
-        if self.failed:
-            parts.append(Text(f"{self.images} images done, {len(self.failed)} failed", style="red"))
-        return Group(*parts)
+        return f"{self.data}, split {self.split}, {self.images} images, on {self.device}{timed}"
+
+    def tables(self) -> Iterator[Table]:
+        """All settings, and the classes."""
+        yield self._overview()
+        yield self._classes()
 
     def _overview(self) -> Table:
-        table = Table(title_justify="left")
-        numbers = (
-            "mIoU",
-            "boundary",
-            "trimap",
-            "pixel acc.",
-            "active",
-            "MACs",
-            "of high",
-            "region",
-            "ms",
-            "of high",
-        )
-        for column in ("mask", "output stride", *numbers):
-            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-        for row in self.rows:
-            high = next(
-                other for other in self.rows if other.output_stride == row.output_stride and other.anchor
-            )
-            timed = row.milliseconds is not None and high.milliseconds is not None
-            accuracies = (row.miou, row.boundary_iou, row.trimap_iou, row.pixel_accuracy)
-            table.add_row(
-                row.mask,
-                "{} to {}".format(*row.output_stride),
-                *map(percent, accuracies),
-                f"{row.active_fraction:.3f}",
-                f"{row.macs:.3e}",
-                f"{row.macs_of_high:.2f}",
-                f"{row.region_of_high:.2f}",
-                f"{row.milliseconds:.0f}" if row.milliseconds is not None else "-",
-                f"{row.milliseconds / high.milliseconds:.2f}" if timed else "-",  # type: ignore[operator]
-                style="dim" if row.anchor else "",
-            )
-        return table
+        high = {row.output_stride: row.milliseconds for row in reversed(self.rows) if row.anchor}
+        columns: list[Column[EvaluationRow]] = [
+            Column("mask", lambda row: row.mask, False),
+            Column("output stride", lambda row: row.strides, False),
+            Column("mIoU", lambda row: percent(row.miou)),
+            Column("boundary", lambda row: percent(row.boundary_iou)),
+            Column("trimap", lambda row: percent(row.trimap_iou)),
+            Column("pixel acc.", lambda row: percent(row.pixel_accuracy)),
+            Column("active", lambda row: f"{row.active_fraction:.3f}"),
+            Column("MACs", lambda row: f"{row.macs:.3e}"),
+            Column("of high", lambda row: f"{row.macs_of_high:.2f}"),
+            Column("region", lambda row: f"{row.region_of_high:.2f}"),
+            Column("ms", lambda row: number(row.milliseconds)),
+            Column("of high", lambda row: ratio(row.milliseconds, high[row.output_stride])),
+        ]
+        return table(self.rows, columns, style=lambda row: "dim" if row.anchor else "")
 
     def _classes(self) -> Table:
         """IoU of each class; columns are the rows of the other table, by number."""
-        table = Table(title="IoU of each class, columns as the rows above", title_justify="left")
-        table.add_column("class")
-        for number in range(len(self.rows)):
-            table.add_column(str(number + 1), justify="right")
-        for name in self.rows[0].iou:
-            table.add_row(name, *(percent(row.iou[name]) for row in self.rows))
-        return table
+
+        def iou(row: EvaluationRow) -> Callable[[str], str]:
+            return lambda name: percent(row.iou[name])
+
+        columns: list[Column[str]] = [Column("class", str, False)]
+        columns += [Column(str(place), iou(row)) for place, row in enumerate(self.rows, 1)]
+        return table(self.rows[0].iou, columns, "IoU of each class, columns as the rows above")
+
+    def figure(self) -> Figure:
+        """Mean IoU against MACs: the dense networks joined by a line, the masks around it, each with its name."""
+        figure = canvas(8, 5)
+        axes = figure.subplots()
+        rows = [row for row in self.rows if row.miou is not None]
+        shown = [(row, row.macs, 100 * (row.miou or 0)) for row in rows]
+        # The dense high network of two pairs is one network: it is drawn and named once.
+        dense = {(row.label, round(y, 3)): (x, y) for row, x, y in shown if row.anchor}
+        line = sorted(dense.values())
+        axes.plot(*zip(*line, strict=True), "s-", color="#222222", linewidth=1, markersize=6)
+        for (label, _), (x, y) in dense.items():
+            axes.annotate(label, (x, y), (6, -12), textcoords="offset points", fontsize=8, color="#222222")
+        widest = max((x for _, x, _ in shown), default=1)
+        pairs = list(dict.fromkeys(row.output_stride for row in rows))
+        for row, x, y in shown:
+            if not row.anchor:
+                colour = COLOURS[pairs.index(row.output_stride) % len(COLOURS)]
+                place, side = ((-6, 5), "right") if x > widest / 2 else ((6, 5), "left")
+                axes.plot(x, y, "o", color=colour, markersize=6)
+                axes.annotate(
+                    row.label, (x, y), place, textcoords="offset points", ha=side, fontsize=8, color=colour
+                )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.15, y=0.15)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.set_xlabel("MACs of one image")
+        axes.set_ylabel("mean IoU, %")
+        axes.set_title(f"{self.model}, {self.images} images", fontsize=10)
+        return figure
 
 
 def percent(share: float | None) -> str:

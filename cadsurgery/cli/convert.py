@@ -1,0 +1,177 @@
+"""Commands that convert a network, and look at what that does: convert, plan, mask, run, macs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cadsurgery.cli import options, screen
+from cadsurgery.tasks.options import Conversion
+
+commands = typer.Typer()
+
+
+@commands.command()
+@options.command
+def convert(
+    *,
+    model: options.Model,
+    mask: options.Mask = "edges",
+    weights: options.Weights = "auto",
+    conversion: options.Converted,
+    image: options.ImageOption = None,
+    size: options.Size = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write")] = None,
+    device: options.Device = "cpu",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="do not check the laws on an example")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=0, help="timing rounds; 0 to skip timing")] = 3,
+    as_json: options.Json = False,
+) -> None:
+    """Convert a network, verify it, report MACs and measured times, and write it to a file."""
+    from cadsurgery.tasks.convert import convert as run
+
+    path = output or Path(f"{model.replace(':', '-')}-{mask.partition(':')[0]}.safetensors")
+    with screen.steps(as_json) as step:
+        report = run(
+            model=model,
+            weights=weights,
+            mask=mask,
+            options=conversion,
+            image=image,
+            size=options.read_size(size),
+            output=path,
+            device=device,
+            verify_laws=not no_verify,
+            rounds=rounds,
+            step=step,
+        )
+    screen.show_report(report, as_json)
+
+
+@commands.command()
+@options.command
+def plan(
+    *,
+    model: options.Model,
+    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("output_stride", "region", "outputs"))],
+    all_nodes: Annotated[bool, typer.Option("--all", help="list dense nodes before the region too")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a conversion would do: a decision and its reason for every node."""
+    from cadsurgery.tasks.convert import make_or_read_plan
+    from cadsurgery.tasks.convert_report import render_plan
+
+    with screen.steps(as_json) as step:
+        step("planning")
+        planned = make_or_read_plan(model, **conversion)
+    screen.show(json.loads(planned.to_json()), render_plan(planned, all_nodes=all_nodes), as_json)
+
+
+@commands.command("mask")
+@options.command
+def mask_command(
+    *,
+    mask: Annotated[
+        list[str], typer.Option(help="as of other commands; default edges; repeatable with --compare")
+    ] = [],  # noqa: B006
+    compare: Annotated[
+        bool, typer.Option("--compare", help="several masks side by side; without --mask a telling set")
+    ] = False,
+    image: options.ImageOption = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="PNG of the classes of the image's pixels, for trimap")
+    ] = None,
+    size: options.Size = "",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="take strides, normalisation and MACs from this network")
+    ] = "",
+    conversion: Annotated[
+        dict[str, Any], options.Of(Conversion, ("output_stride", "patch"), defaults=("8,32", "quadtree"))
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
+    trust: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw a mask: image, level map and lattice side by side; or several masks and what they cost."""
+    from cadsurgery.tasks.mask_report import draw_masks
+
+    with screen.steps(as_json) as step:
+        step("drawing")
+        report = draw_masks(
+            mask,
+            compare=compare,
+            image=image,
+            labels=labels,
+            size=options.read_size(size),
+            model=model,
+            **conversion,
+            output=output,
+            trust=trust,
+        )
+    screen.show_report(report, as_json)
+
+
+@commands.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="a converted file")],
+    images: Annotated[list[Path], typer.Argument(help="image files or folders")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the predictions")] = Path(
+        "predictions"
+    ),
+    mask: Annotated[str, typer.Option(help="another mask than the file's")] = "",
+    size: Annotated[str, typer.Option(metavar="HxW", help="resize images; default: as they are")] = "",
+    device: options.Device = "cpu",
+    trust: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Run a converted file on images: predictions as PNG, active fraction and time of each."""
+    from cadsurgery.tasks.convert import predict
+
+    with screen.steps(as_json) as step:
+        rows, failures = predict(
+            file, images, output, mask or None, options.read_size(size), device, step, trust
+        )
+    lines = [
+        f"{row['image']}: active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms -> {row['output']}"
+        for row in rows
+    ]
+    screen.show_rows(
+        rows, failures, "\n".join([*lines, f"{len(rows)} done, {len(failures)} failed"]), as_json
+    )
+
+
+@commands.command()
+@options.command
+def macs(
+    *,
+    model: options.Model,
+    mask: options.Mask = "",
+    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("output_stride", "region", "patch"))],
+    image: options.ImageOption = None,
+    size: options.Size = "",
+    rule: Annotated[
+        str, typer.Option(help="conv: multiply-accumulates; published: as the CAD reference code counts")
+    ] = "conv",
+    total: Annotated[bool, typer.Option("--total", help="totals only, no layers")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="the network as it is, not converted")] = False,
+    trust: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Count multiply-accumulates per layer: with the mask, dense high and dense low. Nothing is run."""
+    from cadsurgery.tasks.convert import count, count_dense
+    from cadsurgery.tasks.convert_report import render_macs
+
+    with screen.steps(as_json) as step:
+        step("counting")
+        if dense:
+            counted = count_dense(model, image, options.read_size(size), rule)
+            shape, whole = "x".join(map(str, counted["shape"])), counted["macs"]["dense"]
+            screen.show(counted, f"MACs on {shape} ({rule} rule): {whole:.5e}", as_json)
+            return
+        report = count(model, mask, conversion, image, options.read_size(size), rule, trust)
+    screen.show(report.to_dict(layers=not total), render_macs(report, layers=not total), as_json)

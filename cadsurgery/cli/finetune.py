@@ -1,0 +1,93 @@
+"""The command that trains: finetune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cadsurgery.cli import options, screen
+from cadsurgery.finetune.settings import Settings
+
+commands = typer.Typer()
+SETTINGS = (
+    *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "ema"),
+    *("precision", "seed", "save_every", "validate_every", "log", "workers"),
+)
+
+
+@commands.command()
+@options.command
+def finetune(
+    *,
+    model: options.Network,
+    data: Annotated[str, typer.Option(help="dataset to train on, e.g. folder:PATH")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run goes on")
+    ],
+    split: Annotated[str, typer.Option(help="split to train on")] = "train",
+    validation_split: Annotated[str, typer.Option(help="split to measure on; empty for none")] = "val",
+    mask: Annotated[str, typer.Option(help="default: the file's, or edges")] = "",
+    weights: options.Weights = "auto",
+    conversion: options.Converted,
+    objective: Annotated[dict[str, Any], options.Of(Settings, ("objective",), given=True)],
+    objective_option: Annotated[
+        list[str], typer.Option(help="NAME=VALUE for the objective, e.g. teacher=self; repeatable")
+    ] = [],  # noqa: B006
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache",
+            help="run what comes before the region once and train the rest (implies --freeze stem): crops at fixed "
+            "places, mirrored too; colours are not jittered",
+        ),
+    ] = False,
+    settings: Annotated[dict[str, Any], options.Of(Settings, SETTINGS, given=True)],
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file of settings; options given here come first")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="go on with the run in the folder; otherwise refuse one")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto or cpu")] = "auto",
+    trust: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.
+
+    The defaults are the published settings. An interrupted run goes on exactly where it was when the command is
+    given again. Several processes: torchrun --nproc_per_node N -m cadsurgery.cli finetune ..., with --device cpu
+    on the CPU.
+
+    Options of objectives (--objective-option NAME=VALUE; each is described in the guide):
+
+    any-budget: low, high, fractions, extremes, ranking (own, random or a mask), teacher (initial or self),
+    temperature, weight, supervision.
+
+    blend: statistics (separate or shared), share (balanced or published), weight, network (blend, mixed or fixed),
+    distil, supervision.
+    """
+    from cadsurgery.finetune.command import finetune as run
+    from cadsurgery.finetune.command import make_settings
+
+    chosen = make_settings(config, {**objective, **settings}, objective_option)
+    with screen.training(chosen.steps, chosen.batch * chosen.accumulate, as_json) as (on_step, step):
+        report = run(
+            model=model,
+            data=data,
+            split=split,
+            validation_split=validation_split,
+            weights=weights,
+            mask=mask,
+            options=conversion,
+            settings=chosen,
+            output=output,
+            resume=resume,
+            device=device,
+            on_step=on_step,
+            step=step,
+            cache=cache,
+            trust=trust,
+        )
+    screen.show_report(report, as_json)

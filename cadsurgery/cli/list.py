@@ -1,0 +1,66 @@
+"""The command that lists networks and masks: list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cadsurgery.cli import options, screen
+
+commands = typer.Typer()
+
+
+@commands.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help='shell-style, e.g. "*resnet*"')] = "*",
+    library: Annotated[str, typer.Option(help="torchvision or timm; default both")] = "",
+    masks: Annotated[bool, typer.Option("--masks", help="list mask providers instead")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="build, convert and verify each network here and now")
+    ] = False,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="--check: JSON Lines to append to; an interrupted run goes on"),
+    ] = Path("zoo.jsonl"),
+    workers: Annotated[int, typer.Option(min=1, help="--check: networks at a time")] = 2,
+    memory: Annotated[float, typer.Option(min=0.5, help="--check: GiB for each network")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=1, help="--check: seconds for each network")] = 600.0,
+    as_json: options.Json = False,
+) -> None:
+    """List networks: whether each converts, with which output strides, what stays dense and why."""
+    if masks:
+        from cadsurgery.masks import list_masks
+
+        infos = list_masks()
+        lines = [
+            f"[bold]{i.form}[/bold]  {i.summary}  {_described(i.options)}  [dim]{i.source}[/dim]"
+            for i in infos
+        ]
+        screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
+        return
+    from cadsurgery.data.networks import list_models
+    from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, recorded, summary
+
+    names = list_models(pattern, library)
+    if check:
+        with screen.progress(len(names), as_json) as advance:
+            rows = check_networks(
+                names, output, workers=workers, limits=Limits(seconds, memory), on_row=advance
+            )
+    else:
+        known = recorded()
+        rows = [known.get(name, {"model": name, "result": "not checked"}) for name in names]
+    if as_json:
+        screen.print_json(rows)
+        return
+    for row in rows:
+        screen.out.print(f"{row['model']:40} {outlook(row)}", highlight=False, markup=False, soft_wrap=True)
+    screen.out.print(summary(rows), highlight=False)
+
+
+def _described(options: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in options.items()
+    )

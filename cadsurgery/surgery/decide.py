@@ -1,0 +1,321 @@
+"""Make the plan: choose the strides, find the region, decide for every node. Pure: nothing is changed."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from torch import fx
+
+from cadsurgery.elements.axes import NCHW
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.flow import Flow, Role, and_after
+from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
+from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
+from cadsurgery.surgery.region import Region, region_of
+from cadsurgery.surgery.settle import MERE_TAIL, settled_flow
+from cadsurgery.surgery.treatment import Treatment, operation_name
+
+
+def make_plan(
+    facts: Facts,
+    output_stride: tuple[int, int] | None = None,
+    region: RegionOption = "auto",
+    part: str = "",
+    outputs: Outputs = "fine",
+) -> tuple[Plan, Flow]:
+    """Decide for every node of a traced network; the flow says how. Pure: neither network nor facts are changed.
+
+    Args:
+        facts: of the traced network.
+        output_stride: (high, low); by default (native / 4, native) for a strided network and
+            (current, undilated) for a dilated one.
+        region: `"auto"`, `"backbone"`, or names of nodes or modules.
+        part: where the traced network is a part of another one, its name there: what it returns then keeps its
+            native size, which the rest of that network relies on.
+        outputs: size at which maps that leave the region as they are are returned, `fine` or `native`.
+
+    Raises:
+        CannotConvert: nothing can be made adaptive.
+        InvalidInput: an impossible output stride, or another word for the outputs; the message lists the possible ones.
+        UnknownName: a region name that is neither a node nor a module.
+    """
+    if outputs not in get_args(Outputs):
+        raise InvalidInput(
+            f"outputs={outputs!r} is not a choice.", next=f"use one of {', '.join(get_args(Outputs))}."
+        )
+    returned: Outputs = "native" if part else outputs
+    settled = settled_flow(facts, asked_region(facts, region), named=not isinstance(region, str))
+    flow = settled.flow
+    highs = sorted({flow.grid[node] for node in flow.grid})
+    regions = {high: region_of(flow, high) for high in highs}
+    possible = [(high, low) for high in highs for low in regions[high].strides[1:]]
+    if not possible:
+        raise nothing_to_convert(flow)
+    high, low = _choose(flow, regions, possible, output_stride)
+    chosen = regions[high]
+    if low < chosen.strides[-1]:  # no cell is larger than that: what reads in between may stay
+        capped = settled.up_to(low)
+        if (larger := region_of(capped, high)).strides == chosen.strides:
+            flow, chosen = capped, larger
+    names = region if isinstance(region, str) else tuple(region)
+    decisions = _decide(flow, chosen, fine_outputs=returned == "fine")
+    readers = _readers(flow, chosen)
+    fine = any(decision.leaves in ("fine", "resized") for decision in decisions)
+    if not fine and not any(_works(node, flow) for node in readers):
+        raise nothing_to_convert(flow)
+    identity = _identity_level(flow, chosen, chosen.strides.index(low))
+    joins = any(_joins(node, flow) for node in readers)
+    leaving = [flow.grid[n] for n in chosen.needed if chosen.stage(n) and _dense_readers(n, flow, chosen)]
+    finest = high if fine or joins else min(leaving, default=low)
+    shape = tuple(facts.example.shape)
+    plan = Plan(
+        decisions=tuple(decisions),
+        output_stride=(high, low),
+        strides=chosen.strides,
+        identity_level=identity,
+        region=names,
+        possible=tuple(possible),
+        example_shape=shape,
+        outputs=tuple((node.name, flow.grid[node]) for node in facts.outputs if flow.role[node] is Role.MAP),
+        matters=finest < low,
+        finest=finest,
+        returned=returned,
+        part=part,
+    )
+    return plan, flow
+
+
+def _readers(flow: Flow, region: Region) -> list[fx.Node]:
+    """Operations of the region that work on more than the map it starts from."""
+    return [
+        node
+        for node in flow.facts.graph.nodes
+        if any(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
+        and node not in flow.barriers
+        and (node in region.needed or flow.treatments[node].kind == "global")
+    ]
+
+
+def _works(node: fx.Node, flow: Flow) -> bool:
+    """Whether an operation looks beyond a single element."""
+    window = flow.treatments[node].window
+    return _joins(node, flow) or (window is not None and not window.is_pointwise)
+
+
+def _joins(node: fx.Node, flow: Flow) -> bool:
+    """Whether an operation brings finer values from one position to another."""
+    operation = flow.treatments[node].operation
+    return operation is not None and operation.mixes
+
+
+def _choose(
+    flow: Flow,
+    regions: dict[int, Region],
+    possible: list[tuple[int, int]],
+    asked: tuple[int, int] | None,
+) -> tuple[int, int]:
+    if asked is not None:
+        pair = tuple(asked) if isinstance(asked, (tuple, list)) else asked
+        if pair not in possible:
+            listed = ", ".join(f"({high}, {low})" for high, low in possible)
+            raise InvalidInput(
+                f"output_stride={asked} is not possible for this network.",
+                why="high and low must be strides the network has, or had before it was dilated.",
+                next=f"choose one of {listed}.",
+            )
+        return pair[0], pair[1]
+    low = max(pair[1] for pair in possible)
+    highs = [high for high, lowest in possible if lowest == low]
+    current = max(flow.grid[node] for node in regions[highs[-1]].needed)
+    if current < low:  # dilated: it is at its high output stride already
+        return (current if current in highs else highs[-1]), low
+    usual = max((high for high in highs if high <= _trunk(flow, low) / 4), default=highs[0])
+    # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts.
+    work = {
+        high: sum(flow.facts.macs[node] for node in _readers(flow, region))
+        for high, region in regions.items()
+        if high == usual or region.strides[-1] <= 4 * high
+    }
+    worth = [high for high in work if work[high] >= max(work.values()) / 2]
+    chosen = usual if usual in worth else max(worth)
+    return chosen, regions[chosen].strides[-1]
+
+
+def _trunk(flow: Flow, low: int) -> int:
+    """The network's own output stride: its lowest, not counting a side branch that comes back finer."""
+    work: dict[int, int] = {}
+    ends: set[int] = set()
+    for node, grid in flow.grid.items():
+        work[grid] = work.get(grid, 0) + flow.facts.macs[node]
+        for user in node.users:
+            last = flow.treatments[user].kind == "global" or user in flow.last
+            if last or user in flow.barriers or user.op == "output":
+                ends.add(grid)
+    needed = MERE_TAIL * sum(work.values())
+    return max((grid for grid in work if grid <= low and (work[grid] >= needed or grid in ends)), default=low)
+
+
+def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:
+    """The level whose uniform map puts every value of the region on the network's own grid."""
+    staged = [(region.stage(node), flow.grid[node]) for node in region.needed if region.stage(node) > 0]
+    levels = range(max_level + 1)
+    return next(
+        (lv for lv in levels if all(region.strides[min(st, lv)] == grid for st, grid in staged)), None
+    )
+
+
+def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
+    facts, treatments = flow.facts, flow.treatments
+    resized = _resized(flow, region)
+    sizes = _leaving_sizes(flow, region, resized, fine_outputs)
+    staged = {node for node in region.needed if region.stage(node) > 0}
+    staged |= {pad for pad in facts.pads if any(user in staged for user in pad.users)}
+    read = {node: [source for source in flow.maps(node) if source in staged] for node in facts.graph.nodes}
+    on_elements = {
+        node for node, sources in read.items() if node in staged or _reads_last(node, sources, flow, region)
+    }
+    asking = {node for node in read if _only_asks(node, flow)}
+    ends = {node for node, sources in read.items() if sources} - on_elements - asking
+    after = set().union(*map(and_after, ends)) - ends - on_elements
+
+    def judge(node: fx.Node) -> tuple[Action, str]:
+        if node in on_elements:
+            before, behind = _stages(node, flow, region)
+            return "adapt" if treatments[node].window and behind > before else "keep", treatments[node].why
+        if node in resized:
+            return "exit", f"reads {read[node][0].name} at any point, on the grid the network resizes"
+        if node in ends:
+            natural = node.op == "output" or treatments[node].kind == "resize"
+            barrier = flow.barriers.get(node)
+            reason = barrier.why if barrier is not None else _why_it_ends(node, flow, region)
+            leaving = ", ".join(source.name for source in read[node])
+            reason = f"{reason}; {leaving} leaves at {sizes[read[node][0]]} size"
+            return "exit" if natural else "barrier", reason
+        if node in region.needed and any(user in staged for user in node.users):
+            return "enter", "one element per sample of this map"
+        return "dense", "after the region" if node in after else ""
+
+    decisions = []
+    for node in facts.graph.nodes:
+        action, reason = judge(node)
+        window = (
+            treatments[node].window if node in on_elements and treatments[node].kind == "window" else None
+        )
+        if window is not None:
+            window = window._replace(spacing=max(1, flow.grid[flow.maps(node)[0]] // region.strides[0]))
+        decisions.append(
+            Decision(
+                node=node.name,
+                path=facts.path(node),
+                operation=_describe(node, facts, treatments[node]),
+                action=action,
+                reason=reason,
+                stages=_stages(node, flow, region) if node in on_elements else (0, 0),
+                window=window,
+                grid=max(1, flow.grid.get(node, 1) // region.strides[0]),
+                leaves="resized"
+                if node in resized
+                else sizes.get(read[node][0] if node in ends else node, ""),
+                layout=facts.layout(node),
+                source=source_line(node) if node in ends else "",
+                after=action == "dense" and node in after,
+                macs=facts.macs[node],
+                shape=tuple(facts.shapes.get(node, ())),
+                cost=sum(facts.macs[later] for later in and_after(node)) if node in ends else 0,
+            )
+        )
+    return decisions
+
+
+def _why_it_ends(node: fx.Node, flow: Flow, region: Region) -> str:
+    """Why a node that every rule lets pass reads the region's values dense."""
+    if node.op == "output":
+        return "the network's output"
+    if any(source in region.outside for source in flow.maps(node)):
+        return "combines it with what left the region"
+    if flow.treatments[node].kind == "resize":
+        return f"makes the map finer than output stride {region.strides[0]}"
+    return f"works at output stride {region.strides[0]}"
+
+
+def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Region) -> bool:
+    """Whether a node reads elements and yields what needs none: one vector per image, or a map as fine as the
+    fine map or finer."""
+    if not sources or node in flow.barriers:
+        return False
+    treatment, high = flow.treatments[node], region.strides[0]
+    if treatment.kind != "resize":
+        return treatment.kind == "global"
+    if flow.grid[node] == high:
+        return True
+    return flow.at_exit(node) and flow.grid[node] < high
+
+
+def _only_asks(node: fx.Node, flow: Flow) -> bool:
+    """Whether a node that reads a map wants its size only."""
+    return (flow.treatments[node].kind == "shape" and node.op != "output") or flow.role[node] is Role.VECTOR
+
+
+def _stages(node: fx.Node, flow: Flow, region: Region) -> tuple[int, int]:
+    """Stages of the lattices a node of the region reads and writes."""
+    before = min(region.stage(source) for source in flow.maps(node))
+    return before, region.stage(node) if node in region.needed else before
+
+
+def _resized(flow: Flow, region: Region) -> frozenset[fx.Node]:
+    """Last resizes that read elements. One that reads a map whose own grid is the fine map bilinearly needs none of
+    them: it resizes that map as the network does."""
+    high = region.strides[0]
+    return frozenset(
+        node
+        for node in flow.last
+        if flow.at_exit(node)
+        and all(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
+        and flow.facts.layout(flow.maps(node)[0]) == NCHW
+        and (
+            flow.grid[flow.maps(node)[0]] > high
+            or dict(flow.treatments[node].arguments)["mode"] != "bilinear"
+        )
+    )
+
+
+def _leaving_sizes(
+    flow: Flow, region: Region, resized: frozenset[fx.Node], fine_outputs: bool
+) -> dict[fx.Node, Leaves]:
+    """For each map that leaves the region: `fine` if everything after accepts another size, else `native`. Resizes
+    that read elements do not need it to leave."""
+    sizes: dict[fx.Node, Leaves] = {}
+    for node in region.needed:
+        readers = [user for user in _dense_readers(node, flow, region) if user not in resized]
+        if region.stage(node) > 0 and readers:
+            # Flattened positions say nothing of height and width: whoever takes them counts on the network's own.
+            returned = (
+                fine_outputs
+                and "h" in flow.facts.layouts[node]
+                and all(user.op == "output" for user in readers)
+            )
+            fine = flow.grid[node] == region.strides[0] or returned
+            sizes[node] = "fine" if fine else "native"
+    return sizes
+
+
+def _dense_readers(node: fx.Node, flow: Flow, region: Region) -> list[fx.Node]:
+    """Users of a map of the region that need it as a dense tensor."""
+    return [
+        user
+        for user in node.users
+        if not (user in region.needed and region.stage(user) > 0)
+        and not _reads_last(user, [node], flow, region)
+        and not _only_asks(user, flow)
+    ]
+
+
+def _describe(node: fx.Node, facts: Facts, treatment: Treatment) -> str:
+    name = operation_name(node, facts)
+    window = treatment.window
+    if window is None:
+        return name
+    stride = f"/{window.stride}" if window.stride > 1 else ""
+    dilation = f" dilated {window.dilation[0]}" if window.dilation != (1, 1) else ""
+    return f"{name} {window.kernel[0]}x{window.kernel[1]}{stride}{dilation}"

@@ -1,0 +1,160 @@
+"""Why a network, or a part of it, is not converted: the region asked for, and what there is to say of a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
+from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.hooks import stays_whole
+from cadsurgery.surgery.settle import Refusal
+from cadsurgery.surgery.treatment import Barrier, Cause, is_mixer, operation_name
+
+RegionOption = str | Sequence[str]
+
+# Attribute names under which libraries keep the part of a network that other heads can be put on.
+BACKBONE_NAMES = ("backbone", "encoder", "features", "body", "trunk")
+
+
+def asked_region(facts: Facts, region: RegionOption) -> Refusal:
+    """Why the region asked for leaves a node out.
+
+    Raises:
+        CannotConvert: no backbone is known.
+        UnknownName: no such region, node or module.
+        InvalidInput: no region.
+    """
+    if region == "auto":
+        return lambda node, maps: None
+    modules = dict(facts.model.named_modules())
+    if region == "backbone":
+        backbones = [name for name in BACKBONE_NAMES if name in modules]
+        if not backbones:
+            raise CannotConvert(
+                'region="backbone" is not possible: the network does not say which part is its backbone.',
+                where=type(facts.model).__name__,
+                next=f'use region="auto", or name modules: region=[...] of '
+                f"{', '.join(name for name in modules if name and '.' not in name)}.",
+            )
+        region = backbones[:1]
+    elif isinstance(region, str):
+        raise UnknownName("region", region, ["auto", "backbone"], next="or a list of node or module names.")
+    if not isinstance(region, (list, tuple)) or not all(isinstance(name, str) for name in region):
+        raise InvalidInput(
+            f"region={region!r} is not a region.",
+            next='give "auto", "backbone" or a list of node or module names.',
+        )
+    names = tuple(region)
+    known = {node.name for node in facts.graph.nodes} | set(modules)
+    for name in names:
+        if name not in known:
+            raise UnknownName(
+                "node or module", name, known | {"auto", "backbone"}, next="see print(cs.plan(model))."
+            )
+
+    def refused(node: fx.Node, maps: Sequence[fx.Node]) -> Barrier | None:
+        path = facts.path(node)
+        if any(node.name == name or path == name or path.startswith(f"{name}.") for name in names):
+            return None
+        return Barrier(f"outside the region {', '.join(names)}", Cause.ASKED)
+
+    return refused
+
+
+def nothing_to_convert(flow: Flow) -> CannotConvert:
+    """The refusal of a network that no region was found in."""
+    facts = flow.facts
+    model = type(facts.model).__name__
+    what = f"{model} has nothing that can be made adaptive."
+    next_step = "convert another part of the network with region=[...], or teach the operation: see docs/extending.md."
+    whole = next((node for node in facts.graph.nodes if _stays_whole(node, facts)), None)
+    if whole is not None and whole in flow.barriers:
+        return CannotConvert(
+            what,
+            where=_place(whole, facts),
+            why=_first_barrier(flow),
+            next="take that off before the conversion (a hook: handle.remove()), or convert another part of the "
+            "network with region=[...].",
+        )
+    mixers = position_mixers(flow)
+    if mixers and not any(barrier.cause is Cause.ASKED for barrier in flow.barriers.values()):
+        first, strided = mixers[0], [node for node in flow.grid if _downsamples(node, flow)]
+        before = "its patch embedding" if len(strided) < 2 else f"{len(strided)} strided operations"
+        return CannotConvert(
+            f"{what} It joins all positions of the image, as transformers do.",
+            where=_place(first, facts),
+            why=f"it has {len(mixers)} operations such as {operation_name(first, facts)} that join all positions of "
+            f"the map, which then must all have one resolution; between {before} and them no convolution works on a "
+            "downsampled map.",
+            next="choose a convolutional network (cadsurgery list), or convert the convolutional part of this one: "
+            "region=[...].",
+        )
+    if not any(_downsamples(node, flow) for node in flow.grid):
+        return CannotConvert(
+            f"{what} It is a network without strides.",
+            why="it has no strided convolution or pooling that a rule knows, and no dilation that stands for one"
+            + (f"; {_first_barrier(flow)}" if flow.barriers else "."),
+            next="content-adaptive downsampling needs a network that downsamples.",
+        )
+    where = next(iter(flow.barriers), None)
+    return CannotConvert(
+        what,
+        where=_place(where, facts) if where else "",
+        why=_first_barrier(flow) if where else "nothing but pointwise operations follows its strides.",
+        next=next_step,
+    )
+
+
+def _downsamples(node: fx.Node, flow: Flow) -> bool:
+    return any(flow.spacing[source] < flow.spacing[node] for source in flow.maps(node))
+
+
+def _first_barrier(flow: Flow) -> str:
+    node, barrier = next(iter(flow.barriers.items()))
+    macs = flow.facts.macs
+    total = sum(macs.values()) or 1
+    return f"{barrier.why}; it holds {macs[node] / total:.0%} of the MACs, and all after it stays dense."
+
+
+def position_mixers(flow: Flow) -> list[fx.Node]:
+    """Operations that join positions of an image otherwise than by windows, means or resizing: attention, recurrence,
+    matrices over positions. Convolutional networks have none."""
+    facts, barriers = flow.facts, flow.barriers
+    return [
+        node
+        for node in facts.graph.nodes
+        if is_mixer(node, facts)
+        or (node in barriers and (barriers[node].cause is Cause.POSITIONS or _is_foreign_leaf(node, facts)))
+    ]
+
+
+def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
+    """Whether a node is a module of a library that tracing does not look into: it may do anything."""
+    made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
+    foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
+    return foreign and not _stays_whole(node, facts)
+
+
+def _stays_whole(node: fx.Node, facts: Facts) -> str:
+    return stays_whole(facts.module(node)) if node.op == "call_module" else ""
+
+
+def _place(node: fx.Node, facts: Facts) -> str:
+    """Module, operation and source line of a node, for messages."""
+    parts = (operation_name(node, facts), source_line(node))
+    return f"{facts.path(node) or node.name} ({', '.join(part for part in parts if part)})"
+
+
+def source_line(node: fx.Node) -> str:
+    """Where in the network's own code a node comes from, e.g. `resnet.py:148`."""
+    lines = [
+        line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File")
+    ]
+    own = [line for line in lines if "/torch/" not in line.partition(",")[0]]
+    if not own:
+        return ""
+    file, line = own[-1].split(",")[:2]
+    return f"{file.rpartition('/')[2].rstrip(chr(34))}:{line.split()[-1]}"

@@ -1,0 +1,115 @@
+"""At which stride each value of a network has to be known: the backward pass over its graph, in input pixels.
+
+A pointwise operation needs of its input what is needed of its output; a window needs no finer grid than its taps
+reach. So a coarsening moves towards the input until a spatial operation absorbs it by computing only the kept outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from cadsurgery.surgery.flow import Flow, Role
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a network that runs on lattices, for one high output stride.
+
+    Attributes:
+        strides: output strides of the lattices, the high one first.
+        outside: maps coarser than the high output stride that are computed dense, from what left the region.
+        needed: output stride of the lattice each other map is computed on.
+    """
+
+    strides: tuple[int, ...]
+    outside: frozenset[fx.Node]
+    needed: dict[fx.Node, int]
+
+    def stage(self, node: fx.Node) -> int:
+        """Number of adaptive stages passed by a map; 0 is the dense map at the high output stride."""
+        return self.strides.index(self.needed[node])
+
+
+def region_of(flow: Flow, high: int) -> Region:
+    """The region for a high output stride: all maps coarser than it, up to where a barrier does not let it go on.
+
+    Maps at the high output stride or finer are dense, and exact, wherever they are in the graph. So the region
+    begins again where such a map is downsampled once more, as in networks with parallel branches.
+    """
+    facts, outside = flow.facts, set[fx.Node]()
+    for node in facts.graph.nodes:
+        coarse = flow.role[node] is Role.MAP and flow.spacing[node] > high
+        if coarse and (node in flow.barriers or any(source in outside for source in flow.maps(node))):
+            outside.add(node)
+    inside = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
+    strides = [high]
+    for spacing in sorted({flow.spacing[node] for node in inside if node not in flow.barriers}):
+        if spacing > strides[-1] and spacing % strides[-1] == 0:
+            strides.append(spacing)
+    region = Region(tuple(strides), frozenset(outside), {})
+    for node in reversed(inside):
+        before = any(flow.grid[source] < high for source in flow.maps(node))
+        if node in flow.barriers or before or any(source in outside for source in flow.maps(node)):
+            region.needed[node] = high
+            continue
+        uses = [_need(node, user, flow, region) for user in node.users]
+        region.needed[node] = min([use for use in uses if use], default=_floor(region, flow.spacing[node]))
+        if (
+            node not in facts.shapes
+        ):  # parts of a map, such as halves of the channels: they are where the whole is
+            parts = [part for part in node.users if part in region.needed]
+            region.needed.update(dict.fromkeys(parts, region.needed[node]))
+    entering = {s for node in inside if region.stage(node) for s in flow.maps(node) if not region.stage(s)}
+    foreign = any(flow.grid[node] != high for node in entering)  # the fine map would not be the network's own
+    # The first is the fine map's. Padding is no part of a map: it belongs to the window that reads it.
+    sizes = [facts.images[node] for node in facts.graph.nodes if node in entering and node not in facts.pads]
+    grown = any(length > most for size in sizes for length, most in zip(size, sizes[0], strict=True))
+    if foreign or grown:
+        return Region((high,), frozenset(outside), dict.fromkeys(inside, high))
+    return region
+
+
+def _need(node: fx.Node, user: fx.Node, flow: Flow, region: Region) -> int:
+    """The coarsest stride at which `user` can take its input `node`; 0 if it does not read values."""
+    treatment = flow.treatments[user]
+    if flow.role[user] is Role.OTHER and treatment.kind == "shape" and user.op != "output":
+        return 0
+    if user not in region.needed or user in flow.barriers:  # the output, a global operation, a dense reader
+        return _floor(region, flow.spacing[node])
+    if treatment.kind == "resize":
+        return _floor(region, min(flow.spacing[node], region.needed[user] * treatment.scale))
+    window = treatment.window
+    if window is None or treatment.kind == "pad":
+        return region.needed[user]
+    need = _floor(region, region.needed[user] // window.stride)
+    if not window.is_pointwise:
+        need = _floor(region, need, *(step * flow.grid[node] for step in window.steps))
+    return need
+
+
+def _floor(region: Region, limit: int, *multiples: int) -> int:
+    """The largest stride of the region that is at most `limit` and divides all `multiples`."""
+    fitting = [s for s in region.strides if s <= limit and all(m % s == 0 for m in multiples)]
+    return fitting[-1] if fitting else region.strides[0]
+
+
+def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
+    """Nodes whose grown dilation is no removed stride: something else needs their input finer."""
+
+    def coarsest(node: fx.Node) -> int:
+        """The stride a value is available at, where operations without taps pass a coarsening on."""
+        source = flow.maps(node)[0]
+        while source in region.needed and flow.treatments[source].kind == "pointwise":
+            before = flow.maps(source)[0]
+            if region.needed.get(before, 0) < region.needed[source]:
+                return region.needed.get(before, 0)
+            source = before
+        return region.needed.get(source, region.strides[-1])
+
+    return frozenset(
+        node
+        for node, spacing in flow.grown.items()
+        if node in region.needed and coarsest(node) < min(spacing, region.strides[-1])
+    )

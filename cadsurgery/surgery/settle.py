@@ -1,0 +1,102 @@
+"""What has to stay outside the region before its strides can be chosen: passes are made until none is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import fx
+
+from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.flow import Flow, Role, and_after, flow_forward
+from cadsurgery.surgery.region import dilated_by_design, region_of
+from cadsurgery.surgery.treatment import Barrier, Cause, operation_name
+
+Refusal = Callable[[fx.Node, Sequence[fx.Node]], Barrier | None]
+
+# A further, coarser output map that costs less than this share of a network is no reason for a stage of its own.
+MERE_TAIL = 0.05
+
+
+class Settled(NamedTuple):
+    """A flow, and what it was settled with: why nodes are left out, and whose dilation stands for no removed stride."""
+
+    flow: Flow
+    refused: Refusal
+    by_design: frozenset[fx.Node]
+
+    def up_to(self, low: int) -> Flow:
+        """The same flow where no cell is larger than `low` pixels: what reads in between may stay in the region."""
+        return flow_forward(self.flow.facts, self.refused, self.by_design, low)
+
+
+def settled_flow(facts: Facts, asked: Refusal, named: bool) -> Settled:
+    """The forward flow in which every removed stride could really be put back, and every pad has its windows.
+
+    Args:
+        facts: of the network.
+        asked: why the region asked for leaves out a node that reads these maps.
+        named: whether a region names its operations: it has them, however little work that is.
+    """
+    by_design: frozenset[fx.Node] = frozenset()
+    outside: dict[fx.Node, Barrier] = {}
+
+    def refused(node: fx.Node, maps: Sequence[fx.Node]) -> Barrier | None:
+        for source in maps:
+            if source in outside and outside[source].cause is Cause.PADDING:
+                return Barrier(
+                    f"reads what {source.name} padded, which is larger than the maps of the region"
+                )
+        return asked(node, maps) or outside.get(node)
+
+    while True:
+        flow = flow_forward(facts, refused, by_design)
+        highs = {flow.grid[node] for node in flow.grid}
+        dilated = frozenset().union(*(dilated_by_design(flow, region_of(flow, high)) for high in highs))
+        leaving = _lone_pads(flow) | _last_resizes(flow) | ({} if named else _mere_tails(flow))
+        if dilated <= by_design and leaving.keys() <= outside.keys():
+            return Settled(flow, refused, by_design)
+        by_design |= dilated
+        outside |= leaving
+
+
+def _lone_pads(flow: Flow) -> dict[fx.Node, Barrier]:
+    """Padding that something else than a window of the region reads."""
+    return {
+        pad: Barrier(
+            f"pads the map for {operation_name(user, flow.facts)}, which is no window of the region",
+            Cause.PADDING,
+        )
+        for pad in flow.facts.pads
+        for user in pad.users
+        if not _pads_for(user, flow)
+    }
+
+
+def _pads_for(user: fx.Node, flow: Flow) -> bool:
+    kind = flow.treatments[user].kind
+    return user not in flow.barriers and (kind == "window" or (kind == "shape" and user.op != "output"))
+
+
+def _last_resizes(flow: Flow) -> dict[fx.Node, Barrier]:
+    """Resizes that read the region at arbitrary points, where nothing but pointwise operations follows: what comes out
+    is as large as in the network."""
+    return {
+        node: Barrier("resizes what leaves the region", Cause.END) for node in flow.last if flow.at_exit(node)
+    }
+
+
+def _mere_tails(flow: Flow) -> dict[fx.Node, Barrier]:
+    """Strided operations at the end of a network with several outputs that are hardly any of its work, such as
+    the coarsest levels of a feature pyramid: with a stage of their own they would be its lowest output stride."""
+    facts = flow.facts
+    several = sum(flow.role[node] is Role.MAP for node in facts.outputs) > 1
+    total = sum(facts.macs.values())
+    tails = {}
+    for node in facts.graph.nodes if several else ():
+        window = flow.treatments[node].window
+        if window is not None and window.stride > 1 and node not in flow.barriers:
+            share = sum(facts.macs[after] for after in and_after(node)) / max(1, total)
+            if share < MERE_TAIL:
+                tails[node] = Barrier(f"only {share:.1%} of the MACs come from here on", Cause.END)
+    return tails

@@ -1,0 +1,150 @@
+"""What `cadsurgery convert`, `plan` and `macs` tell: plans, MACs, times and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from cadsurgery.network.macs import LayerMacs, MacReport
+from cadsurgery.surgery.plan import Decision, Plan
+from cadsurgery.surgery.verify import Check
+from cadsurgery.tasks.report import Column, Report, heading, number, ratio, table
+
+
+@dataclass(frozen=True)
+class Side:
+    """One line of a comparison: a network, its MACs and its time."""
+
+    name: str
+    macs: int
+    milliseconds: float | None
+
+
+@dataclass(frozen=True)
+class ConversionReport(Report):
+    """What `cadsurgery convert` tells.
+
+    Attributes:
+        model: source of the network.
+        weights: which weights it has, in words.
+        random: whether they are random.
+        mask: spec of the mask.
+        plan: of the conversion.
+        active_fraction: of the mask on the image.
+        image: shape of the image batch.
+        sides: the original if it is not dense high, then always dense high, converted, optimised.
+        checks: laws verified; empty if not.
+        device: in words.
+        file: written, or "".
+        notes: what a user can act on.
+        costs: of convolutions that decided, see `backends.costs.record`.
+    """
+
+    model: str
+    weights: str
+    random: bool
+    mask: str
+    plan: Plan
+    active_fraction: float
+    image: tuple[int, ...]
+    sides: tuple[Side, ...]
+    checks: tuple[Check, ...]
+    device: str
+    file: str = ""
+    notes: tuple[str, ...] = ()
+    costs: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "random_weights": self.random,
+            "mask": self.mask,
+            "output_stride": list(self.plan.output_stride),
+            "region_ends": [f"{d.node}: {d.reason}" for d in self.plan.region_end],
+            "adapted": [d.node for d in self.plan.chosen("adapt")],
+            "share_of_macs_in_region": self.plan.share("adapt", "keep"),
+            "active_fraction": self.active_fraction,
+            "image": list(self.image),
+            "sides": [vars(side) for side in self.sides],
+            "checks": [{**vars(check), "passed": check.passed} for check in self.checks],
+            "device": self.device,
+            "file": self.file,
+            "notes": list(self.notes),
+            "costs": self.costs,
+        }
+
+    def parts(self) -> Iterator[RenderableType]:
+        """Network, plan, the sides beside each other, laws and notes."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(self.plan.summary())
+        yield Text(f"adapted: {', '.join(d.node for d in self.plan.chosen('adapt'))}", style="dim")
+        size, high = f"{self.image[2]}x{self.image[3]}", self.sides[-3]
+        columns: list[Column[Side]] = [
+            Column("network", lambda side: side.name, False),
+            Column("MACs", lambda side: f"{side.macs:.3e}"),
+            Column("of high", lambda side: f"{side.macs / high.macs:.2f}"),
+            Column("ms", lambda side: number(side.milliseconds)),
+            Column("of high", lambda side: ratio(side.milliseconds, high.milliseconds)),
+        ]
+        title = f"{self.image[0]} image of {size}, mask {self.mask}, on {self.device}"
+        yield table(self.sides, columns, title)
+        yield Text(f"active fraction {self.active_fraction:.3f} (share of the fine map kept high)")
+        yield render_checks(self.checks)
+        yield from (Text(note, style="yellow") for note in self.notes)
+        if self.file:
+            yield Text(f"wrote {self.file}", style="bold green")
+
+
+def render_checks(checks: Sequence[Check]) -> RenderableType:
+    """One line per verified law."""
+    if not checks:
+        return Text("not verified", style="yellow")
+    lines = [f"verified: {c.law} (error {c.error:.1e}, allowed {c.tolerance:.0e})" for c in checks]
+    return Text("\n".join(lines), style="green")
+
+
+_STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}
+
+
+def render_plan(plan: Plan, *, all_nodes: bool = False) -> RenderableType:
+    """The plan as a table; without `all_nodes`, dense nodes before the region are left out.
+
+    Why an operation of the region is exact is told once per operation, below the table.
+    """
+    columns: list[Column[Decision]] = [
+        Column("node", lambda d: d.node, False),
+        Column("operation", lambda d: d.operation, False),
+        Column("action", lambda d: Text(d.action, style=_STYLES.get(d.action, "dim")), False),
+        Column("output stride", plan.stride_text, False),
+        Column("MACs", lambda d: f"{d.macs:.2e}" if d.macs else ""),
+        Column("reason", lambda d: "" if d.action in ("adapt", "keep") else plan.reason_text(d), False),
+    ]
+    shown = [decision for decision in plan.decisions if decision.action != "dense" or all_nodes]
+    reasons: dict[str, str] = {}
+    for decision in plan.chosen("adapt", "keep"):
+        reasons.setdefault(decision.operation.partition(" ")[0], decision.reason)
+    told = Text("\n".join(f"{operation}: {reason}" for operation, reason in reasons.items()), style="dim")
+    return Group(Text(plan.summary()), table(shown, columns), told)
+
+
+def render_macs(report: MacReport, *, layers: bool = True) -> RenderableType:
+    """MACs per layer and in total."""
+    columns: list[Column[LayerMacs]] = [
+        Column("layer", lambda layer: layer.layer, False),
+        Column("operation", lambda layer: layer.operation, False),
+        Column("with mask", lambda layer: f"{layer.mask:.3e}"),
+        Column("dense high", lambda layer: f"{layer.high:.3e}"),
+        Column("dense low", lambda layer: f"{layer.low:.3e}"),
+        Column("of high", lambda layer: ratio(layer.mask, layer.high)),
+    ]
+    shown = table(report.layers if layers else (), columns, str(report))
+    shown.add_section()
+    totals = (f"{macs:.5e}" for macs in (report.mask, report.high, report.low))
+    shown.add_row("total", "", *totals, ratio(report.mask, report.high), style="bold")
+    return shown

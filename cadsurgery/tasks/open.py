@@ -1,0 +1,167 @@
+"""What users name, opened: a network by file, name, `module:function` or as it is, and the images it is tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cadsurgery.data.images import check_size, normalise, read_image, street_scene
+from cadsurgery.data.networks import WEIGHTS, Source, build_again, build_model, source_of
+from cadsurgery.network.adaptify import adaptify
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.storage import load
+from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.support.provenance import made_here
+from cadsurgery.tasks.options import Conversion
+
+DEFAULT_SIZE = (512, 1024)
+_LIBRARIES = ("torchvision", "timm")
+
+
+def is_file(network: object) -> bool:
+    """Whether a network is meant as a converted file, not as a name."""
+    return isinstance(network, str) and (network.endswith(".safetensors") or Path(network).is_file())
+
+
+def original(
+    network: str | nn.Module, weights: str = "auto", num_classes: int | None = None
+) -> tuple[nn.Module, Source]:
+    """A network to convert, and where it comes from.
+
+    Args:
+        network: a name or `module:function`, or a module, which is taken as it is.
+        weights: of a network by name; see `build_model`.
+        num_classes: of a network of torchvision or timm; a function decides on its classes itself.
+
+    Raises:
+        FileError: there is no such file.
+        InvalidInput: a file is no name of a network.
+    """
+    if isinstance(network, nn.Module):
+        return network, source_of(network)
+    if Path(network).suffix in WEIGHTS:
+        if not Path(network).is_file():
+            raise FileError(
+                f"there is no file {network}.", next="check the path, or give the name of a network."
+            )
+        raise InvalidInput(
+            f"{network} is a file, not the name of a network.",
+            why="what is converted is a network by name, with weights from a file if you like.",
+            next="give the name of its network, and --weights FILE for its weights.",
+        )
+    torch.manual_seed(0)  # random weights, where they are random, are the same in every run
+    library, _, function = network.partition(":")
+    built = build_model(
+        network, weights, num_classes=None if function and library not in _LIBRARIES else num_classes
+    )
+    return built, source_of(built)
+
+
+def converted(
+    network: str,
+    mask: object = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    weights: str = "none",
+    num_classes: int | None = None,
+    trust: bool = False,
+) -> AdaptiveModel:
+    """A converted network: a file's, with another mask if one is given, or one by name, converted without verification.
+
+    Raises:
+        InvalidInput: options for a file that are not the defaults: it is converted already.
+    """
+    options = options or {}
+    if not is_file(network):
+        built, _ = original(network, weights, num_classes)
+        return adaptify(built, mask or "edges", **options, verify_laws=False)
+    changed = [name for name, value in options.items() if value != getattr(Conversion(), name)]
+    if changed:
+        raise InvalidInput(
+            f"{network} is converted already; {', '.join(changed)} cannot be changed.",
+            next="leave these options out, or convert the network anew with them.",
+        )
+    return load(network, mask=mask or None, trust=trust)
+
+
+def at_strides(
+    network: str | nn.Module,
+    pairs: Sequence[tuple[int, int] | None],
+    options: Mapping[str, Any],
+    *,
+    mask: object = "edges",
+    weights: str = "auto",
+    trust: bool = False,
+) -> tuple[list[AdaptiveModel], Source]:
+    """A converted network for each pair of output strides, and where all of them come from.
+
+    One that is converted already keeps its mask and its other options; without pairs it is the one.
+
+    Args:
+        network: a file, a name or `module:function`, a module, or a converted network.
+        pairs: (high, low); None for the network's own; default: those of the options.
+        options: of `adaptify` for a network that is not converted yet.
+        mask: likewise.
+        weights: of a network by name.
+        trust: run code that a file names; see `cadsurgery.load`.
+
+    Raises:
+        InvalidInput: other output strides for a converted network that cannot be built again by name.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    own_pair = options.pop("output_stride", None)
+    pairs = pairs or ([own_pair] if own_pair is not None else [])
+    opened = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
+    if not isinstance(opened, AdaptiveModel):
+        opened, source = original(opened, weights)
+    else:
+        source = source_of(opened)
+        if not pairs:
+            return [opened], source
+        if ":" not in source.name:
+            raise InvalidInput(
+                "a converted network of no name cannot be given other output strides.",
+                next="pass the original network instead.",
+            )
+        state, geometry, mask = opened.state_dict(), opened.geometry, opened.mask
+        own = {name: getattr(geometry, name) for name in ("anchor", "fill", "pool", "patch", "statistics")}
+        options = {"region": opened.plan.region, "outputs": opened.plan.returned, **own}
+        opened = build_again(source, state)
+        opened.load_state_dict(state)
+        opened.cad_source = source  # type: ignore[assignment]
+    return [
+        adaptify(opened, mask, output_stride=pair, verify_laws=False, **options) for pair in pairs or (None,)
+    ], source
+
+
+def weights_in_words(network: object, source: Source) -> str:
+    """Which weights a network has; how it was built tells that of a name only, others may have been trained since."""
+    if not isinstance(network, str):
+        return "weights as they were given"
+    if not is_file(network):
+        return source.note
+    return f"weights in {network}, at first {source.note.removeprefix('weights ').removeprefix('are ')}"
+
+
+def provenance(network: object, source: Source, device: torch.device) -> dict[str, Any]:
+    """What a report of a network states of itself, made here and now: `model`, `weights`, whether they are `random`,
+    and what `made_here` gives."""
+    words = weights_in_words(network, source)
+    return {"model": source.name, "weights": words, "random": source.weights == "random", **made_here(device)}
+
+
+def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:
+    """(3, H, W) in 0..1: the file, or a generated street scene."""
+    check_size(size)
+    return street_scene(*(size or DEFAULT_SIZE), seed) if path is None else read_image(path, size)
+
+
+def example_batch(
+    source: Source | None, path: Path | None = None, size: tuple[int, int] | None = None, seed: int = 0
+) -> Tensor:
+    """(1, 3, H, W): the example image as a network of this source expects it."""
+    return normalise(example_image(path, size, seed), source).unsqueeze(0)

@@ -1,0 +1,100 @@
+"""Options of commands, as the dataclasses they fill: names, defaults and help stand here and nowhere else.
+
+Nothing here waits for torch, so that the command line can read it when it starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cadsurgery.support.errors import InvalidInput, UnknownName
+
+if TYPE_CHECKING:
+    from cadsurgery.network.points import Align, Reach
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field of a dataclass that a command has an option for.
+
+    Args:
+        default: of the field, and of the option.
+        help: of the option; `{default}` stands for the default.
+        more: what the option has besides: `min`, its `metavar`, another `name` than the field's, `read`, the kind of
+            text that its value is written as.
+    """
+    return field(default=default, metadata={"help": help.replace("{default}", str(default)), **more})
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a network is converted; see `cadsurgery.adaptify`."""
+
+    output_stride: tuple[int, int] | None = option(
+        None, "e.g. 8,32; default: the network's own range", metavar="HIGH,LOW", read="pair"
+    )
+    region: str | list[str] = option(
+        "auto", "auto, backbone, or names of modules, separated by commas", read="names"
+    )
+    fill: str = option("linear", "how points inside a cell are read: linear, nearest or guided")
+    patch: str = option("quadtree", "shape of areas kept high: quadtree or block")
+    anchor: str = option("corner", "corner, or center to reproduce the published code")
+    pool: str = option("atrous", "max-pool stages: atrous, or drop as published")
+    outputs: str = option(
+        "fine",
+        "size of returned maps that leave the region as they are: fine, or native as the network returns them",
+    )
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How keypoints are found and described.
+
+    Attributes:
+        detector: `sift` on the grey image, `own`, the score map among the network's outputs, or `module:function`: a
+            function of the image batch as the network sees it that gives points (n, 2) for each image, or a score map.
+        count: keypoints of an image at most, the best.
+        mask: of the network, or empty for its own; `keypoints:detector=given` has these keypoints.
+        reach: `"receptive"` computes nothing that the descriptors do not depend on, where the network's map can be read
+            at points; see `cadsurgery.read_at`.
+        align: see `cadsurgery.read_at`.
+        raw: descriptors as the network gives them; otherwise normalised.
+        output: name or place of the map of descriptors among several outputs; empty: the one of several channels.
+        max_edge: longer side of the image the network sees at most, in pixels; larger images are made smaller. 0: any.
+        max_sum: likewise height plus width (2800 as published for D2-Net).
+        multiple: height and width are cut down to multiples of it (8 as published for D2-Net).
+    """
+
+    detector: str = option(
+        "sift", "sift, own (the network's score map), or module:function of the image batch"
+    )
+    count: int = option(512, "keypoints of an image at most", min=1)
+    mask: str = option(
+        "keypoints:detector=given", '"{default}" has the extracted keypoints; empty: the file\'s own'
+    )
+    reach: Reach = option(
+        "receptive", "receptive: compute only what the keypoints depend on; all: everything"
+    )
+    align: Align = option(
+        "cell", "sample of a point: cell, the one that covers it; corners, as published for D2-Net"
+    )
+    raw: bool = option(False, "descriptors as the network gives them, not normalised")
+    output: str = option("", "which output holds the descriptors, if there are several", name="output_name")
+    max_edge: int = option(0, "longer side of images at most, in pixels; 0 for any", min=0)
+    max_sum: int = option(0, "height plus width at most (2800 as published); 0 for any", min=0)
+    multiple: int = option(1, "cut sizes to multiples of it (8 as published)", min=1)
+
+    def __post_init__(self) -> None:
+        from cadsurgery.masks.keypoints import OWN, SIFT
+        from cadsurgery.network.points import ALIGNMENTS, REACHES
+
+        if self.count < 1 or self.multiple < 1 or min(self.max_edge, self.max_sum) < 0:
+            raise InvalidInput(
+                f"count={self.count}, multiple={self.multiple}, max_edge={self.max_edge}, max_sum={self.max_sum}.",
+                next="give at least 1 keypoint, a multiple of at least 1, and sizes of 0 (any) or more.",
+            )
+        for kind, name, known in (("reach", self.reach, REACHES), ("alignment", self.align, ALIGNMENTS)):
+            if name not in known:
+                raise UnknownName(kind, name, known)
+        if self.detector not in (SIFT, OWN) and ":" not in self.detector:
+            raise UnknownName("detector", self.detector, (SIFT, OWN), next="or module:function.")

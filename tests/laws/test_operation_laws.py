@@ -1,0 +1,388 @@
+"""Laws of the table of operations: what is said of each is what it does, found by experiment.
+
+What an element depends on shows in its gradient: with random weights, the rows whose gradient is not zero are those
+that were read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, random_levels
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cadsurgery as cs
+from cadsurgery.elements.backends.packed import Kernel
+from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.functional import common_lattice, to_dense, to_elements
+from cadsurgery.elements.kernel_map import Window, kernel_map
+from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.operations import Operation, operation_of, operations
+from cadsurgery.elements.windows import drops
+from cadsurgery.surgery.treatment import Treatment
+
+
+def name_of(op: Operation) -> str:
+    return op.call.__name__
+
+
+OWN = [op for op in operations().values() if op.call.__module__.startswith("cadsurgery.")]
+C, SIZE, STRIDES = 4, (13, 11), (2, 2)
+KERNEL = Window((3, 3), 2, padding=(1, 1, 1, 1), spacing=2)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Arguments of an operation behind its elements."""
+
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def numbers(*shape: int) -> Tensor:
+    """The same for the same shape."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def norm(**options: Any) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(C, **options).double().eval()
+
+
+WINDOWED = {"window": KERNEL, "stage": 2}
+EXAMPLES: dict[str, Example] = {
+    "conv2d": Example((numbers(6, C, 3, 3), None), WINDOWED),
+    "fused_conv2d": Example((Kernel(numbers(6, C, 3, 3), None),), WINDOWED),
+    "conv2d_per_image": Example(
+        (numbers(2, 3), numbers(3, 6 * C * 9), None), {**WINDOWED, "shape": (6, C, 3, 3)}
+    ),
+    "max_pool2d": Example((), WINDOWED),
+    "avg_pool2d": Example((), WINDOWED),
+    "pixel_unshuffle": Example((), {"window": Window((2, 2), 2, spacing=2), "stage": 2}),
+    "batch_norm": Example((norm(),)),
+    "norm_of_batch": Example((norm(track_running_stats=False),)),
+    "group_norm": Example((2, None, None)),
+    "group_deviation": Example((2, 1e-5)),
+    "drop_per_image": Example((DropPath(0.5).eval(),)),
+    "global_mean": Example(),
+    "global_max": Example(),
+    "global_reduce": Example(("norm", (2, 3))),
+    "softmax_over_image": Example((2,)),
+    "normalize_over_image": Example((2,)),
+    "sum_of_products": Example((), {"spacing": 2, "layout": "bpc"}),
+    "matrix_on_rows": Example((numbers(C, 5), False)),
+    "resize": Example((), {"stage": 1, "spacings": (4, 2), "scale": 2, "mode": "bilinear"}),
+    "resize_to_dense": Example((2,), {"scale_factor": 4, "mode": "bilinear"}),
+    "pixel_shuffle": Example((), {"stage": 1, "spacings": (4, 2), "scale": 2}),
+    "to_dense": Example(),
+    "rows_on": Example(),
+    "common_lattice": Example(),
+    "native_shape": Example((2,)),
+    "to_elements": Example(),
+    "fine_map": Example(),
+}
+
+
+def lattice(**options: Any) -> Lattice:
+    """Two images with cells of every level."""
+    torch.manual_seed(0)
+    levels = random_levels(2, SIZE, STRIDES)
+    return Geometry(STRIDES, **options).lattice(levels)
+
+
+def elements(stage: int = 1, **options: Any) -> Elements:
+    on = lattice(**options).at(stage)
+    return Elements(numbers(len(on), C).requires_grad_(), on)
+
+
+def entering(op: Operation) -> Elements:
+    """What an operation reads in its example."""
+    stages = {"resize": 2, "pixel_shuffle": 2, "to_elements": 0}
+    return elements(stages.get(name_of(op), 1))
+
+
+def called(op: Operation, x: Elements) -> Any:
+    """The operation on elements, by its example."""
+    name, example = name_of(op), EXAMPLES[name_of(op)]
+    options = example.options
+    if name == "rows_on":
+        return op.call(x, x.lattice.at(2))
+    if name == "common_lattice":
+        return op.call(2, x)
+    if name == "sum_of_products":
+        return op.call(x, x, **options)
+    if name == "to_elements":
+        return op.call(to_dense(x, 1), x.lattice)
+    if name == "fine_map":
+        return op.call(to_dense(x, 1).permute(0, 2, 3, 1), "bhwc")
+    return op.call(x, *example.arguments, **options)
+
+
+def parts(value: Any) -> tuple[Tensor, Callable[[int], tuple[int, int, int] | None]]:
+    """Vectors of a result, and where the i-th is: image and pixel, or None where it is of a whole image."""
+    if isinstance(value, Elements):
+        b, y, x = value.lattice.coordinates
+        return value.rows.flatten(1), lambda i: (int(b[i]), int(y[i]), int(x[i]))
+    if value.dim() == 4 and min(value.shape[2:]) > 1:
+        batch, _, height, width = value.shape
+        flat = value.permute(0, 2, 3, 1).reshape(batch * height * width, -1)
+        return flat, lambda i: (i // (height * width), i // width % height, i % width)
+    return value.flatten(1), lambda i: None
+
+
+def influences(op: Operation, x: Elements, value: Any) -> list[tuple[int, set[int]]]:
+    """For some vectors of a result their number and the rows of `x` that they depend on."""
+    vectors, _ = parts(value)
+    chosen = torch.linspace(0, len(vectors) - 1, min(len(vectors), 12)).long().tolist()
+    weights = numbers(vectors.shape[1])
+    read = []
+    for number in dict.fromkeys(chosen):
+        (gradient,) = torch.autograd.grad(
+            (vectors[number] * weights).sum(), x.rows, retain_graph=True, allow_unused=True
+        )
+        rows = gradient.abs().sum(1).nonzero().flatten().tolist() if gradient is not None else []
+        read.append((number, set(rows)))
+    return read
+
+
+def image_of(x: Elements, row: int) -> int:
+    return int(x.lattice.coordinates[0][row])
+
+
+def test_every_operation_has_an_example() -> None:
+    assert {name_of(op) for op in OWN} == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("op", OWN, ids=name_of)
+def test_an_operation_gives_what_it_says(op: Operation) -> None:
+    x = entering(op)
+    value = called(op, x)
+    if op.gives == "elements":
+        assert isinstance(value, Elements)
+    elif op.gives == "vector":
+        assert isinstance(value, Tensor) and value.shape[0] == 2 and math.prod(value.shape[2:]) in (1, C)
+    elif op.gives == "dense":
+        assert isinstance(value, Tensor) and value.dim() == 4 and value.shape[:2] == (2, C)
+    else:
+        assert not isinstance(value, Elements)
+
+
+ELEMENTWISE = [op for op in OWN if op.reads == "element" and op.gives == "elements"]
+WINDOWS = [op for op in OWN if op.reads == "window" and op.gives == "elements"]
+BORDERED = [op for op in WINDOWS if name_of(op) != "pixel_unshuffle"]
+COUNTED = [op for op in WINDOWS if "conv2d" in name_of(op)]
+WHOLE = [op for op in OWN if op.mixes and name_of(op) not in ("resize", "pixel_shuffle", "resize_to_dense")]
+
+
+@pytest.mark.parametrize("op", ELEMENTWISE, ids=name_of)
+def test_what_reads_an_element_reads_that_of_its_own_place(op: Operation) -> None:
+    x = entering(op)
+    value = called(op, x)
+    _, place = parts(value)
+    own = {tuple(map(int, at)): row for row, at in enumerate(zip(*x.lattice.coordinates, strict=True))}
+    for number, rows in influences(op, x, value):
+        assert rows <= {own[place(number)]}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("op", WINDOWS, ids=name_of)
+def test_what_reads_a_window_reads_what_its_kernel_map_names(op: Operation) -> None:
+    x, window = elements(), EXAMPLES[name_of(op)].options["window"]
+    if name_of(op) == "fused_conv2d":  # has no gradient: its way through training is `conv2d`
+        with torch.no_grad():
+            value = called(op, x)
+        assert_same(
+            value.rows, cs.functional.conv2d(x, EXAMPLES["conv2d"].arguments[0], None, **WINDOWED).rows
+        )
+        return
+    value = called(op, x)
+    reading = kernel_map(x.lattice, value.lattice, window, drop=op.drops and drops(value.lattice, window))
+    count, beyond = len(x.lattice), 0
+    for number, rows in influences(op, x, value):
+        named = set(reading.table[number].tolist())
+        mixed = {
+            row for entry in named if entry > count for row in reading.sources[entry - count - 1].tolist()
+        }
+        assert rows <= named | mixed
+        beyond += len(rows) > 1
+    assert beyond
+
+
+@pytest.mark.parametrize("op", WHOLE, ids=name_of)
+def test_what_reads_an_image_or_batch_reads_beyond_its_place_and_no_further(op: Operation) -> None:
+    x = elements()
+    value = called(op, x)
+    _, place = parts(value)
+    other_images = 0
+    for number, rows in influences(op, x, value):
+        at = place(number)
+        image = at[0] if at is not None else number
+        images = {image_of(x, row) for row in rows}
+        assert image in images and (len(rows) > 1 or name_of(op) == "global_max")
+        other_images += len(images - {image})
+    assert (other_images > 0) == (op.reads == "batch")
+
+
+@pytest.mark.parametrize("name", ["resize", "pixel_shuffle", "resize_to_dense", "to_dense"])
+def test_what_reads_between_cells_reads_those_of_its_image(name: str) -> None:
+    op = next(op for op in OWN if name_of(op) == name)
+    x = entering(op)
+    value = called(op, x)
+    _, place = parts(value)
+    read = influences(op, x, value)
+    assert any(len(rows) > 1 for _, rows in read)
+    for number, rows in read:
+        assert rows and {image_of(x, row) for row in rows} == {place(number)[0]}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["common_lattice", "native_shape"])
+def test_what_reads_nothing_is_the_same_for_other_values(name: str) -> None:
+    op = next(op for op in OWN if name_of(op) == name)
+    assert op.reads == "nothing"
+    x = elements()
+    assert called(op, x) == called(op, Elements(torch.full_like(x.rows, torch.nan), x.lattice))
+
+
+@pytest.mark.parametrize("op", BORDERED, ids=name_of)
+def test_what_is_beyond_the_border_is_what_an_operation_says(op: Operation) -> None:
+    x, example = elements(), EXAMPLES[name_of(op)]
+    if name_of(op) == "fused_conv2d":
+        x = Elements(x.rows.detach(), x.lattice)
+
+    def padded(outside: float | None) -> Tensor:
+        options = {**example.options, "window": KERNEL._replace(outside=outside)}
+        return op.call(x, *example.arguments, **options).rows.detach()
+
+    assert_same(padded(op.outside), padded(None))
+    assert not torch.equal(padded(100.0), padded(None))
+
+
+@pytest.mark.parametrize("op", WINDOWS, ids=name_of)
+def test_kept_cells_pass_where_an_operation_says_that_it_drops(op: Operation) -> None:
+    """Pools as published pass them as they are; convolutions look around them all the same."""
+    if name_of(op) in ("fused_conv2d", "pixel_unshuffle"):
+        pytest.skip(
+            "the first is `conv2d` without gradients, the second has no single value of a cell to pass"
+        )
+    x = elements(pool="drop")
+    value = called(op, x)
+    _, place = parts(value)
+    here = {tuple(map(int, at)): row for row, at in enumerate(zip(*x.lattice.coordinates, strict=True))}
+    kept = {at for at, row in here.items() if int(value.lattice.levels[at]) <= 1}
+    seen = [(place(number), rows) for number, rows in influences(op, x, value) if place(number) in kept]
+    assert seen
+    assert all(rows == {here[at]} for at, rows in seen) == op.drops  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "op",
+    COUNTED,
+    ids=name_of,
+)
+def test_the_count_of_macs_is_what_runs(op: Operation) -> None:
+    x = elements()
+    x = Elements(x.rows.detach(), x.lattice)
+    example = EXAMPLES[name_of(op)]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        value = called(op, x)
+    mixing = 2 * 3 * 6 * C * 9 if name_of(op) == "conv2d_per_image" else 0  # of the experts' weights
+    assert op.macs is not None
+    assert op.macs(value, x, *example.arguments, **example.options) == counter.get_total_flops() // 2 - mixing
+
+
+def test_what_only_trains_gives_back_what_it_reads() -> None:
+    (op,) = (op for op in OWN if op.trains_only)
+    x = elements()
+    assert torch.equal(op.call(x, DropPath(0.5).eval()).rows, x.rows)
+    assert not torch.equal(op.call(x, DropPath(0.9).train()).rows, x.rows)
+
+
+def test_what_takes_a_place_at_the_exit_gives_a_dense_map() -> None:
+    pairs = [(op, operation_of(op.at_exit)) for op in OWN if op.at_exit is not None]
+    assert pairs and all(other is not None and other.gives == "dense" for _, other in pairs)
+
+
+# -- operations of a user's own ---------------------------------------------------------------------------
+
+
+def test_an_operation_is_declared_in_the_words_of_the_table() -> None:
+    with pytest.raises(cs.InvalidInput, match="cannot read or give 'neighbours'"):
+        cs.operation(reads="neighbours")  # type: ignore[arg-type]
+
+
+def test_a_treatment_calls_what_is_declared() -> None:
+    def undeclared(x: Elements) -> Elements:
+        return x
+
+    with pytest.raises(cs.InvalidInput, match="'undeclared' is not declared"):
+        Treatment("pointwise", call=undeclared)
+    with pytest.raises(cs.UnknownName, match="max_pool2d"):
+        Treatment("window", call="max_pool")
+    assert Treatment("window", call="max_pool2d").call is cs.functional.max_pool2d
+
+
+class CumulativeScale(nn.Module):
+    """Each value divided by the largest of its image: an operation of a user's own, which joins all positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.abs().amax((2, 3), keepdim=True)
+
+
+@pytest.fixture
+def own_operation() -> Any:
+    """A rule with a function of its own, in one place; gone afterwards."""
+    from cadsurgery.elements import operations as table
+    from cadsurgery.surgery import treatment
+
+    @cs.operation(reads="image")
+    def over_largest(x: Elements) -> Elements:
+        largest = cs.functional.global_max(Elements(x.rows.abs(), x.lattice))
+        return Elements(x.rows / cs.functional.rows_on(largest, x.lattice), x.lattice)
+
+    @cs.rule(CumulativeScale)
+    def scaled(node: Any, facts: Any) -> cs.Treatment:
+        """By the largest value of its image, wherever that is."""
+        return cs.Treatment("pointwise", call=over_largest)
+
+    yield over_largest
+    del treatment._RULES[CumulativeScale], table._OPERATIONS[over_largest]
+
+
+def test_an_operation_of_a_users_own_has_the_standing_of_ours(own_operation: Any) -> None:
+    """It is planned, counted, verified, fused around, and run in the cone of some points."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        *(
+            nn.Conv2d(8, 8, 3, 2, 1),
+            CumulativeScale(),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 2, 1),
+            nn.Conv2d(8, 4, 3, 1, 1),
+        ),
+    ).eval()
+    image = torch.randn(2, 3, 50, 66)
+    adapted = cs.adaptify(net, "random", example_input=image)
+    decision = next(d for d in adapted.plan.decisions if d.operation == "CumulativeScale")
+    assert (
+        decision.action == "keep"
+        and decision.reason == "By the largest value of its image, wherever that is."
+    )
+    assert adapted.plan.matters
+    with torch.no_grad():
+        assert_same(adapted(image, mask="none")[:, :, ::4, ::4], net(image))
+        torch.manual_seed(1)
+        levels = adapted.masking(adapted.mask)(image, torch.empty(2, 8, 25, 33)).levels
+        assert_same(adapted.optimize()(image, mask=levels), adapted(image, mask=levels))
+    assert adapted.macs(image, mask="all").mask == adapted.macs(image).high
+
+
+def test_common_lattice_is_the_stage_asked_for() -> None:
+    x = elements()
+    assert common_lattice(2, x) == x.lattice.at(2)
+    assert to_elements(to_dense(x), x.lattice.at(0)).lattice.stage == 0

@@ -1,0 +1,114 @@
+"""One shape of reports: a new one is a dataclass in one file, and prints, goes into JSON and is drawn as the others."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console, RenderableType
+
+import cadsurgery as cs
+from cadsurgery import viz
+from cadsurgery.tasks.report import (
+    Column,
+    Plain,
+    Report,
+    canvas,
+    check_outputs,
+    heading,
+    number,
+    ratio,
+    table,
+)
+
+
+@dataclass(frozen=True)
+class Speed(Plain):
+    name: str
+    size: tuple[int, int]
+    milliseconds: float | None
+
+
+@dataclass(frozen=True)
+class SpeedReport(Report):
+    model: str
+    random: bool
+    file: Path
+    rows: tuple[Speed, ...]
+
+    def parts(self) -> Iterator[RenderableType]:
+        columns: list[Column[Speed]] = [
+            Column("side", lambda row: row.name, False),
+            Column("ms", lambda row: number(row.milliseconds, ".1f")),
+            Column("of first", lambda row: ratio(row.milliseconds, self.rows[0].milliseconds)),
+        ]
+        yield heading(self.model, "weights are random", self.random)
+        yield table(self.rows, columns, "speed", lambda row: "bold" if row.milliseconds else "")
+
+    def figure(self) -> Figure:
+        figure = canvas(2, 1)
+        figure.subplots().plot([row.milliseconds for row in self.rows])
+        return figure
+
+
+REPORT = SpeedReport("net", True, Path("a/b"), (Speed("one", (2, 3), 4.0), Speed("two", (2, 3), None)))
+VALUES = {
+    "model": "net",
+    "random_weights": True,
+    "file": "a/b",
+    "rows": [
+        {"name": "one", "size": [2, 3], "milliseconds": 4.0},
+        {"name": "two", "size": [2, 3], "milliseconds": None},
+    ],
+}
+
+
+def test_a_new_report_prints_its_rows() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(REPORT.render())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "net, weights are random" in text
+    cells = [
+        [cell.strip() for cell in line.strip("│┃").split("│")] for line in text.splitlines() if "│" in line
+    ]
+    assert cells == [["one", "4.0", "1.00"], ["two", "-", "-"]]
+
+
+def test_a_new_report_is_plain_values_in_a_file_and_a_picture(tmp_path: Path) -> None:
+    assert REPORT.to_dict() == VALUES
+    REPORT.write(tmp_path / "report.json", tmp_path / "report.png")
+    assert json.loads((tmp_path / "report.json").read_text()) == VALUES
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.size == (180, 90)
+    REPORT.write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
+
+
+@pytest.mark.parametrize("name", ["bench_figure", "evaluation_figure", "matching_figure"])
+def test_figures_keep_the_names_that_users_know(name: str) -> None:
+    assert isinstance(getattr(viz, name)(REPORT), Figure)
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        ({"output": Path("nowhere/r.json")}, "no folder nowhere"),
+        ({"output": Path(".")}, "is a folder"),
+        ({"output": None, "picture": Path("r.txt")}, "does not end like a picture"),
+        ({"output": None, "matches": Path("nowhere/m.png")}, "--matches"),
+    ],
+    ids=["no folder", "a folder", "no picture", "its option"],
+)
+def test_files_that_cannot_be_written_are_refused_first(paths: dict[str, Path | None], words: str) -> None:
+    with pytest.raises(cs.FileError, match=words):
+        check_outputs(**paths)
+
+
+def test_a_ratio_needs_both_numbers() -> None:
+    assert [ratio(1, 2), ratio(None, 2), ratio(1, None), ratio(1, 0)] == ["0.50", "-", "-", "-"]
