@@ -79,7 +79,11 @@ def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
         places = () if marked else tuple(own.index(value) for own, value in zip(plain, given, strict=True))
         marks = [mark for value in marked for mark in value.marks]
         marks = marks if places in few else [*marks, pytest.mark.slow]
-        cases.append(pytest.param(*given, marks=marks, id="-".join(map(str, given))))
+        cases.append(
+            pytest.param(
+                *given, marks=marks, id="-".join(getattr(value, "__name__", str(value)) for value in given)
+            )
+        )
     return cases
 
 
