@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ class Weights:
         activation: applied last, after the residual.
         forms: packed forms of the weight made so far; None if they are not worth keeping.
         dense: whether its weight is also worth packing for the shape of a dense map.
+        counts: numbers of rows of the first uniform maps that were multiplied.
         meets_nan: whether sums may be NaN. oneDNN's clamps, which make numbers of NaN, are then not used: torch's and
             those of this package keep it, but those of torch are another pass.
     """
@@ -92,6 +93,13 @@ class Weights:
     forms: dict[Hashable, Any] | None = None
     dense: bool = False
     meets_nan: bool = False
+    counts: set[int] = field(default_factory=set)
+
+    def is_among_first(self, count: int) -> bool:
+        """Whether so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
+        if len(self.counts) < MOST_FORMS:
+            self.counts.add(count)
+        return count in self.counts
 
     @property
     def alone(self) -> Weights:
