@@ -143,7 +143,7 @@ def measure_networks(batch: int, size: tuple[int, int], rounds: int) -> list[dic
         "dense OS 16": lambda: low(x),
         "adaptive, mask given": lambda: net(x, mask=levels),
         # What `net.run` does but for its check of the image, which waits for the device.
-        "adaptive, lattice kept": lambda: net._run(net.names(), lambda *_: lattice, **net.bind(x)),
+        "adaptive, lattice kept": lambda: net.program(lambda *_: lattice, net.program.bind(x)),
     }
     sides = {name: captured(run) for name, run in runs.items()}
     best = interleaved({name: run for name, (run, _) in sides.items()}, rounds)

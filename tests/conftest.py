@@ -6,15 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from itertools import accumulate, product
 from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Workers share the cores: one thread each, in the processes they start too. Read when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 import torchvision
+from _pytest.mark import ParameterSet
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,6 +30,17 @@ from cadsurgery.network.storage import _checksum, sealed
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+MEMORY = 5 << 30  # bytes that a process with tests and those it starts take at most
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n auto`: a worker for each core, as far as memory goes."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // MEMORY))
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +63,24 @@ class Result(NamedTuple):
 
 
 Run = Callable[..., Result]
+
+
+def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
+    """All combinations of parameters; the default suite runs so few that each value is in one, the others are slow.
+
+    Values that are marked themselves, as `pytest.param`, keep their marks and are in none of the few.
+    """
+    plain = [[value for value in axis if not isinstance(value, ParameterSet)] for axis in axes]
+    few = {tuple(k % len(values) for values in plain) for k in range(max(map(len, plain)))}
+    cases = []
+    for values in product(*axes):
+        marked = [value for value in values if isinstance(value, ParameterSet)]
+        given = [value.values[0] if isinstance(value, ParameterSet) else value for value in values]
+        places = () if marked else tuple(own.index(value) for own, value in zip(plain, given, strict=True))
+        marks = [mark for value in marked for mark in value.marks]
+        marks = marks if places in few else [*marks, pytest.mark.slow]
+        cases.append(pytest.param(*given, marks=marks, id="-".join(map(str, given))))
+    return cases
 
 
 @pytest.fixture
@@ -108,11 +142,44 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """A torchvision network with random weights; nothing is downloaded."""
+def build(name: str, dtype: torch.dtype = torch.float32, *, by: int = 1, **options: Any) -> nn.Module:
+    """A torchvision network with random weights and a `by`-th of its channels; nothing is downloaded."""
     if torchvision.models.get_model_builder(name).__module__.startswith("torchvision.models.segmentation"):
         options = {"weights_backbone": None, **options}
-    return randomise(torchvision.models.get_model(name, weights=None, **options)).to(dtype)
+    return thin(lambda: torchvision.models.get_model(name, weights=None, **options), by).to(dtype)
+
+
+def thin(make: Callable[[], nn.Module], by: int = 4) -> nn.Module:
+    """What `make` builds with a `by`-th of the channels: the same layers, names and geometry, little work.
+
+    The wide network is built without storage, so it costs nothing. Images and classes keep their channels.
+    """
+    if by == 1:
+        return randomise(make())
+    with torch.device("meta"):
+        model = make()
+    for module in model.modules():
+        for name in ("num_features", "in_channels", "out_channels", "groups", "in_features", "out_features"):
+            channels = getattr(module, name, 0)
+            if isinstance(channels, int) and channels % by == 0 and channels not in (3, 1000):
+                setattr(module, name, channels // by)
+        if isinstance(module, nn.BatchNorm2d):
+            for tensors in (module._parameters, module._buffers):
+                for name, wide in tensors.items():
+                    values = torch.zeros(module.num_features if wide.dim() else (), dtype=wide.dtype)
+                    tensors[name] = nn.Parameter(values) if isinstance(wide, nn.Parameter) else values
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d):
+                shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+            else:
+                shape = (module.out_features, module.in_features)
+            module.weight = nn.Parameter(
+                nn.init.kaiming_normal_(torch.empty(shape), mode="fan_out", nonlinearity="relu")
+            )
+            if module.bias is not None:
+                module.bias = nn.Parameter(0.1 * torch.randn(shape[0]))
+    return randomise(model)
 
 
 def images(batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:

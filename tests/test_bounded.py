@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends import native
-from cadsurgery.elements.backends.packed import _MOST_FORMS, Kernel
+from cadsurgery.elements.backends.weights import MOST_FORMS, Weights
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
@@ -75,8 +75,8 @@ def test_calls_leave_no_tensors_whatever_their_sizes_and_masks(optimised: bool) 
 
     first = several(10)
     assert several(25) == first
-    forms = [kernel for kernel in gc.get_objects() if type(kernel) is Kernel and kernel.kept is not None]
-    assert all(len(kernel.kept or ()) <= _MOST_FORMS for kernel in forms)
+    forms = [weights.forms for weights in gc.get_objects() if type(weights) is Weights]
+    assert all(len(kept or ()) <= MOST_FORMS for kept in forms)
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C compiler here")
@@ -84,7 +84,7 @@ def test_calls_leave_no_tensors_whatever_their_sizes_and_masks(optimised: bool) 
 def test_products_keep_nothing_for_a_number_of_elements() -> None:
     """oneDNN made code for each number, and kept it: 16 MiB here, without bound to speak of."""
     heap = heap_in_use()
-    kernels = [Kernel(torch.randn(outputs, 64, 1, 1), None, 1, None, {}) for outputs in (64, 24)]
+    every = [Weights(torch.randn(outputs, 64, 1, 1), None, 1, None, {}) for outputs in (64, 24)]
     geometry, window = Geometry((2,)), Window((1, 1))
 
     def several(count: int, seed: int) -> None:
@@ -92,8 +92,8 @@ def test_products_keep_nothing_for_a_number_of_elements() -> None:
         for place in range(count):
             lattice = geometry.lattice(random_levels(1, (32 + 2 * place, 32), (2,))).at(1)
             x = Elements(torch.randn(len(lattice), 64), lattice)
-            for kernel in kernels:
-                functional.fused_conv2d(x, kernel, window=window, stage=1)
+            for weights in every:
+                functional.fused_conv2d(x, weights, window=window, stage=1)
 
     several(3, 0)
     before = heap()

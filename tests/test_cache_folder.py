@@ -35,9 +35,10 @@ OLD = 10 * files._SECONDS_TO_LOCK
 USE = """
 import torch
 from cadsurgery.elements.backends import native
+from cadsurgery.elements.backends.choose import mix
 assert native.library() is not None
 rows = torch.arange(6.0).view(3, 2)
-out = native.mix(rows, torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([[0.5, 0.5]]))
+out = mix(rows, torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([[0.5, 0.5]]))
 assert out.tolist() == [[2.0, 3.0]], out
 """
 

@@ -41,8 +41,8 @@ class Inplace(nn.Module):
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
-    "basic blocks": (lambda: build("resnet18"), "edges", {}),
-    "dilated, a mask that looks ahead": (lambda: build("fcn_resnet50"), "confidence", {}),
+    "basic blocks": (lambda: build("resnet18", by=4), "edges", {}),
+    "dilated, a mask that looks ahead": (lambda: build("fcn_resnet50", by=4), "confidence", {}),
     "channels last": (lambda: randomise(timm.create_model("convnext_atto", num_classes=5)), "edges", {}),
     "several maps": (lambda: randomise(timm.create_model("regnety_002")), "random:seed=3", {}),
     "in place": (Inplace, "edges", {"output_stride": (2, 8)}),

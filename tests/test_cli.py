@@ -172,17 +172,25 @@ def test_options_that_a_converted_file_cannot_be_given_are_refused(
     assert done.code == 1 and "output_stride, patch cannot be changed" in done.json["what"]
 
 
-def test_modules_of_the_current_folder_are_found_as_the_installed_command_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        pytest.param((), 0, id="as it is"),
+        pytest.param(("-P",), 1, id="-P", marks=pytest.mark.slow),  # nothing but what is installed
+    ],
+)
+def test_modules_of_the_current_folder_are_found_as_the_installed_command_starts(
+    tmp_path: Path, flags: tuple[str, ...], code: int
+) -> None:
     """Python itself looks beside the script that it runs, which is not where the user is."""
     script = tmp_path / "bin" / "start.py"
     script.parent.mkdir()
     script.write_text("from cadsurgery.cli import main\nmain()\n")
     (tmp_path / "usernets.py").write_text(NETWORKS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for flags, code in (((), 0), (("-P",), 1)):  # -P: nothing but what is installed
-        command = [sys.executable, *flags, str(script), "plan", "--model", "usernets:segmenter"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
+    command = [sys.executable, *flags, str(script), "plan", "--model", "usernets:segmenter"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -410,7 +418,7 @@ def test_macs_counts_layers_and_totals(run: Run, rule: str) -> None:
 
 def test_macs_by_both_rules_differ_and_a_mask_moves_them(run: Run) -> None:
     def total(*given: str) -> dict[str, int]:
-        return run("macs", "--model", "resnet18", *options(*given), "--json").json["macs"]
+        return run("macs", "--model", "usernets:segmenter", *options(*given), "--json").json["macs"]
 
     assert total("--rule", "published")["high"] > total()["high"]
     assert total("--mask", "none")["mask"] == total()["low"]
@@ -808,10 +816,8 @@ def test_a_truncated_file_is_refused_by_every_command_that_reads_one(
 # -- export --------------------------------------------------------------------------------------------
 
 
-def test_export_writes_a_program_that_gives_what_the_network_gives(
-    run: Run, file: Path, tmp_path: Path
-) -> None:
-    """By name and of a converted file; figures in words and as JSON."""
+def test_export_writes_a_program_that_gives_what_the_network_gives(run: Run, tmp_path: Path) -> None:
+    """By name; figures as JSON."""
     result = run("export", "usernets:segmenter", "--size", "96x128", "--json")
     assert result.code == 0, result.err
     found = result.json
@@ -820,6 +826,11 @@ def test_export_writes_a_program_that_gives_what_the_network_gives(
     assert "budget:fraction=0.3" in found["mask"]
     program = torch.export.load(tmp_path / "network.pt2").module()
     assert program(torch.zeros(1, 3, 96, 128)).shape[:2] == (1, 10)
+
+
+@pytest.mark.slow
+def test_export_takes_a_converted_file_and_another_mask(run: Run, file: Path, tmp_path: Path) -> None:
+    """Figures in words."""
     told = run(
         "export",
         file,

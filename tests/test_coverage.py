@@ -68,13 +68,21 @@ SAMPLE = {
     "lraspp_mobilenet_v3_large": "resized branches",
 }
 KNOWN = {name: why for name, why in SAMPLE.items() if name in cs.list_models()}
+# Their operations one by one: `laws/test_rule_laws.py`.
+QUICK = (
+    *("convnext_atto", "convnext_zepto_rms", "convnextv2_atto", "fasternet_t0", "ghostnet_100", "lcnet_050"),
+    *("inception_next_atto", "lraspp_mobilenet_v3_large", "regnetx_002", "resnest14d", "resnetblur18"),
+    *("shufflenet_v2_x0_5", "skresnet18", "squeezenet1_1", "tf_efficientnet_lite0"),
+)
 
 
 def test_the_sample_exists() -> None:
     assert len(KNOWN) >= 0.9 * len(SAMPLE), sorted(SAMPLE.keys() - KNOWN.keys())
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in KNOWN]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
     """Laws 1, 2 and 5, and nothing that ends the region early."""
@@ -89,7 +97,7 @@ def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
     [
         ("vit_tiny_patch16_224", "transformer"),
         ("mixer_s32_224", "join all positions"),
-        ("swin_t", "join all positions"),
+        pytest.param("swin_t", "join all positions", marks=pytest.mark.slow),
     ],
 )
 def test_what_does_not_convert_says_why(name: str, words: str) -> None:
@@ -102,8 +110,8 @@ def test_what_does_not_convert_says_why(name: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("name", "operation"),
     [
-        ("halonet26t", "reshape"),
-        ("caformer_s18", "scaled_dot_product_attention"),
+        pytest.param("halonet26t", "reshape", marks=pytest.mark.slow),
+        pytest.param("caformer_s18", "scaled_dot_product_attention", marks=pytest.mark.slow),
         ("mobilevit_xxs", "MobileVitBlock"),
     ],
 )
@@ -224,7 +232,7 @@ def test_the_readme_says_what_the_run_found() -> None:
     assert f"{converted} of {len(hybrids)} checked networks that also have attention" in text
 
 
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("shufflenet_v2_x0_5", marks=pytest.mark.slow)])
 def test_the_recorded_rows_are_what_a_check_finds(name: str) -> None:
     ours, theirs = check_network(name), recorded()[name]
     same = ("result", "kind", "output_stride", "strides", "identity_level", "share_in_region", "dense")

@@ -196,7 +196,7 @@ def test_masks_may_ask_for_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "segmenter": lambda: segmenter().eval(),
-    "fcn_resnet50": lambda: build("fcn_resnet50", num_classes=5),
+    "fcn_resnet50": lambda: build("fcn_resnet50", num_classes=5, by=4),
     "deeplabv3_mobilenet_v3_large": lambda: build("deeplabv3_mobilenet_v3_large", num_classes=5),
     "convnext_atto": lambda: cs.build_model("timm:convnext_atto", "none"),
 }
@@ -371,8 +371,8 @@ def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
     assert other["rows"] == found["rows"]
 
 
-def test_two_processes_find_what_one_finds(run: Run, folder: Path, tmp_path: Path) -> None:
-    """Evaluation over scenes, and predictions over a folder with a broken image; one process prints."""
+def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
+    """Evaluation over scenes; one process prints."""
     arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--rounds", 0, "--json"]
     alone = run(*arguments)
     together = run(*arguments, "--output", "two.json", processes=2)
@@ -384,6 +384,11 @@ def test_two_processes_find_what_one_finds(run: Run, folder: Path, tmp_path: Pat
         and two == json.loads((tmp_path / "two.json").read_text())
     )
     assert two["rows"] == one["rows"] and two["images"] == one["images"] == 5
+
+
+@pytest.mark.slow
+def test_two_processes_predict_what_one_predicts(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Over a folder with a broken image; one process prints."""
     converted = [
         "convert",
         "--model",

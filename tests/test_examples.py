@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+import cadsurgery as cs
 
 ROOT = Path(__file__).parent.parent
 NEEDS_NO_DATA = "d2net_vgg"
@@ -29,14 +32,28 @@ CAMVID = {
 }
 
 
-TRAINS = ("finetune_segmentation", "learned_mask")
-NOTEBOOKS = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in TRAINS else [])
-    for path in sorted((ROOT / "examples").glob("*.ipynb"))
-]
+NOTEBOOKS = pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem
+)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS)
+@NOTEBOOKS
+def test_names_that_a_notebook_uses_exist(path: Path) -> None:
+    """What it imports, and what it takes of the package."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    code = ast.parse("\n".join(cells))
+    imports = [node for node in ast.walk(code) if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), str(path), "exec"), {})
+    used = {
+        node.attr
+        for node in ast.walk(code)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cs"
+    }
+    assert {"adaptify"} <= used <= {*dir(cs)}
+
+
+@pytest.mark.slow
+@NOTEBOOKS
 def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
@@ -45,7 +62,13 @@ def test_notebook_runs_and_shows_pictures(path: Path, tmp_path: Path) -> None:
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, id=path.parent.name, marks=[pytest.mark.slow] if place else [])
+        for place, path in enumerate(RECIPES)
+    ],
+)
 def test_recipe_without_its_data_says_so_and_stops(recipe: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, recipe, tmp_path], capture_output=True, text=True, check=True)
     assert "skipped" in done.stdout

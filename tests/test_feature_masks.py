@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.masks import Budget, ConfidenceMask, DetailMask, Grid, LearnedMask, resolve_mask
-from cadsurgery.masks.detail import interpolation_error
+from cadsurgery.masks.scored import interpolation_error
 from cadsurgery.network.macs import MASK_LAYERS
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)

@@ -113,6 +113,7 @@ def run_process(folder: Path, *arguments: object, launcher: tuple[str, ...] = ()
     return done.returncode
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     assert run_process(tmp_path / "whole", 2) == 0
     assert run_process(tmp_path / "killed", 2, 3) == -signal.SIGKILL

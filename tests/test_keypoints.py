@@ -182,6 +182,7 @@ def test_an_interrupted_extraction_goes_on_and_keeps_what_is_there(
         assert torch.equal(found.keypoints, expected.keypoints)
 
 
+@pytest.mark.slow
 def test_two_processes_extract_what_one_does(run: Run, folder: Path) -> None:
     pytest.importorskip("accelerate")
     found = {}
@@ -415,6 +416,7 @@ def test_an_unreadable_image_costs_its_pair_and_the_exit_code(run: Run, sequence
     assert run(*EVAL, "--data", sequences, "--json").json["error"] == "FileError"
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(run: Run, sequences: Path) -> None:
     pytest.importorskip("accelerate")
     arguments = (

@@ -5,8 +5,10 @@ Each is written down again with loops or convolutions over every pixel.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +30,7 @@ from cadsurgery.masks import (
     labelled,
     resolve_mask,
 )
+from cadsurgery.masks.provider import PROVIDERS
 from cadsurgery.masks.saliency import spectral_residual
 
 QUICK = settings(max_examples=20, deadline=None, derandomize=True)
@@ -476,3 +479,63 @@ def test_more_steps_than_levels_are_refused(text: str, what: str) -> None:
     image = torch.zeros(2, 3, 64, 64)
     with pytest.raises(cs.InvalidInput, match=what), labelled(torch.zeros(2, 64, 64).long()):
         resolve_mask(text)(image, image, grid_of((64, 64)))
+
+
+ONE_FILE = """
+import torch.nn.functional as F
+
+import cadsurgery as cs
+
+
+@cs.mask_provider("dark", source="our lab")
+class DarkMask(cs.MaskProvider):
+    \"\"\"Keep high what is dark.\"\"\"
+
+    def __init__(self, below: float = 0.0) -> None:
+        super().__init__()
+        self.below = below
+
+    def forward(self, image, features, grid):
+        return self.scores(image, features, grid) > -self.below
+
+    def scores(self, image, features, grid):
+        return -F.adaptive_avg_pool2d(image.mean(1, keepdim=True), grid.size)[:, 0]
+"""
+
+
+@pytest.fixture
+def dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The file, imported for the length of a test."""
+    (tmp_path / "one_mask.py").write_text(ONE_FILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("one_mask")
+    yield
+    del sys.modules["one_mask"], PROVIDERS["dark"]
+
+
+@pytest.mark.usefixtures("dark")
+def test_a_new_mask_is_one_file(tmp_path: Path) -> None:
+    """It is listed with its options, converts, works inside others, and is saved and loaded by name."""
+    (info,) = (info for info in cs.list_masks() if info.name == "dark")
+    assert info.summary == "Keep high what is dark."
+    assert (info.options, info.source, info.form) == ({"below": 0.0}, "our lab", "dark")
+    image = torch.randn(1, 3, 96, 128)
+    image[..., 64:] -= 3
+    net = cs.adaptify(trunk(), "dark:below=-1")
+    expected = net(image)
+    assert net.active_fraction == 0.5 and net.macs(image).active_fraction == 0.5
+    cs.save(net, tmp_path / "net.safetensors")
+    again = cs.load(tmp_path / "net.safetensors", trunk())
+    assert again.mask.spec() == "dark:below=-1.0" and torch.equal(again(image), expected)
+    net(image, mask="dark + edges | budget:fraction=0.25")
+    assert net.active_fraction == 0.25
+
+
+@pytest.mark.usefixtures("dark")
+def test_a_file_with_a_mask_that_is_not_registered_says_so(tmp_path: Path) -> None:
+    cs.save(cs.adaptify(trunk(), "dark", verify_laws=False), tmp_path / "net.safetensors")
+    provider = PROVIDERS.pop("dark")
+    with pytest.raises(cs.FileError) as caught:
+        cs.load(tmp_path / "net.safetensors", trunk())
+    assert "register it first" in caught.value.next
+    PROVIDERS["dark"] = provider

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +19,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
-from cadsurgery.elements import functional, products
-from cadsurgery.elements.backends import costs, native
+from cadsurgery.elements import functional
+from cadsurgery.elements.backends import choose, costs, dense, native
+from cadsurgery.elements.backends.choose import (
+    Between,
+    Convolution,
+    Gathering,
+    Mixing,
+    Picking,
+    Pooling,
+)
 from cadsurgery.elements.backends.costs import Costs
-from cadsurgery.elements.backends.packed import Activation, Kernel, PackedConv, PackedLinear
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
+from cadsurgery.elements.backends.weights import Activation, Weights
 from cadsurgery.elements.functional import Elements, conv2d
-from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network import fuse
 from cadsurgery.network.dense_twin import dense_twin
-from cadsurgery.network.model import OptimizedModel
+from cadsurgery.network.optimized import OptimizedModel
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
 # Plain, depthwise with ReLU6, grouped with squeeze-excite, linear layers with GELU, SiLU, dense joins, max-pooling.
@@ -325,7 +336,7 @@ def test_a_residual_smaller_than_the_product() -> None:
     less = lattice.at(0, (10, 12))
     residual = Elements(torch.randn(len(less), 4), less)
     found = functional.fused_conv2d(
-        x, Kernel(kernel, None, 1, Activation("relu")), residual, window=window, stage=0
+        x, Weights(kernel, None, 1, Activation("relu")), residual, window=window, stage=0
     )
     whole = conv2d(x, kernel, None, window, 0)
     assert found.lattice == less
@@ -387,7 +398,35 @@ def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
             x = torch.randn(2, 8, height, 9).to(dtype)
             expected = nn.functional.conv2d(x, conv.weight.to(dtype), None, 1, 1, groups=conv.groups)
             assert_same(conv(x).float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-2)
-    assert 0 < len(conv.kernel.kept or ()) <= 4
+    assert 0 < len(conv.weights.forms or ()) <= 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("groups", "channels", "outputs", "size"),
+    [
+        (1, 8, 8, (5, 6)),
+        (1, 8, 8, (1, 1)),
+        (1, 1, 8, (5, 6)),
+        (1, 8, 1, (5, 6)),
+        (1, 8, 1, (1, 1)),
+        (2, 8, 8, (5, 6)),
+        (8, 8, 8, (5, 6)),
+        (8, 8, 8, (1, 1)),
+    ],
+)
+@torch.no_grad()
+def test_a_residual_and_relu_in_bfloat16(
+    groups: int, channels: int, outputs: int, size: tuple[int, int], packed: bool
+) -> None:
+    """torch refused it in groups and for maps of a single pixel: "Unsupported datatype for add_relu"."""
+    weight = torch.randn(outputs, channels // groups, 3, 3)
+    weights = Weights(weight.bfloat16(), None, groups, Activation("relu"), {}, packed)
+    image, more = torch.randn(2, channels, *size).bfloat16(), torch.randn(2, outputs, *size).bfloat16()
+    found = weights.on_image(image, (1, 1), (1, 1), (1, 1), more)
+    expected = nn.functional.conv2d(image.float(), weights.weight.float(), None, 1, 1, 1, groups) + more
+    assert found.dtype == torch.bfloat16
+    assert_same(found.float(), expected.relu(), 2e-2)
 
 
 # -- compiled kernels against torch --------------------------------------------------------------------
@@ -395,12 +434,15 @@ def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
 
 
-def reading(dtype: torch.dtype, channels: int, taps: int) -> tuple[native.Rows, Tensor, Tensor]:
-    """Rows with a halo, a table, and the same rows in one tensor."""
-    rows, halo = (torch.randn(count, channels).to(dtype) for count in (40, 7))
-    table = torch.randint(0, 48, (37, taps), dtype=torch.int32)
-    outside = torch.full((1, channels), -0.5, dtype=dtype)
-    return native.Rows(rows, halo, -0.5), table, torch.cat([rows, outside, halo])
+def read(dtype: torch.dtype, channels: int, taps: int) -> tuple[Tensor, Reading, Tensor]:
+    """Rows, a table into them, what is outside and a halo, and all of those in one tensor."""
+    rows = torch.randn(40, channels).to(dtype)
+    sources, shares = torch.randint(40, (7, 4), dtype=torch.int32), torch.rand(7, 4, dtype=torch.float64)
+    reading = Reading(torch.randint(0, 48, (37, taps), dtype=torch.int32), sources, shares, True)
+    return rows, reading, choose.extend(rows, reading, -0.5)
+
+
+CLAMP = Activation("hardtanh", (0.0, 6.0))
 
 
 @needs_compiler
@@ -409,16 +451,17 @@ def reading(dtype: torch.dtype, channels: int, taps: int) -> tuple[native.Rows, 
     ("group", "channels"), [(1, 5), (1, 32), (1, 77), (2, 6), (4, 36), (8, 104), (16, 48)]
 )
 @pytest.mark.parametrize("taps", [1, 9, 49])
+@torch.no_grad()
 def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: int, taps: int) -> None:
-    source, table, whole = reading(dtype, channels, taps)
+    rows, reading, whole = read(dtype, channels, taps)
     weight, bias = torch.randn(channels, group, 1, taps).to(dtype), torch.randn(channels).to(dtype)
     if not native.has_grouped(weight, channels // group):
         assert group > native.LANE_BYTES // dtype.itemsize  # a group wider than a vector of double
         return
     more = torch.randn(37, channels).to(dtype)
-    packed = native.grouped_weight(weight, bias)
-    found = native.grouped(source, table, *packed, more, (0.0, 6.0))
-    gathered = whole.double()[table.long()].view(37, taps, channels // group, group)
+    weights = Weights(weight, bias, channels // group, CLAMP)
+    found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
+    gathered = whole.double()[reading.table.long()].view(37, taps, channels // group, group)
     by_group = weight.double().view(channels // group, group, group, taps)
     expected = torch.einsum("ntgi,goit->ngo", gathered, by_group).flatten(1) + bias.double() + more.double()
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
@@ -428,17 +471,16 @@ def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("channels", [3, 16, 50])
+@torch.no_grad()
 def test_compiled_gathering_and_pooling(dtype: torch.dtype, channels: int) -> None:
-    source, table, whole = reading(dtype, channels, 4)
-    source.rows[3, 0] = float("nan")
-    whole[3, 0] = float("nan")
-    out = source.rows.new_empty(37 * 4, channels)
-    native.gather(source, table, out)
-    gathered = whole[table.long()]
+    rows, reading, _ = read(dtype, channels, 4)
+    rows[3, 0] = float("nan")
+    whole, compiled = choose.extend(rows, reading, -0.5), native.Native()
+    out = rows.new_empty(37 * 4, channels)
+    compiled.gather(Gathering(rows, reading, -0.5))(reading.table, out)
+    gathered = whole[reading.table.long()]
     assert torch.equal(out.view(37, 4, channels).nan_to_num(9.0), gathered.nan_to_num(9.0))
-    largest, total = source.rows.new_empty(37, channels), source.rows.new_empty(37, channels)
-    native.pool(source, table, largest, True)
-    native.pool(source, table, total, False)
+    largest, total = (compiled.pool(Pooling(rows, reading, -0.5, which)) for which in (True, False))
     assert torch.equal(largest.nan_to_num(9.0), gathered.amax(1).nan_to_num(9.0))
     sums = gathered.double().nan_to_num(0.0).sum(1)
     finite = ~gathered.isnan().any(1)
@@ -449,14 +491,15 @@ def test_compiled_gathering_and_pooling(dtype: torch.dtype, channels: int) -> No
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("channels", [3, 16, 50])
+@torch.no_grad()
 def test_mixing_where_it_is_read_is_mixing_before(dtype: torch.dtype, channels: int) -> None:
     rows = torch.randn(20, channels).to(dtype)
     sources, shares = torch.randint(20, (11, 4), dtype=torch.int32), torch.rand(11, 4, dtype=torch.float64)
     shares[2, 1:] = 0
     table = torch.cat([torch.randint(20, (9,)), 21 + torch.randperm(11)])[torch.randperm(20)].to(torch.int32)
-    out = rows.new_empty(20, channels)
-    native.gather_mixing(rows, table.view(-1, 1), sources, shares, out)
-    halo = native.mix(rows, sources, shares)
+    compiled = native.Native()
+    out = compiled.pick(Picking(rows, Reading(table, sources, shares, False)))
+    halo = compiled.mix(Mixing(rows, sources, shares))
     assert torch.equal(out, torch.cat([rows, rows[:1], halo])[table.long()])
 
 
@@ -478,13 +521,13 @@ def test_without_a_compiler_the_results_are_the_same(name: str, monkeypatch: pyt
 )
 @pytest.mark.parametrize("taps", [1, 9])
 def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps: int) -> None:
-    source, table, whole = reading(dtype, channels, taps)
+    rows, reading, whole = read(dtype, channels, taps)
     weight, bias = torch.randn(outputs, channels, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
     assert native.has_product(weight) and not native.has_product(weight.bfloat16())
     more = torch.randn(37, outputs).to(dtype)
-    packed = native.product_weight(weight, bias)
-    found = native.product(source, table, *packed, more, outputs, (0.0, 6.0))
-    gathered = whole.double()[table.long()]
+    weights = Weights(weight, bias, 1, CLAMP)
+    found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
+    gathered = whole.double()[reading.table.long()]
     expected = torch.einsum("ntc,oct->no", gathered, weight.double()[:, :, 0])
     expected = (expected + bias.double() + more.double()).clamp(0, 6)
     assert_same(found.double(), expected, 1e-5 if dtype == torch.float32 else 1e-12)
@@ -507,13 +550,13 @@ def test_on_the_whole_map_a_convolution_is_the_same(
     shape = Window((side, side), stride, (1, 1), (padding,) * 4, spacing=2)
     lattice = Geometry((2, 2), fill=fill).lattice(torch.randint(0, 3, (2, 13, 15))).at(1)
     x = Elements(torch.randn(len(lattice), 6), lattice)
-    kernel = Kernel(torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {})
+    weights = Weights(torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {})
     results = []
     for found in (Costs(0.0, 1.0, 0.0), Costs(1.0, 0.0, 1.0)):
-        monkeypatch.setattr(products, "costs", lambda key, measure, found=found: found)
-        out = functional.fused_conv2d(x, kernel, window=shape, stage=stage)
+        monkeypatch.setattr(dense, "costs", lambda key, measure, found=found: found)
+        out = functional.fused_conv2d(x, weights, window=shape, stage=stage)
         more = Elements(torch.ones_like(out.rows), out.lattice)
-        results.append(functional.fused_conv2d(x, kernel, more, window=shape, stage=stage).rows)
+        results.append(functional.fused_conv2d(x, weights, more, window=shape, stage=stage).rows)
     assert_same(results[0], results[1], 1e-4)
 
 
@@ -529,12 +572,12 @@ def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch)
         Elements(torch.randn(len(lattice), 6), lattice),
         Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
     )
-    kernel = Kernel(torch.randn(4, 6, 3, 3), None, 1, None, {})
-    expected = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
-    monkeypatch.setattr(products, "costs", refuse)
+    weights = Weights(torch.randn(4, 6, 3, 3), None, 1, None, {})
+    expected = functional.fused_conv2d(x, weights, window=window, stage=1).rows
+    monkeypatch.setattr(dense, "costs", refuse)
     with FlopCounterMode(display=False) as counter:
-        found = functional.fused_conv2d(x, kernel, window=window, stage=1).rows
-    assert counter.get_total_flops() == 2 * len(lattice) * kernel.weight.numel()
+        found = functional.fused_conv2d(x, weights, window=window, stage=1).rows
+    assert counter.get_total_flops() == 2 * len(lattice) * weights.weight.numel()
     assert_same(found, expected, 1e-5)
 
 
@@ -553,13 +596,17 @@ def test_costs_are_those_of_the_code_that_runs(
         Elements(torch.randn(len(lattice), 6), lattice),
         Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
     )
-    kernel = Kernel(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
-    calls, by_table = [], Kernel.by_table
-    monkeypatch.setattr(Kernel, "by_table", lambda self, *args: calls.append(self) or by_table(self, *args))
-    monkeypatch.setattr(products, "costs", lambda key, measure: measure())
-    products.whole_map_is_cheaper(x, kernel, window, lattice)
+    weights = Weights(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
+    calls, convolve = [], native.Native.convolve
+    monkeypatch.setattr(
+        native.Native, "convolve", lambda self, work: calls.append(work) or convolve(self, work)
+    )
+    monkeypatch.setattr(dense, "costs", lambda key, measure: measure())
+    work = Convolution(x.rows, weights, Between(lattice, lattice, window))
+    whole_map = next(one for one in choose.BACKENDS if one.name == "whole map")
+    whole_map.applies(work)
     measured = len(calls)
-    products.product_on_elements(x, kernel, window, lattice, None)
+    choose.choose(work, after=whole_map).convolve(work)
     assert bool(measured) == (len(calls) > measured) == (outputs != 12)
 
 
@@ -581,6 +628,79 @@ def test_costs_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.Mon
     assert costs.costs("a", measure) == (1.0, 2.0, 3.0) and asked == [1, 1]
     assert "1.0" in path.read_text()
     assert torch.get_num_threads() == threads
+
+
+@pytest.fixture
+def as_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A process that knows no costs and has a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CADSURGERY_COSTS", raising=False)
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    monkeypatch.setattr(costs, "_PINNED", None)
+    monkeypatch.setattr(costs, "_OF_FILE", {})
+    return tmp_path
+
+
+def never() -> Costs:
+    raise AssertionError("measured")
+
+
+@pytest.mark.parametrize("form", ["report", "record", "cache"])
+def test_costs_that_one_run_recorded_decide_in_another(
+    form: str, as_new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this machine would measure; a kind that is not among them is computed on elements."""
+    costs.costs("a", lambda: Costs(1.0, 2.0, 3.0))
+    recorded, file = costs.record(), as_new / "costs.json"
+    if form == "cache":
+        (file,) = as_new.glob("cadsurgery/*/costs.json")
+    else:
+        file.write_text(json.dumps({"model": "x", "costs": recorded} if form == "report" else recorded))
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    monkeypatch.setenv("CADSURGERY_COSTS", str(file))
+    assert costs.costs("a", never) == (1.0, 2.0, 3.0) and costs.record() == recorded
+    assert not costs.costs("b", never).prefer_dense(100, 100, 1, (0, 0))
+    assert costs.record()["digest"] != recorded["digest"]
+
+
+def test_costs_are_pinned_by_an_argument_and_let_go(as_new: Path) -> None:
+    file = as_new / "costs.json"
+    file.write_text(json.dumps({f"a, torch {torch.__version__}": [3, 2, 1]}))
+    for source in (file, str(file), costs.read(file)):
+        costs.pin(source)
+        assert costs.costs("a", never) == (3.0, 2.0, 1.0)
+    costs.pin(None)
+    assert costs.record()["kinds"] == {}
+    assert costs.costs("a", lambda: Costs(1.0, 1.0, 1.0)) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting"),
+        ("[" * 100_000, "recursion"),
+        ("[1, 2]", "no object"),
+        ('{"costs": {"kinds": 3}}', "no object"),
+        ('{"a": [1, 2]}', "'a' has no three numbers"),
+        ('{"a": [1, 2, 3], "b": [1, 2, NaN]}', "'b' has no three numbers"),
+        ('{"a": [1, -2, 3]}', "'a' has no three numbers"),
+    ],
+    ids=lambda text: str(text)[:12],
+)
+def test_costs_that_cannot_be_pinned_are_refused(
+    text: str | None, why: str, as_new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = as_new / "costs.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("CADSURGERY_COSTS", str(file))
+    for ask in (lambda: costs.pin(file), lambda: costs.costs("a", never)):
+        with pytest.raises(cs.FileError) as caught:
+            ask()
+        assert why in caught.value.why and str(file) in caught.value.where
+        assert "unset CADSURGERY_COSTS" in caught.value.next
+    assert costs.record()["kinds"] == {}
 
 
 def test_the_cheaper_way_is_preferred() -> None:

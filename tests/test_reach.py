@@ -239,7 +239,7 @@ def points_in(size: Size, *counts: int) -> list[Tensor]:
 def levels_of(net: cs.AdaptiveModel, x: Tensor) -> Tensor:
     """A random legal level map for images."""
     with torch.no_grad():
-        fine = net.find_lattice(net.masking(resolve_mask("none")), x).whole_size
+        fine = net.program.find_lattice(net.program.masking(resolve_mask("none")), x).whole_size
     geometry = net.geometry
     return random_levels(len(x), fine, geometry.strides, max_level=geometry.max_level, patch=geometry.patch)
 

@@ -5,8 +5,9 @@ libraries of networks; `functional` has the operations, `backends` what computes
 """
 
 from cadsurgery.elements import functional
+from cadsurgery.elements.backends.table import BACKENDS
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice
 
-__all__ = ["Elements", "Geometry", "Lattice", "Window", "functional"]
+__all__ = ["BACKENDS", "Elements", "Geometry", "Lattice", "Window", "functional"]

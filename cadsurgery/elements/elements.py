@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, channel_dims, image_dims, is_flat
-from cadsurgery.elements.backends import native
-from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_points
+from cadsurgery.elements.backends.choose import (
+    Picking,
+    compute,
+    select_rows,
+)
+from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.elements.operations import operation
 from cadsurgery.support.errors import InvalidInput
 
-_POINT = Window((1, 1))
+# Devices with torch.autocast; asked for here, because compilers before torch 2.15 cannot.
+_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +112,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
     if guide is not None and spacing == 1 and reading.sources.shape[0]:
         pixels = torch.arange(reading.table.numel(), device=reading.table.device)
         reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)
-    if native.supported(flat) and not needs_gradient(flat, reading.mix):
-        rows = flat.new_empty(reading.table.numel(), flat.shape[1])
-        native.gather_mixing(flat, reading.table.reshape(-1, 1), reading.sources, reading.mix, rows)
-    else:
-        rows = extended(flat, reading, 0.0)
-        rows = rows.index_select(0, reading.table.flatten().to(x.rows.device))
+    rows = compute(Picking(flat, reading))
     return rows.view(*reading.table.shape, *x.rows.shape[1:])
 
 
@@ -152,10 +155,7 @@ def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> T
     broadcast it against a map of `layout`.
     """
     if isinstance(value, Elements):
-        if value.lattice == lattice or _holds_no_less(lattice, value.lattice):
-            return value.rows
-        table = kernel_map(value.lattice, lattice, _POINT).table.squeeze(1)
-        return value.rows.index_select(0, table.to(value.rows.device))
+        return select_rows(value.rows, value.lattice, lattice)
     if value.dim() == 0:
         return value
     if not is_flat(value.shape, layout):
@@ -170,12 +170,6 @@ def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> T
     if per_image.shape[0] == 1:
         return per_image.expand(len(lattice), *per_image.shape[1:])
     return per_image.index_select(0, lattice.coordinates[0].to(value.device))
-
-
-def _holds_no_less(later: Lattice, lattice: Lattice) -> bool:
-    """Whether a lattice of a later stage has all elements of one: none of its cells is downsampled in between."""
-    static = lattice.capacity is not None or later.capacity is not None
-    return not static and lattice.size == later.size and len(lattice) == len(later)
 
 
 def own_image(every: Sequence[Tensor], lattice: Lattice) -> Tensor:
@@ -209,30 +203,18 @@ def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
     return torch.Size(next(channels) if axis == "c" else known[axis] for axis in layout)
 
 
-def extended(rows: Tensor, reading: Reading, padding: float) -> Tensor:
-    """The rows a reading's table points into: the elements, one row of padding, the halo."""
-    halo = reading.sources.shape[0]
-    if not halo and not reading.has_outside:
-        return rows
-    parts = [rows, rows.new_full((1, rows.shape[1]), padding)]
-    if halo:
-        parts.append(mixed(rows, reading.sources, reading.mix))
-    return torch.cat(parts)
+def autocast(*values: Any) -> tuple[Any, ...]:
+    """The operands in the type torch.autocast wants convolutions in, if it is on: as F.conv2d does."""
+    device = values[0].device.type
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+        return values
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(value.to(dtype) if value is not None else None for value in values)
 
 
-def rows_and_halo(rows: Tensor, reading: Reading, outside: float) -> native.Rows:
-    """What compiled code reads: the rows as they are, the halo apart."""
-    halo = mixed(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
-    return native.Rows(rows.contiguous(), halo, outside)
-
-
-def needs_gradient(*values: Tensor | None) -> bool:
-    """Whether a gradient with respect to any of these will be asked for."""
-    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
-
-
-def mixed(rows: Tensor, sources: Tensor, mix: Tensor) -> Tensor:
-    """Weighted sums of rows: (M, C)."""
-    if native.supported(rows) and not needs_gradient(rows, mix):
-        return native.mix(rows, sources, mix)
-    return F.embedding_bag(sources.to(rows.device), rows, per_sample_weights=mix.to(rows), mode="sum")
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Products within are taken in the type of their operands even if torch.autocast is on: for sums that need it."""
+    device = like.device.type
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -122,7 +122,7 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
     index, count = lattice.index, len(lattice)
     row = index[points]
-    sources, mix = _nothing_mixed(row.device)
+    sources, mix = nothing_mixed(row.device)
     used = None
     linear = lattice.geometry.interpolates and lattice.uniform_level != 0
     if linear:
@@ -166,7 +166,8 @@ def _bounded_halo(lattice: Lattice, entries: Tensor, pixels: Tensor, between: Te
     return Reading(table, *_interpolation(lattice, points), False, wanted.sum())
 
 
-def _nothing_mixed(device: torch.device) -> tuple[Tensor, Tensor]:
+def nothing_mixed(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sources and weights of a reading without a halo."""
     none = torch.empty(0, 4, dtype=torch.int32, device=device)
     return none, none.double()
 
@@ -208,6 +209,14 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
     key = ("kernel_map", source.key, target.key, window, drop)
     build = _of_part if source.part is not None else _shifted if plain else _folded
     return source.pyramid.derive(key, lambda: build(source, target, window, drop))
+
+
+def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
+    """(N_target,) the rows of a lattice that the same or a later one still has, at its anchors; None if all."""
+    static = source.capacity is not None or target.capacity is not None
+    if source == target or (not static and source.size == target.size and len(source) == len(target)):
+        return None  # none of its cells is downsampled in between
+    return kernel_map(source, target, Window((1, 1))).table.squeeze(1)
 
 
 def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
@@ -261,7 +270,7 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     if linear and source.capacity is not None:
         found = _bounded_halo(source, table, (-1 - table).long(), table < 0)
         return replace(found, has_outside=has_outside)
-    sources, mix = _nothing_mixed(rows.device)
+    sources, mix = nothing_mixed(rows.device)
     if linear:
         between = table < 0
         wanted = torch.zeros_like(rows, dtype=torch.bool)

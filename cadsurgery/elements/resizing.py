@@ -10,8 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends import native
-from cadsurgery.elements.elements import Elements, extended, mixed, needs_gradient, to_dense
+from cadsurgery.elements.backends.choose import (
+    MixingLines,
+    compute,
+    extend,
+    mix,
+)
+from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
@@ -65,8 +70,7 @@ def resize(
         ratios = _ratios(before, after, spacings, bool(align_corners))
         return _between_cells(x.lattice, image, place, side, ratios, mode, bool(align_corners))
 
-    sources, mix = x.lattice.pyramid.derive(key, build)
-    return Elements(mixed(x.rows, sources, mix), target)
+    return Elements(mix(x.rows, *x.lattice.pyramid.derive(key, build)), target)
 
 
 @operation(reads="image", gives="dense", exit_of=resize)
@@ -217,12 +221,12 @@ def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
         first = low.long().to(rows.device)
         second = (first + 1).clamp(max=rows.shape[axis] - 1)
         share = (place - low).to(wide)
-        if axis == 2 and native.supported(wide) and not needs_gradient(wide):
-            ends = torch.stack((first, second), 1).int(), torch.stack((1 - share, share), 1)
-            wide = native.mix_lines(wide.flatten(0, 1), *ends).view(*wide.shape[:2], len(place), -1)
-            break
-        share = share.view(-1, *(1,) * (3 - axis))
-        wide = torch.lerp(wide.index_select(axis, first), wide.index_select(axis, second), share)
+        if axis == 1:
+            share = share.view(-1, 1, 1)
+            wide = torch.lerp(wide.index_select(1, first), wide.index_select(1, second), share)
+        else:
+            work = MixingLines(wide.flatten(0, 1), first, second, share)
+            wide = compute(work).view(*wide.shape[:2], len(place), -1)
     return wide.to(dense.dtype).permute(0, 3, 1, 2)
 
 
@@ -243,8 +247,8 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
     points = [(image + y) * width + x for y, _ in ends[0] for x, _ in ends[1]]
     weights = [v * h for _, v in ends[0] for _, h in ends[1]]
     rows = dense.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
-    found = mixed(rows, torch.stack(points, 3).flatten(0, 2).int(), torch.stack(weights, 3).flatten(0, 2))
-    return found.view(*step.shape, -1).permute(0, 3, 1, 2)
+    values = mix(rows, torch.stack(points, 3).flatten(0, 2).int(), torch.stack(weights, 3).flatten(0, 2))
+    return values.view(*step.shape, -1).permute(0, 3, 1, 2)
 
 
 @operation(reads="image")
@@ -265,7 +269,7 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
     y, x_ = (y - down * spacings[1]).clamp(max=height - 1), (x_ - across * spacings[1]).clamp(max=width - 1)
     points = (image * height + y) * width + x_
     reading = read_points(x.lattice, points)
-    rows = extended(x.rows, reading, 0.0).index_select(0, reading.table.to(x.rows.device))
+    rows = extend(x.rows, reading, 0.0).index_select(0, reading.table.to(x.rows.device))
     phase = (down * scale + across).to(rows.device)
     rows = rows.unflatten(1, (-1, scale * scale))
     return Elements(rows.gather(2, phase.view(-1, 1, 1).expand(-1, rows.shape[1], 1)).squeeze(2), target)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.elements import Elements, native_shape, own_image, rows_on
+from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.products import no_autocast
 
 
 @operation(reads="element")

@@ -15,11 +15,11 @@ from cadsurgery.finetune.batches import Samples, check_data, prepared
 from cadsurgery.finetune.objectives import Objective, dense_high, divergence, logits_of, objective, supervised
 from cadsurgery.finetune.schedule import Draw, derived
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
-from cadsurgery.network.hosted import HostedModel
-from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.paths import blended
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.processes import mean_everywhere
+from cadsurgery.surgery.trace import evaluating
 
 
 @objective("blend")
@@ -143,22 +143,22 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
             next='train a learned mask first: mask="learned:fraction=0.3", objective blend.',
         )
-    halved, source = net.halved(), source_of(net)
+    program, source = net.program, source_of(net)
     device = next(mask.parameters(), torch.empty(0)).device
     logits: list[tuple[Tensor, Grid]] = []
     with evaluating(net):
         for index in range(len(data)):
             inputs, _ = prepared(*data[index], source, index)
-            arguments = net.bind(*(value.unsqueeze(0).to(device) for value in inputs))
-            features = halved.before(net.names(), **arguments)[halved.cut.features]
-            grid = net.masking(net.mask).grid(features)
+            arguments = program.bind(*(value.unsqueeze(0).to(device) for value in inputs))
+            features = program.before(arguments)[program.halves.features]
+            grid = program.masking(net.mask).grid(features)
             logits.append((mask.logits(features, grid), grid))
     return mask.balance(logits)
 
 
 def _check_whole(net: nn.Module) -> None:
     """Refuse a network without halves of its own."""
-    if isinstance(net, HostedModel):
+    if isinstance(net, AdaptiveModel) and net.hosts_part:
         raise InvalidInput(
             "a network that only hosts an adaptive part can be neither blended nor calibrated.",
             next="train it with objective mixed.",

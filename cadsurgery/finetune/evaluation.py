@@ -8,8 +8,9 @@ from torch import nn
 from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Samples, check_data, prepared
 from cadsurgery.finetune.objectives import logits_of, resized
-from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.trace import evaluating
 
 
 def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:

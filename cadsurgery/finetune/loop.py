@@ -33,9 +33,10 @@ from cadsurgery.finetune.probe import count_outputs, freeze_unused
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.network.model import OptimizedModel, evaluating
+from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
 from cadsurgery.support.files import made_folder
+from cadsurgery.surgery.trace import evaluating
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
 START, LAST, BEST, NETWORK = ("start", "checkpoint", "best", "net")

@@ -19,10 +19,11 @@ from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
-from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import same_place
+from cadsurgery.surgery.trace import evaluating
 
 IGNORED = 255
 AUXILIARY_WEIGHT = 0.5  # of torchvision's reference training of segmentation networks

@@ -12,8 +12,8 @@ from cadsurgery.finetune.batches import Batch, Samples
 from cadsurgery.finetune.evaluation import check_classes
 from cadsurgery.finetune.objectives import Objective, logits_of
 from cadsurgery.finetune.schedule import Draw, derived
-from cadsurgery.network.model import evaluating
 from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.surgery.trace import evaluating
 
 
 def count_outputs(net: nn.Module, data: Samples, batch: Batch) -> int:

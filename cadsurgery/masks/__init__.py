@@ -5,19 +5,14 @@ from a function, or learned; this room does not know networks.
 """
 
 from cadsurgery.masks.basic import FixedMask, FunctionMask, RandomMask, UniformMask
-from cadsurgery.masks.budget import Budget
-from cadsurgery.masks.confidence import ConfidenceMask
-from cadsurgery.masks.detail import DetailMask
-from cadsurgery.masks.edges import EdgeMask, GradientMask
-from cadsurgery.masks.graded import GradedMask
-from cadsurgery.masks.keypoints import KeypointMask, keypoints_at
+from cadsurgery.masks.context import keypoints_at, labelled
+from cadsurgery.masks.graded import EdgeMask, GradedMask, GradientMask, TrimapMask
+from cadsurgery.masks.keypoints import KeypointMask
 from cadsurgery.masks.learned import LearnedMask
 from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provider
-from cadsurgery.masks.resolve import MaskWrapper, resolve_mask
-from cadsurgery.masks.saliency import SaliencyMask
-from cadsurgery.masks.smooth import Smooth
-from cadsurgery.masks.trimap import TrimapMask, labelled
-from cadsurgery.masks.wrappers import Dilate, Threshold, Union
+from cadsurgery.masks.scored import ConfidenceMask, DetailMask, SaliencyMask
+from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.masks.wrappers import Budget, Dilate, MaskWrapper, Smooth, Threshold, Union
 
 __all__ = [
     "Budget",

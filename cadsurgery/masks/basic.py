@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cadsurgery.masks.filters import on_samples
 from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
@@ -32,9 +33,6 @@ class UniformMask(MaskProvider):
 @mask_provider("all")
 class KeepAll(UniformMask):
     """Keep everything at the high output stride."""
-
-    def __init__(self) -> None:
-        super().__init__()
 
 
 @mask_provider("none")
@@ -80,10 +78,9 @@ class RandomMask(MaskProvider):
     def _drawn(self, grid: Grid) -> Tensor:
         """(B, h, w) in 0..1, the same within a block."""
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
-        height, width = grid.size
-        side = min(self.block, max(height, width))
-        drawn = torch.rand(grid.batch, -(-height // side), -(-width // side), generator=generator)
-        return drawn.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
+        side = min(self.block, max(grid.size))
+        blocks = [-(-length // side) for length in grid.size]
+        return on_samples(torch.rand(grid.batch, *blocks, generator=generator), side, grid.size)
 
 
 TENSOR = "a tensor"
@@ -110,6 +107,11 @@ class FixedMask(MaskProvider):
         return TENSOR
 
 
+def name_of(function: object) -> str:
+    """What a message calls a function."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
 class FunctionMask(MaskProvider):
     """A user's function image -> map."""
 
@@ -118,7 +120,7 @@ class FunctionMask(MaskProvider):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
-        self.name = getattr(function, "__name__", type(function).__name__)  # type: ignore[misc]
+        self.name = name_of(function)  # type: ignore[misc]
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """What the function returns for the image."""

@@ -38,17 +38,17 @@ def sift(grey: NDArray[np.uint8], count: int) -> tuple[NDArray[np.float32], NDAr
         (n, 2) x and y, and (n,) responses; n at most `count`, 0 on a picture without any.
     """
     cv2 = opencv()
-    found = sorted(cv2.SIFT_create().detect(grey, None), key=lambda point: -point.response)
+    detected = sorted(cv2.SIFT_create().detect(grey, None), key=lambda point: -point.response)
     height, width = grey.shape
-    kept: dict[tuple[int, int], float] = {}
-    for point in found:
+    responses: dict[tuple[int, int], float] = {}
+    for point in detected:
         x, y = round(point.pt[0]), round(point.pt[1])
         if 0 <= x < width and 0 <= y < height:
-            kept.setdefault((x, y), point.response)
-        if len(kept) == count:
+            responses.setdefault((x, y), point.response)
+        if len(responses) == count:
             break
-    points = np.array(list(kept), dtype=np.float32).reshape(-1, 2)
-    return points, np.array(list(kept.values()), dtype=np.float32)
+    points = np.array(list(responses), dtype=np.float32).reshape(-1, 2)
+    return points, np.array(list(responses.values()), dtype=np.float32)
 
 
 def peaks(scores: Tensor, count: int, radius: int = 2, border: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -70,13 +70,13 @@ def peaks(scores: Tensor, count: int, radius: int = 2, border: int = 0) -> list[
         inner = torch.zeros_like(is_peak)
         inner[:, border:-border, border:-border] = True
         is_peak &= inner
-    found = []
+    of_maps = []
     for values, chosen in zip(scores, is_peak, strict=True):
         y, x = chosen.nonzero(as_tuple=True)
         strength, order = values[y, x].sort(descending=True, stable=True)
         order = order[:count]
-        found.append((torch.stack((x[order], y[order]), 1), strength[:count]))
-    return found
+        of_maps.append((torch.stack((x[order], y[order]), 1), strength[:count]))
+    return of_maps
 
 
 def in_pixels(places: Tensor, scores: Tensor, image: Tensor) -> Tensor:
@@ -87,11 +87,11 @@ def in_pixels(places: Tensor, scores: Tensor, image: Tensor) -> Tensor:
     return (places.to(step) + 0.5) * step - 0.5
 
 
-def points_of(found: Any, image: Tensor, count: int, where: str) -> list[Tensor]:
+def points_of(returned: Any, image: Tensor, count: int, where: str) -> list[Tensor]:
     """What a detector returned as points (n, 2), x and y in pixels of the images (B, C, H, W), on their device.
 
     Args:
-        found: a sequence of point tensors or arrays, one for each image, one tensor of all (B, n, 2), or a score map
+        returned: a sequence of point tensors or arrays, one for each image, one tensor of all (B, n, 2), or a score map
             (B, h, w) or (B, 1, h, w).
         image: the batch.
         count: points taken from a score map.
@@ -101,22 +101,22 @@ def points_of(found: Any, image: Tensor, count: int, where: str) -> list[Tensor]
         InvalidInput: it is neither.
     """
     batch = image.shape[0]
-    if isinstance(found, Tensor) and found.dim() == 3 and found.shape[2] == 2:
-        found = list(found)  # as many points in each image
-    if isinstance(found, Tensor) and found.is_floating_point() and found.dim() in (3, 4):
-        scores = found.squeeze(1) if found.dim() == 4 and found.shape[1] == 1 else found
+    if isinstance(returned, Tensor) and returned.dim() == 3 and returned.shape[2] == 2:
+        returned = list(returned)  # as many points in each image
+    if isinstance(returned, Tensor) and returned.is_floating_point() and returned.dim() in (3, 4):
+        scores = returned.squeeze(1) if returned.dim() == 4 and returned.shape[1] == 1 else returned
         if scores.dim() == 3 and scores.shape[0] == batch and 0 not in scores.shape:
             return [in_pixels(places, scores, image) for places, _ in peaks(scores.detach(), count)]
-    if isinstance(found, Tensor) or not isinstance(found, Sequence) or len(found) != batch:
-        several = isinstance(found, (tuple, list))
-        given = f"a {type(found).__name__} of {len(found)}" if several else describe(found)
+    if isinstance(returned, Tensor) or not isinstance(returned, Sequence) or len(returned) != batch:
+        several = isinstance(returned, (tuple, list))
+        described = f"a {type(returned).__name__} of {len(returned)}" if several else describe(returned)
         raise InvalidInput(
-            f"keypoints are {given} for a batch of {batch}.",
+            f"keypoints are {described} for a batch of {batch}.",
             where=where,
             next="give a list with points (n, 2), x and y in pixels, for each image, or a floating-point score map "
             f"({batch}, h, w).",
         )
-    return [_checked(part, index, image, where) for index, part in enumerate(found)]
+    return [_checked(part, index, image, where) for index, part in enumerate(returned)]
 
 
 def _checked(part: Any, index: int, image: Tensor, where: str) -> Tensor:

@@ -70,6 +70,19 @@ def near(values: Tensor, side: int, grid: Grid) -> Tensor:
     return sampled[:, :height, :width]
 
 
+def resized(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, h, w): values (B, H, W) at another size, bilinear with antialiasing; as they are if they have it."""
+    if tuple(values.shape[1:]) == size:
+        return values
+    return F.interpolate(values.unsqueeze(1), size=size, mode="bilinear", antialias=True).squeeze(1)
+
+
+def on_samples(cells: Tensor, side: int, size: tuple[int, int]) -> Tensor:
+    """(..., h, w): the value of each aligned block (..., ceil(h / side), ceil(w / side)) on its samples."""
+    repeated = cells.repeat_interleave(side, -2).repeat_interleave(side, -1)
+    return repeated[..., : size[0], : size[1]]
+
+
 def closeness(reached: Tensor) -> Tensor:
     """(B, h, w): minus the distance, the larger of both axes, of each sample to the nearest where a floating-point map
     is 1 and not 0; minus the longer side of the map where it is 0 everywhere."""

@@ -1,4 +1,10 @@
-"""Thresholds, windows and levels: what edges, gradients, trimaps, scores and budgets have in common."""
+"""Masks that keep high what lies near strong places of the image: edges as published (Hesse et al. 2023, supplementary;
+reference code `segmentation/main.py`), the magnitude of the gradient, and boundaries of labels, an oracle. Also the
+thresholds, windows and levels that all masks have in common.
+
+Edges and gradients look at the tensor the network sees: RGB in [0, 1] after the ImageNet mean and standard deviation.
+On raw pixels other thresholds are needed.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +16,15 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from cadsurgery.masks.filters import near
-from cadsurgery.masks.provider import Grid, MaskProvider, format_option
+from cadsurgery.masks.context import call_context
+from cadsurgery.masks.filters import blurred, closeness, differences, grey_of, near
+from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
 N = TypeVar("N", int, float)
+IGNORED = 255  # label of pixels that belong to no class
 _WIDEST = 1000  # samples of standard deviation; the window has six times as many on a side
+_CALL = "with cadsurgery.masks.labelled(labels): net(image)"
 
 
 class GradedMask(MaskProvider):
@@ -71,32 +80,129 @@ class GradedMask(MaskProvider):
         return near(self.strength(image), self.dilation[0], grid)
 
 
-class ScoredMask(MaskProvider):
-    """Base of masks that keep high what a map of scores says; several thresholds on it give graded levels. A subclass
-    gives the map (`scores`).
+@mask_provider("edges", source="Hesse et al., CVPRW 2023: thresholds 0.15, 0.35, 0.95 with dilation 11")
+class EdgeMask(GradedMask):
+    """Keep high what lies near an edge of the image; several thresholds give graded levels."""
+
+    def __init__(
+        self, threshold: float | tuple[float, ...] = (0.35,), dilation: int | tuple[int, ...] = (11,)
+    ) -> None:
+        """Create the mask; see `GradedMask`."""
+        super().__init__(threshold, dilation)
+
+    def strength(self, image: Tensor) -> Tensor:
+        """(B, H, W): the larger of the signed central differences to the right and downwards, zero outside.
+
+        Signed as published: only steps from dark to bright count.
+        """
+        return torch.maximum(*differences(grey_of(image), "constant"))
+
+
+@mask_provider("gradient", source="after the published edges, without sign")
+class GradientMask(GradedMask):
+    """Keep high what lies near a steep place of the image, rising or falling; several thresholds give levels."""
+
+    def __init__(
+        self,
+        threshold: float | tuple[float, ...] = (0.35,),
+        dilation: int | tuple[int, ...] = (11,),
+        sigma: float = 0.0,
+    ) -> None:
+        """Create the mask; threshold and dilation as in `GradedMask`.
+
+        Args:
+            threshold: on the length of the vector of central differences: a step across one axis is as strong as
+                to `edges`, whatever its sign.
+            dilation: odd side in image pixels.
+            sigma: standard deviation in pixels of a Gaussian that smooths the grey image first; 0 for none.
+
+        Raises:
+            InvalidInput: as `GradedMask`; a negative or infinite sigma.
+        """
+        super().__init__(threshold, dilation)
+        check_sigma(sigma, "mask gradient")
+        self.sigma = sigma
+
+    def strength(self, image: Tensor) -> Tensor:
+        """(B, H, W): length of the vector of the central differences, the border replicated."""
+        right, down = differences(blurred(grey_of(image), self.sigma), "replicate")
+        return (right.square() + down.square()).sqrt()
+
+
+@mask_provider(
+    "trimap",
+    source="oracle of Hesse et al., CVPRW 2023 (widths 33, 55); its code is unreleased: our definition",
+)
+class TrimapMask(GradedMask):
+    """Keep high what lies near a boundary of the labels, an oracle; several widths give graded levels.
+
+    A pixel is on a boundary if one of its four neighbours has another label, unless one of the two is to be ignored.
+    Labels come through `labelled`.
     """
 
-    def __init__(self, threshold: float | tuple[float, ...]) -> None:
+    counted = "widths"
+    needs = "labels"
+
+    def __init__(self, width: int | tuple[int, ...] = (33,), ignore: int = IGNORED) -> None:
         """Create the mask.
 
         Args:
-            threshold: on the scores; the i-th decides what gets level i, everything else the lowest level.
+            width: odd side in image pixels of the window that must hold a boundary for level i; everything else gets
+                the lowest level.
+            ignore: label that has no boundary with anything.
 
         Raises:
-            InvalidInput: thresholds that are NaN or do not fall.
+            InvalidInput: a width that is not odd and positive.
         """
-        super().__init__()
-        self.threshold = several(threshold)
-        check_thresholds(self.threshold, f"mask {self.name}", falling=True)
+        widths = several(width)
+        check_odd("width", widths, "mask trimap")
+        super().__init__((0.5,) * len(widths), widths)
+        self.width, self.ignore = widths, ignore
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
+    def strength(self, image: Tensor) -> Tensor:
+        """(B, H, W) float32: 1 on boundaries of the labels, 0 elsewhere.
 
         Raises:
-            InvalidInput: more thresholds than levels, or no scores.
+            InvalidInput: there are no labels, or they are of another size than the image.
         """
-        check_count(len(self.threshold), "thresholds", grid, f"mask {self.name}")
-        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
+        labels = call_context().labels
+        if labels is None:
+            raise InvalidInput(
+                "the trimap has no labels.",
+                where="mask trimap",
+                why="it keeps high what lies near a boundary of the labels, which a network is not given.",
+                next=f"write {_CALL}; on the command line: --labels FILE.",
+            )
+        expected = (image.shape[0], *image.shape[2:])
+        if tuple(labels.shape) != expected:
+            raise InvalidInput(
+                f"the labels have shape {tuple(labels.shape)}, the image batch {tuple(image.shape)}.",
+                where="mask trimap",
+                next=f"give labels of shape {expected}: {_CALL}.",
+            )
+        return boundaries(labels.to(image.device), self.ignore).to(torch.float32)
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) float32: minus the distance to the nearest boundary (the larger of both axes) in samples, rounded
+        down; everywhere minus the longer side of the map in an image without one."""
+        reached = near(self.strength(image), 2 * grid.output_stride - 1, grid)
+        return closeness(reached)
+
+
+def boundaries(labels: Tensor, ignore: int = IGNORED) -> Tensor:
+    """(B, H, W) bool: pixels with another label than one of their four neighbours, neither of the two `ignore`."""
+    values = labels.long()  # not all integer types can be compared
+    known = values != ignore
+    on_boundary = torch.zeros_like(known)
+    for axis in (1, 2):
+        pairs = labels.shape[axis] - 1
+        before, after = (
+            (values.narrow(axis, place, pairs), known.narrow(axis, place, pairs)) for place in (0, 1)
+        )
+        differ = (before[0] != after[0]) & before[1] & after[1]
+        for place in (0, 1):
+            on_boundary.narrow(axis, place, pairs).logical_or_(differ)
+    return on_boundary
 
 
 def levels_where(chosen: Iterable[Tensor], grid: Grid) -> Tensor:
@@ -125,9 +231,9 @@ def check_thresholds(thresholds: Sequence[float], where: str, *, falling: bool =
             "a threshold is NaN or missing.", where=where, next="use numbers such as 0.35 or 0.8/0.2."
         )
     if falling and any(later >= earlier for earlier, later in pairwise(thresholds)):
-        given = format_option(tuple(thresholds))
+        written = format_option(tuple(thresholds))
         raise InvalidInput(
-            f"the thresholds {given} do not fall.",
+            f"the thresholds {written} do not fall.",
             where=where,
             why="the i-th gives level i, so what reaches a later one must include what reaches an earlier one.",
             next=f"write {format_option(tuple(sorted(set(thresholds), reverse=True)))}.",

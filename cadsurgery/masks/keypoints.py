@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cadsurgery.elements.lattice import describe
-from cadsurgery.masks.confidence import first_pass_output
+from cadsurgery.masks.context import call_context, first_pass_output
 from cadsurgery.masks.detectors import points_of, sift
 from cadsurgery.masks.filters import closeness, grey_of
 from cadsurgery.masks.graded import check_count, levels_where
@@ -21,7 +19,6 @@ from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 
 SIFT, GIVEN, OWN = "sift", "given", "own"
-_POINTS: ContextVar[Sequence[Tensor] | None] = ContextVar("keypoints", default=None)
 _CALL = "with cadsurgery.masks.keypoints_at(points): net(image)"
 
 
@@ -46,23 +43,6 @@ class Side(float):
 
 
 _DILATIONS = (Side(51),)
-
-
-@contextmanager
-def keypoints_at(points: Sequence[Tensor]) -> Iterator[None]:
-    """Give the keypoints of the images that are masked within, in this thread; may be nested.
-
-        with keypoints_at([points]):
-            y = net(image, mask="keypoints:detector=given,dilations=25/51/51")
-
-    Args:
-        points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
-    """
-    token = _POINTS.set(points)
-    try:
-        yield
-    finally:
-        _POINTS.reset(token)
 
 
 @mask_provider(
@@ -109,18 +89,17 @@ class KeypointMask(MaskProvider):
             raise InvalidInput(
                 f"count={count} keypoints.", where="mask keypoints", next="give 1 or more, e.g. 512."
             )
-        known = (SIFT, GIVEN, OWN)
-        if isinstance(detector, str) and detector not in known:
-            self._function: Any = _named_detector(detector)
-        else:
-            self._function = detector
-        if not callable(self._function) and not (isinstance(detector, str) and detector in known):
+        self._named = isinstance(detector, str)
+        self._kind = detector if isinstance(detector, str) and detector in (SIFT, GIVEN, OWN) else ""
+        self._function: Any = detector
+        if isinstance(detector, str) and not self._kind:
+            self._function = _named_detector(detector)
+        if not callable(self._function) and not self._kind:
             raise InvalidInput(
                 f"{describe(detector)} is no detector.",
                 where="mask keypoints",
                 next="give sift, given, own, module:function, or a function image -> points.",
             )
-        self._named = isinstance(detector, str)
         self.detector = detector if isinstance(detector, str) else getattr(detector, "__name__", "function")
         self.count = count
 
@@ -128,12 +107,12 @@ class KeypointMask(MaskProvider):
     def needs(self) -> str:  # type: ignore[override]
         """The points, if they are given, or what finds them: no graph can hold it."""
         named = {GIVEN: "keypoints", OWN: "a first pass of the network"}
-        return named.get(self.detector if self._named else "", "a detector outside the network")
+        return named.get(self._kind, "a detector outside the network")
 
     @property
     def looks_ahead(self) -> bool:
         """Whether the network's own scores are looked at."""
-        return self._named and self.detector == OWN
+        return self._kind == OWN
 
     @property
     def storable(self) -> bool:
@@ -163,24 +142,23 @@ class KeypointMask(MaskProvider):
     def points(self, image: Tensor, grid: Grid) -> list[Tensor]:
         """The keypoints of each image of a batch, (n, 2) x and y in image pixels."""
         where = "mask keypoints"
-        kind = self.detector if self._named else ""
-        if kind == OWN:
-            found: Any = own_scores(first_pass_output(where), grid.batch, where)
-        elif kind == GIVEN:
-            found = _POINTS.get()
-            if found is None:
+        if self._kind == OWN:
+            detected: Any = own_scores(first_pass_output(where), grid.batch, where)
+        elif self._kind == GIVEN:
+            detected = call_context().points
+            if detected is None:
                 raise InvalidInput(
                     "there are no keypoints.",
                     where=where,
                     why="detector=given keeps high what lies near points that are given with the image.",
                     next=f"write {_CALL}, or use cadsurgery.read_at; or let detector=sift find them.",
                 )
-        elif kind == SIFT:
-            found = sift_of_normalised(image, self.count)
+        elif self._kind == SIFT:
+            detected = sift_of_normalised(image, self.count)
         else:
-            found = self._function(image)
-        points = points_of(found, image, self.count, where)
-        return points if kind == GIVEN else [part[: self.count] for part in points]
+            detected = self._function(image)
+        points = points_of(detected, image, self.count, where)
+        return points if self._kind == GIVEN else [part[: self.count] for part in points]
 
 
 def sift_of_normalised(image: Tensor, count: int) -> list[Tensor]:

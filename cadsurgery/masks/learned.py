@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadsurgery.masks.filters import on_samples
 from cadsurgery.masks.graded import several
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
 from cadsurgery.support.errors import InvalidInput
@@ -75,16 +76,17 @@ class LearnedMask(MaskProvider):
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int64: the level of the best score in each cell of the lowest level."""
-        found = self.logits(features, grid)
+        logits = self.logits(features, grid)
         if self.noise:
-            found = found + _gumbel(found)
-        return _on_fine_map(found.argmax(1), grid)
+            logits = logits + _gumbel(logits)
+        return on_samples(logits.argmax(1), grid.side, grid.size)
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """How many levels above the lowest the mask expects to be kept."""
         probabilities = self.logits(features, grid).softmax(1)
         above = torch.arange(grid.max_level, -1, -1, device=features.device)
-        return _on_fine_map(torch.einsum("blhw,l->bhw", probabilities, above.to(probabilities)), grid)
+        expected = torch.einsum("blhw,l->bhw", probabilities, above.to(probabilities))
+        return on_samples(expected, grid.side, grid.size)
 
     def logits(self, features: Tensor, grid: Grid) -> Tensor:
         """(B, levels, ceil(h / side), ceil(w / side)): one score per level and cell of the lowest level.
@@ -92,9 +94,9 @@ class LearnedMask(MaskProvider):
         Raises:
             InvalidInput: as `estimate`.
         """
-        found = self.estimate(features, grid)
-        centre, spread, offset = (value.to(found) for value in (self.centre, self.spread, self.offset))
-        return _raised((found - centre[:, None, None]) / spread, offset)
+        estimates = self.estimate(features, grid)
+        centre, spread, offset = (value.to(estimates) for value in (self.centre, self.spread, self.offset))
+        return _raised((estimates - centre[:, None, None]) / spread, offset)
 
     def balanced_logits(self, features: Tensor, grid: Grid, rate: float = 0.1) -> Tensor:
         """The same by the statistics of this batch, so that its map keeps the target fraction; for training.
@@ -106,39 +108,39 @@ class LearnedMask(MaskProvider):
         Raises:
             InvalidInput: as `estimate`.
         """
-        found = self.estimate(features, grid)
-        centre = found.mean((0, 2, 3))
-        found = found - centre[:, None, None]
-        spread = (found[:, 0] - found[:, -1]).std(correction=0).clamp(min=1e-6) / _SHARPNESS
-        found = found / spread
+        estimates = self.estimate(features, grid)
+        centre = estimates.mean((0, 2, 3))
+        estimates = estimates - centre[:, None, None]
+        spread = (estimates[:, 0] - estimates[:, -1]).std(correction=0).clamp(min=1e-6) / _SHARPNESS
+        estimates = estimates / spread
         with torch.no_grad():
-            offset = self._offset([(found, grid)])
+            offset = self._offset([(estimates, grid)])
             for buffer, value in ((self.centre, centre), (self.spread, spread), (self.offset, offset)):
                 buffer.lerp_(torch.as_tensor(value).to(buffer), rate)
-        return _raised(found, offset)
+        return _raised(estimates, offset)
 
     @torch.no_grad()
-    def balance(self, found: Sequence[tuple[Tensor, Grid]]) -> float:
+    def balance(self, logits: Sequence[tuple[Tensor, Grid]]) -> float:
         """Raise or lower the score of level 0 for good, so that the maps of these `logits` keep the target fraction.
 
         Returns:
             The share they keep then, the mean over the images.
         """
-        offset = self._offset(found)
+        offset = self._offset(logits)
         self.offset += offset
-        return self._kept_of_all(found, offset)
+        return self._kept_of_all(logits, offset)
 
-    def _kept_of_all(self, found: Sequence[tuple[Tensor, Grid]], offset: float) -> float:
-        kept = [float(self.kept(_raised(logits, offset), grid)) for logits, grid in found]
-        return sum(kept) / len(kept)
+    def _kept_of_all(self, of_images: Sequence[tuple[Tensor, Grid]], offset: float) -> float:
+        shares = [float(self.kept(_raised(one, offset), grid)) for one, grid in of_images]
+        return sum(shares) / len(shares)
 
-    def _offset(self, found: Sequence[tuple[Tensor, Grid]]) -> float:
+    def _offset(self, of_images: Sequence[tuple[Tensor, Grid]]) -> float:
         """Of the score of level 0 for the target fraction; the share kept rises with it."""
-        reach = max(float(logits.max() - logits.min()) for logits, _ in found) + 1.0
+        reach = max(float(logits.max() - logits.min()) for logits, _ in of_images) + 1.0
         low, high = -reach, reach
         for _ in range(30):
             middle = (low + high) / 2
-            if self._kept_of_all(found, middle) < self.fraction:
+            if self._kept_of_all(of_images, middle) < self.fraction:
                 low = middle
             else:
                 high = middle
@@ -154,24 +156,24 @@ class LearnedMask(MaskProvider):
             self._make(features.shape[1], grid.max_level + 1, features.device)
         first, last = self.estimator[0], self.estimator[7]
         assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
-        made = (first.in_channels, last.out_channels)
-        if made != (features.shape[1], grid.max_level + 1):
+        sizes = (first.in_channels, last.out_channels)
+        if sizes != (features.shape[1], grid.max_level + 1):
             raise InvalidInput(
-                f"the learned mask was made for {made[0]} channels and {made[1]} levels.",
+                f"the learned mask was made for {sizes[0]} channels and {sizes[1]} levels.",
                 where="mask learned",
                 why=f"{features.shape[1]} channels enter the region, and maps have {grid.max_level + 1} levels.",
                 next='use a new one, mask="learned", or the network it was trained with.',
             )
-        found = features.to(first.weight.dtype)
+        values = features.to(first.weight.dtype)
         for layer in self.estimator:
             pools = isinstance(layer, nn.Identity)
-            found = F.max_pool2d(found, grid.side, ceil_mode=True) if pools else layer(found)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+            values = F.max_pool2d(values, grid.side, ceil_mode=True) if pools else layer(values)
+        return values.to(torch.promote_types(values.dtype, torch.float32))
 
     def sample(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
         al. 2017); of torch's generator, another one, or one for each image."""
-        return _on_fine_map(self._hardened(logits + _gumbel(logits, generator)), grid)
+        return on_samples(self._hardened(logits + _gumbel(logits, generator)), grid.side, grid.size)
 
     def kept(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """The share kept high, a scalar to hold against `fraction`, with straight-through gradient.
@@ -223,12 +225,13 @@ class LearnedMask(MaskProvider):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Make the estimator that the tensors belong to, if there is none yet; its children are loaded after."""
         stored: list[Any] = [state_dict.get(f"{prefix}estimator.{place}.weight") for place in (0, 2, 5, 7)]
-        kernels = [kernel for kernel in stored if isinstance(kernel, Tensor) and kernel.dim() == 4]
-        if not len(self.estimator) and len(kernels) == 4:
-            sizes = (kernels[0].shape[1], *self.channels, kernels[-1].shape[0])
+        weights = [weight for weight in stored if isinstance(weight, Tensor) and weight.dim() == 4]
+        if not len(self.estimator) and len(weights) == 4:
+            sizes = (weights[0].shape[1], *self.channels, weights[-1].shape[0])
             # Others than the options say are not made, and then refused as tensors of nothing.
-            if all(k.shape == (b, a, 3, 3) for k, (a, b) in zip(kernels, pairwise(sizes), strict=True)):
-                self._make(sizes[0], sizes[-1], kernels[0].device)
+            shapes = [(after, before, 3, 3) for before, after in pairwise(sizes)]
+            if [tuple(weight.shape) for weight in weights] == shapes:
+                self._make(sizes[0], sizes[-1], weights[0].device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -244,14 +247,7 @@ def _raised(logits: Tensor, offset: Tensor | float) -> Tensor:
 def _gumbel(like: Tensor, generator: Generators = None) -> Tensor:
     """Standard Gumbel noise; of a generator on the CPU, so that it is the same on all devices."""
     if isinstance(generator, Sequence):
-        return torch.cat([_gumbel(one, own) for one, own in zip(like.split(1), generator, strict=True)])
+        return torch.cat([_gumbel(*pair) for pair in zip(like.split(1), generator, strict=True)])
     device = generator.device if generator is not None else like.device
     uniform = torch.rand(like.shape, generator=generator, device=device).clamp(min=1e-20).to(like)
     return -(-uniform.log()).clamp(min=1e-20).log()
-
-
-def _on_fine_map(cells: Tensor, grid: Grid) -> Tensor:
-    """(..., h, w): each cell's value (..., ceil(h / side), ceil(w / side)) on its samples."""
-    height, width = grid.size
-    repeated = cells.repeat_interleave(grid.side, -2).repeat_interleave(grid.side, -1)
-    return repeated[..., :height, :width]

@@ -45,8 +45,8 @@ class Masking:
         ):  # of a network that scales pictures itself; differences would wrap around
             image = image.to(torch.get_default_dtype())
         with torch.no_grad():
-            found = self.provider(image, features, grid)
-        return geometry.lattice(checked_levels(found, grid, self.provider.name), bounds)
+            levels = self.provider(image, features, grid)
+        return geometry.lattice(checked_levels(levels, grid, self.provider.name), bounds)
 
     def grid(self, features: Tensor) -> Grid:
         """What the mask is told of the fine map `features` (B, C, h, w)."""
@@ -54,10 +54,10 @@ class Masking:
         return Grid.of(self.geometry, features.shape[0], size, self.output_stride)
 
     def _bounds(self, grid: Grid) -> Bounds:
-        kept = self.provider.kept_patches(grid) if self.provider.static else None
-        if kept is None:
+        patches = self.provider.kept_patches(grid) if self.provider.static else None
+        if patches is None:
             raise not_static(self.provider, "a compiled or exported network has fixed shapes.")
-        return Bounds.of_patches(self.geometry, grid.batch, grid.size, kept)
+        return Bounds.of_patches(self.geometry, grid.batch, grid.size, patches)
 
 
 def not_static(mask: MaskProvider, why: str, next: str = "") -> InvalidInput:

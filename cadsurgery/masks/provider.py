@@ -197,7 +197,7 @@ def format_option(value: Any) -> str:
     return "/".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
 
 
-def checked_levels(found: object, grid: Grid, provider: str) -> Tensor:
+def checked_levels(returned: object, grid: Grid, provider: str) -> Tensor:
     """A provider's result as integer levels (B, h, w); a bool map keeps True high.
 
     Raises:
@@ -206,21 +206,21 @@ def checked_levels(found: object, grid: Grid, provider: str) -> Tensor:
     where = f"mask {provider}" if provider else "mask"
     size = f"({grid.batch}, {grid.size[0]}, {grid.size[1]})"
     expected = f"a bool or integer tensor of shape {size}: one value per {grid.output_stride} image pixels"
-    if not isinstance(found, Tensor):
-        raise InvalidInput(f"a mask cannot be {describe(found)}.", where=where, next=f"give {expected}.")
-    if found.is_floating_point() or found.is_complex():
+    if not isinstance(returned, Tensor):
+        raise InvalidInput(f"a mask cannot be {describe(returned)}.", where=where, next=f"give {expected}.")
+    if returned.is_floating_point() or returned.is_complex():
         raise InvalidInput(
-            f"a mask cannot be {describe(found)}.",
+            f"a mask cannot be {describe(returned)}.",
             where=where,
             why="floating-point values are neither levels nor a yes or no.",
             next=f"threshold it, e.g. scores > 0.5; needed is {expected}.",
         )
-    levels = found.unsqueeze(0) if found.dim() == 2 else found
+    levels = returned.unsqueeze(0) if returned.dim() == 2 else returned
     if levels.dim() == 3 and levels.shape[0] == 1:
         levels = levels.expand(grid.batch, -1, -1)
     if tuple(levels.shape) != (grid.batch, *grid.size):
         raise InvalidInput(
-            f"the mask has shape {tuple(found.shape)}.",
+            f"the mask has shape {tuple(returned.shape)}.",
             where=where,
             why=f"the fine map of this image has {grid.size[0]} x {grid.size[1]} samples.",
             next=f"give {expected}.",
@@ -241,7 +241,7 @@ def checked_levels(found: object, grid: Grid, provider: str) -> Tensor:
     return levels
 
 
-def checked_scores(found: object, grid: Grid, provider: str, user: str) -> Tensor:
+def checked_scores(scores: object, grid: Grid, provider: str, user: str) -> Tensor:
     """A provider's scores (B, h, w), once they are known to be scores; `user` is the mask that ranks by them.
 
     Raises:
@@ -249,17 +249,17 @@ def checked_scores(found: object, grid: Grid, provider: str, user: str) -> Tenso
     """
     where = f"mask {user}, scores of mask {provider}"
     shape = (grid.batch, *grid.size)
-    if not isinstance(found, Tensor) or not found.is_floating_point() or tuple(found.shape) != shape:
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or tuple(scores.shape) != shape:
         raise InvalidInput(
-            f"the scores are {describe(found)}.",
+            f"the scores are {describe(scores)}.",
             where=where,
             next=f"give a floating-point tensor of shape {shape}.",
         )
-    if not torch.compiler.is_compiling() and found.isnan().any():
+    if not torch.compiler.is_compiling() and scores.isnan().any():
         raise InvalidInput(
             "the scores hold NaN.",
             where=where,
             why="what is not a number has no rank.",
             next="check the image and the mask that gives the scores.",
         )
-    return found
+    return scores

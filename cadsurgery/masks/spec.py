@@ -1,4 +1,4 @@
-"""The string form of masks.
+"""From what a user gives to a mask, and the string form of masks.
 
     mask   = sum { "|" wrapper }             a wrapper works on everything before it
     sum    = term { "+" term }               the finest level of several masks; binds tighter than the pipe
@@ -15,6 +15,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.lattice import describe
+from cadsurgery.masks.basic import TENSOR, FixedMask, FunctionMask
 from cadsurgery.masks.provider import PROVIDERS, MaskProvider, format_option, options_of
 from cadsurgery.support.errors import InvalidInput, UnknownName
 
@@ -24,20 +29,41 @@ _END = ""
 _MOST = 64  # marks: masks are read, written and asked recursively
 
 
-def parse(text: str, tensor: Callable[[], MaskProvider] | None = None, tensor_name: str = "") -> MaskProvider:
+def resolve_mask(mask: object) -> MaskProvider:
+    """A provider from a string (see above), a provider, a callable image -> map, or a tensor.
+
+    Raises:
+        UnknownName: no such mask or option; the closest names are listed.
+        InvalidInput: a string that cannot be read, or `mask` is something else.
+    """
+    if isinstance(mask, MaskProvider):
+        return mask
+    if isinstance(mask, str):
+        return parse(mask)
+    if isinstance(mask, Tensor):
+        return FixedMask(mask)
+    if callable(mask):
+        return FunctionMask(mask)
+    raise InvalidInput(
+        f"{describe(mask)} is not a mask.",
+        next='give a name such as "edges", a tensor, a provider or a function image -> map.',
+    )
+
+
+def parse(text: str, *, tensors: bool = False) -> MaskProvider:
     """The mask a string describes.
 
     Args:
         text: the string form.
-        tensor: makes what stands for `tensor_name`, which otherwise is no name of a mask.
-        tensor_name: what a file writes for a tensor.
+        tensors: read what a file writes for a tensor as a mask of no size, whose tensor comes later; otherwise it is
+            no name of a mask.
 
     Raises:
         UnknownName: no such mask, wrapper or option; the closest names are listed.
         InvalidInput: a value cannot be read, a part is missing, or a wrapper stands where a mask belongs or the
             other way round.
     """
-    reader = _Reader(text, {tensor_name: tensor} if tensor else {})
+    reader = _Reader(text, tensors)
     if (marks := len(_MARKS.findall(text))) > _MOST:
         raise InvalidInput(
             f"the mask {text[:40]!r}... has {marks} pipes, pluses and parentheses.",
@@ -49,7 +75,7 @@ def parse(text: str, tensor: Callable[[], MaskProvider] | None = None, tensor_na
     return mask
 
 
-def joined(masks: list[str]) -> str:
+def join(masks: list[str]) -> str:
     """The string form of the finest level of masks."""
     return f" {PLUS} ".join(f"({mask})" if _MARKS.search(mask) else mask for mask in masks)
 
@@ -57,8 +83,8 @@ def joined(masks: list[str]) -> str:
 class _Reader:
     """Reads a string from left to right."""
 
-    def __init__(self, text: str, known: dict[str, Callable[[], MaskProvider]]) -> None:
-        self.text, self.known = text, known
+    def __init__(self, text: str, tensors: bool) -> None:
+        self.text, self.tensors = text, tensors
         self.pieces = [piece.strip() for piece in _MARKS.split(text) if piece.strip()]
 
     def next(self) -> str:
@@ -66,10 +92,10 @@ class _Reader:
 
     def took(self, mark: str) -> bool:
         """Whether the mark comes next; then it is passed."""
-        found = self.next() == mark
-        if found:
+        follows = self.next() == mark
+        if follows:
             self.pieces.pop(0)
-        return found
+        return follows
 
     def words(self) -> str:
         """What comes before the next mark."""
@@ -94,8 +120,8 @@ class _Reader:
                 raise _unfinished(self.text, "a parenthesis is not closed")
             return mask
         words = self.words()
-        if words in self.known:
-            return self.known[words]()
+        if self.tensors and words == TENSOR:
+            return FixedMask(torch.zeros(1, 1))
         if not words and self.next() == PIPE:
             self.pieces.pop(0)
             raise InvalidInput(

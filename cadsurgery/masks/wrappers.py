@@ -1,16 +1,62 @@
-"""Masks made from other masks: larger, cut at thresholds, joined."""
+"""Masks made from other masks: larger, cut at thresholds, joined, held to a budget, steady over a video."""
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import pairwise
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.masks.filters import window_maximum
+from cadsurgery.masks.filters import on_samples, window_maximum
 from cadsurgery.masks.graded import check_count, check_odd, check_thresholds, levels_of_scores, several
-from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels, checked_scores, mask_provider
-from cadsurgery.masks.resolve import MaskWrapper, resolve_mask
-from cadsurgery.masks.spec import joined
+from cadsurgery.masks.provider import (
+    Grid,
+    MaskProvider,
+    checked_levels,
+    checked_scores,
+    format_option,
+    mask_provider,
+)
+from cadsurgery.masks.spec import PIPE, join, resolve_mask
 from cadsurgery.support.errors import InvalidInput
+
+
+class MaskWrapper(MaskProvider):
+    """Base of masks made from another mask; the string form writes them behind it and a pipe.
+
+    The first parameter of a subclass's constructor is the inner mask, the others are its options.
+    """
+
+    takes = "one"
+
+    def __init__(self, mask: object) -> None:
+        """Wrap anything `resolve_mask` takes.
+
+        Args:
+            mask: the inner mask.
+        """
+        super().__init__()
+        self.mask = resolve_mask(mask)
+
+    @property
+    def parts(self) -> tuple[MaskProvider, ...]:
+        """The inner mask."""
+        return (self.mask,)
+
+    def spec(self) -> str:
+        """The string form that `resolve_mask` reads back: the inner mask's, a pipe, its own."""
+        return f"{self.mask.spec()} {PIPE} {super().spec()}"
+
+    def inner_levels(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int64: the levels of the inner mask, checked."""
+        return checked_levels(self.mask(image, features, grid), grid, self.mask.name)
+
+    def inner_scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w): the scores of the inner mask, checked."""
+        return checked_scores(self.mask.scores(image, features, grid), grid, self.mask.name, self.name)
 
 
 @mask_provider("dilate")
@@ -110,12 +156,12 @@ class Union(MaskProvider):
 
     def spec(self) -> str:
         """The string form that `resolve_mask` reads back: those of the masks with a plus between them."""
-        return joined([mask.spec() for mask in self.parts])
+        return join([mask.spec() for mask in self.parts])
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int64: the finest level of any mask."""
-        found = [checked_levels(mask(image, features, grid), grid, mask.name) for mask in self.parts]
-        return torch.stack(found).amin(0)
+        levels = [checked_levels(mask(image, features, grid), grid, mask.name) for mask in self.parts]
+        return torch.stack(levels).amin(0)
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) float64: a finer level always scores higher; among equal ones the highest rank in any mask counts.
@@ -125,9 +171,168 @@ class Union(MaskProvider):
         """
         ranks = []
         for mask in self.parts:
-            found = checked_scores(mask.scores(image, features, grid), grid, mask.name, self.name)
-            flat = found.double().flatten(1)
+            scores = checked_scores(mask.scores(image, features, grid), grid, mask.name, self.name)
+            flat = scores.double().flatten(1)
             lower = torch.searchsorted(flat.sort(dim=1).values, flat)
-            ranks.append(lower.view_as(found) / flat.shape[1])
+            ranks.append(lower.view_as(scores) / flat.shape[1])
         levels = self(image, features, grid)
         return grid.max_level - levels + torch.stack(ranks).amax(0)
+
+
+@mask_provider("budget")
+class Budget(MaskWrapper):
+    """Keep exactly a fraction of the patches: those another mask scores highest; several fractions give levels.
+
+    A patch is an aligned block of R_K x R_K samples (R_K: `Grid.patch`), so that no level changes when the map
+    is made legal; where patches divide the map, the number of elements depends on its size alone. Given the
+    scores, shapes and control flow depend on no values, as compilers and CUDA graphs want it.
+    """
+
+    image_only = True
+
+    def __init__(
+        self, mask: object, fraction: float | tuple[float, ...] = (0.3,), per_batch: bool = False
+    ) -> None:
+        """Create the mask.
+
+        Args:
+            mask: gives the scores (`MaskProvider.scores`); anything `adaptify` takes as a mask.
+            fraction: of the patches to keep at level 0, 0..1; their number is rounded to the nearest, halves to even.
+                Of several, rising, the i-th is the share that gets level i or finer; everything else the lowest. With
+                `patch="block"` every patch is at level 0 or the lowest, and the last fraction counts.
+            per_batch: the fraction is of all patches of a batch, the best of any image; otherwise of each image.
+
+        Raises:
+            InvalidInput: a fraction outside 0..1, or fractions that fall.
+        """
+        super().__init__(mask)
+        self.fraction, self.per_batch = several(fraction), per_batch
+        rising = all(fewer <= more for fewer, more in pairwise((0, *self.fraction, 1)))
+        if not self.fraction or not rising:
+            raise InvalidInput(
+                f"a budget of fraction={format_option(self.fraction)}.",
+                where="mask budget",
+                next="give the share of patches to keep, 0..1, e.g. fraction=0.3, or rising shares: 0.1/0.3 keeps "
+                ".1 at level 0 and .3 at level 1 or finer.",
+            )
+
+    @property
+    def static(self) -> bool:
+        """Unless the scores depend on more than image and features, such as labels, which a graph would fix."""
+        return not self.dependence
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int8: level i in the patches kept for it, the lowest elsewhere.
+
+        Raises:
+            InvalidInput: the inner mask's scores have the wrong type or size, or are NaN; more fractions than levels.
+        """
+        check_count(len(self.fraction), "fractions", grid, "mask budget")
+        scores = self._of_patches(self.inner_scores(image, features, grid), grid)
+        flat = scores.flatten(0 if self.per_batch else 1)
+        levels = self._levels_of_ranks(flat, grid).view(scores.shape)
+        return on_samples(levels, grid.patch, grid.size)
+
+    def kept_patches(self, grid: Grid) -> tuple[int, ...]:
+        """The fractions of the patches of each image, or of the batch."""
+        images, patches = (1, grid.batch * grid.patches) if self.per_batch else (grid.batch, grid.patches)
+        return tuple(images * count for count in self._counts(patches))
+
+    def _counts(self, patches: int) -> list[int]:
+        """How many of so many patches get level 0, level 1 or finer, ..."""
+        return [round(fraction * patches) for fraction in self.fraction]
+
+    def _levels_of_ranks(self, scores: Tensor, grid: Grid) -> Tensor:
+        """Int8, of the shape of the scores (..., N): levels by rank in each row; of equal scores the first leads."""
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        by_rank = torch.full(scores.shape[-1:], grid.max_level, dtype=torch.int8, device=scores.device)
+        for level, count in reversed(list(enumerate(self._counts(scores.shape[-1])))):
+            by_rank[:count] = min(level, grid.max_level)
+        return torch.empty_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
+
+    def _of_patches(self, scores: Tensor, grid: Grid) -> Tensor:
+        """The scores by patch, once they are known to have a rank."""
+        of_patches = patch_scores(scores, grid.patch)
+        if not torch.compiler.is_compiling() and of_patches.isnan().any():
+            raise InvalidInput(
+                "the scores hold infinities of both signs in one patch.",
+                where=f"mask budget, scores of mask {self.mask.name}",
+                why="their mean is not a number and has no rank.",
+                next="check the image and the mask that gives the scores.",
+            )
+        return of_patches
+
+
+def patch_scores(scores: Tensor, patch: int) -> Tensor:
+    """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each aligned block.
+
+    A block at the border counts the samples inside the map. In float64, where sums of equal float32 values are
+    exact: equal scores stay equal whatever the size of their blocks.
+    """
+    samples = scores.double().unsqueeze(1)
+    return F.avg_pool2d(samples, patch, ceil_mode=True, count_include_pad=False).squeeze(1)
+
+
+@mask_provider("smooth")
+class Smooth(MaskWrapper):
+    """Over video frames, keep what another mask keeps until it has not asked for it for some frames (hysteresis).
+
+    Every call is a frame, also that of `net.macs`. Each position of the batch is a video of its own; for videos in
+    different calls use an object each, `net(frame, mask=smooth_of_this_video)`. Another batch, size or device starts
+    anew, as `reset()` does. What is remembered is in no state dict, copy or file.
+    """
+
+    image_only = True
+
+    needs = "earlier images"
+
+    def __init__(self, mask: object, hold: int = 3) -> None:
+        """Create the mask.
+
+        Args:
+            mask: anything `adaptify` takes as a mask.
+            hold: frames for which a sample keeps its level after the last one that asked for it; 0 for none.
+
+        Raises:
+            InvalidInput: a negative hold.
+        """
+        super().__init__(mask)
+        if hold < 0:
+            raise InvalidInput(
+                f"hold={hold}.", where="mask smooth", next="give a number of frames such as hold=3, or 0."
+            )
+        self.hold = hold
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all frames: the next one is the first of its video."""
+        self._levels, self._scores = _Frames(self.hold + 1), _Frames(self.hold + 1)
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int64: the finest level of this frame and the `hold` frames before it."""
+        return self._levels.with_next(self.inner_levels(image, features, grid), grid).amin(0)
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The highest score in this frame and the `hold` frames before it, counted apart from those of `forward`."""
+        return self._scores.with_next(self.inner_scores(image, features, grid), grid).amax(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        forgotten = {"_levels": _Frames(self.hold + 1), "_scores": _Frames(self.hold + 1)}
+        return {**super().__getstate__(), **forgotten}
+
+
+class _Frames:
+    """The last maps of a stream, as long as they are for the same grid."""
+
+    def __init__(self, count: int) -> None:
+        self.maps: deque[Tensor] = deque(maxlen=count)
+        self.key: object = None
+
+    def with_next(self, newest: Tensor, grid: Grid) -> Tensor:
+        """(frames, B, h, w): those remembered with one more, which is remembered too."""
+        key = (grid, newest.dtype, newest.device)
+        if key != self.key:
+            self.maps.clear()
+            self.key = key
+        self.maps.append(newest.detach())
+        return torch.stack(tuple(self.maps))

@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
-from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
-from cadsurgery.network.model import AdaptiveModel, Surgery
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, observe
@@ -115,12 +116,13 @@ def adaptify(
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(flow, chosen, guided=fill == "guided")
-    signature, source = inspect.signature(facts.model.forward), getattr(model, "cad_source", None)
-    own = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
-    surgery = Surgery(
-        graph, chosen, geometry, signature, facts.container, source, own, _relied_on(facts, chosen)
+    signature = inspect.signature(facts.model.forward)
+    as_it_was = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
+    program = Program(
+        graph, chosen, geometry, signature, facts.container, as_it_was, _relied_on(facts, chosen)
     )
-    net = AdaptiveModel(facts.model, surgery, provider)
+    net = AdaptiveModel(facts.model, program, provider)
+    net.source = getattr(model, "cad_source", None)
     take_over(net, facts.model)
     if verify_laws:
         net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.example)
@@ -143,10 +145,10 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
     try:
         graph = _traced(model)
     except CannotConvert as refusal:
-        found = _backbone_graph(model)
-        if found is None:
+        backbone = _backbone_graph(model)
+        if backbone is None:
             raise refusal
-        path, graph = found
+        path, graph = backbone
         part = getattr(model, path)
     return path, observe(part, graph, example_input)
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
+from cadsurgery.elements.lattice import Bounds, Lattice
 from cadsurgery.masks.masking import check_image, not_static
-from cadsurgery.masks.resolve import resolve_mask
-from cadsurgery.network.hosted import HostedModel
-from cadsurgery.network.model import AdaptiveModel, runnable
+from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.program import runnable
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.support.files import check_folder, written_whole
 
@@ -58,7 +58,7 @@ class Bucketed(nn.Module):
             InvalidInput: no converted network, one that only hosts a converted part, or no bucket at all.
         """
         super().__init__()
-        if not isinstance(net, AdaptiveModel) or isinstance(net, HostedModel):
+        if (program := whole_program(net)) is None:
             raise InvalidInput(
                 f"{type(net).__name__} cannot be bucketed.",
                 why="it is no network that is adaptive as a whole.",
@@ -67,8 +67,7 @@ class Bucketed(nn.Module):
         if per_octave < 1:
             raise InvalidInput(f"per_octave={per_octave}.", next="use a positive number such as 4.")
         self.net, self.per_octave, self.options = net, per_octave, options
-        self._halves = net.halved().cut
-        self._before = torch.compile(_apart(runnable(self._halves.before)), **options)
+        self._before = torch.compile(_apart(runnable(program.halves.before)), **options)
         self._after: dict[object, Callable[..., Any]] = {}
 
     @property
@@ -78,19 +77,19 @@ class Bucketed(nn.Module):
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network; see `AdaptiveModel.forward`."""
-        net = self.net
+        net, program = self.net, self.net.program
         provider = net.mask if mask is None else resolve_mask(mask)
-        values = net.checked(lambda arguments: self._before(net.names(), **arguments), *args, **kwargs)
-        masking = net.masking(provider)
-        with net.ahead(provider, values):
-            lattice = masking(values[self._halves.image], values[self._halves.features])
+        values = program.checked(
+            lambda arguments: self._before(program.names(), **arguments), *args, **kwargs
+        )
+        lattice = program.ask(program.masking(provider), values)
         bounds, levels = self._bounds(lattice), lattice.pyramid.levels
         key = (bounds, levels.shape)
-        run = self._after.pop(key, None) or self._made_for(bounds)
+        run = self._after.pop(key, None) or self._make_for(bounds)
         self._after[key] = run  # the last used stands last
         for oldest in list(self._after)[:-MOST_GRAPHS]:
             self._after.pop(oldest, None)
-        return net.finish(run(levels, *values), lattice)
+        return net.finish(program.contained(run(levels, *values)), lattice)
 
     def _bounds(self, lattice: Lattice) -> Bounds:
         counts = [len(lattice.at(stage)) for stage in range(lattice.stage + 1)]
@@ -99,11 +98,12 @@ class Bucketed(nn.Module):
         least, most = zip(*(bucket(count, self.per_octave) for count in counts), strict=True)
         return Bounds(least, most)
 
-    def _made_for(self, bounds: Bounds) -> Callable[..., Any]:
-        net, forward = self.net, runnable(self._halves.after)
+    def _make_for(self, bounds: Bounds) -> Callable[..., Any]:
+        program = self.net.program
+        forward, geometry = runnable(program.halves.after), program.geometry
 
         def run(levels: Tensor, *values: Any) -> Any:
-            return forward(net.names(), _Known(net.geometry, levels, bounds), *values)[0]
+            return forward(program.names(), lambda *_: geometry.lattice(levels, bounds), *values)[0]
 
         return torch.compile(_apart(run), fullgraph=True, dynamic=False, **self.options)
 
@@ -118,18 +118,6 @@ def bucket(count: int, per_octave: int) -> tuple[int, int]:
     while most(place) < count:
         place += 1
     return most(place - 1) + 1, most(place)
-
-
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """Masking with a level map that was found before."""
-
-    geometry: Geometry
-    levels: Tensor
-    bounds: Bounds
-
-    def __call__(self, image: Tensor, features: Tensor) -> Lattice:
-        return self.geometry.lattice(self.levels, self.bounds)
 
 
 def _apart(function: Any) -> Any:
@@ -198,8 +186,8 @@ def export(
             with temporary.open("wb") as stream:
                 torch.export.save(program, stream)
             with temporary.open("rb") as stream:
-                found = torch.export.load(stream).module()(other)
-            difference = _difference(found, net(other))
+                output = torch.export.load(stream).module()(other)
+            difference = _difference(output, net(other))
             if not difference < TOLERANCE:
                 raise CannotConvert(
                     f"the written program differs from the network by {difference:.1e}.",
@@ -209,9 +197,9 @@ def export(
     return Exported(str(file), file.stat().st_size, tuple(image.shape), difference)
 
 
-def _difference(found: Any, expected: Any) -> float:
+def _difference(output: Any, expected: Any) -> float:
     """Largest difference of two outputs of the same structure, each tensor relative to its largest value, or NaN."""
-    pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (found, expected)), strict=True)
+    pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (output, expected)), strict=True)
     differences = [
         float((one - two).abs().max() / two.abs().max().clamp(min=torch.finfo(two.dtype).tiny))
         for one, two in pairs

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.model import AdaptiveModel
 
 
@@ -19,8 +18,8 @@ def dense_twin(net: AdaptiveModel, level: int, image: Tensor) -> Callable[[Tenso
     """The dense network that a uniform level map is, as torch runs it best: batch norm folded, channels_last.
 
     The operations of torch that a call makes are recorded and then run alone, so that nothing of this package is in
-    the twin's time: no mask, no lattice, no fused or compiled operation. A network that is run by its own code
-    (`HostedModel`) cannot be recorded and is called with a uniform mask.
+    the twin's time: no mask, no lattice, no fused or compiled operation. A network that hosts its adaptive part is run
+    by its own code, cannot be recorded, and is called with a uniform mask.
 
     Args:
         net: converted.
@@ -31,17 +30,17 @@ def dense_twin(net: AdaptiveModel, level: int, image: Tensor) -> Callable[[Tenso
         A function of such a batch.
     """
     folded = net.optimize(fuse=False)
-    if isinstance(folded, HostedModel):
+    if folded.hosts_part:
         return partial(folded, mask="all" if level == 0 else "none")
-    known: list[Lattice] = []
+    program, known = folded.program, list[Lattice]()
 
     def uniform(_: Tensor, features: Tensor) -> Lattice:
         if not known:  # the recording run reads the values of the first run's tables
-            known.append(folded.geometry.uniform_like(features, level))
+            known.append(program.geometry.uniform_like(features, level))
         return known[0]
 
     def run(batch: Tensor) -> Any:
-        return folded.run_graph(uniform, batch)[0]
+        return program(uniform, program.bind(batch))[0]
 
     with torch.no_grad():
         folded.run(uniform, image)  # an image that does not fit is refused here

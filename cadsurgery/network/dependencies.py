@@ -8,7 +8,7 @@ whole image wants all of it. Run on lattices cut to these parts, the wanted elem
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,7 @@ from cadsurgery.elements.kernel_map import Reading, kernel_map
 from cadsurgery.elements.lattice import Lattice, Part
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.elements.windows import drops
-from cadsurgery.network.interpreter import GraphInterpreter
-
-if TYPE_CHECKING:
-    from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import GraphInterpreter, Program
 
 Size = tuple[int, int]
 Place = tuple[int, Size]  # stage and fine size of a lattice
@@ -32,8 +29,8 @@ Place = tuple[int, Size]  # stage and fine size of a lattice
 class _Places(GraphInterpreter):
     """Runs a graph and notes where its nodes have elements or lattices."""
 
-    def __init__(self, net: AdaptiveModel, graph: fx.Graph) -> None:
-        super().__init__(net, graph)
+    def __init__(self, program: Program, graph: fx.Graph) -> None:
+        super().__init__(program, graph)
         self.places: dict[str, Place] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -46,17 +43,17 @@ class _Places(GraphInterpreter):
 
 
 def places_of(
-    net: AdaptiveModel, graph: fx.Graph, lattice: Lattice, values: tuple[Any, ...]
+    program: Program, graph: fx.Graph, lattice: Lattice, values: tuple[Any, ...]
 ) -> dict[str, Place]:
     """Where each node of a graph that gives elements or a lattice has them, by its name.
 
     Args:
-        net: with shapes and no values, see `macs.ghost`.
+        program: on shapes without values, see `macs.ghost`.
         graph: behind the place where the mask is asked for.
         lattice: any of the fine map's size.
         values: what enters the graph, as meta tensors.
     """
-    interpreter = _Places(net, graph)
+    interpreter = _Places(program, graph)
     interpreter.run(lambda *_: lattice, *values)
     return interpreter.places
 
@@ -140,8 +137,8 @@ class Cone:
             drop = operation.drops and drops(target, window)
             pixels = reached(source, kernel_map(source, target, window, drop=drop))
             self._need(read, pixels, source.size)
-        for other in node.all_input_nodes:  # a residual, element by element
-            if other is not read and other.name in self._places:
+        for other in node.args[1:]:  # a residual, element by element; it may be what the window reads, too
+            if isinstance(other, fx.Node) and other.name in self._places:
                 self._need(other, needed, target.size)
 
     def _visit_rows(self, node: fx.Node, needed: Tensor, size: Size) -> None:

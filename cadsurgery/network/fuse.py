@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.packed import Activation, PackedConv, PackedLinear
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
+from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.surgery.treatment import has_rule

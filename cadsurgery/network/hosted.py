@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
-from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.network.macs import MacReport
-from cadsurgery.network.model import AdaptiveModel, evaluating
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.hooks import copying
-from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.verify import Check
+from cadsurgery.surgery.trace import evaluating
 
 
 class _Reached(Exception):
     """The part was called with these arguments."""
+
+
+def _reach(part: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Positional and named arguments with which a call comes to a part, where it ends; None if it never does."""
+
+    def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        raise _Reached(inputs, named)
+
+    handle = part.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call(*args, **kwargs)
+    except _Reached as reached:
+        return reached.args
+    finally:
+        handle.remove()
+    return None
 
 
 def check_used(host: nn.Module, path: str, example: Tensor) -> None:
@@ -32,25 +48,14 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
     Raises:
         CannotConvert: it ran and did not call the part.
     """
-
-    def stop(*_: Any) -> None:
-        raise _Reached
-
-    ran = False
-    handle = host.get_submodule(path).register_forward_pre_hook(stop)
-    try:
-        with torch.no_grad(), evaluating(host):
-            for images in (example, -example, torch.zeros_like(example)):
-                for given in (images, list(images)):
-                    try:
-                        host(given)
-                    except _Reached:
+    ran, part = False, host.get_submodule(path)
+    with evaluating(host):
+        for images in (example, -example, torch.zeros_like(example)):
+            for batch in (images, list(images)):
+                with contextlib.suppress(Exception):  # the network decides what it takes
+                    if _reach(part, host, batch) is not None:
                         return
-                    except Exception:  # the network decides what it takes
-                        continue
                     ran = True
-    finally:
-        handle.remove()
     if ran:
         kind = type(host).__name__
         raise CannotConvert(
@@ -67,6 +72,8 @@ class HostedModel(AdaptiveModel):
     It is called as the original is, and has the same state dict. Plan, levels, active fraction and MACs are those of
     the part; its mask sees the batch that the part gets (a detector has resized and normalised it by then).
     """
+
+    hosts_part = True
 
     def __init__(self, host: nn.Module, path: str, part: AdaptiveModel) -> None:
         """Put `part` into `host` at `path`; use `cadsurgery.adaptify` to get one."""
@@ -101,78 +108,20 @@ class HostedModel(AdaptiveModel):
         assert isinstance(part, AdaptiveModel)
         return part
 
-    def lay_out(self) -> None:
-        """Nothing: the part has seen to its weights."""
-
-    def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the part alone with another masking; see `AdaptiveModel.run`."""
-        return self.part.run(masking, *args, **kwargs)
+    adaptive_part = part
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
         """Multiply-accumulates of the part on what it gets when the network is called with these arguments."""
-
-        def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            raise _Reached(inputs, named)
-
-        part = self.part
-        handle = part.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self(*args, **kwargs)
-        except _Reached as reached:
-            inputs, named = reached.args
-        else:
+        arguments = _reach(self.part, self, *args, **kwargs)
+        if arguments is None:
             raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
-        finally:
-            handle.remove()
-        return part.macs(*inputs, mask=mask, rule=rule, **named)
+        inputs, named = arguments
+        return self.part.macs(*inputs, mask=mask, rule=rule, **named)
 
     def optimize(self, fuse: bool = True) -> HostedModel:
         """A copy with the part optimised; see `AdaptiveModel.optimize`."""
         host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)
         return HostedModel(host, self._path, self.part.optimize(fuse))
-
-    @property
-    def plan(self) -> Plan:
-        """What was changed in the part, and why."""
-        return self.part.plan
-
-    @property
-    def geometry(self) -> Geometry:
-        """How the part's lattices are built and read."""
-        return self.part.geometry
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The rewritten graph of the part."""
-        return self.part.graph
-
-    @property
-    def source(self) -> Any:
-        """Where the network came from, if it was built by name."""
-        return self.part.source
-
-    @source.setter
-    def source(self, source: Any) -> None:
-        self.part.source = source
-
-    @property
-    def checks(self) -> tuple[Check, ...]:
-        """The laws verified when the part was made."""
-        return self.part.checks
-
-    @checks.setter
-    def checks(self, checks: tuple[Check, ...]) -> None:
-        self.part.checks = checks
-
-    @property
-    def mask(self) -> MaskProvider:
-        """The mask provider; assign anything `adaptify` takes as a mask."""
-        return self.part.mask
-
-    @mask.setter
-    def mask(self, mask: object) -> None:
-        self.part.mask = mask
 
     @property
     def lattice(self) -> Lattice:
@@ -189,9 +138,6 @@ class HostedModel(AdaptiveModel):
     def __deepcopy__(self, memo: dict[int, Any]) -> HostedModel:
         memo.update({**copying(self), **memo})
         return HostedModel(copy.deepcopy(self._host[0], memo), self._path, copy.deepcopy(self.part, memo))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -48,18 +48,18 @@ def misfit(net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception) -> 
 
 def wrong_type(image: Tensor, dtype: torch.dtype) -> InvalidInput | None:
     """The refusal of an image whose values are of another type than those a network computes in."""
-    found, wanted = _name(image.dtype), _name(dtype)
+    shown, wanted = _name(image.dtype), _name(dtype)
     if not image.is_floating_point():
         return InvalidInput(
-            f"the image holds {found} values, the network computes in {wanted}.",
+            f"the image holds {shown} values, the network computes in {wanted}.",
             why="it expects an image that is scaled and normalised.",
             next=f"of a picture in 0..255: cadsurgery.images.normalise(image.to(torch.{wanted}) / 255, net.source).",
         )
     if image.dtype == dtype or torch.is_autocast_enabled(image.device.type):
         return None
     return InvalidInput(
-        f"the image is {found}, the network {wanted}.",
-        next=f"give it in the network's type, image.to(torch.{wanted}), or convert the network: net.to(torch.{found}).",
+        f"the image is {shown}, the network {wanted}.",
+        next=f"give it in the network's type, image.to(torch.{wanted}), or convert the network: net.to(torch.{shown}).",
     )
 
 

@@ -18,12 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
-from cadsurgery.masks.resolve import resolve_mask
-from cadsurgery.network.interpreter import GraphInterpreter
+from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput, UnknownName, first_line
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -103,53 +104,48 @@ class MacReport:
 
 
 def count_macs(
-    net: AdaptiveModel, args: tuple[Any, ...], kwargs: dict[str, Any], mask: object, rule: str
+    program: Program, counted: Program, mask: object, args: tuple[Any, ...], kwargs: dict[str, Any], rule: str
 ) -> MacReport:
-    """See `AdaptiveModel.macs`."""
+    """See `AdaptiveModel.macs`; `counted` is the program on shapes without values."""
     if rule not in RULES:
         raise UnknownName("counting rule", rule, RULES)
     image: Any = next(iter((*args, *kwargs.values())), None)
     check_image(image)
-    provider = net.mask if mask is None else resolve_mask(mask)
-    asked = _Asked(net.masking(provider))
+    provider, geometry = resolve_mask(mask), program.geometry
+    asked = _Asked(program.masking(provider))
     needs_values = provider.sees_features or provider.looks_ahead
-    found = [net.find_lattice(asked, *args, **kwargs)] if needs_values else []
+    lattices = [program.find_lattice(asked, *args, **kwargs)] if needs_values else []
 
     def masked(_: Tensor, features: Tensor) -> Lattice:
-        if not found:
-            found.append(asked(image, torch.empty(features.shape, device=image.device)))
-        return found[0]
+        if not lattices:
+            lattices.append(asked(image, torch.empty(features.shape, device=image.device)))
+        return lattices[0]
 
-    counted, before = ghost(net), [0]
+    before = [0]
     counts = []
 
     def high(_: Tensor, features: Tensor) -> Lattice:
-        return net.geometry.uniform_like(features, 0)
+        return geometry.uniform_like(features, 0)
 
     def low(_: Tensor, features: Tensor) -> Lattice:
         before[0] = sum(counter.counts.values())
-        return net.geometry.uniform_like(features, net.geometry.max_level)
+        return geometry.uniform_like(features, geometry.max_level)
 
-    for chosen in (masked, high, low):
+    for masking in (masked, high, low):
         counter = Counter(counted, rule)
-        run = partial(_on_shapes, counter, chosen)
         with torch.no_grad(), counter.flops:
-            net.checked(run, *args, **kwargs)
+            program.checked(partial(counter.count, masking), *args, **kwargs)
         counts.append(counter.counts)
     layers = [
         LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
-        for decision in net.plan.decisions
+        for decision in program.plan.decisions
         if any(count.get(decision.node) for count in counts)
     ]
     ahead = sum(counts[-1].values()) - before[0] if provider.looks_ahead else 0
     for name, work in zip(MASK_LAYERS, (asked.macs, ahead), strict=True):
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0))
-    return MacReport(tuple(layers), found[0].active_fraction, rule, tuple(image.shape))
-
-
-def _on_shapes(counter: Counter, masking: Any, arguments: dict[str, Any]) -> None:
-    counter.run(masking, *(_to_meta(value) for value in arguments.values()))
+    return MacReport(tuple(layers), lattices[0].active_fraction, rule, tuple(image.shape))
 
 
 # See `MacReport.of_mask`.
@@ -199,27 +195,23 @@ def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | Non
     """What turns the lattice of each further run on such a batch into exactly the MACs that `net.macs` counts.
 
     MACs are linear in the numbers of elements after each stage, so one count serves all masks. None if they are not: a
-    count on another lattice tells.
+    count on another lattice tells; or if a host changes the batch before its adaptive part gets it.
     """
-    counted = ghost(net)
-    bound = net.bind(_to_meta(image))
-    runs = []
-    for level in (0, net.geometry.max_level):
-        lattices: list[Lattice] = []
+    if net.hosts_part:
+        return None
+    counted = net.counted
+    high, low = (Counter(counted, "conv") for _ in range(2))
+    lattices: list[Lattice] = []
+    for counter, level in ((high, 0), (low, counted.geometry.max_level)):
 
-        def uniform(
-            _: Tensor, features: Tensor, level: int = level, made: list[Lattice] = lattices
-        ) -> Lattice:
-            made.append(net.geometry.uniform_like(features, level))
-            return made[0]
+        def uniform(_: Tensor, features: Tensor, level: int = level) -> Lattice:
+            lattices.append(counted.geometry.uniform_like(features, level))
+            return lattices[-1]
 
-        counter = Counter(counted, "conv")
         with torch.no_grad(), counter.flops:
-            counter.run(uniform, *bound.values())
-        runs.append((counter, lattices[0]))
-    layers = tuple(LayerWork(name, tuple(places.items())) for name, places in runs[0][0].work.items())
-    counter, lattice = runs[1]
-    return layers if {layer.layer: layer.on(lattice) for layer in layers} == counter.counts else None
+            counter.count(uniform, counted.bind(image))
+    layers = tuple(LayerWork(name, tuple(places.items())) for name, places in high.work.items())
+    return layers if {layer.layer: layer.on(lattices[-1]) for layer in layers} == low.counts else None
 
 
 def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
@@ -248,7 +240,7 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
             module.register_forward_hook(count)
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         try:
-            counted(*(_to_meta(value) for value in args))
+            counted(*(to_meta(value) for value in args))
         except Exception as error:  # the network decides what it takes
             raise InvalidInput(
                 f"{type(model).__name__} does not run on {describe(next(iter(args), None))}.",
@@ -273,7 +265,8 @@ def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
     return outputs if isinstance(module, nn.ReLU) else 0
 
 
-def _to_meta(value: Any) -> Any:
+def to_meta(value: Any) -> Any:
+    """A tensor's shape and type without its values; anything else as it is."""
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
@@ -288,17 +281,20 @@ def ghost(net: M) -> M:
 class Counter(GraphInterpreter):
     """Runs the rewritten graph on meta tensors and notes the MACs of each node of the original."""
 
-    def __init__(self, net: AdaptiveModel, rule: str = "conv", graph: fx.Graph | None = None) -> None:
-        super().__init__(net, graph or net.graph)
+    def __init__(self, program: Program, rule: str = "conv", graph: fx.Graph | None = None) -> None:
+        super().__init__(program, graph or program.graph)
         self.flops = FlopCounterMode(display=False)
         self.published = rule == "published"
-        backbone = next((name for name in BACKBONE_NAMES if name in net._modules), None)
+        backbone = next((name for name in BACKBONE_NAMES if name in program.net._modules), None)
         self.prefix = f"{backbone}." if backbone and self.published else ""
         self.counts: dict[str, int] = {}
         self.rows = 0  # that operations with taps compute
-        self.work: dict[
-            str, dict[Place, int]
-        ] = {}  # of each layer: MACs per element, or in all where it is dense
+        # Of each layer: MACs per element, or in all where it is dense.
+        self.work: dict[str, dict[Place, int]] = {}
+
+    def count(self, masking: Any, arguments: dict[str, Any]) -> None:
+        """Count a whole run on the arguments of a call by name."""
+        self.run(masking, *map(to_meta, arguments.values()))
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and count it."""
@@ -330,24 +326,23 @@ class Counter(GraphInterpreter):
     def _published(self, n: fx.Node, value: Any) -> int:
         """Counting of the reference code: the backbone's convolutions with bias, batch norm 2 and ReLU 1 per
         value, max-pooling its input; a strided k x k convolution runs before the subsampling."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is functional.conv2d:
-            window: Any = n.kwargs["window"]
-            source = self._operand(n, 0).lattice
-            lattice = value.lattice if window.taps == 1 else source.at(source.stage, value.lattice.size)
-            weight, bias = self._operand(n, 1), n.args[2] if len(n.args) > 2 else n.kwargs.get("bias")
-            return len(lattice) * (weight.numel() + (weight.shape[0] if bias is not None else 0))
+            return _published_conv2d(value, *args, **kwargs)
         size = value.rows.numel() if isinstance(value, Elements) else getattr(value, "numel", lambda: 0)()
         if n.target is functional.batch_norm:
             return 2 * size
         if n.target is functional.max_pool2d:
-            return self._operand(n, 0).rows.numel()
+            return int(args[0].rows.numel())
         if n.op != "call_module":
             return 0
         module = self.fetch_attr(str(n.target))
-        inputs = self._operand(n, 0).numel() if isinstance(module, nn.MaxPool2d) else 0
-        return published_macs(module, inputs, size)
+        return published_macs(module, args[0].numel() if isinstance(module, nn.MaxPool2d) else 0, size)
 
-    def _operand(self, n: fx.Node, position: int) -> Any:
-        names = ("x", "weight")
-        node: Any = n.args[position] if len(n.args) > position else n.kwargs[names[position]]
-        return self.env[node]
+
+def _published_conv2d(
+    value: Elements, x: Elements, weight: Tensor, bias: Tensor | None = None, *, window: Window, **_: Any
+) -> int:
+    """See `Counter._published`."""
+    lattice = value.lattice if window.taps == 1 else x.lattice.at(x.lattice.stage, value.lattice.size)
+    return len(lattice) * (weight.numel() + (weight.shape[0] if bias is not None else 0))

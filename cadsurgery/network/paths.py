@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.resizing import read_as_resized
 from cadsurgery.masks.provider import Grid
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.rewrite import MASKING, found_lattice
+from cadsurgery.surgery.rewrite import found_lattice
 
 _PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 Weigh = Callable[[Tensor, Grid], Tensor]
@@ -52,10 +54,10 @@ def blended(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separa
     Raises:
         InvalidInput: weights of another shape.
     """
-    halved, names = net.halved(), net.names()
-    values = halved.before(names, **net.bind(*inputs))
-    features = values[halved.cut.features]
-    grid = net.masking(net.mask).grid(features)
+    program = net.program
+    values = program.before(program.bind(*inputs))
+    features = values[program.halves.features]
+    grid = program.masking(net.mask).grid(features)
     weights = weigh(features, grid)
     levels = range(net.geometry.max_level + 1)
     expected = (grid.batch, len(levels), *grid.size)
@@ -63,68 +65,57 @@ def blended(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separa
         raise InvalidInput(
             f"the weights of the levels have shape {tuple(weights.shape)}.", next=f"give {expected}."
         )
-    lattices = tuple(net.geometry.uniform_like(features, level) for level in levels)
-    output = _Runner(names, weights, separate).run(halved.cut.after, lattices, values)
-    return net.contained(output)
+    lattices = tuple(program.geometry.uniform_like(features, level) for level in levels)
+    output = _Runner(program, weights, lattices, separate).run(None, *values)
+    return program.contained(output)
 
 
-@dataclass
-class _Runner:
-    """Runs a graph with a value for every path where paths differ."""
+class _Runner(GraphInterpreter):
+    """Runs the second half of a rewritten graph with a value for every path where paths differ."""
 
-    names: Any
-    weights: Tensor
-    separate: bool
-    rows: set[fx.Node] = field(default_factory=set)  # values with a row per element, not one per image
-    left: set[fx.Node] = field(default_factory=set)  # what left the region, and what follows from it
+    def __init__(
+        self, program: Program, weights: Tensor, lattices: tuple[Lattice, ...], separate: bool
+    ) -> None:
+        super().__init__(program, program.halves.after)
+        self.weights, self.lattices, self.separate = weights, lattices, separate
+        self.rows: set[fx.Node] = set()  # values with a row per element, not one per image
+        self.left: set[fx.Node] = set()  # what left the region, and what follows from it
 
-    def run(self, graph: fx.Graph, lattices: tuple[Any, ...], values: tuple[Any, ...]) -> Any:
-        """The output of the second half of a rewritten graph."""
-        env: dict[fx.Node, Any] = {}
-        given = iter(values)
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                env[node] = None if node.target == MASKING else next(given)
-            elif node.target is found_lattice:
-                env[node] = _Paths(lattices)
-            elif node.op == "output":
-                output, _ = node.args[0]
-                return self._plain(output, env)
-            else:
-                env[node] = self._value(node, env)
-        raise AssertionError("a graph has an output")
-
-    def _value(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    def run_node(self, n: fx.Node) -> Any:
         """The value of a node: one, or one on each path."""
-        if node.op == "get_attr":
-            return self._named(str(node.target))
-        self._note(node, env)
-        given = {source: env[source] for source in node.all_input_nodes}
-        if self.left & given.keys() and not any(map(self._in_region, given, given.values())):
+        if n.target is found_lattice:
+            return _Paths(self.lattices)
+        if n.op == "output":
+            return self._plain(n.args[0][0])  # type: ignore[index]
+        if n.op in ("placeholder", "get_attr"):
+            return super().run_node(n)
+        self._note(n)
+        inputs = {source: self.env[source] for source in n.all_input_nodes}
+        if self.left & inputs.keys() and not any(map(self._in_region, inputs, inputs.values())):
             # Vectors of the paths meet a map that has left the region.
-            given = {source: self._joined(value) for source, value in given.items()}
-        if not any(isinstance(value, _Paths) for value in given.values()):
-            return self._called(node, given.__getitem__)
-        norms = [] if not self.separate else self._norms(node, given.values())
-        found = []
+            inputs = {source: self._joined(value) for source, value in inputs.items()}
+        if not any(isinstance(value, _Paths) for value in inputs.values()):
+            return self._call(n, inputs.__getitem__)
+        norms = [] if not self.separate else self._norms(n, inputs.values())
+        results = []
         for path in range(self.weights.shape[1]):
 
             def on_path(source: fx.Node, path: int = path) -> Any:
-                value = given[source]
+                value = inputs[source]
                 return value.values[path] if isinstance(value, _Paths) else value
 
             low = path + 1 == self.weights.shape[1]
             with contextlib.nullcontext() if low or not self.separate else _untracked(norms):
-                found.append(self._called(node, on_path))
-        if _leaves(node):
-            arguments = fx.map_arg(node.kwargs, lambda source: on_path(source, 0))
-            return self._blend(node, given[node.args[0]].values, found, arguments)  # type: ignore[index]
-        if node.target is functional.to_elements:  # a view of what all paths read; they may work in place
-            found = [Elements(value.rows.clone(), value.lattice) for value in found]
-        same = isinstance(found[0], _PLAIN) and all(value == found[0] for value in found)
-        return found[0] if same else _Paths(tuple(found))
+                results.append(self._call(n, on_path))
+        if _leaves(n):
+            arguments = fx.map_arg(n.kwargs, lambda source: on_path(source, 0))
+            return self._blend(n, inputs[n.args[0]].values, results, arguments)  # type: ignore[index]
+        if n.target is functional.to_elements:  # a view of what all paths read; they may work in place
+            results = [Elements(value.rows.clone(), value.lattice) for value in results]
+        same = isinstance(results[0], _PLAIN) and all(value == results[0] for value in results)
+        return results[0] if same else _Paths(tuple(results))
 
-    def _note(self, node: fx.Node, env: dict[fx.Node, Any]) -> None:
+    def _note(self, node: fx.Node) -> None:
         """Where the value of a node stands: on rows, or behind the region."""
         inputs = set(node.all_input_nodes)
         of_elements = node.target is getattr and node.args[1] == "rows"
@@ -133,40 +124,29 @@ class _Runner:
         if node.target is functional.Elements:
             self.rows.discard(node)
         behind = self.left & inputs
-        if _leaves(node) or (behind and not any(isinstance(env[n], _Paths) for n in behind)):
+        if _leaves(node) or (behind and not any(isinstance(self.env[n], _Paths) for n in behind)):
             self.left.add(node)
 
     def _in_region(self, node: fx.Node, value: Any) -> bool:
         """Whether a value has elements."""
         return isinstance(value, _Paths) and (node in self.rows or not isinstance(value.values[0], Tensor))
 
-    def _norms(self, node: fx.Node, given: Iterable[Any]) -> list[_BatchNorm]:
+    def _norms(self, node: fx.Node, inputs: Iterable[Any]) -> list[_BatchNorm]:
         """The batch norms that a node runs, on these values."""
-        run = [self._named(str(node.target))] if node.op == "call_module" else []
-        modules = [module for module in (*run, *given) if isinstance(module, nn.Module)]
+        run = [self.fetch_attr(str(node.target))] if node.op == "call_module" else []
+        modules = [module for module in (*run, *inputs) if isinstance(module, nn.Module)]
         return [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
 
-    def _called(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    def _call(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
-        if node.op == "call_module":
-            return self._named(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-
-    def _named(self, path: str) -> Any:
-        value = self.names
-        for part in path.split("."):
-            value = getattr(value, part)
-        return value
+        return getattr(self, node.op)(node.target, args, kwargs)
 
     def _blend(
         self, node: fx.Node, values: tuple[Elements, ...], maps: list[Tensor], arguments: dict[str, Any]
     ) -> Tensor:
         """Dense maps of the paths, added by the weights of the fine pixels their samples lie on."""
-        given: tuple[Any, ...] = node.args[1:]
-        spacing, layout = given[0], given[1] if len(given) > 1 else NCHW
+        options: tuple[Any, ...] = node.args[1:]
+        spacing, layout = options[0], options[1] if len(options) > 1 else NCHW
         resized = node.target is functional.resize_to_dense
         weights = self.weights
         for axis, length in zip((2, 3), values[0].lattice.size, strict=True):
@@ -176,22 +156,22 @@ class _Runner:
             scaling = {name: value for name, value in arguments.items() if name != "guide"}
             weights = read_as_resized(weights, spacing, **scaling)
         total: Tensor | None = None
-        for found, weight in zip(maps, weights.unbind(1), strict=True):
+        for dense, weight in zip(maps, weights.unbind(1), strict=True):
             lengths = dict(zip("bhwp", (*weight.shape, weight[0].numel()), strict=True))
-            part = found * weight.reshape([lengths.get(axis, 1) for axis in layout]).to(found)
+            part = dense * weight.reshape([lengths.get(axis, 1) for axis in layout]).to(dense)
             total = part if total is None else total + part
         assert total is not None
         return total
 
-    def _plain(self, output: Any, env: dict[fx.Node, Any]) -> Any:
+    def _plain(self, output: Any) -> Any:
         """What the graph returns, in containers of Python, not those of graphs."""
         if isinstance(output, fx.Node):
-            return self._joined(env[output])
+            return self._joined(self.env[output])
         if isinstance(output, dict):
-            return {key: self._plain(value, env) for key, value in output.items()}
+            return {key: self._plain(value) for key, value in output.items()}
         if isinstance(output, (list, tuple)):
-            found = [self._plain(value, env) for value in output]
-            return found if isinstance(output, list) else tuple(found)
+            parts = [self._plain(value) for value in output]
+            return parts if isinstance(output, list) else tuple(parts)
         return output
 
     def _joined(self, value: Any) -> Any:

@@ -18,17 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.elements import extended, guided
+from cadsurgery.elements.backends.choose import extend
+from cadsurgery.elements.elements import guided
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice, describe
+from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
-from cadsurgery.masks.keypoints import keypoints_at
-from cadsurgery.masks.resolve import resolve_mask
+from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.dependencies import Cone, Place, WithinCone, places_of, reached
-from cadsurgery.network.hosted import HostedModel
-from cadsurgery.network.interpreter import GraphInterpreter
-from cadsurgery.network.macs import Counter, ghost
-from cadsurgery.network.model import AdaptiveModel, OptimizedModel
+from cadsurgery.network.macs import Counter, ghost, to_meta
+from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput, UnknownName
 
 Reach = Literal["all", "receptive"]
@@ -86,8 +86,8 @@ def read_at(
             output is more than a map that leaves the region, that is training, or that only hosts an adaptive part.
         UnknownName: no such reach, alignment or output.
     """
-    _check_net(net, reach)
-    differentiable = reach == "all" and not isinstance(net, OptimizedModel)
+    program = _program(net, reach)
+    differentiable = reach == "all" and not program.is_fused
     with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
         run = _Run.of(net, image, points, mask, reach, output, align)
         return run.rows(run.cone() if reach == "receptive" else None)
@@ -103,14 +103,14 @@ def macs_at(
     align: Align = "cell",
 ) -> ReachMacs:
     """Multiply-accumulates of `read_at`, with and without `reach="receptive"`; arguments and errors as there."""
-    _check_net(net, "receptive")
+    _program(net, "receptive")
     run = _Run.of(net, image, points, mask, "receptive", output, align)
     with keypoints_at(run.points):
         whole = net.macs(image, mask=run.mask)
     plain = net.counted
     with torch.no_grad():
-        values = plain.halved().before(plain.names(), **plain.bind(image.to("meta")))
-        counted = replace(run, net=plain, exit=_Exit.of(plain, output), values=values)
+        values = plain.before(plain.bind(image.to("meta")))
+        counted = replace(run, program=plain, exit=_Exit.of(plain, output), values=values)
         (every, rows), (needed, needed_rows) = (counted.macs(cone) for cone in (None, counted.cone()))
     return ReachMacs(whole.mask, whole.mask - every + needed, (rows, needed_rows))
 
@@ -118,8 +118,7 @@ def macs_at(
 def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
     """Whether `read_at` can read an output of a network: it leaves the adaptive region as it is."""
     try:
-        _check_net(net, "all")
-        _exit(net, output)
+        _exit(_program(net, "all"), output)
     except (InvalidInput, UnknownName):
         return False
     return True
@@ -142,9 +141,9 @@ class _Exit:
     places: dict[Any, dict[str, Place]] = field(default_factory=dict)
 
     @staticmethod
-    def of(net: AdaptiveModel, output: str | int | None) -> _Exit:
+    def of(program: Program, output: str | int | None) -> _Exit:
         """The exit of an output of a network."""
-        source = net.halved().cut.after
+        source = program.halves.after
         value = _chosen(next(node for node in source.nodes if node.op == "output").args[0][0], output)
         if not isinstance(value, fx.Node) or value.target is not functional.to_dense:
             last = value.target if isinstance(value, fx.Node) else describe(value)
@@ -165,13 +164,13 @@ class _Exit:
         return _Exit(graph, copies[elements], spacing)
 
 
-_EXITS: WeakKeyDictionary[AdaptiveModel, dict[Any, _Exit]] = WeakKeyDictionary()
+_EXITS: WeakKeyDictionary[Program, dict[Any, _Exit]] = WeakKeyDictionary()
 
 
-def _exit(net: AdaptiveModel, output: str | int | None) -> _Exit:
+def _exit(program: Program, output: str | int | None) -> _Exit:
     """The exit of an output, made once."""
-    exits = _EXITS.setdefault(net, {})
-    return exits[output] if output in exits else exits.setdefault(output, _Exit.of(net, output))
+    exits = _EXITS.setdefault(program, {})
+    return exits[output] if output in exits else exits.setdefault(output, _Exit.of(program, output))
 
 
 class _Within(WithinCone, GraphInterpreter):
@@ -186,7 +185,7 @@ class _CountWithin(WithinCone, Counter):
 class _Run:
     """One reading: what the network gave up to the mask, its lattice, and the pixels that are read."""
 
-    net: AdaptiveModel
+    program: Program
     exit: _Exit
     mask: Any
     points: list[Tensor]
@@ -209,7 +208,8 @@ class _Run:
         for kind, name, known in (("reach", reach, REACHES), ("alignment", align, ALIGNMENTS)):
             if name not in known:
                 raise UnknownName(kind, name, known)
-        net.check(image)
+        program = net.program
+        program.check(image)
         if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
             raise InvalidInput(
                 f"points are {describe(points)}.",
@@ -217,15 +217,13 @@ class _Run:
                 "cadsurgery.detection.peaks.",
             )
         points = points_of(points, image, 1, "")
-        exit = _exit(net, output)
+        exit = _exit(program, output)
         provider = net.mask if mask is None else resolve_mask(mask)
-        masking, halved = net.masking(provider), net.halved()
-        values = net.checked(lambda arguments: halved.before(net.names(), **arguments), image)
-        shown = values[halved.cut.image], values[halved.cut.features]
-        with keypoints_at(points), net.ahead(provider, values):
-            lattice = masking(*shown)
+        values = program.checked(program.before, image)
+        with keypoints_at(points):
+            lattice = program.ask(program.masking(provider), values)
         net.finish(None, lattice)
-        return _Run(net, exit, provider, points, values, lattice, image, align)
+        return _Run(program, exit, provider, points, values, lattice, image, align)
 
     def cone(self) -> Cone:
         """What the points depend on."""
@@ -236,17 +234,19 @@ class _Run:
 
     def rows(self, cone: Cone | None) -> list[Tensor]:
         """The map at the points of each image."""
-        elements, guide = _Within(cone, self.net, self.exit.graph).run(lambda *_: self.lattice, *self.values)
+        elements, guide = _Within(cone, self.program, self.exit.graph).run(
+            lambda *_: self.lattice, *self.values
+        )
         lattice, pixels = elements.lattice, self._pixels(elements.lattice)
         reading = self._read(lattice, pixels, guide)
         flat = elements.rows.flatten(1)
-        rows = extended(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
+        rows = extend(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
         return list(rows.split([len(part) for part in self.points]))
 
     def macs(self, cone: Cone | None) -> tuple[int, int]:
         """MACs behind the place where the mask is asked for, and rows that operations with taps compute; of a network
         with shapes and no values."""
-        counter = _CountWithin(cone, self.net, "conv", self.exit.graph)
+        counter = _CountWithin(cone, self.program, "conv", self.exit.graph)
         with counter.flops:
             counter.run(lambda *_: self.lattice, *self.values)
         return sum(counter.counts.values()), counter.rows
@@ -260,27 +260,27 @@ class _Run:
     def _pixels(self, lattice: Lattice) -> Tensor:
         """Flat fine pixels of the samples of the dense output that the points of all images lie in."""
         (height, width), spacing = lattice.size, self.exit.spacing
-        size, stride = (-(-height // spacing), -(-width // spacing)), self.net.plan.strides[0] * spacing
-        found = []
+        size, stride = (-(-height // spacing), -(-width // spacing)), self.program.plan.strides[0] * spacing
+        pixels = []
         for image, points in enumerate(self.points):
             y, x = sample_at(points, self.image, size, stride, self.align)
-            found.append((image * height + y * spacing) * width + x * spacing)
-        return torch.cat(found).to(lattice.levels.device)
+            pixels.append((image * height + y * spacing) * width + x * spacing)
+        return torch.cat(pixels).to(lattice.levels.device)
 
     def _places(self) -> dict[str, Place]:
         """Of the nodes of the graph, for maps of these sizes."""
-        values = tree_map(_to_meta, self.values)
+        values = tree_map(to_meta, self.values)
         key = tuple(leaf.shape if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(values))
-        found = self.exit.places.pop(key, None)
-        if found is None:
-            lattice, net = self.lattice, ghost(self.net)
-            low = net.geometry.uniform(net.geometry.max_level, lattice.batch, lattice.whole_size)
+        places = self.exit.places.pop(key, None)
+        if places is None:
+            lattice, program = self.lattice, ghost(self.program.net).program
+            low = program.geometry.uniform(program.geometry.max_level, lattice.batch, lattice.whole_size)
             with torch.no_grad():
-                found = places_of(net, self.exit.graph, low, values)
-        self.exit.places[key] = found  # the last asked for stands last
+                places = places_of(program, self.exit.graph, low, values)
+        self.exit.places[key] = places  # the last asked for stands last
         for oldest in list(self.exit.places)[:-MOST_SIZES]:
             self.exit.places.pop(oldest, None)
-        return found
+        return places
 
 
 def sample_at(
@@ -323,8 +323,13 @@ def _chosen(value: Any, output: str | int | None) -> Any:
     return several[output]
 
 
-def _check_net(net: Any, reach: str) -> None:
-    if not isinstance(net, AdaptiveModel) or isinstance(net, HostedModel):
+def _program(net: Any, reach: str) -> Program:
+    """The program of a network that can be read at points.
+
+    Raises:
+        InvalidInput: it cannot.
+    """
+    if (program := whole_program(net)) is None:
         raise InvalidInput(
             f"{type(net).__name__} is no network that is adaptive as a whole.",
             next="pass what cs.adaptify(...) gave for the part that gives the map.",
@@ -335,7 +340,4 @@ def _check_net(net: Any, reach: str) -> None:
             why="the statistics of a batch depend on every element.",
             next="call net.eval() first.",
         )
-
-
-def _to_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
+    return program

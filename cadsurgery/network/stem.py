@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import describe
-from cadsurgery.network.hosted import HostedModel
-from cadsurgery.network.model import AdaptiveModel, OptimizedModel, evaluating
+from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.program import Program
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.trace import evaluating
 
 
 def body_of(net: AdaptiveModel) -> AdaptiveModel:
@@ -35,28 +36,28 @@ def body_of(net: AdaptiveModel) -> AdaptiveModel:
     Raises:
         InvalidInput: no converted network, an optimised one, or one that only hosts a converted part.
     """
-    _check(net)
-    graph = _on_copies(net.halved().cut.after)
+    program = _program(net)
+    graph = _on_copies(program.halves.after)
     names = [node.name for node in graph.nodes if node.op == "placeholder"][1:]
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-    surgery = replace(net._surgery, graph=graph, signature=inspect.Signature(parameters), unchanged=None)
-    body = AdaptiveModel(net, surgery, net.mask)
-    body._constants, body.checks = net._constants, net.checks
+    program = replace(program, graph=graph, signature=inspect.Signature(parameters), unchanged=None)
+    body = AdaptiveModel(net, program, net.mask)
+    body._constants, body.checks, body.source = net._constants, net.checks, net.source
     return body
 
 
 def _on_copies(graph: fx.Graph) -> fx.Graph:
     """The graph on copies of its inputs: what follows a stem may work in place, and its outputs are used again."""
-    found, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    copied, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in inputs:
-        copies[node] = found.node_copy(node)
+        copies[node] = copied.node_copy(node)
     for node in inputs[2:]:  # behind the masking and the image, which nothing changes
-        copies[node] = found.call_method("clone", (copies[node],))
+        copies[node] = copied.call_method("clone", (copies[node],))
     for node in graph.nodes:
         if node.op != "placeholder":
-            copies[node] = found.node_copy(node, copies.__getitem__)
-    return found
+            copies[node] = copied.node_copy(node, copies.__getitem__)
+    return copied
 
 
 def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -66,10 +67,9 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
     Raises:
         InvalidInput: no network that `body_of` takes, or one whose stem passes on more than tensors.
     """
-    _check(net)
-    before, names = net.halved().before, net.names()
+    program = _program(net)
     with torch.no_grad(), evaluating(net):
-        values = net.checked(lambda arguments: before(names, **arguments), *args, **kwargs)
+        values: tuple[Any, ...] = program.checked(program.before, *args, **kwargs)
     for value in values:
         if not isinstance(value, Tensor):
             raise InvalidInput(
@@ -77,7 +77,7 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
                 why="only tensors can be kept for training.",
                 next="train the whole network.",
             )
-    return tuple(values)
+    return values
 
 
 class _Seen(NamedTuple):
@@ -125,7 +125,7 @@ class CachedStem:
             InvalidInput: an image that is none, a crop that does not fit an image or the strides, or a network without
                 a stem of its own.
         """
-        _check(net)
+        program = _program(net)
         if min(places) < 1 or not (dtype is None or dtype.is_floating_point):
             raise InvalidInput(
                 f"places={places}, dtype={dtype}.", next="give 1 place or more each way, and a floating type."
@@ -133,8 +133,14 @@ class CachedStem:
         self._crop, self._stride = crop, net.plan.strides[-1]
         self._places = places if crop is not None else (1, 1)
         name = getattr(data, "name", type(data).__name__)
-        made = {"crop": crop, "places": self._places, "flip": flip, "dtype": dtype, "stem": _digest(net)}
-        self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in made.items())
+        options = {
+            "crop": crop,
+            "places": self._places,
+            "flip": flip,
+            "dtype": dtype,
+            "stem": _digest(program),
+        }
+        self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in options.items())
         self.classes = getattr(data, "classes", ())
         self._seen = [
             _seen(net, *pair, dtype)
@@ -169,16 +175,18 @@ class CachedStem:
         return values, parts[-1]
 
 
-def _digest(net: AdaptiveModel) -> str:
+def _digest(program: Program) -> str:
     """Of the weights of the stem: a run with another one is another run."""
-    found = hashlib.sha256()
-    for node in net.halved().cut.before.nodes:
+    digest, names = hashlib.sha256(), program.names()
+    for node in program.halves.before.nodes:
         if node.op in ("call_module", "get_attr"):
-            value = operator.attrgetter(str(node.target))(net.names())
+            value = operator.attrgetter(str(node.target))(names)
             tensors = value.state_dict().values() if isinstance(value, nn.Module) else [value]
             for tensor in tensors:
-                found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:12]
+                digest.update(
+                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                )
+    return digest.hexdigest()[:12]
 
 
 def _mirrored(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
@@ -202,8 +210,8 @@ def _seen(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype 
     """What the stem gives for an image."""
     shown = normalise(image, source_of(net)).unsqueeze(0).to(next(net.parameters()).device)
     values = stem_outputs(net, shown)
-    kept = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
-    return _Seen(kept, tuple(value.dtype for value in values), labels)
+    stored = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
+    return _Seen(stored, tuple(value.dtype for value in values), labels)
 
 
 def _check_crop(seen: _Seen, crop: tuple[int, int], stride: int, name: str) -> None:
@@ -243,21 +251,23 @@ def _cut(
     return value[..., top : top + high, left : left + wide]
 
 
-def _check(net: nn.Module) -> None:
-    """Refuse what has no stem.
+def _program(net: nn.Module) -> Program:
+    """The program of a network, once it is known to have a stem.
 
     Raises:
         InvalidInput: no converted network, an optimised one, or one that only hosts a converted part.
     """
-    if isinstance(net, OptimizedModel):
+    program = whole_program(net)
+    if program is not None and program.is_fused:
         raise InvalidInput(
             "an optimised network is not taken apart.",
             why="what its stem passes on is fused.",
             next="take the network it was made from; cs.body_of(net).optimize() is fast too.",
         )
-    if not isinstance(net, AdaptiveModel) or isinstance(net, HostedModel):
+    if program is None:
         raise InvalidInput(
             f"{type(net).__name__} has no stem to keep.",
             why="it is no network that is adaptive as a whole.",
             next="pass what cs.adaptify(...) gave.",
         )
+    return program

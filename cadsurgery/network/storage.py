@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from cadsurgery.data.networks import Source, build_again
 from cadsurgery.elements.lattice import Anchor, Fill, Patch, Pool, Statistics
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
-from cadsurgery.masks.basic import TENSOR
 from cadsurgery.masks.spec import parse
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
-from cadsurgery.network.model import AdaptiveModel, OptimizedModel
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
 from cadsurgery.support.files import written_whole
 from cadsurgery.support.plain import checked
@@ -47,6 +46,7 @@ _FIELDS = {
     "plan": str,
     "tensors": str,
 }
+_OF_GEOMETRY = ("anchor", "fill", "pool", "patch", "statistics")
 _OPTIONS = {
     "output_stride": tuple[int, int],
     "region": str | tuple[str, ...],
@@ -75,7 +75,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             f"{type(net).__name__} is not a converted network.",
             next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",
         )
-    if isinstance(net, OptimizedModel) or isinstance(getattr(net, "part", None), OptimizedModel):
+    if net.program.is_fused:
         raise InvalidInput(
             "an optimised network cannot be saved.",
             why="its weights are folded and no longer the original's.",
@@ -91,11 +91,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "options": {
             "output_stride": net.plan.output_stride,
             "region": net.plan.region,
-            "anchor": net.geometry.anchor,
-            "fill": net.geometry.fill,
-            "pool": net.geometry.pool,
-            "patch": net.geometry.patch,
-            "statistics": net.geometry.statistics,
+            **{name: getattr(net.geometry, name) for name in _OF_GEOMETRY},
             "outputs": net.plan.returned,
         },
         "plan": net.plan.to_json(),
@@ -183,7 +179,7 @@ def load(
             why=" ".join(str(error).split())[:400],
             next="pass the architecture it was converted from.",
         ) from error
-    net.lay_out()
+    net.adaptive_part.lay_out()
     net.source = source
     return net
 
@@ -277,20 +273,20 @@ def _stated(path: Path, header: Mapping[str, str]) -> _Stated:
             )
         if number != 1 and checksum is None:
             raise ValueError(f"a file of format {number!r:.60} without checksum")
-        found = {"tensors": "", **checked(values, _FIELDS, "it")}
-        found["source"] = Source.from_dict(found["source"]) if found["source"] is not None else None
-        found["options"] = checked(found["options"], _OPTIONS, "options")
-        found["plan"] = Plan.from_json(found["plan"])
-        return _Stated(**found)
+        fields = {"tensors": "", **checked(values, _FIELDS, "it")}
+        fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
+        fields["options"] = checked(fields["options"], _OPTIONS, "options")
+        fields["plan"] = Plan.from_json(fields["plan"])
+        return _Stated(**fields)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     """Of names, types, shapes and values."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -340,7 +336,7 @@ def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool)
     with contextlib.nullcontext() if trust else nothing_imported(str(path)):
         next = f"register it first if it is one of your own, or {other}."
         with _refused(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
-            mask = parse(spec, lambda: FixedMask(torch.zeros(1, 1)), TENSOR)
+            mask = parse(spec, tensors=True)
     for name, part in mask.named_modules():
         if isinstance(part, FixedMask):
             key = f"{name}.levels".removeprefix(".")
@@ -366,10 +362,10 @@ def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool)
     return mask
 
 
-def _check_types(path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def _check_types(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse integers where a network has floating-point numbers, and the other way round."""
     for name, value in stored.items():
-        like = own.get(name, value).dtype
+        like = expected.get(name, value).dtype
         if value.dtype != like and not (value.dtype in _FLOATS and like in _FLOATS):
             raise FileError(
                 f"the parameters in {path} do not fit the model.",

@@ -56,7 +56,8 @@ def _timm_leaves() -> tuple[frozenset[type], Functions]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         yield
     finally:

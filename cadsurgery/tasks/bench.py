@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.elements.backends import costs
 from cadsurgery.masks import Budget, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.dense_twin import dense_twin
@@ -127,10 +128,11 @@ def bench(
         with _threads(threads):
             entries = _compare(network, setup, budgets, fill, rounds, memory, step)
         if output is not None:
-            rows = [{**setting.to_dict(), **row} for entry in entries for row in entry.lines()]
+            provenance = {**setting.to_dict(), "costs": costs.record()["digest"]}
+            rows = [{**provenance, **row} for entry in entries for row in entry.lines()]
             append_lines(output, map(json.dumps, rows))
         done += entries
-    report = BenchReport(setting, tuple(done))
+    report = BenchReport(setting, tuple(done), costs.record())
     report.write(picture=picture)
     return report
 

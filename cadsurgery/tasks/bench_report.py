@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -177,14 +177,16 @@ class BenchSetting:
 
 @dataclass(frozen=True)
 class BenchReport(Report):
-    """What `cadsurgery bench` tells."""
+    """What `cadsurgery bench` tells; `costs` are those of convolutions that decided, see `backends.costs.record`."""
 
     setting: BenchSetting
     networks: tuple[NetworkBench, ...]
+    costs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
-        return {**self.setting.to_dict(), "networks": [network.to_dict() for network in self.networks]}
+        networks = [network.to_dict() for network in self.networks]
+        return {**self.setting.to_dict(), "networks": networks, "costs": self.costs}
 
     def parts(self) -> Iterator[RenderableType]:
         """What was measured with, then each network: its table, the law and notes."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
+from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.masking import not_static
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.compile import export
-from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.macs import MacReport, dense_macs
 from cadsurgery.network.storage import load, read_metadata, save
 from cadsurgery.support.errors import InvalidInput
@@ -61,7 +61,7 @@ def convert(
     net.to(where)
     step("counting multiply-accumulates")
     counted = net.macs(batch)
-    if isinstance(net, HostedModel):  # the part alone: the rest decides by values that counting does not have
+    if net.hosts_part:  # the part alone: the rest decides by values, which counting does not have
         of_original = counted.low if net.plan.identity_level == net.plan.max_level else counted.high
     else:
         of_original = dense_macs(before, batch)
@@ -96,6 +96,7 @@ def convert(
         device=f"{device_with_threads(where)}, torch {torch.__version__}",
         file=str(output),
         notes=_notes(net.plan, counted.active_fraction, rows),
+        costs=costs.record(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -41,6 +41,7 @@ class ConversionReport(Report):
         device: in words.
         file: written, or "".
         notes: what a user can act on.
+        costs: of convolutions that decided, see `backends.costs.record`.
     """
 
     model: str
@@ -55,6 +56,7 @@ class ConversionReport(Report):
     device: str
     file: str = ""
     notes: tuple[str, ...] = ()
+    costs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
@@ -74,6 +76,7 @@ class ConversionReport(Report):
             "device": self.device,
             "file": self.file,
             "notes": list(self.notes),
+            "costs": self.costs,
         }
 
     def parts(self) -> Iterator[RenderableType]:

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.data.networks import build_model, family_of
 from cadsurgery.network.adaptify import adaptify, traceable_part
-from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, FileError, first_line
 from cadsurgery.support.files import check_folder, written_whole
@@ -205,14 +204,14 @@ def _image(model: nn.Module, plan: Plan, dtype: torch.dtype) -> Tensor:
 
 
 def _is_finite(net: AdaptiveModel, image: Tensor) -> bool:
-    part = net.part if isinstance(net, HostedModel) else net
+    part = net.adaptive_part
     with torch.no_grad():
         return all(bool(leaf.isfinite().all()) for leaf in _tensors(part(image, mask="none")))
 
 
 def _batch_error(net: AdaptiveModel, image: Tensor) -> float:
     """Law 5: a batch, each image with its own random level map, against its images one by one."""
-    part = net.part if isinstance(net, HostedModel) else net
+    part = net.adaptive_part
     torch.manual_seed(2)
     with torch.no_grad():
         together = part(image, mask="random")

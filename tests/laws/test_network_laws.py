@@ -11,13 +11,15 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import conftest
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, build, images, random_levels, randomise, relative_error
+from conftest import assert_same, covering, images, random_levels, randomise, relative_error, thin
 from emulation import Emulation, Feature, NetworkEmulator, emulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,13 +33,29 @@ BASIC = ("resnet18", "resnet34")
 BOTTLENECK = ("resnet50", "resnext50_32x4d", "wide_resnet50_2")
 DEEP = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet101", "resnet152"))
 SAMPLE = pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-RESNETS = pytest.mark.parametrize("name", [*BASIC, *BOTTLENECK, *DEEP])
-STRIDES = pytest.mark.parametrize("output_stride", [(4, 32), (8, 32), (8, 16), (16, 32)], ids=str)
-FILLS = pytest.mark.parametrize("fill", ["linear", "nearest"])
-ALL_FILLS = pytest.mark.parametrize(
-    "fill", ["linear", "nearest", "guided"]
-)  # guided: what leaves at the fine size
+RESNETS = (*BASIC, *BOTTLENECK, *DEEP)
+PAIRS = [(4, 32), (8, 32), (8, 16), (16, 32)]
+STRIDES = pytest.mark.parametrize("output_stride", PAIRS, ids=str)
+TWO = ("linear", "nearest")
+THREE = (*TWO, "guided")  # guided: what leaves at the fine size
+FILLS = pytest.mark.parametrize("fill", TWO)
+ALL_FILLS = pytest.mark.parametrize("fill", THREE)
 double = torch.float64
+BY = 4  # the networks of this file have one of so many channels; in the slow part they have all
+
+
+@pytest.fixture(params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=["thin", "wide"], autouse=True)
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The laws are of geometry: a quarter of the channels shows them, at a sixteenth of the work."""
+    monkeypatch.setitem(globals(), "BY", request.param)
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """A network of torchvision, or of timm after `timm/`."""
+    if not name.startswith("timm/"):
+        by = 1 if name.startswith("regnet") else BY  # its builder asks for the values of tensors
+        return conftest.build(name, dtype, by=by, **options)
+    return thin(partial(timm.create_model, name.removeprefix("timm/"), **options), BY).to(dtype)
 
 
 def convert(model: nn.Module, mask: Any = "none", size: Size = SMALL, **options: Any) -> cs.AdaptiveModel:
@@ -112,8 +130,7 @@ def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 # -- 1: identity ---------------------------------------------------------------------------------------
 
 
-@RESNETS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), covering(RESNETS, (torch.float32, torch.float64)))
 def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype) -> None:
     """Law 1, strided: mask="none" gives the original's logits, and its map at the native positions."""
     model, x = with_features(build(name, dtype)), images(2, *SMALL, dtype)
@@ -155,7 +172,7 @@ TIMM = ("resnet10t", "resnet18", "resnet26d", "seresnet18", "seresnet50")
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_networks_are_the_original_when_all_low(name: str) -> None:
     """Law 1 for deep stems, average-pool shortcuts and squeeze-excite."""
-    model, x = randomise(timm.create_model(name)).double(), images(2, *SMALL, double)
+    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
     assert_same(run(convert(model, "none"), x), run(model, x))
 
 
@@ -170,7 +187,7 @@ def test_default_call_verifies_and_keeps_law_1() -> None:
 # -- 2: the other extreme ------------------------------------------------------------------------------
 
 
-@RESNETS
+@pytest.mark.parametrize("name", RESNETS)
 def test_all_high_strided_network_is_the_dilated_twin(name: str) -> None:
     """Law 2, strided: mask="all" gives the network dilated to output stride 8, logits included."""
     model, x = build(name), images(2, *SMALL)
@@ -228,8 +245,8 @@ def test_both_extremes_agree_at_the_lowest_lattice(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "seresnet18", "seresnet50"])
 def test_timm_networks_are_their_dilated_twins_when_all_high(name: str) -> None:
     """Law 2 against timm's own output_stride=8, squeeze-excite included."""
-    model, x = randomise(timm.create_model(name)).double(), images(2, *SMALL, double)
-    twin = timm.create_model(name, output_stride=8).double().eval()
+    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
+    twin = build(f"timm/{name}", double, output_stride=8)
     twin.load_state_dict(model.state_dict())
     assert_same(run(convert(model, "all"), x), run(twin, x))
 
@@ -289,8 +306,7 @@ def test_any_level_map_on_resnet18_is_the_emulation(output_stride: Size, fill: s
     assert torch.equal(net.levels.long(), levels)
 
 
-@FILLS
-@pytest.mark.parametrize("name", ["resnet34", *BOTTLENECK, *DEEP])
+@pytest.mark.parametrize(("name", "fill"), covering(["resnet34", *BOTTLENECK, *DEEP], TWO))
 def test_any_level_map_on_other_resnets_is_the_emulation(name: str, fill: str) -> None:
     """Law 3 for deeper, grouped and wider networks."""
     model, x = with_features(build(name, double)), images(2, *SMALL, double)
@@ -299,11 +315,10 @@ def test_any_level_map_on_other_resnets_is_the_emulation(name: str, fill: str) -
     assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
 
 
-@FILLS
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize(("name", "fill"), covering(TIMM, TWO))
 def test_any_level_map_on_timm_networks_is_the_emulation(name: str, fill: str) -> None:
     """Law 3 with average-pool shortcuts (ceil_mode, padding not counted) and squeeze-excite."""
-    model, x = randomise(timm.create_model(name)).double(), images(2, *SMALL, double)
+    model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
     levels = levels_for(SMALL, (8, 32))
     expected = emulate(model, x, Emulation(levels, (2, 2), fill), 8)
     assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
@@ -460,9 +475,9 @@ def test_what_follows_a_smaller_region_sees_the_native_size(fill: str) -> None:
     assert_same(run(net, x, mask=levels), expected)
 
 
-@ALL_FILLS
-@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
-@pytest.mark.parametrize("region", ["auto", "backbone"])
+@pytest.mark.parametrize(
+    ("name", "region", "fill"), covering(["deeplabv3_resnet50", "fcn_resnet50"], ["auto", "backbone"], THREE)
+)
 def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
     name: str, region: str, fill: str
 ) -> None:
@@ -490,8 +505,7 @@ def test_any_level_map_on_a_dilated_network_is_the_emulation_of_the_strided_one(
     assert_same(run(net, x, mask=levels)["out"], expected)
 
 
-@ALL_FILLS
-@pytest.mark.parametrize("output_stride", [(8, 16), (8, 32), (4, 32)], ids=str)
+@pytest.mark.parametrize(("output_stride", "fill"), covering([(8, 16), (8, 32), (4, 32)], THREE))
 def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Size, fill: str) -> None:
     """Law 3 on DeepLab's backbone for other pairs of strides, finer than its own included."""
     model, x = build("deeplabv3_resnet50", double, aux_loss=False), images(2, *SMALL, double)
@@ -509,7 +523,7 @@ def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Siz
 def test_a_batch_is_its_images_one_by_one(name: str) -> None:
     """Law 5: two images with different level maps, one of them uniform in the second call."""
     size = (97, 129)
-    model = randomise(timm.create_model(name)) if name.startswith("se") else build(name)
+    model = build(f"timm/{name}" if name.startswith("se") else name)
     net, x = convert(model.double(), size=size), images(2, *size, double)
     mixed = levels_for(size, (8, 32))
     half_uniform = mixed.clone()
@@ -537,7 +551,7 @@ def test_a_network_converted_on_one_size_runs_on_others(name: str, size: Size) -
 
 
 @pytest.mark.slow
-@RESNETS
+@pytest.mark.parametrize("name", RESNETS)
 def test_large_odd_images_keep_laws_1_and_2(name: str) -> None:
     """Laws 1 and 2 at 193 x 257."""
     model, x = build(name), images(2, 193, 257)
@@ -645,8 +659,7 @@ def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
         assert_same(one, other, 1e-8)
 
 
-@ALL_FILLS
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+@pytest.mark.parametrize(("name", "fill"), covering(["resnet18", "resnext50_32x4d"], THREE))
 def test_gradients_of_any_level_map_are_the_emulations(name: str, fill: str) -> None:
     """Law 6: of a loss on the dense output, for every parameter that it depends on and the image."""
     model = create_feature_extractor(build(name, double), {"layer4": "out"})
@@ -689,8 +702,9 @@ def layer4_of(name: str) -> nn.Module:
     return create_feature_extractor(build(name), ["layer4"])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-@STRIDES
+@pytest.mark.parametrize(
+    ("name", "output_stride"), covering(["resnet18", "resnet50", "resnext50_32x4d"], PAIRS)
+)
 def test_counted_macs_are_executed_macs(name: str, output_stride: Size) -> None:
     """Law 7: totals for a mixed mask, everything high and everything low; high and low are the twins'."""
     model, x = build(name), images(2, *SMALL)
@@ -717,10 +731,10 @@ def test_everything_high_costs_what_the_dilated_original_costs(name: str) -> Non
     assert report.low < report.mask < report.high
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vgg11"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "vgg11"])
 def test_macs_grow_with_the_resolution_kept(name: str) -> None:
     """Law 7: raising levels anywhere never costs more; the ends of the chain are high and low."""
-    if name == "resnet50":
+    if name != "vgg11":
         net, x, grid = convert(layer4_of(name)), images(2, *SMALL), ceil_div(SMALL, 8)
     else:
         net, x, grid = convert(vgg_trunk(name), output_stride=(2, 8)), images(2, 48, 64, double), (24, 32)

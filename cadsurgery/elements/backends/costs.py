@@ -1,17 +1,23 @@
-"""What a convolution costs here, dense and on elements: measured once per machine, kept in the user's cache folder.
+"""What a convolution costs here, dense and on elements: a value that is measured, kept, recorded or pinned.
 
-On elements a convolution does less work, but at a lower rate where there is no compiled kernel for it (other groups,
+On elements a convolution does less work, but at a lower rate where there is no compiled code for it (other groups,
 other types, no compiler). Where the whole fine map is cheaper, the same result is computed on that.
+
+Costs are measured once per machine and kept in the user's cache folder. Both ways round differently: so that the same
+program gives the same bits wherever the costs are not those of this machine's cache, they are pinned, by `pin` or by
+the environment variable CADSURGERY_COSTS, to those of a file: a report that recorded them, or a cache's `costs.json`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +25,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cadsurgery.support.errors import FileError, first_line
 from cadsurgery.support.files import cache_folder, is_private, kept_whole
 from cadsurgery.support.plain import as_tuples, fits
 
 _FILE = "costs.json"
 _ROUNDS, _MOST_ROUNDS, _NANOSECONDS = 7, 50, 100_000_000
 _LOCK = threading.Lock()
+_VARIABLE = "CADSURGERY_COSTS"
+# The costs that decided so far, by kind; and those that alone may: by `pin`, or of the file that the variable names.
 _KNOWN: dict[str, Costs] = {}
+_PINNED: Mapping[str, Costs] | None = None
+_OF_FILE: dict[str, Mapping[str, Costs]] = {}
 
 
 class Costs(NamedTuple):
@@ -54,17 +65,98 @@ class Costs(NamedTuple):
         return pixels * work * self.dense + moved * self.moved < elements * work * self.sparse
 
 
+# Decide for elements, whatever the sizes.
+_NEVER_DENSE = Costs(1.0, 0.0, 0.0)
+
+
 def costs(key: str, measure: Callable[[], Costs]) -> Costs:
     """The costs of one kind of convolution; `key` names everything they depend on but the machine.
 
-    What cannot be read from or written to the cache folder is measured anew in each process.
+    If costs are pinned, a kind that is not among them is computed on elements. What cannot be read from or written to
+    the cache folder is measured anew in each process.
+
+    Raises:
+        FileError: see `read`.
     """
     key = f"{key}, torch {torch.__version__}"
     if key not in _KNOWN:
         with _LOCK:
             if key not in _KNOWN:
-                _KNOWN[key] = _kept(key) or _measured(key, measure)
+                alone = _pinned()
+                cost = (
+                    alone.get(key, _NEVER_DENSE)
+                    if alone is not None
+                    else _cost_of(_all_kept().get(key)) or _measured(key, measure)
+                )
+                _KNOWN[key] = cost
     return _KNOWN[key]
+
+
+def pin(source: Path | str | Mapping[str, Costs] | None) -> None:
+    """Decide by these costs alone from now on, of a file or as `record` gives them; None: by those of the file that
+    CADSURGERY_COSTS names, or as measured.
+
+    Raises:
+        FileError: see `read`.
+    """
+    global _PINNED
+    pinned = read(source) if isinstance(source, Path | str) else source
+    with _LOCK:
+        _PINNED = pinned
+        _KNOWN.clear()
+
+
+def record() -> dict[str, Any]:
+    """The costs that decided in this process until now, for a report: plain values that `read` takes, and a digest that
+    is the same where they are."""
+    kinds = {key: list(cost) for key, cost in sorted(_KNOWN.copy().items())}
+    return {"digest": hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:12], "kinds": kinds}
+
+
+def read(path: Path | str) -> dict[str, Costs]:
+    """The costs in a file: JSON with three numbers for each kind, or a report under whose `costs` they are.
+
+    Raises:
+        FileError: it cannot be read, or has no costs.
+    """
+    refused = {
+        "where": str(path),
+        "next": f"give the JSON report of a bench or convert, or unset {_VARIABLE}.",
+    }
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(
+            "the costs of convolutions cannot be read.", why=first_line(error), **refused
+        ) from error
+    for name in ("costs", "kinds"):
+        document = document.get(name, document) if isinstance(document, dict) else document
+    if not isinstance(document, dict):
+        raise FileError(
+            "these are no costs of convolutions.", why="the file holds no object of JSON.", **refused
+        )
+    table = {key: cost for key, value in document.items() if (cost := _cost_of(value)) is not None}
+    if wrong := [key for key in document if key not in table]:
+        why = f"{wrong[0]!r:.60} has no three numbers from zero up."
+        raise FileError("these are no costs of convolutions.", why=why, **refused)
+    return table
+
+
+def _pinned() -> Mapping[str, Costs] | None:
+    path = os.environ.get(_VARIABLE, "")
+    if _PINNED is not None or not path:
+        return _PINNED
+    if path not in _OF_FILE:
+        _OF_FILE[path] = read(path)
+    return _OF_FILE[path]
+
+
+def _cost_of(value: object) -> Costs | None:
+    """Three plain numbers as costs, None for anything else."""
+    numbers = as_tuples(value)
+    if fits(numbers, tuple[float, float, float]) and all(0 <= cost < math.inf for cost in numbers):
+        return Costs(*map(float, numbers))
+    return None
 
 
 def best_time(run: Callable[[], Tensor]) -> float:
@@ -77,13 +169,6 @@ def best_time(run: Callable[[], Tensor]) -> float:
         run()
         taken.append(time.perf_counter_ns() - start)
     return float(min(taken))
-
-
-def _kept(key: str) -> Costs | None:
-    found = as_tuples(_all_kept().get(key))
-    if fits(found, tuple[float, float, float]) and all(0 <= cost < math.inf for cost in found):
-        return Costs(*map(float, found))
-    return None
 
 
 def _all_kept() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Convolution on elements for CUDA, in Triton: gathering and multiplying in one kernel.
 
-    out[n] = act(scale * sum_t W_t rows[table[n, t]] + bias + residual[n])                     (*)
+    out[n] = act(sum_t W_t rows[table[n, t]] + bias + residual[n])                             (*)
 
 An implicit matrix product, one program per tile of outputs: gathered rows go straight to the tensor cores and
 never exist in memory. Nothing is added atomically, so forward and backward give the same bits every time
@@ -13,6 +13,7 @@ The first call of a shape tunes and compiles: make it before a CUDA graph is cap
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,22 +22,59 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.backends import triton_kernels
+from cadsurgery.elements.backends.choose import Backend, Between, Convolution, extend
+from cadsurgery.elements.backends.weights import Activation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-    "sigmoid": F.sigmoid,
+# Activations that the kernels know, by name, scalars and algorithm; leaky ReLU besides, with any slope.
+_FUSED = {
+    ("relu", (), ""): "relu",
+    ("hardtanh", (0.0, 6.0), ""): "relu6",
+    ("swish", (), ""): "silu",
+    ("hardswish", (), ""): "hardswish",
+    ("gelu", (), "none"): "gelu",
+    ("sigmoid", (), ""): "sigmoid",
 }
 # Their derivative follows from the output alone, so they stay fused when gradients are needed.
 _INVERTIBLE = ("none", "relu", "relu6")
 # Backward of the weight: enough programs for any GPU, few enough that their partial sums take about 16 MB.
 _PROGRAMS = 1024
+
+
+class Triton(Backend):
+    """One kernel that gathers and multiplies, forward and backward; what it needs of the kernel map is kept."""
+
+    name = "triton"
+
+    def applies(self, work: Convolution) -> bool:
+        """Ungrouped and depthwise convolutions of rows on such a device, but no products of rows as they are."""
+        if work.graph or work.is_product or not isinstance(work.reads, Between):
+            return False
+        return supports(work.rows, work.weights.weight, work.weights.groups)
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, O)."""
+        assert isinstance(work.reads, Between)
+        rows, weights, source, reading = work.rows, work.weights, work.reads.source, work.reading
+        derive, key = source.pyramid.derive, (source.key, work.reads.target.key, work.reads.window)
+        if reading.sources.shape[0] or work.outside:
+            rows, table = extend(rows, reading, work.outside), reading.table
+        else:  # padding is read as a negative entry: no copy of the rows with a row of zeros behind them
+            count = len(source)
+            table = derive(("signed", *key), lambda: reading.table.masked_fill(reading.table == count, -1))
+        # Made when a gradient first asks.
+        reverse = derive(("reversed", *key), lambda: cache(lambda: reversed_map(table, rows.shape[0])))
+        return gather_conv(
+            rows,
+            weights.weight.flatten(1) if weights.groups > 1 else weights.matrix(rows.dtype),
+            table,
+            weights.bias,
+            work.residual,
+            weights.activation,
+            weights.groups,
+            reverse,
+        )
 
 
 class ReversedMap(NamedTuple):
@@ -75,15 +113,14 @@ def supports(rows: Tensor, weight: Tensor, groups: int = 1) -> bool:
     return grouping and rows.dtype == weight.dtype and rows.dtype in DTYPES and available(rows.device)
 
 
-def activation_name(name: str, scalars: tuple[float, ...], algorithm: str) -> str | None:
-    """The name here of an activation as oneDNN calls it, None if there is none."""
-    if name == "hardtanh":
-        return "relu6" if scalars == (0.0, 6.0) else None
-    if name == "leaky_relu":
-        return f"leaky_relu:{scalars[0]}"
-    if name == "gelu":
-        return "gelu" if algorithm == "none" else None
-    return {"swish": "silu"}.get(name, name if name in _ACTIVATIONS else None)
+def _fused(activation: Activation | None) -> tuple[str, float] | None:
+    """Name and slope of an activation in the kernels, None for what they have not."""
+    if activation is None:
+        return "none", 0.0
+    if activation.name == "leaky_relu":
+        return "leaky_relu", activation.scalars[0]
+    name = _FUSED.get((activation.name, activation.scalars, activation.algorithm))
+    return (name, 0.0) if name is not None else None
 
 
 def reversed_map(table: Tensor, rows: int) -> ReversedMap:
@@ -116,9 +153,8 @@ def gather_conv(
     weight: Tensor,
     table: Tensor,
     bias: Tensor | None = None,
-    scale: Tensor | None = None,
     residual: Tensor | None = None,
-    activation: str = "none",
+    activation: Activation | None = None,
     groups: int = 1,
     reverse: Callable[[], ReversedMap] | None = None,
 ) -> Tensor:
@@ -129,34 +165,33 @@ def gather_conv(
         weight: (O, taps C), taps outermost; depthwise (C, taps).
         table: (N, taps) int32 into the rows; a negative entry reads zero.
         bias: (O,).
-        scale: (O,).
         residual: (N, O).
-        activation: none, relu, relu6, silu, hardswish, gelu, sigmoid or `leaky_relu:<slope>`.
+        activation: applied last; in the kernel where that has it.
         groups: 1, or C for a depthwise convolution.
         reverse: gives the reversed map of the table, kept by the caller; made anew if missing.
     """
-    name, slope = _parsed(activation)
     channels, outputs, taps = rows.shape[1], weight.shape[0], table.shape[1]
     if groups > 1 and not groups == channels == outputs:
         raise ValueError(f"{groups} groups of {channels} channels are neither ungrouped nor depthwise.")
     expected = {
         "weight": (weight, (outputs, taps * (channels if groups == 1 else 1))),
         "bias": (bias, (outputs,)),
-        "scale": (scale, (outputs,)),
         "residual": (residual, (table.shape[0], outputs)),
     }
     for label, (value, shape) in expected.items():
         if value is not None and value.shape != shape:
             raise ValueError(f"{label} is {tuple(value.shape)} where {shape} is needed.")
-    operands = (rows, weight, bias, scale, residual)
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in operands):
-        return _forward(rows, weight, table, bias, scale, residual, name, slope, groups)
-    if scale is not None:
-        weight = weight * scale.to(weight).unsqueeze(1)
-    if name in _INVERTIBLE:
-        return GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse)
-    out = GatherConv.apply(rows, weight, bias, residual, table, "none", groups, reverse)
-    return F.leaky_relu(out, slope) if name == "leaky_relu" else _ACTIVATIONS[name](out)
+    fused = _fused(activation)
+    if (
+        any(x is not None and x.requires_grad for x in (rows, weight, bias, residual))
+        and torch.is_grad_enabled()
+    ):
+        fused = fused if fused is not None and fused[0] in _INVERTIBLE else None
+        name = fused[0] if fused is not None else "none"
+        out = GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse)
+    else:
+        out = _forward(rows, weight, table, bias, residual, *(fused or ("none", 0.0)), groups)
+    return out if fused is not None or activation is None else activation.apply_(out)
 
 
 class GatherConv(torch.autograd.Function):
@@ -175,7 +210,7 @@ class GatherConv(torch.autograd.Function):
         reverse: Callable[[], ReversedMap] | None,
     ) -> Tensor:
         """See `gather_conv`."""
-        out = _forward(rows, weight, table, bias, None, residual, activation, 0.0, groups)
+        out = _forward(rows, weight, table, bias, residual, activation, 0.0, groups)
         ctx.save_for_backward(rows, weight, table, None if activation == "none" else out)
         ctx.activation, ctx.groups, ctx.reverse = activation, groups, reverse
         ctx.dtypes = [x.dtype if x is not None else None for x in (bias, residual)]
@@ -207,24 +242,13 @@ class GatherConv(torch.autograd.Function):
         )
 
 
-def _parsed(activation: str) -> tuple[str, float]:
-    """Name and slope."""
-    name, _, slope = activation.partition(":")
-    if name == "leaky_relu" and slope:
-        return name, float(slope)
-    if activation not in _ACTIVATIONS:
-        known = ", ".join([*_ACTIVATIONS, "leaky_relu:<slope>"])
-        raise ValueError(f"there is no fused activation {activation!r}; known: {known}.")
-    return activation, 0.0
-
-
 def _grad_rows(
     grad: Tensor, weight: Tensor, reverse: ReversedMap, taps: int, count: int, groups: int
 ) -> Tensor:
     """Gradient of the rows (count, C): (*) over the reversed map, then the extras added to their owners."""
     if groups == 1:
         weight = weight.reshape(weight.shape[0], taps, -1).permute(2, 1, 0).flatten(1)
-    parts = _forward(grad, weight, reverse.table, None, None, None, "none", 0.0, groups)
+    parts = _forward(grad, weight, reverse.table, None, None, "none", 0.0, groups)
     found = parts[:count]
     if len(reverse.owners):
         sums = F.embedding_bag(reverse.extras, parts, reverse.offsets, mode="sum")
@@ -241,7 +265,6 @@ def _forward(
     weight: Tensor,
     table: Tensor,
     bias: Tensor | None,
-    scale: Tensor | None,
     residual: Tensor | None,
     activation: str,
     slope: float,
@@ -251,10 +274,10 @@ def _forward(
     out = rows.new_empty(count, outputs)
     if not count:
         return out
-    rows, weight, bias, scale, residual = map(_operand, (rows, weight, bias, scale, residual))
+    rows, weight, bias, residual = map(_operand, (rows, weight, bias, residual))
     table = table.contiguous()
     sizes = {"C": rows.shape[1], "TAPS": table.shape[1], "ACTIVATION": activation, "SLOPE": slope}
-    arguments = (rows, weight, table, bias, scale, residual, out, count, count.bit_length())
+    arguments = (rows, weight, table, bias, residual, out, count, count.bit_length())
     with torch.cuda.device_of(rows):
         if groups > 1:
             triton_kernels.depthwise[

@@ -1,4 +1,4 @@
-"""Loader of `native.c`: gathering, grouped convolution and pooling on rows in compiled code.
+"""`native.c` and its loader: gathering, grouped convolution and pooling on rows in compiled code.
 
 The file is compiled once per machine with the C compiler found there and kept in the user's cache folder. Without a
 compiler (or with CADSURGERY_NATIVE=0) `library()` is None and the callers use torch operations, slower for grouped
@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from cadsurgery.elements.backends.choose import (
+    Backend,
+    Between,
+    Convolution,
+    Gathering,
+    Mixing,
+    MixingLines,
+    Picking,
+    Pooling,
+    Work,
+    every_row,
+    is_observed,
+    mix,
+)
 from cadsurgery.support.files import cache_folder, is_private, kept_whole
 
 SOURCE = Path(__file__).with_name("native.c")
@@ -45,8 +60,102 @@ class Rows(NamedTuple):
     """
 
     rows: Tensor
-    halo: Tensor | None
-    outside: float
+    halo: Tensor | None = None
+    outside: float = 0.0
+
+    @classmethod
+    def of(cls, work: Convolution | Pooling | Gathering) -> Rows:
+        """What a work reads."""
+        reading = work.reading
+        halo = mix(work.rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
+        return cls(work.rows, halo, work.outside)
+
+
+class Native(Backend):
+    """Compiled code that reads rows where they lie; `native.c` says what each function does."""
+
+    name = "native"
+
+    def applies(self, work: Work) -> bool:
+        """Values alone, of rows that it has a form for."""
+        if not work.is_inference or not supported(work.rows):
+            return False
+        return not isinstance(work, Convolution) or self._has_form(work)
+
+    def _has_form(self, work: Convolution) -> bool:
+        weights, reads = work.weights, work.reads
+        if weights.groups > 1:
+            return has_grouped(weights.weight, weights.groups)
+        # Its weight has to be packed: worth it where that is kept. Where the number of rows follows from the size of
+        # the image alone, oneDNN, which makes code for each number, is a little faster; for any other that takes a
+        # millisecond and some hundred kilobytes that stay in its caches.
+        packed = weights.forms is not None and work.rows.dtype == weights.weight.dtype
+        steady = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
+        return packed and has_product(weights.weight) and not steady
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, ..., O) = clamp(sum + bias + residual)."""
+        weights, outputs = work.weights, work.weights.weight.shape[0]
+        if work.is_product:
+            rows = work.of_target
+            shape = (*rows.shape[:-1], outputs)
+            source = Rows(rows.reshape(-1, rows.shape[-1]))
+            table = every_row(len(source.rows), rows.device).table
+        else:
+            source, table = Rows.of(work), work.reading.table
+            shape = (len(table), outputs)
+        dtype, act, grouped = work.rows.dtype, weights.activation, weights.groups > 1
+        pack = grouped_weight if grouped else product_weight
+        packed = weights.form(("native", dtype), lambda: pack(weights.weight.to(dtype), weights.bias))
+        bounds = act.bounds if act is not None else None
+        more = work.residual.contiguous() if work.residual is not None else None
+        out = work.rows.new_empty(shape)
+        limits = bounds or (-math.inf, math.inf)
+        name, size = ("grouped", packed[0].shape[1]) if grouped else ("product", outputs)
+        failed = _call(name, source, table, *packed, more, out, size, *limits)
+        assert not failed, "`applies` asks for a form first"
+        return out if bounds or act is None else act.apply_(out)
+
+    def pool(self, work: Pooling) -> Tensor:
+        """Rows (N, C)."""
+        table = work.reading.table
+        out = work.rows.new_empty(table.shape[0], work.rows.shape[1])
+        _call("pool", Rows.of(work), table, out, int(work.largest))
+        return out
+
+    def mix(self, work: Mixing) -> Tensor:
+        """Rows (M, C)."""
+        out = work.rows.new_empty(work.sources.shape[0], work.rows.shape[1])
+        shares = work.shares.to(_sum_type(work.rows.dtype)).contiguous()
+        _call("mix", Rows(work.rows), work.sources.contiguous(), shares, out)
+        return out
+
+    def mix_lines(self, work: MixingLines) -> Tensor:
+        """(L, M, C)."""
+        lines, width, channels = work.rows.shape
+        out = work.rows.new_empty(lines, len(work.share), channels)
+        sources = torch.stack((work.first, work.second), 1).int()
+        shares = torch.stack((1 - work.share, work.share), 1).to(_sum_type(out.dtype))
+        rows = Rows(work.rows.reshape(lines * width, channels))
+        _call("mix_lines", rows, sources, shares, lines, out, count=width)
+        return out
+
+    def pick(self, work: Picking) -> Tensor:
+        """(entries, C); each row of the halo is mixed where it is read."""
+        table, sources = work.reading.table.reshape(-1, 1), work.reading.sources.contiguous()
+        shares = work.reading.mix.to(_sum_type(work.rows.dtype)).contiguous()
+        out = work.rows.new_empty(len(table), work.rows.shape[1])
+        _call("gather_mixing", Rows(work.rows), table, sources, shares, sources.shape[1], out)
+        return out
+
+    def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
+        """The function of entries (n, taps) and memory (n * taps, C)."""
+        source = Rows.of(work)
+
+        def fill(entries: Tensor, out: Tensor) -> None:
+            _call("gather", source, entries, out)
+
+        return fill
 
 
 class _Reading(ctypes.Structure):
@@ -56,92 +165,11 @@ class _Reading(ctypes.Structure):
     )
 
 
-def is_observed() -> bool:
-    """Whether torch counts, records or compiles what is called: it does not see compiled code."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
 def supported(rows: Tensor) -> bool:
     """Whether there is compiled code for these rows; not while torch observes what is called."""
     return (
         not is_observed() and rows.device.type == "cpu" and rows.dtype in _ELEMENTS and library() is not None
     )
-
-
-def gather(source: Rows, table: Tensor, out: Tensor) -> None:
-    """Rows of all taps side by side: `out` (n * taps, C) from a `table` (n, taps) int32."""
-    _call("gather", source, table, ctypes.c_void_p(out.data_ptr()))
-
-
-def grouped(
-    source: Rows,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    more: Tensor | None,
-    bounds: tuple[float, float],
-) -> Tensor:
-    """Grouped convolution with as many outputs as inputs: (n, C) = clamp(sum + bias + more).
-
-    Args:
-        source: rows.
-        table: (n, taps) int32.
-        weight: (taps, channels of a group, padded channels) as `grouped_weight` lays it out.
-        bias: (padded channels,).
-        more: (n, C) or None, a residual.
-        bounds: least and largest value of the result.
-    """
-    out = source.rows.new_empty(table.shape[0], source.rows.shape[1])
-    return _convolved("grouped", source, table, weight, bias, more, out, weight.shape[1], bounds)
-
-
-def product(
-    source: Rows,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    more: Tensor | None,
-    outputs: int,
-    bounds: tuple[float, float],
-) -> Tensor:
-    """Ungrouped convolution that reads rows where they lie: (n, outputs) = clamp(sum + bias + more).
-
-    Args:
-        source: rows, float32 or float64.
-        table: (n, taps) int32.
-        weight: (chunks, taps, channels, outputs of a chunk) as `product_weight` lays it out.
-        bias: (chunks * outputs of a chunk,).
-        more: (n, outputs) or None, a residual.
-        outputs: channels of the result.
-        bounds: least and largest value of the result.
-    """
-    out = source.rows.new_empty(table.shape[0], outputs)
-    return _convolved("product", source, table, weight, bias, more, out, outputs, bounds)
-
-
-def _convolved(
-    name: str,
-    source: Rows,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    more: Tensor | None,
-    out: Tensor,
-    size: int,
-    bounds: tuple[float, float],
-) -> Tensor:
-    """`out`, filled; `size` is the number the function of this name asks for besides those of the rows."""
-    more = more.contiguous() if more is not None else None
-    failed = _call(
-        *(name, source, table),
-        *(ctypes.c_void_p(value.data_ptr()) for value in (weight, bias)),
-        ctypes.c_void_p(more.data_ptr() if more is not None else None),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_long(size),
-        *map(ctypes.c_double, bounds),
-    )
-    assert not failed, "callers ask has_grouped or has_product first"
-    return out
 
 
 def has_product(weight: Tensor) -> bool:
@@ -152,19 +180,14 @@ def has_product(weight: Tensor) -> bool:
 def product_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece."""
     outputs, channels, height, width = weight.shape
-    padded = _padded(outputs, weight.dtype)
+    chunk = PRODUCT_LANES * LANE_BYTES // weight.dtype.itemsize
+    padded = -(-outputs // chunk) * chunk
     kernel = weight.new_zeros(padded, height * width, channels)
     kernel[:outputs] = weight.detach().flatten(2).transpose(1, 2)
-    chunk = PRODUCT_LANES * LANE_BYTES // weight.dtype.itemsize
     offset = kernel.new_zeros(padded)
     if bias is not None:
         offset[:outputs] = bias.detach()
     return kernel.view(-1, chunk, height * width, channels).permute(0, 2, 3, 1).contiguous(), offset
-
-
-def _padded(outputs: int, dtype: torch.dtype) -> int:
-    chunk = PRODUCT_LANES * LANE_BYTES // dtype.itemsize
-    return -(-outputs // chunk) * chunk
 
 
 def has_grouped(weight: Tensor, groups: int) -> bool:
@@ -188,52 +211,25 @@ def grouped_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
     return kernel, offset
 
 
-def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
-    """Weighted sums of rows (N, C): (M, C) from `sources` (M, k) int32 and `shares` (M, k)."""
-    out = rows.new_empty(sources.shape[0], rows.shape[1])
-    shares = shares.to(_sum_type(rows.dtype)).contiguous()
-    source, table = Rows(rows.contiguous(), None, 0.0), sources.contiguous()
-    _call("mix", source, table, ctypes.c_void_p(shares.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-    return out
-
-
-def mix_lines(values: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
-    """Weighted sums along the lines of a map (L, W, C): (L, M, C) from `sources` (M, 2) int32 and `shares` (M, 2)."""
-    lines, width, channels = values.shape
-    out = values.new_empty(lines, sources.shape[0], channels)
-    shares = shares.to(_sum_type(values.dtype)).contiguous()
-    pointers = [ctypes.c_void_p(value.data_ptr()) for value in (shares, out)]
-    rows = Rows(values.contiguous().view(lines * width, channels), None, 0.0)
-    _call(
-        "mix_lines", rows, sources.contiguous(), pointers[0], ctypes.c_long(lines), pointers[1], count=width
-    )
-    return out
-
-
-def gather_mixing(rows: Tensor, table: Tensor, sources: Tensor, shares: Tensor, out: Tensor) -> None:
-    """`gather` of one tap by a `table` (n, 1), where entry N + 1 + i reads the weighted sum of rows `sources` (M, k)
-    by `shares` (M, k), which is made when it is read: for tables that read each about once."""
-    shares, sources = shares.to(_sum_type(rows.dtype)).contiguous(), sources.contiguous()
-    pointers = [ctypes.c_void_p(value.data_ptr()) for value in (sources, shares)]
-    many, result = ctypes.c_long(sources.shape[1]), ctypes.c_void_p(out.data_ptr())
-    _call("gather_mixing", Rows(rows.contiguous(), None, 0.0), table, *pointers, many, result)
-
-
-def pool(source: Rows, table: Tensor, out: Tensor, largest: bool) -> None:
-    """The largest value or the sum over the taps: `out` (n, C)."""
-    _call("pool", source, table, ctypes.c_void_p(out.data_ptr()), ctypes.c_long(largest))
-
-
 def _call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> int:
-    rows, halo, outside = source
-    beyond = rows.new_full((rows.shape[1],), outside)
-    assert rows.is_contiguous() and table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
+    """A function of the library: tensors go as pointers, None as none."""
+    rows, halo = source.rows.contiguous(), source.halo
+    beyond = rows.new_full((rows.shape[1],), source.outside)
+    assert table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
     reading = _Reading(
         *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
         *(table.data_ptr(), rows.shape[0] if count is None else count, *table.shape, rows.shape[1]),
     )
     function = getattr(library(), f"{name}_{_ELEMENTS[rows.dtype][0]}")
-    return int(function(ctypes.byref(reading), *arguments))
+    return int(function(ctypes.byref(reading), *map(_for_c, arguments)))
+
+
+def _for_c(value: Tensor | float | None) -> Any:
+    if isinstance(value, int):
+        return ctypes.c_long(value)
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return ctypes.c_void_p(value.data_ptr() if value is not None else None)
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:

@@ -1,299 +1,21 @@
-"""Products of rows with a convolution's weight, and what is done to the result before it leaves the cache.
-
-A `Kernel` is a weight with its bias, groups and activation. On the CPU it runs in oneDNN or in compiled code of this
-package (`native`), each with the weight packed its own way; residual and activation are taken along. A `PackedConv`
-keeps the packed weights from call to call: rows are multiplied by compiled code, or as by a linear layer of oneDNN,
-whose packed weight serves any number of rows too; dense maps by weights packed for their shapes.
-"""
+"""Layers for inference: a convolution or linear layer with its bias, activation and packed weights in one."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.elements.backends import native
-
-_ONEDNN = (torch.float32, torch.bfloat16)
-# A block of a result that is still in the cache when the next operation reads it.
-_BLOCK_BYTES = 1 << 20
-# With fewer rows, or fewer values in them (torch's own limit), a product goes another way than through oneDNN's usual
-# kernels and is summed in another order. With so many that of a row is the same bit for bit whatever other rows there
-# are.
-_FEWEST_ROWS, _FEWEST_VALUES = 64, 20480
-# Packed forms of a weight that are kept, mostly for different shapes of dense maps.
-_MOST_FORMS = 4
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A pointwise function that can be applied to a result while it is in the cache.
-
-    Attributes:
-        name: as oneDNN's fused operations call it.
-        scalars: its parameters, in their order.
-        algorithm: its variant.
-    """
-
-    name: str
-    scalars: tuple[float, ...] = ()
-    algorithm: str = ""
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """Least and largest value, if it is nothing but a clamp."""
-        if self.name == "relu":
-            return 0.0, float("inf")
-        return (self.scalars[0], self.scalars[1]) if self.name == "hardtanh" else None
-
-    def apply_(self, values: Tensor) -> Tensor:
-        """In place."""
-        if self.bounds is not None:
-            return values.clamp_(*self.bounds)
-        if self.name == "gelu":
-            return torch.ops.aten.gelu_(values, approximate=self.algorithm)
-        if self.name == "leaky_relu":
-            return F.leaky_relu_(values, *self.scalars)
-        return _IN_PLACE[self.name](values)
-
-
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "swish": lambda values: F.silu(values, inplace=True),
-    "hardswish": lambda values: F.hardswish(values, inplace=True),
-    "sigmoid": torch.sigmoid_,
-    "tanh": torch.tanh_,
-}
-
-
-@dataclass
-class Kernel:
-    """Weight (O, C / groups, kh, kw), bias and activation of a convolution.
-
-    Attributes:
-        weight: of the convolution.
-        bias: (O,) or None.
-        groups: channel groups.
-        activation: applied last, after the residual.
-        kept: forms of the weight made so far; None if they are not worth keeping.
-        dense: whether its weight is also worth packing for the shape of a dense map.
-        meets_nan: whether sums may be NaN. oneDNN's clamps, which make numbers of NaN, are then not used: torch's and
-            those of this package keep it, but those of torch are another pass.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    groups: int = 1
-    activation: Activation | None = None
-    kept: dict[Hashable, Any] | None = None
-    dense: bool = False
-    meets_nan: bool = False
-    _making: Any = field(default_factory=threading.Lock, repr=False)
-
-    @property
-    def alone(self) -> Kernel:
-        """The product alone, without the activation; packed weights are shared."""
-        return replace(self, activation=None)
-
-    def on_rows(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.
-
-        `residual` (n, O) is added before the activation.
-        """
-        if not _has_onednn(rows) or not rows.numel():
-            return self.finish(F.linear(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
-        if self.kept is None:
-            return self.finish(product(rows, self.matrix(rows.dtype), self.offset(rows.dtype)), residual)
-        # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
-        # was packed for: with others it is reordered in every call, which is far slower.
-        weight = self._form(
-            ("rows", rows.dtype),
-            lambda: torch.ops.mkldnn._reorder_linear_weight(self.matrix(rows.dtype).contiguous()),
-        )
-        bias, act = self.offset(rows.dtype), self.activation
-        if residual is None:
-            return self._rest(_LINEAR(rows, weight, bias, *self._fused))
-        residual = residual.contiguous()
-        if act is None:
-            return _LINEAR.binary(rows, residual, weight, bias, "add")
-        if act.name == "relu" and rows.shape[0] > rows.shape[1] and not self.meets_nan:
-            # A convolution takes both along. Its weight is reordered in every call: less work than what follows.
-            point = self.matrix(rows.dtype)[:, :, None, None]
-            out = self._onednn(_image(rows), point, _image(residual), (1, 1), (0, 0), (1, 1), 1)
-            return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
-        # The activation meets the sum block by block, while that is in the cache.
-        out = rows.new_empty(rows.shape[0], self.weight.shape[0])
-        length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
-        for part, more, whole in zip(
-            rows.split(length), residual.split(length), out.split(length), strict=True
-        ):
-            whole.copy_(act.apply_(_LINEAR.binary(part, more, weight, bias, "add")))
-        return out
-
-    def on_elements(self, rows: Tensor, residual: Tensor | None = None, *, steady: bool = False) -> Tensor:
-        """`on_rows`, where the product of a row must not depend on how many there are.
-
-        Args:
-            rows: (n, C).
-            residual: (n, O) or None.
-            steady: whether n depends on the size of the image alone, so that oneDNN, which makes code for each n, may
-                be asked: it is a little faster.
-        """
-        count, fewest = rows.shape[0], _fewest(rows)
-        if self.kept is not None and count and not steady and self._has_product(rows):
-            own = torch.arange(count, dtype=torch.int32).unsqueeze(1)
-            return self.by_table(native.Rows(rows.contiguous(), None, 0.0), own, residual)
-        if self.kept is None or not 0 < count < fewest:
-            return self.on_rows(rows, residual)
-        more = _filled(residual, fewest) if residual is not None else None
-        return self.on_rows(_filled(rows, fewest), more)[:count]
-
-    def on_image(
-        self,
-        image: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """An ordinary convolution of a dense map (B, C, H, W).
-
-        `residual` is added before the activation; it may be any tensor that broadcasts to the result.
-        """
-        if residual is not None and residual.shape != self._shape(image, stride, padding, dilation):
-            return self.finish(self.alone.on_image(image, stride, padding, dilation), residual)
-        weight, bias = self.weight.to(image.dtype), self.offset(image.dtype)
-        if self.dense and self.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):
-            return self._on_pixels(image, residual)
-        if not _has_onednn(image) or not image.numel():
-            out = F.conv2d(image, weight, bias, stride, padding, dilation, self.groups)
-            return self.finish(out, residual)
-        image = image.contiguous(memory_format=torch.channels_last)
-        if self.dense:
-            shape = list(image.shape)
-            weight = self._form(
-                ("image", image.dtype, stride, padding, dilation, *shape),
-                lambda: _reordered(weight, stride, padding, dilation, self.groups, shape),
-            )
-        return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
-
-    def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
-        """A 1x1 convolution of a dense map as a product of rows: those of its memory."""
-
-        def rows(values: Tensor | None) -> Any:
-            return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
-
-        out = self.on_rows(rows(image), rows(residual))
-        return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
-
-    def by_table(self, source: native.Rows, table: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(n, O), reading `source` by a table (n, taps), of a kernel that `native.has_grouped` or `has_product`."""
-        dtype, act, outputs = source.rows.dtype, self.activation, self.weight.shape[0]
-        pack = native.grouped_weight if self.groups > 1 else native.product_weight
-        weight, bias = self._form(("table", dtype), lambda: pack(self.weight.to(dtype), self.bias))
-        bounds = act.bounds if act is not None else None
-        limits = bounds or (-float("inf"), float("inf"))
-        if self.groups > 1:
-            out = native.grouped(source, table, weight, bias, residual, limits)
-        else:
-            out = native.product(source, table, weight, bias, residual, outputs, limits)
-        return out if bounds or act is None else act.apply_(out)
-
-    def _has_product(self, rows: Tensor) -> bool:
-        """Whether compiled code multiplies rows by the weight. It takes any number of them: oneDNN makes code for each
-        number anew, which takes a millisecond and some hundred kilobytes that stay in its caches."""
-        own = self.groups == 1 and rows.dtype == self.weight.dtype
-        return own and native.supported(rows) and native.has_product(self.weight)
-
-    def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
-        """Residual, of any shape that broadcasts, and activation of a product; in place where that has the shape."""
-        if residual is not None:
-            whole = torch.broadcast_shapes(out.shape, residual.shape) == out.shape
-            out = out.add_(residual) if whole else out + residual
-        return self.activation.apply_(out) if self.activation is not None else out
-
-    def _onednn(
-        self,
-        image: Tensor,
-        weight: Tensor,
-        residual: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
-    ) -> Tensor:
-        bias, act = self.offset(image.dtype), self.activation
-        window = (padding, stride, dilation, groups)
-        if residual is None and act is None and self.kept is None:
-            return F.conv2d(image, weight, bias, stride, padding, dilation, groups)
-        if residual is None:
-            return self._rest(_POINTWISE(image, weight, bias, *window, *self._fused))
-        relu = act is not None and act.name == "relu" and not self.meets_nan
-        residual = residual.contiguous(memory_format=torch.channels_last)
-        out = _POINTWISE.binary(
-            image, residual, weight, bias, *window, "add", 1.0, "relu" if relu else None, (), ""
-        )
-        return out if relu or act is None else act.apply_(out)
-
-    def _shape(self, image: Tensor, *numbers: tuple[int, int]) -> tuple[int, ...]:
-        """Of the result for an image."""
-        stride, padding, dilation = numbers
-        sizes = (
-            (length + 2 * p - d * (k - 1) - 1) // s + 1
-            for length, k, s, p, d in zip(
-                image.shape[2:], self.weight.shape[2:], stride, padding, dilation, strict=True
-            )
-        )
-        return image.shape[0], self.weight.shape[0], *sizes
-
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as `kernel_matrix` lays it out."""
-        return kernel_matrix(self.weight.to(dtype), self.groups)
-
-    def offset(self, dtype: torch.dtype) -> Tensor | None:
-        """The bias."""
-        return self.bias.to(dtype) if self.bias is not None else None
-
-    @property
-    def _fused(self) -> tuple[str, tuple[float, ...], str]:
-        """The activation as oneDNN's fused operations take it."""
-        act = None if self._is_apart else self.activation
-        return (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
-
-    @property
-    def _is_apart(self) -> bool:
-        """Whether the activation must not be fused into an operation of oneDNN."""
-        return self.meets_nan and self.activation is not None and self.activation.bounds is not None
-
-    def _rest(self, out: Tensor) -> Tensor:
-        """What was not fused."""
-        return self.activation.apply_(out) if self._is_apart and self.activation is not None else out
-
-    def _form(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once if forms are kept; any thread may ask. The oldest of too many goes."""
-        if self.kept is None:
-            return make()
-        found = self.kept.get(key)
-        if found is None:
-            with self._making:
-                found = self.kept.get(key)
-                if found is None:
-                    found = make()
-                    if len(self.kept) >= _MOST_FORMS:
-                        del self.kept[next(iter(self.kept))]
-                    self.kept[key] = found
-        return found
+from cadsurgery.elements.backends.choose import Convolution, compute
+from cadsurgery.elements.backends.weights import Activation, Weights
 
 
 class PackedConv(nn.Module):
-    """A convolution for inference: weight, bias and activation in one, with its weight kept as kernels want it.
+    """A convolution for inference: weight, bias and activation in one, with its weight kept as backends want it.
 
     Called on a dense map it is a convolution with this stride, padding and dilation; on elements
-    `functional.fused_conv2d` takes its kernel.
+    `functional.fused_conv2d` takes its weights.
     """
 
     def __init__(
@@ -312,22 +34,22 @@ class PackedConv(nn.Module):
         self.weight: Tensor
         self.bias: Tensor | None
         self.groups, self.activation, self.window = groups, activation, window
-        self.meets_nan = False  # see `Kernel`
-        self._kernel: Kernel | None = None
+        self.meets_nan = False  # see `Weights`
+        self._packed: Weights | None = None
 
     @property
-    def kernel(self) -> Kernel:
+    def weights(self) -> Weights:
         """The weight with its packed forms."""
-        if self._kernel is None:
+        if self._packed is None:
             dense = self.window is not None
             parts = (self.weight, self.bias, self.groups, self.activation)
-            self._kernel = Kernel(*parts, {}, dense, self.meets_nan)
-        return self._kernel
+            self._packed = Weights(*parts, {}, dense, self.meets_nan)
+        return self._packed
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
         """The convolution of a dense map; `residual` is added before the activation."""
         assert self.window is not None
-        return self.kernel.on_image(image, *self.window, residual)
+        return self.weights.on_image(image, *self.window, residual)
 
     def extra_repr(self) -> str:
         """Shape and activation, for `print`."""
@@ -335,15 +57,15 @@ class PackedConv(nn.Module):
         return f"{shape}, groups={self.groups}, activation={self.activation and self.activation.name}"
 
     def _apply(self, function: Any, recurse: bool = True) -> PackedConv:
-        self._kernel = None
+        self._packed = None
         return super()._apply(function, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._kernel = None  # packed from the weight there was
+        self._packed = None  # packed from the weight there was
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kernel": None}
+        return {**super().__getstate__(), "_packed": None}
 
 
 class PackedLinear(PackedConv):
@@ -354,74 +76,7 @@ class PackedLinear(PackedConv):
         shape = (*values.shape[:-1], self.weight.shape[0])
         rows = values.reshape(-1, values.shape[-1])
         if residual is not None and residual.shape != shape:
-            return self.kernel.finish(self.kernel.alone.on_elements(rows).view(shape), residual)
+            plain = compute(Convolution(rows, self.weights.alone, None))
+            return self.weights.finish(plain.view(shape), residual)
         more = residual.reshape(-1, shape[-1]) if residual is not None else None
-        return self.kernel.on_elements(rows, more).view(shape)
-
-
-def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
-    """A kernel (O, C / groups, kh, kw) as products of gathered rows take it.
-
-    Ungrouped: (O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix. Grouped:
-    (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel
-    of width one.
-    """
-    if groups > 1:
-        return weight.contiguous().flatten(2).unsqueeze(3)
-    return weight.permute(0, 2, 3, 1).flatten(1)
-
-
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`rows @ weight.T + bias` for (n, K) rows and an (O, K) weight, differentiable."""
-    if rows.device.type == "cpu" and rows.dtype in _ONEDNN:
-        count, fewest = rows.shape[0], _fewest(rows)
-        if 0 < count < fewest:
-            rows = _filled(rows, fewest)
-        out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
-        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
-    return F.linear(rows, weight, bias)
-
-
-def _fewest(rows: Tensor) -> int:
-    """How many rows of this length a product should have; any while torch counts or compiles what is called."""
-    return 0 if native.is_observed() else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
-
-
-def _filled(rows: Tensor, count: int) -> Tensor:
-    """Rows with zeros below."""
-    return F.pad(rows, (0, 0, 0, count - rows.shape[0]))
-
-
-def _image(rows: Tensor | None) -> Any:
-    """Rows (n, C) as a channels_last image; the view must be exactly that, or it is copied unseen."""
-    return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2) if rows is not None else None
-
-
-def _has_onednn(values: Tensor) -> bool:
-    """Whether oneDNN's fused operations, which have no gradients and which torch does not count, can be used."""
-    return (
-        _POINTWISE is not None
-        and values.device.type == "cpu"
-        and values.dtype in _ONEDNN
-        and (values.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        and not native.is_observed()
-    )
-
-
-def _reordered(
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    shape: list[int],
-) -> Tensor:
-    """The weight in oneDNN's own layout for images of a shape."""
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.contiguous(), padding, stride, dilation, groups, shape
-    )
-
-
-_FUSED = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
-_POINTWISE: Any = getattr(_FUSED, "_convolution_pointwise", None)
-_LINEAR: Any = getattr(_FUSED, "_linear_pointwise", None)
+        return compute(Convolution(rows, self.weights, None, residual=more)).view(shape)

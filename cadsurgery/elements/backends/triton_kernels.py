@@ -64,7 +64,6 @@ def _finished(  # type: ignore[no-untyped-def]
     n,
     o,
     bias,
-    scale,
     residual,
     count,
     C_OUT: tl.constexpr,
@@ -72,8 +71,6 @@ def _finished(  # type: ignore[no-untyped-def]
     SLOPE: tl.constexpr,
 ):
     """The tail of (*) on a tile of float32 sums, while they are in registers."""
-    if scale is not None:
-        total *= tl.load(scale + o, mask=o < C_OUT, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         total += tl.load(bias + o, mask=o < C_OUT, other=0.0).to(tl.float32)[None, :]
     if residual is not None:
@@ -121,7 +118,6 @@ def product(  # type: ignore[no-untyped-def]
     weight,
     table,
     bias,
-    scale,
     residual,
     out,
     count,
@@ -170,7 +166,7 @@ def product(  # type: ignore[no-untyped-def]
         total = tl.dot(gathered, kernel.T, total, input_precision=PRECISION)
         following = tl.minimum((step + 1) // blocks, TAPS - 1)
         source = tl.load(table + n * TAPS + following, mask=n < count, other=-1)
-    total = _finished(total, n, o, bias, scale, residual, count, C_OUT, ACTIVATION, SLOPE)
+    total = _finished(total, n, o, bias, residual, count, C_OUT, ACTIVATION, SLOPE)
     tl.store(out + n[:, None] * C_OUT + o[None, :], total, mask=(n < count)[:, None] & (o < C_OUT)[None, :])
 
 
@@ -188,7 +184,6 @@ def depthwise(  # type: ignore[no-untyped-def]
     weight,
     table,
     bias,
-    scale,
     residual,
     out,
     count,
@@ -210,7 +205,7 @@ def depthwise(  # type: ignore[no-untyped-def]
         gathered = tl.load(rows + source[:, None] * C + c[None, :], mask=mask, other=0.0)
         kernel = tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0)
         total += gathered.to(tl.float32) * kernel.to(tl.float32)[None, :]
-    total = _finished(total, n, c, bias, scale, residual, count, C, ACTIVATION, SLOPE)
+    total = _finished(total, n, c, bias, residual, count, C, ACTIVATION, SLOPE)
     tl.store(out + n[:, None] * C + c[None, :], total, mask=(n < count)[:, None] & (c < C)[None, :])
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import describe
+from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import in_pixels, peaks, points_of, sift
 from cadsurgery.masks.filters import grey_of
-from cadsurgery.masks.keypoints import OWN, SIFT, keypoints_at, named_outputs, own_scores
+from cadsurgery.masks.keypoints import OWN, SIFT, named_outputs, own_scores
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.points import macs_at, read_at, readable, sample_at
 from cadsurgery.support.errors import InvalidInput, UnknownName

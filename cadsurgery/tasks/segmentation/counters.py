@@ -14,7 +14,6 @@ from torch import Tensor
 from cadsurgery.data import SegmentationData
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks import MaskProvider, labelled
-from cadsurgery.network.hosted import HostedModel
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
@@ -48,8 +47,7 @@ class Setting:
         """Of the call before, on the same images."""
         shape = tuple(images.shape)
         if shape not in self.work:
-            hosted = isinstance(self.net, HostedModel)
-            self.work[shape] = None if hosted else layer_work(self.net, images)
+            self.work[shape] = layer_work(self.net, images)
         inside = {decision.node for decision in self.net.plan.chosen("adapt", "keep")}
         layers, lattice, counts = self.work[shape], self.fast.lattice, []
         if layers is None or shape not in self.of_mask:

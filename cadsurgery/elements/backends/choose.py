@@ -1,0 +1,278 @@
+"""What is to be computed, what computes it, and the choice: the first backend of the table that applies.
+
+A work is a value: operands, where they are read, what is asked of the result. A backend has a method for each task it
+carries out, and says of a work whether it applies. The table (`table.py`) is asked in its order; torch is last, takes
+every work, and is what the others are held against (`tests/laws/test_backend_laws.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, nothing_mixed, rows_of
+from cadsurgery.elements.lattice import Lattice, is_exporting
+from cadsurgery.support.errors import InvalidInput, UnknownName
+
+if TYPE_CHECKING:
+    from cadsurgery.elements.backends.weights import Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Between:
+    """From where to where a window reads: the lattices before and after, the window with its padding known.
+
+    With `drop`, cells that are not downsampled here read only themselves, see `kernel_map`.
+    """
+
+    source: Lattice
+    target: Lattice
+    window: Window
+    drop: bool = False
+
+    @property
+    def reading(self) -> Reading:
+        """The kernel map, or for one tap at the element itself the rows as they are."""
+        if self.window.is_pointwise:
+            rows, device = rows_of(self.source, self.target), self.target.levels.device
+            if rows is None:
+                return every_row(len(self.target), device)
+            return Reading(rows.unsqueeze(1), *nothing_mixed(device), False)
+        return kernel_map(self.source, self.target, self.window, drop=self.drop)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Something to compute from rows (N, C); `task` is the method of a backend that computes it."""
+
+    rows: Tensor
+    task: ClassVar[str]
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of."""
+        return (self.rows,)
+
+    @property
+    def gradient(self) -> bool:
+        """Whether a gradient with respect to an operand will be asked for."""
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.operands)
+
+    @property
+    def graph(self) -> Literal["", "compiled", "exported"]:
+        """Which graph torch makes of what is called now: none, one to compile, one to export."""
+        if not torch.compiler.is_compiling():
+            return ""
+        return "exported" if is_exporting() else "compiled"
+
+    @property
+    def is_inference(self) -> bool:
+        """Neither gradients nor graphs: values alone."""
+        return not (self.gradient or self.graph)
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution(Work):
+    """act(sum_t W_t X[table[n, t]] + bias + residual): rows (N_target, O).
+
+    Attributes:
+        rows: (N, C); with one tap at the element itself also with more channel axes before the last.
+        weights: weight, bias, groups and activation.
+        reads: the lattices and the window; a reading if no more is known; None for a product of the rows as they are.
+        outside: what taps outside the map read.
+        residual: rows of the result's shape, or None.
+    """
+
+    weights: Weights
+    reads: Between | Reading | None
+    outside: float = 0.0
+    residual: Tensor | None = None
+    task: ClassVar[str] = "convolve"
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of."""
+        return self.rows, self.weights.weight, self.weights.bias
+
+    @property
+    def reading(self) -> Reading:
+        """Where it reads."""
+        if self.reads is None:
+            return every_row(len(self.rows), self.rows.device)
+        return self.reads.reading if isinstance(self.reads, Between) else self.reads
+
+    @property
+    def is_product(self) -> bool:
+        """One tap at the element itself, ungrouped: a product of rows with a matrix."""
+        at_element = isinstance(self.reads, Between) and self.reads.window.is_pointwise
+        return self.reads is None or (at_element and self.weights.groups == 1)
+
+    @property
+    def of_target(self) -> Tensor:
+        """The rows of a product, those of the target alone."""
+        if not isinstance(self.reads, Between):
+            return self.rows
+        return select_rows(self.rows, self.reads.source, self.reads.target)
+
+
+@dataclass(frozen=True, eq=False)
+class Pooling(Work):
+    """The largest value, or the sum, over the taps of each element: rows (N_target, C)."""
+
+    reads: Between | Reading
+    outside: float
+    largest: bool
+    task: ClassVar[str] = "pool"
+
+    @property
+    def reading(self) -> Reading:
+        """Where it reads."""
+        return self.reads.reading if isinstance(self.reads, Between) else self.reads
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing(Work):
+    """Weighted sums of rows: (M, C) from `sources` (M, k) and their `shares` (M, k)."""
+
+    sources: Tensor
+    shares: Tensor
+    task: ClassVar[str] = "mix"
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of."""
+        return self.rows, self.shares
+
+
+@dataclass(frozen=True, eq=False)
+class MixingLines(Work):
+    """Weighted sums along the lines of a map (L, W, C): (L, M, C), between `first` and `second` (M,) by `share`."""
+
+    first: Tensor
+    second: Tensor
+    share: Tensor
+    task: ClassVar[str] = "mix_lines"
+
+
+@dataclass(frozen=True, eq=False)
+class Picking(Work):
+    """The rows that a reading's table, of any shape, names, each about once: (entries, C)."""
+
+    reading: Reading
+    task: ClassVar[str] = "pick"
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of."""
+        return self.rows, self.reading.mix
+
+
+@dataclass(frozen=True, eq=False)
+class Gathering(Work):
+    """A function that writes the rows of entries of a reading's table side by side into memory it is given."""
+
+    reading: Reading
+    outside: float
+    task: ClassVar[str] = "gather"
+
+
+class Backend:
+    """A way to compute works: a method named by the task of each kind that it carries out."""
+
+    name: str
+
+    def applies(self, work: Any) -> bool:
+        """Whether it computes this work, of a task it has, by device, type, groups, gradient and graph."""
+        raise NotImplementedError
+
+
+BACKENDS: list[Backend] = []
+
+
+def add(backend: Backend, before: str | None = None) -> None:
+    """Put a backend into the table: first, or before the one of a name.
+
+    Raises:
+        InvalidInput: there is one of its name.
+        UnknownName: there is none to put it before.
+    """
+    names = [other.name for other in BACKENDS]
+    if backend.name in names:
+        raise InvalidInput(
+            f"there is a backend {backend.name!r}.", next="give it another name, or remove that one."
+        )
+    BACKENDS.insert(_place(before) if before is not None else 0, backend)
+
+
+def remove(name: str) -> Backend:
+    """Take a backend out of the table.
+
+    Raises:
+        UnknownName: there is none of this name.
+    """
+    return BACKENDS.pop(_place(name))
+
+
+def _place(name: str) -> int:
+    names = [backend.name for backend in BACKENDS]
+    if name not in names:
+        raise UnknownName("backend", name, names)
+    return names.index(name)
+
+
+def choose(work: Work, after: Backend | None = None) -> Backend:
+    """The first backend that applies; of those behind another where one asks for what else there is."""
+    passed = after is None
+    for backend in BACKENDS:
+        if passed and hasattr(backend, work.task) and backend.applies(work):
+            return backend
+        passed = passed or backend is after
+    raise AssertionError("torch, the last of the table, takes every work")
+
+
+def compute(work: Work) -> Any:
+    """What a work gives, by the backend of the choice; a profile shows its name."""
+    backend = choose(work)
+    run: Callable[[Work], Any] = getattr(backend, work.task)
+    if not work.graph and torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(f"{work.task} ({backend.name})"):
+            return run(work)
+    return run(work)
+
+
+def is_observed() -> bool:
+    """Whether torch counts, records or compiles what is called: it does not see compiled code."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
+    """Weighted sums of rows: (M, C)."""
+    return compute(Mixing(rows, sources, shares))
+
+
+def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
+    """The rows a reading's table points into: the elements, one row of what is outside, the halo."""
+    halo = reading.sources.shape[0]
+    if not halo and not reading.has_outside:
+        return rows
+    parts = [rows, rows.new_full((1, rows.shape[1]), outside)]
+    if halo:
+        parts.append(mix(rows, reading.sources, reading.mix))
+    return torch.cat(parts)
+
+
+def every_row(count: int, device: torch.device) -> Reading:
+    """A reading of one tap: the rows as they are."""
+    rows = torch.arange(count, dtype=torch.int32, device=device)
+    return Reading(rows.unsqueeze(1), *nothing_mixed(device), False)
+
+
+def select_rows(rows: Tensor, source: Lattice, target: Lattice) -> Tensor:
+    """The rows (N, ...) of a lattice that the same or a later stage still has."""
+    places = rows_of(source, target)
+    return rows if places is None else rows.index_select(0, places.to(rows.device))

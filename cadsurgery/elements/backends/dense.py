@@ -1,0 +1,188 @@
+"""Convolutions and pools on dense maps: of uniform lattices as they are, of others where the whole map is cheaper."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import (
+    Backend,
+    Between,
+    Convolution,
+    Pooling,
+    choose,
+    is_observed,
+)
+from cadsurgery.elements.backends.costs import Costs, best_time, costs
+from cadsurgery.elements.backends.weights import Weights
+from cadsurgery.elements.elements import Elements, to_dense
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry, Lattice
+
+
+class _Dense(NamedTuple):
+    """An ordinary dense operation, in samples of its map.
+
+    Attributes:
+        stride: of both axes.
+        padding: (left, right, top, bottom): below and to the right what the last output needs, whatever the network's
+            own padding says.
+        dilation: (vertical, horizontal).
+    """
+
+    stride: int
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+
+
+def _dense(reads: Between) -> _Dense | None:
+    """The dense operation that does the same where both lattices are uniform; else None."""
+    window, geometry = reads.window, reads.source.geometry
+    if not _has_whole_map(reads):
+        return None
+    source_level, target_level = reads.source.uniform_level, reads.target.uniform_level
+    if source_level is None or target_level is None:
+        return None
+    side = geometry.sides[source_level]
+    if any(step * window.spacing % side for step in (*window.dilation, *window.padding)):
+        return None
+    stride = geometry.sides[target_level] // side
+    down, across, top, _, left, _ = (
+        step * window.spacing // side for step in (*window.dilation, *window.padding)
+    )
+    (height, width), (rows, columns) = reads.source.grid(source_level), reads.target.grid(target_level)
+    bottom = (rows - 1) * stride + down * (window.kernel[0] - 1) + 1 - height - top
+    right = (columns - 1) * stride + across * (window.kernel[1] - 1) + 1 - width - left
+    return _Dense(stride, (left, right, top, bottom), (down, across))
+
+
+def _has_whole_map(reads: Between) -> bool:
+    """Whether the same can be computed on a dense map, and may be."""
+    geometry = reads.source.geometry
+    plain = geometry.anchor == "corner" and reads.window.mode == "zeros" and not reads.drop
+    return geometry.dense_shortcut and plain
+
+
+def _image_of(rows: Tensor, lattice: Lattice) -> Tensor:
+    """Rows on a uniform lattice as a dense channels_last map."""
+    level = lattice.uniform_level
+    assert level is not None
+    return rows.view(lattice.batch, *lattice.grid(level), -1).permute(0, 3, 1, 2)
+
+
+def _rows_of(image: Tensor) -> Tensor:
+    """A dense map as rows of a uniform lattice."""
+    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+
+
+class Uniform(Backend):
+    """Maps of one level everywhere: their rows are the memory of a dense map. In inference a product of rows is left to
+    those that keep packed weights for any number of them."""
+
+    name = "uniform"
+
+    def applies(self, work: Convolution | Pooling) -> bool:
+        """Where both lattices are uniform and all steps are whole cells."""
+        if not isinstance(work.reads, Between) or work.rows.dim() != 2:
+            return False
+        if isinstance(work, Pooling):
+            return work.largest and _dense(work.reads) is not None
+        return not (work.is_product and work.is_inference) and _dense(work.reads) is not None
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, O)."""
+        image, operation, padding = self._padded(work, 0.0)
+        assert isinstance(work.reads, Between)
+        more = _image_of(work.residual, work.reads.target) if work.residual is not None else None
+        stride = (operation.stride, operation.stride)
+        return _rows_of(work.weights.on_image(image, stride, padding, operation.dilation, more))
+
+    def pool(self, work: Pooling) -> Tensor:
+        """Rows (N, C) of a maximum."""
+        image, operation, padding = self._padded(work, -torch.inf)
+        assert isinstance(work.reads, Between)
+        kernel = work.reads.window.kernel
+        return _rows_of(F.max_pool2d(image, kernel, operation.stride, padding, operation.dilation))
+
+    def _padded(self, work: Convolution | Pooling, filled: float) -> tuple[Tensor, _Dense, tuple[int, int]]:
+        """The map, the operation and what that pads: nothing where it would fill in another value than `filled`, pads
+        more at one side than its stride explains, or cannot pad so far; the map is padded here then."""
+        assert isinstance(work.reads, Between)
+        operation, image = _dense(work.reads), _image_of(work.rows, work.reads.source)
+        assert operation is not None
+        left, right, top, bottom = operation.padding
+        symmetric = 0 <= top - bottom < operation.stride and 0 <= left - right < operation.stride
+        kernel = work.reads.window.kernel
+        far = isinstance(work, Pooling) and (2 * top > kernel[0] or 2 * left > kernel[1])  # torch's limit
+        if min(top, left) < 0 or not symmetric or far or work.outside != filled:
+            return F.pad(image, operation.padding, value=work.outside), operation, (0, 0)
+        return image, operation, (top, left)
+
+
+class WholeMap(Backend):
+    """A convolution by its definition: the map read at every fine pixel, convolved as a whole, kept at the anchors.
+
+    For inference in earnest, where packed weights are kept, and not while torch observes what is called: what is
+    measured then, in another thread, would be other code.
+    """
+
+    name = "whole map"
+
+    def applies(self, work: Convolution) -> bool:
+        """Where the costs measured on this machine say that it is cheaper than what else applies."""
+        weights, reads = work.weights, work.reads
+        if not work.is_inference or weights.forms is None or work.is_product or is_observed():
+            return False
+        if not isinstance(reads, Between) or work.rows.device.type != "cpu" or work.outside:
+            return False
+        if reads.source.part or reads.target.part or not _has_whole_map(reads):
+            return False
+        outputs, group = weights.weight.shape[:2]
+        kind = "plain" if weights.groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
+        other = choose(work, after=self)
+        key = f"{kind}, {reads.window.taps} taps, {work.rows.dtype}, {other.name}"
+        measured = costs(key, lambda: _measure(work, other))
+        target, work_of_element = reads.target, weights.weight[0].numel() * outputs
+        pixels = target.batch * target.size[0] * target.size[1]
+        return measured.prefer_dense(work_of_element, len(target), pixels, (work.rows.shape[1], outputs))
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, O)."""
+        assert isinstance(work.reads, Between)
+        source, target, window = work.reads.source, work.reads.target, work.reads.window
+        top, _, left, _ = (window.spacing * step for step in window.padding)
+        down, across = (window.spacing * step for step in window.dilation)
+        bottom = target.size[0] + down * (window.kernel[0] - 1) - source.size[0] - top
+        right = target.size[1] + across * (window.kernel[1] - 1) - source.size[1] - left
+        image = F.pad(to_dense(Elements(work.rows, source)), (left, right, top, bottom))
+        plain = Weights(work.weights.weight, work.weights.bias, work.weights.groups)
+        rows = _rows_of(plain.on_image(image, (1, 1), (0, 0), (down, across)))
+        return work.weights.finish(rows.index_select(0, target.anchors), work.residual)
+
+
+def _measure(work: Convolution, other: Backend) -> Costs:
+    """Costs of a convolution of this kind, with 128 channels on a ragged lattice that is the same for all; on elements
+    by the backend that takes this one, which need not be that of one with 128 channels."""
+    _, group, height, width = work.weights.weight.shape
+    channels = 128 if work.weights.groups == 1 else max(1, 128 // group) * group
+    inner = channels if work.weights.groups == 1 else group
+    weight = work.weights.weight.new_ones(channels, inner, height, width)
+    weights = Weights(weight, None, channels // inner, forms={})
+    blocks = torch.arange(16 * 32).view(1, 16, 32) % 2
+    lattice = Geometry((2,)).lattice(blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)).at(1)
+    sample = Elements(work.rows.new_ones(len(lattice), channels), lattice)
+    padding = (height // 2, height // 2, width // 2, width // 2)
+    window = Window((height, width), 1, (1, 1), padding, spacing=2)
+    target = lattice.at(1, window.output_size(lattice.size))
+    image, work_of_element = to_dense(sample), weight[0].numel() * channels
+    dense = best_time(lambda: weights.on_image(image, (1, 1), (height // 2, width // 2), (1, 1)))
+    on_elements = Convolution(sample.rows, weights, Between(lattice, target, window))
+    sparse = best_time(lambda: other.convolve(on_elements))  # type: ignore[attr-defined]
+    moved = best_time(lambda: to_dense(sample))
+    pixels = image.shape[2] * image.shape[3]
+    return Costs(
+        dense / (pixels * work_of_element), sparse / (len(target) * work_of_element), moved / image.numel()
+    )

@@ -1,0 +1,84 @@
+"""Convolutions in a graph that is compiled for the CPU: one operation each, which chooses when it runs.
+
+The blocks of compiled code are faster than what compilers make of the expression. Such an operation has no gradient and
+no place in an exported program, which must run without this package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import Backend, Convolution, compute
+from cadsurgery.elements.backends.weights import Weights, product
+from cadsurgery.elements.kernel_map import Reading
+
+
+class GraphOperation(Backend):
+    """`cadsurgery::product_of_rows` and `cadsurgery::product_by_table`."""
+
+    name = "graph"
+
+    def applies(self, work: Convolution) -> bool:
+        """In a graph without gradients for the CPU."""
+        return work.graph == "compiled" and work.rows.device.type == "cpu" and not work.gradient
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, O)."""
+        weights = work.weights
+        if work.is_product:
+            out = torch.ops.cadsurgery.product_of_rows(
+                work.of_target, weights.weight.flatten(1), weights.bias
+            )
+        else:
+            reading = work.reading
+            out = torch.ops.cadsurgery.product_by_table(
+                *(work.rows, reading.table, reading.sources, reading.mix, reading.used, reading.has_outside),
+                *(work.outside, weights.weight, weights.bias, weights.groups),
+            )
+        return weights.finish(out, work.residual)
+
+
+_OPERATIONS = torch.library.Library("cadsurgery", "FRAGMENT")
+
+_OPERATIONS.define("product_of_rows(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
+
+_OPERATIONS.define(
+    "product_by_table(Tensor rows, Tensor table, Tensor sources, Tensor mix, Tensor? used, bool has_outside, "
+    "float outside, Tensor weight, Tensor? bias, int groups) -> Tensor"
+)
+
+_OPERATIONS.impl("product_of_rows", product, "CPU")
+
+
+def _product_by_table(
+    rows: Tensor,
+    table: Tensor,
+    sources: Tensor,
+    mix: Tensor,
+    used: Tensor | None,
+    has_outside: bool,
+    outside: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+) -> Tensor:
+    if used is not None:
+        sources, mix = sources[: int(used)], mix[: int(used)]
+    reading = Reading(table.contiguous(), sources, mix, has_outside)
+    return compute(Convolution(rows, Weights(weight, bias, groups), reading, outside))
+
+
+_OPERATIONS.impl("product_by_table", _product_by_table, "CPU")
+
+
+@torch.library.register_fake("cadsurgery::product_of_rows")
+def _product_shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("cadsurgery::product_by_table")
+def _product_by_table_shape(rows: Tensor, table: Tensor, *rest: Any) -> Tensor:
+    return rows.new_empty(table.shape[0], rest[5].shape[0])

@@ -1,0 +1,177 @@
+"""The reference: everything in operations of torch, differentiable, block by block; and as plain expressions.
+
+Gathered rows, `taps` times as many as the elements, never exist as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cadsurgery.elements.backends.choose import (
+    Backend,
+    Convolution,
+    Gathering,
+    Mixing,
+    MixingLines,
+    Picking,
+    Pooling,
+    Work,
+    extend,
+)
+from cadsurgery.elements.backends.weights import product
+
+# Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
+# below a dense network's activations, large enough for the matrix product to run at full speed.
+BLOCK_BYTES = 16 << 20
+
+
+class Torch(Backend):
+    """Takes every work there is."""
+
+    name = "torch"
+
+    def applies(self, work: Work) -> bool:
+        """Always."""
+        return True
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, O)."""
+        rows, weight, table = _operands(work)
+        out = _GatherConv.apply(rows, weight, work.weights.bias_as(rows.dtype), table, work.weights.groups)
+        return work.weights.finish(out, work.residual)
+
+    def pool(self, work: Pooling) -> Tensor:
+        """Rows (N, C)."""
+        reading = work.reading
+        blocks = gathered_blocks(extend(work.rows, reading, work.outside), reading.table)
+        return torch.cat([block.amax(1) if work.largest else block.sum(1) for block in blocks])
+
+    def mix(self, work: Mixing) -> Tensor:
+        """Rows (M, C)."""
+        rows = work.rows
+        sources, shares = work.sources.to(rows.device), work.shares.to(rows)
+        return F.embedding_bag(sources, rows, per_sample_weights=shares, mode="sum")
+
+    def mix_lines(self, work: MixingLines) -> Tensor:
+        """(L, M, C)."""
+        first, second = (work.rows.index_select(1, end) for end in (work.first, work.second))
+        return torch.lerp(first, second, work.share.unsqueeze(1))
+
+    def pick(self, work: Picking) -> Tensor:
+        """(entries, C)."""
+        rows = extend(work.rows, work.reading, 0.0)
+        return rows.index_select(0, work.reading.table.flatten().to(rows.device))
+
+    def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
+        """The function of entries (n, taps) and memory (n * taps, C)."""
+        rows = extend(work.rows, work.reading, work.outside)
+
+        def fill(entries: Tensor, out: Tensor) -> None:
+            torch.index_select(rows, 0, entries.flatten(), out=out)
+
+        return fill
+
+
+class Expression(Backend):
+    """In a graph: the same as an expression that compilers optimise and every runtime has."""
+
+    name = "expression"
+
+    def applies(self, work: Work) -> bool:
+        """While a graph is made."""
+        return bool(work.graph)
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, O)."""
+        rows, weight, table = _operands(work)
+        groups, bias = work.weights.groups, work.weights.bias
+        gathered = rows.index_select(0, table.flatten()).view(*table.shape, -1)
+        if groups == 1:
+            return work.weights.finish(product(gathered.flatten(1), weight, bias), work.residual)
+        parts = gathered.unflatten(2, (groups, -1))  # (N, taps, groups, C / groups)
+        weight = weight.unflatten(0, (groups, -1)).squeeze(-1)  # (groups, O / groups, C / groups, taps)
+        if weight.shape[2] == 1:
+            out = (parts * weight.permute(3, 0, 2, 1).squeeze(2)).sum(1)
+        else:
+            out = torch.einsum("ntgc,goct->ngo", parts, weight)
+        return work.weights.finish(out.flatten(1) if bias is None else out.flatten(1) + bias, work.residual)
+
+
+def _operands(work: Convolution) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with what lies behind them, the weight as they are multiplied by it, the table."""
+    reading = work.reading
+    rows = extend(work.rows, reading, work.outside)
+    return rows, work.weights.matrix(rows.dtype), reading.table.to(rows.device)
+
+
+def block_length(table: Tensor, rows: Tensor) -> int:
+    """How many entries of a table (N, taps) are gathered at once."""
+    return max(256, BLOCK_BYTES // (table.shape[1] * rows.shape[1] * rows.element_size()))
+
+
+def gathered_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
+    """Rows of all taps, (n, taps, C), in blocks."""
+    for block in table.to(rows.device).split(block_length(table, rows)):
+        yield rows.index_select(0, block.flatten()).view(*block.shape, -1)
+
+
+def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Products of gathered rows (n, taps, C) with the weight of a `_GatherConv`: (n, O)."""
+    if groups == 1:
+        return product(block.flatten(1), weight, bias)
+    # Grouped: the gathered rows are the image of a convolution whose kernel and stride are the taps.
+    count, taps, channels = block.shape
+    image = block.view(1, count * taps, 1, channels).permute(0, 3, 1, 2)
+    return (
+        F.conv2d(image, weight, bias, stride=(taps, 1), groups=groups).permute(0, 2, 3, 1).reshape(count, -1)
+    )
+
+
+class _GatherConv(torch.autograd.Function):
+    """Gather rows by a table and multiply them, block by block, forward and backward.
+
+    The weight is (O, taps C) or, with groups, (O, C / groups, taps, 1). Saves its inputs only: the
+    gathered rows, `taps` times larger, never exist as a whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, groups: int
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias, table)
+        ctx.groups = groups
+        length = min(block_length(table, rows), max(table.shape[0], 1))
+        gathered = rows.new_empty(length * table.shape[1], rows.shape[1])
+        out = rows.new_empty(table.shape[0], weight.shape[0])
+        for block, result in zip(table.split(length), out.split(length), strict=True):
+            view = gathered[: block.numel()]
+            torch.index_select(rows, 0, block.flatten(), out=view)
+            result.copy_(_apply_taps(view.view(*block.shape, -1), weight, bias, groups))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, _, table = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_rows = torch.zeros_like(rows) if needs[0] else None
+        grad_weight = torch.zeros_like(weight) if needs[1] else None
+        length = block_length(table, rows)
+        for block, part in zip(table.split(length), grad.contiguous().split(length), strict=True):
+            gathered = rows.index_select(0, block.flatten()).view(*block.shape, -1).requires_grad_(needs[0])
+            with torch.enable_grad():
+                kernel = weight.detach().requires_grad_(needs[1])
+                out = _apply_taps(gathered, kernel, None, ctx.groups)
+            wanted = [value for value, need in ((gathered, needs[0]), (kernel, needs[1])) if need]
+            found = list(torch.autograd.grad(out, wanted, part)) if wanted else []
+            if grad_rows is not None:
+                grad_rows.index_add_(0, block.flatten(), found.pop(0).flatten(0, 1))
+            if grad_weight is not None:
+                grad_weight += found.pop(0)
+        return grad_rows, grad_weight, grad.sum(0) if needs[2] else None, None, None

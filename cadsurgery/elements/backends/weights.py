@@ -1,0 +1,318 @@
+"""A convolution's weight, its products with rows and dense maps, and what is done to those before they leave the cache.
+
+`Weights` are a weight with its bias, groups and activation. In oneDNN rows are multiplied as by a linear layer, whose
+packed weight serves any number of rows, dense maps by weights packed for their shapes; residual and activation are
+taken along. Each backend packs the weight its own way; packed forms are kept where the weights are those of inference.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import is_observed
+
+_ONEDNN = (torch.float32, torch.bfloat16)
+# A block of a result that is still in the cache when the next operation reads it.
+_BLOCK_BYTES = 1 << 20
+# With fewer rows, or fewer values in them (torch's own limit), a product goes another way than through oneDNN's usual
+# kernels and is summed in another order. With so many that of a row is the same bit for bit whatever other rows there
+# are.
+_FEWEST_ROWS, _FEWEST_VALUES = 64, 20480
+# Packed forms of a weight that are kept, mostly for different shapes of dense maps.
+MOST_FORMS = 4
+_PACKING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A pointwise function that can be applied to a result while it is in the cache.
+
+    Attributes:
+        name: as oneDNN's fused operations call it.
+        scalars: its parameters, in their order.
+        algorithm: its variant.
+    """
+
+    name: str
+    scalars: tuple[float, ...] = ()
+    algorithm: str = ""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Least and largest value, if it is nothing but a clamp."""
+        if self.name == "relu":
+            return 0.0, float("inf")
+        return (self.scalars[0], self.scalars[1]) if self.name == "hardtanh" else None
+
+    def apply_(self, values: Tensor) -> Tensor:
+        """In place."""
+        if self.bounds is not None:
+            return values.clamp_(*self.bounds)
+        if self.name == "gelu":
+            return torch.ops.aten.gelu_(values, approximate=self.algorithm)
+        if self.name == "leaky_relu":
+            return F.leaky_relu_(values, *self.scalars)
+        return _IN_PLACE[self.name](values)
+
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "swish": lambda values: F.silu(values, inplace=True),
+    "hardswish": lambda values: F.hardswish(values, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+
+
+@dataclass
+class Weights:
+    """Weight (O, C / groups, kh, kw), bias and activation of a convolution.
+
+    Attributes:
+        weight: of the convolution.
+        bias: (O,) or None.
+        groups: channel groups.
+        activation: applied last, after the residual.
+        forms: packed forms of the weight made so far; None if they are not worth keeping.
+        dense: whether its weight is also worth packing for the shape of a dense map.
+        meets_nan: whether sums may be NaN. oneDNN's clamps, which make numbers of NaN, are then not used: torch's and
+            those of this package keep it, but those of torch are another pass.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int = 1
+    activation: Activation | None = None
+    forms: dict[Hashable, Any] | None = None
+    dense: bool = False
+    meets_nan: bool = False
+
+    @property
+    def alone(self) -> Weights:
+        """The product alone, without the activation; packed weights are shared."""
+        return replace(self, activation=None)
+
+    def on_rows(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.
+
+        `residual` (n, O) is added before the activation.
+        """
+        if self.forms is None or not _has_onednn(rows) or not rows.numel():
+            multiply = product if self.forms is None and rows.numel() else F.linear
+            return self.finish(multiply(rows, self.matrix(rows.dtype), self.bias_as(rows.dtype)), residual)
+        # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
+        # was packed for: with others it is reordered in every call, which is far slower.
+        weight = self.form(
+            ("rows", rows.dtype),
+            lambda: torch.ops.mkldnn._reorder_linear_weight(self.matrix(rows.dtype).contiguous()),
+        )
+        bias, act = self.bias_as(rows.dtype), self.activation
+        if residual is None:
+            return self._rest(_LINEAR(rows, weight, bias, *self._fused))
+        residual = residual.contiguous()
+        if act is None:
+            return _LINEAR.binary(rows, residual, weight, bias, "add")
+        if act.name == "relu" and rows.shape[0] > rows.shape[1] and not self.meets_nan:
+            # A convolution takes both along. Its weight is reordered in every call: less work than what follows.
+            point = self.matrix(rows.dtype)[:, :, None, None]
+            out = self._onednn(_image(rows), point, _image(residual), (1, 1), (0, 0), (1, 1), 1)
+            return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
+        # The activation meets the sum block by block, while that is in the cache.
+        out = rows.new_empty(rows.shape[0], self.weight.shape[0])
+        length = max(64, _BLOCK_BYTES // max(1, out.shape[1] * out.element_size()))
+        for part, more, whole in zip(
+            rows.split(length), residual.split(length), out.split(length), strict=True
+        ):
+            whole.copy_(act.apply_(_LINEAR.binary(part, more, weight, bias, "add")))
+        return out
+
+    def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`on_rows`, where the product of a row must not depend on how many there are."""
+        count, fewest = rows.shape[0], _fewest(rows)
+        if self.forms is None or not 0 < count < fewest:
+            return self.on_rows(rows, residual)
+        more = _filled(residual, fewest) if residual is not None else None
+        return self.on_rows(_filled(rows, fewest), more)[:count]
+
+    def on_image(
+        self,
+        image: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """An ordinary convolution of a dense map (B, C, H, W).
+
+        `residual` is added before the activation; it may be any tensor that broadcasts to the result.
+        """
+        if residual is not None and residual.shape != self._shape(image, stride, padding, dilation):
+            return self.finish(self.alone.on_image(image, stride, padding, dilation), residual)
+        weight, bias = self.weight.to(image.dtype), self.bias_as(image.dtype)
+        if self.dense and self.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):
+            return self._on_pixels(image, residual)
+        if not _has_onednn(image) or not image.numel():
+            out = F.conv2d(image, weight, bias, stride, padding, dilation, self.groups)
+            return self.finish(out, residual)
+        image = image.contiguous(memory_format=torch.channels_last)
+        if self.dense:
+            shape, pack = list(image.shape), torch.ops.mkldnn._reorder_convolution_weight
+            weight = self.form(
+                ("image", image.dtype, stride, padding, dilation, *shape),
+                lambda: pack(weight.contiguous(), padding, stride, dilation, self.groups, shape),
+            )
+        return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
+
+    def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
+        """A 1x1 convolution of a dense map as a product of rows: those of its memory."""
+
+        def rows(values: Tensor | None) -> Any:
+            return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
+
+        out = self.on_rows(rows(image), rows(residual))
+        return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
+
+    def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
+        """Residual, of any shape that broadcasts, and activation of a product; in place where that has the shape."""
+        if residual is not None:
+            whole = torch.broadcast_shapes(out.shape, residual.shape) == out.shape
+            out = out.add_(residual) if whole else out + residual
+        return self.activation.apply_(out) if self.activation is not None else out
+
+    def _onednn(
+        self,
+        image: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Tensor:
+        bias, act = self.bias_as(image.dtype), self.activation
+        window = (padding, stride, dilation, groups)
+        if residual is None and act is None and self.forms is None:
+            return F.conv2d(image, weight, bias, stride, padding, dilation, groups)
+        if residual is None:
+            return self._rest(_POINTWISE(image, weight, bias, *window, *self._fused))
+        relu = act is not None and act.name == "relu" and not self.meets_nan
+        # What oneDNN does not take, and what it may take for maps in ordinary memory, torch adds and clamps itself, in
+        # which it has no bfloat16.
+        if image.dtype == torch.bfloat16:
+            plain = groups == 1 and min(image.shape[1], weight.shape[0]) > 1
+            relu = relu and plain and image.shape[2] * image.shape[3] > 1
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        out = _POINTWISE.binary(
+            image, residual, weight, bias, *window, "add", 1.0, "relu" if relu else None, (), ""
+        )
+        return out if relu or act is None else act.apply_(out)
+
+    def _shape(self, image: Tensor, *numbers: tuple[int, int]) -> tuple[int, ...]:
+        """Of the result for an image."""
+        stride, padding, dilation = numbers
+        sizes = (
+            (length + 2 * p - d * (k - 1) - 1) // s + 1
+            for length, k, s, p, d in zip(
+                image.shape[2:], self.weight.shape[2:], stride, padding, dilation, strict=True
+            )
+        )
+        return image.shape[0], self.weight.shape[0], *sizes
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight as `kernel_matrix` lays it out."""
+        return kernel_matrix(self.weight.to(dtype), self.groups)
+
+    def bias_as(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias."""
+        return self.bias.to(dtype) if self.bias is not None else None
+
+    @property
+    def _fused(self) -> tuple[str, tuple[float, ...], str]:
+        """The activation as oneDNN's fused operations take it."""
+        act = None if self._is_apart else self.activation
+        return (act.name, act.scalars, act.algorithm) if act is not None else ("none", (), "")
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the activation must not be fused into an operation of oneDNN."""
+        return self.meets_nan and self.activation is not None and self.activation.bounds is not None
+
+    def _rest(self, out: Tensor) -> Tensor:
+        """What was not fused."""
+        return self.activation.apply_(out) if self._is_apart and self.activation is not None else out
+
+    def form(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once if forms are kept; any thread may ask. The oldest of too many goes."""
+        if self.forms is None:
+            return make()
+        form = self.forms.get(key)
+        if form is None:
+            with _PACKING:
+                form = self.forms.get(key)
+                if form is None:
+                    form = make()
+                    if len(self.forms) >= MOST_FORMS:
+                        del self.forms[next(iter(self.forms))]
+                    self.forms[key] = form
+        return form
+
+
+def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
+    """A kernel (O, C / groups, kh, kw) as products of gathered rows take it.
+
+    Ungrouped: (O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix. Grouped:
+    (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel
+    of width one.
+    """
+    if groups > 1:
+        return weight.contiguous().flatten(2).unsqueeze(3)
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`rows @ weight.T + bias` for (n, K) rows and an (O, K) weight, differentiable."""
+    if rows.device.type == "cpu" and rows.dtype in _ONEDNN:
+        count, fewest = rows.shape[0], _fewest(rows)
+        if 0 < count < fewest:
+            rows = _filled(rows, fewest)
+        out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
+        return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
+    return F.linear(rows, weight, bias)
+
+
+def _fewest(rows: Tensor) -> int:
+    """How many rows of this length a product should have; any while torch counts or compiles what is called."""
+    return 0 if is_observed() else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
+
+
+def _filled(rows: Tensor, count: int) -> Tensor:
+    """Rows with zeros below."""
+    return F.pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+
+def _image(rows: Tensor | None) -> Any:
+    """Rows (n, C) as a channels_last image; the view must be exactly that, or it is copied unseen."""
+    return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2) if rows is not None else None
+
+
+def _has_onednn(values: Tensor) -> bool:
+    """Whether oneDNN's fused operations, which have no gradients and which torch does not count, can be used."""
+    return (
+        _POINTWISE is not None
+        and values.device.type == "cpu"
+        and values.dtype in _ONEDNN
+        and (values.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and not is_observed()
+        and not (torch.is_grad_enabled() and values.requires_grad)
+    )
+
+
+_FUSED = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+_POINTWISE: Any = getattr(_FUSED, "_convolution_pointwise", None)
+_LINEAR: Any = getattr(_FUSED, "_linear_pointwise", None)

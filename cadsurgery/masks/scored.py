@@ -1,0 +1,235 @@
+"""Masks that keep high what a map of scores says: what interpolation of the entering features would lose, what any
+function of the image gives, how unsure the network is after a first pass with everything downsampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.lattice import describe
+from cadsurgery.masks.basic import name_of
+from cadsurgery.masks.context import first_pass_output
+from cadsurgery.masks.filters import blurred, resized
+from cadsurgery.masks.graded import check_count, check_sigma, check_thresholds, levels_of_scores, several
+from cadsurgery.masks.provider import Grid, MaskProvider, checked_scores, mask_provider
+from cadsurgery.masks.saliency import spectral_residual
+from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.provenance import function_at
+
+SPECTRAL = "cadsurgery.masks.saliency:spectral_residual"
+MEASURES = ("margin", "entropy")
+
+
+class ScoredMask(MaskProvider):
+    """Base of masks that keep high what a map of scores says; several thresholds on it give graded levels. A subclass
+    gives the map (`scores`).
+    """
+
+    def __init__(self, threshold: float | tuple[float, ...]) -> None:
+        """Create the mask.
+
+        Args:
+            threshold: on the scores; the i-th decides what gets level i, everything else the lowest level.
+
+        Raises:
+            InvalidInput: thresholds that are NaN or do not fall.
+        """
+        super().__init__()
+        self.threshold = several(threshold)
+        check_thresholds(self.threshold, f"mask {self.name}", falling=True)
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
+
+        Raises:
+            InvalidInput: more thresholds than levels, or no scores.
+        """
+        check_count(len(self.threshold), "thresholds", grid, f"mask {self.name}")
+        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
+
+
+@mask_provider("detail", source="ours; measured in recipes/camvid_mobilenetv2")
+class DetailMask(ScoredMask):
+    """Keep high where linear interpolation from every second sample misses the entering features most.
+
+    The squared error is summed over channels, smoothed, so that kept areas are compact, and divided by its mean over
+    the image: a threshold of 2 keeps what misses twice the average. No training, no labels, hardly any work.
+    """
+
+    def __init__(self, threshold: float | tuple[float, ...] = (1.5,), sigma: float = 2.0) -> None:
+        """Create the mask.
+
+        Args:
+            threshold: on the relative error; several as in `ScoredMask`.
+            sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
+
+        Raises:
+            InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
+        """
+        super().__init__(threshold)
+        check_sigma(sigma, "mask detail")
+        self.sigma = sigma
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The smoothed error relative to its mean over the image."""
+        error = blurred(interpolation_error(features), self.sigma)
+        return error / error.mean((1, 2), keepdim=True).clamp(min=torch.finfo(error.dtype).tiny)
+
+
+def interpolation_error(features: Tensor) -> Tensor:
+    """(B, h, w), at least float32: squared distance of a map (B, C, h, w) from the bilinear interpolation of its every
+    second sample, the border replicated, summed over channels."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    height, width = features.shape[2:]
+    every_second = features[:, :, ::2, ::2]
+    rows, columns = every_second.shape[2:]
+    size = (2 * rows - 1, 2 * columns - 1)
+    between = F.interpolate(every_second, size=size, mode="bilinear", align_corners=True)
+    interpolated = F.pad(between, (0, width - size[1], 0, height - size[0]), mode="replicate")
+    return (features - interpolated).square().sum(1)
+
+
+@mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
+class SaliencyMask(ScoredMask):
+    """Keep high what a function of the image scores at least the threshold; several thresholds give levels."""
+
+    image_only = True
+
+    def __init__(
+        self,
+        function: str | Callable[[Tensor], Tensor] = SPECTRAL,
+        threshold: float | tuple[float, ...] = (1.0,),
+    ) -> None:
+        """Create the mask.
+
+        Args:
+            function: from the image batch (B, C, H, W), normalised as the network sees it, to a floating-point map
+                (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
+                `module:function` of one that can be imported.
+            threshold: on the map; several as in `ScoredMask`.
+
+        Raises:
+            UnknownName: no such module or function.
+            InvalidInput: no function, or thresholds that are NaN or do not fall.
+        """
+        super().__init__(threshold)
+        example = f"saliency:function={SPECTRAL}"
+        self._function: Any = function
+        if isinstance(function, str):  # its own is no import, so that every file may name it
+            is_ours = function == SPECTRAL
+            self._function = spectral_residual if is_ours else function_at(function, "mask saliency", example)
+        if not callable(self._function):
+            raise InvalidInput(
+                f"{describe(self._function)} is no function.",
+                where="mask saliency",
+                next="give a function image -> scores, or the name module:function of one.",
+            )
+        self.function = function if isinstance(function, str) else name_of(function)
+        self._named = isinstance(function, str)
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The function's map, at least float32, resized to the fine map (bilinear, with antialiasing).
+
+        Raises:
+            InvalidInput: the function returns no score map.
+        """
+        scores = self._function(image)
+        if isinstance(scores, Tensor) and scores.dim() == 4 and scores.shape[1] == 1:
+            scores = scores.squeeze(1)
+        wrong = not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() != 3
+        if wrong or scores.shape[0] != grid.batch or 0 in scores.shape:
+            raise InvalidInput(
+                f"the function {self.function} returned {describe(scores)}.",
+                where="mask saliency",
+                next=f"return a floating-point tensor ({grid.batch}, h, w) or ({grid.batch}, 1, h, w) of scores.",
+            )
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return checked_scores(resized(scores, grid.size), grid, self.function, "saliency")
+
+    @property
+    def storable(self) -> bool:
+        """Only if the function was given by name."""
+        return self._named
+
+
+@mask_provider("confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)")
+class ConfidenceMask(ScoredMask):
+    """Keep high where the network is unsure after a first pass with everything downsampled.
+
+    The pass begins where the region begins: what comes before runs once. Its work counts as the mask's.
+    """
+
+    image_only = True
+    needs = "a first pass of the network"
+
+    def __init__(
+        self, threshold: float | tuple[float, ...] = (0.5,), measure: str = "margin", sigma: float = 1.0
+    ) -> None:
+        """Create the mask.
+
+        Args:
+            threshold: on the doubt, 0..1; several as in `ScoredMask`.
+            measure: of doubt: `margin`, one minus the difference of the two largest probabilities, or `entropy`,
+                divided by its largest value.
+            sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
+
+        Raises:
+            UnknownName: no such measure.
+            InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
+        """
+        super().__init__(threshold)
+        self.measure, self.sigma = measure, sigma
+        if measure not in MEASURES:
+            raise UnknownName("measure of mask 'confidence'", measure, MEASURES)
+        check_sigma(sigma, "mask confidence")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """It does."""
+        return True
+
+    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """The doubt at the pixels of each sample of the fine map, averaged and smoothed.
+
+        Raises:
+            InvalidInput: the network gives no class scores for a map.
+        """
+        doubt = _doubt(_logits(first_pass_output("mask confidence"), grid), self.measure)
+        return blurred(resized(doubt, grid.size), self.sigma)
+
+
+def _logits(output: Any, grid: Grid) -> Tensor:
+    """The class scores (B, C, H, W) among the outputs of the first pass: a tensor, or `out` of a dictionary."""
+    logits = output.get("out") if isinstance(output, Mapping) else output
+    described = (
+        f"a dictionary of {', '.join(map(str, output))}" if isinstance(output, Mapping) else describe(logits)
+    )
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dim() != 4
+        or logits.shape[1] < 2
+        or logits.shape[0] != grid.batch
+    ):
+        raise InvalidInput(
+            f"the network gives {described}.",
+            where="mask confidence",
+            why="doubt needs scores (B, C, H, W) of two classes or more, alone or as 'out' of a dictionary.",
+            next="choose another mask, e.g. detail or edges.",
+        )
+    return logits
+
+
+def _doubt(logits: Tensor, measure: str) -> Tensor:
+    """(B, H, W) in 0..1 of class scores (B, C, H, W)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if measure == "entropy":
+        logs = logits.log_softmax(1)
+        return -(logs.exp() * logs).sum(1) / math.log(logits.shape[1])
+    best = logits.softmax(1).topk(2, dim=1).values
+    return 1 - (best[:, 0] - best[:, 1])

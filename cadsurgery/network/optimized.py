@@ -1,0 +1,90 @@
+"""The inference copy of an adaptive network: folded, fused, packed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.network.fuse import KERNELS, fuse
+from cadsurgery.network.macs import MacReport, ghost
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import Program
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.hooks import Watched, child, settle, take_over
+
+
+class OptimizedModel(AdaptiveModel):
+    """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
+
+    def __init__(self, net: AdaptiveModel, epilogues: bool) -> None:
+        """Fuse the graph of `net` and copy what is left of its modules."""
+        source = copy.deepcopy(net).eval().requires_grad_(False)
+        used = (str(node.target) for node in source.graph.nodes if node.op in ("call_module", "get_attr"))
+        settle(source, {"", *used})
+        for module in source.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        root = nn.Module()
+        for kind in ("_modules", "_parameters", "_buffers"):
+            vars(root)[kind].update(vars(source)[kind])
+        for name in source._constants.keys() - source._parameters.keys():
+            root.register_buffer(name, getattr(source.program.names(), name))
+        graph, kernels = fuse(source.graph, root, epilogues)
+        root.add_module(KERNELS, kernels)
+        fused = fx.GraphModule(root, graph)  # it copies what the graph uses and leaves the rest
+        left = [one for one in source.program.watched if child(fused, one.path) is not None]
+        watched = tuple(Watched.of(fused, one.path, one.is_called) for one in left)
+        program = replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
+        super().__init__(fused, program, source.mask)
+        take_over(self, source)
+        self._original = (_Data(net._original[0]),)  # type: ignore[assignment]
+        self._counted = (ghost(net),)
+        self.checks, self.source = net.checks, net.source
+        self.training = False
+
+    @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
+    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+        """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile leaves it as it is."""
+        with torch.no_grad():
+            return super().forward(*args, mask=mask, **kwargs)
+
+    @property
+    def counted(self) -> Program:
+        """That of the network it was made from."""
+        return self._counted[0].program
+
+    def optimize(self, fuse: bool = True) -> OptimizedModel:
+        """Itself: it is optimised."""
+        return self
+
+    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
+        """Multiply-accumulates of the network it was made from; see `AdaptiveModel.macs`."""
+        return self._counted[0].macs(*args, mask=self.mask if mask is None else mask, rule=rule, **kwargs)
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        """Refused: its batch norms are folded.
+
+        Raises:
+            InvalidInput: mode is True.
+        """
+        if mode:
+            raise InvalidInput(
+                "an optimised network cannot be trained.",
+                why="its batch norms are folded into its convolutions.",
+                next="train the network it was made from, and call optimize() again.",
+            )
+        super().train(False)
+        return self
+
+
+class _Data:
+    """The plain data of a network, without its modules and tensors."""
+
+    def __init__(self, model: Any) -> None:
+        for name, value in vars(model).items():
+            if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
+                setattr(self, name, value)

@@ -1,0 +1,254 @@
+"""What was made of a network, as a value: its rewritten graph, the modules that it runs on, and how it is run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.masks.context import first_pass
+from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.provider import MaskProvider
+from cadsurgery.network.inputs import first_types, misfit, wrong_type
+from cadsurgery.support.errors import CadError
+from cadsurgery.surgery.hooks import Watch, Watched
+from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.rewrite import Halves, halves, packed, unpacked
+from cadsurgery.surgery.trace import evaluating
+
+Masked = tuple[Any, Lattice]  # what a run gives: output and lattice
+_GRAPHS = ("graph", "unchanged")
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A rewritten graph and the network whose modules it runs: what tools are given of a network.
+
+    Attributes:
+        graph: the rewritten graph.
+        plan: the decisions it carries out.
+        geometry: how lattices are built and read.
+        signature: of the original's forward.
+        container: type of the output if it is a kind of dictionary.
+        unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
+            a network whose discrete decisions (detections) must not depend on rounding.
+        watched: modules that stand for what was rewritten.
+        is_fused: whether weights are folded and packed for inference, which then convert themselves to any type.
+        net: the `AdaptiveModel` whose modules and parameters the graphs name; see `on`.
+    """
+
+    graph: fx.Graph
+    plan: Plan
+    geometry: Geometry
+    signature: inspect.Signature
+    container: type[dict[str, Any]] = dict
+    unchanged: fx.Graph | None = None
+    watched: tuple[Watched, ...] = ()
+    is_fused: bool = False
+    net: Any = None
+    _run: Any = field(init=False, repr=False)
+    _run_unchanged: Any = field(init=False, repr=False)
+    _watch: Watch = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # At once: a compiler that follows a call could not make them.
+        run_unchanged = runnable(self.unchanged) if self.unchanged is not None else None
+        self.__dict__.update(_run=runnable(self.graph), _run_unchanged=run_unchanged)
+
+    def on(self, net: Any) -> Program:
+        """The same program on the modules of another network; the code of its graphs is shared."""
+        program = object.__new__(Program)
+        program.__dict__.update(self.__dict__, net=net, _watch=Watch(net, self.watched))
+        return program
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "net"}
+        return state | {name: state[name] and packed(state[name]) for name in _GRAPHS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, net=None)
+        self.__dict__.update({name: state[name] and unpacked(state[name]) for name in _GRAPHS})
+        self.__post_init__()
+
+    @cached_property
+    def halves(self) -> Halves:
+        """Its graph cut where the mask is asked for: what comes before, and the rest."""
+        return halves(self.graph)
+
+    @cached_property
+    def _run_halves(self) -> tuple[Any, Any]:
+        return runnable(self.halves.before), runnable(self.halves.after)
+
+    def names(self) -> Names:
+        """The name space its graphs read modules and parameters from.
+
+        Raises:
+            InvalidInput: a module is no longer what was converted, or has a hook that would not be called.
+        """
+        if not torch.compiler.is_compiling():
+            self._watch()
+        return Names(self.net)
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of a call by the original's parameter names, defaults included."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def contained(self, output: Any) -> Any:
+        """The output of a graph in the original's type."""
+        return self.container(output) if isinstance(output, dict) else output
+
+    def masking(self, provider: MaskProvider) -> Masking:
+        """How a mask is asked for its lattices."""
+        return Masking(provider, self.geometry, self.plan.strides[0])
+
+    # -- running it on the arguments of a call by name, nothing checked ----------------------------
+
+    def __call__(self, masking: Any, arguments: dict[str, Any]) -> Masked:
+        """Output and lattice for a masking, a callable (image, fine map) -> Lattice."""
+        output, lattice = self._run(self.names(), masking, **arguments)
+        return self.contained(output), lattice
+
+    def as_it_was(self, level: int, arguments: dict[str, Any]) -> Masked:
+        """Those of the network's own graph, operation for operation, whose maps are all at a level."""
+        output, fine = self._run_unchanged(self.names(), **arguments)
+        return self.contained(output), self.geometry.uniform_like(fine, level)
+
+    def before(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """What the first half gives: all values that the second needs."""
+        values: tuple[Any, ...] = self._run_halves[0](self.names(), **arguments)
+        return values
+
+    def after(self, masking: Any, values: tuple[Any, ...]) -> Masked:
+        """Output and lattice of the second half."""
+        output, lattice = self._run_halves[1](self.names(), masking, *values)
+        return self.contained(output), lattice
+
+    def ask(self, masking: Any, values: tuple[Any, ...]) -> Lattice:
+        """The lattice of a masking for what the first half gave, after a first pass if its mask wants one."""
+        with self.ahead(masking.provider, values):
+            lattice: Lattice = masking(values[self.halves.image], values[self.halves.features])
+        return lattice
+
+    @contextmanager
+    def ahead(self, provider: MaskProvider, values: tuple[Any, ...]) -> Iterator[None]:
+        """Show a mask asked within, if it wants it, what the network gives with everything downsampled.
+
+        Args:
+            provider: the mask.
+            values: what the first half gave; it is left as it is.
+        """
+        if not provider.looks_ahead:
+            yield
+            return
+        with torch.no_grad(), evaluating(self.net):
+            # Clones: the region may work in place on what enters it.
+            again = tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
+            output, _ = self._run_halves[1](self.names(), self._everything_low, *again)
+        with first_pass(output):
+            yield
+
+    def _everything_low(self, image: Tensor, features: Tensor) -> Lattice:
+        return self.geometry.uniform_like(features, self.geometry.max_level)
+
+    def twice(self, masking: Masking, arguments: dict[str, Any]) -> Masked:
+        """Output and lattice for a mask that looks at what the network gives with everything downsampled."""
+        values = self.before(arguments)
+        with self.ahead(masking.provider, values):
+            return self.after(masking, values)
+
+    # -- checking what it is called with -----------------------------------------------------------
+
+    def check(self, image: Any) -> None:
+        """Refuse what is no image batch, see `check_image`, and types that fused weights alone would take."""
+        check_image(image)
+        for dtype in first_types(self.net, self.graph) if self.is_fused else ():
+            if refusal := wrong_type(image, dtype):
+                raise refusal
+
+    def checked(self, run: Callable[[dict[str, Any]], Any], /, *args: Any, **kwargs: Any) -> Any:
+        """What a function makes of the arguments of a call by name.
+
+        Raises:
+            InvalidInput: the image is none, or does not fit the network.
+        """
+        arguments = self.bind(*args, **kwargs)
+        image: Any = next(iter(arguments.values()), None)
+        self.check(image)
+        if torch.compiler.is_compiling():
+            return run(arguments)
+        try:
+            return run(arguments)
+        except CadError:
+            raise
+        except Exception as error:  # the network decides what it takes: ask why only once it has refused
+            refusal = misfit(self.net, self.graph, image, error)
+            if refusal is None:
+                raise
+            raise refusal from error
+
+    def find_lattice(self, masking: Any, /, *args: Any, **kwargs: Any) -> Lattice:
+        """The lattice of a masking for an image, the network run no further than that takes, in evaluation mode."""
+        with torch.no_grad(), evaluating(self.net):
+            lattice: Lattice = self.checked(
+                lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
+            )
+        return lattice
+
+
+class Names:
+    """The name space the generated code sees as `self`: modules and tensors only, so that a network may
+    have a child called `mask` or `plan`."""
+
+    def __init__(self, owner: Any) -> None:
+        """Take the `AdaptiveModel`."""
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        owner = self._owner
+        for values in (owner._modules, owner._parameters, owner._buffers):
+            if name in values:
+                return values[name]
+        constant = vars(owner).get(name, owner._constants.get(name))
+        if isinstance(constant, Tensor):
+            return constant
+        if name == "training":
+            return owner.training
+        raise AttributeError(name)
+
+
+class GraphInterpreter(fx.Interpreter):
+    """Runs a graph of an adaptive network with the modules and parameters it names."""
+
+    def __init__(self, program: Program, graph: fx.Graph) -> None:
+        """Take the program and its graph, or a part of it."""
+        super().__init__(nn.Module(), graph=graph)
+        self.names = program.names()
+        self.extra_traceback = False  # errors of masks are for users
+
+    def fetch_attr(self, target: str) -> Any:
+        """Parameters and modules by the names the graph uses."""
+        value = self.names
+        for part in target.split("."):
+            value = getattr(value, part)
+        return value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module of the network."""
+        return self.fetch_attr(str(target))(*args, **kwargs)
+
+
+def runnable(graph: fx.Graph) -> Any:
+    """The code of a graph as a function; its first argument is `Program.names()`."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<cadsurgery graph>", "exec"), scope)
+    return scope["forward"]

@@ -1,0 +1,393 @@
+"""Every backend of the table gives what the reference gives, in values and, where it has them, gradients.
+
+The reference, torch in float64, is the last of the table. Triton's kernels run in its interpreter, in a process of
+their own, because Triton decides at import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import cadsurgery as cs
+from cadsurgery.elements import BACKENDS, functional
+from cadsurgery.elements.backends import choose, dense, triton_kernels
+from cadsurgery.elements.backends.choose import (
+    Backend,
+    Between,
+    Convolution,
+    Gathering,
+    Mixing,
+    MixingLines,
+    Picking,
+    Pooling,
+    Work,
+)
+from cadsurgery.elements.backends.costs import Costs
+from cadsurgery.elements.backends.weights import Activation, Weights
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
+from cadsurgery.elements.lattice import Geometry, Lattice, Part
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["uniform", "graph", "triton", "whole map", "native", "products", "expression", "torch"]
+TYPES = (torch.float32, torch.float64, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2}
+FINISHES: dict[str, Activation | None] = {
+    "plain": None,
+    "relu": Activation("relu"),
+    "hardtanh": Activation("hardtanh", (0.0, 3.0)),
+    "swish": Activation("swish"),
+}
+
+
+def named(name: str) -> Backend:
+    return next(backend for backend in BACKENDS if backend.name == name)
+
+
+def lattice(kind: str, fill: str = "linear") -> Lattice:
+    """Two images of 13 x 10 fine pixels after one of two stages."""
+    geometry = Geometry((2, 2), fill=fill)  # type: ignore[arg-type]
+    if kind == "uniform":
+        return geometry.uniform(1, 2, (13, 10)).at(1)
+    levels = torch.randint(0, 3, (2, 4, 3), generator=torch.Generator().manual_seed(0))
+    whole = geometry.lattice(levels.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :13, :10]).at(1)
+    if kind == "ragged":
+        return whole
+    there = torch.zeros(2 * 13 * 10, dtype=torch.bool)
+    there[whole.anchors[:-5]] = True
+    return replace(whole, part=Part(there))
+
+
+class Case(NamedTuple):
+    """A convolution: kind of lattice, groups, channels in and out, kernel, stride, stage, type, how it is finished."""
+
+    kind: str
+    groups: int
+    channels: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: int
+    dtype: torch.dtype
+    finish: str
+
+    def __str__(self) -> str:
+        inner, outer = self.channels
+        kernel = f"{self.kernel[0]}x{self.kernel[1]}-s{self.stride}"
+        return f"{self.kind}-{self.groups}-{inner}to{outer}-{kernel}-{str(self.dtype)[6:]}-{self.finish}"
+
+
+SHAPES = (
+    (1, (5, 70), (1, 1), 1),
+    (1, (5, 9), (1, 1), 2),
+    (1, (6, 17), (3, 3), 1),
+    (1, (6, 4), (3, 3), 2),
+    (1, (6, 4), (4, 2), 1),
+    (6, (6, 6), (3, 3), 1),
+    (6, (6, 6), (1, 1), 1),
+    (2, (8, 8), (3, 3), 2),
+    (2, (8, 6), (3, 3), 1),
+)
+CASES = [
+    Case(kind, *shape, dtype, finish)
+    for kind, shape, dtype, finish in itertools.product(("uniform", "ragged"), SHAPES, TYPES, FINISHES)
+]
+
+
+def values(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def work_of(case: Case, packed: bool) -> Convolution:
+    """The work; weights as an inference copy keeps them if `packed`. Its residual comes with an activation."""
+    source = lattice(case.kind)
+    inner, outer = case.channels
+    padding = (case.kernel[0] // 2, case.kernel[0] // 2, case.kernel[1] // 2, case.kernel[1] // 2)
+    window = Window(case.kernel, case.stride, (1, 1), padding, spacing=2)
+    target = source.at(case.stride, window.output_size(source.size))
+    weight = values(outer, inner // case.groups, *case.kernel, seed=1, dtype=case.dtype)
+    bias = values(outer, seed=2, dtype=case.dtype)
+    activation, residual = FINISHES[case.finish], None
+    if activation is not None:
+        residual = values(len(target), outer, seed=3, dtype=case.dtype)
+    weights = Weights(weight, bias, case.groups, activation, {} if packed else None)
+    rows = values(len(source), inner, seed=4, dtype=case.dtype)
+    return Convolution(rows, weights, Between(source, target, window), 0.0, residual)
+
+
+def exactly(work: Convolution) -> Convolution:
+    """The same in float64, for the reference."""
+    weights = replace(
+        work.weights, weight=work.weights.weight.double(), bias=work.weights.bias.double(), forms=None
+    )
+    residual = work.residual.double() if work.residual is not None else None
+    return replace(work, rows=work.rows.double(), weights=weights, residual=residual)
+
+
+@pytest.fixture(autouse=True)
+def the_whole_map_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "costs", lambda key, measure: Costs(0.0, 1.0, 0.0))
+
+
+def takes(name: str, case: Case) -> bool:
+    """Whether a backend is to give what the reference gives: where it applies, or would in a graph."""
+    work, backend = work_of(case, packed=True), named(name)
+    if name in ("graph", "expression"):
+        return case.finish == "plain"
+    if name == "whole map":
+        return case.kind == "ragged" and case.groups * case.kernel[0] > 1
+    with torch.no_grad():
+        return backend.applies(work)
+
+
+def cases(name: str) -> list[Any]:
+    """Cases of a backend; Triton's only where it interprets."""
+    if name == "triton" and not triton_kernels.INTERPRETED:
+        return []
+    return [pytest.param(name, case, id=f"{name}-{case}") for case in CASES if takes(name, case)]
+
+
+@pytest.mark.parametrize(("name", "case"), [case for name in NAMES for case in cases(name)])
+@torch.no_grad()
+def test_a_convolution_is_that_of_the_reference(name: str, case: Case) -> None:
+    work = work_of(case, packed=True)
+    if name not in ("graph", "expression"):
+        assert named(name).applies(work)
+    found = named(name).convolve(work)  # type: ignore[attr-defined]
+    expected = named("torch").convolve(exactly(work))  # type: ignore[attr-defined]
+    assert found.dtype == case.dtype and found.is_contiguous()
+    tolerance = TOLERANCE[case.dtype] * max(1.0, float(expected.abs().max()))
+    assert_close(found.double(), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["native", "products", "torch"])
+@torch.no_grad()
+def test_a_part_of_a_lattice_is_that_of_the_reference(name: str) -> None:
+    """Rows of the cells that are there, of a target that reads nothing else."""
+    source = lattice("part")
+    work = work_of(Case("ragged", 1, (6, 70), (1, 1), 1, torch.float32, "swish"), packed=True)
+    work = replace(
+        work,
+        rows=work.rows[: len(source)],
+        reads=Between(source, source, Window((1, 1))),
+        residual=work.residual[: len(source)],
+    )
+    assert named(name).applies(work)
+    found = named(name).convolve(work)  # type: ignore[attr-defined]
+    assert_close(found.double(), named("torch").convolve(exactly(work)), atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
+
+
+def leaves_of(work: Convolution) -> Iterator[Tensor]:
+    yield from (work.rows, work.weights.weight)
+    assert work.weights.bias is not None
+    yield work.weights.bias
+
+
+def with_gradients(work: Convolution) -> Convolution:
+    rows, weight, bias = (value.detach().requires_grad_() for value in leaves_of(work))
+    return replace(work, rows=rows, weights=replace(work.weights, weight=weight, bias=bias))
+
+
+def gradients(backend: Backend, work: Convolution) -> list[Tensor]:
+    out = backend.convolve(work)  # type: ignore[attr-defined]
+    by = values(*out.shape, seed=5, dtype=out.dtype)
+    return list(torch.autograd.grad((out * by).sum(), list(leaves_of(work))))
+
+
+def trained(name: str) -> list[Any]:
+    if name == "triton" and not triton_kernels.INTERPRETED:
+        return []
+    plain = [case for case in CASES if case.finish == "plain" and case.dtype == torch.float32]
+    works = [(case, with_gradients(work_of(case, packed=False))) for case in plain]
+    backend = named(name)
+    return [
+        pytest.param(name, case, id=f"{name}-{case}")
+        for case, work in works
+        if name == "expression" or backend.applies(work)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [case for name in ("uniform", "triton", "products", "expression", "torch") for case in trained(name)],
+)
+def test_gradients_are_those_of_the_reference(name: str, case: Case) -> None:
+    work = with_gradients(work_of(case, packed=False))
+    found = gradients(named(name), work)
+    expected = gradients(named("torch"), with_gradients(exactly(work)))
+    for value, exact in zip(found, expected, strict=True):
+        assert_close(value.double(), exact, atol=1e-4 * float(exact.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["graph", "whole map", "native"])
+def test_what_has_no_gradients_does_not_apply_where_they_are_asked_for(name: str) -> None:
+    case = Case("ragged", 6, (6, 6), (3, 3), 1, torch.float32, "plain")
+    assert not named(name).applies(with_gradients(work_of(case, packed=True)))
+
+
+@pytest.mark.skipif(not triton_kernels.INSTALLED or triton_kernels.INTERPRETED, reason="no Triton, or in it")
+def test_tritons_laws_hold_in_its_interpreter() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton-", "--noconftest"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+# -- pools, sums, gathering ------------------------------------------------------------------------------
+
+
+def has(name: str, task: str) -> bool:
+    return hasattr(named(name), task)
+
+
+TASKS = [
+    (name, task)
+    for name in NAMES
+    for task in ("pool", "mix", "mix_lines", "pick", "gather")
+    if has(name, task) and name != "torch"
+]
+
+
+def other_works(task: str, dtype: torch.dtype) -> list[Work]:
+    source = lattice("ragged")
+    rows = values(len(source), 5, seed=0, dtype=dtype)
+    window = Window((3, 3), 1, (1, 1), (1, 1, 1, 1), spacing=2)
+    reading = kernel_map(source, source, window)
+    if task == "pool":
+        even = lattice("uniform")
+        uniform = values(len(even), 5, seed=0, dtype=dtype)
+        return [
+            Pooling(some, Between(one, one.at(2), window._replace(stride=2)), outside, outside < 0)
+            for some, one in ((rows, source), (uniform, even))
+            for outside in (0.0, -torch.inf)
+        ]
+    if task == "mix":
+        return [Mixing(rows, reading.sources, reading.mix)]
+    if task == "mix_lines":
+        first = torch.tensor([0, 1, 2, 3, 3])
+        share = values(5, seed=1, dtype=dtype).sigmoid()
+        return [MixingLines(values(3, 5, 7, seed=0, dtype=dtype), first, first + 1, share)]
+    if task == "pick":
+        return [Picking(rows, Reading(reading.table, reading.sources, reading.mix, False))]
+    return [Gathering(rows, reading, -0.5)]
+
+
+def computed(backend: Backend, work: Work) -> Tensor:
+    if isinstance(work, Gathering):
+        out = work.rows.new_empty(work.reading.table.numel(), work.rows.shape[1])
+        backend.gather(work)(work.reading.table, out)  # type: ignore[attr-defined]
+        return out
+    return getattr(backend, work.task)(work)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("name", "task"), TASKS)
+@torch.no_grad()
+def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: torch.dtype) -> None:
+    works = [work for work in other_works(task, dtype) if named(name).applies(work)]
+    assert works
+    for work in works:
+        changes: dict[str, Any] = {"rows": work.rows.double()}
+        if isinstance(work, MixingLines):
+            changes["share"] = work.share.double()
+        expected = computed(named("torch"), replace(work, **changes))
+        found = computed(named(name), work)
+        assert_close(found.double(), expected, atol=TOLERANCE[dtype] * 10, rtol=TOLERANCE[dtype])
+
+
+# -- the choice ------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_in_this_order_and_its_last_takes_everything() -> None:
+    assert [backend.name for backend in BACKENDS] == NAMES
+    assert all(has("torch", task) for task in ("convolve", "pool", "mix", "mix_lines", "pick", "gather"))
+    assert all(named("torch").applies(work_of(case, packed=True)) for case in CASES[:3])
+
+
+class Sevens(Backend):
+    """A backend in one file: what it is called, what it takes, what it computes."""
+
+    name = "sevens"
+
+    def applies(self, work: Convolution) -> bool:
+        """Depthwise convolutions, for inference."""
+        return work.is_inference and work.weights.groups == work.rows.shape[1] > 1
+
+    def convolve(self, work: Convolution) -> Tensor:
+        """Rows (N, O)."""
+        return work.rows.new_full((len(work.reading.table), work.weights.weight.shape[0]), 7.0)
+
+
+@pytest.fixture
+def sevens() -> Iterator[None]:
+    choose.add(Sevens())
+    yield
+    choose.remove("sevens")
+
+
+def a_convolution(groups: int, gradient: bool = False) -> tuple[Tensor, list[str]]:
+    """Rows of a 3x3 convolution, and what a profile shows of it."""
+    source, window = lattice("ragged"), Window((3, 3), 1, (1, 1), (1, 1, 1, 1), spacing=2)
+    x = Elements(values(len(source), 6, seed=0, dtype=torch.float32).requires_grad_(gradient), source)
+    weight = values(6, 6 // groups, 3, 3, seed=1, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = functional.conv2d(x, weight, None, window, 1, groups).rows
+    return out, [event.name for event in profile.events() if event.name.startswith("convolve")]
+
+
+def test_a_backend_that_is_added_is_chosen_used_and_shown(sevens: None) -> None:
+    out, shown = a_convolution(6)
+    assert bool((out == 7).all()) and shown == ["convolve (sevens)"]
+
+
+@pytest.mark.parametrize(("groups", "gradient"), [(1, False), (6, True)])
+def test_a_backend_that_does_not_apply_changes_nothing(groups: int, gradient: bool, sevens: None) -> None:
+    out, shown = a_convolution(groups, gradient)
+    assert "convolve (sevens)" not in shown and len(shown) == 1
+    choose.remove("sevens")
+    expected, _ = a_convolution(groups, gradient)
+    choose.add(Sevens())
+    assert torch.equal(out, expected)
+
+
+def test_a_backend_is_put_where_it_is_wanted_and_removed() -> None:
+    before = list(BACKENDS)
+    choose.add(Sevens(), before="torch")
+    assert [backend.name for backend in BACKENDS[-2:]] == ["sevens", "torch"]
+    choose.remove("sevens")
+    assert before == BACKENDS
+
+
+def test_the_table_refuses_what_it_cannot_do(sevens: None) -> None:
+    with pytest.raises(cs.InvalidInput, match="there is a backend 'sevens'") as caught:
+        choose.add(Sevens())
+    assert "another name" in caught.value.next
+    with pytest.raises(cs.UnknownName, match="no backend named 'troch'") as unknown:
+        choose.remove("troch")
+    assert "torch" in unknown.value.next
+
+
+def test_a_converted_network_runs_on_a_backend_that_is_added(sevens: None) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+    )
+    image = values(1, 3, 64, 96, seed=0, dtype=torch.float32)
+    net = cs.adaptify(
+        network.eval(), "random:seed=1", output_stride=(2, 4), example_input=image, verify_laws=False
+    )
+    with torch.no_grad():
+        assert bool((net(image) == 7).all())
+        assert bool((net.optimize()(image) == 7).all())

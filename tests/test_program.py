@@ -1,0 +1,118 @@
+"""A program is a value: what tools need of a network, the same for a network, its copies and a part that is hosted."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.network.model import whole_program
+from cadsurgery.network.program import Program
+
+
+class Backbone(nn.Module):
+    """Two maps in a dictionary, at half and an eighth of the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        half = self.stem(x).relu()
+        return {"half": half, "eighth": self.body(half)}
+
+
+class Host(nn.Module):
+    """Decides by values, which torch.fx cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.backbone(2 * x)
+        return found["eighth"] if bool(x.sum() > 0) else found["eighth"].clone()
+
+
+def adapted(model: nn.Module | None = None) -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    return cs.adaptify((model or Backbone()).eval(), "edges", example_input=torch.randn(1, 3, 64, 64))
+
+
+def levels_at(net: cs.AdaptiveModel) -> Callable[..., Any]:
+    """A masking with one random level map."""
+
+    def masking(_: Tensor, features: Tensor) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        size = (features.shape[0], *features.shape[2:])
+        return net.geometry.lattice(torch.randint(net.geometry.max_level + 1, size, generator=generator))
+
+    return masking
+
+
+def test_a_program_is_not_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        adapted().program.graph = None  # type: ignore[misc, assignment]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_runs_the_same_program_on_its_own_modules(
+    copied: Callable[[cs.AdaptiveModel], cs.AdaptiveModel],
+) -> None:
+    net, x = adapted(), torch.randn(2, 3, 64, 96)
+    expected = net(x)["eighth"]
+    clone = copied(net)
+    assert clone.program.net is clone and net.program.net is net and clone.plan == net.plan
+    nn.init.zeros_(clone.get_parameter("body.2.weight"))
+    nn.init.ones_(clone.get_parameter("body.2.bias"))
+    assert torch.equal(clone(x)["eighth"], torch.ones_like(expected))
+    assert torch.equal(net(x)["eighth"], expected)
+
+
+def test_its_halves_are_the_whole_and_a_call_is_its_run() -> None:
+    net, x = adapted(), torch.randn(2, 3, 64, 96)
+    program, masking = net.program, levels_at(net)
+    arguments = program.bind(x)
+    whole, lattice = program(masking, arguments)
+    halves, again = program.after(masking, program.before(arguments))
+    called = net(x, mask=lattice.levels)
+    assert torch.equal(lattice.levels, again.levels) and torch.equal(net.levels, lattice.levels)
+    assert whole.keys() == halves.keys() == called.keys() == net.run(masking, x).keys()
+    assert all(torch.equal(whole[key], halves[key]) and torch.equal(whole[key], called[key]) for key in whole)
+
+
+def test_a_host_answers_for_its_part() -> None:
+    net, x = adapted(Host()), torch.rand(2, 3, 64, 96)
+    part = net.adaptive_part
+    assert net.hosts_part and not part.hosts_part and part.adaptive_part is part
+    assert net.program is part.program and (net.plan, net.geometry) == (part.plan, part.geometry)
+    net.mask = "all"
+    assert part.mask is net.mask and part.mask.spec() == "all"
+    with net.masked("none"):
+        net(x)
+    assert net.active_fraction == part.active_fraction == 0
+    net(x)
+    assert net.active_fraction == 1
+    clone = copy.deepcopy(net)
+    assert clone.adaptive_part is clone.get_submodule("backbone") is clone.program.net is not part
+
+
+def test_only_a_network_that_is_adaptive_as_a_whole_has_a_program_of_its_own() -> None:
+    net = adapted()
+    assert isinstance(whole_program(net), Program) and whole_program(net) is net.program
+    assert whole_program(net.optimize()) is not None
+    assert whole_program(adapted(Host())) is whole_program(Backbone()) is whole_program("net") is None
+
+
+def test_an_inference_copy_says_that_it_is_fused() -> None:
+    net = adapted()
+    assert not net.program.is_fused and net.optimize().program.is_fused
+    assert adapted(Host()).optimize().program.is_fused
