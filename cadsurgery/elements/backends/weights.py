@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import is_observed
+from cadsurgery.elements.backends.choose import Convolution, compute, is_observed
 
 _ONEDNN = (torch.float32, torch.bfloat16)
 # A block of a result that is still in the cache when the next operation reads it.
@@ -178,12 +178,15 @@ class Weights:
         return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
 
     def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
-        """A 1x1 convolution of a dense map as a product of rows: those of its memory."""
+        """A 1x1 convolution of a dense map as a product of rows: those of its memory; of the first few sizes in oneDNN,
+        see `native.Native`."""
 
         def rows(values: Tensor | None) -> Any:
             return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
 
-        out = self.on_rows(rows(image), rows(residual))
+        values, more = rows(image), rows(residual)
+        few = self.is_among_first(len(values))
+        out = self.on_rows(values, more) if few else compute(Convolution(values, self, None, residual=more))
         return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
 
     def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
