@@ -152,11 +152,15 @@ def build(name: str, dtype: torch.dtype = torch.float32, *, by: int = 1, **optio
 def thin(make: Callable[[], nn.Module], by: int = 4) -> nn.Module:
     """What `make` builds with a `by`-th of the channels: the same layers, names and geometry, little work.
 
-    The wide network is built without storage, so it costs nothing. Images and classes keep their channels.
+    The wide network is built without storage, so it costs nothing, unless its builder asks for values of tensors.
+    Images and classes keep their channels.
     """
     if by == 1:
         return randomise(make())
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            model = make()
+    except NotImplementedError:
         model = make()
     for module in model.modules():
         for name in ("num_features", "in_channels", "out_channels", "groups", "in_features", "out_features"):

@@ -35,6 +35,11 @@ MASKS = (
     *("detail | budget:fraction=0.3", "confidence | budget:fraction=0.3", "learned | budget:fraction=0.3"),
     *("edges + (confidence | budget:fraction=0.2)", "detail:threshold=2/0.5"),
 )
+# Of each kind one, where a case takes seconds.
+FEW = ("detail", "confidence:threshold=0.9", "learned | budget:fraction=0.3")
+FEW_MASKS = pytest.mark.parametrize(
+    "mask", [mask if mask in FEW else pytest.param(mask, marks=pytest.mark.slow) for mask in MASKS]
+)
 SIZE = (65, 98)
 NOTHING = torch.empty(0)
 
@@ -101,7 +106,7 @@ def levels_at(scores: Tensor, thresholds: tuple[float, ...], lowest: int) -> Ten
 # -- what all keep -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@FEW_MASKS
 @torch.no_grad()
 def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_path: Path) -> None:
     """One by one, optimised, copied, pickled, saved, bucketed; and with the map it found given as a tensor."""
@@ -125,7 +130,7 @@ def test_a_batch_is_its_images_and_every_way_to_run_it_agrees(mask: str, tmp_pat
         assert torch.equal((net if isinstance(way, cs.Bucketed) else way).levels, levels)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@FEW_MASKS
 @torch.no_grad()
 def test_compilers_leave_what_they_cannot_hold(mask: str) -> None:
     """Compiled before its first call or after it, the network gives the same."""
@@ -136,7 +141,7 @@ def test_compilers_leave_what_they_cannot_hold(mask: str) -> None:
         assert_same(one, net(x), 1e-5)
 
 
-@pytest.mark.parametrize("mask", ["detail", "learned"])
+@pytest.mark.parametrize("mask", ["detail", pytest.param("learned", marks=pytest.mark.slow)])
 def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
     """One graph without a break, and a program that runs without the package, on another image too."""
     net, x = converted(f"{mask} | budget:fraction=0.3", fill="guided"), images(2, *SIZE)

@@ -176,7 +176,7 @@ def snippets(path: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/extending.md"])
+@pytest.mark.parametrize("path", [pytest.param("README.md", marks=pytest.mark.slow), "docs/extending.md"])
 def test_the_python_of_the_documents_runs_as_printed(tmp_path: Path, path: str) -> None:
     """All snippets one after another, as a reader would type them, in an empty folder."""
     assert snippets(path)

@@ -84,10 +84,10 @@ class Decoder(nn.Module):
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "basic blocks": (lambda: build("resnet18"), {}),
-    "bottlenecks, two levels": (lambda: build("resnet50"), {"output_stride": (8, 16)}),
-    "dilated, with an auxiliary head": (lambda: build("fcn_resnet50", aux_loss=True), {}),
-    "backbone only": (lambda: build("lraspp_mobilenet_v3_large"), {"region": "backbone"}),
+    "basic blocks": (lambda: build("resnet18", by=4), {}),
+    "bottlenecks, two levels": (lambda: build("resnet50", by=4), {"output_stride": (8, 16)}),
+    "dilated, with an auxiliary head": (lambda: build("fcn_resnet50", aux_loss=True, by=4), {}),
+    "backbone only": (lambda: build("lraspp_mobilenet_v3_large", by=4), {"region": "backbone"}),
     "squeeze-excite": (lambda: randomise(timm.create_model("seresnet18", num_classes=5)), {}),
     "channels last": (lambda: randomise(timm.create_model("convnext_atto", num_classes=5)), {}),
     "several maps": (lambda: randomise(timm.create_model("regnety_002", features_only=True)), {}),

@@ -11,13 +11,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels, randomise
+from conftest import assert_same, covering, images, random_levels, randomise
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -33,7 +33,11 @@ from cadsurgery.network.points import readable
 Size = tuple[int, int]
 SIZE: Size = (65, 97)
 FILLS = ("linear", "nearest", "guided")
-SEEDS = 25  # random sets of points for each network
+# Random sets of points for each network; the first few by default.
+SEEDS = pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 25))]
+)
+REACHES = pytest.mark.parametrize("reach", ["all", "receptive"])
 PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"}
 
 
@@ -223,8 +227,16 @@ def convert(model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any
 
 
 def converted(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:
+    """A copy of the network's conversion, which is made once; what is drawn next is the same each time."""
+    net = copy.deepcopy(_converted(name, dtype, tuple(options.items())))
+    torch.manual_seed(1)
+    return net
+
+
+@cache
+def _converted(name: str, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> cs.AdaptiveModel:
     torch.manual_seed(0)
-    return convert(BUILDERS[name](), dtype, **options)
+    return convert(BUILDERS[name](), dtype, **dict(options))
 
 
 # -- points --------------------------------------------------------------------------------------------
@@ -277,35 +289,34 @@ def assert_rows(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 
 
 @NETS
-@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize(("fill", "mask"), covering(FILLS, ["levels", "all", "none"]))
 @torch.no_grad()
-def test_rows_are_what_the_dense_output_holds_there(name: str, fill: str) -> None:
+def test_rows_are_what_the_dense_output_holds_there(name: str, fill: str, mask: Any) -> None:
     """Batch of three with different numbers of points, one image without; float64."""
     net, size = converted(name, torch.float64, fill=fill), size_of(name)
     x, points = images(3, *size, torch.float64), points_in(size, 9, 0, 4)
-    masks = [levels_of(net, x), "all", "none"]
-    for mask in masks:
-        dense = net(x, mask=mask)
-        levels = net.levels
-        assert_rows(cs.read_at(net, x, points, mask=mask), rows_of(dense, points, 2), 1e-12)
-        assert torch.equal(net.levels, levels)
-        needed = cs.read_at(net, x, points, mask=mask, reach="receptive")
-        assert_rows(needed, rows_of(dense, points, 2), 1e-12)
-        assert torch.equal(net.levels, levels)
+    mask = levels_of(net, x) if mask == "levels" else mask
+    dense = net(x, mask=mask)
+    levels = net.levels
+    assert_rows(cs.read_at(net, x, points, mask=mask), rows_of(dense, points, 2), 1e-12)
+    assert torch.equal(net.levels, levels)
+    needed = cs.read_at(net, x, points, mask=mask, reach="receptive")
+    assert_rows(needed, rows_of(dense, points, 2), 1e-12)
+    assert torch.equal(net.levels, levels)
 
 
 @pytest.mark.parametrize(
     "options", [PUBLISHED, {"anchor": "center", "fill": "nearest"}, {"pool": "drop"}], ids=str
 )
 @pytest.mark.parametrize("name", ["residual", "pools", "depthwise"])
+@REACHES
 @torch.no_grad()
-def test_rows_are_those_of_the_published_geometry_too(name: str, options: dict[str, Any]) -> None:
+def test_rows_are_those_of_the_published_geometry_too(name: str, options: dict[str, Any], reach: Any) -> None:
     net = converted(name, **options)
     x, points = images(2, *SIZE), points_in(SIZE, 3, 7)
     levels = levels_of(net, x)
     expected = rows_of(net(x, mask=levels), points, 2)
-    for reach in ("all", "receptive"):
-        assert_rows(cs.read_at(net, x, points, mask=levels, reach=reach), expected)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach=reach), expected)
 
 
 @NETS
@@ -319,8 +330,9 @@ def test_bfloat16_rows_are_those_of_the_dense_output(name: str) -> None:
     assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, 2e-2)
 
 
+@REACHES
 @torch.no_grad()
-def test_every_pixel_has_the_row_of_its_sample() -> None:
+def test_every_pixel_has_the_row_of_its_sample(reach: Any) -> None:
     """All pixels of an odd image: each sample repeated by its stride, the border cut."""
     net, size = converted("residual"), (21, 30)
     x = images(1, *size)
@@ -329,9 +341,8 @@ def test_every_pixel_has_the_row_of_its_sample() -> None:
     every = torch.stack((column.flatten(), y.flatten()), 1)
     dense = net(x, mask=levels)
     wanted = dense.repeat_interleave(2, 2).repeat_interleave(2, 3)[0, :, : size[0], : size[1]]
-    for reach in ("all", "receptive"):
-        (found,) = cs.read_at(net, x, [every], mask=levels, reach=reach)
-        assert torch.equal(found, wanted.flatten(1).T)
+    (rows,) = cs.read_at(net, x, [every], mask=levels, reach=reach)
+    assert torch.equal(rows, wanted.flatten(1).T)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +353,7 @@ def test_every_pixel_has_the_row_of_its_sample() -> None:
         pytest.param("cut", SIZE),
     ],
 )
-@pytest.mark.parametrize("reach", ["all", "receptive"])
+@REACHES
 @torch.no_grad()
 def test_corners_are_aligned_as_published(name: str, size: Size, reach: Any) -> None:
     """The sample of the dense output at round(y (h - 1) / (H - 1)), halves to even."""
@@ -361,27 +372,27 @@ def test_corners_are_aligned_as_published(name: str, size: Size, reach: Any) -> 
     assert torch.equal(found[1][0], dense[1, :, 0, 0]) and torch.equal(found[1][1], dense[1, :, -1, -1])
 
 
+@REACHES
 @torch.no_grad()
-def test_the_same_point_twice_has_the_same_row_twice_in_the_order_given() -> None:
+def test_the_same_point_twice_has_the_same_row_twice_in_the_order_given(reach: Any) -> None:
     net, x = converted("residual", fill="guided"), images(1, *SIZE)
     (points,), levels = points_in(SIZE, 5), levels_of(net, x)
-    for reach in ("all", "receptive"):
-        read = partial(cs.read_at, net, x, mask=levels, reach=reach)
-        (rows,) = read([points])
-        (again,) = read([torch.cat((points.flip(0), points))])
-        assert torch.equal(again, torch.cat((rows.flip(0), rows)))
+    read = partial(cs.read_at, net, x, mask=levels, reach=reach)
+    (rows,) = read([points])
+    (again,) = read([torch.cat((points.flip(0), points))])
+    assert torch.equal(again, torch.cat((rows.flip(0), rows)))
 
 
-@pytest.mark.parametrize("reach", ["all", "receptive"])
+@REACHES
+@pytest.mark.parametrize("name", ["residual", "squeezed"])
 @torch.no_grad()
-def test_a_batch_equals_its_images_one_by_one(reach: Any) -> None:
-    for name in ("residual", "squeezed"):
-        net, x, points = converted(name), images(3, *SIZE), points_in(SIZE, 4, 0, 6)
-        levels = levels_of(net, x)
-        together = cs.read_at(net, x, points, mask=levels, reach=reach)
-        for i in (0, 2):
-            one = cs.read_at(net, x[i : i + 1], points[i : i + 1], mask=levels[i : i + 1], reach=reach)
-            assert_rows(one, together[i : i + 1], 1e-5)
+def test_a_batch_equals_its_images_one_by_one(name: str, reach: Any) -> None:
+    net, x, points = converted(name), images(3, *SIZE), points_in(SIZE, 4, 0, 6)
+    levels = levels_of(net, x)
+    together = cs.read_at(net, x, points, mask=levels, reach=reach)
+    for i in (0, 2):
+        one = cs.read_at(net, x[i : i + 1], points[i : i + 1], mask=levels[i : i + 1], reach=reach)
+        assert_rows(one, together[i : i + 1], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
@@ -410,18 +421,17 @@ def test_reading_leaves_image_and_network_as_they_were() -> None:
 
 
 @NETS
+@SEEDS
 @torch.no_grad()
-def test_only_what_is_needed_gives_the_same_bits(name: str) -> None:
+def test_only_what_is_needed_gives_the_same_bits(name: str, seed: int) -> None:
     """Random points, numbers of points and level maps; the three fills in turn."""
-    nets, size = [converted(name, fill=fill) for fill in FILLS], size_of(name)
-    for seed in range(SEEDS):
-        torch.manual_seed(seed)
-        net, batch = nets[seed % 3], 1 + seed % 2
-        counts = [int(torch.randint(0, 9, ())) for _ in range(batch)]
-        x, points = images(batch, *size), points_in(size, 1 + counts[0], *counts[1:])
-        levels = levels_of(net, x)
-        expected = cs.read_at(net, x, points, mask=levels)
-        assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected)
+    net, size, batch = converted(name, fill=FILLS[seed % 3]), size_of(name), 1 + seed % 2
+    torch.manual_seed(seed)
+    counts = [int(torch.randint(0, 9, ())) for _ in range(batch)]
+    x, points = images(batch, *size), points_in(size, 1 + counts[0], *counts[1:])
+    levels = levels_of(net, x)
+    expected = cs.read_at(net, x, points, mask=levels)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected)
 
 
 @pytest.mark.parametrize(
@@ -435,25 +445,23 @@ def test_only_what_is_needed_gives_the_same_bits(name: str) -> None:
         pytest.param(16, 16, nn.ReLU(), torch.float64, 1, id="float64"),
     ],
 )
+@SEEDS
 @torch.no_grad()
 def test_the_bits_do_not_depend_on_how_many_rows_there_are(
-    channels: int, outputs: int, activation: nn.Module, dtype: torch.dtype, threads: int
+    channels: int, outputs: int, activation: nn.Module, dtype: torch.dtype, threads: int, seed: int
 ) -> None:
     """As `read_at` says; otherwise, as it says too, they are the same to rounding."""
+    torch.manual_seed(0)
     torch.set_num_threads(threads)
     exact = channels >= 16 and outputs >= 16 and dtype == torch.float32 and isinstance(activation, nn.ReLU)
     layers = [nn.Conv2d(3, channels, 3, 2, 1), nn.Conv2d(channels, channels, 3, 2, 1), activation]
     net = convert(nn.Sequential(*layers, nn.Conv2d(channels, outputs, 3, 2, 1)), dtype)
-    different = 0
-    for seed in range(8):
-        torch.manual_seed(seed)
-        x, points = images(1, *SIZE, dtype), points_in(SIZE, 3 + seed)
-        points[0][0] = torch.tensor([SIZE[1] - 1, SIZE[0] - 1])  # the last row
-        levels = levels_of(net, x)
-        few, many = (cs.read_at(net, x, points, mask=levels, reach=reach) for reach in ("receptive", "all"))
-        assert_rows(few, many, 1e-5)
-        different += not torch.equal(few[0], many[0])
-    assert different == 0 or not exact
+    torch.manual_seed(seed)
+    x, points = images(1, *SIZE, dtype), points_in(SIZE, 3 + seed)
+    points[0][0] = torch.tensor([SIZE[1] - 1, SIZE[0] - 1])  # the last row
+    levels = levels_of(net, x)
+    few, many = (cs.read_at(net, x, points, mask=levels, reach=reach) for reach in ("receptive", "all"))
+    assert_rows(few, many, 0.0 if exact else 1e-5)
 
 
 @NETS
@@ -467,8 +475,7 @@ def test_only_what_is_needed_of_a_uniform_map_gives_the_same_to_rounding(name: s
     assert_rows(cs.read_at(net, x, points, mask=chosen, reach="receptive"), expected, 1e-5)
 
 
-@NETS
-@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize(("name", "fill"), covering([*BUILDERS], FILLS))
 @torch.no_grad()
 def test_an_optimised_network_gives_the_same_to_rounding(name: str, fill: str) -> None:
     net, size = converted(name, fill=fill), size_of(name)
@@ -482,17 +489,16 @@ def test_an_optimised_network_gives_the_same_to_rounding(name: str, fill: str) -
 
 
 @pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", ["residual", "squeezed"])
 @torch.no_grad()
-def test_what_lies_beyond_the_reach_of_the_points_does_not_matter(fill: str) -> None:
+def test_what_lies_beyond_the_reach_of_the_points_does_not_matter(name: str, fill: str) -> None:
     """Other noise right of column 64: points on the left see none of it, squeeze-excite does."""
-    x = images(1, 64, 160)
+    net, x = converted(name, fill=fill), images(1, 64, 160)
     changed = x.clone()
     changed[..., 128:] = torch.randn(1, 3, 64, 32)
-    for name in ("residual", "squeezed"):
-        net = converted(name, fill=fill)
-        levels, points = levels_of(net, x), [torch.rand(6, 2) * 30]
-        read = partial(cs.read_at, net, points=points, mask=levels, reach="receptive")
-        assert torch.equal(read(x)[0], read(changed)[0]) == (name == "residual")
+    levels, points = levels_of(net, x), [torch.rand(6, 2) * 30]
+    read = partial(cs.read_at, net, points=points, mask=levels, reach="receptive")
+    assert torch.equal(read(x)[0], read(changed)[0]) == (name == "residual")
 
 
 @pytest.mark.parametrize("counts", [(0,), (0, 0)])
@@ -509,12 +515,13 @@ def test_a_batch_without_points_computes_nothing(counts: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("name", ["residual", "depthwise", "squeezed", "pools", "channels last"])
+@pytest.mark.parametrize("optimised", [False, True])
 @torch.no_grad()
-def test_a_batch_without_points_has_no_rows(name: str) -> None:
+def test_a_batch_without_points_has_no_rows(name: str, optimised: bool) -> None:
     net, x = converted(name), images(2, *SIZE)
-    for chosen in (net, net.optimize()):
-        rows = cs.read_at(chosen, x, points_in(SIZE, 0, 0), mask=levels_of(net, x), reach="receptive")
-        assert [part.shape[0] for part in rows] == [0, 0]
+    chosen = net.optimize() if optimised else net
+    rows = cs.read_at(chosen, x, points_in(SIZE, 0, 0), mask=levels_of(net, x), reach="receptive")
+    assert [part.shape[0] for part in rows] == [0, 0]
 
 
 # -- work ----------------------------------------------------------------------------------------------
@@ -571,7 +578,13 @@ def test_a_pool_that_drops_reads_nothing_but_what_it_passes_on(pool: str, rows: 
     assert_rows(cs.read_at(net, x, points, mask="all", reach="receptive"), rows_of(dense, points, 1), 1e-5)
 
 
-@NETS
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("residual", "squeezed", "split") else pytest.param(name, marks=pytest.mark.slow)
+        for name in BUILDERS
+    ],
+)
 def test_nothing_is_computed_twice_or_in_vain(name: str) -> None:
     """Never more than everything; less for few points unless all of an image is looked at; more points, more work."""
     net, size = converted(name), size_of(name)
@@ -621,11 +634,12 @@ def test_squeeze_excite_needs_the_whole_image_and_nothing_behind_it_does(at: int
     assert (shares < 0.6, shares > 0.3, shares > 0.6)[at]
 
 
-def test_work_is_that_of_the_mask_with_its_first_pass_too() -> None:
+@pytest.mark.parametrize("mask", ["none", "confidence:threshold=0.9"])
+def test_work_is_that_of_the_mask_with_its_first_pass_too(mask: str) -> None:
     net, x, (point,) = converted("decoding"), images(1, 64, 96), points_in((64, 96), 1)
-    for mask in ("none", "confidence:threshold=0.9"):
-        assert cs.macs_at(net, x, [point], mask=mask).all == net.macs(x, mask=mask).mask
-    assert net.macs(x, mask="confidence:threshold=0.9").of_mask > 0
+    work = net.macs(x, mask=mask)
+    assert cs.macs_at(net, x, [point], mask=mask).all == work.mask
+    assert (work.of_mask > 0) == (mask != "none")
 
 
 # -- gradients -----------------------------------------------------------------------------------------
@@ -890,11 +904,11 @@ def test_an_unknown_choice_is_refused_with_the_choices(
     assert word in caught.value.next
 
 
-def test_an_unknown_reach_is_refused_with_the_choices() -> None:
-    for value in ("receptiv", "some"):
-        with pytest.raises(cs.UnknownName) as caught:
-            cs.read_at(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), reach=value)  # type: ignore[arg-type]
-        assert "receptive" in caught.value.next and "all" in caught.value.next
+@pytest.mark.parametrize("value", ["receptiv", "some"])
+def test_an_unknown_reach_is_refused_with_the_choices(value: Any) -> None:
+    with pytest.raises(cs.UnknownName) as caught:
+        cs.read_at(converted("residual"), images(1, *SIZE), points_in(SIZE, 1), reach=value)
+    assert "receptive" in caught.value.next and "all" in caught.value.next
 
 
 @READ

@@ -65,7 +65,7 @@ def test_arguments_go_through_by_position_and_by_name() -> None:
 
 def test_an_ordered_dict_stays_one() -> None:
     """torch.fx turns it into a plain dictionary; the network's users may rely on it."""
-    model = build("fcn_resnet50", aux_loss=True)
+    model = build("fcn_resnet50", aux_loss=True, by=4)
     net = cs.adaptify(model, "all", verify_laws=False)
     x = images(1, 65, 97)
     found, expected = net(x), model(x)
@@ -96,7 +96,7 @@ def test_functional_dropout_follows_the_mode_of_the_network(by_name: bool) -> No
 
 def test_every_end_of_the_region_has_reason_and_cost() -> None:
     """What runs dense because of a barrier is counted, and print(plan) shows it."""
-    plan = cs.plan(build("fcn_resnet50"))
+    plan = cs.plan(build("fcn_resnet50", by=4))
     end = plan["classifier_0"]
     assert end.action == "barrier"
     assert "fall inside cells" in end.reason
@@ -108,10 +108,10 @@ def test_every_end_of_the_region_has_reason_and_cost() -> None:
 
 def test_the_end_of_a_region_names_module_operation_and_source_line() -> None:
     """Both in the plan and where `strict` refuses it."""
-    (end,) = cs.plan(build("fcn_resnet50")).chosen("barrier")
+    (end,) = cs.plan(build("fcn_resnet50", by=4)).chosen("barrier")
     assert re.fullmatch(r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)", end.place)
     with pytest.raises(cs.CannotConvert, match=r"classifier\.0 \(Conv2d 3x3, _utils\.py:\d+\)"):
-        cs.adaptify(build("fcn_resnet50"), strict=True)
+        cs.adaptify(build("fcn_resnet50", by=4), strict=True)
 
 
 class Pyramid(nn.Module):
@@ -136,14 +136,14 @@ def test_a_mere_tail_has_a_stage_of_its_own_only_where_a_region_names_it() -> No
 
 
 def test_where_everything_leaves_at_native_size_the_plan_says_that_a_mask_cannot_matter() -> None:
-    assert not cs.plan(build("vgg11")).matters
-    assert "gains nothing" in str(cs.plan(build("vgg11")))
+    assert not cs.plan(build("vgg11", by=4)).matters
+    assert "gains nothing" in str(cs.plan(build("vgg11", by=4)))
     for name in ("resnet18", "fcn_resnet50"):
-        assert cs.plan(build(name)).matters
+        assert cs.plan(build(name, by=4)).matters
 
 
 def test_data_of_the_original_can_be_read_but_its_methods_would_run_it_as_it_was() -> None:
-    net = cs.adaptify(build("mobilenet_v2"), "none", verify_laws=False)
+    net = cs.adaptify(build("mobilenet_v2", by=4), "none", verify_laws=False)
     assert net.last_channel == 1280
     with pytest.raises(AttributeError):
         net._forward_impl(images(1, 64, 64))

@@ -53,8 +53,7 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """A network of torchvision, or of timm after `timm/`."""
     if not name.startswith("timm/"):
-        by = 1 if name.startswith("regnet") else BY  # its builder asks for the values of tensors
-        return conftest.build(name, dtype, by=by, **options)
+        return conftest.build(name, dtype, by=BY, **options)
     return thin(partial(timm.create_model, name.removeprefix("timm/"), **options), BY).to(dtype)
 
 
