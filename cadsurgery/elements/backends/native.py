@@ -248,11 +248,11 @@ def library() -> Any:
         if folder is None:
             return None
         target = folder / f"native-{_fingerprint(compiler)}.so"
-        found = _loaded(target)
-        if found is None:
+        compiled = _loaded(target)
+        if compiled is None:
             _build(compiler, target)
-            found = _loaded(target)
-        return found
+            compiled = _loaded(target)
+        return compiled
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -236,8 +236,16 @@ class Weights:
         return image.shape[0], self.weight.shape[0], *sizes
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as `kernel_matrix` lays it out."""
-        return kernel_matrix(self.weight.to(dtype), self.groups)
+        """The weight as products of gathered rows take it.
+
+        Ungrouped: (O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix. Grouped:
+        (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel
+        of width one.
+        """
+        weight = self.weight.to(dtype)
+        if self.groups > 1:
+            return weight.contiguous().flatten(2).unsqueeze(3)
+        return weight.permute(0, 2, 3, 1).flatten(1)
 
     def bias_as(self, dtype: torch.dtype) -> Tensor | None:
         """The bias."""
@@ -272,18 +280,6 @@ class Weights:
                         del self.forms[next(iter(self.forms))]
                     self.forms[key] = form
         return form
-
-
-def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
-    """A kernel (O, C / groups, kh, kw) as products of gathered rows take it.
-
-    Ungrouped: (O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix. Grouped:
-    (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel
-    of width one.
-    """
-    if groups > 1:
-        return weight.contiguous().flatten(2).unsqueeze(3)
-    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
