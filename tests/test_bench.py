@@ -20,6 +20,7 @@ from torch import nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.elements.backends import costs
 from cadsurgery.support import memory, provenance
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.timing import Timing, interleaved
@@ -196,6 +197,17 @@ def test_a_report_says_what_it_was_made_with(report: BenchReport) -> None:
         assert entry["rows"] == [vars(row) for row in result.rows]
         assert entry["law"]["holds"] is result.holds and entry["law"]["verdict"] == result.verdict()
         assert entry["law"]["worst_ratio"] == max(row["law_ratio"] for row in entry["rows"])
+
+
+def test_the_costs_that_decided_are_in_it_and_can_be_pinned(
+    report: BenchReport, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report.to_dict()))
+    kinds = costs.read(file)
+    assert kinds and {key: list(cost) for key, cost in kinds.items()} == report.costs["kinds"]
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert {row["costs"] for row in rows} == {report.costs["digest"]}
 
 
 def test_the_commit_is_told_only_in_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

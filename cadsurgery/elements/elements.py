@@ -137,10 +137,10 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     points = torch.zeros(halo + 1, dtype=torch.long, device=place.device)
     points = points.scatter(0, place, pixels.flatten())[1:]
     anchors = lattice.anchors[reading.sources.long()].to(rows.device)
-    own = rows.index_select(0, points.to(rows.device))
-    apart = torch.stack([(rows.index_select(0, one) - own).square().mean(1) for one in anchors.unbind(1)], 1)
+    here = rows.index_select(0, points.to(rows.device))
+    apart = torch.stack([(rows.index_select(0, one) - here).square().mean(1) for one in anchors.unbind(1)], 1)
     mix = reading.mix.to(apart)
-    typical = ((mix * apart).sum(1) + rounding * own.square().mean(1)).unsqueeze(1)
+    typical = ((mix * apart).sum(1) + rounding * here.square().mean(1)).unsqueeze(1)
     # Where all are equal, zero over anything: a gradient, too, must not divide by nothing.
     likeness = mix / (apart / torch.where(typical > 0, typical, 1) + _SLACK).square()
     return replace(reading, mix=likeness / likeness.sum(1, keepdim=True))

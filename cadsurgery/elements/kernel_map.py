@@ -222,11 +222,11 @@ def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
 def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
     """From a part that holds all that is read: the kernel map from the whole, its rows counted anew."""
     whole = source.whole
-    found = kernel_map(whole, target, window, drop=drop)
+    whole_map = kernel_map(whole, target, window, drop=drop)
     rows = source.index[whole.anchors]
-    behind = torch.arange(1 + found.sources.shape[0], dtype=rows.dtype, device=rows.device) + len(source)
-    table = torch.cat((rows, behind))[found.table]
-    return replace(found, table=table, sources=rows[found.sources])
+    behind = torch.arange(1 + whole_map.sources.shape[0], dtype=rows.dtype, device=rows.device) + len(source)
+    table = torch.cat((rows, behind))[whole_map.table]
+    return replace(whole_map, table=table, sources=rows[whole_map.sources])
 
 
 def divisors(
@@ -268,8 +268,8 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     table = padded[place.unsqueeze(1) + steps]
     has_outside = above + below + before + after > 0
     if linear and source.capacity is not None:
-        found = _bounded_halo(source, table, (-1 - table).long(), table < 0)
-        return replace(found, has_outside=has_outside)
+        reading = _bounded_halo(source, table, (-1 - table).long(), table < 0)
+        return replace(reading, has_outside=has_outside)
     sources, mix = nothing_mixed(rows.device)
     if linear:
         between = table < 0
@@ -307,9 +307,9 @@ def _taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> tuple
     points = points.flatten(1)
     if drop:
         target_side = target.side_map.flatten()[target.anchors]
-        kept = (target_side == side).unsqueeze(1)
-        points = torch.where(kept, anchor.unsqueeze(1), points)
-        inside, counted = inside | kept, counted | kept
+        passed = (target_side == side).unsqueeze(1)
+        points = torch.where(passed, anchor.unsqueeze(1), points)
+        inside, counted = inside | passed, counted | passed
     return points, inside, counted
 
 

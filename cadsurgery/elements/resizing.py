@@ -170,7 +170,7 @@ class Scaling:
         )
 
     def _between(self, counts: Sequence[int], spacing: int) -> list[Tensor]:
-        found = []
+        places = []
         for axis, count in enumerate(counts):
             alone = replace(
                 self, size=_along(self.size, axis, 1), scale_factor=_along(self.scale_factor, axis, 1.0)
@@ -178,23 +178,23 @@ class Scaling:
             own = alone.of(torch.arange(count, dtype=torch.float64).view(1, 1, count, 1)).flatten()
             place = own * spacing
             whole = place.round()  # rounding must not choose the cell that is read
-            found.append(torch.where((place - whole).abs() < 1e-6, whole, place))
-        return found
+            places.append(torch.where((place - whole).abs() < 1e-6, whole, place))
+        return places
 
     def _single(
         self, counts: Sequence[int], spacing: int, fine: tuple[int, int], dtype: torch.dtype
     ) -> list[Tensor]:
         axes = [torch.arange(count, dtype=torch.promote_types(dtype, torch.float32)) for count in counts]
         numbers = self.of(torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0))[0].double()
-        found = []
+        places = []
         for axis, own in enumerate((numbers[0, :, 0], numbers[1, 0])):
             factor = None if self.recompute_scale_factor else _along(self.scale_factor, axis, 1.0)
             ratio = counts[axis] / len(own) if factor is None else 1 / factor[0]
             middle = 0.5 if self.mode == "nearest-exact" else 0.0
             exact = (torch.arange(len(own), dtype=torch.float64) + middle) * ratio
             within = ((exact - own) * spacing + 1e-6).floor().clamp(0, spacing - 1)
-            found.append((own * spacing + within).long().clamp(max=fine[axis] - 1))
-        return found
+            places.append((own * spacing + within).long().clamp(max=fine[axis] - 1))
+        return places
 
 
 def _along(value: Any, axis: int, other: float) -> Any:

@@ -38,8 +38,9 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
     real, count = x.lattice.real, len(x.lattice)
     if real is None and (not weighted or x.lattice.uniform_level is not None):
         # Each counts the same, as torch counts.
-        found = torch.native_batch_norm(x.rows, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
-        rows, mean, inverse = found
+        rows, mean, inverse = torch.native_batch_norm(
+            x.rows, norm.weight, norm.bias, None, None, True, 0.0, norm.eps
+        )
         variance = inverse.detach().square().reciprocal() - norm.eps
     else:
         share = x.lattice.weights if weighted or real is None else real.double()
@@ -93,10 +94,10 @@ class _WeightedNorm(torch.autograd.Function):
         z = (rows - mean).mul_(scale)
         of_bias = grad.sum(0)
         of_weight = torch.mul(grad, z).sum(0)
-        found = torch.addcmul(of_bias, z, of_weight).mul_(-share.unsqueeze(1)).add_(grad)
-        found.mul_(scale if weight is None else scale * weight)
+        of_rows = torch.addcmul(of_bias, z, of_weight).mul_(-share.unsqueeze(1)).add_(grad)
+        of_rows.mul_(scale if weight is None else scale * weight)
         present = weight is not None
-        return found, None, of_weight if present else None, of_bias if present else None, None
+        return of_rows, None, of_weight if present else None, of_bias if present else None, None
 
 
 @operation(reads="image")
@@ -198,17 +199,17 @@ def global_reduce(
 
     if how in ("amax", "amin"):
         sign = 1 if how == "amax" else -1
-        found = sign * global_max(Elements(sign * x.rows, x.lattice), True, layout)
-        found = getattr(found, how)(channels, keepdim=True) if channels else found
+        reduced = sign * global_max(Elements(sign * x.rows, x.lattice), True, layout)
+        reduced = getattr(reduced, how)(channels, keepdim=True) if channels else reduced
     elif how in ("var", "std"):
         centred = x.rows - rows_on(mean(x.rows), x.lattice, layout)
-        found = mean(centred.square()) * (samples / max(samples - correction, 1))
-        found = found.sqrt() if how == "std" else found
+        reduced = mean(centred.square()) * (samples / max(samples - correction, 1))
+        reduced = reduced.sqrt() if how == "std" else reduced
     elif how == "norm":
-        found = (mean(x.rows.square()) * samples).sqrt()
+        reduced = (mean(x.rows.square()) * samples).sqrt()
     else:
-        found = mean(x.rows) * (samples if how == "sum" else 1)
-    return found if keepdim else found.squeeze(dims)
+        reduced = mean(x.rows) * (samples if how == "sum" else 1)
+    return reduced if keepdim else reduced.squeeze(dims)
 
 
 @operation(reads="image")
@@ -285,8 +286,8 @@ def _own_rows(x: Elements, like: Tensor) -> list[Tensor]:
 def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tensor:
     """One vector (B, C) per image in the axes of a layout, its image axes of size one or gone."""
     channels = iter(range(1, x.rows.dim()))
-    kept = [next(channels) if axis == "c" else 0 for axis in layout if axis in "bc"]
-    values = values.view(-1, *x.rows.shape[1:]).permute(kept)
+    axes = [next(channels) if axis == "c" else 0 for axis in layout if axis in "bc"]
+    values = values.view(-1, *x.rows.shape[1:]).permute(axes)
     for dim in image_dims(layout) if keepdim else ():
         values = values.unsqueeze(dim)
     return values
@@ -298,8 +299,8 @@ def _centred_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
     layout = "bcchw"
 
     def mean(rows: Tensor) -> Tensor:
-        found = global_reduce(Elements(rows, x.lattice), "mean", (2, 3, 4), True, layout=layout)
-        return rows_on(found, x.lattice, layout)
+        vectors = global_reduce(Elements(rows, x.lattice), "mean", (2, 3, 4), True, layout=layout)
+        return rows_on(vectors, x.lattice, layout)
 
     rows = x.rows.to(dtype).unflatten(1, (groups, -1))
     centred = rows - mean(rows)

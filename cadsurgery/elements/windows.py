@@ -132,10 +132,10 @@ def conv2d_per_image(
     tables = [table] * target.batch if static else table.split(target.counts.tolist())
     nothing = reading.sources[:0], reading.mix[:0]
     parts = []
-    for own, offset, entries in zip(weights, biases, tables, strict=True):
-        values, own, offset = autocast(rows, own, offset)
+    for mixture, offset, entries in zip(weights, biases, tables, strict=True):
+        values, mixture, offset = autocast(rows, mixture, offset)
         parts.append(
-            compute(Convolution(values, Weights(own, offset, groups), Reading(entries, *nothing, False)))
+            compute(Convolution(values, Weights(mixture, offset, groups), Reading(entries, *nothing, False)))
         )
     return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 

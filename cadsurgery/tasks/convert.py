@@ -147,7 +147,9 @@ def export_program(
             "an exported program has fixed shapes and sees the image alone.",
             f'cadsurgery export {model} --mask "{fixed}" -o {output}',
         )
-    net = (net or converted(model, provider, options, weights=weights)).eval()
+    if net is None:
+        net = converted(model, provider, options, weights=weights)
+    net.eval()
     first, second = (example_batch(net.source, None, size, seed) for seed in (0, 1))
     step("exporting and comparing")
     exported = export(net, first, output, other=second)

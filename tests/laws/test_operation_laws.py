@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
-from cadsurgery.elements.backends.packed import Kernel
+from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import common_lattice, to_dense, to_elements
 from cadsurgery.elements.kernel_map import Window, kernel_map
@@ -58,7 +58,7 @@ def norm(**options: Any) -> nn.BatchNorm2d:
 WINDOWED = {"window": KERNEL, "stage": 2}
 EXAMPLES: dict[str, Example] = {
     "conv2d": Example((numbers(6, C, 3, 3), None), WINDOWED),
-    "fused_conv2d": Example((Kernel(numbers(6, C, 3, 3), None),), WINDOWED),
+    "fused_conv2d": Example((Weights(numbers(6, C, 3, 3), None),), WINDOWED),
     "conv2d_per_image": Example(
         (numbers(2, 3), numbers(3, 6 * C * 9), None), {**WINDOWED, "shape": (6, C, 3, 3)}
     ),

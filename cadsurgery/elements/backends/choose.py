@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, nothing_mixed, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
-from cadsurgery.support.errors import InvalidInput, UnknownName
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Weights
@@ -191,38 +190,8 @@ class Backend:
         raise NotImplementedError
 
 
+# The table, see `table.py`. A backend of a user's own is put into it as into any list.
 BACKENDS: list[Backend] = []
-
-
-def add(backend: Backend, before: str | None = None) -> None:
-    """Put a backend into the table: first, or before the one of a name.
-
-    Raises:
-        InvalidInput: there is one of its name.
-        UnknownName: there is none to put it before.
-    """
-    names = [other.name for other in BACKENDS]
-    if backend.name in names:
-        raise InvalidInput(
-            f"there is a backend {backend.name!r}.", next="give it another name, or remove that one."
-        )
-    BACKENDS.insert(_place(before) if before is not None else 0, backend)
-
-
-def remove(name: str) -> Backend:
-    """Take a backend out of the table.
-
-    Raises:
-        UnknownName: there is none of this name.
-    """
-    return BACKENDS.pop(_place(name))
-
-
-def _place(name: str) -> int:
-    names = [backend.name for backend in BACKENDS]
-    if name not in names:
-        raise UnknownName("backend", name, names)
-    return names.index(name)
 
 
 def choose(work: Work, after: Backend | None = None) -> Backend:

@@ -82,13 +82,11 @@ def costs(key: str, measure: Callable[[], Costs]) -> Costs:
     if key not in _KNOWN:
         with _LOCK:
             if key not in _KNOWN:
-                alone = _pinned()
-                cost = (
-                    alone.get(key, _NEVER_DENSE)
-                    if alone is not None
-                    else _cost_of(_all_kept().get(key)) or _measured(key, measure)
-                )
-                _KNOWN[key] = cost
+                pinned = _pinned()
+                if pinned is None:
+                    _KNOWN[key] = _cost_of(_all_kept().get(key)) or _measure_and_keep(key, measure)
+                else:
+                    _KNOWN[key] = pinned.get(key, _NEVER_DENSE)
     return _KNOWN[key]
 
 
@@ -119,26 +117,22 @@ def read(path: Path | str) -> dict[str, Costs]:
     Raises:
         FileError: it cannot be read, or has no costs.
     """
-    refused = {
-        "where": str(path),
-        "next": f"give the JSON report of a bench or convert, or unset {_VARIABLE}.",
-    }
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
+        for name in ("costs", "kinds"):
+            document = document.get(name, document) if isinstance(document, dict) else document
+        if not isinstance(document, dict):
+            raise ValueError("the file holds no object of JSON.")
+        table = {key: cost for key, value in document.items() if (cost := _cost_of(value)) is not None}
+        if wrong := [key for key in document if key not in table]:
+            raise ValueError(f"{wrong[0]!r:.60} has no three numbers from zero up.")
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(
-            "the costs of convolutions cannot be read.", why=first_line(error), **refused
+            "costs of convolutions cannot be read.",
+            where=str(path),
+            why=first_line(error),
+            next=f"give the JSON report of a bench or convert, or unset {_VARIABLE}.",
         ) from error
-    for name in ("costs", "kinds"):
-        document = document.get(name, document) if isinstance(document, dict) else document
-    if not isinstance(document, dict):
-        raise FileError(
-            "these are no costs of convolutions.", why="the file holds no object of JSON.", **refused
-        )
-    table = {key: cost for key, value in document.items() if (cost := _cost_of(value)) is not None}
-    if wrong := [key for key in document if key not in table]:
-        why = f"{wrong[0]!r:.60} has no three numbers from zero up."
-        raise FileError("these are no costs of convolutions.", why=why, **refused)
     return table
 
 
@@ -180,15 +174,15 @@ def _all_kept() -> dict[str, Any]:
     return {}
 
 
-def _measured(key: str, measure: Callable[[], Costs]) -> Costs:
+def _measure_and_keep(key: str, measure: Callable[[], Costs]) -> Costs:
     with ThreadPoolExecutor(1) as alone:
-        found = alone.submit(_on_one_core, measure).result()
+        cost = alone.submit(_on_one_core, measure).result()
     path = _path()
     with contextlib.suppress(OSError):
         if path is not None:
             with kept_whole(path) as folder:
-                (folder / "successor").write_text(json.dumps({**_all_kept(), key: list(found)}, indent=1))
-    return found
+                (folder / "successor").write_text(json.dumps({**_all_kept(), key: list(cost)}, indent=1))
+    return cost
 
 
 def _on_one_core(measure: Callable[[], Costs]) -> Costs:

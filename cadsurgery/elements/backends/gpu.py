@@ -249,11 +249,11 @@ def _grad_rows(
     if groups == 1:
         weight = weight.reshape(weight.shape[0], taps, -1).permute(2, 1, 0).flatten(1)
     parts = _forward(grad, weight, reverse.table, None, None, "none", 0.0, groups)
-    found = parts[:count]
+    of_rows = parts[:count]
     if len(reverse.owners):
         sums = F.embedding_bag(reverse.extras, parts, reverse.offsets, mode="sum")
-        found[reverse.owners] += sums  # owners are distinct: a plain write, in a fixed order
-    return found
+        of_rows[reverse.owners] += sums  # owners are distinct: a plain write, in a fixed order
+    return of_rows
 
 
 # Custom operators, so that a compiled graph holds one opaque node: tuning and launching stay outside of it.

@@ -178,15 +178,10 @@ int SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const
 #ifndef BF16 /* bfloat16 has instructions of its own, which oneDNN uses */
 enum { ROWS = 6, BLOCK = 16 * ROWS, WIDE_PRODUCT = 4, CHUNK = WIDE_PRODUCT * LANES, DEPTH = 512 };
 
-/* sums[i] += a[i] B for ROWS rows of `channels` values and the first `wide` vectors of B (channels, CHUNK): up to 24 sums
+/* total[i] += a[i] B for ROWS rows of `channels` values and the first `wide` vectors of B (channels, CHUNK): up to 24 sums
  * stay in registers. `wide` is a constant where this is inlined. */
-static inline __attribute__((always_inline)) void multiply(
-    const element *const *a, long channels, const element *b, element *sums, const int wide) {
-    lane total[ROWS][WIDE_PRODUCT];
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < wide; j++) total[i][j] = load(sums + i * CHUNK + j * LANES);
+static inline __attribute__((always_inline)) void accumulate(
+    lane total[ROWS][WIDE_PRODUCT], const element *const *a, long channels, const element *b, const int wide) {
     const element *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
     for (long c = 0; c < channels; c++) {
         lane by[WIDE_PRODUCT];
@@ -198,6 +193,17 @@ static inline __attribute__((always_inline)) void multiply(
 #pragma GCC unroll 4
             for (int j = 0; j < wide; j++) total[i][j] += value[i] * by[j];
     }
+}
+
+/* Sums that lie in memory, (ROWS, CHUNK). */
+static inline __attribute__((always_inline)) void multiply(
+    const element *const *a, long channels, const element *b, element *sums, const int wide) {
+    lane total[ROWS][WIDE_PRODUCT];
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) total[i][j] = load(sums + i * CHUNK + j * LANES);
+    accumulate(total, a, channels, b, wide);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
@@ -214,17 +220,7 @@ static inline __attribute__((always_inline)) void multiply_once(
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < wide; j++) total[i][j] = load(bias + j * LANES);
-    const element *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
-    for (long c = 0; c < channels; c++) {
-        lane by[WIDE_PRODUCT];
-        element value[ROWS] = {a0[c], a1[c], a2[c], a3[c], a4[c], a5[c]};
-#pragma GCC unroll 4
-        for (int j = 0; j < wide; j++) by[j] = load(b + c * CHUNK + j * LANES);
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < wide; j++) total[i][j] += value[i] * by[j];
-    }
+    accumulate(total, a, channels, b, wide);
     lane least = limits[0], most = limits[1]; /* in no register until here */
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)

@@ -86,12 +86,13 @@ class Native(Backend):
         weights, reads = work.weights, work.reads
         if weights.groups > 1:
             return has_grouped(weights.weight, weights.groups)
-        # Its weight has to be packed: worth it where that is kept. Where the number of rows follows from the size of
-        # the image alone, oneDNN, which makes code for each number, is a little faster; for any other that takes a
-        # millisecond and some hundred kilobytes that stay in its caches.
-        packed = weights.forms is not None and work.rows.dtype == weights.weight.dtype
-        steady = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
-        return packed and has_product(weights.weight) and not steady
+        # Its weight has to be packed: worth it where that is kept. oneDNN is a little faster, but makes code for each
+        # number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the maps of
+        # the first few sizes where that number follows from the size of the image alone.
+        if weights.forms is None or work.rows.dtype != weights.weight.dtype or not has_product(weights.weight):
+            return False
+        uniform = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
+        return not (uniform and weights.is_among_first(len(reads.target)))  # type: ignore[union-attr]
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, ..., O) = clamp(sum + bias + residual)."""
@@ -247,11 +248,11 @@ def library() -> Any:
         if folder is None:
             return None
         target = folder / f"native-{_fingerprint(compiler)}.so"
-        found = _loaded(target)
-        if found is None:
+        compiled = _loaded(target)
+        if compiled is None:
             _build(compiler, target)
-            found = _loaded(target)
-        return found
+            compiled = _loaded(target)
+        return compiled
     except (OSError, subprocess.SubprocessError):
         return None
 

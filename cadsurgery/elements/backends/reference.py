@@ -169,9 +169,9 @@ class _GatherConv(torch.autograd.Function):
                 kernel = weight.detach().requires_grad_(needs[1])
                 out = _apply_taps(gathered, kernel, None, ctx.groups)
             wanted = [value for value, need in ((gathered, needs[0]), (kernel, needs[1])) if need]
-            found = list(torch.autograd.grad(out, wanted, part)) if wanted else []
+            gradients = list(torch.autograd.grad(out, wanted, part)) if wanted else []
             if grad_rows is not None:
-                grad_rows.index_add_(0, block.flatten(), found.pop(0).flatten(0, 1))
+                grad_rows.index_add_(0, block.flatten(), gradients.pop(0).flatten(0, 1))
             if grad_weight is not None:
-                grad_weight += found.pop(0)
+                grad_weight += gradients.pop(0)
         return grad_rows, grad_weight, grad.sum(0) if needs[2] else None, None, None

@@ -26,7 +26,7 @@ def _tuned(configs: list[tuple[dict[str, int], int, int]], depth: str = "") -> C
     `depth` names the block that a matrix product sums over.
     """
 
-    def fitting(found: list[Any], arguments: dict[str, Any], **sizes: Any) -> list[Any]:
+    def fitting(configs: list[Any], arguments: dict[str, Any], **sizes: Any) -> list[Any]:
         """Without tiles wider than the operands or larger than shared memory: they would only cost time."""
         values = {**arguments, **sizes}
         limits = {"BLOCK_N": 1 << values["bucket"], "BLOCK_C": values["C"], "BLOCK_O": values.get("C_OUT", 0)}
@@ -38,7 +38,7 @@ def _tuned(configs: list[tuple[dict[str, int], int, int]], depth: str = "") -> C
             shared *= sum(block for name, block in blocks.items() if name != depth)
             return shared < 200 << 10 and all(block < 2 * limits[name] for name, block in blocks.items())
 
-        return [config for config in found if fits(config)] or found[:1]
+        return [config for config in configs if fits(config)] or configs[:1]
 
     def decorate(kernel: Any) -> Any:
         if triton is None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import is_observed
+from cadsurgery.elements.backends.choose import Convolution, compute, is_observed
 
 _ONEDNN = (torch.float32, torch.bfloat16)
 # A block of a result that is still in the cache when the next operation reads it.
@@ -81,6 +81,7 @@ class Weights:
         activation: applied last, after the residual.
         forms: packed forms of the weight made so far; None if they are not worth keeping.
         dense: whether its weight is also worth packing for the shape of a dense map.
+        counts: numbers of rows of the first uniform maps that were multiplied.
         meets_nan: whether sums may be NaN. oneDNN's clamps, which make numbers of NaN, are then not used: torch's and
             those of this package keep it, but those of torch are another pass.
     """
@@ -92,6 +93,13 @@ class Weights:
     forms: dict[Hashable, Any] | None = None
     dense: bool = False
     meets_nan: bool = False
+    counts: set[int] = field(default_factory=set)
+
+    def is_among_first(self, count: int) -> bool:
+        """Whether so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
+        if len(self.counts) < MOST_FORMS:
+            self.counts.add(count)
+        return count in self.counts
 
     @property
     def alone(self) -> Weights:
@@ -170,12 +178,15 @@ class Weights:
         return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
 
     def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
-        """A 1x1 convolution of a dense map as a product of rows: those of its memory."""
+        """A 1x1 convolution of a dense map as a product of rows: those of its memory; of the first few sizes in oneDNN,
+        see `native.Native`."""
 
         def rows(values: Tensor | None) -> Any:
             return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
 
-        out = self.on_rows(rows(image), rows(residual))
+        values, more = rows(image), rows(residual)
+        few = self.is_among_first(len(values))
+        out = self.on_rows(values, more) if few else compute(Convolution(values, self, None, residual=more))
         return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
 
     def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
@@ -225,8 +236,16 @@ class Weights:
         return image.shape[0], self.weight.shape[0], *sizes
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight as `kernel_matrix` lays it out."""
-        return kernel_matrix(self.weight.to(dtype), self.groups)
+        """The weight as products of gathered rows take it.
+
+        Ungrouped: (O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix. Grouped:
+        (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel
+        of width one.
+        """
+        weight = self.weight.to(dtype)
+        if self.groups > 1:
+            return weight.contiguous().flatten(2).unsqueeze(3)
+        return weight.permute(0, 2, 3, 1).flatten(1)
 
     def bias_as(self, dtype: torch.dtype) -> Tensor | None:
         """The bias."""
@@ -261,18 +280,6 @@ class Weights:
                         del self.forms[next(iter(self.forms))]
                     self.forms[key] = form
         return form
-
-
-def kernel_matrix(weight: Tensor, groups: int) -> Tensor:
-    """A kernel (O, C / groups, kh, kw) as products of gathered rows take it.
-
-    Ungrouped: (O, taps * C), taps outermost, so that a row of gathered elements is a row of the matrix. Grouped:
-    (O, C / groups, taps, 1), contiguous, because torch 2.15 on the CPU multiplies wrongly by a channels_last kernel
-    of width one.
-    """
-    if groups > 1:
-        return weight.contiguous().flatten(2).unsqueeze(3)
-    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
