@@ -235,6 +235,7 @@ def test_what_has_no_gradients_does_not_apply_where_they_are_asked_for(name: str
     assert not named(name).applies(with_gradients(work_of(case, packed=True)))
 
 
+@pytest.mark.slow  # quick ones: `test_gpu_kernel.py`
 @pytest.mark.skipif(not triton_kernels.INSTALLED or triton_kernels.INTERPRETED, reason="no Triton, or in it")
 def test_tritons_laws_hold_in_its_interpreter() -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}

@@ -30,10 +30,13 @@ import cadsurgery as cs
 Size = tuple[int, int]
 SMALL: Size = (65, 97)
 BASIC = ("resnet18", "resnet34")
-BOTTLENECK = ("resnet50", "resnext50_32x4d", "wide_resnet50_2")
-DEEP = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet101", "resnet152"))
+# Other numbers of the same blocks.
+ALIKE = ("resnet34", "wide_resnet50_2", "resnet101", "resnet152")
 SAMPLE = pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-RESNETS = (*BASIC, *BOTTLENECK, *DEEP)
+RESNETS = (
+    *("resnet18", "resnet50", "resnext50_32x4d"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE),
+)
 PAIRS = [(4, 32), (8, 32), (8, 16), (16, 32)]
 STRIDES = pytest.mark.parametrize("output_stride", PAIRS, ids=str)
 TWO = ("linear", "nearest")
@@ -194,8 +197,7 @@ def test_all_high_strided_network_is_the_dilated_twin(name: str) -> None:
     assert_same(run(net, x), run(with_features(dilated(name, model, 8)), x))
 
 
-@SAMPLE
-@STRIDES
+@pytest.mark.parametrize(("name", "output_stride"), covering(["resnet18", "resnet50"], PAIRS))
 def test_all_high_is_the_twin_at_the_high_stride_asked_for(name: str, output_stride: Size) -> None:
     """Law 2 for every pair of output strides."""
     model, x = build(name), images(2, *SMALL)
@@ -305,7 +307,7 @@ def test_any_level_map_on_resnet18_is_the_emulation(output_stride: Size, fill: s
     assert torch.equal(net.levels.long(), levels)
 
 
-@pytest.mark.parametrize(("name", "fill"), covering(["resnet34", *BOTTLENECK, *DEEP], TWO))
+@pytest.mark.parametrize(("name", "fill"), covering(RESNETS[1:], TWO))
 def test_any_level_map_on_other_resnets_is_the_emulation(name: str, fill: str) -> None:
     """Law 3 for deeper, grouped and wider networks."""
     model, x = with_features(build(name, double)), images(2, *SMALL, double)
@@ -411,10 +413,10 @@ def test_several_features_leave_the_region_at_the_fine_size(fill: str) -> None:
 
 
 FAMILIES = (
-    "densenet121",
+    pytest.param("densenet121", marks=pytest.mark.slow),
     "efficientnet_b0",
     "googlenet",
-    "mnasnet0_5",
+    pytest.param("mnasnet0_5", marks=pytest.mark.slow),
     "mobilenet_v2",
     "mobilenet_v3_small",
     "regnet_y_400mf",
