@@ -30,17 +30,17 @@ from cadsurgery.network.storage import _checksum, sealed
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-MEMORY = 5 << 30  # bytes that a process with tests and those it starts take at most
+MEMORY = {"not slow": 4 << 30, "slow": 8 << 30}  # bytes that a worker and what it starts take at most
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int | None:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """`-n auto`: a worker for each core, as far as memory goes."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(cores, memory // MEMORY))
+    return max(1, min(cores, memory // MEMORY.get(config.option.markexpr, MEMORY["slow"])))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,11 @@ def covering(*axes: Sequence[Any]) -> list[ParameterSet]:
         places = () if marked else tuple(own.index(value) for own, value in zip(plain, given, strict=True))
         marks = [mark for value in marked for mark in value.marks]
         marks = marks if places in few else [*marks, pytest.mark.slow]
-        cases.append(pytest.param(*given, marks=marks, id="-".join(map(str, given))))
+        cases.append(
+            pytest.param(
+                *given, marks=marks, id="-".join(getattr(value, "__name__", str(value)) for value in given)
+            )
+        )
     return cases
 
 

@@ -171,7 +171,13 @@ def gradients(convolution: Any, parts: dict[str, Tensor], table: Tensor, **optio
 
 
 @pytest.mark.parametrize("groups", [1, 33])
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "gelu", "leaky_relu"])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        "relu",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "relu6", "gelu", "leaky_relu")),
+    ],
+)
 def test_gradients_are_those_of_the_reference_and_the_same_every_time(activation: str, groups: int) -> None:
     outputs = 70 if groups == 1 else 33
     # More than 256 outputs: the weight's gradient is summed in several shares.
@@ -191,7 +197,7 @@ def test_gradients_are_those_of_the_reference_and_the_same_every_time(activation
     assert all(torch.equal(found[key], again[key]) for key in parts)
 
 
-@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_gradients_in_bfloat16_over_many_outputs(groups: int) -> None:
     """So many that the weight's gradient is summed in several shares."""
     rows, weight, table = operands(max(600, COUNT), 16, 16, 2, torch.bfloat16, groups)
@@ -230,7 +236,7 @@ def test_a_compiled_graph_has_no_break() -> None:
     close(found, 2 * reference(rows, weight, table, activation=ACTIVATIONS["relu"]))
 
 
-@pytest.mark.parametrize("fill", ["nearest", "linear"])
+@pytest.mark.parametrize("fill", [pytest.param("nearest", marks=pytest.mark.slow), "linear"])
 @pytest.mark.parametrize("groups", [1, 8])
 def test_convolutions_on_elements_use_it(fill: Any, groups: int) -> None:
     """A stage and a plain convolution on a mixed lattice, with gradients, against float64 without the kernel."""

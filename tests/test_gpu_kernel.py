@@ -30,15 +30,23 @@ needs_gpu = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.parametrize(
-    "interpreted",
-    [pytest.param("1", id="interpreter"), pytest.param("0", id="GPU", marks=needs_gpu)],
+    ("interpreted", "which"),
+    [
+        pytest.param("1", "not slow", id="interpreter"),
+        pytest.param("1", "slow", id="interpreter, the others", marks=pytest.mark.slow),
+        pytest.param("0", "", id="GPU", marks=needs_gpu),
+    ],
 )
-def test_the_laws_hold(interpreted: str) -> None:
+def test_the_laws_hold(interpreted: str, which: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": interpreted, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "tests/gpu_kernel_laws.py", "--noconftest", "--durations=5"]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "-m", which, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     print(done.stdout)

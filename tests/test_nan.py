@@ -1,10 +1,10 @@
 """NaN in, NaN out: what fused kernels do with what is no number."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import covering
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -112,20 +112,23 @@ def found(model: nn.Module, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tens
         return net.optimize()(x).isnan(), net(x).isnan()
 
 
-@TYPES
-@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_an_optimised_network_whose_weights_are_no_numbers_gives_nan_where_the_network_does(dtype, act, bad):
+@pytest.mark.parametrize(
+    ("dtype", "act", "bad"),
+    covering(
+        (torch.float32, torch.float64, torch.bfloat16), (nn.ReLU, nn.ReLU6), (str(torch.nan), str(torch.inf))
+    ),
+)
+@pytest.mark.parametrize("name", [name for name, _ in Net(nn.ReLU, nn.Identity()).named_parameters()])
+def test_an_optimised_network_whose_weights_are_no_numbers_gives_nan_where_the_network_does(
+    dtype, act, bad, name
+):
     torch.manual_seed(0)
     model = Net(act, nn.Identity())
-    for name, _ in model.named_parameters():
-        broken = copy.deepcopy(model)
-        with torch.no_grad():
-            broken.get_parameter(name).view(-1)[0] = bad
-        optimised, plain = found(broken, dtype, "random:seed=0")
-        assert torch.equal(optimised, plain), name
-        if bad != bad:
-            assert plain.any(), name
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = float(bad)
+    optimised, plain = found(model, dtype, "random:seed=0")
+    assert torch.equal(optimised, plain)
+    assert plain.any() or bad == "inf"
 
 
 @TYPES
