@@ -89,7 +89,11 @@ class Native(Backend):
         # Its weight has to be packed: worth it where that is kept. oneDNN is a little faster, but makes code for each
         # number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the maps of
         # the first few sizes where that number follows from the size of the image alone.
-        if weights.forms is None or work.rows.dtype != weights.weight.dtype or not has_product(weights.weight):
+        if (
+            weights.forms is None
+            or work.rows.dtype != weights.weight.dtype
+            or not has_product(weights.weight)
+        ):
             return False
         uniform = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
         return not (uniform and weights.is_among_first(len(reads.target)))  # type: ignore[union-attr]
