@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
+from torchvision.ops import FrozenBatchNorm2d
 
 import cadsurgery as cs
 from cadsurgery.support.errors import CannotConvert, InvalidInput
@@ -407,3 +408,44 @@ def test_settings_that_are_read_in_each_call_may_change():
     for each in (net, model):
         each.blocks[2].norm.eps = 0.1
     torch.testing.assert_close(low(net, x()), model(x()))
+
+
+# -- buffers that a network computes with ------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A buffer of the network's own, which multiplies what it is given."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(channels, 1, 1, dtype=torch.float64) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.sqrt()
+
+
+def frozen(seed: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    """A network whose norms have frozen statistics, which are buffers and no modules that a rule knows."""
+    torch.manual_seed(seed)
+    net = Net().double()
+    for block in net.blocks:
+        block.norm = norm(block.norm.num_features).double()
+        for buffer in block.norm.buffers():
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    return net.eval()
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, Scaled])
+@torch.no_grad()
+def test_buffers_are_read_in_every_call(norm: Callable[[int], nn.Module]) -> None:
+    """After a checkpoint is loaded, in the inference copy and in a copy of another type; they are counted on shapes."""
+    net, other = frozen(0, norm), frozen(1, norm)
+    x = torch.randn(2, 3, 65, 97, dtype=torch.float64)
+    adapted = cs.adaptify(net, "random", outputs="native", example_input=x)
+    torch.testing.assert_close(adapted(x, mask="none"), net(x))
+    adapted.load_state_dict(other.state_dict())
+    torch.testing.assert_close(adapted(x, mask="none"), other(x))
+    torch.testing.assert_close(adapted.optimize()(x, mask="none"), other(x))
+    assert adapted.macs(x).low == adapted.macs(x, mask="none").mask
+    single = copy.deepcopy(adapted).float()
+    torch.testing.assert_close(single(x.float(), mask="none"), other.float()(x.float()), atol=1e-4, rtol=1e-4)

@@ -334,7 +334,8 @@ def _made_again(nodes: list[fx.Node]) -> set[fx.Node]:
         asks = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
         asks |= node.op == "call_method" and node.target in ("size", "dim")
         inputs = set(node.all_input_nodes)
-        if asks or node.op == "get_attr" or (inputs and inputs <= again and node.op == "call_function"):
+        computed = inputs and inputs <= again and node.op in ("call_function", "call_method")
+        if asks or node.op == "get_attr" or computed:
             again.add(node)
     return again
 

@@ -24,11 +24,17 @@ class _Tracer(fx.Tracer):
     """torch's tracer, with other leaves: what has a rule, and what timm declares and torch.fx cannot follow."""
 
     def __init__(
-        self, is_operation: Callable[[nn.Module], bool], functions: Functions, declared: frozenset[type]
+        self,
+        is_operation: Callable[[nn.Module], bool],
+        functions: Functions,
+        declared: frozenset[type],
+        names_buffers: bool = True,
     ) -> None:
         super().__init__(autowrap_functions=functions)
         self._is_operation, self._functions, self._declared = is_operation, functions, declared
         self.record_stack_traces = True
+        # What is computed from buffers, as by norms with frozen statistics, is computed in every call, not once here.
+        self.proxy_buffer_attributes = names_buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self._is_operation(m) or (type(m) in self._declared and not self._can_follow(m)):
@@ -93,7 +99,11 @@ def trace(
     try:
         with evaluating(model), _said_to_trace():
             declared, wrapped = _timm_leaves()
-            graph = _Tracer(is_operation, (*functions, *wrapped), declared).trace(model)
+            options = (is_operation, (*functions, *wrapped), declared)
+            try:
+                graph = _Tracer(*options).trace(model)
+            except Exception:  # Python may decide by the values of buffers, which are then constants
+                graph = _Tracer(*options, names_buffers=False).trace(model)
     except Exception as error:  # tracing runs foreign code, which can raise anything
         raise CannotConvert(
             f"{type(model).__name__} cannot be traced by torch.fx.",
