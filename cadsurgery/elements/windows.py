@@ -58,6 +58,8 @@ def conv2d(
     """
     window, target = _target_of(x, window, stage)
     rows, weight, bias = autocast(x.rows, weight, bias)
+    if rows.dtype != weight.dtype:  # backends would convert the weight, and answer in the wrong type
+        raise TypeError(f"the elements are {rows.dtype}, the weight is {weight.dtype}")
     reads = Between(x.lattice, target, window)
     return Elements(
         compute(Convolution(rows, Weights(weight, bias, groups), reads, window.outside or 0.0)), target

@@ -377,7 +377,7 @@ def test_an_operation_of_a_users_own_has_the_standing_of_ours(own_operation: Any
     with torch.no_grad():
         assert_same(adapted(image, mask="none")[:, :, ::4, ::4], net(image))
         torch.manual_seed(1)
-        levels = adapted.masking(adapted.mask)(image, torch.empty(2, 8, 25, 33)).levels
+        levels = adapted.program.masking(adapted.mask)(image, torch.empty(2, 8, 25, 33)).levels
         assert_same(adapted.optimize()(image, mask=levels), adapted(image, mask=levels))
     assert adapted.macs(image, mask="all").mask == adapted.macs(image).high
 
