@@ -213,8 +213,9 @@ class LearnedMask(MaskProvider):
             share = min(max(self.fraction, 0.01), 0.99)
             start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (levels - 1)])
             layers[7].bias = nn.Parameter(start)
-            self.estimator = layers.to(device).train(self.training)
             self._measure(levels, device)
+            # Last: another thread that finds it takes all the rest for made.
+            self.estimator = layers.to(device).train(self.training)
 
     def _measure(self, levels: int, device: torch.device | None = None) -> None:
         """Running statistics of the scores that leave them as they are."""
