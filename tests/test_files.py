@@ -565,9 +565,8 @@ def with_changed_value(draw: random.Random, values: Any) -> Any:
     elif way == 1:
         parent[f"{where[-1]}_"] = parent[where[-1]]
     elif way == 2 and isinstance(parent[where[-1]], (int, str)):
-        parent[where[-1]] = (
-            str(parent[where[-1]]) if type(parent[where[-1]]) is int else len(parent[where[-1]])
-        )
+        value = parent[where[-1]]
+        parent[where[-1]] = len(value) if isinstance(value, str) else str(value)
     elif way == 3:
         parent[where[-1]] = [parent[where[-1]]]
     else:
