@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cadsurgery.cli import main, screen
-from cadsurgery.network.storage import _checksum, sealed
+from cadsurgery.network.storage import _checksum, seal
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -131,7 +131,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     metadata["tensors"] = _checksum(tensors)
     change(metadata)
     del metadata["sha256"]
-    save_file(tensors, path, {"cadsurgery": sealed(metadata)})
+    save_file(tensors, path, {"cadsurgery": seal(metadata)})
     return path
 
 

@@ -215,7 +215,7 @@ def test_the_caller_keeps_the_reversed_map() -> None:
 
     def reverse() -> gpu.ReversedMap:
         calls.append(1)
-        return gpu.reversed_map(table, len(rows))
+        return gpu.reverse_map(table, len(rows))
 
     out = gpu.gather_conv(rows.requires_grad_(), weight, table, reverse=reverse)
     assert not calls

@@ -23,7 +23,7 @@ from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.elements.backends import costs
 from cadsurgery.support import memory, provenance
 from cadsurgery.support.files import append_lines
-from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.support.timing import Timing, interleave
 from cadsurgery.tasks import bench as module
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
@@ -110,7 +110,7 @@ def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyP
         assert rounds == 3
         return {key: Timing(1.0 + position, 2.0 + position) for position, key in enumerate(sides)}
 
-    monkeypatch.setattr(module, "interleaved", counted)
+    monkeypatch.setattr(module, "interleave", counted)
     (network,) = bench(trunk(), fractions=FRACTIONS, size=SIZE, rounds=3).networks
     assert seen == [["dense high", "dense low", "nearest 1.0", "nearest 0.5", "nearest 0.0"]]
     assert [row.milliseconds for row in network.rows] == [3.0, 4.0, 5.0]
@@ -177,7 +177,7 @@ def test_a_verdict_says_whether_the_law_holds_and_where_it_is_worst() -> None:
 
 def test_timing_tells_the_best_and_the_median_round() -> None:
     calls: list[str] = []
-    found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    found = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
     assert calls == ["a", "b"] * 4
     assert found.keys() == {"a", "b"} and all(0 <= time.best <= time.median for time in found.values())
 
@@ -292,7 +292,7 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
             raise KeyboardInterrupt
         return dict.fromkeys(sides, Timing(1.0, 1.0))
 
-    monkeypatch.setattr(module, "interleaved", counted)
+    monkeypatch.setattr(module, "interleave", counted)
     with pytest.raises(KeyboardInterrupt):
         bench([trunk(), trunk()], fractions=[0.5], size=SIZE, output=tmp_path / "rows.jsonl")
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
@@ -352,7 +352,7 @@ def test_each_side_has_the_memory_that_a_run_of_its_own_prints(
         assert float(capsys.readouterr().out) >= 0
         return str(memories.pop(ast.literal_eval(argument)["key"]))
 
-    monkeypatch.setattr(module, "printed_alone", printed)
+    monkeypatch.setattr(module, "run_alone", printed)
     (found,) = bench(f"{__name__}:trunk", "none", [0.5], size=SIZE, rounds=1, memory=True).networks
     assert (found.high.memory_mib, found.low.memory_mib, found.rows[0].memory_mib) == (30, 10, 20)
     assert found.rows[0].memory_ratio == pytest.approx(2 / 3) and not memories
@@ -361,7 +361,7 @@ def test_each_side_has_the_memory_that_a_run_of_its_own_prints(
 @pytest.mark.parametrize("process", ["first", pytest.param("second", marks=pytest.mark.slow)])
 def test_what_is_freed_is_not_in_the_peak(process: str) -> None:
     """Only what is in use at once, however often memory was taken before, and the same in every process."""
-    peak = float(memory.printed_alone("peaks", "print_peak_among_holes", "16"))
+    peak = float(memory.run_alone("peaks", "print_peak_among_holes", "16"))
     assert peak == pytest.approx(3 * 16, abs=3)
 
 
@@ -443,8 +443,8 @@ def test_memory_is_refused_where_the_system_does_not_tell_it(
 
 def test_a_process_that_fails_is_told_with_its_reason() -> None:
     with pytest.raises(cs.CadError, match="process that was to measure memory") as caught:
-        memory.printed_alone("ast", "literal_eval", "no literal")
+        memory.run_alone("ast", "literal_eval", "no literal")
     assert "SyntaxError" in caught.value.why and "leave out memory" in caught.value.next
     with pytest.raises(cs.CadError) as caught:
-        memory.printed_alone("os", "_exit", "3")
+        memory.run_alone("os", "_exit", "3")
     assert caught.value.why

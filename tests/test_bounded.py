@@ -128,6 +128,7 @@ def test_points_are_read_at_any_number_of_sizes() -> None:
     assert all(len(found.places) <= points.MOST_SIZES for found in points._EXITS[net.program].values())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_bucketed_network_keeps_the_graphs_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "MOST_GRAPHS", 2)

@@ -21,7 +21,7 @@ from conftest import ROOT
 from cadsurgery.elements.backends import costs, native
 from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.support import files
-from cadsurgery.support.files import cache_folder, kept_whole
+from cadsurgery.support.files import cache_folder, keep_whole
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="permission bits and compiled code as on Linux"
@@ -137,6 +137,7 @@ def test_a_relative_cache_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found is not None and found.parent == home / "own" / ".cache" / "cadsurgery"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_without_home_and_passwd_entry_everything_works(home: Path) -> None:
     """A process whose user has no name and no home, as in containers; with and without a place for files."""
@@ -185,17 +186,18 @@ def linked(path: Path) -> None:
 def test_a_library_that_is_not_whole_or_not_ours_is_not_loaded(
     library: Path, damage: Callable[[Path], None]
 ) -> None:
-    assert native._loaded(library) is not None
+    assert native._load(library) is not None
     damage(library)
-    assert native._loaded(library) is None
+    assert native._load(library) is None
 
 
 @needs_compiler
 def test_a_library_of_somebody_else_is_not_loaded(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: library.stat().st_uid + 1)
-    assert native._loaded(library) is None
+    assert native._load(library) is None
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_truncated_library_is_made_anew(library: Path) -> None:
     """Loaded, it ended the process by SIGBUS, and every later one."""
@@ -214,12 +216,12 @@ def test_a_file_appears_whole_on_the_disk_and_private(home: Path, monkeypatch: p
     sync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: order.append("sync") or sync(file))
     monkeypatch.setattr(Path, "replace", lambda self, to: order.append("replace") or replace(self, to))
-    with kept_whole(home / "kept") as folder:
+    with keep_whole(home / "kept") as folder:
         (folder / "successor").write_text("whole")
         assert folder.parent == home and not (home / "kept").exists()
     assert order == ["sync", "replace"]
     assert (home / "kept").read_text() == "whole" and (home / "kept").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(ZeroDivisionError), kept_whole(home / "kept") as folder:
+    with pytest.raises(ZeroDivisionError), keep_whole(home / "kept") as folder:
         (folder / "successor").write_text("half")
         raise ZeroDivisionError
     assert (home / "kept").read_text() == "whole" and not list(home.glob(".making*"))
@@ -228,8 +230,8 @@ def test_a_file_appears_whole_on_the_disk_and_private(home: Path, monkeypatch: p
 @pytest.fixture
 def worker(home: Path) -> Iterator[subprocess.Popen[str]]:
     """A process in the middle of making a file."""
-    code = "import sys, time\nfrom pathlib import Path\nfrom cadsurgery.support.files import kept_whole\n"
-    code += "with kept_whole(Path(sys.argv[1])):\n    print('begun', flush=True)\n    time.sleep(600)\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom cadsurgery.support.files import keep_whole\n"
+    code += "with keep_whole(Path(sys.argv[1])):\n    print('begun', flush=True)\n    time.sleep(600)\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(home / "kept")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -249,7 +251,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_not_before(
         past = time.time() - OLD
         if left.exists():
             os.utime(left, (past, past))
-        with kept_whole(home / "kept") as folder:
+        with keep_whole(home / "kept") as folder:
             (folder / "successor").write_text("whole")
 
     write()
@@ -264,7 +266,7 @@ def test_a_folder_that_was_made_just_now_is_left_alone(home: Path) -> None:
     for name, age in (("fresh", 0.0), ("old", OLD)):
         (home / f".making-{name}").mkdir()
         os.utime(home / f".making-{name}", (time.time() - age,) * 2)
-    with kept_whole(home / "kept") as folder:
+    with keep_whole(home / "kept") as folder:
         (folder / "successor").write_text("whole")
     assert [path.name for path in home.glob(".making-*")] == [".making-fresh"]
 

@@ -176,9 +176,10 @@ def test_options_that_a_converted_file_cannot_be_given_are_refused(
     ("flags", "code"),
     [
         pytest.param((), 0, id="as it is"),
-        pytest.param(("-P",), 1, id="-P", marks=pytest.mark.slow),  # nothing but what is installed
+        pytest.param(("-P",), 1, id="-P"),  # nothing but what is installed
     ],
 )
+@pytest.mark.slow
 def test_modules_of_the_current_folder_are_found_as_the_installed_command_starts(
     tmp_path: Path, flags: tuple[str, ...], code: int
 ) -> None:
@@ -335,6 +336,7 @@ def test_list_of_nothing_is_empty(run: Run) -> None:
     assert run("list", "zzzz", "--json") == (0, "[]\n", "")
 
 
+@pytest.mark.slow
 def test_list_check_builds_converts_and_verifies_here_and_now(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "zoo.jsonl"
     options = ("list", "resnet18", "--check", "--output", str(path), "--workers", "1")
@@ -347,6 +349,7 @@ def test_list_check_builds_converts_and_verifies_here_and_now(run: Run, tmp_path
     assert refused.code == 1 and "no folder" in refused.err
 
 
+@pytest.mark.slow
 def test_convert_takes_a_detector(run: Run, tmp_path: Path) -> None:
     """Its backbone is converted inside it; MACs are the backbone's."""
     path = tmp_path / "net.safetensors"
@@ -605,7 +608,7 @@ def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_s
     def slow(sides: dict[str, Any], rounds: int) -> dict[str, Timing]:
         return {key: Timing(8.0 if "dense" in key else 9.0, 9.0) for key in sides}
 
-    monkeypatch.setattr(bench, "interleaved", slow)
+    monkeypatch.setattr(bench, "interleave", slow)
     arguments = options("--model", "usernets:segmenter", "--fractions", "0.5,0")
     files = ("--picture", "b.png", "--output", "rows.jsonl")
     result = run("bench", *arguments, *files, "--fill", "both", "--json")

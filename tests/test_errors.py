@@ -864,7 +864,7 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_a_network_that_breaks_a_law_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification runs through kernel maps: one wrong entry in them is found and refused."""
-    build = kernel_map._shifted
+    build = kernel_map._shift_taps
 
     def wrong(*args: object) -> kernel_map.Reading:
         found = build(*args)  # type: ignore[arg-type]
@@ -876,6 +876,6 @@ def test_a_network_that_breaks_a_law_is_never_returned(monkeypatch: pytest.Monke
         nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 4, 3, padding=1)
     )
     assert cs.adaptify(model, "all").checks
-    monkeypatch.setattr(kernel_map, "_shifted", wrong)
+    monkeypatch.setattr(kernel_map, "_shift_taps", wrong)
     with refused(cs.CannotConvert, "not exact", "relative error", "report", "level"):
         cs.adaptify(model, "all")

@@ -371,6 +371,7 @@ def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
     assert other["rows"] == found["rows"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(run: Run, tmp_path: Path) -> None:
     """Evaluation over scenes; one process prints."""
     arguments = ["eval", "usernets:segmenter", "--data", DATA, "--mask", EDGES, "--rounds", 0, "--json"]

@@ -141,7 +141,8 @@ def test_compilers_leave_what_they_cannot_hold(mask: str) -> None:
         assert_same(one, net(x), 1e-5)
 
 
-@pytest.mark.parametrize("mask", ["detail", pytest.param("learned", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["detail", "learned"])
 def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
     """One graph without a break, and a program that runs without the package, on another image too."""
     net, x = converted(f"{mask} | budget:fraction=0.3", fill="guided"), images(2, *SIZE)

@@ -27,7 +27,7 @@ import cadsurgery as cs
 import cadsurgery.support.provenance
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import parse
-from cadsurgery.network.storage import read_metadata, sealed
+from cadsurgery.network.storage import read_metadata, seal
 from cadsurgery.surgery.plan import Plan
 
 
@@ -108,7 +108,7 @@ def test_a_source_that_was_not_needed_is_not_called_later(saved: Path, imported:
         "saliency:function=os:system",
         "keypoints:detector=os:system",
         "edges + (saliency:function=os:system | budget) | dilate",
-        "saliency:function=cadsurgery.support.files:made_folder",
+        "saliency:function=cadsurgery.support.files:make_folder",
     ],
 )
 def test_a_mask_that_a_file_names_is_not_imported(
@@ -596,7 +596,7 @@ def damaged_bytes(draw: random.Random, path: Path) -> None:
 
 def signed(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     metadata.pop("sha256", None)
-    save_file(tensors, path, {"cadsurgery": sealed(metadata)})
+    save_file(tensors, path, {"cadsurgery": seal(metadata)})
 
 
 def malicious_metadata(draw: random.Random, path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from conftest import covering
 from finetune_nets import SIZE, Scenes, Segmenter, adaptive, flip
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -628,8 +629,7 @@ def with_label(value: int) -> Callable[[Tensor, Tensor], Any]:
     return change
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("value", [6, -1, 254])
+@pytest.mark.parametrize(("value", "workers"), covering((6, -1, 254), (0, 1)))
 def test_a_label_without_an_output_is_refused_with_its_place(
     tmp_path: Path, value: int, workers: int
 ) -> None:

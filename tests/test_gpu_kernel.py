@@ -102,7 +102,7 @@ def tables(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 @given(tables())
 def test_a_reversed_map_lists_every_reader_of_a_row_once(drawn: tuple[torch.Tensor, int]) -> None:
     table, rows = drawn
-    reverse = gpu.reversed_map(table, rows)
+    reverse = gpu.reverse_map(table, rows)
     ranges = pairwise([*reverse.offsets.tolist(), len(reverse.extras)])
     listed = {row: [row] for row in range(rows)}
     for owner, (start, end) in zip(reverse.owners.tolist(), ranges, strict=True):

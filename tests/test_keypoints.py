@@ -27,7 +27,7 @@ from cadsurgery.tasks.keypoints import (
     read_features,
     write_features,
 )
-from cadsurgery.tasks.keypoints.matching import warped
+from cadsurgery.tasks.keypoints.matching import warp
 
 NETWORKS = '''
 """Networks of a user."""
@@ -95,7 +95,7 @@ def moved(image: Tensor, homography: Tensor) -> Tensor:
     """The image whose pixel H p is the pixel p of the given one."""
     _, height, width = image.shape
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    source = warped(torch.stack((x, y), -1).reshape(-1, 2), torch.linalg.inv(homography))
+    source = warp(torch.stack((x, y), -1).reshape(-1, 2), torch.linalg.inv(homography))
     grid = 2 * source / torch.tensor([width - 1, height - 1]) - 1
     return F.grid_sample(image[None].double(), grid.view(1, height, width, 2), align_corners=True)[0].float()
 
@@ -254,7 +254,7 @@ def test_descriptors_are_those_of_the_network_at_the_keypoints(run: Run) -> None
         expected = rows if settings.raw else F.normalize(rows, dim=1)
         torch.testing.assert_close(found.descriptors, expected, rtol=1e-4, atol=1e-5)
     small = Extractor(net, Extraction(max_edge=64, multiple=8))
-    assert small.resized(image).shape == (3, 48, 64) and small(image).keypoints[:, 0].max() > 64
+    assert small.resize(image).shape == (3, 48, 64) and small(image).keypoints[:, 0].max() > 64
 
 
 def cs_keypoints(points: Tensor) -> Any:

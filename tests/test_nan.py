@@ -48,7 +48,7 @@ def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
         assert found[0].isnan().sum() == 64
     kernel = Weights(weight, bias, groups, ACTIVATIONS[name], {}, True, True)
     if native.library() is not None and (
-        native.has_grouped(weight, groups) if groups > 1 else native.has_product(weight)
+        native.has_grouped_form(weight, groups) if groups > 1 else native.has_product(weight)
     ):
         rows, more = torch.randn(40, 64, dtype=dtype), torch.randn(count, 64, dtype=dtype)
         table = torch.randint(0, 30, (count, 9), dtype=torch.int32)

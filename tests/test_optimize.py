@@ -455,7 +455,7 @@ CLAMP = Activation("hardtanh", (0.0, 6.0))
 def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: int, taps: int) -> None:
     rows, reading, whole = read(dtype, channels, taps)
     weight, bias = torch.randn(channels, group, 1, taps).to(dtype), torch.randn(channels).to(dtype)
-    if not native.has_grouped(weight, channels // group):
+    if not native.has_grouped_form(weight, channels // group):
         assert group > native.LANE_BYTES // dtype.itemsize  # a group wider than a vector of double
         return
     more = torch.randn(37, channels).to(dtype)

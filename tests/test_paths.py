@@ -24,7 +24,7 @@ from cadsurgery.finetune.groups import make_groups
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.finetune.probe import freeze_unused
 from cadsurgery.masks import Grid, LearnedMask
-from cadsurgery.network.paths import blended
+from cadsurgery.network.paths import blend
 
 double = torch.float64
 
@@ -105,7 +105,7 @@ def test_with_all_weight_on_a_level_it_is_that_level_everywhere(name: str) -> No
         net(x)
         size = net.levels.shape
         for level in range(net.geometry.max_level + 1):
-            found, expected = blended(net, (x,), everywhere(level)), net(x, mask=torch.full(size, level))
+            found, expected = blend(net, (x,), everywhere(level)), net(x, mask=torch.full(size, level))
             assert type(found) is type(expected)
             pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
             assert all(relative_error(*pair) < 1e-12 for pair in pairs)
@@ -125,7 +125,7 @@ def test_a_sample_is_that_of_the_level_that_has_its_weight(spacing: int) -> None
         net(x)
         levels = torch.randint(3, net.levels.shape)
         one_hot = F.one_hot(levels, 3).movedim(-1, 1).double()
-        found = output(blended(net, (x,), lambda features, grid: one_hot))
+        found = output(blend(net, (x,), lambda features, grid: one_hot))
         uniform = torch.stack([output(net(x, mask=torch.full(levels.shape, level))) for level in range(3)])
     chosen = levels[:, ::spacing, ::spacing].unsqueeze(1).expand_as(found)
     assert relative_error(found, uniform.gather(0, chosen.unsqueeze(0))[0]) < 1e-12
@@ -142,13 +142,14 @@ def test_vectors_of_images_meet_a_map_with_the_mean_weights() -> None:
     with torch.no_grad():
         net(x)
         weights = torch.rand(2, 3, *net.levels.shape[1:], dtype=double).softmax(1)
-        found = vector(blended(net, (x,), lambda features, grid: weights))
+        found = vector(blend(net, (x,), lambda features, grid: weights))
         each = [vector(net(x, mask=torch.full(net.levels.shape, level))) for level in range(3)]
     shares = weights.mean((2, 3))
     expected = sum(shares[:, level, None, None, None] * each[level] for level in range(3))
     assert isinstance(expected, Tensor) and relative_error(found, expected) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_weights_is_that_of_finite_differences() -> None:
     x = images(1, 17, 25, double)
     net = convert(randomise(Branches(inplace=False)).double(), x, output_stride=(2, 8)).requires_grad_(False)
@@ -156,7 +157,7 @@ def test_the_gradient_of_the_weights_is_that_of_finite_differences() -> None:
     weights = torch.rand(1, 3, *net.levels.shape[1:], dtype=double, requires_grad=True)
 
     def outputs(weights: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tree_leaves(blended(net, (x,), lambda features, grid: weights)))
+        return tuple(tree_leaves(blend(net, (x,), lambda features, grid: weights)))
 
     assert torch.autograd.gradcheck(outputs, weights)
 
@@ -164,7 +165,7 @@ def test_the_gradient_of_the_weights_is_that_of_finite_differences() -> None:
 def test_weights_of_another_shape_are_refused() -> None:
     net = adaptive()
     with pytest.raises(cs.InvalidInput, match="shape"):
-        blended(net, (torch.zeros(1, 3, *SIZE),), lambda features, grid: features)
+        blend(net, (torch.zeros(1, 3, *SIZE),), lambda features, grid: features)
 
 
 @pytest.mark.parametrize("separate", [True, False])
@@ -174,7 +175,7 @@ def test_running_statistics_are_of_the_low_path_or_of_all(separate: bool) -> Non
     net = convert(randomise(Branches()).double(), x, output_stride=(2, 8)).train()
     net(x)
     size, other = net.levels.shape, copy.deepcopy(net)
-    blended(net, (x,), lambda features, grid: torch.full((3, 3, *grid.size), 1 / 3), separate=separate)
+    blend(net, (x,), lambda features, grid: torch.full((3, 3, *grid.size), 1 / 3), separate=separate)
     for level in (2,) if separate else range(3):
         other(x, mask=torch.full(size, level))
     ours, theirs = dict(net.named_buffers()), dict(other.named_buffers())

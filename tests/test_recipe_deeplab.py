@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels, randomise, relative_error
+from conftest import assert_same, covering, images, random_levels, randomise, relative_error
 from emulation import Emulation, Feature, NetworkEmulator, fill_cells, pick, pixels
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -501,7 +501,7 @@ class VariantEmulator(NetworkEmulator):
                 dense = deform_conv2d(x.data, args[1].data, weight, padding=rate, dilation=rate)
                 return self.emulation.cut(dense, x, stage, x.size)
             if target is operator.truediv:
-                return self._joined(target, *args)
+                return self._join(target, *args)
         return super().call_function(target, args, kwargs)
 
 
@@ -537,8 +537,7 @@ def variant(name: str) -> tuple[nn.Module, dict[str, Any]]:
     return randomise(model), {**recipe.PUBLISHED, "region": region}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("low", [16, 32])
+@pytest.mark.parametrize(("name", "low"), covering(VARIANTS, (16, 32)))
 def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
     """Uniform maps are the dense networks (verified by `adaptify`), a batch is its images one by one."""
     model, options = variant(name)
@@ -619,6 +618,7 @@ def test_configurations_are_the_published_schedule(path: Path) -> None:
         assert settings.Settings.read(path).to_dict().items() >= config.items()
 
 
+@pytest.mark.slow
 def test_every_mask_of_a_run_is_understood() -> None:
     masks = {run.mask for run in RUNS.values() if run.mask}
     model = recipe.deeplabv3(**SMALL).eval()

@@ -349,7 +349,8 @@ def test_networks_with_bounds_are_those_without_whatever_the_padding_holds(name:
             assert_same(found, net(x), tolerance)
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("regnet_y_400mf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
 def test_one_graph_serves_every_image_of_a_size(name: str) -> None:
     """fullgraph: no break; one graph for four images; levels and active fraction of each call are known."""
     net, seen = converted(network(name)), graphs("aot_eager")
@@ -398,6 +399,7 @@ def test_a_mask_of_a_call_is_compiled_too(make: Callable[[], nn.Module]) -> None
         assert_same(fast(x), net(x, mask=mask), 1e-5)
 
 
+@pytest.mark.slow
 @MODELS
 def test_compiled_training_is_eager_training(make: Callable[[], nn.Module]) -> None:
     """Outputs, gradients and running statistics, on sizes with padding."""
@@ -424,6 +426,7 @@ class Excited(nn.Module):
         return x * getattr(x, self.how)(dim=(2, 3), keepdim=True).sigmoid()
 
 
+@pytest.mark.slow
 def test_operations_on_a_whole_image_are_compiled() -> None:
     """fullgraph: no break. On sizes with padding, which no reduction may count."""
     reductions = [Excited(how) for how in ("mean", "sum", "norm", "var", "std", "amax", "amin")]
@@ -464,6 +467,7 @@ def test_a_sample_of_the_zoo_is_compiled(name: str) -> None:
     assert_same(found, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_inductor_gives_what_eager_gives() -> None:
     """Dense, depthwise and pointwise convolutions, pooling, reductions of an image and a global mean, as compiled
     code."""
@@ -515,6 +519,7 @@ torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
 """
 
 
+@pytest.mark.slow
 @MODELS
 def test_an_exported_program_runs_without_the_package(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     """On another image than it was made from; its operations are torch's own."""
@@ -528,6 +533,7 @@ def test_an_exported_program_runs_without_the_package(tmp_path: Path, make: Call
         assert_same(torch.load(tmp_path / "y.pt"), net(x), 1e-5)
 
 
+@pytest.mark.slow
 def test_strict_export_is_torch_operations_too() -> None:
     net, x = converted(trunk()), images(1, 64, 96)
     program = torch.export.export(net, (images(1, 64, 96),), strict=True)
@@ -630,6 +636,7 @@ def test_a_detector_runs_uncompiled_and_its_part_compiled(make: Callable[[], nn.
     assert_same(found["scores"], expected["scores"], 1e-3)
 
 
+@pytest.mark.slow
 def test_images_of_one_bucket_share_a_graph() -> None:
     """Any mask, several images: one graph per bucket, results those of the eager network."""
     net, seen = converted(trunk(), "edges"), graphs()

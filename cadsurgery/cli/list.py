@@ -35,13 +35,13 @@ def list_command(
 
         infos = list_masks()
         lines = [
-            f"[bold]{i.form}[/bold]  {i.summary}  {_described(i.options)}  [dim]{i.source}[/dim]"
+            f"[bold]{i.form}[/bold]  {i.summary}  {_describe(i.options)}  [dim]{i.source}[/dim]"
             for i in infos
         ]
         screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
     from cadsurgery.data.networks import list_models
-    from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, recorded, summary
+    from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, recorded_rows, summary
 
     names = list_models(pattern, library)
     if check:
@@ -50,7 +50,7 @@ def list_command(
                 names, output, workers=workers, limits=Limits(seconds, memory), on_row=advance
             )
     else:
-        known = recorded()
+        known = recorded_rows()
         rows = [known.get(name, {"model": name, "result": "not checked"}) for name in names]
     if as_json:
         screen.print_json(rows)
@@ -60,7 +60,7 @@ def list_command(
     screen.out.print(summary(rows), highlight=False)
 
 
-def _described(options: dict[str, Any]) -> str:
+def _describe(options: dict[str, Any]) -> str:
     return ", ".join(
         f"{name}={'/'.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in options.items()
     )

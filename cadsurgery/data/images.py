@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
 from cadsurgery.support.errors import FileError, InvalidInput
-from cadsurgery.support.files import check_folder, written_whole
+from cadsurgery.support.files import check_folder, write_whole
 
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
@@ -43,7 +43,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool
         InvalidInput: a size without pixels.
     """
     check_size(size)
-    with _opened(path, "an image", "give a PNG or JPEG.") as file:
+    with _open(path, "an image", "give a PNG or JPEG.") as file:
         image = ImageOps.exif_transpose(file) if upright else file
         wide = image.mode == "F" or image.mode.startswith("I")
         # Converted by the library, what has more than 8 bits would be clipped to 255.
@@ -65,7 +65,7 @@ def check_size(size: tuple[int, int] | None) -> None:
 
 
 @contextmanager
-def _opened(path: Path, what: str, next: str) -> Iterator[Image.Image]:
+def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
     """The only picture of a file; what goes wrong within is said of the file."""
     try:
         with Image.open(path) as file:
@@ -103,7 +103,7 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     Raises:
         FileError: missing or unreadable, or a picture in colour.
     """
-    with _opened(path, "labels", "give a PNG of one class per pixel.") as file:
+    with _open(path, "labels", "give a PNG of one class per pixel.") as file:
         labels, mode = file.copy(), file.mode
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
         raise FileError(
@@ -248,7 +248,7 @@ def write_picture(picture: Image.Image, path: Path) -> None:
         picture = picture.convert(
             "RGB"
         )  # of the formats PNG alone has palettes and transparency as they are here
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         picture.save(temporary, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
 
 

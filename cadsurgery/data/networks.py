@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName, first_line
-from cadsurgery.support.plain import checked
-from cadsurgery.support.provenance import function_named, untrusted
+from cadsurgery.support.plain import check_fields
+from cadsurgery.support.provenance import find_function, untrusted
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -83,7 +83,7 @@ class Source:
             ValueError, TypeError: values that `to_dict` does not write.
         """
         hints = {name: hint for name, hint in get_type_hints(Source).items() if name != "untrusted"}
-        source = Source(**checked(values, hints, "the source"))
+        source = Source(**check_fields(values, hints, "the source"))
         if not all(map(math.isfinite, source.mean + source.std)) or 0 in source.std:
             raise ValueError(f"mean {source.mean} or standard deviation {source.std}")
         return source
@@ -154,7 +154,7 @@ def build_again(source: Source, state: Mapping[str, Tensor]) -> nn.Module:
         if name not in _SHAPING or not _is_small(value, max(largest, _SMALL)):
             code = f"{_call(source)}: argument {name!r:.60}"
             raise untrusted(source.untrusted, code, "the architecture: cs.load(path, model=...)")
-    with _limited(4 * sum(value.numel() for value in state.values()) + _FEW, source):
+    with _limit(4 * sum(value.numel() for value in state.values()) + _FEW, source):
         return build_model(source.name, "none", **source.kwargs)
 
 
@@ -174,7 +174,7 @@ def _is_small(value: Any, largest: int) -> bool:
 
 
 @contextmanager
-def _limited(most: int, source: Source) -> Iterator[None]:
+def _limit(most: int, source: Source) -> Iterator[None]:
     """Refuse a network, while it is built in this thread, once its parameters have more values than `most`."""
     thread, values = threading.get_ident(), 0
 
@@ -282,18 +282,18 @@ def _torchvision_builder(name: str) -> Builder:
                     rebuilt = {**_classes(entry), **_decisions(model, builder), **kwargs}
                     note = f"pretrained weights {entry.name}"
                     return model, Source(
-                        described, rebuilt, entry.name, note, *_expected_images(model, entry)
+                        described, rebuilt, entry.name, note, *_image_statistics(model, entry)
                     )
                 note = f"weights are RANDOM: {problem}"
             else:
                 note = "weights are RANDOM: torchvision has none for this network"
         model = builder(weights=None, **no_backbone, **kwargs)
-        return model, Source(described, kwargs, "random", note, *_expected_images(model))
+        return model, Source(described, kwargs, "random", note, *_image_statistics(model))
 
     return build
 
 
-def _expected_images(model: nn.Module, entry: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _image_statistics(model: nn.Module, entry: Any = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the images a network of torchvision expects with some weights; detectors normalise
     themselves."""
     if hasattr(getattr(model, "transform", None), "image_mean"):
@@ -362,7 +362,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _function_builder(module: str, function: str) -> Builder:
-    builder = function_named(module, function)
+    builder = find_function(module, function)
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         if weights not in ("auto", "none"):

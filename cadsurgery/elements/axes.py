@@ -36,14 +36,14 @@ def channel_sizes(layout: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(size for axis, size in zip(layout, shape, strict=True) if axis == "c")
 
 
-def permuted(layout: str, dims: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+def permute_axes(layout: str, dims: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     """The layout after a permutation of all axes, and the permutation of the rows."""
     dims = [dim % len(layout) for dim in dims]
     rows = [row for dim in dims if (row := row_dim(layout, dim)) is not None]
     return "".join(layout[dim] for dim in dims), (0, *rows)
 
 
-def regrouped(
+def regroup_axes(
     layout: str, shape: Sequence[int], new: Sequence[int], image: tuple[int, int]
 ) -> tuple[str | None, str]:
     """The layout after a reshape from `shape` to `new`, or None and why there is none.

@@ -51,7 +51,7 @@ def to_elements(dense: Tensor, lattice: Lattice, layout: str = NCHW) -> Elements
     image = [layout.index(axis) for axis in "bhwp" if axis in layout]
     by_pixel = dense.permute(*image, *channel_dims(layout))
     size = lattice.size if "p" in layout else (by_pixel.shape[1], by_pixel.shape[2])
-    return Elements(by_pixel.flatten(0, len(image) - 1).contiguous(), lattice.resampled(0, size))
+    return Elements(by_pixel.flatten(0, len(image) - 1).contiguous(), lattice.resample(0, size))
 
 
 @operation(reads="element", gives="other")

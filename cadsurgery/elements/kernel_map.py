@@ -122,7 +122,7 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
     index, count = lattice.index, len(lattice)
     row = index[points]
-    sources, mix = nothing_mixed(row.device)
+    sources, mix = mix_nothing(row.device)
     used = None
     linear = lattice.geometry.interpolates and lattice.uniform_level != 0
     if linear:
@@ -166,7 +166,7 @@ def _bounded_halo(lattice: Lattice, entries: Tensor, pixels: Tensor, between: Te
     return Reading(table, *_interpolation(lattice, points), False, wanted.sum())
 
 
-def nothing_mixed(device: torch.device) -> tuple[Tensor, Tensor]:
+def mix_nothing(device: torch.device) -> tuple[Tensor, Tensor]:
     """Sources and weights of a reading without a halo."""
     none = torch.empty(0, 4, dtype=torch.int32, device=device)
     return none, none.double()
@@ -207,7 +207,7 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
     plain = window.mode == "zeros" and not drop and source.geometry.anchor == "corner"
     build: Callable[[Lattice, Lattice, Window, bool], Reading]
     key = ("kernel_map", source.key, target.key, window, drop)
-    build = _of_part if source.part is not None else _shifted if plain else _folded
+    build = _of_part if source.part is not None else _shift_taps if plain else _fold_taps
     return source.pyramid.derive(key, lambda: build(source, target, window, drop))
 
 
@@ -242,7 +242,7 @@ def divisors(
     return source.pyramid.derive(key, build)
 
 
-def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+def _shift_taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
     """The common case: every tap is the anchor moved by the same vector, and reads zero outside the map.
 
     One integer per element plus one per tap is the place in a padded map of rows.
@@ -270,7 +270,7 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     if linear and source.capacity is not None:
         reading = _bounded_halo(source, table, (-1 - table).long(), table < 0)
         return replace(reading, has_outside=has_outside)
-    sources, mix = nothing_mixed(rows.device)
+    sources, mix = mix_nothing(rows.device)
     if linear:
         between = table < 0
         wanted = torch.zeros_like(rows, dtype=torch.bool)
@@ -281,7 +281,7 @@ def _shifted(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     return Reading(table, sources, mix, has_outside)
 
 
-def _folded(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+def _fold_taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
     """Any other: taps folded back at the border, shifted to the centre of cells, or dropped."""
     points, inside, _ = _taps(source, target, window, drop)
     return read_points(source, points, inside)

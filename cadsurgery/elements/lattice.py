@@ -186,7 +186,7 @@ class Pyramid:
         return self._derived[key]
 
 
-def _derived(build: Callable[[Lattice], T]) -> property:
+def _derive(build: Callable[[Lattice], T]) -> property:
     """A property of a lattice that is computed once."""
 
     def get(self: Lattice) -> T:
@@ -246,7 +246,7 @@ class Lattice:
             )
         return Lattice(self.pyramid, stage, size)
 
-    def resampled(self, stage: int, size: tuple[int, int]) -> Lattice:
+    def resample(self, stage: int, size: tuple[int, int]) -> Lattice:
         """The lattice of the same level map at any stage and any fine size up to `most_size`.
 
         Beyond the level map its border goes on: there the cells lie that stick out of it, whole.
@@ -284,7 +284,7 @@ class Lattice:
         """Number of images."""
         return self.pyramid.levels.shape[0]
 
-    @_derived
+    @_derive
     def levels(self) -> Tensor:
         """(B, H, W) int8: level of the cell each fine pixel lies in."""
         levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
@@ -294,20 +294,20 @@ class Lattice:
                 levels = levels.index_select(axis, pixels)
         return levels.clamp(max=self.stage)
 
-    @_derived
+    @_derive
     def side_map(self) -> Tensor:
         """(B, H, W) int64: side of the cell each fine pixel lies in."""
         sides = torch.tensor(self.geometry.sides, device=self.levels.device)
         return sides[self.levels.long()]
 
-    @_derived
+    @_derive
     def capacity(self) -> tuple[int, int] | None:
         """Least and largest number of elements if they are known without the map; then it has the largest number of
         rows."""
         bounds = self.pyramid.bounds
         return bounds.of(self) if bounds is not None else None
 
-    @_derived
+    @_derive
     def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors (N,) as flat pixel numbers, the (B*H*W,) row of the cell each pixel lies in, and how many elements
         each image has (B,)."""
@@ -343,7 +343,7 @@ class Lattice:
         """(B,) int64: number of elements of each image."""
         return self._cells[2]
 
-    @_derived
+    @_derive
     def real(self) -> Tensor | None:
         """(N,) bool: which rows are elements and no padding; None if all are known to be."""
         if self.capacity is None or self.capacity[0] == self.capacity[1]:
@@ -354,13 +354,13 @@ class Lattice:
         """Number of rows: of elements and, where only bounds are known, padding."""
         return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
 
-    @_derived
+    @_derive
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Image, y and x (each (N,) int64) of each element's anchor."""
         height, width = self.size
         return self.anchors // (height * width), self.anchors // width % height, self.anchors % width
 
-    @_derived
+    @_derive
     def uniform_level(self) -> int | None:
         """The level all cells of all images have; None if they differ or are not all there, or if that is not known
         without the map."""
@@ -372,7 +372,7 @@ class Lattice:
         low, high = torch.aminmax(self.levels)
         return int(low) if bool(low == high) else None
 
-    @_derived
+    @_derive
     def weights(self) -> Tensor:
         """(N,) float64: how much each element counts in a mean over its image; sums to H*W per image.
 
@@ -388,7 +388,7 @@ class Lattice:
         weights = torch.where(uniform[image], height * width / self.counts[image].double(), area.double())
         return weights if self.real is None else weights * self.real
 
-    @_derived
+    @_derive
     def membership(self) -> Tensor:
         """(B, N) float64: `weights` of each image's own elements, normalised to sum to one per image."""
         height, width = self.size
@@ -398,7 +398,7 @@ class Lattice:
         )
         return rows
 
-    @_derived
+    @_derive
     def active_fraction(self) -> float:
         """Share of fine pixels at level 0."""
         return (self.levels == 0).double().mean().item()

@@ -61,7 +61,7 @@ def resize(
             why="the image is not divisible by the network's strides.",
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
-    target = x.lattice.resampled(stage, fine)
+    target = x.lattice.resample(stage, fine)
     key = ("resize", x.lattice.key, target.key, spacings, before, after, mode, align_corners)
 
     def build() -> tuple[Tensor, Tensor]:
@@ -262,7 +262,7 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
         scale: r.
     """
     counts = [-(-length // spacings[0]) * scale for length in x.lattice.size]
-    target = x.lattice.resampled(stage, x.lattice.holding(counts, spacings[1]))
+    target = x.lattice.resample(stage, x.lattice.holding(counts, spacings[1]))
     (height, width), (image, y, x_) = x.lattice.size, target.coordinates
     down, across = (at // spacings[1] % scale for at in (y, x_))
     # The last samples may reach beyond the map they are made of.

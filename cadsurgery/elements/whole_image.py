@@ -108,7 +108,7 @@ def group_norm(
 
     With as many groups as channels it is instance normalisation.
     """
-    centred, variance = _centred_groups(x, groups)
+    centred, variance = _centre_groups(x, groups)
     rows = (centred * (variance + eps).rsqrt()).flatten(1).to(x.rows.dtype)
     if weight is not None:
         rows = rows * weight if bias is None else torch.addcmul(bias, rows, weight)
@@ -133,7 +133,7 @@ def _contiguous(gradient: Tensor | None) -> Tensor | None:
 @operation(reads="image")
 def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
     """Standard deviation of each image and group (Liu et al. 2020, EvoNorm-S0), repeated for its channels."""
-    centred, variance = _centred_groups(x, groups)
+    centred, variance = _centre_groups(x, groups)
     rows = (variance + eps).sqrt().expand_as(centred).flatten(1)
     return Elements(rows.to(x.rows.dtype), x.lattice)
 
@@ -293,7 +293,7 @@ def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tenso
     return values
 
 
-def _centred_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
+def _centre_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
     """Rows (N, groups, C / groups) less the mean of their image and group, and its variance (N, groups, 1)."""
     dtype = torch.promote_types(x.rows.dtype, torch.float32)
     layout = "bcchw"

@@ -16,7 +16,7 @@ from cadsurgery.elements.backends.choose import (
     extend,
 )
 from cadsurgery.elements.backends.packed import PackedConv
-from cadsurgery.elements.backends.reference import gathered_blocks
+from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements, autocast, common_lattice, own_image, rows_on
 from cadsurgery.elements.kernel_map import Reading, Window, divisors, kernel_map
@@ -151,7 +151,7 @@ def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """
     window, target = _target_of(x, window, stage)
     if window.is_pointwise:
-        return Elements(_subsampled(x, target), target)
+        return Elements(_subsample(x, target), target)
     outside = -torch.inf if window.outside is None else window.outside
     reads = Between(x.lattice, target, window, drops(target, window))
     return Elements(compute(Pooling(x.rows, reads, outside, largest=True)), target)
@@ -176,7 +176,7 @@ def avg_pool2d(
     """
     window, target = _target_of(x, window, stage)
     if window.is_pointwise:
-        rows = _subsampled(x, target)
+        rows = _subsample(x, target)
         return Elements(rows if divisor is None else rows / divisor, target)
     drop = drops(target, window)
     reads = Between(x.lattice, target, window, drop)
@@ -193,7 +193,7 @@ def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elemen
     window, target = _target_of(x, window, stage)
     reading = kernel_map(x.lattice, target, window, drop=drops(target, window))
     rows = extend(x.rows, reading, 0.0)
-    parts = [block.transpose(1, 2).flatten(1) for block in gathered_blocks(rows, reading.table)]
+    parts = [block.transpose(1, 2).flatten(1) for block in gather_blocks(rows, reading.table)]
     return Elements(torch.cat(parts), target)
 
 
@@ -202,7 +202,7 @@ def drops(target: Lattice, window: Window) -> bool:
     return target.geometry.pool == "drop" and window.stride > 1
 
 
-def _subsampled(x: Elements, target: Lattice) -> Tensor:
+def _subsample(x: Elements, target: Lattice) -> Tensor:
     """Rows of pools of a single tap: their own memory, as of any pool, which may be overwritten."""
     rows = rows_on(x, target)
     return rows.clone() if rows is x.rows else rows

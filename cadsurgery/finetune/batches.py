@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from cadsurgery.data.images import normalise
 from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.objectives import IGNORED
-from cadsurgery.finetune.schedule import Sampling, derived
+from cadsurgery.finetune.schedule import Sampling, derive_seed
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.support.errors import CadError, InvalidInput
 
@@ -108,8 +108,8 @@ def batches(
             if isinstance(sample, CadError):
                 raise sample
         columns = list(zip(*(inputs for inputs, _ in samples), strict=True))
-        stacked = tuple(_stacked(column, indices) for column in columns)
-        labels = _stacked([labels for _, labels in samples], indices).long()
+        stacked = tuple(_stack(column, indices) for column in columns)
+        labels = _stack([labels for _, labels in samples], indices).long()
         yield Batch(stacked, labels, tuple(positions), indices)
 
 
@@ -124,13 +124,13 @@ class _Positions:
         try:
             inputs, labels = self.data[index]
             if isinstance(inputs, Tensor) and self.augment is not None:
-                inputs, labels = self.augment(inputs, labels, derived(self.sampling.seed, position, 3))
-            return prepared(inputs, labels, self.source, index)
+                inputs, labels = self.augment(inputs, labels, derive_seed(self.sampling.seed, position, 3))
+            return prepare(inputs, labels, self.source, index)
         except CadError as error:
             return error
 
 
-def prepared(inputs: Any, labels: Any, source: Any, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def prepare(inputs: Any, labels: Any, source: Any, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """A sample as the network takes it: an image normalised, a tuple of inputs as it is.
 
     Raises:
@@ -148,7 +148,7 @@ def prepared(inputs: Any, labels: Any, source: Any, index: int) -> tuple[tuple[T
     )
 
 
-def _stacked(tensors: Any, indices: tuple[int, ...]) -> Tensor:
+def _stack(tensors: Any, indices: tuple[int, ...]) -> Tensor:
     sizes = {tuple(tensor.shape) for tensor in tensors}
     if len(sizes) > 1:
         raise InvalidInput(

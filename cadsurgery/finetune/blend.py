@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.finetune.batches import Samples, check_data, prepared
+from cadsurgery.finetune.batches import Samples, check_data, prepare
 from cadsurgery.finetune.objectives import Objective, dense_high, divergence, logits_of, objective, supervised
-from cadsurgery.finetune.schedule import Draw, derived
+from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.paths import blended
+from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.surgery.trace import evaluating
@@ -64,7 +64,7 @@ class Blend(Objective):
         _choice("share", share, ("balanced", "published"))
         _choice("network", network, ("blend", "mixed", "fixed"))
         _check_whole(net)
-        mask = _learned(net.mask) if isinstance(net, AdaptiveModel) else None
+        mask = _learned_mask(net.mask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
             raise InvalidInput(
                 "objective blend has no learned mask to train.",
@@ -83,7 +83,7 @@ class Blend(Objective):
         net, mask = self.net, self._mask[0]
         assert isinstance(net, AdaptiveModel)
         noise, other = (
-            [torch.Generator().manual_seed(derived(draw.seed, at, part)) for at in draw.positions]
+            [torch.Generator().manual_seed(derive_seed(draw.seed, at, part)) for at in draw.positions]
             for part in (6, 7)
         )
         noted: dict[str, Tensor] = {}
@@ -97,20 +97,20 @@ class Blend(Objective):
             return mask.sample(logits, grid, noise)
 
         if self.network == "blend":
-            output = blended(net, inputs, weigh, separate=self.separate)
+            output = blend(net, inputs, weigh, separate=self.separate)
         else:
-            with _fixed(net, mask):
-                output = blended(net, inputs, weigh, separate=self.separate)
+            with _fix(net, mask):
+                output = blend(net, inputs, weigh, separate=self.separate)
         target = dense_high(self.teacher, inputs) if self.teacher is not None else None
-        loss, parts = self._missed(output, labels, target)
+        loss, parts = self._miss(output, labels, target)
         if self.share == "published":
             loss = loss + self.weight * (noted["kept"] - mask.fraction).square()
         if self.network == "mixed":
-            of_mixed, _ = self._missed(net(*inputs), labels, target)
+            of_mixed, _ = self._miss(net(*inputs), labels, target)
             loss, parts["mixed"] = loss + of_mixed, of_mixed.detach()
         return {"loss": loss, **parts, "kept": noted["kept"].detach()}
 
-    def _missed(self, output: Any, labels: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _miss(self, output: Any, labels: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """How far an output is from the labels and from the teacher, weighed and summed; and apart."""
         entropy = supervised(output, labels)
         loss, parts = self.supervision * entropy, {"entropy": entropy.detach()}
@@ -137,7 +137,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
     """
     _check_whole(net)
     check_data(data, "calibration")
-    mask = _learned(net.mask)
+    mask = _learned_mask(net.mask)
     if mask is None:
         raise InvalidInput(
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
@@ -148,7 +148,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
     logits: list[tuple[Tensor, Grid]] = []
     with evaluating(net):
         for index in range(len(data)):
-            inputs, _ = prepared(*data[index], source, index)
+            inputs, _ = prepare(*data[index], source, index)
             arguments = program.bind(*(value.unsqueeze(0).to(device) for value in inputs))
             features = program.before(arguments)[program.halves.features]
             grid = program.masking(net.mask).grid(features)
@@ -165,11 +165,11 @@ def _check_whole(net: nn.Module) -> None:
         )
 
 
-def _learned(mask: MaskProvider) -> LearnedMask | None:
+def _learned_mask(mask: MaskProvider) -> LearnedMask | None:
     """The learned mask, or the one inside wrappers."""
     if isinstance(mask, LearnedMask):
         return mask
-    return next((part for part in map(_learned, mask.parts) if part is not None), None)
+    return next((part for part in map(_learned_mask, mask.parts) if part is not None), None)
 
 
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -178,7 +178,7 @@ def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _fixed(net: AdaptiveModel, mask: LearnedMask) -> Iterator[None]:
+def _fix(net: AdaptiveModel, mask: LearnedMask) -> Iterator[None]:
     """Within, only the mask's parameters take part in gradients, and batch norm keeps no statistics."""
     of_mask = {id(parameter) for parameter in mask.parameters()}
     others = [p for p in net.parameters() if p.requires_grad and id(p) not in of_mask]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cadsurgery.finetune.settings import FREE, Settings
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
-from cadsurgery.support.files import written_whole
+from cadsurgery.support.files import write_whole
 from cadsurgery.support.provenance import versions
 
 FORMAT = 1
@@ -65,7 +65,7 @@ class Checkpoint:
         values = {name: value for name, value in vars(self).items() if name != "tensors"}
         metadata = {"format": FORMAT, "versions": versions(), **values}
         tensors = {name: t.detach().cpu().clone().contiguous() for name, t in self.tensors.items()}
-        with written_whole(path) as temporary:
+        with write_whole(path) as temporary:
             try:
                 save_file(tensors, temporary, {_KEY: json.dumps(metadata)})
             except SafetensorError as error:

@@ -21,7 +21,7 @@ from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
 from cadsurgery.tasks.for_each import Step
-from cadsurgery.tasks.open import converted
+from cadsurgery.tasks.open import open_converted
 from cadsurgery.tasks.report import Report
 
 
@@ -90,11 +90,11 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     classes = len(training.classes)
-    net = converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
+    net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     prepared = _Prepared(net, training, validation, settings)
     if cache:
         step("running the stem over the data")
-        prepared = _cached(prepared, device)
+        prepared = _cache_stem(prepared, device)
     step("training")
     outcome = fit(
         prepared.net,
@@ -122,7 +122,7 @@ class _Prepared:
     notes: tuple[str, ...] = ()
 
 
-def _cached(whole: _Prepared, device: str) -> _Prepared:
+def _cache_stem(whole: _Prepared, device: str) -> _Prepared:
     """The body on the outputs of the stem; they take the place of the augmentation, but for crops and mirroring.
 
     Raises:
@@ -145,7 +145,7 @@ def _cached(whole: _Prepared, device: str) -> _Prepared:
         f"the stem is fixed, its outputs are kept in {kept / 1e9:.2f} GB of memory: {len(training)} samples to train "
         "on, crops at fixed places, colours not jittered"
     )
-    changed = settings.changed({"freeze": "stem", "jitter": 0.0})
+    changed = settings.change({"freeze": "stem", "jitter": 0.0})
     return _Prepared(body_of(whole.net), training, validation, changed, (note,))
 
 
@@ -163,7 +163,7 @@ def make_settings(config: Path | None, overrides: dict[str, Any], objective_opti
         if not name or not equals:
             raise InvalidInput(f"objective option {text!r} is not NAME=VALUE.", next="write e.g. low=0.1.")
         of_objective[name] = _value(value)
-    return settings.changed({**overrides, "objective_options": of_objective})
+    return settings.change({**overrides, "objective_options": of_objective})
 
 
 def _value(text: str) -> Any:

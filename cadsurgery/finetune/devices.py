@@ -20,9 +20,9 @@ def make_accelerator(settings: Settings, device: str) -> Any:
         InvalidInput: Accelerate is not installed, or the device cannot do what is asked; or as `world`.
     """
     world()
-    accelerate = imported("accelerate", "accelerate")
+    accelerate = import_optional("accelerate", "accelerate")
     # Another run of this process may have had another precision.
-    imported("accelerate.state", "accelerate").AcceleratorState._reset_state()
+    import_optional("accelerate.state", "accelerate").AcceleratorState._reset_state()
     if device not in ("auto", "cpu"):
         raise InvalidInput(
             f"training cannot run on device {device!r}.",
@@ -42,14 +42,14 @@ def make_accelerator(settings: Settings, device: str) -> Any:
     return made
 
 
-def averaged(net: nn.Module, decay: float) -> AveragedModel:
+def average_weights(net: nn.Module, decay: float) -> AveragedModel:
     """An exponential average of the weights; of buffers it has the last."""
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
     average.eval()
     return average
 
 
-def imported(module: str, package: str) -> Any:
+def import_optional(module: str, package: str) -> Any:
     """A module of an optional dependency.
 
     Raises:

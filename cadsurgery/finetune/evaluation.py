@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.finetune.batches import Samples, check_data, prepared
-from cadsurgery.finetune.objectives import logits_of, resized
+from cadsurgery.finetune.batches import Samples, check_data, prepare
+from cadsurgery.finetune.objectives import logits_of, resize_logits
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
@@ -28,13 +28,13 @@ def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
     device, metrics, active = next(net.parameters()).device, None, 0.0
     with torch.inference_mode(), evaluating(net):
         for index in range(len(data)):
-            inputs, labels = prepared(*data[index], source_of(net), index)
+            inputs, labels = prepare(*data[index], source_of(net), index)
             output = net(*(value.unsqueeze(0).to(device) for value in inputs))
             logits = logits_of(output)
             if metrics is None:
                 check_classes(data, logits.shape[1])
                 metrics = SegmentationMetrics(logits.shape[1])
-            prediction = resized(logits, labels.shape).argmax(1)
+            prediction = resize_logits(logits, labels.shape).argmax(1)
             metrics.update(prediction.cpu(), labels.unsqueeze(0))
             active += net.active_fraction if isinstance(net, AdaptiveModel) else 0.0
     assert metrics is not None

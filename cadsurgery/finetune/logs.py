@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from cadsurgery.finetune.devices import imported
+from cadsurgery.finetune.devices import import_optional
 from cadsurgery.support.errors import FileError
-from cadsurgery.support.files import written_whole
+from cadsurgery.support.files import write_whole
 
 Row = dict[str, float | None]  # None: not measured in this step
 
@@ -47,7 +47,7 @@ class CsvLog:
         self.path = path
         try:
             rows = _rows(path.read_text(encoding="utf-8"), step) if path.exists() else []
-            with written_whole(path) as temporary:
+            with write_whole(path) as temporary:
                 temporary.write_text("".join(rows), encoding="utf-8")
             self._file = path.open("a", newline="", encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -81,7 +81,7 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Go on behind a step."""
-        made: Callable[..., Any] = imported("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        made: Callable[..., Any] = import_optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
         self._writer = made(str(folder), purge_step=step + 1)
 
     def write(self, row: Row) -> None:

@@ -24,18 +24,18 @@ from cadsurgery.finetune.checkpoints import (
     restore,
     restore_optimizer,
 )
-from cadsurgery.finetune.devices import averaged, make_accelerator
+from cadsurgery.finetune.devices import average_weights, make_accelerator
 from cadsurgery.finetune.evaluation import evaluate
 from cadsurgery.finetune.groups import Modes, Stem, make_groups, make_optimizer, stem_of
 from cadsurgery.finetune.logs import Log, Row, open_log
 from cadsurgery.finetune.objectives import Objective, make_objective
 from cadsurgery.finetune.probe import count_outputs, freeze_unused
 from cadsurgery.finetune.results import Outcome, write_network
-from cadsurgery.finetune.schedule import Draw, Sampling, derived, learning_rate
+from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
-from cadsurgery.support.files import made_folder
+from cadsurgery.support.files import make_folder
 from cadsurgery.surgery.trace import evaluating
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
@@ -91,7 +91,7 @@ def fit(
     done = False
     try:
         run = _Run(
-            net, data, settings, made_folder(output), validation, objective, augment, resume, device, on_step
+            net, data, settings, make_folder(output), validation, objective, augment, resume, device, on_step
         )
         outcome = run.train()
         done = True
@@ -147,7 +147,7 @@ class _Run:
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
         self.optimizer = make_optimizer(self.groups, settings)
-        self.average = averaged(net, settings.ema) if settings.ema > 0 else None
+        self.average = average_weights(net, settings.ema) if settings.ema > 0 else None
         self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
         self.state = self._resume(identity, start)
         self.measured: dict[int, dict[str, float]] = {}  # metrics of the last validation, by its step
@@ -202,7 +202,7 @@ class _Run:
             batch = next(source)
             batch.check_labels(self.classes)
             batch = batch.to(self.accelerator.device)
-            torch.manual_seed(derived(self.settings.seed, step, part, self.process, 4))
+            torch.manual_seed(derive_seed(self.settings.seed, step, part, self.process, 4))
             draw = Draw(self.settings.seed, step, batch.positions)
             quiet = self.accelerator.no_sync(self.wrapped) if part + 1 < parts else contextlib.nullcontext()
             with quiet:

@@ -297,13 +297,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Of several processes each divides its sum by the mean number of labelled pixels in a process: the mean of their
     losses, and of their gradients, is that over the labelled pixels of all.
     """
-    logits = resized(logits, labels.shape[-2:])
+    logits = resize_logits(logits, labels.shape[-2:])
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     count = mean_everywhere((labels != IGNORED).sum().double())
     return total / count.clamp(min=1e-6).to(total)
 
 
-def resized(logits: Tensor, size: torch.Size) -> Tensor:
+def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
     """Logits (B, C, h, w) at another size, bilinear, if they do not have it."""
     if logits.shape[-2:] == size:
         return logits.float()

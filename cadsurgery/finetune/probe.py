@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cadsurgery.finetune.batches import Batch, Samples
 from cadsurgery.finetune.evaluation import check_classes
 from cadsurgery.finetune.objectives import Objective, logits_of
-from cadsurgery.finetune.schedule import Draw, derived
+from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.trace import evaluating
 
@@ -42,8 +42,8 @@ def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
     if not any(parameter.requires_grad for parameter in parameters):
         return
     batch = batch.first(2).to(parameters[0].device)
-    torch.manual_seed(derived(seed, 5))
-    with _kept_buffers(objective):
+    torch.manual_seed(derive_seed(seed, 5))
+    with _keep_buffers(objective):
         try:
             objective(batch.inputs, batch.labels, Draw(seed, 0, batch.positions))["loss"].backward()
         except ValueError as error:
@@ -60,7 +60,7 @@ def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
 
 
 @contextmanager
-def _kept_buffers(module: nn.Module) -> Iterator[None]:
+def _keep_buffers(module: nn.Module) -> Iterator[None]:
     """Whatever the block does to running statistics is undone."""
     before: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:

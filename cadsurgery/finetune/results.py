@@ -11,7 +11,7 @@ from torch import nn
 from cadsurgery.data.networks import Source
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import save
-from cadsurgery.support.files import written_whole
+from cadsurgery.support.files import write_whole
 from cadsurgery.tasks.report import Plain
 
 TRAINED = "fine-tuned"  # what the source of a network says of its weights then
@@ -55,5 +55,5 @@ def write_network(net: nn.Module, path: Path) -> None:
         save(net, path)
         return
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         save_file(tensors, temporary)

@@ -19,7 +19,7 @@ def learning_rate(step: int, factor: float, settings: Settings) -> float:
     return max(settings.lr * factor * falling, settings.lr_floor)
 
 
-def derived(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A seed of 63 bits that depends on all the numbers (each 0 or above)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 

@@ -69,13 +69,13 @@ class RandomMask(MaskProvider):
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """Levels 0 in chosen blocks, the lowest elsewhere."""
-        return self._drawn(grid).to(features.device) < self.fraction
+        return self._draw(grid).to(features.device) < self.fraction
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """Random numbers, one per block; what `forward` keeps has the highest."""
-        return -self._drawn(grid).to(features.device)
+        return -self._draw(grid).to(features.device)
 
-    def _drawn(self, grid: Grid) -> Tensor:
+    def _draw(self, grid: Grid) -> Tensor:
         """(B, h, w) in 0..1, the same within a block."""
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         side = min(self.block, max(grid.size))

@@ -44,7 +44,7 @@ def _put(**values: Any) -> None:
 
 
 @contextmanager
-def _given(**values: Any) -> Iterator[None]:
+def _within(**values: Any) -> Iterator[None]:
     """These values within; afterwards those from before, of the same names."""
     before = {name: getattr(_CONTEXT.get(), name) for name in values}
     _put(**values)
@@ -72,7 +72,7 @@ def labelled(labels: Tensor) -> AbstractContextManager[None]:
             f"the labels are {describe(labels)}.",
             next="give an integer tensor (batch, height, width): a class for every image pixel.",
         )
-    return _given(labels=labels)
+    return _within(labels=labels)
 
 
 def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -84,12 +84,12 @@ def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
     Args:
         points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
     """
-    return _given(points=points)
+    return _within(points=points)
 
 
 def first_pass(output: Any) -> AbstractContextManager[None]:
     """What the network gave with everything downsampled, for the masks asked within, in this thread."""
-    return _given(first_pass=output)
+    return _within(first_pass=output)
 
 
 def first_pass_output(where: str) -> Any:

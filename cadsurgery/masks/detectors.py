@@ -116,10 +116,10 @@ def points_of(returned: Any, image: Tensor, count: int, where: str) -> list[Tens
             next="give a list with points (n, 2), x and y in pixels, for each image, or a floating-point score map "
             f"({batch}, h, w).",
         )
-    return [_checked(part, index, image, where) for index, part in enumerate(returned)]
+    return [_check_points(part, index, image, where) for index, part in enumerate(returned)]
 
 
-def _checked(part: Any, index: int, image: Tensor, where: str) -> Tensor:
+def _check_points(part: Any, index: int, image: Tensor, where: str) -> Tensor:
     """Points (n, 2) of an image as float64 on its device, finite and in the image."""
     try:
         points = torch.as_tensor(part).detach()

@@ -34,7 +34,7 @@ def differences(grey: Tensor, outside: str) -> tuple[Tensor, Tensor]:
     return right, down
 
 
-def blurred(values: Tensor, sigma: float) -> Tensor:
+def blur(values: Tensor, sigma: float) -> Tensor:
     """(B, H, W) smoothed by a Gaussian of standard deviation `sigma` in samples, cut at three; 0 leaves it as it is."""
     if sigma == 0:
         return values
@@ -70,7 +70,7 @@ def near(values: Tensor, side: int, grid: Grid) -> Tensor:
     return sampled[:, :height, :width]
 
 
-def resized(values: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(values: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, h, w): values (B, H, W) at another size, bilinear with antialiasing; as they are if they have it."""
     if tuple(values.shape[1:]) == size:
         return values

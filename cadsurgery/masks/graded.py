@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.masks.context import call_context
-from cadsurgery.masks.filters import blurred, closeness, differences, grey_of, near
+from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
 from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
@@ -125,7 +125,7 @@ class GradientMask(GradedMask):
 
     def strength(self, image: Tensor) -> Tensor:
         """(B, H, W): length of the vector of the central differences, the border replicated."""
-        right, down = differences(blurred(grey_of(image), self.sigma), "replicate")
+        right, down = differences(blur(grey_of(image), self.sigma), "replicate")
         return (right.square() + down.square()).sqrt()
 
 

@@ -96,7 +96,7 @@ class LearnedMask(MaskProvider):
         """
         estimates = self.estimate(features, grid)
         centre, spread, offset = (value.to(estimates) for value in (self.centre, self.spread, self.offset))
-        return _raised((estimates - centre[:, None, None]) / spread, offset)
+        return _raise_high((estimates - centre[:, None, None]) / spread, offset)
 
     def balanced_logits(self, features: Tensor, grid: Grid, rate: float = 0.1) -> Tensor:
         """The same by the statistics of this batch, so that its map keeps the target fraction; for training.
@@ -117,7 +117,7 @@ class LearnedMask(MaskProvider):
             offset = self._offset([(estimates, grid)])
             for buffer, value in ((self.centre, centre), (self.spread, spread), (self.offset, offset)):
                 buffer.lerp_(torch.as_tensor(value).to(buffer), rate)
-        return _raised(estimates, offset)
+        return _raise_high(estimates, offset)
 
     @torch.no_grad()
     def balance(self, logits: Sequence[tuple[Tensor, Grid]]) -> float:
@@ -131,7 +131,7 @@ class LearnedMask(MaskProvider):
         return self._kept_of_all(logits, offset)
 
     def _kept_of_all(self, of_images: Sequence[tuple[Tensor, Grid]], offset: float) -> float:
-        shares = [float(self.kept(_raised(one, offset), grid)) for one, grid in of_images]
+        shares = [float(self.kept(_raise_high(one, offset), grid)) for one, grid in of_images]
         return sum(shares) / len(shares)
 
     def _offset(self, of_images: Sequence[tuple[Tensor, Grid]]) -> float:
@@ -173,7 +173,7 @@ class LearnedMask(MaskProvider):
     def sample(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
         al. 2017); of torch's generator, another one, or one for each image."""
-        return on_samples(self._hardened(logits + _gumbel(logits, generator)), grid.side, grid.size)
+        return on_samples(self._harden(logits + _gumbel(logits, generator)), grid.side, grid.size)
 
     def kept(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
         """The share kept high, a scalar to hold against `fraction`, with straight-through gradient.
@@ -181,12 +181,12 @@ class LearnedMask(MaskProvider):
         Of the map that `forward` gives, which is what is used later; with generators, of a Gumbel sample as published.
         """
         noisy = logits if generator is None else logits + _gumbel(logits, generator)
-        shares = self._hardened(noisy).mean((0, 2, 3))
+        shares = self._harden(noisy).mean((0, 2, 3))
         sides = [grid.side ** (level / max(grid.max_level, 1)) for level in range(grid.max_level + 1)]
         worth = shares.new_tensor([side**-2 - sides[-1] ** -2 for side in sides])
         return (shares * worth / worth[0]).sum()
 
-    def _hardened(self, logits: Tensor) -> Tensor:
+    def _harden(self, logits: Tensor) -> Tensor:
         """One-hot over axis 1, with the gradient of the softmax."""
         soft = (logits / self.temperature).softmax(1)
         hard = F.one_hot(soft.argmax(1), soft.shape[1]).movedim(-1, 1).to(soft)
@@ -240,7 +240,7 @@ class LearnedMask(MaskProvider):
 _SHARPNESS = 3.0
 
 
-def _raised(logits: Tensor, offset: Tensor | float) -> Tensor:
+def _raise_high(logits: Tensor, offset: Tensor | float) -> Tensor:
     """Scores with that of level 0 raised."""
     return torch.cat([logits[:, :1] + offset, logits[:, 1:]], 1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, describe
-from cadsurgery.masks.provider import Grid, MaskProvider, checked_levels
+from cadsurgery.masks.provider import Grid, MaskProvider, check_levels
 from cadsurgery.support.errors import InvalidInput
 
 # What a message says where a mask is not static.
@@ -46,7 +46,7 @@ class Masking:
             image = image.to(torch.get_default_dtype())
         with torch.no_grad():
             levels = self.provider(image, features, grid)
-        return geometry.lattice(checked_levels(levels, grid, self.provider.name), bounds)
+        return geometry.lattice(check_levels(levels, grid, self.provider.name), bounds)
 
     def grid(self, features: Tensor) -> Grid:
         """What the mask is told of the fine map `features` (B, C, h, w)."""

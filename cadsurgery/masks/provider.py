@@ -71,7 +71,7 @@ class MaskProvider(nn.Module):
         Only the order counts. Here: how far the level map lies above the lowest level; masks with something
         finer to tell override it.
         """
-        levels = checked_levels(self(image, features, grid), grid, self.name)
+        levels = check_levels(self(image, features, grid), grid, self.name)
         return (grid.max_level - levels).to(torch.float32)
 
     def kept_patches(self, grid: Grid) -> tuple[int, ...] | None:
@@ -197,7 +197,7 @@ def format_option(value: Any) -> str:
     return "/".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
 
 
-def checked_levels(returned: object, grid: Grid, provider: str) -> Tensor:
+def check_levels(returned: object, grid: Grid, provider: str) -> Tensor:
     """A provider's result as integer levels (B, h, w); a bool map keeps True high.
 
     Raises:
@@ -241,7 +241,7 @@ def checked_levels(returned: object, grid: Grid, provider: str) -> Tensor:
     return levels
 
 
-def checked_scores(scores: object, grid: Grid, provider: str, user: str) -> Tensor:
+def check_scores(scores: object, grid: Grid, provider: str, user: str) -> Tensor:
     """A provider's scores (B, h, w), once they are known to be scores; `user` is the mask that ranks by them.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.masks.filters import blurred, grey_of
+from cadsurgery.masks.filters import blur, grey_of
 
 
 def spectral_residual(image: Tensor) -> Tensor:
@@ -26,5 +26,5 @@ def spectral_residual(image: Tensor) -> Tensor:
         1
     )
     residual = torch.polar((amplitude - smooth).exp(), spectrum.angle())
-    saliency = blurred(torch.fft.ifft2(residual).abs().square(), 2.5)
+    saliency = blur(torch.fft.ifft2(residual).abs().square(), 2.5)
     return saliency / saliency.mean((1, 2), keepdim=True).clamp(min=1e-12)

@@ -15,9 +15,9 @@ from torch import Tensor
 from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import first_pass_output
-from cadsurgery.masks.filters import blurred, resized
+from cadsurgery.masks.filters import blur, resize
 from cadsurgery.masks.graded import check_count, check_sigma, check_thresholds, levels_of_scores, several
-from cadsurgery.masks.provider import Grid, MaskProvider, checked_scores, mask_provider
+from cadsurgery.masks.provider import Grid, MaskProvider, check_scores, mask_provider
 from cadsurgery.masks.saliency import spectral_residual
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
@@ -78,7 +78,7 @@ class DetailMask(ScoredMask):
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The smoothed error relative to its mean over the image."""
-        error = blurred(interpolation_error(features), self.sigma)
+        error = blur(interpolation_error(features), self.sigma)
         return error / error.mean((1, 2), keepdim=True).clamp(min=torch.finfo(error.dtype).tiny)
 
 
@@ -150,7 +150,7 @@ class SaliencyMask(ScoredMask):
                 next=f"return a floating-point tensor ({grid.batch}, h, w) or ({grid.batch}, 1, h, w) of scores.",
             )
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return checked_scores(resized(scores, grid.size), grid, self.function, "saliency")
+        return check_scores(resize(scores, grid.size), grid, self.function, "saliency")
 
     @property
     def storable(self) -> bool:
@@ -201,7 +201,7 @@ class ConfidenceMask(ScoredMask):
             InvalidInput: the network gives no class scores for a map.
         """
         doubt = _doubt(_logits(first_pass_output("mask confidence"), grid), self.measure)
-        return blurred(resized(doubt, grid.size), self.sigma)
+        return blur(resize(doubt, grid.size), self.sigma)
 
 
 def _logits(output: Any, grid: Grid) -> Tensor:

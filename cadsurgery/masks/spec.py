@@ -104,7 +104,7 @@ class _Reader:
     def mask(self) -> MaskProvider:
         mask = self.sum()
         while self.took(PIPE):
-            mask = _wrapped(mask, self.words())
+            mask = _wrap(mask, self.words())
         return mask
 
     def sum(self) -> MaskProvider:
@@ -159,7 +159,7 @@ def _alone(text: str) -> MaskProvider:
     return PROVIDERS[name](**_options(name, text))
 
 
-def _wrapped(mask: MaskProvider, text: str) -> MaskProvider:
+def _wrap(mask: MaskProvider, text: str) -> MaskProvider:
     name = _name(text)
     wrapper: Any = PROVIDERS.get(name)
     if wrapper is None:

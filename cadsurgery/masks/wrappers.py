@@ -15,8 +15,8 @@ from cadsurgery.masks.graded import check_count, check_odd, check_thresholds, le
 from cadsurgery.masks.provider import (
     Grid,
     MaskProvider,
-    checked_levels,
-    checked_scores,
+    check_levels,
+    check_scores,
     format_option,
     mask_provider,
 )
@@ -52,11 +52,11 @@ class MaskWrapper(MaskProvider):
 
     def inner_levels(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int64: the levels of the inner mask, checked."""
-        return checked_levels(self.mask(image, features, grid), grid, self.mask.name)
+        return check_levels(self.mask(image, features, grid), grid, self.mask.name)
 
     def inner_scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w): the scores of the inner mask, checked."""
-        return checked_scores(self.mask.scores(image, features, grid), grid, self.mask.name, self.name)
+        return check_scores(self.mask.scores(image, features, grid), grid, self.mask.name, self.name)
 
 
 @mask_provider("dilate")
@@ -160,7 +160,7 @@ class Union(MaskProvider):
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int64: the finest level of any mask."""
-        levels = [checked_levels(mask(image, features, grid), grid, mask.name) for mask in self.parts]
+        levels = [check_levels(mask(image, features, grid), grid, mask.name) for mask in self.parts]
         return torch.stack(levels).amin(0)
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
@@ -171,7 +171,7 @@ class Union(MaskProvider):
         """
         ranks = []
         for mask in self.parts:
-            scores = checked_scores(mask.scores(image, features, grid), grid, mask.name, self.name)
+            scores = check_scores(mask.scores(image, features, grid), grid, mask.name, self.name)
             flat = scores.double().flatten(1)
             lower = torch.searchsorted(flat.sort(dim=1).values, flat)
             ranks.append(lower.view_as(scores) / flat.shape[1])

@@ -19,10 +19,10 @@ from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, observe
-from cadsurgery.surgery.hooks import Watched, copying, is_apart, take_over, watched
+from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
-from cadsurgery.surgery.rewrite import rewrite, unchanged
+from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
 from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import trace
 from cadsurgery.surgery.verify import verify
@@ -48,7 +48,7 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
-    path, facts = traceable_part(_copied(model), example_input)
+    path, facts = traceable_part(_copy(model), example_input)
     return make_plan(facts, output_stride, _within(path, region), path, outputs)[0]
 
 
@@ -107,7 +107,7 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    whole = _copied(model)
+    whole = _copy(model)
     path, facts = traceable_part(whole, example_input)
     if path and verify_laws:
         check_used(whole, path, facts.example)
@@ -117,7 +117,7 @@ def adaptify(
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(flow, chosen, guided=fill == "guided")
     signature = inspect.signature(facts.model.forward)
-    as_it_was = unchanged(facts, chosen) if path and chosen.identity_level is not None else None
+    as_it_was = unchanged_graph(facts, chosen) if path and chosen.identity_level is not None else None
     program = Program(
         graph, chosen, geometry, signature, facts.container, as_it_was, _relied_on(facts, chosen)
     )
@@ -143,7 +143,7 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
             )
     path, part = "", model
     try:
-        graph = _traced(model)
+        graph = _trace(model)
     except CannotConvert as refusal:
         backbone = _backbone_graph(model)
         if backbone is None:
@@ -153,7 +153,7 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
     return path, observe(part, graph, example_input)
 
 
-def _traced(model: nn.Module) -> fx.Graph:
+def _trace(model: nn.Module) -> fx.Graph:
     """The graph, whose nodes are operations with rules, and modules that have to be called as a whole."""
     return trace(model, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
 
@@ -163,7 +163,7 @@ def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
     used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
     inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
     operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
-    return watched(facts.model, operations, [str(node.target) for node in used])
+    return find_watched(facts.model, operations, [str(node.target) for node in used])
 
 
 def _backbone_graph(model: nn.Module) -> tuple[str, fx.Graph] | None:
@@ -172,7 +172,7 @@ def _backbone_graph(model: nn.Module) -> tuple[str, fx.Graph] | None:
         part = getattr(model, name, None)
         if isinstance(part, nn.Module):
             with contextlib.suppress(CannotConvert):
-                return name, _traced(part)
+                return name, _trace(part)
     return None
 
 
@@ -181,7 +181,7 @@ def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
     return "auto" if path and region == "backbone" else region
 
 
-def _copied(model: object) -> nn.Module:
+def _copy(model: object) -> nn.Module:
     """A copy that can be changed, every module in its own mode."""
     model = check_network(model)
     clone = copy.deepcopy(model, copying(model))

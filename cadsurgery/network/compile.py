@@ -24,7 +24,7 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import runnable
 from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.support.files import check_folder, written_whole
+from cadsurgery.support.files import check_folder, write_whole
 
 # Graphs that a bucketed network keeps.
 MOST_GRAPHS = 128
@@ -79,7 +79,7 @@ class Bucketed(nn.Module):
         """Run the network; see `AdaptiveModel.forward`."""
         net, program = self.net, self.net.program
         provider = net.mask if mask is None else resolve_mask(mask)
-        values = program.checked(
+        values = program.check_and_run(
             lambda arguments: self._before(program.names(), **arguments), *args, **kwargs
         )
         lattice = program.ask(program.masking(provider), values)
@@ -89,7 +89,7 @@ class Bucketed(nn.Module):
         self._after[key] = run  # the last used stands last
         for oldest in list(self._after)[:-MOST_GRAPHS]:
             self._after.pop(oldest, None)
-        return net.finish(program.contained(run(levels, *values)), lattice)
+        return net.finish(program.contain(run(levels, *values)), lattice)
 
     def _bounds(self, lattice: Lattice) -> Bounds:
         counts = [len(lattice.at(stage)) for stage in range(lattice.stage + 1)]
@@ -180,7 +180,7 @@ def export(
                 why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
                 next="convert a network without data-dependent control flow; detectors have such.",
             ) from error
-        with written_whole(file) as temporary, warnings.catch_warnings():
+        with write_whole(file) as temporary, warnings.catch_warnings():
             # Of weights in channels_last memory torch says that none is complete, and stores them whole.
             warnings.filterwarnings("ignore", "No complete tensor found")
             with temporary.open("wb") as stream:

@@ -161,18 +161,18 @@ class Cone:
     def _need(self, node: Any, pixels: Tensor, size: Size) -> None:
         """Note that these places of a node's elements are needed."""
         own = self._places[node.name][1]
-        pixels = _moved(pixels, size, own, self._whole.batch)
+        pixels = _move(pixels, size, own, self._whole.batch)
         known = self._needed.get(node)
         self._needed[node] = pixels if known is None else known | pixels
 
     def _need_rows(self, node: Any, pixels: Tensor, size: Size) -> None:
         known = self._rows.get(node)
         if known is not None:
-            pixels = pixels | _moved(known[0], known[1], size, self._whole.batch)
+            pixels = pixels | _move(known[0], known[1], size, self._whole.batch)
         self._rows[node] = pixels, size
 
     def _lattice(self, node: fx.Node) -> Lattice:
-        return self._whole.resampled(*self._places[node.name])
+        return self._whole.resample(*self._places[node.name])
 
     def _part(self, node: fx.Node, needed: Tensor) -> Lattice:
         whole = self._lattice(node)
@@ -210,7 +210,7 @@ def _row_valued(graph: fx.Graph) -> set[fx.Node]:
     return row_valued
 
 
-def _moved(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:
+def _move(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:
     """Flags of the pixels of one fine map on one of another size."""
     if size == to:
         return pixels

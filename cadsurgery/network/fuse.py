@@ -86,7 +86,7 @@ class _Fusion:
         """Whether factors can still be folded in."""
         return self.residual is None and self.activation is None
 
-    def scaled(self, tail: fx.Node, scale: Tensor, shift: Tensor | None = None) -> _Fusion:
+    def scale(self, tail: fx.Node, scale: Tensor, shift: Tensor | None = None) -> _Fusion:
         """Followed by a factor and a shift per output channel."""
         wide = scale.double()
         bias = self.bias.double() * wide if self.bias is not None else torch.zeros_like(wide)
@@ -203,7 +203,7 @@ class Fuser:
         if node not in self.fixed:
             return None
         if node not in self.values:
-            self.values[node] = self.attribute(node) if node.op == "get_attr" else self.evaluated(node)
+            self.values[node] = self.attribute(node) if node.op == "get_attr" else self.evaluate(node)
         return self.values[node]
 
     def attribute(self, node: fx.Node) -> Any:
@@ -213,7 +213,7 @@ class Fuser:
             value = getattr(value, part)
         return value.detach() if isinstance(value, Tensor) else value
 
-    def evaluated(self, node: fx.Node) -> Any:
+    def evaluate(self, node: fx.Node) -> Any:
         """A call with constant tensors alone, else None."""
         known = {source: self.constant(source) for source in node.all_input_nodes}
         if not all(isinstance(value, (Tensor, nn.Module)) for value in known.values()):
@@ -268,7 +268,7 @@ class Fuser:
         if start is None:
             return
         fusion = start
-        while (longer := self.extended(node, fusion)) is not None:
+        while (longer := self.extend(node, fusion)) is not None:
             fusion = longer
         if not self.epilogues and fusion.tail is node:
             return
@@ -288,12 +288,12 @@ class Fuser:
         if _is_hooked(module):
             return None
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
-            return _Fusion(node, module.weight.detach(), _detached(module.bias), module.groups)
+            return _Fusion(node, module.weight.detach(), _detach(module.bias), module.groups)
         if type(module) is nn.Linear and self.epilogues:
             of_elements = self.reads_rows(node)
             weight = module.weight.detach()[:, :, None, None]
             tail = next(iter(node.users)) if of_elements else node
-            return _Fusion(tail, weight, _detached(module.bias))
+            return _Fusion(tail, weight, _detach(module.bias))
         return None
 
     def reads_rows(self, node: fx.Node) -> bool:
@@ -304,12 +304,12 @@ class Fuser:
         result = next(iter(node.users))
         return result.target is functional.Elements and _is_own_lattice(rows.args[1], rows.args[0])
 
-    def extended(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
+    def extend(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
         """With the next operation taken in, if it can be."""
         users = list(fusion.tail.users)
         if len(users) == 1 and users[0].target is functional.batch_norm:
             norm_node: Any = users[0].kwargs.get("norm", users[0].args[-1])
-            return _folded(fusion, users[0], self.constant(norm_node))
+            return _fold_norm(fusion, users[0], self.constant(norm_node))
         following = self.consumer(fusion.tail)
         if following is None:
             return None
@@ -317,7 +317,7 @@ class Fuser:
         if _is_hooked(module):
             return None
         if type(module) is nn.BatchNorm2d and following.lattice is None:
-            return _folded(fusion, operation, module)
+            return _fold_norm(fusion, operation, module)
         target = operation.target if module is None else None  # a module may have the name of a method
         if target in _PRODUCTS and fusion.is_linear:
             return self.with_factor(fusion, following)
@@ -349,7 +349,7 @@ class Fuser:
         of_linear = type(self.module(fusion.tail)) is nn.Linear
         if following.lattice is None and (factor.dim() == 1 or factor.shape[-1] == channels) != of_linear:
             return None
-        return fusion.scaled(following.result, factor.flatten())
+        return fusion.scale(following.result, factor.flatten())
 
     def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """Another map of the same lattice."""
@@ -381,7 +381,7 @@ class Fuser:
         )
         kernel: nn.Module
         if not on_elements and not self.epilogues:
-            kernel = _folded_convolution(module, fusion)
+            kernel = _fold_convolution(module, fusion)
         elif not on_elements and type(module) is nn.Linear:
             kernel = PackedLinear(*parts)
         else:
@@ -452,7 +452,7 @@ def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | No
     return _FUNCTIONS.get(operation.target) if len(operation.args) == 1 and inplace else None
 
 
-def _folded(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
+def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
     """Followed by batch norm with running statistics."""
     if not fusion.is_linear or norm.running_mean is None or norm.running_var is None:
         return None
@@ -460,10 +460,10 @@ def _folded(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
     scale = scale * norm.weight.detach().double() if norm.weight is not None else scale
     shift = -norm.running_mean.double() * scale
     shift = shift + norm.bias.detach().double() if norm.bias is not None else shift
-    return fusion.scaled(tail, scale, shift)
+    return fusion.scale(tail, scale, shift)
 
 
-def _folded_convolution(module: nn.Conv2d, fusion: _Fusion) -> nn.Conv2d:
+def _fold_convolution(module: nn.Conv2d, fusion: _Fusion) -> nn.Conv2d:
     """The convolution with its folded weight, as torch runs it fastest."""
     out, inner, *kernel = fusion.weight.shape
     made = nn.utils.skip_init(
@@ -487,5 +487,5 @@ def _window(conv: nn.Conv2d) -> Any:
     return conv.stride, padding, conv.dilation
 
 
-def _detached(value: Tensor | None) -> Tensor | None:
+def _detach(value: Tensor | None) -> Tensor | None:
     return value.detach() if value is not None else None

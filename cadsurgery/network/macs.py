@@ -134,7 +134,7 @@ def count_macs(
     for masking in (masked, high, low):
         counter = Counter(counted, rule)
         with torch.no_grad(), counter.flops:
-            program.checked(partial(counter.count, masking), *args, **kwargs)
+            program.check_and_run(partial(counter.count, masking), *args, **kwargs)
         counts.append(counter.counts)
     layers = [
         LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
@@ -187,7 +187,7 @@ class LayerWork:
     def on(self, lattice: Lattice) -> int:
         """MACs on the lattice of a run, any stage of it."""
         return sum(
-            work if place is None else work * len(lattice.resampled(*place)) for place, work in self.places
+            work if place is None else work * len(lattice.resample(*place)) for place, work in self.places
         )
 
 

@@ -79,13 +79,15 @@ class AdaptiveModel(nn.Module):
             masking = program.masking(provider)
             return (program.twice if provider.looks_ahead else program)(masking, arguments)
 
-        return self.finish(*self._program.checked(run, *args, **kwargs))
+        return self.finish(*self._program.check_and_run(run, *args, **kwargs))
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools. Where a part
         is hosted, that alone."""
         part, program = self.adaptive_part, self.program
-        return part.finish(*program.checked(lambda arguments: program(masking, arguments), *args, **kwargs))
+        return part.finish(
+            *program.check_and_run(lambda arguments: program(masking, arguments), *args, **kwargs)
+        )
 
     @torch.compiler.disable(
         reason="the mask keeps another number of elements of each image, or depends on more than the image: "

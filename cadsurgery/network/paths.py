@@ -25,7 +25,7 @@ from cadsurgery.masks.provider import Grid
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.rewrite import found_lattice
+from cadsurgery.surgery.rewrite import ask_mask
 
 _PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 Weigh = Callable[[Tensor, Grid], Tensor]
@@ -38,7 +38,7 @@ class _Paths:
     values: tuple[Any, ...]
 
 
-def blended(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separate: bool = True) -> Any:
+def blend(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separate: bool = True) -> Any:
     """The network's output with the levels blended instead of mixed.
 
     With weights that are one for a level and zero for the others it is `net(*inputs, mask=level everywhere)`.
@@ -67,7 +67,7 @@ def blended(net: AdaptiveModel, inputs: tuple[Any, ...], weigh: Weigh, *, separa
         )
     lattices = tuple(program.geometry.uniform_like(features, level) for level in levels)
     output = _Runner(program, weights, lattices, separate).run(None, *values)
-    return program.contained(output)
+    return program.contain(output)
 
 
 class _Runner(GraphInterpreter):
@@ -83,7 +83,7 @@ class _Runner(GraphInterpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node: one, or one on each path."""
-        if n.target is found_lattice:
+        if n.target is ask_mask:
             return _Paths(self.lattices)
         if n.op == "output":
             return self._plain(n.args[0][0])  # type: ignore[index]
@@ -93,7 +93,7 @@ class _Runner(GraphInterpreter):
         inputs = {source: self.env[source] for source in n.all_input_nodes}
         if self.left & inputs.keys() and not any(map(self._in_region, inputs, inputs.values())):
             # Vectors of the paths meet a map that has left the region.
-            inputs = {source: self._joined(value) for source, value in inputs.items()}
+            inputs = {source: self._join(value) for source, value in inputs.items()}
         if not any(isinstance(value, _Paths) for value in inputs.values()):
             return self._call(n, inputs.__getitem__)
         norms = [] if not self.separate else self._norms(n, inputs.values())
@@ -105,7 +105,7 @@ class _Runner(GraphInterpreter):
                 return value.values[path] if isinstance(value, _Paths) else value
 
             low = path + 1 == self.weights.shape[1]
-            with contextlib.nullcontext() if low or not self.separate else _untracked(norms):
+            with contextlib.nullcontext() if low or not self.separate else _untrack(norms):
                 results.append(self._call(n, on_path))
         if _leaves(n):
             arguments = fx.map_arg(n.kwargs, lambda source: on_path(source, 0))
@@ -166,7 +166,7 @@ class _Runner(GraphInterpreter):
     def _plain(self, output: Any) -> Any:
         """What the graph returns, in containers of Python, not those of graphs."""
         if isinstance(output, fx.Node):
-            return self._joined(self.env[output])
+            return self._join(self.env[output])
         if isinstance(output, dict):
             return {key: self._plain(value) for key, value in output.items()}
         if isinstance(output, (list, tuple)):
@@ -174,7 +174,7 @@ class _Runner(GraphInterpreter):
             return parts if isinstance(output, list) else tuple(parts)
         return output
 
-    def _joined(self, value: Any) -> Any:
+    def _join(self, value: Any) -> Any:
         """A value on several paths that no map of weights fits, such as one vector per image, by the mean weights."""
         if not isinstance(value, _Paths):
             return value
@@ -193,7 +193,7 @@ def _leaves(node: fx.Node) -> bool:
 
 
 @contextlib.contextmanager
-def _untracked(norms: list[_BatchNorm]) -> Iterator[None]:
+def _untrack(norms: list[_BatchNorm]) -> Iterator[None]:
     """Batch norms leave their running statistics alone."""
     tracking = [norm for norm in norms if norm.training and norm.track_running_stats]
     for norm in tracking:

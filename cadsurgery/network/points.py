@@ -219,7 +219,7 @@ class _Run:
         points = points_of(points, image, 1, "")
         exit = _exit(program, output)
         provider = net.mask if mask is None else resolve_mask(mask)
-        values = program.checked(program.before, image)
+        values = program.check_and_run(program.before, image)
         with keypoints_at(points):
             lattice = program.ask(program.masking(provider), values)
         net.finish(None, lattice)

@@ -20,7 +20,7 @@ from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.support.errors import CadError
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.rewrite import Halves, halves, packed, unpacked
+from cadsurgery.surgery.rewrite import Halves, halves, pack_graph, unpack_graph
 from cadsurgery.surgery.trace import evaluating
 
 Masked = tuple[Any, Lattice]  # what a run gives: output and lattice
@@ -70,11 +70,11 @@ class Program:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "net"}
-        return state | {name: state[name] and packed(state[name]) for name in _GRAPHS}
+        return state | {name: state[name] and pack_graph(state[name]) for name in _GRAPHS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, net=None)
-        self.__dict__.update({name: state[name] and unpacked(state[name]) for name in _GRAPHS})
+        self.__dict__.update({name: state[name] and unpack_graph(state[name]) for name in _GRAPHS})
         self.__post_init__()
 
     @cached_property
@@ -102,7 +102,7 @@ class Program:
         bound.apply_defaults()
         return dict(bound.arguments)
 
-    def contained(self, output: Any) -> Any:
+    def contain(self, output: Any) -> Any:
         """The output of a graph in the original's type."""
         return self.container(output) if isinstance(output, dict) else output
 
@@ -115,12 +115,12 @@ class Program:
     def __call__(self, masking: Any, arguments: dict[str, Any]) -> Masked:
         """Output and lattice for a masking, a callable (image, fine map) -> Lattice."""
         output, lattice = self._run(self.names(), masking, **arguments)
-        return self.contained(output), lattice
+        return self.contain(output), lattice
 
     def as_it_was(self, level: int, arguments: dict[str, Any]) -> Masked:
         """Those of the network's own graph, operation for operation, whose maps are all at a level."""
         output, fine = self._run_unchanged(self.names(), **arguments)
-        return self.contained(output), self.geometry.uniform_like(fine, level)
+        return self.contain(output), self.geometry.uniform_like(fine, level)
 
     def before(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
         """What the first half gives: all values that the second needs."""
@@ -130,7 +130,7 @@ class Program:
     def after(self, masking: Any, values: tuple[Any, ...]) -> Masked:
         """Output and lattice of the second half."""
         output, lattice = self._run_halves[1](self.names(), masking, *values)
-        return self.contained(output), lattice
+        return self.contain(output), lattice
 
     def ask(self, masking: Any, values: tuple[Any, ...]) -> Lattice:
         """The lattice of a masking for what the first half gave, after a first pass if its mask wants one."""
@@ -174,7 +174,7 @@ class Program:
             if refusal := wrong_type(image, dtype):
                 raise refusal
 
-    def checked(self, run: Callable[[dict[str, Any]], Any], /, *args: Any, **kwargs: Any) -> Any:
+    def check_and_run(self, run: Callable[[dict[str, Any]], Any], /, *args: Any, **kwargs: Any) -> Any:
         """What a function makes of the arguments of a call by name.
 
         Raises:
@@ -198,7 +198,7 @@ class Program:
     def find_lattice(self, masking: Any, /, *args: Any, **kwargs: Any) -> Lattice:
         """The lattice of a masking for an image, the network run no further than that takes, in evaluation mode."""
         with torch.no_grad(), evaluating(self.net):
-            lattice: Lattice = self.checked(
+            lattice: Lattice = self.check_and_run(
                 lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
             )
         return lattice

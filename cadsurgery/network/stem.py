@@ -69,7 +69,7 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
     """
     program = _program(net)
     with torch.no_grad(), evaluating(net):
-        values: tuple[Any, ...] = program.checked(program.before, *args, **kwargs)
+        values: tuple[Any, ...] = program.check_and_run(program.before, *args, **kwargs)
     for value in values:
         if not isinstance(value, Tensor):
             raise InvalidInput(
@@ -143,9 +143,9 @@ class CachedStem:
         self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in options.items())
         self.classes = getattr(data, "classes", ())
         self._seen = [
-            _seen(net, *pair, dtype)
+            _see(net, *pair, dtype)
             for index in range(len(data))
-            for pair in _mirrored(data[index], index, flip)
+            for pair in _mirror(data[index], index, flip)
         ]
         if crop is not None:
             for seen in self._seen:
@@ -189,7 +189,7 @@ def _digest(program: Program) -> str:
     return digest.hexdigest()[:12]
 
 
-def _mirrored(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
+def _mirror(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
     """A sample, and its mirror image if `flip`.
 
     Raises:
@@ -206,7 +206,7 @@ def _mirrored(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Ten
     return [(image, labels), (image.flip(-1), labels.flip(-1))][: 1 + flip]
 
 
-def _seen(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _Seen:
+def _see(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _Seen:
     """What the stem gives for an image."""
     shown = normalise(image, source_of(net)).unsqueeze(0).to(next(net.parameters()).device)
     values = stem_outputs(net, shown)

@@ -25,9 +25,9 @@ from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
-from cadsurgery.support.files import written_whole
-from cadsurgery.support.plain import checked
-from cadsurgery.support.provenance import nothing_imported, versions
+from cadsurgery.support.files import write_whole
+from cadsurgery.support.plain import check_fields
+from cadsurgery.support.provenance import import_nothing, versions
 from cadsurgery.surgery.plan import Outputs, Plan
 
 FORMAT = 2  # 1: no checksums
@@ -97,9 +97,9 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "plan": net.plan.to_json(),
         "tensors": _checksum(tensors),
     }
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         try:
-            save_file(tensors, temporary, {_KEY: sealed(metadata)})
+            save_file(tensors, temporary, {_KEY: seal(metadata)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -156,9 +156,9 @@ def load(
             "if you know the file, pass trust=True (--trust).",
         )
     if model is None:
-        model = _built(path, source, tensors)
+        model = _build(path, source, tensors)
     options = {**stated.options, "output_stride": stored.output_stride}
-    with _refused(f"{path} does not fit this model.", "pass the architecture it was converted from."):
+    with _refuse(f"{path} does not fit this model.", "pass the architecture it was converted from."):
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
         example = torch.zeros(stored.example_shape, dtype=dtype)
         net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
@@ -167,7 +167,7 @@ def load(
         raise FileError(
             f"{path} holds another plan than this model gives.",
             where=_first_difference(net.plan, stored),
-            why=f"it was written with {_listed(stated.versions)}; here are {_listed(versions())}.",
+            why=f"it was written with {_list(stated.versions)}; here are {_list(versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
     _check_types(path, tensors, net.state_dict())
@@ -190,14 +190,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         FileError: missing, damaged or foreign file.
     """
-    header = _opened(Path(path), False)[0]
-    _stated(Path(path), header)
+    header = _open(Path(path), False)[0]
+    _check_stated(Path(path), header)
     values = dict(json.loads(header[_KEY]))
     values.pop(_CHECKSUM, None)
     return values
 
 
-def sealed(metadata: Mapping[str, Any]) -> str:
+def seal(metadata: Mapping[str, Any]) -> str:
     """Metadata as text, with their checksum as one more of them: a file's order of several texts is left to chance."""
     return json.dumps({**metadata, _CHECKSUM: _hash(metadata)})
 
@@ -219,8 +219,8 @@ class _Stated(NamedTuple):
 
 
 def _read(path: Path) -> tuple[_Stated, dict[str, Tensor]]:
-    header, tensors = _opened(path, True)
-    stated = _stated(path, header)
+    header, tensors = _open(path, True)
+    stated = _check_stated(path, header)
     if stated.format > 1 and stated.tensors != _checksum(tensors):
         raise FileError(
             f"{path} is damaged.",
@@ -230,7 +230,7 @@ def _read(path: Path) -> tuple[_Stated, dict[str, Tensor]]:
     return stated, tensors
 
 
-def _opened(path: Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _open(path: Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors as they lie in the file."""
     if not path.is_file():
         raise FileError(f"there is no file {path}.", next="check the path.")
@@ -255,7 +255,7 @@ def _opened(path: Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor
     return header, values
 
 
-def _stated(path: Path, header: Mapping[str, str]) -> _Stated:
+def _check_stated(path: Path, header: Mapping[str, str]) -> _Stated:
     """What the metadata say, once they are known to be what was written."""
     text = header[_KEY]
     if len(text) > _LONGEST:
@@ -273,9 +273,9 @@ def _stated(path: Path, header: Mapping[str, str]) -> _Stated:
             )
         if number != 1 and checksum is None:
             raise ValueError(f"a file of format {number!r:.60} without checksum")
-        fields = {"tensors": "", **checked(values, _FIELDS, "it")}
+        fields = {"tensors": "", **check_fields(values, _FIELDS, "it")}
         fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
-        fields["options"] = checked(fields["options"], _OPTIONS, "options")
+        fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
         fields["plan"] = Plan.from_json(fields["plan"])
         return _Stated(**fields)
 
@@ -306,7 +306,7 @@ def _damaged(
 
 
 @contextlib.contextmanager
-def _refused(what: str, next: str, where: str = "") -> Iterator[None]:
+def _refuse(what: str, next: str, where: str = "") -> Iterator[None]:
     """Errors in what is made as a file says, of whatever kind, are the file's."""
     try:
         yield
@@ -317,7 +317,7 @@ def _refused(what: str, next: str, where: str = "") -> Iterator[None]:
         raise FileError(what, where=where, why=" ".join(filter(None, words))[:400], next=next) from error
 
 
-def _built(path: Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _build(path: Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The network of a source."""
     if source is None:
         raise FileError(
@@ -326,16 +326,16 @@ def _built(path: Path, source: Source | None, tensors: Mapping[str, Tensor]) -> 
             next="pass the original architecture: cs.load(path, model=...).",
         )
     next = "pass the architecture it was converted from: cs.load(path, model=...)."
-    with _refused(f"the network that {path} names cannot be built.", next, f"{source.name:.200}"):
+    with _refuse(f"the network that {path} names cannot be built.", next, f"{source.name:.200}"):
         return build_again(source, tensors)
 
 
 def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
     """The mask of a spec, with its tensors; None if a tensor that is a mask is missing."""
     other = 'give another mask: cs.load(path, mask="edges")'
-    with contextlib.nullcontext() if trust else nothing_imported(str(path)):
+    with contextlib.nullcontext() if trust else import_nothing(str(path)):
         next = f"register it first if it is one of your own, or {other}."
-        with _refused(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
+        with _refuse(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
             mask = parse(spec, tensors=True)
     for name, part in mask.named_modules():
         if isinstance(part, FixedMask):
@@ -381,7 +381,7 @@ def _geometry(plan: Plan) -> tuple[object, ...]:
     return plan.output_stride, plan.strides, tuple((d.node, d.action, d.stages, d.window) for d in parts)
 
 
-def _listed(versions: dict[str, str]) -> str:
+def _list(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 

@@ -22,7 +22,7 @@ _SECONDS_TO_LOCK = 1.0  # between making such a folder and locking it
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def write_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block succeeds, and is removed when not.
 
     Raises:
@@ -60,7 +60,7 @@ def check_folder(path: Path, option: str = "--output") -> None:
         raise FileError(f"there is no folder {path.parent}.", next=f"create it or choose another {option}.")
 
 
-def made_folder(path: Path | str, option: str = "--output") -> Path:
+def make_folder(path: Path | str, option: str = "--output") -> Path:
     """A folder to write into, made if it is missing.
 
     Raises:
@@ -88,7 +88,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         raise FileError(
             f"{path} cannot be read.", why=str(error), next="choose another file to append to."
         ) from error
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         separator = "" if before.endswith("\n") or not before else "\n"
         text = before + separator + "".join(f"{line}\n" for line in lines)
         temporary.write_text(text, encoding="utf-8")
@@ -137,7 +137,7 @@ def _user_temporary() -> Path:
 
 
 @contextlib.contextmanager
-def kept_whole(path: Path) -> Iterator[Path]:
+def keep_whole(path: Path) -> Iterator[Path]:
     """A private temporary folder beside a file of the cache, to make its successor in: `successor` of that folder.
 
     It takes the file's place when the block succeeds, and is on the disk before, so that a machine that stops leaves no

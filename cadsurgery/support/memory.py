@@ -40,7 +40,7 @@ def peak_raised_by(run: Callable[[], object]) -> float:
     return _peak_mib() - before
 
 
-def printed_alone(module: str, function: str, argument: str) -> str:
+def run_alone(module: str, function: str, argument: str) -> str:
     """The last line that a function of a string prints in a new process with this one's import path.
 
     The process gives freed memory back at once, so that a peak is what is in use then, not what the C library keeps.

@@ -42,7 +42,7 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def checked(values: object, hints: Mapping[str, Any], what: str) -> dict[str, Any]:
+def check_fields(values: object, hints: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The values of an object by name, lists as tuples. Fields may be absent: constructors know which they need.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.support.provenance import device_named
+from cadsurgery.support.provenance import find_device
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # shares of a large folder may differ by hours
@@ -99,9 +99,9 @@ def own_device(name: str) -> torch.device:
     Raises:
         InvalidInput: no such device.
     """
-    device, here = device_named(name), world()
+    device, here = find_device(name), world()
     if device.type == "cuda" and device.index is None and here.size > 1:
-        return device_named(f"cuda:{here.local_rank}")
+        return find_device(f"cuda:{here.local_rank}")
     return device
 
 

@@ -38,7 +38,7 @@ def commit() -> str:
     return ""
 
 
-def made_here(device: torch.device) -> dict[str, Any]:
+def describe_run(device: torch.device) -> dict[str, Any]:
     """What a report states of a result made here and now: `device` with threads, `versions`, `commit` and `date`."""
     return {
         "device": device_with_threads(device),
@@ -50,13 +50,13 @@ def made_here(device: torch.device) -> dict[str, Any]:
 
 def setting(device: torch.device) -> str:
     """The same in one line, for benchmarks that print a table."""
-    made = made_here(device)
+    made = describe_run(device)
     numbers = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     at = f"commit {made['commit'][:7]}, " if made["commit"] else ""
     return f"{made['device']}; {numbers}; {at}{made['date'][:10]}"
 
 
-def device_named(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """A device that is here.
 
     Raises:
@@ -112,11 +112,11 @@ def function_at(name: str, where: str, example: str) -> Any:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise InvalidInput(f"{name!r} is not module:function.", where=where, next=f"write e.g. {example}.")
-    return function_named(module, function)
+    return find_function(module, function)
 
 
 @contextlib.contextmanager
-def nothing_imported(file: str) -> Iterator[None]:
+def import_nothing(file: str) -> Iterator[None]:
     """While a file that nobody has said to trust is read: what it names is refused, not imported, in this thread."""
     token = _UNTRUSTED.set(file)
     try:
@@ -151,7 +151,7 @@ def same_place(one: Any, other: Any) -> bool:
     return one is other or (named and places[0] == places[1])
 
 
-def function_named(module: str, function: str) -> Any:
+def find_function(module: str, function: str) -> Any:
     """What a module of the user's has under a name.
 
     Raises:

@@ -13,7 +13,7 @@ from cadsurgery.surgery.flow import Flow, Role, and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
 from cadsurgery.surgery.region import Region, region_of
-from cadsurgery.surgery.settle import MERE_TAIL, settled_flow
+from cadsurgery.surgery.settle import MERE_TAIL, settle_flow
 from cadsurgery.surgery.treatment import Treatment, operation_name
 
 
@@ -45,7 +45,7 @@ def make_plan(
             f"outputs={outputs!r} is not a choice.", next=f"use one of {', '.join(get_args(Outputs))}."
         )
     returned: Outputs = "native" if part else outputs
-    settled = settled_flow(facts, asked_region(facts, region), named=not isinstance(region, str))
+    settled = settle_flow(facts, asked_region(facts, region), named=not isinstance(region, str))
     flow = settled.flow
     highs = sorted({flow.grid[node] for node in flow.grid})
     regions = {high: region_of(flow, high) for high in highs}

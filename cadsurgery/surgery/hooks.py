@@ -28,7 +28,7 @@ _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
-def prepared(module: nn.Module) -> nn.Module:
+def prepare_weights(module: nn.Module) -> nn.Module:
     """A module whose parameters are to be read, as they would be in a call of it now."""
     if module._forward_pre_hooks:
         for hook in tuple(module._forward_pre_hooks.values()):
@@ -119,7 +119,7 @@ def settle(model: nn.Module, paths: Iterable[str]) -> None:
         if path and parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 _settle_parametrization(module, name)
-        for key, hook in list(prepared(module)._forward_pre_hooks.items()):
+        for key, hook in list(prepare_weights(module)._forward_pre_hooks.items()):
             if isinstance(hook, _COMPUTING):
                 name = getattr(hook, "name", None) or hook._tensor_name  # type: ignore[union-attr]
                 value = getattr(module, name).detach().clone()
@@ -165,7 +165,7 @@ class Watched:
         return cls(path, _kind(module), _foreign(module), is_replaced(module), is_called)
 
 
-def watched(model: nn.Module, operations: Iterable[str], others: Iterable[str]) -> tuple[Watched, ...]:
+def find_watched(model: nn.Module, operations: Iterable[str], others: Iterable[str]) -> tuple[Watched, ...]:
     """What a rewritten graph relies on.
 
     Args:
@@ -225,17 +225,17 @@ class Watch:
         """
         if self._order is None or not self._order.holds():
             before = self._seen or (None,) * len(self._watched)
-            self._seen = tuple(map(self._looked_at, self._watched, before))
+            self._seen = tuple(map(self._look_at, self._watched, before))
             self._order = _Order(self._seen)
 
-    def _looked_at(self, watched: Watched, before: _Seen | None) -> _Seen:
+    def _look_at(self, watched: Watched, before: _Seen | None) -> _Seen:
         module = child(self._net, watched.path)
         if module is None:
-            raise _exchanged(watched, "it is gone")
+            raise _exchange(watched, "it is gone")
         if _kind(module) != watched.kind:
-            raise _exchanged(watched, f"it is {type(module).__name__} and was {_name(watched.kind)}")
+            raise _exchange(watched, f"it is {type(module).__name__} and was {_name(watched.kind)}")
         if is_replaced(module) != watched.is_replaced:
-            raise _exchanged(watched, "its forward was exchanged")
+            raise _exchange(watched, "its forward was exchanged")
         if _foreign(module) > watched.hooks:
             raise _hooked(watched)
         holder, _, name = watched.path.rpartition(".")
@@ -243,9 +243,9 @@ class Watch:
         assert around is not None
         seen = _Seen(around._modules, name, module, type(module), children, _settings(module))
         if before is not None and _own(children) != _own(before.children):
-            raise _exchanged(watched, "it holds other modules")
+            raise _exchange(watched, "it holds other modules")
         if before is not None and module is not before.module and seen.settings != before.settings:
-            raise _exchanged(watched, "its settings are others")
+            raise _exchange(watched, "its settings are others")
         return seen
 
 
@@ -289,7 +289,7 @@ def _own(children: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in children if name != "parametrizations")
 
 
-def _exchanged(watched: Watched, why: str) -> InvalidInput:
+def _exchange(watched: Watched, why: str) -> InvalidInput:
     return InvalidInput(
         f"{watched.path} is not the module that was converted: {why}.",
         why="the network does not run its forward, which was rewritten when it was converted.",

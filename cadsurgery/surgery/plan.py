@@ -10,7 +10,7 @@ from typing import Literal, get_type_hints
 
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.support.errors import UnknownName
-from cadsurgery.support.plain import checked
+from cadsurgery.support.plain import check_fields
 
 # What the reason of such nodes was in files that do not say `after` yet.
 _AFTER = "after the region"
@@ -173,7 +173,7 @@ class Plan:
         values = json.loads(text)
         decisions = tuple(_decision(entry) for entry in values.pop("decisions"))
         hints = {name: hint for name, hint in _hints(Plan).items() if name != "decisions"}
-        plan = Plan(decisions, **checked(values, hints, "the plan"))
+        plan = Plan(decisions, **check_fields(values, hints, "the plan"))
         plan._check()
         return plan
 
@@ -270,8 +270,8 @@ def _decision(values: object) -> Decision:
     """A decision from plain values."""
     if isinstance(values, dict) and values.get("reason") == _AFTER:
         values = {"after": True, **values}
-    fields = checked(values, {**_hints(Decision), "window": tuple | None}, "a decision")
+    fields = check_fields(values, {**_hints(Decision), "window": tuple | None}, "a decision")
     if fields["window"] is not None:
         numbers = dict(zip(Window._fields, fields["window"], strict=True))
-        fields["window"] = Window(**checked(numbers, _hints(Window), "a window"))
+        fields["window"] = Window(**check_fields(numbers, _hints(Window), "a window"))
     return Decision(**fields)

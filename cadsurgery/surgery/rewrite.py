@@ -16,7 +16,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
-from cadsurgery.surgery.hooks import parameter, prepared
+from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Treatment
 
@@ -96,7 +96,7 @@ class Rewriter:
             layout, features = self.facts.layouts[node], self.dense[node]
             options = () if layout == NCHW else (layout,)
             if self.lattice is None:
-                self.lattice = self.call(found_lattice, self.masking, self.image, self.fine_map())
+                self.lattice = self.call(ask_mask, self.masking, self.image, self.fine_map())
             self.elements[node] = self.call(functional.to_elements, features, self.lattice, *options)
         return self.elements[node]
 
@@ -130,7 +130,7 @@ class Rewriter:
         if not path:  # of the network itself
             return self.graph.get_attr(name)
         if path not in modules:
-            modules[path] = self.call(prepared, self.graph.get_attr(path))
+            modules[path] = self.call(prepare_weights, self.graph.get_attr(path))
         return modules[path] if is_module else self.call(parameter, modules[path], name)
 
     def copy(self, node: fx.Node, treatment: Treatment) -> None:
@@ -274,7 +274,7 @@ class Rewriter:
         return self.graph.call_function(target, args, kwargs)
 
 
-def found_lattice(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> Any:
+def ask_mask(masking: Callable[[Any, Any], Any], image: Any, features: Any) -> Any:
     """The node of a rewritten graph where the mask is asked for; compilers read no call of a value."""
     return masking(image, features)
 
@@ -303,7 +303,7 @@ class Halves(NamedTuple):
 def halves(graph: fx.Graph) -> Halves:
     """Cut a rewritten graph, so that its masks can be found before the shapes of what follows are fixed."""
     nodes = list(graph.nodes)
-    asked = next(place for place, node in enumerate(nodes) if node.target is found_lattice)
+    asked = next(place for place, node in enumerate(nodes) if node.target is ask_mask)
     masking, *shown = nodes[asked].args
     again = _made_again(nodes[:asked])  # in both halves: the values passed on are those of the image
     rest = {*nodes[asked:], *again}
@@ -340,7 +340,7 @@ def _made_again(nodes: list[fx.Node]) -> set[fx.Node]:
     return again
 
 
-def unchanged(facts: Facts, plan: Plan) -> fx.Graph:
+def unchanged_graph(facts: Facts, plan: Plan) -> fx.Graph:
     """The graph as it is, which also returns the fine map: what a uniform mask at the network's own grid may run."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -358,7 +358,7 @@ class _Place:
     place: int
 
 
-def packed(graph: fx.Graph) -> list[tuple[Any, ...]]:
+def pack_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """A graph as a flat list, which pickles at any length; its nodes themselves nest a level deeper each."""
     places: dict[Any, Any] = {node: _Place(place) for place, node in enumerate(graph.nodes)}
 
@@ -376,7 +376,7 @@ def packed(graph: fx.Graph) -> list[tuple[Any, ...]]:
     ]
 
 
-def unpacked(rows: list[tuple[Any, ...]]) -> fx.Graph:
+def unpack_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
     """The graph `packed` was given."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []

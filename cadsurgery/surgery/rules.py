@@ -21,8 +21,8 @@ from cadsurgery.elements.axes import (
     channel_sizes,
     image_dims,
     is_flat,
-    permuted,
-    regrouped,
+    permute_axes,
+    regroup_axes,
     row_dim,
 )
 from cadsurgery.elements.kernel_map import Window
@@ -54,7 +54,7 @@ def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
     conv: Any = facts.module(node)
     window = _window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    return _windowed(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
+    return _treat_window(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
@@ -62,7 +62,7 @@ def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
     conv: Any = facts.module(node)
     window = _window(conv.kernel_size, conv.stride, 0, conv.dilation, same=True)
-    return _windowed(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
+    return _treat_window(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
@@ -74,7 +74,7 @@ def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
     mixed = {"mix": given["routing_weights"], **_weights(node, conv), "shape": shape, "groups": conv.groups}
-    return _windowed(functional.conv2d_per_image, window, **mixed)
+    return _treat_window(functional.conv2d_per_image, window, **mixed)
 
 
 @rule(F.conv2d, torch.conv2d)
@@ -86,7 +86,7 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("its weight is not a tensor of known shape")
     window = _window(tuple(facts.shapes[weight][2:]), given["stride"], given["padding"], given["dilation"])
     kept = {name: given[name] for name in ("weight", "bias", "groups")}
-    return _windowed(functional.conv2d, window, **kept)
+    return _treat_window(functional.conv2d, window, **kept)
 
 
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d)
@@ -97,7 +97,7 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("its indices refer to a dense map")
     kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
     window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
-    return _windowed(functional.max_pool2d, window)
+    return _treat_window(functional.max_pool2d, window)
 
 
 @rule(nn.AvgPool2d, F.avg_pool2d)
@@ -106,7 +106,7 @@ def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
     kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
-    return _windowed(functional.avg_pool2d, window, **kept)
+    return _treat_window(functional.avg_pool2d, window, **kept)
 
 
 @rule("timm.layers.pool2d_same:MaxPool2dSame")
@@ -114,7 +114,7 @@ def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions, after the padding the map's own size asks for."""
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
-    return _windowed(functional.max_pool2d, window)
+    return _treat_window(functional.max_pool2d, window)
 
 
 @rule("timm.layers.pool2d_same:AvgPool2dSame")
@@ -122,14 +122,14 @@ def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions and the padding the map's own size asks for."""
     given = _pooling(node, facts)
     window = _window(given["kernel_size"], given["stride"], 0, 1, same=True)
-    return _windowed(functional.avg_pool2d, window)
+    return _treat_window(functional.avg_pool2d, window)
 
 
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
     factor = _factor(node, facts, "downscale_factor")
-    return _windowed(functional.pixel_unshuffle, _window(factor, factor, 0, 1))
+    return _treat_window(functional.pixel_unshuffle, _window(factor, factor, 0, 1))
 
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.pad)
@@ -150,7 +150,7 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     by_axis = list(zip(pads[::2], pads[1::2], strict=True))
     padded = {axis for axis, pair in zip(layout[::-1], by_axis, strict=False) if any(pair)}
     if padded <= {"c"}:
-        return _padded_channels(node, layout, by_axis, mode, value)
+        return _pad_channels(node, layout, by_axis, mode, value)
     if layout != NCHW or "c" in padded or mode == "circular":
         return barrier("it pads across opposite borders, or channels and image at once")
     (left, right), (top, bottom) = by_axis[0], by_axis[1] if len(by_axis) > 1 else (0, 0)
@@ -158,7 +158,7 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pad", window=window)
 
 
-def _padded_channels(
+def _pad_channels(
     node: fx.Node, layout: str, by_axis: list[tuple[int, int]], mode: str, value: Any
 ) -> Treatment:
     pairs = {len(layout) - 1 - i: pair for i, pair in enumerate(by_axis)}
@@ -380,7 +380,7 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     keepdim = bool(given.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False))
     reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
     after = layout[: dim % len(layout)] + layout[dim % len(layout) + 1 :] if reduced else layout
-    return Treatment("pointwise", rows=_redirected(node, names, layout), layout=after)
+    return Treatment("pointwise", rows=_redirect(node, names, layout), layout=after)
 
 
 # -- axes: the same rows under another name ------------------------------------------------------------
@@ -392,7 +392,7 @@ def reshaping(node: fx.Node, facts: Facts) -> Treatment:
     """Regroups channels, or flattens the image: the rows keep their order, only their shape changes."""
     source: Any = node.args[0]
     layout, shape, new = facts.layout(source), facts.shapes[source], facts.shapes[node]
-    after, reason = regrouped(layout, shape, new, facts.images[source])
+    after, reason = regroup_axes(layout, shape, new, facts.images[source])
     if after is None:
         return barrier(reason)
     sizes = channel_sizes(after, new)
@@ -417,7 +417,7 @@ def permutation(node: fx.Node, facts: Facts) -> Treatment:
         swapped: Any = (*node.args[1:], *node.kwargs.values())
         first, second = swapped[:2]
         order[first], order[second] = order[second], order[first]
-    after, rows = permuted(layout, order)
+    after, rows = permute_axes(layout, order)
     moved = list(rows) != sorted(rows)
     call = Call(torch.permute, (source, rows)) if moved else Call(None, (source,))
     return Treatment("pointwise", rows=call, layout=after)
@@ -431,7 +431,7 @@ def split(node: fx.Node, facts: Facts) -> Treatment:
     if row_dim(layout, given["dim"]) is None:
         return barrier("it cuts the image or the batch into parts")
     names = ("x", "sections", "dim")
-    return Treatment("pointwise", rows=_redirected(node, names, layout, dim=0))
+    return Treatment("pointwise", rows=_redirect(node, names, layout, dim=0))
 
 
 @rule(torch.unbind, "unbind", "select", torch.select, "narrow", torch.narrow)
@@ -443,7 +443,7 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("it takes parts of the image or the batch")
     dim = given["dim"] % len(layout)
     after = layout if "narrow" in str(node.target) else layout[:dim] + layout[dim + 1 :]
-    call = _redirected(node, ("x", "dim"), layout, dim=0)
+    call = _redirect(node, ("x", "dim"), layout, dim=0)
     return Treatment("pointwise", rows=call, layout=after)
 
 
@@ -653,7 +653,7 @@ def _first_map(node: fx.Node, facts: Facts) -> fx.Node:
     return next(source for source in node.all_input_nodes if facts.layout(source))
 
 
-def _redirected(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: Any) -> Call:
+def _redirect(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: Any) -> Call:
     """The node's own call with its `dim` as a dimension of the rows."""
     args, kwargs = list(node.args), dict(node.kwargs)
     place = names.index("dim")
@@ -710,7 +710,7 @@ def _window(
     return growing(window) or window
 
 
-def _windowed(call: Callable[..., Any], window: Window | str, **arguments: Any) -> Treatment:
+def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: Any) -> Treatment:
     if isinstance(window, str):
         return barrier(window)
     return Treatment("window", call=call, arguments=tuple(arguments.items()), window=window)

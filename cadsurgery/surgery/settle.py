@@ -30,7 +30,7 @@ class Settled(NamedTuple):
         return flow_forward(self.flow.facts, self.refused, self.by_design, low)
 
 
-def settled_flow(facts: Facts, asked: Refusal, named: bool) -> Settled:
+def settle_flow(facts: Facts, asked: Refusal, named: bool) -> Settled:
     """The forward flow in which every removed stride could really be put back, and every pad has its windows.
 
     Args:

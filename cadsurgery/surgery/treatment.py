@@ -225,11 +225,11 @@ def treat(node: fx.Node, facts: Facts) -> Treatment:
         treatment = replace(treatment, why=first_line(known))
     source = node.args[0] if node.args else None
     if isinstance(source, fx.Node) and source in facts.pads and treatment.kind != "shape":
-        return _padded(treatment, facts.pads[source])
+        return _take_in(treatment, facts.pads[source])
     return treatment
 
 
-def _padded(treatment: Treatment, pad: Window) -> Treatment:
+def _take_in(treatment: Treatment, pad: Window) -> Treatment:
     """The treatment of a window that reads padded values: the padding becomes its own."""
     window = treatment.window
     if treatment.kind != "window" or window is None:

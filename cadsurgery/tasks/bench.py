@@ -33,9 +33,9 @@ from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines
-from cadsurgery.support.memory import is_measurable, peak_raised_by, printed_alone
-from cadsurgery.support.provenance import device_in_words, device_named, made_here
-from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
+from cadsurgery.support.provenance import describe_run, device_in_words, find_device
+from cadsurgery.support.timing import Timing, interleave
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
 from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import DEFAULT_SIZE, example_batch, original
@@ -159,7 +159,7 @@ def _compare(
     fill_of: dict[str, str] = {}
     for fill in dict.fromkeys(fills):
         step(f"converting {name}, fill {fill}")
-        nets[fill], image, weights = _converted(network, setup, fill)
+        nets[fill], image, weights = _convert(network, setup, fill)
         for key, run in _sides(nets[fill], image, setup.mask, fill, fractions).items():
             if key not in sides:  # uniform maps are read without filling: one pair of twins serves all
                 sides[key], fill_of[key] = partial(run, image), fill
@@ -176,7 +176,7 @@ def _compare(
             next="give a larger size.",
         )
     step(f"measuring {name}")
-    times = interleaved(sides, rounds)
+    times = interleave(sides, rounds)
     peaks: dict[str, float] = {}
     for key, fill in fill_of.items() if memory else ():
         step(f"measuring the memory of {name}, {key}")
@@ -237,7 +237,7 @@ def _notes(net: AdaptiveModel, high: Twin, low: Twin) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _converted(network: str | nn.Module, setup: Setup, fill: str) -> tuple[AdaptiveModel, Tensor, str]:
+def _convert(network: str | nn.Module, setup: Setup, fill: str) -> tuple[AdaptiveModel, Tensor, str]:
     """An unverified network, its images (B, 3, H, W) and its weights in words, on the device."""
     model, source = original(network, "none")
     net = adaptify(
@@ -249,7 +249,7 @@ def _converted(network: str | nn.Module, setup: Setup, fill: str) -> tuple[Adapt
         fill=fill,  # type: ignore[arg-type]
         verify_laws=False,
     )
-    where: dict[str, Any] = {"device": device_named(setup.device), "dtype": DTYPES[setup.dtype]}
+    where: dict[str, Any] = {"device": find_device(setup.device), "dtype": DTYPES[setup.dtype]}
     scenes = [example_batch(source, None, setup.size, seed) for seed in range(setup.batch)]
     image = torch.cat(scenes).to(**where).contiguous(memory_format=torch.channels_last)
     return net.eval().to(**where), image, source.note if isinstance(network, str) else "its own weights"
@@ -281,12 +281,12 @@ def _name(network: str | nn.Module) -> str:
 
 
 def _setting(setup: Setup, rounds: int) -> BenchSetting:
-    made = made_here(device_named(setup.device))
+    made = describe_run(find_device(setup.device))
     return BenchSetting(
         mask=f"{resolve_mask(setup.mask).spec()} | budget",
         image=(setup.batch, 3, *setup.size),
         dtype=setup.dtype,
-        device=device_in_words(device_named(setup.device)),
+        device=device_in_words(find_device(setup.device)),
         threads=setup.threads,
         rounds=rounds,
         versions={**made["versions"], "python": platform.python_version()},
@@ -323,7 +323,7 @@ def _check(
             f"size={height}x{width}.",
             next="give at least 1 of each.",
         )
-    device = device_named(setup.device)
+    device = find_device(setup.device)
     resolve_mask(setup.mask)
     if not memory:
         return
@@ -354,7 +354,7 @@ def _threads(count: int) -> Iterator[None]:
 def _peak_memory(network: str, setup: Setup, fill: str, key: str) -> float:
     """MiB by which one call of a side raises the peak of the resident set."""
     task = {"network": network, "setup": vars(setup), "fill": fill, "key": key}
-    return float(printed_alone(__name__, print_peak.__name__, repr(task)))
+    return float(run_alone(__name__, print_peak.__name__, repr(task)))
 
 
 def print_peak(task: str) -> None:
@@ -362,7 +362,7 @@ def print_peak(task: str) -> None:
     told = ast.literal_eval(task)
     setup, key = Setup(**told["setup"]), told["key"]
     torch.set_num_threads(setup.threads)
-    net, image, _ = _converted(told["network"], setup, told["fill"])
+    net, image, _ = _convert(told["network"], setup, told["fill"])
     if key in (HIGH, LOW):
         run: Callable[..., object] = dense_twin(net, 0 if key == HIGH else net.geometry.max_level, image)
     else:

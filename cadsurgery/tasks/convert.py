@@ -20,15 +20,15 @@ from cadsurgery.network.compile import export
 from cadsurgery.network.macs import MacReport, dense_macs
 from cadsurgery.network.storage import load, read_metadata, save
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.support.files import check_folder, made_folder
+from cadsurgery.support.files import check_folder, make_folder
 from cadsurgery.support.processes import own_device
-from cadsurgery.support.provenance import device_named, device_with_threads
-from cadsurgery.support.timing import interleaved
+from cadsurgery.support.provenance import device_with_threads, find_device
+from cadsurgery.support.timing import interleave
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport, Side
 from cadsurgery.tasks.figures import class_picture
 from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
-from cadsurgery.tasks.open import converted, example_batch, is_file, original
+from cadsurgery.tasks.open import example_batch, is_file, open_converted, original
 
 EXPORTED_MASK = "edges | budget:fraction=0.3"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
@@ -50,7 +50,7 @@ def convert(
 ) -> ConversionReport:
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     resolve_mask(mask)  # a typo should not wait for the network to be built
-    where = device_named(device)
+    where = find_device(device)
     check_folder(output)
     step(f"building {model}")
     before, source = original(model, weights)
@@ -73,7 +73,7 @@ def convert(
     fast = net.optimize()
     sides["converted"] = lambda: net(batch)
     sides["optimized"] = lambda: fast(batch)
-    times = interleaved(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
+    times = interleave(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
     best = {name: time.best for name, time in times.items()}
     name = "original = dense high" if net.plan.identity_level == 0 else "original"
     rows = [Side(name, of_original, best.get("original"))]
@@ -138,7 +138,7 @@ def export_program(
     """
     check_folder(output)
     step(f"building {model}")
-    net = converted(model, mask, options, trust=trust) if is_file(model) else None
+    net = open_converted(model, mask, options, trust=trust) if is_file(model) else None
     provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
     if not provider.static:
         fixed = EXPORTED_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
@@ -148,7 +148,7 @@ def export_program(
             f'cadsurgery export {model} --mask "{fixed}" -o {output}',
         )
     if net is None:
-        net = converted(model, provider, options, weights=weights)
+        net = open_converted(model, provider, options, weights=weights)
     net.eval()
     first, second = (example_batch(net.source, None, size, seed) for seed in (0, 1))
     step("exporting and comparing")
@@ -177,7 +177,7 @@ def count(
     trust: bool = False,
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
-    net = converted(model, mask, options, trust=trust)
+    net = open_converted(model, mask, options, trust=trust)
     return net.macs(example_batch(net.source, image, size), rule=rule)
 
 
@@ -215,7 +215,7 @@ def predict(
     where = own_device(device)
     paths, lacking = find_images(images)
     net = load(file, mask=mask, trust=trust).to(where).optimize()
-    made_folder(output)
+    make_folder(output)
 
     def draw(item: tuple[Path, Path]) -> dict[str, Any]:
         path, place = item

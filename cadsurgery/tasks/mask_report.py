@@ -17,12 +17,12 @@ from torch import Tensor
 from cadsurgery.data.images import check_picture, labelled_scene, normalise, read_labels, write_picture
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks import Grid, MaskProvider, labelled, resolve_mask
-from cadsurgery.masks.provider import checked_levels
+from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
-from cadsurgery.tasks.open import converted, example_image, is_file
+from cadsurgery.tasks.open import example_image, is_file, open_converted
 from cadsurgery.tasks.report import Column, Report, figure_picture, table
 
 COMPARED = (
@@ -216,7 +216,7 @@ class _Bare:
         batch = normalise(picture, None).unsqueeze(0)
         features = batch[:, :, :: self.stride, :: self.stride]
         grid = Grid.of(self.geometry, 1, (features.shape[2], features.shape[3]), self.stride)
-        levels = checked_levels(mask(batch, features, grid), grid, mask.name)
+        levels = check_levels(mask(batch, features, grid), grid, mask.name)
         return self.geometry.lattice(levels), None
 
 
@@ -246,7 +246,7 @@ def _network(model: str, output_stride: tuple[int, int] | None, patch: str, trus
         stored = read_metadata(model).get("mask") is not None
         net = load(model, mask=None if stored else "none", trust=trust)
         return _InNetwork(net, net.mask if stored else None)
-    return _InNetwork(converted(model, "none", {"output_stride": output_stride, "patch": patch}))
+    return _InNetwork(open_converted(model, "none", {"output_stride": output_stride, "patch": patch}))
 
 
 def _halvings(high: int, low: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import load
 from cadsurgery.support.errors import FileError, InvalidInput
-from cadsurgery.support.provenance import made_here
+from cadsurgery.support.provenance import describe_run
 from cadsurgery.tasks.options import Conversion
 
 DEFAULT_SIZE = (512, 1024)
@@ -61,7 +61,7 @@ def original(
     return built, source_of(built)
 
 
-def converted(
+def open_converted(
     network: str,
     mask: object = None,
     options: Mapping[str, Any] | None = None,
@@ -149,9 +149,14 @@ def weights_in_words(network: object, source: Source) -> str:
 
 def provenance(network: object, source: Source, device: torch.device) -> dict[str, Any]:
     """What a report of a network states of itself, made here and now: `model`, `weights`, whether they are `random`,
-    and what `made_here` gives."""
+    and what `describe_run` gives."""
     words = weights_in_words(network, source)
-    return {"model": source.name, "weights": words, "random": source.weights == "random", **made_here(device)}
+    return {
+        "model": source.name,
+        "weights": words,
+        "random": source.weights == "random",
+        **describe_run(device),
+    }
 
 
 def example_image(path: Path | None, size: tuple[int, int] | None, seed: int = 0) -> Tensor:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cadsurgery.data.images import check_picture, write_picture
-from cadsurgery.support.files import check_folder, written_whole
+from cadsurgery.support.files import check_folder, write_whole
 
 COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # of lines and points in figures
 
@@ -69,7 +69,7 @@ class Report(Plain):
             FileError: a path that cannot be written.
         """
         if output is not None:
-            with written_whole(output) as temporary:
+            with write_whole(output) as temporary:
                 temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         if picture is not None:
             write_picture(figure_picture(self.figure()), picture)

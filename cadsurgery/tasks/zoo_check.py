@@ -26,7 +26,7 @@ from cadsurgery.data.networks import build_model, family_of
 from cadsurgery.network.adaptify import adaptify, traceable_part
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CannotConvert, FileError, first_line
-from cadsurgery.support.files import check_folder, written_whole
+from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.provenance import commit, versions
 from cadsurgery.surgery.facts import scale
 from cadsurgery.surgery.flow import flow_forward
@@ -73,7 +73,7 @@ def check_network(name: str) -> Row:
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     try:
         settle(model, row)
-        row |= _compared(model)
+        row |= _compare(model)
     except CadError as error:
         _check_memory(error)
         row |= {"result": "refused", **error.to_dict()}
@@ -136,9 +136,9 @@ def settle(model: nn.Module, row: Row | None = None) -> None:
             norm.weight.data.copy_(0.2 + 0.3 * torch.rand(norm.weight.shape, generator=generator))
 
 
-def _compared(model: nn.Module) -> Row:
+def _compare(model: nn.Module) -> Row:
     """Convert and compare; the conversion itself repeats in float64 what float32 is not precise enough to tell."""
-    net = _converted(model)
+    net = _convert(model)
     plan = net.plan
     dtype = next(parameter.dtype for parameter in model.parameters())
     tolerance = TOLERANCE[dtype]
@@ -148,7 +148,7 @@ def _compared(model: nn.Module) -> Row:
     sizes = [check.size for check in net.checks if check.number == 1]
     image = _image(model, plan, dtype)
     if dtype == torch.float32 and not _is_finite(net, image):  # random weights let some networks overflow
-        return {**_compared(model.double()), "dtype": "float64"}
+        return {**_compare(model.double()), "dtype": "float64"}
     errors["5"] = _batch_error(net, image)
     if sizes and not plan.part:
         errors["1"] = max(errors["1"], _identity_error(model, net, image))
@@ -173,7 +173,7 @@ def _compared(model: nn.Module) -> Row:
     }
 
 
-def _converted(model: nn.Module) -> AdaptiveModel:
+def _convert(model: nn.Module) -> AdaptiveModel:
     """On a small example, or on what the network takes."""
     generator = torch.Generator().manual_seed(0)
     for first in model.modules():
@@ -288,7 +288,7 @@ def check_networks(
     Raises:
         FileError: the file cannot be read or written, or is of other versions.
     """
-    rows = {row["model"]: row for row in _resumed(path)}
+    rows = {row["model"]: row for row in _resume(path)}
     with path.open("a", encoding="utf-8") as file:
         here = commit()
         for row in _in_processes([name for name in names if name not in rows], workers, limits):
@@ -317,7 +317,7 @@ def read_rows(path: Path) -> list[Row]:
         ) from error
 
 
-def recorded() -> dict[str, Row]:
+def recorded_rows() -> dict[str, Row]:
     """The rows of the full run that comes with the package, by name."""
     return {row["model"]: row for row in read_rows(RECORDED)} if RECORDED.exists() else {}
 
@@ -346,7 +346,7 @@ def setting() -> Row:
     return {"versions": versions(), "machine": f"{platform.machine()} CPU, one thread per network"}
 
 
-def _resumed(path: Path) -> list[Row]:
+def _resume(path: Path) -> list[Row]:
     """The rows a file has already; a line that was cut off when a run was stopped is dropped."""
     check_folder(path)
     kept, header = [], setting()
@@ -360,7 +360,7 @@ def _resumed(path: Path) -> list[Row]:
                 next="choose another --output, or remove the file.",
             )
         kept = [value for value in values[1:] if "model" in value]
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         text = "".join(json.dumps(value) + "\n" for value in (header, *kept))
         Path(temporary).write_text(text, encoding="utf-8")
     return kept

@@ -17,7 +17,7 @@ from conftest import assert_same, images, random_levels
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.elements.axes import permuted, regrouped, row_dim
+from cadsurgery.elements.axes import permute_axes, regroup_axes, row_dim
 
 Function = Callable[[Any, Tensor], Tensor]
 SIZE = (51, 67)
@@ -400,7 +400,7 @@ def test_stochastic_depth_drops_images_in_channels_last_blocks_too() -> None:
 def test_a_reshape_keeps_the_image_or_has_no_layout(
     layout: str, shape: Any, new: Any, expected: str | None
 ) -> None:
-    found, reason = regrouped(layout, shape, new, (5, 7))
+    found, reason = regroup_axes(layout, shape, new, (5, 7))
     assert found == expected
     assert bool(reason) == (expected is None)
 
@@ -410,7 +410,7 @@ def test_a_permutation_of_rows_is_that_of_the_dense_tensor() -> None:
     dense = torch.arange(2 * 3 * 4 * 5 * 7).view(2, 3, 4, 5, 7)
     rows = dense.permute(0, 3, 4, 1, 2).flatten(0, 2)
     for dims in ((0, 3, 4, 1, 2), (0, 2, 1, 3, 4), (0, 3, 2, 4, 1)):
-        layout, order = permuted("bcchw", dims)
+        layout, order = permute_axes("bcchw", dims)
         there = dense.permute(dims)
         image = [layout.index(axis) for axis in "bhw"]
         channels = [dim for dim, axis in enumerate(layout) if axis == "c"]

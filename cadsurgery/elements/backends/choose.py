@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, nothing_mixed, rows_of
+from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, mix_nothing, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Between:
             rows, device = rows_of(self.source, self.target), self.target.levels.device
             if rows is None:
                 return every_row(len(self.target), device)
-            return Reading(rows.unsqueeze(1), *nothing_mixed(device), False)
+            return Reading(rows.unsqueeze(1), *mix_nothing(device), False)
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
 
 
@@ -238,7 +238,7 @@ def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
 def every_row(count: int, device: torch.device) -> Reading:
     """A reading of one tap: the rows as they are."""
     rows = torch.arange(count, dtype=torch.int32, device=device)
-    return Reading(rows.unsqueeze(1), *nothing_mixed(device), False)
+    return Reading(rows.unsqueeze(1), *mix_nothing(device), False)
 
 
 def select_rows(rows: Tensor, source: Lattice, target: Lattice) -> Tensor:

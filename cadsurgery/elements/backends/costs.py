@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.support.errors import FileError, first_line
-from cadsurgery.support.files import cache_folder, is_private, kept_whole
+from cadsurgery.support.files import cache_folder, is_private, keep_whole
 from cadsurgery.support.plain import as_tuples, fits
 
 _FILE = "costs.json"
@@ -82,7 +82,7 @@ def costs(key: str, measure: Callable[[], Costs]) -> Costs:
     if key not in _KNOWN:
         with _LOCK:
             if key not in _KNOWN:
-                pinned = _pinned()
+                pinned = _pinned_costs()
                 if pinned is None:
                     _KNOWN[key] = _cost_of(_all_kept().get(key)) or _measure_and_keep(key, measure)
                 else:
@@ -136,7 +136,7 @@ def read(path: Path | str) -> dict[str, Costs]:
     return table
 
 
-def _pinned() -> Mapping[str, Costs] | None:
+def _pinned_costs() -> Mapping[str, Costs] | None:
     path = os.environ.get(_VARIABLE, "")
     if _PINNED is not None or not path:
         return _PINNED
@@ -180,7 +180,7 @@ def _measure_and_keep(key: str, measure: Callable[[], Costs]) -> Costs:
     path = _path()
     with contextlib.suppress(OSError):
         if path is not None:
-            with kept_whole(path) as folder:
+            with keep_whole(path) as folder:
                 (folder / "successor").write_text(json.dumps({**_all_kept(), key: list(cost)}, indent=1))
     return cost
 

@@ -94,7 +94,7 @@ class Uniform(Backend):
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
-        image, operation, padding = self._padded(work, 0.0)
+        image, operation, padding = self._pad(work, 0.0)
         assert isinstance(work.reads, Between)
         more = _image_of(work.residual, work.reads.target) if work.residual is not None else None
         stride = (operation.stride, operation.stride)
@@ -102,12 +102,12 @@ class Uniform(Backend):
 
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C) of a maximum."""
-        image, operation, padding = self._padded(work, -torch.inf)
+        image, operation, padding = self._pad(work, -torch.inf)
         assert isinstance(work.reads, Between)
         kernel = work.reads.window.kernel
         return _rows_of(F.max_pool2d(image, kernel, operation.stride, padding, operation.dilation))
 
-    def _padded(self, work: Convolution | Pooling, filled: float) -> tuple[Tensor, _Dense, tuple[int, int]]:
+    def _pad(self, work: Convolution | Pooling, filled: float) -> tuple[Tensor, _Dense, tuple[int, int]]:
         """The map, the operation and what that pads: nothing where it would fill in another value than `filled`, pads
         more at one side than its stride explains, or cannot pad so far; the map is padded here then."""
         assert isinstance(work.reads, Between)

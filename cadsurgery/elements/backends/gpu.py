@@ -64,7 +64,7 @@ class Triton(Backend):
             count = len(source)
             table = derive(("signed", *key), lambda: reading.table.masked_fill(reading.table == count, -1))
         # Made when a gradient first asks.
-        reverse = derive(("reversed", *key), lambda: cache(lambda: reversed_map(table, rows.shape[0])))
+        reverse = derive(("reversed", *key), lambda: cache(lambda: reverse_map(table, rows.shape[0])))
         return gather_conv(
             rows,
             weights.weight.flatten(1) if weights.groups > 1 else weights.matrix(rows.dtype),
@@ -113,7 +113,7 @@ def supports(rows: Tensor, weight: Tensor, groups: int = 1) -> bool:
     return grouping and rows.dtype == weight.dtype and rows.dtype in DTYPES and available(rows.device)
 
 
-def _fused(activation: Activation | None) -> tuple[str, float] | None:
+def _name_activation(activation: Activation | None) -> tuple[str, float] | None:
     """Name and slope of an activation in the kernels, None for what they have not."""
     if activation is None:
         return "none", 0.0
@@ -123,7 +123,7 @@ def _fused(activation: Activation | None) -> tuple[str, float] | None:
     return (name, 0.0) if name is not None else None
 
 
-def reversed_map(table: Tensor, rows: int) -> ReversedMap:
+def reverse_map(table: Tensor, rows: int) -> ReversedMap:
     """The kernel map `table` (N, taps) into `rows` rows, read backwards; negative entries are left out.
 
     One stable integer sort; waits for the device, so keep the result as long as the table.
@@ -181,7 +181,7 @@ def gather_conv(
     for label, (value, shape) in expected.items():
         if value is not None and value.shape != shape:
             raise ValueError(f"{label} is {tuple(value.shape)} where {shape} is needed.")
-    fused = _fused(activation)
+    fused = _name_activation(activation)
     if (
         any(x is not None and x.requires_grad for x in (rows, weight, bias, residual))
         and torch.is_grad_enabled()
@@ -229,7 +229,7 @@ class GatherConv(torch.autograd.Function):
         grad = grad.contiguous()
         grad_rows = grad_weight = None
         if needs[0]:
-            reverse = ctx.reverse() if ctx.reverse is not None else reversed_map(table, rows.shape[0])
+            reverse = ctx.reverse() if ctx.reverse is not None else reverse_map(table, rows.shape[0])
             grad_rows = _grad_rows(grad, weight, reverse, table.shape[1], rows.shape[0], ctx.groups)
         if needs[1]:
             grad_weight = _grad_weight(rows, grad, table, ctx.groups).to(weight.dtype)

@@ -36,7 +36,7 @@ from cadsurgery.elements.backends.choose import (
     is_observed,
     mix,
 )
-from cadsurgery.support.files import cache_folder, is_private, kept_whole
+from cadsurgery.support.files import cache_folder, is_private, keep_whole
 
 SOURCE = Path(__file__).with_name("native.c")
 _HASH = hashlib.sha256().digest_size
@@ -78,14 +78,14 @@ class Native(Backend):
 
     def applies(self, work: Work) -> bool:
         """Values alone, of rows that it has a form for."""
-        if not work.is_inference or not supported(work.rows):
+        if not work.is_inference or not supports(work.rows):
             return False
         return not isinstance(work, Convolution) or self._has_form(work)
 
     def _has_form(self, work: Convolution) -> bool:
         weights, reads = work.weights, work.reads
         if weights.groups > 1:
-            return has_grouped(weights.weight, weights.groups)
+            return has_grouped_form(weights.weight, weights.groups)
         # Its weight has to be packed: worth it where that is kept. oneDNN is a little faster, but makes code for each
         # number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the maps of
         # the first few sizes where that number follows from the size of the image alone.
@@ -110,7 +110,7 @@ class Native(Backend):
             source, table = Rows.of(work), work.reading.table
             shape = (len(table), outputs)
         dtype, act, grouped = work.rows.dtype, weights.activation, weights.groups > 1
-        pack = grouped_weight if grouped else product_weight
+        pack = group_weight if grouped else product_weight
         packed = weights.form(("native", dtype), lambda: pack(weights.weight.to(dtype), weights.bias))
         bounds = act.bounds if act is not None else None
         more = work.residual.contiguous() if work.residual is not None else None
@@ -170,7 +170,7 @@ class _Reading(ctypes.Structure):
     )
 
 
-def supported(rows: Tensor) -> bool:
+def supports(rows: Tensor) -> bool:
     """Whether there is compiled code for these rows; not while torch observes what is called."""
     return (
         not is_observed() and rows.device.type == "cpu" and rows.dtype in _ELEMENTS and library() is not None
@@ -195,14 +195,14 @@ def product_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
     return kernel.view(-1, chunk, height * width, channels).permute(0, 2, 3, 1).contiguous(), offset
 
 
-def has_grouped(weight: Tensor, groups: int) -> bool:
+def has_grouped_form(weight: Tensor, groups: int) -> bool:
     """Whether `grouped` has a form for a kernel (O, C / groups, kh, kw)."""
     out, group, height, width = weight.shape
     lanes = LANE_BYTES // _sum_type(weight.dtype).itemsize
     return out == group * groups and group in GROUPS and group <= lanes and 0 < height * width <= MOST_TAPS
 
 
-def grouped_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a grouped convolution as `grouped` reads them: taps outermost, channels padded."""
     out, group = weight.shape[:2]
     dtype = _sum_type(weight.dtype)
@@ -252,16 +252,16 @@ def library() -> Any:
         if folder is None:
             return None
         target = folder / f"native-{_fingerprint(compiler)}.so"
-        compiled = _loaded(target)
+        compiled = _load(target)
         if compiled is None:
             _build(compiler, target)
-            compiled = _loaded(target)
+            compiled = _load(target)
         return compiled
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _loaded(path: Path) -> Any:
+def _load(path: Path) -> Any:
     """The library of a file, if it is this user's and whole: one that is cut off would end the process, and every
     later one, when it is first used. None otherwise.
 
@@ -282,7 +282,7 @@ def _loaded(path: Path) -> Any:
 
 
 def _build(compiler: str, target: Path) -> None:
-    with kept_whole(target) as folder:
+    with keep_whole(target) as folder:
         objects = []
         for name, *defines in _ELEMENTS.values():
             objects.append(f"{folder}/{name}.o")

@@ -49,7 +49,7 @@ class Torch(Backend):
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C)."""
         reading = work.reading
-        blocks = gathered_blocks(extend(work.rows, reading, work.outside), reading.table)
+        blocks = gather_blocks(extend(work.rows, reading, work.outside), reading.table)
         return torch.cat([block.amax(1) if work.largest else block.sum(1) for block in blocks])
 
     def mix(self, work: Mixing) -> Tensor:
@@ -115,7 +115,7 @@ def block_length(table: Tensor, rows: Tensor) -> int:
     return max(256, BLOCK_BYTES // (table.shape[1] * rows.shape[1] * rows.element_size()))
 
 
-def gathered_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
+def gather_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
     """Rows of all taps, (n, taps, C), in blocks."""
     for block in table.to(rows.device).split(block_length(table, rows)):
         yield rows.index_select(0, block.flatten()).view(*block.shape, -1)

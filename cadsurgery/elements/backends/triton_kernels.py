@@ -20,7 +20,7 @@ INSTALLED = triton is not None
 INTERPRETED = INSTALLED and triton.knobs.runtime.interpret
 
 
-def _tuned(configs: list[tuple[dict[str, int], int, int]], depth: str = "") -> Callable[[Any], Any]:
+def _tune(configs: list[tuple[dict[str, int], int, int]], depth: str = "") -> Callable[[Any], Any]:
     """A kernel whose tiles are tuned per shape: a list of (block sizes, warps, stages), the first the smallest.
 
     `depth` names the block that a matrix product sums over.
@@ -59,7 +59,7 @@ _jit: Callable[[Any], Any] = triton.jit if triton is not None else lambda kernel
 
 
 @_jit
-def _finished(  # type: ignore[no-untyped-def]
+def _finish(  # type: ignore[no-untyped-def]
     total,
     n,
     o,
@@ -95,7 +95,7 @@ def _finished(  # type: ignore[no-untyped-def]
     return total
 
 
-@_tuned(
+@_tune(
     [
         ({"BLOCK_N": 32, "BLOCK_O": 32, "BLOCK_C": 32}, 4, 4),
         ({"BLOCK_N": 32, "BLOCK_O": 128, "BLOCK_C": 64}, 4, 4),
@@ -166,11 +166,11 @@ def product(  # type: ignore[no-untyped-def]
         total = tl.dot(gathered, kernel.T, total, input_precision=PRECISION)
         following = tl.minimum((step + 1) // blocks, TAPS - 1)
         source = tl.load(table + n * TAPS + following, mask=n < count, other=-1)
-    total = _finished(total, n, o, bias, residual, count, C_OUT, ACTIVATION, SLOPE)
+    total = _finish(total, n, o, bias, residual, count, C_OUT, ACTIVATION, SLOPE)
     tl.store(out + n[:, None] * C_OUT + o[None, :], total, mask=(n < count)[:, None] & (o < C_OUT)[None, :])
 
 
-@_tuned(
+@_tune(
     [
         ({"BLOCK_N": 16, "BLOCK_C": 32}, 4, 1),
         ({"BLOCK_N": 16, "BLOCK_C": 64}, 4, 1),
@@ -205,11 +205,11 @@ def depthwise(  # type: ignore[no-untyped-def]
         gathered = tl.load(rows + source[:, None] * C + c[None, :], mask=mask, other=0.0)
         kernel = tl.load(weight + c * TAPS + tap, mask=c < C, other=0.0)
         total += gathered.to(tl.float32) * kernel.to(tl.float32)[None, :]
-    total = _finished(total, n, c, bias, residual, count, C, ACTIVATION, SLOPE)
+    total = _finish(total, n, c, bias, residual, count, C, ACTIVATION, SLOPE)
     tl.store(out + n[:, None] * C + c[None, :], total, mask=(n < count)[:, None] & (c < C)[None, :])
 
 
-@_tuned(
+@_tune(
     [
         ({"BLOCK_N": 32, "BLOCK_O": 32, "BLOCK_C": 32}, 4, 3),
         ({"BLOCK_N": 32, "BLOCK_O": 64, "BLOCK_C": 64}, 4, 4),
@@ -264,7 +264,7 @@ def product_weight(  # type: ignore[no-untyped-def]
     tl.store(place, total, mask=(o < C_OUT)[:, None] & (c < C)[None, :])
 
 
-@_tuned(
+@_tune(
     [
         ({"BLOCK_N": 16, "BLOCK_C": 32}, 4, 1),
         ({"BLOCK_N": 32, "BLOCK_C": 64}, 4, 1),

@@ -145,8 +145,8 @@ class Weights:
         count, fewest = rows.shape[0], _fewest(rows)
         if self.forms is None or not 0 < count < fewest:
             return self.on_rows(rows, residual)
-        more = _filled(residual, fewest) if residual is not None else None
-        return self.on_rows(_filled(rows, fewest), more)[:count]
+        more = _fill(residual, fewest) if residual is not None else None
+        return self.on_rows(_fill(rows, fewest), more)[:count]
 
     def on_image(
         self,
@@ -287,7 +287,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype in _ONEDNN:
         count, fewest = rows.shape[0], _fewest(rows)
         if 0 < count < fewest:
-            rows = _filled(rows, fewest)
+            rows = _fill(rows, fewest)
         out = F.conv2d(_image(rows), weight[:, :, None, None], bias)
         return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)[:count]
     return F.linear(rows, weight, bias)
@@ -298,7 +298,7 @@ def _fewest(rows: Tensor) -> int:
     return 0 if is_observed() else max(_FEWEST_ROWS, _FEWEST_VALUES // rows.shape[1] + 1)
 
 
-def _filled(rows: Tensor, count: int) -> Tensor:
+def _fill(rows: Tensor, count: int) -> Tensor:
     """Rows with zeros below."""
     return F.pad(rows, (0, 0, 0, count - rows.shape[0]))
 

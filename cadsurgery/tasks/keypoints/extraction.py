@@ -114,7 +114,7 @@ class Extractor:
 
     def seen(self, image: Tensor) -> Seen:
         """An image (3, H, W) in 0..1 prepared; extractors that differ in their mask alone share it."""
-        shown = self.resized(image)
+        shown = self.resize(image)
         batch = normalise(shown, source_of(self.net)).unsqueeze(0).to(self.device)
         batch, size = batch.contiguous(memory_format=torch.channels_last), (image.shape[1], image.shape[2])
         if self.settings.detector == OWN:
@@ -125,7 +125,7 @@ class Extractor:
     def features(self, seen: Seen) -> Features:
         """The features of a prepared image."""
         with torch.inference_mode():
-            points, scores, descriptors = self._found(seen)
+            points, scores, descriptors = self._find(seen)
         if not self.settings.raw:
             descriptors = F.normalize(descriptors, dim=1)
         height, width = seen.batch.shape[2:]
@@ -133,7 +133,7 @@ class Extractor:
         keypoints = (points + 0.5) * ratio - 0.5
         return Features(keypoints.float().cpu(), scores.float().cpu(), descriptors.float().cpu(), seen.size)
 
-    def resized(self, image: Tensor) -> Tensor:
+    def resize(self, image: Tensor) -> Tensor:
         """The image (3, h, w) the network sees: made smaller by the means of areas, cut to a multiple."""
         height, width = image.shape[1:]
         limit = self.settings
@@ -162,14 +162,14 @@ class Extractor:
         points = detected[0][: self.settings.count]
         return points, points.new_ones(len(points))
 
-    def _described(self, batch: Tensor, points: Tensor) -> Tensor:
+    def _describe(self, batch: Tensor, points: Tensor) -> Tensor:
         """(n, C) descriptors at points, as the network gives them."""
         mask = self.settings.mask or None
         if self.reads_elements:
             options: Any = {"mask": mask, "reach": self.settings.reach, "align": self.settings.align}
             return read_at(self.net, batch, [points], output=self._output, **options)[0]
         with keypoints_at([points]):
-            return self._sampled(self.net(batch, mask=mask), batch, points)
+            return self._sample(self.net(batch, mask=mask), batch, points)
 
     def macs(self, seen: Seen) -> int:
         """Multiply-accumulates of the network for the descriptors of a prepared image."""
@@ -183,18 +183,18 @@ class Extractor:
         with keypoints_at([points]):
             return self.net.macs(batch, mask=mask).mask
 
-    def _found(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    def _find(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
         """Points, scores and descriptors."""
         batch = seen.batch
         if seen.points is not None and seen.scores is not None:
-            return seen.points, seen.scores, self._described(batch, seen.points)
+            return seen.points, seen.scores, self._describe(batch, seen.points)
         output = self.net(batch, mask=self.settings.mask or None)
         own = own_scores(output, 1, "detector own")
         ((places, scores),) = peaks(own.squeeze(1).float(), self.settings.count, border=BORDER)
         points = in_pixels(places, own, batch)
-        return points, scores, self._sampled(output, batch, points)
+        return points, scores, self._sample(output, batch, points)
 
-    def _sampled(self, output: Any, batch: Tensor, points: Tensor) -> Tensor:
+    def _sample(self, output: Any, batch: Tensor, points: Tensor) -> Tensor:
         """The dense map of descriptors at points."""
         descriptors = descriptor_map(output, self._output)
         size = (descriptors.shape[2], descriptors.shape[3])

@@ -15,7 +15,7 @@ from torch import nn
 from cadsurgery.data.images import find_images, read_image
 from cadsurgery.masks import resolve_mask
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName
-from cadsurgery.support.files import made_folder, written_whole
+from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.processes import own_device, world
 from cadsurgery.support.provenance import versions
 from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each, silent
@@ -70,7 +70,7 @@ def extract(
         raise UnknownName("form of files", form, FORMS)
     resolve_mask(settings.mask or "all")
     where, (paths, lacking) = own_device(device), find_images(images)
-    folder = made_folder(output)
+    folder = make_folder(output)
     step("building and converting")
     (net,), _ = at_strides(network, (), options or {}, mask="all", weights=weights, trust=trust)
     source = net.source
@@ -90,7 +90,7 @@ def extract(
             features = read_features(target)
         else:
             features = extractor(read_image(path, upright=False))
-            made_folder(target.parent)
+            make_folder(target.parent)
             write_features(features, target, str(place.with_suffix(path.suffix)))
         row = {"image": str(path), "output": str(target), "keypoints": len(features.keypoints)}
         return {**row, "kept": kept}
@@ -118,12 +118,12 @@ def write_features(features: Features, path: Path, name: str = "") -> None:
     }
     if path.suffix == ".h5":
         h5py = _h5py()
-        with written_whole(path) as temporary, h5py.File(temporary, "w") as file:
+        with write_whole(path) as temporary, h5py.File(temporary, "w") as file:
             group = file.create_group(name or path.stem)
             for key, value in values.items():
                 group.create_dataset(key, data=value.T if key == "descriptors" else value)
         return
-    with written_whole(path) as temporary, temporary.open("wb") as stream:
+    with write_whole(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **values)  # type: ignore[arg-type]
 
 
@@ -195,5 +195,5 @@ def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
                 next="choose another --output, or remove the folder.",
             )
     elif world().is_main:
-        with written_whole(path) as temporary:
+        with write_whole(path) as temporary:
             temporary.write_text(json.dumps({"made_with": plain, "versions": versions()}, indent=2) + "\n")

@@ -132,7 +132,7 @@ def scores_of(output: Any) -> Tensor:
     return scores
 
 
-def merged(parts: Sequence[Tally]) -> Tally:
+def merge(parts: Sequence[Tally]) -> Tally:
     """The sums of several parts of a split."""
     whole = copy.deepcopy(parts[0])
     for part in parts[1:]:

@@ -17,11 +17,11 @@ from cadsurgery.network.macs import LayerWork
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import gather, own_device, shard, world
-from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.support.timing import Timing, interleave
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import check_outputs
-from cadsurgery.tasks.segmentation.counters import Setting, Tally, merged
+from cadsurgery.tasks.segmentation.counters import Setting, Tally, merge
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow
 
@@ -96,7 +96,7 @@ def evaluate(
         for setting, tally in zip(settings, tallies, strict=True):
             tally.add(setting, images, labels, samples)
         done += len(images)
-    tallies = [merged(parts) for parts in zip(*gather(tallies, where), strict=True)]
+    tallies = [merge(parts) for parts in zip(*gather(tallies, where), strict=True)]
     failed = failures.gather(where)
     if not tallies[0].images:
         raise CadError.from_dict(failed[0])
@@ -141,14 +141,14 @@ def _batches(data: SegmentationData, size: int, failures: Failures) -> Iterator[
     places = range(len(data))
     for _, pair in each(places, data.__getitem__, failures, name=data.names.__getitem__):
         if waiting and (len(waiting) == size or waiting[0][0].shape != pair[0].shape):
-            yield _stacked(waiting)
+            yield _stack(waiting)
             waiting = []
         waiting.append(pair)
     if waiting:
-        yield _stacked(waiting)
+        yield _stack(waiting)
 
 
-def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _stack(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     images, labels = zip(*pairs, strict=True)
     return torch.stack(images), torch.stack(labels)
 
@@ -159,7 +159,7 @@ def _times(settings: Sequence[Setting], image: Tensor, labels: Tensor, rounds: i
         str(position): lambda setting=setting: setting(image, labels)  # type: ignore[misc]
         for position, setting in enumerate(settings)
     }
-    return interleaved(sides, rounds)
+    return interleave(sides, rounds)
 
 
 def _row(setting: Setting, tally: Tally, time: Timing | None, classes: tuple[str, ...]) -> EvaluationRow:
