@@ -1,6 +1,6 @@
 """What is checked: networks that the libraries have by name, and those of a corpus.
 
-A corpus is a folder of Python files, or one file, in which `network` declares the classes and functions that build them:
+A corpus is a folder of Python files, or one file, in which `network` declares what builds them:
 
     @network("transposed", "pads")
     class UNet(nn.Module):
@@ -43,6 +43,7 @@ class Subject:
         about: the same in words.
         call: from an image batch to what the network is called with, as `adaptify(example_input=)` takes it: a tensor,
             a tuple of arguments or a dictionary of keywords; None: the image alone.
+        size: of the image it is converted on; None: of the built-in one.
     """
 
     name: str
@@ -51,7 +52,15 @@ class Subject:
     idioms: tuple[str, ...] = ()
     about: str = ""
     call: Call | None = None
+    size: tuple[int, int] | None = None
 
+    def arguments(self, image: Tensor) -> Any:
+        """What the network is called with for an image batch."""
+        return image if self.call is None else self.call(image)
+
+
+# Small, odd and not square; networks that do not take it are converted on the built-in images.
+ZOO_SIZE = (65, 97)
 
 _declared: dict[str, dict[str, Subject]] = {}  # by module
 
@@ -86,7 +95,7 @@ def subject(name: str, corpus: Path | None = None) -> Subject:
         FileError: the corpus cannot be read.
     """
     if corpus is None:
-        return Subject(name, family_of(name), partial(build_model, name, "none"))
+        return Subject(name, family_of(name), partial(build_model, name, "none"), size=ZOO_SIZE)
     family = name.partition(":")[0]
     for file in _files(corpus):
         if file.stem == family:

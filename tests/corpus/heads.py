@@ -277,7 +277,7 @@ class FastDepthLike(nn.Module):
             setattr(
                 self, f"decode_conv{i}", nn.Sequential(nn.Conv2d(a, a, 5, padding=2, groups=a), conv(a, b, 1))
             )
-        self.last = conv(8, 1, 1)
+        self.last = nn.Conv2d(8, 1, 1)
 
     def forward(self, x):
         skips = []

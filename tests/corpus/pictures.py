@@ -155,12 +155,7 @@ class MultiScaleRestoration(nn.Module):
         return outputs
 
 
-def stacked(x: Tensor) -> Tensor:
-    """Two images on top of each other."""
-    return torch.cat([x, x.flip(3)], 1)
-
-
-@network("transposed", "inputs", "outputs", "pads", call=stacked)
+@network("transposed", "outputs", "pads")
 class FlowPair(nn.Module):
     """Flow from two images as six channels (as FlowNetS): kernels 7, 5, 3; flows of three scales."""
 

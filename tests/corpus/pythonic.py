@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 class ChecksItsInput(nn.Module):
     """Asserts, messages and exceptions about the shape of the image."""
 
-    def __init__(self) -> None:
+    def __init__(self, verbose: bool = False) -> None:
         super().__init__()
+        self.verbose = verbose
         self.encoder, self.head = Encoder(), nn.Conv2d(64, 3, 1)
 
     def forward(self, x):
@@ -32,6 +33,8 @@ class ChecksItsInput(nn.Module):
         if x.size(2) < 32 or x.size(3) < 32:
             raise ValueError(f"too small: {tuple(x.shape)}")
         logger.debug("image of %s", x.shape)
+        if self.verbose:
+            print("features", x.shape)
         y = self.head(self.encoder(x)[-1])
         logger.debug(f"scores of {y.size(2)}x{y.size(3)}")
         return F.interpolate(y, size=x.shape[2:], mode="bilinear")
