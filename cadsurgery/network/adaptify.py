@@ -18,7 +18,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.decide import make_plan
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
@@ -144,13 +144,14 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
             )
     try:
         return "", _read(model, example_input)
-    except CannotFollow as refusal:
+    except (CannotFollow, OtherFunction) as refusal:
         for name in BACKBONE_NAMES:
             part = getattr(model, name, None)
             if isinstance(part, nn.Module):
-                with contextlib.suppress(CannotFollow):
+                with contextlib.suppress(CannotFollow, OtherFunction):
                     return name, _read(part, example_input)
-        raise refusal
+        parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
+        raise CannotConvert(refusal.what, **parts) from refusal
 
 
 def _read(model: nn.Module, example: Tensor | None) -> Facts:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.lattice import Geometry, Lattice, describe
 from cadsurgery.masks.context import first_pass
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
-from cadsurgery.support.errors import CadError
+from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, halves, pack_graph, unpack_graph
@@ -53,6 +53,7 @@ class Program:
     watched: tuple[Watched, ...] = ()
     is_fused: bool = False
     net: Any = None
+    _constants: dict[str, Any] = field(init=False, repr=False)
     _run: Any = field(init=False, repr=False)
     _run_unchanged: Any = field(init=False, repr=False)
     _watch: Watch = field(init=False, repr=False)
@@ -60,7 +61,9 @@ class Program:
     def __post_init__(self) -> None:
         # At once: a compiler that follows a call could not make them.
         run_unchanged = runnable(self.unchanged) if self.unchanged is not None else None
-        self.__dict__.update(_run=runnable(self.graph), _run_unchanged=run_unchanged)
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        constants = {str(node.target): node.args[0] for node in inputs if node.args and not node.users}
+        self.__dict__.update(_run=runnable(self.graph), _run_unchanged=run_unchanged, _constants=constants)
 
     def on(self, net: Any) -> Program:
         """The same program on the modules of another network; the code of its graphs is shared."""
@@ -181,6 +184,14 @@ class Program:
             InvalidInput: the image is none, or does not fit the network.
         """
         arguments = self.bind(*args, **kwargs)
+        for name, constant in self._constants.items():
+            value = arguments.get(name, constant)
+            if value is not constant and not (type(value) is type(constant) and value == constant):
+                raise InvalidInput(
+                    f"{name}={describe(value)} is not what the network was converted with.",
+                    why=f"Python decides by it; the graph is that of {name}={constant!r:.60}.",
+                    next=f"leave {name} out, or make it an attribute of the network and convert that.",
+                )
         image: Any = next(iter(arguments.values()), None)
         self.check(image)
         if torch.compiler.is_compiling():
