@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -36,7 +36,7 @@ class Program:
         plan: the decisions it carries out.
         geometry: how lattices are built and read.
         signature: of the original's forward.
-        container: type of the output if it is a kind of dictionary.
+        container: type of the output if it is a kind of dictionary, or a dataclass.
         unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
             a network whose discrete decisions (detections) must not depend on rounding.
         watched: modules that stand for what was rewritten.
@@ -48,7 +48,7 @@ class Program:
     plan: Plan
     geometry: Geometry
     signature: inspect.Signature
-    container: type[dict[str, Any]] = dict
+    container: type = dict
     unchanged: fx.Graph | None = None
     watched: tuple[Watched, ...] = ()
     is_fused: bool = False
@@ -107,7 +107,9 @@ class Program:
 
     def contain(self, output: Any) -> Any:
         """The output of a graph in the original's type."""
-        return self.container(output) if isinstance(output, dict) else output
+        if not isinstance(output, dict):
+            return output
+        return self.container(**output) if is_dataclass(self.container) else self.container(output)
 
     def masking(self, provider: MaskProvider) -> Masking:
         """How a mask is asked for its lattices."""
