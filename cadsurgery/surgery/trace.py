@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from traceback import walk_tb
 from typing import Any
 from unittest import mock
@@ -133,6 +134,7 @@ def trace(
             next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
         ) from error
+    _open_dataclass(graph)
     _make_in_place_explicit(model, graph)
     _follow_training_flag(graph)
     return graph
@@ -151,6 +153,16 @@ def _place_of(error: BaseException) -> str:
     """The innermost line of the user's that an error comes from."""
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     return next((place for frame in reversed(frames) if (place := line_of(frame))), "")
+
+
+def _open_dataclass(graph: fx.Graph) -> None:
+    """An output that is a dataclass becomes a dictionary of its fields, of which who runs it makes one."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    made = output.args[0]
+    if isinstance(made, fx.Node) and isinstance(made.target, type) and is_dataclass(made.target):
+        names = [one.name for one in fields(made.target) if one.init]
+        output.update_arg(0, {**dict(zip(names, made.args, strict=False)), **made.kwargs})
+        graph.erase_node(made)
 
 
 def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
