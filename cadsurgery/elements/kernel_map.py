@@ -11,7 +11,7 @@ tap t. So an element reads the taps of its own phase alone, those with t = o + p
 
     a(e) + (S / f) (p - t)                                                                     (**)
 
-which are samples i on the network's own grid, and the same distances from any other element (as if the image were shifted).
+which are samples i on the network's own grid, and as far from any other element: as if the image were shifted.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ def conv2d(
     """Convolution evaluated at the elements of the lattice after `stage`.
 
     out(e) = sum_t w[t] X(a(e) + S (d t - p)): dilated for cells that are kept, strided for cells that are
-    downsampled here (Hesse et al. 2023, Fig. 8c). A window that makes the map finer is a transposed convolution, onto the
-    lattice of an earlier stage: out(e) = sum_t w[t] X(a(e) + (S / f) (p - t)) over the taps of the element's own phase.
+    downsampled here (Hesse et al. 2023, Fig. 8c). A window that makes the map finer is a transposed
+    convolution, onto the lattice of an earlier stage: out(e) = sum_t w[t] X(a(e) + (S / f) (p - t)) over the taps of
+    the element's own phase.
 
     Args:
         x: elements (N, C).

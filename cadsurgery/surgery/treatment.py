@@ -54,8 +54,8 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call on rows: the nodes of maps among its arguments stand for their rows. As an argument of a treatment, a call on
-    parameters.
+    """A call on rows: the nodes of maps among its arguments stand for their rows. As an argument of a treatment, a call
+    on parameters.
 
     Attributes:
         target: a function, or the name of a method; None returns the first argument as it is.
