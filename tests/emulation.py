@@ -60,7 +60,8 @@ def read(dense: Tensor, side: Tensor, fill: str, guide: Tensor | None = None) ->
     corners = [(top, left), (top, right), (bottom, left), (bottom, right)]
     shares = [v * h for v in (1 - down, down) for h in (1 - across, across)]
     if fill == "guided" and guide is not None:
-        guide = guide[:, :, :height, :width]
+        guide = guide[:, :, y[0, :, 0].clamp(max=guide.shape[2] - 1)]
+        guide = guide[:, :, :, x[0, 0].clamp(max=guide.shape[3] - 1)]  # beyond the image its border goes on
         at_anchor = fill_cells(guide, side)
         apart = [(pick(at_anchor, *corner) - guide).square().mean(1, keepdim=True) for corner in corners]
         typical = sum(share * far for share, far in zip(shares, apart, strict=True))
