@@ -22,7 +22,7 @@ from torchvision.models import resnet50
 import cadsurgery as cs
 from cadsurgery.masks.masking import Masking
 from cadsurgery.support.provenance import setting
-from cadsurgery.support.timing import interleave
+from cadsurgery.support.timing import interleaved
 
 
 def backbone() -> nn.Module:
@@ -58,7 +58,7 @@ def main() -> None:
         sides[f"static {fill}"] = lambda net=net, static=static: net.run(static, x)
         fast = torch.compile(net, mode=options.mode, fullgraph=True)
         sides[f"compiled {fill}"] = lambda fast=fast: fast(x)
-    best = {name: time.best for name, time in interleave(sides, options.rounds, warmup=3).items()}
+    best = {name: time.best for name, time in interleaved(sides, options.rounds, warmup=3).items()}
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))
         return

@@ -20,7 +20,7 @@ from torchvision.models import resnet50
 
 import cadsurgery as cs
 from cadsurgery.support.provenance import setting
-from cadsurgery.support.timing import interleave
+from cadsurgery.support.timing import interleaved
 
 BLOCK = 4  # fine pixels of a patch: R_K of the stages 8 -> 16 -> 32
 
@@ -67,7 +67,7 @@ def main() -> None:
         for fraction in options.fractions:
             levels = block_levels(size, fraction)
             sides[f"adaptive {fraction:.2f} {fill}"] = lambda net=net, levels=levels: net(x, mask=levels)
-    best = {name: time.best for name, time in interleave(sides, options.rounds).items()}
+    best = {name: time.best for name, time in interleaved(sides, options.rounds).items()}
     twin = best["dense OS 8"]
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))

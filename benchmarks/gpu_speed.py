@@ -32,7 +32,7 @@ from cadsurgery.elements.backends import gpu
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.support.provenance import setting
-from cadsurgery.support.timing import interleave
+from cadsurgery.support.timing import interleaved
 
 BLOCK = 4  # fine pixels of a patch: R_K of the stages 8 -> 16 -> 32
 FRACTION = 0.34
@@ -98,7 +98,7 @@ def measure_kernel(channels: int, count: int, rounds: int) -> list[dict[str, Any
             torch.testing.assert_close(found, dense, rtol=2e-2, atol=2e-2)
         run = lambda rows=rows, table=table: gpu.gather_conv(rows, weight, table)  # noqa: E731
         sides[name], outputs[name] = captured(run, REPEATS)[0], len(table)
-    best = interleave(sides, rounds)
+    best = interleaved(sides, rounds)
     rates = {
         name: REPEATS * outputs[name] * 9 * channels**2 / (time / 1e3) / 1e12 for name, time in best.items()
     }
@@ -146,7 +146,7 @@ def measure_networks(batch: int, size: tuple[int, int], rounds: int) -> list[dic
         "adaptive, lattice kept": lambda: net.program(lambda *_: lattice, net.program.bind(x)),
     }
     sides = {name: captured(run) for name, run in runs.items()}
-    best = interleave({name: run for name, (run, _) in sides.items()}, rounds)
+    best = interleaved({name: run for name, (run, _) in sides.items()}, rounds)
     return [
         {
             "batch": batch,

@@ -18,7 +18,7 @@ from torchvision.models import resnet50
 
 import cadsurgery as cs
 from cadsurgery.support.provenance import setting
-from cadsurgery.support.timing import interleave
+from cadsurgery.support.timing import interleaved
 
 
 def backbone(*dilated: bool) -> nn.Module:
@@ -56,7 +56,7 @@ def main() -> None:
         net = cs.adaptify(low, mask, output_stride=(8, 32), fill=fill, verify_laws=False).train()
         sides[f"adaptive {options.fraction:g} {fill}"] = lambda net=net: step(net, x)
         sides[f"everything high {fill}"] = lambda net=net: step(net, x, mask="all")
-    best = {name: time.best for name, time in interleave(sides, options.rounds).items()}
+    best = {name: time.best for name, time in interleaved(sides, options.rounds).items()}
     if options.json:
         print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": best}))
         return

@@ -540,11 +540,11 @@ class NetworkEmulator(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.cat:
-            return self._join(lambda *parts: torch.cat(parts, 1), *args[0])
+            return self._joined(lambda *parts: torch.cat(parts, 1), *args[0])
         if target is F.adaptive_avg_pool2d:
             return self._mean(args[0])
         if target in (operator.add, operator.mul, torch.add, torch.mul, operator.iadd):
-            return self._join(target, *args)
+            return self._joined(target, *args)
         if target in (F.relu, torch.relu) and isinstance(args[0], Feature):
             return replace(args[0], data=F.relu(args[0].data))
         return super().call_function(target, args, kwargs)

@@ -766,7 +766,7 @@ class Resized(nn.Module):
         return self.up(y)
 
     def forward(self, maps: list[Tensor], image: Tensor) -> Any:
-        y = self.resize(self.head(maps[-1]), image)
+        y = self.resized(self.head(maps[-1]), image)
         return {"none": lambda y: y, "sigmoid": torch.sigmoid, "softmax": lambda y: F.softmax(y, 1)}[
             self.after
         ](y)
@@ -780,8 +780,8 @@ class TwoResized(Resized):
         self.aux = nn.Conv2d(widths[-2], 4, 1)
 
     def forward(self, maps: list[Tensor], image: Tensor) -> Any:
-        result = {"out": self.resize(self.head(maps[-1]), image)}
-        result["aux"] = self.resize(self.aux(maps[-2]), image)
+        result = {"out": self.resized(self.head(maps[-1]), image)}
+        result["aux"] = self.resized(self.aux(maps[-2]), image)
         return result
 
 

@@ -23,7 +23,7 @@ from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.elements.backends import costs
 from cadsurgery.support import memory, provenance
 from cadsurgery.support.files import append_lines
-from cadsurgery.support.timing import Timing, interleave
+from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks import bench as module
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
@@ -110,7 +110,7 @@ def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyP
         assert rounds == 3
         return {key: Timing(1.0 + position, 2.0 + position) for position, key in enumerate(sides)}
 
-    monkeypatch.setattr(module, "interleave", counted)
+    monkeypatch.setattr(module, "interleaved", counted)
     (network,) = bench(trunk(), fractions=FRACTIONS, size=SIZE, rounds=3).networks
     assert seen == [["dense high", "dense low", "nearest 1.0", "nearest 0.5", "nearest 0.0"]]
     assert [row.milliseconds for row in network.rows] == [3.0, 4.0, 5.0]
@@ -177,7 +177,7 @@ def test_a_verdict_says_whether_the_law_holds_and_where_it_is_worst() -> None:
 
 def test_timing_tells_the_best_and_the_median_round() -> None:
     calls: list[str] = []
-    found = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    found = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
     assert calls == ["a", "b"] * 4
     assert found.keys() == {"a", "b"} and all(0 <= time.best <= time.median for time in found.values())
 
@@ -292,7 +292,7 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
             raise KeyboardInterrupt
         return dict.fromkeys(sides, Timing(1.0, 1.0))
 
-    monkeypatch.setattr(module, "interleave", counted)
+    monkeypatch.setattr(module, "interleaved", counted)
     with pytest.raises(KeyboardInterrupt):
         bench([trunk(), trunk()], fractions=[0.5], size=SIZE, output=tmp_path / "rows.jsonl")
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1

@@ -608,7 +608,7 @@ def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_s
     def slow(sides: dict[str, Any], rounds: int) -> dict[str, Timing]:
         return {key: Timing(8.0 if "dense" in key else 9.0, 9.0) for key in sides}
 
-    monkeypatch.setattr(bench, "interleave", slow)
+    monkeypatch.setattr(bench, "interleaved", slow)
     arguments = options("--model", "usernets:segmenter", "--fractions", "0.5,0")
     files = ("--picture", "b.png", "--output", "rows.jsonl")
     result = run("bench", *arguments, *files, "--fill", "both", "--json")

@@ -21,7 +21,7 @@ from cadsurgery.tasks.zoo_check import (
     check_networks,
     outlook,
     read_rows,
-    recorded_rows,
+    recorded,
     settle,
 )
 
@@ -193,11 +193,11 @@ def test_what_is_not_finite_is_never_within_a_tolerance(value: float) -> None:
 
 
 def rows(kind: str) -> list[dict[str, Any]]:
-    return [row for row in recorded_rows().values() if row.get("kind") == kind]
+    return [row for row in recorded().values() if row.get("kind") == kind]
 
 
 def test_no_network_of_the_recorded_run_breaks_a_law() -> None:
-    found = recorded_rows()
+    found = recorded()
     assert len(found) > 800
     assert [row["model"] for row in found.values() if row["result"] == "broken"] == []
     for row in found.values():
@@ -216,7 +216,7 @@ def test_nearly_all_convolutional_networks_convert() -> None:
 
 
 def test_every_refusal_of_the_recorded_run_has_reason_place_and_next_step() -> None:
-    for row in recorded_rows().values():
+    for row in recorded().values():
         if row["result"] == "refused":
             assert row["what"] and row["why"] and row["next"], row["model"]
         if row["result"] == "not checked":
@@ -234,7 +234,7 @@ def test_the_readme_says_what_the_run_found() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("shufflenet_v2_x0_5", marks=pytest.mark.slow)])
 def test_the_recorded_rows_are_what_a_check_finds(name: str) -> None:
-    ours, theirs = check_network(name), recorded_rows()[name]
+    ours, theirs = check_network(name), recorded()[name]
     same = ("result", "kind", "output_stride", "strides", "identity_level", "share_in_region", "dense")
     assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
 

@@ -27,7 +27,7 @@ from cadsurgery.tasks.keypoints import (
     read_features,
     write_features,
 )
-from cadsurgery.tasks.keypoints.matching import warp
+from cadsurgery.tasks.keypoints.matching import warped
 
 NETWORKS = '''
 """Networks of a user."""
@@ -95,7 +95,7 @@ def moved(image: Tensor, homography: Tensor) -> Tensor:
     """The image whose pixel H p is the pixel p of the given one."""
     _, height, width = image.shape
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    source = warp(torch.stack((x, y), -1).reshape(-1, 2), torch.linalg.inv(homography))
+    source = warped(torch.stack((x, y), -1).reshape(-1, 2), torch.linalg.inv(homography))
     grid = 2 * source / torch.tensor([width - 1, height - 1]) - 1
     return F.grid_sample(image[None].double(), grid.view(1, height, width, 2), align_corners=True)[0].float()
 

@@ -20,7 +20,7 @@ from cadsurgery.tasks.keypoints.matching import (
     match_errors,
     matching_accuracy,
     mutual_matches,
-    warp,
+    warped,
 )
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -163,7 +163,7 @@ def test_no_matches_are_an_accuracy_of_zero() -> None:
 def test_known_errors_give_the_known_accuracy(offsets: list[tuple[int, int]], seed: int) -> None:
     """K4: points moved by a homography, then each by so many pixels."""
     first, truth = spread(len(offsets), seed), homography(seed)
-    second = warp(first, truth) + torch.tensor(offsets, dtype=torch.float64)
+    second = warped(first, truth) + torch.tensor(offsets, dtype=torch.float64)
     order = torch.randperm(len(offsets))
     matches = torch.stack((order, torch.arange(len(offsets))), 1)
     errors = match_errors(first, second[order], matches, truth)
@@ -203,7 +203,7 @@ def test_points_of_any_type_have_the_same_errors(dtype: torch.dtype) -> None:
 def test_points_are_moved_as_opencv_moves_them(seed: int) -> None:
     points, truth = spread(50, seed), homography(seed)
     wanted = cv2.perspectiveTransform(points.numpy()[None], truth.numpy())[0]
-    found = warp(points, truth)
+    found = warped(points, truth)
     assert found.dtype == torch.float64 and np.allclose(found.numpy(), wanted)
 
 
@@ -211,17 +211,17 @@ def test_points_are_moved_as_opencv_moves_them(seed: int) -> None:
 @given(seed=st.integers(0, 999), other=st.integers(0, 999), scale=st.sampled_from([-3.0, 0.1, 7.0]))
 def test_moving_is_a_group_and_scale_means_nothing(seed: int, other: int, scale: float) -> None:
     points, one, two = spread(20, seed), homography(seed), homography(other)
-    assert torch.equal(warp(points, IDENTITY), points)
-    assert torch.allclose(warp(warp(points, one), two), warp(points, two @ one))
-    assert torch.allclose(warp(warp(points, one), one.inverse()), points)
-    assert torch.allclose(warp(points, scale * one), warp(points, one))
+    assert torch.equal(warped(points, IDENTITY), points)
+    assert torch.allclose(warped(warped(points, one), two), warped(points, two @ one))
+    assert torch.allclose(warped(warped(points, one), one.inverse()), points)
+    assert torch.allclose(warped(points, scale * one), warped(points, one))
 
 
 def test_what_is_moved_to_infinity_is_never_right() -> None:
     """The line x = 4 goes to infinity."""
     truth = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-0.25, 0, 1]], dtype=torch.float64)
     points = torch.tensor([[4.0, 2.0], [0.0, 0.0], [4.0, 0.0]])
-    found = warp(points, truth)
+    found = warped(points, truth)
     assert not found[0].isfinite().any() and found[1].tolist() == [0.0, 0.0]
     errors = match_errors(points, points, each(3), truth)
     assert matching_accuracy(errors, [1e9]) == [pytest.approx(1 / 3)]
@@ -237,14 +237,14 @@ def test_an_infinite_error_is_infinite() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_exact_matches_give_the_homography(seed: int) -> None:
     first, truth = spread(60, seed), homography(seed)
-    assert corner_error(first, warp(first, truth), each(60), truth, (200, 300)) < 1e-3
-    assert corner_error(first, warp(first, 5 * truth), each(60), 2 * truth, (200, 300)) < 1e-3
+    assert corner_error(first, warped(first, truth), each(60), truth, (200, 300)) < 1e-3
+    assert corner_error(first, warped(first, 5 * truth), each(60), 2 * truth, (200, 300)) < 1e-3
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_third_of_wrong_matches_does_not_matter(seed: int) -> None:
     first, truth = spread(90, seed), homography(seed)
-    second = warp(first, truth)
+    second = warped(first, truth)
     second[:30] = spread(30, seed + 50)
     assert corner_error(first, second, each(90), truth, (200, 300)) < 0.1
 
@@ -266,7 +266,7 @@ def test_corners_are_those_of_the_first_image() -> None:
 
 def test_the_same_matches_give_the_same_error() -> None:
     first, truth = spread(60), homography(1)
-    second = warp(first, truth) + 3 * torch.randn(60, 2, dtype=torch.float64)
+    second = warped(first, truth) + 3 * torch.randn(60, 2, dtype=torch.float64)
     found = {corner_error(first, second, each(60), truth, (200, 300)) for _ in range(3)}
     assert len(found) == 1 and 0 < next(iter(found)) < 50
 

@@ -41,7 +41,7 @@ def list_command(
         screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
     from cadsurgery.data.networks import list_models
-    from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, recorded_rows, summary
+    from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, recorded, summary
 
     names = list_models(pattern, library)
     if check:
@@ -50,7 +50,7 @@ def list_command(
                 names, output, workers=workers, limits=Limits(seconds, memory), on_row=advance
             )
     else:
-        known = recorded_rows()
+        known = recorded()
         rows = [known.get(name, {"model": name, "result": "not checked"}) for name in names]
     if as_json:
         screen.print_json(rows)

@@ -5,6 +5,7 @@ differentiable, and treats the images of a batch apart from each other. Pointwis
 here: they act on `rows` as they are.
 """
 
+from cadsurgery.elements.borders import crop, pad
 from cadsurgery.elements.elements import (
     Elements,
     common_lattice,
@@ -47,6 +48,7 @@ __all__ = [
     "contiguous_gradient",
     "conv2d",
     "conv2d_per_image",
+    "crop",
     "drop_per_image",
     "fine_map",
     "fused_conv2d",
@@ -60,6 +62,7 @@ __all__ = [
     "native_shape",
     "norm_of_batch",
     "normalize_over_image",
+    "pad",
     "pixel_shuffle",
     "pixel_unshuffle",
     "resize",

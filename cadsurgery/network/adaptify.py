@@ -7,7 +7,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
@@ -18,13 +18,14 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.surgery.decide import make_plan
-from cadsurgery.surgery.facts import Facts, observe
+from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over
 from cadsurgery.surgery.plan import Outputs, Plan
+from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
 from cadsurgery.surgery.rules import has_rule, ruled_functions
-from cadsurgery.surgery.trace import trace
+from cadsurgery.surgery.trace import CannotFollow
 from cadsurgery.surgery.verify import verify
 
 
@@ -141,21 +142,20 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
             raise InvalidInput(
                 "example_input has no values: it is on the meta device.", next="give an image."
             )
-    path, part = "", model
     try:
-        graph = _trace(model)
-    except CannotConvert as refusal:
-        backbone = _backbone_graph(model)
-        if backbone is None:
-            raise refusal
-        path, graph = backbone
-        part = getattr(model, path)
-    return path, observe(part, graph, example_input)
+        return "", _read(model, example_input)
+    except CannotFollow as refusal:
+        for name in BACKBONE_NAMES:
+            part = getattr(model, name, None)
+            if isinstance(part, nn.Module):
+                with contextlib.suppress(CannotFollow):
+                    return name, _read(part, example_input)
+        raise refusal
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    """The graph, whose nodes are operations with rules, and modules that have to be called as a whole."""
-    return trace(model, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
+def _read(model: nn.Module, example: Tensor | None) -> Facts:
+    """Graph and facts; its nodes are operations with rules, and modules that have to be called as a whole."""
+    return read(model, example, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
 
 
 def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
@@ -164,16 +164,6 @@ def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
     inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
     operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
     return find_watched(facts.model, operations, [str(node.target) for node in used])
-
-
-def _backbone_graph(model: nn.Module) -> tuple[str, fx.Graph] | None:
-    """Name and graph of the first part that can be traced of those which libraries call a backbone."""
-    for name in BACKBONE_NAMES:
-        part = getattr(model, name, None)
-        if isinstance(part, nn.Module):
-            with contextlib.suppress(CannotConvert):
-                return name, _trace(part)
-    return None
 
 
 def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:

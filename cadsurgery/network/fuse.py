@@ -21,6 +21,7 @@ from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.treatment import has_rule
 
 # Where the fused convolutions are found in the network that runs the graph.
@@ -183,7 +184,7 @@ class Fuser:
 
     def clean(self) -> None:
         """Remove what nobody uses."""
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        drop_dead_code(self.graph)
 
     # -- reading the graph -------------------------------------------------------------------------
 

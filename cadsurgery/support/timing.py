@@ -23,7 +23,7 @@ class Timing:
     median: float
 
 
-def interleave(
+def interleaved(
     sides: Mapping[str, Callable[[], object]], rounds: int = 3, warmup: int = 1, seconds: float = float("inf")
 ) -> dict[str, Timing]:
     """Times of each side.

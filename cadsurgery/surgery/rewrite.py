@@ -16,6 +16,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Treatment
@@ -74,7 +75,7 @@ class Rewriter:
             made = self.elements.get(node) or self.dense[node]
             made.meta.setdefault(ORIGIN, node.name)  # padding yields the value it was given
             self.working.get(node, made).meta[WORK] = (node.name, decision.path)
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        drop_dead_code(self.graph)
         self.graph.lint()
         return self.graph
 
@@ -322,7 +323,7 @@ def halves(graph: fx.Graph) -> Halves:
     copies |= {node: after.placeholder(node.name) for node in needed}
     for node in (*(node for node in nodes[:asked] if node in again), *nodes[asked:]):
         copies[node] = after.node_copy(node, copies.__getitem__)
-    after.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    drop_dead_code(after)
     image, features = (needed.index(value) for value in shown)
     return Halves(before, after, image, features)
 

@@ -95,6 +95,8 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     given = _pooling(node, facts)
     if given["return_indices"]:
         return barrier("its indices refer to a dense map")
+    if _covers_image(given, node, facts):
+        return Treatment("global", "The maximum over the whole image.", call=functional.global_max)
     kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
     window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
     return _treat_window(functional.max_pool2d, window)
@@ -104,6 +106,8 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
 def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
     given = _pooling(node, facts)
+    if _covers_image(given, node, facts):
+        return Treatment("global", "The mean over the image, weighed by area.", call=functional.global_mean)
     window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
     kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
     return _treat_window(functional.avg_pool2d, window, **kept)
@@ -144,9 +148,14 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
         given = _arguments(node, "input", "pad", mode="constant", value=None)
         pads, value = given["pad"], given["value"] or 0.0
         mode = "zeros" if given["mode"] == "constant" else given["mode"]
-    if not isinstance(pads, (tuple, list)) or not all(isinstance(pad, int) for pad in pads):
-        return barrier("how much it pads is computed while the network runs")
     layout = facts.layout(node.args[0])
+    known = facts.number(pads)
+    if not isinstance(known, tuple) or not all(isinstance(pad, int) for pad in known):
+        return barrier("how much it pads is not known")
+    if not any(known) and pads == known:
+        return Treatment("pointwise", "Padding by nothing.", rows=Call(None, (node.args[0],)))
+    if pads != known or min(known) < 0:
+        return _pad_below(pads, known, layout, mode, value)
     by_axis = list(zip(pads[::2], pads[1::2], strict=True))
     padded = {axis for axis, pair in zip(layout[::-1], by_axis, strict=False) if any(pair)}
     if padded <= {"c"}:
@@ -156,6 +165,22 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     (left, right), (top, bottom) = by_axis[0], by_axis[1] if len(by_axis) > 1 else (0, 0)
     window = Window((1, 1), padding=(top, bottom, left, right), mode=mode, outside=float(value))
     return Treatment("pad", window=window)
+
+
+def _pad_below(pads: Any, known: tuple[int, ...], layout: str, mode: str, value: Any) -> Treatment:
+    """Padding that is computed while the network runs, or crops."""
+    if layout != NCHW or any(known[4:]) or mode != "zeros":
+        return barrier(
+            "it pads other axes than those of the image, or by more than a constant, as far as sizes ask"
+        )
+    if any(known[0:4:2]):
+        return barrier(f"it moves the map by {known[0]} samples to the right and {known[2:3]} down")
+    arguments = (
+        ("pads", (*pads[:4], 0, 0)[:4] if isinstance(pads, (tuple, list)) else pads),
+        ("value", float(value)),
+    )
+    why = "At the lower and right border, where it moves no anchor; how much is known in the call."
+    return Treatment("pointwise", why, call=functional.pad, arguments=arguments, spaced=True)
 
 
 def _pad_channels(
@@ -449,7 +474,7 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(operator.getitem)
 def indexing(node: fx.Node, facts: Facts) -> Treatment:
-    """One of several values, or some channels of each element."""
+    """One of several values, some channels of each element, or a crop that moves no anchor."""
     source, given = node.args
     if source not in facts.shapes:  # a part of what was split
         return Treatment("pointwise")
@@ -460,12 +485,15 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
         used = sum(part is not None for part in index) - 1
         index[at : at + 1] = [slice(None)] * (len(layout) - used)
     rows: list[Any] = [slice(None)]
-    after, dim = "", 0
+    after, dim, crops = "", 0, dict[str, Any]()
     for part in index:
         if part is None:
             rows, after = [*rows, None], after + "c"
             continue
-        if layout[dim] == "c" and isinstance(part, (int, slice)):
+        if layout[dim] in "hw" and layout == NCHW and _is_crop(part, facts):
+            crops[layout[dim]] = part
+            after += layout[dim]
+        elif layout[dim] == "c" and isinstance(part, (int, slice)):
             rows.append(part)
             after += "c" if isinstance(part, slice) else ""
         elif isinstance(part, slice) and part in (slice(None), slice(0, None), slice(None, None, 1)):
@@ -473,8 +501,22 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
         else:
             return barrier("it takes parts of the image or the batch")
         dim += 1
+    if crops:
+        if rows != [slice(None), slice(None)]:
+            return barrier("it takes parts of the image and of the channels at once")
+        parts = [crops.get(axis, slice(None)) for axis in "hw"]
+        arguments = (("starts", tuple(p.start for p in parts)), ("stops", tuple(p.stop for p in parts)))
+        return Treatment("pointwise", call=functional.crop, arguments=arguments, spaced=True)
     call = Call(operator.getitem, (source, tuple(rows)))
     return Treatment("pointwise", rows=call, layout=after + layout[dim:])
+
+
+def _is_crop(part: Any, facts: Facts) -> bool:
+    """Whether a slice takes the first rows or columns of a map, but not all for certain."""
+    if not isinstance(part, slice) or part.step not in (None, 1) or part.stop is None:
+        return False
+    start, stop = facts.number(part.start), facts.number(part.stop)
+    return start in (None, 0) and isinstance(stop, int)
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -640,13 +682,15 @@ def _factor(node: fx.Node, facts: Facts, name: str) -> int:
 def _scale(before: Sequence[int], after: Sequence[int]) -> int:
     """How many times finer a map of another size is, on an example whose sizes need not divide; 0 if it is coarser.
 
-    Sizes are rounded up at every stride, so that several factors can be meant; strides are mostly powers of two.
+    Sizes are rounded at every stride, so that several factors can be meant; strides are mostly powers of two. A map
+    that is a sample larger or smaller is of the same grid, stretched.
     """
     near = range(1, 2 * max(a // max(b, 1) for b, a in zip(before, after, strict=True)) + 2)
     fitting = [s for s in near if all(abs(a - b * s) < s for b, a in zip(before, after, strict=True))]
     exact = [s for s in fitting if all(a == b * s for b, a in zip(before, after, strict=True))]
     powers = [s for s in fitting if s & (s - 1) == 0]
-    return next(iter(exact or powers or fitting), 0)
+    stretched = min(before) > 2 and all(abs(a - b) <= 1 for b, a in zip(before, after, strict=True))
+    return next(iter(exact or powers or fitting), int(stretched))
 
 
 def _first_map(node: fx.Node, facts: Facts) -> fx.Node:
@@ -714,6 +758,14 @@ def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: A
     if isinstance(window, str):
         return barrier(window)
     return Treatment("window", call=call, arguments=tuple(arguments.items()), window=window)
+
+
+def _covers_image(given: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
+    """Whether a pooling window is computed from the size of the map, and is all of it."""
+    kernel, layout = given["kernel_size"], facts.layout(node.args[0])
+    if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(given["padding"])):
+        return False
+    return _pair(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
 
 
 def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
-from cadsurgery.support.timing import Timing, interleave
+from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
 from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import DEFAULT_SIZE, example_batch, original
@@ -176,7 +176,7 @@ def _compare(
             next="give a larger size.",
         )
     step(f"measuring {name}")
-    times = interleave(sides, rounds)
+    times = interleaved(sides, rounds)
     peaks: dict[str, float] = {}
     for key, fill in fill_of.items() if memory else ():
         step(f"measuring the memory of {name}, {key}")

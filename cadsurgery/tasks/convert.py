@@ -23,7 +23,7 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import check_folder, make_folder
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.provenance import device_with_threads, find_device
-from cadsurgery.support.timing import interleave
+from cadsurgery.support.timing import interleaved
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport, Side
 from cadsurgery.tasks.figures import class_picture
@@ -73,7 +73,7 @@ def convert(
     fast = net.optimize()
     sides["converted"] = lambda: net(batch)
     sides["optimized"] = lambda: fast(batch)
-    times = interleave(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
+    times = interleaved(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
     best = {name: time.best for name, time in times.items()}
     name = "original = dense high" if net.plan.identity_level == 0 else "original"
     rows = [Side(name, of_original, best.get("original"))]

@@ -317,7 +317,7 @@ def read_rows(path: Path) -> list[Row]:
         ) from error
 
 
-def recorded_rows() -> dict[str, Row]:
+def recorded() -> dict[str, Row]:
     """The rows of the full run that comes with the package, by name."""
     return {row["model"]: row for row in read_rows(RECORDED)} if RECORDED.exists() else {}
 

@@ -27,7 +27,7 @@ import cadsurgery as cs
 from cadsurgery.data.images import read_image
 from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.detectors import peaks
-from cadsurgery.support.timing import interleave
+from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.keypoints.matching import match_errors, matching_accuracy, mutual_matches
 from recipes.alike.network import CHANNELS, REGION, STRIDES, build, padded
 
@@ -199,7 +199,7 @@ def measure(
             sides.append(lambda net=fast, mask=provider: [net(x, mask=mask) for x in shown])  # type: ignore[misc]
     if rounds:
         say("times")
-        times = interleave({str(place): side for place, side in enumerate(sides)}, rounds)
+        times = interleaved({str(place): side for place, side in enumerate(sides)}, rounds)
         for row, time in zip(rows, times.values(), strict=True):
             row["ms"], row["ms_median"] = time.best, time.median
     return rows

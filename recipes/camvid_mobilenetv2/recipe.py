@@ -25,7 +25,7 @@ from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.masks import MaskProvider, labelled, resolve_mask
-from cadsurgery.support.timing import interleave
+from cadsurgery.support.timing import interleaved
 
 EDGES, GRADED = "edges:threshold=0.35,dilation=11", "edges:threshold=0.95/0.1,dilation=5/15"
 BUDGET = 0.13  # of the patches, at output strides 8 and 16: cost .355
@@ -177,7 +177,7 @@ def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, roun
     sides["after the region"] = lambda: [
         F.interpolate(fixed.head(left), size=(height, width), mode="bilinear") for _ in places
     ]
-    return {name: vars(time) for name, time in interleave(sides, rounds).items()}
+    return {name: vars(time) for name, time in interleaved(sides, rounds).items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

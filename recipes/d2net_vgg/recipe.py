@@ -29,7 +29,7 @@ from cadsurgery.data.images import normalise, read_image, street_scene
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks.detectors import sift
 from cadsurgery.network.macs import dense_macs
-from cadsurgery.support.timing import interleave
+from cadsurgery.support.timing import interleaved
 from recipes.d2net_vgg.network import BUILDER, POOLS, load_released
 
 COUNT = 512  # keypoints of an image at most
@@ -146,7 +146,7 @@ def measure(
             sides[f"{name} {reach}"] = lambda net=net, shown=shown, reach=reach: cs.read_at(  # type: ignore[misc]
                 net, shown, [found], reach=reach
             )
-    times = interleave(sides, rounds) if rounds else {}
+    times = interleaved(sides, rounds) if rounds else {}
     for row in rows:
         for reach in ("all", "receptive"):
             if time := times.get(f"{row['run']} {reach}"):

@@ -15,7 +15,7 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import own_device, world
-from cadsurgery.support.timing import Timing, interleave
+from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, Step, for_each, silent
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, Seen
@@ -207,7 +207,7 @@ def _extras(
             str(place): lambda e=extractor: e.features(seen)  # type: ignore[misc]
             for place, (extractor, _) in enumerate(settings)
         }
-        times = interleave(sides, rounds)
+        times = interleaved(sides, rounds)
     if matches is not None:
         step("drawing")
         other, drawn = read_image(sequence.images[1], upright=False), []

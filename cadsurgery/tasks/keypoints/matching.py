@@ -43,7 +43,7 @@ def mutual_matches(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack((own[mutual], forward[mutual]), 1)
 
 
-def warp(points: Tensor, homography: Tensor) -> Tensor:
+def warped(points: Tensor, homography: Tensor) -> Tensor:
     """Points (n, 2), x and y, moved by a homography (3, 3); those at infinity are infinite."""
     points = points.to(torch.float64)
     homography = homography.to(points)
@@ -60,7 +60,7 @@ def match_errors(first: Tensor, second: Tensor, matches: Tensor, homography: Ten
         matches: (k, 2) rows of both.
         homography: (3, 3), from the first image to the second.
     """
-    meant = warp(first[matches[:, 0]], homography)
+    meant = warped(first[matches[:, 0]], homography)
     return (meant - second[matches[:, 1]].to(meant)).norm(dim=1).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
@@ -98,5 +98,5 @@ def corner_error(
         return math.inf
     height, width = size
     corners = torch.tensor([[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]])
-    apart = warp(corners, torch.from_numpy(estimate)) - warp(corners, homography.cpu())
+    apart = warped(corners, torch.from_numpy(estimate)) - warped(corners, homography.cpu())
     return float(apart.norm(dim=1).mean().nan_to_num(nan=math.inf, posinf=math.inf))

@@ -17,7 +17,7 @@ from cadsurgery.network.macs import LayerWork
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import gather, own_device, shard, world
-from cadsurgery.support.timing import Timing, interleave
+from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import check_outputs
@@ -159,7 +159,7 @@ def _times(settings: Sequence[Setting], image: Tensor, labels: Tensor, rounds: i
         str(position): lambda setting=setting: setting(image, labels)  # type: ignore[misc]
         for position, setting in enumerate(settings)
     }
-    return interleave(sides, rounds)
+    return interleaved(sides, rounds)
 
 
 def _row(setting: Setting, tally: Tally, time: Timing | None, classes: tuple[str, ...]) -> EvaluationRow:
