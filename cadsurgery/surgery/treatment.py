@@ -35,6 +35,7 @@ class Cause(Enum):
     POSITIONS = "it joins all positions of the image"
     PADDING = "it pads a map for what is no window of the region"
     ASKED = "it is not in the region that was asked for"
+    CELLS = "it reads finer than the cells that a dilation stands for"
     END = "nothing of the region needs what it yields"
 
 
