@@ -200,6 +200,9 @@ def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | Non
     if net.hosts_part:
         return None
     counted = net.counted
+    windows = [node.kwargs.get("window") for node in counted.graph.nodes]
+    if any(isinstance(window, Window) and not window.has_equal_phases for window in windows):
+        return None
     high, low = (Counter(counted, "conv") for _ in range(2))
     lattices: list[Lattice] = []
     for counter, level in ((high, 0), (low, counted.geometry.max_level)):

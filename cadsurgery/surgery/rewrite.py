@@ -19,7 +19,7 @@ from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
-from cadsurgery.surgery.treatment import Attribute, Treatment
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
 MASKING = "masking"
@@ -123,6 +123,8 @@ class Rewriter:
 
     def argument(self, value: Any, modules: dict[str, fx.Node]) -> Any:
         """An argument of a treatment in the new graph; `modules` are those that it may read."""
+        if isinstance(value, Call):
+            return self.call(value.target, *(self.argument(part, modules) for part in value.args))
         if not isinstance(value, Attribute):
             return fx.map_arg(value, self.as_dense)
         holder, _, name = value.path.rpartition(".")
@@ -185,7 +187,7 @@ class Rewriter:
             self.elements[node] = self.emit_on_rows(node, stage, treatment)
             return
         function = treatment.call
-        if treatment.kind == "window":
+        if treatment.window is not None:
             x = self.as_elements(source)
             leading = [arguments.pop(name) for name in ("mix", "weight", "bias") if name in arguments]
             out = self.call(function, x, *leading, window=decision.window, stage=stage, **arguments)

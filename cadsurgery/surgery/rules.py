@@ -577,6 +577,67 @@ def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("resize", call=functional.pixel_shuffle, scale=factor)
 
 
+@rule(nn.ConvTranspose2d, F.conv_transpose2d, torch.conv_transpose2d)
+def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
+    """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
+    if node.op == "call_module":
+        module: Any = facts.module(node)
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+        given = {**_weights(node, module), **{name: getattr(module, name) for name in names}}
+        kernel = module.kernel_size
+        if _arguments(node, "input", output_size=None)["output_size"] is not None:
+            return barrier("the size of its output is computed while the network runs")
+    else:
+        usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+        given = _arguments(node, "input", "weight", **usual)
+        if given["weight"] not in facts.shapes or facts.layout(given["weight"]):
+            return barrier("its weight is not a tensor of known shape")
+        kernel = tuple(facts.shapes[given["weight"]][2:])
+    window = _transposed_window(
+        kernel, *(given[name] for name in ("stride", "padding", "output_padding", "dilation"))
+    )
+    if isinstance(window, str):
+        return barrier(window)
+    groups, ordinary = given["groups"], window.finer == 1
+    arguments = {
+        "weight": Call(functional.weight_by_output, (given["weight"], groups, ordinary)),
+        "bias": given["bias"],
+        "groups": groups,
+    }
+    if ordinary:
+        return _treat_window(functional.conv2d, window, **arguments)
+    return Treatment(
+        "resize",
+        call=functional.conv2d,
+        arguments=tuple(arguments.items()),
+        window=window,
+        scale=window.finer,
+    )
+
+
+def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilation: Any) -> Window | str:
+    """The window of a transposed convolution, or why there is none; of stride one it is an ordinary one."""
+    kernel, padding, more, dilation = _pair(kernel), _pair(padding), _pair(more), _pair(dilation)
+    if not all(isinstance(value, int) for value in (*kernel, *_pair(stride), *padding, *more, *dilation)):
+        return "its window is computed while the network runs"
+    (stride, other), by_axis = _pair(stride), list(zip(kernel, padding, more, dilation, strict=True))
+    if stride != other:
+        return f"stride {(stride, other)} differs between the axes"
+    if stride == 1:
+        pads = [(step * (taps - 1) - cut, extra) for taps, cut, extra, step in by_axis]
+        (top, below), (left, beside) = pads
+        window = Window(kernel, 1, dilation, (top, top + below, left, left + beside))
+        return growing(window) or window
+    if dilation != (1, 1):
+        return "a transposed convolution with stride and dilation leaves positions without taps"
+    if min(kernel) < stride:
+        return "its kernel is smaller than its stride, so that positions are left without taps"
+    if any(taps + extra - 2 * cut > stride for taps, cut, extra, _ in by_axis):
+        return f"it gives more than {stride} samples for each that it reads, which makes the map grow"
+    (top, below), (left, beside) = ((cut, cut - extra) for _, cut, extra, _ in by_axis)
+    return Window(kernel, padding=(top, below, left, beside), finer=stride)
+
+
 @rule("expand", "expand_as", of_vectors=True)
 def broadcast(node: fx.Node, facts: Facts) -> Treatment:
     """One vector per image repeated over a map is the same vector for every element."""
@@ -639,12 +700,6 @@ joins_positions(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.bad
 joins_positions(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", nn.LSTM, nn.GRU, F.grid_sample)
 joins_positions(torch.cumsum, "cumsum", torch.roll, "roll", F.unfold, "unfold", nn.Unfold)
 joins_positions(torch.fft.fft2, torch.fft.rfft2)
-
-
-@rule(nn.ConvTranspose2d, F.conv_transpose2d)
-def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
-    """Its output positions see different taps: there is no dense twin at another stride."""
-    return barrier("a transposed convolution has other taps at every output position")
 
 
 # -- helpers -------------------------------------------------------------------------------------------

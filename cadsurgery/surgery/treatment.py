@@ -35,6 +35,7 @@ class Cause(Enum):
     POSITIONS = "it joins all positions of the image"
     PADDING = "it pads a map for what is no window of the region"
     ASKED = "it is not in the region that was asked for"
+    CELLS = "it reads finer than the cells that a dilation stands for"
     END = "nothing of the region needs what it yields"
 
 
@@ -54,7 +55,8 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call on rows: the nodes of maps among its arguments stand for their rows.
+    """A call on rows: the nodes of maps among its arguments stand for their rows. As an argument of a treatment, a call
+    on parameters.
 
     Attributes:
         target: a function, or the name of a method; None returns the first argument as it is.
@@ -79,8 +81,8 @@ class Treatment:
         why: the reason, for the plan; by default the first line of the rule's docstring.
         call: the operation that does it on elements: one of `cadsurgery.functional`, or its name, or one declared by
             `@cadsurgery.operation`; without one it is done on rows.
-        arguments: its keyword arguments: constants, nodes or `Attribute`s.
-        window: kernel, stride, dilation and padding, for windows and pads.
+        arguments: its keyword arguments: constants, nodes, `Attribute`s, or `Call`s on such.
+        window: kernel, stride, dilation and padding, for windows, pads, and resizes that read a window.
         then: modules applied to the rows afterwards.
         rows: the call to make on rows, where it is not the operation's own.
         layout: axes of the result, where they are not those of the map it reads.
