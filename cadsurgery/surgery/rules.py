@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -558,6 +559,8 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
         given |= {name: getattr(facts.module(node), name) for name in usual if name != "antialias"}
     if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
         return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
+    if (stride := _whole_division(given)) is not None and not given["align_corners"]:
+        return _subsampling(given["mode"], stride)
     arguments = tuple(
         (name, given[name]) for name in usual if name != "antialias" and given[name] is not None
     )
@@ -568,6 +571,31 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment(
         "resize", call=functional.resize, arguments=arguments, scale=scale or 1, last_only=last_only
     )
+
+
+def _whole_division(given: dict[str, Any]) -> int | None:
+    """How many times coarser the result of a resize is, if its factor says so; None else."""
+    factor, other = _pair(given["scale_factor"])
+    fits = isinstance(factor, float) and factor == other and 0 < factor < 1 and (1 / factor).is_integer()
+    return (
+        round(1 / factor) if fits and given["size"] is None and not given["recompute_scale_factor"] else None
+    )
+
+
+def _subsampling(mode: str, stride: int) -> Treatment:
+    """A resize to a coarser grid: of the nearest samples, or of the means of the two in the middle."""
+    if mode == "nearest":
+        rest = (
+            1 - stride
+        )  # samples that are left over at the lower and right border are no sample of their own
+        window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
+        why = "It takes every so many-th sample, as a stride does."
+    elif mode == "bilinear" and stride == 2:
+        window, why = _window(2, 2, 0, 1), "Half way between two samples in both axes: the mean of four."
+    else:
+        return barrier(f"it resizes the map to a {stride}-th in mode {mode!r}")
+    treatment = _treat_window(functional.max_pool2d if mode == "nearest" else functional.avg_pool2d, window)
+    return replace(treatment, why=why)
 
 
 @rule(nn.PixelShuffle, F.pixel_shuffle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from corpus_blocks import Encoder, Residual, conv, twice
-from torch import Tensor, nn
+from torch import nn
 
 from cadsurgery.tasks.corpus import network
 
