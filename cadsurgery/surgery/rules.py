@@ -347,15 +347,25 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 @rule(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow, torch.erf)
 @rule("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow")
 @rule("clamp", "clamp_", "clamp_min", "clip", "contiguous", "clone", "detach", "float", "half", "double")
-@rule(
-    "type_as", "to", "type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin
-)
+@rule("type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin)
 @rule("timm.layers.activations_me:SwishMe", "timm.layers.activations_me:MishMe")
 @rule("timm.layers.activations_me:HardSigmoidMe", "timm.layers.activations_me:HardSwishMe")
 @rule("timm.layers.activations_me:HardMishMe")
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise")
+
+
+@rule("to", "type_as")
+def conversion(node: fx.Node, facts: Facts) -> Treatment:
+    """Another type or device for each value."""
+    return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
+    """Takes the type and device of a map, and none of its values."""
+    return Treatment("shape")
 
 
 @rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
