@@ -230,7 +230,7 @@ def test_an_argument_that_was_none_stays_none() -> None:
     model, x = randomise(Guided()).eval(), images(1, 64, 64)
     net = cs.adaptify(model, "none")
     assert_same(net(x, None, 2.0), model(x, gain=2.0), EXACT)
-    with pytest.raises(cs.InvalidInput, match="guide=a .* is not what the network was converted with"):
+    with pytest.raises(cs.InvalidInput, match=r"guide=a .* is not what the network was converted with"):
         net(x, guide=x)
 
 
