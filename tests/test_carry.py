@@ -212,12 +212,26 @@ def test_decisions_by_values_are_refused_with_their_line(
     assert "values of the image" in message and f"{network.__name__}.forward: return self.rest(x)" in message
 
 
-def test_an_argument_with_a_default_is_a_constant() -> None:
-    """Python decides by it, so that another value would need another graph."""
+def test_arguments_that_python_decides_by_are_guarded() -> None:
     net = cs.adaptify(IntegerSizes().eval(), "none")
     net(images(1, 64, 64), only_encode=False)
-    with pytest.raises(cs.InvalidInput, match="only_encode"):
+    with pytest.raises(cs.InvalidInput, match="if only_encode:"):
         net(images(1, 64, 64), only_encode=True)
+
+
+class Guided(IfSizesDiffer):
+    def forward(self, x: Tensor, guide: Tensor | None = None, gain: float = 1.0) -> Tensor:
+        x = super().forward(gain * x)
+        return x if guide is None else x + guide
+
+
+def test_an_argument_that_was_none_stays_none() -> None:
+    """Whether something is None is the one question that no symbol hears. Numbers stay arguments."""
+    model, x = randomise(Guided()).eval(), images(1, 64, 64)
+    net = cs.adaptify(model, "none")
+    assert_same(net(x, None, 2.0), model(x, gain=2.0), EXACT)
+    with pytest.raises(cs.InvalidInput, match=r"guide=a .* is not what the network was converted with"):
+        net(x, guide=x)
 
 
 def test_what_moves_a_map_ends_the_region_or_is_refused() -> None:

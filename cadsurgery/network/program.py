@@ -53,7 +53,7 @@ class Program:
     watched: tuple[Watched, ...] = ()
     is_fused: bool = False
     net: Any = None
-    _constants: dict[str, Any] = field(init=False, repr=False)
+    _absent: tuple[str, ...] = field(init=False, repr=False)
     _run: Any = field(init=False, repr=False)
     _run_unchanged: Any = field(init=False, repr=False)
     _watch: Watch = field(init=False, repr=False)
@@ -62,8 +62,8 @@ class Program:
         # At once: a compiler that follows a call could not make them.
         run_unchanged = runnable(self.unchanged) if self.unchanged is not None else None
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        constants = {str(node.target): node.args[0] for node in inputs if node.args and not node.users}
-        self.__dict__.update(_run=runnable(self.graph), _run_unchanged=run_unchanged, _constants=constants)
+        absent = tuple(str(node.target) for node in inputs if node.args == (None,) and not node.users)
+        self.__dict__.update(_run=runnable(self.graph), _run_unchanged=run_unchanged, _absent=absent)
 
     def on(self, net: Any) -> Program:
         """The same program on the modules of another network; the code of its graphs is shared."""
@@ -186,13 +186,12 @@ class Program:
             InvalidInput: the image is none, or does not fit the network.
         """
         arguments = self.bind(*args, **kwargs)
-        for name, constant in self._constants.items():
-            value = arguments.get(name, constant)
-            if value is not constant and not (type(value) is type(constant) and value == constant):
+        for name in self._absent:
+            if arguments.get(name) is not None:
                 raise InvalidInput(
-                    f"{name}={describe(value)} is not what the network was converted with.",
-                    why=f"Python decides by it; the graph is that of {name}={constant!r:.60}.",
-                    next=f"leave {name} out, or make it an attribute of the network and convert that.",
+                    f"{name}={describe(arguments[name])} is not what the network was converted with.",
+                    why="Python asks whether it is None; the graph is that of None.",
+                    next=f"leave {name} out, or convert with it: example_input= takes the arguments of a call.",
                 )
         image: Any = next(iter(arguments.values()), None)
         self.check(image)

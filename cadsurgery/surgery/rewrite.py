@@ -28,6 +28,9 @@ MASKING = "masking"
 ORIGIN, WORK = "origin", "work"
 
 
+_SIZES = ("size", "dim", "ndimension", "numel", getattr)  # questions that elements answer for the map
+
+
 @dataclass
 class Rewriter:
     """Copies a graph node by node, replacing those of the region.
@@ -141,8 +144,12 @@ class Rewriter:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             source = None
-        if treatment.kind == "shape" and source in self.elements:
+        if treatment.kind == "shape" and source in self.elements and node.target in _SIZES:
             self.dense[node] = self.shape_of(node, source)
+            return
+        if treatment.kind == "shape" and any(part in self.elements for part in node.all_input_nodes):
+            # What wants to know of a map of which type it is, and where.
+            self.dense[node] = self.graph.node_copy(node, self.as_rows)
             return
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source
@@ -156,6 +163,12 @@ class Rewriter:
             self.working[node] = self.dense[node]
             self.dense[node] = self.call(functional.contiguous_gradient, self.dense[node])
 
+    def as_rows(self, node: fx.Node) -> fx.Node:
+        """The value as rows where it is elements, else as it is."""
+        return (
+            self.call(getattr, self.elements[node], "rows") if node in self.elements else self.as_dense(node)
+        )
+
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """A size, dtype or device query on elements."""
         elements = self.elements[source]
@@ -164,8 +177,9 @@ class Rewriter:
         decision = self.plan[source.name]
         options = () if decision.layout == NCHW else (decision.layout,)
         size = self.call(functional.native_shape, elements, decision.grid, *options)
-        if node.target == "size" and len(node.args) > 1:
-            return self.call(operator.getitem, size, node.args[1])
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        if node.target == "size" and axis is not None:
+            return self.call(operator.getitem, size, axis)
         if node.target == "dim" or node.args[1:] == ("ndim",):
             return self.call(len, size)
         return size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -346,15 +347,25 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 @rule(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow, torch.erf)
 @rule("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow")
 @rule("clamp", "clamp_", "clamp_min", "clip", "contiguous", "clone", "detach", "float", "half", "double")
-@rule(
-    "type_as", "to", "type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin
-)
+@rule("type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin)
 @rule("timm.layers.activations_me:SwishMe", "timm.layers.activations_me:MishMe")
 @rule("timm.layers.activations_me:HardSigmoidMe", "timm.layers.activations_me:HardSwishMe")
 @rule("timm.layers.activations_me:HardMishMe")
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise")
+
+
+@rule("to", "type_as")
+def conversion(node: fx.Node, facts: Facts) -> Treatment:
+    """Another type or device for each value."""
+    return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
+    """Takes the type and device of a map, and none of its values."""
+    return Treatment("shape")
 
 
 @rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
@@ -558,6 +569,8 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
         given |= {name: getattr(facts.module(node), name) for name in usual if name != "antialias"}
     if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
         return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
+    if (stride := _whole_division(given)) is not None and not given["align_corners"]:
+        return _subsampling(given["mode"], stride)
     arguments = tuple(
         (name, given[name]) for name in usual if name != "antialias" and given[name] is not None
     )
@@ -568,6 +581,31 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment(
         "resize", call=functional.resize, arguments=arguments, scale=scale or 1, last_only=last_only
     )
+
+
+def _whole_division(given: dict[str, Any]) -> int | None:
+    """How many times coarser the result of a resize is, if its factor says so; None else."""
+    factor, other = _pair(given["scale_factor"])
+    fits = isinstance(factor, float) and factor == other and 0 < factor < 1 and (1 / factor).is_integer()
+    return (
+        round(1 / factor) if fits and given["size"] is None and not given["recompute_scale_factor"] else None
+    )
+
+
+def _subsampling(mode: str, stride: int) -> Treatment:
+    """A resize to a coarser grid: of the nearest samples, or of the means of the two in the middle."""
+    if mode == "nearest":
+        rest = (
+            1 - stride
+        )  # samples that are left over at the lower and right border are no sample of their own
+        window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
+        why = "It takes every so many-th sample, as a stride does."
+    elif mode == "bilinear" and stride == 2:
+        window, why = _window(2, 2, 0, 1), "Half way between two samples in both axes: the mean of four."
+    else:
+        return barrier(f"it resizes the map to a {stride}-th in mode {mode!r}")
+    treatment = _treat_window(functional.max_pool2d if mode == "nearest" else functional.avg_pool2d, window)
+    return replace(treatment, why=why)
 
 
 @rule(nn.PixelShuffle, F.pixel_shuffle)

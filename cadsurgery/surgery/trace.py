@@ -44,7 +44,7 @@ class Tracer(fx.Tracer):
         self.proxy_buffer_attributes = names_buffers
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """Arguments that have a default and are no tensors are constants: Python decides by them."""
+        """An argument that is None by default is so here: Python asks `is None`, of which no graph knows."""
         function, values = super().create_args_for_root(*args, **kwargs)
         return function, [_constant(value) for value in values]
 
@@ -64,10 +64,8 @@ class Tracer(fx.Tracer):
 
 
 def _constant(value: Any) -> Any:
-    """The default of an input, or the input itself if it has none."""
-    node = value.node if isinstance(value, fx.Proxy) else None
-    is_constant = node is not None and node.args and not isinstance(node.args[0], torch.Tensor)
-    return node.args[0] if node is not None and is_constant else value
+    """None for an input whose default it is, else the input itself."""
+    return None if isinstance(value, fx.Proxy) and value.node.args == (None,) else value
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:

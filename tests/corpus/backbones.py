@@ -1,4 +1,4 @@
-"""How backbones are written and wrapped: features by index, name, hook; checkpoints, same padding, own activations."""
+"""How backbones are written and wrapped: features by index, name or hook, checkpoints, own activations."""
 
 from __future__ import annotations
 
