@@ -142,7 +142,7 @@ def _choose_strides(
     # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts, and
     # where a branch that stays finer has nearly all the work, that of the branch.
     work = {high: _work(flow, region) for high, region in regions.items()}
-    finer = any(_comes_back(node, flow) and grid < usual for node, grid in flow.grid.items())
+    finer = any(_comes_back(node, flow) and grid <= usual for node, grid in flow.grid.items())
     if not (finer and 4 * work[usual] < max(work.values())):
         near = (high for high, region in regions.items() if high == usual or region.strides[-1] <= 4 * high)
         work = {high: work[high] for high in near}

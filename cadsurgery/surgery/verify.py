@@ -180,7 +180,8 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
         if isinstance(source, (list, tuple)):
             return [read(*pair) for pair in zip(value, source, strict=True)]
         if isinstance(source, dict):
-            return {key: read(value[key], part) for key, part in source.items()}
+            parts = value if isinstance(value, dict) else vars(value)  # of a dataclass
+            return {key: read(parts[key], part) for key, part in source.items()}
         if not isinstance(source, fx.Node) or source.target is not functional.to_dense:
             return value
         decision = plan[source.args[0].meta[ORIGIN]]  # type: ignore[union-attr]
