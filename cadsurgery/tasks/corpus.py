@@ -65,13 +65,16 @@ ZOO_SIZE = (65, 97)
 _declared: dict[str, dict[str, Subject]] = {}  # by module
 
 
-def network(*idioms: str, call: Call | None = None, name: str = "") -> Callable[[Builder], Builder]:
+def network(
+    *idioms: str, call: Call | None = None, name: str = "", size: tuple[int, int] | None = None
+) -> Callable[[Builder], Builder]:
     """Declare a class or function that builds a network of a corpus; its docstring tells about it.
 
     Args:
         idioms: what it stands for, in the words of the corpus.
         call: see `Subject`.
         name: if it is not that of the class or function.
+        size: of the image it is converted on, if it does not run on the built-in ones.
     """
 
     def declare(build: Builder) -> Builder:
@@ -81,7 +84,7 @@ def network(*idioms: str, call: Call | None = None, name: str = "") -> Callable[
         subjects = _declared.setdefault(family, {})
         if called in subjects:
             raise ValueError(f"{family} declares {called} twice.")
-        subjects[called] = Subject(f"{family}:{called}", family, build, idioms, about, call)
+        subjects[called] = Subject(f"{family}:{called}", family, build, idioms, about, call, size)
         return build
 
     return declare

@@ -209,21 +209,26 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     for check in net.checks:
         errors[str(check.number)] = max(errors[str(check.number)], check.error)
     sizes = [check.size for check in net.checks if check.number == 1]
-    batches = list(_batches(subject, model, chosen, dtype))
+    part = (model.get_submodule(chosen.part), net.adaptive_part) if chosen.part else (model, net)
+    batches = list(_batches(subject, part[0], chosen, dtype))
     outputs = 0
     for arguments, size in batches:
         if chosen.identity_level is not None:
-            error, outputs = _identity_error(model, net, arguments)
+            error, outputs = _identity_error(*part, arguments)
             errors["1"] = max(errors["1"], error)
             sizes.append(size)
     arguments, size = batches[0]
-    errors["5"] = _batch_error(net, arguments)
+    errors["5"] = _batch_error(part[1], arguments)
     state = _other_weights(model.state_dict())
     for one in (model, net):
         one.load_state_dict(state)
     if chosen.identity_level is not None:
-        errors["weights"], _ = _identity_error(model, net, arguments)
-    errors["optimize"] = _optimized_error(net, arguments)
+        errors["weights"], _ = _identity_error(*part, arguments)
+    errors["optimize"] = _optimized_error(part[1], arguments)
+    if chosen.part:
+        errors["host"] = max(
+            _host_error(model, net, of_host) for of_host in _of_host(subject, model, chosen, dtype)
+        )
     broken = [name for name, error in errors.items() if not error <= TOLERANCE[dtype]]
     return {
         "result": "broken" if broken else "converts",
@@ -252,7 +257,13 @@ _BROKEN = {
     "5": "law 5 does not hold",
     "weights": "law 1 does not hold after load_state_dict",
     "optimize": "optimize() computes something else",
+    "host": "what the converted part is in computes something else",
 }
+
+
+def _of_host(subject: Subject, model: nn.Module, chosen: Plan, dtype: torch.dtype) -> list[Any]:
+    """Arguments for calls of a network that hosts a converted part."""
+    return [arguments for arguments, _ in _batches(subject, model, replace(chosen, part=""), dtype)]
 
 
 def _batches(
@@ -263,14 +274,15 @@ def _batches(
     generator = torch.Generator().manual_seed(1)
     channels, *shape = chosen.example_shape[1:]
     example = (shape[0], shape[1])
-    channels = channels if subject.call is None else 3
+    whole = not chosen.part  # a part is called with its image alone
+    channels = channels if subject.call is None or not whole else 3
     taken = 0
     for sizes in (ODD_SIZES, EVEN_SIZES, (example,)):
         if taken and sizes == (example,):
             return
         for size in sizes:
             image = torch.randn(2, channels, *size, generator=generator).to(dtype)
-            arguments = subject.arguments(image)
+            arguments = subject.arguments(image) if whole else image
             if (size != example or sizes == (example,)) and _takes(model, arguments):
                 taken += 1
                 yield arguments, size
@@ -286,12 +298,11 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tup
         outputs = [_call(net, arguments, mask=torch.full_like(net.levels, level))]
         if type(outputs[0]) is not type(expected):
             return float("inf"), 0
-        if not net.plan.part:
-            mapped = replace(net.geometry, dense_shortcut=False)
-            positional = () if isinstance(arguments, dict) else _as_tuple(arguments)
-            keywords = arguments if isinstance(arguments, dict) else {}
-            outputs.append(net.run(lambda _, f: mapped.uniform_like(f, level), *positional, **keywords))
-            outputs = [at_own_samples(output, net.graph, net.plan) for output in outputs]
+        mapped = replace(net.geometry, dense_shortcut=False)
+        positional = () if isinstance(arguments, dict) else _as_tuple(arguments)
+        keywords = arguments if isinstance(arguments, dict) else {}
+        outputs.append(net.run(lambda _, f: mapped.uniform_like(f, level), *positional, **keywords))
+        outputs = [at_own_samples(output, net.graph, net.plan) for output in outputs]
     leaves = list(_tensors(expected))
     errors = [error for output in outputs for error in _errors(output, expected)]
     return max(errors, default=float("inf")), len(leaves)
@@ -299,12 +310,11 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tup
 
 def _batch_error(net: AdaptiveModel, arguments: Any) -> float:
     """Law 5: a batch, each image with its own random level map, against its images one by one."""
-    part: Any = net.adaptive_part if net.plan.part else net
     torch.manual_seed(2)
     with torch.no_grad():
-        together = _call(part, arguments, mask="random")
-        levels = part.levels
-        apart = [_call(part, _image(arguments, i), mask=levels[i : i + 1]) for i in range(len(levels))]
+        together = _call(net, arguments, mask="random")
+        levels = net.levels
+        apart = [_call(net, _image(arguments, i), mask=levels[i : i + 1]) for i in range(len(levels))]
     if any(len(value) == 0 for value in _tensors(together)):
         return float("inf")
     each = zip(*(list(_tensors(value)) for value in apart), strict=True)
@@ -318,6 +328,15 @@ def _optimized_error(net: AdaptiveModel, arguments: Any) -> float:
     with torch.no_grad():
         expected = _call(net, arguments, mask="random")
         return max(_errors(_call(net.optimize(), arguments, mask=net.levels), expected), default=float("inf"))
+
+
+def _host_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> float:
+    """The whole network, the part in it at its own level as a call has it; it runs as it was then."""
+    mask = {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
+    if mask is None:
+        return 0.0
+    with torch.no_grad():
+        return max(_errors(_call(net, arguments, mask=mask), _call(model, arguments)), default=float("inf"))
 
 
 def _other_weights(state: Mapping[str, Any]) -> dict[str, Any]:

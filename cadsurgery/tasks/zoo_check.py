@@ -175,6 +175,9 @@ def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
     if in_time:
         with contextlib.suppress(EOFError):  # the process has ended without a row
             row = receiver.recv()
+    if in_time:
+        process.join(10)
+    signal = -(process.exitcode or 0)
     process.kill()
     process.join()
     if row is not None:
@@ -182,10 +185,13 @@ def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
     exceeded = (
         f"needed more than {limits.memory_gib:g} GiB" if in_time else f"took more than {limits.seconds:.0f} s"
     )
+    result = "not checked"
+    if in_time and signal > 0:
+        result, exceeded = "broken", f"its process was ended by signal {signal}"
     seconds = round(time.perf_counter() - start, 1)
     return {
         **{"model": name, "family": name.partition(":")[0] if corpus else family_of(name)},
-        **{"result": "not checked", "why": exceeded},
+        **{"result": result, "why": exceeded},
         "seconds": seconds,
     }
 
