@@ -451,7 +451,7 @@ def _is_own_lattice(node: Any, elements: Any) -> bool:
 def _is_fine_map_of(node: fx.Node, convolution: fx.Node) -> bool:
     """Whether a node reads the elements of a convolution of stage 0, each a pixel, as the fine map: what follows may be
     done to them before."""
-    of_pixels = convolution.target is functional.conv2d and convolution.kwargs.get("stage") == 0
+    of_pixels = convolution.target is functional.conv2d and bool(convolution.kwargs.get("stage") == 0)
     return of_pixels and node.target is functional.to_dense and tuple(node.args[1:]) in ((), (1,))
 
 
