@@ -38,7 +38,7 @@ from cadsurgery.elements.windows import (
     fused_conv2d,
     max_pool2d,
     pixel_unshuffle,
-    weight_by_output,
+    transpose_weight,
 )
 
 __all__ = [
@@ -73,5 +73,5 @@ __all__ = [
     "sum_of_products",
     "to_dense",
     "to_elements",
-    "weight_by_output",
+    "transpose_weight",
 ]

@@ -6,6 +6,7 @@ is in the cache. Every step is exact in evaluation mode. What matches no pattern
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -73,6 +74,7 @@ class _Fusion:
         groups: channel groups.
         residual: node that is added.
         activation: applied last.
+        leaves: where its elements become the fine map on the way to the tail.
     """
 
     tail: fx.Node
@@ -81,6 +83,7 @@ class _Fusion:
     groups: int = 1
     residual: fx.Node | None = None
     activation: Activation | None = None
+    leaves: fx.Node | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -271,10 +274,13 @@ class Fuser:
         fusion = start
         while (longer := self.extend(node, fusion)) is not None:
             fusion = longer
-        if not self.epilogues and fusion.tail is node:
+        plain = not self.epilogues or type(self.module(node)) is nn.ConvTranspose2d
+        if plain and fusion.tail is node:
             return
         with self.graph.inserting_before(fusion.tail):
             made = self.emit(node, fusion)
+            if (leaves := fusion.leaves) is not None:
+                made = self.graph.node_copy(leaves, lambda read: made if read is leaves.args[0] else read)
         made.meta.update(fusion.tail.meta)
         fusion.tail.replace_all_uses_with(made)
 
@@ -290,6 +296,9 @@ class Fuser:
             return None
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
             return _Fusion(node, module.weight.detach(), _detach(module.bias), module.groups)
+        if type(module) is nn.ConvTranspose2d and len(node.args) == 1 and not node.kwargs:
+            weight = functional.transpose_weight(module.weight.detach(), module.groups)
+            return _Fusion(node, weight, _detach(module.bias), module.groups)
         if type(module) is nn.Linear and self.epilogues:
             of_elements = self.reads_rows(node)
             weight = module.weight.detach()[:, :, None, None]
@@ -311,6 +320,8 @@ class Fuser:
         if len(users) == 1 and users[0].target is functional.batch_norm:
             norm_node: Any = users[0].kwargs.get("norm", users[0].args[-1])
             return _fold_norm(fusion, users[0], self.constant(norm_node))
+        if len(users) == 1 and _is_fine_map_of(users[0], node):
+            return replace(fusion, tail=users[0], leaves=users[0])
         following = self.consumer(fusion.tail)
         if following is None:
             return None
@@ -322,9 +333,10 @@ class Fuser:
         target = operation.target if module is None else None  # a module may have the name of a method
         if target in _PRODUCTS and fusion.is_linear:
             return self.with_factor(fusion, following)
-        if not self.epilogues or fusion.activation is not None:
+        transposed = type(self.module(node)) is nn.ConvTranspose2d  # torch has none with more in it
+        if not self.epilogues or fusion.activation is not None or transposed:
             return None
-        if target in _ADDITIONS and fusion.residual is None:
+        if target in _ADDITIONS and fusion.residual is None and fusion.leaves is None:
             return self.with_residual(node, fusion, following)
         activation = _activation(operation, module)
         only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
@@ -381,7 +393,7 @@ class Fuser:
             type(module) is nn.Linear and self.reads_rows(node)
         )
         kernel: nn.Module
-        if not on_elements and not self.epilogues:
+        if not on_elements and (not self.epilogues or type(module) is nn.ConvTranspose2d):
             kernel = _fold_convolution(module, fusion)
         elif not on_elements and type(module) is nn.Linear:
             kernel = PackedLinear(*parts)
@@ -437,6 +449,13 @@ def _is_own_lattice(node: Any, elements: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is getattr and node.args == (elements, "lattice")
 
 
+def _is_fine_map_of(node: fx.Node, convolution: fx.Node) -> bool:
+    """Whether a node reads the elements of a convolution of stage 0, each a pixel, as the fine map: what follows may be
+    done to them before."""
+    of_pixels = convolution.target is functional.conv2d and bool(convolution.kwargs.get("stage") == 0)
+    return of_pixels and node.target is functional.to_dense and tuple(node.args[1:]) in ((), (1,))
+
+
 def _is_hooked(module: nn.Module | None) -> bool:
     """Whether hooks may see or make what fusion would skip, such as a weight."""
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
@@ -464,8 +483,17 @@ def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
     return fusion.scale(tail, scale, shift)
 
 
-def _fold_convolution(module: nn.Conv2d, fusion: _Fusion) -> nn.Conv2d:
+def _fold_convolution(module: nn.Conv2d | nn.ConvTranspose2d, fusion: _Fusion) -> nn.Module:
     """The convolution with its folded weight, as torch runs it fastest."""
+    if isinstance(module, nn.ConvTranspose2d):
+        folded = copy.copy(module)
+        folded._parameters = {
+            "weight": nn.Parameter(
+                functional.transpose_weight(fusion.weight, fusion.groups).contiguous(), False
+            ),
+            "bias": nn.Parameter(fusion.bias, False) if fusion.bias is not None else None,
+        }
+        return folded
     out, inner, *kernel = fusion.weight.shape
     made = nn.utils.skip_init(
         nn.Conv2d,

@@ -638,7 +638,7 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
         return barrier(window)
     groups, ordinary = given["groups"], window.finer == 1
     arguments = {
-        "weight": Call(functional.weight_by_output, (given["weight"], groups, ordinary)),
+        "weight": Call(functional.transpose_weight, (given["weight"], groups, ordinary)),
         "bias": given["bias"],
         "groups": groups,
     }
