@@ -60,7 +60,8 @@ def read(dense: Tensor, side: Tensor, fill: str, guide: Tensor | None = None) ->
     corners = [(top, left), (top, right), (bottom, left), (bottom, right)]
     shares = [v * h for v in (1 - down, down) for h in (1 - across, across)]
     if fill == "guided" and guide is not None:
-        guide = guide[:, :, :height, :width]
+        guide = guide[:, :, y[0, :, 0].clamp(max=guide.shape[2] - 1)]
+        guide = guide[:, :, :, x[0, 0].clamp(max=guide.shape[3] - 1)]  # beyond the image its border goes on
         at_anchor = fill_cells(guide, side)
         apart = [(pick(at_anchor, *corner) - guide).square().mean(1, keepdim=True) for corner in corners]
         typical = sum(share * far for share, far in zip(shares, apart, strict=True))
@@ -125,8 +126,11 @@ class Emulation:
         sides = [1]
         for stride in self.strides:
             sides.append(sides[-1] * stride)
-        levels = self.levels[:, : size[0], : size[1]].clamp(max=stage)
-        return torch.tensor(sides)[levels]
+        y, x = (
+            torch.arange(length).clamp(max=most - 1)  # beyond the level map its border goes on
+            for length, most in zip(size, self.levels.shape[1:], strict=True)
+        )
+        return torch.tensor(sides)[self.levels[:, y][:, :, x].clamp(max=stage)]
 
     def enter(self, dense: Tensor, stride: int = 1) -> Feature:
         """The fine map itself: level 0 everywhere."""
@@ -345,6 +349,50 @@ class Emulation:
         if weight is not None:
             data = data * weight[:, None, None]
         return replace(x, data=data if bias is None else data + bias[:, None, None])
+
+    def transposed(
+        self,
+        x: Feature,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        stage: int,
+        stride: int,
+        padding: tuple[int, int],
+        more: tuple[int, int],
+        spacing: int,
+        groups: int,
+    ) -> Feature:
+        """A transposed convolution: y(q) = sum_t W[t] x(q + s (padding - t)), s = spacing / stride, x as read, zero
+        outside, over the taps t that are q // s + padding modulo the stride: those of the sample of the network's own
+        output grid that q lies in. On that grid, and on any shifted by less than s, it is torch's.
+
+        Args:
+            weight: (C, O / groups, kh, kw), as torch has it.
+            more: torch's output_padding.
+        """
+        step, size = spacing // stride, []
+        for axis, whole in enumerate(self.levels.shape[1:]):
+            samples = -(-x.size[axis] // spacing)
+            count = (samples - 1) * stride - 2 * padding[axis] + weight.shape[2 + axis] + more[axis]
+            size.append(min(count * step, whole) if count <= -(-whole // step) else count * step)
+        values = self.read(x).unflatten(1, (groups, -1))
+        by_group = weight.unflatten(0, (groups, -1))
+        out = values.new_zeros(len(values), groups, weight.shape[1], *size)
+        y, c = (torch.arange(length) for length in size)
+        for v in range(weight.shape[2]):
+            for h in range(weight.shape[3]):
+                of_phase, places, inside = [], [], []
+                for at, tap, pad, length in zip((y, c), (v, h), padding, x.size, strict=True):
+                    of_phase.append((at // step + pad - tap) % stride == 0)
+                    place = at + step * (pad - tap)
+                    inside.append((place >= 0) & (place < length))
+                    places.append(place.clamp(0, length - 1))
+                counts = (of_phase[0] & inside[0])[:, None] & (of_phase[1] & inside[1])
+                seen = values[..., places[0], :][..., places[1]]
+                out += torch.einsum("bgchw,gco->bgohw", seen, by_group[..., v, h]) * counts
+        data = out.flatten(1, 2) + (0 if bias is None else bias[:, None, None])
+        return Feature(fill_cells(data, self.side(stage, (size[0], size[1]))), stage, step)
 
     def unshuffle(self, x: Feature, factor: int, *, stage: int, spacing: int) -> Feature:
         """Space to depth: the values under a window side by side in the channels, zeros outside the map."""

@@ -171,6 +171,11 @@ class PlannedEmulator(fx.Interpreter):
             left, right, top, bottom = module.padding
             value = float(getattr(module, "value", 0.0))
             return replace(x, pad=((top, bottom, left, right), PADS.get(type(module), "zeros"), value))
+        if isinstance(module, nn.ConvTranspose2d):
+            names = ("stride", "padding", "output_padding", "groups", "dilation")
+            return self.transposed(
+                x, module.weight, module.bias, **{name: getattr(module, name) for name in names}
+            )
         if isinstance(module, nn.Upsample):
             given = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
             return self.resize(x, **{name: getattr(module, name) for name in given})
@@ -218,6 +223,9 @@ class PlannedEmulator(fx.Interpreter):
             return replace(found[0], data=function(*_data(args), **kwargs))
         if name in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
             return self.over_image(x, "mean" if "avg" in name else "amax", (2, 3), True)
+        if name == "conv_transpose2d":
+            order = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+            return self.transposed(x, **dict(zip(order, args[1:], strict=False)), **kwargs)
         if name in ("conv2d", "max_pool2d", "avg_pool2d", "pixel_unshuffle"):
             return self.window(x, **_called(name, args, kwargs))
         if name == "interpolate":
@@ -289,6 +297,32 @@ class PlannedEmulator(fx.Interpreter):
         method = {"conv": self.emulation.conv, "max": self.emulation.max_pool, "avg": self.emulation.avg_pool}
         out = method[kind](plain, **common, **options)
         return Cells(out.data, out.stage, out.stride)
+
+    def transposed(self, x: Cells, weight: Tensor, bias: Any = None, **given: Any) -> Cells:
+        """A transposed convolution; of stride one by the ordinary one of the kernel turned by half a turn."""
+        given = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} | given
+        groups, (stride, _), more = given["groups"], _two(given["stride"]), _two(given["output_padding"])
+        (top, left), dilation = _two(given["padding"]), _two(given["dilation"])
+        plain = Feature(x.data, x.stage, x.stride)
+        if stride > 1:
+            out = self.emulation.transposed(
+                plain,
+                weight,
+                bias,
+                stage=self.here.stage,
+                stride=stride,
+                padding=(top, left),
+                more=more,
+                spacing=x.stride,
+                groups=groups,
+            )
+            return Cells(out.data, out.stage, out.stride)
+        turned = torch.cat([part.transpose(0, 1) for part in weight.flip(2, 3).chunk(groups)])
+        height, width = (step * (taps - 1) for step, taps in zip(dilation, weight.shape[2:], strict=True))
+        padding = (height - top, height - top + more[0], width - left, width - left + more[1])
+        return self.window(
+            x, "conv", weight=turned, bias=bias, padding=padding, dilation=dilation, groups=groups
+        )
 
     def resize(
         self, x: Cells, size: Any, scale_factor: Any, mode: str, align_corners: Any, **more: Any

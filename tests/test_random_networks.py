@@ -59,8 +59,8 @@ def convert(case: Case, draw: Draw) -> cs.AdaptiveModel:
     return cs.adaptify(case.model, "none", example_input=case.example, **options)
 
 
-def check(seed: int) -> None:
-    case, draw = random_case(seed), Draw(-1 - seed)
+def compare(case: Case, draw: Draw) -> cs.AdaptiveModel:
+    """Converts a network with random options and holds it against its emulation and itself."""
     net = convert(case, draw)
     plan, geometry, x = net.plan, net.geometry, case.image
     with torch.no_grad():
@@ -88,6 +88,7 @@ def check(seed: int) -> None:
             if int(net.levels.max()) == plan.identity_level:  # blocks have no levels in between
                 same(at_own_samples(emulator, own), original)
         same(net.optimize()(x, mask=levels), found, 1e-8)
+    return net
 
 
 def same(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
@@ -107,7 +108,7 @@ def of_image(output: Any, image: int) -> Any:
 )
 def test_a_random_network_is_its_emulation(seed: int) -> None:
     """None of them is refused, though some hold operations that end the region."""
-    check(seed)
+    compare(random_case(seed), Draw(-1 - seed))
 
 
 # -- what they found, made small -------------------------------------------------------------------------------

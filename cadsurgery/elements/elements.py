@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, channel_dims, image_dims, is_flat
@@ -130,7 +131,11 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     """
     height, width = lattice.size
     rounding = torch.finfo(guide.dtype).eps
-    rows = guide[:, :, :height, :width].permute(0, 2, 3, 1).flatten(0, 2)
+    guide = guide[:, :, :height, :width]
+    beyond = (0, width - guide.shape[3], 0, height - guide.shape[2])
+    if any(beyond):  # a map that was made finer may end beyond the image, where its border goes on
+        guide = F.pad(guide, beyond, mode="replicate")
+    rows = guide.permute(0, 2, 3, 1).flatten(0, 2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     halo = reading.sources.shape[0]
     place = (reading.table.flatten() - len(lattice)).clamp(min=0).long()  # 0: no halo row

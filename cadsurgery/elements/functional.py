@@ -39,6 +39,7 @@ from cadsurgery.elements.windows import (
     fused_conv2d,
     max_pool2d,
     pixel_unshuffle,
+    weight_by_output,
 )
 
 __all__ = [
@@ -74,4 +75,5 @@ __all__ = [
     "sum_of_products",
     "to_dense",
     "to_elements",
+    "weight_by_output",
 ]

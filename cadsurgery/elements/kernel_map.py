@@ -5,6 +5,13 @@
 with a(e) the anchor of output element e, d the dilation, p the padding and S the spacing in fine pixels of
 the samples the window was written for. Points outside the map get the padding row; points inside a cell
 that are not its anchor are read by `fill` and, unless it is nearest, appended as interpolated halo rows.
+
+A transposed convolution of stride f is the same seen from its output: sample o = f i - p + t is made of the sample i by
+tap t. So an element reads the taps of its own phase alone, those with t = o + p modulo f, at
+
+    a(e) + (S / f) (p - t)                                                                     (**)
+
+which are samples i on the network's own grid, and as far from any other element: as if the image were shifted.
 """
 
 from __future__ import annotations
@@ -34,6 +41,8 @@ class Window(NamedTuple):
         spacing: fine pixels between the samples of the grid these numbers refer to.
         same: the padding is what gives ceil(n / stride) outputs for n samples, known when a map is.
         outside: what zero padding reads, where it is not what the operation ignores.
+        finer: samples of the output per sample of the input: the stride of a transposed convolution, which has no other
+            and whose padding is what its output lacks of all that its taps reach.
     """
 
     kernel: tuple[int, int]
@@ -45,6 +54,7 @@ class Window(NamedTuple):
     spacing: int = 1
     same: bool = False
     outside: float | None = None
+    finer: int = 1
 
     @property
     def taps(self) -> int:
@@ -54,7 +64,22 @@ class Window(NamedTuple):
     @property
     def is_pointwise(self) -> bool:
         """One tap at the element itself."""
-        return self.taps == 1 and not any(self.padding)
+        return self.taps == 1 and not any(self.padding) and self.finer == 1
+
+    @property
+    def taps_of_phase(self) -> tuple[int, int]:
+        """Most taps (vertical, horizontal) that an element reads."""
+        return -(-self.kernel[0] // self.finer), -(-self.kernel[1] // self.finer)
+
+    @property
+    def has_equal_phases(self) -> bool:
+        """Whether every element reads as many taps."""
+        return not any(taps % self.finer for taps in self.kernel)
+
+    @property
+    def output_spacing(self) -> int:
+        """Fine pixels between the samples of the output's own grid."""
+        return self.spacing * self.stride // self.finer
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -83,6 +108,22 @@ class Window(NamedTuple):
             self._output_length(height, self.kernel[0], self.dilation[0], self.padding[0], self.padding[1]),
             self._output_length(width, self.kernel[1], self.dilation[1], self.padding[2], self.padding[3]),
         )
+
+    def finer_samples(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Samples (height, width) of the output of a transposed convolution of a fine map of `size`."""
+        samples = [-(-length // self.spacing) for length in size]
+        pads = (sum(self.padding[:2]), sum(self.padding[2:]))
+        height, width = (
+            (count - 1) * self.finer + kernel - pad
+            for count, kernel, pad in zip(samples, self.kernel, pads, strict=True)
+        )
+        if min(height, width) < 1:
+            raise InvalidInput(
+                f"a transposed convolution of {samples[0]}x{samples[1]} samples has no output.",
+                why="the image is too small for this network.",
+                next="use a larger image.",
+            )
+        return height, width
 
     def _output_length(self, fine: int, kernel: int, dilation: int, before: int, after: int) -> int:
         samples = -(-fine // self.spacing)
@@ -202,12 +243,16 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
         drop: cells that this operation does not downsample read only themselves (`pool="drop"`).
 
     Returns:
-        A reading whose table is (N_target, taps).
+        A reading whose table is (N_target, taps); of a transposed convolution (N_target, most taps of a phase).
     """
     plain = window.mode == "zeros" and not drop and source.geometry.anchor == "corner"
     build: Callable[[Lattice, Lattice, Window, bool], Reading]
     key = ("kernel_map", source.key, target.key, window, drop)
-    build = _of_part if source.part is not None else _shift_taps if plain else _fold_taps
+    build = _shift_taps if plain else _fold_taps
+    if window.finer > 1:
+        build = _taps_of_phases
+    if source.part is not None:
+        build = _of_part
     return source.pyramid.derive(key, lambda: build(source, target, window, drop))
 
 
@@ -285,6 +330,83 @@ def _fold_taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> 
     """Any other: taps folded back at the border, shifted to the centre of cells, or dropped."""
     points, inside, _ = _taps(source, target, window, drop)
     return read_points(source, points, inside)
+
+
+def _taps_of_phases(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+    """Of a transposed convolution, see (**): the taps of a phase in their order, which go back in the map."""
+    (height, width), (image, y, x) = source.size, target.coordinates
+    here = (image * height + y.clamp(max=height - 1)) * width + x.clamp(max=width - 1)
+    side = source.side_map.flatten()[here]
+    shift = side // 2 if source.geometry.anchor == "center" else torch.zeros_like(side)
+    places, inside = [], []
+    for anchor, length, axis in ((y, height, 0), (x, width, 1)):
+        phase = _phase(anchor, window, axis).unsqueeze(1)
+        taps = phase + window.finer * torch.arange(window.taps_of_phase[axis], device=phase.device)
+        place = anchor.unsqueeze(1) + window.output_spacing * (window.padding[2 * axis] - taps)
+        inside.append((taps < window.kernel[axis]) & (place >= 0) & (place < length))
+        places.append((place + shift.unsqueeze(1)).clamp(0, length - 1))
+    points = ((image * height)[:, None, None] + places[0][:, :, None]) * width + places[1][:, None, :]
+    return read_points(source, points.flatten(1), (inside[0][:, :, None] & inside[1][:, None, :]).flatten(1))
+
+
+def _phase(anchor: Tensor, window: Window, axis: int) -> Tensor:
+    """The first tap that elements with these anchors read along an axis (0 vertical, 1 horizontal)."""
+    return (anchor // window.output_spacing + window.padding[2 * axis]) % window.finer
+
+
+class Phase(NamedTuple):
+    """The elements of the output of a transposed convolution that read the same taps.
+
+    Attributes:
+        first: the first tap of each axis; the others follow in steps of `Window.finer`.
+        rows: (n,) int64, their rows.
+        table: (n, taps) int32, the columns of the kernel map that are taps of theirs.
+    """
+
+    first: tuple[int, int]
+    rows: Tensor
+    table: Tensor
+
+
+def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase], Tensor]:
+    """The phases of a transposed convolution, and (N_target,) the place of each element's row in all of them joined.
+
+    Where only bounds are known, a phase has as many rows as there are fine pixels of it, at most those of the lattice.
+    """
+    table = kernel_map(source, target, window).table.unflatten(1, window.taps_of_phase)
+
+    def build() -> tuple[list[Phase], Tensor]:
+        _, y, x = target.coordinates
+        down, across = _phase(y, window, 0), _phase(x, window, 1)
+        place, joined = torch.zeros_like(y), 0
+        every = []
+        for number in range(window.finer**2):
+            first = divmod(number, window.finer)
+            is_of = (down == first[0]) & (across == first[1])
+            if target.capacity is None:
+                rows = is_of.nonzero().squeeze(1)
+            else:
+                most = min(len(target), target.batch * _pixels_of(target, window, first))
+                rows = torch.nonzero_static(is_of, size=most, fill_value=0).squeeze(1)
+            many = [
+                -(-(kernel - tap) // window.finer) for kernel, tap in zip(window.kernel, first, strict=True)
+            ]
+            every.append(Phase(first, rows, table[rows, : many[0], : many[1]].flatten(1)))
+            # Rows of padding may be more than the phase has room for: it does not matter what they are given.
+            at = joined + (is_of.cumsum(0) - 1).clamp(max=max(len(rows) - 1, 0))
+            place, joined = torch.where(is_of, at, place), joined + len(rows)
+        return every, place
+
+    return target.pyramid.derive(("phases", source.key, target.key, window), build)
+
+
+def _pixels_of(lattice: Lattice, window: Window, first: tuple[int, int]) -> int:
+    """How many fine pixels of an image are of a phase."""
+    counts = [
+        int((_phase(torch.arange(length), window, axis) == tap).sum())
+        for axis, (length, tap) in enumerate(zip(lattice.size, first, strict=True))
+    ]
+    return counts[0] * counts[1]
 
 
 def _taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> tuple[Tensor, Tensor, Tensor]:

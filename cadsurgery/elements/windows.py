@@ -12,27 +12,37 @@ from cadsurgery.elements.backends.choose import (
     Between,
     Convolution,
     Pooling,
+    Spreading,
     compute,
     extend,
 )
+from cadsurgery.elements.backends.dense import spread_of
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements, autocast, common_lattice, own_image, rows_on
-from cadsurgery.elements.kernel_map import Reading, Window, divisors, kernel_map
+from cadsurgery.elements.kernel_map import Reading, Window, divisors, kernel_map, phases
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 
 
 def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **options: Any) -> int:
-    """Every element of the result meets every entry of the weight once."""
-    return len(out.lattice) * weight.numel()
+    """Every element of the result meets every entry of the weight once; of a transposed convolution those of its
+    phase, or on a uniform lattice, as torch counts, every sample of the input every entry."""
+    window: Window = options["window"]
+    if window.finer == 1:
+        return len(out.lattice) * weight.numel()
+    spread = spread_of(Between(x.lattice, out.lattice, window))
+    if spread is not None:
+        return x.lattice.batch * spread.shifts**2 * math.prod(spread.samples) * weight.numel()
+    every, _ = phases(x.lattice, out.lattice, window)
+    return sum(phase.table.numel() for phase in every) * weight[:, :, 0, 0].numel()
 
 
 def _macs_of_weights(
     out: Elements, x: Elements, weights: Weights | PackedConv, *rest: Any, **options: Any
 ) -> int:
-    return len(out.lattice) * weights.weight.numel()
+    return _macs_of_weight(out, x, weights.weight, **options)
 
 
 def _macs_of_shape(out: Elements, *rest: Any, shape: tuple[int, ...], **options: Any) -> int:
@@ -46,24 +56,36 @@ def conv2d(
     """Convolution evaluated at the elements of the lattice after `stage`.
 
     out(e) = sum_t w[t] X(a(e) + S (d t - p)): dilated for cells that are kept, strided for cells that are
-    downsampled here (Hesse et al. 2023, Fig. 8c).
+    downsampled here (Hesse et al. 2023, Fig. 8c). A window that makes the map finer is a transposed
+    convolution, onto the lattice of an earlier stage: out(e) = sum_t w[t] X(a(e) + (S / f) (p - t)) over the taps of
+    the element's own phase.
 
     Args:
         x: elements (N, C).
-        weight: (O, C / groups, kh, kw).
+        weight: (O, C / groups, kh, kw), also of a transposed convolution, see `weight_by_output`.
         bias: (O,) or None.
         window: the operation as the network has it, with the spacing of its grid.
-        stage: stage of the output, at least the input's, or its lattice; so in all functions here.
+        stage: stage of the output, at least the input's unless the map is made finer, or its lattice; so in all
+            functions here.
         groups: channel groups.
     """
     window, target = _target_of(x, window, stage)
     rows, weight, bias = autocast(x.rows, weight, bias)
     if rows.dtype != weight.dtype:  # backends would convert the weight, and answer in the wrong type
         raise TypeError(f"the elements are {rows.dtype}, the weight is {weight.dtype}")
-    reads = Between(x.lattice, target, window)
-    return Elements(
-        compute(Convolution(rows, Weights(weight, bias, groups), reads, window.outside or 0.0)), target
-    )
+    reads, weights = Between(x.lattice, target, window), Weights(weight, bias, groups)
+    if window.finer > 1:
+        return Elements(compute(Spreading(rows, weights, reads)), target)
+    return Elements(compute(Convolution(rows, weights, reads, window.outside or 0.0)), target)
+
+
+def weight_by_output(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
+    """The weight (C, O / groups, kh, kw) of a transposed convolution as one of convolutions, (O, C / groups, kh, kw).
+
+    `turned` by half a turn it is that of the ordinary convolution which a transposed one of stride one is.
+    """
+    by_output = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return by_output.flip(2, 3) if turned else by_output
 
 
 @operation(reads="window", macs=_macs_of_weights)
@@ -93,6 +115,8 @@ def fused_conv2d(
         return Elements(weights.finish(rows_on(plain, target), rows_on(residual, target)), target)
     more = rows_on(residual, target).to(rows.dtype) if residual is not None else None
     reads = Between(x.lattice, target, window)
+    if window.finer > 1:
+        return Elements(compute(Spreading(rows, weights, reads, more)), target)
     return Elements(compute(Convolution(rows, weights, reads, window.outside or 0.0, more)), target)
 
 
@@ -213,4 +237,7 @@ def _target_of(x: Elements, window: Window, stage: int | Lattice) -> tuple[Windo
     window = window.fit(x.lattice.size)
     if isinstance(stage, Lattice):
         return window, stage
+    if window.finer > 1:
+        size = x.lattice.holding(window.finer_samples(x.lattice.size), window.output_spacing)
+        return window, x.lattice.resample(stage, size)
     return window, x.lattice.at(stage, window.output_size(x.lattice.size))

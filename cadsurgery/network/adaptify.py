@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
-from cadsurgery.support.errors import CannotConvert, InvalidInput, first_line
+from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, first_line
 from cadsurgery.surgery.decide import make_plan
-from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
@@ -49,7 +50,10 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
-    path, facts = traceable_part(_copy(model), example_input)
+    whole = _copy(model)
+    path, facts = traceable_part(whole, example_input)
+    if path:
+        check_used(whole, path, facts.example)
     return make_plan(facts, output_stride, _within(path, region), path, outputs)[0]
 
 
@@ -96,7 +100,8 @@ def adaptify(
             output stride, or `"native"`, the size the original returns. What the network resizes itself has its size
             in either case.
         example_input: an image batch (B, C, H, W) to plan and verify on; default: small random images.
-        strict: refuse if an operation inside the region has no rule and ends it.
+        strict: refuse if an operation inside the region has no rule and ends it, or if no mask would have an effect on
+            what the network returns, which is a `CadWarning` otherwise.
         verify_laws: check on the example that uniform maps give the dense networks exactly.
 
     Returns:
@@ -115,6 +120,8 @@ def adaptify(
     chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
     if strict:
         _refuse_barriers(chosen)
+    if not chosen.matters:
+        _say_without_effect(chosen, strict)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(flow, chosen, guided=fill == "guided")
     signature = inspect.signature(facts.model.forward)
@@ -144,13 +151,14 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
             )
     try:
         return "", _read(model, example_input)
-    except CannotFollow as refusal:
+    except (CannotFollow, OtherFunction) as refusal:
         for name in BACKBONE_NAMES:
             part = getattr(model, name, None)
             if isinstance(part, nn.Module):
-                with contextlib.suppress(CannotFollow):
+                with contextlib.suppress(CannotFollow, OtherFunction):
                     return name, _read(part, example_input)
-        raise refusal
+        parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
+        raise CannotConvert(refusal.what, **parts) from refusal
 
 
 def _read(model: nn.Module, example: Tensor | None) -> Facts:
@@ -191,6 +199,30 @@ def _copy(model: object) -> nn.Module:
     for ours, theirs in zip(clone.modules(), model.modules(), strict=True):
         ours.training = theirs.training
     return clone
+
+
+def _say_without_effect(plan: Plan, strict: bool) -> None:
+    """A conversion after which every mask gives the same is announced.
+
+    Raises:
+        CannotConvert: if strict.
+    """
+    what = "no mask can improve what this network returns: everything leaves the region at its native size."
+    ends = plan.region_end[0].place if plan.region_end else ""
+    why = 'keeping more high costs work; mask="none", the network itself, is as good and cheaper.'
+    step = (
+        "convert the network together with what follows"
+        + (
+            ', return the maps finer with outputs="fine"'
+            if plan.returned == "native" and not plan.part
+            else ""
+        )
+        + ", or teach the operation that ends the region: see docs/extending.md."
+    )
+    refusal = CannotConvert(what, where=ends, why=why, next=step)
+    if strict:
+        raise refusal
+    warnings.warn(str(refusal), CadWarning, stacklevel=3)
 
 
 def _refuse_barriers(plan: Plan) -> None:

@@ -200,6 +200,9 @@ def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | Non
     if net.hosts_part:
         return None
     counted = net.counted
+    windows = [node.kwargs.get("window") for node in counted.graph.nodes]
+    if any(isinstance(window, Window) and not window.has_equal_phases for window in windows):
+        return None
     high, low = (Counter(counted, "conv") for _ in range(2))
     lattices: list[Lattice] = []
     for counter, level in ((high, 0), (low, counted.geometry.max_level)):
@@ -300,6 +303,11 @@ class Counter(GraphInterpreter):
         """Run one node and count it."""
         before = self.flops.get_total_flops()
         value = super().run_node(n)
+        if n.op in (
+            "call_function",
+            "call_method",
+        ):  # maps that the network makes of a size, too, are shapes alone
+            value = to_meta(value)
         origin, path = n.meta.get(WORK, ("", ""))
         if origin and path.startswith(self.prefix):
             executed = (self.flops.get_total_flops() - before) // 2

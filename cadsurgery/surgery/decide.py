@@ -162,9 +162,7 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
     decisions = []
     for node in facts.graph.nodes:
         action, reason = judge(node)
-        window = (
-            treatments[node].window if node in on_elements and treatments[node].kind == "window" else None
-        )
+        window = treatments[node].window if node in on_elements and treatments[node].kind != "pad" else None
         if window is not None:
             window = window._replace(spacing=max(1, flow.grid[flow.maps(node)[0]] // region.strides[0]))
         decisions.append(
@@ -279,6 +277,6 @@ def _describe(node: fx.Node, facts: Facts, treatment: Treatment) -> str:
     window = treatment.window
     if window is None:
         return name
-    stride = f"/{window.stride}" if window.stride > 1 else ""
+    stride = f"/{max(window.stride, window.finer)}" if max(window.stride, window.finer) > 1 else ""
     dilation = f" dilated {window.dilation[0]}" if window.dilation != (1, 1) else ""
     return f"{name} {window.kernel[0]}x{window.kernel[1]}{stride}{dilation}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Facts:
         example: the image it was observed on, (B, C, H, W).
         shapes: shape of each node that is a tensor.
         macs: multiply-accumulates of each node on the example, as torch counts them.
-        container: type of the output if it is a kind of dictionary, which tracing turns into a plain one.
+        container: type of the output if it is a kind of dictionary, or a dataclass, for which a graph has a plain one.
         layouts: axes of each value that is a map. These three are those of a forward pass, see `flow.Flow.facts`.
         images: height and width, on the example, of each such map on its own grid.
         numbers: values of each node that is a number, or several, such as a size, on the example.
@@ -40,7 +41,7 @@ class Facts:
     example: Tensor
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
     macs: dict[fx.Node, int] = field(default_factory=dict)
-    container: type[dict[str, Any]] = dict
+    container: type = dict
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
     layouts: dict[fx.Node, str] = field(default_factory=dict)
     images: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
@@ -93,13 +94,22 @@ class _Observer(fx.Interpreter):
         self.facts.macs[n] = (self.counter.get_total_flops() - before) // 2
         if isinstance(value, Tensor):
             self.facts.shapes[n] = value.shape
-        elif isinstance(value, (int, float, tuple, list)) and not _holds_tensors(value):
+        elif isinstance(value, (int, float, tuple, list)) and not tensors_of(value):
             self.facts.numbers[n] = value
         return value
 
 
-def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(part, Tensor) for part in tree_leaves(value))
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of what a network returns, in order: within lists, tuples, dictionaries and dataclasses."""
+
+    def opened(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, (type, Mapping)):
+            return [opened(getattr(value, one.name)) for one in fields(value)]
+        if isinstance(value, Mapping):
+            return [opened(part) for part in value.values()]
+        return [opened(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return [leaf for leaf in tree_leaves(opened(output)) if isinstance(leaf, Tensor)]
 
 
 def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) -> Facts:
@@ -152,7 +162,7 @@ def _refuse_other_function(model: nn.Module, traced: Any, expected: Any) -> None
 
 def same(traced: Any, expected: Any) -> bool:
     """Whether two structures hold the same tensors, to rounding."""
-    leaves = [[v for v in tree_leaves(value) if isinstance(v, Tensor)] for value in (traced, expected)]
+    leaves = [tensors_of(value) for value in (traced, expected)]
     return len(leaves[0]) == len(leaves[1]) and all(
         ours.shape == theirs.shape
         and torch.allclose(ours, theirs, 1e-3, 1e-3 * scale(theirs), equal_nan=True)

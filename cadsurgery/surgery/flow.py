@@ -174,7 +174,8 @@ def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) ->
         flow.foreign.add(node)
         return
     _note_map(node, layout, facts, source)
-    grid = flow.grid[source] * treatment.window.stride if treatment.window is not None else 0
+    window = treatment.window
+    grid = flow.grid[source] * window.stride // window.finer if window is not None else 0
     if not grid:
         before, after = facts.images[source][0], facts.images[node][0]
         grid = flow.grid[source] * round(before / max(1, after))
@@ -306,7 +307,7 @@ def _is_made_of_resizes(node: fx.Node, flow: Flow) -> bool:
     """Whether a map is computed from resized maps, element by element."""
     kind, sources = flow.treatments[node].kind, flow.maps(node)
     if kind == "resize":
-        return True
+        return flow.treatments[node].window is None
     return (
         kind in ("pointwise", "join") and bool(sources) and all(_is_made_of_resizes(s, flow) for s in sources)
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import linecache
 import operator
+import os
 import sys
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,9 @@ _COMPARISONS = {
     operator.gt: ">",
     operator.ge: ">=",
 }
-_LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, sys.modules["cadsurgery"]))
+_LIBRARIES = tuple(
+    f"{Path(str(module.__file__)).parent}{os.sep}" for module in (torch, sys.modules["cadsurgery"])
+)
 
 
 class AnotherWay(InvalidInput):
@@ -93,10 +96,15 @@ def user_line() -> str:
     return "the network"
 
 
+def is_of_library(file: str) -> bool:
+    """Whether a file of code is torch's, ours or Python's own, rather than the network's."""
+    return file.startswith(_LIBRARIES) or file.startswith("<frozen")
+
+
 def line_of(frame: FrameType) -> str:
     """File, line, function and text of a frame; "" if it is torch's or ours."""
     name, line = frame.f_code.co_filename, frame.f_lineno
-    if name.startswith(_LIBRARIES) or name.startswith("<frozen"):
+    if is_of_library(name):
         return ""
     text = linecache.getline(name, line, frame.f_globals).strip()
     owner = frame.f_locals.get("self")

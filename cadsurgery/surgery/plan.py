@@ -311,6 +311,8 @@ def _decision(values: object) -> Decision:
         values = {"after": True, **values}
     fields = check_fields(values, {**_hints(Decision), "window": tuple | None}, "a decision")
     if fields["window"] is not None:
-        numbers = dict(zip(Window._fields, fields["window"], strict=True))
+        numbers = dict(zip(Window._fields, fields["window"], strict=False))
+        if len(fields["window"]) > len(Window._fields):
+            raise ValueError("a window has too many numbers")
         fields["window"] = Window(**check_fields(numbers, _hints(Window), "a window"))
     return Decision(**fields)

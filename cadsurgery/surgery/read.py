@@ -40,10 +40,8 @@ def read(
     Raises:
         CannotConvert: no front end can follow it, or it does not run on the example.
     """
-    try:
+    with contextlib.suppress(CannotFollow, OtherFunction):
         return observe(model, trace(model, is_operation, functions), example)
-    except (CannotFollow, OtherFunction):
-        pass
     return _read_on_example(model, example, lambda image: trace(model, is_operation, functions, image))
 
 

@@ -19,13 +19,16 @@ from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
-from cadsurgery.surgery.treatment import Attribute, Treatment
+from cadsurgery.surgery.treatment import Attribute, Call, Treatment
 
 # Extra input of a rewritten graph: a callable (image, fine map) -> Lattice.
 MASKING = "masking"
 # Notes on rewritten nodes: the node of the original whose value this is, and the name and module path of
 # the one whose work it does.
 ORIGIN, WORK = "origin", "work"
+
+
+_SIZES = ("size", "dim", "ndimension", "numel", getattr)  # questions that elements answer for the map
 
 
 @dataclass
@@ -123,6 +126,8 @@ class Rewriter:
 
     def argument(self, value: Any, modules: dict[str, fx.Node]) -> Any:
         """An argument of a treatment in the new graph; `modules` are those that it may read."""
+        if isinstance(value, Call):
+            return self.call(value.target, *(self.argument(part, modules) for part in value.args))
         if not isinstance(value, Attribute):
             return fx.map_arg(value, self.as_dense)
         holder, _, name = value.path.rpartition(".")
@@ -139,8 +144,12 @@ class Rewriter:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             source = None
-        if treatment.kind == "shape" and source in self.elements:
+        if treatment.kind == "shape" and source in self.elements and node.target in _SIZES:
             self.dense[node] = self.shape_of(node, source)
+            return
+        if treatment.kind == "shape" and any(part in self.elements for part in node.all_input_nodes):
+            # What wants to know of a map of which type it is, and where.
+            self.dense[node] = self.graph.node_copy(node, self.as_rows)
             return
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source
@@ -154,6 +163,12 @@ class Rewriter:
             self.working[node] = self.dense[node]
             self.dense[node] = self.call(functional.contiguous_gradient, self.dense[node])
 
+    def as_rows(self, node: fx.Node) -> fx.Node:
+        """The value as rows where it is elements, else as it is."""
+        return (
+            self.call(getattr, self.elements[node], "rows") if node in self.elements else self.as_dense(node)
+        )
+
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """A size, dtype or device query on elements."""
         elements = self.elements[source]
@@ -162,8 +177,9 @@ class Rewriter:
         decision = self.plan[source.name]
         options = () if decision.layout == NCHW else (decision.layout,)
         size = self.call(functional.native_shape, elements, decision.grid, *options)
-        if node.target == "size" and len(node.args) > 1:
-            return self.call(operator.getitem, size, node.args[1])
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        if node.target == "size" and axis is not None:
+            return self.call(operator.getitem, size, axis)
         if node.target == "dim" or node.args[1:] == ("ndim",):
             return self.call(len, size)
         return size
@@ -185,7 +201,7 @@ class Rewriter:
             self.elements[node] = self.emit_on_rows(node, stage, treatment)
             return
         function = treatment.call
-        if treatment.kind == "window":
+        if treatment.window is not None:
             x = self.as_elements(source)
             leading = [arguments.pop(name) for name in ("mix", "weight", "bias") if name in arguments]
             out = self.call(function, x, *leading, window=decision.window, stage=stage, **arguments)

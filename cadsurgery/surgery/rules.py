@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -362,15 +363,25 @@ def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
 @rule(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow, torch.erf)
 @rule("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow")
 @rule("clamp", "clamp_", "clamp_min", "clip", "contiguous", "clone", "detach", "float", "half", "double")
-@rule(
-    "type_as", "to", "type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin
-)
+@rule("type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin)
 @rule("timm.layers.activations_me:SwishMe", "timm.layers.activations_me:MishMe")
 @rule("timm.layers.activations_me:HardSigmoidMe", "timm.layers.activations_me:HardSwishMe")
 @rule("timm.layers.activations_me:HardMishMe")
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise")
+
+
+@rule("to", "type_as")
+def conversion(node: fx.Node, facts: Facts) -> Treatment:
+    """Another type or device for each value."""
+    return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
+    """Takes the type and device of a map, and none of its values."""
+    return Treatment("shape")
 
 
 @rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
@@ -576,6 +587,8 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
         given |= {name: getattr(facts.module(node), name) for name in usual if name != "antialias"}
     if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
         return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
+    if (stride := _whole_division(given)) is not None and not given["align_corners"]:
+        return _subsampling(given["mode"], stride)
     arguments = tuple(
         (name, given[name]) for name in usual if name != "antialias" and given[name] is not None
     )
@@ -588,11 +601,97 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     )
 
 
+def _whole_division(given: dict[str, Any]) -> int | None:
+    """How many times coarser the result of a resize is, if its factor says so; None else."""
+    factor, other = _pair(given["scale_factor"])
+    fits = isinstance(factor, float) and factor == other and 0 < factor < 1 and (1 / factor).is_integer()
+    return (
+        round(1 / factor) if fits and given["size"] is None and not given["recompute_scale_factor"] else None
+    )
+
+
+def _subsampling(mode: str, stride: int) -> Treatment:
+    """A resize to a coarser grid: of the nearest samples, or of the means of the two in the middle."""
+    if mode == "nearest":
+        rest = (
+            1 - stride
+        )  # samples that are left over at the lower and right border are no sample of their own
+        window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
+        why = "It takes every so many-th sample, as a stride does."
+    elif mode == "bilinear" and stride == 2:
+        window, why = _window(2, 2, 0, 1), "Half way between two samples in both axes: the mean of four."
+    else:
+        return barrier(f"it resizes the map to a {stride}-th in mode {mode!r}")
+    treatment = _treat_window(functional.max_pool2d if mode == "nearest" else functional.avg_pool2d, window)
+    return replace(treatment, why=why)
+
+
 @rule(nn.PixelShuffle, F.pixel_shuffle)
 def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the channels of its phase on the output's own grid."""
     factor = _factor(node, facts, "upscale_factor")
     return Treatment("resize", call=functional.pixel_shuffle, scale=factor)
+
+
+@rule(nn.ConvTranspose2d, F.conv_transpose2d, torch.conv_transpose2d)
+def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
+    """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
+    if node.op == "call_module":
+        module: Any = facts.module(node)
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+        given = {**_weights(node, module), **{name: getattr(module, name) for name in names}}
+        kernel = module.kernel_size
+        if _arguments(node, "input", output_size=None)["output_size"] is not None:
+            return barrier("the size of its output is computed while the network runs")
+    else:
+        usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+        given = _arguments(node, "input", "weight", **usual)
+        if given["weight"] not in facts.shapes or facts.layout(given["weight"]):
+            return barrier("its weight is not a tensor of known shape")
+        kernel = tuple(facts.shapes[given["weight"]][2:])
+    window = _transposed_window(
+        kernel, *(given[name] for name in ("stride", "padding", "output_padding", "dilation"))
+    )
+    if isinstance(window, str):
+        return barrier(window)
+    groups, ordinary = given["groups"], window.finer == 1
+    arguments = {
+        "weight": Call(functional.weight_by_output, (given["weight"], groups, ordinary)),
+        "bias": given["bias"],
+        "groups": groups,
+    }
+    if ordinary:
+        return _treat_window(functional.conv2d, window, **arguments)
+    return Treatment(
+        "resize",
+        call=functional.conv2d,
+        arguments=tuple(arguments.items()),
+        window=window,
+        scale=window.finer,
+    )
+
+
+def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilation: Any) -> Window | str:
+    """The window of a transposed convolution, or why there is none; of stride one it is an ordinary one."""
+    kernel, padding, more, dilation = _pair(kernel), _pair(padding), _pair(more), _pair(dilation)
+    if not all(isinstance(value, int) for value in (*kernel, *_pair(stride), *padding, *more, *dilation)):
+        return "its window is computed while the network runs"
+    (stride, other), by_axis = _pair(stride), list(zip(kernel, padding, more, dilation, strict=True))
+    if stride != other:
+        return f"stride {(stride, other)} differs between the axes"
+    if stride == 1:
+        pads = [(step * (taps - 1) - cut, extra) for taps, cut, extra, step in by_axis]
+        (top, below), (left, beside) = pads
+        window = Window(kernel, 1, dilation, (top, top + below, left, left + beside))
+        return growing(window) or window
+    if dilation != (1, 1):
+        return "a transposed convolution with stride and dilation leaves positions without taps"
+    if min(kernel) < stride:
+        return "its kernel is smaller than its stride, so that positions are left without taps"
+    if any(taps + extra - 2 * cut > stride for taps, cut, extra, _ in by_axis):
+        return f"it gives more than {stride} samples for each that it reads, which makes the map grow"
+    (top, below), (left, beside) = ((cut, cut - extra) for _, cut, extra, _ in by_axis)
+    return Window(kernel, padding=(top, below, left, beside), finer=stride)
 
 
 @rule("expand", "expand_as", of_vectors=True)
@@ -660,12 +759,6 @@ joins_positions(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.bad
 joins_positions(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", nn.LSTM, nn.GRU, F.grid_sample)
 joins_positions(torch.cumsum, "cumsum", torch.roll, "roll", F.unfold, "unfold", nn.Unfold)
 joins_positions(torch.fft.fft2, torch.fft.rfft2)
-
-
-@rule(nn.ConvTranspose2d, F.conv_transpose2d)
-def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
-    """Its output positions see different taps: there is no dense twin at another stride."""
-    return barrier("a transposed convolution has other taps at every output position")
 
 
 # -- helpers -------------------------------------------------------------------------------------------

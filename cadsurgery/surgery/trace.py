@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from traceback import walk_tb
 from typing import Any
 from unittest import mock
@@ -43,7 +44,7 @@ class Tracer(fx.Tracer):
         self.proxy_buffer_attributes = names_buffers
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """Arguments that have a default and are no tensors are constants: Python decides by them."""
+        """An argument that is None by default is so here: Python asks `is None`, of which no graph knows."""
         function, values = super().create_args_for_root(*args, **kwargs)
         return function, [_constant(value) for value in values]
 
@@ -63,10 +64,8 @@ class Tracer(fx.Tracer):
 
 
 def _constant(value: Any) -> Any:
-    """The default of an input, or the input itself if it has none."""
-    node = value.node if isinstance(value, fx.Proxy) else None
-    is_constant = node is not None and node.args and not isinstance(node.args[0], torch.Tensor)
-    return node.args[0] if node is not None and is_constant else value
+    """None for an input whose default it is, else the input itself."""
+    return None if isinstance(value, fx.Proxy) and value.node.args == (None,) else value
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:
@@ -133,6 +132,7 @@ def trace(
             next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
         ) from error
+    _open_dataclass(graph)
     _make_in_place_explicit(model, graph)
     _follow_training_flag(graph)
     return graph
@@ -151,6 +151,16 @@ def _place_of(error: BaseException) -> str:
     """The innermost line of the user's that an error comes from."""
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     return next((place for frame in reversed(frames) if (place := line_of(frame))), "")
+
+
+def _open_dataclass(graph: fx.Graph) -> None:
+    """An output that is a dataclass becomes a dictionary of its fields, of which who runs it makes one."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    made = output.args[0]
+    if isinstance(made, fx.Node) and isinstance(made.target, type) and is_dataclass(made.target):
+        names = [one.name for one in fields(made.target) if one.init]
+        output.update_arg(0, {**dict(zip(names, made.args, strict=False)), **made.kwargs})
+        graph.erase_node(made)
 
 
 def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:

@@ -55,7 +55,8 @@ class Attribute(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """A call on rows: the nodes of maps among its arguments stand for their rows.
+    """A call on rows: the nodes of maps among its arguments stand for their rows. As an argument of a treatment, a call
+    on parameters.
 
     Attributes:
         target: a function, or the name of a method; None returns the first argument as it is.
@@ -80,8 +81,8 @@ class Treatment:
         why: the reason, for the plan; by default the first line of the rule's docstring.
         call: the operation that does it on elements: one of `cadsurgery.functional`, or its name, or one declared by
             `@cadsurgery.operation`; without one it is done on rows.
-        arguments: its keyword arguments: constants, nodes or `Attribute`s.
-        window: kernel, stride, dilation and padding, for windows and pads.
+        arguments: its keyword arguments: constants, nodes, `Attribute`s, or `Call`s on such.
+        window: kernel, stride, dilation and padding, for windows, pads, and resizes that read a window.
         then: modules applied to the rows afterwards.
         rows: the call to make on rows, where it is not the operation's own.
         layout: axes of the result, where they are not those of the map it reads.

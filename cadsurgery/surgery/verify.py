@@ -22,6 +22,7 @@ from cadsurgery.elements.functional import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
+from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Decision, Plan
@@ -169,8 +170,7 @@ def _defaults(graph: fx.Graph, given: int) -> list[Any]:
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    return {f"output {i}": value for i, value in enumerate(leaves) if isinstance(value, Tensor)}
+    return {f"output {i}": value for i, value in enumerate(tensors_of(outputs))}
 
 
 def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:

@@ -263,6 +263,10 @@ WINDOWS: dict[str, tuple[Function, Function]] = {
         lambda m, x: F.conv2d(F.pad(x, (2, 0, 1, 1)), _weight(m)),
         lambda m, x: F.conv2d(x, _shifted(_weight(m)), padding=(1, 2)),
     ),
+    "transposed of stride one": (
+        lambda m, x: F.conv_transpose2d(x, _weight(m), padding=1),
+        lambda m, x: F.conv2d(x, _weight(m).transpose(0, 1).flip(2, 3), padding=1),
+    ),
     "weight standardised": (
         lambda m, x: F.conv2d(
             x,

@@ -120,6 +120,21 @@ class Convolution(Work):
 
 
 @dataclass(frozen=True, eq=False)
+class Spreading(Work):
+    """A transposed convolution: `Convolution` with the taps of each element's own phase, see `kernel_map`."""
+
+    weights: Weights
+    reads: Between
+    residual: Tensor | None = None
+    task: ClassVar[str] = "spread"
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of."""
+        return self.rows, self.weights.weight, self.weights.bias
+
+
+@dataclass(frozen=True, eq=False)
 class Pooling(Work):
     """The largest value, or the sum, over the taps of each element: rows (N_target, C)."""
 

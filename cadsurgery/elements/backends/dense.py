@@ -13,6 +13,7 @@ from cadsurgery.elements.backends.choose import (
     Between,
     Convolution,
     Pooling,
+    Spreading,
     choose,
     is_observed,
 )
@@ -59,6 +60,46 @@ def _dense(reads: Between) -> _Dense | None:
     return _Dense(stride, (left, right, top, bottom), (down, across))
 
 
+class _Spread(NamedTuple):
+    """An ordinary transposed convolution of maps that lie interleaved in those of a uniform lattice.
+
+    Attributes:
+        step: cells between the samples of one such map.
+        shifts: how many such maps there are along each axis.
+        apart: cells between those.
+        samples: (height, width) of each; what lies beyond is zero.
+        wanted: (height, width) of each result.
+    """
+
+    step: int
+    shifts: int
+    apart: int
+    samples: tuple[int, int]
+    wanted: tuple[int, int]
+
+
+def spread_of(reads: Between) -> _Spread | None:
+    """The dense operation that a transposed convolution is where both lattices are uniform; else None."""
+    window, geometry = reads.window, reads.source.geometry
+    if not _has_whole_map(reads):
+        return None
+    source_level, target_level = reads.source.uniform_level, reads.target.uniform_level
+    if source_level is None or target_level is None:
+        return None
+    before, after = geometry.sides[source_level], geometry.sides[target_level]
+    shifts = window.output_spacing // after
+    if window.spacing % before or window.output_spacing % after or (shifts > 1 and after % before):
+        return None
+    samples, wanted = (
+        (-(-height // spacing), -(-width // spacing))
+        for (height, width), spacing in (
+            (reads.source.size, window.spacing),
+            (reads.target.size, window.output_spacing),
+        )
+    )
+    return _Spread(window.spacing // before, shifts, after // before, samples, wanted)
+
+
 def _has_whole_map(reads: Between) -> bool:
     """Whether the same can be computed on a dense map, and may be."""
     geometry = reads.source.geometry
@@ -84,10 +125,12 @@ class Uniform(Backend):
 
     name = "uniform"
 
-    def applies(self, work: Convolution | Pooling) -> bool:
+    def applies(self, work: Convolution | Spreading | Pooling) -> bool:
         """Where both lattices are uniform and all steps are whole cells."""
         if not isinstance(work.reads, Between) or work.rows.dim() != 2:
             return False
+        if isinstance(work, Spreading):
+            return spread_of(work.reads) is not None
         if isinstance(work, Pooling):
             return work.largest and _dense(work.reads) is not None
         return not (work.is_product and work.is_inference) and _dense(work.reads) is not None
@@ -99,6 +142,42 @@ class Uniform(Backend):
         more = _image_of(work.residual, work.reads.target) if work.residual is not None else None
         stride = (operation.stride, operation.stride)
         return _rows_of(work.weights.on_image(image, stride, padding, operation.dilation, more))
+
+    def spread(self, work: Spreading) -> Tensor:
+        """Rows (N, O)."""
+        window, weights, spread = work.reads.window, work.weights, spread_of(work.reads)
+        assert spread is not None
+        image, shifts = _image_of(work.rows, work.reads.source), spread.shifts
+        for axis, count in zip((2, 3), spread.samples, strict=True):
+            if shifts == 1:
+                image = image[(slice(None),) * axis + (slice(None, None, spread.step),)]
+                continue
+            missing = (0, count * spread.step - image.shape[axis])
+            image = F.pad(image, (0, 0, *missing) if axis == 2 else missing)
+        if shifts > 1:
+            own = slice(None, shifts * spread.apart, spread.apart)
+            image = image.unflatten(3, (-1, spread.step))[..., own]
+            image = image.unflatten(2, (-1, spread.step))[:, :, :, own]
+            image = image.permute(0, 3, 5, 1, 2, 4).flatten(0, 2)
+        by_input = (
+            weights.weight.to(image.dtype).unflatten(0, (weights.groups, -1)).transpose(1, 2).flatten(0, 1)
+        )
+        cut = window.padding[::2]
+        least = [
+            (count - 1) * window.finer - 2 * pad + kernel
+            for count, pad, kernel in zip(spread.samples, cut, window.kernel, strict=True)
+        ]
+        more = [max(want - have, 0) for want, have in zip(spread.wanted, least, strict=True)]
+        out = F.conv_transpose2d(
+            image, by_input, weights.bias_as(image.dtype), window.finer, cut, more, weights.groups
+        )[:, :, : spread.wanted[0], : spread.wanted[1]]
+        if shifts > 1:
+            out = out.unflatten(0, (-1, shifts, shifts)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
+            level = work.reads.target.uniform_level
+            assert level is not None
+            height, width = work.reads.target.grid(level)
+            out = out[:, :, :height, :width]
+        return weights.finish(_rows_of(out), work.residual)
 
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C) of a maximum."""

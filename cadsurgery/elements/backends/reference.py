@@ -21,10 +21,13 @@ from cadsurgery.elements.backends.choose import (
     MixingLines,
     Picking,
     Pooling,
+    Spreading,
     Work,
+    compute,
     extend,
 )
 from cadsurgery.elements.backends.weights import product
+from cadsurgery.elements.kernel_map import Reading, mix_nothing, phases
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
 # below a dense network's activations, large enough for the matrix product to run at full speed.
@@ -45,6 +48,29 @@ class Torch(Backend):
         rows, weight, table = _operands(work)
         out = _GatherConv.apply(rows, weight, work.weights.bias_as(rows.dtype), table, work.weights.groups)
         return work.weights.finish(out, work.residual)
+
+    def spread(self, work: Spreading) -> Tensor:
+        """Rows (N, O): of each phase by an ordinary convolution, which is chosen anew."""
+        source, target, window = work.reads.source, work.reads.target, work.reads.window
+        rows, reading = work.rows, work.reads.reading
+        every, place = phases(source, target, window)
+        has_outside = reading.has_outside and not reading.sources.shape[0]
+        if not has_outside:  # the halo is mixed once for all phases
+            rows = extend(rows, reading, 0.0)
+        weights = work.weights if work.residual is None else work.weights.alone
+        nothing = mix_nothing(reading.table.device)
+        parts = [
+            compute(
+                Convolution(
+                    rows,
+                    weights.of_phase(phase.first, window.finer),
+                    Reading(phase.table, *nothing, has_outside),
+                )
+            )
+            for phase in every
+        ]
+        out = torch.cat(parts).index_select(0, place.to(rows.device))
+        return out if work.residual is None else work.weights.finish(out, work.residual)
 
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C)."""

@@ -82,6 +82,7 @@ class Weights:
         forms: packed forms of the weight made so far; None if they are not worth keeping.
         dense: whether its weight is also worth packing for the shape of a dense map.
         counts: numbers of rows of the first uniform maps that were multiplied.
+        phases: of a transposed convolution the weights of each phase, if their packed forms are kept.
         meets_nan: whether sums may be NaN. oneDNN's clamps, which make numbers of NaN, are then not used: torch's and
             those of this package keep it, but those of torch are another pass.
     """
@@ -94,6 +95,7 @@ class Weights:
     dense: bool = False
     meets_nan: bool = False
     counts: set[int] = field(default_factory=set)
+    phases: dict[tuple[int, int], Weights] = field(default_factory=dict)
 
     def is_among_first(self, count: int) -> bool:
         """Whether so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
@@ -105,6 +107,15 @@ class Weights:
     def alone(self) -> Weights:
         """The product alone, without the activation; packed weights are shared."""
         return replace(self, activation=None)
+
+    def of_phase(self, first: tuple[int, int], finer: int) -> Weights:
+        """Of a transposed convolution the taps of one phase, see `kernel_map`; packed weights are kept with these."""
+        if self.forms is None:
+            return replace(self, weight=self.weight[:, :, first[0] :: finer, first[1] :: finer])
+        if first not in self.phases:
+            part = self.weight[:, :, first[0] :: finer, first[1] :: finer]
+            self.phases[first] = replace(self, weight=part, forms={}, counts=set(), phases={})
+        return replace(self.phases[first], activation=self.activation)
 
     def on_rows(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.

@@ -1,0 +1,311 @@
+"""Laws of transposed convolutions: each element reads the taps of its own phase, at their fine positions."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, covering, images, random_levels
+from emulation import Emulation, Feature
+from random_networks import Case, Draw, settled
+from test_random_networks import compare
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cadsurgery as cs
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.kernel_map import Window, kernel_map, phases
+from cadsurgery.elements.lattice import Geometry, Lattice
+
+EXACT = 1e-9
+double = torch.float64
+INNER, OUTER = 4, 6
+# kernel, stride, padding, output_padding
+SHAPES = [
+    (2, 2, 0, 0),
+    (3, 2, 1, 1),
+    (3, 2, 1, 0),
+    (4, 2, 1, 0),
+    (5, 2, 2, 1),
+    (4, 4, 0, 0),
+    (8, 4, 2, 0),
+    (4, 2, 2, 1),
+]
+
+
+class Spread:
+    """A transposed convolution by its numbers, on maps and on elements."""
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], groups: int = 1, dtype: torch.dtype = double
+    ) -> None:
+        self.kernel, self.stride, self.padding, self.more = shape
+        self.groups = groups
+        generator = torch.Generator().manual_seed(sum(shape))
+        self.weight = torch.randn(
+            INNER, OUTER // groups, self.kernel, self.kernel, dtype=double, generator=generator
+        )
+        self.weight, self.bias = self.weight.to(dtype), torch.arange(OUTER).to(dtype)
+
+    def dense(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.more, self.groups
+        )
+
+    def window(self, spacing: int) -> Window:
+        after = self.padding - self.more
+        pads = (self.padding, after, self.padding, after)
+        return Window((self.kernel, self.kernel), padding=pads, spacing=spacing, finer=self.stride)
+
+    def on(self, x: Elements, stage: int, spacing: int) -> Elements:
+        weight = functional.weight_by_output(self.weight, self.groups)
+        return functional.conv2d(x, weight, self.bias, self.window(spacing), stage, self.groups)
+
+    def emulated(self, levels: Tensor, x: Elements, stage: int, spacing: int) -> Tensor:
+        geometry = x.lattice.geometry
+        emulation = Emulation(levels, geometry.strides, geometry.fill)
+        nearest = Elements(x.rows, Lattice(x.lattice.pyramid, x.lattice.stage, x.lattice.size))
+        index = nearest.lattice.index.view(len(levels), *x.lattice.size).long()
+        feature = Feature(x.rows[index].permute(0, 3, 1, 2), x.lattice.stage)
+        pads = (self.padding, self.padding), (self.more, self.more)
+        out = emulation.transposed(
+            feature,
+            self.weight,
+            self.bias,
+            stage=stage,
+            stride=self.stride,
+            padding=pads[0],
+            more=pads[1],
+            spacing=spacing,
+            groups=self.groups,
+        )
+        return out.data
+
+
+def entering(
+    size: tuple[int, int], levels: Tensor | int, strides: tuple[int, ...], **options: Any
+) -> Elements:
+    geometry = Geometry(strides, **options)
+    lattice = geometry.uniform(levels, 2, size) if isinstance(levels, int) else geometry.lattice(levels)
+    return Elements(torch.randn(len(lattice), INNER, dtype=double), lattice)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "groups", "shortcut"),
+    covering(SHAPES, [(16, 24), (13, 22), (9, 7)], [1, 2], [True, False]),
+    ids=str,
+)
+def test_on_the_networks_own_grid_it_is_torchs(
+    shape: tuple[int, int, int, int], size: tuple[int, int], groups: int, shortcut: bool
+) -> None:
+    """Law 1, of the size torch gives, through kernel maps and as a dense map."""
+    strides = (2, 2) if shape[1] == 2 else (4,)
+    x, spread = entering(size, len(strides), strides, dense_shortcut=shortcut), Spread(shape, groups)
+    coarse = functional.to_dense(x, 4)
+    found = spread.on(x, len(strides) - 1, 4)
+    assert_same(functional.to_dense(found, 4 // shape[1]), spread.dense(coarse), EXACT)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "groups", "fill"),
+    covering(SHAPES, [(16, 24), (13, 22), (9, 7)], [1, 2], ["linear", "nearest"]),
+    ids=str,
+)
+def test_on_a_mixed_map_it_is_its_definition(
+    shape: tuple[int, int, int, int], size: tuple[int, int], groups: int, fill: Any
+) -> None:
+    strides = (2, 2) if shape[1] == 2 else (4,)
+    levels = random_levels(2, size, strides)
+    x, spread = entering(size, levels, strides, fill=fill), Spread(shape, groups)
+    found = spread.on(x, len(strides) - 1, 4)
+    expected = spread.emulated(levels, x, len(strides) - 1, 4)
+    height, width = found.lattice.size
+    assert tuple(expected.shape[2:]) == (height, width)
+    image, y, c = found.lattice.coordinates
+    assert_same(found.rows, expected.permute(0, 2, 3, 1)[image, y, c], EXACT)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("level", [0, 1])
+def test_every_uniform_level_is_torchs_on_each_of_the_interleaved_grids(
+    shape: tuple[int, int, int, int], level: int
+) -> None:
+    """Law 2: where nothing was downsampled the image is seen at every shift, by the network on its own grid."""
+    size, spacing = (16, 24), 4
+    step = spacing // shape[1]
+    stage = step // 2
+    for shortcut in (True, False):
+        x, spread = entering(size, level, (2, 2), dense_shortcut=shortcut), Spread(shape)
+        fine, found = functional.to_dense(x), functional.to_dense(spread.on(x, stage, spacing))
+        side = 2 ** min(level, stage)
+        for top, left in itertools.product(range(0, step, side), repeat=2):
+            own = spread.dense(fine[:, :, top::spacing, left::spacing])
+            here = found[:, :, top::step, left::step]
+            assert_same(here, own[:, :, : here.shape[2], : here.shape[3]], EXACT)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 0, 0), (3, 2, 1, 1)], ids=str)
+def test_every_element_is_of_one_phase_and_reads_all_taps_of_it(shape: tuple[int, int, int, int]) -> None:
+    """The kernel map both ways: the taps that torch sends to a sample are those that it reads, and no others."""
+    x, window = entering((12, 12), 2, (2, 2)), Spread(shape).window(4)
+    target = x.lattice.resample(1, x.lattice.holding(window.finer_samples((12, 12)), 2))
+    every, place = phases(x.lattice, target, window)
+    assert sorted(torch.cat([phase.rows for phase in every]).tolist()) == list(range(len(target)))
+    assert torch.equal(torch.cat([phase.rows for phase in every])[place], torch.arange(len(target)))
+    reading = kernel_map(x.lattice, target, window)
+    _, y, c = target.coordinates
+    kernel, stride, padding, _ = shape
+    for row in range(len(target)):
+        sent = set()
+        for i, j in itertools.product(range(3), repeat=2):
+            taps = int(y[row]) // 2 - stride * i + padding, int(c[row]) // 2 - stride * j + padding
+            if all(0 <= tap < kernel for tap in taps):
+                sent.add(int(target.coordinates[0][row]) * 9 + 3 * i + j)
+        assert {entry for entry in reading.table[row].tolist() if entry < len(x.lattice)} == sent
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("uniform", [True, False])
+def test_in_any_type(dtype: torch.dtype, uniform: bool) -> None:
+    levels = torch.full((2, 12, 16), 1) if uniform else random_levels(2, (12, 16), (2,))
+    x, spread = entering((12, 16), levels, (2,)), Spread((4, 2, 1, 0), dtype=dtype)
+    with torch.no_grad():
+        found = spread.on(Elements(x.rows.to(dtype), x.lattice), 0, 2)
+    expected = Spread((4, 2, 1, 0)).on(x, 0, 2)
+    assert found.rows.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    assert_same(found.rows.double(), expected.rows, tolerance)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 0, 0), (3, 2, 1, 1)], ids=str)
+@pytest.mark.parametrize("uniform", [True, False])
+def test_gradients_are_finite_differences(shape: tuple[int, int, int, int], uniform: bool) -> None:
+    levels = torch.full((1, 7, 6), 1) if uniform else random_levels(1, (7, 6), (2,))
+    x, spread = entering((7, 6), levels, (2,)), Spread(shape, 2)
+
+    def run(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        spread.weight, spread.bias = weight, bias
+        return spread.on(Elements(rows, x.lattice), 0, 2).rows
+
+    operands = [value.clone().requires_grad_() for value in (x.rows, spread.weight, spread.bias)]
+    assert torch.autograd.gradcheck(run, operands, fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_macs_are_those_that_run_and_on_the_own_grid_those_that_torch_counts(
+    shape: tuple[int, int, int, int],
+) -> None:
+    strides, size = (2, 2) if shape[1] == 2 else (4,), (16, 24)
+    spread = Spread(shape)
+    for levels in (random_levels(2, size, strides), len(strides)):
+        x = entering(size, levels, strides)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            found = spread.on(x, len(strides) - 1, 4)
+        weight = functional.weight_by_output(spread.weight, 1)
+        window = spread.window(4)
+        counted = cs.elements.operations.operation_of(functional.conv2d)
+        assert counted is not None and counted.macs is not None
+        macs = counted.macs(found, x, weight, spread.bias, window=window, stage=len(strides) - 1)
+        assert macs == counter.get_total_flops() // 2
+    with FlopCounterMode(display=False) as counter:
+        spread.dense(functional.to_dense(x, 4))
+    assert macs == counter.get_total_flops() // 2
+
+
+# -- networks ------------------------------------------------------------------------------------------------
+
+
+def double_conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, padding=1),
+        nn.ReLU(inplace=True),
+    )
+
+
+class UNet(nn.Module):
+    """Maps of three strides, and transposed convolutions back to the first, joined with the maps on the way."""
+
+    def __init__(self, up: dict[str, Any], join: str, normed: bool) -> None:
+        super().__init__()
+        self.first, self.join = double_conv(3, 4), join
+        self.down = nn.ModuleList([double_conv(4 * 2**i, 8 * 2**i) for i in range(3)])
+        self.up = nn.ModuleList()
+        self.merge = nn.ModuleList()
+        for i in reversed(range(3)):
+            wide = 4 * 2**i
+            spread: nn.Module = nn.ConvTranspose2d(2 * wide, wide, **up)
+            if normed:
+                spread = nn.Sequential(spread, nn.BatchNorm2d(wide), nn.ReLU())
+            self.up.append(spread)
+            self.merge.append(double_conv(2 * wide if join == "cat" else wide, wide))
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        maps = [x]
+        for down in self.down:
+            x = down(nn.functional.max_pool2d(x, 2))
+            maps.append(x)
+        for up, merge, skip in zip(self.up, self.merge, maps[-2::-1], strict=True):
+            x = up(x)
+            x = merge(torch.cat([skip, x], 1) if self.join == "cat" else x + skip)
+        return self.last(x)
+
+
+UPS: list[dict[str, Any]] = [
+    {"kernel_size": 2, "stride": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    {"kernel_size": 4, "stride": 2, "padding": 1, "groups": 2, "bias": False},
+    {"kernel_size": 2, "stride": 2, "groups": 4},
+]
+
+
+@pytest.mark.parametrize(
+    ("up", "join", "normed", "seed"), covering(UPS, ["cat", "add"], [False, True], range(4)), ids=str
+)
+def test_a_decoder_of_transposed_convolutions_is_its_emulation(
+    up: dict[str, Any], join: str, normed: bool, seed: int
+) -> None:
+    """On a random level map, image by image, optimised, and on the network's own grid the network."""
+    draw = Draw(seed)
+    torch.manual_seed(seed)
+    model, x = UNet(up, join, normed).double(), images(2, 48, 64, double)
+    settled(model, x, draw)
+    net = compare(Case(model, x, x[:, :, :40, :56], True), draw)
+    assert net.plan["up_0" if not normed else "up_0_0"].action == "keep"
+
+
+class Unjoined(nn.Module):
+    """An encoder and back, at any size."""
+
+    def __init__(self, *ups: nn.Module) -> None:
+        super().__init__()
+        self.down = nn.Sequential(*(double_conv(a, b, 2) for a, b in ((3, 8), (8, 8), (8, 8))))
+        self.up = nn.Sequential(*ups, nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+UNJOINED = {
+    "2/2": [nn.ConvTranspose2d(8, 8, 2, 2)] * 2,
+    "3/2": [nn.ConvTranspose2d(8, 8, 3, 2, 1), nn.ConvTranspose2d(8, 8, 3, 2, 1, 1)],
+    "4/4": [nn.ConvTranspose2d(8, 8, 4, 4)],
+    "stride one": [nn.ConvTranspose2d(8, 8, 3, 1, 1, groups=2), nn.ConvTranspose2d(8, 8, 5, 1, 3)],
+}
+
+
+@pytest.mark.parametrize("name", UNJOINED)
+@pytest.mark.parametrize("size", [(48, 64), (53, 58)], ids=str)
+def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = settled(Unjoined(*UNJOINED[name]).double(), images(2, 48, 64, double), Draw(0))
+    net = compare(Case(model, images(2, *size, double), images(1, 40, 40, double), True), Draw(1))
+    assert {d.action for d in net.plan.decisions if d.operation.startswith("ConvTranspose")} == {"keep"}
