@@ -24,6 +24,7 @@ from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
 from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.guards import AnotherWay
+from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
 from cadsurgery.surgery.trace import evaluating
@@ -84,7 +85,7 @@ def verify(
         checks = _all_checks(model, original, adapted, plan, geometry, image)
         if image.dtype == torch.float32 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; an error of ours would not shrink.
-            wide = copy.deepcopy(model).double()
+            wide = copy.deepcopy(model, copying(model)).double()
             checks = _all_checks(wide, original, adapted, plan, geometry, image.double())
     except CadError:
         raise
