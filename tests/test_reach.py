@@ -200,6 +200,19 @@ class Decoding(nn.Module):
         return self.last(raised + skipped)
 
 
+class Spreading(Decoding):
+    """The same by a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(16, 16, 4, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        skipped = F.relu(self.second(F.relu(self.first(image))))
+        raised = self.up(F.relu(self.third(skipped)))
+        return self.last(F.relu(raised) + skipped)
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "cut": cut,
@@ -211,13 +224,14 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "channels last": channels_last,
     "split": split,
     "decoding": Decoding,
+    "spreading": Spreading,
 }
 NETS = pytest.mark.parametrize("name", BUILDERS)
 
 
 def size_of(name: str) -> Size:
     """Of test images: odd, but for a network that must find its own way back up."""
-    return (64, 96) if name == "decoding" else SIZE
+    return (64, 96) if name in ("decoding", "spreading") else SIZE
 
 
 def convert(model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> cs.AdaptiveModel:

@@ -124,7 +124,7 @@ BY_DESIGN = {
 REMOVED = {
     "2 and 4": lambda: Network(*(Residual(32, d) for d in (1, 2, 2, 2, 4, 4))),
     "and a head": lambda: Network(*(Residual(32, d) for d in (1, 2, 2, 2, 4, 4, 4)), Head(32), width=8),
-    "several grids": lambda: Network(*(Residual(32, d) for d in (1, 2, 2, 2, 4, 4, 8, 16))),
+    "several grids": lambda: Network(*(Residual(32, d) for d in (1, 2, 2, 2, 2, 4, 4, 4, 8, 16))),
     "coming back at the end": lambda: Network(
         *(Residual(32, d, plain=True) for d in (1, 2, 2, 4, 4)), conv(32, 32, 1, 2), conv(32, 32)
     ),

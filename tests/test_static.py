@@ -191,6 +191,12 @@ OPERATIONS: dict[str, Operation] = {
     "max pool": lambda x, w: functional.max_pool2d(x, PAIR._replace(spacing=2, stride=2), 2),
     "mean pool": lambda x, w: functional.avg_pool2d(x, PAIR._replace(spacing=2, stride=2), 2, False),
     "space to depth": lambda x, w: functional.pixel_unshuffle(x, Window((2, 2), 2, spacing=2), 2),
+    "transposed": lambda x, w: functional.conv2d(
+        x, w, None, Window((3, 3), padding=(1, 0, 1, 0), spacing=2, finer=2), 0
+    ),
+    "transposed, grouped": lambda x, w: functional.conv2d(
+        x, w[:, :1, :2, :2], None, Window((2, 2), spacing=2, finer=2), 0, 4
+    ),
     "depth to space": lambda x, w: functional.pixel_shuffle(x, 0, (2, 1), 2),
     "resize": lambda x, w: functional.resize(x, 0, (2, 1), 2, tuple(x.lattice.size), "bilinear"),
     "subsampled": lambda x, w: Elements(functional.rows_on(x, x.lattice.at(2)), x.lattice.at(2)),

@@ -19,6 +19,7 @@ from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
 from cadsurgery.elements.whole_image import (
     batch_norm,
     contiguous_gradient,
+    drop_channels,
     drop_per_image,
     global_max,
     global_mean,
@@ -38,7 +39,7 @@ from cadsurgery.elements.windows import (
     fused_conv2d,
     max_pool2d,
     pixel_unshuffle,
-    weight_by_output,
+    transpose_weight,
 )
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "conv2d",
     "conv2d_per_image",
     "crop",
+    "drop_channels",
     "drop_per_image",
     "fine_map",
     "fused_conv2d",
@@ -73,5 +75,5 @@ __all__ = [
     "sum_of_products",
     "to_dense",
     "to_elements",
-    "weight_by_output",
+    "transpose_weight",
 ]

@@ -62,7 +62,7 @@ def conv2d(
 
     Args:
         x: elements (N, C).
-        weight: (O, C / groups, kh, kw), also of a transposed convolution, see `weight_by_output`.
+        weight: (O, C / groups, kh, kw), also of a transposed convolution, see `transpose_weight`.
         bias: (O,) or None.
         window: the operation as the network has it, with the spacing of its grid.
         stage: stage of the output, at least the input's unless the map is made finer, or its lattice; so in all
@@ -79,13 +79,13 @@ def conv2d(
     return Elements(compute(Convolution(rows, weights, reads, window.outside or 0.0)), target)
 
 
-def weight_by_output(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
-    """The weight (C, O / groups, kh, kw) of a transposed convolution as one of convolutions, (O, C / groups, kh, kw).
+def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
+    """The weight (C, O / groups, kh, kw) of a transposed convolution as (O, C / groups, kh, kw), and back.
 
     `turned` by half a turn it is that of the ordinary convolution which a transposed one of stride one is.
     """
-    by_output = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    return by_output.flip(2, 3) if turned else by_output
+    transposed = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return transposed.flip(2, 3) if turned else transposed
 
 
 @operation(reads="window", macs=_macs_of_weights)

@@ -17,10 +17,10 @@ from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
-from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
+from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, first_line
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
-from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over
+from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -180,9 +180,21 @@ def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
 
 
 def _copy(model: object) -> nn.Module:
-    """A copy that can be changed, every module in its own mode."""
+    """A copy that can be changed, every module in its own mode.
+
+    Raises:
+        CannotConvert: it holds something that cannot be copied.
+    """
     model = check_network(model)
-    clone = copy.deepcopy(model, copying(model))
+    try:
+        clone = copy.deepcopy(model, copying(model))
+    except Exception as error:  # whatever a network holds says so in its own way
+        raise CannotConvert(
+            f"{type(model).__name__} cannot be copied, and a conversion leaves the network itself as it is.",
+            where=why_not_copied(model),
+            why=f"{type(error).__name__}: {first_line(error)}",
+            next="take that attribute off before the conversion, or give its class a __deepcopy__.",
+        ) from error
     clone.train(model.training)  # torchvision's feature extractors forget theirs when they are copied
     for ours, theirs in zip(clone.modules(), model.modules(), strict=True):
         ours.training = theirs.training

@@ -6,6 +6,7 @@ is in the cache. Every step is exact in evaluation mode. What matches no pattern
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.surgery.guards import drop_dead_code
+from cadsurgery.surgery.hooks import act_alike, acts_as
 from cadsurgery.surgery.treatment import has_rule
 
 # Where the fused convolutions are found in the network that runs the graph.
@@ -47,7 +49,10 @@ _FUNCTIONS: dict[Any, Activation] = {
     **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
     **dict.fromkeys((F.tanh, torch.tanh, "tanh"), Activation("tanh")),
 }
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_IDENTITIES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 _DROPS = ("torchvision.ops.stochastic_depth:StochasticDepth", "timm.layers.drop:DropPath")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE = (operator.iadd, operator.imul, "add_", "mul_")
@@ -73,6 +78,7 @@ class _Fusion:
         groups: channel groups.
         residual: node that is added.
         activation: applied last.
+        leaves: where its elements become the fine map on the way to the tail.
     """
 
     tail: fx.Node
@@ -81,6 +87,7 @@ class _Fusion:
     groups: int = 1
     residual: fx.Node | None = None
     activation: Activation | None = None
+    leaves: fx.Node | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -250,8 +257,10 @@ class Fuser:
     def drop_identity(self, node: fx.Node) -> None:
         """Remove what leaves a value as it is in evaluation mode."""
         module = self.module(node)
-        kind = type(module)
-        drops = kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
+        drops = any(
+            kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
+            for kind in act_alike(type(module))
+        )
         operation = operation_of(node.target)
         if (drops and not _is_hooked(module)) or (operation is not None and operation.trains_only):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -271,10 +280,13 @@ class Fuser:
         fusion = start
         while (longer := self.extend(node, fusion)) is not None:
             fusion = longer
-        if not self.epilogues and fusion.tail is node:
+        plain = not self.epilogues or type(self.module(node)) is nn.ConvTranspose2d
+        if plain and fusion.tail is node:
             return
         with self.graph.inserting_before(fusion.tail):
             made = self.emit(node, fusion)
+            if (leaves := fusion.leaves) is not None:
+                made = self.graph.node_copy(leaves, lambda read: made if read is leaves.args[0] else read)
         made.meta.update(fusion.tail.meta)
         fusion.tail.replace_all_uses_with(made)
 
@@ -288,9 +300,12 @@ class Fuser:
             return _Fusion(node, weight, bias, groups) if known else None
         if _is_hooked(module):
             return None
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
+        if acts_as(module, nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same":
             return _Fusion(node, module.weight.detach(), _detach(module.bias), module.groups)
-        if type(module) is nn.Linear and self.epilogues:
+        if acts_as(module, nn.ConvTranspose2d) and len(node.args) == 1 and not node.kwargs:
+            weight = functional.transpose_weight(module.weight.detach(), module.groups)
+            return _Fusion(node, weight, _detach(module.bias), module.groups)
+        if acts_as(module, nn.Linear) and self.epilogues:
             of_elements = self.reads_rows(node)
             weight = module.weight.detach()[:, :, None, None]
             tail = next(iter(node.users)) if of_elements else node
@@ -311,20 +326,23 @@ class Fuser:
         if len(users) == 1 and users[0].target is functional.batch_norm:
             norm_node: Any = users[0].kwargs.get("norm", users[0].args[-1])
             return _fold_norm(fusion, users[0], self.constant(norm_node))
+        if len(users) == 1 and _is_fine_map_of(users[0], node):
+            return replace(fusion, tail=users[0], leaves=users[0])
         following = self.consumer(fusion.tail)
         if following is None:
             return None
         operation, module = following.node, self.module(following.node)
         if _is_hooked(module):
             return None
-        if type(module) is nn.BatchNorm2d and following.lattice is None:
+        if acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm) and following.lattice is None:
             return _fold_norm(fusion, operation, module)
         target = operation.target if module is None else None  # a module may have the name of a method
         if target in _PRODUCTS and fusion.is_linear:
             return self.with_factor(fusion, following)
-        if not self.epilogues or fusion.activation is not None:
+        transposed = type(self.module(node)) is nn.ConvTranspose2d  # torch has none with more in it
+        if not self.epilogues or fusion.activation is not None or transposed:
             return None
-        if target in _ADDITIONS and fusion.residual is None:
+        if target in _ADDITIONS and fusion.residual is None and fusion.leaves is None:
             return self.with_residual(node, fusion, following)
         activation = _activation(operation, module)
         only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
@@ -347,7 +365,7 @@ class Fuser:
         shapes = [(channels,), (channels, 1, 1), (1, channels, 1, 1), (1, 1, 1, channels)]
         if not isinstance(factor, Tensor) or tuple(factor.shape) not in shapes:
             return None
-        of_linear = type(self.module(fusion.tail)) is nn.Linear
+        of_linear = acts_as(self.module(fusion.tail), nn.Linear)
         if following.lattice is None and (factor.dim() == 1 or factor.shape[-1] == channels) != of_linear:
             return None
         return fusion.scale(following.result, factor.flatten())
@@ -378,12 +396,12 @@ class Fuser:
         path = f"{KERNELS}.{name}"
         parts = (fusion.weight, fusion.bias, fusion.groups, fusion.activation)
         on_elements = node.target is functional.conv2d or (
-            type(module) is nn.Linear and self.reads_rows(node)
+            acts_as(module, nn.Linear) and self.reads_rows(node)
         )
         kernel: nn.Module
-        if not on_elements and not self.epilogues:
+        if not on_elements and (not self.epilogues or acts_as(module, nn.ConvTranspose2d)):
             kernel = _fold_convolution(module, fusion)
-        elif not on_elements and type(module) is nn.Linear:
+        elif not on_elements and acts_as(module, nn.Linear):
             kernel = PackedLinear(*parts)
         else:
             window = None if on_elements else _window(module)
@@ -437,6 +455,13 @@ def _is_own_lattice(node: Any, elements: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is getattr and node.args == (elements, "lattice")
 
 
+def _is_fine_map_of(node: fx.Node, convolution: fx.Node) -> bool:
+    """Whether a node reads the elements of a convolution of stage 0, each a pixel, as the fine map: what follows may be
+    done to them before."""
+    of_pixels = convolution.target is functional.conv2d and bool(convolution.kwargs.get("stage") == 0)
+    return of_pixels and node.target is functional.to_dense and tuple(node.args[1:]) in ((), (1,))
+
+
 def _is_hooked(module: nn.Module | None) -> bool:
     """Whether hooks may see or make what fusion would skip, such as a weight."""
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
@@ -444,7 +469,7 @@ def _is_hooked(module: nn.Module | None) -> bool:
 
 def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | None:
     if module is not None:
-        made = _MODULES.get(type(module))
+        made = next((_MODULES[kind] for kind in act_alike(type(module)) if kind in _MODULES), None)
         return made(module) if made is not None else None
     if operation.target is F.gelu:
         variant: Any = operation.kwargs.get("approximate", "none")
@@ -464,8 +489,17 @@ def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
     return fusion.scale(tail, scale, shift)
 
 
-def _fold_convolution(module: nn.Conv2d, fusion: _Fusion) -> nn.Conv2d:
+def _fold_convolution(module: nn.Conv2d | nn.ConvTranspose2d, fusion: _Fusion) -> nn.Module:
     """The convolution with its folded weight, as torch runs it fastest."""
+    if isinstance(module, nn.ConvTranspose2d):
+        folded = copy.copy(module)
+        folded._parameters = {
+            "weight": nn.Parameter(
+                functional.transpose_weight(fusion.weight, fusion.groups).contiguous(), False
+            ),
+            "bias": nn.Parameter(fusion.bias, False) if fusion.bias is not None else None,
+        }
+        return folded
     out, inner, *kernel = fusion.weight.shape
     made = nn.utils.skip_init(
         nn.Conv2d,

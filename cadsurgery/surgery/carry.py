@@ -60,16 +60,11 @@ class Symbol(fx.Proxy):
     """A value of the graph that knows what it is on the example."""
 
     tracer: Carrier
-    _is_param = False  # what torch asks of whatever counts as a tensor
 
     def __getattr__(self, name: str) -> Any:
         if name == "is_cuda":  # which no dense twin of elements has
             return self.device.type == "cuda"
         return _Attribute(self, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # so that isinstance(x, torch.Tensor) and isinstance(h, int) hold
-        return type(self.tracer.value(self))
 
     def __len__(self) -> int:
         return self.tracer.decide(self, len)
@@ -275,6 +270,16 @@ def _gives_number(node: fx.Node) -> bool:
 # -- what Python's own functions do with symbols -------------------------------------------------------
 
 
+def _is_instance(value: Any, kinds: Any) -> bool:
+    """`isinstance`, for symbols of what they are on the example."""
+    return isinstance(value.tracer.value(value) if issubclass(type(value), Symbol) else value, kinds)
+
+
+def _is_tensor(value: Any) -> bool:
+    """`torch.is_tensor`, likewise."""
+    return _is_instance(value, Tensor)
+
+
 def _symbol_among(*values: Any) -> Symbol | None:
     symbols: list[Symbol] = []
 
@@ -333,9 +338,15 @@ class _Float(metaclass=_NumberType):
 
 @contextmanager
 def symbols_in_python(model: nn.Module) -> Iterator[None]:
-    """While a network is traced on an example: factories of torch, and int, float, max and min as the modules of the
-    network call them, become nodes where they are given symbols."""
-    numbers = {"int": _Int, "float": _Float, "max": _recording(max), "min": _recording(min)}
+    """While a network is traced on an example: factories of torch, and isinstance, int, float, max and min as the
+    modules of the network call them, become nodes where they are given symbols."""
+    shadows = {
+        "isinstance": _is_instance,
+        "int": _Int,
+        "float": _Float,
+        "max": _recording(max),
+        "min": _recording(min),
+    }
     spaces = {}
     for kind in {base for module in model.modules() for base in type(module).__mro__}:
         space = vars(sys.modules.get(kind.__module__, builtins))
@@ -343,8 +354,8 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
             spaces[id(space)] = space
     with ExitStack() as stack:
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}
-        stack.enter_context(mock.patch.multiple(torch, **factories))
+        stack.enter_context(mock.patch.multiple(torch, is_tensor=_is_tensor, **factories))
         for space in spaces.values():
-            free = {name: value for name, value in numbers.items() if name not in space}
+            free = {name: value for name, value in shadows.items() if name not in space}
             stack.enter_context(mock.patch.dict(space, free))
         yield

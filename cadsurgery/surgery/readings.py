@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, and_after
+from cadsurgery.surgery.flow import Flow, Role, and_after
 from cadsurgery.surgery.plan import Considered
 from cadsurgery.surgery.region import Region, readers, region_of
 from cadsurgery.surgery.settle import MERE_TAIL, Refusal, Settled, settle_flow
@@ -58,11 +58,14 @@ def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[Reading, 
         asked: why the region asked for leaves out a node that reads these maps.
         named: whether a region names its operations.
     """
-    whole = _read(settle_flow(facts, asked, named))
+    settled = settle_flow(facts, asked, named)
+    in_stages = _is_in_stages(settled.flow)
+    whole = _read(settled, in_stages)
     spacings = sorted(set(whole.settled.flow.grown.values()))
     if not spacings:
         return (whole,)
-    fewer = [_read(settle_flow(facts, asked, named, most)) for most in (*spacings[-2::-1], 0)]
+    limits = (*spacings[-2::-1], 0)
+    fewer = [_read(settle_flow(facts, asked, named, limit), in_stages) for limit in limits]
     readings = [whole, *fewer]
     chosen = _choose_reading(readings)
     return (chosen, *(reading for reading in readings if reading is not chosen))
@@ -98,26 +101,41 @@ def consider(readings: Sequence[Reading], total: int) -> tuple[Considered, ...]:
     )
 
 
-def _read(settled: Settled) -> Reading:
+def _read(settled: Settled, in_stages: bool) -> Reading:
     flow = settled.flow
     regions = {high: region_of(flow, high) for high in sorted(set(flow.grid.values()))}
     possible = tuple((high, low) for high, region in regions.items() for low in region.strides[1:])
     usual = _choose_strides(flow, regions, possible) if possible else None
     inside = _on_elements(flow, regions[usual[0]]) if usual is not None else ()
     work = sum(flow.facts.macs[node] for node in inside)
-    return Reading(settled, regions, possible, usual, work, bool(possible) and _is_evident(flow))
+    return Reading(
+        settled, regions, possible, usual, work, bool(possible) and in_stages and _is_consistent(flow)
+    )
 
 
-def _is_evident(flow: Flow) -> bool:
-    """Whether strides were removed where dilations grow: of the work behind, up to where something else ends the
-    region, at most half reads finer than the cells then are, and each stride has two windows, as stages have."""
+def _is_consistent(flow: Flow) -> bool:
+    """Whether at most half of the work behind the strides that dilations stand for reads finer than the cells then are,
+    up to where something else ends the region."""
+    behind, finer = _behind(flow)
+    macs = flow.facts.macs
+    return bool(behind) and 2 * sum(macs[node] for node in finer) <= sum(macs[node] for node in behind)
+
+
+def _is_in_stages(flow: Flow) -> bool:
+    """Whether dilations grow from one stage to the next: where they double three times or more, with hardly any window
+    in between, it is a context module."""
+    behind, finer = _behind(flow)
+    steps = {flow.grown[node] for node in (behind - finer) & flow.grown.keys()}
+    windows = [node for node in behind - finer if _reads_neighbours(node, flow)]
+    return len(steps) <= 2 or len(windows) > 2 * len(steps)
+
+
+def _behind(flow: Flow) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What depends on strides that dilations stand for, up to where something else ends the region; and what of that on
+    windows which read finer than the cells then are."""
     ends = [node for node, barrier in flow.barriers.items() if barrier.cause is not Cause.CELLS]
     behind = and_after(*flow.grown, without=ends)
-    finer = and_after(*(behind & flow.barriers.keys()), without=ends)
-    macs = flow.facts.macs
-    undilated = [node for node in behind - finer if _reads_neighbours(node, flow)]
-    enough = len(undilated) >= 2 * len(set(flow.grown.values())) > 0
-    return enough and 2 * sum(macs[node] for node in finer) <= sum(macs[node] for node in behind)
+    return behind, and_after(*(behind & flow.barriers.keys()), without=ends)
 
 
 def _reads_neighbours(node: fx.Node, flow: Flow) -> bool:
@@ -140,9 +158,10 @@ def _choose_strides(
         return (current if current in highs else highs[-1]), low
     usual = max((high for high in highs if high <= _trunk(flow, low) / 4), default=highs[0])
     # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts, and
-    # where a branch that stays finer has nearly all the work, that of the branch.
+    # where a branch to a finer output has nearly all the work, that of the branch.
     work = {high: _work(flow, region) for high, region in regions.items()}
-    finer = any(_comes_back(node, flow) and grid < usual for node, grid in flow.grid.items())
+    returns_map = any(flow.role[node] is Role.MAP for node in flow.facts.outputs)
+    finer = returns_map and any(_comes_back(node, flow) and grid <= usual for node, grid in flow.grid.items())
     if not (finer and 4 * work[usual] < max(work.values())):
         near = (high for high, region in regions.items() if high == usual or region.strides[-1] <= 4 * high)
         work = {high: work[high] for high in near}

@@ -143,7 +143,8 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     if node.op == "call_module":
         module: Any = facts.module(node)
         modes = {nn.ReflectionPad2d: "reflect", nn.ReplicationPad2d: "replicate"}
-        pads, mode = tuple(module.padding), modes.get(type(module), "zeros")
+        pads = tuple(module.padding)
+        mode = next((mode for kind, mode in modes.items() if isinstance(module, kind)), "zeros")
         value = getattr(module, "value", 0.0)
     else:
         given = _arguments(node, "input", "pad", mode="constant", value=None)
@@ -216,7 +217,11 @@ def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
     )
     if _pair(size) != (1, 1):
         return barrier(f"pooling to {size} cuts the map into uneven bins")
-    is_max = "max" in operation_name(node, facts).lower()
+    is_max = (
+        isinstance(facts.module(node), nn.AdaptiveMaxPool2d)
+        if by_module
+        else "max" in operation_name(node, facts)
+    )
     return Treatment("global", call=functional.global_max if is_max else functional.global_mean)
 
 
@@ -283,7 +288,7 @@ def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
 # -- normalisation and dropout -------------------------------------------------------------------------
 
 
-@rule(nn.BatchNorm2d)
+@rule(nn.BatchNorm2d, nn.SyncBatchNorm)
 def batch_norm(node: fx.Node, facts: Facts) -> Treatment:
     """An affine map per channel; in training, statistics over the elements, weighed by their area."""
     arguments = (("norm", Attribute(str(node.target))),)
@@ -327,12 +332,22 @@ def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise")
 
 
-@rule(nn.Dropout2d, "timm.layers.drop:DropPath", "torchvision.ops.stochastic_depth:StochasticDepth")
+@rule(nn.Dropout2d, nn.FeatureAlphaDropout, "timm.layers.drop:DropPath")
+@rule("torchvision.ops.stochastic_depth:StochasticDepth")
 def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
     arguments = (("dropout", Attribute(str(node.target))),)
-    axes = NCHW if isinstance(facts.module(node), nn.Dropout2d) else ""
+    axes = NCHW if isinstance(facts.module(node), (nn.Dropout2d, nn.FeatureAlphaDropout)) else ""
     return Treatment("pointwise", call=functional.drop_per_image, arguments=arguments, axes=axes)
+
+
+@rule(F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
+def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
+    """Changes whole channels or whole images, wherever their elements are."""
+    default = node.target is not F.feature_alpha_dropout  # where it is False
+    given = _arguments(node, "input", p=0.5, training=default)
+    arguments = (("how", operation_name(node, facts)), ("p", given["p"]), ("training", given["training"]))
+    return Treatment("pointwise", call=functional.drop_channels, arguments=arguments)
 
 
 # -- each element alone --------------------------------------------------------------------------------
@@ -343,6 +358,7 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout)
 @rule(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish)
 @rule(F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.dropout, F.prelu)
+@rule(F.alpha_dropout)
 @rule(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.abs, torch.neg)
 @rule(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow, torch.erf)
 @rule("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow")
@@ -401,7 +417,10 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     layout = facts.layout(node.args[0])
     if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
         return Treatment("join", "combines the values of one cell")
-    how = operation_name(node, facts).removeprefix("Tensor.").lower()
+    functions: dict[Any, Any] = {nn.Softmax: F.softmax, nn.LogSoftmax: F.log_softmax, nn.GLU: F.glu}
+    function = next((function for kind, function in functions.items() if isinstance(module, kind)), None)
+    name = function.__name__ if function is not None else operation_name(node, facts)
+    how = name.removeprefix("Tensor.")
     over_image = _OVER_IMAGE.get(how)
     if isinstance(dim, int) and image_dims(layout) == (dim % len(layout),) and over_image is not None:
         why = "over all positions, each weighed by its area"
@@ -410,8 +429,7 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
         name = operation_name(node, facts)
         return barrier(f"{name} over {'positions of the image' if isinstance(dim, int) else dim} mixes them")
     if module is not None:
-        functions: dict[Any, Any] = {nn.Softmax: F.softmax, nn.LogSoftmax: F.log_softmax, nn.GLU: F.glu}
-        call = Call(functions[type(module)], (node.args[0], row_dim(layout, dim)))
+        call = Call(function, (node.args[0], row_dim(layout, dim)))
         return Treatment("pointwise", rows=call)
     keepdim = bool(given.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False))
     reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
@@ -638,7 +656,7 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
         return barrier(window)
     groups, ordinary = given["groups"], window.finer == 1
     arguments = {
-        "weight": Call(functional.weight_by_output, (given["weight"], groups, ordinary)),
+        "weight": Call(functional.transpose_weight, (given["weight"], groups, ordinary)),
         "bias": given["bias"],
         "groups": groups,
     }
@@ -697,6 +715,9 @@ def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
 @rule("size", "dim", getattr, "numel", "ndimension")
 def shape(node: fx.Node, facts: Facts) -> Treatment:
     """Asks for the size of the map, which is the one the network itself would see."""
+    if node.target is getattr and node.args[1] == "data":
+        why = "The values without their history, which each element has for itself."
+        return Treatment("pointwise", why, rows=Call(getattr, (node.args[0], "data")))
     if node.target is getattr and node.args[1] not in ("shape", "device", "dtype", "ndim"):
         return barrier(f"reads the attribute {node.args[1]!r} of a map")
     if node.target == "numel":

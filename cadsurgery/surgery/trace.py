@@ -17,7 +17,7 @@ from torch import fx, nn
 from cadsurgery.support.errors import CannotConvert, first_line
 from cadsurgery.surgery.guards import line_of
 
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 Functions = tuple[Callable[..., Any], ...]

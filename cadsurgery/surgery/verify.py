@@ -24,6 +24,7 @@ from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
 from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.guards import AnotherWay
+from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
 from cadsurgery.surgery.trace import evaluating
@@ -84,7 +85,7 @@ def verify(
         checks = _all_checks(model, original, adapted, plan, geometry, image)
         if image.dtype == torch.float32 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; an error of ours would not shrink.
-            wide = copy.deepcopy(model).double()
+            wide = copy.deepcopy(model, copying(model)).double()
             checks = _all_checks(wide, original, adapted, plan, geometry, image.double())
     except CadError:
         raise
@@ -180,7 +181,8 @@ def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
         if isinstance(source, (list, tuple)):
             return [read(*pair) for pair in zip(value, source, strict=True)]
         if isinstance(source, dict):
-            return {key: read(value[key], part) for key, part in source.items()}
+            parts = value if isinstance(value, dict) else vars(value)  # of a dataclass
+            return {key: read(parts[key], part) for key, part in source.items()}
         if not isinstance(source, fx.Node) or source.target is not functional.to_dense:
             return value
         decision = plan[source.args[0].meta[ORIGIN]]  # type: ignore[union-attr]

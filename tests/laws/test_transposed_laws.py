@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from emulation import Emulation, Feature
 from random_networks import Case, Draw, settled
 from test_random_networks import compare
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
@@ -20,6 +23,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window, kernel_map, phases
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.network.macs import dense_macs, layer_work
 
 EXACT = 1e-9
 double = torch.float64
@@ -62,7 +66,7 @@ class Spread:
         return Window((self.kernel, self.kernel), padding=pads, spacing=spacing, finer=self.stride)
 
     def on(self, x: Elements, stage: int, spacing: int) -> Elements:
-        weight = functional.weight_by_output(self.weight, self.groups)
+        weight = functional.transpose_weight(self.weight, self.groups)
         return functional.conv2d(x, weight, self.bias, self.window(spacing), stage, self.groups)
 
     def emulated(self, levels: Tensor, x: Elements, stage: int, spacing: int) -> Tensor:
@@ -205,7 +209,7 @@ def test_macs_are_those_that_run_and_on_the_own_grid_those_that_torch_counts(
         x = entering(size, levels, strides)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             found = spread.on(x, len(strides) - 1, 4)
-        weight = functional.weight_by_output(spread.weight, 1)
+        weight = functional.transpose_weight(spread.weight, 1)
         window = spread.window(4)
         counted = cs.elements.operations.operation_of(functional.conv2d)
         assert counted is not None and counted.macs is not None
@@ -294,11 +298,11 @@ class Unjoined(nn.Module):
         return self.up(self.down(x))
 
 
-UNJOINED = {
-    "2/2": [nn.ConvTranspose2d(8, 8, 2, 2)] * 2,
-    "3/2": [nn.ConvTranspose2d(8, 8, 3, 2, 1), nn.ConvTranspose2d(8, 8, 3, 2, 1, 1)],
-    "4/4": [nn.ConvTranspose2d(8, 8, 4, 4)],
-    "stride one": [nn.ConvTranspose2d(8, 8, 3, 1, 1, groups=2), nn.ConvTranspose2d(8, 8, 5, 1, 3)],
+UNJOINED: dict[str, Callable[[], list[nn.Module]]] = {
+    "2/2": lambda: [nn.ConvTranspose2d(8, 8, 2, 2), nn.ConvTranspose2d(8, 8, 2, 2)],
+    "3/2": lambda: [nn.ConvTranspose2d(8, 8, 3, 2, 1), nn.ConvTranspose2d(8, 8, 3, 2, 1, 1)],
+    "4/4": lambda: [nn.ConvTranspose2d(8, 8, 4, 4)],
+    "stride one": lambda: [nn.ConvTranspose2d(8, 8, 3, 1, 1, groups=2), nn.ConvTranspose2d(8, 8, 5, 1, 3)],
 }
 
 
@@ -306,6 +310,131 @@ UNJOINED = {
 @pytest.mark.parametrize("size", [(48, 64), (53, 58)], ids=str)
 def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    model = settled(Unjoined(*UNJOINED[name]).double(), images(2, 48, 64, double), Draw(0))
+    model = settled(Unjoined(*UNJOINED[name]()).double(), images(2, 48, 64, double), Draw(0))
     net = compare(Case(model, images(2, *size, double), images(1, 40, 40, double), True), Draw(1))
     assert {d.action for d in net.plan.decisions if d.operation.startswith("ConvTranspose")} == {"keep"}
+
+
+def unet(**up: Any) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    x = images(2, 48, 64)
+    return settled(UNet(up or UPS[0], "cat", True), x, Draw(0)), x
+
+
+def test_what_follows_is_part_of_it_in_the_inference_copy() -> None:
+    """Batch norm and, in the region, ReLU."""
+    model, x = unet()
+    net = cs.adaptify(model, "random", output_stride=(2, 8), example_input=x)
+    fast = net.optimize()
+    targets = [node.target for node in fast.graph.nodes]
+    assert functional.batch_norm not in targets and functional.conv2d not in targets
+    left = [type(module) for module in called(fast) if isinstance(module, nn.BatchNorm2d | nn.ReLU)]
+    assert left == [nn.ReLU]  # behind the one that is dense
+    with torch.no_grad():
+        levels = random_levels(2, (24, 32), (2, 2))
+        assert_same(fast(x, mask=levels), net(x, mask=levels))
+        assert_same(net.optimize(fuse=False)(x, mask=levels), net(x, mask=levels))
+        half = copy.deepcopy(net).bfloat16()
+        exact = net(x, mask=levels)
+        plain = (half(x.bfloat16(), mask=levels).float() - exact).norm()
+        rounded = (half.optimize()(x.bfloat16(), mask=levels).float() - exact).norm()
+        assert rounded <= 1.5 * plain
+
+
+def called(net: cs.AdaptiveModel) -> list[nn.Module]:
+    return [net.get_submodule(str(n.target)) for n in net.graph.nodes if n.op == "call_module"]
+
+
+@pytest.mark.parametrize("name", ["2/2", pytest.param("3/2", marks=pytest.mark.slow)])
+def test_it_compiles_to_one_graph(name: str) -> None:
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)]
+    model, x = nn.Sequential(*stem, *UNJOINED[name]()[:1]).eval(), images(2, 45, 62)
+    net = cs.adaptify(
+        model, cs.Budget("edges", 0.4), output_stride=(2, 8), example_input=x, verify_laws=False
+    )
+    seen = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        assert_same(torch.compile(net, backend=seen, fullgraph=True)(x), net(x))
+    assert seen.frame_count == 1
+
+
+def test_it_trains_as_its_emulation_would() -> None:
+    """Gradients of all parameters at the network's own level are the network's."""
+    model, x = unet()
+    model, x = model.double(), x.double()
+    net = cs.adaptify(model, "none", example_input=x)
+    net(x).square().mean().backward()
+    model(x).square().mean().backward()
+    for (name, one), (_, two) in zip(net.named_parameters(), model.named_parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None, name
+        assert_same(one.grad, two.grad, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["2/2", "3/2"])
+def test_macs_of_a_network_are_those_that_run_and_those_of_torch(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Unjoined(*UNJOINED[name]()).eval(), images(2, 48, 64)
+    net = cs.adaptify(model, "none", output_stride=(2, 8), example_input=x, verify_laws=False)
+    levels = random_levels(2, (24, 32), (2, 2))
+    report = net.macs(x, mask=levels)
+    assert report.low == dense_macs(model, x)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x, mask=levels)
+    assert report.mask == counter.get_total_flops() // 2
+    work = layer_work(net, x)
+    assert (work is None) == (name == "3/2")  # whose phases have different numbers of taps
+    if work is not None:
+        assert sum(layer.on(net.lattice) for layer in work) == report.mask
+
+
+REFUSED = {
+    "makes the map grow": (3, 2),
+    "its kernel is smaller than its stride": (1, 2),
+    "differs between the axes": (2, (2, 1)),
+    "stride and dilation": (3, 2, 1, 1, 1, True, 2),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_has_no_phases_or_grows_ends_the_region_with_a_reason(reason: str) -> None:
+    torch.manual_seed(0)
+    model = Unjoined(nn.ConvTranspose2d(8, 8, *REFUSED[reason])).eval()
+    net, x = cs.adaptify(model, "none", example_input=images(1, 48, 64)), images(2, 48, 64)
+    assert reason in net.plan["up_0"].reason and net.plan["up_0"].action == "barrier"
+    with torch.no_grad():
+        assert_same(net(x), model(x))
+
+
+class Sized(Unjoined):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return self.up[0](x, output_size=(2 * x.shape[2], 2 * x.shape[3]))
+
+
+def test_a_size_that_is_asked_for_in_the_call_ends_the_region() -> None:
+    torch.manual_seed(0)
+    model = Sized(nn.ConvTranspose2d(8, 8, 3, 2, 1)).eval()
+    net, x = cs.adaptify(model, "none", example_input=images(1, 48, 64)), images(2, 53, 58)
+    assert "size of its output" in net.plan["up_0"].reason
+    with torch.no_grad():
+        assert_same(net(x), model(x))
+
+
+class Computed(Unjoined):
+    """With a weight that is computed in the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.norm(dim=(2, 3), keepdim=True)
+        return self.up(F.conv_transpose2d(self.down(x), weight, stride=2))
+
+
+def test_the_function_is_the_module() -> None:
+    torch.manual_seed(0)
+    model = settled(Computed().double(), images(2, 48, 64, double), Draw(0))
+    net = compare(Case(model, images(2, 53, 58, double), images(1, 40, 40, double), True), Draw(1))
+    assert net.plan["conv_transpose2d"].action == "keep"
