@@ -106,7 +106,7 @@ class Saved:
         self.features = output
 
 
-@network("modules", "copy", "transposed")
+@network("wrapped", "transposed")
 class HookedFeatures(nn.Module):
     """Skips are collected by forward hooks of the encoder's layers."""
 
@@ -125,9 +125,9 @@ class HookedFeatures(nn.Module):
         return self.out(first + self.up1(y)[:, :, : first.size(2), : first.size(3)])
 
 
-@network("decisions", "modules")
+@network("wrapped", "decisions")
 class Checkpointed(nn.Module):
-    """Blocks are recomputed in the backward pass `if x.requires_grad`; some always, by `checkpoint_sequential`."""
+    """Blocks are recomputed in the backward pass while training, `if y.requires_grad`."""
 
     def __init__(self, with_cp: bool = True) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Swish(torch.autograd.Function):
         return grad * (sigmoid * (1 + i * (1 - sigmoid)))
 
 
-@network("pads", "decisions", "gates")
+@network("pads", "decisions", "wrapped")
 class SamePaddedMobile(nn.Module):
     """Same padding that depends on the size, squeeze and excitation, an activation as an autograd function."""
 
@@ -205,7 +205,7 @@ def mish(x):
     return x * torch.tanh(F.softplus(x))
 
 
-@network("modules")
+@network("wrapped")
 class ScriptedActivation(nn.Module):
     """An activation that TorchScript compiled; context managers in `forward`."""
 
@@ -223,7 +223,7 @@ class ScriptedActivation(nn.Module):
         return F.interpolate(self.out(y), size=x.shape[2:], mode="bilinear")
 
 
-@network("copy", "modules")
+@network("wrapped")
 def in_data_parallel() -> nn.Module:
     """Wrapped in `nn.DataParallel`, as checkpoints of many repositories are."""
     net = nn.Sequential(conv(3, 8, 3, 2), Residual(8, 16, 2), Residual(16, 32, 2), nn.Conv2d(32, 4, 1))

@@ -20,6 +20,7 @@ IDIOMS = {
     "dropout": "functional dropouts",
     "data": "`.data`, `detach`, changes in place",
     "copy": "modules that `deepcopy` refuses",
+    "wrapped": "hooks, checkpoints, DataParallel, functions of autograd and TorchScript",
     "inputs": "several inputs, a list, a dictionary, the image as a keyword",
     "outputs": "several outputs: a list, a dictionary, a named tuple, a dataclass",
     "resizing": "upsampling by a factor or to a size, shuffled pixels",

@@ -152,21 +152,44 @@ class ManyNorms(nn.Module):
 
 
 class Locked(nn.Module):
-    """Holds a lock and the keys of a dictionary, which cannot be copied."""
+    """Counts its calls, one thread at a time: a lock cannot be copied."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.lock, self.names = inner, threading.Lock(), {"one": 1, "two": 2}.keys()
+        self.inner, self.lock, self.calls = inner, threading.Lock(), 0
 
     def forward(self, x):
+        with self.lock:
+            self.calls += 1
         return self.inner(x)
+
+
+class Keyed(nn.Module):
+    """Remembers the names of its parts as `dict.keys()`, which cannot be copied."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        self.names, self.parts = parts.keys(), nn.ModuleDict(parts)
+
+    def forward(self, x):
+        for name in self.names:
+            x = self.parts[name](x)
+        return x
 
 
 @network("copy")
 def with_a_lock() -> nn.Module:
-    """A module that holds a lock and `dict.keys()`."""
+    """A module that holds a lock."""
     return nn.Sequential(
         Locked(conv(3, 8, 3, 2)), Residual(8, 16, 2), Residual(16, 32, 2), nn.Conv2d(32, 4, 1)
+    )
+
+
+@network("copy", "modules")
+def with_dictionary_keys() -> nn.Module:
+    """A module that holds the keys of a dictionary."""
+    return Keyed(
+        stem=conv(3, 8, 3, 2), one=Residual(8, 16, 2), two=Residual(16, 32, 2), head=nn.Conv2d(32, 4, 1)
     )
 
 
