@@ -8,6 +8,7 @@ import torch
 
 from cadsurgery.elements.backends.choose import select_rows
 from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation
 from cadsurgery.support.errors import InvalidInput
 
@@ -52,6 +53,30 @@ def pad(x: Elements, pads: Sequence[int], spacing: int, value: float = 0.0) -> E
         raise _shifts(f"padding by {left} on the left and {top} at the top")
     height, width = _samples(x, spacing)
     return _with_border(x, (height + bottom, width + right), spacing, value)
+
+
+@operation(reads="element")
+def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing: int) -> Elements:
+    """The elements as they are, once padding that the network computes is known to be what gives ceil(n / stride)
+    outputs for n samples: the window that reads them reads beyond the border by as much.
+
+    Args:
+        x: elements.
+        pads: (left, right, top, bottom) in samples of the network's own grid.
+        window: that reads them.
+        spacing: fine pixels between these samples.
+
+    Raises:
+        InvalidInput: it is another padding.
+    """
+    top, bottom, left, right = window._replace(spacing=spacing).fit(x.lattice.size).padding
+    if tuple(pads) != (left, right, top, bottom):
+        raise InvalidInput(
+            f"the network pads by {tuple(pads)} here, where {(left, right, top, bottom)} keep its map in place.",
+            why="for the image it was converted on it was what a stride asks for.",
+            next="pad or resize the image to a multiple of the lowest output stride.",
+        )
+    return x
 
 
 def _samples(x: Elements, spacing: int) -> tuple[int, int]:

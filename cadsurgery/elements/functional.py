@@ -5,7 +5,7 @@ differentiable, and treats the images of a batch apart from each other. Pointwis
 here: they act on `rows` as they are.
 """
 
-from cadsurgery.elements.borders import crop, pad
+from cadsurgery.elements.borders import check_same_padding, crop, pad
 from cadsurgery.elements.elements import (
     Elements,
     common_lattice,
@@ -46,6 +46,7 @@ __all__ = [
     "Elements",
     "avg_pool2d",
     "batch_norm",
+    "check_same_padding",
     "common_lattice",
     "contiguous_gradient",
     "conv2d",

@@ -280,6 +280,13 @@ def _is_tensor(value: Any) -> bool:
     return _is_instance(value, Tensor)
 
 
+def _unscripted(value: Any) -> Callable[..., Any] | None:
+    """The Python function that torch.jit.script was given; None for anything else."""
+    return (
+        getattr(value, "_torchdynamo_inline", None) if isinstance(value, torch.jit.ScriptFunction) else None
+    )
+
+
 def _symbol_among(*values: Any) -> Symbol | None:
     symbols: list[Symbol] = []
 
@@ -357,5 +364,6 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(torch, is_tensor=_is_tensor, **factories))
         for space in spaces.values():
             free = {name: value for name, value in shadows.items() if name not in space}
+            free |= {name: unscripted for name, value in space.items() if (unscripted := _unscripted(value))}
             stack.enter_context(mock.patch.dict(space, free))
         yield

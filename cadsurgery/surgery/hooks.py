@@ -87,9 +87,17 @@ def _is_own(hook: Any, model: nn.Module) -> bool:
     owner = getattr(hook, "__self__", None)
     if owner is None:
         return False
-    return any(
-        owner is part or any(owner is held for held in vars(part).values()) for part in model.modules()
-    )
+    return any(owner is held for part in model.modules() for held in (part, *_held(part)))
+
+
+def _held(module: nn.Module) -> Iterator[Any]:
+    """What the attributes of a module are, or hold in lists and dictionaries."""
+    for value in vars(module).values():
+        yield value
+        if isinstance(value, (list, tuple)):
+            yield from value
+        elif isinstance(value, dict):
+            yield from value.values()
 
 
 def take_over(net: nn.Module, model: nn.Module) -> None:

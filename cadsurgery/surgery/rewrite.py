@@ -195,7 +195,8 @@ class Rewriter:
         if treatment.spaced:
             arguments["spacing"] = self.plan[source.name].grid
         if treatment.kind == "pad":  # the windows that read it have taken it over
-            self.elements[node] = self.as_elements(source)
+            x = self.as_elements(source)
+            self.elements[node] = self.call(treatment.call, x, **arguments) if treatment.call else x
             return
         if not treatment.call:
             self.elements[node] = self.emit_on_rows(node, stage, treatment)

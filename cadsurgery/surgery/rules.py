@@ -28,6 +28,7 @@ from cadsurgery.elements.axes import (
 )
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.treatment import (
     Attribute,
     Call,
@@ -156,6 +157,12 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
         return barrier("how much it pads is not known")
     if not any(known) and pads == known:
         return Treatment("pointwise", "Padding by nothing.", rows=Call(None, (node.args[0],)))
+    if pads != known and (same := _same_for_readers(node, known, layout, mode, facts)) is not None:
+        arguments = (("pads", tuple(pads)), ("window", same))
+        why = "Padding that a stride asks for; it belongs to the window that reads it."
+        call = functional.check_same_padding
+        outside = same._replace(outside=float(value))
+        return Treatment("pad", why, window=outside, call=call, arguments=arguments, spaced=True)
     if pads != known or min(known) < 0:
         return _pad_below(pads, known, layout, mode, value)
     by_axis = list(zip(pads[::2], pads[1::2], strict=True))
@@ -167,6 +174,37 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     (left, right), (top, bottom) = by_axis[0], by_axis[1] if len(by_axis) > 1 else (0, 0)
     window = Window((1, 1), padding=(top, bottom, left, right), mode=mode, outside=float(value))
     return Treatment("pad", window=window)
+
+
+def _same_for_readers(
+    node: fx.Node, known: tuple[int, ...], layout: str, mode: str, facts: Facts
+) -> Window | None:
+    """The window of what reads a padded map, if all do with the same, and it is padded as their stride asks for."""
+    windows = {_reader_window(user, facts) for user in node.users}
+    window = windows.pop() if len(windows) == 1 else None
+    if window is None or layout != NCHW or mode != "zeros" or len(known) != 4:
+        return None
+    source: Any = node.args[0]
+    top, bottom, left, right = window.fit((facts.shapes[source][2], facts.shapes[source][3])).padding
+    return window if known == (left, right, top, bottom) and any(known) else None
+
+
+def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
+    """The window of an unpadded convolution or pooling, with the padding its stride asks for."""
+    if user.op == "call_module":
+        module: Any = facts.module(user)
+        if not acts_as(module, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d):
+            return None
+        given: dict[str, Any] = {"dilation": 1, **vars(module)}
+    elif user.target in (F.conv2d, torch.conv2d):
+        given = _arguments(user, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+        given["kernel_size"] = tuple(facts.shapes.get(given["weight"], ())[2:])
+    else:
+        return None
+    if not given["kernel_size"] or given["padding"] == "same" or any(_pair(given["padding"])):
+        return None
+    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    return window if isinstance(window, Window) else None
 
 
 def _pad_below(pads: Any, known: tuple[int, ...], layout: str, mode: str, value: Any) -> Treatment:

@@ -82,6 +82,7 @@ EXAMPLES: dict[str, Example] = {
     "resize": Example((), {"stage": 1, "spacings": (4, 2), "scale": 2, "mode": "bilinear"}),
     "resize_to_dense": Example((2,), {"scale_factor": 4, "mode": "bilinear"}),
     "pixel_shuffle": Example((), {"stage": 1, "spacings": (4, 2), "scale": 2}),
+    "check_same_padding": Example(((0, 1, 1, 1), Window((3, 3), 2, same=True)), {"spacing": 2}),
     "crop": Example(((0, None), (5, -1)), {"spacing": 2}),
     "pad": Example(((0, -1, 0, 1),), {"spacing": 2, "value": 0.5}),
     "to_dense": Example(),
