@@ -161,7 +161,7 @@ def _read(file: Path) -> list[Subject]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[file.stem] = module
         try:
-            with _beside(file):
+            with beside(file):
                 spec.loader.exec_module(module)
         except BaseException as error:
             del sys.modules[file.stem]
@@ -191,9 +191,9 @@ def _is_read(file: Path) -> bool:
 
 
 @contextmanager
-def _beside(file: Path) -> Iterator[None]:
-    """Modules in the folder of a file can be imported for a while."""
-    folder: Any = str(file.resolve().parent)
+def beside(corpus: Path) -> Iterator[None]:
+    """The files of a corpus, and what lies beside them, can be imported for a while."""
+    folder = str((corpus if corpus.is_dir() else corpus.parent).resolve())
     sys.path.insert(0, folder)
     try:
         yield
