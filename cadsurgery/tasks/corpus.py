@@ -23,7 +23,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import cadsurgery
 from cadsurgery.data.networks import build_model, family_of
 from cadsurgery.support.errors import FileError, UnknownName, first_line
 
@@ -61,6 +60,8 @@ class Subject:
 
 # Small, odd and not square; networks that do not take it are converted on the built-in images.
 ZOO_SIZE = (65, 97)
+
+CHECKOUT = Path(__file__).parents[2] / "tests" / "corpus"  # which the installed package comes without
 
 _declared: dict[str, dict[str, Subject]] = {}  # by module
 
@@ -132,18 +133,17 @@ def find_corpus(argument: str) -> tuple[Path, str]:
     Raises:
         FileError: there is no such file, or this is no checkout, which has a corpus.
     """
-    checkout = Path(cadsurgery.__file__).parents[1] / "tests" / "corpus"
-    for path in (Path(argument), checkout / argument):
+    for path in (Path(argument), CHECKOUT / argument):
         if argument not in ("", "*") and path.exists():
             return path, "*"
-    if argument.endswith(".py") or "/" in argument or not checkout.is_dir():
+    if argument.endswith(".py") or "/" in argument or not CHECKOUT.is_dir():
         raise FileError(
             f"there is no corpus {argument}." if argument not in ("", "*") else "there is no corpus here.",
-            why="" if checkout.is_dir() else "the installed package comes without tests/corpus.",
+            why="" if CHECKOUT.is_dir() else "the installed package comes without tests/corpus.",
             next="name a file or folder of networks declared with cadsurgery.tasks.corpus.network: "
             "cadsurgery list PATH --check --corpus.",
         )
-    return checkout, argument or "*"
+    return CHECKOUT, argument or "*"
 
 
 def _files(corpus: Path) -> list[Path]:
