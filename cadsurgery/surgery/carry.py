@@ -62,6 +62,8 @@ class Symbol(fx.Proxy):
     tracer: Carrier
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):  # what libraries ask of objects in general
+            raise AttributeError(name)
         if name == "is_cuda":  # which no dense twin of elements has
             return self.device.type == "cuda"
         return _Attribute(self, name)
@@ -162,7 +164,8 @@ class Carrier(Tracer):
                 for node in list(self.graph.nodes)[self._run_so_far :]:
                     if node.op == "placeholder":
                         first = next(images, None)
-                        self.values[node] = node.args[0] if first is None and node.args else first
+                        first = node.args[0] if first is None and node.args else first
+                        self.values[node] = first.clone() if isinstance(first, Tensor) else first
                     else:
                         self.values[node] = interpreter.run_node(node)
                     self._run_so_far += 1
