@@ -402,7 +402,8 @@ class XceptionLike(nn.Module):
         self.entry1, self.skip1 = self.block(8, 16, 2), nn.Conv2d(8, 16, 1, stride=2, bias=False)
         self.entry2, self.skip2 = self.block(16, 32, 2), nn.Conv2d(16, 32, 1, stride=2, bias=False)
         self.middle = nn.ModuleList([self.block(32, 32) for _ in range(3)])
-        self.exit, self.out = self.block(32, 64, dilation=2), nn.Conv2d(64, 4, 1)
+        self.exit = nn.Sequential(self.block(32, 64, dilation=2), self.block(64, 96, dilation=2))
+        self.out = nn.Conv2d(96, 4, 1)
 
     @staticmethod
     def block(a: int, b: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
