@@ -183,14 +183,22 @@ def padding_same(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
 def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
-    """To one sample: the mean over the image with each element weighed by its area, or the maximum."""
+    """Over the image, or over the bins it is cut into, each element weighed by its area, or the maximum."""
     by_module = node.op == "call_module"
     size: Any = (
         facts.module(node).output_size if by_module else _arguments(node, "x", "output_size")["output_size"]
     )
-    if _pair(size) != (1, 1):
-        return barrier(f"pooling to {size} cuts the map into uneven bins")
     is_max = "max" in operation_name(node, facts).lower()
+    if _pair(size) != (1, 1):
+        given = {"return_indices": False, **(vars(facts.module(node)) if by_module else node.kwargs)}
+        if not all(isinstance(bins, int) for bins in _pair(size)):
+            return barrier(f"it pools to {size}, which follows from the size of the map")
+        if facts.layout(node.args[0]) != NCHW or given["return_indices"]:
+            return barrier(
+                "its indices refer to a dense map" if given["return_indices"] else "its axes are others"
+            )
+        arguments = (("size", _pair(size)), ("largest", is_max))
+        return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
     return Treatment("global", call=functional.global_max if is_max else functional.global_mean)
 
 
@@ -507,13 +515,13 @@ def stacking(node: fx.Node, facts: Facts) -> Treatment:
 def resizing(node: fx.Node, facts: Facts) -> Treatment:
     """Between coarse cells it reads as torch does; what was never downsampled is taken over."""
     source: Any = node.args[0] if node.args else node.kwargs["input"]
-    if not facts.layout(source):
-        return _broadcast(node, facts, source)
     usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
     usual |= {"recompute_scale_factor": None, "antialias": False}
     given = _arguments(node, "x", **usual)
     if node.op == "call_module":
         given |= {name: getattr(facts.module(node), name) for name in usual if name != "antialias"}
+    if not facts.layout(source):
+        return _resize_small(node, facts, source, given)
     if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
         return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
     arguments = tuple(
@@ -600,6 +608,18 @@ def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilati
 def broadcast(node: fx.Node, facts: Facts) -> Treatment:
     """One vector per image repeated over a map is the same vector for every element."""
     return _broadcast(node, facts, node.args[0])
+
+
+def _resize_small(node: fx.Node, facts: Facts, source: Any, given: dict[str, Any]) -> Treatment:
+    """Of a value that is no map of the region: one vector per image, or a small map that its elements are read from."""
+    is_small = facts.is_map(node) and source in facts.shapes and given["size"] is not None
+    plain = given["mode"] in ("nearest", "bilinear") and not given["antialias"]
+    if is_flat(facts.shapes.get(source, ()), NCHW) or not (is_small and plain):
+        return _broadcast(node, facts, source)
+    arguments = tuple((name, given[name]) for name in ("size", "mode", "align_corners"))
+    return Treatment(
+        "broadcast", "every element reads it at its place, as torch resizes", arguments=arguments
+    )
 
 
 def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
