@@ -416,7 +416,7 @@ class Interrupted(nn.Module):
     [
         (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), ["Conv2d"]),
         (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), ["no strided convolution", "downsamples"]),
-        (Branching(), ["Branching", "traced", "control flow"]),
+        (Branching(), ["Branching.forward", "traced", "values of the image"]),
         (Behind(), ["nothing that can be made adaptive", "fft"]),
         (nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.LPPool2d(2, 2)), ["nothing", "LPPool2d"]),
     ],

@@ -8,17 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options, screen
+from cadsurgery.support.errors import InvalidInput
 
 commands = typer.Typer()
 
 
 @commands.command("list")
 def list_command(
-    pattern: Annotated[str, typer.Argument(help='shell-style, e.g. "*resnet*"')] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help='shell-style, e.g. "*resnet*"; --corpus: also a file or folder of networks')
+    ] = "*",
     library: Annotated[str, typer.Option(help="torchvision or timm; default both")] = "",
     masks: Annotated[bool, typer.Option("--masks", help="list mask providers instead")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="build, convert and verify each network here and now")
+    ] = False,
+    corpus: Annotated[
+        bool,
+        typer.Option("--corpus", help="--check: networks of files that are run, by default of tests/corpus"),
     ] = False,
     output: Annotated[
         Path,
@@ -41,13 +48,28 @@ def list_command(
         screen.show([vars(info) for info in infos], "\n".join(lines), as_json)
         return
     from cadsurgery.data.networks import list_models
+    from cadsurgery.tasks.corpus import find_corpus, read_corpus
     from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, recorded, summary
 
-    names = list_models(pattern, library)
+    if corpus and not check:
+        raise InvalidInput(
+            "--corpus lists nothing by itself.", next="add --check: its networks are checked here and now."
+        )
+    folder, names = None, []
+    if corpus:
+        folder, pattern = find_corpus(pattern)
+        names = [one.name for one in read_corpus(folder, pattern)]
+    else:
+        names = list_models(pattern, library)
     if check:
         with screen.progress(len(names), as_json) as advance:
             rows = check_networks(
-                names, output, workers=workers, limits=Limits(seconds, memory), on_row=advance
+                names,
+                output,
+                corpus=folder,
+                workers=workers,
+                limits=Limits(seconds, memory),
+                on_row=advance,
             )
     else:
         known = recorded()

@@ -5,6 +5,7 @@ differentiable, and treats the images of a batch apart from each other. Pointwis
 here: they act on `rows` as they are.
 """
 
+from cadsurgery.elements.borders import check_same_padding, crop, pad
 from cadsurgery.elements.elements import (
     Elements,
     common_lattice,
@@ -19,6 +20,7 @@ from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
 from cadsurgery.elements.whole_image import (
     batch_norm,
     contiguous_gradient,
+    drop_channels,
     drop_per_image,
     global_max,
     global_mean,
@@ -46,10 +48,13 @@ __all__ = [
     "Elements",
     "avg_pool2d",
     "batch_norm",
+    "check_same_padding",
     "common_lattice",
     "contiguous_gradient",
     "conv2d",
     "conv2d_per_image",
+    "crop",
+    "drop_channels",
     "drop_per_image",
     "fine_map",
     "fused_conv2d",
@@ -63,6 +68,7 @@ __all__ = [
     "native_shape",
     "norm_of_batch",
     "normalize_over_image",
+    "pad",
     "pixel_shuffle",
     "pixel_unshuffle",
     "pool_to_bins",

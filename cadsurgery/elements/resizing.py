@@ -37,7 +37,8 @@ def resize(
 
     Where a cell of the output is as large as the one it lies in (it was never downsampled), the value is taken over:
     in the dense network at that stride there is nothing to resize. Elsewhere it is read between the coarse cells
-    as torch.nn.functional.interpolate reads between samples.
+    as torch.nn.functional.interpolate reads between samples. With a scale of 1 a map is stretched by a sample or so, as
+    decoders do whose maps were rounded: cells of every size are read in between then.
 
     Args:
         x: elements.
@@ -68,7 +69,8 @@ def resize(
         image, *place = target.coordinates
         side = target.side_map.flatten()[target.anchors]
         ratios = _ratios(before, after, spacings, bool(align_corners))
-        return _between_cells(x.lattice, image, place, side, ratios, mode, bool(align_corners))
+        stretched = scale == 1 and before != after
+        return _between_cells(x.lattice, image, place, side, ratios, mode, bool(align_corners), stretched)
 
     return Elements(mix(x.rows, *x.lattice.pyramid.derive(key, build)), target)
 
@@ -292,6 +294,7 @@ def _between_cells(
     ratios: Sequence[float],
     mode: str,
     align_corners: bool,
+    stretched: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Elements (M, 4) and their weights that samples of a finer grid are resized from.
 
@@ -303,11 +306,12 @@ def _between_cells(
         ratios: see `_ratios`.
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
+        stretched: whether to read between cells that are as large as the samples are apart, too.
     """
     height, width = source.size
     inside = [at.long().clamp(max=length - 1) for at, length in zip(place, source.size, strict=True)]
     cell = source.side_map.flatten()[(image * height + inside[0]) * width + inside[1]]
-    same = cell == side
+    same = (cell == side) & (not stretched)
     ends = []
     for fine, length, ratio in zip(place, source.size, ratios, strict=True):
         at = fine.double()

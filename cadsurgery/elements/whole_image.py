@@ -7,7 +7,7 @@ the weighted mean times their number. So it keeps the scale the weights were tra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,12 +22,15 @@ from cadsurgery.elements.operations import operation
 
 
 @operation(reads="element")
-def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = None) -> Elements:
+def batch_norm(
+    x: Elements, norm: nn.BatchNorm2d | nn.SyncBatchNorm, *, weighted: bool | None = None
+) -> Elements:
     """Batch normalisation with the parameters and statistics of `norm`.
 
     In training the statistics run over the real elements of all images. `weighted` weighs each by the
     area of its cell, so that the statistics estimate those of the dense network; False counts each once,
-    as published; None leaves it to the geometry. Running statistics are updated like torch does.
+    as published; None leaves it to the geometry. Running statistics are updated like torch does. Those of a
+    `SyncBatchNorm` in training are of the elements of all processes.
     """
     use_batch = norm.training or norm.running_mean is None or norm.running_var is None
     if not use_batch:
@@ -37,7 +40,10 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
         return Elements(rows, x.lattice)
     weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
     real, count = x.lattice.real, len(x.lattice)
-    if real is None and (not weighted or x.lattice.uniform_level is not None):
+    of_batch: int | Tensor = count if real is None else x.lattice.counts.sum()
+    if norm.training and isinstance(norm, nn.SyncBatchNorm) and _several_processes(norm):
+        rows, mean, variance, of_batch = _norm_together(x, norm, weighted, of_batch)
+    elif real is None and (not weighted or x.lattice.uniform_level is not None):
         # Each counts the same, as torch counts.
         rows, mean, inverse = torch.native_batch_norm(
             x.rows, norm.weight, norm.bias, None, None, True, 0.0, norm.eps
@@ -50,13 +56,41 @@ def batch_norm(x: Elements, norm: nn.BatchNorm2d, *, weighted: bool | None = Non
         affine = [part.to(values) if part is not None else None for part in (norm.weight, norm.bias)]
         rows, mean, variance = _WeightedNorm.apply(values, share, *affine, norm.eps)
     if norm.training and norm.track_running_stats:
-        of_batch = count if real is None else x.lattice.counts.sum().to(variance)
-        _update_statistics(norm, mean.detach(), variance, of_batch)
+        of_batch = of_batch.to(variance) if isinstance(of_batch, Tensor) else of_batch
+        _update_statistics(norm, mean.detach(), variance.detach(), of_batch)
     return Elements(rows.to(x.rows.dtype), x.lattice)
 
 
+def _several_processes(norm: nn.SyncBatchNorm) -> bool:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return together and torch.distributed.get_world_size(norm.process_group) > 1
+
+
+def _norm_together(
+    x: Elements, norm: nn.SyncBatchNorm, weighted: bool, count: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows normalised by the statistics of all processes; these, and the number of elements they are of. The gradient
+    goes through the sums, whose own gradients are summed over processes."""
+    from torch.distributed.nn.functional import all_reduce
+
+    values = without_padding(x).to(torch.promote_types(x.rows.dtype, torch.float32))
+    real = x.lattice.real
+    share = x.lattice.weights if weighted else values.new_ones(len(values)) if real is None else real
+    share = share.to(values)
+    with no_autocast(values):
+        numbers = torch.stack([share.sum(), torch.as_tensor(count).to(share)])
+        sums = all_reduce(torch.cat([numbers, share @ values]), group=norm.process_group)
+        mean = sums[2:] / sums[0]
+        squares = all_reduce(share @ (values - mean).square(), group=norm.process_group)
+        variance = squares / sums[0]
+        rows = (values - mean) * (variance + norm.eps).rsqrt()
+        if norm.weight is not None:
+            rows = rows * norm.weight + norm.bias
+    return rows, mean, variance, sums[1]
+
+
 @operation(reads="batch")
-def norm_of_batch(x: Elements, norm: nn.BatchNorm2d) -> Elements:
+def norm_of_batch(x: Elements, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Elements:
     """`batch_norm` without running statistics: always by those of the batch, which joins its images."""
     return batch_norm(x, norm)
 
@@ -141,12 +175,24 @@ def group_deviation(x: Elements, groups: int, eps: float) -> Elements:
 
 @operation(reads="element", trains_only=True)
 def drop_per_image(x: Elements, dropout: nn.Module) -> Elements:
-    """Dropout of whole channels or whole images, as `dropout` does it to a map: one factor per image and channel."""
-    if not dropout.training:
-        return x
+    """Dropout of whole channels or whole images, as `dropout` does it to a map: one change per image and channel."""
+    return _change_channels(x, dropout) if dropout.training else x
+
+
+@operation(reads="element", trains_only=True)
+def drop_channels(x: Elements, how: str, p: float = 0.5, training: bool = True) -> Elements:
+    """`drop_per_image` by a function of torch: `dropout2d`, `dropout3d` or `feature_alpha_dropout`."""
+    return _change_channels(x, lambda map: getattr(F, how)(map, p, True)) if training else x
+
+
+def _change_channels(x: Elements, change: Callable[[Tensor], Tensor]) -> Elements:
+    """The same affine change for all values of a channel of an image, found from what becomes of zero and one."""
     channels = x.rows.shape[1:]
-    factors = dropout(x.rows.new_ones(x.lattice.batch, *channels, 1, 1))
-    return Elements(x.rows * rows_on(factors, x.lattice, f"b{'c' * len(channels)}hw"), x.lattice)
+    ends = x.rows.new_tensor([0.0, 1.0]).expand(x.lattice.batch, *channels, 1, 2).contiguous()
+    low, high = change(ends).split(1, dim=-1)
+    layout = f"b{'c' * len(channels)}hw"
+    slope, offset = (rows_on(values, x.lattice, layout) for values in (high - low, low))
+    return Elements(torch.addcmul(offset, x.rows, slope), x.lattice)
 
 
 @operation(reads="image", gives="vector")
@@ -375,7 +421,9 @@ def _centre_groups(x: Elements, groups: int) -> tuple[Tensor, Tensor]:
     return centred, mean(centred.square())
 
 
-def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
+def _update_statistics(
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, variance: Tensor, count: int | Tensor
+) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
     momentum = norm.momentum
     if norm.num_batches_tracked is not None:

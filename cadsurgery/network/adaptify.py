@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Sequence
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
@@ -16,15 +17,16 @@ from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
-from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, first_line
 from cadsurgery.surgery.decide import make_plan
-from cadsurgery.surgery.facts import Facts, observe
-from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over
+from cadsurgery.surgery.facts import Facts, OtherFunction
+from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
+from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
 from cadsurgery.surgery.rules import has_rule, ruled_functions
-from cadsurgery.surgery.trace import trace
+from cadsurgery.surgery.trace import CannotFollow
 from cadsurgery.surgery.verify import verify
 
 
@@ -48,7 +50,10 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
-    path, facts = traceable_part(_copy(model), example_input)
+    whole = _copy(model)
+    path, facts = traceable_part(whole, example_input)
+    if path:
+        check_used(whole, path, facts.example)
     return make_plan(facts, output_stride, _within(path, region), path, outputs)[0]
 
 
@@ -95,7 +100,8 @@ def adaptify(
             output stride, or `"native"`, the size the original returns. What the network resizes itself has its size
             in either case.
         example_input: an image batch (B, C, H, W) to plan and verify on; default: small random images.
-        strict: refuse if an operation inside the region has no rule and ends it.
+        strict: refuse if an operation inside the region has no rule and ends it, or if no mask would have an effect on
+            what the network returns, which is a `CadWarning` otherwise.
         verify_laws: check on the example that uniform maps give the dense networks exactly.
 
     Returns:
@@ -114,6 +120,8 @@ def adaptify(
     chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
     if strict:
         _refuse_barriers(chosen)
+    if not chosen.matters:
+        _say_without_effect(chosen, strict)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     graph = rewrite(flow, chosen, guided=fill == "guided")
     signature = inspect.signature(facts.model.forward)
@@ -141,21 +149,21 @@ def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str,
             raise InvalidInput(
                 "example_input has no values: it is on the meta device.", next="give an image."
             )
-    path, part = "", model
     try:
-        graph = _trace(model)
-    except CannotConvert as refusal:
-        backbone = _backbone_graph(model)
-        if backbone is None:
-            raise refusal
-        path, graph = backbone
-        part = getattr(model, path)
-    return path, observe(part, graph, example_input)
+        return "", _read(model, example_input)
+    except (CannotFollow, OtherFunction) as refusal:
+        for name in BACKBONE_NAMES:
+            part = getattr(model, name, None)
+            if isinstance(part, nn.Module):
+                with contextlib.suppress(CannotFollow, OtherFunction):
+                    return name, _read(part, example_input)
+        parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
+        raise CannotConvert(refusal.what, **parts) from refusal
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    """The graph, whose nodes are operations with rules, and modules that have to be called as a whole."""
-    return trace(model, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
+def _read(model: nn.Module, example: Tensor | None) -> Facts:
+    """Graph and facts; its nodes are operations with rules, and modules that have to be called as a whole."""
+    return read(model, example, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
 
 
 def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
@@ -166,29 +174,55 @@ def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
     return find_watched(facts.model, operations, [str(node.target) for node in used])
 
 
-def _backbone_graph(model: nn.Module) -> tuple[str, fx.Graph] | None:
-    """Name and graph of the first part that can be traced of those which libraries call a backbone."""
-    for name in BACKBONE_NAMES:
-        part = getattr(model, name, None)
-        if isinstance(part, nn.Module):
-            with contextlib.suppress(CannotConvert):
-                return name, _trace(part)
-    return None
-
-
 def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
     """The region asked for, where the part that is converted is the backbone itself."""
     return "auto" if path and region == "backbone" else region
 
 
 def _copy(model: object) -> nn.Module:
-    """A copy that can be changed, every module in its own mode."""
+    """A copy that can be changed, every module in its own mode.
+
+    Raises:
+        CannotConvert: it holds something that cannot be copied.
+    """
     model = check_network(model)
-    clone = copy.deepcopy(model, copying(model))
+    try:
+        clone = copy.deepcopy(model, copying(model))
+    except Exception as error:  # whatever a network holds says so in its own way
+        raise CannotConvert(
+            f"{type(model).__name__} cannot be copied, and a conversion leaves the network itself as it is.",
+            where=why_not_copied(model),
+            why=f"{type(error).__name__}: {first_line(error)}",
+            next="take that attribute off before the conversion, or give its class a __deepcopy__.",
+        ) from error
     clone.train(model.training)  # torchvision's feature extractors forget theirs when they are copied
     for ours, theirs in zip(clone.modules(), model.modules(), strict=True):
         ours.training = theirs.training
     return clone
+
+
+def _say_without_effect(plan: Plan, strict: bool) -> None:
+    """A conversion after which every mask gives the same is announced.
+
+    Raises:
+        CannotConvert: if strict.
+    """
+    what = "no mask can improve what this network returns: everything leaves the region at its native size."
+    ends = plan.region_end[0].place if plan.region_end else ""
+    why = 'keeping more high costs work; mask="none", the network itself, is as good and cheaper.'
+    step = (
+        "convert the network together with what follows"
+        + (
+            ', return the maps finer with outputs="fine"'
+            if plan.returned == "native" and not plan.part
+            else ""
+        )
+        + ", or teach the operation that ends the region: see docs/extending.md."
+    )
+    refusal = CannotConvert(what, where=ends, why=why, next=step)
+    if strict:
+        raise refusal
+    warnings.warn(str(refusal), CadWarning, stacklevel=3)
 
 
 def _refuse_barriers(plan: Plan) -> None:

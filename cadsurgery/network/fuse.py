@@ -22,6 +22,8 @@ from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.surgery.guards import drop_dead_code
+from cadsurgery.surgery.hooks import act_alike, acts_as
 from cadsurgery.surgery.treatment import has_rule
 
 # Where the fused convolutions are found in the network that runs the graph.
@@ -47,7 +49,10 @@ _FUNCTIONS: dict[Any, Activation] = {
     **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
     **dict.fromkeys((F.tanh, torch.tanh, "tanh"), Activation("tanh")),
 }
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_IDENTITIES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 _DROPS = ("torchvision.ops.stochastic_depth:StochasticDepth", "timm.layers.drop:DropPath")
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE = (operator.iadd, operator.imul, "add_", "mul_")
@@ -186,7 +191,7 @@ class Fuser:
 
     def clean(self) -> None:
         """Remove what nobody uses."""
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        drop_dead_code(self.graph)
 
     # -- reading the graph -------------------------------------------------------------------------
 
@@ -252,8 +257,10 @@ class Fuser:
     def drop_identity(self, node: fx.Node) -> None:
         """Remove what leaves a value as it is in evaluation mode."""
         module = self.module(node)
-        kind = type(module)
-        drops = kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
+        drops = any(
+            kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
+            for kind in act_alike(type(module))
+        )
         operation = operation_of(node.target)
         if (drops and not _is_hooked(module)) or (operation is not None and operation.trains_only):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -293,12 +300,12 @@ class Fuser:
             return _Fusion(node, weight, bias, groups) if known else None
         if _is_hooked(module):
             return None
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
+        if acts_as(module, nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same":
             return _Fusion(node, module.weight.detach(), _detach(module.bias), module.groups)
-        if type(module) is nn.ConvTranspose2d and len(node.args) == 1 and not node.kwargs:
+        if acts_as(module, nn.ConvTranspose2d) and len(node.args) == 1 and not node.kwargs:
             weight = functional.transpose_weight(module.weight.detach(), module.groups)
             return _Fusion(node, weight, _detach(module.bias), module.groups)
-        if type(module) is nn.Linear and self.epilogues:
+        if acts_as(module, nn.Linear) and self.epilogues:
             of_elements = self.reads_rows(node)
             weight = module.weight.detach()[:, :, None, None]
             tail = next(iter(node.users)) if of_elements else node
@@ -327,7 +334,7 @@ class Fuser:
         operation, module = following.node, self.module(following.node)
         if _is_hooked(module):
             return None
-        if type(module) is nn.BatchNorm2d and following.lattice is None:
+        if acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm) and following.lattice is None:
             return _fold_norm(fusion, operation, module)
         target = operation.target if module is None else None  # a module may have the name of a method
         if target in _PRODUCTS and fusion.is_linear:
@@ -358,7 +365,7 @@ class Fuser:
         shapes = [(channels,), (channels, 1, 1), (1, channels, 1, 1), (1, 1, 1, channels)]
         if not isinstance(factor, Tensor) or tuple(factor.shape) not in shapes:
             return None
-        of_linear = type(self.module(fusion.tail)) is nn.Linear
+        of_linear = acts_as(self.module(fusion.tail), nn.Linear)
         if following.lattice is None and (factor.dim() == 1 or factor.shape[-1] == channels) != of_linear:
             return None
         return fusion.scale(following.result, factor.flatten())
@@ -389,12 +396,12 @@ class Fuser:
         path = f"{KERNELS}.{name}"
         parts = (fusion.weight, fusion.bias, fusion.groups, fusion.activation)
         on_elements = node.target is functional.conv2d or (
-            type(module) is nn.Linear and self.reads_rows(node)
+            acts_as(module, nn.Linear) and self.reads_rows(node)
         )
         kernel: nn.Module
-        if not on_elements and (not self.epilogues or type(module) is nn.ConvTranspose2d):
+        if not on_elements and (not self.epilogues or acts_as(module, nn.ConvTranspose2d)):
             kernel = _fold_convolution(module, fusion)
-        elif not on_elements and type(module) is nn.Linear:
+        elif not on_elements and acts_as(module, nn.Linear):
             kernel = PackedLinear(*parts)
         else:
             window = None if on_elements else _window(module)
@@ -462,7 +469,7 @@ def _is_hooked(module: nn.Module | None) -> bool:
 
 def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | None:
     if module is not None:
-        made = _MODULES.get(type(module))
+        made = next((_MODULES[kind] for kind in act_alike(type(module)) if kind in _MODULES), None)
         return made(module) if made is not None else None
     if operation.target is F.gelu:
         variant: Any = operation.kwargs.get("approximate", "none")

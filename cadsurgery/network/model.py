@@ -19,7 +19,7 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.macs import MacReport, count_macs, ghost
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.hooks import child, copying
+from cadsurgery.surgery.hooks import acts_as, child, copying
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 
@@ -125,7 +125,7 @@ class AdaptiveModel(nn.Module):
             part for some in parts if any(isinstance(p, nn.InstanceNorm2d) for p in some) for part in some
         }
         for module in self.modules() if self.program.unchanged is None else ():
-            plain = type(module) is nn.Conv2d and module.groups == 1 and "weight" in module._parameters
+            plain = acts_as(module, nn.Conv2d) and module.groups == 1 and "weight" in module._parameters
             if plain and module not in mixed:
                 weight: Any = module.weight
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)

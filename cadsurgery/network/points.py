@@ -30,6 +30,7 @@ from cadsurgery.network.macs import Counter, ghost, to_meta
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.surgery.guards import drop_dead_code
 
 Reach = Literal["all", "receptive"]
 Align = Literal["cell", "corners"]
@@ -159,7 +160,7 @@ class _Exit:
         elements: Any = value.args[0]
         guide: Any = value.kwargs.get("guide")
         graph.output((copies[elements], copies[guide] if guide is not None else None))
-        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        drop_dead_code(graph)
         spacing: Any = value.args[1] if len(value.args) > 1 else value.kwargs.get("spacing", 1)
         return _Exit(graph, copies[elements], spacing)
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.lattice import Geometry, Lattice, describe
 from cadsurgery.masks.context import first_pass
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
-from cadsurgery.support.errors import CadError
+from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, halves, pack_graph, unpack_graph
@@ -36,7 +36,7 @@ class Program:
         plan: the decisions it carries out.
         geometry: how lattices are built and read.
         signature: of the original's forward.
-        container: type of the output if it is a kind of dictionary.
+        container: type of the output if it is a kind of dictionary, or a dataclass.
         unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
             a network whose discrete decisions (detections) must not depend on rounding.
         watched: modules that stand for what was rewritten.
@@ -48,11 +48,12 @@ class Program:
     plan: Plan
     geometry: Geometry
     signature: inspect.Signature
-    container: type[dict[str, Any]] = dict
+    container: type = dict
     unchanged: fx.Graph | None = None
     watched: tuple[Watched, ...] = ()
     is_fused: bool = False
     net: Any = None
+    _absent: tuple[str, ...] = field(init=False, repr=False)
     _run: Any = field(init=False, repr=False)
     _run_unchanged: Any = field(init=False, repr=False)
     _watch: Watch = field(init=False, repr=False)
@@ -60,7 +61,9 @@ class Program:
     def __post_init__(self) -> None:
         # At once: a compiler that follows a call could not make them.
         run_unchanged = runnable(self.unchanged) if self.unchanged is not None else None
-        self.__dict__.update(_run=runnable(self.graph), _run_unchanged=run_unchanged)
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        absent = tuple(str(node.target) for node in inputs if node.args == (None,) and not node.users)
+        self.__dict__.update(_run=runnable(self.graph), _run_unchanged=run_unchanged, _absent=absent)
 
     def on(self, net: Any) -> Program:
         """The same program on the modules of another network; the code of its graphs is shared."""
@@ -104,7 +107,9 @@ class Program:
 
     def contain(self, output: Any) -> Any:
         """The output of a graph in the original's type."""
-        return self.container(output) if isinstance(output, dict) else output
+        if not isinstance(output, dict):
+            return output
+        return self.container(**output) if is_dataclass(self.container) else self.container(output)
 
     def masking(self, provider: MaskProvider) -> Masking:
         """How a mask is asked for its lattices."""
@@ -181,6 +186,13 @@ class Program:
             InvalidInput: the image is none, or does not fit the network.
         """
         arguments = self.bind(*args, **kwargs)
+        for name in self._absent:
+            if arguments.get(name) is not None:
+                raise InvalidInput(
+                    f"{name}={describe(arguments[name])} is not what the network was converted with.",
+                    why="Python asks whether it is None; the graph is that of None.",
+                    next=f"leave {name} out, or convert with it: example_input= takes the arguments of a call.",
+                )
         image: Any = next(iter(arguments.values()), None)
         self.check(image)
         if torch.compiler.is_compiling():

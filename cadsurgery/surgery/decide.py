@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 from torch import fx
@@ -11,9 +12,9 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Role, and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
+from cadsurgery.surgery.readings import Reading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
-from cadsurgery.surgery.region import Region, region_of
-from cadsurgery.surgery.settle import MERE_TAIL, settle_flow
+from cadsurgery.surgery.region import Region, readers, region_of
 from cadsurgery.surgery.treatment import Treatment, operation_name
 
 
@@ -45,27 +46,23 @@ def make_plan(
             f"outputs={outputs!r} is not a choice.", next=f"use one of {', '.join(get_args(Outputs))}."
         )
     returned: Outputs = "native" if part else outputs
-    settled = settle_flow(facts, asked_region(facts, region), named=not isinstance(region, str))
-    flow = settled.flow
-    highs = sorted({flow.grid[node] for node in flow.grid})
-    regions = {high: region_of(flow, high) for high in highs}
-    possible = [(high, low) for high in highs for low in regions[high].strides[1:]]
-    if not possible:
-        raise nothing_to_convert(flow)
-    high, low = _choose(flow, regions, possible, output_stride)
-    chosen = regions[high]
+    readings = read_dilations(facts, asked_region(facts, region), named=not isinstance(region, str))
+    if not any(reading.possible for reading in readings):
+        raise nothing_to_convert(readings[0].settled.flow)
+    reading, (high, low) = _choose(readings, output_stride)
+    flow, chosen = reading.settled.flow, reading.regions[high]
     if low < chosen.strides[-1]:  # no cell is larger than that: what reads in between may stay
-        capped = settled.up_to(low)
+        capped = reading.settled.up_to(low)
         if (larger := region_of(capped, high)).strides == chosen.strides:
             flow, chosen = capped, larger
     names = region if isinstance(region, str) else tuple(region)
     decisions = _decide(flow, chosen, fine_outputs=returned == "fine")
-    readers = _readers(flow, chosen)
+    working = readers(flow, chosen)
     fine = any(decision.leaves in ("fine", "resized") for decision in decisions)
-    if not fine and not any(_works(node, flow) for node in readers):
+    if not fine and not any(_works(node, flow) for node in working):
         raise nothing_to_convert(flow)
     identity = _identity_level(flow, chosen, chosen.strides.index(low))
-    joins = any(_joins(node, flow) for node in readers)
+    joins = any(_joins(node, flow) for node in working)
     leaving = [flow.grid[n] for n in chosen.needed if chosen.stage(n) and _dense_readers(n, flow, chosen)]
     finest = high if fine or joins else min(leaving, default=low)
     shape = tuple(facts.example.shape)
@@ -75,26 +72,39 @@ def make_plan(
         strides=chosen.strides,
         identity_level=identity,
         region=names,
-        possible=tuple(possible),
+        possible=_possible(readings),
         example_shape=shape,
         outputs=tuple((node.name, flow.grid[node]) for node in facts.outputs if flow.role[node] is Role.MAP),
         matters=finest < low,
         finest=finest,
         returned=returned,
         part=part,
+        considered=consider(readings, sum(facts.macs.values())),
     )
     return plan, flow
 
 
-def _readers(flow: Flow, region: Region) -> list[fx.Node]:
-    """Operations of the region that work on more than the map it starts from."""
-    return [
-        node
-        for node in flow.facts.graph.nodes
-        if any(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
-        and node not in flow.barriers
-        and (node in region.needed or flow.treatments[node].kind == "global")
-    ]
+def _possible(readings: Sequence[Reading]) -> tuple[tuple[int, int], ...]:
+    """All pairs of high and low output stride, those of the reading that is planned first."""
+    return tuple(dict.fromkeys(pair for reading in readings for pair in reading.possible))
+
+
+def _choose(readings: Sequence[Reading], asked: tuple[int, int] | None) -> tuple[Reading, tuple[int, int]]:
+    """The reading that is planned, and its high and low output stride: those asked for decide."""
+    if asked is None:
+        first = next(reading for reading in readings if reading.usual is not None)
+        assert first.usual is not None
+        return first, first.usual
+    pair = tuple(asked) if isinstance(asked, (tuple, list)) else asked
+    for reading in readings:
+        if pair in reading.possible:
+            return reading, (pair[0], pair[1])
+    listed = ", ".join(f"({high}, {low})" for high, low in _possible(readings))
+    raise InvalidInput(
+        f"output_stride={asked} is not possible for this network.",
+        why="high and low must be strides the network has, or had before it was dilated.",
+        next=f"choose one of {listed}.",
+    )
 
 
 def _works(node: fx.Node, flow: Flow) -> bool:
@@ -107,53 +117,6 @@ def _joins(node: fx.Node, flow: Flow) -> bool:
     """Whether an operation brings finer values from one position to another."""
     operation = flow.treatments[node].operation
     return operation is not None and operation.mixes
-
-
-def _choose(
-    flow: Flow,
-    regions: dict[int, Region],
-    possible: list[tuple[int, int]],
-    asked: tuple[int, int] | None,
-) -> tuple[int, int]:
-    if asked is not None:
-        pair = tuple(asked) if isinstance(asked, (tuple, list)) else asked
-        if pair not in possible:
-            listed = ", ".join(f"({high}, {low})" for high, low in possible)
-            raise InvalidInput(
-                f"output_stride={asked} is not possible for this network.",
-                why="high and low must be strides the network has, or had before it was dilated.",
-                next=f"choose one of {listed}.",
-            )
-        return pair[0], pair[1]
-    low = max(pair[1] for pair in possible)
-    highs = [high for high, lowest in possible if lowest == low]
-    current = max(flow.grid[node] for node in regions[highs[-1]].needed)
-    if current < low:  # dilated: it is at its high output stride already
-        return (current if current in highs else highs[-1]), low
-    usual = max((high for high in highs if high <= _trunk(flow, low) / 4), default=highs[0])
-    # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts.
-    work = {
-        high: sum(flow.facts.macs[node] for node in _readers(flow, region))
-        for high, region in regions.items()
-        if high == usual or region.strides[-1] <= 4 * high
-    }
-    worth = [high for high in work if work[high] >= max(work.values()) / 2]
-    chosen = usual if usual in worth else max(worth)
-    return chosen, regions[chosen].strides[-1]
-
-
-def _trunk(flow: Flow, low: int) -> int:
-    """The network's own output stride: its lowest, not counting a side branch that comes back finer."""
-    work: dict[int, int] = {}
-    ends: set[int] = set()
-    for node, grid in flow.grid.items():
-        work[grid] = work.get(grid, 0) + flow.facts.macs[node]
-        for user in node.users:
-            last = flow.treatments[user].kind == "global" or user in flow.last
-            if last or user in flow.barriers or user.op == "output":
-                ends.add(grid)
-    needed = MERE_TAIL * sum(work.values())
-    return max((grid for grid in work if grid <= low and (work[grid] >= needed or grid in ends)), default=low)
 
 
 def _identity_level(flow: Flow, region: Region, max_level: int) -> int | None:

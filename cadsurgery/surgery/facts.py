@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ class Facts:
         example: the image it was observed on, (B, C, H, W).
         shapes: shape of each node that is a tensor.
         macs: multiply-accumulates of each node on the example, as torch counts them.
-        container: type of the output if it is a kind of dictionary, which tracing turns into a plain one.
+        container: type of the output if it is a kind of dictionary, or a dataclass, for which a graph has a plain one.
         layouts: axes of each value that is a map. These three are those of a forward pass, see `flow.Flow.facts`.
         images: height and width, on the example, of each such map on its own grid.
+        numbers: values of each node that is a number, or several, such as a size, on the example.
         pads: padding that was added to a map and belongs to the window that reads it.
     """
 
@@ -39,7 +41,8 @@ class Facts:
     example: Tensor
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
     macs: dict[fx.Node, int] = field(default_factory=dict)
-    container: type[dict[str, Any]] = dict
+    container: type = dict
+    numbers: dict[fx.Node, Any] = field(default_factory=dict)
     layouts: dict[fx.Node, str] = field(default_factory=dict)
     images: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
     pads: dict[fx.Node, Window] = field(default_factory=dict)
@@ -47,6 +50,12 @@ class Facts:
     def layout(self, value: Any) -> str:
         """Axes of a value that is a map; "" for anything else."""
         return self.layouts.get(value, "") if isinstance(value, fx.Node) else ""
+
+    def number(self, value: Any) -> Any:
+        """A number, or several, as on the example where the network computes them; None for anything else."""
+        if isinstance(value, (tuple, list)):
+            return tuple(self.number(part) for part in value)
+        return self.numbers.get(value) if isinstance(value, fx.Node) else value
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module a `call_module` node calls."""
@@ -69,6 +78,10 @@ class Facts:
         return len(self.shapes.get(node, ())) == 4
 
 
+class OtherFunction(CannotConvert):
+    """A graph that does not compute what its network does."""
+
+
 class _Observer(fx.Interpreter):
     def __init__(self, facts: Facts) -> None:
         super().__init__(facts.model, garbage_collect_values=True, graph=facts.graph)
@@ -81,7 +94,22 @@ class _Observer(fx.Interpreter):
         self.facts.macs[n] = (self.counter.get_total_flops() - before) // 2
         if isinstance(value, Tensor):
             self.facts.shapes[n] = value.shape
+        elif isinstance(value, (int, float, tuple, list)) and not tensors_of(value):
+            self.facts.numbers[n] = value
         return value
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of what a network returns, in order: within lists, tuples, dictionaries and dataclasses."""
+
+    def opened(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, (type, Mapping)):
+            return [opened(getattr(value, one.name)) for one in fields(value)]
+        if isinstance(value, Mapping):
+            return [opened(part) for part in value.values()]
+        return [opened(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return [leaf for leaf in tree_leaves(opened(output)) if isinstance(leaf, Tensor)]
 
 
 def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) -> Facts:
@@ -96,7 +124,7 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
         CannotConvert: the network does not run on it.
     """
     failure: Exception | None = None
-    for image in [example] if example is not None else _default_examples(model):
+    for image in [example] if example is not None else default_examples(model):
         facts = Facts(model, graph, image)
         observer = _Observer(facts)
         try:
@@ -109,7 +137,7 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
         except Exception as error:  # the network decides which sizes it accepts and how it says so
             failure = failure or error
             continue
-        if not _same(traced, expected):
+        if not same(traced, expected):
             # While torch counts it takes some operations apart, and rounds otherwise: ties of nearest-exact, say.
             with torch.no_grad(), evaluating(model):
                 _refuse_other_function(model, fx.Interpreter(model, graph=graph).run(image), expected)
@@ -123,8 +151,8 @@ def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) ->
 
 def _refuse_other_function(model: nn.Module, traced: Any, expected: Any) -> None:
     """The graph must compute what the network does; Python that ran while tracing may have been left out."""
-    if not _same(traced, expected):
-        raise CannotConvert(
+    if not same(traced, expected):
+        raise OtherFunction(
             f"the graph of {type(model).__name__} computes something else than the network.",
             why="its forward does what torch.fx does not see, e.g. changes a value behind its back.",
             next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
@@ -132,8 +160,9 @@ def _refuse_other_function(model: nn.Module, traced: Any, expected: Any) -> None
         )
 
 
-def _same(traced: Any, expected: Any) -> bool:
-    leaves = [[v for v in tree_leaves(value) if isinstance(v, Tensor)] for value in (traced, expected)]
+def same(traced: Any, expected: Any) -> bool:
+    """Whether two structures hold the same tensors, to rounding."""
+    leaves = [tensors_of(value) for value in (traced, expected)]
     return len(leaves[0]) == len(leaves[1]) and all(
         ours.shape == theirs.shape
         and torch.allclose(ours, theirs, 1e-3, 1e-3 * scale(theirs), equal_nan=True)
@@ -147,7 +176,12 @@ def scale(values: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 1.0
 
 
-def _default_examples(model: nn.Module) -> list[Tensor]:
+def default_examples(model: nn.Module) -> list[Tensor]:
+    """Small random image batches (2, C, H, W) of several sizes, to be tried in order.
+
+    Raises:
+        CannotConvert: there is no Conv2d.
+    """
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise CannotConvert(

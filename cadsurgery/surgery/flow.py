@@ -6,7 +6,7 @@ strides are put back: where the dilation of a chain doubles, a stride was remove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch import fx
 from cadsurgery.elements.axes import NCHW, is_flat
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.rules import treat
-from cadsurgery.surgery.treatment import Barrier, Treatment
+from cadsurgery.surgery.treatment import Barrier, Cause, Treatment
 
 
 class Role(Enum):
@@ -41,6 +41,7 @@ class Flow:
         foreign: values computed from maps, by such operations, that are no maps.
         grown: nodes where a removed stride was found, and the spacing after it.
         most: the lowest output stride that is asked for, once it is known.
+        coarsest: the largest spacing that a dilation may stand for; None is any.
     """
 
     facts: Facts
@@ -52,6 +53,7 @@ class Flow:
     grown: dict[fx.Node, int] = field(default_factory=dict)
     foreign: set[fx.Node] = field(default_factory=set)
     most: int | None = None
+    coarsest: int | None = None
 
     def cell(self, node: fx.Node) -> int:
         """Side in pixels of the largest cell of a map: its spacing, but no more than the lowest output stride."""
@@ -86,6 +88,7 @@ def flow_forward(
     refused: Callable[[fx.Node, Sequence[fx.Node]], Barrier | None] = lambda node, maps: None,
     by_design: frozenset[fx.Node] = frozenset(),
     most: int | None = None,
+    coarsest: int | None = None,
 ) -> Flow:
     """Roles, grids and spacings from the input on.
 
@@ -94,9 +97,11 @@ def flow_forward(
         refused: why a node that reads these maps may not be in the region, or None.
         by_design: nodes whose dilation grows although no stride was removed there.
         most: the lowest output stride that is asked for; by default all of the network's.
+        coarsest: the largest spacing in pixels that a dilation may stand for: 0 takes all of them for the network's
+            design, None none.
     """
     facts = replace(facts, layouts={}, images={}, pads={})
-    flow = Flow(facts, most=most)
+    flow = Flow(facts, most=most, coarsest=coarsest)
     for node in facts.graph.nodes:
         if node.op == "placeholder":
             first = facts.is_map(node) and not flow.grid
@@ -108,7 +113,8 @@ def flow_forward(
             continue
         maps = flow.maps(node)
         vector = any(flow.role[source] is Role.VECTOR for source in node.all_input_nodes)
-        treatment = flow.treatments[node] = _OTHER if node.op == "output" else treat(node, facts)
+        treatment = _OTHER if node.op == "output" else treat(node, facts)
+        treatment = flow.treatments[node] = _to_known_grid(node, maps, treatment, flow)
         if not maps and any(source in flow.foreign for source in node.all_input_nodes):
             _behind_foreign(node, flow, facts)
         elif not maps:
@@ -129,6 +135,22 @@ def flow_forward(
             if treatment.kind == "pad" and treatment.window is not None:
                 facts.pads[node] = treatment.window
     return flow
+
+
+def _to_known_grid(node: fx.Node, maps: list[fx.Node], treatment: Treatment, flow: Flow) -> Treatment:
+    """A resize to a given size goes to the grid of the maps of that size: where maps are a few samples long on the
+    example, several factors fit their sizes."""
+    images = flow.facts.images
+    by_size = treatment.kind == "resize" and not treatment.last_only and dict(treatment.arguments).get("size")
+    if not by_size or not maps or len(flow.facts.shapes.get(node, ())) != 4:
+        return treatment
+    before, after = images[maps[0]], tuple(flow.facts.shapes[node][2:])
+    grids = {flow.grid[source] for source, size in images.items() if size == after}
+    scales = sorted(flow.grid[maps[0]] // grid for grid in grids if flow.grid[maps[0]] % grid == 0)
+    if treatment.scale in scales:
+        return treatment
+    fitting = (s for s in scales if all(abs(a - b * s) < s for a, b in zip(after, before, strict=True)))
+    return replace(treatment, scale=next(fitting, treatment.scale))
 
 
 def _note_map(node: fx.Node, layout: str, facts: Facts, source: fx.Node | None = None) -> None:
@@ -194,8 +216,10 @@ def _barrier(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> Ba
     treatment = flow.treatments[node]
     if treatment.kind == "barrier":
         return Barrier(treatment.why, treatment.cause)
-    misfit = _misfit(node, maps, flow, facts)
-    return Barrier(misfit) if misfit else None
+    if misfit := _misfit(node, maps, flow, facts):
+        return Barrier(misfit)
+    finer = _reads_inside_cells(node, maps, flow)
+    return Barrier(finer, Cause.CELLS) if finer else None
 
 
 def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str:
@@ -222,15 +246,20 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
     if treatment.kind == "resize":
         if treatment.last_only:
             return treatment.last_only
-        if flow.spacing[maps[0]] != flow.grid[maps[0]]:
-            return "changes the resolution of a dilated map"
         if flow.grid[maps[0]] % treatment.scale:
             return "makes the map finer than the image"
-    if treatment.window is not None and not treatment.window.is_pointwise:
-        spacing = flow.cell(maps[0])
-        reaches = [step * flow.grid[maps[0]] for step in treatment.window.dilation]
-        if treatment.kind == "window" and any(reach % spacing for reach in reaches):
-            return f"its taps, {min(reaches)} pixels apart, fall inside cells of {spacing} pixels"
+    return ""
+
+
+def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
+    """Why a node needs its map finer than the cells that it is kept in, or ""."""
+    treatment, grid = flow.treatments[node], flow.grid[maps[0]]
+    if treatment.kind == "resize" and flow.spacing[maps[0]] != grid:
+        return "changes the resolution of a dilated map"
+    if treatment.kind == "window" and treatment.window is not None and not treatment.window.is_pointwise:
+        cell, reaches = flow.cell(maps[0]), [step * grid for step in treatment.window.dilation]
+        if any(reach % cell for reach in reaches):
+            return f"its taps, {min(reaches)} pixels apart, fall inside cells of {cell} pixels"
     return ""
 
 
@@ -249,18 +278,19 @@ def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozense
     if window is not None and treatment.kind == "window":
         reach = min(window.dilation) * grid
         growth = reach // spacing if not window.is_pointwise else 1
-        if growth > 1 and growth & (growth - 1) == 0 and node not in by_design:
+        removed = growth > 1 and growth & (growth - 1) == 0 and node not in by_design
+        if removed and (flow.coarsest is None or spacing * growth <= flow.coarsest):
             spacing *= growth
             flow.grown[node] = spacing
         grid, spacing = grid * window.stride, spacing * window.stride
     flow.grid[node], flow.spacing[node] = grid // treatment.scale, spacing // treatment.scale
 
 
-def and_after(node: fx.Node) -> set[fx.Node]:
-    """A node and all that depends on it."""
-    reached, pending = set(), [node]
+def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Some nodes and all that depends on them, otherwise than by way of those that are left out."""
+    reached, pending = set[fx.Node](), list(nodes)
     while pending:
-        if (last := pending.pop()) not in reached:
+        if (last := pending.pop()) not in reached and last not in without:
             reached.add(last)
             pending.extend(last.users)
     return reached

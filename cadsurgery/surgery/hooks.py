@@ -7,24 +7,34 @@ hook that is there when a network is converted keeps its module dense, and `Watc
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 
 from cadsurgery.support.errors import InvalidInput
 
 # Hooks that compute a parameter before each call and look at nothing else.
 _COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Values that `copy` takes as they are or knows how to copy, and where modules keep what it does.
+_COPIED = (
+    *(bool, int, float, complex, str, bytes, type(None), type),
+    *(FunctionType, BuiltinFunctionType, Tensor, nn.Module),
+)
+_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules"))
 _OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
@@ -77,9 +87,17 @@ def _is_own(hook: Any, model: nn.Module) -> bool:
     owner = getattr(hook, "__self__", None)
     if owner is None:
         return False
-    return any(
-        owner is part or any(owner is held for held in vars(part).values()) for part in model.modules()
-    )
+    return any(owner is held for part in model.modules() for held in (part, *_held(part)))
+
+
+def _held(module: nn.Module) -> Iterator[Any]:
+    """What the attributes of a module are, or hold in lists and dictionaries."""
+    for value in vars(module).values():
+        yield value
+        if isinstance(value, (list, tuple)):
+            yield from value
+        elif isinstance(value, dict):
+            yield from value.values()
 
 
 def take_over(net: nn.Module, model: nn.Module) -> None:
@@ -90,16 +108,60 @@ def take_over(net: nn.Module, model: nn.Module) -> None:
 
 
 def copying(model: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy`: weights that were computed, which torch does not copy, without their history, and
-    hooks of others as they are: who registered them looks at what they note."""
+    """A memo for `copy.deepcopy`: weights that were computed, which torch does not copy, without their history; hooks
+    of others as they are: who registered them looks at what they note; and what no copy is made of, such as locks,
+    open files and Python's own modules, as it is too."""
     memo: dict[int, Any] = {}
     for module in model.modules():
+        memo |= {id(value): value for value in _find_uncopyable(vars(module))}
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
         for kind in _KINDS:
             memo |= {id(hook): hook for hook in getattr(module, kind).values() if not _is_own(hook, model)}
     return memo
+
+
+def why_not_copied(model: nn.Module) -> str:
+    """The attribute of a module that keeps it from being copied, by name; "" if there is no such."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _REGISTRIES and not isinstance(value, (nn.Module, Tensor)):
+                try:
+                    copy.deepcopy(value, copying(model))
+                except Exception:  # it is foreign code that says so
+                    return f"{path}.{name}".removeprefix(".")
+    return ""
+
+
+def _find_uncopyable(*values: Any) -> Iterator[Any]:
+    """Of what some values hold, what cannot be copied and holds no part of a network."""
+    seen, pending = set[int](), list(values)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, _COPIED) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            pending.extend(part for name, part in value.items() if name not in _REGISTRIES)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            pending.extend(value)
+        elif hasattr(value, "__deepcopy__"):
+            continue
+        elif isinstance(value, ModuleType) or not _can_be_reduced(value):
+            parts = list(value) if isinstance(value, (KeysView, ValuesView, ItemsView)) else []
+            if not any(isinstance(part, (Tensor, nn.Module)) for part in tree_leaves(parts)):
+                yield value
+        else:
+            pending.append(getattr(value, "__dict__", None))
+
+
+def _can_be_reduced(value: Any) -> bool:
+    try:
+        value.__reduce_ex__(4)
+    except Exception:  # objects refuse in their own way
+        return False
+    return True
 
 
 def child(model: nn.Module, path: str) -> nn.Module | None:
@@ -301,6 +363,64 @@ def _exchange(watched: Watched, why: str) -> InvalidInput:
 def own_class(module: nn.Module) -> type:
     """The class of a module as it was written: a parametrized one has a class of its own, made from that."""
     return type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+
+
+# What a class may have of its own and still do in a call what its parent does.
+_HARMLESS = frozenset(
+    (
+        *(
+            "__init__",
+            "__module__",
+            "__qualname__",
+            "__doc__",
+            "__annotations__",
+            "__constants__",
+            "__repr__",
+        ),
+        *("__firstlineno__", "__static_attributes__", "__annotate__", "__annotate_func__", "__parameters__"),
+        *("__annotations_cache__", "__abstractmethods__", "_abc_impl", "__orig_bases__", "__dict__"),
+        *("__weakref__", "__hash__", "__eq__", "_version", "extra_repr", "_get_name", "reset_parameters"),
+        *("reset_running_stats", "_check_input_dim", "train", "eval", "_load_from_state_dict"),
+        *(
+            "_save_to_state_dict",
+            "state_dict",
+            "load_state_dict",
+            "__setstate__",
+            "__getstate__",
+            "__deepcopy__",
+        ),
+    )
+)
+
+
+_ALIKE: WeakKeyDictionary[type, tuple[type, ...]] = WeakKeyDictionary()
+
+
+def act_alike(kind: type) -> tuple[type, ...]:
+    """A class of modules, and those of its parents that a call of it runs, nearest first: nothing that they run is
+    another in between."""
+    if kind not in _ALIKE:
+        parents = enumerate(kind.__mro__)
+        _ALIKE[kind] = tuple(parent for place, parent in parents if _is_run(parent, kind.__mro__[:place]))
+    return _ALIKE[kind]
+
+
+def _is_run(parent: type, before: tuple[type, ...]) -> bool:
+    """Whether a call runs what a class says, and nothing of those before it in the order of its children."""
+    if parent is nn.Module or not issubclass(parent, nn.Module):
+        return False
+    annotated = {name for base in parent.__mro__ for name in vars(base).get("__annotations__", ())}
+    return not any(
+        getattr(parent, name, value) is not value or (isinstance(value, property) and name in annotated)
+        for child in before
+        for name, value in vars(child).items()
+        if name not in _HARMLESS
+    )
+
+
+def acts_as(module: nn.Module | None, *kinds: type) -> bool:
+    """Whether a module does in a call what those of a class do."""
+    return any(kind in kinds for kind in act_alike(type(module)))
 
 
 def _kind(module: nn.Module) -> str:

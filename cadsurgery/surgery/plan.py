@@ -70,6 +70,33 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Considered:
+    """A way to read a network's dilations that was planned.
+
+    Attributes:
+        output_stride: the (high, low) it would have; None if nothing could be made adaptive.
+        removed: the output strides that dilations stand for, read so; empty where all are the network's design.
+        share: of the network's MACs, what would be in the region.
+        evident: whether the network is built like one that these strides were removed from.
+    """
+
+    output_stride: tuple[int, int] | None
+    removed: tuple[int, ...]
+    share: float
+    evident: bool
+
+    def describe(self) -> str:
+        """In words."""
+        if not self.removed:
+            how = "dilations by design"
+        else:
+            how = f"dilations for removed strides to {self.removed[-1]}{', as the network is built' * self.evident}"
+        if self.output_stride is None:
+            return f"{how}: nothing would be adaptive"
+        return f"{how}: output stride {self.output_stride}, {self.share:.0%} of the MACs in the region"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a conversion will do; `print(plan)` lists every decision.
 
@@ -88,6 +115,7 @@ class Plan:
         finest: the finest output stride that can improve what comes out.
         returned: size at which maps that leave the region as they are are returned, `fine` or `native`.
         part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
+        considered: the ways to read the network's dilations, that which is planned first; empty where there is one.
     """
 
     decisions: tuple[Decision, ...]
@@ -102,6 +130,7 @@ class Plan:
     finest: int = 0
     returned: Outputs = "fine"
     part: str = ""
+    considered: tuple[Considered, ...] = field(default=(), compare=False)
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
@@ -172,8 +201,12 @@ class Plan:
         """
         values = json.loads(text)
         decisions = tuple(_decision(entry) for entry in values.pop("decisions"))
-        hints = {name: hint for name, hint in _hints(Plan).items() if name != "decisions"}
-        plan = Plan(decisions, **check_fields(values, hints, "the plan"))
+        considered = tuple(
+            Considered(**check_fields(entry, _hints(Considered), "a reading"))
+            for entry in values.pop("considered", ())
+        )
+        hints = {name: hint for name, hint in _hints(Plan).items() if name not in ("decisions", "considered")}
+        plan = Plan(decisions, **check_fields(values, hints, "the plan"), considered=considered)
         plan._check()
         return plan
 
@@ -243,11 +276,17 @@ class Plan:
                 f"what leaves the region does so at output stride {self.finest}: keeping more than that costs work and "
                 f"gains nothing; output_stride=({self.finest}, {low}) does without"
             )
+        lines += [f"considered: {one.describe()}" for one in self._extremes()]
         if self.part:
             lines.insert(0, f"converted: {self.part}, inside a network that torch.fx cannot follow whole")
         if self.dense_after > 0:
             lines.append(f"{self.dense_after:.0%} of the MACs run dense after the region")
         return "\n".join(lines)
+
+    def _extremes(self) -> list[Considered]:
+        """Of the readings that were considered: that planned first, that with most strides removed, that with none."""
+        by_number = sorted(self.considered, key=lambda one: one.removed[-1:])
+        return list(dict.fromkeys((*self.considered[:1], *by_number[-1:], *by_number[:1])))
 
     def reason_text(self, decision: Decision) -> str:
         """Why, and for what ends the region how much runs dense because of it."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import fx
 
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.guards import is_of_library
 from cadsurgery.surgery.hooks import stays_whole
 from cadsurgery.surgery.settle import Refusal
 from cadsurgery.surgery.treatment import Barrier, Cause, is_mixer, operation_name
@@ -150,11 +152,10 @@ def _place(node: fx.Node, facts: Facts) -> str:
 
 def source_line(node: fx.Node) -> str:
     """Where in the network's own code a node comes from, e.g. `resnet.py:148`."""
-    lines = [
-        line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File")
-    ]
-    own = [line for line in lines if "/torch/" not in line.partition(",")[0]]
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
+    places = [line.removeprefix('File "').split('", line ') for line in lines if line.startswith('File "')]
+    own = [(file, rest) for file, rest in places if not is_of_library(file)]
     if not own:
         return ""
-    file, line = own[-1].split(",")[:2]
-    return f"{file.rpartition('/')[2].rstrip(chr(34))}:{line.split()[-1]}"
+    file, rest = own[-1]
+    return f"{Path(file).name}:{rest.partition(',')[0]}"

@@ -95,6 +95,17 @@ def _floor(region: Region, limit: int, *multiples: int) -> int:
     return fitting[-1] if fitting else region.strides[0]
 
 
+def readers(flow: Flow, region: Region) -> list[fx.Node]:
+    """Operations of the region that work on more than the map it starts from."""
+    return [
+        node
+        for node in flow.facts.graph.nodes
+        if any(source in region.needed and region.stage(source) > 0 for source in flow.maps(node))
+        and node not in flow.barriers
+        and (node in region.needed or flow.treatments[node].kind == "global")
+    ]
+
+
 def dilated_by_design(flow: Flow, region: Region) -> frozenset[fx.Node]:
     """Nodes whose grown dilation is no removed stride: something else needs their input finer."""
 

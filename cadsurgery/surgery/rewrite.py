@@ -16,6 +16,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment
@@ -25,6 +26,9 @@ MASKING = "masking"
 # Notes on rewritten nodes: the node of the original whose value this is, and the name and module path of
 # the one whose work it does.
 ORIGIN, WORK = "origin", "work"
+
+
+_SIZES = ("size", "dim", "ndimension", "numel", getattr)  # questions that elements answer for the map
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Rewriter:
             made = self.elements.get(node) or self.dense[node]
             made.meta.setdefault(ORIGIN, node.name)  # padding yields the value it was given
             self.working.get(node, made).meta[WORK] = (node.name, decision.path)
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        drop_dead_code(self.graph)
         self.graph.lint()
         return self.graph
 
@@ -140,8 +144,12 @@ class Rewriter:
         source = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(source, fx.Node):
             source = None
-        if treatment.kind == "shape" and source in self.elements:
+        if treatment.kind == "shape" and source in self.elements and node.target in _SIZES:
             self.dense[node] = self.shape_of(node, source)
+            return
+        if treatment.kind == "shape" and any(part in self.elements for part in node.all_input_nodes):
+            # What wants to know of a map of which type it is, and where.
+            self.dense[node] = self.graph.node_copy(node, self.as_rows)
             return
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source  # a vector per image, or a small map
@@ -155,6 +163,12 @@ class Rewriter:
             self.working[node] = self.dense[node]
             self.dense[node] = self.call(functional.contiguous_gradient, self.dense[node])
 
+    def as_rows(self, node: fx.Node) -> fx.Node:
+        """The value as rows where it is elements, else as it is."""
+        return (
+            self.call(getattr, self.elements[node], "rows") if node in self.elements else self.as_dense(node)
+        )
+
     def shape_of(self, node: fx.Node, source: fx.Node) -> fx.Node:
         """A size, dtype or device query on elements."""
         elements = self.elements[source]
@@ -163,8 +177,9 @@ class Rewriter:
         decision = self.plan[source.name]
         options = () if decision.layout == NCHW else (decision.layout,)
         size = self.call(functional.native_shape, elements, decision.grid, *options)
-        if node.target == "size" and len(node.args) > 1:
-            return self.call(operator.getitem, size, node.args[1])
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        if node.target == "size" and axis is not None:
+            return self.call(operator.getitem, size, axis)
         if node.target == "dim" or node.args[1:] == ("ndim",):
             return self.call(len, size)
         return size
@@ -180,7 +195,8 @@ class Rewriter:
         if treatment.spaced:
             arguments["spacing"] = self.plan[source.name].grid
         if treatment.kind == "pad":  # the windows that read it have taken it over
-            self.elements[node] = self.as_elements(source)
+            x = self.as_elements(source)
+            self.elements[node] = self.call(treatment.call, x, **arguments) if treatment.call else x
             return
         if not treatment.call:
             self.elements[node] = self.emit_on_rows(node, stage, treatment)
@@ -330,7 +346,7 @@ def halves(graph: fx.Graph) -> Halves:
     copies |= {node: after.placeholder(node.name) for node in needed}
     for node in (*(node for node in nodes[:asked] if node in again), *nodes[asked:]):
         copies[node] = after.node_copy(node, copies.__getitem__)
-    after.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    drop_dead_code(after)
     image, features = (needed.index(value) for value in shown)
     return Halves(before, after, image, features)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from cadsurgery.elements.axes import (
 )
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.treatment import (
     Attribute,
     Call,
@@ -95,6 +97,8 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     given = _pooling(node, facts)
     if given["return_indices"]:
         return barrier("its indices refer to a dense map")
+    if _covers_image(given, node, facts):
+        return Treatment("global", "The maximum over the whole image.", call=functional.global_max)
     kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
     window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
     return _treat_window(functional.max_pool2d, window)
@@ -104,6 +108,8 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
 def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
     given = _pooling(node, facts)
+    if _covers_image(given, node, facts):
+        return Treatment("global", "The mean over the image, weighed by area.", call=functional.global_mean)
     window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
     kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
     return _treat_window(functional.avg_pool2d, window, **kept)
@@ -138,15 +144,27 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     if node.op == "call_module":
         module: Any = facts.module(node)
         modes = {nn.ReflectionPad2d: "reflect", nn.ReplicationPad2d: "replicate"}
-        pads, mode = tuple(module.padding), modes.get(type(module), "zeros")
+        pads = tuple(module.padding)
+        mode = next((mode for kind, mode in modes.items() if isinstance(module, kind)), "zeros")
         value = getattr(module, "value", 0.0)
     else:
         given = _arguments(node, "input", "pad", mode="constant", value=None)
         pads, value = given["pad"], given["value"] or 0.0
         mode = "zeros" if given["mode"] == "constant" else given["mode"]
-    if not isinstance(pads, (tuple, list)) or not all(isinstance(pad, int) for pad in pads):
-        return barrier("how much it pads is computed while the network runs")
     layout = facts.layout(node.args[0])
+    known = facts.number(pads)
+    if not isinstance(known, tuple) or not all(isinstance(pad, int) for pad in known):
+        return barrier("how much it pads is not known")
+    if not any(known) and pads == known:
+        return Treatment("pointwise", "Padding by nothing.", rows=Call(None, (node.args[0],)))
+    if pads != known and (same := _same_for_readers(node, known, layout, mode, facts)) is not None:
+        arguments = (("pads", tuple(pads)), ("window", same))
+        why = "Padding that a stride asks for; it belongs to the window that reads it."
+        call = functional.check_same_padding
+        outside = same._replace(outside=float(value))
+        return Treatment("pad", why, window=outside, call=call, arguments=arguments, spaced=True)
+    if pads != known or min(known) < 0:
+        return _pad_below(pads, known, layout, mode, value)
     by_axis = list(zip(pads[::2], pads[1::2], strict=True))
     padded = {axis for axis, pair in zip(layout[::-1], by_axis, strict=False) if any(pair)}
     if padded <= {"c"}:
@@ -156,6 +174,53 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     (left, right), (top, bottom) = by_axis[0], by_axis[1] if len(by_axis) > 1 else (0, 0)
     window = Window((1, 1), padding=(top, bottom, left, right), mode=mode, outside=float(value))
     return Treatment("pad", window=window)
+
+
+def _same_for_readers(
+    node: fx.Node, known: tuple[int, ...], layout: str, mode: str, facts: Facts
+) -> Window | None:
+    """The window of what reads a padded map, if all do with the same, and it is padded as their stride asks for."""
+    windows = {_reader_window(user, facts) for user in node.users}
+    window = windows.pop() if len(windows) == 1 else None
+    if window is None or layout != NCHW or mode != "zeros" or len(known) != 4:
+        return None
+    source: Any = node.args[0]
+    top, bottom, left, right = window.fit((facts.shapes[source][2], facts.shapes[source][3])).padding
+    return window if known == (left, right, top, bottom) and any(known) else None
+
+
+def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
+    """The window of an unpadded convolution or pooling, with the padding its stride asks for."""
+    if user.op == "call_module":
+        module: Any = facts.module(user)
+        if not acts_as(module, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d):
+            return None
+        given: dict[str, Any] = {"dilation": 1, **vars(module)}
+    elif user.target in (F.conv2d, torch.conv2d):
+        given = _arguments(user, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+        given["kernel_size"] = tuple(facts.shapes.get(given["weight"], ())[2:])
+    else:
+        return None
+    if not given["kernel_size"] or given["padding"] == "same" or any(_pair(given["padding"])):
+        return None
+    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    return window if isinstance(window, Window) else None
+
+
+def _pad_below(pads: Any, known: tuple[int, ...], layout: str, mode: str, value: Any) -> Treatment:
+    """Padding that is computed while the network runs, or crops."""
+    if layout != NCHW or any(known[4:]) or mode != "zeros":
+        return barrier(
+            "it pads other axes than those of the image, or by more than a constant, as far as sizes ask"
+        )
+    if any(known[0:4:2]):
+        return barrier(f"it moves the map by {known[0]} samples to the right and {known[2:3]} down")
+    arguments = (
+        ("pads", (*pads[:4], 0, 0)[:4] if isinstance(pads, (tuple, list)) else pads),
+        ("value", float(value)),
+    )
+    why = "At the lower and right border, where it moves no anchor; how much is known in the call."
+    return Treatment("pointwise", why, call=functional.pad, arguments=arguments, spaced=True)
 
 
 def _pad_channels(
@@ -188,18 +253,24 @@ def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
     size: Any = (
         facts.module(node).output_size if by_module else _arguments(node, "x", "output_size")["output_size"]
     )
-    is_max = "max" in operation_name(node, facts).lower()
+    is_max = (
+        isinstance(facts.module(node), nn.AdaptiveMaxPool2d)
+        if by_module
+        else "max" in operation_name(node, facts)
+    )
     if _pair(size) != (1, 1):
-        given = {"return_indices": False, **(vars(facts.module(node)) if by_module else node.kwargs)}
-        if not all(isinstance(bins, int) for bins in _pair(size)):
-            return barrier(f"it pools to {size}, which follows from the size of the map")
-        if facts.layout(node.args[0]) != NCHW or given["return_indices"]:
-            return barrier(
-                "its indices refer to a dense map" if given["return_indices"] else "its axes are others"
-            )
-        arguments = (("size", _pair(size)), ("largest", is_max))
-        return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
+        return _pooling_to_bins(node, facts, _pair(size), is_max)
     return Treatment("global", call=functional.global_max if is_max else functional.global_mean)
+
+
+def _pooling_to_bins(node: fx.Node, facts: Facts, size: tuple[Any, Any], is_max: bool) -> Treatment:
+    given = vars(facts.module(node)) if node.op == "call_module" else node.kwargs
+    if not all(isinstance(bins, int) for bins in size):
+        return barrier("how many bins it has follows from the size of the map")
+    if given.get("return_indices") or facts.layout(node.args[0]) != NCHW:
+        return barrier("its indices, or its axes, are those of a dense map")
+    arguments = (("size", size), ("largest", is_max))
+    return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
 
 
 @rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
@@ -265,7 +336,7 @@ def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
 # -- normalisation and dropout -------------------------------------------------------------------------
 
 
-@rule(nn.BatchNorm2d)
+@rule(nn.BatchNorm2d, nn.SyncBatchNorm)
 def batch_norm(node: fx.Node, facts: Facts) -> Treatment:
     """An affine map per channel; in training, statistics over the elements, weighed by their area."""
     arguments = (("norm", Attribute(str(node.target))),)
@@ -309,12 +380,22 @@ def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise")
 
 
-@rule(nn.Dropout2d, "timm.layers.drop:DropPath", "torchvision.ops.stochastic_depth:StochasticDepth")
+@rule(nn.Dropout2d, nn.FeatureAlphaDropout, "timm.layers.drop:DropPath")
+@rule("torchvision.ops.stochastic_depth:StochasticDepth")
 def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
     arguments = (("dropout", Attribute(str(node.target))),)
-    axes = NCHW if isinstance(facts.module(node), nn.Dropout2d) else ""
+    axes = NCHW if isinstance(facts.module(node), (nn.Dropout2d, nn.FeatureAlphaDropout)) else ""
     return Treatment("pointwise", call=functional.drop_per_image, arguments=arguments, axes=axes)
+
+
+@rule(F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
+def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
+    """Changes whole channels or whole images, wherever their elements are."""
+    default = node.target is not F.feature_alpha_dropout  # where it is False
+    given = _arguments(node, "input", p=0.5, training=default)
+    arguments = (("how", operation_name(node, facts)), ("p", given["p"]), ("training", given["training"]))
+    return Treatment("pointwise", call=functional.drop_channels, arguments=arguments)
 
 
 # -- each element alone --------------------------------------------------------------------------------
@@ -325,19 +406,30 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout)
 @rule(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish)
 @rule(F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.dropout, F.prelu)
+@rule(F.alpha_dropout)
 @rule(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.abs, torch.neg)
 @rule(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow, torch.erf)
 @rule("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow")
 @rule("clamp", "clamp_", "clamp_min", "clip", "contiguous", "clone", "detach", "float", "half", "double")
-@rule(
-    "type_as", "to", "type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin
-)
+@rule("type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin)
 @rule("timm.layers.activations_me:SwishMe", "timm.layers.activations_me:MishMe")
 @rule("timm.layers.activations_me:HardSigmoidMe", "timm.layers.activations_me:HardSwishMe")
 @rule("timm.layers.activations_me:HardMishMe")
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise")
+
+
+@rule("to", "type_as")
+def conversion(node: fx.Node, facts: Facts) -> Treatment:
+    """Another type or device for each value."""
+    return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
+    """Takes the type and device of a map, and none of its values."""
+    return Treatment("shape")
 
 
 @rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
@@ -373,7 +465,10 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     layout = facts.layout(node.args[0])
     if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
         return Treatment("join", "combines the values of one cell")
-    how = operation_name(node, facts).removeprefix("Tensor.").lower()
+    functions: dict[Any, Any] = {nn.Softmax: F.softmax, nn.LogSoftmax: F.log_softmax, nn.GLU: F.glu}
+    function = next((function for kind, function in functions.items() if isinstance(module, kind)), None)
+    name = function.__name__ if function is not None else operation_name(node, facts)
+    how = name.removeprefix("Tensor.")
     over_image = _OVER_IMAGE.get(how)
     if isinstance(dim, int) and image_dims(layout) == (dim % len(layout),) and over_image is not None:
         why = "over all positions, each weighed by its area"
@@ -382,8 +477,7 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
         name = operation_name(node, facts)
         return barrier(f"{name} over {'positions of the image' if isinstance(dim, int) else dim} mixes them")
     if module is not None:
-        functions: dict[Any, Any] = {nn.Softmax: F.softmax, nn.LogSoftmax: F.log_softmax, nn.GLU: F.glu}
-        call = Call(functions[type(module)], (node.args[0], row_dim(layout, dim)))
+        call = Call(function, (node.args[0], row_dim(layout, dim)))
         return Treatment("pointwise", rows=call)
     keepdim = bool(given.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False))
     reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
@@ -457,7 +551,7 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(operator.getitem)
 def indexing(node: fx.Node, facts: Facts) -> Treatment:
-    """One of several values, or some channels of each element."""
+    """One of several values, some channels of each element, or a crop that moves no anchor."""
     source, given = node.args
     if source not in facts.shapes:  # a part of what was split
         return Treatment("pointwise")
@@ -468,12 +562,15 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
         used = sum(part is not None for part in index) - 1
         index[at : at + 1] = [slice(None)] * (len(layout) - used)
     rows: list[Any] = [slice(None)]
-    after, dim = "", 0
+    after, dim, crops = "", 0, dict[str, Any]()
     for part in index:
         if part is None:
             rows, after = [*rows, None], after + "c"
             continue
-        if layout[dim] == "c" and isinstance(part, (int, slice)):
+        if layout[dim] in "hw" and layout == NCHW and _is_crop(part, facts):
+            crops[layout[dim]] = part
+            after += layout[dim]
+        elif layout[dim] == "c" and isinstance(part, (int, slice)):
             rows.append(part)
             after += "c" if isinstance(part, slice) else ""
         elif isinstance(part, slice) and part in (slice(None), slice(0, None), slice(None, None, 1)):
@@ -481,8 +578,22 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
         else:
             return barrier("it takes parts of the image or the batch")
         dim += 1
+    if crops:
+        if rows != [slice(None), slice(None)]:
+            return barrier("it takes parts of the image and of the channels at once")
+        parts = [crops.get(axis, slice(None)) for axis in "hw"]
+        arguments = (("starts", tuple(p.start for p in parts)), ("stops", tuple(p.stop for p in parts)))
+        return Treatment("pointwise", call=functional.crop, arguments=arguments, spaced=True)
     call = Call(operator.getitem, (source, tuple(rows)))
     return Treatment("pointwise", rows=call, layout=after + layout[dim:])
+
+
+def _is_crop(part: Any, facts: Facts) -> bool:
+    """Whether a slice takes the first rows or columns of a map, but not all for certain."""
+    if not isinstance(part, slice) or part.step not in (None, 1) or part.stop is None:
+        return False
+    start, stop = facts.number(part.start), facts.number(part.stop)
+    return start in (None, 0) and isinstance(stop, int)
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -524,6 +635,8 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
         return _resize_small(node, facts, source, given)
     if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
         return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
+    if (stride := _whole_division(given)) is not None and not given["align_corners"]:
+        return _subsampling(given["mode"], stride)
     arguments = tuple(
         (name, given[name]) for name in usual if name != "antialias" and given[name] is not None
     )
@@ -534,6 +647,31 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment(
         "resize", call=functional.resize, arguments=arguments, scale=scale or 1, last_only=last_only
     )
+
+
+def _whole_division(given: dict[str, Any]) -> int | None:
+    """How many times coarser the result of a resize is, if its factor says so; None else."""
+    factor, other = _pair(given["scale_factor"])
+    fits = isinstance(factor, float) and factor == other and 0 < factor < 1 and (1 / factor).is_integer()
+    return (
+        round(1 / factor) if fits and given["size"] is None and not given["recompute_scale_factor"] else None
+    )
+
+
+def _subsampling(mode: str, stride: int) -> Treatment:
+    """A resize to a coarser grid: of the nearest samples, or of the means of the two in the middle."""
+    if mode == "nearest":
+        rest = (
+            1 - stride
+        )  # samples that are left over at the lower and right border are no sample of their own
+        window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
+        why = "It takes every so many-th sample, as a stride does."
+    elif mode == "bilinear" and stride == 2:
+        window, why = _window(2, 2, 0, 1), "Half way between two samples in both axes: the mean of four."
+    else:
+        return barrier(f"it resizes the map to a {stride}-th in mode {mode!r}")
+    treatment = _treat_window(functional.max_pool2d if mode == "nearest" else functional.avg_pool2d, window)
+    return replace(treatment, why=why)
 
 
 @rule(nn.PixelShuffle, F.pixel_shuffle)
@@ -637,6 +775,9 @@ def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:
 @rule("size", "dim", getattr, "numel", "ndimension")
 def shape(node: fx.Node, facts: Facts) -> Treatment:
     """Asks for the size of the map, which is the one the network itself would see."""
+    if node.target is getattr and node.args[1] == "data":
+        why = "The values without their history, which each element has for itself."
+        return Treatment("pointwise", why, rows=Call(getattr, (node.args[0], "data")))
     if node.target is getattr and node.args[1] not in ("shape", "device", "dtype", "ndim"):
         return barrier(f"reads the attribute {node.args[1]!r} of a map")
     if node.target == "numel":
@@ -715,13 +856,15 @@ def _factor(node: fx.Node, facts: Facts, name: str) -> int:
 def _scale(before: Sequence[int], after: Sequence[int]) -> int:
     """How many times finer a map of another size is, on an example whose sizes need not divide; 0 if it is coarser.
 
-    Sizes are rounded up at every stride, so that several factors can be meant; strides are mostly powers of two.
+    Sizes are rounded at every stride, so that several factors can be meant; strides are mostly powers of two. A map
+    that is a sample larger or smaller is of the same grid, stretched.
     """
     near = range(1, 2 * max(a // max(b, 1) for b, a in zip(before, after, strict=True)) + 2)
     fitting = [s for s in near if all(abs(a - b * s) < s for b, a in zip(before, after, strict=True))]
     exact = [s for s in fitting if all(a == b * s for b, a in zip(before, after, strict=True))]
     powers = [s for s in fitting if s & (s - 1) == 0]
-    return next(iter(exact or powers or fitting), 0)
+    stretched = min(before) > 2 and all(abs(a - b) <= 1 for b, a in zip(before, after, strict=True))
+    return next(iter(exact or powers or fitting), int(stretched))
 
 
 def _first_map(node: fx.Node, facts: Facts) -> fx.Node:
@@ -789,6 +932,14 @@ def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: A
     if isinstance(window, str):
         return barrier(window)
     return Treatment("window", call=call, arguments=tuple(arguments.items()), window=window)
+
+
+def _covers_image(given: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
+    """Whether a pooling window is computed from the size of the map, and is all of it."""
+    kernel, layout = given["kernel_size"], facts.layout(node.args[0])
+    if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(given["padding"])):
+        return False
+    return _pair(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
 
 
 def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:

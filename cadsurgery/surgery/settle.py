@@ -24,19 +24,21 @@ class Settled(NamedTuple):
     flow: Flow
     refused: Refusal
     by_design: frozenset[fx.Node]
+    coarsest: int | None
 
     def up_to(self, low: int) -> Flow:
         """The same flow where no cell is larger than `low` pixels: what reads in between may stay in the region."""
-        return flow_forward(self.flow.facts, self.refused, self.by_design, low)
+        return flow_forward(self.flow.facts, self.refused, self.by_design, low, self.coarsest)
 
 
-def settle_flow(facts: Facts, asked: Refusal, named: bool) -> Settled:
+def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None = None) -> Settled:
     """The forward flow in which every removed stride could really be put back, and every pad has its windows.
 
     Args:
         facts: of the network.
         asked: why the region asked for leaves out a node that reads these maps.
         named: whether a region names its operations: it has them, however little work that is.
+        coarsest: the largest spacing in pixels that a dilation may stand for; None is any.
     """
     by_design: frozenset[fx.Node] = frozenset()
     outside: dict[fx.Node, Barrier] = {}
@@ -50,12 +52,12 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool) -> Settled:
         return asked(node, maps) or outside.get(node)
 
     while True:
-        flow = flow_forward(facts, refused, by_design)
+        flow = flow_forward(facts, refused, by_design, coarsest=coarsest)
         highs = {flow.grid[node] for node in flow.grid}
         dilated = frozenset().union(*(dilated_by_design(flow, region_of(flow, high)) for high in highs))
         leaving = _lone_pads(flow) | _last_resizes(flow) | ({} if named else _mere_tails(flow))
         if dilated <= by_design and leaving.keys() <= outside.keys():
-            return Settled(flow, refused, by_design)
+            return Settled(flow, refused, by_design, coarsest)
         by_design |= dilated
         outside |= leaving
 

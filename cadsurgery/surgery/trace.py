@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from traceback import walk_tb
 from typing import Any
 from unittest import mock
 
@@ -13,14 +15,19 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, first_line
+from cadsurgery.surgery.guards import line_of
 
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 Functions = tuple[Callable[..., Any], ...]
 
 
-class _Tracer(fx.Tracer):
+class CannotFollow(CannotConvert):
+    """A network whose Python tracing cannot follow."""
+
+
+class Tracer(fx.Tracer):
     """torch's tracer, with other leaves: what has a rule, and what timm declares and torch.fx cannot follow."""
 
     def __init__(
@@ -36,7 +43,13 @@ class _Tracer(fx.Tracer):
         # What is computed from buffers, as by norms with frozen statistics, is computed in every call, not once here.
         self.proxy_buffer_attributes = names_buffers
 
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """An argument that is None by default is so here: Python asks `is None`, of which no graph knows."""
+        function, values = super().create_args_for_root(*args, **kwargs)
+        return function, [_constant(value) for value in values]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node of the graph."""
         if self._is_operation(m) or (type(m) in self._declared and not self._can_follow(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
@@ -44,10 +57,15 @@ class _Tracer(fx.Tracer):
     def _can_follow(self, module: nn.Module) -> bool:
         """Whether a module that is declared a leaf can be traced all the same: its parts are worth knowing."""
         try:
-            _Tracer(self._is_operation, self._functions, self._declared).trace(module)
+            Tracer(self._is_operation, self._functions, self._declared).trace(module)
         except Exception:  # tracing runs foreign code, which can raise anything
             return False
         return True
+
+
+def _constant(value: Any) -> Any:
+    """None for an input whose default it is, else the input itself."""
+    return None if isinstance(value, fx.Proxy) and value.node.args == (None,) else value
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:
@@ -82,6 +100,7 @@ def trace(
     model: nn.Module,
     is_operation: Callable[[nn.Module], bool] = lambda module: False,
     functions: Functions = (),
+    example: torch.Tensor | None = None,
 ) -> fx.Graph:
     """The graph of `model` as it runs in evaluation mode, without data-dependent control flow.
 
@@ -92,28 +111,56 @@ def trace(
         model: the network.
         is_operation: whether a module is one node of the graph; torch's own modules are in any case.
         functions: Python functions that are one node of the graph.
+        example: an image batch (B, C, H, W) whose sizes Python may ask for, see `carry`; by default it may not.
 
     Raises:
-        CannotConvert: the forward depends on values or uses Python that torch.fx cannot follow.
+        CannotFollow: the forward depends on values or uses Python that torch.fx cannot follow.
     """
     try:
         with evaluating(model), _said_to_trace():
             declared, wrapped = _timm_leaves()
             options = (is_operation, (*functions, *wrapped), declared)
             try:
-                graph = _Tracer(*options).trace(model)
+                graph = _trace(model, options, example)
             except Exception:  # Python may decide by the values of buffers, which are then constants
-                graph = _Tracer(*options, names_buffers=False).trace(model)
+                graph = _trace(model, options, example, names_buffers=False)
     except Exception as error:  # tracing runs foreign code, which can raise anything
-        raise CannotConvert(
-            f"{type(model).__name__} cannot be traced by torch.fx.",
+        raise CannotFollow(
+            f"{type(model).__name__} cannot be traced.",
+            where=_place_of(error),
             why=f"{type(error).__name__}: {first_line(error)}",
             next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
         ) from error
+    _open_dataclass(graph)
     _make_in_place_explicit(model, graph)
     _follow_training_flag(graph)
     return graph
+
+
+def _trace(model: nn.Module, options: Any, example: torch.Tensor | None, **more: Any) -> fx.Graph:
+    if example is None:
+        return Tracer(*options, **more).trace(model)
+    from cadsurgery.surgery.carry import Carrier, symbols_in_python  # which is made of this tracer
+
+    with symbols_in_python(model):
+        return Carrier(*options, example=(example,), **more).trace(model)
+
+
+def _place_of(error: BaseException) -> str:
+    """The innermost line of the user's that an error comes from."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return next((place for frame in reversed(frames) if (place := line_of(frame))), "")
+
+
+def _open_dataclass(graph: fx.Graph) -> None:
+    """An output that is a dataclass becomes a dictionary of its fields, of which who runs it makes one."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    made = output.args[0]
+    if isinstance(made, fx.Node) and isinstance(made.target, type) and is_dataclass(made.target):
+        names = [one.name for one in fields(made.target) if one.init]
+        output.update_arg(0, {**dict(zip(names, made.args, strict=False)), **made.kwargs})
+        graph.erase_node(made)
 
 
 def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:

@@ -23,7 +23,7 @@ from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import same_place
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.hooks import own_class, stays_whole
+from cadsurgery.surgery.hooks import act_alike, own_class, stays_whole
 
 Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadcast", "shape", "barrier"]
 
@@ -35,6 +35,7 @@ class Cause(Enum):
     POSITIONS = "it joins all positions of the image"
     PADDING = "it pads a map for what is no window of the region"
     ASKED = "it is not in the region that was asked for"
+    CELLS = "it reads finer than the cells that a dilation stands for"
     END = "nothing of the region needs what it yields"
 
 
@@ -271,7 +272,7 @@ def operation_name(node: fx.Node, facts: Facts) -> str:
 
 
 def _operation_keys(node: fx.Node, facts: Facts) -> tuple[object, ...]:
-    """What a rule for this node may be registered under. Subclasses do not inherit rules: they may differ."""
+    """What a rule for this node may be registered under. Subclasses inherit it if they do the same, see `act_alike`."""
     if node.op == "call_module":
         return _module_keys(facts.module(node))
     named = f"{getattr(node.target, '__module__', '')}:{getattr(node.target, '__name__', '')}"
@@ -279,5 +280,5 @@ def _operation_keys(node: fx.Node, facts: Facts) -> tuple[object, ...]:
 
 
 def _module_keys(module: nn.Module) -> tuple[object, ...]:
-    kind = own_class(module)
-    return (kind, f"{kind.__module__}:{kind.__name__}")
+    kinds = act_alike(own_class(module))
+    return tuple(key for kind in kinds for key in (kind, f"{kind.__module__}:{kind.__name__}"))

@@ -25,6 +25,9 @@ from cadsurgery.elements.kernel_map import Window, kernel_map, phases
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.macs import dense_macs, layer_work
 
+# On its own grid such a decoder reads its own samples alone: see `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
+pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
+
 EXACT = 1e-9
 double = torch.float64
 INNER, OUTER = 4, 6
@@ -284,6 +287,17 @@ def test_a_decoder_of_transposed_convolutions_is_its_emulation(
     settled(model, x, draw)
     net = compare(Case(model, x, x[:, :, :40, :56], True), draw)
     assert net.plan["up_0" if not normed else "up_0_0"].action == "keep"
+
+
+def test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask() -> None:
+    """What it returns lies on the network's own grid throughout, whose samples read own samples: the plan says so."""
+    torch.manual_seed(0)
+    model, x = UNet(UPS[1], "cat", True).double(), images(2, 48, 64, double)
+    settled(model, x, Draw(0))
+    with pytest.warns(cs.CadWarning, match="no mask can improve"):
+        net = cs.adaptify(model, "none", output_stride=(1, 8), example_input=x)
+    with torch.no_grad():
+        assert_same(net(x, mask=random_levels(2, (48, 64), (2, 2, 2))), model(x), EXACT)
 
 
 class Unjoined(nn.Module):

@@ -1,0 +1,125 @@
+"""Operations at the lower and right border of a map: cropping and padding that leave all anchors where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cadsurgery.elements.backends.choose import select_rows
+from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.operations import operation
+from cadsurgery.support.errors import InvalidInput
+
+
+@operation(reads="element")
+def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None], spacing: int) -> Elements:
+    """The first rows and columns of a map: `x[:, :, :height, :width]`, as far as there are any.
+
+    Args:
+        x: elements.
+        starts: of the two slices (vertical, horizontal), in samples of the network's own grid: 0 or None.
+        stops: of the two slices, as Python takes them.
+        spacing: fine pixels between these samples.
+
+    Raises:
+        InvalidInput: a crop that starts elsewhere, or leaves nothing.
+    """
+    counts = _samples(x, spacing)
+    for start, count in zip(starts, counts, strict=True):
+        if slice(start, None).indices(count)[0]:
+            raise _shifts(f"a crop from sample {start} on")
+    kept = [len(range(count)[:stop]) for count, stop in zip(counts, stops, strict=True)]
+    return _with_border(x, kept, spacing, 0.0)
+
+
+@operation(reads="element")
+def pad(x: Elements, pads: Sequence[int], spacing: int, value: float = 0.0) -> Elements:
+    """Padding with a constant below and to the right, or cropping there where it is negative.
+
+    Args:
+        x: elements.
+        pads: (left, right, top, bottom) in samples of the network's own grid, as torch.nn.functional.pad takes them;
+            left and top are 0.
+        spacing: fine pixels between these samples.
+        value: of what is new.
+
+    Raises:
+        InvalidInput: padding on the left or at the top, a map larger than the network's own maps, or nothing left.
+    """
+    left, right, top, bottom = (int(amount) for amount in pads)
+    if left or top:
+        raise _shifts(f"padding by {left} on the left and {top} at the top")
+    height, width = _samples(x, spacing)
+    return _with_border(x, (height + bottom, width + right), spacing, value)
+
+
+@operation(reads="element")
+def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing: int) -> Elements:
+    """The elements as they are, once padding that the network computes is known to be what gives ceil(n / stride)
+    outputs for n samples: the window that reads them reads beyond the border by as much.
+
+    Args:
+        x: elements.
+        pads: (left, right, top, bottom) in samples of the network's own grid.
+        window: that reads them.
+        spacing: fine pixels between these samples.
+
+    Raises:
+        InvalidInput: it is another padding.
+    """
+    top, bottom, left, right = window._replace(spacing=spacing).fit(x.lattice.size).padding
+    if tuple(pads) != (left, right, top, bottom):
+        raise InvalidInput(
+            f"the network pads by {tuple(pads)} here, where {(left, right, top, bottom)} keep its map in place.",
+            why="for the image it was converted on it was what a stride asks for.",
+            next="pad or resize the image to a multiple of the lowest output stride.",
+        )
+    return x
+
+
+def _samples(x: Elements, spacing: int) -> tuple[int, int]:
+    """Height and width of the network's own map."""
+    height, width = (-(-length // spacing) for length in x.lattice.size)
+    return height, width
+
+
+def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float) -> Elements:
+    """The elements of a map of so many samples of the network's own grid, new ones of a value."""
+    lattice = x.lattice
+    fine = lattice.holding(counts, spacing)
+    if min(counts) < 1 or any(length > most for length, most in zip(fine, lattice.most_size, strict=True)):
+        raise InvalidInput(
+            f"a map of {counts[0]}x{counts[1]} samples is {'empty' if min(counts) < 1 else 'larger than its image'}.",
+            why=f"it was {'x'.join(map(str, _samples(x, spacing)))} before it was cropped or padded.",
+            next="pad or resize the image to a multiple of the lowest output stride.",
+        )
+    if tuple(counts) == _samples(x, spacing):
+        return x
+    target = lattice.resample(lattice.stage, fine)
+    if all(length <= before for length, before in zip(fine, lattice.size, strict=True)):
+        return Elements(select_rows(x.rows, lattice, target), target)
+    key = ("border", lattice.key, target.key)
+
+    def build() -> tuple[torch.Tensor, torch.Tensor]:
+        image, y, column = target.coordinates
+        height, width = lattice.size
+        inside = (y < height) & (column < width)
+        place = (image * height + y.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
+        return lattice.index[place].long(), inside
+
+    places, inside = lattice.pyramid.derive(key, build)
+    rows = x.rows.index_select(0, places.to(x.rows.device))
+    shown = inside.to(x.rows.device).view(-1, *(1,) * (rows.dim() - 1))
+    return Elements(
+        torch.where(shown, rows, torch.as_tensor(value, dtype=rows.dtype, device=rows.device)), target
+    )
+
+
+def _shifts(what: str) -> InvalidInput:
+    return InvalidInput(
+        f"{what} moves the map against its lattice.",
+        why="elements lie on one grid throughout; when the network was converted nothing was moved here.",
+        next="pad or resize the image to a multiple of the lowest output stride.",
+    )

@@ -1,0 +1,125 @@
+"""Read a network: its graph and what is known of every node, by the first front end that can follow it.
+
+torch.fx follows most networks without an image. Where Python asks a size for its number, the network is traced on an
+example (`carry`), and what it decided there is guarded. A guard whose other answer changes nothing, such as whether to
+resize a map to a size that it may have already, is found by experiment at other sizes and dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.support.errors import CannotConvert
+from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
+from cadsurgery.surgery.guards import AnotherWay, drop_dead_code, is_guard
+from cadsurgery.surgery.trace import CannotFollow, Functions, evaluating, trace
+
+# Larger images are not tried: what one size costs, several cost several times.
+_MOST_PIXELS = 320 * 320
+
+
+def read(
+    model: nn.Module,
+    example: Tensor | None,
+    is_operation: Callable[[nn.Module], bool],
+    functions: Functions,
+) -> Facts:
+    """Graph and facts of a network.
+
+    Args:
+        model: the network.
+        example: an image batch (B, C, H, W); by default small random images of several sizes are tried.
+        is_operation: whether a module is one node of the graph.
+        functions: Python functions that are one node of the graph.
+
+    Raises:
+        CannotConvert: no front end can follow it, or it does not run on the example.
+    """
+    with contextlib.suppress(CannotFollow, OtherFunction):
+        return observe(model, trace(model, is_operation, functions), example)
+    return _read_on_example(model, example, lambda image: trace(model, is_operation, functions, image))
+
+
+def _read_on_example(
+    model: nn.Module, example: Tensor | None, trace_on: Callable[[Tensor], fx.Graph]
+) -> Facts:
+    """Facts of the graph that serves most sizes, of those that several sizes of an example give."""
+    refusal: CannotConvert | None = None
+    for image in [example] if example is not None else default_examples(model):
+        try:
+            best = observe(model, trace_on(image), image)
+        except CannotConvert as error:
+            refusal = refusal or error
+            continue
+        unserved = _drop_moot_guards(best)
+        for other in _with_rests(image) if unserved else ():
+            with contextlib.suppress(CannotConvert):
+                facts = observe(model, trace_on(other), other)
+                if (fewer := _drop_moot_guards(facts)) < unserved:
+                    best, unserved = facts, fewer
+        return best
+    assert refusal is not None
+    raise refusal
+
+
+def _with_rests(image: Tensor) -> Iterator[Tensor]:
+    """Parts of an image of which every halving leaves a rest, rounded down and rounded up."""
+    height, width = (length // 32 * 32 for length in image.shape[2:])
+    if min(height, width) >= 64 and height * width <= _MOST_PIXELS:
+        yield image[..., : height - 1, : width - 1].contiguous()
+        yield image[..., : height - 31, : width - 31].contiguous()
+
+
+def _drop_moot_guards(facts: Facts) -> int:
+    """Drop guards whose other answer gives the network's outputs all the same; at how many sizes it gives others."""
+    model, graph = facts.model, facts.graph
+    if not any(map(is_guard, graph.nodes)):
+        return 0
+    unserved, moot = 0, set[fx.Node]()
+    with torch.no_grad(), evaluating(model):
+        for image in _of_other_sizes(facts.example):
+            try:
+                expected = model.forward(image.clone())
+            except Exception:  # the network says in its own way which sizes it takes
+                continue
+            run = _Unguarded(model, graph=graph)
+            try:
+                serves = same(run.run(image), expected)
+            except Exception:  # on this way some sizes do not fit
+                serves = False
+            moot |= run.otherwise if serves else set()
+            unserved += not serves
+    for node in moot:
+        graph.erase_node(node)
+    drop_dead_code(graph)
+    return unserved
+
+
+def _of_other_sizes(image: Tensor) -> Iterator[Tensor]:
+    """The image a little larger: by a few pixels, and up to multiples of the usual strides."""
+    height, width = image.shape[2:]
+    sizes = {(height + by, width + by) for by in (1, 2, 3)}
+    sizes |= {(-(-height // step) * step, -(-width // step) * step) for step in (4, 8, 16, 32)}
+    for tall, wide in sorted(sizes - {(height, width)}):
+        if tall * wide <= _MOST_PIXELS:
+            yield nn.functional.pad(image, (0, wide - width, 0, tall - height), mode="replicate")
+
+
+class _Unguarded(fx.Interpreter):
+    """Runs a graph on another image, whatever its guards say, and notes which would have refused."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.otherwise: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            return super().run_node(n)
+        except AnotherWay:
+            self.otherwise.add(n)
+            return None

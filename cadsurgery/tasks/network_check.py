@@ -1,0 +1,410 @@
+"""One network: built, converted and compared with itself; what is found is a row."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from cadsurgery.network.adaptify import adaptify, plan, traceable_part
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, first_line
+from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale
+from cadsurgery.surgery.flow import flow_forward
+from cadsurgery.surgery.plan import Plan
+from cadsurgery.surgery.refusals import position_mixers
+from cadsurgery.surgery.trace import evaluating
+from cadsurgery.surgery.treatment import operation_name
+from cadsurgery.surgery.verify import DISCRETE, TOLERANCE, at_own_samples
+from cadsurgery.tasks.corpus import Subject
+
+Row = dict[str, Any]
+
+# An odd and an even one of them, the first that a network takes: decoders may ask for multiples of their strides.
+ODD_SIZES = ((81, 113), (97, 145))
+EVEN_SIZES = ((100, 132), (96, 160), (128, 192), (160, 224))
+
+# A conversion that leaves less of the work than this in the region has no effect.
+LEAST_SHARE = 0.01
+
+
+def check_network(subject: Subject) -> Row:
+    """Build a network with random weights and statistics, convert it as a user would, and compare what it computes.
+
+    Compared are, on batches of two: the outputs of the call at the network's own level (law 1), at the example's size,
+    one of the other parity, and at an odd and an even size more if it takes them; the other uniform levels with dense
+    networks (law 2); a batch with its images one by one, each with a level map of its own (law 5); law 1 with other
+    weights loaded into both; and the optimised copy at random levels.
+
+    Returns:
+        One row: `result` (`converts`, `refused`, `broken` or `not built`), why, strides, what stays dense, shares of
+        the MACs, whether it has an effect and what was warned of, errors of the comparisons, seconds.
+
+    Raises:
+        MemoryError: there is not enough memory for it.
+    """
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    row: Row = {"model": subject.name, "family": subject.family}
+    if subject.idioms:
+        row |= {"idioms": list(subject.idioms), "about": subject.about}
+    try:
+        model = subject.build().eval()
+    except Exception as error:  # a builder of a foreign library can fail in any way
+        _check_memory(error)
+        return {**row, "result": "not built", "why": f"{type(error).__name__}: {first_line(error)}"}
+    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        example = _example(subject, model)
+        settle(model, row, example)
+        row |= _convert_and_compare(subject, model, example, row)
+    except CadError as error:
+        _check_memory(error)
+        row |= {"result": "refused", **error.to_dict()}
+    except Exception as error:  # the report says so; nothing is left out
+        _check_memory(error)
+        row |= {"result": "broken", "why": f"{type(error).__name__}: {first_line(error)}"}
+    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _check_memory(error: BaseException | None) -> None:
+    """What came from a lack of memory is no result; torch has no type of its own for that on the CPU."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        ):
+            raise MemoryError from error
+        error = error.__cause__
+
+
+def settle(model: nn.Module, row: Row | None = None, example: Any = None) -> None:
+    """Random parameters that hide nothing and a network whose values stay moderate.
+
+    Constant parameters (norms, biases, layer scales) get random values, so that no branch is dead; batch norm gets the
+    statistics of a random image, slightly disturbed, and weights below one: with weights of one, deep random networks
+    amplify rounding errors a thousandfold and more. What kind of network it is, and the seconds to trace it, are noted
+    in `row`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        values = parameter.detach()
+        if values.numel() and bool((values == values.flatten()[0]).all()):
+            noise = torch.rand(values.shape, generator=generator)
+            start = 1.0 if float(values.flatten()[0]) == 1 else 0.3
+            parameter.data = (0.2 * noise - 0.1 if not values.any() else start * (0.6 + 0.8 * noise)).to(
+                values
+            )
+    row = {} if row is None else row
+    begin = time.perf_counter()
+    try:
+        _, facts = traceable_part(model, example)
+    except CannotConvert:
+        row["kind"] = "not traced"
+        return
+    row["seconds_to"] = {"trace": round(time.perf_counter() - begin, 2)}
+    mixers = position_mixers(flow_forward(facts))
+    row["kind"] = "attention" if mixers else "cnn"
+    if mixers:
+        row["mixers"] = sorted({operation_name(node, facts) for node in mixers})
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]  # which train on GPUs only
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True
+        _call(facts.model, facts.example)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        if norm.running_var is not None and norm.running_mean is not None:
+            spread = norm.running_var.sqrt()
+            norm.running_mean += 0.1 * spread * torch.randn(spread.shape, generator=generator)
+            norm.running_var *= 0.8 + 0.4 * torch.rand(spread.shape, generator=generator)
+        if norm.weight is not None:
+            norm.weight.data.copy_(0.2 + 0.3 * torch.rand(norm.weight.shape, generator=generator))
+
+
+# -- converting ----------------------------------------------------------------------------------------
+
+
+def _example(subject: Subject, model: nn.Module) -> Any:
+    """What it is converted on: None, the built-in images, unless it is called with more or is given another size."""
+    if subject.call is None and subject.size is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    for first in model.modules():
+        if isinstance(first, nn.Conv2d):
+            for size in (subject.size,) if subject.size else EXAMPLE_SIZES:
+                channels = first.in_channels if subject.call is None else 3
+                image = torch.randn(2, channels, *size, generator=generator).to(first.weight.dtype)
+                arguments = subject.arguments(image)
+                if _takes(model, arguments):
+                    return arguments
+            return None
+    return None  # it is refused
+
+
+def _takes(model: nn.Module, arguments: Any) -> bool:
+    """Whether a network runs on an image batch; it says in its own way what it takes."""
+    with contextlib.suppress(Exception), torch.no_grad(), evaluating(model):
+        _call(model, arguments)
+        return True
+    return False
+
+
+def _call(model: nn.Module, arguments: Any, **more: Any) -> Any:
+    """Call with a tensor, a tuple of arguments, or keywords."""
+    if isinstance(arguments, dict):
+        return model(**arguments, **more)
+    return model(*arguments, **more) if isinstance(arguments, tuple) else model(arguments, **more)
+
+
+def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: Row) -> Row:
+    """Plan, convert, compare; in float64 what float32 is not precise enough to tell."""
+    seconds = row.setdefault("seconds_to", {})
+    begin = time.perf_counter()
+    plan(model, example_input=example)
+    seconds["plan"] = round(time.perf_counter() - begin, 2)
+    row["planned"] = True  # and `adaptify` does not refuse it then
+    begin = time.perf_counter()
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        net = adaptify(model, "random", example_input=example)
+    seconds["convert"] = round(time.perf_counter() - begin, 2)
+    warned = [first_line(entry.message) for entry in raised if issubclass(entry.category, CadWarning)]
+    result = _compare(subject, model, net)
+    if result["result"] == "broken" and next(model.parameters()).dtype == torch.float32:
+        wide = model.double()
+        doubled = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, example)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = {**_compare(subject, wide, adaptify(wide, "random", example_input=doubled))}
+        result["dtype"] = "float64"
+    effect = _has_effect(net.plan)
+    if result["result"] == "converts" and not effect and not warned:
+        result |= {"result": "broken", "why": "it has no effect, and nothing says so"}
+    return {**result, "effect": effect, "warned": warned}
+
+
+def _has_effect(chosen: Plan) -> bool:
+    """Whether keeping resolution changes what comes out, and enough runs on elements to be worth it."""
+    return chosen.matters and chosen.share("adapt", "keep") >= LEAST_SHARE
+
+
+# -- comparing -----------------------------------------------------------------------------------------
+
+
+def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
+    """Everything that is compared, as a row; the weights of both are others afterwards."""
+    chosen = net.plan
+    dtype = next(parameter.dtype for parameter in model.parameters())
+    errors = {"1": 0.0, "2": 0.0}
+    for check in net.checks:
+        errors[str(check.number)] = max(errors[str(check.number)], check.error)
+    sizes = [check.size for check in net.checks if check.number == 1]
+    part = (model.get_submodule(chosen.part), net.adaptive_part) if chosen.part else (model, net)
+    batches = list(_batches(subject, part[0], chosen, dtype))
+    outputs = 0
+    for arguments, size in batches:
+        if chosen.identity_level is not None:
+            error, outputs = _identity_error(*part, arguments)
+            errors["1"] = max(errors["1"], error)
+            sizes.append(size)
+    arguments, size = batches[0]
+    errors["5"] = _batch_error(part[1], arguments)
+    state = _other_weights(model.state_dict())
+    for one in (model, net):
+        one.load_state_dict(state)
+    if chosen.identity_level is not None:
+        errors["weights"], _ = _identity_error(*part, arguments)
+    errors["optimize"] = _optimized_error(part[1], arguments)
+    if chosen.part:
+        errors["host"] = max(
+            _host_error(model, net, of_host) for of_host in _of_host(subject, model, chosen, dtype)
+        )
+    broken = [name for name, error in errors.items() if not error <= TOLERANCE[dtype]]
+    return {
+        "result": "broken" if broken else "converts",
+        "why": " and ".join(_BROKEN[name] for name in broken),
+        "output_stride": list(chosen.output_stride),
+        "strides": list(chosen.strides),
+        "possible": [list(pair) for pair in chosen.possible],
+        "identity_level": chosen.identity_level,
+        "part": chosen.part,
+        "macs": sum(decision.macs for decision in chosen.decisions),
+        "share_in_region": round(chosen.share("adapt", "keep"), 4),
+        "share_after_first_stage": round(chosen.share_after_first_stage, 4),
+        "matters": chosen.matters,
+        "dense": _dense(chosen),
+        "outputs": [list(entry) for entry in chosen.standing()],
+        "outputs_compared": outputs,
+        "errors": {law: float(f"{error:.1e}") for law, error in errors.items()},
+        "image": [2, chosen.example_shape[1], *size],
+        "sizes": [list(size) for size in dict.fromkeys(sizes)],
+    }
+
+
+_BROKEN = {
+    "1": "law 1 does not hold",
+    "2": "law 2 does not hold",
+    "5": "law 5 does not hold",
+    "weights": "law 1 does not hold after load_state_dict",
+    "optimize": "optimize() computes something else",
+    "host": "what the converted part is in computes something else",
+}
+
+
+def _of_host(subject: Subject, model: nn.Module, chosen: Plan, dtype: torch.dtype) -> list[Any]:
+    """Arguments for calls of a network that hosts a converted part."""
+    return [arguments for arguments, _ in _batches(subject, model, replace(chosen, part=""), dtype)]
+
+
+def _batches(
+    subject: Subject, model: nn.Module, chosen: Plan, dtype: torch.dtype
+) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """Arguments for a call, two images of an odd and of an even size the example does not have; of the example's if
+    the network takes no other."""
+    generator = torch.Generator().manual_seed(1)
+    channels, *shape = chosen.example_shape[1:]
+    example = (shape[0], shape[1])
+    whole = not chosen.part  # a part is called with its image alone
+    channels = channels if subject.call is None or not whole else 3
+    taken = 0
+    for sizes in (ODD_SIZES, EVEN_SIZES, (example,)):
+        if taken and sizes == (example,):
+            return
+        for size in sizes:
+            image = torch.randn(2, channels, *size, generator=generator).to(dtype)
+            arguments = subject.arguments(image) if whole else image
+            if (size != example or sizes == (example,)) and _takes(model, arguments):
+                taken += 1
+                yield arguments, size
+                break
+
+
+def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tuple[float, int]:
+    """Law 1: the outputs at the network's own level, of the call and through kernel maps; and how many there are."""
+    level = net.plan.identity_level or 0
+    with torch.no_grad():
+        expected = _call(model, arguments)
+        _call(net, arguments, mask="random")
+        outputs = [_call(net, arguments, mask=torch.full_like(net.levels, level))]
+        if type(outputs[0]) is not type(expected):
+            return float("inf"), 0
+        mapped = replace(net.geometry, dense_shortcut=False)
+        positional = () if isinstance(arguments, dict) else _as_tuple(arguments)
+        keywords = arguments if isinstance(arguments, dict) else {}
+        outputs.append(net.run(lambda _, f: mapped.uniform_like(f, level), *positional, **keywords))
+        outputs = [at_own_samples(output, net.graph, net.plan) for output in outputs]
+    leaves = list(_tensors(expected))
+    errors = [error for output in outputs for error in _errors(output, expected)]
+    return max(errors, default=float("inf")), len(leaves)
+
+
+def _batch_error(net: AdaptiveModel, arguments: Any) -> float:
+    """Law 5: a batch, each image with its own random level map, against its images one by one."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        together = _call(net, arguments, mask="random")
+        levels = net.levels
+        apart = [_call(net, _image(arguments, i), mask=levels[i : i + 1]) for i in range(len(levels))]
+    if any(len(value) == 0 for value in _tensors(together)):
+        return float("inf")
+    each = zip(*(list(_tensors(value)) for value in apart), strict=True)
+    joined = [torch.cat(values) if values[0].dim() else values[0] for values in each]
+    return max(_errors(list(_tensors(together)), joined), default=float("inf"))
+
+
+def _optimized_error(net: AdaptiveModel, arguments: Any) -> float:
+    """The optimised copy at random levels against the network."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        expected = _call(net, arguments, mask="random")
+        return max(_errors(_call(net.optimize(), arguments, mask=net.levels), expected), default=float("inf"))
+
+
+def _host_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> float:
+    """The whole network, the part in it at its own level as a call has it; it runs as it was then."""
+    mask = {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
+    if mask is None:
+        return 0.0
+    with torch.no_grad():
+        return max(_errors(_call(net, arguments, mask=mask), _call(model, arguments)), default=float("inf"))
+
+
+def _other_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with every number of it changed by up to a fifth, so that variances stay positive."""
+    generator = torch.Generator().manual_seed(4)
+
+    def change(values: Any) -> Any:
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            return values
+        return values * (0.8 + 0.4 * torch.rand(values.shape, generator=generator)).to(values)
+
+    return {name: change(values) for name, values in state.items()}
+
+
+def _image(arguments: Any, position: int) -> Any:
+    """The arguments of one image of a batch."""
+    return tree_map_only(Tensor, lambda values: values[position : position + 1], arguments)
+
+
+def _as_tuple(arguments: Any) -> tuple[Any, ...]:
+    return arguments if isinstance(arguments, tuple) else (arguments,)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of an output, in its order: of lists, dictionaries, named tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _errors(output: Any, expected: Any) -> Iterator[float]:
+    """The error of each tensor of an output; infinite if there are more or fewer."""
+    ours, theirs = list(_tensors(output)), list(_tensors(expected))
+    if len(ours) != len(theirs):
+        yield float("inf")
+        return
+    yield from (_error(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def _error(values: Tensor, expected: Tensor) -> float:
+    if values.shape != expected.shape:
+        return float("inf")
+    if not expected.is_floating_point():  # classes: rounding decides between equals
+        differing = float((values != expected).double().mean()) if expected.numel() else 0.0
+        return 0.0 if differing <= DISCRETE else float("inf")
+    error = float((values - expected).abs().max()) / max(scale(expected), 1e-30)
+    return error if error == error else float("inf")  # `max` would pass over a NaN
+
+
+def _dense(chosen: Plan) -> list[Row]:
+    """The operations that end the region, the most expensive first."""
+    total = max(1, sum(decision.macs for decision in chosen.decisions))
+    ends = sorted(chosen.chosen("barrier"), key=lambda decision: -decision.cost)
+    return [
+        {
+            "node": decision.node,
+            "operation": decision.operation,
+            "source": decision.source,
+            "why": decision.reason.partition(";")[0],
+            "share": round(decision.cost / total, 4),
+        }
+        for decision in ends[:3]
+    ]

@@ -1,0 +1,473 @@
+"""Keypoints, depth, counting, edges, objects: backbones with decoders and heads."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from corpus_blocks import Encoder, Residual, conv, twice
+from torch import nn
+
+from cadsurgery.tasks.corpus import network
+
+
+@network("transposed", "outputs")
+class CenterNetLike(nn.Module):
+    """Three transposed 4/2; heads by name, their outputs in a dictionary in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        layers: list[nn.Module] = []
+        for a, b in ((64, 32), (32, 24), (24, 16)):
+            layers += [
+                nn.ConvTranspose2d(a, b, 4, 2, 1, output_padding=0, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+            ]
+        self.deconv_layers = nn.Sequential(*layers)
+        self.heads = {"hm": 3, "wh": 2, "reg": 2}
+        for head, classes in self.heads.items():
+            self.__setattr__(
+                head, nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, classes, 1))
+            )
+
+    def forward(self, x):
+        x = self.deconv_layers(self.encoder(x)[-1])
+        ret = {}
+        for head in self.heads:
+            ret[head] = self.__getattr__(head)(x)
+        return [ret]
+
+
+@network("transposed", "norms")
+class PoseBaseline(nn.Module):
+    """The simple baseline of pose estimation: an encoder, transposed 4/2, heatmaps; batch norms with a momentum."""
+
+    def __init__(self, num_joints: int = 5) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+        self.bn1, self.maxpool = nn.BatchNorm2d(8, momentum=0.1), nn.MaxPool2d(3, 2, 1)
+        self.layer1, self.layer2, self.layer3 = Residual(8, 8), Residual(8, 16, 2), Residual(16, 32, 2)
+        self.up1, self.up2 = (
+            nn.ConvTranspose2d(32, 16, 4, 2, 1, bias=False),
+            nn.ConvTranspose2d(16, 16, 4, 2, 1, bias=False),
+        )
+        self.bn2, self.bn3 = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.final_layer = nn.Conv2d(16, num_joints, kernel_size=1)
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = F.relu(self.bn2(self.up1(x)))
+        return self.final_layer(F.relu(self.bn3(self.up2(x))))
+
+
+class Hourglass(nn.Module):
+    """Recursive: down, the same one smaller, up by nearest, plus what stayed."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.up1, self.pool1, self.low1 = Residual(width, width), nn.MaxPool2d(2, 2), Residual(width, width)
+        self.low2 = Hourglass(depth - 1, width) if depth > 1 else Residual(width, width)
+        self.low3 = Residual(width, width)
+
+    def forward(self, x):
+        up1 = self.up1(x)
+        low = self.low3(self.low2(self.low1(self.pool1(x))))
+        return up1 + F.interpolate(low, size=up1.shape[2:])
+
+
+@network("modules", "outputs", "resizing")
+class StackedHourglass(nn.Module):
+    """Two hourglasses with heatmaps after each, stacked in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pre = nn.Sequential(conv(3, 8, 7, 2), nn.MaxPool2d(2, 2), Residual(8, 16))
+        self.hgs = nn.ModuleList([Hourglass(3, 16) for _ in range(2)])
+        self.outs = nn.ModuleList([nn.Conv2d(16, 5, 1) for _ in range(2)])
+        self.merge_features, self.merge_preds = nn.Conv2d(16, 16, 1), nn.Conv2d(5, 16, 1)
+
+    def forward(self, imgs):
+        x = self.pre(imgs)
+        combined_hm_preds = []
+        for i, (hg, out) in enumerate(zip(self.hgs, self.outs)):
+            feature = hg(x)
+            preds = out(feature)
+            combined_hm_preds.append(preds)
+            if i < len(self.hgs) - 1:
+                x = x + self.merge_preds(preds) + self.merge_features(feature)
+        return torch.stack(combined_hm_preds, 1)
+
+
+@network("outputs", "modules")
+class PartAffinity(nn.Module):
+    """Stages that read the features and the maps of the stage before; 7x7 convolutions (as OpenPose)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pool = nn.MaxPool2d(2, 2)
+        self.features = nn.Sequential(
+            twice(3, 8), pool, twice(8, 16), pool, twice(16, 32), pool, conv(32, 32)
+        )
+        self.paf1, self.heat1 = self.head(32, 3, 4), self.head(32, 3, 3)
+        self.paf2, self.heat2 = self.head(39, 7, 4), self.head(39, 7, 3)
+
+    @staticmethod
+    def head(inputs: int, kernel: int, outputs: int) -> nn.Sequential:
+        """One branch of a stage."""
+        return nn.Sequential(conv(inputs, 16, kernel), nn.Conv2d(16, outputs, 1))
+
+    def forward(self, x):
+        out1 = self.features(x)
+        paf, heat = self.paf1(out1), self.heat1(out1)
+        out2 = torch.cat([paf, heat, out1], 1)
+        return (self.paf2(out2), self.heat2(out2)), [paf, heat]
+
+
+@network("shapes", "outputs", "sizes")
+class KeypointCells(nn.Module):
+    """As SuperPoint: 65 scores per 8x8 cell become a heat map by reshaping; unit descriptors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv1, self.conv2, self.conv3, self.conv4 = twice(1, 8), twice(8, 8), twice(8, 16), twice(16, 16)
+        self.detector = nn.Sequential(conv(16, 24), nn.Conv2d(24, 65, 1))
+        self.descriptor = nn.Sequential(conv(16, 24), nn.Conv2d(24, 32, 1))
+
+    def forward(self, x):
+        x = x.mean(1, keepdim=True)
+        x = self.conv4(self.pool(self.conv3(self.pool(self.conv2(self.pool(self.conv1(x)))))))
+        scores = torch.softmax(self.detector(x), 1)[:, :-1]
+        b, _, h, w = scores.shape
+        scores = scores.permute(0, 2, 3, 1).reshape(b, h, w, 8, 8)
+        scores = scores.permute(0, 1, 3, 2, 4).reshape(b, h * 8, w * 8)
+        return scores, F.normalize(self.descriptor(x), p=2, dim=1)
+
+
+@network("dilation")
+class CrowdDilated(nn.Module):
+    """Counting (as CSRNet): a VGG to stride 8, a backend of dilation 2, density times a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frontend = make_layers([8, 8, "M", 16, 16, "M", 32, 32, "M", 48, 48])
+        self.backend = make_layers([48, 48, 32, 12], inputs=48, dilation=True)
+        self.output_layer = nn.Conv2d(12, 1, kernel_size=1)
+
+    def forward(self, x):
+        return F.interpolate(self.output_layer(self.backend(self.frontend(x))), scale_factor=8) * 0.1
+
+
+def make_layers(cfg: list, inputs: int = 3, dilation: bool = False) -> nn.Sequential:
+    """Convolutions by widths, "M" for pooling."""
+    d_rate = 2 if dilation else 1
+    layers: list[nn.Module] = []
+    for v in cfg:
+        if v == "M":
+            layers += [nn.MaxPool2d(kernel_size=2, stride=2)]
+        else:
+            layers += [nn.Conv2d(inputs, v, 3, padding=d_rate, dilation=d_rate), nn.ReLU(inplace=True)]
+            inputs = v
+    return nn.Sequential(*layers)
+
+
+@network("resizing")
+class CrowdColumns(nn.Module):
+    """Counting with three columns of kernels 9, 7, 5 (as MCNN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch1, self.branch2, self.branch3 = (self.column(k) for k in (9, 7, 5))
+        self.fuse = nn.Sequential(nn.Conv2d(24, 1, 1, padding=0))
+
+    @staticmethod
+    def column(k: int) -> nn.Sequential:
+        """One width of view."""
+        small = dict(kernel_size=k - 2, padding=(k - 2) // 2)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, k, padding=k // 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, **small), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Conv2d(12, 8, **small), nn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, im_data):
+        return self.fuse(torch.cat((self.branch1(im_data), self.branch2(im_data), self.branch3(im_data)), 1))
+
+
+@network("bins", "gates", "sizes")
+class CrowdContext(nn.Module):
+    """Contrast of means of 1, 2, 3, 6 bins with the map itself, as weights (as CAN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frontend = make_layers([8, "M", 16, "M", 32, "M", 32, 32])
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(nn.AdaptiveAvgPool2d((n, n)), nn.Conv2d(32, 32, 1, bias=False))
+                for n in (1, 2, 3, 6)
+            ]
+        )
+        self.weight_net, self.bottleneck = nn.Conv2d(32, 32, 1), nn.Conv2d(64, 32, 1)
+        self.backend, self.out = make_layers([32, 16], inputs=32, dilation=True), nn.Conv2d(16, 1, 1)
+
+    def forward(self, x):
+        feats = self.frontend(x)
+        h, w = feats.size(2), feats.size(3)
+        multi = [F.upsample(input=stage(feats), size=(h, w), mode="bilinear") for stage in self.scales]
+        weights = [torch.sigmoid(self.weight_net(feats - m)) for m in multi]
+        total = weights[0] + weights[1] + weights[2] + weights[3]
+        overall = sum(m * w for m, w in zip(multi, weights)) / total
+        return self.out(self.backend(F.relu(self.bottleneck(torch.cat([overall, feats], 1)))))
+
+
+@network("outputs", "pads", "modules")
+class DepthDisparities(nn.Module):
+    """Monocular depth: nearest upsampling, reflected borders, sigmoids of four scales in a dictionary."""
+
+    def __init__(self, scales=range(3)) -> None:
+        super().__init__()
+        self.encoder, self.scales = Encoder(), scales
+        self.convs = OrderedDict()
+        widths = Encoder.widths
+        for i in range(3, 0, -1):
+            self.convs[("upconv", i, 0)] = self.block(64 if i == 3 else widths[i], widths[i - 1])
+            self.convs[("upconv", i, 1)] = self.block(2 * widths[i - 1], widths[i - 1])
+        for s in self.scales:
+            self.convs[("dispconv", s)] = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(widths[s], 1, 3))
+        self.decoder = nn.ModuleList(list(self.convs.values()))
+
+    @staticmethod
+    def block(a: int, b: int) -> nn.Sequential:
+        """3x3 on a reflected border."""
+        return nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3), nn.ELU(inplace=True))
+
+    def forward(self, input_image):
+        self.outputs = {}
+        features = self.encoder((input_image - 0.45) / 0.225)
+        x = features[-1]
+        for i in range(3, 0, -1):
+            x = self.convs[("upconv", i, 0)](x)
+            skip = features[i - 1]
+            x = [F.interpolate(x, scale_factor=2, mode="nearest")[:, :, : skip.shape[2], : skip.shape[3]]]
+            x += [skip]
+            x = self.convs[("upconv", i, 1)](torch.cat(x, 1))
+            if i - 1 in self.scales:
+                self.outputs[("disp", i - 1)] = torch.sigmoid(self.convs[("dispconv", i - 1)](x))
+        return self.outputs
+
+
+@network("modules", "resizing")
+class FastDepthLike(nn.Module):
+    """A depthwise encoder numbered by name; nearest doubling, skips added where they fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 8, 16, 32, 64)
+        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+            setattr(
+                self,
+                f"conv{i}",
+                nn.Sequential(conv(a, b, 3, 2), nn.Conv2d(b, b, 3, 1, 1, groups=b), nn.ReLU6()),
+            )
+        for i, (a, b) in enumerate(((64, 32), (32, 16), (16, 8), (8, 8))):
+            setattr(
+                self, f"decode_conv{i}", nn.Sequential(nn.Conv2d(a, a, 5, padding=2, groups=a), conv(a, b, 1))
+            )
+        self.last = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        skips = []
+        for i in range(4):
+            layer = getattr(self, f"conv{i}")
+            x = layer(x)
+            skips.append(x)
+        for i in range(4):
+            x = getattr(self, f"decode_conv{i}")(x)
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            if i < 3:
+                x = x + skips[2 - i]
+        return self.last(x)
+
+
+@network("resizing", "data", "arguments")
+class DepthBins(nn.Module):
+    """Bilinear up-projections; depth as the expectation over bins that are a buffer; `scale` with a default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.register = Encoder(), None
+        self.up3, self.up2, self.up1 = conv(96, 32), conv(48, 16), conv(24, 8)
+        self.prob = nn.Conv2d(8, 8, 3, padding=1)
+        self.register_buffer("centers", torch.linspace(0.1, 10, 8).view(1, 8, 1, 1))
+
+    def join(self, step, x, skip):
+        up = F.interpolate(x, size=[skip.size(2), skip.size(3)], mode="bilinear", align_corners=True)
+        return step(torch.cat([up, skip.detach()], dim=1))
+
+    def forward(self, image, scale: float = 2.0):
+        c1, c2, c3, c4 = self.encoder(image)
+        y = self.join(self.up1, self.join(self.up2, self.join(self.up3, c4, c3), c2), c1)
+        depth = torch.sum(torch.softmax(self.prob(y), dim=1) * self.centers, dim=1, keepdim=True)
+        return F.interpolate(depth, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
+@network("outputs", "pads")
+class HolisticEdges(nn.Module):
+    """Edges (as HED): side outputs of each depth, resized, cropped, fused; sigmoids of all in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, stride=2, ceil_mode=True)
+        self.steps = nn.ModuleList([twice(3, 8), twice(8, 16), twice(16, 32), twice(32, 64)])
+        self.sides = nn.ModuleList([nn.Conv2d(c, 1, 1) for c in (8, 16, 32, 64)])
+        self.fuse = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        img_H, img_W = x.shape[2], x.shape[3]
+        sides = []
+        for i, (step, side) in enumerate(zip(self.steps, self.sides)):
+            x = step(x if i == 0 else self.pool(x))
+            y = side(x)
+            if i > 0:
+                y = F.interpolate(y, scale_factor=2**i, mode="bilinear", align_corners=False)
+            sides.append(y[:, :, :img_H, :img_W])
+        results = [*sides, self.fuse(torch.cat(sides, 1))]
+        return [torch.sigmoid(r) for r in results]
+
+
+Prediction = namedtuple("Prediction", ["shrink", "threshold", "binary"])
+
+
+@network("outputs", "transposed", "resizing")
+class TextSpotter(nn.Module):
+    """Text (as DB): a pyramid concatenated at stride 4; two transposed 2/2; a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.reduce = nn.ModuleList([conv(c, 12, 1) for c in Encoder.widths])
+        self.binarize, self.thresh = self.head(), self.head()
+
+    @staticmethod
+    def head() -> nn.Sequential:
+        """To the image's resolution."""
+        return nn.Sequential(
+            conv(48, 12), nn.ConvTranspose2d(12, 12, 2, 2), nn.BatchNorm2d(12), nn.ReLU(),
+            nn.ConvTranspose2d(12, 1, 2, 2), nn.Sigmoid(),
+        )  # fmt: skip
+
+    def forward(self, x):
+        c2, c3, c4, c5 = (r(f) for r, f in zip(self.reduce, self.encoder(x)))
+        p4 = F.interpolate(c5, size=c4.size()[2:], mode="nearest") + c4
+        p3 = F.interpolate(p4, size=c3.size()[2:], mode="nearest") + c3
+        p2 = F.interpolate(p3, size=c2.size()[2:], mode="nearest") + c2
+        h, w = p2.size()[2:]
+        y = torch.cat([p2, *(F.interpolate(p, size=(h, w), mode="nearest") for p in (p3, p4, c5))], dim=1)
+        shrink, threshold = self.binarize(y), self.thresh(y)
+        return Prediction(shrink, threshold, torch.reciprocal(1 + torch.exp(-50 * (shrink - threshold))))
+
+
+@dataclass
+class Detections:
+    """What a detector returns."""
+
+    boxes: list
+    scores: list
+
+
+@network("outputs", "modules", "norms")
+class DenseDetector(nn.Module):
+    """Heads shared by the levels of a pyramid, group norms, a learned scale each; a dataclass of lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.lateral = nn.ModuleList([nn.Conv2d(c, 16, 1) for c in Encoder.widths[1:]])
+        self.p6 = nn.Conv2d(16, 16, 3, 2, 1)
+        self.tower = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU())
+        self.cls, self.reg = nn.Conv2d(16, 3, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+        self.scales = nn.ParameterList([nn.Parameter(torch.tensor(1.0)) for _ in range(4)])
+
+    def forward(self, x):
+        c3, c4, c5 = (lateral(f) for lateral, f in zip(self.lateral, self.encoder(x)[1:]))
+        p4 = c4 + F.interpolate(c5, size=c4.shape[-2:])
+        p3 = c3 + F.interpolate(p4, size=c3.shape[-2:])
+        levels = [p3, p4, c5, self.p6(F.relu(c5))]
+        towers = [self.tower(p) for p in levels]
+        boxes = [F.relu(self.reg(t) * s) for t, s in zip(towers, self.scales)]
+        return Detections(boxes=boxes, scores=[self.cls(t) for t in towers])
+
+
+@network("resizing", "shapes", "outputs")
+class OneStage(nn.Module):
+    """Focus slices, cross-stage halves, pools of 5 in a row, nearest doubling, three flat heads (as YOLO)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.focus, self.down1, self.down2 = conv(12, 8), conv(8, 12, 3, 2), conv(12, 16, 3, 2)
+        self.down3, self.pool = conv(16, 24, 3, 2), nn.MaxPool2d(5, 1, 2)
+        self.spp, self.neck = conv(96, 16, 1), conv(32, 16)
+        self.upsample = nn.Upsample(None, 2, "nearest")
+        self.heads = nn.ModuleList([nn.Conv2d(16, 3 * 7, 1), nn.Conv2d(16, 3 * 7, 1)])
+
+    def forward(self, x):
+        x = torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
+        c2 = self.down2(self.down1(self.focus(x)))
+        c3 = self.down3(c2)
+        y1 = self.pool(c3)
+        y2 = self.pool(y1)
+        c3 = self.spp(torch.cat((c3, y1, y2, self.pool(y2)), 1))
+        maps = [self.neck(torch.cat([self.upsample(c3)[..., : c2.shape[2], : c2.shape[3]], c2], 1)), c3]
+        z = []
+        for head, m in zip(self.heads, maps):
+            y = head(m)
+            bs, _, ny, nx = y.shape
+            z.append(y.view(bs, 3, 7, ny, nx).permute(0, 1, 3, 4, 2).contiguous())
+        return z
+
+
+@network("gates", "outputs", "resizing")
+class Reverse(nn.Module):
+    """Salient objects by reverse attention: what a coarse prediction left out is looked at again (as PraNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.coarse = nn.Sequential(conv(64, 16), nn.Conv2d(16, 1, 1))
+        self.ra = nn.ModuleList(
+            [nn.Sequential(conv(c, 12), nn.Conv2d(12, 1, 3, padding=1)) for c in (8, 16, 32)]
+        )
+
+    def forward(self, x):
+        size = x.shape[2:]
+        c2, c3, c4, c5 = self.encoder(x)
+        s = self.coarse(c5)
+        maps = [F.interpolate(s, size=size, mode="bilinear")]
+        for feature, step in ((c4, self.ra[2]), (c3, self.ra[1]), (c2, self.ra[0])):
+            crop = F.interpolate(s, size=feature.shape[2:], mode="bilinear")
+            attention = -1 * torch.sigmoid(crop) + 1
+            s = step(attention.expand(-1, feature.shape[1], -1, -1).mul(feature)) + crop
+            maps.append(F.interpolate(s, size=size, mode="bilinear"))
+        return tuple(maps)
+
+
+@network("indices", "inputs", call=lambda x: (x, x[:, :1].sigmoid()))
+class IndexMatting(nn.Module):
+    """Matting: image and trimap side by side, pooled with indices, unpooled; alpha between 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc1, self.enc2, self.enc3 = twice(4, 8), twice(8, 16), twice(16, 32)
+        self.dec2, self.dec1, self.out = conv(32, 16, 5), conv(16, 8, 5), nn.Conv2d(8, 1, 5, padding=2)
+
+    def forward(self, image, trimap):
+        x1, id1 = F.max_pool2d(self.enc1(torch.cat([image, trimap], 1)), (2, 2), (2, 2), return_indices=True)
+        x2, id2 = F.max_pool2d(self.enc2(x1), (2, 2), (2, 2), return_indices=True)
+        y = self.dec2(self.enc3(x2))
+        y = F.max_unpool2d(y, id2, kernel_size=2, stride=2, output_size=x1.shape[2:])
+        y = F.max_unpool2d(self.dec1(y), id1, kernel_size=2, stride=2, output_size=image.shape[2:])
+        return torch.clamp(self.out(y), 0, 1)

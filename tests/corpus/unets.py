@@ -1,0 +1,555 @@
+"""U-Nets: how the decoder grows, and how its maps are made to fit those of the encoder."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from corpus_blocks import Residual, conv, twice
+from torch import Tensor, nn
+
+from cadsurgery.tasks.corpus import network
+
+
+class Steps(nn.Module):
+    """The encoder of a U-Net, whose maps are at output strides 1, 2, 4, 8."""
+
+    widths = (8, 16, 32, 64)
+
+    def __init__(self, inputs: int = 3) -> None:
+        super().__init__()
+        self.inc = twice(inputs, 8)
+        self.down1 = nn.Sequential(nn.MaxPool2d(2), twice(8, 16))
+        self.down2 = nn.Sequential(nn.MaxPool2d(2), twice(16, 32))
+        self.down3 = nn.Sequential(nn.MaxPool2d(2), twice(32, 64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x1 = self.inc(x)
+        x2 = self.down1(x1)
+        x3 = self.down2(x2)
+        return x1, x2, x3, self.down3(x3)
+
+
+class PaddedUp(nn.Module):
+    """Upsample, pad to the size of the skip, join."""
+
+    def __init__(self, inputs: int, skip: int, outputs: int, bilinear: bool) -> None:
+        super().__init__()
+        if bilinear:
+            self.up: nn.Module = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        else:
+            self.up = nn.ConvTranspose2d(inputs, inputs, 2, stride=2)
+        self.conv = twice(inputs + skip, outputs)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        x1 = self.up(x1)
+        dy = x2.size()[2] - x1.size()[2]
+        dx = x2.size()[3] - x1.size()[3]
+        x1 = F.pad(x1, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
+        return self.conv(torch.cat([x2, x1], dim=1))
+
+
+class PaddedUNet(nn.Module):
+    """The U-Net that most tutorials have."""
+
+    def __init__(self, bilinear: bool) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.up1 = PaddedUp(64, 32, 32, bilinear)
+        self.up2 = PaddedUp(32, 16, 16, bilinear)
+        self.up3 = PaddedUp(16, 8, 8, bilinear)
+        self.out = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2, x3, x4 = self.encoder(x)
+        x = self.up1(x4, x3)
+        x = self.up2(x, x2)
+        return self.out(self.up3(x, x1))
+
+
+@network("transposed", "pads")
+def unet_transposed() -> nn.Module:
+    """ConvTranspose2d of kernel 2, stride 2; `F.pad` to the skip."""
+    return PaddedUNet(bilinear=False)
+
+
+@network("resizing", "pads")
+def unet_bilinear() -> nn.Module:
+    """Upsample(2, bilinear, align_corners=True); `F.pad` to the skip."""
+    return PaddedUNet(bilinear=True)
+
+
+@network("transposed", "pads", "sizes")
+class UNetCropsSkip(nn.Module):
+    """ConvTranspose2d of kernel 4, stride 2; the skip is cropped to what comes up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.up3 = nn.ConvTranspose2d(64, 32, 4, 2, 1)
+        self.dec3 = twice(64, 32)
+        self.up2 = nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1, bias=False)
+        self.dec2 = twice(32, 16)
+        self.out = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        _, x2, x3, x4 = self.encoder(x)
+        y = self.up3(x4)
+        y = self.dec3(torch.cat((y, x3[:, :, : y.size(2), : y.size(3)]), 1))
+        y = self.up2(y)
+        h, w = y.shape[2:]
+        return self.out(self.dec2(torch.cat((y, x2[:, :, :h, :w]), 1)))
+
+
+@network("transposed", "pads", "modules")
+class UNetStrided(nn.Module):
+    """Strided convolutions down; ConvTranspose2d 3/2 with output padding up, cropped to the skip; loops over lists."""
+
+    def __init__(self, widths=(8, 16, 32, 64)) -> None:
+        super().__init__()
+        self.stem = conv(3, widths[0])
+        self.downs = nn.ModuleList([conv(a, b, 3, 2) for a, b in zip(widths, widths[1:])])
+        self.ups = nn.ModuleList()
+        self.joins = nn.ModuleList()
+        for a, b in zip(widths[::-1], widths[-2::-1]):
+            self.ups.append(nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1))
+            self.joins.append(conv(2 * b, b))
+        self.head = nn.Conv2d(widths[0], 3, 1)
+
+    def forward(self, x):
+        features = [self.stem(x)]
+        for down in self.downs:
+            features.append(down(features[-1]))
+        y = features.pop()
+        for up, join in zip(self.ups, self.joins):
+            skip = features.pop()
+            y = F.relu(up(y))[..., : skip.shape[-2], : skip.shape[-1]]
+            y = join(torch.cat([y, skip], dim=1))
+        return self.head(y)
+
+
+def center_crop(layer: Tensor, target: list[int]) -> Tensor:
+    """The middle of a map."""
+    _, _, height, width = layer.size()
+    y, x = (height - target[0]) // 2, (width - target[1]) // 2
+    return layer[:, :, y : (y + target[0]), x : (x + target[1])]
+
+
+@network("transposed", "pads", "sizes")
+class UNetUnpadded(nn.Module):
+    """As first published: convolutions without padding, and the middle of the skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc1 = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.enc2 = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
+        self.enc3 = nn.Sequential(nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.ReLU())
+        self.pool = nn.MaxPool2d(2)
+        self.up2, self.up1 = nn.ConvTranspose2d(24, 16, 2, 2), nn.ConvTranspose2d(16, 8, 2, 2)
+        self.dec2 = nn.Sequential(nn.Conv2d(32, 16, 3), nn.ReLU())
+        self.dec1 = nn.Sequential(nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    def forward(self, x):
+        e1 = self.enc1(x)
+        e2 = self.enc2(self.pool(e1))
+        up = self.up2(self.enc3(self.pool(e2)))
+        up = self.dec2(torch.cat([up, center_crop(e2, up.shape[2:])], 1))
+        up = self.up1(up)
+        return self.dec1(torch.cat([up, center_crop(e1, up.shape[2:])], 1))
+
+
+@network("decisions", "resizing", "sizes")
+class UNetIfSizesDiffer(nn.Module):
+    """`if` the sizes differ, resize; sizes as a list and as integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.dec3, self.dec2, self.dec1 = twice(96, 32), twice(48, 16), twice(24, 8)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def join(self, x, skip):
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if x.shape[2] != skip.shape[2] or x.shape[3] != skip.shape[3]:
+            x = F.interpolate(x, size=list(skip.shape[-2:]), mode="nearest")
+        return torch.cat([x, skip], dim=1)
+
+    def forward(self, x):
+        assert x.dim() == 4, f"an image batch, not {x.shape}"
+        e1, e2, e3, e4 = self.encoder(x)
+        y = self.dec3(self.join(e4, e3))
+        y = self.dec2(self.join(y, e2))
+        y = self.dec1(self.join(y, e1))
+        return F.interpolate(
+            self.out(y), (int(x.size(2)), int(x.size(3))), mode="bilinear", align_corners=False
+        )
+
+
+@network("modules", "resizing")
+class ResUNet(nn.Module):
+    """Residual steps; `nn.Upsample` is made in `forward` for the size of the skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 8)
+        self.enc1, self.enc2, self.enc3 = Residual(8, 16, 2), Residual(16, 32, 2), Residual(32, 64, 2)
+        self.dec2, self.dec1, self.dec0 = Residual(96, 32), Residual(48, 16), Residual(24, 8)
+        self.out = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        x0 = self.stem(x)
+        x1 = self.enc1(x0)
+        x2 = self.enc2(x1)
+        x3 = self.enc3(x2)
+        up = nn.Upsample(size=x2.size()[2:], mode="bilinear", align_corners=True)(x3)
+        y = self.dec2(torch.cat([up, x2], 1))
+        y = self.dec1(torch.cat([nn.Upsample(size=x1.size()[2:], mode="bilinear")(y), x1], 1))
+        y = self.dec0(torch.cat([nn.UpsamplingBilinear2d(size=x0.size()[2:])(y), x0], 1))
+        return torch.sigmoid(self.out(y))
+
+
+class Gate(nn.Module):
+    """A skip times what a coarser map finds of interest in it."""
+
+    def __init__(self, skip: int, gating: int, inner: int) -> None:
+        super().__init__()
+        self.theta = nn.Conv2d(skip, inner, 2, 2, bias=False)
+        self.phi = nn.Conv2d(gating, inner, 1)
+        self.psi = nn.Conv2d(inner, 1, 1)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        theta = self.theta(x)
+        g = F.interpolate(self.phi(g), size=theta.size()[2:], mode="bilinear")
+        alpha = torch.sigmoid(self.psi(F.relu(theta + g, inplace=True)))
+        return F.interpolate(alpha, size=x.size()[2:], mode="bilinear") * x
+
+
+@network("gates", "resizing", "transposed")
+class AttentionUNet(nn.Module):
+    """Attention gates on the skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.gate3, self.gate2 = Gate(32, 64, 16), Gate(16, 32, 8)
+        self.up3, self.up2 = nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)
+        self.dec3, self.dec2 = twice(64, 32), twice(32, 16)
+        self.out = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        size = x.shape[-2:]
+        _, x2, x3, x4 = self.encoder(x)
+        up = self.up3(x4)
+        y = self.dec3(torch.cat([up, self.gate3(x3, x4)[:, :, : up.shape[2], : up.shape[3]]], 1))
+        up = self.up2(y)
+        y = self.dec2(torch.cat([up, self.gate2(x2, y)[:, :, : up.shape[2], : up.shape[3]]], 1))
+        return F.interpolate(self.out(y), size=size, mode="bilinear", align_corners=False)
+
+
+@network("modules", "resizing", "outputs")
+class NestedUNet(nn.Module):
+    """Every step is joined with those beside and below it; with supervision of each of the first row."""
+
+    def __init__(self, deep_supervision: bool = True) -> None:
+        super().__init__()
+        a, b, c = 8, 16, 32
+        self.deep_supervision = deep_supervision
+        self.pool, self.up = nn.MaxPool2d(2, 2, ceil_mode=True), nn.Upsample(scale_factor=2, mode="bilinear")
+        self.conv0_0, self.conv1_0, self.conv2_0 = twice(3, a), twice(a, b), twice(b, c)
+        self.conv0_1, self.conv1_1 = twice(a + b, a), twice(b + c, b)
+        self.conv0_2 = twice(2 * a + b, a)
+        self.final1, self.final2 = nn.Conv2d(a, 2, 1), nn.Conv2d(a, 2, 1)
+
+    def fit(self, x, like):
+        return self.up(x)[:, :, : like.size(2), : like.size(3)]
+
+    def forward(self, x):
+        x0_0 = self.conv0_0(x)
+        x1_0 = self.conv1_0(self.pool(x0_0))
+        x0_1 = self.conv0_1(torch.cat([x0_0, self.fit(x1_0, x0_0)], 1))
+        x2_0 = self.conv2_0(self.pool(x1_0))
+        x1_1 = self.conv1_1(torch.cat([x1_0, self.fit(x2_0, x1_0)], 1))
+        x0_2 = self.conv0_2(torch.cat([x0_0, x0_1, self.fit(x1_1, x0_0)], 1))
+        if self.deep_supervision:
+            return [self.final1(x0_1), self.final2(x0_2)]
+        return self.final2(x0_2)
+
+
+@network("resizing", "modules")
+class UNetAllScales(nn.Module):
+    """Every step of the decoder reads every scale: pooled, as it is, or upsampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.to3 = nn.ModuleList([conv(c, 8) for c in Steps.widths])
+        self.to2 = nn.ModuleList([conv(c, 8) for c in (8, 16, 32, 64)])
+        self.fuse3, self.fuse2 = conv(32, 32), conv(32, 16)
+        self.out = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x):
+        e1, e2, e3, e4 = self.encoder(x)
+        maps = [F.max_pool2d(e1, 4, 4), F.max_pool2d(e2, 2, 2), e3, F.interpolate(e4, size=e3.shape[2:])]
+        d3 = self.fuse3(torch.cat([step(m) for step, m in zip(self.to3, maps)], 1))
+        size = e2.shape[2:]
+        maps = [F.max_pool2d(e1, 2, 2), e2, F.interpolate(d3, size=size), F.interpolate(e4, size=size)]
+        d2 = self.fuse2(torch.cat([step(m) for step, m in zip(self.to2, maps)], 1))
+        return F.interpolate(self.out(d2), size=x.shape[2:], mode="bilinear")
+
+
+@network("pads", "decisions", "transposed", "sizes")
+class UNetPadsToMultiple(nn.Module):
+    """The image is padded to a multiple of the stride, what comes out is cropped to it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.up3, self.dec3 = nn.ConvTranspose2d(64, 32, 2, 2), twice(64, 32)
+        self.up2, self.dec2 = nn.ConvTranspose2d(32, 16, 2, 2), twice(32, 16)
+        self.up1, self.dec1 = nn.ConvTranspose2d(16, 8, 2, 2), twice(16, 8)
+        self.out = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        h, w = x.size(2), x.size(3)
+        bottom = math.ceil(h / 8) * 8 - h
+        right = math.ceil(w / 8) * 8 - w
+        if bottom > 0 or right > 0:
+            x = F.pad(x, (0, right, 0, bottom))
+        x1, x2, x3, x4 = self.encoder(x)
+        y = self.dec3(torch.cat([self.up3(x4), x3], 1))
+        y = self.dec2(torch.cat([self.up2(y), x2], 1))
+        y = self.dec1(torch.cat([self.up1(y), x1], 1))
+        return self.out(y)[:, :, :h, :w]
+
+
+@network("pads", "resizing", "sizes")
+class UNetReflectsToMultiple(nn.Module):
+    """As before by a remainder, with reflection, and nearest upsampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.dec3, self.dec2, self.dec1 = twice(96, 32), twice(48, 16), twice(24, 8)
+        self.up = nn.Upsample(scale_factor=2)
+        self.out = nn.Conv2d(8, 1, 1)
+
+    def check_image_size(self, x):
+        _, _, h, w = x.size()
+        pad_h = (8 - h % 8) % 8
+        pad_w = (8 - w % 8) % 8
+        return F.pad(x, (0, pad_w, 0, pad_h), "reflect")
+
+    def forward(self, img):
+        b, c, h, w = img.shape
+        x1, x2, x3, x4 = self.encoder(self.check_image_size(img))
+        y = self.dec3(torch.cat([self.up(x4), x3], 1))
+        y = self.dec2(torch.cat([self.up(y), x2], 1))
+        y = self.dec1(torch.cat([self.up(y), x1], 1))
+        return self.out(y)[..., :h, :w] + img.mean(1, keepdim=True)
+
+
+def upsample_like(src: Tensor, tar: Tensor) -> Tensor:
+    """Bilinear, to another map's size."""
+    return F.interpolate(src, size=tar.shape[2:], mode="bilinear", align_corners=False)
+
+
+class RSU(nn.Module):
+    """A U-Net in the place of a convolution; its lowest one is dilated."""
+
+    def __init__(self, inputs: int, outputs: int, inner: int = 6) -> None:
+        super().__init__()
+        self.convin = conv(inputs, outputs)
+        self.conv1, self.conv2, self.conv3 = conv(outputs, inner), conv(inner, inner), conv(inner, inner)
+        self.pool1 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
+        self.pool2 = nn.MaxPool2d(2, stride=2, ceil_mode=True)
+        self.conv4 = conv(inner, inner, dilation=2)
+        self.conv3d, self.conv2d = conv(2 * inner, inner), conv(2 * inner, inner)
+        self.conv1d = conv(2 * inner, outputs)
+
+    def forward(self, x):
+        hxin = self.convin(x)
+        hx1 = self.conv1(hxin)
+        hx2 = self.conv2(self.pool1(hx1))
+        hx3 = self.conv3(self.pool2(hx2))
+        hx3d = self.conv3d(torch.cat((self.conv4(hx3), hx3), 1))
+        hx2d = self.conv2d(torch.cat((upsample_like(hx3d, hx2), hx2), 1))
+        return self.conv1d(torch.cat((upsample_like(hx2d, hx1), hx1), 1)) + hxin
+
+
+class DilatedRSU(nn.Module):
+    """The same without pooling: dilations 1, 2, 4, 8 and back."""
+
+    def __init__(self, inputs: int, outputs: int, inner: int = 6) -> None:
+        super().__init__()
+        self.convin = conv(inputs, outputs)
+        self.conv1, self.conv2 = conv(outputs, inner), conv(inner, inner, dilation=2)
+        self.conv3, self.conv4 = conv(inner, inner, dilation=4), conv(inner, inner, dilation=8)
+        self.conv3d, self.conv2d = conv(2 * inner, inner, dilation=4), conv(2 * inner, inner, dilation=2)
+        self.conv1d = conv(2 * inner, outputs)
+
+    def forward(self, x):
+        hxin = self.convin(x)
+        hx1 = self.conv1(hxin)
+        hx2 = self.conv2(hx1)
+        hx3 = self.conv3(hx2)
+        hx3d = self.conv3d(torch.cat((self.conv4(hx3), hx3), 1))
+        hx2d = self.conv2d(torch.cat((hx3d, hx2), 1))
+        return self.conv1d(torch.cat((hx2d, hx1), 1)) + hxin
+
+
+@network("dilation", "resizing", "outputs")
+class NestedSalience(nn.Module):
+    """U-Nets within a U-Net (as U2-Net): dilation by design, side outputs, their fusion, sigmoids of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage1, self.stage2 = RSU(3, 12), RSU(12, 16)
+        self.stage3, self.stage4 = DilatedRSU(16, 16), DilatedRSU(16, 16)
+        self.pool = nn.MaxPool2d(2, stride=2, ceil_mode=True)
+        self.stage3d, self.stage2d, self.stage1d = DilatedRSU(32, 16), RSU(32, 12), RSU(24, 12)
+        self.side1, self.side2 = nn.Conv2d(12, 1, 3, padding=1), nn.Conv2d(12, 1, 3, padding=1)
+        self.side3 = nn.Conv2d(16, 1, 3, padding=1)
+        self.outconv = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x):
+        hx1 = self.stage1(x)
+        hx2 = self.stage2(self.pool(hx1))
+        hx3 = self.stage3(self.pool(hx2))
+        hx4 = self.stage4(self.pool(hx3))
+        hx3d = self.stage3d(torch.cat((upsample_like(hx4, hx3), hx3), 1))
+        hx2d = self.stage2d(torch.cat((upsample_like(hx3d, hx2), hx2), 1))
+        hx1d = self.stage1d(torch.cat((upsample_like(hx2d, hx1), hx1), 1))
+        d1 = self.side1(hx1d)
+        d2 = upsample_like(self.side2(hx2d), d1)
+        d3 = upsample_like(self.side3(hx3d), d1)
+        d0 = self.outconv(torch.cat((d1, d2, d3), 1))
+        return torch.sigmoid(d0), torch.sigmoid(d1), torch.sigmoid(d2), torch.sigmoid(d3)
+
+
+class Recurrent(nn.Module):
+    """One convolution applied several times to itself and its input."""
+
+    def __init__(self, width: int, t: int = 2) -> None:
+        super().__init__()
+        self.t, self.conv = t, conv(width, width)
+
+    def forward(self, x):
+        for i in range(self.t):
+            if i == 0:
+                x1 = self.conv(x)
+            x1 = self.conv(x + x1)
+        return x1
+
+
+@network("resizing", "modules")
+class RecurrentUNet(nn.Module):
+    """Shared weights, called several times; Upsample(2) and a convolution up, at sizes that fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc1 = nn.Sequential(nn.Conv2d(3, 8, 1), Recurrent(8))
+        self.enc2 = nn.Sequential(nn.Conv2d(8, 16, 1), Recurrent(16))
+        self.enc3 = nn.Sequential(nn.Conv2d(16, 32, 1), Recurrent(32))
+        self.pool = nn.MaxPool2d(2)
+        self.up2 = nn.Sequential(nn.Upsample(scale_factor=2), conv(32, 16))
+        self.up1 = nn.Sequential(nn.Upsample(scale_factor=2), conv(16, 8))
+        self.dec2 = nn.Sequential(nn.Conv2d(32, 16, 1), Recurrent(16))
+        self.dec1 = nn.Sequential(nn.Conv2d(16, 8, 1), Recurrent(8))
+        self.out = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x):
+        e1 = self.enc1(x)
+        e2 = self.enc2(self.pool(e1))
+        d2 = self.up2(self.enc3(self.pool(e2)))
+        d2 = self.dec2(torch.cat((e2, d2), dim=1))
+        d1 = self.dec1(torch.cat((e1, self.up1(d2)), dim=1))
+        return self.out(d1)
+
+
+@network("modules", "transposed")
+class SlicedEncoderUNet(nn.Module):
+    """The encoder is slices of the layers of a VGG; `output_size` of the transposed convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b in ((3, 8), (8, 16), (16, 32)):
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2, 2)]
+        self.features = nn.Sequential(*layers, nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(inplace=True))
+        self.up3, self.up2 = nn.ConvTranspose2d(64, 32, 2, 2), nn.ConvTranspose2d(32, 16, 2, 2)
+        self.dec3, self.dec2 = conv(64, 32), conv(32, 16)
+        self.out = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        x1 = self.features[:2](x)
+        x2 = self.features[2:5](x1)
+        x3 = self.features[5:8](x2)
+        x4 = self.features[8:](x3)
+        y = self.dec3(torch.cat([self.up3(x4, output_size=x3.size()), x3], 1))
+        y = self.dec2(torch.cat([self.up2(y, output_size=x2.size()[2:]), x2], 1))
+        return self.out(y)
+
+
+@network("norms", "transposed", "outputs", "modules")
+class InstanceNormUNet(nn.Module):
+    """Instance norms and leaky ReLU, strided, a list of outputs from the finest to the coarsest (as nnU-Net)."""
+
+    def __init__(self, widths=(8, 16, 32, 64)) -> None:
+        super().__init__()
+
+        def step(a, b, stride=1):
+            return nn.Sequential(
+                nn.Conv2d(a, b, 3, stride, 1),
+                nn.InstanceNorm2d(b, affine=True),
+                nn.LeakyReLU(0.01, inplace=True),
+            )
+
+        self.stages = nn.ModuleList([nn.Sequential(step(3, 8), step(8, 8))])
+        for a, b in zip(widths, widths[1:]):
+            self.stages.append(nn.Sequential(step(a, b, 2), step(b, b)))
+        pairs = list(zip(widths[::-1], widths[-2::-1]))
+        self.transpconvs = nn.ModuleList([nn.ConvTranspose2d(a, b, 2, 2, bias=False) for a, b in pairs])
+        self.decoder = nn.ModuleList([step(2 * b, b) for _, b in pairs])
+        self.seg_layers = nn.ModuleList([nn.Conv2d(b, 3, 1) for _, b in pairs])
+
+    def forward(self, x):
+        skips = []
+        for stage in self.stages:
+            x = stage(x)
+            skips.append(x)
+        outputs = []
+        lres = skips[-1]
+        for s in range(len(self.decoder)):
+            x = self.transpconvs[s](lres)
+            x = self.decoder[s](torch.cat((x, skips[-(s + 2)]), 1))
+            outputs.append(self.seg_layers[s](x))
+            lres = x
+        return outputs[::-1]
+
+
+@network("dropout", "transposed", "gates")
+class DropoutUNet(nn.Module):
+    """Functional dropouts of channels; squeeze and excitation of the skips; sums for joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Steps()
+        self.fc1, self.fc2 = nn.Linear(32, 4), nn.Linear(4, 32)
+        self.up3, self.up2, self.up1 = (
+            nn.ConvTranspose2d(a, b, 2, 2) for a, b in ((64, 32), (32, 16), (16, 8))
+        )
+        self.dec3, self.dec2, self.dec1 = conv(32, 32), conv(16, 16), conv(8, 8)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def excite(self, x):
+        b, c, _, _ = x.size()
+        weight = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3)))))).view(b, c, 1, 1)
+        return x * weight.expand_as(x)
+
+    def forward(self, x):
+        x1, x2, x3, x4 = self.encoder(x)
+        x4 = F.dropout2d(x4, 0.3, training=self.training)
+        y = self.dec3(self.up3(x4) + self.excite(x3))
+        y = F.dropout(self.dec2(self.up2(y) + x2), p=0.1, training=self.training)
+        return self.out(F.dropout2d(self.dec1(self.up1(y) + x1), training=self.training))

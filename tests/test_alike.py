@@ -1,0 +1,261 @@
+"""Operations by another name: subclasses that do the same, functions instead of modules, what cannot be copied."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cadsurgery as cs
+from cadsurgery.surgery.hooks import act_alike
+
+
+class Shifted(nn.Conv2d):
+    """A forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Scaled(nn.Conv2d):
+    """Another function than its parent's, which the inherited forward calls."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+class Quiet(nn.BatchNorm2d):
+    """A norm as projects have them: other defaults, fewer checks, another text."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-3, momentum=0.01)
+
+    def _check_input_dim(self, x):
+        pass
+
+    def extra_repr(self):
+        return "quiet"
+
+
+class Mixin:
+    def describe(self):
+        return "new names change nothing"
+
+
+def network(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1), *layers, nn.Conv2d(8, 4, 3)
+    ).eval()
+
+
+KINDS = {
+    "Conv2d": (nn.Conv2d, (8, 8, 3)),
+    "BatchNorm2d": (nn.BatchNorm2d, (8,)),
+    "ReLU": (nn.ReLU, ()),
+    "LeakyReLU": (nn.LeakyReLU, (0.3,)),
+    "MaxPool2d": (nn.MaxPool2d, (3, 2, 1)),
+    "AvgPool2d": (nn.AvgPool2d, (3, 1, 1)),
+    "ReflectionPad2d": (nn.ReflectionPad2d, (1,)),
+    "ZeroPad2d": (nn.ZeroPad2d, (1,)),
+    "Softmax": (nn.Softmax, (1,)),
+    "Upsample": (nn.Upsample, (None, 2)),
+    "GroupNorm": (nn.GroupNorm, (2, 8)),
+    "Dropout2d": (nn.Dropout2d, (0.5,)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_subclass_that_does_the_same_is_treated_as_its_parent(name):
+    kind, arguments = KINDS[name]
+    named = type("Renamed", (Mixin, kind), {})
+    x = torch.randn(2, 3, 65, 98)
+    plan, ours = (cs.plan(network(k(*arguments)), example_input=x) for k in (kind, named))
+    assert [d.action for d in ours.decisions] == [d.action for d in plan.decisions]
+    assert [d.reason for d in ours.decisions] == [d.reason for d in plan.decisions]
+    model = network(named(*arguments))
+    net = cs.adaptify(model, mask="none", example_input=x)
+    spacing = net.plan.outputs[0][1] // net.plan.strides[0]
+    with torch.no_grad():
+        for run in (net, net.optimize()):
+            torch.testing.assert_close(run(x)[..., ::spacing, ::spacing], model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_which_of_two_poolings_a_subclass_is_does_not_depend_on_its_name():
+    class Largest(nn.AdaptiveMaxPool2d):
+        pass
+
+    class MaxOut(nn.AdaptiveAvgPool2d):
+        pass
+
+    x = torch.randn(2, 3, 65, 98)
+    for kind in (Largest, MaxOut):
+        model = nn.Sequential(*network(nn.Conv2d(8, 8, 3, 2, 1)), kind(1)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(cs.adaptify(model, mask="none", example_input=x)(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [Shifted, Scaled])
+def test_a_subclass_that_does_something_else_has_no_rule_of_its_parents(kind):
+    assert act_alike(kind) == (kind,)
+    model = network(kind(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1))
+    x = torch.randn(2, 3, 66, 97)
+    net = cs.adaptify(model, mask="none", example_input=x, outputs="native")
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_property_in_place_of_a_parameter_is_something_else():
+    class Halved(nn.Conv2d):
+        @property
+        def weight(self):
+            return self.full / 2
+
+    assert act_alike(Halved) == (Halved,)
+
+
+@pytest.mark.parametrize("kind", [Quiet, nn.SyncBatchNorm])
+def test_a_norm_by_another_name_is_trained_as_batch_norm_is(kind):
+    x = torch.randn(2, 3, 64, 96)
+    plain = network(kind(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+    plain[2] = nn.BatchNorm2d(8, plain[2].eps, plain[2].momentum)
+    renamed = copy.deepcopy(plain)
+    renamed[2] = kind(8)
+    nets = [cs.adaptify(model, mask="random", example_input=x).train() for model in (plain, renamed)]
+    outputs = [net(x, mask=torch.eye(32, 48).bool().expand(2, -1, -1)) for net in nets]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(net.get_submodule("2").running_var for net in nets))
+
+
+def _train_a_half(rank: int, path: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}.met", rank=rank, world_size=2)
+    model, x, mask = torch.load(path, weights_only=False)
+    net = cs.adaptify(nn.SyncBatchNorm.convert_sync_batchnorm(model), mask="all", example_input=x).train()
+    mine = slice(rank, rank + 1)
+    y = net(x[mine], mask=mask[mine])
+    y.square().sum().backward()
+    norm = net.get_submodule("2")
+    torch.save(
+        (y.detach(), net.get_submodule("0").weight.grad, norm.running_mean, norm.running_var), f"{path}{rank}"
+    )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_statistics_of_a_sync_batch_norm_are_those_of_all_processes(tmp_path):
+    """Two processes with an image each are one process with both: outputs, statistics, the sum of gradients."""
+    model = network(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)).double()
+    x = torch.randn(2, 3, 64, 96).double()
+    net = cs.adaptify(copy.deepcopy(model), mask="all", example_input=x)
+    net(x)
+    mask = torch.randint(0, net.plan.max_level + 1, net.levels.shape)
+    torch.save((model, x, mask), tmp_path / "all")
+    torch.multiprocessing.spawn(_train_a_half, (str(tmp_path / "all"),), nprocs=2)
+    y = net.train()(x, mask=mask)
+    y.square().sum().backward()
+    halves = [torch.load(f"{tmp_path / 'all'}{rank}", weights_only=False) for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([half[0] for half in halves]), y.detach())
+    torch.testing.assert_close(halves[0][1] + halves[1][1], net.get_submodule("0").weight.grad)
+    norm = net.get_submodule("2")
+    for half in halves:
+        torch.testing.assert_close(half[2:], (norm.running_mean, norm.running_var))
+
+
+class Dropping(nn.Module):
+    """Functional dropout, with its flag."""
+
+    def __init__(self, drop) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.third, self.drop = nn.Conv2d(8, 8, 3, 1, 1), drop
+
+    def forward(self, x):
+        x = self.second(self.first(x))
+        return self.third(self.drop(x, p=0.4, training=self.training))
+
+
+@pytest.mark.parametrize("drop", [F.dropout2d, F.dropout3d, F.feature_alpha_dropout])
+@pytest.mark.filterwarnings("ignore:dropout2d")
+def test_functional_dropout_of_channels_is_torchs(drop):
+    """Where everything is low and the random numbers are the same, so is what is dropped."""
+    torch.manual_seed(0)
+    model, x = Dropping(drop).eval(), torch.randn(2, 3, 65, 90)
+    net = cs.adaptify(model, mask="none", example_input=x, outputs="native")
+    assert net.plan["third"].action == "keep"
+    torch.testing.assert_close(net(x), model(x))
+    assert not any("drop" in node.name for node in net.optimize().graph.nodes)
+    torch.manual_seed(1)
+    dropped = net.train()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(dropped, model.train()(x), rtol=1e-4, atol=1e-4)
+    assert (dropped - net.eval()(x)).abs().max() > 0.01
+
+
+def test_alpha_dropout_changes_values_in_training_alone():
+    model, x = Dropping(F.alpha_dropout).eval(), torch.randn(1, 3, 64, 96)
+    net = cs.adaptify(model, mask="none", example_input=x, outputs="native")
+    torch.testing.assert_close(net(x), model(x))
+    assert (net.train()(x) - model(x)).abs().max() > 0.01
+
+
+class Detached(nn.Module):
+    def __init__(self, take) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.third, self.take = nn.Conv2d(8, 4, 3), take
+
+    def forward(self, x):
+        return self.third(self.take(self.second(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "take",
+    [lambda x: x.data, lambda x: x.detach(), lambda x: x.clone().contiguous()],
+    ids=["data", "detach", "clone"],
+)
+def test_values_without_history_stay_in_the_region(take):
+    model, x = Detached(take).eval(), torch.randn(1, 3, 66, 97)
+    net = cs.adaptify(model, mask="all", example_input=x)
+    assert net.plan["third"].action == "keep"
+    needs = net(x).requires_grad
+    net(x).sum().backward()
+    model(x).sum().backward()
+    assert needs and (net.get_submodule("first").weight.grad is None) == (model.first.weight.grad is None)
+
+
+def holding(value: object) -> nn.Module:
+    model = network(nn.Conv2d(8, 8, 3, 2, 1))
+    model[0].held = value
+    return model
+
+
+def test_what_cannot_be_copied_is_shared(tmp_path):
+    lock, text = threading.Lock(), (tmp_path / "log").open("w")
+    held = {
+        "lock": lock,
+        "names": {"a": 1}.keys(),
+        "module": F,
+        "log": [text],
+        "images": (i for i in range(3)),
+    }
+    x = torch.randn(1, 3, 64, 96)
+    net = cs.adaptify(holding(held), mask="none", example_input=x)
+    copied = copy.deepcopy(net)
+    copied.optimize()
+    for one in (net, copied):
+        assert one.get_submodule("0").held is not held
+        assert one.get_submodule("0").held["lock"] is lock and one.get_submodule("0").held["log"][0] is text
+    text.close()
+
+
+def test_what_holds_parts_of_the_network_and_cannot_be_copied_is_refused():
+    model = holding(None)
+    model[0].held = {"parts": model._modules.values()}
+    with pytest.raises(
+        cs.CannotConvert, match=r"cannot be copied.*\n.*0\.held.*\n.*dict_values.*\n.*take that"
+    ):
+        cs.plan(model)

@@ -1,0 +1,250 @@
+"""The corpus: networks as users write them convert, and whatever is wrong with one is told by its row."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Run
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.tasks import corpus, network_check
+from cadsurgery.tasks.corpus import Subject, find_corpus, network, read_corpus, subject
+from cadsurgery.tasks.network_check import check_network
+from cadsurgery.tasks.zoo_check import Limits, check_networks, outlook, read_rows
+
+CORPUS = ROOT / "tests" / "corpus"
+SUBJECTS = {one.name: one for one in read_corpus(CORPUS)}
+IDIOMS = sys.modules["corpus_blocks"].IDIOMS
+# One each for growing back, dilations, asking for sizes and being configured.
+QUICK = ("unets:unet_bilinear", "scenes:HybridDilated", "pythonic:SizesInLoops", "pythonic:Configured")
+
+SMALL = '''
+from torch import nn
+from cadsurgery.tasks.corpus import network
+
+@network("norms")
+def plain():
+    """Three strides."""
+    return nn.Sequential(*[nn.Conv2d(c, 8, 3, 2, 1) for c in (3, 8, 8)], nn.Conv2d(8, 2, 1))
+'''
+
+
+def test_every_idiom_has_networks_and_every_network_says_what_it_stands_for() -> None:
+    assert len(SUBJECTS) >= 60
+    counts = Counter(idiom for one in SUBJECTS.values() for idiom in one.idioms)
+    assert counts.keys() == IDIOMS.keys() and min(counts.values()) >= 2, counts
+    assert all(one.about and one.idioms for one in SUBJECTS.values())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SUBJECTS]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_of_the_corpus_is_what_its_row_says(name: str) -> None:
+    """Law 1 at sizes of its own, other weights, `optimize()`; and nothing is wrong or silent."""
+    row = check_network(SUBJECTS[name])
+    assert row["result"] != "broken", row
+    if row["result"] == "converts":
+        limit = 1e-9 if row.get("dtype") == "float64" else 1e-4
+        assert max(row["errors"].values()) < limit and row["outputs_compared"] > 0, row
+        assert row["effect"] or row["warned"], row
+        assert len(row["sizes"]) >= 2, row
+    else:
+        assert row["what"] and row["next"], row
+    if name in QUICK:
+        assert row["result"] == "converts" and row["effect"] and row["share_in_region"] >= 0.3, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_of_the_corpus_has_something_to_compare(name: str) -> None:
+    """Its outputs are not constant, and it is small."""
+    one = SUBJECTS[name]
+    model = one.build().eval()
+    network_check.settle(model)
+    image = torch.randn(2, next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 128, 160)
+    if one.call is not None:
+        image = image[:, :3] if image.shape[1] >= 3 else torch.randn(2, 3, 128, 160)
+    with torch.no_grad():
+        outputs = list(network_check._tensors(network_check._call(model, one.arguments(image))))
+    assert any(float(output.double().std()) > 1e-4 for output in outputs)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+
+
+# -- files of networks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A file with one network, which no module has the name of."""
+    path = tmp_path / f"nets_{tmp_path.name.replace('-', '_')}.py"
+    path.write_text(SMALL)
+    return path
+
+
+def test_a_file_or_folder_of_networks_is_read_once(small: Path) -> None:
+    (one,) = read_corpus(small)
+    assert one.name == f"{small.stem}:plain" and one.idioms == ("norms",) and one.about == "Three strides."
+    assert read_corpus(small.parent) == [one] and subject(one.name, small) is one
+    assert read_corpus(small, "*:other") == []
+    assert check_network(one)["result"] == "converts"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import no_such_package", "does not run"),
+        (SMALL + SMALL, "twice"),
+        ("1 +", "SyntaxError"),
+    ],
+)
+def test_a_file_that_does_not_run_is_refused(small: Path, text: str, words: str) -> None:
+    small.write_text(text)
+    with pytest.raises(cs.FileError, match=words):
+        read_corpus(small)
+    small.write_text(SMALL)
+    assert len(read_corpus(small)) == 1  # nothing is left of the first try
+
+
+def test_what_is_no_corpus_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(cs.FileError, match="no corpus"):
+        find_corpus(str(small.parent / "missing.py"))
+    with pytest.raises(cs.FileError, match="there is no"):
+        read_corpus(small.parent / "missing")
+    with pytest.raises(cs.UnknownName, match="plain"):
+        subject(f"{small.stem}:plane", small)
+    with pytest.raises(cs.UnknownName, match=small.stem):
+        subject("other:plain", small)
+    clash = small.with_name("json.py")
+    clash.write_text(SMALL)
+    with pytest.raises(cs.FileError, match="name of another module"):
+        read_corpus(clash)
+    monkeypatch.setattr(corpus.cadsurgery, "__file__", str(small.parent / "cadsurgery" / "__init__.py"))
+    with pytest.raises(cs.FileError, match="without tests/corpus"):
+        find_corpus("*")
+
+
+def test_the_corpus_of_a_checkout_is_found() -> None:
+    assert find_corpus("*") == (CORPUS, "*") and find_corpus("unets:*") == (CORPUS, "unets:*")
+    assert find_corpus("packages")[0] == CORPUS / "packages"
+    assert find_corpus(str(CORPUS / "unets.py"))[0] == CORPUS / "unets.py"
+
+
+def test_list_corpus_asks_for_check(command_line: Run) -> None:
+    refused = command_line("list", "--corpus")
+    assert refused.code == 1 and "--check" in refused.err
+
+
+@pytest.mark.slow
+def test_list_check_corpus_writes_rows(command_line: Run, small: Path) -> None:
+    path = small.with_suffix(".jsonl")
+    (row,) = command_line(
+        "list", small, "--check", "--corpus", "--output", path, "--workers", "1", "--json"
+    ).json
+    assert row["result"] == "converts" and read_rows(path) == [row]
+
+
+@pytest.mark.slow
+def test_a_network_that_ends_its_process_is_a_broken_row(small: Path) -> None:
+    small.write_text(SMALL.replace('"""Three strides."""', "import os; os.abort()"))
+    (row,) = check_networks(
+        [f"{small.stem}:plain"], small.with_suffix(".jsonl"), corpus=small, limits=Limits(60)
+    )
+    assert row["result"] == "broken" and "signal 6" in row["why"]
+
+
+# -- what a row tells --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Pair:
+    """Two maps."""
+
+    one: Tensor
+    other: Tensor
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(*[nn.Conv2d(c, 8, 3, 2, 1) for c in (3, 8, 8)], nn.Upsample(scale_factor=4))
+
+
+@pytest.mark.parametrize("name", ["_identity_error", "_batch_error", "_optimized_error"])
+def test_what_differs_is_broken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 too; what went wrong is named."""
+    worse = {"_identity_error": (0.5, 1)}.get(name, 0.5)
+    monkeypatch.setattr(network_check, name, lambda *_: worse)
+    row = check_network(Subject("plain", "", plain))
+    assert row["result"] == "broken" and row["dtype"] == "float64" and row["why"], row
+
+
+def test_a_conversion_without_effect_must_be_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_check, "_has_effect", lambda plan: False)
+    row = check_network(Subject("plain", "", plain))
+    assert row["result"] == "broken" and "no effect" in row["why"]
+
+
+def test_outputs_are_compared_in_whatever_holds_them() -> None:
+    one, other = torch.ones(2, 3), torch.arange(6.0)
+    value = {"list": [one], "pair": Pair(one, other), "none": None, "number": 3}
+    assert len(list(network_check._tensors(value))) == 3
+    assert list(network_check._errors(value, value)) == [0.0] * 3
+    assert list(network_check._errors([one], [one, one])) == [float("inf")]
+    assert list(network_check._errors([one], [other])) == [float("inf")]
+    assert network_check._error(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    assert network_check._error(torch.zeros(200).long(), torch.zeros(200).long()) == 0.0
+
+
+def test_other_weights_are_other_and_loadable() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    state = network_check._other_weights(model.state_dict())
+    model.load_state_dict(state)
+    assert float(state["1.running_var"].min()) > 0 and int(state["1.num_batches_tracked"]) == 0
+    assert not torch.equal(state["1.running_var"], torch.ones(4))
+
+
+def test_a_refusal_is_a_row_with_reason_and_next_step() -> None:
+    row = check_network(Subject("flat", "", lambda: nn.Conv2d(3, 4, 3)))
+    assert row["result"] == "refused" and row["what"] and row["next"]
+    assert outlook(row).startswith("refused: ")
+    lost = check_network(Subject("lost", "", lambda: 1 / 0))  # type: ignore[arg-type,return-value]
+    assert lost["result"] == "not built" and "ZeroDivisionError" in lost["why"]
+
+
+def test_arguments_of_a_call_are_a_tensor_a_tuple_or_keywords() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Any = 0) -> Tensor:
+            return x + y
+
+    x = torch.ones(1)
+    assert network_check._call(Sum(), x) == 1 and network_check._call(Sum(), (x, x)) == 2
+    assert network_check._call(Sum(), {"x": x, "y": 3}) == 4
+
+
+def test_a_network_is_declared_under_one_name() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        network(name="same")(network(name="same")(plain))
+    corpus._declared.pop(plain.__module__)
+
+
+# -- the recorded run --------------------------------------------------------------------------------------
+
+ROWS = [path for path in (CORPUS / "rows.jsonl", CORPUS / "packages" / "rows.jsonl") if path.exists()]
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.parent.name)
+def test_the_recorded_run_meets_the_criteria(path: Path) -> None:
+    """95 % convert, 85 % with at least 30 % of their MACs in the region, none wrong or silently without effect."""
+    rows = [row for row in read_rows(path) if row.get("kind") != "attention"]
+    done = [row for row in rows if row["result"] == "converts" and row["effect"]]
+    assert [row["model"] for row in rows if row["result"] == "broken"] == []
+    assert all(row["effect"] or row["warned"] for row in rows if row["result"] == "converts")
+    assert len(done) >= 0.95 * len(rows)
+    assert sum(row["share_in_region"] >= 0.3 for row in done) >= 0.85 * len(rows)
