@@ -25,7 +25,7 @@ from cadsurgery.elements.kernel_map import Window, kernel_map, phases
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.macs import dense_macs, layer_work
 
-# On its own grid such a decoder reads its own samples alone: see `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
+# See `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
 pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
 
 EXACT = 1e-9
