@@ -174,9 +174,19 @@ class PlannedEmulator(fx.Interpreter):
             return replace(x, pad=((top, bottom, left, right), PADS.get(type(module), "zeros"), value))
         if isinstance(module, nn.ConvTranspose2d):
             names = ("stride", "padding", "output_padding", "groups", "dilation")
-            return self.transposed(
-                x, module.weight, module.bias, **{name: getattr(module, name) for name in names}
-            )
+            given = {name: getattr(module, name) for name in names}
+            size = kwargs.get("output_size") or (args[1] if len(args) > 1 else None)
+            if size is not None:
+                least = (
+                    (n - 1) * s - 2 * p + k
+                    for n, s, p, k in zip(
+                        x.native[2:], module.stride, module.padding, module.kernel_size, strict=True
+                    )
+                )
+                given["output_padding"] = tuple(
+                    want - have for want, have in zip(size[-2:], least, strict=True)
+                )
+            return self.transposed(x, module.weight, module.bias, **given)
         if isinstance(module, nn.Upsample):
             given = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
             return self.resize(x, **{name: getattr(module, name) for name in given})

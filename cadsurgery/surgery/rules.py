@@ -689,14 +689,13 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
         names = ("stride", "padding", "output_padding", "groups", "dilation")
         given = {**_weights(node, module), **{name: getattr(module, name) for name in names}}
         kernel = module.kernel_size
-        if _arguments(node, "input", output_size=None)["output_size"] is not None:
-            return barrier("the size of its output is computed while the network runs")
+        size = _arguments(node, "input", output_size=None)["output_size"]
     else:
         usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
         given = _arguments(node, "input", "weight", **usual)
         if given["weight"] not in facts.shapes or facts.layout(given["weight"]):
             return barrier("its weight is not a tensor of known shape")
-        kernel = tuple(facts.shapes[given["weight"]][2:])
+        kernel, size = tuple(facts.shapes[given["weight"]][2:]), None
     window = _transposed_window(
         kernel, *(given[name] for name in ("stride", "padding", "output_padding", "dilation"))
     )
@@ -710,6 +709,8 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
     }
     if ordinary:
         return _treat_window(functional.conv2d, window, **arguments)
+    if size is not None:
+        arguments["size"] = size
     return Treatment(
         "resize",
         call=functional.conv2d,
