@@ -185,7 +185,7 @@ def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: 
         doubled = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, example)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = {**_compare(subject, wide, adaptify(wide, "random", example_input=doubled))}
+            result = _compare(subject, wide, adaptify(wide, "random", example_input=doubled))
         result["dtype"] = "float64"
     effect = _has_effect(net.plan)
     if result["result"] == "converts" and not effect and not warned:
