@@ -225,10 +225,9 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     if chosen.identity_level is not None:
         errors["weights"], _ = _identity_error(*part, arguments)
     errors["optimize"] = _optimized_error(part[1], arguments)
-    if chosen.part:
-        errors["host"] = max(
-            _host_error(model, net, of_host) for of_host in _of_host(subject, model, chosen, dtype)
-        )
+    hosted = _of_host(subject, model, chosen, dtype) if chosen.part else []
+    if hosted:
+        errors["host"] = max(_host_error(model, net, of_host) for of_host in hosted)
     broken = [name for name, error in errors.items() if not error <= TOLERANCE[dtype]]
     return {
         "result": "broken" if broken else "converts",
@@ -251,6 +250,7 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     }
 
 
+# What a comparison that fails means.
 _BROKEN = {
     "1": "law 1 does not hold",
     "2": "law 2 does not hold",
