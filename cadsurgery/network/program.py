@@ -18,6 +18,7 @@ from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, halves, pack_graph, unpack_graph
@@ -193,7 +194,7 @@ class Program:
                     why="Python asks whether it is None; the graph is that of None.",
                     next=f"leave {name} out, or convert with it: example_input= takes the arguments of a call.",
                 )
-        image: Any = next(iter(arguments.values()), None)
+        image = image_of(arguments)
         self.check(image)
         if torch.compiler.is_compiling():
             return run(arguments)
