@@ -27,7 +27,7 @@ from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput, UnknownName, first_line
-from cadsurgery.surgery.arguments import image_of, in_order
+from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
@@ -111,7 +111,7 @@ def count_macs(
     """See `AdaptiveModel.macs`; `counted` is the program on shapes without values."""
     if rule not in RULES:
         raise UnknownName("counting rule", rule, RULES)
-    image = image_of(program.bind(*args, **kwargs))
+    image = program.image(program.bind(*args, **kwargs))
     check_image(image)
     provider, geometry = resolve_mask(mask), program.geometry
     asked = _Asked(program.masking(provider))
