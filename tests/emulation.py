@@ -316,6 +316,62 @@ class Emulation:
         weight = self.weight_of_pixels(x).to(x.data.dtype)[:, None]
         return (x.data * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True)
 
+    def bins(self, x: Feature, size: tuple[int, int], spacing: int, largest: bool = False) -> Tensor:
+        """(B, C, *size): the mean, or largest value, of each bin, torch's on the network's own grid, whose samples are
+        `spacing` apart. Each pixel of the map counts once; in an image with one level everywhere its cells are whole,
+        also those that the border cuts."""
+        side = self.side(self.stage_of(x), x.size)
+        images = []
+        for image in range(len(x.data)):
+            data, own = x.data[image], int(side[image].max())
+            if own == int(side[image].min()):
+                y, c = (torch.arange(-(-n // own) * own).clamp(max=n - 1) for n in x.size)
+                data = data[:, y][:, :, c]
+            lines = []
+            for i in range(size[0]):
+                for j in range(size[1]):
+                    part = data
+                    for axis, (number, bins, length) in enumerate(zip((i, j), size, x.size, strict=True), 1):
+                        count = -(-length // spacing)
+                        first, last = number * count // bins, -(-(number + 1) * count // bins)
+                        part = part.narrow(
+                            axis,
+                            first * spacing,
+                            min(last * spacing, part.shape[axis]) - first * spacing,
+                        )
+                    lines.append(part.amax((1, 2)) if largest else part.mean((1, 2)))
+            images.append(torch.stack(lines, 1).unflatten(1, size))
+        return torch.stack(images)
+
+    def spread_small(
+        self,
+        small: Tensor,
+        like: Feature,
+        stage: int,
+        size: tuple[int, int],
+        samples: tuple[int, int],
+        **how: Any,
+    ) -> Tensor:
+        """A small map resized to `samples` of the network's own grid, read at the centres of cells, or with aligned
+        corners at their anchors; by `nearest` at the sample that the cell lies in."""
+        side, ends = self.side(stage, size), []
+        for at, have, want in zip(pixels(side), small.shape[2:], samples, strict=True):
+            anchor = (side * (at // side)).double()
+            if how["mode"] == "nearest":
+                own = (anchor // like.stride).long().clamp(max=want - 1)
+                line = torch.arange(have, dtype=torch.float32).view(1, 1, have)
+                place = F.interpolate(line, want).flatten().long()[own].double()
+            elif how["align_corners"]:
+                place = anchor / like.stride * (have - 1) / max(want - 1, 1)
+            else:
+                place = (anchor + side / 2) / like.stride * have / want - 0.5
+            place = place.clamp(0, have - 1)
+            low = place.floor()
+            share = (place - low).to(small.dtype)
+            ends.append(((low.long(), 1 - share), ((low.long() + 1).clamp(max=have - 1), share)))
+        small = small.expand(len(side), -1, -1, -1)
+        return sum((v * h)[:, None] * pick(small, y, c) for y, v in ends[0] for c, h in ends[1])  # type: ignore[return-value]
+
     def maximum(self, x: Feature) -> Tensor:
         """(B, C, 1, 1) maximum of each image."""
         return x.data.amax((2, 3), keepdim=True)

@@ -109,6 +109,7 @@ class PlannedEmulator(fx.Interpreter):
         self.emulation, self.told, self.guiding = emulation, told, guide
         self.guide: Tensor | None = None
         self.fine: tuple[int, int] | None = None
+        self.small: dict[int, tuple[Tensor, Tensor, dict[str, Any]]] = {}  # what was resized, and how
 
     # -- values in and out ---------------------------------------------------------------------------------
 
@@ -173,15 +174,25 @@ class PlannedEmulator(fx.Interpreter):
             return replace(x, pad=((top, bottom, left, right), PADS.get(type(module), "zeros"), value))
         if isinstance(module, nn.ConvTranspose2d):
             names = ("stride", "padding", "output_padding", "groups", "dilation")
-            return self.transposed(
-                x, module.weight, module.bias, **{name: getattr(module, name) for name in names}
-            )
+            given = {name: getattr(module, name) for name in names}
+            size = kwargs.get("output_size") or (args[1] if len(args) > 1 else None)
+            if size is not None:
+                least = (
+                    (n - 1) * s - 2 * p + k
+                    for n, s, p, k in zip(
+                        x.native[2:], module.stride, module.padding, module.kernel_size, strict=True
+                    )
+                )
+                given["output_padding"] = tuple(
+                    want - have for want, have in zip(size[-2:], least, strict=True)
+                )
+            return self.transposed(x, module.weight, module.bias, **given)
         if isinstance(module, nn.Upsample):
             given = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
             return self.resize(x, **{name: getattr(module, name) for name in given})
         if isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
             how = "mean" if isinstance(module, nn.AdaptiveAvgPool2d) else "amax"
-            return self.over_image(x, how, (2, 3), True)
+            return self.pooled(x, how, module.output_size)
         if isinstance(module, nn.GroupNorm | nn.InstanceNorm2d):
             groups = getattr(module, "num_groups", x.data.shape[1])
             return self.by_groups(x, groups, module.weight, module.bias, module.eps)
@@ -208,6 +219,14 @@ class PlannedEmulator(fx.Interpreter):
             assert name in GLOBAL and args[1] in (2, -1)
             return self.over_image(args[0].map, name, (2, 3), bool(kwargs.get("keepdim")))
         found = [value for value in _leaves((args, kwargs)) if isinstance(value, Cells)]
+        if not found and name == "interpolate" and (kwargs.get("size") or args[1:2]):
+            made = function(*args, **kwargs)
+            given = (
+                dict(zip(("size", "scale_factor", "mode", "align_corners"), args[1:], strict=False)) | kwargs
+            )
+            how = {key: given.get(key) for key in ("mode", "align_corners")}
+            self.small[id(made)] = (made, args[0], {**how, "mode": how["mode"] or "nearest"})
+            return made
         if not found:
             return function(*args, **kwargs)
         x = args[0]
@@ -222,7 +241,7 @@ class PlannedEmulator(fx.Interpreter):
         if name in JOINS:
             return replace(found[0], data=function(*_data(args), **kwargs))
         if name in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
-            return self.over_image(x, "mean" if "avg" in name else "amax", (2, 3), True)
+            return self.pooled(x, "mean" if "avg" in name else "amax", args[1])
         if name == "conv_transpose2d":
             order = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
             return self.transposed(x, **dict(zip(order, args[1:], strict=False)), **kwargs)
@@ -364,6 +383,10 @@ class PlannedEmulator(fx.Interpreter):
         for value in values:
             if isinstance(value, Cells):
                 value = self.coarse(value, self.here.stage, size).data
+            elif id(value) in self.small and min(self.small[id(value)][1].shape[2:]) > 1:
+                resized, small, how = self.small[id(value)]
+                samples = tuple(resized.shape[2:])
+                value = self.emulation.spread_small(small, maps[0], self.here.stage, size, samples, **how)
             elif isinstance(value, Tensor) and value.dim() == 4 and min(value.shape[2:]) > 1:
                 assert torch.allclose(value, value[:, :, :1, :1].expand_as(value)), "not one vector per image"
                 value = value[:, :, :1, :1]
@@ -392,6 +415,13 @@ class PlannedEmulator(fx.Interpreter):
             return self.coarse(replace(x, data=made, layout=layout), self.here.stage)
         assert axes == {"h", "w"}
         return self.over_image(x, name, dims, bool(given.get("keepdim")))
+
+    def pooled(self, x: Cells, how: str, size: Any) -> Tensor:
+        """Adaptive pooling: to one sample, or to bins."""
+        bins = _two(size)
+        if bins == (1, 1):
+            return self.over_image(x, how, (2, 3), True)
+        return self.emulation.bins(Feature(x.data, x.stage), bins, x.stride, how == "amax")
 
     def over_image(self, x: Cells, how: str, dims: Any, keepdim: bool) -> Tensor:
         """Of each image: pixels by their weight; sums and norms as large as on the network's own grid."""

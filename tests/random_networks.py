@@ -593,7 +593,7 @@ class Standardised(nn.Module):
 
 
 class Strange(nn.Module):
-    """What no lattice passes: the region ends here."""
+    """What no lattice passes, but for bins: the region ends here."""
 
     def __init__(self, style: Style, channels: int, dilation: int) -> None:
         super().__init__()

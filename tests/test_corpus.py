@@ -127,13 +127,16 @@ def test_what_is_no_corpus_is_refused(small: Path, monkeypatch: pytest.MonkeyPat
     clash.write_text(SMALL)
     with pytest.raises(cs.FileError, match="name of another module"):
         read_corpus(clash)
-    monkeypatch.setattr(corpus.cadsurgery, "__file__", str(small.parent / "cadsurgery" / "__init__.py"))
+    monkeypatch.setattr(corpus, "CHECKOUT", small.parent / "tests" / "corpus")
     with pytest.raises(cs.FileError, match="without tests/corpus"):
         find_corpus("*")
 
 
 def test_the_corpus_of_a_checkout_is_found() -> None:
-    assert find_corpus("*") == (CORPUS, "*") and find_corpus("unets:*") == (CORPUS, "unets:*")
+    assert find_corpus("*") == (corpus.CHECKOUT, "*") == (CORPUS, "*") and find_corpus("unets:*") == (
+        CORPUS,
+        "unets:*",
+    )
     assert find_corpus("packages")[0] == CORPUS / "packages"
     assert find_corpus(str(CORPUS / "unets.py"))[0] == CORPUS / "unets.py"
 

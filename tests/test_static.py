@@ -203,6 +203,12 @@ OPERATIONS: dict[str, Operation] = {
     "dense": lambda x, w: functional.to_dense(x),
     "dense native": lambda x, w: functional.to_dense(x, 2),
     "mean": lambda x, w: functional.global_mean(x),
+    "bins": lambda x, w: functional.pool_to_bins(x, (3, 2), False, 2),
+    "largest of bins": lambda x, w: functional.pool_to_bins(x, (2, 2), True, 2),
+    "small map": lambda x, w: Elements(
+        functional.rows_on(functional.small_map(w[: x.lattice.batch], 2, (8, 12), "bilinear"), x.lattice),
+        x.lattice,
+    ),
     "max": lambda x, w: functional.global_max(x),
     "min": lambda x, w: functional.global_reduce(x, "amin", (2, 3)),
     "deviation": lambda x, w: functional.global_reduce(x, "std", (2, 3)),

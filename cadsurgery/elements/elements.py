@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from cadsurgery.elements.axes import NCHW, channel_dims, image_dims, is_flat
 from cadsurgery.elements.backends.choose import (
     Picking,
     compute,
+    mix,
     select_rows,
 )
 from cadsurgery.elements.kernel_map import Reading, read_points
@@ -151,8 +153,74 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     return replace(reading, mix=likeness / likeness.sum(1, keepdim=True))
 
 
+@dataclass(frozen=True, eq=False)
+class SmallMap:
+    """A dense map of few samples, such as that of a pooling to bins, that is resized to a map of the region.
+
+    Attributes:
+        values: (B, C, h, w), or (1, C, h, w) for all images.
+        spacing: fine pixels between the samples of that map as the network has it.
+        size: samples (height, width) of that map.
+        mode: `nearest` or `bilinear`.
+        align_corners: as in torch.
+    """
+
+    values: Tensor
+    spacing: int
+    size: tuple[int, int]
+    mode: str = "nearest"
+    align_corners: bool = False
+
+    def rows_on(self, lattice: Lattice) -> Tensor:
+        """(N, C): at the centres of the cells as torch resizes to samples there, which on the network's own grid are
+        its own; with aligned corners at the anchors, and by `nearest` of the sample that the cell lies in."""
+        key = ("small map", lattice.key, tuple(self.values.shape[2:]), self.spacing, tuple(self.size))
+        build = partial(self._corners, lattice)
+        sources, shares = lattice.pyramid.derive((*key, self.mode, self.align_corners), build)
+        if len(self.values) > 1:
+            image = lattice.coordinates[0].unsqueeze(1) * self.values[0, 0].numel()
+            sources = sources + image.to(sources)
+        return mix(self.values.permute(0, 2, 3, 1).flatten(0, 2).contiguous(), sources, shares)
+
+    def _corners(self, lattice: Lattice) -> tuple[Tensor, Tensor]:
+        """The samples (N, 4) of an image that each element is read between, and their weights."""
+        side = lattice.side_map.flatten()[lattice.anchors]
+        ends = []
+        for at, have, want in zip(lattice.coordinates[1:], self.values.shape[2:], self.size, strict=True):
+            at = at.double()
+            if self.mode == "nearest":
+                numbers = torch.arange(have, dtype=torch.float32).view(1, 1, have)
+                own = F.interpolate(numbers, int(want)).flatten().long().to(at.device)
+                point = own[(at // self.spacing).long().clamp(max=want - 1)].double()
+            elif self.align_corners:
+                point = at / self.spacing * ((have - 1) / max(want - 1, 1))
+            else:
+                point = (at + side / 2) / self.spacing * (have / want) - 0.5
+            point = point.clamp(0, have - 1)
+            low = point.floor()
+            first, share = low.long(), point - low
+            ends.append(((first, 1 - share), ((first + 1).clamp(max=have - 1), share)))
+        width = self.values.shape[3]
+        points = [y * width + x for y, _ in ends[0] for x, _ in ends[1]]
+        shares = [v * h for _, v in ends[0] for _, h in ends[1]]
+        return torch.stack(points, 1).to(torch.int32), torch.stack(shares, 1)
+
+
+@operation(reads="image", gives="other")
+def small_map(
+    values: Tensor,
+    spacing: int,
+    size: Sequence[int] | int,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+) -> SmallMap:
+    """A small dense map with how it is resized: to be read by `rows_on`."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return SmallMap(values, spacing, (height, width), mode, bool(align_corners))
+
+
 @operation(reads="element", gives="other")
-def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> Tensor:
+def rows_on(value: Elements | Tensor | SmallMap, lattice: Lattice, layout: str = NCHW) -> Tensor:
     """Rows (N, *channel axes) of a value on a lattice of the same or a later stage.
 
     Elements are subsampled to the anchors that remain. A tensor without extent in the image, such as one
@@ -161,6 +229,8 @@ def rows_on(value: Elements | Tensor, lattice: Lattice, layout: str = NCHW) -> T
     """
     if isinstance(value, Elements):
         return select_rows(value.rows, value.lattice, lattice)
+    if isinstance(value, SmallMap):
+        return value.rows_on(lattice)
     if value.dim() == 0:
         return value
     if not is_flat(value.shape, layout):

@@ -12,6 +12,7 @@ from cadsurgery.elements.elements import (
     fine_map,
     native_shape,
     rows_on,
+    small_map,
     to_dense,
     to_elements,
 )
@@ -29,6 +30,7 @@ from cadsurgery.elements.whole_image import (
     matrix_on_rows,
     norm_of_batch,
     normalize_over_image,
+    pool_to_bins,
     softmax_over_image,
     sum_of_products,
 )
@@ -69,9 +71,11 @@ __all__ = [
     "pad",
     "pixel_shuffle",
     "pixel_unshuffle",
+    "pool_to_bins",
     "resize",
     "resize_to_dense",
     "rows_on",
+    "small_map",
     "softmax_over_image",
     "sum_of_products",
     "to_dense",

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
 from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 
 
@@ -209,6 +210,73 @@ def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     image = x.lattice.coordinates[0].to(x.rows.device).unsqueeze(1).expand_as(values)
     lowest = values.new_full((x.lattice.batch, values.shape[1]), -torch.inf)
     return _per_image(lowest.scatter_reduce(0, image, values, "amax"), x, keepdim, layout)
+
+
+@operation(reads="image", gives="vector")
+def pool_to_bins(x: Elements, size: tuple[int, int], largest: bool = False, spacing: int = 1) -> Tensor:
+    """Adaptive pooling to a small map (B, C, height, width): the mean or the largest value of each of its bins.
+
+    Bin i of s holds the samples floor(i n / s) to ceil((i + 1) n / s) of the n of the network's own grid, as in torch.
+    An element counts with the area that its cell has of the bin, inside the map; in an image with one level everywhere
+    cells count whole, cut or not, as in `Lattice.weights`.
+
+    Args:
+        x: elements (N, C).
+        size: bins (height, width).
+        largest: of the elements that have a part of the bin, instead of their mean.
+        spacing: fine pixels between the samples of the network's own grid.
+    """
+    lattice = x.lattice
+    shares = lattice.pyramid.derive(
+        ("bins", lattice.key, size, spacing), lambda: _shares_of_bins(lattice, size, spacing)
+    )
+    if largest:
+        image = lattice.coordinates[0].to(x.rows.device).unsqueeze(1).expand_as(x.rows)
+        lowest = x.rows.new_full((lattice.batch, x.rows.shape[1]), -torch.inf)
+        bins = torch.stack(
+            [
+                lowest.scatter_reduce(
+                    0,
+                    image,
+                    torch.where((share > 0).to(x.rows.device).unsqueeze(1), x.rows, -torch.inf),
+                    "amax",
+                )
+                for share in shares.unbind(1)
+            ],
+            2,
+        )
+        return bins.unflatten(2, size)
+    values = without_padding(x)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    shares = shares.to(values)
+    if lattice.capacity is None:
+        counts = lattice.counts.tolist()
+        parts = list(zip(shares.split(counts), values.split(counts), strict=True))
+    else:
+        parts = [(shares * own.unsqueeze(1), values) for own in _own_rows(x, values)]
+    with no_autocast(values):
+        bins = torch.stack([rows.T @ share for share, rows in parts])
+    return bins.unflatten(2, size).to(x.rows.dtype)
+
+
+def _shares_of_bins(lattice: Lattice, size: tuple[int, int], spacing: int) -> Tensor:
+    """(N, bins) float64: how much each element counts in each bin of its image; sums to one per image and bin."""
+    image, *place = lattice.coordinates
+    side = lattice.side_map.flatten()[lattice.anchors]
+    flat = lattice.levels.flatten(1)
+    whole = (flat.amin(1) == flat.amax(1))[image]
+    along = []
+    for at, length, bins in zip(place, lattice.size, size, strict=True):
+        samples, numbers = -(-length // spacing), torch.arange(bins, device=at.device)
+        first = numbers * samples // bins * spacing
+        last = -(-(numbers + 1) * samples // bins) * spacing
+        end = torch.where(whole, at + side, (at + side).clamp(max=length)).unsqueeze(1)
+        along.append((torch.minimum(end, last) - torch.maximum(at.unsqueeze(1), first)).clamp(min=0))
+    shares = (along[0].unsqueeze(2) * along[1].unsqueeze(1)).flatten(1).double()
+    if lattice.real is not None:
+        shares = shares * lattice.real.unsqueeze(1)
+    total = shares.new_zeros(lattice.batch, shares.shape[1]).index_add(0, image, shares)
+    return shares / total[image]
 
 
 @operation(reads="image", gives="vector")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,7 +52,13 @@ def _macs_of_shape(out: Elements, *rest: Any, shape: tuple[int, ...], **options:
 
 @operation(reads="window", macs=_macs_of_weight)
 def conv2d(
-    x: Elements, weight: Tensor, bias: Tensor | None, window: Window, stage: int | Lattice, groups: int = 1
+    x: Elements,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    stage: int | Lattice,
+    groups: int = 1,
+    size: Sequence[int] | None = None,
 ) -> Elements:
     """Convolution evaluated at the elements of the lattice after `stage`.
 
@@ -68,8 +75,9 @@ def conv2d(
         stage: stage of the output, at least the input's unless the map is made finer, or its lattice; so in all
             functions here.
         groups: channel groups.
+        size: of the output of a transposed convolution, as the network asks for it: its last two numbers are samples.
     """
-    window, target = _target_of(x, window, stage)
+    window, target = _target_of(x, window, stage, size)
     rows, weight, bias = autocast(x.rows, weight, bias)
     if rows.dtype != weight.dtype:  # backends would convert the weight, and answer in the wrong type
         raise TypeError(f"the elements are {rows.dtype}, the weight is {weight.dtype}")
@@ -96,6 +104,7 @@ def fused_conv2d(
     *,
     window: Window,
     stage: int | Lattice | None,
+    size: Sequence[int] | None = None,
 ) -> Elements:
     """`conv2d` with a residual added and an activation applied in the same pass; without gradients.
 
@@ -105,9 +114,10 @@ def fused_conv2d(
         residual: elements of the output's stage or an earlier one.
         window: the operation as the network has it, with the spacing of its grid.
         stage: stage of the output; None for the input's.
+        size: see `conv2d`.
     """
     weights = weights.weights if isinstance(weights, PackedConv) else weights
-    window, target = _target_of(x, window, x.lattice.stage if stage is None else stage)
+    window, target = _target_of(x, window, x.lattice.stage if stage is None else stage, size)
     rows = autocast(x.rows)[0]
     if residual is not None and not _is_of(residual, target, (*rows.shape[1:-1], weights.weight.shape[0])):
         plain = fused_conv2d(x, weights.alone, window=window, stage=target)
@@ -232,12 +242,15 @@ def _subsample(x: Elements, target: Lattice) -> Tensor:
     return rows.clone() if rows is x.rows else rows
 
 
-def _target_of(x: Elements, window: Window, stage: int | Lattice) -> tuple[Window, Lattice]:
+def _target_of(
+    x: Elements, window: Window, stage: int | Lattice, samples: Sequence[int] | None = None
+) -> tuple[Window, Lattice]:
     """The window with its padding known, and the lattice of its output, if only its stage is given."""
     window = window.fit(x.lattice.size)
     if isinstance(stage, Lattice):
         return window, stage
     if window.finer > 1:
-        size = x.lattice.holding(window.finer_samples(x.lattice.size), window.output_spacing)
+        counts = window.finer_samples(x.lattice.size) if samples is None else samples[-2:]
+        size = x.lattice.holding(counts, window.output_spacing)
         return window, x.lattice.resample(stage, size)
     return window, x.lattice.at(stage, window.output_size(x.lattice.size))

@@ -412,14 +412,15 @@ class Fuser:
             return self.graph.call_module(path, (node.args[0], *more))
         source: Any = node.args[0] if node.target is functional.conv2d else node.args[0].args[0]  # type: ignore[union-attr]
         window, stage = node.kwargs.get("window", _POINT), node.kwargs.get("stage")
+        sized = {"size": node.kwargs["size"]} if "size" in node.kwargs else {}
         if not self.epilogues:
             tensors = [self.graph.get_attr(f"{path}.{part}") for part in ("weight", "bias")]
-            numbers = {"window": window, "stage": stage, "groups": fusion.groups}
+            numbers = {"window": window, "stage": stage, "groups": fusion.groups, **sized}
             return self.graph.call_function(functional.conv2d, (source, *tensors), numbers)
         return self.graph.call_function(
             functional.fused_conv2d,
             (source, self.graph.get_attr(path), fusion.residual),
-            {"window": window, "stage": stage},
+            {"window": window, "stage": stage, **sized},
         )
 
 

@@ -234,7 +234,7 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
         if any(facts.layout(source) != layout for source in maps):
             return "joins maps whose axes are ordered differently"
         others = [source for source in node.all_input_nodes if source not in maps]
-        if not all(_is_flat(source, layout, flow, facts) for source in others):
+        if not all(_is_flat(source, layout, maps, flow, facts) for source in others):
             return "joins a map with a value that has its own extent in the image, e.g. a position embedding"
         return ""
     expected = [treatment.reads or node.args[0], *(v for _, v in treatment.arguments if v in maps)]
@@ -263,9 +263,12 @@ def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
     return ""
 
 
-def _is_flat(source: fx.Node, layout: str, flow: Flow, facts: Facts) -> bool:
-    """Whether a value has no extent in the image: a number, a parameter, one vector per image."""
-    return flow.treatments[source].kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
+def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, facts: Facts) -> bool:
+    """Whether a value has no extent in the image, a number, a parameter, one vector per image, or is resized to it."""
+    treatment = flow.treatments[source]
+    if treatment.kind == "broadcast" and treatment.arguments:
+        return layout == NCHW and tuple(facts.shapes[source][2:]) == facts.images[maps[0]]
+    return treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
 
 
 def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozenset[fx.Node]) -> None:

@@ -146,7 +146,7 @@ class Rewriter:
 
     def copy(self, node: fx.Node, treatment: Treatment) -> None:
         """A node that stays dense. What asks for the size of elements gets the network's own size."""
-        source = node.args[0] if node.args else None
+        source = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(source, fx.Node):
             source = None
         if treatment.kind == "shape" and source in self.elements and node.target in _SIZES:
@@ -157,7 +157,7 @@ class Rewriter:
             self.dense[node] = self.graph.node_copy(node, self.as_rows)
             return
         if treatment.kind == "broadcast" and source is not None:
-            self.sources[node] = source
+            self.sources[node] = source  # a vector per image, or a small map
         self.dense[node] = self.graph.node_copy(node, self.as_dense)
         module = self.facts.module(node) if node.op == "call_module" else None
         parts = module.modules() if module is not None else ()
@@ -277,6 +277,12 @@ class Rewriter:
             if source in maps:
                 return self.call(functional.rows_on, self.elements[source], lattice)
             value = self.as_dense(self.sources.get(source, source))
+            if source in self.sources and (how := self.arguments(self.treatments[source])):
+                return self.call(
+                    functional.rows_on,
+                    self.call(functional.small_map, value, self.plan[maps[0].name].grid, **how),
+                    lattice,
+                )
             spread = treatment.kind == "join" and len(self.facts.shapes.get(source, ())) > 0
             return self.call(functional.rows_on, value, lattice, *options) if spread else value
 

@@ -248,19 +248,29 @@ def padding_same(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
 def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
-    """To one sample: the mean over the image with each element weighed by its area, or the maximum."""
+    """Over the image, or over the bins it is cut into, each element weighed by its area, or the maximum."""
     by_module = node.op == "call_module"
     size: Any = (
         facts.module(node).output_size if by_module else _arguments(node, "x", "output_size")["output_size"]
     )
-    if _pair(size) != (1, 1):
-        return barrier(f"pooling to {size} cuts the map into uneven bins")
     is_max = (
         isinstance(facts.module(node), nn.AdaptiveMaxPool2d)
         if by_module
         else "max" in operation_name(node, facts)
     )
+    if _pair(size) != (1, 1):
+        return _pooling_to_bins(node, facts, _pair(size), is_max)
     return Treatment("global", call=functional.global_max if is_max else functional.global_mean)
+
+
+def _pooling_to_bins(node: fx.Node, facts: Facts, size: tuple[Any, Any], is_max: bool) -> Treatment:
+    given = vars(facts.module(node)) if node.op == "call_module" else node.kwargs
+    if not all(isinstance(bins, int) for bins in size):
+        return barrier("how many bins it has follows from the size of the map")
+    if given.get("return_indices") or facts.layout(node.args[0]) != NCHW:
+        return barrier("its indices, or its axes, are those of a dense map")
+    arguments = (("size", size), ("largest", is_max))
+    return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
 
 
 @rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin")
@@ -616,13 +626,13 @@ def stacking(node: fx.Node, facts: Facts) -> Treatment:
 def resizing(node: fx.Node, facts: Facts) -> Treatment:
     """Between coarse cells it reads as torch does; what was never downsampled is taken over."""
     source: Any = node.args[0] if node.args else node.kwargs["input"]
-    if not facts.layout(source):
-        return _broadcast(node, facts, source)
     usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
     usual |= {"recompute_scale_factor": None, "antialias": False}
     given = _arguments(node, "x", **usual)
     if node.op == "call_module":
         given |= {name: getattr(facts.module(node), name) for name in usual if name != "antialias"}
+    if not facts.layout(source):
+        return _resize_small(node, facts, source, given)
     if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
         return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
     if (stride := _whole_division(given)) is not None and not given["align_corners"]:
@@ -679,14 +689,13 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
         names = ("stride", "padding", "output_padding", "groups", "dilation")
         given = {**_weights(node, module), **{name: getattr(module, name) for name in names}}
         kernel = module.kernel_size
-        if _arguments(node, "input", output_size=None)["output_size"] is not None:
-            return barrier("the size of its output is computed while the network runs")
+        size = _arguments(node, "input", output_size=None)["output_size"]
     else:
         usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
         given = _arguments(node, "input", "weight", **usual)
         if given["weight"] not in facts.shapes or facts.layout(given["weight"]):
             return barrier("its weight is not a tensor of known shape")
-        kernel = tuple(facts.shapes[given["weight"]][2:])
+        kernel, size = tuple(facts.shapes[given["weight"]][2:]), None
     window = _transposed_window(
         kernel, *(given[name] for name in ("stride", "padding", "output_padding", "dilation"))
     )
@@ -700,6 +709,8 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
     }
     if ordinary:
         return _treat_window(functional.conv2d, window, **arguments)
+    if size is not None:
+        arguments["size"] = size
     return Treatment(
         "resize",
         call=functional.conv2d,
@@ -736,6 +747,18 @@ def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilati
 def broadcast(node: fx.Node, facts: Facts) -> Treatment:
     """One vector per image repeated over a map is the same vector for every element."""
     return _broadcast(node, facts, node.args[0])
+
+
+def _resize_small(node: fx.Node, facts: Facts, source: Any, given: dict[str, Any]) -> Treatment:
+    """Of a value that is no map of the region: one vector per image, or a small map that its elements are read from."""
+    is_small = facts.is_map(node) and source in facts.shapes and given["size"] is not None
+    plain = given["mode"] in ("nearest", "bilinear") and not given["antialias"]
+    if is_flat(facts.shapes.get(source, ()), NCHW) or not (is_small and plain):
+        return _broadcast(node, facts, source)
+    arguments = tuple((name, given[name]) for name in ("size", "mode", "align_corners"))
+    return Treatment(
+        "broadcast", "every element reads it at its place, as torch resizes", arguments=arguments
+    )
 
 
 def _broadcast(node: fx.Node, facts: Facts, source: Any) -> Treatment:

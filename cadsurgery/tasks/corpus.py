@@ -23,7 +23,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import cadsurgery
 from cadsurgery.data.networks import build_model, family_of
 from cadsurgery.support.errors import FileError, UnknownName, first_line
 
@@ -61,6 +60,8 @@ class Subject:
 
 # Small, odd and not square; networks that do not take it are converted on the built-in images.
 ZOO_SIZE = (65, 97)
+
+CHECKOUT = Path(__file__).parents[2] / "tests" / "corpus"  # which the installed package comes without
 
 _declared: dict[str, dict[str, Subject]] = {}  # by module
 
@@ -132,18 +133,17 @@ def find_corpus(argument: str) -> tuple[Path, str]:
     Raises:
         FileError: there is no such file, or this is no checkout, which has a corpus.
     """
-    checkout = Path(cadsurgery.__file__).parents[1] / "tests" / "corpus"
-    for path in (Path(argument), checkout / argument):
+    for path in (Path(argument), CHECKOUT / argument):
         if argument not in ("", "*") and path.exists():
             return path, "*"
-    if argument.endswith(".py") or "/" in argument or not checkout.is_dir():
+    if argument.endswith(".py") or "/" in argument or not CHECKOUT.is_dir():
         raise FileError(
             f"there is no corpus {argument}." if argument not in ("", "*") else "there is no corpus here.",
-            why="" if checkout.is_dir() else "the installed package comes without tests/corpus.",
+            why="" if CHECKOUT.is_dir() else "the installed package comes without tests/corpus.",
             next="name a file or folder of networks declared with cadsurgery.tasks.corpus.network: "
             "cadsurgery list PATH --check --corpus.",
         )
-    return checkout, argument or "*"
+    return CHECKOUT, argument or "*"
 
 
 def _files(corpus: Path) -> list[Path]:
@@ -161,7 +161,7 @@ def _read(file: Path) -> list[Subject]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[file.stem] = module
         try:
-            with _beside(file):
+            with beside(file):
                 spec.loader.exec_module(module)
         except BaseException as error:
             del sys.modules[file.stem]
@@ -191,9 +191,9 @@ def _is_read(file: Path) -> bool:
 
 
 @contextmanager
-def _beside(file: Path) -> Iterator[None]:
-    """Modules in the folder of a file can be imported for a while."""
-    folder: Any = str(file.resolve().parent)
+def beside(corpus: Path) -> Iterator[None]:
+    """The files of a corpus, and what lies beside them, can be imported for a while."""
+    folder = str((corpus if corpus.is_dir() else corpus.parent).resolve())
     sys.path.insert(0, folder)
     try:
         yield

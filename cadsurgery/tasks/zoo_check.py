@@ -24,7 +24,7 @@ from cadsurgery.data.networks import family_of
 from cadsurgery.support.errors import FileError, first_line
 from cadsurgery.support.files import check_folder, write_whole
 from cadsurgery.support.provenance import commit, versions
-from cadsurgery.tasks.corpus import subject
+from cadsurgery.tasks.corpus import beside, subject
 from cadsurgery.tasks.network_check import Row, check_network
 
 RECORDED = Path(__file__).with_name("zoo.jsonl")
@@ -155,11 +155,13 @@ def _json_or_none(line: str) -> Any:
 def _in_processes(names: Sequence[str], corpus: Path | None, workers: int, limits: Limits) -> Iterator[Row]:
     """A row for each network as soon as it is there; each has a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cadsurgery.tasks.zoo_check", "timm", "torchvision"])
+    files = sorted({name.partition(":")[0] for name in names}) if corpus else []
+    context.set_forkserver_preload(["cadsurgery.tasks.zoo_check", "timm", "torchvision", *files])
     pool = ThreadPoolExecutor(workers)
     try:
-        running = [pool.submit(_alone, name, corpus, limits, context) for name in names]
-        yield from (future.result() for future in as_completed(running))
+        with beside(corpus) if corpus else contextlib.nullcontext():
+            running = [pool.submit(_alone, name, corpus, limits, context) for name in names]
+            yield from (future.result() for future in as_completed(running))
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -392,26 +392,30 @@ def fixed_padding(inputs: Tensor, kernel_size: int, dilation: int) -> Tensor:
 
 @network("pads", "dilation")
 class XceptionLike(nn.Module):
-    """`fixed_padding` before every separable convolution, the last ones dilated."""
+    """`fixed_padding` before every separable convolution; the last ones dilated where a stride was taken out."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             conv(3, 8, 3, 2), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         )
-        self.block1 = nn.Sequential(nn.ReLU(), Separable(8, 16), nn.ReLU(), Separable(16, 16, 2))
-        self.skip1 = nn.Conv2d(8, 16, 1, stride=2, bias=False)
-        self.block2 = nn.Sequential(nn.ReLU(), Separable(16, 32), nn.ReLU(), Separable(32, 32, 2))
-        self.skip2 = nn.Conv2d(16, 32, 1, stride=2, bias=False)
-        self.exit = nn.Sequential(
-            nn.ReLU(), Separable(32, 64, dilation=2), nn.ReLU(), Separable(64, 64, dilation=2)
-        )
-        self.out = nn.Conv2d(64, 4, 1)
+        self.entry1, self.skip1 = self.block(8, 16, 2), nn.Conv2d(8, 16, 1, stride=2, bias=False)
+        self.entry2, self.skip2 = self.block(16, 32, 2), nn.Conv2d(16, 32, 1, stride=2, bias=False)
+        self.middle = nn.ModuleList([self.block(32, 32) for _ in range(3)])
+        self.exit, self.out = self.block(32, 64, dilation=2), nn.Conv2d(64, 4, 1)
+
+    @staticmethod
+    def block(a: int, b: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+        """Two of them."""
+        first, second = Separable(a, b, 1, dilation), Separable(b, b, stride, dilation)
+        return nn.Sequential(nn.ReLU(), first, nn.ReLU(), second)
 
     def forward(self, x):
         y = self.stem(x)
-        y = self.block1(y) + self.skip1(y)
-        y = self.block2(y) + self.skip2(y)
+        y = self.entry1(y) + self.skip1(y)
+        y = self.entry2(y) + self.skip2(y)
+        for block in self.middle:
+            y = block(y) + y
         return F.interpolate(self.out(self.exit(y)), x.size()[2:], mode="bilinear", align_corners=True)
 
 

@@ -553,3 +553,36 @@ class DropoutUNet(nn.Module):
         y = self.dec3(self.up3(x4) + self.excite(x3))
         y = F.dropout(self.dec2(self.up2(y) + x2), p=0.1, training=self.training)
         return self.out(F.dropout2d(self.dec1(self.up1(y) + x1), training=self.training))
+
+
+class OptionalSkipUp(nn.Module):
+    """A step up that may come without a skip; where the skip is larger by one, the last row is repeated."""
+
+    def __init__(self, inputs: int, skip: int, outputs: int) -> None:
+        super().__init__()
+        self.up, self.conv = nn.ConvTranspose2d(inputs, inputs, 2, 2), twice(inputs + skip, outputs)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = self.up(x)
+        if skip is not None and torch.jit.isinstance(skip, torch.Tensor):
+            pad = [0, 0, 0, 0]
+            for i in range(2):
+                if skip.shape[-i - 1] != x.shape[-i - 1]:
+                    pad[2 * i + 1] = 1
+            x = torch.cat([skip, F.pad(x, pad, "replicate")], dim=1)
+        return self.conv(x)
+
+
+@network("transposed", "pads", "decisions")
+class OptionalSkipUNet(nn.Module):
+    """Steps with a skip that may be None, asked for by `torch.jit.isinstance`; a list of pads filled in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.encoder = conv(3, 3, 3, 2), Steps()
+        self.up3, self.up2 = OptionalSkipUp(64, 32, 32), OptionalSkipUp(32, 16, 16)
+        self.up1, self.up0, self.out = OptionalSkipUp(16, 8, 8), OptionalSkipUp(8, 0, 8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        x1, x2, x3, x4 = self.encoder(self.stem(x))
+        return self.out(self.up0(self.up1(self.up2(self.up3(x4, x3), x2), x1)))

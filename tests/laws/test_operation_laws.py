@@ -74,6 +74,7 @@ EXAMPLES: dict[str, Example] = {
     "drop_per_image": Example((DropPath(0.5).eval(),)),
     "global_mean": Example(),
     "global_max": Example(),
+    "pool_to_bins": Example(((2, 2),)),
     "global_reduce": Example(("norm", (2, 3))),
     "softmax_over_image": Example((2,)),
     "normalize_over_image": Example((2,)),
@@ -89,6 +90,7 @@ EXAMPLES: dict[str, Example] = {
     "rows_on": Example(),
     "common_lattice": Example(),
     "native_shape": Example((2,)),
+    "small_map": Example((2, (7, 6), "bilinear")),
     "to_elements": Example(),
     "fine_map": Example(),
 }
@@ -122,6 +124,8 @@ def called(op: Operation, x: Elements) -> Any:
         return op.call(2, x)
     if name == "sum_of_products":
         return op.call(x, x, **options)
+    if name == "small_map":
+        return op.call(to_dense(x, 4), *example.arguments)
     if name == "to_elements":
         return op.call(to_dense(x, 1), x.lattice)
     if name == "fine_map":
@@ -134,7 +138,7 @@ def parts(value: Any) -> tuple[Tensor, Callable[[int], tuple[int, int, int] | No
     if isinstance(value, Elements):
         b, y, x = value.lattice.coordinates
         return value.rows.flatten(1), lambda i: (int(b[i]), int(y[i]), int(x[i]))
-    if value.dim() == 4 and min(value.shape[2:]) > 1:
+    if value.dim() == 4 and min(value.shape[2:]) > 2:  # bins of an image are no places
         batch, _, height, width = value.shape
         flat = value.permute(0, 2, 3, 1).reshape(batch * height * width, -1)
         return flat, lambda i: (i // (height * width), i // width % height, i % width)
@@ -171,7 +175,9 @@ def test_an_operation_gives_what_it_says(op: Operation) -> None:
     if op.gives == "elements":
         assert isinstance(value, Elements)
     elif op.gives == "vector":
-        assert isinstance(value, Tensor) and value.shape[0] == 2 and math.prod(value.shape[2:]) in (1, C)
+        assert (
+            isinstance(value, Tensor) and value.shape[0] == 2 and math.prod(value.shape[2:]) in (1, C, 2 * 2)
+        )
     elif op.gives == "dense":
         assert isinstance(value, Tensor) and value.dim() == 4 and value.shape[:2] == (2, C)
     else:
@@ -182,7 +188,8 @@ ELEMENTWISE = [op for op in OWN if op.reads == "element" and op.gives == "elemen
 WINDOWS = [op for op in OWN if op.reads == "window" and op.gives == "elements"]
 BORDERED = [op for op in WINDOWS if name_of(op) != "pixel_unshuffle"]
 COUNTED = [op for op in WINDOWS if "conv2d" in name_of(op)]
-WHOLE = [op for op in OWN if op.mixes and name_of(op) not in ("resize", "pixel_shuffle", "resize_to_dense")]
+RESIZES = ("resize", "pixel_shuffle", "resize_to_dense", "small_map")
+WHOLE = [op for op in OWN if op.mixes and name_of(op) not in RESIZES]
 
 
 @pytest.mark.parametrize("op", ELEMENTWISE, ids=name_of)

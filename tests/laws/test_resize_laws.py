@@ -50,6 +50,45 @@ def test_on_the_networks_own_grid_it_is_interpolate(
 
 
 @MODES
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (5, 8), (6, 7)], ids=str)
+def test_stretched_by_a_sample_it_is_interpolate(
+    size: tuple[int, int], mode: str, align_corners: bool
+) -> None:
+    """As decoders do whose maps were rounded; a map that has its size already is left as it is."""
+    lattice = Geometry((2, 2)).uniform(2, 2, (23, 30)).at(2, (23, 28))
+    coarse = torch.randn(2, 3, 6, 7, dtype=double)
+    x = Elements(coarse.permute(0, 2, 3, 1).flatten(0, 2), lattice)
+    found = functional.resize(x, 2, (4, 4), 1, size, mode, align_corners)
+    assert_same(functional.to_dense(found, 4), interpolate(coarse, size, mode, align_corners), EXACT)
+
+
+class Halving(nn.Module):
+    """A map made smaller by a resize in the middle of a network."""
+
+    def __init__(self, mode: str, factor: float) -> None:
+        super().__init__()
+        self.stem, self.down, self.head = nn.Conv2d(3, 6, 3, 1, 1), block(6, 6, 2), nn.Conv2d(6, 4, 3, 1, 1)
+        self.options: dict[str, Any] = {"mode": mode, "scale_factor": factor}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(F.interpolate(self.stem(x), **self.options)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "factor"), [("nearest", 0.5), ("nearest", 0.25), ("bilinear", 0.5), ("bilinear", 0.25)]
+)
+def test_a_resize_to_a_whole_part_is_a_stride(mode: str, factor: float) -> None:
+    """Where torch reads samples, or the middle between two; a fourth, bilinear, is neither and stays dense."""
+    model = randomise(Halving(mode, factor)).double()
+    net = cs.adaptify(model, "none", outputs="native", example_input=images(2, 57, 70, double))
+    adapted = net.plan["interpolate"].action == "adapt"
+    assert adapted == ((mode, factor) != ("bilinear", 0.25))
+    for size in ((57, 70), (58, 71), (64, 95)):
+        x = images(2, *size, double)
+        assert_same(net(x), model(x), EXACT)
+
+
+@MODES
 @pytest.mark.parametrize("scale", [2, 4])
 def test_beyond_the_high_output_stride_it_is_interpolate(scale: int, mode: str, align_corners: bool) -> None:
     lattice = Geometry((2,)).uniform(1, 2, (12, 18))

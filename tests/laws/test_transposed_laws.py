@@ -25,6 +25,9 @@ from cadsurgery.elements.kernel_map import Window, kernel_map, phases
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.network.macs import dense_macs, layer_work
 
+# See `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
+pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
+
 EXACT = 1e-9
 double = torch.float64
 INNER, OUTER = 4, 6
@@ -286,6 +289,17 @@ def test_a_decoder_of_transposed_convolutions_is_its_emulation(
     assert net.plan["up_0" if not normed else "up_0_0"].action == "keep"
 
 
+def test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask() -> None:
+    """What it returns lies on the network's own grid throughout, whose samples read own samples: the plan says so."""
+    torch.manual_seed(0)
+    model, x = UNet(UPS[1], "cat", True).double(), images(2, 48, 64, double)
+    settled(model, x, Draw(0))
+    with pytest.warns(cs.CadWarning, match="no mask can improve"):
+        net = cs.adaptify(model, "none", output_stride=(1, 8), example_input=x)
+    with torch.no_grad():
+        assert_same(net(x, mask=random_levels(2, (48, 64), (2, 2, 2))), model(x), EXACT)
+
+
 class Unjoined(nn.Module):
     """An encoder and back, at any size."""
 
@@ -406,19 +420,31 @@ def test_what_has_no_phases_or_grows_ends_the_region_with_a_reason(reason: str) 
         assert_same(net(x), model(x))
 
 
-class Sized(Unjoined):
+class Sized(nn.Module):
+    """As large as the map that it is joined with, whatever the size of the image."""
+
+    def __init__(self, kernel: int, padding: int) -> None:
+        super().__init__()
+        self.first, self.second = double_conv(3, 8, 2), double_conv(8, 8, 2)
+        self.pool, self.low = nn.MaxPool2d(2, ceil_mode=kernel == 3), double_conv(8, 8)
+        self.up = nn.ConvTranspose2d(8, 8, kernel, 2, padding)
+        self.norm, self.last = nn.BatchNorm2d(8), nn.Conv2d(16, 3, 3, padding=1)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.down(x)
-        return self.up[0](x, output_size=(2 * x.shape[2], 2 * x.shape[3]))
+        skip = self.second(self.first(x))
+        up = self.norm(self.up(self.low(self.pool(skip)), output_size=skip.shape[2:]))
+        return self.last(torch.cat([up, skip], 1))
 
 
-def test_a_size_that_is_asked_for_in_the_call_ends_the_region() -> None:
+@pytest.mark.parametrize("shape", [(2, 0), (3, 1)], ids=str)
+@pytest.mark.parametrize("size", [(48, 64), (53, 58), (61, 75)], ids=str)
+def test_a_size_that_is_asked_for_in_the_call_is_the_networks(
+    shape: tuple[int, int], size: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
-    model = Sized(nn.ConvTranspose2d(8, 8, 3, 2, 1)).eval()
-    net, x = cs.adaptify(model, "none", example_input=images(1, 48, 64)), images(2, 53, 58)
-    assert "size of its output" in net.plan["up_0"].reason
-    with torch.no_grad():
-        assert_same(net(x), model(x))
+    model = settled(Sized(*shape).double(), images(2, 48, 64, double), Draw(0))
+    net = compare(Case(model, images(2, *size, double), images(1, 45, 40, double), True), Draw(1))
+    assert net.plan["up"].action == "keep"
 
 
 class Computed(Unjoined):
