@@ -7,6 +7,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, first_line
+from cadsurgery.surgery.arguments import Arguments, bind_example, image_of, take_image
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
@@ -29,12 +31,14 @@ from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import CannotFollow
 from cadsurgery.surgery.verify import verify
 
+Example = Tensor | tuple[Any, ...] | dict[str, Any]
+
 
 def plan(
     model: nn.Module,
     output_stride: tuple[int, int] | None = None,
     region: str | Sequence[str] = "auto",
-    example_input: Tensor | None = None,
+    example_input: Example | None = None,
     outputs: Outputs = "fine",
 ) -> Plan:
     """What `adaptify` would do, without doing it: `print(plan)` shows every node's decision and reason.
@@ -43,7 +47,8 @@ def plan(
         model: a convolutional network; it is not changed.
         output_stride: (high, low); see `adaptify`.
         region: see `adaptify`.
-        example_input: an image batch (B, C, H, W) the network accepts; default: small random images.
+        example_input: an image batch (B, C, H, W) the network accepts, or all arguments of a call: a tuple of
+            positional ones, or a dictionary by name; default: small random images.
         outputs: see `adaptify`.
 
     Raises:
@@ -69,7 +74,7 @@ def adaptify(
     patch: Patch = "quadtree",
     statistics: Statistics = "area",
     outputs: Outputs = "fine",
-    example_input: Tensor | None = None,
+    example_input: Example | None = None,
     strict: bool = False,
     verify_laws: bool = True,
 ) -> AdaptiveModel:
@@ -99,7 +104,8 @@ def adaptify(
         outputs: size at which the call returns maps that leave the region as they are: `"fine"`, one sample per high
             output stride, or `"native"`, the size the original returns. What the network resizes itself has its size
             in either case.
-        example_input: an image batch (B, C, H, W) to plan and verify on; default: small random images.
+        example_input: an image batch (B, C, H, W) to plan and verify on, or all arguments of a call: a tuple of
+            positional ones, or a dictionary by name; default: small random images.
         strict: refuse if an operation inside the region has no rule and ends it, or if no mask would have an effect on
             what the network returns, which is a `CadWarning` otherwise.
         verify_laws: check on the example that uniform maps give the dense networks exactly.
@@ -133,35 +139,39 @@ def adaptify(
     net.source = getattr(model, "cad_source", None)
     take_over(net, facts.model)
     if verify_laws:
-        net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.example)
+        net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.arguments)
     return HostedModel(whole, path, net) if path else net
 
 
-def traceable_part(model: nn.Module, example_input: Tensor | None) -> tuple[str, Facts]:
+def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:
     """Name and facts of the part of a model that torch.fx can follow: itself ("") or its backbone.
 
     Raises:
         CannotConvert: there is no such part, or it does not run on the example.
     """
+    example = None
     if example_input is not None:
-        check_image(example_input, "example_input")
-        if example_input.is_meta:
+        if not isinstance(example_input, (tuple, dict)):
+            check_image(example_input, "example_input")
+        example = bind_example(model, example_input)
+        check_image(image_of(example), "example_input")
+        if image_of(example).is_meta:
             raise InvalidInput(
                 "example_input has no values: it is on the meta device.", next="give an image."
             )
     try:
-        return "", _read(model, example_input)
+        return "", _read(model, example)
     except (CannotFollow, OtherFunction) as refusal:
         for name in BACKBONE_NAMES:
             part = getattr(model, name, None)
             if isinstance(part, nn.Module):
                 with contextlib.suppress(CannotFollow, OtherFunction):
-                    return name, _read(part, example_input)
+                    return name, _read(part, example and take_image(part, image_of(example)))
         parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
         raise CannotConvert(refusal.what, **parts) from refusal
 
 
-def _read(model: nn.Module, example: Tensor | None) -> Facts:
+def _read(model: nn.Module, example: Arguments | None) -> Facts:
     """Graph and facts; its nodes are operations with rules, and modules that have to be called as a whole."""
     return read(model, example, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
 

@@ -13,6 +13,7 @@ from cadsurgery.elements.functional import to_elements
 from cadsurgery.elements.lattice import describe
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.hooks import parameter
+from cadsurgery.surgery.rewrite import ask_mask
 
 
 def misfit(net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception) -> InvalidInput | None:
@@ -20,7 +21,7 @@ def misfit(net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception) -> 
 
     Args:
         net: the network.
-        graph: its rewritten graph, whose first input behind the masking is the image.
+        graph: its rewritten graph, which tells what the image is.
         image: what it was called with.
         error: what came of it.
     """
@@ -89,8 +90,8 @@ def _wrong_channels(image: Tensor, channels: int) -> InvalidInput:
 
 def _readers(net: nn.Module, graph: fx.Graph) -> Iterator[tuple[Tensor, int]]:
     """Weights, and their groups, of the operations that read the image itself."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    waiting = [(inputs[1], user) for user in inputs[1].users] if len(inputs) > 1 else []
+    image: Any = next((node.args[1] for node in graph.nodes if node.target is ask_mask), None)
+    waiting = [(image, user) for user in image.users] if image is not None else []
     for source, node in waiting:
         if node.target is to_elements:
             waiting += [(node, user) for user in node.users]

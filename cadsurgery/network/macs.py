@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements import functional
@@ -26,6 +27,7 @@ from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput, UnknownName, first_line
+from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
@@ -109,7 +111,7 @@ def count_macs(
     """See `AdaptiveModel.macs`; `counted` is the program on shapes without values."""
     if rule not in RULES:
         raise UnknownName("counting rule", rule, RULES)
-    image: Any = next(iter((*args, *kwargs.values())), None)
+    image = program.image(program.bind(*args, **kwargs))
     check_image(image)
     provider, geometry = resolve_mask(mask), program.geometry
     asked = _Asked(program.masking(provider))
@@ -297,7 +299,7 @@ class Counter(GraphInterpreter):
 
     def count(self, masking: Any, arguments: dict[str, Any]) -> None:
         """Count a whole run on the arguments of a call by name."""
-        self.run(masking, *map(to_meta, arguments.values()))
+        self.run(*tree_map(to_meta, in_order(self.graph, arguments, masking)))
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and count it."""

@@ -18,9 +18,10 @@ from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.surgery.rewrite import Halves, halves, pack_graph, unpack_graph
+from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
 from cadsurgery.surgery.trace import evaluating
 
 Masked = tuple[Any, Lattice]  # what a run gives: output and lattice
@@ -54,6 +55,7 @@ class Program:
     is_fused: bool = False
     net: Any = None
     _absent: tuple[str, ...] = field(init=False, repr=False)
+    _image: str = field(init=False, repr=False)
     _run: Any = field(init=False, repr=False)
     _run_unchanged: Any = field(init=False, repr=False)
     _watch: Watch = field(init=False, repr=False)
@@ -63,7 +65,10 @@ class Program:
         run_unchanged = runnable(self.unchanged) if self.unchanged is not None else None
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         absent = tuple(str(node.target) for node in inputs if node.args == (None,) and not node.users)
-        self.__dict__.update(_run=runnable(self.graph), _run_unchanged=run_unchanged, _absent=absent)
+        shown: Any = next(node.args[1] for node in self.graph.nodes if node.target is ask_mask)
+        image = str(shown.target) if shown.op == "placeholder" else ""  # a part of a list or a dictionary
+        run = runnable(self.graph)
+        self.__dict__.update(_run=run, _run_unchanged=run_unchanged, _absent=absent, _image=image)
 
     def on(self, net: Any) -> Program:
         """The same program on the modules of another network; the code of its graphs is shared."""
@@ -170,6 +175,10 @@ class Program:
         with self.ahead(masking.provider, values):
             return self.after(masking, values)
 
+    def image(self, arguments: dict[str, Any]) -> Any:
+        """The image among the arguments of a call: what its mask is shown."""
+        return arguments.get(self._image) if self._image else image_of(arguments)
+
     # -- checking what it is called with -----------------------------------------------------------
 
     def check(self, image: Any) -> None:
@@ -193,7 +202,7 @@ class Program:
                     why="Python asks whether it is None; the graph is that of None.",
                     next=f"leave {name} out, or convert with it: example_input= takes the arguments of a call.",
                 )
-        image: Any = next(iter(arguments.values()), None)
+        image = self.image(arguments)
         self.check(image)
         if torch.compiler.is_compiling():
             return run(arguments)

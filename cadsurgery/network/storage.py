@@ -28,6 +28,7 @@ from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidIn
 from cadsurgery.support.files import write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing, versions
+from cadsurgery.surgery.arguments import example_of
 from cadsurgery.surgery.plan import Outputs, Plan
 
 FORMAT = 2  # 1: no checksums
@@ -160,7 +161,9 @@ def load(
     options = {**stated.options, "output_stride": stored.output_stride}
     with _refuse(f"{path} does not fit this model.", "pass the architecture it was converted from."):
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
-        example = torch.zeros(stored.example_shape, dtype=dtype)
+        example: Any = torch.zeros(stored.example_shape, dtype=dtype)
+        if stored.call:
+            example = example_of(stored.call)
         net = adaptify(model.eval(), mask, **options, example_input=example, verify_laws=False)
     same = net.plan == stored if stated.format > 1 else _geometry(net.plan) == _geometry(stored)
     if not same:

@@ -20,7 +20,9 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_map
 
+from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.guards import compared, decided, user_line
 from cadsurgery.surgery.trace import Tracer
 
@@ -112,10 +114,14 @@ class _Attribute(fx.proxy.Attribute, Symbol):
     """An attribute of a symbol: its node is made when its value is needed, for it may be a method."""
 
 
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class Carrier(Tracer):
     """Traces a network on an example."""
 
-    def __init__(self, *options: Any, example: tuple[Any, ...], **named: Any) -> None:
+    def __init__(self, *options: Any, example: Arguments, **named: Any) -> None:
         super().__init__(*options, **named)
         self.example = example
         self.values: dict[fx.Node, Any] = {}
@@ -157,15 +163,14 @@ class Carrier(Tracer):
         """Run the nodes that are new, in order, so that what works in place has its effect."""
         interpreter = fx.Interpreter(self.root, graph=self.graph)
         interpreter.env = self.values
-        images = iter(self.example)
         self._is_running = True
         try:
             with torch.no_grad():
                 for node in list(self.graph.nodes)[self._run_so_far :]:
                     if node.op == "placeholder":
-                        first = next(images, None)
-                        first = node.args[0] if first is None and node.args else first
-                        self.values[node] = first.clone() if isinstance(first, Tensor) else first
+                        default = node.args[0] if node.args else None
+                        value = self.example.get(str(node.target).lstrip("*"), default)
+                        self.values[node] = tree_map(_cloned, value)
                     else:
                         self.values[node] = interpreter.run_node(node)
                     self._run_so_far += 1

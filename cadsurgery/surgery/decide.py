@@ -9,6 +9,7 @@ from torch import fx
 
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.arguments import describe_call
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, Role, and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
@@ -79,6 +80,7 @@ def make_plan(
         finest=finest,
         returned=returned,
         part=part,
+        call=describe_call(facts.model, facts.arguments),
         considered=consider(readings, sum(facts.macs.values())),
     )
     return plan, flow

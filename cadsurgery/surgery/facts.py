@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.support.errors import CannotConvert, first_line
+from cadsurgery.surgery.arguments import Arguments, image_of, in_order, run_forward, take_image
 from cadsurgery.surgery.trace import evaluating
 
 # Odd, non-square and small: what a conversion relies on must not depend on a convenient size.
@@ -34,6 +36,8 @@ class Facts:
         images: height and width, on the example, of each such map on its own grid.
         numbers: values of each node that is a number, or several, such as a size, on the example.
         pads: padding that was added to a map and belongs to the window that reads it.
+        arguments: of the call it was observed in, by name.
+        given: the nodes that are tensors of these arguments, in order of execution.
     """
 
     model: nn.Module
@@ -46,6 +50,8 @@ class Facts:
     layouts: dict[fx.Node, str] = field(default_factory=dict)
     images: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
     pads: dict[fx.Node, Window] = field(default_factory=dict)
+    arguments: Arguments = field(default_factory=dict)
+    given: list[fx.Node] = field(default_factory=list)
 
     def layout(self, value: Any) -> str:
         """Axes of a value that is a map; "" for anything else."""
@@ -77,6 +83,12 @@ class Facts:
         """Whether a node's value has four dimensions."""
         return len(self.shapes.get(node, ())) == 4
 
+    def is_image(self, node: fx.Node) -> bool:
+        """Whether a node is the image of the call, or another input of its height and width."""
+        shape = self.shapes.get(node, ())
+        alike = len(shape) == 4 and shape[0] == len(self.example) and shape[2:] == self.example.shape[2:]
+        return alike and node in self.given
+
 
 class OtherFunction(CannotConvert):
     """A graph that does not compute what its network does."""
@@ -87,6 +99,7 @@ class _Observer(fx.Interpreter):
         super().__init__(facts.model, garbage_collect_values=True, graph=facts.graph)
         self.facts = facts
         self.counter = FlopCounterMode(display=False)
+        self.tensors = tensors_of(facts.arguments)
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
@@ -94,6 +107,9 @@ class _Observer(fx.Interpreter):
         self.facts.macs[n] = (self.counter.get_total_flops() - before) // 2
         if isinstance(value, Tensor):
             self.facts.shapes[n] = value.shape
+            asks = n.op == "placeholder" or n.target is operator.getitem
+            if asks and any(value is tensor for tensor in self.tensors):
+                self.facts.given.append(n)
         elif isinstance(value, (int, float, tuple, list)) and not tensors_of(value):
             self.facts.numbers[n] = value
         return value
@@ -112,40 +128,40 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(opened(output)) if isinstance(leaf, Tensor)]
 
 
-def observe(model: nn.Module, graph: fx.Graph, example: Tensor | None = None) -> Facts:
+def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None) -> Facts:
     """Run the network once, in evaluation mode, and note what every node yields.
 
     Args:
         model: the traced network.
         graph: its graph.
-        example: an image batch (B, C, H, W); by default small random images of several sizes are tried.
+        example: arguments of a call; by default small random images of several sizes are tried.
 
     Raises:
         CannotConvert: the network does not run on it.
     """
     failure: Exception | None = None
-    for image in [example] if example is not None else default_examples(model):
-        facts = Facts(model, graph, image)
+    for arguments in [example] if example is not None else default_examples(model):
+        facts = Facts(model, graph, image_of(arguments), arguments=arguments)
         observer = _Observer(facts)
+        values = in_order(graph, arguments)
         try:
             with torch.no_grad(), evaluating(model):
-                expected = model.forward(
-                    image
-                )  # without hooks on the whole, which the converted network has too
+                expected = run_forward(model, arguments)
                 with observer.counter:
-                    traced = observer.run(image)
+                    traced = observer.run(*values)
         except Exception as error:  # the network decides which sizes it accepts and how it says so
             failure = failure or error
             continue
         if not same(traced, expected):
             # While torch counts it takes some operations apart, and rounds otherwise: ties of nearest-exact, say.
             with torch.no_grad(), evaluating(model):
-                _refuse_other_function(model, fx.Interpreter(model, graph=graph).run(image), expected)
+                _refuse_other_function(model, fx.Interpreter(model, graph=graph).run(*values), expected)
         return replace(facts, container=type(expected) if isinstance(traced, dict) else dict)
     raise CannotConvert(
         f"{type(model).__name__} does not run on an example image.",
         why=f"{type(failure).__name__}: {first_line(failure)}",
-        next="pass example_input=, a batch of images the network accepts.",
+        next="pass example_input=, a batch of images the network accepts, or all arguments of a call as a tuple or a "
+        "dictionary.",
     ) from failure
 
 
@@ -176,8 +192,8 @@ def scale(values: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 1.0
 
 
-def default_examples(model: nn.Module) -> list[Tensor]:
-    """Small random image batches (2, C, H, W) of several sizes, to be tried in order.
+def default_examples(model: nn.Module) -> list[Arguments]:
+    """Calls with a small random image batch (2, C, H, W), of several sizes, to be tried in order.
 
     Raises:
         CannotConvert: there is no Conv2d.
@@ -194,8 +210,9 @@ def default_examples(model: nn.Module) -> list[Tensor]:
     sizes = dict.fromkeys([*EXAMPLE_SIZES, declared[1:]] if len(declared) == 3 else EXAMPLE_SIZES)
     # The first convolution may see rearranged pixels, so that its channels are not the image's.
     channels = dict.fromkeys([*declared[:1], first.in_channels, 3])
-    return [
+    images = (
         torch.randn(2, count, *size, generator=generator).to(first.weight.device, first.weight.dtype)
         for count in channels
         for size in sizes
-    ]
+    )
+    return [take_image(model, image) for image in images]

@@ -103,11 +103,11 @@ def flow_forward(
     facts = replace(facts, layouts={}, images={}, pads={})
     flow = Flow(facts, most=most, coarsest=coarsest)
     for node in facts.graph.nodes:
-        if node.op == "placeholder":
-            first = facts.is_map(node) and not flow.grid
-            flow.role[node] = Role.MAP if first else Role.OTHER
+        if node.op == "placeholder" or node in facts.given:
+            is_image = facts.is_image(node)
+            flow.role[node] = Role.MAP if is_image else Role.OTHER
             flow.treatments[node] = _OTHER
-            if first:
+            if is_image:
                 flow.grid[node] = flow.spacing[node] = 1
                 _note_map(node, NCHW, facts)
             continue

@@ -115,6 +115,7 @@ class Plan:
         finest: the finest output stride that can improve what comes out.
         returned: size at which maps that leave the region as they are are returned, `fine` or `native`.
         part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
+        call: the arguments it was made on as JSON, without their values, where they are more than an image; else "".
         considered: the ways to read the network's dilations, that which is planned first; empty where there is one.
     """
 
@@ -130,6 +131,7 @@ class Plan:
     finest: int = 0
     returned: Outputs = "fine"
     part: str = ""
+    call: str = ""
     considered: tuple[Considered, ...] = field(default=(), compare=False)
 
     @property

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.support.errors import CannotConvert
+from cadsurgery.surgery.arguments import Arguments, change_images, crop, image_of, in_order, run_forward
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
 from cadsurgery.surgery.guards import AnotherWay, drop_dead_code, is_guard
 from cadsurgery.surgery.trace import CannotFollow, Functions, evaluating, trace
@@ -25,7 +27,7 @@ _MOST_PIXELS = 320 * 320
 
 def read(
     model: nn.Module,
-    example: Tensor | None,
+    example: Arguments | None,
     is_operation: Callable[[nn.Module], bool],
     functions: Functions,
 ) -> Facts:
@@ -33,7 +35,7 @@ def read(
 
     Args:
         model: the network.
-        example: an image batch (B, C, H, W); by default small random images of several sizes are tried.
+        example: arguments of a call; by default small random images of several sizes are tried.
         is_operation: whether a module is one node of the graph.
         functions: Python functions that are one node of the graph.
 
@@ -41,23 +43,23 @@ def read(
         CannotConvert: no front end can follow it, or it does not run on the example.
     """
     with contextlib.suppress(CannotFollow, OtherFunction):
-        return observe(model, trace(model, is_operation, functions), example)
-    return _read_on_example(model, example, lambda image: trace(model, is_operation, functions, image))
+        return observe(model, trace(model, is_operation, functions, given=frozenset(example or ())), example)
+    return _read_on_example(model, example, lambda call: trace(model, is_operation, functions, call))
 
 
 def _read_on_example(
-    model: nn.Module, example: Tensor | None, trace_on: Callable[[Tensor], fx.Graph]
+    model: nn.Module, example: Arguments | None, trace_on: Callable[[Arguments], fx.Graph]
 ) -> Facts:
     """Facts of the graph that serves most sizes, of those that several sizes of an example give."""
     refusal: CannotConvert | None = None
-    for image in [example] if example is not None else default_examples(model):
+    for call in [example] if example is not None else default_examples(model):
         try:
-            best = observe(model, trace_on(image), image)
+            best = observe(model, trace_on(call), call)
         except CannotConvert as error:
             refusal = refusal or error
             continue
         unserved = _drop_moot_guards(best)
-        for other in _with_rests(image) if unserved else ():
+        for other in _with_rests(call) if unserved else ():
             with contextlib.suppress(CannotConvert):
                 facts = observe(model, trace_on(other), other)
                 if (fewer := _drop_moot_guards(facts)) < unserved:
@@ -67,12 +69,12 @@ def _read_on_example(
     raise refusal
 
 
-def _with_rests(image: Tensor) -> Iterator[Tensor]:
-    """Parts of an image of which every halving leaves a rest, rounded down and rounded up."""
-    height, width = (length // 32 * 32 for length in image.shape[2:])
+def _with_rests(call: Arguments) -> Iterator[Arguments]:
+    """A call with parts of its image of which every halving leaves a rest, rounded down and rounded up."""
+    height, width = (length // 32 * 32 for length in image_of(call).shape[2:])
     if min(height, width) >= 64 and height * width <= _MOST_PIXELS:
-        yield image[..., : height - 1, : width - 1].contiguous()
-        yield image[..., : height - 31, : width - 31].contiguous()
+        for rest in (1, 31):
+            yield change_images(call, partial(crop, height=height - rest, width=width - rest))
 
 
 def _drop_moot_guards(facts: Facts) -> int:
@@ -82,14 +84,14 @@ def _drop_moot_guards(facts: Facts) -> int:
         return 0
     unserved, moot = 0, set[fx.Node]()
     with torch.no_grad(), evaluating(model):
-        for image in _of_other_sizes(facts.example):
+        for call in _of_other_sizes(facts.arguments):
             try:
-                expected = model.forward(image.clone())
+                expected = run_forward(model, call)
             except Exception:  # the network says in its own way which sizes it takes
                 continue
             run = _Unguarded(model, graph=graph)
             try:
-                serves = same(run.run(image), expected)
+                serves = same(run.run(*in_order(graph, call)), expected)
             except Exception:  # on this way some sizes do not fit
                 serves = False
             moot |= run.otherwise if serves else set()
@@ -100,14 +102,22 @@ def _drop_moot_guards(facts: Facts) -> int:
     return unserved
 
 
-def _of_other_sizes(image: Tensor) -> Iterator[Tensor]:
-    """The image a little larger: by a few pixels, and up to multiples of the usual strides."""
-    height, width = image.shape[2:]
+def _of_other_sizes(call: Arguments) -> Iterator[Arguments]:
+    """A call with its image a little larger: by a few pixels, and up to multiples of the usual strides."""
+    height, width = image_of(call).shape[2:]
     sizes = {(height + by, width + by) for by in (1, 2, 3)}
     sizes |= {(-(-height // step) * step, -(-width // step) * step) for step in (4, 8, 16, 32)}
     for tall, wide in sorted(sizes - {(height, width)}):
         if tall * wide <= _MOST_PIXELS:
-            yield nn.functional.pad(image, (0, wide - width, 0, tall - height), mode="replicate")
+            yield change_images(call, partial(_pad, by=(0, wide - width, 0, tall - height)))
+
+
+def _pad(image: Tensor, by: tuple[int, ...]) -> Tensor:
+    return (
+        nn.functional.pad(image, by, mode="replicate")
+        if image.is_floating_point()
+        else nn.functional.pad(image, by)
+    )
 
 
 class _Unguarded(fx.Interpreter):

@@ -54,11 +54,10 @@ class Rewriter:
         decisions = {decision.node: decision for decision in self.plan.decisions}
         nodes = list(self.facts.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
-        for node in inputs:
+        for node in sorted(inputs, key=lambda node: len(node.args)):  # as Python wants it: defaults last
             self.dense[node] = self.graph.node_copy(node)
         with self.graph.inserting_before():
             self.masking = self.graph.placeholder(MASKING)
-        self.image = self.dense[next(node for node in inputs if self.facts.is_map(node))]
         for node in nodes:
             if node in self.dense:
                 continue
@@ -100,9 +99,15 @@ class Rewriter:
             layout, features = self.facts.layouts[node], self.dense[node]
             options = () if layout == NCHW else (layout,)
             if self.lattice is None:
-                self.lattice = self.call(ask_mask, self.masking, self.image, self.fine_map())
+                self.lattice = self.call(ask_mask, self.masking, self.image(), self.fine_map())
             self.elements[node] = self.call(functional.to_elements, features, self.lattice, *options)
         return self.elements[node]
+
+    def image(self) -> fx.Node:
+        """The image of the call."""
+        images = [node for node in self.facts.given if self.facts.is_image(node) and node in self.dense]
+        like = self.facts.example.shape
+        return self.dense[next((node for node in images if self.facts.shapes[node] == like), images[0])]
 
     def fine_map(self) -> fx.Node:
         """What the mask is shown: the first map that enters the region, as (B, C, h, w)."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, first_line
+from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.guards import line_of
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
@@ -36,17 +37,20 @@ class Tracer(fx.Tracer):
         functions: Functions,
         declared: frozenset[type],
         names_buffers: bool = True,
+        given: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(autowrap_functions=functions)
         self._is_operation, self._functions, self._declared = is_operation, functions, declared
+        self._given = given
         self.record_stack_traces = True
         # What is computed from buffers, as by norms with frozen statistics, is computed in every call, not once here.
         self.proxy_buffer_attributes = names_buffers
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """An argument that is None by default is so here: Python asks `is None`, of which no graph knows."""
+        """An argument that is None by default and not given is so here: Python asks `is None`, of which no graph
+        knows."""
         function, values = super().create_args_for_root(*args, **kwargs)
-        return function, [_constant(value) for value in values]
+        return function, [value if _is_given(value, self._given) else _constant(value) for value in values]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one node of the graph."""
@@ -66,6 +70,10 @@ class Tracer(fx.Tracer):
 def _constant(value: Any) -> Any:
     """None for an input whose default it is, else the input itself."""
     return None if isinstance(value, fx.Proxy) and value.node.args == (None,) else value
+
+
+def _is_given(value: Any, names: frozenset[str]) -> bool:
+    return isinstance(value, fx.Proxy) and value.node.target in names
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:
@@ -100,7 +108,8 @@ def trace(
     model: nn.Module,
     is_operation: Callable[[nn.Module], bool] = lambda module: False,
     functions: Functions = (),
-    example: torch.Tensor | None = None,
+    example: Arguments | None = None,
+    given: frozenset[str] = frozenset(),
 ) -> fx.Graph:
     """The graph of `model` as it runs in evaluation mode, without data-dependent control flow.
 
@@ -111,7 +120,8 @@ def trace(
         model: the network.
         is_operation: whether a module is one node of the graph; torch's own modules are in any case.
         functions: Python functions that are one node of the graph.
-        example: an image batch (B, C, H, W) whose sizes Python may ask for, see `carry`; by default it may not.
+        example: arguments of a call whose sizes Python may ask for, see `carry`; by default it may not.
+        given: names of arguments that are given in every call, whatever their default is; those of `example` are.
 
     Raises:
         CannotFollow: the forward depends on values or uses Python that torch.fx cannot follow.
@@ -121,9 +131,9 @@ def trace(
             declared, wrapped = _timm_leaves()
             options = (is_operation, (*functions, *wrapped), declared)
             try:
-                graph = _trace(model, options, example)
+                graph = _trace(model, options, example, given=given)
             except Exception:  # Python may decide by the values of buffers, which are then constants
-                graph = _trace(model, options, example, names_buffers=False)
+                graph = _trace(model, options, example, given=given, names_buffers=False)
     except Exception as error:  # tracing runs foreign code, which can raise anything
         raise CannotFollow(
             f"{type(model).__name__} cannot be traced.",
@@ -138,13 +148,14 @@ def trace(
     return graph
 
 
-def _trace(model: nn.Module, options: Any, example: torch.Tensor | None, **more: Any) -> fx.Graph:
+def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
     if example is None:
         return Tracer(*options, **more).trace(model)
     from cadsurgery.surgery.carry import Carrier, symbols_in_python  # which is made of this tracer
 
+    more["given"] = frozenset(example)
     with symbols_in_python(model):
-        return Carrier(*options, example=(example,), **more).trace(model)
+        return Carrier(*options, example=example, **more).trace(model)
 
 
 def _place_of(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from cadsurgery.elements.functional import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
+from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order, run_forward, widen
 from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import copying
@@ -66,7 +67,7 @@ class Check:
 
 
 def verify(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, image: Tensor
+    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
 ) -> tuple[Check, ...]:
     """Compare the values that leave the region, and the outputs, with the original's.
 
@@ -76,17 +77,17 @@ def verify(
         adapted: the rewritten graph.
         plan: that was carried out.
         geometry: of the adaptive network.
-        image: the example.
+        call: arguments of the example.
 
     Raises:
         CannotConvert: a law does not hold; nothing wrong is ever returned silently.
     """
     try:
-        checks = _all_checks(model, original, adapted, plan, geometry, image)
-        if image.dtype == torch.float32 and not all(check.passed for check in checks):
+        checks = _all_checks(model, original, adapted, plan, geometry, call)
+        if image_of(call).dtype == torch.float32 and not all(check.passed for check in checks):
             # Deep networks can amplify rounding errors beyond the tolerance; an error of ours would not shrink.
             wide = copy.deepcopy(model, copying(model)).double()
-            checks = _all_checks(wide, original, adapted, plan, geometry, image.double())
+            checks = _all_checks(wide, original, adapted, plan, geometry, widen(call))
     except CadError:
         raise
     except Exception as error:  # a foreign operation can fail in any way on what it is given
@@ -112,28 +113,29 @@ def _all_checks(model: nn.Module, *rest: Any) -> list[Check]:
 
 
 def _uniform_checks(
-    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, image: Tensor
+    model: nn.Module, original: fx.Graph, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
 ) -> list[Check]:
     """Every level everywhere, through kernel maps, against the dense networks."""
+    image = image_of(call)
     tolerance = TOLERANCE.get(image.dtype, 1e-4)
     geometry = replace(geometry, patch="quadtree")  # blocks have no levels between the highest and the lowest
     mapped = replace(geometry, dense_shortcut=False)
     watched = _watched(adapted, plan)
-    as_it_was = _values(model, original, plan, None, image, watched)
+    as_it_was = _values(model, original, plan, None, call, watched)
     checks = []
     for level in _levels(plan, geometry, adapted):
-        ours = _values(model, adapted, plan, _uniform(mapped, level), image, watched)
+        ours = _values(model, adapted, plan, _uniform(mapped, level), call, watched)
         own = level == plan.identity_level
         if own:
             law, expected = "the network as it was", as_it_was
         else:
             law = f"the dense network at output stride {plan.strides[level]}"
-            expected = _values(model, adapted, plan, _uniform(geometry, level), image, watched)
+            expected = _values(model, adapted, plan, _uniform(geometry, level), call, watched)
         check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
         size = (image.shape[2], image.shape[3])
         checks.append(replace(check, number=1 if own else 2, size=size))
         if own:
-            checks += _at_another_size(model, adapted, plan, mapped, image, tolerance)
+            checks += _at_another_size(model, adapted, plan, mapped, call, tolerance)
         if level == 0 < (plan.identity_level or 0) and geometry.pool == "atrous":
             apart = _apart(adapted)
             maps = {name: value for name, value in ours.items() if name in apart}
@@ -145,28 +147,23 @@ def _uniform_checks(
 
 
 def _at_another_size(
-    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, image: Tensor, tolerance: float
+    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments, tolerance: float
 ) -> list[Check]:
     """The outputs of the call at the network's own level, at a size of the other parity; none if it takes none."""
-    smaller = image[..., : image.shape[2] - 1, : image.shape[3] - 1]
+    height, width = (length - 1 for length in image_of(call).shape[2:])
+    smaller = change_images(call, lambda image: image[..., :height, :width])
     try:
-        expected = model.forward(smaller.clone())  # hooks of the network as a whole are not in its graph
+        expected = run_forward(model, smaller)
     except Exception:  # the network says in its own way which sizes it takes
         return []
     masking = _uniform(geometry, plan.identity_level or 0)
     try:
-        ours, _ = fx.Interpreter(model, graph=adapted).run(masking, smaller, *_defaults(adapted, 2))
+        ours, _ = fx.Interpreter(model, graph=adapted).run(*in_order(adapted, smaller, masking))
     except AnotherWay:  # which every call says too
         return []
     law = "the outputs at another size are the network's as it was"
     check = _compare(law, _named(at_own_samples(ours, adapted, plan)), _named(expected), tolerance)
-    return [replace(check, number=1, size=(smaller.shape[2], smaller.shape[3]))]
-
-
-def _defaults(graph: fx.Graph, given: int) -> list[Any]:
-    """The default values of a graph's inputs from number `given` on."""
-    rest = [node for node in graph.nodes if node.op == "placeholder"][given:]
-    return [node.args[0] if node.args else None for node in rest]
+    return [replace(check, number=1, size=(height, width))]
 
 
 def _named(outputs: Any) -> dict[str, Tensor]:
@@ -251,7 +248,7 @@ def _values(
     graph: fx.Graph,
     plan: Plan,
     masking: Masking | None,
-    image: Tensor,
+    call: Arguments,
     watched: dict[str, Decision],
 ) -> dict[str, Tensor]:
     """Watched values and outputs on the network's own grid."""
@@ -268,8 +265,8 @@ def _values(
                 values[origin] = seen.clone()  # what follows may change it in place
             return value
 
-    given = [image] if masking is None else [masking, image]
-    output = Collect(model, graph=graph).run(*given, *_defaults(graph, len(given)))
+    first = [] if masking is None else [masking]
+    output = Collect(model, graph=graph).run(*in_order(graph, call, *first))
     return values | _named(output if masking is None else at_own_samples(output[0], graph, plan))
 
 

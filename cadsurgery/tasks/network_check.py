@@ -120,7 +120,7 @@ def settle(model: nn.Module, row: Row | None = None, example: Any = None) -> Non
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
-        _call(facts.model, facts.example)
+        _call(facts.model, facts.arguments)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         if norm.running_var is not None and norm.running_mean is not None:

@@ -1,0 +1,185 @@
+"""The arguments of a call: a network may take more than an image, and its image within a list or a dictionary.
+
+By name, as Python binds them. The image is the first tensor with four axes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cadsurgery.support.errors import InvalidInput, first_line
+
+Arguments = dict[str, Any]
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def bind(model: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
+    """The arguments of a call by name, without defaults.
+
+    Raises:
+        InvalidInput: the network takes others.
+    """
+    try:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise InvalidInput(
+            f"{type(model).__name__} is not called with these arguments.",
+            why=first_line(error),
+            next="give those of a call: a tensor, a tuple of positional arguments, or a dictionary of named ones. A "
+            "list or dictionary that is an argument itself goes into a tuple: example_input=({...},).",
+        ) from error
+
+
+def take_image(model: nn.Module, image: Tensor) -> Arguments:
+    """A call with an image alone, for the first argument that a network needs; it may need more."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if not parameters:
+        return {"image": image}
+    needed = (parameter for parameter in parameters if parameter.default is parameter.empty)
+    first = next(needed, parameters[0])
+    return {first.name: (image,) if first.kind is first.VAR_POSITIONAL else image}
+
+
+def bind_example(model: nn.Module, example: object) -> Arguments:
+    """What `example_input` stands for: an image, a tuple of positional arguments, or a dictionary of named ones.
+
+    Raises:
+        InvalidInput: none of these, or values that no file can hold.
+    """
+    if isinstance(example, tuple):
+        arguments = bind(model, *example)
+    elif isinstance(example, dict) and all(isinstance(name, str) for name in example):
+        arguments = bind(model, **example)
+    else:
+        try:
+            arguments = bind(model, example)
+        except InvalidInput:  # an image that can be given by name alone
+            if not isinstance(example, Tensor):
+                raise
+            arguments = bind(model, **take_image(model, example))
+    for value in arguments.values():
+        _check_plain(value)
+    return arguments
+
+
+def _check_plain(value: Any) -> None:
+    parts: Iterable[Any] = value.values() if type(value) is dict else value
+    if type(value) in (list, tuple, dict):
+        for part in parts:
+            _check_plain(part)
+    elif not isinstance(value, (Tensor, *_PLAIN)):
+        raise InvalidInput(
+            f"example_input holds {value!r:.60}, of type {type(value).__name__}.",
+            next="give tensors, numbers and texts, alone or in lists, tuples and dictionaries.",
+        )
+
+
+def image_of(arguments: Arguments) -> Any:
+    """The image of a call: its first tensor of four axes; without one, whatever comes first."""
+    first = next(iter(arguments.values()), None)
+    if isinstance(first, Tensor) and first.dim() == 4:
+        return first
+    images = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim() == 4)
+    return next(images, first)
+
+
+def change_images(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    """The arguments with the image, and all that is of its height and width, changed."""
+    size = image_of(arguments).shape[-2:]
+
+    def changed(value: Any) -> Any:
+        return (
+            change(value)
+            if isinstance(value, Tensor) and value.dim() == 4 and value.shape[-2:] == size
+            else value
+        )
+
+    return dict(tree_map(changed, arguments))
+
+
+def crop(image: Tensor, height: int, width: int) -> Tensor:
+    """The upper left part of an image."""
+    return image[..., :height, :width].contiguous()
+
+
+def widen(arguments: Arguments) -> Arguments:
+    """The arguments in double precision."""
+    return dict(
+        tree_map(
+            lambda value: (
+                value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+            ),
+            arguments,
+        )
+    )
+
+
+def run_forward(model: nn.Module, arguments: Arguments) -> Any:
+    """What a network makes of them, without hooks on the whole, which are no part of its graph."""
+    bound = inspect.signature(model.forward).bind_partial()
+    bound.arguments.update(tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
+    return model.forward(*bound.args, **bound.kwargs)
+
+
+def in_order(graph: fx.Graph, arguments: Arguments, *first: Any) -> list[Any]:
+    """The values of a graph's inputs, defaults where none are given, behind those that come first."""
+    values = list(first)
+    for node in [node for node in graph.nodes if node.op == "placeholder"][len(first) :]:
+        name = str(node.target)
+        if name.startswith("*"):
+            values.extend(arguments.get(name.lstrip("*"), ()))
+        else:
+            values.append(arguments.get(name, node.args[0] if node.args else None))
+    return values
+
+
+def describe_call(model: nn.Module, arguments: Arguments) -> str:
+    """The arguments without their values, as JSON; "" where an image alone is enough of a call."""
+    if take_image(model, image_of(arguments)).keys() == arguments.keys() and _is_alone(arguments):
+        return ""
+    return json.dumps({name: _plain(value) for name, value in arguments.items()})
+
+
+def _is_alone(arguments: Arguments) -> bool:
+    return image_of(arguments) is next(iter(arguments.values()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {"dict": {str(name): _plain(part) for name, part in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_plain(part) for part in value]}
+    return {"value": value}
+
+
+def example_of(description: str) -> Arguments:
+    """Arguments that are described so, with zeros for values.
+
+    Raises:
+        Exception: of several kinds, for a text that describes none.
+    """
+    return {name: _from_plain(part) for name, part in json.loads(description).items()}
+
+
+def _from_plain(part: Any) -> Any:
+    if "tensor" in part:
+        dtype = getattr(torch, part["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"a type {part['dtype']!r:.60}")
+        return torch.zeros([int(length) for length in part["tensor"]], dtype=dtype)
+    if "dict" in part:
+        return {name: _from_plain(value) for name, value in part["dict"].items()}
+    if "list" in part or "tuple" in part:
+        values = [_from_plain(value) for value in part.get("list", part.get("tuple"))]
+        return values if "list" in part else tuple(values)
+    return part["value"]
