@@ -370,6 +370,7 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}
         stack.enter_context(mock.patch.multiple(torch, is_tensor=_is_tensor, **factories))
+        stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
         for space in spaces.values():
             free = {name: value for name, value in shadows.items() if name not in space}
             free |= {name: unscripted for name, value in space.items() if (unscripted := _unscripted(value))}
