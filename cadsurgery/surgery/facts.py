@@ -138,24 +138,31 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
 
     Raises:
         CannotConvert: the network does not run on it.
+        OtherFunction: the graph gives something else.
     """
     failure: Exception | None = None
     for arguments in [example] if example is not None else default_examples(model):
         facts = Facts(model, graph, image_of(arguments), arguments=arguments)
         observer = _Observer(facts)
         values = in_order(graph, arguments)
-        try:
-            with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model):
+            try:
                 expected = run_forward(model, arguments)
+            except Exception as error:  # the network decides which sizes it accepts and how it says so
+                failure = failure or error
+                continue
+            try:
                 with observer.counter:
                     traced = observer.run(*values)
-        except Exception as error:  # the network decides which sizes it accepts and how it says so
-            failure = failure or error
-            continue
+            except Exception as error:  # on the way that was traced some sizes do not fit
+                raise _other_function(model, f"it does not run: {first_line(error)}") from error
         if not same(traced, expected):
             # While torch counts it takes some operations apart, and rounds otherwise: ties of nearest-exact, say.
             with torch.no_grad(), evaluating(model):
-                _refuse_other_function(model, fx.Interpreter(model, graph=graph).run(*values), expected)
+                traced = fx.Interpreter(model, graph=graph).run(*values)
+            if not same(traced, expected):
+                why = "its forward does what torch.fx does not see, e.g. changes a value behind its back."
+                raise _other_function(model, why)
         return replace(facts, container=type(expected) if isinstance(traced, dict) else dict)
     raise CannotConvert(
         f"{type(model).__name__} does not run on an example image.",
@@ -165,15 +172,14 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
     ) from failure
 
 
-def _refuse_other_function(model: nn.Module, traced: Any, expected: Any) -> None:
-    """The graph must compute what the network does; Python that ran while tracing may have been left out."""
-    if not same(traced, expected):
-        raise OtherFunction(
-            f"the graph of {type(model).__name__} computes something else than the network.",
-            why="its forward does what torch.fx does not see, e.g. changes a value behind its back.",
-            next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
-            "or declare the module that does it as one operation with @cadsurgery.rule.",
-        )
+def _other_function(model: nn.Module, why: str) -> OtherFunction:
+    """The refusal of a graph that is not the network: Python that ran while tracing may have been left out."""
+    return OtherFunction(
+        f"the graph of {type(model).__name__} computes something else than the network.",
+        why=why,
+        next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
+        "or declare the module that does it as one operation with @cadsurgery.rule.",
+    )
 
 
 def same(traced: Any, expected: Any) -> bool:
