@@ -155,6 +155,7 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     known = facts.number(pads)
     if not isinstance(known, tuple) or not all(isinstance(pad, int) for pad in known):
         return barrier("how much it pads is not known")
+    pads = tuple(pads) if isinstance(pads, list) else pads
     if not any(known) and pads == known:
         return Treatment("pointwise", "Padding by nothing.", rows=Call(None, (node.args[0],)))
     if pads != known and (same := _same_for_readers(node, known, layout, mode, facts)) is not None:
