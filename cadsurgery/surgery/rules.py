@@ -164,7 +164,7 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
         call = functional.check_same_padding
         outside = same._replace(outside=float(value))
         return Treatment("pad", why, window=outside, call=call, arguments=arguments, spaced=True)
-    if pads != known or min(known) < 0:
+    if pads != known:
         return _pad_below(pads, known, layout, mode, value)
     by_axis = list(zip(pads[::2], pads[1::2], strict=True))
     padded = {axis for axis, pair in zip(layout[::-1], by_axis, strict=False) if any(pair)}
