@@ -25,8 +25,8 @@ LEAST_SHARE = 0.3
 
 
 def converts(row: Row) -> bool:
-    """Whether a network converts with an effect, its outputs compared."""
-    return row["result"] == "converts" and row["effect"]
+    """Whether a network converts, its outputs compared."""
+    return row["result"] == "converts" and row["outputs_compared"]
 
 
 def works(row: Row) -> bool:
@@ -52,7 +52,7 @@ def criteria(named: dict[str, list[Row]]) -> str:
             "convert, outputs compared",
             f"at least {LEAST_SHARE:.0%} of the MACs in the region",
         ),
-        *("without effect, announced", "refused", "broken or silent"),
+        *("of these without effect, announced", "refused", "broken or silent"),
     )
     return table(header, lines)
 

@@ -246,7 +246,7 @@ ROWS = [path for path in (CORPUS / "rows.jsonl", CORPUS / "packages" / "rows.jso
 def test_the_recorded_run_meets_the_criteria(path: Path) -> None:
     """95 % convert, 85 % with at least 30 % of their MACs in the region, none wrong or silently without effect."""
     rows = [row for row in read_rows(path) if row.get("kind") != "attention"]
-    done = [row for row in rows if row["result"] == "converts" and row["effect"]]
+    done = [row for row in rows if row["result"] == "converts" and row["outputs_compared"]]
     assert [row["model"] for row in rows if row["result"] == "broken"] == []
     assert all(row["effect"] or row["warned"] for row in rows if row["result"] == "converts")
     assert len(done) >= 0.95 * len(rows)

@@ -501,7 +501,7 @@ class VariantEmulator(NetworkEmulator):
                 dense = deform_conv2d(x.data, args[1].data, weight, padding=rate, dilation=rate)
                 return self.emulation.cut(dense, x, stage, x.size)
             if target is operator.truediv:
-                return self._join(target, *args)
+                return self._joined(target, *args)
         return super().call_function(target, args, kwargs)
 
 
