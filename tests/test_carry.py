@@ -149,13 +149,24 @@ def test_a_batch_is_its_images_on_any_map(name: str) -> None:
     assert net.macs(x, mask=levels).mask < net.macs(x).high
 
 
-def test_copies_keep_the_guards() -> None:
-    net = cs.adaptify(Large().eval(), "none", outputs="native")
-    x = images(1, 100, 80)
-    for same in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net.optimize()):
-        assert_same(same(x), net(x), EXACT)
-        with pytest.raises(cs.InvalidInput, match="another way"):
-            same(images(1, 260, 80))
+def test_a_call_that_goes_another_way_gets_a_graph_of_its_own() -> None:
+    """With the network's modules, made once for each kind of call, by copies too; an optimised network has one way."""
+    model = randomise(Large()).eval()
+    net = cs.adaptify(model, "none", outputs="native")
+    small, large = images(1, 100, 80), images(2, 260, 80)
+    for same in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        for x in (small, large, small, large):
+            assert_same(same(x), model(x), EXACT)
+        assert len(same._ways) == 1
+        levels = random_levels(2, tuple(same.levels.shape[1:]), same.plan.stage_strides)
+        assert_same(same(large, mask=levels)[:1], same(large[:1], mask=levels[:1]), EXACT)
+    with torch.no_grad():
+        net.rest[0].weight.mul_(2)
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(net.state_dict())
+    assert_same(net(large), changed(large), EXACT)
+    with pytest.raises(cs.InvalidInput, match="another way"):
+        net.optimize()(large)
 
 
 class Large(nn.Module):
@@ -168,21 +179,28 @@ class Large(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         if x.shape[2] > 112:
-            x = F.avg_pool2d(x, 2)
+            x = torch.tanh(x)
         return self.rest(x)
 
 
 def test_another_way_names_the_line_and_the_sizes() -> None:
-    net = cs.adaptify(Large().eval(), "none")
+    """Where it cannot be followed: its strides are others."""
+    net = cs.adaptify(Deeper().eval(), "none", outputs="native")
     with pytest.raises(cs.InvalidInput) as refusal:
         net(images(1, 260, 80))
     message = str(refusal.value)
     assert "test_carry.py" in message and "if x.shape[2] > 112" in message
     assert "49 and 112 (False)" in message and "130 and 112 (True)" in message
-    model = Large().eval()
-    other = cs.adaptify(model, "none", outputs="native", example_input=images(1, 260, 80))
-    x = images(1, 300, 70)
-    assert_same(other(x), model(x), EXACT)
+
+
+class Deeper(Large):
+    """Has an operation that no rule knows in its other way, in front of all strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.shape[2] > 112:
+            return torch.fft.rfft2(x).real
+        return self.rest(x)
 
 
 class ByValues(nn.Module):
@@ -212,11 +230,11 @@ def test_decisions_by_values_are_refused_with_their_line(
     assert "values of the image" in message and f"{network.__name__}.forward: return self.rest(x)" in message
 
 
-def test_arguments_that_python_decides_by_are_guarded() -> None:
-    net = cs.adaptify(IntegerSizes().eval(), "none")
-    net(images(1, 64, 64), only_encode=False)
-    with pytest.raises(cs.InvalidInput, match="if only_encode:"):
-        net(images(1, 64, 64), only_encode=True)
+def test_arguments_that_python_decides_by_lead_another_way() -> None:
+    model, x = randomise(IntegerSizes()).eval(), images(1, 64, 64)
+    net = cs.adaptify(model, "none", outputs="native")
+    for only_encode in (False, True, False):
+        assert_same(net(x, only_encode=only_encode), model(x, only_encode=only_encode), EXACT)
 
 
 class Guided(IfSizesDiffer):
@@ -261,3 +279,29 @@ def test_padding_that_moves_in_another_image_is_refused() -> None:
     net = cs.adaptify(randomise(Uneven()).eval(), "none")
     with pytest.raises(cs.InvalidInput, match="moves the map against its lattice"):
         net(images(1, 40, 330))
+
+
+class Inpainting(nn.Module):
+    """Has an argument of its own that is named as that of every converted network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rest = block(4, 6, 2), block(6, 6, 2)
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.rest(self.stem(torch.cat([image, mask], 1)))
+
+
+def test_a_networks_own_mask_is_the_networks() -> None:
+    model, x = randomise(Inpainting()).eval(), images(2, 40, 56)
+    hole = (x[:, :1] > 0).to(x.dtype)
+    net = cs.adaptify(model, "none", outputs="native", example_input={"image": x, "mask": hole})
+    assert_same(net(x, hole), model(x, hole), EXACT)
+    assert_same(net(image=x, mask=hole), model(x, hole), EXACT)
+    for one in (net, net.optimize()):
+        with one.masked("all"):
+            one(x, mask=hole)
+        assert one.active_fraction == 1
+        one.mask = "all"
+        report = one.macs(x, mask=hole)
+        assert report.mask == report.high > report.low

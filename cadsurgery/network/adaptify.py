@@ -18,10 +18,12 @@ from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
-from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput, first_line
+from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, first_line
 from cadsurgery.surgery.arguments import Arguments, bind_example, image_of, take_image
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
+from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
@@ -129,18 +131,56 @@ def adaptify(
     if not chosen.matters:
         _say_without_effect(chosen, strict)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
-    graph = rewrite(flow, chosen, guided=fill == "guided")
-    signature = inspect.signature(facts.model.forward)
-    as_it_was = unchanged_graph(facts, chosen) if path and chosen.identity_level is not None else None
-    program = Program(
-        graph, chosen, geometry, signature, facts.container, as_it_was, _relied_on(facts, chosen)
-    )
+    program = _carry_out(chosen, flow, geometry)
     net = AdaptiveModel(facts.model, program, provider)
     net.source = getattr(model, "cad_source", None)
     take_over(net, facts.model)
     if verify_laws:
-        net.checks = verify(facts.model, facts.graph, graph, chosen, geometry, facts.arguments)
+        net.checks = verify(facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments)
     return HostedModel(whole, path, net) if path else net
+
+
+def _carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
+    """What a plan makes of a network."""
+    facts = flow.facts
+    as_it_was = unchanged_graph(facts, plan) if plan.part and plan.identity_level is not None else None
+    return Program(
+        rewrite(flow, plan, guided=geometry.fill == "guided"),
+        plan,
+        geometry,
+        inspect.signature(facts.model.forward),
+        facts.container,
+        as_it_was,
+        _relied_on(facts, plan),
+    )
+
+
+def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) -> Program:
+    """The program for calls that take another way through a network than the one it was converted on, verified.
+
+    Args:
+        net: the network.
+        arguments: of such a call, by name.
+        refusal: what its own program said.
+
+    Raises:
+        AnotherWay: the refusal, where that way cannot be converted with the same strides, or is not exact.
+    """
+    model, plan = net._original[0], net.plan
+    for kind in ("_parameters", "_buffers"):  # the network may have been moved
+        vars(model)[kind].update({name: vars(net)[kind][name] for name in vars(model)[kind]})
+    defaults = {name: one.default for name, one in net.program.signature.parameters.items()}
+    call = {name: value for name, value in arguments.items() if value is not defaults[name]}
+    try:
+        facts = _read(model, call, exactly=True)
+        chosen, flow = make_plan(facts, plan.output_stride, plan.region, plan.part, plan.returned)
+        if chosen.strides != plan.strides:
+            raise refusal
+        program = _carry_out(chosen, flow, net.geometry)
+        verify(facts.model, facts.graph, program.graph, chosen, net.geometry, facts.arguments)
+    except CadError as error:
+        raise refusal from (error if error is not refusal else None)
+    return program.on(net)
 
 
 def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:
@@ -171,9 +211,15 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
         raise CannotConvert(refusal.what, **parts) from refusal
 
 
-def _read(model: nn.Module, example: Arguments | None) -> Facts:
+def _read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> Facts:
     """Graph and facts; its nodes are operations with rules, and modules that have to be called as a whole."""
-    return read(model, example, lambda module: has_rule(module) or is_apart(module, model), ruled_functions())
+    return read(
+        model,
+        example,
+        lambda module: has_rule(module) or is_apart(module, model),
+        ruled_functions(),
+        exactly,
+    )
 
 
 def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.masks.basic import UniformMask
@@ -19,6 +20,7 @@ from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.macs import MacReport, count_macs, ghost
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import acts_as, child, copying
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
@@ -42,6 +44,9 @@ class AdaptiveModel(nn.Module):
         self._constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
         self._program = program.on(self)
         self._last = _Last()
+        self._ways: dict[
+            tuple[Any, ...], Program
+        ] = {}  # of calls that take another way, by what they are given
         self._overridden = False  # whether it ever was: before torch 2.15 compilers cannot look
         self._checks: tuple[Check, ...] = ()
         self._source: Any = None
@@ -57,12 +62,15 @@ class AdaptiveModel(nn.Module):
         Args:
             args: the original's positional arguments; the first is the image batch (B, C, H, W).
             mask: for this call only: (B, h, w) bool (True = keep high) or integer levels, or anything
-                `adaptify` takes as a mask.
+                `adaptify` takes as a mask. An argument of this name that the original has is the original's; use
+                `masked` then.
             kwargs: the original's keyword arguments.
 
         Raises:
             InvalidInput: an image that is empty or holds NaN, or a mask of wrong size, type or values.
         """
+        if mask is not None and "mask" in self._program.signature.parameters:  # the network's own
+            kwargs["mask"], mask = mask, None
         if mask is None and self._overridden:
             mask = call_context().masks.get(self)
         chosen = self._mask_provider if mask is None else mask
@@ -71,15 +79,25 @@ class AdaptiveModel(nn.Module):
         provider = self._mask_provider if mask is None else resolve_mask(mask)
 
         def run(arguments: dict[str, Any]) -> Masked:
-            program = self._program
-            if program.unchanged is not None and isinstance(provider, UniformMask):
-                level = 0 if provider.high else program.plan.max_level
-                if level == program.plan.identity_level:
-                    return program.as_it_was(level, arguments)
-            masking = program.masking(provider)
-            return (program.twice if provider.looks_ahead else program)(masking, arguments)
+            if torch.compiler.is_compiling() or self._program.is_fused:
+                return _run(self._program, provider, arguments)
+            return self._find_way(provider, arguments)
 
         return self.finish(*self._program.check_and_run(run, *args, **kwargs))
+
+    def _find_way(self, provider: MaskProvider, arguments: dict[str, Any]) -> Masked:
+        """Run the network, on a graph of its own where Python decides otherwise than when it was converted."""
+        call = _kind_of(arguments) if self._ways else ()
+        try:
+            return _run(self._ways.get(call, self._program), provider, arguments)
+        except AnotherWay as refusal:
+            if call in self._ways:
+                raise
+            from cadsurgery.network.adaptify import follow_way  # which makes such networks
+
+            program = follow_way(self, arguments, refusal)
+            self._ways[_kind_of(arguments)] = program
+            return _run(program, provider, arguments)
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools. Where a part
@@ -212,6 +230,8 @@ class AdaptiveModel(nn.Module):
                 the counting of the CAD reference code (seed of its Tab. 2).
             kwargs: as for a call.
         """
+        if mask is not None and "mask" in self.program.signature.parameters:  # the network's own
+            kwargs["mask"], mask = mask, None
         return count_macs(self.program, self.counted, self.mask if mask is None else mask, args, kwargs, rule)
 
     @property
@@ -254,15 +274,17 @@ class AdaptiveModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._program = self._program.on(self)
+        self._program, self._ways = self._program.on(self), {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         for module in (self, *(part for part in self._original if isinstance(part, nn.Module))):
             memo.update({**copying(module), **memo})
-        state = {key: value for key, value in vars(self).items() if key not in ("_program", "_last")}
-        clone.__dict__.update(copy.deepcopy(state, memo), _program=self._program.on(clone), _last=_Last())
+        state = {key: value for key, value in vars(self).items() if key not in ("_program", "_ways", "_last")}
+        clone.__dict__.update(
+            copy.deepcopy(state, memo), _program=self._program.on(clone), _ways={}, _last=_Last()
+        )
         return clone
 
 
@@ -277,6 +299,24 @@ class _Last:
 
     lattice: Lattice | None = None
     levels: Tensor | None = None
+
+
+def _run(program: Program, provider: MaskProvider, arguments: dict[str, Any]) -> Masked:
+    """Output and lattice of a call."""
+    if program.unchanged is not None and isinstance(provider, UniformMask):
+        level = 0 if provider.high else program.plan.max_level
+        if level == program.plan.identity_level:
+            return program.as_it_was(level, arguments)
+    masking = program.masking(provider)
+    return (program.twice if provider.looks_ahead else program)(masking, arguments)
+
+
+def _kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What Python may decide by in a call: shapes and types of tensors, other values as they are."""
+    return tuple(
+        (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else repr(value)
+        for value in tree_leaves(arguments)
+    )
 
 
 def _is_static(mask: object) -> bool:

@@ -63,7 +63,9 @@ class OptimizedModel(AdaptiveModel):
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
         """Multiply-accumulates of the network it was made from; see `AdaptiveModel.macs`."""
-        return self._counted[0].macs(*args, mask=self.mask if mask is None else mask, rule=rule, **kwargs)
+        counted = self._counted[0]
+        counted.mask = self.mask
+        return counted.macs(*args, mask=mask, rule=rule, **kwargs)
 
     def train(self, mode: bool = True) -> OptimizedModel:
         """Refused: its batch norms are folded.

@@ -30,6 +30,7 @@ def read(
     example: Arguments | None,
     is_operation: Callable[[nn.Module], bool],
     functions: Functions,
+    exactly: bool = False,
 ) -> Facts:
     """Graph and facts of a network.
 
@@ -38,17 +39,18 @@ def read(
         example: arguments of a call; by default small random images of several sizes are tried.
         is_operation: whether a module is one node of the graph.
         functions: Python functions that are one node of the graph.
+        exactly: trace on the example itself, not on parts of it that may serve more sizes.
 
     Raises:
         CannotConvert: no front end can follow it, or it does not run on the example.
     """
     with contextlib.suppress(CannotFollow, OtherFunction):
         return observe(model, trace(model, is_operation, functions, given=frozenset(example or ())), example)
-    return _read_on_example(model, example, lambda call: trace(model, is_operation, functions, call))
+    return _read_on_example(model, example, lambda call: trace(model, is_operation, functions, call), exactly)
 
 
 def _read_on_example(
-    model: nn.Module, example: Arguments | None, trace_on: Callable[[Arguments], fx.Graph]
+    model: nn.Module, example: Arguments | None, trace_on: Callable[[Arguments], fx.Graph], exactly: bool
 ) -> Facts:
     """Facts of the graph that serves most sizes, of those that several sizes of an example give."""
     refusal: CannotConvert | None = None
@@ -59,7 +61,7 @@ def _read_on_example(
             refusal = refusal or error
             continue
         unserved = _drop_moot_guards(best)
-        for other in _with_rests(call) if unserved else ():
+        for other in _with_rests(call) if unserved and not exactly else ():
             with contextlib.suppress(CannotConvert):
                 facts = observe(model, trace_on(other), other)
                 if (fewer := _drop_moot_guards(facts)) < unserved:

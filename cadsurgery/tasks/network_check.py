@@ -159,11 +159,13 @@ def _takes(model: nn.Module, arguments: Any) -> bool:
     return False
 
 
-def _call(model: nn.Module, arguments: Any, **more: Any) -> Any:
-    """Call with a tensor, a tuple of arguments, or keywords."""
-    if isinstance(arguments, dict):
-        return model(**arguments, **more)
-    return model(*arguments, **more) if isinstance(arguments, tuple) else model(arguments, **more)
+def _call(model: nn.Module, arguments: Any, mask: object = None) -> Any:
+    """Call with a tensor, a tuple of arguments, or keywords; a mask is given apart, for a network may have one too."""
+    is_masked = isinstance(model, AdaptiveModel) and mask is not None
+    with model.masked(mask) if is_masked else contextlib.nullcontext():  # type: ignore[operator]
+        if isinstance(arguments, dict):
+            return model(**arguments)
+        return model(*arguments) if isinstance(arguments, tuple) else model(arguments)
 
 
 def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: Row) -> Row:
