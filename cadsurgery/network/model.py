@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,18 +80,25 @@ class AdaptiveModel(nn.Module):
             return self._run_uncompiled(*args, mask=mask, **kwargs)
         provider = self._mask_provider if mask is None else resolve_mask(mask)
 
-        def run(arguments: dict[str, Any]) -> Masked:
-            if torch.compiler.is_compiling() or self._program.is_fused:
-                return _run(self._program, provider, arguments)
-            return self._find_way(provider, arguments)
+        def run(program: Program, arguments: dict[str, Any]) -> Masked:
+            if program.unchanged is not None and isinstance(provider, UniformMask):
+                level = 0 if provider.high else program.plan.max_level
+                if level == program.plan.identity_level:
+                    return program.as_it_was(level, arguments)
+            masking = program.masking(provider)
+            return (program.twice if provider.looks_ahead else program)(masking, arguments)
 
-        return self.finish(*self._program.check_and_run(run, *args, **kwargs))
+        return self.finish(*self._program.check_and_run(partial(self._find_way, run), *args, **kwargs))
 
-    def _find_way(self, provider: MaskProvider, arguments: dict[str, Any]) -> Masked:
+    def _find_way(
+        self, run: Callable[[Program, dict[str, Any]], Masked], arguments: dict[str, Any]
+    ) -> Masked:
         """Run the network, on a graph of its own where Python decides otherwise than when it was converted."""
+        if torch.compiler.is_compiling() or self._program.is_fused:
+            return run(self._program, arguments)
         call = _kind_of(arguments) if self._ways else ()
         try:
-            return _run(self._ways.get(call, self._program), provider, arguments)
+            return run(self._ways.get(call, self._program), arguments)
         except AnotherWay as refusal:
             if call in self._ways:
                 raise
@@ -97,15 +106,14 @@ class AdaptiveModel(nn.Module):
 
             program = follow_way(self, arguments, refusal)
             self._ways[_kind_of(arguments)] = program
-            return _run(program, provider, arguments)
+            return run(program, arguments)
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools. Where a part
         is hosted, that alone."""
-        part, program = self.adaptive_part, self.program
-        return part.finish(
-            *program.check_and_run(lambda arguments: program(masking, arguments), *args, **kwargs)
-        )
+        part = self.adaptive_part
+        run = partial(part._find_way, lambda program, arguments: program(masking, arguments))
+        return part.finish(*part._program.check_and_run(run, *args, **kwargs))
 
     @torch.compiler.disable(
         reason="the mask keeps another number of elements of each image, or depends on more than the image: "
@@ -299,16 +307,6 @@ class _Last:
 
     lattice: Lattice | None = None
     levels: Tensor | None = None
-
-
-def _run(program: Program, provider: MaskProvider, arguments: dict[str, Any]) -> Masked:
-    """Output and lattice of a call."""
-    if program.unchanged is not None and isinstance(provider, UniformMask):
-        level = 0 if provider.high else program.plan.max_level
-        if level == program.plan.identity_level:
-            return program.as_it_was(level, arguments)
-    masking = program.masking(provider)
-    return (program.twice if provider.looks_ahead else program)(masking, arguments)
 
 
 def _kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
