@@ -53,9 +53,10 @@ def test_a_network_of_the_corpus_is_what_its_row_says(name: str) -> None:
     assert row["result"] != "broken", row
     if row["result"] == "converts":
         limit = 1e-9 if row.get("dtype") == "float64" else 1e-4
-        assert max(row["errors"].values()) < limit and row["outputs_compared"] > 0, row
+        assert max(row["errors"].values()) < limit, row
+        own = row["identity_level"] is not None  # else its own strides are not among those of its lattices
+        assert not own or (row["outputs_compared"] > 0 and len(row["sizes"]) >= 2), row
         assert row["effect"] or row["warned"], row
-        assert len(row["sizes"]) >= 2, row
     else:
         assert row["what"] and row["next"], row
     if name in QUICK:
@@ -70,9 +71,9 @@ def test_a_network_of_the_corpus_has_something_to_compare(name: str) -> None:
     one = SUBJECTS[name]
     model = one.build().eval()
     network_check.settle(model)
-    image = torch.randn(2, next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 128, 160)
-    if one.call is not None:
-        image = image[:, :3] if image.shape[1] >= 3 else torch.randn(2, 3, 128, 160)
+    first = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    images = [torch.randn(2, channels, 128, 160) for channels in (first, 3)]  # it may rearrange pixels first
+    image = next(x for x in images if network_check._takes(model, one.arguments(x)))
     with torch.no_grad():
         outputs = list(network_check._tensors(network_check._call(model, one.arguments(image))))
     assert any(float(output.double().std()) > 1e-4 for output in outputs)
@@ -239,7 +240,7 @@ def test_a_network_is_declared_under_one_name() -> None:
 
 # -- the recorded run --------------------------------------------------------------------------------------
 
-ROWS = [path for path in (CORPUS / "rows.jsonl", CORPUS / "packages" / "rows.jsonl") if path.exists()]
+ROWS = [path for path in (CORPUS / "rows.jsonl",) if path.exists()]  # of packages docs/corpus.md tells
 
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: path.parent.name)

@@ -145,7 +145,7 @@ def _cache_stem(whole: _Prepared, device: str) -> _Prepared:
         f"the stem is fixed, its outputs are kept in {kept / 1e9:.2f} GB of memory: {len(training)} samples to train "
         "on, crops at fixed places, colours not jittered"
     )
-    changed = settings.change({"freeze": "stem", "jitter": 0.0})
+    changed = settings.changed({"freeze": "stem", "jitter": 0.0})
     return _Prepared(body_of(whole.net), training, validation, changed, (note,))
 
 
@@ -163,7 +163,7 @@ def make_settings(config: Path | None, overrides: dict[str, Any], objective_opti
         if not name or not equals:
             raise InvalidInput(f"objective option {text!r} is not NAME=VALUE.", next="write e.g. low=0.1.")
         of_objective[name] = _value(value)
-    return settings.change({**overrides, "objective_options": of_objective})
+    return settings.changed({**overrides, "objective_options": of_objective})
 
 
 def _value(text: str) -> Any:

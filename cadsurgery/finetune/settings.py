@@ -105,9 +105,9 @@ class Settings:
             UnknownName: there is no such setting, or no such choice for one.
             InvalidInput: a value out of range or of the wrong type.
         """
-        return Settings().change(values)
+        return Settings().changed(values)
 
-    def change(self, values: dict[str, Any]) -> Settings:
+    def changed(self, values: dict[str, Any]) -> Settings:
         """These settings with others for some; raises as `from_dict` does."""
         known = [one.name for one in fields(Settings)]
         for name in values:

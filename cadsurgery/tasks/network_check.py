@@ -227,7 +227,9 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
         one.load_state_dict(state)
     if chosen.identity_level is not None:
         errors["weights"], _ = _identity_error(*part, arguments)
-    errors["optimize"] = _optimized_error(part[1], [arguments for arguments, _ in batches])
+    image = torch.randn(chosen.example_shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    example = image if chosen.part else subject.arguments(image[:, :3] if subject.call else image)
+    errors["optimize"] = _optimized_error(part[1], [*(arguments for arguments, _ in batches), example])
     hosted = _of_host(subject, model, chosen, dtype) if chosen.part else []
     if hosted:
         errors["host"] = max(_host_error(model, net, of_host) for of_host in hosted)

@@ -76,7 +76,7 @@ class SizesInLoops(nn.Module):
         b, c, *_ = y.shape
         y = F.interpolate(y.reshape(b, c, *y.shape[2:]), size=wanted, mode="bilinear")
         for side in y.shape[2:]:
-            y = y / float(side)
+            y = y * (1 + 1 / float(side))
         return y
 
 
