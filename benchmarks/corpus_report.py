@@ -26,7 +26,7 @@ LEAST_SHARE = 0.3
 
 def converts(row: Row) -> bool:
     """Whether a network converts, its outputs compared."""
-    return row["result"] == "converts" and row["outputs_compared"]
+    return row["result"] == "converts" and row["outputs_compared"] > 0
 
 
 def works(row: Row) -> bool:
