@@ -305,3 +305,12 @@ def test_a_networks_own_mask_is_the_networks() -> None:
         one.mask = "all"
         report = one.macs(x, mask=hole)
         assert report.mask == report.high > report.low
+
+
+def test_decisions_by_values_within_a_dictionary_are_refused_too() -> None:
+    class Within(ByValues):
+        def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+            return super().forward(inputs["image"])
+
+    with pytest.raises(cs.CannotConvert, match="values of the image"):
+        cs.adaptify(Within().eval(), example_input=({"image": images(1, 40, 56)},))

@@ -26,7 +26,7 @@ def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None],
     Raises:
         InvalidInput: a crop that starts elsewhere, or leaves nothing.
     """
-    counts = _samples(x, spacing)
+    counts = x.lattice.samples(spacing)
     for start, count in zip(starts, counts, strict=True):
         if slice(start, None).indices(count)[0]:
             raise _shifts(f"a crop from sample {start} on")
@@ -51,7 +51,7 @@ def pad(x: Elements, pads: Sequence[int], spacing: int, value: float = 0.0) -> E
     left, right, top, bottom = (int(amount) for amount in pads)
     if left or top:
         raise _shifts(f"padding by {left} on the left and {top} at the top")
-    height, width = _samples(x, spacing)
+    height, width = x.lattice.samples(spacing)
     return _with_border(x, (height + bottom, width + right), spacing, value)
 
 
@@ -79,12 +79,6 @@ def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing
     return x
 
 
-def _samples(x: Elements, spacing: int) -> tuple[int, int]:
-    """Height and width of the network's own map."""
-    height, width = (-(-length // spacing) for length in x.lattice.size)
-    return height, width
-
-
 def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float) -> Elements:
     """The elements of a map of so many samples of the network's own grid, new ones of a value."""
     lattice = x.lattice
@@ -92,10 +86,10 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float)
     if min(counts) < 1 or any(length > most for length, most in zip(fine, lattice.most_size, strict=True)):
         raise InvalidInput(
             f"a map of {counts[0]}x{counts[1]} samples is {'empty' if min(counts) < 1 else 'larger than its image'}.",
-            why=f"it was {'x'.join(map(str, _samples(x, spacing)))} before it was cropped or padded.",
+            why=f"it was {'x'.join(map(str, x.lattice.samples(spacing)))} before it was cropped or padded.",
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
-    if tuple(counts) == _samples(x, spacing):
+    if tuple(counts) == x.lattice.samples(spacing):
         return x
     target = lattice.resample(lattice.stage, fine)
     if all(length <= before for length, before in zip(fine, lattice.size, strict=True)):

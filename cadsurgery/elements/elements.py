@@ -272,7 +272,7 @@ def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
 @operation(reads="nothing", gives="other")
 def native_shape(x: Elements, spacing: int, layout: str = NCHW) -> torch.Size:
     """Shape of the map as the network itself sees it, with one sample per `spacing` fine pixels."""
-    height, width = (-(-length // spacing) for length in x.lattice.size)
+    height, width = x.lattice.samples(spacing)
     channels = iter(x.rows.shape[1:])
     known = {"b": x.lattice.batch, "h": height, "w": width, "p": height * width}
     return torch.Size(next(channels) if axis == "c" else known[axis] for axis in layout)

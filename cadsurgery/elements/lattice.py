@@ -269,6 +269,10 @@ class Lattice:
         height, width = (-(-length // self.geometry.sides[-1]) for length in self.whole_size)
         return height * self.geometry.sides[-1], width * self.geometry.sides[-1]
 
+    def samples(self, spacing: int) -> tuple[int, int]:
+        """Height and width of a map with a sample on every `spacing`-th fine pixel."""
+        return -(-self.size[0] // spacing), -(-self.size[1] // spacing)
+
     def holding(self, counts: Sequence[int], spacing: int) -> tuple[int, int]:
         """Fine size of a map with this many samples, `spacing` fine pixels apart: as large as the level map where that
         has no more of them."""

@@ -52,7 +52,7 @@ def resize(
     Raises:
         InvalidInput: the output would be larger than the fine map.
     """
-    before = tuple(-(-length // spacings[0]) for length in x.lattice.size)
+    before = x.lattice.samples(spacings[0])
     wanted = (size, size) if isinstance(size, int) else size
     after = tuple(wanted) if wanted is not None else tuple(count * scale for count in before)
     fine, room = x.lattice.holding(after, spacings[1]), x.lattice.most_size
@@ -263,7 +263,7 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
         spacings: fine pixels between the samples of the network's own grid, before and after.
         scale: r.
     """
-    counts = [-(-length // spacings[0]) * scale for length in x.lattice.size]
+    counts = [length * scale for length in x.lattice.samples(spacings[0])]
     target = x.lattice.resample(stage, x.lattice.holding(counts, spacings[1]))
     (height, width), (image, y, x_) = x.lattice.size, target.coordinates
     down, across = (at // spacings[1] % scale for at in (y, x_))

@@ -355,7 +355,7 @@ def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> 
     The sum over positions is scaled to the network's own grid; see `global_reduce`. It is what attention between
     channels and pooling by attention are made of.
     """
-    height, width = (-(-length // spacing) for length in x.lattice.size)
+    height, width = x.lattice.samples(spacing)
     share = x.lattice.weights / (x.lattice.size[0] * x.lattice.size[1]) * height * width
     weighed = without_padding(x) * share.to(x.rows).view(-1, *(1,) * (x.rows.dim() - 1))
     parts: Iterable[tuple[Tensor, Tensor]]

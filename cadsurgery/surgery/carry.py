@@ -23,6 +23,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
 from cadsurgery.surgery.arguments import Arguments
+from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.guards import compared, decided, user_line
 from cadsurgery.surgery.trace import Tracer
 
@@ -132,10 +133,6 @@ class Carrier(Tracer):
         """A symbol for each node."""
         return Symbol(node, self)
 
-    def create_arg(self, a: Any) -> Any:
-        """As torch does, but a symbol is no tensor here, whatever it says of itself."""
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
-
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A function of symbols as a node."""
         return self.create_proxy("call_function", function, args, kwargs)
@@ -226,7 +223,7 @@ class Carrier(Tracer):
             if _asks(node):
                 source: Any = node.args[0]
                 pending.extend(part for part in self._maps_behind(source) if _selects(part))
-            elif node.op == "placeholder" and isinstance(self.values.get(node), Tensor):
+            elif node.op == "placeholder" and tensors_of(self.values.get(node)):
                 return True
             else:
                 pending.extend(node.all_input_nodes)

@@ -19,14 +19,7 @@ from torch import fx
 
 from cadsurgery.support.errors import InvalidInput
 
-_COMPARISONS = {
-    operator.eq: "==",
-    operator.ne: "!=",
-    operator.lt: "<",
-    operator.le: "<=",
-    operator.gt: ">",
-    operator.ge: ">=",
-}
+_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 _LIBRARIES = tuple(
     f"{Path(str(module.__file__)).parent}{os.sep}" for module in (torch, sys.modules["cadsurgery"])
 )

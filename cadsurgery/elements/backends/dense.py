@@ -41,16 +41,14 @@ class _Dense(NamedTuple):
 
 def _dense(reads: Between) -> _Dense | None:
     """The dense operation that does the same where both lattices are uniform; else None."""
-    window, geometry = reads.window, reads.source.geometry
-    if not _has_whole_map(reads):
+    window, levels = reads.window, _levels(reads)
+    if levels is None:
         return None
-    source_level, target_level = reads.source.uniform_level, reads.target.uniform_level
-    if source_level is None or target_level is None:
-        return None
-    side = geometry.sides[source_level]
+    sides, (source_level, target_level) = reads.source.geometry.sides, levels
+    side = sides[source_level]
     if any(step * window.spacing % side for step in (*window.dilation, *window.padding)):
         return None
-    stride = geometry.sides[target_level] // side
+    stride = sides[target_level] // side
     down, across, top, _, left, _ = (
         step * window.spacing // side for step in (*window.dilation, *window.padding)
     )
@@ -80,28 +78,28 @@ class _Spread(NamedTuple):
 
 def spread_of(reads: Between) -> _Spread | None:
     """The dense operation that a transposed convolution is where both lattices are uniform; else None."""
-    window, geometry = reads.window, reads.source.geometry
-    if not _has_whole_map(reads):
+    window, levels = reads.window, _levels(reads)
+    if levels is None:
         return None
-    source_level, target_level = reads.source.uniform_level, reads.target.uniform_level
-    if source_level is None or target_level is None:
-        return None
-    before, after = geometry.sides[source_level], geometry.sides[target_level]
+    before, after = (reads.source.geometry.sides[level] for level in levels)
     shifts = window.output_spacing // after
     if window.spacing % before or window.output_spacing % after or (shifts > 1 and after % before):
         return None
-    samples, wanted = (
-        (-(-height // spacing), -(-width // spacing))
-        for (height, width), spacing in (
-            (reads.source.size, window.spacing),
-            (reads.target.size, window.output_spacing),
-        )
-    )
+    samples = reads.source.samples(window.spacing)
+    wanted = reads.target.samples(window.output_spacing)
     return _Spread(window.spacing // before, shifts, after // before, samples, wanted)
 
 
+def _levels(reads: Between) -> tuple[int, int] | None:
+    """The levels of both lattices, if the same can be computed on a dense map, and may be; else None."""
+    if not _has_whole_map(reads):
+        return None
+    source, target = reads.source.uniform_level, reads.target.uniform_level
+    return None if source is None or target is None else (source, target)
+
+
 def _has_whole_map(reads: Between) -> bool:
-    """Whether the same can be computed on a dense map, and may be."""
+    """Whether the same can be computed on a dense map, and may be, if the lattices are uniform."""
     geometry = reads.source.geometry
     plain = geometry.anchor == "corner" and reads.window.mode == "zeros" and not reads.drop
     return geometry.dense_shortcut and plain
