@@ -117,8 +117,8 @@ class Treatment:
             InvalidInput: the function is not declared.
         """
         if isinstance(self.call, str):
-            if self.call and self.call not in functional.__all__:
-                raise UnknownName("operation on elements", self.call, functional.__all__)
+            if self.call and not hasattr(functional, self.call):
+                raise UnknownName("operation on elements", self.call, vars(functional))
             object.__setattr__(self, "call", getattr(functional, self.call) if self.call else None)
         if self.call is not None and operation_of(self.call) is None:
             raise InvalidInput(
