@@ -267,7 +267,7 @@ def _torchvision_builder(name: str) -> Builder:
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
         all_weights: Any = torchvision.models.get_model_weights(name)
         known = {entry.name: entry for entry in all_weights}
-        entry = known.get(weights) or getattr(all_weights, "DEFAULT", None)
+        entry: Any = known.get(weights) or getattr(all_weights, "DEFAULT", None)
         what = f"{name} {entry.name}" if entry is not None else None
         model, note = _pretrained(
             "torchvision", name, weights, list(known), what, lambda: builder(weights=entry, **kwargs)

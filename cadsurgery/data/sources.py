@@ -14,6 +14,7 @@ from torch import Tensor
 from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
 from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, labelled_scene, read_image
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.plain import split_options
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -282,23 +283,14 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
     if name not in KINDS:
         raise UnknownName("kind of data", name, KINDS, next="write e.g. folder:PATH,classes=11,ignore=11.")
     kind = KINDS[name]
-    place, *given = (part.strip() for part in rest.split(","))
-    if not place:
+    place, _, written = rest.partition(",")
+    if not place.strip():
         raise InvalidInput(f"data {spec!r} names no place.", next=f"write {name}:PATH. {kind.where}")
-    options = dict(kind.options)
-    for part in given:
-        option, equals, value = part.partition("=")
-        if option not in options:
-            raise UnknownName(f"option of data {name!r}", option, options)
-        if not equals or not value:
-            raise InvalidInput(
-                f"option {option!r} of data {name!r} has no value.", next=f"write {option}=VALUE."
-            )
-        options[option] = value
+    options = {**kind.options, **split_options(written, kind.options, f"data {name!r}")}
     told = {option: value for option, value in options.items() if value is not None}
     if lacking := options.keys() - told.keys():
         option = min(lacking)
         raise InvalidInput(f"data {name!r} needs {option}=...", next=f"write e.g. {spec},{option}=11.")
     if kind.splits and split not in kind.splits:
         raise UnknownName(f"split of data {name!r}", split, kind.splits)
-    return kind.open(place, split, told, spec)
+    return kind.open(place.strip(), split, told, spec)

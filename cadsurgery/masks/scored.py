@@ -16,7 +16,15 @@ from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
-from cadsurgery.masks.graded import check_count, check_sigma, check_thresholds, levels_of_scores, several
+from cadsurgery.masks.graded import levels_of_scores
+from cadsurgery.masks.options import (
+    NUMBER,
+    WIDTH,
+    check_count,
+    check_falling,
+    check_options,
+    several,
+)
 from cadsurgery.masks.provider import Grid, MaskProvider, check_scores, mask_provider
 from cadsurgery.masks.saliency import spectral_residual
 from cadsurgery.support.errors import InvalidInput, UnknownName
@@ -29,20 +37,19 @@ MEASURES = ("margin", "entropy")
 class ScoredMask(MaskProvider):
     """Base of masks that keep high what a map of scores says; several thresholds on it give graded levels. A subclass
     gives the map (`scores`).
+
+    Args:
+        threshold: on the scores; the i-th decides what gets level i, everything else the lowest level.
+
+    Raises:
+        InvalidInput: thresholds that are NaN or do not fall.
     """
 
     def __init__(self, threshold: float | tuple[float, ...]) -> None:
-        """Create the mask.
-
-        Args:
-            threshold: on the scores; the i-th decides what gets level i, everything else the lowest level.
-
-        Raises:
-            InvalidInput: thresholds that are NaN or do not fall.
-        """
         super().__init__()
         self.threshold = several(threshold)
-        check_thresholds(self.threshold, f"mask {self.name}", falling=True)
+        check_options(self.name, threshold=(self.threshold, NUMBER))
+        check_falling(self.name, self.threshold)
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
@@ -50,7 +57,7 @@ class ScoredMask(MaskProvider):
         Raises:
             InvalidInput: more thresholds than levels, or no scores.
         """
-        check_count(len(self.threshold), "thresholds", grid, f"mask {self.name}")
+        check_count(self.name, "thresholds", len(self.threshold), grid.max_level)
         return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
 
 
@@ -60,20 +67,15 @@ class DetailMask(ScoredMask):
 
     The squared error is summed over channels, smoothed, so that kept areas are compact, and divided by its mean over
     the image: a threshold of 2 keeps what misses twice the average. No training, no labels, hardly any work.
+
+    Args:
+        threshold: on the relative error; several as in `ScoredMask`.
+        sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
     """
 
     def __init__(self, threshold: float | tuple[float, ...] = (1.5,), sigma: float = 2.0) -> None:
-        """Create the mask.
-
-        Args:
-            threshold: on the relative error; several as in `ScoredMask`.
-            sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
-
-        Raises:
-            InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
-        """
         super().__init__(threshold)
-        check_sigma(sigma, "mask detail")
+        check_options("detail", sigma=(sigma, WIDTH))
         self.sigma = sigma
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
@@ -97,7 +99,18 @@ def interpolation_error(features: Tensor) -> Tensor:
 
 @mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
 class SaliencyMask(ScoredMask):
-    """Keep high what a function of the image scores at least the threshold; several thresholds give levels."""
+    """Keep high what a function of the image scores at least the threshold; several thresholds give levels.
+
+    Args:
+        function: from the image batch (B, C, H, W), normalised as the network sees it, to a floating-point map
+            (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
+            `module:function` of one that can be imported.
+        threshold: on the map; several as in `ScoredMask`.
+
+    Raises:
+        UnknownName: no such module or function.
+        InvalidInput: no function, or thresholds as in `ScoredMask`.
+    """
 
     image_only = True
 
@@ -106,18 +119,6 @@ class SaliencyMask(ScoredMask):
         function: str | Callable[[Tensor], Tensor] = SPECTRAL,
         threshold: float | tuple[float, ...] = (1.0,),
     ) -> None:
-        """Create the mask.
-
-        Args:
-            function: from the image batch (B, C, H, W), normalised as the network sees it, to a floating-point map
-                (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
-                `module:function` of one that can be imported.
-            threshold: on the map; several as in `ScoredMask`.
-
-        Raises:
-            UnknownName: no such module or function.
-            InvalidInput: no function, or thresholds that are NaN or do not fall.
-        """
         super().__init__(threshold)
         example = f"saliency:function={SPECTRAL}"
         self._function: Any = function
@@ -131,7 +132,7 @@ class SaliencyMask(ScoredMask):
                 next="give a function image -> scores, or the name module:function of one.",
             )
         self.function = function if isinstance(function, str) else name_of(function)
-        self._named = isinstance(function, str)
+        self.has_own_function = not isinstance(function, str)
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The function's map, at least float32, resized to the fine map (bilinear, with antialiasing).
@@ -152,17 +153,22 @@ class SaliencyMask(ScoredMask):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return check_scores(resize(scores, grid.size), grid, self.function, "saliency")
 
-    @property
-    def storable(self) -> bool:
-        """Only if the function was given by name."""
-        return self._named
-
 
 @mask_provider("confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)")
 class ConfidenceMask(ScoredMask):
     """Keep high where the network is unsure after a first pass with everything downsampled.
 
     The pass begins where the region begins: what comes before runs once. Its work counts as the mask's.
+
+    Args:
+        threshold: on the doubt, 0..1; several as in `ScoredMask`.
+        measure: of doubt: `margin`, one minus the difference of the two largest probabilities, or `entropy`,
+            divided by its largest value.
+        sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
+
+    Raises:
+        UnknownName: no such measure.
+        InvalidInput: thresholds as in `ScoredMask`, or a sigma that is no width.
     """
 
     image_only = True
@@ -171,23 +177,11 @@ class ConfidenceMask(ScoredMask):
     def __init__(
         self, threshold: float | tuple[float, ...] = (0.5,), measure: str = "margin", sigma: float = 1.0
     ) -> None:
-        """Create the mask.
-
-        Args:
-            threshold: on the doubt, 0..1; several as in `ScoredMask`.
-            measure: of doubt: `margin`, one minus the difference of the two largest probabilities, or `entropy`,
-                divided by its largest value.
-            sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
-
-        Raises:
-            UnknownName: no such measure.
-            InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
-        """
         super().__init__(threshold)
         self.measure, self.sigma = measure, sigma
         if measure not in MEASURES:
             raise UnknownName("measure of mask 'confidence'", measure, MEASURES)
-        check_sigma(sigma, "mask confidence")
+        check_options("confidence", sigma=(sigma, WIDTH))
 
     @property
     def looks_ahead(self) -> bool:
