@@ -31,18 +31,10 @@ _DECISIVE = ("aux_loss", "aux_logits", "transform_input")
 # What a file that is not trusted may give to builders: what chooses among the shapes of a network, none of which reads
 # files or addresses.
 _SHAPING = {
-    *(
-        "num_classes",
-        "in_chans",
-        "output_stride",
-        "features_only",
-        "out_indices",
-        "global_pool",
-        "width_mult",
-    ),
-    *("replace_stride_with_dilation", "groups", "width_per_group", "zero_init_residual", "dropout"),
-    *("drop_rate", "drop_path_rate", "act_layer", "norm_layer", "trainable_backbone_layers", "init_weights"),
-    *_DECISIVE,
+    *("num_classes", "in_chans", "output_stride", "features_only", "out_indices", "global_pool"),
+    *("width_mult", "groups", "width_per_group", "replace_stride_with_dilation", "zero_init_residual"),
+    *("dropout", "drop_rate", "drop_path_rate", "act_layer", "norm_layer", "trainable_backbone_layers"),
+    *("init_weights", *_DECISIVE),
 }
 _SMALL, _FEW = 4096, 10_000_000  # of such an argument; values of parameters that a builder may make and drop
 # Networks of torchvision for pairs of images, for video, or of quantised weights, by a part of their name.
@@ -265,7 +257,7 @@ def _torchvision_builder(name: str) -> Builder:
     no_backbone = {"weights_backbone": None} if "weights_backbone" in parameters else {}
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
-        all_weights: Any = torchvision.models.get_model_weights(name)
+        all_weights: Any = () if weights == "none" else torchvision.models.get_model_weights(name)
         known = {entry.name: entry for entry in all_weights}
         entry: Any = known.get(weights) or getattr(all_weights, "DEFAULT", None)
         what = f"{name} {entry.name}" if entry is not None else None

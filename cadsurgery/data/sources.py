@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,18 +53,11 @@ def missing(kind: Kind, place: str, why: str) -> FileError:
 # -- a plain folder ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Pairs of files."""
-
-    images: tuple[Path, ...]
-    labels: tuple[Path, ...]
-
-    def __call__(self, position: int) -> tuple[Tensor, Image.Image]:
-        image = read_image(self.images[position])
-        with Image.open(self.labels[position]) as file:
-            file.load()
-            return image, file.copy()
+def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[Tensor, Image.Image]:
+    image = read_image(images[position])
+    with Image.open(labels[position]) as file:
+        file.load()
+        return image, file.copy()
 
 
 def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -89,14 +82,9 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         )
     classes = _class_names(options["classes"])
     ignore = [_number("ignore", part) for part in options["ignore"].split("/") if part]
-    return SegmentationData(
-        spec,
-        split,
-        classes,
-        tuple(map(str, images)),
-        _Files(tuple(images), tuple(labels)),
-        identity_table(len(classes), ignore),
-    )
+    read = partial(_read_files, images, labels)
+    table = identity_table(len(classes), ignore)
+    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table)
 
 
 def _class_names(text: str) -> tuple[str, ...]:
@@ -117,15 +105,8 @@ def _number(option: str, text: str) -> int:
 # -- torchvision ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Torchvision:
-    """Items of a dataset of torchvision, in the order of their names."""
-
-    dataset: Any
-    order: tuple[int, ...]
-
-    def __call__(self, position: int) -> tuple[Any, Any]:
-        return self.dataset[self.order[position]]
+def _read_torchvision(dataset: Any, order: Sequence[int], position: int) -> tuple[Any, Any]:
+    return dataset[order[position]]
 
 
 def _torchvision(
@@ -138,10 +119,9 @@ def _torchvision(
         raise missing(KINDS[name], rest.partition(",")[0], first_line(error)) from error
     names = [str(path) for path in (dataset._images if name == "pets" else dataset.images)]
     order = sorted(range(len(names)), key=names.__getitem__)
-    read = _Torchvision(dataset, tuple(order))
-    return SegmentationData(
-        spec, split, classes, tuple(names[index] for index in order), read, tuple(table.items())
-    )
+    in_order = tuple(names[index] for index in order)
+    read = partial(_read_torchvision, dataset, order)
+    return SegmentationData(spec, split, classes, in_order, read, tuple(table.items()))
 
 
 def _cityscapes(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -188,15 +168,8 @@ def _pets(place: str, split: str, options: Mapping[str, str], spec: str) -> Segm
 # -- generated -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Scenes:
-    """Generated street scenes."""
-
-    size: tuple[int, int]
-    first: int
-
-    def __call__(self, position: int) -> tuple[Tensor, Tensor]:
-        return labelled_scene(*self.size, self.first + position)
+def _read_scene(height: int, width: int, first: int, position: int) -> tuple[Tensor, Tensor]:
+    return labelled_scene(height, width, first + position)
 
 
 def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -208,9 +181,8 @@ def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> Seg
         )
     first = 1_000_000 * KINDS["scene"].splits.index(split)  # no scene is in two splits
     names = tuple(f"scene {first + position}" for position in range(count))
-    return SegmentationData(
-        spec, split, SCENE_CLASSES, names, _Scenes(size, first), identity_table(len(SCENE_CLASSES))
-    )
+    table = identity_table(len(SCENE_CLASSES))
+    return SegmentationData(spec, split, SCENE_CLASSES, names, partial(_read_scene, *size, first), table)
 
 
 KINDS = {
