@@ -7,7 +7,6 @@ On raw pixels other thresholds are needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,7 +22,33 @@ IGNORED = 255  # label of pixels that belong to no class
 _CALL = "with cadsurgery.masks.labelled(labels): net(image)"
 
 
-class GradedMask(MaskProvider):
+class SteppedMask(MaskProvider):
+    """Base of masks with several thresholds, widths, ..., each of which decides what gets one more level. A subclass
+    gives the maps that decide (`steps`).
+    """
+
+    counted: ClassVar[str] = "thresholds"  # what a message calls them
+
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Bool maps (B, h, w): where level 0, level 1, ... is wanted, as far as no finer one is."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int8: level i where the i-th step is True and none before it, the lowest level elsewhere.
+
+        Raises:
+            InvalidInput: more steps than levels.
+        """
+        steps = self.steps(image, features, grid)
+        check_count(self.name, self.counted, len(steps), grid.max_level)
+        size = (grid.batch, *grid.size)
+        levels = torch.full(size, grid.max_level, dtype=torch.int8, device=steps[0].device)
+        for level in reversed(range(len(steps))):
+            levels = torch.where(steps[level], min(level, grid.max_level), levels)
+        return levels.to(torch.int8)
+
+
+class GradedMask(SteppedMask):
     """Base of masks that keep high what lies near strong places of an image-sized map; several thresholds give graded
     levels. A subclass gives the map (`strength`).
 
@@ -36,7 +61,6 @@ class GradedMask(MaskProvider):
     """
 
     image_only = True
-    counted: ClassVar[str] = "thresholds"  # what a message calls the options that decide about a level each
 
     def __init__(self, threshold: float | tuple[float, ...], dilation: int | tuple[int, ...]) -> None:
         super().__init__()
@@ -53,18 +77,12 @@ class GradedMask(MaskProvider):
         """(B, H, W) floating-point: the map of the image that thresholds are on."""
         raise NotImplementedError
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i within dilation i of a strength of at least threshold i, the lowest elsewhere.
-
-        Raises:
-            InvalidInput: more thresholds than levels.
-        """
-        check_count(self.name, self.counted, len(self.threshold), grid.max_level)
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Within dilation i of a strength of at least threshold i."""
         strength = self.strength(image)
         dilations = self.dilation if len(self.dilation) > 1 else self.dilation * len(self.threshold)
         nearby = {side: near(strength, side, grid) for side in dict.fromkeys(dilations)}
-        strong = (nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True))
-        return levels_where(strong, grid)
+        return [nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True)]
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The greatest strength within the first dilation: what `forward` gives level 0 is at least the threshold."""
@@ -184,17 +202,3 @@ def boundaries(labels: Tensor, ignore: int = IGNORED) -> Tensor:
         for place in (0, 1):
             on_boundary.narrow(axis, place, pairs).logical_or_(differ)
     return on_boundary
-
-
-def levels_where(chosen: Iterable[Tensor], grid: Grid) -> Tensor:
-    """(B, h, w) int8: level i where the i-th bool map is True and none before it, the lowest level elsewhere."""
-    maps = list(chosen)
-    levels = torch.full((grid.batch, *grid.size), grid.max_level, dtype=torch.int8, device=maps[0].device)
-    for level in reversed(range(len(maps))):
-        levels = torch.where(maps[level], min(level, grid.max_level), levels)
-    return levels.to(torch.int8)
-
-
-def levels_of_scores(scores: Tensor, thresholds: Sequence[float], grid: Grid) -> Tensor:
-    """(B, h, w) int8: level i where the scores reach the i-th threshold, the lowest level elsewhere."""
-    return levels_where((scores >= threshold for threshold in thresholds), grid)

@@ -14,9 +14,9 @@ from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import call_context, first_pass_output
 from cadsurgery.masks.detectors import points_of, sift
 from cadsurgery.masks.filters import closeness, grey_of
-from cadsurgery.masks.graded import levels_where
-from cadsurgery.masks.options import between, check_count, check_options
-from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.masks.graded import SteppedMask
+from cadsurgery.masks.options import between, check_options
+from cadsurgery.masks.provider import Grid, mask_provider
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 
@@ -46,7 +46,7 @@ _DILATIONS = (Side(51),)
 @mask_provider(
     "keypoints", source="Hesse et al., CVPRW 2023, D2-Net: dilations 25/51/51 at output strides 1 to 8"
 )
-class KeypointMask(MaskProvider):
+class KeypointMask(SteppedMask):
     """Keep high what lies near keypoints; several dilations give graded levels.
 
     Args:
@@ -66,6 +66,7 @@ class KeypointMask(MaskProvider):
     """
 
     image_only = True
+    counted = "dilations"
 
     def __init__(
         self,
@@ -111,19 +112,17 @@ class KeypointMask(MaskProvider):
         """Whether the network's own scores are looked at."""
         return self._kind == OWN
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i within dilation i of a keypoint, the lowest elsewhere.
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Within dilation i of a keypoint.
 
         A window begins and ends where its pixels do; made legal, that is the published patch rule: level i in every
         block of R_(i+1) samples with a sample of level i.
 
         Raises:
-            InvalidInput: more dilations than levels; no points where they are to be given, or a detector that returns
-                none.
+            InvalidInput: no points where they are to be given, or a detector that returns none.
         """
-        check_count("keypoints", "dilations", len(self.dilations), grid.max_level)
         points = self.points(image, grid)
-        return levels_where([_within(points, side, grid, image) for side in self.dilations], grid)
+        return [_within(points, side, grid, image) for side in self.dilations]
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) float32: minus the distance to the nearest keypoint (the larger of both axes) in samples;
@@ -175,13 +174,11 @@ def own_scores(output: Any, batch: int, where: str) -> Tensor:
     Raises:
         InvalidInput: there is none, or more than one.
     """
+    tensors = [value for value in named_outputs(output).values() if isinstance(value, Tensor)]
     maps = [
         value
-        for value in named_outputs(output).values()
-        if isinstance(value, Tensor)
-        and value.dim() == 4
-        and value.shape[:2] == (batch, 1)
-        and value.is_floating_point()
+        for value in tensors
+        if value.dim() == 4 and value.shape[:2] == (batch, 1) and value.is_floating_point()
     ]
     if len(maps) != 1:
         raise InvalidInput(

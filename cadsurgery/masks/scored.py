@@ -16,16 +16,15 @@ from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
-from cadsurgery.masks.graded import levels_of_scores
+from cadsurgery.masks.graded import SteppedMask
 from cadsurgery.masks.options import (
     NUMBER,
     WIDTH,
-    check_count,
     check_falling,
     check_options,
     several,
 )
-from cadsurgery.masks.provider import Grid, MaskProvider, check_scores, mask_provider
+from cadsurgery.masks.provider import Grid, check_scores, mask_provider
 from cadsurgery.masks.saliency import spectral_residual
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
@@ -34,7 +33,7 @@ SPECTRAL = "cadsurgery.masks.saliency:spectral_residual"
 MEASURES = ("margin", "entropy")
 
 
-class ScoredMask(MaskProvider):
+class ScoredMask(SteppedMask):
     """Base of masks that keep high what a map of scores says; several thresholds on it give graded levels. A subclass
     gives the map (`scores`).
 
@@ -51,14 +50,10 @@ class ScoredMask(MaskProvider):
         check_options(self.name, threshold=(self.threshold, NUMBER))
         check_falling(self.name, self.threshold)
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
-
-        Raises:
-            InvalidInput: more thresholds than levels, or no scores.
-        """
-        check_count(self.name, "thresholds", len(self.threshold), grid.max_level)
-        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Where the scores reach each threshold."""
+        scores = self.scores(image, features, grid)
+        return [scores >= threshold for threshold in self.threshold]
 
 
 @mask_provider("detail", source="ours; measured in recipes/camvid_mobilenetv2")
@@ -201,15 +196,14 @@ class ConfidenceMask(ScoredMask):
 def _logits(output: Any, grid: Grid) -> Tensor:
     """The class scores (B, C, H, W) among the outputs of the first pass: a tensor, or `out` of a dictionary."""
     logits = output.get("out") if isinstance(output, Mapping) else output
-    described = (
-        f"a dictionary of {', '.join(map(str, output))}" if isinstance(output, Mapping) else describe(logits)
-    )
     if (
         not isinstance(logits, Tensor)
         or logits.dim() != 4
         or logits.shape[1] < 2
-        or logits.shape[0] != grid.batch
+        or len(logits) != grid.batch
     ):
+        several = isinstance(output, Mapping)
+        described = f"a dictionary of {', '.join(map(str, output))}" if several else describe(logits)
         raise InvalidInput(
             f"the network gives {described}.",
             where="mask confidence",

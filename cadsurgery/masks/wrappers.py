@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.masks.filters import on_samples, window_maximum
-from cadsurgery.masks.graded import levels_of_scores
+from cadsurgery.masks.graded import SteppedMask
 from cadsurgery.masks.options import (
     NUMBER,
     ODD,
@@ -86,7 +86,7 @@ class Dilate(MaskWrapper):
 
 
 @mask_provider("threshold")
-class Threshold(MaskWrapper):
+class Threshold(MaskWrapper, SteppedMask):
     """Cut the scores of another mask at thresholds, one for each level above the lowest.
 
     Args:
@@ -102,14 +102,10 @@ class Threshold(MaskWrapper):
         check_options("threshold", at=(self.at, NUMBER))
         check_falling("threshold", self.at)
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
-
-        Raises:
-            InvalidInput: more thresholds than levels, or the inner mask's scores are none.
-        """
-        check_count("threshold", "thresholds", len(self.at), grid.max_level)
-        return levels_of_scores(self.inner_scores(image, features, grid), self.at, grid)
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Where the scores of the inner mask reach each threshold."""
+        scores = self.inner_scores(image, features, grid)
+        return [scores >= threshold for threshold in self.at]
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """Those of the inner mask."""
@@ -230,8 +226,11 @@ class Budget(MaskWrapper):
         return torch.empty_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
 
     def _of_patches(self, scores: Tensor, grid: Grid) -> Tensor:
-        """The scores by patch, once they are known to have a rank."""
-        of_patches = patch_scores(scores, grid.patch)
+        """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each patch, at the border of
+        the samples inside the map. In float64, where sums of equal float32 values are exact: equal scores stay equal
+        whatever the size of their patches."""
+        samples = scores.double().unsqueeze(1)
+        of_patches = F.avg_pool2d(samples, grid.patch, ceil_mode=True, count_include_pad=False).squeeze(1)
         if not torch.compiler.is_compiling() and of_patches.isnan().any():
             raise InvalidInput(
                 "the scores hold infinities of both signs in one patch.",
@@ -240,16 +239,6 @@ class Budget(MaskWrapper):
                 next="check the image and the mask that gives the scores.",
             )
         return of_patches
-
-
-def patch_scores(scores: Tensor, patch: int) -> Tensor:
-    """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each aligned block.
-
-    A block at the border counts the samples inside the map. In float64, where sums of equal float32 values are
-    exact: equal scores stay equal whatever the size of their blocks.
-    """
-    samples = scores.double().unsqueeze(1)
-    return F.avg_pool2d(samples, patch, ceil_mode=True, count_include_pad=False).squeeze(1)
 
 
 @mask_provider("smooth")
