@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import pairwise
-from typing import Literal, get_type_hints
+from typing import Literal
 
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.support.errors import UnknownName
-from cadsurgery.support.plain import check_fields
+from cadsurgery.support.plain import read_as
 
 # What the reason of such nodes was in files that do not say `after` yet.
 _AFTER = "after the region"
@@ -202,13 +201,10 @@ class Plan:
             Exception: of several kinds, for a text that is no plan.
         """
         values = json.loads(text)
-        decisions = tuple(_decision(entry) for entry in values.pop("decisions"))
-        considered = tuple(
-            Considered(**check_fields(entry, _hints(Considered), "a reading"))
-            for entry in values.pop("considered", ())
-        )
-        hints = {name: hint for name, hint in _hints(Plan).items() if name not in ("decisions", "considered")}
-        plan = Plan(decisions, **check_fields(values, hints, "the plan"), considered=considered)
+        for entry in values["decisions"]:
+            if entry["reason"] == _AFTER:
+                entry.setdefault("after", True)
+        plan: Plan = read_as(Plan, values, "the plan")
         plan._check()
         return plan
 
@@ -302,19 +298,3 @@ class Plan:
             return decision.leaves and f"-> {decision.leaves}"
         before, after = (self.strides[stage] for stage in decision.stages)
         return f"{before} -> {after}" if before != after else f"{after}"
-
-
-_hints = cache(get_type_hints)
-
-
-def _decision(values: object) -> Decision:
-    """A decision from plain values."""
-    if isinstance(values, dict) and values.get("reason") == _AFTER:
-        values = {"after": True, **values}
-    fields = check_fields(values, {**_hints(Decision), "window": tuple | None}, "a decision")
-    if fields["window"] is not None:
-        numbers = dict(zip(Window._fields, fields["window"], strict=False))
-        if len(fields["window"]) > len(Window._fields):
-            raise ValueError("a window has too many numbers")
-        fields["window"] = Window(**check_fields(numbers, _hints(Window), "a window"))
-    return Decision(**fields)
