@@ -17,7 +17,7 @@ from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.paths import blend
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.surgery.trace import evaluating
 
@@ -60,9 +60,9 @@ class Blend(Objective):
             InvalidInput: no network that is adaptive as a whole, or one without a learned mask.
         """
         super().__init__(net)
-        _choice("statistics", statistics, ("separate", "shared"))
-        _choice("share", share, ("balanced", "published"))
-        _choice("network", network, ("blend", "mixed", "fixed"))
+        check_name("choice of statistics", statistics, ("separate", "shared"))
+        check_name("choice of share", share, ("balanced", "published"))
+        check_name("choice of network", network, ("blend", "mixed", "fixed"))
         _check_whole(net)
         mask = _learned_mask(net.mask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
@@ -170,11 +170,6 @@ def _learned_mask(mask: MaskProvider) -> LearnedMask | None:
     if isinstance(mask, LearnedMask):
         return mask
     return next((part for part in map(_learned_mask, mask.parts) if part is not None), None)
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UnknownName(f"choice of {name}", value, known)
 
 
 @contextmanager

@@ -59,24 +59,20 @@ def make_groups(
         "mask": settings.mask_factor,
         "fixed": 0.0,
     }
-    of_mask = {id(p) for p in net.get_submodule(MASK).parameters()} if isinstance(net, AdaptiveModel) else ()
-    of_head = {id(p) for child in _head(net) for p in child.parameters()}
+    heads = _heads(net)
+    others = [child for name, child in net.named_children() if name != MASK and child not in heads]
+    of_mask = set(net.get_submodule(MASK).parameters()) if isinstance(net, AdaptiveModel) else set()
+    of_head = {parameter for child in heads for parameter in child.parameters()}
     # A weight shared by both sides moves at the careful rate.
-    of_backbone = {
-        id(p)
-        for name, child in net.named_children()
-        if name != MASK and not any(child is head for head in _head(net))
-        for p in child.parameters()
-    }
+    of_head -= {parameter for child in others for parameter in child.parameters()}
     groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
     for name, parameter in parameters.items():
-        key = id(parameter)
         if not parameter.requires_grad:
             group = "fixed"
-        elif key in of_mask:
+        elif parameter in of_mask:
             group = "mask"
         else:
-            group = "classifier" if key in of_head and key not in of_backbone else "backbone"
+            group = "classifier" if parameter in of_head else "backbone"
         groups[group][name] = parameter
     if not any(groups[name] for name in factors if name != "fixed"):
         raise InvalidInput(
@@ -87,7 +83,7 @@ def make_groups(
     return tuple(Group(name, factors[name], groups[name]) for name in factors if groups[name])
 
 
-def _head(net: nn.Module) -> list[nn.Module]:
+def _heads(net: nn.Module) -> list[nn.Module]:
     children = {
         name: child
         for name, child in net.named_children()
@@ -156,26 +152,10 @@ def stem_of(net: nn.Module) -> Stem:
     )
 
 
-@dataclass(frozen=True)
-class Modes:
-    """Which modules of a network run in evaluation mode while it is trained."""
-
-    net: nn.Module
-    fixed: tuple[nn.Module, ...]
-
-    @staticmethod
-    def of(net: nn.Module, stem: Stem, settings: Settings) -> Modes:
-        """The modules of the stem, and batch norms if they are frozen."""
-        frozen = settings.batch_norm == "frozen"
-        fixed = (
-            module
-            for path, module in net.named_modules()
-            if path in stem.modules or (frozen and isinstance(module, _BatchNorm))
-        )
-        return Modes(net, tuple(fixed))
-
-    def train(self) -> None:
-        """Set the modes for training."""
-        self.net.train()
-        for module in self.fixed:
+def set_modes(net: nn.Module, stem: Stem, settings: Settings) -> None:
+    """Training mode, but evaluation mode of the modules of the stem, and of batch norms if they are frozen."""
+    net.train()
+    frozen = settings.batch_norm == "frozen"
+    for path, module in net.named_modules():
+        if path in stem.modules or (frozen and isinstance(module, _BatchNorm)):
             module.eval()

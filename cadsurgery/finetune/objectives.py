@@ -20,7 +20,7 @@ from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import same_place
 from cadsurgery.surgery.trace import evaluating
@@ -110,12 +110,10 @@ def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Obj
         UnknownName: no such objective or option.
         InvalidInput: an option's value, or the network, does not fit.
     """
-    if name not in OBJECTIVES:
-        raise UnknownName("objective", name, OBJECTIVES)
+    check_name("objective", name, OBJECTIVES)
     known = list(inspect.signature(OBJECTIVES[name]).parameters)[1:]
     for option in options:
-        if option not in known:
-            raise UnknownName(f"option of objective {name!r}", option, known)
+        check_name(f"option of objective {name!r}", option, known)
     return OBJECTIVES[name](net, **options)
 
 
@@ -188,8 +186,7 @@ class AnyBudget(Objective):
                 f"extremes={extremes}, temperature={temperature}.",
                 next="fractions and extremes are in 0..1, low is at most high, temperature above 0.",
             )
-        if teacher not in ("initial", "self"):
-            raise UnknownName("teacher", teacher, ("initial", "self"))
+        check_name("teacher", teacher, ("initial", "self"))
         self.fractions, self.low, self.high = tuple(fractions), min(ends), max(ends)
         self.extremes, self.temperature = extremes, temperature
         self.weight, self.supervision = weight, supervision

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cadsurgery.finetune.batches import Batch, Samples
 from cadsurgery.finetune.evaluation import check_classes
@@ -43,28 +40,20 @@ def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
         return
     batch = batch.first(2).to(parameters[0].device)
     torch.manual_seed(derive_seed(seed, 5))
-    with _keep_buffers(objective):
-        try:
-            objective(batch.inputs, batch.labels, Draw(seed, 0, batch.positions))["loss"].backward()
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise InvalidInput(
-                "batch norm cannot be trained on one value per channel.",
-                why=first_line(error),
-                next='set batch to 2 or more, or batch_norm="frozen".',
-            ) from error
+    statistics = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+    try:
+        objective(batch.inputs, batch.labels, Draw(seed, 0, batch.positions))["loss"].backward()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InvalidInput(
+            "batch norm cannot be trained on one value per channel.",
+            why=first_line(error),
+            next='set batch to 2 or more, or batch_norm="frozen".',
+        ) from error
+    finally:
+        for buffer, before in statistics:
+            buffer.copy_(before)
     for parameter in parameters:
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
-
-
-@contextmanager
-def _keep_buffers(module: nn.Module) -> Iterator[None]:
-    """Whatever the block does to running statistics is undone."""
-    before: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)

@@ -26,7 +26,7 @@ from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.program import GraphInterpreter, Program
-from cadsurgery.support.errors import InvalidInput, UnknownName, first_line
+from cadsurgery.support.errors import InvalidInput, check_name, first_line
 from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -109,8 +109,7 @@ def count_macs(
     program: Program, counted: Program, mask: object, args: tuple[Any, ...], kwargs: dict[str, Any], rule: str
 ) -> MacReport:
     """See `AdaptiveModel.macs`; `counted` is the program on shapes without values."""
-    if rule not in RULES:
-        raise UnknownName("counting rule", rule, RULES)
+    check_name("counting rule", rule, RULES)
     image = program.image(program.bind(*args, **kwargs))
     check_image(image)
     provider, geometry = resolve_mask(mask), program.geometry
@@ -232,8 +231,7 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
         UnknownName: no such rule.
         InvalidInput: it does not run on them.
     """
-    if rule not in RULES:
-        raise UnknownName("counting rule", rule, RULES)
+    check_name("counting rule", rule, RULES)
     counted, counts = ghost(model), [0]
     backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
 

@@ -29,7 +29,7 @@ from cadsurgery.network.dependencies import Cone, Place, WithinCone, places_of, 
 from cadsurgery.network.macs import Counter, ghost, to_meta
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.surgery.guards import drop_dead_code
 
 Reach = Literal["all", "receptive"]
@@ -206,9 +206,8 @@ class _Run:
         align: str,
     ) -> _Run:
         """Everything up to the lattice."""
-        for kind, name, known in (("reach", reach, REACHES), ("alignment", align, ALIGNMENTS)):
-            if name not in known:
-                raise UnknownName(kind, name, known)
+        check_name("reach", reach, REACHES)
+        check_name("alignment", align, ALIGNMENTS)
         program = net.program
         program.check(image)
         if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
