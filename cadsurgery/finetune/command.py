@@ -123,11 +123,7 @@ class _Prepared:
 
 
 def _cache_stem(whole: _Prepared, device: str) -> _Prepared:
-    """The body on the outputs of the stem; they take the place of the augmentation, but for crops and mirroring.
-
-    Raises:
-        InvalidInput: the settings scale images, a crop that does not fit, or what `CachedStem` refuses.
-    """
+    """The body on the outputs of the stem; they take the place of the augmentation, but for crops and mirroring."""
     settings = whole.settings
     if settings.scale != (1.0, 1.0):
         raise InvalidInput(

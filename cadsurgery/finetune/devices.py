@@ -30,16 +30,16 @@ def make_accelerator(settings: Settings, device: str) -> Any:
         )
     reason = "its gradients need a scaler, which this device has not"
     try:
-        made = accelerate.Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+        accelerator = accelerate.Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
     except (ValueError, RuntimeError) as error:
-        made, reason = None, first_line(error)
-    if made is None or (settings.precision == "fp16" and made.scaler is None):
+        accelerator, reason = None, first_line(error)
+    if accelerator is None or (settings.precision == "fp16" and accelerator.scaler is None):
         raise InvalidInput(
             f"precision {settings.precision!r} cannot be had on this device.",
             why=reason,
             next="train in precision no or bf16, or on a GPU.",
         )
-    return made
+    return accelerator
 
 
 def average_weights(net: nn.Module, decay: float) -> AveragedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -108,21 +108,11 @@ def make_optimizer(groups: Iterable[Group], settings: Settings) -> torch.optim.O
     )
 
 
-@dataclass(frozen=True)
-class Stem:
-    """What is used before the adaptive region only.
-
-    Attributes:
-        parameters: their names.
-        modules: paths of the modules that the plan decides on, without those inside them.
-    """
-
-    parameters: frozenset[str] = frozenset()
-    modules: frozenset[str] = frozenset()
+IsFixed = Callable[[str], bool]
 
 
-def stem_of(net: nn.Module) -> Stem:
-    """The stem of an adaptive network, by its plan.
+def stem_of(net: nn.Module) -> IsFixed:
+    """Whether a module or parameter of an adaptive network, by its name, is used before the region only.
 
     Raises:
         InvalidInput: the network is not adaptive, so it has no region.
@@ -138,24 +128,20 @@ def stem_of(net: nn.Module) -> Stem:
         path = ".".join(filter(None, (net.plan.part, decision.path)))
         is_before = decision.action == "dense" and not decision.after
         before[path] = is_before and before.get(path, True)
-    containers = {path[:end] for path in before for end, letter in enumerate(path) if letter == "."}
 
     def is_stem(name: str) -> bool:
         """By the innermost module that the plan names."""
         parts = name.split(".")
         paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-        return next((before[path] for path in paths if path in before), False)
+        return next((before[path] for path in paths if path and path in before), False)
 
-    return Stem(
-        frozenset(name for name, _ in net.named_parameters() if is_stem(name)),
-        frozenset(path for path, first in before.items() if first and path and path not in containers),
-    )
+    return is_stem
 
 
-def set_modes(net: nn.Module, stem: Stem, settings: Settings) -> None:
-    """Training mode, but evaluation mode of the modules of the stem, and of batch norms if they are frozen."""
+def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
+    """Training mode, but evaluation mode of what is fixed, and of batch norms if they are frozen."""
     net.train()
     frozen = settings.batch_norm == "frozen"
     for path, module in net.named_modules():
-        if path in stem.modules or (frozen and isinstance(module, _BatchNorm)):
-            module.eval()
+        if is_fixed(path) or (frozen and isinstance(module, _BatchNorm)):
+            module.training = False

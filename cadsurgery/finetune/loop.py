@@ -27,8 +27,8 @@ from cadsurgery.finetune.checkpoints import (
 )
 from cadsurgery.finetune.devices import average_weights, make_accelerator
 from cadsurgery.finetune.evaluation import evaluate
-from cadsurgery.finetune.groups import Stem, make_groups, make_optimizer, set_modes, stem_of
-from cadsurgery.finetune.logs import Log, Row, open_log
+from cadsurgery.finetune.groups import make_groups, make_optimizer, set_modes, stem_of
+from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, open_log
 from cadsurgery.finetune.objectives import Objective, make_objective
 from cadsurgery.finetune.probe import count_outputs, freeze_unused
 from cadsurgery.finetune.results import Outcome, write_network
@@ -128,7 +128,7 @@ class _Run:
             len(self.data), settings.seed, settings.batch, settings.accumulate, processes
         )
         net.to(self.accelerator.device)
-        self.stem = stem_of(net) if settings.freeze == "stem" else Stem()
+        self.is_fixed = stem_of(net) if settings.freeze == "stem" else lambda name: False
         first = next(self._batches(range(1), workers=0))
         self.classes = count_outputs(net, self.data, first)
         identity = identity_of(net, self.data, self.augment, settings, processes)
@@ -138,8 +138,8 @@ class _Run:
         named = partial(make_objective, settings.objective, options=settings.objective_options)
         self.objective: Objective = (make or named)(net).to(self.accelerator.device)
         for name, parameter in net.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name not in self.stem.parameters)
-        set_modes(self.net, self.stem, self.settings)
+            parameter.requires_grad_(parameter.requires_grad and not self.is_fixed(name))
+        set_modes(self.net, self.is_fixed, self.settings)
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
         self.optimizer = make_optimizer(self.groups, settings)
@@ -164,9 +164,9 @@ class _Run:
                 log.close()
         return self._finish(resumed)
 
-    def _steps(self, steps: range, log: Log | None) -> None:
+    def _steps(self, steps: range, log: CsvLog | TensorBoardLog | None) -> None:
         source = self._batches(steps, self.settings.workers)
-        set_modes(self.net, self.stem, self.settings)
+        set_modes(self.net, self.is_fixed, self.settings)
         for step in steps:
             rate = learning_rate(step, 1.0, self.settings)
             scalars = self._step(step, source)

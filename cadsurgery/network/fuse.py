@@ -29,25 +29,18 @@ from cadsurgery.surgery.treatment import has_rule
 # Where the fused convolutions are found in the network that runs the graph.
 KERNELS = "cadsurgery_kernels"
 
-_RELU, _RELU6 = Activation("relu"), Activation("hardtanh", (0.0, 6.0))
-_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
-    nn.ReLU: lambda module: _RELU,
-    nn.ReLU6: lambda module: _RELU6,
+# By class of modules, function and name of method; functions of what has options of its own.
+_ACTIVATIONS: dict[Any, Activation | Callable[[Any], Activation]] = {
+    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"), Activation("relu")),
+    **dict.fromkeys((nn.ReLU6, F.relu6), Activation("hardtanh", (0.0, 6.0))),
+    **dict.fromkeys((nn.SiLU, F.silu), Activation("swish")),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), Activation("hardswish")),
+    **dict.fromkeys((nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
+    **dict.fromkeys((nn.Tanh, F.tanh, torch.tanh, "tanh"), Activation("tanh")),
     nn.Hardtanh: lambda module: Activation("hardtanh", (module.min_val, module.max_val)),
-    nn.SiLU: lambda module: Activation("swish"),
-    nn.Hardswish: lambda module: Activation("hardswish"),
-    nn.GELU: lambda module: Activation("gelu", (), module.approximate),
     nn.LeakyReLU: lambda module: Activation("leaky_relu", (module.negative_slope,)),
-    nn.Sigmoid: lambda module: Activation("sigmoid"),
-    nn.Tanh: lambda module: Activation("tanh"),
-}
-_FUNCTIONS: dict[Any, Activation] = {
-    **dict.fromkeys((F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"), _RELU),
-    **dict.fromkeys((F.relu6,), _RELU6),
-    **dict.fromkeys((F.silu,), Activation("swish")),
-    **dict.fromkeys((F.hardswish,), Activation("hardswish")),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
-    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), Activation("tanh")),
+    nn.GELU: lambda module: Activation("gelu", (), module.approximate),
+    F.gelu: lambda call: Activation("gelu", (), call.kwargs.get("approximate", "none")),
 }
 _IDENTITIES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
@@ -443,14 +436,12 @@ def _is_hooked(module: nn.Module | None) -> bool:
 
 
 def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | None:
-    if module is not None:
-        make = next((_MODULES[kind] for kind in act_alike(type(module)) if kind in _MODULES), None)
-        return make(module) if make is not None else None
-    if operation.target is F.gelu:
-        variant: Any = operation.kwargs.get("approximate", "none")
-        return Activation("gelu", (), variant)
-    inplace = set(operation.kwargs) <= {"inplace"}
-    return _FUNCTIONS.get(operation.target) if len(operation.args) == 1 and inplace else None
+    """The activation that an operation is, applied to its first argument."""
+    if len(operation.args) != 1 or not set(operation.kwargs) <= {"inplace", "approximate"}:
+        return None
+    kinds = act_alike(type(module)) if module is not None else (operation.target,)
+    entry = next((_ACTIVATIONS[kind] for kind in kinds if kind in _ACTIVATIONS), None)
+    return entry(operation if module is None else module) if callable(entry) else entry
 
 
 def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.network.fuse import KERNELS, fuse
-from cadsurgery.network.macs import MacReport, ghost
+from cadsurgery.network.macs import ghost
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import InvalidInput
@@ -60,12 +60,6 @@ class OptimizedModel(AdaptiveModel):
     def optimize(self, fuse: bool = True) -> OptimizedModel:
         """Itself: it is optimised."""
         return self
-
-    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
-        """Multiply-accumulates of the network it was made from; see `AdaptiveModel.macs`."""
-        counted = self._counted[0]
-        counted.mask = self.mask
-        return counted.macs(*args, mask=mask, rule=rule, **kwargs)
 
     def train(self, mode: bool = True) -> OptimizedModel:
         """Refused: its batch norms are folded.

@@ -40,11 +40,10 @@ _OTHER_MODEL = "pass the architecture it was converted from."
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_GEOMETRY = ("anchor", "fill", "pool", "patch", "statistics")
 _OPTIONS = {
-    **get_type_hints(adaptify),
     "output_stride": tuple[int, int],
     "region": str | tuple[str, ...],
+    **{name: hint for name, hint in get_type_hints(adaptify).items() if name in (*_OF_GEOMETRY, "outputs")},
 }
-_OPTIONS = {name: _OPTIONS[name] for name in ("output_stride", "region", *_OF_GEOMETRY, "outputs")}
 
 
 def save(net: AdaptiveModel, path: str | Path) -> None:
@@ -294,13 +293,11 @@ def _refuse(what: str, next: str, where: str = "") -> Iterator[None]:
     except FileError:
         raise
     except Exception as error:
-        why = (
-            str(error)
-            if isinstance(error, (ValueError, RuntimeError))
-            else f"{type(error).__name__}: {error}"
-        )
+        why = f"{type(error).__name__}: {error}"
         if isinstance(error, CadError):
             why = f"{error.what} {error.why}"
+        elif isinstance(error, (ValueError, RuntimeError)):
+            why = str(error)
         raise FileError(what, where=where, why=" ".join(why.split())[:400], next=next) from error
 
 

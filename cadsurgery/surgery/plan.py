@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -155,17 +156,15 @@ class Plan:
 
     def share(self, *actions: Action) -> float:
         """Share of the network's MACs (on the example, as it is) under these actions."""
-        total = sum(decision.macs for decision in self.decisions)
-        return sum(decision.macs for decision in self.chosen(*actions)) / total if total else 0.0
+        return _macs_of(self.chosen(*actions)) / max(1, _macs_of(self.decisions))
 
     @property
     def share_after_first_stage(self) -> float:
         """Of the MACs from the first adaptive operation on, in order of execution, the share in the region."""
-        inside = [d.action in ("adapt", "keep") for d in self.decisions]
-        first = next((i for i, d in enumerate(self.decisions) if d.action == "adapt"), 0)
-        total = sum(d.macs for d in self.decisions[first:])
-        within = sum(d.macs for d, is_in in zip(self.decisions[first:], inside[first:], strict=True) if is_in)
-        return within / total if total else 1.0
+        adapted = (place for place, decision in enumerate(self.decisions) if decision.action == "adapt")
+        behind = self.decisions[next(adapted, 0) :]
+        total = _macs_of(behind)
+        return _macs_of(d for d in behind if d.action in ("adapt", "keep")) / total if total else 1.0
 
     def standing(self) -> list[tuple[str, int, int, str]]:
         """Of each map that is returned: node, its output stride, the stride it is returned at, and in words."""
@@ -185,9 +184,8 @@ class Plan:
     @property
     def dense_after(self) -> float:
         """Share of the network's MACs that run dense after the region."""
-        total = sum(decision.macs for decision in self.decisions)
-        after = [d.macs for d in self.decisions if d.action in ("exit", "barrier") or d.after]
-        return sum(after) / total if total else 0.0
+        after = (d for d in self.decisions if d.action in ("exit", "barrier") or d.after)
+        return _macs_of(after) / max(1, _macs_of(self.decisions))
 
     def to_json(self) -> str:
         """The whole plan as JSON; `Plan.from_json` reads it back."""
@@ -288,8 +286,8 @@ class Plan:
 
     def reason_text(self, decision: Decision) -> str:
         """Why, and for what ends the region how much runs dense because of it."""
-        total = max(1, sum(other.macs for other in self.decisions))
-        cost = f"; from here {decision.cost / total:.0%} of the MACs run dense" if decision.cost else ""
+        share = decision.cost / max(1, _macs_of(self.decisions))
+        cost = f"; from here {share:.0%} of the MACs run dense" if decision.cost else ""
         return f"{decision.reason}{cost}"
 
     def stride_text(self, decision: Decision) -> str:
@@ -298,3 +296,7 @@ class Plan:
             return decision.leaves and f"-> {decision.leaves}"
         before, after = (self.strides[stage] for stage in decision.stages)
         return f"{before} -> {after}" if before != after else f"{after}"
+
+
+def _macs_of(decisions: Iterable[Decision]) -> int:
+    return sum(decision.macs for decision in decisions)
