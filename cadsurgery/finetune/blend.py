@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -96,11 +96,8 @@ class Blend(Objective):
             noted["kept"] = kept + (mean_everywhere(kept) - kept.detach())  # of all processes, own gradient
             return mask.sample(logits, grid, noise)
 
-        if self.network == "blend":
+        with nullcontext() if self.network == "blend" else _fix(net, mask):
             output = blend(net, inputs, weigh, separate=self.separate)
-        else:
-            with _fix(net, mask):
-                output = blend(net, inputs, weigh, separate=self.separate)
         target = dense_high(self.teacher, inputs) if self.teacher is not None else None
         loss, parts = self._miss(output, labels, target)
         if self.share == "published":

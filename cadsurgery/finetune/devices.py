@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.support.processes import world
@@ -40,13 +37,6 @@ def make_accelerator(settings: Settings, device: str) -> Any:
             next="train in precision no or bf16, or on a GPU.",
         )
     return accelerator
-
-
-def average_weights(net: nn.Module, decay: float) -> AveragedModel:
-    """An exponential average of the weights; of buffers it has the last."""
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
-    average.eval()
-    return average
 
 
 def import_optional(module: str, package: str) -> Any:

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cadsurgery.finetune.batches import Batch
+from cadsurgery.finetune.objectives import Objective
+from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 
 MASK = "_mask_provider"
@@ -40,6 +43,38 @@ class Group:
             "values": sum(p.numel() for p in self.parameters.values()),
             "first": list(self.parameters)[:3],
         }
+
+
+def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
+    """Freeze the parameters that get no gradient, found by asking for it on two images; nothing else changes.
+
+    So every trained parameter takes part in every step, as distributed training needs it.
+
+    Raises:
+        InvalidInput: batch norm gets a single value per channel.
+    """
+    parameters = list(objective.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        return
+    batch = batch.first(2).to(parameters[0].device)
+    torch.manual_seed(derive_seed(seed, 5))
+    statistics = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+    try:
+        objective(batch.inputs, batch.labels, Draw(seed, 0, batch.positions))["loss"].backward()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InvalidInput(
+            "batch norm cannot be trained on one value per channel.",
+            why=first_line(error),
+            next='set batch to 2 or more, or batch_norm="frozen".',
+        ) from error
+    finally:
+        for buffer, before in statistics:
+            buffer.copy_(before)
+    for parameter in parameters:
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def make_groups(

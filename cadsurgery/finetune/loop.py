@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import cadsurgery.finetune.blend  # noqa: F401  # an objective by name
 from cadsurgery.data.networks import source_of
@@ -25,12 +26,11 @@ from cadsurgery.finetune.checkpoints import (
     restore,
     restore_optimizer,
 )
-from cadsurgery.finetune.devices import average_weights, make_accelerator
-from cadsurgery.finetune.evaluation import evaluate
-from cadsurgery.finetune.groups import make_groups, make_optimizer, set_modes, stem_of
+from cadsurgery.finetune.devices import make_accelerator
+from cadsurgery.finetune.evaluation import count_outputs, evaluate
+from cadsurgery.finetune.groups import freeze_unused, make_groups, make_optimizer, set_modes, stem_of
 from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, open_log
 from cadsurgery.finetune.objectives import Objective, make_objective
-from cadsurgery.finetune.probe import count_outputs, freeze_unused
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
@@ -143,7 +143,10 @@ class _Run:
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
         self.optimizer = make_optimizer(self.groups, settings)
-        self.average = average_weights(net, settings.ema) if settings.ema > 0 else None
+        self.average = None  # of the weights; of buffers it has the last
+        if settings.ema > 0:
+            ema = get_ema_multi_avg_fn(settings.ema)
+            self.average = AveragedModel(net, multi_avg_fn=ema, use_buffers=False).eval()
         self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
         self.state = self._resume(identity, start)
         self.measured: dict[int, dict[str, float]] = {}  # metrics of the last validation, by its step

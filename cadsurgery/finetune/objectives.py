@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -48,16 +49,12 @@ class Objective(nn.Module):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name, without those of constants."""
-        return {name: value for name, value in self.named_parameters() if not self.is_constant(name)}
+        return {name: value for name, value in self.own_tensors().items() if isinstance(value, nn.Parameter)}
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, without those of constants: what a checkpoint holds."""
-        buffers = {name: value for name, value in self.named_buffers() if not self.is_constant(name)}
-        return {**self.own_parameters(), **buffers}
-
-    def is_constant(self, name: str) -> bool:
-        """Whether a parameter or buffer never changes."""
-        return name.partition(".")[0] in self.constants
+        tensors = itertools.chain(self.named_parameters(), self.named_buffers())
+        return {name: value for name, value in tensors if name.partition(".")[0] not in self.constants}
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Scalars of one batch: `loss`, which is minimised, and others to log, e.g. `active_fraction`.

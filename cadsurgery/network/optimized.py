@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class OptimizedModel(AdaptiveModel):
         program = replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
         super().__init__(fused, program, source.mask)
         take_over(self, source)
-        self._original = (_Data(net._original[0]),)  # type: ignore[assignment]
+        data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
+        self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
         self._counted = (ghost(net),)
         self.checks, self.source = net.checks, net.source
         self.training = False
@@ -77,10 +79,6 @@ class OptimizedModel(AdaptiveModel):
         return self
 
 
-class _Data:
-    """The plain data of a network, without its modules and tensors."""
-
-    def __init__(self, model: Any) -> None:
-        for name, value in vars(model).items():
-            if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
-                setattr(self, name, value)
+def _is_data(name: str, value: Any) -> bool:
+    """Whether an attribute of a network is plain data, no module and no tensor."""
+    return not name.startswith("_") and not isinstance(value, (nn.Module, Tensor))
