@@ -218,8 +218,8 @@ class Fuser:
     def consumer(self, node: fx.Node) -> _Consumer | None:
         """The only operation that reads the value of a node."""
         if not _is_elements(node):
-            users = list(node.users)
-            return _Consumer(users[0], node, users[0]) if len(users) == 1 else None
+            user = _only_user(node)
+            return _Consumer(user, node, user) if user is not None else None
         rows = [user for user in node.users if user.target is functional.rows_on and user.args[0] is node]
         lattices = [
             user
@@ -230,14 +230,10 @@ class Fuser:
         if len(rows) != 1 or len(lattices) != 1 or len(node.users) != 2:
             return None
         (read,), (lattice,) = rows, lattices
-        if read.args[1] is not lattice or len(read.users) != 1:
-            return None
-        operation = next(iter(read.users))
-        if len(operation.users) != 1:
-            return None
-        result = next(iter(operation.users))
-        same = result.target is functional.Elements and result.args == (operation, lattice)
-        return _Consumer(operation, read, result, lattice) if same else None
+        operation: Any = _only_user(read)
+        result: Any = operation and _only_user(operation)
+        same = result and result.target is functional.Elements and result.args == (operation, lattice)
+        return _Consumer(operation, read, result, lattice) if same and read.args[1] is lattice else None
 
     # -- changing it -------------------------------------------------------------------------------
 
@@ -305,19 +301,18 @@ class Fuser:
     def reads_rows(self, node: fx.Node) -> bool:
         """Whether a linear layer acts on the rows of elements."""
         rows: Any = node.args[0]
-        if not (isinstance(rows, fx.Node) and rows.target is functional.rows_on and len(node.users) == 1):
+        result = _only_user(node)
+        if not isinstance(rows, fx.Node) or rows.target is not functional.rows_on or result is None:
             return False
-        result = next(iter(node.users))
         return result.target is functional.Elements and _is_own_lattice(rows.args[1], rows.args[0])
 
     def extend(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
         """With the next operation taken in, if it can be."""
-        users = list(fusion.tail.users)
-        if len(users) == 1 and users[0].target is functional.batch_norm:
-            norm_node: Any = users[0].kwargs.get("norm", users[0].args[-1])
-            return _fold_norm(fusion, users[0], self.constant(norm_node))
-        if len(users) == 1 and _is_fine_map_of(users[0], node):
-            return replace(fusion, tail=users[0], leaves=users[0])
+        user = _only_user(fusion.tail)
+        if user is not None and user.target is functional.batch_norm:
+            return _fold_norm(fusion, user, self.constant(user.kwargs.get("norm", user.args[-1])))
+        if user is not None and _is_fine_map_of(user, node):
+            return replace(fusion, tail=user, leaves=user)
         following = self.consumer(fusion.tail)
         if following is None:
             return None
@@ -409,6 +404,10 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
     fuser = Fuser(copied, model, epilogues)
     fuser.run()
     return copied, fuser.kernels
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_elements(node: Any) -> bool:
