@@ -624,8 +624,8 @@ def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_s
 def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def measured(*given: Any, **named: Any) -> BenchReport:
-        seen.update(named, networks=given[0], mask=given[1], fractions=given[2])
+    def measured(**named: Any) -> BenchReport:
+        seen.update(named)
         return BenchReport(BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "", "today"), ())
 
     monkeypatch.setattr(bench, "bench", measured)

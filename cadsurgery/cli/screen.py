@@ -108,8 +108,14 @@ def show(values: Any, renderable: Any, as_json: bool) -> None:
 
 
 def show_report(report: Report, as_json: bool) -> None:
-    """What a task tells."""
+    """What a task tells.
+
+    Raises:
+        Exit: with 1, if something could not be done.
+    """
     show(report.to_dict(), report.render(), as_json)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def show_rows(

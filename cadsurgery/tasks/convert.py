@@ -42,7 +42,7 @@ def convert(
     options: dict[str, Any],
     image: Path | None,
     size: tuple[int, int] | None,
-    output: Path,
+    output: Path | None,
     device: str,
     verify_laws: bool,
     rounds: int,
@@ -51,6 +51,7 @@ def convert(
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     resolve_mask(mask)  # a typo should not wait for the network to be built
     where = find_device(device)
+    output = output or Path(f"{model.replace(':', '-')}-{mask.partition(':')[0]}.safetensors")
     check_folder(output)
     step(f"building {model}")
     before, source = original(model, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
+from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import example_image, is_file, open_converted
 from cadsurgery.tasks.report import Column, Report, figure_picture, table
 
@@ -130,9 +131,9 @@ def draw_masks(
     labels: Path | None,
     size: tuple[int, int] | None,
     model: str,
-    output_stride: tuple[int, int] | None,
-    patch: str,
+    options: Mapping[str, Any],
     output: Path,
+    step: Step,
     trust: bool = False,
 ) -> MaskReport:
     """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
@@ -145,12 +146,11 @@ def draw_masks(
             f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
         )
     check_picture(output)
+    step("drawing")
     picture = example_image(image, size)
     known = _labels(labels, image, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
-    subject = (
-        _network(model, output_stride, patch, trust) if model else _Bare(output_stride or (8, 32), patch)
-    )
+    subject = _network(model, options, trust) if model else _Bare(**options)
     own = subject.own
     if not asked:
         telling = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
@@ -196,7 +196,8 @@ class _Bare:
 
     own = None
 
-    def __init__(self, output_stride: tuple[int, int], patch: str) -> None:
+    def __init__(self, output_stride: tuple[int, int] | None, patch: str) -> None:
+        output_stride = output_stride or (8, 32)
         self.stride = output_stride[0]
         self.geometry = Geometry(_halvings(*output_stride), patch=patch)  # type: ignore[arg-type]
 
@@ -241,12 +242,12 @@ class _InNetwork:
         return lattice, (of_mask + report.mask, report.high, report.low)
 
 
-def _network(model: str, output_stride: tuple[int, int] | None, patch: str, trust: bool) -> _InNetwork:
+def _network(model: str, options: Mapping[str, Any], trust: bool) -> _InNetwork:
     if is_file(model):
         stored = read_metadata(model).get("mask") is not None
         net = load(model, mask=None if stored else "none", trust=trust)
         return _InNetwork(net, net.mask if stored else None)
-    return _InNetwork(open_converted(model, "none", {"output_stride": output_stride, "patch": patch}))
+    return _InNetwork(open_converted(model, "none", options))
 
 
 def _halvings(high: int, low: int) -> tuple[int, ...]:
