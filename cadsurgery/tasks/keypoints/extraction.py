@@ -89,6 +89,11 @@ class Extractor:
         if not self.reads_elements:
             self._check_outputs()
 
+    @property
+    def mask(self) -> str:
+        """The spec of the mask that is used."""
+        return self.settings.mask or self.net.mask.spec()
+
     def _check_outputs(self) -> None:
         """Refuse a network without the outputs that are asked for before any image is read."""
         with torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data import SegmentationData
-from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks import MaskProvider, labelled
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
@@ -43,8 +43,9 @@ class Setting:
         with torch.inference_mode(), labelled(labels):
             return self.fast(images, mask=self.mask)
 
-    def macs(self, images: Tensor, labels: Tensor) -> Work:
-        """Of the call before, on the same images."""
+    def macs(self, images: Tensor, labels: Tensor) -> dict[str, int]:
+        """Of the call before, on the same images: with the mask and everything high, of the network and of its
+        adaptive region."""
         shape = tuple(images.shape)
         if shape not in self.work:
             self.work[shape] = layer_work(self.net, images)
@@ -56,28 +57,16 @@ class Setting:
             self.of_mask[shape] = report.of_mask
             counts = [(e.layer, e.mask, e.high) for e in report.layers if e.layer not in MASK_LAYERS]
         if layers is not None:
-            high = _high(self.net, lattice)
+            size, where = lattice.whole_size, lattice.levels.device
+            high = self.net.geometry.uniform(0, lattice.batch, size, where)
             counts = [(entry.layer, entry.on(lattice), entry.on(high)) for entry in layers]
         own = self.of_mask[shape]
-        return Work(
-            own + sum(mask for _, mask, _ in counts),
-            sum(high for *_, high in counts),
-            own + sum(mask for name, mask, _ in counts if name in inside),
-            sum(high for name, _, high in counts if name in inside),
-        )
-
-
-@dataclass(frozen=True)
-class Work:
-    """Sums of MACs: with the mask and everything high, of the network and of its adaptive region."""
-
-    mask: int = 0
-    high: int = 0
-    region_mask: int = 0
-    region_high: int = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return {
+            "macs": own + sum(mask for _, mask, _ in counts),
+            "macs_high": sum(high for *_, high in counts),
+            "region": own + sum(mask for name, mask, _ in counts if name in inside),
+            "region_high": sum(high for name, _, high in counts if name in inside),
+        }
 
 
 @dataclass
@@ -86,17 +75,11 @@ class Tally:
 
     Attributes:
         metrics: accuracy.
-        images: how many.
-        active: fine pixels at level 0.
-        pixels: fine pixels.
-        work: MACs.
+        counts: of `images`, of fine `pixels` and of `active` ones at level 0, and of MACs, see `Setting.macs`.
     """
 
     metrics: SegmentationMetrics
-    images: int = 0
-    active: int = 0
-    pixels: int = 0
-    work: Work = field(default_factory=Work)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, setting: Setting, images: Tensor, labels: Tensor, data: SegmentationData) -> None:
         """Run a batch and add it."""
@@ -108,11 +91,9 @@ class Tally:
             )
         scores = F.interpolate(scores.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
         self.metrics.update(scores.argmax(1), labels)
-        self.images += len(images)
         levels = setting.fast.levels
-        self.active += int((levels == 0).sum())
-        self.pixels += levels.numel()
-        self.work += setting.macs(images, labels)
+        of_call = {"images": len(images), "active": int((levels == 0).sum()), "pixels": levels.numel()}
+        self.counts.update(of_call | setting.macs(images, labels))
 
 
 def scores_of(output: Any) -> Tensor:
@@ -137,13 +118,5 @@ def merge(parts: Sequence[Tally]) -> Tally:
     whole = copy.deepcopy(parts[0])
     for part in parts[1:]:
         whole.metrics.merge(part.metrics)
-        whole.images += part.images
-        whole.active += part.active
-        whole.pixels += part.pixels
-        whole.work += part.work
+        whole.counts.update(part.counts)
     return whole
-
-
-def _high(net: AdaptiveModel, lattice: Lattice) -> Lattice:
-    """Everything high, for images as those of a lattice."""
-    return net.geometry.uniform(0, lattice.batch, lattice.whole_size, lattice.levels.device)

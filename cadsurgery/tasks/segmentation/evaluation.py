@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from cadsurgery.network.macs import LayerWork
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import gather, own_device, shard, world
-from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, provenance
-from cadsurgery.tasks.report import check_outputs
+from cadsurgery.tasks.report import add_times, check_outputs
 from cadsurgery.tasks.segmentation.counters import Setting, Tally, merge
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow
@@ -98,24 +98,22 @@ def evaluate(
         done += len(images)
     tallies = [merge(parts) for parts in zip(*gather(tallies, where), strict=True)]
     failed = failures.gather(where)
-    if not tallies[0].images:
+    count = tallies[0].counts["images"]
+    if not count:
         raise CadError.from_dict(failed[0])
-    times: dict[str, Timing] = {}
+    rows = [_row(*pair, samples.classes) for pair in zip(settings, tallies, strict=True)]
     if rounds and first is not None and world().is_main:
         step("measuring")
-        times = _times(settings, *first, rounds)
+        rows = add_times(rows, [partial(setting, *first) for setting in settings], rounds)
     report = EvaluationReport(
         data=samples.name,
         split=samples.split,
-        images=tallies[0].images,
+        images=count,
         batch=batch,
         image=tuple(first[0].shape[1:]) if first is not None else (),
         rounds=rounds,
         processes=world().size,
-        rows=tuple(
-            _row(setting, tally, times.get(str(position)), samples.classes)
-            for position, (setting, tally) in enumerate(zip(settings, tallies, strict=True))
-        ),
+        rows=tuple(rows),
         failed=tuple(failed),
         **provenance(network, source, where),
     )
@@ -153,33 +151,19 @@ def _stack(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.stack(labels)
 
 
-def _times(settings: Sequence[Setting], image: Tensor, labels: Tensor, rounds: int) -> dict[str, Timing]:
-    """Times of the settings by position, interleaved."""
-    sides: dict[str, Callable[[], object]] = {
-        str(position): lambda setting=setting: setting(image, labels)  # type: ignore[misc]
-        for position, setting in enumerate(settings)
-    }
-    return interleaved(sides, rounds)
-
-
-def _row(setting: Setting, tally: Tally, time: Timing | None, classes: tuple[str, ...]) -> EvaluationRow:
-    figures, work = tally.metrics.compute(), tally.work
-    mask = setting.mask.spec()
+def _row(setting: Setting, tally: Tally, classes: Sequence[str]) -> EvaluationRow:
+    figures, counts = tally.metrics.compute(), tally.counts
+    mask, region_high = setting.mask.spec(), counts["region_high"]
     return EvaluationRow(
         mask=mask or "a function",
         output_stride=setting.net.plan.output_stride,
         anchor=mask in (HIGH, LOW),
-        miou=figures["miou"],
+        active_fraction=counts["active"] / counts["pixels"],
+        macs=counts["macs"] / counts["images"],
+        macs_of_high=counts["macs"] / counts["macs_high"],
+        region_of_high=counts["region"] / region_high if region_high else 1.0,
         iou=dict(zip(classes, figures["iou"], strict=True)),
-        pixel_accuracy=figures["pixel_accuracy"],
-        boundary_iou=figures["boundary_iou"],
-        trimap_iou=figures["trimap_iou"],
-        active_fraction=tally.active / tally.pixels,
-        macs=work.mask / tally.images,
-        macs_of_high=work.mask / work.high,
-        region_of_high=work.region_mask / work.region_high if work.region_high else 1.0,
-        milliseconds=time.best if time else None,
-        milliseconds_median=time.median if time else None,
+        **{name: figures[name] for name in ("miou", "pixel_accuracy", "boundary_iou", "trimap_iou")},
     )
 
 
