@@ -653,7 +653,7 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert run("bench", *given.split()).code == 0
     assert {name: seen[name] for name in wanted} == wanted
     run("bench", "-m", "a", "--json")
-    assert seen["threads"] is None and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
+    assert seen["threads"] == 0 and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
     assert tuple(seen["fractions"]) == bench.FRACTIONS
 
 

@@ -8,9 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from cadsurgery.cli import options
-from cadsurgery.tasks.options import Conversion
+from cadsurgery.tasks.options import Benchmark, Conversion
 
 commands = typer.Typer()
+MEASURED = (
+    *("size", "batch", "output_stride", "region", "patch"),
+    *("dtype", "device", "threads", "rounds", "memory"),
+)
 
 
 @commands.command()
@@ -27,11 +31,6 @@ def bench(
     fractions: Annotated[
         str, typer.Option(parser=options.read_fractions, help="budgets: shares of the patches kept high")
     ] = "1,0.5,0.34,0.25,0.1,0",
-    size: Annotated[
-        Any, typer.Option(metavar="HxW", parser=options.read_size, help="size of the images")
-    ] = "512x1024",
-    batch: Annotated[int, typer.Option(min=1, help="number of images")] = 1,
-    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("output_stride", "region"), apart=True)],
     fill: Annotated[
         list[str],
         typer.Option(
@@ -39,17 +38,7 @@ def bench(
             callback=lambda fills: ["nearest", "linear"] if "both" in fills else fills,
         ),
     ] = ["nearest"],  # noqa: B006
-    areas: Annotated[dict[str, Any], options.Of(Conversion, ("patch",), apart=True)],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    device: options.Device = "cpu",
-    threads: Annotated[
-        int,
-        typer.Option(min=0, callback=options.none_for_zero, help="of torch on the CPU; 0 for its own choice"),
-    ] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="timing rounds; each runs every side once")] = 7,
-    memory: Annotated[
-        bool, typer.Option("--memory", help="also measure peak memory, each side in a process of its own")
-    ] = False,
+    benchmark: Annotated[dict[str, Any], options.Of(Benchmark, MEASURED, defaults=("512x1024",), apart=True)],
     picture: Annotated[Path | None, typer.Option(help="PNG to draw")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON Lines to append each row to")

@@ -54,9 +54,9 @@ def extract_command(
             step=step,
             trust=trust,
         )
-    kept, count = sum(row["kept"] for row in rows), sum(row["keypoints"] for row in rows)
+    before, count = sum(row["kept"] for row in rows), sum(row["keypoints"] for row in rows)
     text = (
-        f"{count} keypoints of {len(rows)} images in {output} ({len(rows) - kept} new, {kept} there already), "
+        f"{count} keypoints of {len(rows)} images in {output} ({len(rows) - before} new, {before} there already), "
         f"{len(failures)} failed"
     )
     screen.show_rows(rows, failures, text, as_json)

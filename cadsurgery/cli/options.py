@@ -55,7 +55,7 @@ def none_for_zero(count: int) -> int | None:
     return count or None
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"pair": read_pair, "names": read_names}
+_READERS: dict[str, Callable[[str], Any]] = {"pair": read_pair, "size": read_size, "names": read_names}
 
 Network = Annotated[
     str,

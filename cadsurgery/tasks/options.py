@@ -47,6 +47,19 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Benchmark(Conversion):
+    """How networks are converted and what they are run on; see `cadsurgery.bench.bench`."""
+
+    size: tuple[int, int] = option((512, 1024), "of the generated street scenes", metavar="HxW", read="size")
+    batch: int = option(1, "number of images", min=1)
+    dtype: str = option("float32", "{default} or bfloat16")
+    device: str = option("cpu", "{default} or cuda")
+    threads: int = option(0, "of torch on the CPU; 0 for its own choice", min=0)
+    rounds: int = option(7, "timing rounds; each runs every side once", min=1)
+    memory: bool = option(False, "also measure peak memory, each side in a process of its own")
+
+
+@dataclass(frozen=True)
 class Extraction:
     """How keypoints are found and described.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -224,6 +225,18 @@ def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def panels(
+    count: int, columns: int, width: float, height: float, above: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels in columns, each of so many inches, and room above."""
+    rows = -(-count // columns)
+    figure = canvas(width * columns, height * rows + above)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, list(axes[:count])
 
 
 def figure_picture(figure: Figure, dpi: int = 90) -> Image.Image:

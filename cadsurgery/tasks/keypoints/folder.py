@@ -85,15 +85,15 @@ def extract(
     def describe(item: tuple[Path, Path]) -> dict[str, Any]:
         path, place = item
         target = folder / place.with_suffix(f".{form}")
-        kept = target.is_file()
-        if kept:
+        is_there = target.is_file()
+        if is_there:
             features = read_features(target)
         else:
             features = extractor(read_image(path, upright=False))
             make_folder(target.parent)
             write_features(features, target, str(place.with_suffix(path.suffix)))
         row = {"image": str(path), "output": str(target), "keypoints": len(features.keypoints)}
-        return {**row, "kept": kept}
+        return {**row, "kept": is_there}
 
     failures = Failures("image", lacking)
     return for_each(list(paths.items()), describe, failures, where, name=lambda item: str(item[0]), step=step)

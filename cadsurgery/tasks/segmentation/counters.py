@@ -60,11 +60,11 @@ class Setting:
             size, where = lattice.whole_size, lattice.levels.device
             high = self.net.geometry.uniform(0, lattice.batch, size, where)
             counts = [(entry.layer, entry.on(lattice), entry.on(high)) for entry in layers]
-        own = self.of_mask[shape]
+        of_mask = self.of_mask[shape]
         return {
-            "macs": own + sum(mask for _, mask, _ in counts),
+            "macs": of_mask + sum(mask for _, mask, _ in counts),
             "macs_high": sum(high for *_, high in counts),
-            "region": own + sum(mask for name, mask, _ in counts if name in inside),
+            "region": of_mask + sum(mask for name, mask, _ in counts if name in inside),
             "region_high": sum(high for name, _, high in counts if name in inside),
         }
 
