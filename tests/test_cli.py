@@ -46,6 +46,11 @@ def grey():
     return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), *list(segmenter())[2:])
 
 
+def unfolded():
+    """What it returns leaves the region at its native size."""
+    return nn.Sequential(*segmenter(), nn.Unfold(2))
+
+
 def of_classes(count):
     return segmenter()
 
@@ -703,6 +708,12 @@ def test_convert_says_in_words_what_a_user_can_act_on(run: Run, tmp_path: Path) 
     for words in ("output stride 8", "region ends", "MACs", "converted", "verified", "active fraction"):
         assert words in result.out
     assert (tmp_path / "usernets-segmenter-edges.safetensors").is_file()
+
+
+def test_convert_says_once_that_no_mask_has_an_effect(run: Run) -> None:
+    told = run("convert", "--model", "usernets:unfolded", *options("--rounds", 0))
+    assert told.code == 0 and told.err.count("no mask can improve") == 1
+    assert told.out.count("gains nothing") == 1  # of the plan
 
 
 def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from cadsurgery.support.files import check_folder, make_folder
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
+from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport, Side
 from cadsurgery.tasks.figures import class_picture
@@ -232,8 +233,7 @@ def predict(
 
 
 def _first_tensor(output: Any) -> Tensor:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = tensors_of(output)
     if not tensors or tensors[0].dim() != 4:
         shape = tuple(tensors[0].shape) if tensors else ()
         raise InvalidInput(

@@ -115,9 +115,9 @@ def comparison_figure(
     return figure
 
 
-def draw_levels(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
+def draw_levels(pixels: np.ndarray, lattice: Lattice, output_stride: int) -> np.ndarray:
     """The image (H, W, 3) in the colours of levels; the lowest level in grey."""
-    levels = _on_pixels(lattice.levels[item], pixels, output_stride)
+    levels = _on_pixels(lattice.levels[0], pixels, output_stride)
     grey = pixels.mean(2, keepdims=True)
     colours = np.array([to_rgb(colour) for colour in _level_colours(lattice.geometry.max_level)])
     bright = ((grey - grey.min()) / max(np.quantile(grey, 0.98) - grey.min(), 1e-6)).clip(0, 1)

@@ -171,7 +171,6 @@ def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
     if in_time:
         with contextlib.suppress(EOFError):  # the process has ended without a row
             row = receiver.recv()
-    if in_time:
         process.join(10)
     signal = -(process.exitcode or 0)
     process.kill()

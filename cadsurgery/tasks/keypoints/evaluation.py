@@ -49,21 +49,16 @@ def evaluate_matching(
     matches within 1 to 15 pixels of the homography, 0 for a pair without matches, mean over pairs (MMA).
 
     Args:
-        network: a converted network or file, a network by name or `module:function`, or a module to convert.
+        network: as of `cadsurgery.evaluate`.
         folder: of sequences, see `find_sequences`.
         masks: their strings; default: that of the settings.
         settings: how keypoints are found and described; its mask is not used where masks are given.
-        output_stride: pairs (high, low) for a network that is not converted yet.
-        options: further ones of `adaptify` for such a network.
-        weights: of a network by name.
+        output_stride, options, weights: as of `cadsurgery.evaluate`.
         everything: also the sequences that the published protocol leaves out.
         rounds: of timing the description of the first image, all settings in turn; 0 for none.
-        device: "cpu" or "cuda".
-        output: JSON file to write.
         picture: PNG to draw: accuracy against threshold and work.
         matches: PNG to draw: the matches of the first pair with each setting.
-        step: called with what is being done.
-        trust: run code that a converted file names; see `cadsurgery.load`.
+        device, output, step, trust: as of `cadsurgery.evaluate`.
 
     Raises:
         InvalidInput: an impossible option, or a network whose outputs are not understood.
