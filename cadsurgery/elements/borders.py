@@ -100,8 +100,7 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float)
         image, y, column = target.coordinates
         height, width = lattice.size
         inside = (y < height) & (column < width)
-        place = (image * height + y.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
-        return lattice.index[place].long(), inside
+        return lattice.index[lattice.pixels(image, y, column)].long(), inside
 
     places, inside = lattice.pyramid.derive(key, build)
     rows = x.rows.index_select(0, places.to(x.rows.device))
