@@ -1,4 +1,4 @@
-"""Plain values read from a file, as the types they should have."""
+"""Plain values read from a file, as the types they should have, and options in a text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from cadsurgery.support.errors import InvalidInput, UnknownName
 
 _LARGEST = 2**63  # of an integer; what is printed or divided must be a number that a float can hold
 _hints = cache(get_type_hints)
@@ -61,6 +63,30 @@ def check_fields(values: object, hints: Mapping[str, Any], what: str) -> dict[st
         if name not in hints:
             raise ValueError(f"{what} has an unknown field {name!r:.60}")
     return {name: read_as(hints[name], value, f"{name!r} of {what}") for name, value in values.items()}
+
+
+def split_options(text: str, known: Mapping[str, Any], of: str, *, next: str = "") -> dict[str, str]:
+    """What a text `option=value,...` says, by option.
+
+    Args:
+        text: as above, or nothing.
+        known: the options there are.
+        of: what has them, for messages.
+        next: the next step where one is not known.
+
+    Raises:
+        UnknownName: no such option.
+        InvalidInput: one has no value.
+    """
+    values = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        option, _, value = map(str.strip, part.partition("="))
+        if option not in known:
+            raise UnknownName(f"option of {of}", option, known, next=next)
+        if not value:
+            raise InvalidInput(f"option {option!r} of {of} has no value.", next=f"write {option}=VALUE.")
+        values[option] = value
+    return values
 
 
 def _fits(value: Any, hint: Any) -> bool:
