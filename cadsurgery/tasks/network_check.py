@@ -302,8 +302,11 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tup
     level = net.plan.identity_level or 0
     with torch.no_grad():
         expected = _call(model, arguments)
-        _call(net, arguments, mask="random")
-        outputs = [_call(net, arguments, mask=torch.full_like(net.levels, level))]
+        mask: str | Tensor | None = _word_of(net)
+        if mask is None:
+            _call(net, arguments, mask="random")
+            mask = torch.full_like(net.levels, level)
+        outputs = [_call(net, arguments, mask=mask)]
         if type(outputs[0]) is not type(expected):
             return float("inf"), 0
         mapped = replace(net.geometry, dense_shortcut=False)
@@ -340,11 +343,16 @@ def _optimized_error(net: AdaptiveModel, batches: list[Any]) -> float:
 
 def _host_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> float:
     """The whole network, the part in it at its own level as a call has it; it runs as it was then."""
-    mask = {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
+    mask = _word_of(net)
     if mask is None:
         return 0.0
     with torch.no_grad():
         return _largest_error(_call(net, arguments, mask=mask), _call(model, arguments))
+
+
+def _word_of(net: AdaptiveModel) -> str | None:
+    """The mask that gives the network's own level everywhere, if there is one of that name."""
+    return {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
 
 
 def _other_weights(state: Mapping[str, Any]) -> dict[str, Any]:
