@@ -233,9 +233,8 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     errors["optimize"] = _optimized_error(part[1], [*(arguments for arguments, _ in batches), example])
     if chosen.part:
         hosted = _batches(subject, model, replace(chosen, part=""), dtype)
-        errors["host"] = max(
-            (_host_error(model, net, of_host) for of_host, _ in islice(hosted, 1)), default=0.0
-        )
+        for of_host, _ in islice(hosted, 1):
+            errors["host"] = _host_error(model, net, of_host)
     broken = [name for name, error in errors.items() if not error <= TOLERANCE[dtype]]
     return {
         "result": "broken" if broken else "converts",
