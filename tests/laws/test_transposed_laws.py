@@ -320,8 +320,7 @@ UNJOINED: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("name", UNJOINED)
-@pytest.mark.parametrize("size", [(48, 64), (53, 58)], ids=str)
+@pytest.mark.parametrize(("name", "size"), covering([*UNJOINED], [(53, 58), (48, 64)]))
 def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = settled(Unjoined(*UNJOINED[name]()).double(), images(2, 48, 64, double), Draw(0))
