@@ -17,6 +17,7 @@ from cadsurgery.elements.elements import (
     to_elements,
 )
 from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
+from cadsurgery.elements.unpooling import dense_indices, max_pool2d_with_indices, max_unpool2d
 from cadsurgery.elements.whole_image import (
     batch_norm,
     contiguous_gradient,
@@ -54,6 +55,7 @@ __all__ = [
     "conv2d",
     "conv2d_per_image",
     "crop",
+    "dense_indices",
     "drop_channels",
     "drop_per_image",
     "fine_map",
@@ -65,6 +67,8 @@ __all__ = [
     "group_norm",
     "matrix_on_rows",
     "max_pool2d",
+    "max_pool2d_with_indices",
+    "max_unpool2d",
     "native_shape",
     "norm_of_batch",
     "normalize_over_image",
