@@ -312,6 +312,7 @@ def test_it_trains_as_the_network_does() -> None:
         assert_same(one.grad, two.grad, 1e-8)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph() -> None:
     torch.manual_seed(0)
     model, x = Unpooled(True, True).eval(), images(2, 48, 64)
