@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels
+from conftest import assert_same, covering, images, random_levels
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -216,6 +216,16 @@ SPELLINGS: dict[str, tuple[Function, Function, dict[str, nn.Module]]] = {
         lambda m, x: torch.cat([0 * x[:, :1], x[:, 1:]], dim=1),
         {},
     ),
+    "zeros for new channels": (
+        lambda m, x: torch.cat([x[:, 1:], torch.zeros(x.size(0), 1, *x.shape[2:], dtype=x.dtype)], dim=1),
+        lambda m, x: torch.cat([x[:, 1:], 0 * x[:, :1]], dim=1),
+        {},
+    ),
+    "a map of one value": (
+        lambda m, x: x + x.new_full((x.size(0), C, x.size(2), x.size(3)), 0.5),
+        lambda m, x: torch.as_tensor(x) + 0.5,
+        {},
+    ),
     "gated linear unit": (
         lambda m, x: F.glu(torch.cat([x, 2 * x], 1), dim=1),
         lambda m, x: x * torch.sigmoid(2 * x),
@@ -306,8 +316,7 @@ def _shifted(weight: Tensor) -> Tensor:
     return F.pad(weight, (0, 2))
 
 
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize(("name", "fill"), covering([*WINDOWS], ["linear", "nearest"]))
 def test_two_spellings_of_a_window_stay_one_function(name: str, fill: str) -> None:
     ours, theirs = WINDOWS[name]
     parts = {
