@@ -91,18 +91,27 @@ def reference(
     return out.to(rows.dtype)
 
 
+ACTED = [
+    None,
+    Activation("hardtanh", (0.0, 3.0)),
+    pytest.param(Activation("relu"), marks=pytest.mark.slow),
+]
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     tolerance = TOLERANCE[expected.dtype]
     assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", gpu.DTYPES)
-@pytest.mark.parametrize("taps", [1, 9])
-@pytest.mark.parametrize(("count", "channels", "outputs"), SHAPES)
-def test_it_is_gathering_and_multiplying(
-    count: int, channels: int, outputs: int, taps: int, dtype: torch.dtype
-) -> None:
-    rows, weight, table = operands(count, channels, outputs, taps, dtype)
+@pytest.mark.parametrize(
+    ("shape", "taps", "dtype"),
+    [
+        pytest.param(*case, marks=() if at % 4 == 0 else pytest.mark.slow)  # of each some by default
+        for at, case in enumerate(product(SHAPES, (1, 9), gpu.DTYPES))
+    ],
+)
+def test_it_is_gathering_and_multiplying(shape: tuple[int, int, int], taps: int, dtype: torch.dtype) -> None:
+    rows, weight, table = operands(*shape, taps, dtype)
     close(gpu.gather_conv(rows, weight, table), reference(rows, weight, table))
 
 
@@ -138,7 +147,7 @@ def test_half_types_are_finished_in_float32_and_not_numbers_stay() -> None:
 
 
 @pytest.mark.parametrize("dtype", gpu.DTYPES)
-@pytest.mark.parametrize("taps", [9, 49])
+@pytest.mark.parametrize("taps", [9, pytest.param(49, marks=pytest.mark.slow)])
 def test_depthwise(taps: int, dtype: torch.dtype) -> None:
     rows, weight, table = operands(COUNT, 37, 37, taps, dtype, groups=37)
     given = {"bias": random(37, dtype=dtype), "residual": random(COUNT, 37, dtype=dtype)}
@@ -245,7 +254,7 @@ def test_convolutions_on_elements_use_it(fill: Any, groups: int) -> None:
         assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("activation", [None, Activation("relu"), Activation("hardtanh", (0.0, 3.0))])
+@pytest.mark.parametrize("activation", ACTED)
 def test_fused_convolutions_use_it(activation: Activation | None) -> None:
     """Residual and activation, those that the kernel has not too."""
     lattice = Geometry((2,)).lattice(torch.randint(0, 2, (1, 8, 12)).to(DEVICE))

@@ -90,8 +90,8 @@ def test_a_network_of_the_zoo_keeps_the_laws(name: str) -> None:
     ("name", "words"),
     [
         ("vit_tiny_patch16_224", "transformer"),
-        ("mixer_s32_224", "join all positions"),
-        pytest.param("swin_t", "join all positions", marks=pytest.mark.slow),
+        slow("mixer_s32_224", "join all positions"),
+        slow("swin_t", "join all positions"),
     ],
 )
 def test_what_does_not_convert_says_why(name: str, words: str) -> None:
@@ -174,7 +174,7 @@ def test_a_network_that_cannot_be_built_is_a_row() -> None:
 def test_an_inexact_network_is_a_broken_row_not_a_converted_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A law that does not hold after conversion is told, whatever the conversion itself verified."""
     monkeypatch.setattr(network_check, "_batch_error", lambda net, arguments: 0.5)
-    row = check_network(subject("resnet18"))
+    row = check_network(subject("lcnet_050"))
     assert row["result"] == "broken" and "law 5" in row["why"]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same
+from conftest import assert_same, covering
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -31,11 +31,15 @@ def up(how: str) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [("stride", "nearest"), ("pool", "bilinear"), ("ceil", "nearest"), ("stride", "shuffle")],
+    ("kind", "example"),
+    covering(
+        [("stride", "nearest"), ("pool", "bilinear"), ("ceil", "nearest"), ("stride", "shuffle")],
+        [None, (96, 128)],
+    ),
 )
-@pytest.mark.parametrize("example", [None, (96, 128)], ids=["its own example", "an even example"])
-def test_a_plain_encoder_decoder_is_itself_at_any_size(before, after, example):
+def test_a_plain_encoder_decoder_is_itself_at_any_size(kind, example):
+    """On its own example, and on an even one."""
+    before, after = kind
     torch.manual_seed(0)
     encoder = [conv(3, 8), *(down(before) for _ in range(4))]
     model = nn.Sequential(

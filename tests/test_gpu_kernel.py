@@ -54,7 +54,7 @@ def test_the_laws_hold(interpreted: str, which: str) -> None:
 
 @needs_triton
 @pytest.mark.skipif(triton_kernels.INTERPRETED, reason="interpreted kernels cannot be compiled")
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("name", ["product", "depthwise", "product_weight", "depthwise_weight"])
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(
     name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
