@@ -135,7 +135,7 @@ def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
-    factor = _factor(node, facts, "downscale_factor")
+    factor = _options(node, facts, "x", "downscale_factor")["downscale_factor"]
     return _treat_window(functional.pixel_unshuffle, _window(factor, factor, 0, 1))
 
 
@@ -259,30 +259,28 @@ def padding_same(node: fx.Node, facts: Facts) -> Treatment:
 # -- the image as a whole ------------------------------------------------------------------------------
 
 
-@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
-def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
-    """Over the image, or over the bins it is cut into, each element weighed by its area, or the maximum."""
-    by_module = node.op == "call_module"
-    size: Any = (
-        facts.module(node).output_size if by_module else _arguments(node, "x", "output_size")["output_size"]
-    )
-    is_max = (
-        isinstance(facts.module(node), nn.AdaptiveMaxPool2d)
-        if by_module
-        else "max" in operation_name(node, facts)
-    )
-    if _pair(size) != (1, 1):
-        return _pooling_to_bins(node, facts, _pair(size), is_max)
-    return Treatment("global", call=functional.global_max if is_max else functional.global_mean)
+@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)
+def adaptive_average_pooling(node: fx.Node, facts: Facts) -> Treatment:
+    """The mean over the image, or over the bins it is cut into, each element weighed by its area."""
+    return _pooling_to_bins(node, facts, largest=False)
 
 
-def _pooling_to_bins(node: fx.Node, facts: Facts, size: tuple[Any, Any], is_max: bool) -> Treatment:
-    given = vars(facts.module(node)) if node.op == "call_module" else node.kwargs
+@rule(nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
+def adaptive_max_pooling(node: fx.Node, facts: Facts) -> Treatment:
+    """The maximum over the image, or over the bins it is cut into."""
+    return _pooling_to_bins(node, facts, largest=True)
+
+
+def _pooling_to_bins(node: fx.Node, facts: Facts, largest: bool) -> Treatment:
+    given = _options(node, facts, "x", "output_size", return_indices=False)
+    size = _pair(given["output_size"])
+    if size == (1, 1):
+        return Treatment("global", call=functional.global_max if largest else functional.global_mean)
     if not all(isinstance(bins, int) for bins in size):
         return barrier("how many bins it has follows from the size of the map")
-    if given.get("return_indices") or facts.layout(node.args[0]) != NCHW:
+    if given["return_indices"] or facts.layout(node.args[0]) != NCHW:
         return barrier("its indices, or its axes, are those of a dense map")
-    arguments = (("size", size), ("largest", is_max))
+    arguments = (("size", size), ("largest", largest))
     return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
 
 
@@ -382,11 +380,7 @@ def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.LayerNorm, F.layer_norm, nn.RMSNorm, F.rms_norm)
 def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
-    shape: Any = (
-        facts.module(node).normalized_shape
-        if node.op == "call_module"
-        else _arguments(node, "input", "normalized_shape")["normalized_shape"]
-    )
+    shape = _options(node, facts, "input", "normalized_shape")["normalized_shape"]
     axes = facts.layout(node.args[0])[-len(shape) :]
     if set(axes) != {"c"}:
         return barrier("it normalises over positions of the image")
@@ -649,9 +643,7 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     source: Any = node.args[0] if node.args else node.kwargs["input"]
     usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
     usual |= {"recompute_scale_factor": None, "antialias": False}
-    given = _arguments(node, "x", **usual)
-    if node.op == "call_module":
-        given |= {name: getattr(facts.module(node), name) for name in usual if name != "antialias"}
+    given = _options(node, facts, "x", **usual)
     if not facts.layout(source):
         return _resize_small(node, facts, source, given)
     if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
@@ -698,7 +690,7 @@ def _subsampling(mode: str, stride: int) -> Treatment:
 @rule(nn.PixelShuffle, F.pixel_shuffle)
 def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the channels of its phase on the output's own grid."""
-    factor = _factor(node, facts, "upscale_factor")
+    factor = _options(node, facts, "x", "upscale_factor")["upscale_factor"]
     return Treatment("resize", call=functional.pixel_shuffle, scale=factor)
 
 
@@ -707,9 +699,7 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
     """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
     if node.op == "call_module":
         module: Any = facts.module(node)
-        names = ("stride", "padding", "output_padding", "groups", "dilation")
-        given = {**_weights(node, module), **{name: getattr(module, name) for name in names}}
-        kernel = module.kernel_size
+        given, kernel = {**vars(module), **_weights(node, module)}, module.kernel_size
         size = _arguments(node, "input", output_size=None)["output_size"]
     else:
         usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
@@ -851,6 +841,13 @@ def _arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
     return {**defaults, **dict(zip((*names, *defaults), node.args, strict=False)), **node.kwargs}
 
 
+def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[str, Any]:
+    """Attributes of a module, or arguments of the function that does the same, by name."""
+    if node.op == "call_module":
+        return {**defaults, **vars(facts.module(node))}
+    return _arguments(node, *names, **defaults)
+
+
 def _weights(node: fx.Node, module: nn.Module) -> dict[str, Any]:
     """Weight and bias of a module, as treatments name them."""
     names = ("weight", "bias")
@@ -867,12 +864,6 @@ def _dims(dim: Any, layout: str) -> tuple[int, ...] | None:
     if not dims or not all(isinstance(d, int) for d in dims):
         return None
     return tuple(sorted(d % len(layout) for d in dims))
-
-
-def _factor(node: fx.Node, facts: Facts, name: str) -> int:
-    return (
-        getattr(facts.module(node), name) if node.op == "call_module" else _arguments(node, "x", name)[name]
-    )
 
 
 def _scale(before: Sequence[int], after: Sequence[int]) -> int:
@@ -965,15 +956,10 @@ def _covers_image(given: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
 
 
 def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
-    given: dict[str, Any] = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
-    given |= {"return_indices": False, "count_include_pad": True, "divisor_override": None}
-    if node.op == "call_module":
-        given |= vars(facts.module(node))
-    elif node.target is F.avg_pool2d:
-        last = ("ceil_mode", "count_include_pad", "divisor_override")
-        given |= _arguments(node, "input", "kernel_size", "stride", "padding", *last)
-    else:
-        last = ("dilation", "ceil_mode", "return_indices")
-        given |= _arguments(node, "input", "kernel_size", "stride", "padding", *last)
+    usual: dict[str, Any] = {"stride": None, "padding": 0}
+    of_mean = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+    of_max = {"dilation": 1, "ceil_mode": False, "return_indices": False}
+    in_order = of_mean if node.target is F.avg_pool2d else of_max
+    given = {**of_mean, **of_max, **_options(node, facts, "input", "kernel_size", **usual, **in_order)}
     given["stride"] = given["kernel_size"] if given["stride"] in (None, []) else given["stride"]
     return given
