@@ -55,17 +55,17 @@ __all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "rul
 @rule(nn.Conv2d)
 def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
-    conv: Any = facts.module(node)
-    window = _window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    return _treat_window(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
+    given = _options(node, facts)
+    shape = (given["kernel_size"], given["stride"], given["padding"], given["dilation"])
+    return _treat_window(functional.conv2d, _window(*shape, given["padding_mode"]), **_weights(given))
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
 def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
-    conv: Any = facts.module(node)
-    window = _window(conv.kernel_size, conv.stride, 0, conv.dilation, same=True)
-    return _treat_window(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
+    given = _options(node, facts)
+    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    return _treat_window(functional.conv2d, window, **_weights(given))
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
@@ -76,7 +76,7 @@ def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     padding = 0 if conv.dynamic_padding else conv.padding
     window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-    mixed = {"mix": given["routing_weights"], **_weights(node, conv), "shape": shape, "groups": conv.groups}
+    mixed = {"mix": given["routing_weights"], **_weights(_options(node, facts)), "shape": shape}
     return _treat_window(functional.conv2d_per_image, window, **mixed)
 
 
@@ -88,8 +88,7 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
     if weight not in facts.shapes or facts.layout(weight):
         return barrier("its weight is not a tensor of known shape")
     window = _window(tuple(facts.shapes[weight][2:]), given["stride"], given["padding"], given["dilation"])
-    kept = {name: given[name] for name in ("weight", "bias", "groups")}
-    return _treat_window(functional.conv2d, window, **kept)
+    return _treat_window(functional.conv2d, window, **_weights(given))
 
 
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d)
@@ -311,29 +310,29 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("global", call=functional.global_reduce, arguments=tuple(arguments.items()), spaced=True)
 
 
-@rule(nn.GroupNorm, F.group_norm, nn.InstanceNorm2d, F.instance_norm)
+@rule(nn.GroupNorm, F.group_norm)
 def group_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and group, over elements weighed by area; then affine."""
-    shape = facts.shapes[node]
-    if node.op == "call_module":
-        norm: Any = facts.module(node)
-        if getattr(norm, "track_running_stats", False):
-            return barrier("it has running statistics of single images")
-        groups, eps = getattr(norm, "num_groups", shape[1]), norm.eps
-        arguments = {**_weights(node, norm), "groups": groups, "eps": eps}
-    elif node.target is F.group_norm:
-        given = _arguments(node, "input", "groups", weight=None, bias=None, eps=1e-5)
-        arguments = {name: given.get(name) for name in ("weight", "bias", "eps")}
-        arguments["groups"] = given.get("num_groups", given.get("groups"))
-    else:
-        given = _arguments(
-            node, "input", running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True
-        )
-        if not given["use_input_stats"] or given["running_mean"] is not None:
-            return barrier("it has running statistics of single images")
-        arguments = {"weight": given["weight"], "bias": given["bias"], "groups": shape[1]}
-        arguments["eps"] = given.get("eps", 1e-5)
-    return Treatment("pointwise", call=functional.group_norm, arguments=tuple(arguments.items()))
+    given = _options(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
+    return _normalise_groups(given, given["num_groups"])
+
+
+@rule(nn.InstanceNorm2d, F.instance_norm)
+def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
+    """Mean and variance of each image and channel, over elements weighed by area; then affine."""
+    usual: dict[str, Any] = {"running_mean": None, "running_var": None, "weight": None, "bias": None}
+    given = _options(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
+    of_call = given["use_input_stats"] and given["running_mean"] is None
+    if given.get("track_running_stats") or not of_call:
+        return barrier("it has running statistics of single images")
+    return _normalise_groups(given, facts.shapes[node][1])
+
+
+def _normalise_groups(given: dict[str, Any], groups: int) -> Treatment:
+    arguments = {name: given[name] for name in ("weight", "bias", "eps")}
+    return Treatment(
+        "pointwise", call=functional.group_norm, arguments=(*arguments.items(), ("groups", groups))
+    )
 
 
 @rule("timm.layers.evo_norm:group_std")
@@ -697,15 +696,13 @@ def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.ConvTranspose2d, F.conv_transpose2d, torch.conv_transpose2d)
 def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
     """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
+    usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    given = _options(node, facts, "input", "weight", **usual)
     if node.op == "call_module":
-        module: Any = facts.module(node)
-        given, kernel = {**vars(module), **_weights(node, module)}, module.kernel_size
-        size = _arguments(node, "input", output_size=None)["output_size"]
+        kernel, size = given["kernel_size"], _arguments(node, "input", output_size=None)["output_size"]
+    elif given["weight"] not in facts.shapes or facts.layout(given["weight"]):
+        return barrier("its weight is not a tensor of known shape")
     else:
-        usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-        given = _arguments(node, "input", "weight", **usual)
-        if given["weight"] not in facts.shapes or facts.layout(given["weight"]):
-            return barrier("its weight is not a tensor of known shape")
         kernel, size = tuple(facts.shapes[given["weight"]][2:]), None
     window = _transposed_window(
         kernel, *(given[name] for name in ("stride", "padding", "output_padding", "dilation"))
@@ -843,15 +840,17 @@ def _arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
 
 def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[str, Any]:
     """Attributes of a module, or arguments of the function that does the same, by name."""
-    if node.op == "call_module":
-        return {**defaults, **vars(facts.module(node))}
-    return _arguments(node, *names, **defaults)
+    if node.op != "call_module":
+        return _arguments(node, *names, **defaults)
+    module = facts.module(node)
+    held = {name: getattr(module, name) for name in ("weight", "bias") if hasattr(module, name)}
+    weights = {name: Attribute(f"{node.target}.{name}") for name in held if held[name] is not None}
+    return {**defaults, **vars(module), **dict.fromkeys(held), **weights}
 
 
-def _weights(node: fx.Node, module: nn.Module) -> dict[str, Any]:
-    """Weight and bias of a module, as treatments name them."""
-    names = ("weight", "bias")
-    return {n: Attribute(f"{node.target}.{n}") if getattr(module, n) is not None else None for n in names}
+def _weights(given: dict[str, Any]) -> dict[str, Any]:
+    """What a convolution is given besides its window."""
+    return {name: given[name] for name in ("weight", "bias", "groups")}
 
 
 def _pair(value: Any) -> tuple[int, int]:
