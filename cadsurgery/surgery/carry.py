@@ -266,11 +266,6 @@ def _is_instance(value: Any, kinds: Any) -> bool:
     return isinstance(value.tracer.value(value) if issubclass(type(value), Symbol) else value, kinds)
 
 
-def _is_tensor(value: Any) -> bool:
-    """`torch.is_tensor`, likewise."""
-    return _is_instance(value, Tensor)
-
-
 def _unscripted(value: Any) -> Callable[..., Any] | None:
     """The Python function that torch.jit.script was given; None for anything else."""
     return (
@@ -351,8 +346,9 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
             spaces[id(space)] = space
     with ExitStack() as stack:
+        is_tensor = functools.partial(_is_instance, kinds=Tensor)
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}
-        stack.enter_context(mock.patch.multiple(torch, is_tensor=_is_tensor, **factories))
+        stack.enter_context(mock.patch.multiple(torch, is_tensor=is_tensor, **factories))
         stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
         for space in spaces.values():
             free = {name: value for name, value in shadows.items() if name not in space}

@@ -28,7 +28,6 @@ from cadsurgery.elements.axes import (
 )
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.treatment import (
     Attribute,
     Call,
@@ -194,15 +193,13 @@ def _same_for_readers(
 
 def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
     """The window of an unpadded convolution or pooling, with the padding its stride asks for."""
-    if user.op == "call_module":
-        module: Any = facts.module(user)
-        if not acts_as(module, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d):
-            return None
-        given: dict[str, Any] = {"dilation": 1, **vars(module)}
-    elif user.target in (F.conv2d, torch.conv2d):
-        given = _arguments(user, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+    known = rule_of(user, facts)
+    if known not in (convolution, convolution_function, max_pooling, average_pooling):
+        return None
+    given = _options(user, facts, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+    if known is convolution_function:
         given["kernel_size"] = tuple(facts.shapes.get(given["weight"], ())[2:])
-    else:
+    elif user.op != "call_module":
         return None
     if not given["kernel_size"] or given["padding"] == "same" or any(_pair(given["padding"])):
         return None
@@ -301,12 +298,8 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
         return _over_channels(node, facts, dims, bool(given["keepdim"]))
     if over_image != set(image_dims(layout)) or layout.index("b") in dims:
         return barrier(f"{how} over {given['dim']} joins some positions of the image and not others")
-    arguments = {
-        "how": how,
-        "dims": dims,
-        "keepdim": bool(given["keepdim"]),
-        "correction": given["correction"],
-    }
+    arguments = {"how": how, "dims": dims, "keepdim": bool(given["keepdim"])}
+    arguments["correction"] = given["correction"]
     return Treatment("global", call=functional.global_reduce, arguments=tuple(arguments.items()), spaced=True)
 
 
@@ -673,9 +666,7 @@ def _whole_division(given: dict[str, Any]) -> int | None:
 def _subsampling(mode: str, stride: int) -> Treatment:
     """A resize to a coarser grid: of the nearest samples, or of the means of the two in the middle."""
     if mode == "nearest":
-        rest = (
-            1 - stride
-        )  # samples that are left over at the lower and right border are no sample of their own
+        rest = 1 - stride  # what is left over at the lower and right border is no sample of its own
         window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
         why = "It takes every so many-th sample, as a stride does."
     elif mode == "bilinear" and stride == 2:
@@ -719,13 +710,8 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
         return _treat_window(functional.conv2d, window, **arguments)
     if size is not None:
         arguments["size"] = size
-    return Treatment(
-        "resize",
-        call=functional.conv2d,
-        arguments=tuple(arguments.items()),
-        window=window,
-        scale=window.finer,
-    )
+    items = tuple(arguments.items())
+    return Treatment("resize", call=functional.conv2d, arguments=items, window=window, scale=window.finer)
 
 
 def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilation: Any) -> Window | str:
