@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, build, images, random_levels
+from conftest import Run, build, images, random_levels, slow
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from cadsurgery.data.networks import Source, source_of
 from cadsurgery.network.macs import layer_work
 from cadsurgery.tasks.figures import evaluation_figure
 from cadsurgery.tasks.open import weights_in_words
-from cadsurgery.tasks.segmentation import counters
-from cadsurgery.tasks.segmentation.counters import scores_of
+from cadsurgery.tasks.segmentation import evaluation
+from cadsurgery.tasks.segmentation.evaluation import scores_of
 from cadsurgery.tasks.segmentation.report import EvaluationReport
 
 DATA = "scene:5,height=48,width=80"
@@ -109,7 +109,7 @@ def test_every_mask_stands_at_every_pair_between_its_dense_networks(report: Eval
     assert report.images == 5 and report.processes == 1 and report.model == "Segmenter"
 
 
-@pytest.mark.parametrize("mask", ["all", EDGES, GRADED, "none"])
+@pytest.mark.parametrize("mask", [slow("all"), EDGES, GRADED, slow("none")])
 def test_figures_are_those_of_the_network_run_image_by_image(report: EvaluationReport, mask: str) -> None:
     model, data = segmenter(), cs.open_data(DATA, "test")
     net = cs.adaptify(model, mask, output_stride=(8, 32))
@@ -184,7 +184,7 @@ def test_masks_may_ask_for_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         (labels,) = known
         return labels[:, ::8, ::8] == 3
 
-    monkeypatch.setattr(counters, "labelled", labelled)
+    monkeypatch.setattr(evaluation, "labelled", labelled)
     report = cs.evaluate(segmenter(), DATA, [oracle], output_stride=[(8, 32)], limit=2, rounds=1)
     data = cs.open_data(DATA, "test")
     share = torch.stack([data[0][1], data[1][1]])[:, ::8, ::8].eq(3).double().mean()
@@ -202,7 +202,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["segmenter", "fcn_resnet50", *map(slow, list(NETWORKS)[2:])])
 def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
     net = cs.adaptify(NETWORKS[name](), "all", verify_laws=False)
     x = images(2, 95, 129)

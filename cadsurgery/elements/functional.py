@@ -17,6 +17,7 @@ from cadsurgery.elements.elements import (
     to_elements,
 )
 from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
+from cadsurgery.elements.unpooling import dense_indices, max_pool2d_with_indices, max_unpool2d
 from cadsurgery.elements.whole_image import (
     batch_norm,
     contiguous_gradient,
@@ -43,42 +44,3 @@ from cadsurgery.elements.windows import (
     pixel_unshuffle,
     transpose_weight,
 )
-
-__all__ = [
-    "Elements",
-    "avg_pool2d",
-    "batch_norm",
-    "check_same_padding",
-    "common_lattice",
-    "contiguous_gradient",
-    "conv2d",
-    "conv2d_per_image",
-    "crop",
-    "drop_channels",
-    "drop_per_image",
-    "fine_map",
-    "fused_conv2d",
-    "global_max",
-    "global_mean",
-    "global_reduce",
-    "group_deviation",
-    "group_norm",
-    "matrix_on_rows",
-    "max_pool2d",
-    "native_shape",
-    "norm_of_batch",
-    "normalize_over_image",
-    "pad",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "pool_to_bins",
-    "resize",
-    "resize_to_dense",
-    "rows_on",
-    "small_map",
-    "softmax_over_image",
-    "sum_of_products",
-    "to_dense",
-    "to_elements",
-    "transpose_weight",
-]

@@ -22,7 +22,7 @@ from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements, autocast, common_lattice, own_image, rows_on
-from cadsurgery.elements.kernel_map import Reading, Window, divisors, kernel_map, phases
+from cadsurgery.elements.kernel_map import Window, divisors, kernel_map, phases, read_rows
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 
@@ -77,14 +77,17 @@ def conv2d(
         groups: channel groups.
         size: of the output of a transposed convolution, as the network asks for it: its last two numbers are samples.
     """
-    window, target = _target_of(x, window, stage, size)
+    window, target = target_of(x, window, stage, size)
     rows, weight, bias = autocast(x.rows, weight, bias)
     if rows.dtype != weight.dtype:  # backends would convert the weight, and answer in the wrong type
         raise TypeError(f"the elements are {rows.dtype}, the weight is {weight.dtype}")
-    reads, weights = Between(x.lattice, target, window), Weights(weight, bias, groups)
-    if window.finer > 1:
-        return Elements(compute(Spreading(rows, weights, reads)), target)
-    return Elements(compute(Convolution(rows, weights, reads, window.outside or 0.0)), target)
+    return _convolve(rows, Weights(weight, bias, groups), Between(x.lattice, target, window))
+
+
+def _convolve(rows: Tensor, weights: Weights, reads: Between, residual: Tensor | None = None) -> Elements:
+    work = Spreading if reads.window.finer > 1 else Convolution
+    outside = reads.window.outside or 0.0
+    return Elements(compute(work(rows, weights, reads, outside, residual)), reads.target)
 
 
 def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
@@ -117,17 +120,14 @@ def fused_conv2d(
         size: see `conv2d`.
     """
     weights = weights.weights if isinstance(weights, PackedConv) else weights
-    window, target = _target_of(x, window, x.lattice.stage if stage is None else stage, size)
+    window, target = target_of(x, window, x.lattice.stage if stage is None else stage, size)
     rows = autocast(x.rows)[0]
     if residual is not None and not _is_of(residual, target, (*rows.shape[1:-1], weights.weight.shape[0])):
         plain = fused_conv2d(x, weights.alone, window=window, stage=target)
         target = common_lattice(target.stage if target.part is None else target, plain, residual)
         return Elements(weights.finish(rows_on(plain, target), rows_on(residual, target)), target)
     more = rows_on(residual, target).to(rows.dtype) if residual is not None else None
-    reads = Between(x.lattice, target, window)
-    if window.finer > 1:
-        return Elements(compute(Spreading(rows, weights, reads, more)), target)
-    return Elements(compute(Convolution(rows, weights, reads, window.outside or 0.0, more)), target)
+    return _convolve(rows, weights, Between(x.lattice, target, window), more)
 
 
 def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bool:
@@ -159,20 +159,17 @@ def conv2d_per_image(
         shape: of one kernel, (O, C / groups, kh, kw).
         groups: channel groups.
     """
-    window, target = _target_of(x, window, stage)
+    window, target = target_of(x, window, stage)
     weights = (mix @ weight).view(-1, *shape)
     biases = mix @ bias if bias is not None else [None] * len(weights)
     reading = Between(x.lattice, target, window).reading
     rows, table = extend(x.rows, reading, window.outside or 0.0), reading.table
     static = target.capacity is not None
     tables = [table] * target.batch if static else table.split(target.counts.tolist())
-    nothing = reading.sources[:0], reading.mix[:0]
     parts = []
     for mixture, offset, entries in zip(weights, biases, tables, strict=True):
         values, mixture, offset = autocast(rows, mixture, offset)
-        parts.append(
-            compute(Convolution(values, Weights(mixture, offset, groups), Reading(entries, *nothing, False)))
-        )
+        parts.append(compute(Convolution(values, Weights(mixture, offset, groups), read_rows(entries))))
     return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 
 
@@ -183,7 +180,7 @@ def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     With `pool="drop"` cells that are not downsampled here pass unchanged (D2-Net as published);
     otherwise they are pooled with stride one (a-trous).
     """
-    window, target = _target_of(x, window, stage)
+    window, target = target_of(x, window, stage)
     if window.is_pointwise:
         return Elements(_subsample(x, target), target)
     outside = -torch.inf if window.outside is None else window.outside
@@ -208,7 +205,7 @@ def avg_pool2d(
         count_include_pad: whether padding counts in the divisor, as in torch; what lies beyond never does.
         divisor: fixed divisor instead.
     """
-    window, target = _target_of(x, window, stage)
+    window, target = target_of(x, window, stage)
     if window.is_pointwise:
         rows = _subsample(x, target)
         return Elements(rows if divisor is None else rows / divisor, target)
@@ -224,7 +221,7 @@ def avg_pool2d(
 @operation(reads="window", drops=True)
 def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Space to depth: the values under an r x r window side by side in the channels."""
-    window, target = _target_of(x, window, stage)
+    window, target = target_of(x, window, stage)
     reading = kernel_map(x.lattice, target, window, drop=drops(target, window))
     rows = extend(x.rows, reading, 0.0)
     parts = [block.transpose(1, 2).flatten(1) for block in gather_blocks(rows, reading.table)]
@@ -242,7 +239,7 @@ def _subsample(x: Elements, target: Lattice) -> Tensor:
     return rows.clone() if rows is x.rows else rows
 
 
-def _target_of(
+def target_of(
     x: Elements, window: Window, stage: int | Lattice, samples: Sequence[int] | None = None
 ) -> tuple[Window, Lattice]:
     """The window with its padding known, and the lattice of its output, if only its stage is given."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -10,7 +9,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import Geometry, describe
+from cadsurgery.elements.lattice import Geometry, as_levels, describe
+from cadsurgery.masks.options import format_options, options_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.provenance import same_place
 
@@ -60,6 +60,7 @@ class MaskProvider(nn.Module):
     takes: ClassVar[Literal["none", "one", "many"]] = "none"  # other masks: how the string form writes it
     image_only: ClassVar[bool] = False  # does not look at the features, which then need not be computed
     needs: ClassVar[str] = ""  # what its maps depend on besides image and features, e.g. "earlier images"
+    has_own_function: bool = False  # was given a function that its options do not say where to find
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The level map (B, h, w)."""
@@ -84,7 +85,7 @@ class MaskProvider(nn.Module):
     @property
     def static(self) -> bool:
         """Whether `kept_patches` gives numbers and a compiled graph can hold the mask."""
-        return False
+        return type(self).kept_patches is not MaskProvider.kept_patches and not self.dependence
 
     @property
     def parts(self) -> tuple[MaskProvider, ...]:
@@ -109,7 +110,8 @@ class MaskProvider(nn.Module):
     @property
     def storable(self) -> bool:
         """Whether `spec()` says everything that makes it, learned tensors apart."""
-        return PROVIDERS.get(self.name) is type(self) and all(part.storable for part in self.parts)
+        is_known = PROVIDERS.get(self.name) is type(self) and not self.has_own_function
+        return is_known and all(part.storable for part in self.parts)
 
     def options(self) -> dict[str, Any]:
         """The options this provider was made with, by name: those of its constructor."""
@@ -117,7 +119,7 @@ class MaskProvider(nn.Module):
 
     def spec(self) -> str:
         """The string form that `resolve_mask` reads back."""
-        options = ",".join(f"{name}={format_option(value)}" for name, value in self.options().items())
+        options = format_options(self.options())
         return f"{self.name}:{options}" if options else self.name
 
     def extra_repr(self) -> str:
@@ -186,17 +188,6 @@ def _summary(provider: type[MaskProvider]) -> str:
     return " ".join((provider.__doc__ or "").partition("\n\n")[0].split())
 
 
-def options_of(provider: type[MaskProvider]) -> dict[str, Any]:
-    """Options of a provider class and their defaults: those of its constructor."""
-    parameters = inspect.signature(provider.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name != "self" and p.default is not p.empty}
-
-
-def format_option(value: Any) -> str:
-    """An option's value in the string form."""
-    return "/".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
-
-
 def check_levels(returned: object, grid: Grid, provider: str) -> Tensor:
     """A provider's result as integer levels (B, h, w); a bool map keeps True high.
 
@@ -225,20 +216,7 @@ def check_levels(returned: object, grid: Grid, provider: str) -> Tensor:
             why=f"the fine map of this image has {grid.size[0]} x {grid.size[1]} samples.",
             next=f"give {expected}.",
         )
-    if levels.dtype == torch.bool:
-        return torch.where(levels, 0, grid.max_level)
-    levels = levels.long()  # not all integer types can be compared
-    if torch.compiler.is_compiling():  # values are unknown while a graph is made
-        return levels
-    low, high = (int(bound) for bound in torch.aminmax(levels))
-    if low < 0 or high > grid.max_level:
-        raise InvalidInput(
-            f"the mask has levels {low}..{high}.",
-            where=where,
-            why=f"levels go from 0 (keep the high resolution) to {grid.max_level} (downsample everything).",
-            next=f"clamp them: levels.clamp(0, {grid.max_level}).",
-        )
-    return levels
+    return as_levels(levels, grid.max_level, where)
 
 
 def check_scores(scores: object, grid: Grid, provider: str, user: str) -> Tensor:

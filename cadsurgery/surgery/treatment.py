@@ -84,14 +84,14 @@ class Treatment:
         arguments: its keyword arguments: constants, nodes, `Attribute`s, or `Call`s on such.
         window: kernel, stride, dilation and padding, for windows, pads, and resizes that read a window.
         then: modules applied to the rows afterwards.
-        rows: the call to make on rows, where it is not the operation's own; of a `shape` that is a constant map, what
-            stands for all its positions.
+        rows: the call to make on rows, where it is not the operation's own.
         layout: axes of the result, where they are not those of the map it reads.
         scale: how many times finer the result of a resize is.
         last_only: why a resize can only be carried out where it leaves the region for good, or "".
         axes: the layout `call` needs of the map; "" for any.
         spaced: whether `call` takes the spacing of the network's own grid.
         reads: the map that `call` reads, where it is not the first argument.
+        leaves_by: what gives its dense map on the network's own grid, where that is not `to_dense`.
         cause: of a barrier.
     """
 
@@ -108,6 +108,7 @@ class Treatment:
     axes: str = NCHW
     spaced: bool = False
     reads: fx.Node | None = None
+    leaves_by: Callable[..., Any] | None = None
     cause: Cause = Cause.OPERATION
 
     def __post_init__(self) -> None:
@@ -118,8 +119,8 @@ class Treatment:
             InvalidInput: the function is not declared.
         """
         if isinstance(self.call, str):
-            if self.call and self.call not in functional.__all__:
-                raise UnknownName("operation on elements", self.call, functional.__all__)
+            if self.call and not hasattr(functional, self.call):
+                raise UnknownName("operation on elements", self.call, vars(functional))
             object.__setattr__(self, "call", getattr(functional, self.call) if self.call else None)
         if self.call is not None and operation_of(self.call) is None:
             raise InvalidInput(
@@ -153,7 +154,7 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
 
     Args:
         operations: what the rule is for.
-        of_vectors: call the rule also where the operation reads one vector per image, or sizes, and no map.
+        of_vectors: call the rule also where the operation reads one vector per image and no map.
 
     The same rule defined again, as by a cell of a notebook that is run twice, takes the place of the first.
 

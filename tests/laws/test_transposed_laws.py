@@ -294,7 +294,7 @@ def test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask() ->
     torch.manual_seed(0)
     model, x = UNet(UPS[1], "cat", True).double(), images(2, 48, 64, double)
     settled(model, x, Draw(0))
-    with pytest.warns(cs.CadWarning, match="no mask can improve"):
+    with pytest.warns(cs.CadWarning, match=r"(?s)no mask can improve.*one whose decoder interpolates"):
         net = cs.adaptify(model, "none", output_stride=(1, 8), example_input=x)
     with torch.no_grad():
         assert_same(net(x, mask=random_levels(2, (48, 64), (2, 2, 2))), model(x), EXACT)
@@ -320,8 +320,7 @@ UNJOINED: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("name", UNJOINED)
-@pytest.mark.parametrize("size", [(48, 64), (53, 58)], ids=str)
+@pytest.mark.parametrize(("name", "size"), covering([*UNJOINED], [(53, 58), (48, 64)]))
 def test_its_sizes_are_the_networks_at_any_size_of_the_image(name: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = settled(Unjoined(*UNJOINED[name]()).double(), images(2, 48, 64, double), Draw(0))
@@ -464,3 +463,17 @@ def test_the_function_is_the_module() -> None:
     model = settled(Computed().double(), images(2, 48, 64, double), Draw(0))
     net = compare(Case(model, images(2, 53, 58, double), images(1, 40, 40, double), True), Draw(1))
     assert net.plan["conv_transpose2d"].action == "keep"
+
+
+class Up(nn.ConvTranspose2d):
+    """A class of a user's that adds nothing."""
+
+
+def test_an_activation_behind_a_dense_one_of_a_class_that_acts_alike_stays_in_the_inference_copy() -> None:
+    torch.manual_seed(0)
+    trunk = [layer for inner in (3, 8, 8) for layer in (nn.Conv2d(inner, 8, 3, 2, 1), nn.ReLU())]
+    dense = [nn.Softmax(2), Up(8, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 2, 1)]
+    net = cs.adaptify(nn.Sequential(*trunk, *dense).eval(), "none", example_input=images(1, 32, 48))
+    x = images(2, 40, 56)
+    with torch.no_grad():
+        assert_same(net.optimize()(x), net(x))
