@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cadsurgery.support.errors import InvalidInput, first_line
 
@@ -95,14 +95,10 @@ def change_images(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> A
     """The arguments with the image, and all that is of its height and width, changed."""
     size = image_of(arguments).shape[-2:]
 
-    def changed(value: Any) -> Any:
-        return (
-            change(value)
-            if isinstance(value, Tensor) and value.dim() == 4 and value.shape[-2:] == size
-            else value
-        )
+    def changed(value: Tensor) -> Tensor:
+        return change(value) if value.dim() == 4 and value.shape[-2:] == size else value
 
-    return dict(tree_map(changed, arguments))
+    return dict(tree_map_only(Tensor, changed, arguments))
 
 
 def crop(image: Tensor, height: int, width: int) -> Tensor:
@@ -112,20 +108,13 @@ def crop(image: Tensor, height: int, width: int) -> Tensor:
 
 def widen(arguments: Arguments) -> Arguments:
     """The arguments in double precision."""
-    return dict(
-        tree_map(
-            lambda value: (
-                value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-            ),
-            arguments,
-        )
-    )
+    return dict(tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments))
 
 
 def run_forward(model: nn.Module, arguments: Arguments) -> Any:
     """What a network makes of them, without hooks on the whole, which are no part of its graph."""
     bound = inspect.signature(model.forward).bind_partial()
-    bound.arguments.update(tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments))
+    bound.arguments.update(tree_map_only(Tensor, Tensor.clone, arguments))
     return model.forward(*bound.args, **bound.kwargs)
 
 

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.facts import tensors_of
@@ -41,17 +41,7 @@ _SELECTIONS = frozenset(
 )
 # Functions of torch that make tensors of a size, and therefore see no symbol among their arguments.
 _FACTORIES = (
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "rand",
-    "randn",
-    "arange",
-    "linspace",
-    "eye",
-    "tensor",
-    "as_tensor",
+    *("zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye", "tensor", "as_tensor"),
 )
 
 
@@ -115,10 +105,6 @@ class _Attribute(fx.proxy.Attribute, Symbol):
     """An attribute of a symbol: its node is made when its value is needed, for it may be a method."""
 
 
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 class Carrier(Tracer):
     """Traces a network on an example."""
 
@@ -167,7 +153,7 @@ class Carrier(Tracer):
                     if node.op == "placeholder":
                         default = node.args[0] if node.args else None
                         value = self.example.get(str(node.target).lstrip("*"), default)
-                        self.values[node] = tree_map(_cloned, value)
+                        self.values[node] = tree_map_only(Tensor, Tensor.clone, value)
                     else:
                         self.values[node] = interpreter.run_node(node)
                     self._run_so_far += 1
@@ -280,11 +266,6 @@ def _is_instance(value: Any, kinds: Any) -> bool:
     return isinstance(value.tracer.value(value) if issubclass(type(value), Symbol) else value, kinds)
 
 
-def _is_tensor(value: Any) -> bool:
-    """`torch.is_tensor`, likewise."""
-    return _is_instance(value, Tensor)
-
-
 def _unscripted(value: Any) -> Callable[..., Any] | None:
     """The Python function that torch.jit.script was given; None for anything else."""
     return (
@@ -365,8 +346,9 @@ def symbols_in_python(model: nn.Module) -> Iterator[None]:
         if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
             spaces[id(space)] = space
     with ExitStack() as stack:
+        is_tensor = functools.partial(_is_instance, kinds=Tensor)
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}
-        stack.enter_context(mock.patch.multiple(torch, is_tensor=_is_tensor, **factories))
+        stack.enter_context(mock.patch.multiple(torch, is_tensor=is_tensor, **factories))
         stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
         for space in spaces.values():
             free = {name: value for name, value in shadows.items() if name not in space}

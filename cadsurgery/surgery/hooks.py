@@ -381,14 +381,8 @@ _HARMLESS = frozenset(
         *("__annotations_cache__", "__abstractmethods__", "_abc_impl", "__orig_bases__", "__dict__"),
         *("__weakref__", "__hash__", "__eq__", "_version", "extra_repr", "_get_name", "reset_parameters"),
         *("reset_running_stats", "_check_input_dim", "train", "eval", "_load_from_state_dict"),
-        *(
-            "_save_to_state_dict",
-            "state_dict",
-            "load_state_dict",
-            "__setstate__",
-            "__getstate__",
-            "__deepcopy__",
-        ),
+        *("_save_to_state_dict", "state_dict", "load_state_dict"),
+        *("__setstate__", "__getstate__", "__deepcopy__"),
     )
 )
 

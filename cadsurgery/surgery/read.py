@@ -117,11 +117,7 @@ def _of_other_sizes(call: Arguments) -> Iterator[Arguments]:
 
 
 def _pad(image: Tensor, by: tuple[int, ...]) -> Tensor:
-    return (
-        nn.functional.pad(image, by, mode="replicate")
-        if image.is_floating_point()
-        else nn.functional.pad(image, by)
-    )
+    return nn.functional.pad(image, by, mode="replicate" if image.is_floating_point() else "constant")
 
 
 class _Unguarded(fx.Interpreter):

@@ -55,17 +55,17 @@ __all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "rul
 @rule(nn.Conv2d)
 def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
-    conv: Any = facts.module(node)
-    window = _window(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
-    return _treat_window(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
+    given = _options(node, facts)
+    shape = (given["kernel_size"], given["stride"], given["padding"], given["dilation"])
+    return _treat_window(functional.conv2d, _window(*shape, given["padding_mode"]), **_weights(given))
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
 def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
-    conv: Any = facts.module(node)
-    window = _window(conv.kernel_size, conv.stride, 0, conv.dilation, same=True)
-    return _treat_window(functional.conv2d, window, **_weights(node, conv), groups=conv.groups)
+    given = _options(node, facts)
+    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    return _treat_window(functional.conv2d, window, **_weights(given))
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
@@ -76,7 +76,7 @@ def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     padding = 0 if conv.dynamic_padding else conv.padding
     window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-    mixed = {"mix": given["routing_weights"], **_weights(node, conv), "shape": shape, "groups": conv.groups}
+    mixed = {"mix": given["routing_weights"], **_weights(_options(node, facts)), "shape": shape}
     return _treat_window(functional.conv2d_per_image, window, **mixed)
 
 
@@ -88,8 +88,7 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
     if weight not in facts.shapes or facts.layout(weight):
         return barrier("its weight is not a tensor of known shape")
     window = _window(tuple(facts.shapes[weight][2:]), given["stride"], given["padding"], given["dilation"])
-    kept = {name: given[name] for name in ("weight", "bias", "groups")}
-    return _treat_window(functional.conv2d, window, **kept)
+    return _treat_window(functional.conv2d, window, **_weights(given))
 
 
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
@@ -146,7 +145,7 @@ def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
-    factor = _factor(node, facts, "downscale_factor")
+    factor = _options(node, facts, "x", "downscale_factor")["downscale_factor"]
     return _treat_window(functional.pixel_unshuffle, _window(factor, factor, 0, 1))
 
 
@@ -206,15 +205,13 @@ def _same_for_readers(
 
 def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
     """The window of an unpadded convolution or pooling, with the padding its stride asks for."""
-    if user.op == "call_module":
-        module: Any = facts.module(user)
-        if not acts_as(module, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d):
-            return None
-        given: dict[str, Any] = {"dilation": 1, **vars(module)}
-    elif user.target in (F.conv2d, torch.conv2d):
-        given = _arguments(user, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+    known = rule_of(user, facts)
+    if known not in (convolution, convolution_function, max_pooling, average_pooling):
+        return None
+    given = _options(user, facts, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+    if known is convolution_function:
         given["kernel_size"] = tuple(facts.shapes.get(given["weight"], ())[2:])
-    else:
+    elif user.op != "call_module":
         return None
     if not given["kernel_size"] or given["padding"] == "same" or any(_pair(given["padding"])):
         return None
@@ -270,30 +267,28 @@ def padding_same(node: fx.Node, facts: Facts) -> Treatment:
 # -- the image as a whole ------------------------------------------------------------------------------
 
 
-@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
-def adaptive_pooling(node: fx.Node, facts: Facts) -> Treatment:
-    """Over the image, or over the bins it is cut into, each element weighed by its area, or the maximum."""
-    by_module = node.op == "call_module"
-    size: Any = (
-        facts.module(node).output_size if by_module else _arguments(node, "x", "output_size")["output_size"]
-    )
-    is_max = (
-        isinstance(facts.module(node), nn.AdaptiveMaxPool2d)
-        if by_module
-        else "max" in operation_name(node, facts)
-    )
-    if _pair(size) != (1, 1):
-        return _pooling_to_bins(node, facts, _pair(size), is_max)
-    return Treatment("global", call=functional.global_max if is_max else functional.global_mean)
+@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)
+def adaptive_average_pooling(node: fx.Node, facts: Facts) -> Treatment:
+    """The mean over the image, or over the bins it is cut into, each element weighed by its area."""
+    return _pooling_to_bins(node, facts, largest=False)
 
 
-def _pooling_to_bins(node: fx.Node, facts: Facts, size: tuple[Any, Any], is_max: bool) -> Treatment:
-    given = vars(facts.module(node)) if node.op == "call_module" else node.kwargs
+@rule(nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d)
+def adaptive_max_pooling(node: fx.Node, facts: Facts) -> Treatment:
+    """The maximum over the image, or over the bins it is cut into."""
+    return _pooling_to_bins(node, facts, largest=True)
+
+
+def _pooling_to_bins(node: fx.Node, facts: Facts, largest: bool) -> Treatment:
+    given = _options(node, facts, "x", "output_size", return_indices=False)
+    size = _pair(given["output_size"])
+    if size == (1, 1):
+        return Treatment("global", call=functional.global_max if largest else functional.global_mean)
     if not all(isinstance(bins, int) for bins in size):
         return barrier("how many bins it has follows from the size of the map")
-    if given.get("return_indices") or facts.layout(node.args[0]) != NCHW:
+    if given["return_indices"] or facts.layout(node.args[0]) != NCHW:
         return barrier("its indices, or its axes, are those of a dense map")
-    arguments = (("size", size), ("largest", is_max))
+    arguments = (("size", size), ("largest", largest))
     return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
 
 
@@ -315,38 +310,34 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
         return _over_channels(node, facts, dims, bool(given["keepdim"]))
     if over_image != set(image_dims(layout)) or layout.index("b") in dims:
         return barrier(f"{how} over {given['dim']} joins some positions of the image and not others")
-    arguments = {
-        "how": how,
-        "dims": dims,
-        "keepdim": bool(given["keepdim"]),
-        "correction": given["correction"],
-    }
+    arguments = {"how": how, "dims": dims, "keepdim": bool(given["keepdim"])}
+    arguments["correction"] = given["correction"]
     return Treatment("global", call=functional.global_reduce, arguments=tuple(arguments.items()), spaced=True)
 
 
-@rule(nn.GroupNorm, F.group_norm, nn.InstanceNorm2d, F.instance_norm)
+@rule(nn.GroupNorm, F.group_norm)
 def group_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and group, over elements weighed by area; then affine."""
-    shape = facts.shapes[node]
-    if node.op == "call_module":
-        norm: Any = facts.module(node)
-        if getattr(norm, "track_running_stats", False):
-            return barrier("it has running statistics of single images")
-        groups, eps = getattr(norm, "num_groups", shape[1]), norm.eps
-        arguments = {**_weights(node, norm), "groups": groups, "eps": eps}
-    elif node.target is F.group_norm:
-        given = _arguments(node, "input", "groups", weight=None, bias=None, eps=1e-5)
-        arguments = {name: given.get(name) for name in ("weight", "bias", "eps")}
-        arguments["groups"] = given.get("num_groups", given.get("groups"))
-    else:
-        given = _arguments(
-            node, "input", running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True
-        )
-        if not given["use_input_stats"] or given["running_mean"] is not None:
-            return barrier("it has running statistics of single images")
-        arguments = {"weight": given["weight"], "bias": given["bias"], "groups": shape[1]}
-        arguments["eps"] = given.get("eps", 1e-5)
-    return Treatment("pointwise", call=functional.group_norm, arguments=tuple(arguments.items()))
+    given = _options(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
+    return _normalise_groups(given, given["num_groups"])
+
+
+@rule(nn.InstanceNorm2d, F.instance_norm)
+def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
+    """Mean and variance of each image and channel, over elements weighed by area; then affine."""
+    usual: dict[str, Any] = {"running_mean": None, "running_var": None, "weight": None, "bias": None}
+    given = _options(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
+    of_call = given["use_input_stats"] and given["running_mean"] is None
+    if given.get("track_running_stats") or not of_call:
+        return barrier("it has running statistics of single images")
+    return _normalise_groups(given, facts.shapes[node][1])
+
+
+def _normalise_groups(given: dict[str, Any], groups: int) -> Treatment:
+    arguments = {name: given[name] for name in ("weight", "bias", "eps")}
+    return Treatment(
+        "pointwise", call=functional.group_norm, arguments=(*arguments.items(), ("groups", groups))
+    )
 
 
 @rule("timm.layers.evo_norm:group_std")
@@ -393,11 +384,7 @@ def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.LayerNorm, F.layer_norm, nn.RMSNorm, F.rms_norm)
 def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
-    shape: Any = (
-        facts.module(node).normalized_shape
-        if node.op == "call_module"
-        else _arguments(node, "input", "normalized_shape")["normalized_shape"]
-    )
+    shape = _options(node, facts, "input", "normalized_shape")["normalized_shape"]
     axes = facts.layout(node.args[0])[-len(shape) :]
     if set(axes) != {"c"}:
         return barrier("it normalises over positions of the image")
@@ -451,15 +438,9 @@ def conversion(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
 
 
-@rule("new_empty", "new_tensor")
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
 def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
     """Takes the type and device of a map, and none of its values."""
-    return Treatment("shape")
-
-
-@rule(torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full", of_vectors=True)
-def constant_map(node: fx.Node, facts: Facts) -> Treatment:
-    """One value at every position, so that any position of it stands for all, see `flow.is_filled`."""
     return Treatment("shape")
 
 
@@ -660,9 +641,7 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     source: Any = node.args[0] if node.args else node.kwargs["input"]
     usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
     usual |= {"recompute_scale_factor": None, "antialias": False}
-    given = _arguments(node, "x", **usual)
-    if node.op == "call_module":
-        given |= {name: getattr(facts.module(node), name) for name in usual if name != "antialias"}
+    given = _options(node, facts, "x", **usual)
     if not facts.layout(source):
         return _resize_small(node, facts, source, given)
     if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
@@ -693,9 +672,7 @@ def _whole_division(given: dict[str, Any]) -> int | None:
 def _subsampling(mode: str, stride: int) -> Treatment:
     """A resize to a coarser grid: of the nearest samples, or of the means of the two in the middle."""
     if mode == "nearest":
-        rest = (
-            1 - stride
-        )  # samples that are left over at the lower and right border are no sample of their own
+        rest = 1 - stride  # what is left over at the lower and right border is no sample of its own
         window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
         why = "It takes every so many-th sample, as a stride does."
     elif mode == "bilinear" and stride == 2:
@@ -709,7 +686,7 @@ def _subsampling(mode: str, stride: int) -> Treatment:
 @rule(nn.PixelShuffle, F.pixel_shuffle)
 def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the channels of its phase on the output's own grid."""
-    factor = _factor(node, facts, "upscale_factor")
+    factor = _options(node, facts, "x", "upscale_factor")["upscale_factor"]
     return Treatment("resize", call=functional.pixel_shuffle, scale=factor)
 
 
@@ -741,17 +718,13 @@ def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
 @rule(nn.ConvTranspose2d, F.conv_transpose2d, torch.conv_transpose2d)
 def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
     """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
+    usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    given = _options(node, facts, "input", "weight", **usual)
     if node.op == "call_module":
-        module: Any = facts.module(node)
-        names = ("stride", "padding", "output_padding", "groups", "dilation")
-        given = {**_weights(node, module), **{name: getattr(module, name) for name in names}}
-        kernel = module.kernel_size
-        size = _arguments(node, "input", output_size=None)["output_size"]
+        kernel, size = given["kernel_size"], _arguments(node, "input", output_size=None)["output_size"]
+    elif given["weight"] not in facts.shapes or facts.layout(given["weight"]):
+        return barrier("its weight is not a tensor of known shape")
     else:
-        usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-        given = _arguments(node, "input", "weight", **usual)
-        if given["weight"] not in facts.shapes or facts.layout(given["weight"]):
-            return barrier("its weight is not a tensor of known shape")
         kernel, size = tuple(facts.shapes[given["weight"]][2:]), None
     window = _transposed_window(
         kernel, *(given[name] for name in ("stride", "padding", "output_padding", "dilation"))
@@ -768,13 +741,8 @@ def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
         return _treat_window(functional.conv2d, window, **arguments)
     if size is not None:
         arguments["size"] = size
-    return Treatment(
-        "resize",
-        call=functional.conv2d,
-        arguments=tuple(arguments.items()),
-        window=window,
-        scale=window.finer,
-    )
+    items = tuple(arguments.items())
+    return Treatment("resize", call=functional.conv2d, arguments=items, window=window, scale=window.finer)
 
 
 def _transposed_window(kernel: Any, stride: Any, padding: Any, more: Any, dilation: Any) -> Window | str:
@@ -887,10 +855,19 @@ def _arguments(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
     return {**defaults, **dict(zip((*names, *defaults), node.args, strict=False)), **node.kwargs}
 
 
-def _weights(node: fx.Node, module: nn.Module) -> dict[str, Any]:
-    """Weight and bias of a module, as treatments name them."""
-    names = ("weight", "bias")
-    return {n: Attribute(f"{node.target}.{n}") if getattr(module, n) is not None else None for n in names}
+def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[str, Any]:
+    """Attributes of a module, or arguments of the function that does the same, by name."""
+    if node.op != "call_module":
+        return _arguments(node, *names, **defaults)
+    module = facts.module(node)
+    held = {name: getattr(module, name) for name in ("weight", "bias") if hasattr(module, name)}
+    weights = {name: Attribute(f"{node.target}.{name}") for name in held if held[name] is not None}
+    return {**defaults, **vars(module), **dict.fromkeys(held), **weights}
+
+
+def _weights(given: dict[str, Any]) -> dict[str, Any]:
+    """What a convolution is given besides its window."""
+    return {name: given[name] for name in ("weight", "bias", "groups")}
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -903,12 +880,6 @@ def _dims(dim: Any, layout: str) -> tuple[int, ...] | None:
     if not dims or not all(isinstance(d, int) for d in dims):
         return None
     return tuple(sorted(d % len(layout) for d in dims))
-
-
-def _factor(node: fx.Node, facts: Facts, name: str) -> int:
-    return (
-        getattr(facts.module(node), name) if node.op == "call_module" else _arguments(node, "x", name)[name]
-    )
 
 
 def _scale(before: Sequence[int], after: Sequence[int]) -> int:
@@ -1001,16 +972,11 @@ def _covers_image(given: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
 
 
 def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
-    given: dict[str, Any] = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
-    given |= {"return_indices": False, "count_include_pad": True, "divisor_override": None}
-    if node.op == "call_module":
-        given |= vars(facts.module(node))
-    elif node.target is F.avg_pool2d:
-        last = ("ceil_mode", "count_include_pad", "divisor_override")
-        given |= _arguments(node, "input", "kernel_size", "stride", "padding", *last)
-    else:
-        last = ("dilation", "ceil_mode", "return_indices")
-        given |= _arguments(node, "input", "kernel_size", "stride", "padding", *last)
+    usual: dict[str, Any] = {"stride": None, "padding": 0}
+    of_mean = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+    of_max = {"dilation": 1, "ceil_mode": False, "return_indices": False}
+    in_order = of_mean if node.target is F.avg_pool2d else of_max
+    given = {**of_mean, **of_max, **_options(node, facts, "input", "kernel_size", **usual, **in_order)}
     given["return_indices"] = given["return_indices"] or node.target is F.max_pool2d_with_indices
     given["stride"] = given["kernel_size"] if given["stride"] in (None, []) else given["stride"]
     return given

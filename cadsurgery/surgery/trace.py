@@ -50,7 +50,12 @@ class Tracer(fx.Tracer):
         """An argument that is None by default and not given is so here: Python asks `is None`, of which no graph
         knows."""
         function, values = super().create_args_for_root(*args, **kwargs)
-        return function, [value if _is_given(value, self._given) else _constant(value) for value in values]
+        return function, [None if self._is_left_out(value) else value for value in values]
+
+    def _is_left_out(self, value: Any) -> bool:
+        """Whether an input is not given and is None by default."""
+        is_none = isinstance(value, fx.Proxy) and value.node.args == (None,)
+        return is_none and value.node.target not in self._given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one node of the graph."""
@@ -65,15 +70,6 @@ class Tracer(fx.Tracer):
         except Exception:  # tracing runs foreign code, which can raise anything
             return False
         return True
-
-
-def _constant(value: Any) -> Any:
-    """None for an input whose default it is, else the input itself."""
-    return None if isinstance(value, fx.Proxy) and value.node.args == (None,) else value
-
-
-def _is_given(value: Any, names: frozenset[str]) -> bool:
-    return isinstance(value, fx.Proxy) and value.node.target in names
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:

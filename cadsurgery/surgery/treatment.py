@@ -84,8 +84,7 @@ class Treatment:
         arguments: its keyword arguments: constants, nodes, `Attribute`s, or `Call`s on such.
         window: kernel, stride, dilation and padding, for windows, pads, and resizes that read a window.
         then: modules applied to the rows afterwards.
-        rows: the call to make on rows, where it is not the operation's own; of a `shape` that is a constant map, what
-            stands for all its positions.
+        rows: the call to make on rows, where it is not the operation's own.
         layout: axes of the result, where they are not those of the map it reads.
         scale: how many times finer the result of a resize is.
         last_only: why a resize can only be carried out where it leaves the region for good, or "".
@@ -155,7 +154,7 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
 
     Args:
         operations: what the rule is for.
-        of_vectors: call the rule also where the operation reads one vector per image, or sizes, and no map.
+        of_vectors: call the rule also where the operation reads one vector per image and no map.
 
     The same rule defined again, as by a cell of a notebook that is run twice, takes the place of the first.
 
