@@ -157,7 +157,7 @@ def _block_minimum(levels: Tensor, side: int) -> Tensor:
     """Minimum of each aligned side x side block, on every pixel of the block."""
     _, height, width = levels.shape
     pad = (0, -width % side, 0, -height % side)
-    padded = F.pad(levels.to(torch.int16), pad, value=torch.iinfo(torch.int16).max)
+    padded = F.pad(levels.to(torch.int32), pad, value=torch.iinfo(torch.int32).max)
     minimum = padded.unflatten(1, (-1, side)).unflatten(3, (-1, side)).amin((2, 4))
     return minimum.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
 

@@ -269,8 +269,13 @@ def patch_scores(scores: Tensor, patch: int) -> Tensor:
     A block at the border counts the samples inside the map. In float64, where sums of equal float32 values are
     exact: equal scores stay equal whatever the size of their blocks.
     """
-    samples = scores.double().unsqueeze(1)
-    return F.avg_pool2d(samples, patch, ceil_mode=True, count_include_pad=False).squeeze(1)
+    height, width = scores.shape[1:]
+    samples = F.pad(scores.double(), (0, -width % patch, 0, -height % patch))
+    sums = samples.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).sum((2, 4))
+    down, across = (
+        (length - torch.arange(0, length, patch, device=scores.device)).clamp(max=patch) for length in (height, width)
+    )
+    return sums / (down.unsqueeze(1) * across)
 
 
 @mask_provider("smooth")
