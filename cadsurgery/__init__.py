@@ -46,7 +46,7 @@ _PUBLIC = {
     "list_models": "data.networks",
     "load": "network.storage",
     "mask_provider": "masks",
-    "export": "network.compile",
+    "export": "network.export",
     "operation": "elements.operations",
     "rule": "surgery.rules",
     "Call": "surgery.rules",
@@ -142,7 +142,8 @@ if TYPE_CHECKING:
     from cadsurgery.elements.operations import operation
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
     from cadsurgery.network.adaptify import adaptify, plan
-    from cadsurgery.network.compile import Bucketed, export
+    from cadsurgery.network.compile import Bucketed
+    from cadsurgery.network.export import export
     from cadsurgery.network.model import AdaptiveModel
     from cadsurgery.network.points import macs_at, read_at
     from cadsurgery.network.stem import CachedStem, body_of, stem_outputs

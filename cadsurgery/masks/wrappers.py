@@ -273,7 +273,8 @@ def patch_scores(scores: Tensor, patch: int) -> Tensor:
     samples = F.pad(scores.double(), (0, -width % patch, 0, -height % patch))
     sums = samples.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).sum((2, 4))
     down, across = (
-        (length - torch.arange(0, length, patch, device=scores.device)).clamp(max=patch) for length in (height, width)
+        (length - torch.arange(0, length, patch, device=scores.device)).clamp(max=patch)
+        for length in (height, width)
     )
     return sums / (down.unsqueeze(1) * across)
 

@@ -1,7 +1,7 @@
 """Graphs for engines other than torch: gathers and products of rows in the few operations that every engine has.
 
-oneDNN's convolutions, which torch multiplies rows with on a CPU, would be transposed there and back; and a sum over bags
-of rows is a loop in ONNX.
+oneDNN's convolutions, which torch multiplies rows with on a CPU, would be transposed there and back; and a sum over
+bags of rows is a loop in ONNX.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from cadsurgery.elements.backends.choose import (
     extend,
 )
 
-_IS_PORTABLE: ContextVar[bool] = ContextVar("whether the graph that is made is for another engine", default=False)
+_IS_PORTABLE: ContextVar[bool] = ContextVar(
+    "whether the graph that is made is for another engine", default=False
+)
 
 
 @contextmanager
