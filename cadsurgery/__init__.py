@@ -16,51 +16,44 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives. Imported on first use, so that `import cadsurgery` and the command line
-# start without waiting for torch.
-_PUBLIC = {
-    "adaptify": "network.adaptify",
-    "plan": "network.adaptify",
-    "AdaptiveModel": "network.model",
-    "Bucketed": "network.compile",
-    "Budget": "masks",
-    "CachedStem": "network.stem",
-    "body_of": "network.stem",
-    "stem_outputs": "network.stem",
-    "Elements": "elements.functional",
-    "Geometry": "elements.lattice",
-    "Lattice": "elements.lattice",
-    "MaskProvider": "masks",
-    "MaskWrapper": "masks",
-    "Plan": "surgery.plan",
-    "Augment": "data",
-    "EvaluationReport": "tasks.segmentation.report",
-    "SegmentationData": "data",
-    "SegmentationMetrics": "tasks.segmentation.metrics",
-    "build_model": "data.networks",
-    "macs_at": "network.points",
-    "read_at": "network.points",
-    "evaluate": "tasks.segmentation.evaluation",
-    "open_data": "data",
-    "list_masks": "masks",
-    "list_models": "data.networks",
-    "load": "network.storage",
-    "mask_provider": "masks",
-    "export": "network.export",
-    "operation": "elements.operations",
-    "rule": "surgery.rules",
-    "Call": "surgery.rules",
-    "Treatment": "surgery.rules",
-    "Window": "elements.kernel_map",
-    "save": "network.storage",
-    "CadError": "support.errors",
-    "CadWarning": "support.errors",
-    "CannotConvert": "support.errors",
-    "FileError": "support.errors",
-    "InvalidInput": "support.errors",
-    "TrainingStopped": "support.errors",
-    "UnknownName": "support.errors",
+# The modules of public names. Imported on first use, so that `import cadsurgery` and the command line start without
+# waiting for torch.
+_NAMES = {
+    "support.errors": (
+        *("CadError", "CadWarning", "CannotConvert", "FileError"),
+        *("InvalidInput", "TrainingStopped", "UnknownName"),
+    ),
+    "data": ("Augment", "SegmentationData", "open_data"),
+    "data.networks": ("build_model", "list_models"),
+    "elements.functional": ("Elements",),
+    "elements.kernel_map": ("Window",),
+    "elements.lattice": ("Geometry", "Lattice"),
+    "elements.operations": ("operation",),
+    "masks": ("Budget", "MaskProvider", "MaskWrapper", "list_masks", "mask_provider"),
+    "surgery.plan": ("Plan",),
+    "surgery.rules": ("Call", "Treatment", "rule"),
+    "network.adaptify": ("adaptify", "plan"),
+    "network.compile": ("Bucketed",),
+    "network.export": ("export",),
+    "network.model": ("AdaptiveModel",),
+    "network.points": ("macs_at", "read_at"),
+    "network.stem": ("CachedStem", "body_of", "stem_outputs"),
+    "network.storage": ("load", "save"),
+    "tasks.segmentation.evaluation": ("evaluate",),
+    "tasks.segmentation.metrics": ("SegmentationMetrics",),
+    "tasks.segmentation.report": ("EvaluationReport",),
 }
+_PUBLIC = {name: module for module, names in _NAMES.items() for name in names}
+
+# The same names in words that type checkers read.
+__all__ = ["CadError", "CadWarning", "CannotConvert", "FileError", "InvalidInput", "TrainingStopped"]
+__all__ += ["Augment", "SegmentationData", "UnknownName", "build_model", "list_models", "open_data"]
+__all__ += ["Elements", "Geometry", "Lattice", "Window", "operation"]
+__all__ += ["Budget", "MaskProvider", "MaskWrapper", "list_masks", "mask_provider"]
+__all__ += ["Call", "Plan", "Treatment", "rule"]
+__all__ += ["AdaptiveModel", "Bucketed", "CachedStem", "adaptify", "body_of", "export", "load", "macs_at"]
+__all__ += ["plan", "read_at", "save", "stem_outputs"]
+__all__ += ["EvaluationReport", "SegmentationMetrics", "evaluate"]
 
 # Rooms that users know by their own names.
 _ROOMS = ("data", "finetune", "masks")
@@ -88,50 +81,6 @@ _MODULES = {
     "matching": "tasks.keypoints.matching",
     "keypoints": "tasks.keypoints",
 }
-
-__all__ = [
-    "AdaptiveModel",
-    "Augment",
-    "Bucketed",
-    "Budget",
-    "CachedStem",
-    "CadError",
-    "CadWarning",
-    "Call",
-    "CannotConvert",
-    "Elements",
-    "EvaluationReport",
-    "FileError",
-    "Geometry",
-    "InvalidInput",
-    "Lattice",
-    "MaskProvider",
-    "MaskWrapper",
-    "Plan",
-    "SegmentationData",
-    "SegmentationMetrics",
-    "TrainingStopped",
-    "Treatment",
-    "UnknownName",
-    "Window",
-    "adaptify",
-    "body_of",
-    "build_model",
-    "evaluate",
-    "export",
-    "list_masks",
-    "list_models",
-    "load",
-    "macs_at",
-    "mask_provider",
-    "open_data",
-    "operation",
-    "plan",
-    "read_at",
-    "rule",
-    "save",
-    "stem_outputs",
-]
 
 if TYPE_CHECKING:
     from cadsurgery.data import Augment, SegmentationData, open_data

@@ -225,17 +225,6 @@ def test_the_caller_keeps_the_reversed_map() -> None:
     close(found, expected)
 
 
-def test_a_compiled_graph_has_no_break() -> None:
-    rows, weight, table = operands(10, 8, 6, 3, torch.float32)
-
-    def double(rows: Tensor) -> Tensor:
-        return 2 * gpu.gather_conv(rows, weight, table, activation=ACTIVATIONS["relu"])
-
-    with torch.no_grad():
-        found = torch.compile(double, backend="aot_eager", fullgraph=True)(rows)
-    close(found, 2 * reference(rows, weight, table, activation=ACTIVATIONS["relu"]))
-
-
 @pytest.mark.parametrize("fill", [pytest.param("nearest", marks=pytest.mark.slow), "linear"])
 @pytest.mark.parametrize("groups", [1, 8])
 def test_convolutions_on_elements_use_it(fill: Any, groups: int) -> None:

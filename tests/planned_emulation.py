@@ -125,16 +125,30 @@ class PlannedEmulator(fx.Interpreter):
             value, told = self.env[source], self.told[source.name]
             if self.here.inside:
                 enters = isinstance(value, Tensor) and told.layout
-                return self.enter(value, told.layout) if enters else value
+                return self.enter(value, told) if enters else value
             kept = n.target in (getattr, "size", "dim") or self.here.leaves == "resized"
             return value if kept else self.leave(value, told)
 
         return fx.map_arg(n.args, fetched), fx.map_arg(n.kwargs, fetched)
 
-    def enter(self, dense: Tensor, layout: str) -> Cells:
-        made = Cells(dense, 0, 1, layout)
+    def enter(self, dense: Tensor, told: Told) -> Cells:
+        if told.grid > 1:
+            return self.come_back(dense, told.grid)
+        made = Cells(dense, 0, 1, told.layout)
         self.fine = self.fine or made.size
         return made
+
+    def come_back(self, dense: Tensor, spacing: int) -> Cells:
+        """A map on the network's own grid that was computed outside: every fine pixel lies between its samples."""
+        for axis in (2, 3):
+            last = dense.shape[axis] - 1
+            place = torch.arange((last + 1) * spacing).to(dense) / spacing
+            place = (place.floor() if self.emulation.fill == "nearest" else place).clamp(max=last)
+            low = place.floor().long()
+            share = (place - low).view(-1, *(1,) * (3 - axis))
+            upper = dense.index_select(axis, (low + 1).clamp(max=last))
+            dense = (1 - share) * dense.index_select(axis, low) + share * upper
+        return Cells(dense, 0, spacing)
 
     def leave(self, value: Any, told: Told) -> Any:
         """A value outside the region: dense, at its native size or the fine one."""

@@ -399,7 +399,6 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"batch": 0}, cs.InvalidInput, "batch=0", "at least 1"),
     ({"rounds": 0}, cs.InvalidInput, "rounds=0", "at least 1"),
     ({"threads": -1}, cs.InvalidInput, "threads=-1", "at least 1"),
-    ({"threads": 0}, cs.InvalidInput, "threads=0", "at least 1"),
     ({"size": (1, 1)}, cs.InvalidInput, "same work", "larger size"),
     ({"output_stride": (3, 5)}, cs.InvalidInput, "5", "(8, 32)"),
     ({"memory": True}, cs.InvalidInput, "without a name", "module:function"),

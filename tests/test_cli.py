@@ -46,6 +46,11 @@ def grey():
     return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), *list(segmenter())[2:])
 
 
+def unfolded():
+    """What it returns leaves the region at its native size."""
+    return nn.Sequential(*segmenter(), nn.Unfold(2))
+
+
 def of_classes(count):
     return segmenter()
 
@@ -624,8 +629,8 @@ def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_s
 def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def measured(*given: Any, **named: Any) -> BenchReport:
-        seen.update(named, networks=given[0], mask=given[1], fractions=given[2])
+    def measured(**named: Any) -> BenchReport:
+        seen.update(named)
         return BenchReport(BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "", "today"), ())
 
     monkeypatch.setattr(bench, "bench", measured)
@@ -653,7 +658,7 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert run("bench", *given.split()).code == 0
     assert {name: seen[name] for name in wanted} == wanted
     run("bench", "-m", "a", "--json")
-    assert seen["threads"] is None and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
+    assert seen["threads"] == 0 and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
     assert tuple(seen["fractions"]) == bench.FRACTIONS
 
 
@@ -703,6 +708,12 @@ def test_convert_says_in_words_what_a_user_can_act_on(run: Run, tmp_path: Path) 
     for words in ("output stride 8", "region ends", "MACs", "converted", "verified", "active fraction"):
         assert words in result.out
     assert (tmp_path / "usernets-segmenter-edges.safetensors").is_file()
+
+
+def test_convert_says_once_that_no_mask_has_an_effect(run: Run) -> None:
+    told = run("convert", "--model", "usernets:unfolded", *options("--rounds", 0))
+    assert told.code == 0 and told.err.count("no mask can improve") == 1
+    assert told.out.count("gains nothing") == 1  # of the plan
 
 
 def test_convert_takes_every_option(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from conftest import ROOT, Run
 from torch import Tensor, nn
 
 import cadsurgery as cs
+from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.tasks import corpus, network_check
 from cadsurgery.tasks.corpus import Subject, find_corpus, network, read_corpus, subject
 from cadsurgery.tasks.network_check import check_network
@@ -75,7 +76,7 @@ def test_a_network_of_the_corpus_has_something_to_compare(name: str) -> None:
     images = [torch.randn(2, channels, 128, 160) for channels in (first, 3)]  # it may rearrange pixels first
     image = next(x for x in images if network_check._takes(model, one.arguments(x)))
     with torch.no_grad():
-        outputs = list(network_check._tensors(network_check._call(model, one.arguments(image))))
+        outputs = tensors_of(network_check._call(model, one.arguments(image)))
     assert any(float(output.double().std()) > 1e-4 for output in outputs)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
 
@@ -198,10 +199,11 @@ def test_a_conversion_without_effect_must_be_announced(monkeypatch: pytest.Monke
 def test_outputs_are_compared_in_whatever_holds_them() -> None:
     one, other = torch.ones(2, 3), torch.arange(6.0)
     value = {"list": [one], "pair": Pair(one, other), "none": None, "number": 3}
-    assert len(list(network_check._tensors(value))) == 3
-    assert list(network_check._errors(value, value)) == [0.0] * 3
-    assert list(network_check._errors([one], [one, one])) == [float("inf")]
-    assert list(network_check._errors([one], [other])) == [float("inf")]
+    assert len(tensors_of(value)) == 3
+    assert network_check._largest_error(value, value) == 0.0
+    assert network_check._largest_error([one], [one, one]) == float("inf")
+    assert network_check._largest_error([one], [other]) == float("inf")
+    assert network_check._largest_error([], []) == float("inf")
     assert network_check._error(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
     assert network_check._error(torch.zeros(200).long(), torch.zeros(200).long()) == 0.0
 

@@ -24,8 +24,8 @@ from cadsurgery.data.networks import Source, source_of
 from cadsurgery.network.macs import layer_work
 from cadsurgery.tasks.figures import evaluation_figure
 from cadsurgery.tasks.open import weights_in_words
-from cadsurgery.tasks.segmentation import counters
-from cadsurgery.tasks.segmentation.counters import scores_of
+from cadsurgery.tasks.segmentation import evaluation
+from cadsurgery.tasks.segmentation.evaluation import scores_of
 from cadsurgery.tasks.segmentation.report import EvaluationReport
 
 DATA = "scene:5,height=48,width=80"
@@ -184,7 +184,7 @@ def test_masks_may_ask_for_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         (labels,) = known
         return labels[:, ::8, ::8] == 3
 
-    monkeypatch.setattr(counters, "labelled", labelled)
+    monkeypatch.setattr(evaluation, "labelled", labelled)
     report = cs.evaluate(segmenter(), DATA, [oracle], output_stride=[(8, 32)], limit=2, rounds=1)
     data = cs.open_data(DATA, "test")
     share = torch.stack([data[0][1], data[1][1]])[:, ::8, ::8].eq(3).double().mean()

@@ -252,6 +252,8 @@ def test_counted_work_is_executed_work(mask: str, batch: int) -> None:
     plain = net.macs(x, mask=net.levels.long())
     assert report.mask == plain.mask + report.of_mask and plain.of_mask == 0
     assert (report.high, report.low) == (plain.high, plain.low)
+    fast = net.optimize().macs(x)
+    assert (fast.high, fast.low, fast.of_mask) == (report.high, report.low, report.of_mask)
     if "confidence" in mask:
         in_region = {decision.node for decision in net.plan.decisions if decision.action != "dense"}
         assert own["(first pass)"].mask == sum(e.mask for e in low.layers if e.layer in in_region)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import sys
 from typing import Any
 
 import pytest
@@ -176,9 +175,3 @@ def test_values_out_of_range_and_other_sizes_are_refused() -> None:
     with pytest.raises(cs.InvalidInput, match="same arguments"):
         metrics.merge(SegmentationMetrics(CLASSES, trimap=3))
     assert metrics.compute()["pixels"] == 0
-
-
-def test_without_torchmetrics_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.classification", None)
-    with pytest.raises(cs.CadError, match=r"cadsurgery\[train\]"):
-        SegmentationMetrics(3)

@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_leaves
 import cadsurgery as cs
 from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
-from cadsurgery.finetune.groups import make_groups
+from cadsurgery.finetune.groups import freeze_unused, make_groups
 from cadsurgery.finetune.objectives import make_objective
-from cadsurgery.finetune.probe import freeze_unused
 from cadsurgery.masks import Grid, LearnedMask
 from cadsurgery.network.paths import blend
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.network.model import whole_program
-from cadsurgery.network.program import Program
 
 
 class Backbone(nn.Module):
@@ -107,9 +106,11 @@ def test_a_host_answers_for_its_part() -> None:
 
 def test_only_a_network_that_is_adaptive_as_a_whole_has_a_program_of_its_own() -> None:
     net = adapted()
-    assert isinstance(whole_program(net), Program) and whole_program(net) is net.program
-    assert whole_program(net.optimize()) is not None
-    assert whole_program(adapted(Host())) is whole_program(Backbone()) is whole_program("net") is None
+    fast = net.optimize()
+    assert whole_program(net, "is none") is net.program and whole_program(fast, "is none") is fast.program
+    for other in (adapted(Host()), Backbone(), "net"):
+        with pytest.raises(cs.InvalidInput, match=f"{type(other).__name__} is none"):
+            whole_program(other, "is none")
 
 
 def test_an_inference_copy_says_that_it_is_fused() -> None:

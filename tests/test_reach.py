@@ -965,7 +965,7 @@ def test_a_network_that_hosts_an_adaptive_part_is_refused_and_its_part_is_read(
 ) -> None:
     net: Any = cs.adaptify(Hosting().eval(), "none", output_stride=(2, 8), verify_laws=False)
     x, points = images(1, *SIZE), points_in(SIZE, 2)
-    with pytest.raises(cs.InvalidInput, match="HostedModel is no network that is adaptive as a whole"):
+    with pytest.raises(cs.InvalidInput, match="HostedModel cannot be read at points"):
         read(net, x, points)
     assert not readable(net) and readable(net.part)
     assert read(net.part, x, points)

@@ -15,42 +15,25 @@ commands = typer.Typer()
 
 
 @commands.command()
-@options.command
+@options.task("cadsurgery.tasks.convert:convert")
 def convert(
     *,
     model: options.Model,
     mask: options.Mask = "edges",
     weights: options.Weights = "auto",
-    conversion: options.Converted,
+    options: options.Converted,
     image: options.ImageOption = None,
-    size: options.Size = "",
+    size: options.Size = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write")] = None,
     device: options.Device = "cpu",
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="do not check the laws on an example")
+    verify_laws: Annotated[
+        bool,
+        typer.Option("--no-verify", callback=lambda no: not no, help="do not check the laws on an example"),
     ] = False,
     rounds: Annotated[int, typer.Option(min=0, help="timing rounds; 0 to skip timing")] = 3,
     as_json: options.Json = False,
 ) -> None:
     """Convert a network, verify it, report MACs and measured times, and write it to a file."""
-    from cadsurgery.tasks.convert import convert as run
-
-    path = output or Path(f"{model.replace(':', '-')}-{mask.partition(':')[0]}.safetensors")
-    with screen.steps(as_json) as step:
-        report = run(
-            model=model,
-            weights=weights,
-            mask=mask,
-            options=conversion,
-            image=image,
-            size=options.read_size(size),
-            output=path,
-            device=device,
-            verify_laws=not no_verify,
-            rounds=rounds,
-            step=step,
-        )
-    screen.show_report(report, as_json)
 
 
 @commands.command()
@@ -73,11 +56,12 @@ def plan(
 
 
 @commands.command("mask")
-@options.command
+@options.task("cadsurgery.tasks.mask_report:draw_masks")
 def mask_command(
     *,
-    mask: Annotated[
-        list[str], typer.Option(help="as of other commands; default edges; repeatable with --compare")
+    masks: Annotated[
+        list[str],
+        typer.Option("--mask", help="as of other commands; default edges; repeatable with --compare"),
     ] = [],  # noqa: B006
     compare: Annotated[
         bool, typer.Option("--compare", help="several masks side by side; without --mask a telling set")
@@ -86,34 +70,18 @@ def mask_command(
     labels: Annotated[
         Path | None, typer.Option(help="PNG of the classes of the image's pixels, for trimap")
     ] = None,
-    size: options.Size = "",
+    size: options.Size = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help="take strides, normalisation and MACs from this network")
     ] = "",
-    conversion: Annotated[
-        dict[str, Any], options.Of(Conversion, ("output_stride", "patch"), defaults=("8,32", "quadtree"))
+    options: Annotated[
+        dict[str, Any], options.Of(Conversion, ("output_stride", "patch"), defaults=("8,32",))
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Draw a mask: image, level map and lattice side by side; or several masks and what they cost."""
-    from cadsurgery.tasks.mask_report import draw_masks
-
-    with screen.steps(as_json) as step:
-        step("drawing")
-        report = draw_masks(
-            mask,
-            compare=compare,
-            image=image,
-            labels=labels,
-            size=options.read_size(size),
-            model=model,
-            **conversion,
-            output=output,
-            trust=trust,
-        )
-    screen.show_report(report, as_json)
 
 
 @commands.command()
@@ -124,7 +92,10 @@ def run(
         "predictions"
     ),
     mask: Annotated[str, typer.Option(help="another mask than the file's")] = "",
-    size: Annotated[str, typer.Option(metavar="HxW", help="resize images; default: as they are")] = "",
+    size: Annotated[
+        Any,
+        typer.Option(metavar="HxW", parser=options.read_size, help="resize images; default: as they are"),
+    ] = None,
     device: options.Device = "cpu",
     trust: options.Trust = False,
     as_json: options.Json = False,
@@ -133,9 +104,7 @@ def run(
     from cadsurgery.tasks.convert import predict
 
     with screen.steps(as_json) as step:
-        rows, failures = predict(
-            file, images, output, mask or None, options.read_size(size), device, step, trust
-        )
+        rows, failures = predict(file, images, output, mask or None, size, device, step, trust)
     lines = [
         f"{row['image']}: active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms -> {row['output']}"
         for row in rows
@@ -153,7 +122,7 @@ def macs(
     mask: options.Mask = "",
     conversion: Annotated[dict[str, Any], options.Of(Conversion, ("output_stride", "region", "patch"))],
     image: options.ImageOption = None,
-    size: options.Size = "",
+    size: options.Size = None,
     rule: Annotated[
         str, typer.Option(help="conv: multiply-accumulates; published: as the CAD reference code counts")
     ] = "conv",
@@ -169,9 +138,9 @@ def macs(
     with screen.steps(as_json) as step:
         step("counting")
         if dense:
-            counted = count_dense(model, image, options.read_size(size), rule)
+            counted = count_dense(model, image, size, rule)
             shape, whole = "x".join(map(str, counted["shape"])), counted["macs"]["dense"]
             screen.show(counted, f"MACs on {shape} ({rule} rule): {whole:.5e}", as_json)
             return
-        report = count(model, mask, conversion, image, options.read_size(size), rule, trust)
+        report = count(model, mask, conversion, image, size, rule, trust)
     screen.show(report.to_dict(layers=not total), render_macs(report, layers=not total), as_json)

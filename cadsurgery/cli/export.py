@@ -25,7 +25,7 @@ def export(
     ] = "",
     weights: options.Weights = "auto",
     conversion: options.Converted,
-    size: options.Size = "",
+    size: options.Size = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("network.pt2"),
     trust: options.Trust = False,
     as_json: options.Json = False,
@@ -37,9 +37,7 @@ def export(
     from cadsurgery.tasks.convert import export_program
 
     with screen.steps(as_json) as step:
-        exported = export_program(
-            model, weights, mask, conversion, options.read_size(size), output, step, trust
-        )
+        exported = export_program(model, weights, mask, conversion, size, output, step, trust)
     shape = "x".join(map(str, exported["image"]))
     text = (
         f"wrote {exported['file']}: {exported['bytes'] / 1e6:.1f} MB, images {shape}, mask {exported['mask']}; "

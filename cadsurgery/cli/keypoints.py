@@ -15,26 +15,24 @@ commands = typer.Typer(
     help="Keypoints and descriptors by an adaptive network: full resolution around keypoints, and only what they need.",
     no_args_is_help=True,
 )
-SIZES = ("max_edge", "max_sum", "multiple")
-Described = Annotated[dict[str, Any], options.Of(Extraction, ("reach", "align", "raw", "output", *SIZES))]
+FOUND = ("detector", "count", "reach", "align", "raw", "output", "max_edge", "max_sum", "multiple")
 
 
 @commands.command("extract")
 @options.command
 def extract_command(
     *,
-    model: options.Network,
+    network: options.Network,
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the features")] = Path(
         "features"
     ),
-    keypoints: Annotated[dict[str, Any], options.Of(Extraction, ("mask", "detector", "count"))],
+    settings: Annotated[Extraction, options.Of(Extraction, ("mask", *FOUND))],
     form: Annotated[str, typer.Option(help="npz (as D2-Net writes it) or h5 (as hloc reads it)")] = "npz",
     weights: options.Weights = "auto",
     conversion: Annotated[
         dict[str, Any], options.Of(Conversion, ("output_stride", "region", "fill", "anchor", "pool"))
     ],
-    description: Described,
     device: options.Device = "cpu",
     trust: options.Trust = False,
     as_json: options.Json = False,
@@ -46,10 +44,9 @@ def extract_command(
     """
     from cadsurgery.tasks.keypoints import extract
 
-    settings = Extraction(**keypoints, **description)
     with screen.steps(as_json) as step:
         rows, failures = extract(
-            *(model, images, output, settings),
+            *(network, images, output, settings),
             form=form,
             weights=weights,
             options=conversion,
@@ -57,30 +54,31 @@ def extract_command(
             step=step,
             trust=trust,
         )
-    kept, count = sum(row["kept"] for row in rows), sum(row["keypoints"] for row in rows)
+    before, count = sum(row["kept"] for row in rows), sum(row["keypoints"] for row in rows)
     text = (
-        f"{count} keypoints of {len(rows)} images in {output} ({len(rows) - kept} new, {kept} there already), "
+        f"{count} keypoints of {len(rows)} images in {output} ({len(rows) - before} new, {before} there already), "
         f"{len(failures)} failed"
     )
     screen.show_rows(rows, failures, text, as_json)
 
 
 @commands.command("eval")
-@options.command
+@options.task("cadsurgery.tasks.keypoints:evaluate_matching")
 def matching_command(
     *,
-    model: options.Network,
-    data: Annotated[
+    network: options.Network,
+    folder: Annotated[
         Path,
-        typer.Option(help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one"),
+        typer.Option(
+            "--data", help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one"
+        ),
     ],
-    mask: Annotated[list[str], typer.Option(help="repeatable")] = [Extraction.mask],  # noqa: B006
+    masks: Annotated[list[str], typer.Option("--mask", help="repeatable")] = [Extraction.mask],  # noqa: B006
     output_stride: options.Strides = [],  # noqa: B006
-    keypoints: Annotated[dict[str, Any], options.Of(Extraction, ("detector", "count"))],
+    settings: Annotated[Extraction, options.Of(Extraction, FOUND)],
     weights: options.Weights = "auto",
-    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("region", "fill", "anchor", "pool"))],
-    description: Described,
-    all_sequences: Annotated[
+    options: Annotated[dict[str, Any], options.Of(Conversion, ("region", "fill", "anchor", "pool"))],
+    everything: Annotated[
         bool, typer.Option("--all-sequences", help="also the eight of HPatches that the protocol leaves out")
     ] = False,
     rounds: options.Rounds = 3,
@@ -95,24 +93,3 @@ def matching_command(
 
     The protocol of HPatches as D2-Net uses it. Runs under accelerate launch and torchrun.
     """
-    from cadsurgery.tasks.keypoints import evaluate_matching
-
-    settings = Extraction(**keypoints, **description)
-    with screen.steps(as_json) as step:
-        report = evaluate_matching(
-            *(model, data, mask, settings),
-            output_stride=[options.read_pair(text) for text in output_stride],
-            options=conversion,
-            weights=weights,
-            everything=all_sequences,
-            rounds=rounds,
-            device=device,
-            output=output,
-            picture=picture,
-            matches=matches,
-            step=step,
-            trust=trust,
-        )
-    screen.show_report(report, as_json)
-    if report.failed:
-        raise typer.Exit(1)

@@ -1,7 +1,9 @@
-"""Options that commands share, those that come from a dataclass, and how their texts are read."""
+"""Options that commands share, those that come from a dataclass, commands that are tasks, and how texts are read."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, fields
@@ -11,10 +13,53 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from cadsurgery.cli import screen
 from cadsurgery.tasks.options import Conversion
 
+
+def read_pair(text: str) -> tuple[int, int] | None:
+    """HIGH,LOW."""
+    return _numbers(text, ",", "HIGH,LOW such as 8,32")
+
+
+def read_size(text: str) -> tuple[int, int] | None:
+    """HxW."""
+    return _numbers(text.lower(), "x", "HxW such as 512x1024")
+
+
+def _numbers(text: str, separator: str, form: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    try:
+        first, second = map(int, text.split(separator))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not {form}") from None
+    return first, second
+
+
+def read_fractions(text: str) -> list[float]:
+    """Numbers between commas."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5,0") from None
+
+
+def read_names(region: str) -> str | list[str]:
+    """A region: auto, backbone, or names between commas."""
+    return region if region in ("auto", "backbone") else [name.strip() for name in region.split(",")]
+
+
+def none_for_zero(count: int) -> int | None:
+    """The number of an option that is 0 where nothing is said."""
+    return count or None
+
+
+_READERS: dict[str, Callable[[str], Any]] = {"pair": read_pair, "size": read_size, "names": read_names}
+
 Network = Annotated[
-    str, typer.Argument(help="a converted file, a torchvision or timm name, or module:function")
+    str,
+    typer.Argument(metavar="model", help="a converted file, a torchvision or timm name, or module:function"),
 ]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="torchvision or timm name, module:function, or a converted file")
@@ -28,14 +73,22 @@ Mask = Annotated[
     ),
 ]
 Strides = Annotated[
-    list[str],
-    typer.Option("--output-stride", metavar="HIGH,LOW", help="repeatable: every mask at every pair"),
+    list[Any],
+    typer.Option(
+        "--output-stride",
+        metavar="HIGH,LOW",
+        parser=read_pair,
+        help="repeatable: every mask at every pair",
+    ),
 ]
 ImageOption = Annotated[
     Path | None, typer.Option("--image", help="image file; default: a generated street scene")
 ]
 Size = Annotated[
-    str, typer.Option(metavar="HxW", help="size of the image; default 512x1024, or the file's own")
+    Any,
+    typer.Option(
+        metavar="HxW", parser=read_size, help="size of the image; default 512x1024, or the file's own"
+    ),
 ]
 Rounds = Annotated[int, typer.Option(min=0, help="timing rounds on the first image; 0 to skip")]
 Report = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write")]
@@ -52,53 +105,52 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 @dataclass(frozen=True)
 class Of:
-    """Marks a parameter of a command that stands for options: fields of a dataclass, whose values it gets by name.
+    """Marks a parameter of a command that stands for options: fields of a dataclass.
+
+    It gets their values by name or, if it is annotated with the dataclass, one of those.
 
     Attributes:
         kind: the dataclass; its fields are made by `cadsurgery.tasks.options.option`.
         names: of the fields, in the order of the options; default: all.
         given: only what the user has given reaches the command, since the defaults may come from elsewhere.
         defaults: as texts, other ones than those of the fields, in the order of the names.
+        apart: each value is an argument of its own, not one of the parameter.
     """
 
     kind: type
     names: tuple[str, ...] = ()
     given: bool = False
     defaults: tuple[str, ...] = ()
+    apart: bool = False
 
-    def fields(self) -> Iterator[Field[Any]]:
-        """The fields."""
+    def fields(self) -> dict[str, Field[Any]]:
+        """The fields, by the names of their options."""
         known = {field.name: field for field in fields(self.kind)}
-        return map(known.__getitem__, self.names or known)
+        chosen = [known[name] for name in self.names or known]
+        return {field.metadata.get("name", field.name): field for field in chosen}
 
     def parameters(self) -> Iterator[inspect.Parameter]:
         """Those that typer makes options from."""
-        for field, changed in zip_longest(self.fields(), self.defaults):
+        for (name, field), changed in zip_longest(self.fields().items(), self.defaults):
             told, default = field.metadata, changed or field.default
-            name = told.get("name", field.name)
             kind: Any = str if "read" in told else type(default)
             words = (f"--{name}",) if kind is bool else ()  # no --no-...
             more = {key: told[key] for key in ("min", "metavar") if key in told}
+            if "read" in told:
+                more["parser"] = _READERS[told["read"]]
             if self.given:
-                kind, default = kind | None, None
-            elif default is None:
-                default = ""
+                default = None
             yield inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
-                annotation=Annotated[kind, typer.Option(*words, help=told["help"], **more)],
+                annotation=Annotated[kind | None, typer.Option(*words, help=told["help"], **more)],
             )
 
     def values(self, told: dict[str, Any]) -> dict[str, Any]:
         """The values of the fields, taken out of those of all options."""
-        values = {}
-        for field in self.fields():
-            name = field.metadata.get("name", field.name)
-            value, read = told.pop(name), field.metadata.get("read")
-            if value is not None or not self.given:
-                values[field.name] = _READERS[read](value, name) if read else value
-        return values
+        values = {field.name: told.pop(name) for name, field in self.fields().items()}
+        return {name: value for name, value in values.items() if value is not None or not self.given}
 
 
 Converted = Annotated[dict[str, Any], Of(Conversion)]
@@ -118,8 +170,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             parameters += mark.parameters()
 
     def run(**told: Any) -> None:
-        taken = {name: mark.values(told) for name, mark in marks.items()}
-        function(**told, **taken)
+        for name, mark in marks.items():
+            values = mark.values(told)
+            is_one = hints[name].__origin__ is mark.kind
+            told |= values if mark.apart else {name: mark.kind(**values) if is_one else values}
+        function(**told)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -127,37 +182,22 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def read_pair(text: str, option: str = "--output-stride") -> tuple[int, int] | None:
-    """HIGH,LOW."""
-    return _numbers(text, ",", "HIGH,LOW such as 8,32", option) if text else None
+def task(path: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that is a task: its function has no body, and parameters named as those of the task.
 
+    Args:
+        path: of the task, `module:function`, imported when the command runs. It is called with the options and with
+            `step`, which it tells what is being done, and gives the report that is shown.
+    """
+    module, _, name = path.partition(":")
 
-def read_size(text: str) -> tuple[int, int] | None:
-    """HxW."""
-    return _numbers(text.lower(), "x", "HxW such as 512x1024", "--size") if text else None
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*, as_json: bool, **told: Any) -> None:
+            with screen.steps(as_json) as step:
+                report = getattr(importlib.import_module(module), name)(**told, step=step)
+            screen.show_report(report, as_json)
 
+        return command(run)
 
-def _numbers(text: str, separator: str, form: str, option: str) -> tuple[int, int]:
-    try:
-        first, second = (int(part) for part in text.split(separator))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option) from None
-    return first, second
-
-
-def read_fractions(text: str) -> list[float]:
-    """Numbers between commas."""
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers such as 1,0.5,0", param_hint="--fractions"
-        ) from None
-
-
-def read_names(region: str, option: str = "--region") -> str | list[str]:
-    """A region: auto, backbone, or names between commas."""
-    return region if region in ("auto", "backbone") else [name.strip() for name in region.split(",")]
-
-
-_READERS: dict[str, Callable[[str, str], Any]] = {"pair": read_pair, "names": read_names}
+    return declare

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,6 +16,8 @@ from rich.console import Console
 from cadsurgery.support.errors import CadWarning
 
 if TYPE_CHECKING:
+    from rich.progress import Task
+
     from cadsurgery.tasks.for_each import Failure
     from cadsurgery.tasks.report import Report
 
@@ -24,43 +27,39 @@ err = Console(width=None if sys.stderr.isatty() else 140, stderr=True)
 
 
 @contextmanager
-def progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A progress bar on the error stream that names what was done last; nothing with --json."""
-    if silent:
-        yield lambda row: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _bar(total: int, silent: bool) -> Iterator[tuple[Task, Callable[..., None]]]:
+    """A progress bar on the error stream, and what moves it; nothing with --json or in further processes."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=err) as bar:
-        task = bar.add_task("starting", total=total)
-        yield lambda row: bar.update(task, advance=1, description=f"{row['model']}: {row['result']}")
+    time = TimeRemainingColumn(elapsed_when_finished=True)
+    columns = (BarColumn(), MofNCompleteColumn(), time, TextColumn("{task.description}"))
+    with Progress(*columns, console=err, disable=silent or not is_first_process()) as bar:
+        number = bar.add_task("starting", total=total)
+        yield bar.tasks[number], partial(bar.update, number)
+
+
+@contextmanager
+def progress(total: int, silent: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A progress bar that names what was done last."""
+    with _bar(total, silent) as (_, update):
+        yield lambda row: update(advance=1, description=f"{row['model']}: {row['result']}")
 
 
 @contextmanager
 def training(
     steps: int, images: int, silent: bool
 ) -> Iterator[tuple[Callable[[dict[str, float | None]], None], Callable[[str], None]]]:
-    """A progress bar on the error stream with the last row of the log and images a second; nothing with --json or in
-    further processes."""
-    if silent or not is_first_process():
-        yield (lambda row: None), (lambda text: None)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=err) as bar:
-        task = bar.add_task("starting", total=steps)
+    """A progress bar with the last row of the log and images a second, and what names the step."""
+    with _bar(steps, silent) as (task, update):
 
         def on_step(row: dict[str, float | None]) -> None:
             told = [
                 f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None
             ]
-            speed = bar.tasks[0].speed
-            told += [f"{speed * images:.1f} images/s"] if speed else []
-            bar.update(task, completed=row["step"], description=", ".join(told))
+            told += [f"{task.speed * images:.1f} images/s"] if task.speed else []
+            update(completed=row["step"], description=", ".join(told))
 
-        yield on_step, lambda text: bar.update(task, description=text)
+        yield on_step, lambda text: update(description=text)
 
 
 @contextmanager
@@ -108,8 +107,14 @@ def show(values: Any, renderable: Any, as_json: bool) -> None:
 
 
 def show_report(report: Report, as_json: bool) -> None:
-    """What a task tells."""
+    """What a task tells.
+
+    Raises:
+        Exit: with 1, if something could not be done.
+    """
     show(report.to_dict(), report.render(), as_json)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def show_rows(

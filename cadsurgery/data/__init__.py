@@ -6,5 +6,3 @@ In come paths and names of the libraries; out go image batches and labels as ten
 from cadsurgery.data.augment import Augment
 from cadsurgery.data.datasets import IGNORED, SegmentationData
 from cadsurgery.data.sources import open_data
-
-__all__ = ["IGNORED", "Augment", "SegmentationData", "open_data"]

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
 # What a picture can be written as.
 FORMATS = {
     **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"},
@@ -125,19 +123,16 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
         FileError: nothing was found at all.
     """
     places: dict[Path, Path] = {}
-    failed: list[FileError] = []
-    vain: list[Path] = []
+    vain: dict[Path, FileError] = {}
     for path in paths:
-        inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
-        if not path.is_dir():
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+            refusal = FileError(f"there are no images in {path}.", next=f"accepted: {', '.join(SUFFIXES)}.")
+        else:
             inside = [path] if path.exists() else []
+            refusal = FileError(f"there is no file or folder {path}.", next="check the path.")
         if not inside:
-            folder = path.is_dir()
-            what = f"there are no images in {path}." if folder else f"there is no file or folder {path}."
-            failed.append(
-                FileError(what, next=f"accepted: {', '.join(SUFFIXES)}." if folder else "check the path.")
-            )
-            vain.append(path)
+            vain[path] = refusal
         for image in inside:
             place = image.relative_to(path) if path.is_dir() else Path(image.name)
             target, count = place.with_suffix(".png"), 1
@@ -145,15 +140,14 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
                 count += 1
                 target = place.with_name(f"{place.stem}_{place.suffix[1:]}{'' if count == 2 else count}.png")
             places.setdefault(image, target)
+    if not places and not vain:
+        raise FileError("no images were given.", next="name files or folders.")
     if not places:
-        others = f"neither is there anything in {', '.join(map(str, vain[1:]))}." if len(vain) > 1 else ""
-        raise (
-            FileError(failed[0].what, why=others, next=failed[0].next)
-            if failed
-            else FileError("no images were given.", next="name files or folders.")
-        )
-    rows = zip(vain, failed, strict=True)
-    return places, [{"image": str(path), **error.to_dict()} for path, error in rows]
+        (_, refusal), *others = vain.items()
+        also = ", ".join(str(path) for path, _ in others)
+        why = f"neither is there anything in {also}." if others else ""
+        raise FileError(refusal.what, why=why, next=refusal.next)
+    return places, [{"image": str(path), **refusal.to_dict()} for path, refusal in vain.items()]
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
@@ -244,10 +238,8 @@ def write_picture(picture: Image.Image, path: Path) -> None:
         FileError: the path cannot be written, or its ending is of no format.
     """
     kind = _format(path)
-    if kind != "PNG":
-        picture = picture.convert(
-            "RGB"
-        )  # of the formats PNG alone has palettes and transparency as they are here
+    if kind != "PNG":  # which alone has palettes and transparency as they are here
+        picture = picture.convert("RGB")
     with write_whole(path) as temporary:
         picture.save(temporary, kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
 

@@ -31,18 +31,10 @@ _DECISIVE = ("aux_loss", "aux_logits", "transform_input")
 # What a file that is not trusted may give to builders: what chooses among the shapes of a network, none of which reads
 # files or addresses.
 _SHAPING = {
-    *(
-        "num_classes",
-        "in_chans",
-        "output_stride",
-        "features_only",
-        "out_indices",
-        "global_pool",
-        "width_mult",
-    ),
-    *("replace_stride_with_dilation", "groups", "width_per_group", "zero_init_residual", "dropout"),
-    *("drop_rate", "drop_path_rate", "act_layer", "norm_layer", "trainable_backbone_layers", "init_weights"),
-    *_DECISIVE,
+    *("num_classes", "in_chans", "output_stride", "features_only", "out_indices", "global_pool"),
+    *("width_mult", "groups", "width_per_group", "replace_stride_with_dilation", "zero_init_residual"),
+    *("dropout", "drop_rate", "drop_path_rate", "act_layer", "norm_layer", "trainable_backbone_layers"),
+    *("init_weights", *_DECISIVE),
 }
 _SMALL, _FEW = 4096, 10_000_000  # of such an argument; values of parameters that a builder may make and drop
 # Networks of torchvision for pairs of images, for video, or of quantised weights, by a part of their name.
@@ -109,21 +101,17 @@ def build_model(
         FileError: weights asked for by name or file cannot be had.
     """
     library, _, rest = name.partition(":")
-    if library == "torchvision" and rest:
-        build = _torchvision_builder(rest)
-    elif library == "timm" and rest:
-        build = _timm_builder(rest)
-    elif rest and library:
-        build = _function_builder(library, rest)
-    elif name in _torchvision_names():
-        build = _torchvision_builder(name)
-    else:
-        build = _timm_builder(name)
+    if not (library and rest):
+        library, rest = "torchvision" if name in _torchvision_names() else "timm", name
+    builders = {"torchvision": _torchvision_builder, "timm": _timm_builder}
+    build = builders[library](rest) if library in builders else _function_builder(library, rest)
     path = Path(weights)
     if weights not in ("auto", "none") and (path.suffix in WEIGHTS or path.exists()):
-        model, source = build("none", _with_classes(kwargs, num_classes))
+        model, source = build(
+            "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
+        )
         _load_weights(model, path)
-        source = Source(**{**vars(source), "weights": str(path), "note": f"weights from {path}"})
+        source = replace(source, weights=str(path), note=f"weights from {path}")
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = source  # type: ignore[assignment]
@@ -209,9 +197,14 @@ def source_of(network: nn.Module) -> Source:
 
 def _statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the images that a network expects."""
-    stated = getattr(network, "pretrained_cfg", None)
-    stated = stated if isinstance(stated, dict) else {}
+    stated = _config(network)
     return tuple(stated.get("mean") or IMAGENET_MEAN), tuple(stated.get("std") or IMAGENET_STD)
+
+
+def _config(network: nn.Module) -> dict[str, Any]:
+    """timm's description of a network's weights, which others may have, too."""
+    stated = getattr(network, "pretrained_cfg", None)
+    return stated if isinstance(stated, dict) else {}
 
 
 def list_models(pattern: str = "*", library: str = "") -> list[str]:
@@ -260,35 +253,24 @@ def _torchvision_builder(name: str) -> Builder:
     if name not in torchvision.models.list_models():
         raise UnknownName("torchvision network", name, torchvision.models.list_models())
     builder = torchvision.models.get_model_builder(name)
-    no_backbone = (
-        {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
-    )
-    described = f"torchvision:{name}"
+    parameters = inspect.signature(builder).parameters
+    no_backbone = {"weights_backbone": None} if "weights_backbone" in parameters else {}
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
-        note = "weights are random (asked for)"
-        if weights != "none":
-            known = torchvision.models.get_model_weights(name)
-            if weights != "auto" and weights not in [entry.name for entry in known]:
-                raise UnknownName(
-                    f"weights of {name}", weights, [entry.name for entry in known] + ["auto", "none"]
-                )
-            entry: Any = next((e for e in known if e.name == weights), getattr(known, "DEFAULT", None))
-            if entry is not None:
-                model, problem = _try_weights(
-                    lambda: builder(weights=entry, **kwargs), weights, f"{name} {entry.name}"
-                )
-                if model is not None:
-                    rebuilt = {**_classes(entry), **_decisions(model, builder), **kwargs}
-                    note = f"pretrained weights {entry.name}"
-                    return model, Source(
-                        described, rebuilt, entry.name, note, *_image_statistics(model, entry)
-                    )
-                note = f"weights are RANDOM: {problem}"
-            else:
-                note = "weights are RANDOM: torchvision has none for this network"
-        model = builder(weights=None, **no_backbone, **kwargs)
-        return model, Source(described, kwargs, "random", note, *_image_statistics(model))
+        all_weights: Any = () if weights == "none" else torchvision.models.get_model_weights(name)
+        known = {entry.name: entry for entry in all_weights}
+        entry: Any = known.get(weights) or getattr(all_weights, "DEFAULT", None)
+        what = f"{name} {entry.name}" if entry is not None else None
+        model, note = _pretrained(
+            "torchvision", name, weights, list(known), what, lambda: builder(weights=entry, **kwargs)
+        )
+        if model is None:
+            model, entry = builder(weights=None, **no_backbone, **kwargs), None
+        else:
+            note = f"pretrained weights {entry.name}"
+            kwargs = {**_classes(entry), **_decisions(model, parameters), **kwargs}
+        weights = entry.name if entry is not None else "random"
+        return model, Source(f"torchvision:{name}", kwargs, weights, note, *_image_statistics(model, entry))
 
     return build
 
@@ -307,11 +289,11 @@ def _classes(entry: Any) -> dict[str, Any]:
     return {"num_classes": len(categories)} if categories else {}
 
 
-def _decisions(model: nn.Module, builder: Any) -> dict[str, Any]:
+def _decisions(model: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Any]:
     options = {
         name: getattr(model, name) for name in _DECISIVE if isinstance(getattr(model, name, None), bool)
     }
-    if "aux_loss" in inspect.signature(builder).parameters:
+    if "aux_loss" in parameters:
         options["aux_loss"] = getattr(model, "aux_classifier", None) is not None
     return options
 
@@ -320,45 +302,33 @@ def _timm_builder(name: str) -> Builder:
     with _timm_offline_if_needed():
         import timm
 
-    plain = name.partition(".")[0]
+    plain, _, tag = name.partition(".")
     if not timm.is_model(plain):
         raise UnknownName(
             "network", name, {*_torchvision_names(), *timm.list_models()}, next="cadsurgery list PATTERN"
         )
-
-    tags = timm.list_pretrained(f"{plain}.*")
-    if name != plain and name not in tags:
-        raise UnknownName(f"weights of {plain}", name.partition(".")[2], [t.partition(".")[2] for t in tags])
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{plain}.*")]
+    if tag and tag not in known:
+        raise UnknownName(f"weights of {plain}", tag, known)
 
     def build(weights: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Source]:
-        chosen, note, tag = None, "weights are random (asked for)", "random"
-        if weights != "none":
-            full = name if weights == "auto" else f"{plain}.{weights}"
-            if weights != "auto" and full not in tags:
-                raise UnknownName(
-                    f"weights of {plain}", weights, [t.partition(".")[2] for t in tags if "." in t]
-                )
-            if tags or timm.is_model_pretrained(plain):
-                with _timm_offline_if_needed():
-                    chosen, problem = _try_weights(
-                        lambda: timm.create_model(full, pretrained=True, **kwargs), weights, full
-                    )
-                tag = str(_config(chosen).get("tag") or "default") if chosen is not None else tag
-                note = f"pretrained weights {tag}" if chosen is not None else f"weights are RANDOM: {problem}"
-            else:
-                note = "weights are RANDOM: timm has none for this network"
-        model = chosen if chosen is not None else timm.create_model(plain, pretrained=False, **kwargs)
-        config = _config(model)
-        mean, std = tuple(config.get("mean") or IMAGENET_MEAN), tuple(config.get("std") or IMAGENET_STD)
-        return model, Source(f"timm:{plain}", kwargs, tag, note, mean, std)
+        full = name if weights == "auto" else f"{plain}.{weights}"
+        what = full if known or timm.is_model_pretrained(plain) else None
+
+        def create() -> nn.Module:
+            with _timm_offline_if_needed():
+                return timm.create_model(full, pretrained=True, **kwargs)
+
+        model, note = _pretrained("timm", plain, weights, known, what, create)
+        weights = "random"
+        if model is None:
+            model = timm.create_model(plain, pretrained=False, **kwargs)
+        else:
+            weights = str(_config(model).get("tag") or "default")
+            note = f"pretrained weights {weights}"
+        return model, Source(f"timm:{plain}", kwargs, weights, note, *_statistics(model))
 
     return build
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    """timm's description of a network's weights."""
-    config: Any = getattr(model, "pretrained_cfg", None)
-    return dict(config or {})
 
 
 def _function_builder(module: str, function: str) -> Builder:
@@ -399,21 +369,19 @@ def _check_arguments(builder: Any, name: str, kwargs: dict[str, Any]) -> None:
         ) from error
 
 
-def _with_classes(kwargs: dict[str, Any], num_classes: int | None) -> dict[str, Any]:
-    return kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
-
-
 def _of_classes(
     build: Builder, weights: str, kwargs: dict[str, Any], num_classes: int | None
 ) -> tuple[nn.Module, Source]:
     """A network with a number of outputs, with all weights that fit it."""
+    if num_classes is None:
+        return build(weights, kwargs)
     try:
-        return build(weights, _with_classes(kwargs, num_classes))
+        return build(weights, {**kwargs, "num_classes": num_classes})
     except ValueError:  # torchvision's builders: their weights are for another number
-        if num_classes is None or weights == "none":
+        if weights == "none":
             raise
     pretrained, source = build(weights, kwargs)
-    options = _with_classes(source.kwargs, num_classes)
+    options = {**source.kwargs, "num_classes": num_classes}
     model, _ = build("none", options)
     ours, theirs = model.state_dict(), pretrained.state_dict()
     fitting = {name: value for name, value in theirs.items() if ours[name].shape == value.shape}
@@ -423,18 +391,26 @@ def _of_classes(
     return model, replace(source, kwargs=options, note=note)
 
 
-def _try_weights(build: Callable[[], nn.Module], asked: str, what: str) -> tuple[nn.Module | None, str]:
-    """The network with weights, or None and why if they may be left out; else an error."""
+def _pretrained(
+    library: str, name: str, weights: str, known: list[str], what: str | None, build: Callable[[], nn.Module]
+) -> tuple[nn.Module | None, str]:
+    """A network with the weights that were asked for, by a name among the known ones, or None and why it has none;
+    `what` names those that `build` takes, if there are any."""
+    if weights == "none":
+        return None, "weights are random (asked for)"
+    if weights not in ("auto", *known):
+        raise UnknownName(f"weights of {name}", weights, [*known, "auto", "none"])
+    if what is None:
+        return None, f"weights are RANDOM: {library} has none for this network"
     try:
         return build(), ""
     except (OSError, RuntimeError) as error:  # no connection, no cached file, a broken download
-        cause = getattr(error, "reason", None) or error
-        problem = f"{what} is neither cached nor reachable ({first_line(cause)})"
-        if asked == "auto":
-            return None, problem
+        cause = first_line(getattr(error, "reason", None) or error)
+        if weights == "auto":
+            return None, f"weights are RANDOM: {what} is neither cached nor reachable ({cause})"
         raise FileError(
             f"the weights {what} cannot be had.",
-            why=first_line(cause),
+            why=cause,
             next="connect to the network, copy the file into the library's cache, or use --weights auto or none.",
         ) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
 from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, labelled_scene, read_image
 from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.plain import split_options
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -52,18 +53,11 @@ def missing(kind: Kind, place: str, why: str) -> FileError:
 # -- a plain folder ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Pairs of files."""
-
-    images: tuple[Path, ...]
-    labels: tuple[Path, ...]
-
-    def __call__(self, position: int) -> tuple[Tensor, Image.Image]:
-        image = read_image(self.images[position])
-        with Image.open(self.labels[position]) as file:
-            file.load()
-            return image, file.copy()
+def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -> tuple[Tensor, Image.Image]:
+    image = read_image(images[position])
+    with Image.open(labels[position]) as file:
+        file.load()
+        return image, file.copy()
 
 
 def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -88,14 +82,9 @@ def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> Se
         )
     classes = _class_names(options["classes"])
     ignore = [_number("ignore", part) for part in options["ignore"].split("/") if part]
-    return SegmentationData(
-        spec,
-        split,
-        classes,
-        tuple(map(str, images)),
-        _Files(tuple(images), tuple(labels)),
-        identity_table(len(classes), ignore),
-    )
+    read = partial(_read_files, images, labels)
+    table = identity_table(len(classes), ignore)
+    return SegmentationData(spec, split, classes, tuple(map(str, images)), read, table)
 
 
 def _class_names(text: str) -> tuple[str, ...]:
@@ -116,15 +105,8 @@ def _number(option: str, text: str) -> int:
 # -- torchvision ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Torchvision:
-    """Items of a dataset of torchvision, in the order of their names."""
-
-    dataset: Any
-    order: tuple[int, ...]
-
-    def __call__(self, position: int) -> tuple[Any, Any]:
-        return self.dataset[self.order[position]]
+def _read_torchvision(dataset: Any, order: Sequence[int], position: int) -> tuple[Any, Any]:
+    return dataset[order[position]]
 
 
 def _torchvision(
@@ -137,10 +119,9 @@ def _torchvision(
         raise missing(KINDS[name], rest.partition(",")[0], first_line(error)) from error
     names = [str(path) for path in (dataset._images if name == "pets" else dataset.images)]
     order = sorted(range(len(names)), key=names.__getitem__)
-    read = _Torchvision(dataset, tuple(order))
-    return SegmentationData(
-        spec, split, classes, tuple(names[index] for index in order), read, tuple(table.items())
-    )
+    in_order = tuple(names[index] for index in order)
+    read = partial(_read_torchvision, dataset, order)
+    return SegmentationData(spec, split, classes, in_order, read, tuple(table.items()))
 
 
 def _cityscapes(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -187,15 +168,8 @@ def _pets(place: str, split: str, options: Mapping[str, str], spec: str) -> Segm
 # -- generated -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Scenes:
-    """Generated street scenes."""
-
-    size: tuple[int, int]
-    first: int
-
-    def __call__(self, position: int) -> tuple[Tensor, Tensor]:
-        return labelled_scene(*self.size, self.first + position)
+def _read_scene(height: int, width: int, first: int, position: int) -> tuple[Tensor, Tensor]:
+    return labelled_scene(height, width, first + position)
 
 
 def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
@@ -207,9 +181,8 @@ def _scene(place: str, split: str, options: Mapping[str, str], spec: str) -> Seg
         )
     first = 1_000_000 * KINDS["scene"].splits.index(split)  # no scene is in two splits
     names = tuple(f"scene {first + position}" for position in range(count))
-    return SegmentationData(
-        spec, split, SCENE_CLASSES, names, _Scenes(size, first), identity_table(len(SCENE_CLASSES))
-    )
+    table = identity_table(len(SCENE_CLASSES))
+    return SegmentationData(spec, split, SCENE_CLASSES, names, partial(_read_scene, *size, first), table)
 
 
 KINDS = {
@@ -282,23 +255,14 @@ def open_data(spec: str, split: str = "train") -> SegmentationData:
     if name not in KINDS:
         raise UnknownName("kind of data", name, KINDS, next="write e.g. folder:PATH,classes=11,ignore=11.")
     kind = KINDS[name]
-    place, *given = (part.strip() for part in rest.split(","))
-    if not place:
+    place, _, written = rest.partition(",")
+    if not place.strip():
         raise InvalidInput(f"data {spec!r} names no place.", next=f"write {name}:PATH. {kind.where}")
-    options = dict(kind.options)
-    for part in given:
-        option, equals, value = part.partition("=")
-        if option not in options:
-            raise UnknownName(f"option of data {name!r}", option, options)
-        if not equals or not value:
-            raise InvalidInput(
-                f"option {option!r} of data {name!r} has no value.", next=f"write {option}=VALUE."
-            )
-        options[option] = value
+    options = {**kind.options, **split_options(written, kind.options, f"data {name!r}")}
     told = {option: value for option, value in options.items() if value is not None}
     if lacking := options.keys() - told.keys():
         option = min(lacking)
         raise InvalidInput(f"data {name!r} needs {option}=...", next=f"write e.g. {spec},{option}=11.")
     if kind.splits and split not in kind.splits:
         raise UnknownName(f"split of data {name!r}", split, kind.splits)
-    return kind.open(place, split, told, spec)
+    return kind.open(place.strip(), split, told, spec)

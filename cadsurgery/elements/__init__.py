@@ -9,5 +9,3 @@ from cadsurgery.elements.backends.table import BACKENDS
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice
-
-__all__ = ["BACKENDS", "Elements", "Geometry", "Lattice", "Window", "functional"]

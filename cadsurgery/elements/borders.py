@@ -35,15 +35,16 @@ def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None],
 
 
 @operation(reads="element")
-def pad(x: Elements, pads: Sequence[int], spacing: int, value: float = 0.0) -> Elements:
-    """Padding with a constant below and to the right, or cropping there where it is negative.
+def pad(x: Elements, pads: Sequence[int], spacing: int, value: float | None = 0.0) -> Elements:
+    """Padding below and to the right, or cropping there where it is negative.
 
     Args:
         x: elements.
         pads: (left, right, top, bottom) in samples of the network's own grid, as torch.nn.functional.pad takes them;
             left and top are 0.
         spacing: fine pixels between these samples.
-        value: of what is new.
+        value: of what is new; None repeats the last sample of each row and column, of finer cells that of the grid
+            they belong to among those that interleave.
 
     Raises:
         InvalidInput: padding on the left or at the top, a map larger than the network's own maps, or nothing left.
@@ -79,8 +80,9 @@ def check_same_padding(x: Elements, pads: Sequence[int], window: Window, spacing
     return x
 
 
-def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float) -> Elements:
-    """The elements of a map of so many samples of the network's own grid, new ones of a value."""
+def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float | None) -> Elements:
+    """The elements of a map of so many samples of the network's own grid, new ones of a value or, without one, of that
+    of the last samples."""
     lattice = x.lattice
     fine = lattice.holding(counts, spacing)
     if min(counts) < 1 or any(length > most for length, most in zip(fine, lattice.most_size, strict=True)):
@@ -94,17 +96,21 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float)
     target = lattice.resample(lattice.stage, fine)
     if all(length <= before for length, before in zip(fine, lattice.size, strict=True)):
         return Elements(select_rows(x.rows, lattice, target), target)
-    key = ("border", lattice.key, target.key)
+    key = ("border", lattice.key, target.key, spacing)
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:
         image, y, column = target.coordinates
         height, width = lattice.size
         inside = (y < height) & (column < width)
-        place = (image * height + y.clamp(max=height - 1)) * width + column.clamp(max=width - 1)
-        return lattice.index[place].long(), inside
+        # Beyond the border, by whole samples back to the last one.
+        y = y - (y - height + spacing).clamp(min=0) // spacing * spacing
+        column = column - (column - width + spacing).clamp(min=0) // spacing * spacing
+        return lattice.index[(image * height + y) * width + column].long(), inside
 
     places, inside = lattice.pyramid.derive(key, build)
     rows = x.rows.index_select(0, places.to(x.rows.device))
+    if value is None:
+        return Elements(rows, target)
     shown = inside.to(x.rows.device).view(-1, *(1,) * (rows.dim() - 1))
     return Elements(
         torch.where(shown, rows, torch.as_tensor(value, dtype=rows.dtype, device=rows.device)), target

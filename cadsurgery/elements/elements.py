@@ -155,26 +155,28 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
 
 @dataclass(frozen=True, eq=False)
 class SmallMap:
-    """A dense map of few samples, such as that of a pooling to bins, that is resized to a map of the region.
+    """A dense map of few samples, such as that of a pooling to bins, that is resized to a map of the region, or one of
+    the network's own maps that was computed dense.
 
     Attributes:
         values: (B, C, h, w), or (1, C, h, w) for all images.
         spacing: fine pixels between the samples of that map as the network has it.
-        size: samples (height, width) of that map.
+        size: samples (height, width) of that map; None: it is that map, and is not resized.
         mode: `nearest` or `bilinear`.
         align_corners: as in torch.
     """
 
     values: Tensor
     spacing: int
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     mode: str = "nearest"
     align_corners: bool = False
 
     def rows_on(self, lattice: Lattice) -> Tensor:
         """(N, C): at the centres of the cells as torch resizes to samples there, which on the network's own grid are
-        its own; with aligned corners at the anchors, and by `nearest` of the sample that the cell lies in."""
-        key = ("small map", lattice.key, tuple(self.values.shape[2:]), self.spacing, tuple(self.size))
+        its own; with aligned corners at the anchors, and by `nearest` of the sample that the cell lies in. Of a map
+        that is not resized at the anchors, or of that sample where nothing is read inside cells."""
+        key = ("small map", lattice.key, tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
         sources, shares = lattice.pyramid.derive((*key, self.mode, self.align_corners), build)
         if len(self.values) > 1:
@@ -185,10 +187,13 @@ class SmallMap:
     def _corners(self, lattice: Lattice) -> tuple[Tensor, Tensor]:
         """The samples (N, 4) of an image that each element is read between, and their weights."""
         side = lattice.side_map.flatten()[lattice.anchors]
+        counts = self.values.shape[2:]
         ends = []
-        for at, have, want in zip(lattice.coordinates[1:], self.values.shape[2:], self.size, strict=True):
+        for at, have, want in zip(lattice.coordinates[1:], counts, self.size or counts, strict=True):
             at = at.double()
-            if self.mode == "nearest":
+            if self.size is None:
+                point = at / self.spacing if lattice.geometry.interpolates else at // self.spacing
+            elif self.mode == "nearest":
                 numbers = torch.arange(have, dtype=torch.float32).view(1, 1, have)
                 own = F.interpolate(numbers, int(want)).flatten().long().to(at.device)
                 point = own[(at // self.spacing).long().clamp(max=want - 1)].double()
@@ -210,13 +215,15 @@ class SmallMap:
 def small_map(
     values: Tensor,
     spacing: int,
-    size: Sequence[int] | int,
+    size: Sequence[int] | int | None = None,
     mode: str = "nearest",
     align_corners: bool | None = None,
 ) -> SmallMap:
-    """A small dense map with how it is resized: to be read by `rows_on`."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return SmallMap(values, spacing, (height, width), mode, bool(align_corners))
+    """A dense map with how it is resized, if it is: to be read by `rows_on`."""
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        size = (height, width)
+    return SmallMap(values, spacing, size, mode, bool(align_corners))
 
 
 @operation(reads="element", gives="other")

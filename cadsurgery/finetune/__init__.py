@@ -18,28 +18,22 @@ if TYPE_CHECKING:
     from cadsurgery.finetune.schedule import Draw
     from cadsurgery.finetune.settings import Settings
 
-__all__ = [
-    "Blend",
-    "Draw",
-    "Objective",
-    "Outcome",
-    "Row",
-    "Settings",
-    "augmentation",
-    "calibrate",
-    "evaluate",
-    "fit",
-    "list_objectives",
-    "objective",
-]
-
 # Imported on first use: the command line reads the settings when it starts, which must not wait for torch.
-_MODULES = ("batches", "blend", "evaluation", "logs", "loop", "objectives", "results", "schedule", "settings")
+_PLACES = {
+    "batches": ("augmentation",),
+    "blend": ("Blend", "calibrate"),
+    "evaluation": ("evaluate",),
+    "logs": ("Row",),
+    "loop": ("fit",),
+    "objectives": ("Objective", "list_objectives", "objective"),
+    "results": ("Outcome",),
+    "schedule": ("Draw",),
+    "settings": ("Settings",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    for module in _MODULES if name in __all__ else ():
-        values = vars(importlib.import_module(f"{__name__}.{module}"))
-        if name in values:
-            return values[name]
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

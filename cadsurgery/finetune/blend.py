@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.paths import blend
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.surgery.trace import evaluating
 
@@ -60,9 +60,9 @@ class Blend(Objective):
             InvalidInput: no network that is adaptive as a whole, or one without a learned mask.
         """
         super().__init__(net)
-        _choice("statistics", statistics, ("separate", "shared"))
-        _choice("share", share, ("balanced", "published"))
-        _choice("network", network, ("blend", "mixed", "fixed"))
+        check_name("choice of statistics", statistics, ("separate", "shared"))
+        check_name("choice of share", share, ("balanced", "published"))
+        check_name("choice of network", network, ("blend", "mixed", "fixed"))
         _check_whole(net)
         mask = _learned_mask(net.mask) if isinstance(net, AdaptiveModel) else None
         if mask is None:
@@ -96,11 +96,8 @@ class Blend(Objective):
             noted["kept"] = kept + (mean_everywhere(kept) - kept.detach())  # of all processes, own gradient
             return mask.sample(logits, grid, noise)
 
-        if self.network == "blend":
+        with nullcontext() if self.network == "blend" else _fix(net, mask):
             output = blend(net, inputs, weigh, separate=self.separate)
-        else:
-            with _fix(net, mask):
-                output = blend(net, inputs, weigh, separate=self.separate)
         target = dense_high(self.teacher, inputs) if self.teacher is not None else None
         loss, parts = self._miss(output, labels, target)
         if self.share == "published":
@@ -170,11 +167,6 @@ def _learned_mask(mask: MaskProvider) -> LearnedMask | None:
     if isinstance(mask, LearnedMask):
         return mask
     return next((part for part in map(_learned_mask, mask.parts) if part is not None), None)
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UnknownName(f"choice of {name}", value, known)
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cadsurgery.finetune.settings import FREE, Settings
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
-from cadsurgery.support.files import write_whole
 from cadsurgery.support.provenance import versions
 
 FORMAT = 1
@@ -64,12 +63,7 @@ class Checkpoint:
                 )
         values = {name: value for name, value in vars(self).items() if name != "tensors"}
         metadata = {"format": FORMAT, "versions": versions(), **values}
-        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in self.tensors.items()}
-        with write_whole(path) as temporary:
-            try:
-                save_file(tensors, temporary, {_KEY: json.dumps(metadata)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+        write_tensors(path, self.tensors, {_KEY: json.dumps(metadata)})
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors under a prefix: `weights`, `optimizer` or `ema`."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.text import Text
@@ -17,6 +17,7 @@ from cadsurgery.finetune.loop import fit
 from cadsurgery.finetune.results import Outcome
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import resolve_mask
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
@@ -91,44 +92,37 @@ def finetune(
     step(f"building {model}")
     classes = len(training.classes)
     net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
-    prepared = _Prepared(net, training, validation, settings)
+    trained, seen = net, _Seen(training, validation)
     if cache:
         step("running the stem over the data")
-        prepared = _cache_stem(prepared, device)
+        seen = _run_stem(net, seen, settings, device)
+        trained, settings = body_of(net), settings.changed({"freeze": "stem", "jitter": 0.0})
     step("training")
     outcome = fit(
-        prepared.net,
-        prepared.training,
-        prepared.settings,
+        trained,
+        seen.training,
+        settings,
         output=output,
-        validation=prepared.validation,
-        augment=None if cache else augmentation(prepared.settings),
+        validation=seen.validation,
+        augment=None if cache else augmentation(settings),
         resume=resume,
         device=device,
         on_step=on_step,
     )
     data_in_words = f"{training.name} ({len(training)} images)"
-    return TrainingReport(model, net.mask.spec(), data_in_words, outcome, prepared.notes)
+    return TrainingReport(model, net.mask.spec(), data_in_words, outcome, seen.notes)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What is trained, on what, how; and what is to be said about it."""
+class _Seen(NamedTuple):
+    """The samples that are trained and measured on, and what is to be said about them."""
 
-    net: Any
     training: Samples
     validation: Samples | None
-    settings: Settings
     notes: tuple[str, ...] = ()
 
 
-def _cache_stem(whole: _Prepared, device: str) -> _Prepared:
-    """The body on the outputs of the stem; they take the place of the augmentation, but for crops and mirroring.
-
-    Raises:
-        InvalidInput: the settings scale images, a crop that does not fit, or what `CachedStem` refuses.
-    """
-    settings = whole.settings
+def _run_stem(net: AdaptiveModel, data: _Seen, settings: Settings, device: str) -> _Seen:
+    """What the stem gives for the data."""
     if settings.scale != (1.0, 1.0):
         raise InvalidInput(
             f"--cache with scale={settings.scale}.",
@@ -136,17 +130,16 @@ def _cache_stem(whole: _Prepared, device: str) -> _Prepared:
             next="leave out scale, or train without --cache.",
         )
     gpu = device != "cpu" and torch.cuda.is_available()
-    whole.net.to(own_device("cuda" if gpu else "cpu"))
+    net.to(own_device("cuda" if gpu else "cpu"))
     crop = (settings.crop, settings.crop) if settings.crop else None
-    training = CachedStem(whole.net, whole.training, flip=settings.flip, crop=crop)
-    validation = CachedStem(whole.net, whole.validation) if whole.validation is not None else None
-    kept = training.bytes + (validation.bytes if validation is not None else 0)
+    crops = CachedStem(net, data.training, flip=settings.flip, crop=crop)
+    whole = CachedStem(net, data.validation) if data.validation is not None else None
+    kept = crops.bytes + (whole.bytes if whole is not None else 0)
     note = (
-        f"the stem is fixed, its outputs are kept in {kept / 1e9:.2f} GB of memory: {len(training)} samples to train "
+        f"the stem is fixed, its outputs are kept in {kept / 1e9:.2f} GB of memory: {len(crops)} samples to train "
         "on, crops at fixed places, colours not jittered"
     )
-    changed = settings.changed({"freeze": "stem", "jitter": 0.0})
-    return _Prepared(body_of(whole.net), training, validation, changed, (note,))
+    return _Seen(crops, whole, (note,))
 
 
 def make_settings(config: Path | None, overrides: dict[str, Any], objective_options: list[str]) -> Settings:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.support.processes import world
@@ -30,23 +27,16 @@ def make_accelerator(settings: Settings, device: str) -> Any:
         )
     reason = "its gradients need a scaler, which this device has not"
     try:
-        made = accelerate.Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+        accelerator = accelerate.Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
     except (ValueError, RuntimeError) as error:
-        made, reason = None, first_line(error)
-    if made is None or (settings.precision == "fp16" and made.scaler is None):
+        accelerator, reason = None, first_line(error)
+    if accelerator is None or (settings.precision == "fp16" and accelerator.scaler is None):
         raise InvalidInput(
             f"precision {settings.precision!r} cannot be had on this device.",
             why=reason,
             next="train in precision no or bf16, or on a GPU.",
         )
-    return made
-
-
-def average_weights(net: nn.Module, decay: float) -> AveragedModel:
-    """An exponential average of the weights; of buffers it has the last."""
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
-    average.eval()
-    return average
+    return accelerator
 
 
 def import_optional(module: str, package: str) -> Any:

@@ -1,4 +1,4 @@
-"""How well a network segments a dataset."""
+"""How well a network segments a dataset, and whether it has a class for every label."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cadsurgery.data.networks import source_of
-from cadsurgery.finetune.batches import Samples, check_data, prepare
+from cadsurgery.finetune.batches import Batch, Samples, check_data, prepare
 from cadsurgery.finetune.objectives import logits_of, resize_logits
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput
@@ -57,3 +57,17 @@ def check_classes(data: object, outputs: int) -> None:
             where=str(getattr(data, "name", type(data).__name__)),
             next=f"build the network with num_classes={len(names)}.",
         )
+
+
+def count_outputs(net: nn.Module, data: Samples, batch: Batch) -> int:
+    """The number of classes a network gives, once the data is known to have no others.
+
+    Raises:
+        InvalidInput: it has, by its names or in the labels of the batch; or the network gives no logits.
+    """
+    first = batch.first(1).to(next(net.parameters()).device)
+    with torch.no_grad(), evaluating(net):
+        outputs = logits_of(net(*first.inputs)).shape[1]
+    check_classes(data, outputs)
+    batch.check_labels(outputs)
+    return outputs

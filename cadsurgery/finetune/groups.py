@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cadsurgery.finetune.batches import Batch
+from cadsurgery.finetune.objectives import Objective
+from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 
 MASK = "_mask_provider"
@@ -42,6 +45,38 @@ class Group:
         }
 
 
+def freeze_unused(objective: Objective, batch: Batch, seed: int) -> None:
+    """Freeze the parameters that get no gradient, found by asking for it on two images; nothing else changes.
+
+    So every trained parameter takes part in every step, as distributed training needs it.
+
+    Raises:
+        InvalidInput: batch norm gets a single value per channel.
+    """
+    parameters = list(objective.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        return
+    batch = batch.first(2).to(parameters[0].device)
+    torch.manual_seed(derive_seed(seed, 5))
+    statistics = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+    try:
+        objective(batch.inputs, batch.labels, Draw(seed, 0, batch.positions))["loss"].backward()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InvalidInput(
+            "batch norm cannot be trained on one value per channel.",
+            why=first_line(error),
+            next='set batch to 2 or more, or batch_norm="frozen".',
+        ) from error
+    finally:
+        for buffer, before in statistics:
+            buffer.copy_(before)
+    for parameter in parameters:
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
 def make_groups(
     parameters: Mapping[str, nn.Parameter], net: nn.Module, settings: Settings
 ) -> tuple[Group, ...]:
@@ -59,24 +94,20 @@ def make_groups(
         "mask": settings.mask_factor,
         "fixed": 0.0,
     }
-    of_mask = {id(p) for p in net.get_submodule(MASK).parameters()} if isinstance(net, AdaptiveModel) else ()
-    of_head = {id(p) for child in _head(net) for p in child.parameters()}
+    heads = _heads(net)
+    others = [child for name, child in net.named_children() if name != MASK and child not in heads]
+    of_mask = set(net.get_submodule(MASK).parameters()) if isinstance(net, AdaptiveModel) else set()
+    of_head = {parameter for child in heads for parameter in child.parameters()}
     # A weight shared by both sides moves at the careful rate.
-    of_backbone = {
-        id(p)
-        for name, child in net.named_children()
-        if name != MASK and not any(child is head for head in _head(net))
-        for p in child.parameters()
-    }
+    of_head -= {parameter for child in others for parameter in child.parameters()}
     groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in factors}
     for name, parameter in parameters.items():
-        key = id(parameter)
         if not parameter.requires_grad:
             group = "fixed"
-        elif key in of_mask:
+        elif parameter in of_mask:
             group = "mask"
         else:
-            group = "classifier" if key in of_head and key not in of_backbone else "backbone"
+            group = "classifier" if parameter in of_head else "backbone"
         groups[group][name] = parameter
     if not any(groups[name] for name in factors if name != "fixed"):
         raise InvalidInput(
@@ -87,7 +118,7 @@ def make_groups(
     return tuple(Group(name, factors[name], groups[name]) for name in factors if groups[name])
 
 
-def _head(net: nn.Module) -> list[nn.Module]:
+def _heads(net: nn.Module) -> list[nn.Module]:
     children = {
         name: child
         for name, child in net.named_children()
@@ -112,21 +143,11 @@ def make_optimizer(groups: Iterable[Group], settings: Settings) -> torch.optim.O
     )
 
 
-@dataclass(frozen=True)
-class Stem:
-    """What is used before the adaptive region only.
-
-    Attributes:
-        parameters: their names.
-        modules: paths of the modules that the plan decides on, without those inside them.
-    """
-
-    parameters: frozenset[str] = frozenset()
-    modules: frozenset[str] = frozenset()
+IsFixed = Callable[[str], bool]
 
 
-def stem_of(net: nn.Module) -> Stem:
-    """The stem of an adaptive network, by its plan.
+def stem_of(net: nn.Module) -> IsFixed:
+    """Whether a module or parameter of an adaptive network, by its name, is used before the region only.
 
     Raises:
         InvalidInput: the network is not adaptive, so it has no region.
@@ -142,40 +163,20 @@ def stem_of(net: nn.Module) -> Stem:
         path = ".".join(filter(None, (net.plan.part, decision.path)))
         is_before = decision.action == "dense" and not decision.after
         before[path] = is_before and before.get(path, True)
-    containers = {path[:end] for path in before for end, letter in enumerate(path) if letter == "."}
 
     def is_stem(name: str) -> bool:
         """By the innermost module that the plan names."""
         parts = name.split(".")
         paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-        return next((before[path] for path in paths if path in before), False)
+        return next((before[path] for path in paths if path and path in before), False)
 
-    return Stem(
-        frozenset(name for name, _ in net.named_parameters() if is_stem(name)),
-        frozenset(path for path, first in before.items() if first and path and path not in containers),
-    )
+    return is_stem
 
 
-@dataclass(frozen=True)
-class Modes:
-    """Which modules of a network run in evaluation mode while it is trained."""
-
-    net: nn.Module
-    fixed: tuple[nn.Module, ...]
-
-    @staticmethod
-    def of(net: nn.Module, stem: Stem, settings: Settings) -> Modes:
-        """The modules of the stem, and batch norms if they are frozen."""
-        frozen = settings.batch_norm == "frozen"
-        fixed = (
-            module
-            for path, module in net.named_modules()
-            if path in stem.modules or (frozen and isinstance(module, _BatchNorm))
-        )
-        return Modes(net, tuple(fixed))
-
-    def train(self) -> None:
-        """Set the modes for training."""
-        self.net.train()
-        for module in self.fixed:
-            module.eval()
+def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
+    """Training mode, but evaluation mode of what is fixed, and of batch norms if they are frozen."""
+    net.train()
+    frozen = settings.batch_norm == "frozen"
+    for path, module in net.named_modules():
+        if is_fixed(path) or (frozen and isinstance(module, _BatchNorm)):
+            module.training = False

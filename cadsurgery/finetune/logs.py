@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cadsurgery.finetune.devices import import_optional
 from cadsurgery.support.errors import FileError
@@ -14,18 +13,8 @@ from cadsurgery.support.files import write_whole
 Row = dict[str, float | None]  # None: not measured in this step
 
 
-class Log(Protocol):
-    """Where rows go."""
-
-    def write(self, row: Row) -> None:
-        """Add a row; `step` is among its values."""
-
-    def close(self) -> None:
-        """Nothing follows."""
-
-
-def open_log(kind: str, folder: Path, step: int) -> Log:
-    """The log of a run in its folder, without what it says of later steps than this one.
+def open_log(kind: str, folder: Path, step: int) -> CsvLog | TensorBoardLog:
+    """The log of a run in its folder, without what it says of later steps than this one; rows are written to it.
 
     Args:
         kind: `csv` or `tensorboard`.
@@ -81,8 +70,8 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Go on behind a step."""
-        made: Callable[..., Any] = import_optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self._writer = made(str(folder), purge_step=step + 1)
+        tensorboard = import_optional("torch.utils.tensorboard", "tensorboard")
+        self._writer: Any = tensorboard.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, row: Row) -> None:
         """Add a row."""

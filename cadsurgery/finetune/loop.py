@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import cadsurgery.finetune.blend  # noqa: F401  # an objective by name
 from cadsurgery.data.networks import source_of
@@ -24,12 +26,11 @@ from cadsurgery.finetune.checkpoints import (
     restore,
     restore_optimizer,
 )
-from cadsurgery.finetune.devices import average_weights, make_accelerator
-from cadsurgery.finetune.evaluation import evaluate
-from cadsurgery.finetune.groups import Modes, Stem, make_groups, make_optimizer, stem_of
-from cadsurgery.finetune.logs import Log, Row, open_log
+from cadsurgery.finetune.devices import make_accelerator
+from cadsurgery.finetune.evaluation import count_outputs, evaluate
+from cadsurgery.finetune.groups import freeze_unused, make_groups, make_optimizer, set_modes, stem_of
+from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, open_log
 from cadsurgery.finetune.objectives import Objective, make_objective
-from cadsurgery.finetune.probe import count_outputs, freeze_unused
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
@@ -39,7 +40,7 @@ from cadsurgery.support.files import make_folder
 from cadsurgery.surgery.trace import evaluating
 
 Validation = Samples | Callable[[nn.Module], dict[str, float]]
-START, LAST, BEST, NETWORK = ("start", "checkpoint", "best", "net")
+START, LAST, BEST, NETWORK = (f"{name}.safetensors" for name in ("start", "checkpoint", "best", "net"))
 
 
 def fit(
@@ -88,66 +89,64 @@ def fit(
         )
     modes = {module: module.training for module in net.modules()}
     gradients = {parameter: parameter.requires_grad for parameter in net.parameters()}
-    done = False
     try:
-        run = _Run(
-            net, data, settings, make_folder(output), validation, objective, augment, resume, device, on_step
-        )
+        folder = make_folder(output)
+        run = _Run(net, data, settings, folder, validation, objective, augment, resume, device, on_step)
         outcome = run.train()
-        done = True
+        modes = dict.fromkeys(modes, False)
         return outcome
     finally:
         for parameter, wanted in gradients.items():
             parameter.requires_grad_(wanted)
             parameter.grad = None
         for module, training in modes.items():
-            module.training = training and not done
+            module.training = training
 
 
+@dataclass(eq=False)
 class _Run:
     """One call of `fit`: what its steps share."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        data: Samples,
-        settings: Settings,
-        folder: Path,
-        validation: Validation | None,
-        objective: Callable[[nn.Module], Objective] | None,
-        augment: Augmentation | None,
-        resume: bool,
-        device: str,
-        on_step: Callable[[Row], None] | None,
-    ) -> None:
-        self.net, self.data, self.settings, self.folder = net, data, settings, folder
-        self.validation, self.augment, self.on_step = validation, augment, on_step
-        self.accelerator = make_accelerator(settings, device)
+    net: nn.Module
+    data: Samples
+    settings: Settings
+    folder: Path
+    validation: Validation | None
+    make: Callable[[nn.Module], Objective] | None
+    augment: Augmentation | None
+    resume: bool
+    device: str
+    on_step: Callable[[Row], None] | None
+
+    def __post_init__(self) -> None:
+        net, settings, make = self.net, self.settings, self.make
+        self.accelerator = make_accelerator(settings, self.device)
         self.main: bool = self.accelerator.is_main_process
         self.process: int = self.accelerator.process_index
         processes: int = self.accelerator.num_processes
-        self.sampling = Sampling(len(data), settings.seed, settings.batch, settings.accumulate, processes)
+        self.sampling = Sampling(
+            len(self.data), settings.seed, settings.batch, settings.accumulate, processes
+        )
         net.to(self.accelerator.device)
-        stem = stem_of(net) if settings.freeze == "stem" else Stem()
-        self.modes = Modes.of(net, stem, settings)
-        first = self._first_batch()
-        self.classes = count_outputs(net, data, first)
-        identity = identity_of(net, data, augment, settings, processes)
-        if objective is not None:
-            identity["objective"] = getattr(objective, "__qualname__", type(objective).__name__)
-        start = self._start(identity, resume)  # puts the starting weights into the network
-        self.objective = (
-            objective(net)
-            if objective is not None
-            else make_objective(settings.objective, net, settings.objective_options)
-        ).to(self.accelerator.device)
+        self.is_fixed = stem_of(net) if settings.freeze == "stem" else lambda name: False
+        first = next(self._batches(range(1), workers=0))
+        self.classes = count_outputs(net, self.data, first)
+        identity = identity_of(net, self.data, self.augment, settings, processes)
+        if make is not None:
+            identity["objective"] = getattr(make, "__qualname__", type(make).__name__)
+        start = self._start(identity)  # puts the starting weights into the network
+        named = partial(make_objective, settings.objective, options=settings.objective_options)
+        self.objective: Objective = (make or named)(net).to(self.accelerator.device)
         for name, parameter in net.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name not in stem.parameters)
-        self.modes.train()
+            parameter.requires_grad_(parameter.requires_grad and not self.is_fixed(name))
+        set_modes(self.net, self.is_fixed, self.settings)
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
         self.optimizer = make_optimizer(self.groups, settings)
-        self.average = average_weights(net, settings.ema) if settings.ema > 0 else None
+        self.average = None  # of the weights; of buffers it has the last
+        if settings.ema > 0:
+            ema = get_ema_multi_avg_fn(settings.ema)
+            self.average = AveragedModel(net, multi_avg_fn=ema, use_buffers=False).eval()
         self.wrapped, self.stepper = self.accelerator.prepare(self.objective, self.optimizer)
         self.state = self._resume(identity, start)
         self.measured: dict[int, dict[str, float]] = {}  # metrics of the last validation, by its step
@@ -168,17 +167,9 @@ class _Run:
                 log.close()
         return self._finish(resumed)
 
-    def _steps(self, steps: range, log: Log | None) -> None:
-        source = batches(
-            self.data,
-            self.sampling,
-            self.augment,
-            source_of(self.net),
-            steps=steps,
-            process=self.process,
-            workers=self.settings.workers,
-        )
-        self.modes.train()
+    def _steps(self, steps: range, log: CsvLog | TensorBoardLog | None) -> None:
+        source = self._batches(steps, self.settings.workers)
+        set_modes(self.net, self.is_fixed, self.settings)
         for step in steps:
             rate = learning_rate(step, 1.0, self.settings)
             scalars = self._step(step, source)
@@ -216,7 +207,7 @@ class _Run:
                 f"the loss is {scalars['loss']} at step {step + 1}.",
                 where=f"learning rate {learning_rate(step, 1.0, self.settings):.3g}, objective "
                 f"{type(self.objective).__name__}",
-                why=f"{self.folder / LAST}.safetensors holds the last good state, of step {self.state.step}."
+                why=f"{self.folder / LAST} holds the last good state, of step {self.state.step}."
                 if self.state.step
                 else "it happened before the first checkpoint.",
                 next="start again in another output folder with a lower lr, with clip=1, or in precision no.",
@@ -232,25 +223,19 @@ class _Run:
             self.average.update_parameters(self.net)
         return scalars
 
-    def _first_batch(self) -> Batch:
-        return next(
-            batches(
-                self.data,
-                self.sampling,
-                self.augment,
-                source_of(self.net),
-                steps=range(1),
-                process=self.process,
-                workers=0,
-            )
+    def _batches(self, steps: range, workers: int) -> Iterator[Batch]:
+        """Those of this process."""
+        source, process = source_of(self.net), self.process
+        return batches(
+            self.data, self.sampling, self.augment, source, steps=steps, process=process, workers=workers
         )
 
-    def _start(self, identity: Identity, resume: bool) -> Checkpoint:
+    def _start(self, identity: Identity) -> Checkpoint:
         """The state before the first step, from the folder if it holds this run."""
-        path = self.folder / f"{START}.safetensors"
+        path = self.folder / START
         is_there = path.is_file()
         self.accelerator.wait_for_everyone()
-        if is_there and not resume:
+        if is_there and not self.resume:
             raise FileError(
                 f"{self.folder} holds a run already.",
                 next="choose another output folder, remove this one, or resume.",
@@ -269,7 +254,7 @@ class _Run:
 
     def _resume(self, identity: Identity, start: Checkpoint) -> Checkpoint:
         """The last checkpoint, loaded; or the start."""
-        path = self.folder / f"{LAST}.safetensors"
+        path = self.folder / LAST
         if not path.is_file():
             return start
         state = read_checkpoint(path)
@@ -291,7 +276,7 @@ class _Run:
         scaler = self.accelerator.scaler
         state = replace(self.state, step=step, scaler=scaler.state_dict() if scaler is not None else {})
         if self.main:
-            replace(state, tensors=tensors).write(self.folder / f"{LAST}.safetensors")
+            replace(state, tensors=tensors).write(self.folder / LAST)
         self.state = state
 
     def _validate(self, step: int) -> float:
@@ -301,7 +286,7 @@ class _Run:
         if self.state.best is None or miou > self.state.best:
             self.state = replace(self.state, best=miou, best_step=step)
             if self.main:
-                write_network(self.result, self.folder / f"{BEST}.safetensors")
+                write_network(self.result, self.folder / BEST)
         return miou
 
     def _measure(self, net: nn.Module) -> dict[str, float]:
@@ -325,7 +310,7 @@ class _Run:
         after = self.measured.get(self.state.step) or self._measure(self.result)
         if self.average is not None:
             restore(_tensors(self.average.module), _tensors(self.net), self.folder)
-        network = self.folder / f"{NETWORK}.safetensors"
+        network = self.folder / NETWORK
         if self.main:
             write_network(self.net, network)
         self.accelerator.wait_for_everyone()
@@ -338,8 +323,8 @@ class _Run:
             best_step=state.best_step,
             best=state.best,
             network=network,
-            best_network=self.folder / f"{BEST}.safetensors" if state.best is not None else None,
-            checkpoint=self.folder / f"{LAST}.safetensors",
+            best_network=self.folder / BEST if state.best is not None else None,
+            checkpoint=self.folder / LAST,
             groups=tuple(group.describe() for group in self.groups),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +21,7 @@ from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import same_place
 from cadsurgery.surgery.trace import evaluating
@@ -48,16 +49,12 @@ class Objective(nn.Module):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name, without those of constants."""
-        return {name: value for name, value in self.named_parameters() if not self.is_constant(name)}
+        return {name: value for name, value in self.own_tensors().items() if isinstance(value, nn.Parameter)}
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, without those of constants: what a checkpoint holds."""
-        buffers = {name: value for name, value in self.named_buffers() if not self.is_constant(name)}
-        return {**self.own_parameters(), **buffers}
-
-    def is_constant(self, name: str) -> bool:
-        """Whether a parameter or buffer never changes."""
-        return name.partition(".")[0] in self.constants
+        tensors = itertools.chain(self.named_parameters(), self.named_buffers())
+        return {name: value for name, value in tensors if name.partition(".")[0] not in self.constants}
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
         """Scalars of one batch: `loss`, which is minimised, and others to log, e.g. `active_fraction`.
@@ -110,12 +107,10 @@ def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Obj
         UnknownName: no such objective or option.
         InvalidInput: an option's value, or the network, does not fit.
     """
-    if name not in OBJECTIVES:
-        raise UnknownName("objective", name, OBJECTIVES)
+    check_name("objective", name, OBJECTIVES)
     known = list(inspect.signature(OBJECTIVES[name]).parameters)[1:]
     for option in options:
-        if option not in known:
-            raise UnknownName(f"option of objective {name!r}", option, known)
+        check_name(f"option of objective {name!r}", option, known)
     return OBJECTIVES[name](net, **options)
 
 
@@ -188,8 +183,7 @@ class AnyBudget(Objective):
                 f"extremes={extremes}, temperature={temperature}.",
                 next="fractions and extremes are in 0..1, low is at most high, temperature above 0.",
             )
-        if teacher not in ("initial", "self"):
-            raise UnknownName("teacher", teacher, ("initial", "self"))
+        check_name("teacher", teacher, ("initial", "self"))
         self.fractions, self.low, self.high = tuple(fractions), min(ends), max(ends)
         self.extremes, self.temperature = extremes, temperature
         self.weight, self.supervision = weight, supervision

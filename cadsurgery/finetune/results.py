@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import nn
 
 from cadsurgery.data.networks import Source
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.storage import save
-from cadsurgery.support.files import write_whole
+from cadsurgery.network.storage import save, write_tensors
 from cadsurgery.tasks.report import Plain
 
 TRAINED = "fine-tuned"  # what the source of a network says of its weights then
@@ -54,6 +52,4 @@ def write_network(net: nn.Module, path: Path) -> None:
             net.source = replace(net.source, weights=TRAINED)
         save(net, path)
         return
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
-    with write_whole(path) as temporary:
-        save_file(tensors, temporary)
+    write_tensors(path, net.state_dict())

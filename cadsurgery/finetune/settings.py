@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.errors import FileError, InvalidInput, check_name, first_line
 from cadsurgery.tasks.options import option
 
 CHOICES = {
@@ -88,8 +88,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UnknownName(name, str(getattr(self, name)), choices)
+            check_name(name, str(getattr(self, name)), choices)
         for one in fields(self):
             _check(one.name, getattr(self, one.name), one.type)
 
@@ -111,8 +110,7 @@ class Settings:
         """These settings with others for some; raises as `from_dict` does."""
         known = [one.name for one in fields(Settings)]
         for name in values:
-            if name not in known:
-                raise UnknownName("setting", name, known)
+            check_name("setting", name, known)
         changes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return replace(self, **changes)
 

@@ -13,32 +13,3 @@ from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provi
 from cadsurgery.masks.scored import ConfidenceMask, DetailMask, SaliencyMask
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.wrappers import Budget, Dilate, MaskWrapper, Smooth, Threshold, Union
-
-__all__ = [
-    "Budget",
-    "ConfidenceMask",
-    "DetailMask",
-    "Dilate",
-    "EdgeMask",
-    "FixedMask",
-    "FunctionMask",
-    "GradedMask",
-    "GradientMask",
-    "Grid",
-    "KeypointMask",
-    "LearnedMask",
-    "MaskProvider",
-    "MaskWrapper",
-    "RandomMask",
-    "SaliencyMask",
-    "Smooth",
-    "Threshold",
-    "TrimapMask",
-    "UniformMask",
-    "Union",
-    "keypoints_at",
-    "labelled",
-    "list_masks",
-    "mask_provider",
-    "resolve_mask",
-]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cadsurgery.masks.filters import on_samples
+from cadsurgery.masks.options import SHARE, between, check_options
 from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
-from cadsurgery.support.errors import InvalidInput
 
 
 class UniformMask(MaskProvider):
@@ -17,7 +18,6 @@ class UniformMask(MaskProvider):
 
     image_only = True
 
-    static = True
     high: bool = True
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
@@ -41,30 +41,23 @@ class KeepNone(UniformMask):
 
     high = False
 
-    def __init__(self) -> None:
-        super().__init__()
-
 
 @mask_provider("random")
 class RandomMask(MaskProvider):
-    """Keep random blocks high: for tests, timing and any-budget training."""
+    """Keep random blocks high: for tests, timing and any-budget training.
+
+    Args:
+        fraction: expected share of blocks kept high, 0..1.
+        block: side of a block in samples of the fine map.
+        seed: makes every call the same; -1 draws anew from torch's generator.
+    """
 
     image_only = True
 
     def __init__(self, fraction: float = 0.3, block: int = 4, seed: int = -1) -> None:
-        """Create the mask.
-
-        Args:
-            fraction: expected share of blocks kept high, 0..1.
-            block: side of a block in samples of the fine map.
-            seed: makes every call the same; -1 draws anew from torch's generator.
-        """
         super().__init__()
-        if not 0 <= fraction <= 1 or block < 1 or not -1 <= seed < 2**63:
-            raise InvalidInput(
-                f"random mask with fraction={fraction}, block={block}, seed={seed}.",
-                next="fraction is in 0..1, block at least 1, seed -1 or a number of at most 63 bits.",
-            )
+        checked = {"fraction": (fraction, SHARE), "block": (block, between(1, math.inf, "4"))}
+        check_options("random", **checked, seed=(seed, between(-1, 2**63 - 1, "0")))
         self.fraction, self.block, self.seed = fraction, block, seed
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
@@ -81,6 +74,11 @@ class RandomMask(MaskProvider):
         side = min(self.block, max(grid.size))
         blocks = [-(-length // side) for length in grid.size]
         return on_samples(torch.rand(grid.batch, *blocks, generator=generator), side, grid.size)
+
+
+def name_of(function: object) -> str:
+    """What a message calls a function."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 TENSOR = "a tensor"
@@ -105,11 +103,6 @@ class FixedMask(MaskProvider):
     def spec(self) -> str:
         """What stands for a tensor in the string form of what is made from it."""
         return TENSOR
-
-
-def name_of(function: object) -> str:
-    """What a message calls a function."""
-    return getattr(function, "__name__", type(function).__name__)
 
 
 class FunctionMask(MaskProvider):

@@ -1,6 +1,5 @@
 """Masks that keep high what lies near strong places of the image: edges as published (Hesse et al. 2023, supplementary;
-reference code `segmentation/main.py`), the magnitude of the gradient, and boundaries of labels, an oracle. Also the
-thresholds, windows and levels that all masks have in common.
+reference code `segmentation/main.py`), the magnitude of the gradient, and boundaries of labels, an oracle.
 
 Edges and gradients look at the tensor the network sees: RGB in [0, 1] after the ImageNet mean and standard deviation.
 On raw pixels other thresholds are needed.
@@ -8,72 +7,82 @@ On raw pixels other thresholds are needed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cadsurgery.masks.context import call_context
 from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
-from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
+from cadsurgery.masks.options import NUMBER, ODD, WIDTH, check_count, check_options, several
+from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
-N = TypeVar("N", int, float)
 IGNORED = 255  # label of pixels that belong to no class
-_WIDEST = 1000  # samples of standard deviation; the window has six times as many on a side
 _CALL = "with cadsurgery.masks.labelled(labels): net(image)"
 
 
-class GradedMask(MaskProvider):
+class SteppedMask(MaskProvider):
+    """Base of masks with several thresholds, widths, ..., each of which decides what gets one more level. A subclass
+    gives the maps that decide (`steps`).
+    """
+
+    counted: ClassVar[str] = "thresholds"  # what a message calls them
+
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Bool maps (B, h, w): where level 0, level 1, ... is wanted, as far as no finer one is."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        """(B, h, w) int8: level i where the i-th step is True and none before it, the lowest level elsewhere.
+
+        Raises:
+            InvalidInput: more steps than levels.
+        """
+        steps = self.steps(image, features, grid)
+        check_count(self.name, self.counted, len(steps), grid.max_level)
+        size = (grid.batch, *grid.size)
+        levels = torch.full(size, grid.max_level, dtype=torch.int8, device=steps[0].device)
+        for level in reversed(range(len(steps))):
+            levels = torch.where(steps[level], min(level, grid.max_level), levels)
+        return levels.to(torch.int8)
+
+
+class GradedMask(SteppedMask):
     """Base of masks that keep high what lies near strong places of an image-sized map; several thresholds give graded
     levels. A subclass gives the map (`strength`).
+
+    Args:
+        threshold: on the strength; the i-th one decides what gets level i, everything else the lowest level.
+        dilation: odd side in image pixels by which strong places are widened, one for all or one per threshold.
+
+    Raises:
+        InvalidInput: a threshold that is NaN, dilations that are not odd, or as many as fit nothing.
     """
 
     image_only = True
 
-    counted: ClassVar[str] = "thresholds"  # what a message calls the options that decide about a level each
-
     def __init__(self, threshold: float | tuple[float, ...], dilation: int | tuple[int, ...]) -> None:
-        """Create the mask.
-
-        Args:
-            threshold: on the strength; the i-th one decides what gets level i, everything else the lowest level.
-            dilation: odd side in image pixels by which strong places are widened, one for all or one per threshold.
-
-        Raises:
-            InvalidInput: a threshold that is NaN, dilations that are not odd, or as many as fit nothing.
-        """
         super().__init__()
         self.threshold, self.dilation = several(threshold), several(dilation)
-        where = f"mask {self.name}"
         if len(self.dilation) not in (1, len(self.threshold)):
             raise InvalidInput(
                 f"{len(self.threshold)} thresholds but {len(self.dilation)} dilations.",
-                where=where,
+                where=f"mask {self.name}",
                 next="give one dilation for all thresholds or one for each, e.g. threshold=0.95/0.1,dilation=5/15.",
             )
-        check_thresholds(self.threshold, where)
-        check_odd("dilation", self.dilation, where)
+        check_options(self.name, threshold=(self.threshold, NUMBER), dilation=(self.dilation, ODD))
 
     def strength(self, image: Tensor) -> Tensor:
         """(B, H, W) floating-point: the map of the image that thresholds are on."""
         raise NotImplementedError
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i within dilation i of a strength of at least threshold i, the lowest elsewhere.
-
-        Raises:
-            InvalidInput: more thresholds than levels.
-        """
-        check_count(len(self.threshold), self.counted, grid, f"mask {self.name}")
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Within dilation i of a strength of at least threshold i."""
         strength = self.strength(image)
         dilations = self.dilation if len(self.dilation) > 1 else self.dilation * len(self.threshold)
         nearby = {side: near(strength, side, grid) for side in dict.fromkeys(dilations)}
-        strong = (nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True))
-        return levels_where(strong, grid)
+        return [nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True)]
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The greatest strength within the first dilation: what `forward` gives level 0 is at least the threshold."""
@@ -87,7 +96,6 @@ class EdgeMask(GradedMask):
     def __init__(
         self, threshold: float | tuple[float, ...] = (0.35,), dilation: int | tuple[int, ...] = (11,)
     ) -> None:
-        """Create the mask; see `GradedMask`."""
         super().__init__(threshold, dilation)
 
     def strength(self, image: Tensor) -> Tensor:
@@ -100,7 +108,14 @@ class EdgeMask(GradedMask):
 
 @mask_provider("gradient", source="after the published edges, without sign")
 class GradientMask(GradedMask):
-    """Keep high what lies near a steep place of the image, rising or falling; several thresholds give levels."""
+    """Keep high what lies near a steep place of the image, rising or falling; several thresholds give levels.
+
+    Args:
+        threshold: on the length of the vector of central differences: a step across one axis is as strong as
+            to `edges`, whatever its sign; like the dilation as in `GradedMask`.
+        dilation: odd side in image pixels.
+        sigma: standard deviation in pixels of a Gaussian that smooths the grey image first; 0 for none.
+    """
 
     def __init__(
         self,
@@ -108,19 +123,8 @@ class GradientMask(GradedMask):
         dilation: int | tuple[int, ...] = (11,),
         sigma: float = 0.0,
     ) -> None:
-        """Create the mask; threshold and dilation as in `GradedMask`.
-
-        Args:
-            threshold: on the length of the vector of central differences: a step across one axis is as strong as
-                to `edges`, whatever its sign.
-            dilation: odd side in image pixels.
-            sigma: standard deviation in pixels of a Gaussian that smooths the grey image first; 0 for none.
-
-        Raises:
-            InvalidInput: as `GradedMask`; a negative or infinite sigma.
-        """
         super().__init__(threshold, dilation)
-        check_sigma(sigma, "mask gradient")
+        check_options("gradient", sigma=(sigma, WIDTH))
         self.sigma = sigma
 
     def strength(self, image: Tensor) -> Tensor:
@@ -138,24 +142,19 @@ class TrimapMask(GradedMask):
 
     A pixel is on a boundary if one of its four neighbours has another label, unless one of the two is to be ignored.
     Labels come through `labelled`.
+
+    Args:
+        width: odd side in image pixels of the window that must hold a boundary for level i; everything else gets the
+            lowest level.
+        ignore: label that has no boundary with anything.
     """
 
     counted = "widths"
     needs = "labels"
 
     def __init__(self, width: int | tuple[int, ...] = (33,), ignore: int = IGNORED) -> None:
-        """Create the mask.
-
-        Args:
-            width: odd side in image pixels of the window that must hold a boundary for level i; everything else gets
-                the lowest level.
-            ignore: label that has no boundary with anything.
-
-        Raises:
-            InvalidInput: a width that is not odd and positive.
-        """
         widths = several(width)
-        check_odd("width", widths, "mask trimap")
+        check_options("trimap", width=(widths, ODD))
         super().__init__((0.5,) * len(widths), widths)
         self.width, self.ignore = widths, ignore
 
@@ -203,69 +202,3 @@ def boundaries(labels: Tensor, ignore: int = IGNORED) -> Tensor:
         for place in (0, 1):
             on_boundary.narrow(axis, place, pairs).logical_or_(differ)
     return on_boundary
-
-
-def levels_where(chosen: Iterable[Tensor], grid: Grid) -> Tensor:
-    """(B, h, w) int8: level i where the i-th bool map is True and none before it, the lowest level elsewhere."""
-    maps = list(chosen)
-    levels = torch.full((grid.batch, *grid.size), grid.max_level, dtype=torch.int8, device=maps[0].device)
-    for level in reversed(range(len(maps))):
-        levels = torch.where(maps[level], min(level, grid.max_level), levels)
-    return levels.to(torch.int8)
-
-
-def levels_of_scores(scores: Tensor, thresholds: Sequence[float], grid: Grid) -> Tensor:
-    """(B, h, w) int8: level i where the scores reach the i-th threshold, the lowest level elsewhere."""
-    return levels_where((scores >= threshold for threshold in thresholds), grid)
-
-
-def several(value: N | Sequence[N]) -> tuple[N, ...]:
-    """An option that may be one number or several."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)  # type: ignore[return-value]
-
-
-def check_thresholds(thresholds: Sequence[float], where: str, *, falling: bool = False) -> None:
-    """Refuse thresholds that are NaN and, if they are `falling` on one map, those that do not decide anything."""
-    if not thresholds or any(math.isnan(value) for value in thresholds):
-        raise InvalidInput(
-            "a threshold is NaN or missing.", where=where, next="use numbers such as 0.35 or 0.8/0.2."
-        )
-    if falling and any(later >= earlier for earlier, later in pairwise(thresholds)):
-        written = format_option(tuple(thresholds))
-        raise InvalidInput(
-            f"the thresholds {written} do not fall.",
-            where=where,
-            why="the i-th gives level i, so what reaches a later one must include what reaches an earlier one.",
-            next=f"write {format_option(tuple(sorted(set(thresholds), reverse=True)))}.",
-        )
-
-
-def check_odd(option: str, sides: Sequence[int], where: str) -> None:
-    """Refuse sides of windows that have no middle."""
-    if not sides or any(side < 1 or side % 2 == 0 for side in sides):
-        raise InvalidInput(
-            f"{option}={format_option(tuple(sides))} is not odd and positive.",
-            where=where,
-            next="use an odd number such as 11.",
-        )
-
-
-def check_sigma(sigma: float, where: str) -> None:
-    """Refuse standard deviations that are no width."""
-    if not 0 <= sigma <= _WIDEST:
-        raise InvalidInput(
-            f"sigma={sigma} is no width.",
-            where=where,
-            next=f"give 0 for none or a positive number such as 1, at most {_WIDEST}.",
-        )
-
-
-def check_count(count: int, counted: str, grid: Grid, where: str) -> None:
-    """Refuse more thresholds, widths, ... than there are levels above the lowest."""
-    most = max(grid.max_level, 1)
-    if count > most:
-        raise InvalidInput(
-            f"{count} {counted} for {grid.max_level} levels below the high one.",
-            where=where,
-            next=f"give at most {most} {counted}, or a larger output stride range.",
-        )

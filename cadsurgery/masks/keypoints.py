@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.lattice import describe
+from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import call_context, first_pass_output
 from cadsurgery.masks.detectors import points_of, sift
 from cadsurgery.masks.filters import closeness, grey_of
-from cadsurgery.masks.graded import check_count, levels_where
-from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
+from cadsurgery.masks.graded import SteppedMask
+from cadsurgery.masks.options import between, check_options
+from cadsurgery.masks.provider import Grid, mask_provider
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 
@@ -26,11 +28,7 @@ class Side(float):
     """Side of a window in pixels: a whole number, 0 for none, `inf` for all."""
 
     def __new__(cls, value: Any) -> Side:
-        """Read a number or a text.
-
-        Raises:
-            ValueError: no whole number.
-        """
+        """Read a number or a text; ValueError if it is none."""
         side = super().__new__(cls, value)
         if not (side == math.inf or (side >= 0 and side.is_integer())):
             raise ValueError(value)
@@ -48,10 +46,27 @@ _DILATIONS = (Side(51),)
 @mask_provider(
     "keypoints", source="Hesse et al., CVPRW 2023, D2-Net: dilations 25/51/51 at output strides 1 to 8"
 )
-class KeypointMask(MaskProvider):
-    """Keep high what lies near keypoints; several dilations give graded levels."""
+class KeypointMask(SteppedMask):
+    """Keep high what lies near keypoints; several dilations give graded levels.
+
+    Args:
+        detector: `sift`, OpenCV's on the grey image; `given`, the points of `keypoints_at` (or of
+            `cadsurgery.read_at`); `own`, the score map the network itself gives in a first pass with everything
+            downsampled; `module:function`; or a function of the image batch (B, C, H, W), normalised as the network
+            sees it, that returns a tensor (n, 2) of x and y in image pixels for each image, the best first, or a
+            floating-point score map (B, 1, h, w), or (B, h, w) wider than 2.
+        count: keypoints of an image at most, the best; of a score map its largest values that are the largest of
+            the 5 x 5 around them. Given points are all kept.
+        dilations: side in image pixels, odd, of the window around a keypoint that gets level i; 0 for none, inf for
+            the whole image. The lowest level elsewhere.
+
+    Raises:
+        UnknownName: no such detector.
+        InvalidInput: no function, a count below one, or dilations that are not odd.
+    """
 
     image_only = True
+    counted = "dilations"
 
     def __init__(
         self,
@@ -59,49 +74,32 @@ class KeypointMask(MaskProvider):
         count: int = 512,
         dilations: Any = _DILATIONS,
     ) -> None:
-        """Create the mask.
-
-        Args:
-            detector: `sift`, OpenCV's on the grey image; `given`, the points of `keypoints_at` (or of
-                `cadsurgery.read_at`); `own`, the score map the network itself gives in a first pass with everything
-                downsampled; `module:function`; or a function of the image batch (B, C, H, W), normalised as the network
-                sees it, that returns a tensor (n, 2) of x and y in image pixels for each image, the best first, or a
-                floating-point score map (B, 1, h, w), or (B, h, w) wider than 2.
-            count: keypoints of an image at most, the best; of a score map its largest values that are the largest of
-                the 5 x 5 around them. Given points are all kept.
-            dilations: side in image pixels, odd, of the window around a keypoint that gets level i; 0 for none, inf for
-                the whole image. The lowest level elsewhere.
-
-        Raises:
-            UnknownName: no such detector.
-            InvalidInput: no function, a count below one, or dilations that are not odd.
-        """
         super().__init__()
-        sides = dilations if isinstance(dilations, (tuple, list)) else (dilations,)
-        self.dilations = tuple(_side(side) for side in sides)
+        try:
+            self.dilations = tuple(
+                map(Side, dilations if isinstance(dilations, (tuple, list)) else (dilations,))
+            )
+        except (TypeError, ValueError):
+            self.dilations = ()
         if not self.dilations or any(side not in (0, math.inf) and side % 2 == 0 for side in self.dilations):
             raise InvalidInput(
-                f"dilations={format_option(self.dilations)} are not odd.",
+                f"dilations={dilations!r} are no odd sides.",
                 where="mask keypoints",
                 next="give an odd side for each level, 0 for none or inf for all, e.g. 25/51/51.",
             )
-        if count < 1:
-            raise InvalidInput(
-                f"count={count} keypoints.", where="mask keypoints", next="give 1 or more, e.g. 512."
-            )
-        self._named = isinstance(detector, str)
+        check_options("keypoints", count=(count, between(1, math.inf, "512")))
         self._kind = detector if isinstance(detector, str) and detector in (SIFT, GIVEN, OWN) else ""
         self._function: Any = detector
         if isinstance(detector, str) and not self._kind:
             self._function = _named_detector(detector)
-        if not callable(self._function) and not self._kind:
+        if not (self._kind or callable(self._function)):
             raise InvalidInput(
                 f"{describe(detector)} is no detector.",
                 where="mask keypoints",
                 next="give sift, given, own, module:function, or a function image -> points.",
             )
-        self.detector = detector if isinstance(detector, str) else getattr(detector, "__name__", "function")
-        self.count = count
+        self.detector, self.count = detector if isinstance(detector, str) else name_of(detector), count
+        self.has_own_function = not isinstance(detector, str)
 
     @property
     def needs(self) -> str:  # type: ignore[override]
@@ -114,24 +112,17 @@ class KeypointMask(MaskProvider):
         """Whether the network's own scores are looked at."""
         return self._kind == OWN
 
-    @property
-    def storable(self) -> bool:
-        """Only if the detector was given by name."""
-        return self._named
-
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i within dilation i of a keypoint, the lowest elsewhere.
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Within dilation i of a keypoint.
 
         A window begins and ends where its pixels do; made legal, that is the published patch rule: level i in every
         block of R_(i+1) samples with a sample of level i.
 
         Raises:
-            InvalidInput: more dilations than levels; no points where they are to be given, or a detector that returns
-                none.
+            InvalidInput: no points where they are to be given, or a detector that returns none.
         """
-        check_count(len(self.dilations), "dilations", grid, "mask keypoints")
         points = self.points(image, grid)
-        return levels_where([_within(points, side, grid, image) for side in self.dilations], grid)
+        return [_within(points, side, grid, image) for side in self.dilations]
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) float32: minus the distance to the nearest keypoint (the larger of both axes) in samples;
@@ -183,13 +174,11 @@ def own_scores(output: Any, batch: int, where: str) -> Tensor:
     Raises:
         InvalidInput: there is none, or more than one.
     """
+    tensors = [value for value in named_outputs(output).values() if isinstance(value, Tensor)]
     maps = [
         value
-        for value in named_outputs(output).values()
-        if isinstance(value, Tensor)
-        and value.dim() == 4
-        and value.shape[:2] == (batch, 1)
-        and value.is_floating_point()
+        for value in tensors
+        if value.dim() == 4 and value.shape[:2] == (batch, 1) and value.is_floating_point()
     ]
     if len(maps) != 1:
         raise InvalidInput(
@@ -207,17 +196,6 @@ def _named_detector(name: str) -> Any:
             "detector of mask 'keypoints'", name, (SIFT, GIVEN, OWN), next="or module:function."
         )
     return function_at(name, "mask keypoints", "keypoints:detector=my_module:my_function")
-
-
-def _side(side: Any) -> Side:
-    try:
-        return Side(side)
-    except (TypeError, ValueError):
-        raise InvalidInput(
-            f"dilation {side!r} is no side.",
-            where="mask keypoints",
-            next="give an odd whole number of pixels, 0 for none or inf for all.",
-        ) from None
 
 
 def _within(points: Sequence[Tensor], side: Side, grid: Grid, image: Tensor) -> Tensor:

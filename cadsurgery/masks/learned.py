@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.masks.filters import on_samples
-from cadsurgery.masks.graded import several
-from cadsurgery.masks.provider import Grid, MaskProvider, format_option, mask_provider
+from cadsurgery.masks.options import SHARE, Allowed, between, check_options, several
+from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
 _MAKING = threading.Lock()
 _MOST = 4096  # channels
+_NO_CHANNELS = f"are not three numbers in 1..{_MOST}."
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -29,6 +30,17 @@ class LearnedMask(MaskProvider):
 
     A 3x3 convolution, another, max-pooling to the cells of the lowest level, two more; one score per level and cell,
     the best level is taken. It is made when it first sees features, with random weights from its seed.
+
+    Args:
+        fraction: share to keep high that training aims at, 0..1; with more than two levels that of a two-level
+            map with as many elements. The published gamma is 1 - fraction.
+        channels: of the three hidden convolutions, as published by default; at most 4096.
+        temperature: of the Gumbel-softmax in training, above 0.
+        noise: draw Gumbel noise when it is used, too, as published; from torch's generator.
+        seed: of the initial weights, 0 or more.
+
+    Raises:
+        InvalidInput: a value out of range.
     """
 
     def __init__(
@@ -39,30 +51,17 @@ class LearnedMask(MaskProvider):
         noise: bool = False,
         seed: int = 0,
     ) -> None:
-        """Create the mask.
-
-        Args:
-            fraction: share to keep high that training aims at, 0..1; with more than two levels that of a two-level
-                map with as many elements. The published gamma is 1 - fraction.
-            channels: of the three hidden convolutions, as published by default; at most 4096.
-            temperature: of the Gumbel-softmax in training.
-            noise: draw Gumbel noise when it is used, too, as published; from torch's generator.
-            seed: of the initial weights, 0 or more.
-
-        Raises:
-            InvalidInput: a value out of range.
-        """
         super().__init__()
         self.fraction, self.channels, self.temperature = fraction, several(channels), temperature
         self.noise, self.seed = noise, seed
-        in_range = 0 <= fraction <= 1 and temperature > 0 and 0 <= seed < 2**63
-        if not in_range or len(self.channels) != 3 or not all(1 <= n <= _MOST for n in self.channels):
-            raise InvalidInput(
-                f"learned mask with fraction={fraction}, channels={format_option(self.channels)}, "
-                f"temperature={temperature}, seed={seed}.",
-                next=f"fraction is in 0..1, channels are three numbers in 1..{_MOST}, temperature above 0, seed "
-                "at least 0.",
-            )
+        three = len(self.channels) == 3
+        check_options(
+            "learned",
+            fraction=(fraction, SHARE),
+            channels=(self.channels, Allowed(lambda n: three and 1 <= n <= _MOST, _NO_CHANNELS, "128/64/64")),
+            temperature=(temperature, Allowed(lambda value: value > 0, "is not above 0.", "1")),
+            seed=(seed, between(0, 2**63 - 1, "0")),
+        )
         self.estimator = nn.Sequential()
         self.centre: Tensor
         self.spread: Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Geometry, describe
+from cadsurgery.masks.options import format_options, options_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.provenance import same_place
 
@@ -60,6 +60,7 @@ class MaskProvider(nn.Module):
     takes: ClassVar[Literal["none", "one", "many"]] = "none"  # other masks: how the string form writes it
     image_only: ClassVar[bool] = False  # does not look at the features, which then need not be computed
     needs: ClassVar[str] = ""  # what its maps depend on besides image and features, e.g. "earlier images"
+    has_own_function: bool = False  # was given a function that its options do not say where to find
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The level map (B, h, w)."""
@@ -84,7 +85,7 @@ class MaskProvider(nn.Module):
     @property
     def static(self) -> bool:
         """Whether `kept_patches` gives numbers and a compiled graph can hold the mask."""
-        return False
+        return type(self).kept_patches is not MaskProvider.kept_patches and not self.dependence
 
     @property
     def parts(self) -> tuple[MaskProvider, ...]:
@@ -109,7 +110,8 @@ class MaskProvider(nn.Module):
     @property
     def storable(self) -> bool:
         """Whether `spec()` says everything that makes it, learned tensors apart."""
-        return PROVIDERS.get(self.name) is type(self) and all(part.storable for part in self.parts)
+        is_known = PROVIDERS.get(self.name) is type(self) and not self.has_own_function
+        return is_known and all(part.storable for part in self.parts)
 
     def options(self) -> dict[str, Any]:
         """The options this provider was made with, by name: those of its constructor."""
@@ -117,7 +119,7 @@ class MaskProvider(nn.Module):
 
     def spec(self) -> str:
         """The string form that `resolve_mask` reads back."""
-        options = ",".join(f"{name}={format_option(value)}" for name, value in self.options().items())
+        options = format_options(self.options())
         return f"{self.name}:{options}" if options else self.name
 
     def extra_repr(self) -> str:
@@ -184,17 +186,6 @@ _FORMS = {"none": "{name}", "one": "MASK | {name}", "many": "MASK + MASK"}
 def _summary(provider: type[MaskProvider]) -> str:
     """The first paragraph of its docstring, as one line."""
     return " ".join((provider.__doc__ or "").partition("\n\n")[0].split())
-
-
-def options_of(provider: type[MaskProvider]) -> dict[str, Any]:
-    """Options of a provider class and their defaults: those of its constructor."""
-    parameters = inspect.signature(provider.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name != "self" and p.default is not p.empty}
-
-
-def format_option(value: Any) -> str:
-    """An option's value in the string form."""
-    return "/".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
 
 
 def check_levels(returned: object, grid: Grid, provider: str) -> Tensor:

@@ -16,8 +16,15 @@ from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import name_of
 from cadsurgery.masks.context import first_pass_output
 from cadsurgery.masks.filters import blur, resize
-from cadsurgery.masks.graded import check_count, check_sigma, check_thresholds, levels_of_scores, several
-from cadsurgery.masks.provider import Grid, MaskProvider, check_scores, mask_provider
+from cadsurgery.masks.graded import SteppedMask
+from cadsurgery.masks.options import (
+    NUMBER,
+    WIDTH,
+    check_falling,
+    check_options,
+    several,
+)
+from cadsurgery.masks.provider import Grid, check_scores, mask_provider
 from cadsurgery.masks.saliency import spectral_residual
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
@@ -26,32 +33,27 @@ SPECTRAL = "cadsurgery.masks.saliency:spectral_residual"
 MEASURES = ("margin", "entropy")
 
 
-class ScoredMask(MaskProvider):
+class ScoredMask(SteppedMask):
     """Base of masks that keep high what a map of scores says; several thresholds on it give graded levels. A subclass
     gives the map (`scores`).
+
+    Args:
+        threshold: on the scores; the i-th decides what gets level i, everything else the lowest level.
+
+    Raises:
+        InvalidInput: thresholds that are NaN or do not fall.
     """
 
     def __init__(self, threshold: float | tuple[float, ...]) -> None:
-        """Create the mask.
-
-        Args:
-            threshold: on the scores; the i-th decides what gets level i, everything else the lowest level.
-
-        Raises:
-            InvalidInput: thresholds that are NaN or do not fall.
-        """
         super().__init__()
         self.threshold = several(threshold)
-        check_thresholds(self.threshold, f"mask {self.name}", falling=True)
+        check_options(self.name, threshold=(self.threshold, NUMBER))
+        check_falling(self.name, self.threshold)
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
-
-        Raises:
-            InvalidInput: more thresholds than levels, or no scores.
-        """
-        check_count(len(self.threshold), "thresholds", grid, f"mask {self.name}")
-        return levels_of_scores(self.scores(image, features, grid), self.threshold, grid)
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Where the scores reach each threshold."""
+        scores = self.scores(image, features, grid)
+        return [scores >= threshold for threshold in self.threshold]
 
 
 @mask_provider("detail", source="ours; measured in recipes/camvid_mobilenetv2")
@@ -60,20 +62,15 @@ class DetailMask(ScoredMask):
 
     The squared error is summed over channels, smoothed, so that kept areas are compact, and divided by its mean over
     the image: a threshold of 2 keeps what misses twice the average. No training, no labels, hardly any work.
+
+    Args:
+        threshold: on the relative error; several as in `ScoredMask`.
+        sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
     """
 
     def __init__(self, threshold: float | tuple[float, ...] = (1.5,), sigma: float = 2.0) -> None:
-        """Create the mask.
-
-        Args:
-            threshold: on the relative error; several as in `ScoredMask`.
-            sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
-
-        Raises:
-            InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
-        """
         super().__init__(threshold)
-        check_sigma(sigma, "mask detail")
+        check_options("detail", sigma=(sigma, WIDTH))
         self.sigma = sigma
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
@@ -97,7 +94,18 @@ def interpolation_error(features: Tensor) -> Tensor:
 
 @mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
 class SaliencyMask(ScoredMask):
-    """Keep high what a function of the image scores at least the threshold; several thresholds give levels."""
+    """Keep high what a function of the image scores at least the threshold; several thresholds give levels.
+
+    Args:
+        function: from the image batch (B, C, H, W), normalised as the network sees it, to a floating-point map
+            (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
+            `module:function` of one that can be imported.
+        threshold: on the map; several as in `ScoredMask`.
+
+    Raises:
+        UnknownName: no such module or function.
+        InvalidInput: no function, or thresholds as in `ScoredMask`.
+    """
 
     image_only = True
 
@@ -106,18 +114,6 @@ class SaliencyMask(ScoredMask):
         function: str | Callable[[Tensor], Tensor] = SPECTRAL,
         threshold: float | tuple[float, ...] = (1.0,),
     ) -> None:
-        """Create the mask.
-
-        Args:
-            function: from the image batch (B, C, H, W), normalised as the network sees it, to a floating-point map
-                (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
-                `module:function` of one that can be imported.
-            threshold: on the map; several as in `ScoredMask`.
-
-        Raises:
-            UnknownName: no such module or function.
-            InvalidInput: no function, or thresholds that are NaN or do not fall.
-        """
         super().__init__(threshold)
         example = f"saliency:function={SPECTRAL}"
         self._function: Any = function
@@ -131,7 +127,7 @@ class SaliencyMask(ScoredMask):
                 next="give a function image -> scores, or the name module:function of one.",
             )
         self.function = function if isinstance(function, str) else name_of(function)
-        self._named = isinstance(function, str)
+        self.has_own_function = not isinstance(function, str)
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The function's map, at least float32, resized to the fine map (bilinear, with antialiasing).
@@ -152,17 +148,22 @@ class SaliencyMask(ScoredMask):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return check_scores(resize(scores, grid.size), grid, self.function, "saliency")
 
-    @property
-    def storable(self) -> bool:
-        """Only if the function was given by name."""
-        return self._named
-
 
 @mask_provider("confidence", source="ours, after confidence-adaptive prediction (Liu et al., ICLR 2022)")
 class ConfidenceMask(ScoredMask):
     """Keep high where the network is unsure after a first pass with everything downsampled.
 
     The pass begins where the region begins: what comes before runs once. Its work counts as the mask's.
+
+    Args:
+        threshold: on the doubt, 0..1; several as in `ScoredMask`.
+        measure: of doubt: `margin`, one minus the difference of the two largest probabilities, or `entropy`,
+            divided by its largest value.
+        sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
+
+    Raises:
+        UnknownName: no such measure.
+        InvalidInput: thresholds as in `ScoredMask`, or a sigma that is no width.
     """
 
     image_only = True
@@ -171,23 +172,11 @@ class ConfidenceMask(ScoredMask):
     def __init__(
         self, threshold: float | tuple[float, ...] = (0.5,), measure: str = "margin", sigma: float = 1.0
     ) -> None:
-        """Create the mask.
-
-        Args:
-            threshold: on the doubt, 0..1; several as in `ScoredMask`.
-            measure: of doubt: `margin`, one minus the difference of the two largest probabilities, or `entropy`,
-                divided by its largest value.
-            sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
-
-        Raises:
-            UnknownName: no such measure.
-            InvalidInput: thresholds that are NaN or do not fall, or a negative sigma.
-        """
         super().__init__(threshold)
         self.measure, self.sigma = measure, sigma
         if measure not in MEASURES:
             raise UnknownName("measure of mask 'confidence'", measure, MEASURES)
-        check_sigma(sigma, "mask confidence")
+        check_options("confidence", sigma=(sigma, WIDTH))
 
     @property
     def looks_ahead(self) -> bool:
@@ -207,15 +196,14 @@ class ConfidenceMask(ScoredMask):
 def _logits(output: Any, grid: Grid) -> Tensor:
     """The class scores (B, C, H, W) among the outputs of the first pass: a tensor, or `out` of a dictionary."""
     logits = output.get("out") if isinstance(output, Mapping) else output
-    described = (
-        f"a dictionary of {', '.join(map(str, output))}" if isinstance(output, Mapping) else describe(logits)
-    )
     if (
         not isinstance(logits, Tensor)
         or logits.dim() != 4
         or logits.shape[1] < 2
-        or logits.shape[0] != grid.batch
+        or len(logits) != grid.batch
     ):
+        several = isinstance(output, Mapping)
+        described = f"a dictionary of {', '.join(map(str, output))}" if several else describe(logits)
         raise InvalidInput(
             f"the network gives {described}.",
             where="mask confidence",

@@ -12,7 +12,6 @@ so that `edges + gradient:threshold=1 | budget:fraction=0.3` is a budget of both
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +19,10 @@ from torch import Tensor
 
 from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.basic import TENSOR, FixedMask, FunctionMask
-from cadsurgery.masks.provider import PROVIDERS, MaskProvider, format_option, options_of
+from cadsurgery.masks.options import format_options, options_of, read_option
+from cadsurgery.masks.provider import PROVIDERS, MaskProvider
 from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.plain import split_options
 
 PIPE, PLUS = "|", "+"
 _MARKS = re.compile(r"([|()]|\+(?!\s*[\d.]))")  # the plus of 1e+16 belongs to a number
@@ -104,7 +105,7 @@ class _Reader:
     def mask(self) -> MaskProvider:
         mask = self.sum()
         while self.took(PIPE):
-            mask = _wrap(mask, self.words())
+            mask = _named(self.words(), mask)
         return mask
 
     def sum(self) -> MaskProvider:
@@ -132,7 +133,7 @@ class _Reader:
             raise _unfinished(
                 self.text, f"a mask is missing before {repr(self.next()) if self.pieces else 'the end'}"
             )
-        return _alone(words)
+        return _named(words)
 
 
 def _unfinished(text: str, what: str) -> InvalidInput:
@@ -142,47 +143,31 @@ def _unfinished(text: str, what: str) -> InvalidInput:
     )
 
 
-def _alone(text: str) -> MaskProvider:
-    name = _name(text)
-    if name not in PROVIDERS:
-        raise UnknownName("mask", name, PROVIDERS)
-    if PROVIDERS[name].takes == "one":
-        raise InvalidInput(
-            f"mask {name!r} needs another mask to work on.",
-            next=f"write that before it and a pipe: {_example_of_a_pipe(wrapper=text)}.",
-        )
-    if PROVIDERS[name].takes == "many":
-        raise InvalidInput(
-            f"mask {name!r} needs other masks to work on.",
-            next='write a plus between them: "edges + gradient".',
-        )
-    return PROVIDERS[name](**_options(name, text))
-
-
-def _wrap(mask: MaskProvider, text: str) -> MaskProvider:
-    name = _name(text)
-    wrapper: Any = PROVIDERS.get(name)
-    if wrapper is None:
-        known = [known for known, provider in PROVIDERS.items() if provider.takes == "one"]
+def _named(text: str, *inner: MaskProvider) -> MaskProvider:
+    """The mask of a name and options; behind a pipe with the mask before that."""
+    name = text.partition(":")[0].strip()
+    provider: Any = PROVIDERS.get(name)
+    if provider is not None and provider.takes == ("one" if inner else "none"):
+        return provider(*inner, **_options(name, text))
+    if provider is None and inner:
+        known = [known for known, wrapper in PROVIDERS.items() if wrapper.takes == "one"]
         raise UnknownName("mask wrapper", name, known, next=f"write {_example_of_a_pipe()}.")
-    if wrapper.takes == "many":
+    if provider is None:
+        raise UnknownName("mask", name, PROVIDERS)
+    needed = "other masks" if provider.takes == "many" else "another mask"
+    what = f"mask {name!r} " + ("cannot stand behind a pipe." if inner else f"needs {needed} to work on.")
+    if provider.takes == "many":
         raise InvalidInput(
-            f"mask {name!r} cannot stand behind a pipe.",
-            why="it is made of several masks.",
-            next='write a plus between them: "edges + gradient".',
+            what, why="it is made of several masks.", next='write a plus between them: "edges + gradient".'
         )
-    if wrapper.takes == "none":
-        raise InvalidInput(
-            f"mask {name!r} cannot stand behind a pipe.",
-            why="it is a mask of its own and takes no other.",
-            next=f"write {text!r} alone, a wrapper behind it: {_example_of_a_pipe(text)}, "
-            f'or a plus between both: "edges {PLUS} {text}".',
-        )
-    return wrapper(mask, **_options(name, text))
-
-
-def _name(text: str) -> str:
-    return text.partition(":")[0].strip()
+    if provider.takes == "one":
+        raise InvalidInput(what, next=f"write that before it and a pipe: {_example_of_a_pipe(wrapper=text)}.")
+    raise InvalidInput(
+        what,
+        why="it is a mask of its own and takes no other.",
+        next=f"write {text!r} alone, a wrapper behind it: {_example_of_a_pipe(text)}, "
+        f'or a plus between both: "edges {PLUS} {text}".',
+    )
 
 
 def _example_of_a_pipe(mask: str = "edges", wrapper: str = "budget:fraction=0.3") -> str:
@@ -192,42 +177,6 @@ def _example_of_a_pipe(mask: str = "edges", wrapper: str = "budget:fraction=0.3"
 def _options(name: str, text: str) -> dict[str, Any]:
     """The options that follow the name of a mask in its string form."""
     known = options_of(PROVIDERS[name])
-    options = {}
-    for part in filter(None, (part.strip() for part in text.partition(":")[2].split(","))):
-        option, equals, value = (piece.strip() for piece in part.partition("="))
-        if option not in known:
-            example = f"e.g. {name}:{_example(known)}" if known else f"mask {name!r} takes no options."
-            raise UnknownName(f"option of mask {name!r}", option, known, next=example)
-        if not equals or not value:
-            raise InvalidInput(
-                f"option {option!r} of mask {name!r} has no value.", next=f"write {option}=VALUE."
-            )
-        options[option] = _value(name, option, value, known[option])
-    return options
-
-
-def _value(mask: str, option: str, text: str, default: Any) -> Any:
-    """A number, a yes or no, or several separated by slashes."""
-    kind = type(default[0]) if isinstance(default, tuple) else type(default)
-    try:
-        values = tuple(_READ.get(kind, kind)(part) for part in text.split("/"))
-    except (ValueError, KeyError):
-        raise InvalidInput(
-            f"option {option}={text} of mask {mask!r} is not {_KINDS.get(kind, 'a number')}.",
-            next=f"write e.g. {option}={format_option(default)}.",
-        ) from None
-    if len(values) > 1 and not isinstance(default, tuple):
-        raise InvalidInput(
-            f"option {option!r} of mask {mask!r} takes one value.", next=f"write {option}={values[0]}."
-        )
-    return values if isinstance(default, tuple) else values[0]
-
-
-def _example(options: dict[str, Any]) -> str:
-    return ",".join(f"{name}={format_option(value)}" for name, value in options.items())
-
-
-_KINDS = {int: "an integer", bool: "True or False"}
-_READ: dict[type, Callable[[str], Any]] = {
-    bool: lambda text: {"true": True, "false": False}[text.strip().lower()]
-}
+    example = f"e.g. {name}:{format_options(known)}" if known else f"mask {name!r} takes no options."
+    texts = split_options(text.partition(":")[2], known, f"mask {name!r}", next=example)
+    return {option: read_option(name, option, value, known[option]) for option, value in texts.items()}

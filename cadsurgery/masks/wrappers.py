@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from itertools import pairwise
 from typing import Any
@@ -11,15 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.masks.filters import on_samples, window_maximum
-from cadsurgery.masks.graded import check_count, check_odd, check_thresholds, levels_of_scores, several
-from cadsurgery.masks.provider import (
-    Grid,
-    MaskProvider,
-    check_levels,
-    check_scores,
+from cadsurgery.masks.graded import SteppedMask
+from cadsurgery.masks.options import (
+    NUMBER,
+    ODD,
+    between,
+    check_count,
+    check_falling,
+    check_options,
     format_option,
-    mask_provider,
+    several,
 )
+from cadsurgery.masks.provider import Grid, MaskProvider, check_levels, check_scores, mask_provider
 from cadsurgery.masks.spec import PIPE, join, resolve_mask
 from cadsurgery.support.errors import InvalidInput
 
@@ -27,17 +31,13 @@ from cadsurgery.support.errors import InvalidInput
 class MaskWrapper(MaskProvider):
     """Base of masks made from another mask; the string form writes them behind it and a pipe.
 
-    The first parameter of a subclass's constructor is the inner mask, the others are its options.
+    The first parameter of a subclass's constructor is the inner mask, anything `resolve_mask` takes, the others are its
+    options.
     """
 
     takes = "one"
 
     def __init__(self, mask: object) -> None:
-        """Wrap anything `resolve_mask` takes.
-
-        Args:
-            mask: the inner mask.
-        """
         super().__init__()
         self.mask = resolve_mask(mask)
 
@@ -61,22 +61,18 @@ class MaskWrapper(MaskProvider):
 
 @mask_provider("dilate")
 class Dilate(MaskWrapper):
-    """Grow what another mask keeps, each level by the same window on the fine map."""
+    """Grow what another mask keeps, each level by the same window on the fine map.
+
+    Args:
+        mask: anything `adaptify` takes as a mask.
+        size: odd side of the window in samples of the fine map; each gets the finest level in it.
+    """
 
     image_only = True
 
     def __init__(self, mask: object, size: int = 3) -> None:
-        """Create the mask.
-
-        Args:
-            mask: anything `adaptify` takes as a mask.
-            size: odd side of the window in samples of the fine map; each gets the finest level in it.
-
-        Raises:
-            InvalidInput: a size that is not odd and positive.
-        """
         super().__init__(mask)
-        check_odd("size", (size,), "mask dilate")
+        check_options("dilate", size=(size, ODD))
         self.size = size
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
@@ -90,33 +86,26 @@ class Dilate(MaskWrapper):
 
 
 @mask_provider("threshold")
-class Threshold(MaskWrapper):
-    """Cut the scores of another mask at thresholds, one for each level above the lowest."""
+class Threshold(MaskWrapper, SteppedMask):
+    """Cut the scores of another mask at thresholds, one for each level above the lowest.
+
+    Args:
+        mask: gives the scores (`MaskProvider.scores`); anything `adaptify` takes as a mask.
+        at: what reaches the i-th gets level i, everything else the lowest level; falling.
+    """
 
     image_only = True
 
     def __init__(self, mask: object, at: float | tuple[float, ...] = (0.5,)) -> None:
-        """Create the mask.
-
-        Args:
-            mask: gives the scores (`MaskProvider.scores`); anything `adaptify` takes as a mask.
-            at: what reaches the i-th gets level i, everything else the lowest level; falling.
-
-        Raises:
-            InvalidInput: thresholds that are NaN or do not fall.
-        """
         super().__init__(mask)
         self.at = several(at)
-        check_thresholds(self.at, "mask threshold", falling=True)
+        check_options("threshold", at=(self.at, NUMBER))
+        check_falling("threshold", self.at)
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """(B, h, w) int8: level i where the scores reach threshold i, the lowest elsewhere.
-
-        Raises:
-            InvalidInput: more thresholds than levels, or the inner mask's scores are none.
-        """
-        check_count(len(self.at), "thresholds", grid, "mask threshold")
-        return levels_of_scores(self.inner_scores(image, features, grid), self.at, grid)
+    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+        """Where the scores of the inner mask reach each threshold."""
+        scores = self.inner_scores(image, features, grid)
+        return [scores >= threshold for threshold in self.at]
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """Those of the inner mask."""
@@ -125,21 +114,17 @@ class Threshold(MaskWrapper):
 
 @mask_provider("union")
 class Union(MaskProvider):
-    """Keep each place at the finest level that any of several masks gives it."""
+    """Keep each place at the finest level that any of several masks gives it.
+
+    Args:
+        masks: two or more of anything `adaptify` takes as a mask.
+    """
 
     image_only = True
 
     takes = "many"
 
     def __init__(self, *masks: object) -> None:
-        """Join masks.
-
-        Args:
-            masks: two or more of anything `adaptify` takes as a mask.
-
-        Raises:
-            InvalidInput: fewer than two.
-        """
         super().__init__()
         if len(masks) < 2:
             raise InvalidInput(
@@ -186,6 +171,13 @@ class Budget(MaskWrapper):
     A patch is an aligned block of R_K x R_K samples (R_K: `Grid.patch`), so that no level changes when the map
     is made legal; where patches divide the map, the number of elements depends on its size alone. Given the
     scores, shapes and control flow depend on no values, as compilers and CUDA graphs want it.
+
+    Args:
+        mask: gives the scores (`MaskProvider.scores`); anything `adaptify` takes as a mask.
+        fraction: of the patches to keep at level 0, 0..1; their number is rounded to the nearest, halves to even.
+            Of several, rising, the i-th is the share that gets level i or finer; everything else the lowest. With
+            `patch="block"` every patch is at level 0 or the lowest, and the last fraction counts.
+        per_batch: the fraction is of all patches of a batch, the best of any image; otherwise of each image.
     """
 
     image_only = True
@@ -193,18 +185,6 @@ class Budget(MaskWrapper):
     def __init__(
         self, mask: object, fraction: float | tuple[float, ...] = (0.3,), per_batch: bool = False
     ) -> None:
-        """Create the mask.
-
-        Args:
-            mask: gives the scores (`MaskProvider.scores`); anything `adaptify` takes as a mask.
-            fraction: of the patches to keep at level 0, 0..1; their number is rounded to the nearest, halves to even.
-                Of several, rising, the i-th is the share that gets level i or finer; everything else the lowest. With
-                `patch="block"` every patch is at level 0 or the lowest, and the last fraction counts.
-            per_batch: the fraction is of all patches of a batch, the best of any image; otherwise of each image.
-
-        Raises:
-            InvalidInput: a fraction outside 0..1, or fractions that fall.
-        """
         super().__init__(mask)
         self.fraction, self.per_batch = several(fraction), per_batch
         rising = all(fewer <= more for fewer, more in pairwise((0, *self.fraction, 1)))
@@ -216,18 +196,13 @@ class Budget(MaskWrapper):
                 ".1 at level 0 and .3 at level 1 or finer.",
             )
 
-    @property
-    def static(self) -> bool:
-        """Unless the scores depend on more than image and features, such as labels, which a graph would fix."""
-        return not self.dependence
-
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int8: level i in the patches kept for it, the lowest elsewhere.
 
         Raises:
             InvalidInput: the inner mask's scores have the wrong type or size, or are NaN; more fractions than levels.
         """
-        check_count(len(self.fraction), "fractions", grid, "mask budget")
+        check_count("budget", "fractions", len(self.fraction), grid.max_level)
         scores = self._of_patches(self.inner_scores(image, features, grid), grid)
         flat = scores.flatten(0 if self.per_batch else 1)
         levels = self._levels_of_ranks(flat, grid).view(scores.shape)
@@ -251,8 +226,11 @@ class Budget(MaskWrapper):
         return torch.empty_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
 
     def _of_patches(self, scores: Tensor, grid: Grid) -> Tensor:
-        """The scores by patch, once they are known to have a rank."""
-        of_patches = patch_scores(scores, grid.patch)
+        """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each patch, at the border of
+        the samples inside the map. In float64, where sums of equal float32 values are exact: equal scores stay equal
+        whatever the size of their patches."""
+        samples = scores.double().unsqueeze(1)
+        of_patches = F.avg_pool2d(samples, grid.patch, ceil_mode=True, count_include_pad=False).squeeze(1)
         if not torch.compiler.is_compiling() and of_patches.isnan().any():
             raise InvalidInput(
                 "the scores hold infinities of both signs in one patch.",
@@ -263,6 +241,7 @@ class Budget(MaskWrapper):
         return of_patches
 
 
+<<<<<<< HEAD
 def patch_scores(scores: Tensor, patch: int) -> Tensor:
     """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each aligned block.
 
@@ -279,6 +258,8 @@ def patch_scores(scores: Tensor, patch: int) -> Tensor:
     return sums / (down.unsqueeze(1) * across)
 
 
+=======
+>>>>>>> main
 @mask_provider("smooth")
 class Smooth(MaskWrapper):
     """Over video frames, keep what another mask keeps until it has not asked for it for some frames (hysteresis).
@@ -286,6 +267,10 @@ class Smooth(MaskWrapper):
     Every call is a frame, also that of `net.macs`. Each position of the batch is a video of its own; for videos in
     different calls use an object each, `net(frame, mask=smooth_of_this_video)`. Another batch, size or device starts
     anew, as `reset()` does. What is remembered is in no state dict, copy or file.
+
+    Args:
+        mask: anything `adaptify` takes as a mask.
+        hold: frames for which a sample keeps its level after the last one that asked for it; 0 for none.
     """
 
     image_only = True
@@ -293,20 +278,8 @@ class Smooth(MaskWrapper):
     needs = "earlier images"
 
     def __init__(self, mask: object, hold: int = 3) -> None:
-        """Create the mask.
-
-        Args:
-            mask: anything `adaptify` takes as a mask.
-            hold: frames for which a sample keeps its level after the last one that asked for it; 0 for none.
-
-        Raises:
-            InvalidInput: a negative hold.
-        """
         super().__init__(mask)
-        if hold < 0:
-            raise InvalidInput(
-                f"hold={hold}.", where="mask smooth", next="give a number of frames such as hold=3, or 0."
-            )
+        check_options("smooth", hold=(hold, between(0, math.inf, "3")))
         self.hold = hold
         self.reset()
 

@@ -236,11 +236,7 @@ def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
 
 
 def _copy(model: object) -> nn.Module:
-    """A copy that can be changed, every module in its own mode.
-
-    Raises:
-        CannotConvert: it holds something that cannot be copied.
-    """
+    """A copy that can be changed, every module in its own mode."""
     model = check_network(model)
     try:
         clone = copy.deepcopy(model, copying(model))
@@ -258,22 +254,14 @@ def _copy(model: object) -> nn.Module:
 
 
 def _say_without_effect(plan: Plan, strict: bool) -> None:
-    """A conversion after which every mask gives the same is announced.
-
-    Raises:
-        CannotConvert: if strict.
-    """
+    """A conversion after which every mask gives the same is announced; it is refused if strict."""
     what = "no mask can improve what this network returns: everything leaves the region at its native size."
     ends = plan.region_end[0].place if plan.region_end else ""
     why = 'keeping more high costs work; mask="none", the network itself, is as good and cheaper.'
+    finer = ', return the maps finer with outputs="fine"' * (plan.returned == "native" and not plan.part)
     step = (
-        "convert the network together with what follows"
-        + (
-            ', return the maps finer with outputs="fine"'
-            if plan.returned == "native" and not plan.part
-            else ""
-        )
-        + ", or teach the operation that ends the region: see docs/extending.md."
+        f"convert the network together with what follows{finer}, or teach the operation that ends the region: "
+        "see docs/extending.md."
     )
     refusal = CannotConvert(what, where=ends, why=why, next=step)
     if strict:

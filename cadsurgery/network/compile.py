@@ -50,12 +50,8 @@ class Bucketed(nn.Module):
             InvalidInput: no converted network, one that only hosts a converted part, or no bucket at all.
         """
         super().__init__()
-        if (program := whole_program(net)) is None:
-            raise InvalidInput(
-                f"{type(net).__name__} cannot be bucketed.",
-                why="it is no network that is adaptive as a whole.",
-                next="pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone).",
-            )
+        part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
+        program = whole_program(net, "cannot be bucketed", part)
         if per_octave < 1:
             raise InvalidInput(f"per_octave={per_octave}.", next="use a positive number such as 4.")
         self.net, self.per_octave, self.options = net, per_octave, options

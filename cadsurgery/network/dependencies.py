@@ -26,26 +26,10 @@ Size = tuple[int, int]
 Place = tuple[int, Size]  # stage and fine size of a lattice
 
 
-class _Places(GraphInterpreter):
-    """Runs a graph and notes where its nodes have elements or lattices."""
-
-    def __init__(self, program: Program, graph: fx.Graph) -> None:
-        super().__init__(program, graph)
-        self.places: dict[str, Place] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and note its place."""
-        value = super().run_node(n)
-        lattice = value.lattice if isinstance(value, Elements) else value
-        if isinstance(lattice, Lattice):
-            self.places[n.name] = lattice.stage, lattice.size
-        return value
-
-
 def places_of(
     program: Program, graph: fx.Graph, lattice: Lattice, values: tuple[Any, ...]
 ) -> dict[str, Place]:
-    """Where each node of a graph that gives elements or a lattice has them, by its name.
+    """Where each node of a graph that gives elements, their rows or a lattice has them, by its name.
 
     Args:
         program: on shapes without values, see `macs.ghost`.
@@ -53,9 +37,23 @@ def places_of(
         lattice: any of the fine map's size.
         values: what enters the graph, as meta tensors.
     """
-    interpreter = _Places(program, graph)
+    interpreter = GraphInterpreter(program, graph)
+    interpreter.garbage_collect_values = False
     interpreter.run(lambda *_: lattice, *values)
-    return interpreter.places
+    places, rows = dict[str, Place](), set[fx.Node]()
+    for node, value in interpreter.env.items():
+        own = value.lattice if isinstance(value, Elements) else value
+        sources: list[Any] = [read for read in node.all_input_nodes if read in rows]
+        if node.target is functional.rows_on:
+            sources = [node.args[1]]
+        elif node.target is getattr and node.args[1] == "rows":
+            sources = [node.args[0]]
+        if isinstance(own, Lattice):
+            places[node.name] = own.stage, own.size
+        elif sources:
+            places[node.name] = places[sources[0].name]
+            rows.add(node)
+    return places
 
 
 def reached(lattice: Lattice, reading: Reading) -> Tensor:
@@ -91,36 +89,23 @@ class Cone:
         """
         self._places, self._whole = places, lattice
         self._needed: dict[fx.Node, Tensor] = {exit: wanted}
-        self._rows: dict[fx.Node, tuple[Tensor, Size]] = {}
-        self._row_valued = _row_valued(graph)
         self.lattices: dict[str, Lattice] = {}
         for node in reversed(list(graph.nodes)):
-            self._visit(node)
+            self._visit(node, operation_of(node.target), self._needed.get(node))
 
-    def _visit(self, node: fx.Node) -> None:
-        if node in self._rows:
-            self._visit_rows(node, *self._rows[node])
-            return
-        needed, target = self._needed.get(node), node.target
-        operation = operation_of(target)
-        reads = operation.reads if operation is not None else ""
-        if reads == "nothing" or (target is getattr and node.args[1] in ("rows", "lattice")):
-            if target is functional.common_lattice and needed is not None:
+    def _visit(self, node: fx.Node, operation: Operation | None, needed: Tensor | None) -> None:
+        if node.target is functional.common_lattice:
+            if needed is not None:
                 self.lattices[node.name] = self._part(node, needed)
-        elif needed is None or node.name not in self._places:
+        elif operation is None or operation.reads == "nothing":  # rows, or a question that no values answer
+            if needed is not None:
+                self._need_same(node, needed)
+        elif needed is None:  # it gives something else than elements
             self._need_all_of(node)
-        elif operation is not None and "window" in node.kwargs:
+        elif "window" in node.kwargs:
             self._visit_window(node, operation, needed)
-        elif target is Elements:
-            size = self._places[node.name][1]
-            rows, lattice = node.args
-            self._need_rows(rows, needed, size)
-            if isinstance(lattice, fx.Node) and lattice.target is functional.common_lattice:
-                self._need(lattice, needed, size)
-        elif reads == "element":  # statistics of a batch are of networks that are trained
-            for read in node.all_input_nodes:
-                if read.name in self._places:
-                    self._need(read, needed, self._places[node.name][1])
+        elif operation.reads == "element":  # statistics of a batch are of networks that are trained
+            self._need_same(node, needed)
         else:
             self._need_all_of(node)
 
@@ -141,20 +126,16 @@ class Cone:
             if isinstance(other, fx.Node) and other.name in self._places:
                 self._need(other, needed, target.size)
 
-    def _visit_rows(self, node: fx.Node, needed: Tensor, size: Size) -> None:
-        """An operation on rows: each row of the result is made of those of the same place."""
-        if node.target is getattr or node.target is functional.rows_on:
-            if isinstance(read := node.args[0], fx.Node) and read.name in self._places:
-                self._need(read, needed, size)
-            return
+    def _need_same(self, node: fx.Node, needed: Tensor) -> None:
+        """The same places of everything that is read."""
         for read in node.all_input_nodes:
-            if read in self._row_valued:
-                self._need_rows(read, needed, size)
+            if read.name in self._places:
+                self._need(read, needed, self._places[node.name][1])
 
     def _need_all_of(self, node: fx.Node) -> None:
         """Everything that is read, by an operation that is not known to read less."""
         for read in node.all_input_nodes:
-            if read.name in self._places and node.op != "output":
+            if read.name in self._places:
                 stage, size = self._places[read.name]
                 self._need(read, self._whole.at(stage, size).index >= 0, size)
 
@@ -165,12 +146,6 @@ class Cone:
         known = self._needed.get(node)
         self._needed[node] = pixels if known is None else known | pixels
 
-    def _need_rows(self, node: Any, pixels: Tensor, size: Size) -> None:
-        known = self._rows.get(node)
-        if known is not None:
-            pixels = pixels | _move(known[0], known[1], size, self._whole.batch)
-        self._rows[node] = pixels, size
-
     def _lattice(self, node: fx.Node) -> Lattice:
         return self._whole.resample(*self._places[node.name])
 
@@ -179,35 +154,6 @@ class Cone:
         if bool(needed[whole.anchors].all()):
             return whole
         return Lattice(whole.pyramid, whole.stage, whole.size, Part(needed))
-
-
-class WithinCone:
-    """Runs a graph on the parts of a cone: to be mixed into an interpreter, before it."""
-
-    def __init__(self, cone: Cone | None, *args: Any, **kwargs: Any) -> None:
-        """Take a cone, or None to run everything, and what the interpreter takes."""
-        super().__init__(*args, **kwargs)
-        self._lattices = cone.lattices if cone is not None else {}
-
-    def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[Any, Any]:
-        """The arguments of a node, with its lattice instead of its stage."""
-        args, kwargs = super().fetch_args_kwargs_from_env(node)  # type: ignore[misc]
-        lattice = self._lattices.get(node.name)
-        if lattice is None:
-            return args, kwargs
-        if node.target is functional.common_lattice:
-            return (lattice, *args[1:]), kwargs
-        return args, {**kwargs, "stage": lattice}
-
-
-def _row_valued(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that give rows, or something made of rows alone."""
-    row_valued: set[fx.Node] = set()
-    for node in graph.nodes:
-        source = node.target is functional.rows_on or (node.target is getattr and node.args[1] == "rows")
-        if source or (node.target is not Elements and row_valued & set(node.all_input_nodes)):
-            row_valued.add(node)
-    return row_valued
 
 
 def _move(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:

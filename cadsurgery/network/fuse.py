@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import BuiltinFunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,25 +29,18 @@ from cadsurgery.surgery.treatment import has_rule
 # Where the fused convolutions are found in the network that runs the graph.
 KERNELS = "cadsurgery_kernels"
 
-_RELU, _RELU6 = Activation("relu"), Activation("hardtanh", (0.0, 6.0))
-_MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
-    nn.ReLU: lambda module: _RELU,
-    nn.ReLU6: lambda module: _RELU6,
+# By class of modules, function and name of method; functions of what has options of its own.
+_ACTIVATIONS: dict[Any, Activation | Callable[[Any], Activation]] = {
+    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"), Activation("relu")),
+    **dict.fromkeys((nn.ReLU6, F.relu6), Activation("hardtanh", (0.0, 6.0))),
+    **dict.fromkeys((nn.SiLU, F.silu), Activation("swish")),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), Activation("hardswish")),
+    **dict.fromkeys((nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
+    **dict.fromkeys((nn.Tanh, F.tanh, torch.tanh, "tanh"), Activation("tanh")),
     nn.Hardtanh: lambda module: Activation("hardtanh", (module.min_val, module.max_val)),
-    nn.SiLU: lambda module: Activation("swish"),
-    nn.Hardswish: lambda module: Activation("hardswish"),
-    nn.GELU: lambda module: Activation("gelu", (), module.approximate),
     nn.LeakyReLU: lambda module: Activation("leaky_relu", (module.negative_slope,)),
-    nn.Sigmoid: lambda module: Activation("sigmoid"),
-    nn.Tanh: lambda module: Activation("tanh"),
-}
-_FUNCTIONS: dict[Any, Activation] = {
-    **dict.fromkeys((F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"), _RELU),
-    **dict.fromkeys((F.relu6,), _RELU6),
-    **dict.fromkeys((F.silu,), Activation("swish")),
-    **dict.fromkeys((F.hardswish,), Activation("hardswish")),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
-    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), Activation("tanh")),
+    nn.GELU: lambda module: Activation("gelu", (), module.approximate),
+    F.gelu: lambda call: Activation("gelu", (), call.kwargs.get("approximate", "none")),
 }
 _IDENTITIES = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
@@ -109,7 +102,7 @@ class _Fusion:
         )
 
 
-class _Consumer:
+class _Consumer(NamedTuple):
     """The one operation that reads a value, on elements or dense.
 
     Attributes:
@@ -119,21 +112,25 @@ class _Consumer:
         lattice: node of the lattice both are on; None if dense.
     """
 
-    def __init__(
-        self, node: fx.Node, value: fx.Node, result: fx.Node, lattice: fx.Node | None = None
-    ) -> None:
-        self.node, self.value, self.result, self.lattice = node, value, result, lattice
+    node: fx.Node
+    value: fx.Node
+    result: fx.Node
+    lattice: fx.Node | None = None
 
     @property
     def other(self) -> fx.Node | None:
-        """The second operand of an operation on two, none of which it overwrites but the first."""
+        """The second operand of an operation on two, as a whole value, none of which it overwrites but the first."""
         args = self.node.args
         if len(args) != 2 or self.node.kwargs or not all(isinstance(part, fx.Node) for part in args):
             return None
         first, second = args
         if first is second or (self.node.target in _IN_PLACE and first is not self.value):
             return None
-        return second if first is self.value else first  # type: ignore[return-value]
+        other: Any = second if first is self.value else first
+        if self.lattice is None:
+            return other
+        is_read = other.target is functional.rows_on and other.args[1] is self.lattice
+        return other.args[0] if is_read else None
 
 
 class Fuser:
@@ -149,6 +146,7 @@ class Fuser:
             if node.op == "get_attr" or (call and self.fixed.issuperset(sources)):
                 self.fixed.add(node)
         self.values: dict[fx.Node, Any] = {}
+        self.interpreter = fx.Interpreter(model, graph=graph)
 
     def meets_nan(self) -> bool:
         """Whether values may be NaN though the image holds numbers; those that overflow are not foreseen."""
@@ -178,7 +176,7 @@ class Fuser:
         """Remove what does nothing, then fuse every convolution and linear layer."""
         for node in list(self.graph.nodes):
             self.drop_identity(node)
-        self.clean()
+        drop_dead_code(self.graph)
         for node in list(self.graph.nodes):
             if node in self.graph.nodes:
                 self.fuse(node)
@@ -186,12 +184,8 @@ class Fuser:
             for kernel in self.kernels.modules():
                 if isinstance(kernel, PackedConv):
                     kernel.meets_nan = True
-        self.clean()
-        self.graph.lint()
-
-    def clean(self) -> None:
-        """Remove what nobody uses."""
         drop_dead_code(self.graph)
+        self.graph.lint()
 
     # -- reading the graph -------------------------------------------------------------------------
 
@@ -207,50 +201,39 @@ class Fuser:
         return None
 
     def constant(self, node: Any) -> Any:
-        """The value of a node made of parameters alone, else None."""
+        """The value of a node made of parameters alone, else None; so is that of a call with other values than tensors
+        and modules."""
         if node not in self.fixed:
             return None
         if node not in self.values:
-            self.values[node] = self.attribute(node) if node.op == "get_attr" else self.evaluate(node)
+            known = {source: self.constant(source) for source in node.all_input_nodes}
+            value = None
+            if all(isinstance(part, (Tensor, nn.Module)) for part in known.values()):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+                with torch.no_grad():
+                    value = getattr(self.interpreter, node.op)(node.target, args, kwargs)
+            self.values[node] = _detach(value) if isinstance(value, Tensor) else value
         return self.values[node]
-
-    def attribute(self, node: fx.Node) -> Any:
-        """The parameter, or whatever else has this name."""
-        value: Any = self.model
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value.detach() if isinstance(value, Tensor) else value
-
-    def evaluate(self, node: fx.Node) -> Any:
-        """A call with constant tensors alone, else None."""
-        known = {source: self.constant(source) for source in node.all_input_nodes}
-        if not all(isinstance(value, (Tensor, nn.Module)) for value in known.values()):
-            return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        with torch.no_grad():
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
-            return value.detach() if isinstance(value, Tensor) else value
 
     def consumer(self, node: fx.Node) -> _Consumer | None:
         """The only operation that reads the value of a node."""
         if not _is_elements(node):
-            users = list(node.users)
-            return _Consumer(users[0], node, users[0]) if len(users) == 1 else None
-        lattices = [user for user in node.users if _is_lattice_of(user, node)]
+            user = _only_user(node)
+            return _Consumer(user, node, user) if user is not None else None
         rows = [user for user in node.users if user.target is functional.rows_on and user.args[0] is node]
-        if len(rows) != 1 or len(lattices) != 1 or len(lattices) + 1 != len(node.users):
+        lattices = [
+            user
+            for user in node.users
+            if _is_own_lattice(user, node)
+            or (user.target is functional.common_lattice and node in user.args[1:])
+        ]
+        if len(rows) != 1 or len(lattices) != 1 or len(node.users) != 2:
             return None
         (read,), (lattice,) = rows, lattices
-        if read.args[1] is not lattice or len(read.users) != 1:
-            return None
-        operation = next(iter(read.users))
-        if len(operation.users) != 1:
-            return None
-        result = next(iter(operation.users))
-        same = result.target is functional.Elements and result.args == (operation, lattice)
-        return _Consumer(operation, read, result, lattice) if same else None
+        operation: Any = _only_user(read)
+        result: Any = operation and _only_user(operation)
+        same = result and result.target is functional.Elements and result.args == (operation, lattice)
+        return _Consumer(operation, read, result, lattice) if same and read.args[1] is lattice else None
 
     # -- changing it -------------------------------------------------------------------------------
 
@@ -280,15 +263,18 @@ class Fuser:
         fusion = start
         while (longer := self.extend(node, fusion)) is not None:
             fusion = longer
-        plain = not self.epilogues or type(self.module(node)) is nn.ConvTranspose2d
-        if plain and fusion.tail is node:
+        if fusion.tail is node and not self.takes_in_more(node):
             return
         with self.graph.inserting_before(fusion.tail):
-            made = self.emit(node, fusion)
+            fused = self.emit(node, fusion)
             if (leaves := fusion.leaves) is not None:
-                made = self.graph.node_copy(leaves, lambda read: made if read is leaves.args[0] else read)
-        made.meta.update(fusion.tail.meta)
-        fusion.tail.replace_all_uses_with(made)
+                fused = self.graph.node_copy(leaves, lambda read: fused if read is leaves.args[0] else read)
+        fused.meta.update(fusion.tail.meta)
+        fusion.tail.replace_all_uses_with(fused)
+
+    def takes_in_more(self, node: fx.Node) -> bool:
+        """Whether a convolution can take in more than norms and factors: torch has no transposed one that does."""
+        return self.epilogues and not acts_as(self.module(node), nn.ConvTranspose2d)
 
     def start(self, node: fx.Node) -> _Fusion | None:
         """A convolution or linear layer alone, if its weight is known."""
@@ -315,19 +301,18 @@ class Fuser:
     def reads_rows(self, node: fx.Node) -> bool:
         """Whether a linear layer acts on the rows of elements."""
         rows: Any = node.args[0]
-        if not (isinstance(rows, fx.Node) and rows.target is functional.rows_on and len(node.users) == 1):
+        result = _only_user(node)
+        if not isinstance(rows, fx.Node) or rows.target is not functional.rows_on or result is None:
             return False
-        result = next(iter(node.users))
         return result.target is functional.Elements and _is_own_lattice(rows.args[1], rows.args[0])
 
     def extend(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
         """With the next operation taken in, if it can be."""
-        users = list(fusion.tail.users)
-        if len(users) == 1 and users[0].target is functional.batch_norm:
-            norm_node: Any = users[0].kwargs.get("norm", users[0].args[-1])
-            return _fold_norm(fusion, users[0], self.constant(norm_node))
-        if len(users) == 1 and _is_fine_map_of(users[0], node):
-            return replace(fusion, tail=users[0], leaves=users[0])
+        user = _only_user(fusion.tail)
+        if user is not None and user.target is functional.batch_norm:
+            return _fold_norm(fusion, user, self.constant(user.kwargs.get("norm", user.args[-1])))
+        if user is not None and _is_fine_map_of(user, node):
+            return replace(fusion, tail=user, leaves=user)
         following = self.consumer(fusion.tail)
         if following is None:
             return None
@@ -339,8 +324,7 @@ class Fuser:
         target = operation.target if module is None else None  # a module may have the name of a method
         if target in _PRODUCTS and fusion.is_linear:
             return self.with_factor(fusion, following)
-        transposed = type(self.module(node)) is nn.ConvTranspose2d  # torch has none with more in it
-        if not self.epilogues or fusion.activation is not None or transposed:
+        if fusion.activation is not None or not self.takes_in_more(node):
             return None
         if target in _ADDITIONS and fusion.residual is None and fusion.leaves is None:
             return self.with_residual(node, fusion, following)
@@ -352,14 +336,7 @@ class Fuser:
 
     def with_factor(self, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """A factor per channel, such as layer scale."""
-        other: Any = following.other
-        if other is None:
-            return None
-        if following.lattice is not None:
-            if other.target is not functional.rows_on or other.args[1] is not following.lattice:
-                return None
-            other = other.args[0]
-        factor = self.constant(other)
+        factor = self.constant(following.other)
         channels = fusion.weight.shape[0]
         # On a dense map the channels' place is unknown unless the other axes are there to tell.
         shapes = [(channels,), (channels, 1, 1), (1, channels, 1, 1), (1, 1, 1, channels)]
@@ -372,22 +349,13 @@ class Fuser:
 
     def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """Another map of the same lattice."""
-        other: Any = following.other
-        if other is None:
-            return None
-        if following.lattice is not None:
-            lattice = following.lattice
-            if other.target is not functional.rows_on or other.args[1] is not lattice:
-                return None
-            other = other.args[0]
-            stage = node.kwargs.get("stage")
-            if lattice.target is functional.common_lattice and lattice.args[0] != stage is not None:
-                return None
-        elif self.constant(other) is not None:
-            return None
-        if not _is_elements(other) and following.lattice is not None:
-            return None
-        return replace(fusion, tail=following.result, residual=other)
+        other, lattice, stage = following.other, following.lattice, node.kwargs.get("stage")
+        if lattice is None:
+            fits = other is not None and self.constant(other) is None
+        else:
+            coarser = lattice.target is functional.common_lattice and lattice.args[0] != stage is not None
+            fits = _is_elements(other) and not coarser
+        return replace(fusion, tail=following.result, residual=other) if fits else None
 
     def emit(self, node: fx.Node, fusion: _Fusion) -> fx.Node:
         """The node that does it all."""
@@ -395,33 +363,32 @@ class Fuser:
         name = f"k{len(self.kernels._modules)}"
         path = f"{KERNELS}.{name}"
         parts = (fusion.weight, fusion.bias, fusion.groups, fusion.activation)
-        on_elements = node.target is functional.conv2d or (
-            acts_as(module, nn.Linear) and self.reads_rows(node)
-        )
+        is_linear = acts_as(module, nn.Linear)
+        on_elements = node.target is functional.conv2d or (is_linear and self.reads_rows(node))
         kernel: nn.Module
-        if not on_elements and (not self.epilogues or acts_as(module, nn.ConvTranspose2d)):
+        if on_elements:
+            kernel = PackedConv(*parts, None)
+        elif not self.takes_in_more(node):
             kernel = _fold_convolution(module, fusion)
-        elif not on_elements and acts_as(module, nn.Linear):
+        elif is_linear:
             kernel = PackedLinear(*parts)
         else:
-            window = None if on_elements else _window(module)
-            kernel = PackedConv(*parts, window)
+            padding = (0, 0) if module.padding == "valid" else module.padding
+            kernel = PackedConv(*parts, (module.stride, padding, module.dilation))
         self.kernels.add_module(name, kernel)
         if not on_elements:
             more = (fusion.residual,) if fusion.residual is not None else ()
             return self.graph.call_module(path, (node.args[0], *more))
-        source: Any = node.args[0] if node.target is functional.conv2d else node.args[0].args[0]  # type: ignore[union-attr]
-        window, stage = node.kwargs.get("window", _POINT), node.kwargs.get("stage")
-        sized = {"size": node.kwargs["size"]} if "size" in node.kwargs else {}
+        source: Any = node.args[0]
+        stated = {name: node.kwargs[name] for name in ("window", "stage", "size") if name in node.kwargs}
+        options: dict[str, Any] = {"window": _POINT, "stage": None} | stated
         if not self.epilogues:
             tensors = [self.graph.get_attr(f"{path}.{part}") for part in ("weight", "bias")]
-            numbers = {"window": window, "stage": stage, "groups": fusion.groups, **sized}
-            return self.graph.call_function(functional.conv2d, (source, *tensors), numbers)
-        return self.graph.call_function(
-            functional.fused_conv2d,
-            (source, self.graph.get_attr(path), fusion.residual),
-            {"window": window, "stage": stage, **sized},
-        )
+            options["groups"] = fusion.groups
+            return self.graph.call_function(functional.conv2d, (source, *tensors), options)
+        weights = self.graph.get_attr(path)
+        read = source.args[0] if is_linear else source
+        return self.graph.call_function(functional.fused_conv2d, (read, weights, fusion.residual), options)
 
 
 def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.Graph, nn.Module]:
@@ -439,17 +406,16 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
     return copied, fuser.kernels
 
 
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def _is_elements(node: Any) -> bool:
     """Whether a node's value is elements."""
     if not isinstance(node, fx.Node):
         return False
     operation = operation_of(node.target)
     return node.target is functional.Elements or (operation is not None and operation.gives == "elements")
-
-
-def _is_lattice_of(node: fx.Node, elements: fx.Node) -> bool:
-    own = _is_own_lattice(node, elements)
-    return own or (node.target is functional.common_lattice and elements in node.args[1:])
 
 
 def _is_own_lattice(node: Any, elements: Any) -> bool:
@@ -469,14 +435,12 @@ def _is_hooked(module: nn.Module | None) -> bool:
 
 
 def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | None:
-    if module is not None:
-        made = next((_MODULES[kind] for kind in act_alike(type(module)) if kind in _MODULES), None)
-        return made(module) if made is not None else None
-    if operation.target is F.gelu:
-        variant: Any = operation.kwargs.get("approximate", "none")
-        return Activation("gelu", (), variant)
-    inplace = set(operation.kwargs) <= {"inplace"}
-    return _FUNCTIONS.get(operation.target) if len(operation.args) == 1 and inplace else None
+    """The activation that an operation is, applied to its first argument."""
+    if len(operation.args) != 1 or not set(operation.kwargs) <= {"inplace", "approximate"}:
+        return None
+    kinds = act_alike(type(module)) if module is not None else (operation.target,)
+    entry = next((_ACTIVATIONS[kind] for kind in kinds if kind in _ACTIVATIONS), None)
+    return entry(operation if module is None else module) if callable(entry) else entry
 
 
 def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
@@ -492,35 +456,13 @@ def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:
 
 def _fold_convolution(module: nn.Conv2d | nn.ConvTranspose2d, fusion: _Fusion) -> nn.Module:
     """The convolution with its folded weight, as torch runs it fastest."""
+    folded = copy.copy(module)
+    weight = fusion.weight.contiguous(memory_format=torch.channels_last)
     if isinstance(module, nn.ConvTranspose2d):
-        folded = copy.copy(module)
-        folded._parameters = {
-            "weight": nn.Parameter(
-                functional.transpose_weight(fusion.weight, fusion.groups).contiguous(), False
-            ),
-            "bias": nn.Parameter(fusion.bias, False) if fusion.bias is not None else None,
-        }
-        return folded
-    out, inner, *kernel = fusion.weight.shape
-    made = nn.utils.skip_init(
-        nn.Conv2d,
-        inner * fusion.groups,
-        out,
-        tuple(kernel),
-        module.stride,
-        module.padding,
-        module.dilation,
-        fusion.groups,
-    )
-    made.weight = nn.Parameter(fusion.weight.contiguous(memory_format=torch.channels_last), False)
-    made.bias = nn.Parameter(fusion.bias, False) if fusion.bias is not None else None
-    return made
-
-
-def _window(conv: nn.Conv2d) -> Any:
-    """(stride, padding, dilation) of a convolution of dense maps."""
-    padding = (0, 0) if conv.padding == "valid" else conv.padding
-    return conv.stride, padding, conv.dilation
+        weight = functional.transpose_weight(fusion.weight, fusion.groups).contiguous()
+    bias = nn.Parameter(fusion.bias, False) if fusion.bias is not None else None
+    folded._parameters = {"weight": nn.Parameter(weight, False), "bias": bias}
+    return folded
 
 
 def _detach(value: Tensor | None) -> Tensor | None:

@@ -113,13 +113,9 @@ def _owner(net: nn.Module, node: fx.Node) -> Any:
         return None
     if operand.target is parameter:
         operand = operand.all_input_nodes[0].all_input_nodes[0]  # of a module that is prepared first
-    return _attribute(net, str(operand.target)) if operand.op == "get_attr" else None
+    holder, _, name = str(operand.target).rpartition(".")
+    return getattr(net.get_submodule(holder), name, None) if operand.op == "get_attr" else None
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _attribute(net: nn.Module, name: str) -> Any:
-    path, _, last = name.rpartition(".")
-    return getattr(net.get_submodule(path), last, None)

@@ -8,6 +8,8 @@ operations are counted by torch's FlopCounterMode. Interpolated halo rows are me
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +28,7 @@ from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.program import GraphInterpreter, Program
-from cadsurgery.support.errors import InvalidInput, UnknownName, first_line
+from cadsurgery.support.errors import InvalidInput, check_name, first_line
 from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -109,31 +111,15 @@ def count_macs(
     program: Program, counted: Program, mask: object, args: tuple[Any, ...], kwargs: dict[str, Any], rule: str
 ) -> MacReport:
     """See `AdaptiveModel.macs`; `counted` is the program on shapes without values."""
-    if rule not in RULES:
-        raise UnknownName("counting rule", rule, RULES)
+    check_name("counting rule", rule, RULES)
     image = program.image(program.bind(*args, **kwargs))
     check_image(image)
-    provider, geometry = resolve_mask(mask), program.geometry
-    asked = _Asked(program.masking(provider))
-    needs_values = provider.sees_features or provider.looks_ahead
-    lattices = [program.find_lattice(asked, *args, **kwargs)] if needs_values else []
-
-    def masked(_: Tensor, features: Tensor) -> Lattice:
-        if not lattices:
-            lattices.append(asked(image, torch.empty(features.shape, device=image.device)))
-        return lattices[0]
-
-    before = [0]
+    provider = resolve_mask(mask)
+    asked = _Asked(program.masking(provider), image)
+    if provider.sees_features or provider.looks_ahead:
+        program.find_lattice(asked, *args, **kwargs)
     counts = []
-
-    def high(_: Tensor, features: Tensor) -> Lattice:
-        return geometry.uniform_like(features, 0)
-
-    def low(_: Tensor, features: Tensor) -> Lattice:
-        before[0] = sum(counter.counts.values())
-        return geometry.uniform_like(features, geometry.max_level)
-
-    for masking in (masked, high, low):
+    for masking in (asked, program.uniform(0), program.uniform(program.geometry.max_level)):
         counter = Counter(counted, rule)
         with torch.no_grad(), counter.flops:
             program.check_and_run(partial(counter.count, masking), *args, **kwargs)
@@ -143,11 +129,13 @@ def count_macs(
         for decision in program.plan.decisions
         if any(count.get(decision.node) for count in counts)
     ]
-    ahead = sum(counts[-1].values()) - before[0] if provider.looks_ahead else 0
-    for name, work in zip(MASK_LAYERS, (asked.macs, ahead), strict=True):
+    after = {node.meta[WORK][0] for node in counted.halves.after.nodes if WORK in node.meta}
+    ahead = sum(work for name, work in counts[-1].items() if name in after)
+    for name, work in zip(MASK_LAYERS, (asked.macs, ahead * provider.looks_ahead), strict=True):
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0))
-    return MacReport(tuple(layers), lattices[0].active_fraction, rule, tuple(image.shape))
+    assert asked.lattice is not None
+    return MacReport(tuple(layers), asked.lattice.active_fraction, rule, tuple(image.shape))
 
 
 # See `MacReport.of_mask`.
@@ -156,9 +144,11 @@ MASK_LAYERS = ("(mask)", "(first pass)")
 
 @dataclass
 class _Asked:
-    """A masking that notes the MACs of its provider."""
+    """A masking that is asked once, of an image with values, and notes the MACs of its provider."""
 
     masking: Masking
+    image: Tensor
+    lattice: Lattice | None = None
     macs: int = 0
 
     @property
@@ -168,10 +158,13 @@ class _Asked:
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice."""
-        with FlopCounterMode(display=False) as flops:
-            lattice = self.masking(image, features)
-        self.macs = flops.get_total_flops() // 2
-        return lattice
+        if self.lattice is None:
+            if features.is_meta:  # the mask looks at the image alone
+                image, features = self.image, torch.empty(features.shape, device=self.image.device)
+            with FlopCounterMode(display=False) as flops:
+                self.lattice = self.masking(image, features)
+            self.macs = flops.get_total_flops() // 2
+        return self.lattice
 
 
 @dataclass(frozen=True)
@@ -206,17 +199,11 @@ def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | Non
     if any(isinstance(window, Window) and not window.has_equal_phases for window in windows):
         return None
     high, low = (Counter(counted, "conv") for _ in range(2))
-    lattices: list[Lattice] = []
     for counter, level in ((high, 0), (low, counted.geometry.max_level)):
-
-        def uniform(_: Tensor, features: Tensor, level: int = level) -> Lattice:
-            lattices.append(counted.geometry.uniform_like(features, level))
-            return lattices[-1]
-
         with torch.no_grad(), counter.flops:
-            counter.count(uniform, counted.bind(image))
+            lattice = counter.count(counted.uniform(level), counted.bind(image))
     layers = tuple(LayerWork(name, tuple(places.items())) for name, places in high.work.items())
-    return layers if {layer.layer: layer.on(lattices[-1]) for layer in layers} == low.counts else None
+    return layers if {layer.layer: layer.on(lattice) for layer in layers} == low.counts else None
 
 
 def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
@@ -232,8 +219,7 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
         UnknownName: no such rule.
         InvalidInput: it does not run on them.
     """
-    if rule not in RULES:
-        raise UnknownName("counting rule", rule, RULES)
+    check_name("counting rule", rule, RULES)
     counted, counts = ghost(model), [0]
     backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
 
@@ -286,42 +272,44 @@ def ghost(net: M) -> M:
 class Counter(GraphInterpreter):
     """Runs the rewritten graph on meta tensors and notes the MACs of each node of the original."""
 
-    def __init__(self, program: Program, rule: str = "conv", graph: fx.Graph | None = None) -> None:
-        super().__init__(program, graph or program.graph)
+    def __init__(
+        self,
+        program: Program,
+        rule: str = "conv",
+        graph: fx.Graph | None = None,
+        parts: Mapping[str, Lattice] | None = None,
+    ) -> None:
+        super().__init__(program, graph or program.graph, parts)
         self.flops = FlopCounterMode(display=False)
         self.published = rule == "published"
         backbone = next((name for name in BACKBONE_NAMES if name in program.net._modules), None)
         self.prefix = f"{backbone}." if backbone and self.published else ""
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int] = defaultdict(int)
         self.rows = 0  # that operations with taps compute
         # Of each layer: MACs per element, or in all where it is dense.
-        self.work: dict[str, dict[Place, int]] = {}
+        self.work: dict[str, dict[Place, int]] = defaultdict(lambda: defaultdict(int))
 
-    def count(self, masking: Any, arguments: dict[str, Any]) -> None:
-        """Count a whole run on the arguments of a call by name."""
-        self.run(*tree_map(to_meta, in_order(self.graph, arguments, masking)))
+    def count(self, masking: Any, arguments: dict[str, Any]) -> Lattice:
+        """Count a whole run on the arguments of a call by name, and give its lattice."""
+        lattice: Lattice = self.run(*tree_map(to_meta, in_order(self.graph, arguments, masking)))[1]
+        return lattice
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and count it."""
         before = self.flops.get_total_flops()
         value = super().run_node(n)
-        if n.op in (
-            "call_function",
-            "call_method",
-        ):  # maps that the network makes of a size, too, are shapes alone
-            value = to_meta(value)
+        if n.op in ("call_function", "call_method"):
+            value = to_meta(value)  # maps that the network makes of a size, too, are shapes alone
         origin, path = n.meta.get(WORK, ("", ""))
         if origin and path.startswith(self.prefix):
             executed = (self.flops.get_total_flops() - before) // 2
             count = self._published(n, value) if self.published else self._executed(n, value, executed)
-            self.counts[origin] = self.counts.get(origin, 0) + count
-            lattice = value.lattice if isinstance(value, Elements) else None
-            self.rows += len(value.lattice) if lattice is not None and "window" in n.kwargs else 0
-            place = (lattice.stage, lattice.size) if lattice is not None else None
-            places = self.work.setdefault(origin, {})
-            places[place] = places.get(place, 0) + (
-                count // max(len(lattice), 1) if lattice is not None else count
-            )
+            place, number = None, 1
+            if isinstance(value, Elements):
+                place, number = (value.lattice.stage, value.lattice.size), max(len(value.lattice), 1)
+                self.rows += len(value.lattice) if "window" in n.kwargs else 0
+            self.counts[origin] += count
+            self.work[origin][place] += count // number
         return value
 
     def _executed(self, n: fx.Node, value: Any, executed: int) -> int:

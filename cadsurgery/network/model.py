@@ -296,9 +296,16 @@ class AdaptiveModel(nn.Module):
         return clone
 
 
-def whole_program(net: object) -> Program | None:
-    """The program of a network that is adaptive as a whole; None of any other thing."""
-    return net.program if isinstance(net, AdaptiveModel) and not net.hosts_part else None
+def whole_program(net: object, refusal: str, next: str = "pass what cs.adaptify(...) gave.") -> Program:
+    """The program of a network that is adaptive as a whole.
+
+    Raises:
+        InvalidInput: it is another thing; `refusal` says what cannot be done with it.
+    """
+    if isinstance(net, AdaptiveModel) and not net.hosts_part:
+        return net.program
+    why = "it is no network that is adaptive as a whole."
+    raise InvalidInput(f"{type(net).__name__} {refusal}.", why=why, next=next)
 
 
 @dataclass

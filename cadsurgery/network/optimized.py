@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.network.fuse import KERNELS, fuse
-from cadsurgery.network.macs import MacReport, ghost
+from cadsurgery.network.macs import ghost
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import InvalidInput
@@ -41,7 +42,8 @@ class OptimizedModel(AdaptiveModel):
         program = replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
         super().__init__(fused, program, source.mask)
         take_over(self, source)
-        self._original = (_Data(net._original[0]),)  # type: ignore[assignment]
+        data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
+        self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
         self._counted = (ghost(net),)
         self.checks, self.source = net.checks, net.source
         self.training = False
@@ -61,12 +63,6 @@ class OptimizedModel(AdaptiveModel):
         """Itself: it is optimised."""
         return self
 
-    def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
-        """Multiply-accumulates of the network it was made from; see `AdaptiveModel.macs`."""
-        counted = self._counted[0]
-        counted.mask = self.mask
-        return counted.macs(*args, mask=mask, rule=rule, **kwargs)
-
     def train(self, mode: bool = True) -> OptimizedModel:
         """Refused: its batch norms are folded.
 
@@ -83,10 +79,6 @@ class OptimizedModel(AdaptiveModel):
         return self
 
 
-class _Data:
-    """The plain data of a network, without its modules and tensors."""
-
-    def __init__(self, model: Any) -> None:
-        for name, value in vars(model).items():
-            if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
-                setattr(self, name, value)
+def _is_data(name: str, value: Any) -> bool:
+    """Whether an attribute of a network is plain data, no module and no tensor."""
+    return not name.startswith("_") and not isinstance(value, (nn.Module, Tensor))

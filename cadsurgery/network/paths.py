@@ -96,7 +96,7 @@ class _Runner(GraphInterpreter):
             inputs = {source: self._join(value) for source, value in inputs.items()}
         if not any(isinstance(value, _Paths) for value in inputs.values()):
             return self._call(n, inputs.__getitem__)
-        norms = [] if not self.separate else self._norms(n, inputs.values())
+        norms = self._norms(n, inputs.values()) if self.separate else []
         results = []
         for path in range(self.weights.shape[1]):
 
@@ -105,7 +105,7 @@ class _Runner(GraphInterpreter):
                 return value.values[path] if isinstance(value, _Paths) else value
 
             low = path + 1 == self.weights.shape[1]
-            with contextlib.nullcontext() if low or not self.separate else _untrack(norms):
+            with _untrack([] if low else norms):
                 results.append(self._call(n, on_path))
         if _leaves(n):
             arguments = fx.map_arg(n.kwargs, lambda source: on_path(source, 0))

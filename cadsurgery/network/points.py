@@ -25,11 +25,11 @@ from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.dependencies import Cone, Place, WithinCone, places_of, reached
+from cadsurgery.network.dependencies import Cone, Place, places_of, reached
 from cadsurgery.network.macs import Counter, ghost, to_meta
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program
-from cadsurgery.support.errors import InvalidInput, UnknownName
+from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.surgery.guards import drop_dead_code
 
 Reach = Literal["all", "receptive"]
@@ -91,7 +91,7 @@ def read_at(
     differentiable = reach == "all" and not program.is_fused
     with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
         run = _Run.of(net, image, points, mask, reach, output, align)
-        return run.rows(run.cone() if reach == "receptive" else None)
+        return run.rows(run.parts() if reach == "receptive" else None)
 
 
 def macs_at(
@@ -112,7 +112,7 @@ def macs_at(
     with torch.no_grad():
         values = plain.before(plain.bind(image.to("meta")))
         counted = replace(run, program=plain, exit=_Exit.of(plain, output), values=values)
-        (every, rows), (needed, needed_rows) = (counted.macs(cone) for cone in (None, counted.cone()))
+        (every, rows), (needed, needed_rows) = (counted.macs(parts) for parts in (None, counted.parts()))
     return ReachMacs(whole.mask, whole.mask - every + needed, (rows, needed_rows))
 
 
@@ -154,9 +154,7 @@ class _Exit:
                 next="convert the part of the network that gives the map, or name an output that is one: output=.",
             )
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-        for node in source.nodes:
-            if node.op != "output":
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.graph_copy(source, copies)
         elements: Any = value.args[0]
         guide: Any = value.kwargs.get("guide")
         graph.output((copies[elements], copies[guide] if guide is not None else None))
@@ -172,14 +170,6 @@ def _exit(program: Program, output: str | int | None) -> _Exit:
     """The exit of an output, made once."""
     exits = _EXITS.setdefault(program, {})
     return exits[output] if output in exits else exits.setdefault(output, _Exit.of(program, output))
-
-
-class _Within(WithinCone, GraphInterpreter):
-    """Runs a graph within a cone."""
-
-
-class _CountWithin(WithinCone, Counter):
-    """Counts a graph within a cone."""
 
 
 @dataclass
@@ -206,9 +196,8 @@ class _Run:
         align: str,
     ) -> _Run:
         """Everything up to the lattice."""
-        for kind, name, known in (("reach", reach, REACHES), ("alignment", align, ALIGNMENTS)):
-            if name not in known:
-                raise UnknownName(kind, name, known)
+        check_name("reach", reach, REACHES)
+        check_name("alignment", align, ALIGNMENTS)
         program = net.program
         program.check(image)
         if isinstance(points, Tensor) and points.dim() in (3, 4) and points.shape[-1] != 2:
@@ -226,28 +215,27 @@ class _Run:
         net.finish(None, lattice)
         return _Run(program, exit, provider, points, values, lattice, image, align)
 
-    def cone(self) -> Cone:
-        """What the points depend on."""
+    def parts(self) -> dict[str, Lattice]:
+        """What the points depend on, of each operation that makes elements of its own."""
         places = self._places()
         exit = self.lattice.at(*places[self.exit.node.name])
         wanted = reached(exit, read_points(exit, self._pixels(exit)))
-        return Cone(self.exit.graph, places, self.lattice, self.exit.node, wanted)
+        return Cone(self.exit.graph, places, self.lattice, self.exit.node, wanted).lattices
 
-    def rows(self, cone: Cone | None) -> list[Tensor]:
+    def rows(self, parts: dict[str, Lattice] | None) -> list[Tensor]:
         """The map at the points of each image."""
-        elements, guide = _Within(cone, self.program, self.exit.graph).run(
-            lambda *_: self.lattice, *self.values
-        )
+        runner = GraphInterpreter(self.program, self.exit.graph, parts)
+        elements, guide = runner.run(lambda *_: self.lattice, *self.values)
         lattice, pixels = elements.lattice, self._pixels(elements.lattice)
         reading = self._read(lattice, pixels, guide)
         flat = elements.rows.flatten(1)
         rows = extend(flat, reading, 0.0).index_select(0, reading.table.to(flat.device))
         return list(rows.split([len(part) for part in self.points]))
 
-    def macs(self, cone: Cone | None) -> tuple[int, int]:
+    def macs(self, parts: dict[str, Lattice] | None) -> tuple[int, int]:
         """MACs behind the place where the mask is asked for, and rows that operations with taps compute; of a network
         with shapes and no values."""
-        counter = _CountWithin(cone, self.program, "conv", self.exit.graph)
+        counter = Counter(self.program, "conv", self.exit.graph, parts)
         with counter.flops:
             counter.run(lambda *_: self.lattice, *self.values)
         return sum(counter.counts.values()), counter.rows
@@ -325,16 +313,9 @@ def _chosen(value: Any, output: str | int | None) -> Any:
 
 
 def _program(net: Any, reach: str) -> Program:
-    """The program of a network that can be read at points.
-
-    Raises:
-        InvalidInput: it cannot.
-    """
-    if (program := whole_program(net)) is None:
-        raise InvalidInput(
-            f"{type(net).__name__} is no network that is adaptive as a whole.",
-            next="pass what cs.adaptify(...) gave for the part that gives the map.",
-        )
+    """The program of a network, once it is known that it can be read at points."""
+    part = "pass what cs.adaptify(...) gave for the part that gives the map."
+    program = whole_program(net, "cannot be read at points", part)
     if reach == "receptive" and any(norm.training for norm in net.modules() if isinstance(norm, _BatchNorm)):
         raise InvalidInput(
             "a network in training mode has no receptive field.",

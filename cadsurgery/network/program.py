@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery.elements.functional import common_lattice
 from cadsurgery.elements.lattice import Geometry, Lattice, describe
 from cadsurgery.masks.context import first_pass
 from cadsurgery.masks.masking import Masking, check_image
@@ -162,12 +163,14 @@ class Program:
         with torch.no_grad(), evaluating(self.net):
             # Clones: the region may work in place on what enters it.
             again = tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
-            output, _ = self._run_halves[1](self.names(), self._everything_low, *again)
+            low = self.uniform(self.geometry.max_level)
+            output, _ = self._run_halves[1](self.names(), low, *again)
         with first_pass(output):
             yield
 
-    def _everything_low(self, image: Tensor, features: Tensor) -> Lattice:
-        return self.geometry.uniform_like(features, self.geometry.max_level)
+    def uniform(self, level: int) -> Callable[[Tensor, Tensor], Lattice]:
+        """The masking with everything at a level."""
+        return lambda image, features: self.geometry.uniform_like(features, level)
 
     def twice(self, masking: Masking, arguments: dict[str, Any]) -> Masked:
         """Output and lattice for a mask that looks at what the network gives with everything downsampled."""
@@ -249,22 +252,22 @@ class Names:
 class GraphInterpreter(fx.Interpreter):
     """Runs a graph of an adaptive network with the modules and parameters it names."""
 
-    def __init__(self, program: Program, graph: fx.Graph) -> None:
-        """Take the program and its graph, or a part of it."""
+    def __init__(self, program: Program, graph: fx.Graph, parts: Mapping[str, Lattice] | None = None) -> None:
+        """Take the program and its graph, or a part of it; nodes named in `parts` run on these lattices alone."""
         super().__init__(nn.Module(), graph=graph)
-        self.names = program.names()
+        self.module: Any = program.names()
+        self._parts = parts or {}
         self.extra_traceback = False  # errors of masks are for users
 
-    def fetch_attr(self, target: str) -> Any:
-        """Parameters and modules by the names the graph uses."""
-        value = self.names
-        for part in target.split("."):
-            value = getattr(value, part)
-        return value
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module of the network."""
-        return self.fetch_attr(str(target))(*args, **kwargs)
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a node, with its part instead of its stage."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        part = self._parts.get(n.name)
+        if part is None:
+            return args, kwargs
+        if n.target is common_lattice:
+            return (part, *args[1:]), kwargs
+        return args, {**kwargs, "stage": part}
 
 
 def runnable(graph: fx.Graph) -> Any:

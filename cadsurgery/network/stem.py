@@ -81,10 +81,18 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
 
 
 class _Seen(NamedTuple):
-    """What the stem gave for one image: values (C, h, w) and the types they had, and labels (H, W)."""
+    """What the stem gave for one image.
+
+    Attributes:
+        values: (C, h, w) each, or vectors.
+        types: that they had.
+        sides: pixels of the image that a sample of each stands for; None of what is no map of the image.
+        labels: (H, W).
+    """
 
     values: tuple[Tensor, ...]
     types: tuple[torch.dtype, ...]
+    sides: tuple[int | None, ...]
     labels: Tensor
 
 
@@ -170,7 +178,8 @@ class CachedStem:
                 self._stride * ((whole - part) // self._stride * step // max(count - 1, 1))
                 for step, count, whole, part in zip(steps, self._places, size, self._crop, strict=True)
             ]
-            parts = tuple(_cut(part, size, corner, self._crop, self._stride) for part in parts)
+            sides = (*seen.sides, 1)
+            parts = tuple(_cut(*pair, corner, self._crop) for pair in zip(parts, sides, strict=True))
         values = tuple(value.to(kind) for value, kind in zip(parts[:-1], seen.types, strict=True))
         return values, parts[-1]
 
@@ -190,11 +199,7 @@ def _digest(program: Program) -> str:
 
 
 def _mirror(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tensor, Tensor]]:
-    """A sample, and its mirror image if `flip`.
-
-    Raises:
-        InvalidInput: it is no sample.
-    """
+    """A sample, and its mirror image if `flip`."""
     image, labels = sample
     fits = isinstance(image, Tensor) and image.dim() == 3 and image.is_floating_point()
     if not fits or not isinstance(labels, Tensor) or labels.dim() != 2:
@@ -211,63 +216,46 @@ def _see(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype |
     shown = normalise(image, source_of(net)).unsqueeze(0).to(next(net.parameters()).device)
     values = stem_outputs(net, shown)
     stored = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
-    return _Seen(stored, tuple(value.dtype for value in values), labels)
+    sides = tuple(_side(value, labels.shape, net.plan.strides[-1]) for value in stored)
+    return _Seen(stored, tuple(value.dtype for value in values), sides, labels)
 
 
 def _check_crop(seen: _Seen, crop: tuple[int, int], stride: int, name: str) -> None:
-    """Refuse a crop that cannot be cut from an image and its maps.
-
-    Raises:
-        InvalidInput: it cannot.
-    """
+    """Refuse a crop that cannot be cut from an image and its maps."""
     height, width = seen.labels.shape
     fits = all(c % stride == 0 and 0 < c <= n for c, n in zip(crop, (height, width), strict=True))
-    maps = [value for value in seen.values if value.dim() == 3]
-    if not fits or any(_pixels(value, (height, width), stride) is None for value in maps):
+    maps = [(value, side) for value, side in zip(seen.values, seen.sides, strict=True) if value.dim() > 1]
+    if not fits or any(side is None for _, side in maps):
         raise InvalidInput(
             f"crops of {crop[0]} x {crop[1]} cannot be cut from an image of {height} x {width} and its maps"
-            f" of {', '.join(f'{value.shape[1]} x {value.shape[2]}' for value in maps[1:])}.",
+            f" of {', '.join(f'{value.shape[-2]} x {value.shape[-1]}' for value, _ in maps[1:])}.",
             where=f"data {name}",
             next=f"give multiples of {stride} that fit the image, or use whole images (crop 0).",
         )
 
 
-def _pixels(value: Tensor, size: Sequence[int], stride: int) -> int | None:
+def _side(value: Tensor, size: Sequence[int], stride: int) -> int | None:
     """How many pixels of an image of `size` a sample of a map (..., h, w) stands for: a divisor of the low stride."""
     shape = list(value.shape[-2:])
     sides = [side for side in range(1, stride + 1) if stride % side == 0]
     return next((side for side in sides if [-(-n // side) for n in size] == shape), None)
 
 
-def _cut(
-    value: Tensor, size: Sequence[int], corner: Sequence[int], crop: Sequence[int], stride: int
-) -> Tensor:
-    """The part of a map (..., h, w) of an image of `size` that a crop in pixels covers; a vector as it is."""
-    if value.dim() < 2:
+def _cut(value: Tensor, side: int | None, corner: Sequence[int], crop: Sequence[int]) -> Tensor:
+    """The part of a map (..., h, w) that a crop in pixels covers; what is no map of the image as it is."""
+    if side is None:
         return value
-    side = _pixels(value, size, stride)
-    assert side is not None  # by _check_crop
     top, left, high, wide = (number // side for number in (*corner, *crop))
     return value[..., top : top + high, left : left + wide]
 
 
 def _program(net: nn.Module) -> Program:
-    """The program of a network, once it is known to have a stem.
-
-    Raises:
-        InvalidInput: no converted network, an optimised one, or one that only hosts a converted part.
-    """
-    program = whole_program(net)
-    if program is not None and program.is_fused:
+    """The program of a network, once it is known to have a stem."""
+    program = whole_program(net, "has no stem to keep")
+    if program.is_fused:
         raise InvalidInput(
             "an optimised network is not taken apart.",
             why="what its stem passes on is fused.",
             next="take the network it was made from; cs.body_of(net).optimize() is fast too.",
-        )
-    if program is None:
-        raise InvalidInput(
-            f"{type(net).__name__} has no stem to keep.",
-            why="it is no network that is adaptive as a whole.",
-            next="pass what cs.adaptify(...) gave.",
         )
     return program

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import Source, build_again
-from cadsurgery.elements.lattice import Anchor, Fill, Patch, Pool, Statistics
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.network.adaptify import adaptify
@@ -29,7 +28,7 @@ from cadsurgery.support.files import write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing, versions
 from cadsurgery.surgery.arguments import example_of
-from cadsurgery.surgery.plan import Outputs, Plan
+from cadsurgery.surgery.plan import Plan
 
 FORMAT = 2  # 1: no checksums
 _KEY = "cadsurgery"
@@ -37,26 +36,13 @@ _CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
 _MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
 _NO_MASK = "a function or provider of your own, which a file cannot hold"
 _LONGEST = 2**25  # characters of metadata, and values of an example image, without the word of the user
+_OTHER_MODEL = "pass the architecture it was converted from."
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FIELDS = {
-    "format": int,
-    "versions": dict[str, str],
-    "source": dict[str, Any] | None,
-    "mask": str | None,
-    "options": dict[str, Any],
-    "plan": str,
-    "tensors": str,
-}
 _OF_GEOMETRY = ("anchor", "fill", "pool", "patch", "statistics")
 _OPTIONS = {
     "output_stride": tuple[int, int],
     "region": str | tuple[str, ...],
-    "anchor": Anchor,
-    "fill": Fill,
-    "pool": Pool,
-    "patch": Patch,
-    "statistics": Statistics,
-    "outputs": Outputs,
+    **{name: hint for name, hint in get_type_hints(adaptify).items() if name in (*_OF_GEOMETRY, "outputs")},
 }
 
 
@@ -70,7 +56,6 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         FileError: the path cannot be written.
         InvalidInput: the network is not converted, or an optimised copy.
     """
-    path = Path(path)
     if not isinstance(net, AdaptiveModel):
         raise InvalidInput(
             f"{type(net).__name__} is not a converted network.",
@@ -82,8 +67,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             why="its weights are folded and no longer the original's.",
             next="save the network it was made from, and call optimize() after loading.",
         )
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in net.state_dict().items()}
-    tensors |= {f"{_MASK}{name}": value.cpu().contiguous() for name, value in net.mask.state_dict().items()}
+    tensors = {**net.state_dict(), **{f"{_MASK}{name}": v for name, v in net.mask.state_dict().items()}}
     metadata = {
         "format": FORMAT,
         "versions": versions(),
@@ -98,9 +82,19 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "plan": net.plan.to_json(),
         "tensors": _checksum(tensors),
     }
+    write_tensors(Path(path), tensors, {_KEY: seal(metadata)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of copies of some tensors, whole or not at all.
+
+    Raises:
+        FileError: the path cannot be written.
+    """
+    copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     with write_whole(path) as temporary:
         try:
-            save_file(tensors, temporary, {_KEY: seal(metadata)})
+            save_file(copies, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -151,15 +145,15 @@ def load(
     if source is not None and not trust:
         source = replace(source, untrusted=str(path))
     if math.prod(stored.example_shape) > _LONGEST and not trust:
-        raise _damaged(
-            path,
-            f"an example of shape {stored.example_shape} is too large to be made on the word of a file.",
-            "if you know the file, pass trust=True (--trust).",
+        raise FileError(
+            f"the metadata of {path} is damaged.",
+            why=f"an example of shape {stored.example_shape} is too large to be made on the word of a file.",
+            next="if you know the file, pass trust=True (--trust).",
         )
     if model is None:
         model = _build(path, source, tensors)
     options = {**stated.options, "output_stride": stored.output_stride}
-    with _refuse(f"{path} does not fit this model.", "pass the architecture it was converted from."):
+    with _refuse(f"{path} does not fit this model.", _OTHER_MODEL):
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
         example: Any = torch.zeros(stored.example_shape, dtype=dtype)
         if stored.call:
@@ -174,14 +168,8 @@ def load(
             next="pass the model it was converted from, or convert again.",
         )
     _check_types(path, tensors, net.state_dict())
-    try:
+    with _refuse(f"the parameters in {path} do not fit the model.", _OTHER_MODEL):
         net.load_state_dict(tensors, assign=True)  # the stored types, e.g. bfloat16
-    except RuntimeError as error:
-        raise FileError(
-            f"the parameters in {path} do not fit the model.",
-            why=" ".join(str(error).split())[:400],
-            next="pass the architecture it was converted from.",
-        ) from error
     net.adaptive_part.lay_out()
     net.source = source
     return net
@@ -218,7 +206,10 @@ class _Stated(NamedTuple):
     mask: str | None
     options: dict[str, Any]
     plan: Plan
-    tensors: str
+    tensors: str = ""
+
+
+_IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": str}
 
 
 def _read(path: Path) -> tuple[_Stated, dict[str, Tensor]]:
@@ -261,13 +252,15 @@ def _open(path: Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]
 def _check_stated(path: Path, header: Mapping[str, str]) -> _Stated:
     """What the metadata say, once they are known to be what was written."""
     text = header[_KEY]
-    if len(text) > _LONGEST:
-        raise _damaged(path, f"it has {len(text)} characters.")
-    with _damaged_if_wrong(path):
+    with _refuse(
+        f"the metadata of {path} is damaged.", "fetch the file again, or write it again with cs.save."
+    ):
+        if len(text) > _LONGEST:
+            raise ValueError(f"it has {len(text)} characters.")
         values = json.loads(text)
         checksum = values.pop(_CHECKSUM, None)
         if checksum is not None and checksum != _hash(values):
-            raise _damaged(path, "it is not what was written: its checksum is another.")
+            raise ValueError("it is not what was written: its checksum is another.")
         number = values["format"]
         if type(number) is int and number > FORMAT:
             raise FileError(
@@ -276,7 +269,7 @@ def _check_stated(path: Path, header: Mapping[str, str]) -> _Stated:
             )
         if number != 1 and checksum is None:
             raise ValueError(f"a file of format {number!r:.60} without checksum")
-        fields = {"tensors": "", **check_fields(values, _FIELDS, "it")}
+        fields = check_fields(values, _IN_FILE, "it")
         fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
         fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
         fields["plan"] = Plan.from_json(fields["plan"])
@@ -288,24 +281,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _damaged_if_wrong(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except CadError:
-        raise
-    except Exception as error:  # what a file says can go wrong in every way
-        raise _damaged(path, f"{type(error).__name__}: {first_line(error)}") from error
-
-
-def _damaged(
-    path: Path, why: str, next: str = "fetch the file again, or write it again with cs.save."
-) -> FileError:
-    return FileError(f"the metadata of {path} is damaged.", why=why[:400], next=next)
 
 
 @contextlib.contextmanager
@@ -316,8 +293,12 @@ def _refuse(what: str, next: str, where: str = "") -> Iterator[None]:
     except FileError:
         raise
     except Exception as error:
-        words = (error.what, error.why) if isinstance(error, CadError) else (first_line(error),)
-        raise FileError(what, where=where, why=" ".join(filter(None, words))[:400], next=next) from error
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, CadError):
+            why = f"{error.what} {error.why}"
+        elif isinstance(error, (ValueError, RuntimeError)):
+            why = str(error)
+        raise FileError(what, where=where, why=" ".join(why.split())[:400], next=next) from error
 
 
 def _build(path: Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -354,14 +335,9 @@ def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool)
                 )
             part.levels = tensors[key]
     _check_types(path, tensors, mask.state_dict())
-    try:
+    next = f"write the file again with cs.save, or {other}."
+    with _refuse(f"the tensors of mask {spec:.200} in {path} do not fit it.", next):
         mask.load_state_dict(tensors, assign=True)  # the stored types
-    except RuntimeError as error:
-        raise FileError(
-            f"the tensors of mask {spec:.200} in {path} do not fit it.",
-            why=" ".join(str(error).split())[:400],
-            next=f"write the file again with cs.save, or {other}.",
-        ) from error
     return mask
 
 
@@ -374,7 +350,7 @@ def _check_types(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str
                 f"the parameters in {path} do not fit the model.",
                 where=name,
                 why=f"it is {value.dtype}, in the model {like}.",
-                next="pass the architecture it was converted from.",
+                next=_OTHER_MODEL,
             )
 
 

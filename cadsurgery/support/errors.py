@@ -59,6 +59,16 @@ class UnknownName(CadError):
         )
 
 
+def check_name(kind: str, name: str, options: Iterable[str]) -> None:
+    """Refuse a name that is none of the options.
+
+    Raises:
+        UnknownName: it is none.
+    """
+    if name not in options:
+        raise UnknownName(kind, name, options)
+
+
 class InvalidInput(CadError):
     """An image, mask or argument has the wrong type, size or values."""
 

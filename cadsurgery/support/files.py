@@ -81,7 +81,7 @@ def check_folder(path: Path, option: str = "--output") -> None:
         raise FileError(f"there is no folder {path.parent}.", next=f"create it or choose another {option}.")
 
 
-def make_folder(path: Path | str, option: str = "--output") -> Path:
+def make_folder(path: Path | str) -> Path:
     """A folder to write into, made if it is missing.
 
     Raises:
@@ -92,7 +92,7 @@ def make_folder(path: Path | str, option: str = "--output") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(
-            f"{folder} cannot be created.", why=str(error), next=f"choose another {option}."
+            f"{folder} cannot be created.", why=str(error), next="choose another --output."
         ) from error
     return folder
 

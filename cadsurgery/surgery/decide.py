@@ -185,7 +185,9 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
                 after=action == "dense" and node in after,
                 macs=facts.macs[node],
                 shape=tuple(facts.shapes.get(node, ())),
-                cost=sum(facts.macs[later] for later in and_after(node)) if node in ends else 0,
+                cost=sum(facts.macs[later] for later in and_after(node, without=on_elements))
+                if node in ends
+                else 0,
             )
         )
     return decisions
@@ -222,7 +224,7 @@ def _only_asks(node: fx.Node, flow: Flow) -> bool:
 
 def _stages(node: fx.Node, flow: Flow, region: Region) -> tuple[int, int]:
     """Stages of the lattices a node of the region reads and writes."""
-    before = min(region.stage(source) for source in flow.maps(node))
+    before = min(region.stage(source) for source in flow.maps(node) if source not in region.outside)
     return before, region.stage(node) if node in region.needed else before
 
 

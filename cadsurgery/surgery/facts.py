@@ -30,6 +30,7 @@ class Facts:
         graph: its graph.
         example: the image it was observed on, (B, C, H, W).
         shapes: shape of each node that is a tensor.
+        floating: the nodes that are tensors of real numbers.
         macs: multiply-accumulates of each node on the example, as torch counts them.
         container: type of the output if it is a kind of dictionary, or a dataclass, for which a graph has a plain one.
         layouts: axes of each value that is a map. These three are those of a forward pass, see `flow.Flow.facts`.
@@ -44,6 +45,7 @@ class Facts:
     graph: fx.Graph
     example: Tensor
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
+    floating: set[fx.Node] = field(default_factory=set)
     macs: dict[fx.Node, int] = field(default_factory=dict)
     container: type = dict
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class _Observer(fx.Interpreter):
         self.facts.macs[n] = (self.counter.get_total_flops() - before) // 2
         if isinstance(value, Tensor):
             self.facts.shapes[n] = value.shape
+            self.facts.floating.update([n] if value.is_floating_point() else [])
             asks = n.op == "placeholder" or n.target is operator.getitem
             if asks and any(value is tensor for tensor in self.tensors):
                 self.facts.given.append(n)

@@ -16,7 +16,7 @@ from torch import fx
 from cadsurgery.elements.axes import NCHW, is_flat
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.rules import treat
-from cadsurgery.surgery.treatment import Barrier, Cause, Treatment
+from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, why_whole
 
 
 class Role(Enum):
@@ -69,6 +69,18 @@ class Flow:
         return (
             self.treatments[node].kind == "resize" and operation is not None and operation.at_exit is not None
         )
+
+    @cached_property
+    def has_attention(self) -> bool:
+        """Whether something joins all positions of the image; to be asked for when the pass is done."""
+        return bool(position_mixers(self))
+
+    def comes_back(self, node: fx.Node, high: int) -> bool:
+        """Whether a map that is computed dense can be joined with those of the region: one of real numbers on a grid
+        of its own. What attention yields stays outside, and so does all that it is joined with."""
+        shape = self.facts.shapes.get(node, ())
+        is_plain = len(shape) == 4 and self.facts.layout(node) == NCHW and node in self.facts.floating
+        return is_plain and self.grid[node] > high and not self.has_attention
 
     @cached_property
     def last(self) -> frozenset[fx.Node]:
@@ -181,6 +193,8 @@ def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) ->
         grid = flow.grid[source] * round(before / max(1, after))
         if after > before:
             grid = max(1, flow.grid[source] // round(after / max(1, before)))
+        alike = [flow.grid[other] for other in flow.grid if facts.images[other] == facts.images[node]]
+        grid = grid if grid in alike or not alike else alike[-1]  # where few samples were rounded
     flow.role[node] = Role.MAP
     flow.grid[node] = flow.spacing[node] = grid
 
@@ -266,7 +280,7 @@ def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
 def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, facts: Facts) -> bool:
     """Whether a value has no extent in the image, a number, a parameter, one vector per image, or is resized to it."""
     treatment = flow.treatments[source]
-    if treatment.kind == "broadcast" and treatment.arguments:
+    if treatment.rows is not None or (treatment.kind == "broadcast" and treatment.arguments):
         return layout == NCHW and tuple(facts.shapes[source][2:]) == facts.images[maps[0]]
     return treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
 
@@ -284,6 +298,25 @@ def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozense
             flow.grown[node] = spacing
         grid, spacing = grid * window.stride, spacing * window.stride
     flow.grid[node], flow.spacing[node] = grid // treatment.scale, spacing // treatment.scale
+
+
+def position_mixers(flow: Flow) -> list[fx.Node]:
+    """Operations that join positions of an image otherwise than by windows, means or resizing: attention, recurrence,
+    matrices over positions. Convolutional networks have none."""
+    facts, barriers = flow.facts, flow.barriers
+    return [
+        node
+        for node in facts.graph.nodes
+        if is_mixer(node, facts)
+        or (node in barriers and (barriers[node].cause is Cause.POSITIONS or _is_foreign_leaf(node, facts)))
+    ]
+
+
+def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
+    """Whether a node is a module of a library that tracing does not look into: it may do anything."""
+    made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
+    foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
+    return foreign and not why_whole(node, facts)
 
 
 def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import pairwise
-from typing import Literal, get_type_hints
+from typing import Literal
 
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.support.errors import UnknownName
-from cadsurgery.support.plain import check_fields
+from cadsurgery.support.plain import read_as
 
 # What the reason of such nodes was in files that do not say `after` yet.
 _AFTER = "after the region"
@@ -156,17 +156,15 @@ class Plan:
 
     def share(self, *actions: Action) -> float:
         """Share of the network's MACs (on the example, as it is) under these actions."""
-        total = sum(decision.macs for decision in self.decisions)
-        return sum(decision.macs for decision in self.chosen(*actions)) / total if total else 0.0
+        return _macs_of(self.chosen(*actions)) / max(1, _macs_of(self.decisions))
 
     @property
     def share_after_first_stage(self) -> float:
         """Of the MACs from the first adaptive operation on, in order of execution, the share in the region."""
-        inside = [d.action in ("adapt", "keep") for d in self.decisions]
-        first = next((i for i, d in enumerate(self.decisions) if d.action == "adapt"), 0)
-        total = sum(d.macs for d in self.decisions[first:])
-        within = sum(d.macs for d, is_in in zip(self.decisions[first:], inside[first:], strict=True) if is_in)
-        return within / total if total else 1.0
+        adapted = (place for place, decision in enumerate(self.decisions) if decision.action == "adapt")
+        behind = self.decisions[next(adapted, 0) :]
+        total = _macs_of(behind)
+        return _macs_of(d for d in behind if d.action in ("adapt", "keep")) / total if total else 1.0
 
     def standing(self) -> list[tuple[str, int, int, str]]:
         """Of each map that is returned: node, its output stride, the stride it is returned at, and in words."""
@@ -186,9 +184,8 @@ class Plan:
     @property
     def dense_after(self) -> float:
         """Share of the network's MACs that run dense after the region."""
-        total = sum(decision.macs for decision in self.decisions)
-        after = [d.macs for d in self.decisions if d.action in ("exit", "barrier") or d.after]
-        return sum(after) / total if total else 0.0
+        after = (d for d in self.decisions if d.action in ("exit", "barrier") or d.after)
+        return _macs_of(after) / max(1, _macs_of(self.decisions))
 
     def to_json(self) -> str:
         """The whole plan as JSON; `Plan.from_json` reads it back."""
@@ -202,13 +199,10 @@ class Plan:
             Exception: of several kinds, for a text that is no plan.
         """
         values = json.loads(text)
-        decisions = tuple(_decision(entry) for entry in values.pop("decisions"))
-        considered = tuple(
-            Considered(**check_fields(entry, _hints(Considered), "a reading"))
-            for entry in values.pop("considered", ())
-        )
-        hints = {name: hint for name, hint in _hints(Plan).items() if name not in ("decisions", "considered")}
-        plan = Plan(decisions, **check_fields(values, hints, "the plan"), considered=considered)
+        for entry in values["decisions"]:
+            if entry["reason"] == _AFTER:
+                entry.setdefault("after", True)
+        plan: Plan = read_as(Plan, values, "the plan")
         plan._check()
         return plan
 
@@ -292,8 +286,8 @@ class Plan:
 
     def reason_text(self, decision: Decision) -> str:
         """Why, and for what ends the region how much runs dense because of it."""
-        total = max(1, sum(other.macs for other in self.decisions))
-        cost = f"; from here {decision.cost / total:.0%} of the MACs run dense" if decision.cost else ""
+        share = decision.cost / max(1, _macs_of(self.decisions))
+        cost = f"; from here {share:.0%} of the MACs run dense" if decision.cost else ""
         return f"{decision.reason}{cost}"
 
     def stride_text(self, decision: Decision) -> str:
@@ -304,17 +298,5 @@ class Plan:
         return f"{before} -> {after}" if before != after else f"{after}"
 
 
-_hints = cache(get_type_hints)
-
-
-def _decision(values: object) -> Decision:
-    """A decision from plain values."""
-    if isinstance(values, dict) and values.get("reason") == _AFTER:
-        values = {"after": True, **values}
-    fields = check_fields(values, {**_hints(Decision), "window": tuple | None}, "a decision")
-    if fields["window"] is not None:
-        numbers = dict(zip(Window._fields, fields["window"], strict=False))
-        if len(fields["window"]) > len(Window._fields):
-            raise ValueError("a window has too many numbers")
-        fields["window"] = Window(**check_fields(numbers, _hints(Window), "a window"))
-    return Decision(**fields)
+def _macs_of(decisions: Iterable[Decision]) -> int:
+    return sum(decision.macs for decision in decisions)

@@ -87,17 +87,19 @@ def _drop_moot_guards(facts: Facts) -> int:
     unserved, moot = 0, set[fx.Node]()
     with torch.no_grad(), evaluating(model):
         for call in _of_other_sizes(facts.arguments):
+            run, outputs = _Unguarded(model, graph=graph), None
+            with contextlib.suppress(Exception):  # on this way some sizes do not fit
+                outputs = run.run(*in_order(graph, call))
+                if not run.otherwise:
+                    continue
             try:
                 expected = run_forward(model, call)
             except Exception:  # the network says in its own way which sizes it takes
                 continue
-            run = _Unguarded(model, graph=graph)
-            try:
-                serves = same(run.run(*in_order(graph, call)), expected)
-            except Exception:  # on this way some sizes do not fit
-                serves = False
-            moot |= run.otherwise if serves else set()
-            unserved += not serves
+            if outputs is not None and same(outputs, expected):
+                moot |= run.otherwise
+            else:
+                unserved += 1
     for node in moot:
         graph.erase_node(node)
     drop_dead_code(graph)

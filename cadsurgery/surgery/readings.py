@@ -158,14 +158,18 @@ def _choose_strides(
         return (current if current in highs else highs[-1]), low
     usual = max((high for high in highs if high <= _trunk(flow, low) / 4), default=highs[0])
     # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts, and
-    # where a branch to a finer output has nearly all the work, that of the branch.
+    # where a branch to a finer output has most of the work, a third of the network is enough.
     work = {high: _work(flow, region) for high, region in regions.items()}
     returns_map = any(flow.role[node] is Role.MAP for node in flow.facts.outputs)
     finer = returns_map and any(_comes_back(node, flow) and grid <= usual for node, grid in flow.grid.items())
-    if not (finer and 4 * work[usual] < max(work.values())):
+    most, third = max(work.values()), sum(flow.facts.macs.values()) / 3
+    if finer and work[usual] < (third if third <= most else most / 4):
+        enough = min(third, most / 2)
+    else:
         near = (high for high, region in regions.items() if high == usual or region.strides[-1] <= 4 * high)
         work = {high: work[high] for high in near}
-    worth = [high for high in work if work[high] >= max(work.values()) / 2]
+        enough = max(work.values()) / 2
+    worth = [high for high in work if work[high] >= enough]
     chosen = usual if usual in worth else max(worth)
     return chosen, regions[chosen].strides[-1]
 

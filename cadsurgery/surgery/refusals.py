@@ -9,11 +9,10 @@ from torch import fx
 
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.flow import Flow, position_mixers
 from cadsurgery.surgery.guards import is_of_library
-from cadsurgery.surgery.hooks import stays_whole
 from cadsurgery.surgery.settle import Refusal
-from cadsurgery.surgery.treatment import Barrier, Cause, is_mixer, operation_name
+from cadsurgery.surgery.treatment import Barrier, Cause, operation_name, why_whole
 
 RegionOption = str | Sequence[str]
 
@@ -72,7 +71,7 @@ def nothing_to_convert(flow: Flow) -> CannotConvert:
     model = type(facts.model).__name__
     what = f"{model} has nothing that can be made adaptive."
     next_step = "convert another part of the network with region=[...], or teach the operation: see docs/extending.md."
-    whole = next((node for node in facts.graph.nodes if _stays_whole(node, facts)), None)
+    whole = next((node for node in facts.graph.nodes if why_whole(node, facts)), None)
     if whole is not None and whole in flow.barriers:
         return CannotConvert(
             what,
@@ -119,29 +118,6 @@ def _first_barrier(flow: Flow) -> str:
     macs = flow.facts.macs
     total = sum(macs.values()) or 1
     return f"{barrier.why}; it holds {macs[node] / total:.0%} of the MACs, and all after it stays dense."
-
-
-def position_mixers(flow: Flow) -> list[fx.Node]:
-    """Operations that join positions of an image otherwise than by windows, means or resizing: attention, recurrence,
-    matrices over positions. Convolutional networks have none."""
-    facts, barriers = flow.facts, flow.barriers
-    return [
-        node
-        for node in facts.graph.nodes
-        if is_mixer(node, facts)
-        or (node in barriers and (barriers[node].cause is Cause.POSITIONS or _is_foreign_leaf(node, facts)))
-    ]
-
-
-def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
-    """Whether a node is a module of a library that tracing does not look into: it may do anything."""
-    made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
-    foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
-    return foreign and not _stays_whole(node, facts)
-
-
-def _stays_whole(node: fx.Node, facts: Facts) -> str:
-    return stays_whole(facts.module(node)) if node.op == "call_module" else ""
 
 
 def _place(node: fx.Node, facts: Facts) -> str:

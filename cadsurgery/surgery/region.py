@@ -6,6 +6,7 @@ reach. So a coarsening moves towards the input until a spatial operation absorbs
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import fx
@@ -19,7 +20,8 @@ class Region:
 
     Attributes:
         strides: output strides of the lattices, the high one first.
-        outside: maps coarser than the high output stride that are computed dense, from what left the region.
+        outside: maps coarser than the high output stride that are computed dense, from what left the region. Where they
+            are joined with maps that did not leave, they are read again.
         needed: output stride of the lattice each other map is computed on.
     """
 
@@ -41,7 +43,7 @@ def region_of(flow: Flow, high: int) -> Region:
     facts, outside = flow.facts, set[fx.Node]()
     for node in facts.graph.nodes:
         coarse = flow.role[node] is Role.MAP and flow.spacing[node] > high
-        if coarse and (node in flow.barriers or any(source in outside for source in flow.maps(node))):
+        if coarse and (node in flow.barriers or _reads_outside(node, flow, high, outside)):
             outside.add(node)
     inside = [node for node in facts.graph.nodes if flow.role[node] is Role.MAP and node not in outside]
     strides = [high]
@@ -51,7 +53,7 @@ def region_of(flow: Flow, high: int) -> Region:
     region = Region(tuple(strides), frozenset(outside), {})
     for node in reversed(inside):
         before = any(flow.grid[source] < high for source in flow.maps(node))
-        if node in flow.barriers or before or any(source in outside for source in flow.maps(node)):
+        if node in flow.barriers or before or _reads_outside(node, flow, high, outside):
             region.needed[node] = high
             continue
         uses = [_need(node, user, flow, region) for user in node.users]
@@ -61,7 +63,12 @@ def region_of(flow: Flow, high: int) -> Region:
         ):  # parts of a map, such as halves of the channels: they are where the whole is
             parts = [part for part in node.users if part in region.needed]
             region.needed.update(dict.fromkeys(parts, region.needed[node]))
-    entering = {s for node in inside if region.stage(node) for s in flow.maps(node) if not region.stage(s)}
+    entering = {
+        source
+        for node in inside
+        for source in flow.maps(node)
+        if region.stage(node) and source not in outside and not region.stage(source)
+    }
     foreign = any(flow.grid[node] != high for node in entering)  # the fine map would not be the network's own
     # The first is the fine map's. Padding is no part of a map: it belongs to the window that reads it.
     sizes = [facts.images[node] for node in facts.graph.nodes if node in entering and node not in facts.pads]
@@ -69,6 +76,13 @@ def region_of(flow: Flow, high: int) -> Region:
     if foreign or grown:
         return Region((high,), frozenset(outside), dict.fromkeys(inside, high))
     return region
+
+
+def _reads_outside(node: fx.Node, flow: Flow, high: int, outside: Collection[fx.Node]) -> bool:
+    """Whether a node reads maps that left the region otherwise than beside one that did not, on their grid."""
+    left = [source for source in flow.maps(node) if source in outside]
+    joins = flow.treatments[node].kind == "join" and len(left) < len(flow.maps(node))
+    return bool(left) and not (joins and all(flow.comes_back(source, high) for source in left))
 
 
 def _need(node: fx.Node, user: fx.Node, flow: Flow, region: Region) -> int:

@@ -265,6 +265,9 @@ class Rewriter:
     def emit_on_rows(self, node: fx.Node, stage: int, treatment: Treatment) -> fx.Node:
         """An operation that is the same on the rows of a lattice as on a map, but for its axes."""
         maps = [source for source in node.all_input_nodes if self.facts.layout(source)]
+        # Maps of a coarser grid that are dense were computed outside: the network's own samples come back.
+        back = {source for source in maps if source not in self.elements and self.plan[source.name].grid > 1}
+        maps = [source for source in maps if source not in back]
         values = [self.as_elements(source) for source in maps]
         if len(values) == 1 and self.plan[maps[0].name].stages[1] == stage:
             lattice = self.call(getattr, values[0], "lattice")
@@ -276,15 +279,15 @@ class Rewriter:
         def rows(source: fx.Node) -> fx.Node:
             if source in maps:
                 return self.call(functional.rows_on, self.elements[source], lattice)
-            value = self.as_dense(self.sources.get(source, source))
-            if source in self.sources and (how := self.arguments(self.treatments[source])):
-                return self.call(
-                    functional.rows_on,
-                    self.call(functional.small_map, value, self.plan[maps[0].name].grid, **how),
-                    lattice,
-                )
-            spread = treatment.kind == "join" and len(self.facts.shapes.get(source, ())) > 0
-            return self.call(functional.rows_on, value, lattice, *options) if spread else value
+            value, how = self.as_dense(self.sources.get(source, source)), self.treatments[source]
+            if treatment.kind != "join" or not self.facts.shapes.get(source):
+                return value
+            if source in back or (how.kind == "broadcast" and how.arguments):
+                resize = {} if source in back else self.arguments(how)
+                value = self.call(functional.small_map, value, self.plan[maps[0].name].grid, **resize)
+            elif how.kind == "shape" and how.rows is not None:
+                value = self.call_on_rows(how.rows.target, fx.map_arg(how.rows.args, self.as_dense), {})
+            return self.call(functional.rows_on, value, lattice, *options)
 
         call = treatment.rows
         if call is None:

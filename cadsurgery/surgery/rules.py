@@ -41,6 +41,7 @@ from cadsurgery.surgery.treatment import (
     joins_positions,
     operation_name,
     rule,
+    rule_of,
     ruled_functions,
     treat,
 )
@@ -170,6 +171,8 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
     padded = {axis for axis, pair in zip(layout[::-1], by_axis, strict=False) if any(pair)}
     if padded <= {"c"}:
         return _pad_channels(node, layout, by_axis, mode, value)
+    if not any(pads[::2]) and _makes_sizes_fit(node, facts):
+        return _pad_below(pads, known, layout, mode, value)
     if layout != NCHW or "c" in padded or mode == "circular":
         return barrier("it pads across opposite borders, or channels and image at once")
     (left, right), (top, bottom) = by_axis[0], by_axis[1] if len(by_axis) > 1 else (0, 0)
@@ -208,9 +211,18 @@ def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
     return window if isinstance(window, Window) else None
 
 
+def _makes_sizes_fit(node: fx.Node, facts: Facts) -> bool:
+    """Whether a map is padded for nothing but joins with maps that are not, and thus as large as it is then."""
+    joins = [user for user in node.users if rule_of(user, facts) in (arithmetic, concatenation)]
+    return len(joins) == len(node.users) and all(
+        any(facts.is_map(other) and rule_of(other, facts) is not padding for other in user.all_input_nodes)
+        for user in joins
+    )
+
+
 def _pad_below(pads: Any, known: tuple[int, ...], layout: str, mode: str, value: Any) -> Treatment:
-    """Padding that is computed while the network runs, or crops."""
-    if layout != NCHW or any(known[4:]) or mode != "zeros":
+    """Padding that is computed while the network runs, or for a join, or crops."""
+    if layout != NCHW or any(known[4:]) or mode not in ("zeros", "replicate"):
         return barrier(
             "it pads other axes than those of the image, or by more than a constant, as far as sizes ask"
         )
@@ -218,7 +230,7 @@ def _pad_below(pads: Any, known: tuple[int, ...], layout: str, mode: str, value:
         return barrier(f"it moves the map by {known[0]} samples to the right and {known[2:3]} down")
     arguments = (
         ("pads", (*pads[:4], 0, 0)[:4] if isinstance(pads, (tuple, list)) else pads),
-        ("value", float(value)),
+        ("value", float(value) if mode == "zeros" else None),
     )
     why = "At the lower and right border, where it moves no anchor; how much is known in the call."
     return Treatment("pointwise", why, call=functional.pad, arguments=arguments, spaced=True)
@@ -381,12 +393,13 @@ def layer_norm(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise")
 
 
-@rule(nn.Dropout2d, nn.FeatureAlphaDropout, "timm.layers.drop:DropPath")
+@rule(nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout, "timm.layers.drop:DropPath")
 @rule("torchvision.ops.stochastic_depth:StochasticDepth")
 def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """Scales whole channels or whole images, wherever their elements are."""
     arguments = (("dropout", Attribute(str(node.target))),)
-    axes = NCHW if isinstance(facts.module(node), (nn.Dropout2d, nn.FeatureAlphaDropout)) else ""
+    of_channels = (nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+    axes = NCHW if isinstance(facts.module(node), of_channels) else ""
     return Treatment("pointwise", call=functional.drop_per_image, arguments=arguments, axes=axes)
 
 
@@ -421,16 +434,23 @@ def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise")
 
 
-@rule("to", "type_as")
+@rule("to", "type_as", torch.as_tensor)
 def conversion(node: fx.Node, facts: Facts) -> Treatment:
     """Another type or device for each value."""
     return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
 
 
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+@rule("new_empty", "new_tensor")
 def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
     """Takes the type and device of a map, and none of its values."""
     return Treatment("shape")
+
+
+@rule(torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full", of_vectors=True)
+def constant_map(node: fx.Node, facts: Facts) -> Treatment:
+    """One value at every position, so that any position of it stands for all."""
+    corner = Call(operator.getitem, (node, (Ellipsis, slice(1), slice(1))))
+    return Treatment("shape", rows=corner if facts.is_map(node) else None)
 
 
 @rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)

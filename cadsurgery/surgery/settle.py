@@ -44,11 +44,9 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
     outside: dict[fx.Node, Barrier] = {}
 
     def refused(node: fx.Node, maps: Sequence[fx.Node]) -> Barrier | None:
-        for source in maps:
-            if source in outside and outside[source].cause is Cause.PADDING:
-                return Barrier(
-                    f"reads what {source.name} padded, which is larger than the maps of the region"
-                )
+        padded = [source for source in maps if source in outside and outside[source].cause is Cause.PADDING]
+        if padded and len(padded) == len(maps):  # joined with another map they are as large as that
+            return Barrier(f"reads what {padded[0].name} padded, which is larger than the maps of the region")
         return asked(node, maps) or outside.get(node)
 
     while True:

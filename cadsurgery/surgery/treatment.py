@@ -84,7 +84,8 @@ class Treatment:
         arguments: its keyword arguments: constants, nodes, `Attribute`s, or `Call`s on such.
         window: kernel, stride, dilation and padding, for windows, pads, and resizes that read a window.
         then: modules applied to the rows afterwards.
-        rows: the call to make on rows, where it is not the operation's own.
+        rows: the call to make on rows, where it is not the operation's own; of a `shape` that is a constant map, what
+            stands for all its positions.
         layout: axes of the result, where they are not those of the map it reads.
         scale: how many times finer the result of a resize is.
         last_only: why a resize can only be carried out where it leaves the region for good, or "".
@@ -117,8 +118,8 @@ class Treatment:
             InvalidInput: the function is not declared.
         """
         if isinstance(self.call, str):
-            if self.call and self.call not in functional.__all__:
-                raise UnknownName("operation on elements", self.call, functional.__all__)
+            if self.call and not hasattr(functional, self.call):
+                raise UnknownName("operation on elements", self.call, vars(functional))
             object.__setattr__(self, "call", getattr(functional, self.call) if self.call else None)
         if self.call is not None and operation_of(self.call) is None:
             raise InvalidInput(
@@ -152,7 +153,7 @@ def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule
 
     Args:
         operations: what the rule is for.
-        of_vectors: call the rule also where the operation reads one vector per image and no map.
+        of_vectors: call the rule also where the operation reads one vector per image, or sizes, and no map.
 
     The same rule defined again, as by a cell of a notebook that is run twice, takes the place of the first.
 
@@ -211,14 +212,23 @@ def ruled_functions() -> tuple[Callable[..., Any], ...]:
     return tuple(functions)
 
 
+def rule_of(node: fx.Node, facts: Facts) -> Rule | None:
+    """The rule for a node's operation, if there is one."""
+    return next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
+
+
+def why_whole(node: fx.Node, facts: Facts) -> str:
+    """Why the module of a node has to be called on maps as it is, or ""."""
+    return stays_whole(facts.module(node)) if node.op == "call_module" else ""
+
+
 def treat(node: fx.Node, facts: Facts) -> Treatment:
     """The treatment of one node by its rule; padding that it reads is taken into its window."""
-    known = next((_RULES[key] for key in _operation_keys(node, facts) if key in _RULES), None)
+    known = rule_of(node, facts)
     reads_map = any(facts.layout(value) for value in node.all_input_nodes)
     if not reads_map and known not in _OF_VECTORS:
         return Treatment("shape")
-    reason = stays_whole(facts.module(node)) if node.op == "call_module" else ""
-    if reason:
+    if reason := why_whole(node, facts):
         return barrier(reason)
     if known is None:
         return barrier(f"no rule for {operation_name(node, facts)}")

@@ -17,7 +17,7 @@ import contextlib
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from cadsurgery.support.provenance import describe_run, device_in_words, find_de
 from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
 from cadsurgery.tasks.for_each import Step, silent
-from cadsurgery.tasks.open import DEFAULT_SIZE, example_batch, original
+from cadsurgery.tasks.open import example_batch, original
+from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import check_outputs
 
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
@@ -47,43 +48,16 @@ BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
 HIGH, LOW = "dense high", "dense low"
 
 
-@dataclass(frozen=True)
-class Setup:
-    """How networks are made and what they are run on; see `bench` for the fields.
-
-    A process that measures the memory of one side is told them as text: there the mask is a string.
-    """
-
-    mask: object
-    size: tuple[int, int]
-    batch: int
-    output_stride: tuple[int, int] | None
-    region: str | list[str]
-    patch: str
-    dtype: str
-    device: str
-    threads: int
-
-
 def bench(
     networks: str | nn.Module | Sequence[str | nn.Module],
     mask: object = "edges",
     fractions: Sequence[float] = FRACTIONS,
     *,
-    size: tuple[int, int] = DEFAULT_SIZE,
-    batch: int = 1,
-    output_stride: tuple[int, int] | None = None,
-    region: str | list[str] = "auto",
     fill: Sequence[str] = ("nearest",),
-    patch: str = "quadtree",
-    dtype: str = "float32",
-    device: str = "cpu",
-    threads: int | None = None,
-    rounds: int = 7,
-    memory: bool = False,
     picture: Path | None = None,
     output: Path | None = None,
     step: Step = silent,
+    **options: Any,
 ) -> BenchReport:
     """Measure networks with random weights under budgets, and compare their times with the law.
 
@@ -91,20 +65,13 @@ def bench(
         networks: names, or modules, which keep their weights.
         mask: ranks the patches, which `Budget` then keeps; anything `adaptify` takes as a mask.
         fractions: budgets, each 0..1.
-        size: height and width of the generated street scenes.
-        batch: number of images.
-        output_stride: see `adaptify`.
-        region: see `adaptify`.
         fill: one or more of "nearest", "linear" and "guided"; each gives an entry of its own, against the same twins.
-        patch: see `adaptify`.
-        dtype: "float32" or "bfloat16".
-        device: "cpu" or "cuda".
-        threads: of torch on the CPU; default: as they are.
-        rounds: counted rounds; each runs every side once.
-        memory: also measure the peak memory of each side, in a process of its own (Linux, CPU, names only).
         picture: PNG to write.
         output: JSON Lines to append the rows of each network to as soon as it is done.
         step: called with what is being done.
+        options: further ones of `adaptify`, and what networks are run on: `size`, height and width of the generated
+            street scenes, their number `batch`, `dtype` and `device`, `threads` of torch, `rounds` that count, and
+            `memory`: whether to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
 
     Raises:
         InvalidInput: an impossible option.
@@ -113,20 +80,20 @@ def bench(
         FileError: a file cannot be written.
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
-    threads = torch.get_num_threads() if threads is None else threads
-    setup = Setup(mask, size, batch, output_stride, region, patch, dtype, device, threads)
-    _check(listed, fractions, setup, rounds, fill, memory)
+    setup = Benchmark(**options)
+    setup = replace(setup, threads=setup.threads or torch.get_num_threads())
+    _check(listed, mask, fractions, setup, fill)
     check_outputs(output, picture=picture)
     if len(listed) > 1:  # a typo in the last name should not wait for the others to be measured
         for network in listed:
             step(f"planning {_name(network)}")
-            plan(original(network, "none")[0], output_stride, region)
-    setting = _setting(setup, rounds)
+            plan(original(network, "none")[0], setup.output_stride, setup.region)
+    setting = _setting(mask, setup)
     done: list[NetworkBench] = []
     budgets = list(dict.fromkeys(map(float, fractions)))
     for network in listed:
-        with _threads(threads):
-            entries = _compare(network, setup, budgets, fill, rounds, memory, step)
+        with _threads(setup.threads):
+            entries = _compare(network, mask, budgets, setup, fill, step)
         if output is not None:
             provenance = {**setting.to_dict(), "costs": costs.record()["digest"]}
             rows = [{**provenance, **row} for entry in entries for row in entry.lines()]
@@ -145,11 +112,10 @@ def law(macs: int, high: Twin, low: Twin) -> float:
 
 def _compare(
     network: str | nn.Module,
-    setup: Setup,
+    mask: object,
     fractions: Sequence[float],
+    setup: Benchmark,
     fills: Sequence[str],
-    rounds: int,
-    memory: bool,
     step: Step,
 ) -> list[NetworkBench]:
     """One interleaved run of a network with every fill, and what it says."""
@@ -159,13 +125,13 @@ def _compare(
     fill_of: dict[str, str] = {}
     for fill in dict.fromkeys(fills):
         step(f"converting {name}, fill {fill}")
-        nets[fill], image, weights = _convert(network, setup, fill)
-        for key, run in _sides(nets[fill], image, setup.mask, fill, fractions).items():
+        nets[fill], image, weights = _convert(network, mask, replace(setup, fill=fill))
+        for key, run in _sides(nets[fill], image, mask, fill, fractions).items():
             if key not in sides:  # uniform maps are read without filling: one pair of twins serves all
                 sides[key], fill_of[key] = partial(run, image), fill
     step(f"counting the multiply-accumulates of {name}")
     counts = {
-        _key(fill, fraction): net.macs(image, mask=Budget(setup.mask, fraction))
+        _key(fill, fraction): net.macs(image, mask=Budget(mask, fraction))
         for fill, net in nets.items()
         for fraction in fractions
     }
@@ -176,11 +142,11 @@ def _compare(
             next="give a larger size.",
         )
     step(f"measuring {name}")
-    times = interleaved(sides, rounds)
+    times = interleaved(sides, setup.rounds)
     peaks: dict[str, float] = {}
-    for key, fill in fill_of.items() if memory else ():
+    for key, fill in fill_of.items() if setup.memory else ():
         step(f"measuring the memory of {name}, {key}")
-        peaks[key] = _peak_memory(name, setup, fill, key)
+        peaks[key] = _peak_memory(name, mask, replace(setup, fill=fill), key)
 
     def twin(key: str, macs: int) -> Twin:
         return Twin(macs, times[key].best, times[key].median, peaks.get(key))
@@ -237,18 +203,11 @@ def _notes(net: AdaptiveModel, high: Twin, low: Twin) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _convert(network: str | nn.Module, setup: Setup, fill: str) -> tuple[AdaptiveModel, Tensor, str]:
+def _convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[AdaptiveModel, Tensor, str]:
     """An unverified network, its images (B, 3, H, W) and its weights in words, on the device."""
     model, source = original(network, "none")
-    net = adaptify(
-        model,
-        setup.mask,
-        output_stride=setup.output_stride,
-        region=setup.region,
-        patch=setup.patch,  # type: ignore[arg-type]
-        fill=fill,  # type: ignore[arg-type]
-        verify_laws=False,
-    )
+    options: dict[str, Any] = {one.name: getattr(setup, one.name) for one in fields(Conversion)}
+    net = adaptify(model, mask, **options, verify_laws=False)
     where: dict[str, Any] = {"device": find_device(setup.device), "dtype": DTYPES[setup.dtype]}
     scenes = [example_batch(source, None, setup.size, seed) for seed in range(setup.batch)]
     image = torch.cat(scenes).to(**where).contiguous(memory_format=torch.channels_last)
@@ -280,28 +239,26 @@ def _name(network: str | nn.Module) -> str:
     return network if isinstance(network, str) else type(network).__name__
 
 
-def _setting(setup: Setup, rounds: int) -> BenchSetting:
-    made = describe_run(find_device(setup.device))
+def _setting(mask: object, setup: Benchmark) -> BenchSetting:
+    device = find_device(setup.device)
+    provenance = describe_run(device)
+    versions = {**provenance["versions"], "python": platform.python_version()}
     return BenchSetting(
-        mask=f"{resolve_mask(setup.mask).spec()} | budget",
+        mask=f"{resolve_mask(mask).spec()} | budget",
         image=(setup.batch, 3, *setup.size),
         dtype=setup.dtype,
-        device=device_in_words(find_device(setup.device)),
         threads=setup.threads,
-        rounds=rounds,
-        versions={**made["versions"], "python": platform.python_version()},
-        commit=made["commit"],
-        date=made["date"],
+        rounds=setup.rounds,
+        **{**provenance, "device": device_in_words(device), "versions": versions},
     )
 
 
 def _check(
     networks: Sequence[str | nn.Module],
+    mask: object,
     fractions: Sequence[float],
-    setup: Setup,
-    rounds: int,
+    setup: Benchmark,
     fills: Sequence[str],
-    memory: bool,
 ) -> None:
     """Refuse what would fail later, before anything is built."""
     if not networks or not fills:
@@ -316,23 +273,23 @@ def _check(
         )
     if setup.dtype not in DTYPES:
         raise UnknownName("dtype", setup.dtype, DTYPES)
-    if min(setup.batch, setup.threads, rounds, *setup.size) < 1:
+    if min(setup.batch, setup.threads, setup.rounds, *setup.size) < 1:
         height, width = setup.size
         raise InvalidInput(
-            f"not all are positive: batch={setup.batch}, threads={setup.threads}, rounds={rounds}, "
+            f"not all are positive: batch={setup.batch}, threads={setup.threads}, rounds={setup.rounds}, "
             f"size={height}x{width}.",
             next="give at least 1 of each.",
         )
     device = find_device(setup.device)
-    resolve_mask(setup.mask)
-    if not memory:
+    resolve_mask(mask)
+    if not setup.memory:
         return
     if not is_measurable() or device.type != "cpu":
         raise InvalidInput(
             "peak memory is measured on the CPU of a Linux system only.",
             next="leave out memory, or run it there.",
         )
-    if not isinstance(setup.mask, str) or not all(isinstance(network, str) for network in networks):
+    if not isinstance(mask, str) or not all(isinstance(network, str) for network in networks):
         raise InvalidInput(
             "peak memory of a network or mask without a name cannot be measured.",
             why="each side runs in a process of its own, which builds it anew.",
@@ -351,22 +308,22 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _peak_memory(network: str, setup: Setup, fill: str, key: str) -> float:
+def _peak_memory(network: str, mask: object, setup: Benchmark, key: str) -> float:
     """MiB by which one call of a side raises the peak of the resident set."""
-    task = {"network": network, "setup": vars(setup), "fill": fill, "key": key}
+    task = {"network": network, "mask": mask, "setup": vars(setup), "key": key}
     return float(run_alone(__name__, print_peak.__name__, repr(task)))
 
 
 def print_peak(task: str) -> None:
     """What the process for one side does: build it, run it, print MiB."""
     told = ast.literal_eval(task)
-    setup, key = Setup(**told["setup"]), told["key"]
+    setup, key = Benchmark(**told["setup"]), told["key"]
     torch.set_num_threads(setup.threads)
-    net, image, _ = _convert(told["network"], setup, told["fill"])
+    net, image, _ = _convert(told["network"], told["mask"], setup)
     if key in (HIGH, LOW):
         run: Callable[..., object] = dense_twin(net, 0 if key == HIGH else net.geometry.max_level, image)
     else:
-        run = partial(net.optimize(), mask=Budget(setup.mask, float(key.rpartition(" ")[2])))
+        run = partial(net.optimize(), mask=Budget(told["mask"], float(key.rpartition(" ")[2])))
     del net
     with torch.inference_mode():
         run(image)  # what is made once: packed weights, measured costs, the libraries' own memory

@@ -12,13 +12,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cadsurgery.tasks.report import Column, Report, canvas, number, plain, ratio, table
+from cadsurgery.tasks.report import Column, Plain, Report, number, panels, plain, ratio, table
 
 SLOWER = 1.03  # an entry counts as slower than dense high from this multiple of its time on
 
 
 @dataclass(frozen=True)
-class Twin:
+class Twin(Plain):
     """A dense twin: the network with one level everywhere.
 
     Attributes:
@@ -35,7 +35,7 @@ class Twin:
 
 
 @dataclass(frozen=True)
-class BenchRow:
+class BenchRow(Plain):
     """A network under one budget.
 
     Attributes:
@@ -119,7 +119,7 @@ class NetworkBench:
         """As plain values, for `--json`."""
         return {
             **self._head(),
-            "rows": [vars(row) for row in self.rows],
+            "rows": plain(self.rows),
             "law": {
                 "holds": self.holds,
                 "worst_ratio": self.worst.law_ratio,
@@ -135,15 +135,8 @@ class NetworkBench:
         return [{**self._head(), **vars(row)} for row in self.rows]
 
     def _head(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "weights": self.weights,
-            "fill": self.fill,
-            "output_stride": list(self.output_stride),
-            "band": self.band,
-            "dense_high": vars(self.high),
-            "dense_low": vars(self.low),
-        }
+        values = {name: getattr(self, name) for name in ("model", "weights", "fill", "output_stride", "band")}
+        return plain({**values, "dense_high": self.high, "dense_low": self.low})
 
 
 @dataclass(frozen=True)
@@ -199,13 +192,9 @@ class BenchReport(Report):
 
     def figure(self) -> Figure:
         """Time against active fraction, a panel for each network: the law's band, budgets and dense twins."""
-        columns = min(3, len(self.networks))
-        rows = -(-len(self.networks) // columns)
-        figure = canvas(5.5 * columns, 4.2 * rows + 0.6)
-        panels = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axis in panels[len(self.networks) :]:
-            axis.set_visible(False)
-        for axis, network in zip(panels, self.networks, strict=False):
+        count = len(self.networks)
+        figure, axes = panels(count, min(3, count), 5.5, 4.2, above=0.6)
+        for axis, network in zip(axes, self.networks, strict=True):
             _draw(axis, network)
         figure.suptitle(str(self.setting), fontsize=8)
         return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cadsurgery.support.files import check_folder, make_folder
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
+from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport, Side
 from cadsurgery.tasks.figures import class_picture
@@ -42,7 +44,7 @@ def convert(
     options: dict[str, Any],
     image: Path | None,
     size: tuple[int, int] | None,
-    output: Path,
+    output: Path | None,
     device: str,
     verify_laws: bool,
     rounds: int,
@@ -51,6 +53,7 @@ def convert(
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     resolve_mask(mask)  # a typo should not wait for the network to be built
     where = find_device(device)
+    output = output or Path(f"{model.replace(':', '-')}-{mask.partition(':')[0]}.safetensors")
     check_folder(output)
     step(f"building {model}")
     before, source = original(model, weights)
@@ -66,21 +69,21 @@ def convert(
     else:
         of_original = dense_macs(before, batch)
     step("measuring")
-    sides: dict[str, Callable[[], object]] = {"original": lambda: before(batch)}
-    high = f"dense high (output stride {net.plan.output_stride[0]})"
-    if net.plan.identity_level != 0:
-        sides[high] = lambda: net(batch, mask="all")
-    fast = net.optimize()
-    sides["converted"] = lambda: net(batch)
-    sides["optimized"] = lambda: fast(batch)
-    times = interleaved(sides, rounds, seconds=TIMING_SECONDS) if rounds else {}
-    best = {name: time.best for name, time in times.items()}
-    name = "original = dense high" if net.plan.identity_level == 0 else "original"
-    rows = [Side(name, of_original, best.get("original"))]
-    if high in sides:
-        rows.append(Side(high, counted.high, best.get(high)))
-    rows.append(Side("converted", counted.mask, best.get("converted")))
-    rows.append(Side("converted, net.optimize()", counted.mask, best.get("optimized")))
+    fast, is_high = net.optimize(), net.plan.identity_level == 0
+    dense = (
+        f"dense high (output stride {net.plan.output_stride[0]})",
+        counted.high,
+        partial(net, mask="all"),
+    )
+    compared: list[tuple[str, int, Callable[[Tensor], object]]] = [
+        ("original = dense high" if is_high else "original", of_original, before),
+        *(() if is_high else (dense,)),
+        ("converted", counted.mask, net),
+        ("converted, net.optimize()", counted.mask, fast),
+    ]
+    calls = {name: partial(run, batch) for name, _, run in compared}
+    times = interleaved(calls, rounds, seconds=TIMING_SECONDS) if rounds else {}
+    sides = [Side(name, macs, times[name].best if times else None) for name, macs, _ in compared]
     step(f"writing {output}")
     save(net, output)
     return ConversionReport(
@@ -91,23 +94,18 @@ def convert(
         plan=net.plan,
         active_fraction=counted.active_fraction,
         image=tuple(batch.shape),
-        sides=tuple(rows),
+        sides=tuple(sides),
         checks=net.checks,
         device=f"{device_with_threads(where)}, torch {torch.__version__}",
         file=str(output),
-        notes=_notes(net.plan, counted.active_fraction, rows),
+        notes=_notes(net.plan, counted.active_fraction, sides),
         costs=costs.record(),
     )
 
 
 def _notes(plan: Plan, active_fraction: float, sides: Sequence[Side]) -> tuple[str, ...]:
-    """What a user can act on."""
+    """What a user can act on, beside what `adaptify` warns of."""
     notes = []
-    if not plan.matters:
-        notes.append(
-            "everything leaves the region at its native size: keeping more high cannot improve the result here; "
-            "convert the network together with what follows, or return the last map."
-        )
     if active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
     if plan.dense_after > 0.25:
@@ -235,8 +233,7 @@ def predict(
 
 
 def _first_tensor(output: Any) -> Tensor:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = tensors_of(output)
     if not tensors or tensors[0].dim() != 4:
         shape = tuple(tensors[0].shape) if tensors else ()
         raise InvalidInput(

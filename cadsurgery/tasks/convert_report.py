@@ -12,11 +12,11 @@ from rich.text import Text
 from cadsurgery.network.macs import LayerMacs, MacReport
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.verify import Check
-from cadsurgery.tasks.report import Column, Report, heading, number, ratio, table
+from cadsurgery.tasks.report import Column, Plain, Report, heading, number, ratio, table
 
 
 @dataclass(frozen=True)
-class Side:
+class Side(Plain):
     """One line of a comparison: a network, its MACs and its time."""
 
     name: str
@@ -59,24 +59,14 @@ class ConversionReport(Report):
     costs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
+        """As plain values, for `--json`: of the plan what it comes to, and of each check whether it was passed."""
         return {
-            "model": self.model,
-            "weights": self.weights,
-            "random_weights": self.random,
-            "mask": self.mask,
+            **{name: value for name, value in super().to_dict().items() if name != "plan"},
             "output_stride": list(self.plan.output_stride),
             "region_ends": [f"{d.node}: {d.reason}" for d in self.plan.region_end],
             "adapted": [d.node for d in self.plan.chosen("adapt")],
             "share_of_macs_in_region": self.plan.share("adapt", "keep"),
-            "active_fraction": self.active_fraction,
-            "image": list(self.image),
-            "sides": [vars(side) for side in self.sides],
             "checks": [{**vars(check), "passed": check.passed} for check in self.checks],
-            "device": self.device,
-            "file": self.file,
-            "notes": list(self.notes),
-            "costs": self.costs,
         }
 
     def parts(self) -> Iterator[RenderableType]:

@@ -12,7 +12,7 @@ Such files are run when they are read, so only what a user names is read; a chec
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,32 +154,21 @@ def _files(corpus: Path) -> list[Path]:
 
 def _read(file: Path) -> list[Subject]:
     """The networks a file declares; it is run once, and finds what lies beside it."""
-    if not _is_read(file):
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        if spec is None or spec.loader is None:
-            raise FileError(f"{file} is no Python file.", next="name a .py file, or a folder of such.")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
-        try:
-            with beside(file):
-                spec.loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[file.stem]
-            _declared.pop(file.stem, None)
-            if not isinstance(error, Exception):
-                raise
-            raise FileError(
-                f"{file} does not run.",
-                why=f"{type(error).__name__}: {first_line(error)}",
-                next="mend it, or install what it imports.",
-            ) from error
-    return list(_declared.get(file.stem, {}).values())
-
-
-def _is_read(file: Path) -> bool:
-    module = sys.modules.get(file.stem)
-    if module is None:
-        return False
+    if file.suffix != ".py":
+        raise FileError(f"{file} is no Python file.", next="name a .py file, or a folder of such.")
+    importlib.invalidate_caches()
+    try:
+        with beside(file):
+            module = importlib.import_module(file.stem)
+    except BaseException as error:
+        _declared.pop(file.stem, None)
+        if not isinstance(error, Exception):
+            raise
+        raise FileError(
+            f"{file} does not run.",
+            why=f"{type(error).__name__}: {first_line(error)}",
+            next="mend it, or install what it imports.",
+        ) from error
     known = getattr(module, "__file__", None)
     if known is None or Path(known).resolve() != file.resolve():
         raise FileError(
@@ -187,7 +176,7 @@ def _is_read(file: Path) -> bool:
             why=f"{file.stem} is {known or 'a part of Python'}.",
             next="give the file another name.",
         )
-    return True
+    return list(_declared.get(file.stem, {}).values())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.tasks.report import Report, canvas
+from cadsurgery.tasks.report import Report, canvas, panels
 from cadsurgery.tasks.report import figure_picture as figure_picture
 
 LOWEST_COLOUR = "#d9dce1"
@@ -38,7 +38,7 @@ def mask_figure(
     count = lattice.geometry.max_level + 1
     figure = canvas(15, 0.6 + 5 * height / width)
     axes = figure.subplots(1, 3)
-    pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+    pixels = _pixels(image)
     colours = ListedColormap(LEVEL_COLOURS[:count])
     axes[0].imshow(pixels)
     axes[0].set_title("image")
@@ -50,21 +50,29 @@ def mask_figure(
     axes[2].imshow(draw_lattice(pixels, lattice, output_stride, item))
     axes[2].set_title("lattice: one element per cell")
     for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
     if title:
         figure.suptitle(title)
     return figure
 
 
+def _pixels(image: Tensor) -> np.ndarray:
+    """(H, W, 3) of an image (3, H, W)."""
+    return image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+
+
+def _on_pixels(values: Tensor, pixels: np.ndarray, output_stride: int) -> np.ndarray:
+    """(H, W): what a fine map holds for each pixel of an image."""
+    height, width = pixels.shape[:2]
+    rows = np.minimum(np.arange(height) // output_stride, values.shape[0] - 1)
+    columns = np.minimum(np.arange(width) // output_stride, values.shape[1] - 1)
+    return values.cpu().numpy()[np.ix_(rows, columns)]
+
+
 def draw_lattice(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
     """The image (H, W, 3) with the borders of the cells drawn on it."""
-    height, width = pixels.shape[:2]
-    side = lattice.side_map[item].cpu().numpy() * output_stride
-    y, x = np.arange(height)[:, None], np.arange(width)[None, :]
-    rows = np.minimum(y // output_stride, side.shape[0] - 1)
-    columns = np.minimum(x // output_stride, side.shape[1] - 1)
-    cell = side[rows, columns]
+    cell = output_stride * _on_pixels(lattice.side_map[item], pixels, output_stride)
+    y, x = np.indices(cell.shape)
     border = (y % cell == 0) | (x % cell == 0)
     drawn = pixels.copy()
     drawn[border] = 0.35 * drawn[border] + 0.65 * np.array([0.1, 0.25, 0.9])
@@ -86,19 +94,15 @@ def comparison_figure(
     height, width = image.shape[1:]
     count, wide = len(lattices) + 1, 4.6
     columns = min(range(min(count, 3), 5), key=lambda columns: (-count % columns, -columns))
-    rows = -(-count // columns)
     above = 0.12 + 0.19 * max(1 + text.count("\n") for text in titles)
-    tall = rows * (wide * height / width + above) + (0.7 if title else 0.45)
-    figure = canvas(wide * columns, tall)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for place, axis in enumerate(panels):
-        axis.set(xticks=[], yticks=[], visible=place < count)
+    tall = wide * height / width + above
+    figure, axes = panels(count, columns, wide, tall, above=0.7 if title else 0.45)
+    pixels = _pixels(image)
+    drawn = [pixels, *(draw_levels(pixels, lattice, output_stride) for lattice in lattices)]
+    for axis, picture, text in zip(axes, drawn, ("image", *titles), strict=True):
+        axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
-    panels[0].imshow(pixels)
-    panels[0].set_title("image", fontsize=10)
-    for axis, lattice, text in zip(panels[1:], lattices, titles, strict=False):
-        axis.imshow(draw_levels(pixels, lattice, output_stride))
+        axis.imshow(picture)
         axis.set_title(text, fontsize=10)
     geometry = lattices[0].geometry
     handles = [
@@ -111,16 +115,13 @@ def comparison_figure(
     return figure
 
 
-def draw_levels(pixels: np.ndarray, lattice: Lattice, output_stride: int, item: int = 0) -> np.ndarray:
+def draw_levels(pixels: np.ndarray, lattice: Lattice, output_stride: int) -> np.ndarray:
     """The image (H, W, 3) in the colours of levels; the lowest level in grey."""
-    height, width = pixels.shape[:2]
-    levels = lattice.levels[item].cpu().numpy()
-    rows = np.minimum(np.arange(height)[:, None] // output_stride, levels.shape[0] - 1)
-    columns = np.minimum(np.arange(width)[None, :] // output_stride, levels.shape[1] - 1)
+    levels = _on_pixels(lattice.levels[0], pixels, output_stride)
     grey = pixels.mean(2, keepdims=True)
     colours = np.array([to_rgb(colour) for colour in _level_colours(lattice.geometry.max_level)])
     bright = ((grey - grey.min()) / max(np.quantile(grey, 0.98) - grey.min(), 1e-6)).clip(0, 1)
-    return colours[levels[rows, columns]] * (0.5 + 0.5 * bright)
+    return colours[levels] * (0.5 + 0.5 * bright)
 
 
 def _level_colours(max_level: int) -> tuple[str, ...]:
@@ -142,16 +143,10 @@ def matches_figure(
     width, gap = first.shape[2] + second.shape[2], first.shape[2]
     both = np.ones((height, width, 3), dtype=np.float32)
     for image, left in ((first, 0), (second, gap)):
-        pixels = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+        pixels = _pixels(image)
         both[: pixels.shape[0], left : left + pixels.shape[1]] = pixels
-    columns = min(len(matches), 2)
-    rows = -(-len(matches) // columns)
-    figure = canvas(7.5 * columns, rows * (7.5 * height / width + 0.4))
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in panels:
-        axis.set(xticks=[], yticks=[], visible=False)
-    for axis, (name, here, there, errors) in zip(panels, matches, strict=False):
-        axis.set_visible(True)
+    figure, axes = panels(len(matches), min(len(matches), 2), 7.5, 7.5 * height / width + 0.4)
+    for axis, (name, here, there, errors) in zip(axes, matches, strict=True):
         axis.imshow(0.5 + 0.5 * both)
         right = (errors <= limit).cpu().numpy()
         for chosen, colour, over in ((~right, "#d7301f", 2), (right, "#238b45", 3)):
@@ -160,7 +155,7 @@ def matches_figure(
                 LineCollection(list(ends), colors=colour, linewidths=0.5, alpha=0.7, zorder=over)
             )
             axis.plot(*ends.reshape(-1, 2).T, ".", color=colour, markersize=2, zorder=over)
-        axis.set(xlim=(0, width), ylim=(height, 0))
+        axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         axis.set_title(f"{name}: {right.sum()} of {len(right)} matches within {limit:g} pixels", fontsize=9)
     return figure
 

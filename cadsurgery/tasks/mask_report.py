@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
+from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import example_image, is_file, open_converted
 from cadsurgery.tasks.report import Column, Report, figure_picture, table
 
@@ -33,6 +34,8 @@ COMPARED = (
     "edges | budget:fraction=0.3",
 )
 COMPARED_WITH_LABELS = ("trimap:width=9/25",)
+# The lattice of a mask, and MACs if they are counted.
+Look = Callable[[MaskProvider], tuple[Lattice, tuple[int, int, int] | None]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class MaskRow:
     """One mask on one image.
 
     Attributes:
-        given: the mask as the user wrote it.
+        asked: the mask as the user wrote it.
         mask: its spec.
         active_fraction: share of the fine map at level 0.
         elements: after the last stage.
@@ -48,7 +51,7 @@ class MaskRow:
         macs: of the network with this mask, dense high and dense low; None without a network.
     """
 
-    given: str
+    asked: str
     mask: str
     active_fraction: float
     elements: int
@@ -69,9 +72,7 @@ class MaskRow:
         """As plain values, for `--json`."""
         values: dict[str, Any] = {
             "mask": self.mask,
-            "active_fraction": self.active_fraction,
-            "elements": self.elements,
-            "fine_pixels": self.fine_pixels,
+            **{name: getattr(self, name) for name in ("active_fraction", "elements", "fine_pixels")},
             "share_of_elements": self.share,
         }
         if self.macs:
@@ -82,7 +83,7 @@ class MaskRow:
     def title(self, width: int = 52) -> str:
         """For a picture: the mask, its active fraction and its cost, each part in few words."""
         cost = "" if self.of_high is None else f", MACs {self.of_high:.2f} of high"
-        name = textwrap.fill(self.given, width, break_on_hyphens=False)
+        name = textwrap.fill(self.asked, width, break_on_hyphens=False)
         return f"{name}\nactive {self.active_fraction:.2f}, elements {self.share:.2f}{cost}"
 
 
@@ -104,11 +105,11 @@ class MaskReport(Report):
         """One mask in a line, several as a table."""
         row = self.rows[0]
         if not self.compared:
-            kept = f"{row.elements} elements for {row.fine_pixels} fine pixels"
-            yield Text(f"active fraction {row.active_fraction:.3f}, {kept}; wrote {self.file}")
+            elements = f"{row.elements} elements for {row.fine_pixels} fine pixels"
+            yield Text(f"active fraction {row.active_fraction:.3f}, {elements}; wrote {self.file}")
             return
         columns: list[Column[MaskRow]] = [
-            Column("mask", lambda row: Text(row.given), False),
+            Column("mask", lambda row: Text(row.asked), False),
             Column("active fraction", lambda row: f"{row.active_fraction:.3f}"),
             Column("elements", lambda row: str(row.elements)),
             Column("of high", lambda row: f"{row.share:.2f}"),
@@ -130,9 +131,9 @@ def draw_masks(
     labels: Path | None,
     size: tuple[int, int] | None,
     model: str,
-    output_stride: tuple[int, int] | None,
-    patch: str,
+    options: Mapping[str, Any],
     output: Path,
+    step: Step,
     trust: bool = False,
 ) -> MaskReport:
     """Draw masks on an image, for a network or for given strides; see `cadsurgery mask --help`.
@@ -145,32 +146,35 @@ def draw_masks(
             f"{len(masks)} masks for one picture.", next="add --compare to draw them side by side."
         )
     check_picture(output)
+    step("drawing")
     picture = example_image(image, size)
     known = _labels(labels, image, size, picture)
     asked = [(text, resolve_mask(text)) for text in masks]
-    subject = (
-        _network(model, output_stride, patch, trust) if model else _Bare(output_stride or (8, 32), patch)
-    )
-    own = subject.own
+    of_file = None
+    if model:
+        net, of_file = _open(model, options, trust)
+        stride, look = _look_in(net, picture, count=compare)
+    else:
+        stride, look = _look_bare(picture, **options)
     if not asked:
         telling = (*COMPARED, *(COMPARED_WITH_LABELS if known is not None else ())) if compare else ()
         asked = [(text, resolve_mask(text)) for text in telling]
-        if own is not None or not compare:
-            first = own or resolve_mask("edges")
+        if of_file is not None or not compare:
+            first = of_file or resolve_mask("edges")
             asked = [(first.spec(), first), *(entry for entry in asked if entry[1].spec() != first.spec())]
     rows, lattices = [], []
     with labelled(known) if known is not None else nullcontext():
         for text, mask in asked:
             # A file's own mask brings what it has learned.
-            provider = own if own is not None and own.spec() == mask.spec() else mask
-            lattice, macs = subject.look(picture, provider, count=compare)
+            provider = of_file if of_file is not None and of_file.spec() == mask.spec() else mask
+            lattice, macs = look(provider)
             fine = lattice.size[0] * lattice.size[1]
             rows.append(MaskRow(text, provider.spec(), lattice.active_fraction, len(lattice), fine, macs))
             lattices.append(lattice)
     if compare:
-        figure = comparison_figure(picture, lattices, [row.title() for row in rows], subject.stride, model)
+        figure = comparison_figure(picture, lattices, [row.title() for row in rows], stride, model)
     else:
-        figure = mask_figure(picture, lattices[0], subject.stride, title=rows[0].mask)
+        figure = mask_figure(picture, lattices[0], stride, title=rows[0].mask)
     write_picture(figure_picture(figure), output)
     return MaskReport(tuple(rows), str(output), compare)
 
@@ -191,21 +195,15 @@ def _labels(
     return labels.unsqueeze(0)
 
 
-class _Bare:
-    """Masks on the fine map of strides, without a network: the image itself stands for the entering features."""
+def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: str) -> tuple[int, Look]:
+    """Without a network, for strides: the image itself stands for the entering features; nothing can be counted."""
+    high, low = output_stride or (8, 32)
+    geometry = Geometry(_halvings(high, low), patch=patch)  # type: ignore[arg-type]
+    batch = normalise(picture, None).unsqueeze(0)
+    features = batch[:, :, ::high, ::high]
+    grid = Grid.of(geometry, 1, (features.shape[2], features.shape[3]), high)
 
-    own = None
-
-    def __init__(self, output_stride: tuple[int, int], patch: str) -> None:
-        self.stride = output_stride[0]
-        self.geometry = Geometry(_halvings(*output_stride), patch=patch)  # type: ignore[arg-type]
-
-    def look(self, picture: Tensor, mask: MaskProvider, count: bool) -> tuple[Lattice, None]:
-        """The lattice of a mask on an image (3, H, W); nothing can be counted.
-
-        Raises:
-            InvalidInput: a mask that looks at what a network gives.
-        """
+    def look(mask: MaskProvider) -> tuple[Lattice, None]:
         if mask.looks_ahead:
             raise InvalidInput(
                 f"mask {mask.spec()} looks at what a network gives.",
@@ -213,40 +211,35 @@ class _Bare:
                 why="there is none.",
                 next="name one: --model NAME, or the file that cadsurgery convert wrote.",
             )
-        batch = normalise(picture, None).unsqueeze(0)
-        features = batch[:, :, :: self.stride, :: self.stride]
-        grid = Grid.of(self.geometry, 1, (features.shape[2], features.shape[3]), self.stride)
-        levels = check_levels(mask(batch, features, grid), grid, mask.name)
-        return self.geometry.lattice(levels), None
+        return geometry.lattice(check_levels(mask(batch, features, grid), grid, mask.name)), None
+
+    return high, look
 
 
-class _InNetwork:
-    """Masks in a network; `own` is that of its file."""
+def _look_in(net: AdaptiveModel, picture: Tensor, count: bool) -> tuple[int, Look]:
+    """In a network, whose MACs are those with the mask, dense high and dense low."""
+    batch = normalise(picture, net.source).unsqueeze(0)
 
-    def __init__(self, net: AdaptiveModel, own: MaskProvider | None = None) -> None:
-        self.net, self.stride, self.own = net, net.plan.strides[0], own
-
-    def look(
-        self, picture: Tensor, mask: MaskProvider, count: bool
-    ) -> tuple[Lattice, tuple[int, int, int] | None]:
-        """The lattice of a mask on an image (3, H, W), and MACs with it, dense high and dense low."""
-        batch = normalise(picture, self.net.source).unsqueeze(0)
+    def look(mask: MaskProvider) -> tuple[Lattice, tuple[int, int, int] | None]:
         with torch.inference_mode():
-            self.net(batch, mask=mask)
-        lattice = self.net.lattice
+            net(batch, mask=mask)
+        lattice = net.lattice
         if not count:
             return lattice, None
-        report = self.net.macs(batch, mask=lattice.pyramid.levels)  # the very map, whatever gave it
-        of_mask = self.net.macs(batch, mask=mask).of_mask
+        report = net.macs(batch, mask=lattice.pyramid.levels)  # the very map, whatever gave it
+        of_mask = net.macs(batch, mask=mask).of_mask
         return lattice, (of_mask + report.mask, report.high, report.low)
 
+    return net.plan.strides[0], look
 
-def _network(model: str, output_stride: tuple[int, int] | None, patch: str, trust: bool) -> _InNetwork:
-    if is_file(model):
-        stored = read_metadata(model).get("mask") is not None
-        net = load(model, mask=None if stored else "none", trust=trust)
-        return _InNetwork(net, net.mask if stored else None)
-    return _InNetwork(open_converted(model, "none", {"output_stride": output_stride, "patch": patch}))
+
+def _open(model: str, options: Mapping[str, Any], trust: bool) -> tuple[AdaptiveModel, MaskProvider | None]:
+    """A network, and the mask that its file has."""
+    if not is_file(model):
+        return open_converted(model, "none", options), None
+    stored = read_metadata(model).get("mask") is not None
+    net = load(model, mask=None if stored else "none", trust=trust)
+    return net, net.mask if stored else None
 
 
 def _halvings(high: int, low: int) -> tuple[int, ...]:

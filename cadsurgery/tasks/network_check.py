@@ -6,7 +6,8 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from cadsurgery.network.adaptify import adaptify, plan, traceable_part
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, first_line
-from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale
+from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale, tensors_of
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.plan import Plan
@@ -103,13 +104,12 @@ def settle(model: nn.Module, row: Row | None = None, example: Any = None) -> Non
                 values
             )
     row = {} if row is None else row
-    begin = time.perf_counter()
     try:
-        _, facts = traceable_part(model, example)
+        with _timing(row, "trace"):
+            _, facts = traceable_part(model, example)
     except CannotConvert:
         row["kind"] = "not traced"
         return
-    row["seconds_to"] = {"trace": round(time.perf_counter() - begin, 2)}
     mixers = position_mixers(flow_forward(facts))
     row["kind"] = "attention" if mixers else "cnn"
     if mixers:
@@ -132,23 +132,29 @@ def settle(model: nn.Module, row: Row | None = None, example: Any = None) -> Non
             norm.weight.data.copy_(0.2 + 0.3 * torch.rand(norm.weight.shape, generator=generator))
 
 
+@contextlib.contextmanager
+def _timing(row: Row, what: str) -> Iterator[None]:
+    """Notes the seconds that this takes, if it succeeds."""
+    begin = time.perf_counter()
+    yield
+    row.setdefault("seconds_to", {})[what] = round(time.perf_counter() - begin, 2)
+
+
 # -- converting ----------------------------------------------------------------------------------------
 
 
 def _example(subject: Subject, model: nn.Module) -> Any:
     """What it is converted on: None, the built-in images, unless it is called with more or is given another size."""
-    if subject.call is None and subject.size is None:
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or (subject.call is None and subject.size is None):
         return None
     generator = torch.Generator().manual_seed(0)
-    for first in model.modules():
-        if isinstance(first, nn.Conv2d):
-            for size in (subject.size,) if subject.size else EXAMPLE_SIZES:
-                channels = first.in_channels if subject.call is None else 3
-                image = torch.randn(2, channels, *size, generator=generator).to(first.weight.dtype)
-                arguments = subject.arguments(image)
-                if _takes(model, arguments):
-                    return arguments
-            return None
+    channels = first.in_channels if subject.call is None else 3
+    for size in (subject.size,) if subject.size else EXAMPLE_SIZES:
+        image = torch.randn(2, channels, *size, generator=generator).to(first.weight.dtype)
+        arguments = subject.arguments(image)
+        if _takes(model, arguments):
+            return arguments
     return None  # it is refused
 
 
@@ -161,26 +167,28 @@ def _takes(model: nn.Module, arguments: Any) -> bool:
 
 
 def _call(model: nn.Module, arguments: Any, mask: object = None) -> Any:
-    """Call with a tensor, a tuple of arguments, or keywords; a mask is given apart, for a network may have one too."""
+    """Call with what `adaptify(example_input=)` takes; a mask is given apart, for a network may have one too."""
     is_masked = isinstance(model, AdaptiveModel) and mask is not None
+    args, kwargs = _split(arguments)
     with model.masked(mask) if is_masked else contextlib.nullcontext():  # type: ignore[operator]
-        if isinstance(arguments, dict):
-            return model(**arguments)
-        return model(*arguments) if isinstance(arguments, tuple) else model(arguments)
+        return model(*args, **kwargs)
+
+
+def _split(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple of arguments, or keywords, as positional and named arguments."""
+    if isinstance(arguments, dict):
+        return (), arguments
+    return arguments if isinstance(arguments, tuple) else (arguments,), {}
 
 
 def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: Row) -> Row:
     """Plan, convert, compare; in float64 what float32 is not precise enough to tell."""
-    seconds = row.setdefault("seconds_to", {})
-    begin = time.perf_counter()
-    plan(model, example_input=example)
-    seconds["plan"] = round(time.perf_counter() - begin, 2)
+    with _timing(row, "plan"):
+        plan(model, example_input=example)
     row["planned"] = True  # and `adaptify` does not refuse it then
-    begin = time.perf_counter()
-    with warnings.catch_warnings(record=True) as raised:
+    with _timing(row, "convert"), warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         net = adaptify(model, "random", example_input=example)
-    seconds["convert"] = round(time.perf_counter() - begin, 2)
     warned = [first_line(entry.message) for entry in raised if issubclass(entry.category, CadWarning)]
     result = _compare(subject, model, net)
     if result["result"] == "broken" and next(model.parameters()).dtype == torch.float32:
@@ -213,7 +221,7 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
         errors[str(check.number)] = max(errors[str(check.number)], check.error)
     sizes = [check.size for check in net.checks if check.number == 1]
     part = (model.get_submodule(chosen.part), net.adaptive_part) if chosen.part else (model, net)
-    batches = list(_batches(subject, part[0], chosen, dtype))
+    batches = _batches(subject, part[0], chosen, dtype)
     outputs = 0
     for arguments, size in batches:
         if chosen.identity_level is not None:
@@ -230,9 +238,9 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     image = torch.randn(chosen.example_shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     example = image if chosen.part else subject.arguments(image[:, :3] if subject.call else image)
     errors["optimize"] = _optimized_error(part[1], [*(arguments for arguments, _ in batches), example])
-    hosted = _of_host(subject, model, chosen, dtype) if chosen.part else []
-    if hosted:
-        errors["host"] = max(_host_error(model, net, of_host) for of_host in hosted)
+    if chosen.part:
+        hosted = _batches(subject, model, replace(chosen, part=""), dtype)
+        errors["host"] = max(_host_error(model, net, of_host) for of_host, _ in hosted)
     broken = [name for name, error in errors.items() if not error <= TOLERANCE[dtype]]
     return {
         "result": "broken" if broken else "converts",
@@ -266,32 +274,27 @@ _BROKEN = {
 }
 
 
-def _of_host(subject: Subject, model: nn.Module, chosen: Plan, dtype: torch.dtype) -> list[Any]:
-    """Arguments for calls of a network that hosts a converted part."""
-    return [arguments for arguments, _ in _batches(subject, model, replace(chosen, part=""), dtype)]
-
-
 def _batches(
     subject: Subject, model: nn.Module, chosen: Plan, dtype: torch.dtype
-) -> Iterator[tuple[Any, tuple[int, int]]]:
+) -> list[tuple[Any, tuple[int, int]]]:
     """Arguments for a call, two images of an odd and of an even size the example does not have; of the example's if
     the network takes no other."""
     generator = torch.Generator().manual_seed(1)
-    channels, *shape = chosen.example_shape[1:]
-    example = (shape[0], shape[1])
+    channels, height, width = chosen.example_shape[1:]
+    example = (height, width)
     whole = not chosen.part  # a part is called with its image alone
     channels = channels if subject.call is None or not whole else 3
-    taken = 0
-    for sizes in (ODD_SIZES, EVEN_SIZES, (example,)):
-        if taken and sizes == (example,):
-            return
-        for size in sizes:
-            image = torch.randn(2, channels, *size, generator=generator).to(dtype)
-            arguments = subject.arguments(image) if whole else image
-            if (size != example or sizes == (example,)) and _takes(model, arguments):
-                taken += 1
-                yield arguments, size
-                break
+
+    def arguments(size: tuple[int, int]) -> Any:
+        image = torch.randn(2, channels, *size, generator=generator).to(dtype)
+        return subject.arguments(image) if whole else image
+
+    batches: list[tuple[Any, tuple[int, int]]] = []
+    for sizes in (ODD_SIZES, EVEN_SIZES):
+        drawn = ((arguments(size), size) for size in sizes)
+        usable = ((values, size) for values, size in drawn if size != example and _takes(model, values))
+        batches += islice(usable, 1)
+    return batches or [(arguments(example), example)]
 
 
 def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tuple[float, int]:
@@ -299,32 +302,32 @@ def _identity_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> tup
     level = net.plan.identity_level or 0
     with torch.no_grad():
         expected = _call(model, arguments)
-        _call(net, arguments, mask="random")
-        outputs = [_call(net, arguments, mask=torch.full_like(net.levels, level))]
+        mask: str | Tensor | None = _word_of(net)
+        if mask is None:
+            _call(net, arguments, mask="random")
+            mask = torch.full_like(net.levels, level)
+        outputs = [_call(net, arguments, mask=mask)]
         if type(outputs[0]) is not type(expected):
             return float("inf"), 0
         mapped = replace(net.geometry, dense_shortcut=False)
-        positional = () if isinstance(arguments, dict) else _as_tuple(arguments)
-        keywords = arguments if isinstance(arguments, dict) else {}
-        outputs.append(net.run(lambda _, f: mapped.uniform_like(f, level), *positional, **keywords))
+        args, kwargs = _split(arguments)
+        outputs.append(net.run(lambda _, f: mapped.uniform_like(f, level), *args, **kwargs))
         outputs = [at_own_samples(output, net.graph, net.plan) for output in outputs]
-    leaves = list(_tensors(expected))
-    errors = [error for output in outputs for error in _errors(output, expected)]
-    return max(errors, default=float("inf")), len(leaves)
+    return max(_largest_error(output, expected) for output in outputs), len(tensors_of(expected))
 
 
 def _batch_error(net: AdaptiveModel, arguments: Any) -> float:
     """Law 5: a batch, each image with its own random level map, against its images one by one."""
     torch.manual_seed(2)
     with torch.no_grad():
-        together = _call(net, arguments, mask="random")
+        together = tensors_of(_call(net, arguments, mask="random"))
         levels = net.levels
         apart = [_call(net, _image(arguments, i), mask=levels[i : i + 1]) for i in range(len(levels))]
-    if any(len(value) == 0 for value in _tensors(together)):
+    if any(len(value) == 0 for value in together):
         return float("inf")
-    each = zip(*(list(_tensors(value)) for value in apart), strict=True)
+    each = zip(*map(tensors_of, apart), strict=True)
     joined = [torch.cat(values) if values[0].dim() else values[0] for values in each]
-    return max(_errors(list(_tensors(together)), joined), default=float("inf"))
+    return _largest_error(together, joined)
 
 
 def _optimized_error(net: AdaptiveModel, batches: list[Any]) -> float:
@@ -334,17 +337,22 @@ def _optimized_error(net: AdaptiveModel, batches: list[Any]) -> float:
     for arguments in batches:
         with torch.no_grad(), contextlib.suppress(AnotherWay):
             expected = _call(net, arguments, mask="random")
-            return max(_errors(_call(optimized, arguments, mask=net.levels), expected), default=float("inf"))
+            return _largest_error(_call(optimized, arguments, mask=net.levels), expected)
     return float("inf")
 
 
 def _host_error(model: nn.Module, net: AdaptiveModel, arguments: Any) -> float:
     """The whole network, the part in it at its own level as a call has it; it runs as it was then."""
-    mask = {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
+    mask = _word_of(net)
     if mask is None:
         return 0.0
     with torch.no_grad():
-        return max(_errors(_call(net, arguments, mask=mask), _call(model, arguments)), default=float("inf"))
+        return _largest_error(_call(net, arguments, mask=mask), _call(model, arguments))
+
+
+def _word_of(net: AdaptiveModel) -> str | None:
+    """The mask that gives the network's own level everywhere, if there is one of that name."""
+    return {net.plan.max_level: "none", 0: "all"}.get(net.plan.identity_level or 0)
 
 
 def _other_weights(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,32 +372,12 @@ def _image(arguments: Any, position: int) -> Any:
     return tree_map_only(Tensor, lambda values: values[position : position + 1], arguments)
 
 
-def _as_tuple(arguments: Any) -> tuple[Any, ...]:
-    return arguments if isinstance(arguments, tuple) else (arguments,)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of an output, in its order: of lists, dictionaries, named tuples and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
-
-
-def _errors(output: Any, expected: Any) -> Iterator[float]:
-    """The error of each tensor of an output; infinite if there are more or fewer."""
-    ours, theirs = list(_tensors(output)), list(_tensors(expected))
+def _largest_error(output: Any, expected: Any) -> float:
+    """The largest of the tensors of an output; infinite if there are none, or more or fewer than expected."""
+    ours, theirs = tensors_of(output), tensors_of(expected)
     if len(ours) != len(theirs):
-        yield float("inf")
-        return
-    yield from (_error(*pair) for pair in zip(ours, theirs, strict=True))
+        return float("inf")
+    return max(map(_error, ours, theirs), default=float("inf"))
 
 
 def _error(values: Tensor, expected: Tensor) -> float:

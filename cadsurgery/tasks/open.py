@@ -113,8 +113,8 @@ def at_strides(
         InvalidInput: other output strides for a converted network that cannot be built again by name.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    own_pair = options.pop("output_stride", None)
-    pairs = pairs or ([own_pair] if own_pair is not None else [])
+    pair = options.pop("output_stride", None)
+    pairs = pairs or ([pair] if pair is not None else [])
     opened = load(network, trust=trust) if isinstance(network, str) and is_file(network) else network
     if not isinstance(opened, AdaptiveModel):
         opened, source = original(opened, weights)
@@ -128,8 +128,9 @@ def at_strides(
                 next="pass the original network instead.",
             )
         state, geometry, mask = opened.state_dict(), opened.geometry, opened.mask
-        own = {name: getattr(geometry, name) for name in ("anchor", "fill", "pool", "patch", "statistics")}
-        options = {"region": opened.plan.region, "outputs": opened.plan.returned, **own}
+        reading = ("anchor", "fill", "pool", "patch", "statistics")
+        options = {name: getattr(geometry, name) for name in reading}
+        options |= {"region": opened.plan.region, "outputs": opened.plan.returned}
         opened = build_again(source, state)
         opened.load_state_dict(state)
         opened.cad_source = source  # type: ignore[assignment]

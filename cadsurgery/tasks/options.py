@@ -47,22 +47,26 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Benchmark(Conversion):
+    """How networks are converted and what they are run on; see `cadsurgery.bench.bench`."""
+
+    size: tuple[int, int] = option((512, 1024), "of the generated street scenes", metavar="HxW", read="size")
+    batch: int = option(1, "number of images", min=1)
+    dtype: str = option("float32", "{default} or bfloat16")
+    device: str = option("cpu", "{default} or cuda")
+    threads: int = option(0, "of torch on the CPU; 0 for its own choice", min=0)
+    rounds: int = option(7, "timing rounds; each runs every side once", min=1)
+    memory: bool = option(False, "also measure peak memory, each side in a process of its own")
+
+
+@dataclass(frozen=True)
 class Extraction:
     """How keypoints are found and described.
 
-    Attributes:
-        detector: `sift` on the grey image, `own`, the score map among the network's outputs, or `module:function`: a
-            function of the image batch as the network sees it that gives points (n, 2) for each image, or a score map.
-        count: keypoints of an image at most, the best.
-        mask: of the network, or empty for its own; `keypoints:detector=given` has these keypoints.
-        reach: `"receptive"` computes nothing that the descriptors do not depend on, where the network's map can be read
-            at points; see `cadsurgery.read_at`.
-        align: see `cadsurgery.read_at`.
-        raw: descriptors as the network gives them; otherwise normalised.
-        output: name or place of the map of descriptors among several outputs; empty: the one of several channels.
-        max_edge: longer side of the image the network sees at most, in pixels; larger images are made smaller. 0: any.
-        max_sum: likewise height plus width (2800 as published for D2-Net).
-        multiple: height and width are cut down to multiples of it (8 as published for D2-Net).
+    A `detector` of your own is a function of the image batch as the network sees it that gives points (n, 2) for each
+    image, or a score map. `reach` and `align` are those of `cadsurgery.read_at`. `output` is the name or place of the
+    map of descriptors among several outputs; empty, it is the one of several channels. Large images are made smaller
+    until `max_edge` and `max_sum` hold, and cut down to a `multiple`.
     """
 
     detector: str = option(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,10 +23,12 @@ from rich.text import Text
 
 from cadsurgery.data.images import check_picture, write_picture
 from cadsurgery.support.files import check_folder, write_whole
+from cadsurgery.support.timing import interleaved
 
 COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # of lines and points in figures
 
 Row = TypeVar("Row")
+Measured = TypeVar("Measured", bound="MeasuredRow")
 
 
 def plain(value: Any) -> Any:
@@ -48,7 +51,9 @@ class Plain:
 
 
 class Report(Plain):
-    """What a task tells."""
+    """What a task tells; `failed` is what could not be done, each an error as plain values."""
+
+    failed: tuple[dict[str, str], ...] = ()
 
     def parts(self) -> Iterable[RenderableType]:
         """What is printed, from top to bottom."""
@@ -158,6 +163,15 @@ class MeasuredRow(Plain):
         return "{} to {}".format(*self.output_stride)
 
 
+def add_times(rows: Sequence[Measured], sides: Sequence[Callable[[], object]], rounds: int) -> list[Measured]:
+    """The rows with the times of what each is about, measured in turn."""
+    times = interleaved({str(place): side for place, side in enumerate(sides)}, rounds).values()
+    return [
+        replace(row, milliseconds=time.best, milliseconds_median=time.median)
+        for row, time in zip(rows, times, strict=True)
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasuredReport(Report):
     """What a network does on data: where the figures come from.
@@ -211,6 +225,18 @@ def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def panels(
+    count: int, columns: int, width: float, height: float, above: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels in columns, each of so many inches, and room above."""
+    rows = -(-count // columns)
+    figure = canvas(width * columns, height * rows + above)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, list(axes[:count])
 
 
 def figure_picture(figure: Figure, dpi: int = 90) -> Image.Image:

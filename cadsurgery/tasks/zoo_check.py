@@ -128,28 +128,22 @@ def setting() -> Row:
 def _resume(path: Path) -> list[Row]:
     """The rows a file has already; a line that was cut off when a run was stopped is dropped."""
     check_folder(path)
-    kept, header = [], setting()
+    header, values = setting(), []
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        values = [value for line in lines if (value := _json_or_none(line)) is not None]
-        if values and values[0].get("versions") != header["versions"]:
-            raise FileError(
-                f"{path} was written with {values[0].get('versions', 'something else')}.",
-                why=f"here are {header['versions']}; rows of different versions do not belong together.",
-                next="choose another --output, or remove the file.",
-            )
-        kept = [value for value in values[1:] if "model" in value]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                values.append(json.loads(line))
+    if values and values[0].get("versions") != header["versions"]:
+        raise FileError(
+            f"{path} was written with {values[0].get('versions', 'something else')}.",
+            why=f"here are {header['versions']}; rows of different versions do not belong together.",
+            next="choose another --output, or remove the file.",
+        )
+    rows = [value for value in values[1:] if "model" in value]
     with write_whole(path) as temporary:
-        text = "".join(json.dumps(value) + "\n" for value in (header, *kept))
+        text = "".join(json.dumps(value) + "\n" for value in (header, *rows))
         Path(temporary).write_text(text, encoding="utf-8")
-    return kept
-
-
-def _json_or_none(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    return rows
 
 
 def _in_processes(names: Sequence[str], corpus: Path | None, workers: int, limits: Limits) -> Iterator[Row]:
@@ -177,25 +171,20 @@ def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
     if in_time:
         with contextlib.suppress(EOFError):  # the process has ended without a row
             row = receiver.recv()
-    if in_time:
         process.join(10)
     signal = -(process.exitcode or 0)
     process.kill()
     process.join()
     if row is not None:
         return row
-    exceeded = (
-        f"needed more than {limits.memory_gib:g} GiB" if in_time else f"took more than {limits.seconds:.0f} s"
-    )
-    result = "not checked"
+    result, why = "not checked", f"took more than {limits.seconds:.0f} s"
     if in_time and signal > 0:
-        result, exceeded = "broken", f"its process was ended by signal {signal}"
+        result, why = "broken", f"its process was ended by signal {signal}"
+    elif in_time:
+        why = f"needed more than {limits.memory_gib:g} GiB"
+    family = name.partition(":")[0] if corpus else family_of(name)
     seconds = round(time.perf_counter() - start, 1)
-    return {
-        **{"model": name, "family": name.partition(":")[0] if corpus else family_of(name)},
-        **{"result": result, "why": exceeded},
-        "seconds": seconds,
-    }
+    return {"model": name, "family": family, "result": result, "why": why, "seconds": seconds}
 
 
 def _work(name: str, corpus: Path | None, memory_gib: float, sender: Any) -> None:

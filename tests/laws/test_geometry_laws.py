@@ -773,7 +773,13 @@ def test_gradients_are_those_of_the_emulation(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(
     "dropout",
-    [nn.Dropout2d(0.5), DropPath(0.5), StochasticDepth(0.5, "row"), StochasticDepth(0.5, "batch")],
+    [
+        nn.Dropout2d(0.5),
+        nn.Dropout3d(0.5),
+        DropPath(0.5),
+        StochasticDepth(0.5, "row"),
+        StochasticDepth(0.5, "batch"),
+    ],
     ids=lambda dropout: repr(dropout),
 )
 def test_dropout_per_image_scales_elements_as_the_module_scales_the_map(dropout: nn.Module) -> None:

@@ -216,6 +216,16 @@ SPELLINGS: dict[str, tuple[Function, Function, dict[str, nn.Module]]] = {
         lambda m, x: torch.cat([0 * x[:, :1], x[:, 1:]], dim=1),
         {},
     ),
+    "zeros for new channels": (
+        lambda m, x: torch.cat([x[:, 1:], torch.zeros(x.size(0), 1, *x.shape[2:], dtype=x.dtype)], dim=1),
+        lambda m, x: torch.cat([x[:, 1:], 0 * x[:, :1]], dim=1),
+        {},
+    ),
+    "a map of one value": (
+        lambda m, x: x + x.new_full((x.size(0), C, x.size(2), x.size(3)), 0.5),
+        lambda m, x: torch.as_tensor(x) + 0.5,
+        {},
+    ),
     "gated linear unit": (
         lambda m, x: F.glu(torch.cat([x, 2 * x], 1), dim=1),
         lambda m, x: x * torch.sigmoid(2 * x),

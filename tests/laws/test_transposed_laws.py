@@ -464,3 +464,17 @@ def test_the_function_is_the_module() -> None:
     model = settled(Computed().double(), images(2, 48, 64, double), Draw(0))
     net = compare(Case(model, images(2, 53, 58, double), images(1, 40, 40, double), True), Draw(1))
     assert net.plan["conv_transpose2d"].action == "keep"
+
+
+class Up(nn.ConvTranspose2d):
+    """A class of a user's that adds nothing."""
+
+
+def test_an_activation_behind_a_dense_one_of_a_class_that_acts_alike_stays_in_the_inference_copy() -> None:
+    torch.manual_seed(0)
+    trunk = [layer for inner in (3, 8, 8) for layer in (nn.Conv2d(inner, 8, 3, 2, 1), nn.ReLU())]
+    dense = [nn.Softmax(2), Up(8, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 2, 1)]
+    net = cs.adaptify(nn.Sequential(*trunk, *dense).eval(), "none", example_input=images(1, 32, 48))
+    x = images(2, 40, 56)
+    with torch.no_grad():
+        assert_same(net.optimize()(x), net(x))

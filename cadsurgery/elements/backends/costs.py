@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cadsurgery.support.errors import FileError, first_line
 from cadsurgery.support.files import cache_folder, is_private, keep_whole
-from cadsurgery.support.plain import as_tuples, fits
+from cadsurgery.support.plain import read_as
 
 _FILE = "costs.json"
 _ROUNDS, _MOST_ROUNDS, _NANOSECONDS = 7, 50, 100_000_000
@@ -147,10 +147,11 @@ def _pinned_costs() -> Mapping[str, Costs] | None:
 
 def _cost_of(value: object) -> Costs | None:
     """Three plain numbers as costs, None for anything else."""
-    numbers = as_tuples(value)
-    if fits(numbers, tuple[float, float, float]) and all(0 <= cost < math.inf for cost in numbers):
-        return Costs(*map(float, numbers))
-    return None
+    try:
+        numbers = read_as(tuple[float, float, float], value, "a measurement")
+    except ValueError:
+        return None
+    return Costs(*map(float, numbers)) if all(0 <= cost < math.inf for cost in numbers) else None
 
 
 def best_time(run: Callable[[], Tensor]) -> float:

@@ -65,16 +65,9 @@ class Triton(Backend):
             table = derive(("signed", *key), lambda: reading.table.masked_fill(reading.table == count, -1))
         # Made when a gradient first asks.
         reverse = derive(("reversed", *key), lambda: cache(lambda: reverse_map(table, rows.shape[0])))
-        return gather_conv(
-            rows,
-            weights.weight.flatten(1) if weights.groups > 1 else weights.matrix(rows.dtype),
-            table,
-            weights.bias,
-            work.residual,
-            weights.activation,
-            weights.groups,
-            reverse,
-        )
+        weight = weights.weight.flatten(1) if weights.groups > 1 else weights.matrix(rows.dtype)
+        more = (weights.bias, work.residual, weights.activation, weights.groups)
+        return gather_conv(rows, weight, table, *more, reverse)
 
 
 class ReversedMap(NamedTuple):
@@ -100,11 +93,8 @@ def available(device: torch.device) -> bool:
     """Whether the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
     if not triton_kernels.INSTALLED or triton_kernels.INTERPRETED:
         return triton_kernels.INTERPRETED and device.type == "cpu"
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def supports(rows: Tensor, weight: Tensor, groups: int = 1) -> bool:
@@ -182,10 +172,8 @@ def gather_conv(
         if value is not None and value.shape != shape:
             raise ValueError(f"{label} is {tuple(value.shape)} where {shape} is needed.")
     fused = _name_activation(activation)
-    if (
-        any(x is not None and x.requires_grad for x in (rows, weight, bias, residual))
-        and torch.is_grad_enabled()
-    ):
+    operands = (rows, weight, bias, residual)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         fused = fused if fused is not None and fused[0] in _INVERTIBLE else None
         name = fused[0] if fused is not None else "none"
         out = GatherConv.apply(rows, weight, bias, residual, table, name, groups, reverse)
@@ -233,13 +221,9 @@ class GatherConv(torch.autograd.Function):
             grad_rows = _grad_rows(grad, weight, reverse, table.shape[1], rows.shape[0], ctx.groups)
         if needs[1]:
             grad_weight = _grad_weight(rows, grad, table, ctx.groups).to(weight.dtype)
-        return (
-            grad_rows,
-            grad_weight,
-            grad.sum(0, dtype=torch.float32).to(bias_dtype) if needs[2] else None,
-            grad.to(residual_dtype) if needs[3] else None,
-            *(None,) * 4,
-        )
+        grad_bias = grad.sum(0, dtype=torch.float32).to(bias_dtype) if needs[2] else None
+        grad_residual = grad.to(residual_dtype) if needs[3] else None
+        return grad_rows, grad_weight, grad_bias, grad_residual, *(None,) * 4
 
 
 def _grad_rows(
@@ -256,10 +240,6 @@ def _grad_rows(
     return of_rows
 
 
-# Custom operators, so that a compiled graph holds one opaque node: tuning and launching stay outside of it.
-
-
-@torch.library.custom_op("cadsurgery::gather_conv", mutates_args=())
 def _forward(
     rows: Tensor,
     weight: Tensor,
@@ -290,12 +270,6 @@ def _forward(
     return out
 
 
-@_forward.register_fake
-def _(rows: Tensor, weight: Tensor, table: Tensor, *_: Tensor | str | float | None) -> Tensor:
-    return rows.new_empty(table.shape[0], weight.shape[0])
-
-
-@torch.library.custom_op("cadsurgery::gather_conv_grad_weight", mutates_args=())
 def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
     """Gradient of the weight, float32: every program sums a share of the outputs, then the shares are summed."""
     (count, taps), channels, outputs = table.shape, rows.shape[1], grad.shape[1]
@@ -323,19 +297,12 @@ def _grad_weight(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tens
     return partial.sum(0)
 
 
-@_grad_weight.register_fake
-def _(rows: Tensor, grad: Tensor, table: Tensor, groups: int) -> Tensor:
-    depth = rows.shape[1] if groups == 1 else 1
-    return rows.new_empty(grad.shape[1], table.shape[1] * depth, dtype=torch.float32)
-
-
 def _operand(x: Any) -> Any:
     """A tensor or None as the kernels take it; Triton 3.9's interpreter cannot multiply bfloat16."""
     if x is None:
         return None
-    return (
-        x.contiguous().float() if triton_kernels.INTERPRETED and x.dtype == torch.bfloat16 else x.contiguous()
-    )
+    wide = triton_kernels.INTERPRETED and x.dtype == torch.bfloat16
+    return x.contiguous().float() if wide else x.contiguous()
 
 
 def _cdiv(length: int, block: int) -> int:

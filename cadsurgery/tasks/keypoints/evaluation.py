@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cadsurgery.data.images import read_image, write_picture
 from cadsurgery.masks import resolve_mask
-from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import own_device, world
-from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.figures import figure_picture, matches_figure
 from cadsurgery.tasks.for_each import Failures, Step, for_each, silent
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, Seen
@@ -23,14 +22,7 @@ from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matc
 from cadsurgery.tasks.keypoints.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
 from cadsurgery.tasks.keypoints.sequences import ImageSequence, find_sequences
 from cadsurgery.tasks.open import at_strides, provenance
-from cadsurgery.tasks.report import check_outputs
-
-
-class _Setting(NamedTuple):
-    """One mask at one pair of output strides."""
-
-    extractor: Extractor
-    mask: str
+from cadsurgery.tasks.report import add_times, check_outputs
 
 
 def evaluate_matching(
@@ -57,21 +49,16 @@ def evaluate_matching(
     matches within 1 to 15 pixels of the homography, 0 for a pair without matches, mean over pairs (MMA).
 
     Args:
-        network: a converted network or file, a network by name or `module:function`, or a module to convert.
+        network: as of `cadsurgery.evaluate`.
         folder: of sequences, see `find_sequences`.
         masks: their strings; default: that of the settings.
         settings: how keypoints are found and described; its mask is not used where masks are given.
-        output_stride: pairs (high, low) for a network that is not converted yet.
-        options: further ones of `adaptify` for such a network.
-        weights: of a network by name.
+        output_stride, options, weights: as of `cadsurgery.evaluate`.
         everything: also the sequences that the published protocol leaves out.
         rounds: of timing the description of the first image, all settings in turn; 0 for none.
-        device: "cpu" or "cuda".
-        output: JSON file to write.
         picture: PNG to draw: accuracy against threshold and work.
         matches: PNG to draw: the matches of the first pair with each setting.
-        step: called with what is being done.
-        trust: run code that a converted file names; see `cadsurgery.load`.
+        device, output, step, trust: as of `cadsurgery.evaluate`.
 
     Raises:
         InvalidInput: an impossible option, or a network whose outputs are not understood.
@@ -88,23 +75,39 @@ def evaluate_matching(
     step("building and converting")
     pairs = [pair for pair in output_stride if pair is not None]
     nets, source = at_strides(network, pairs, options or {}, mask="all", weights=weights, trust=trust)
-    every = [setting for net in nets for setting in _settings(net, chosen, settings, where)]
+    extractors = [
+        Extractor(fast, replace(settings, mask=mask), where)
+        for fast in [net.to(where).optimize() for net in nets]
+        for mask in chosen
+    ]
     failures = Failures("sequence")
     finished, failed = for_each(
         sequences,
-        lambda sequence: _sequence(sequence, every, failures),
+        lambda sequence: (sequence, _match_all(sequence, extractors, failures)),
         failures,
         where,
         name=lambda sequence: sequence.name,
         step=step,
     )
-    usable = next((one.sequence for one in finished if one.pairs[0]), None)
+    usable = next((sequence for sequence, parts in finished if parts[0].pairs), None)
     if usable is None:
         nothing = CadError("there was nothing to match.", next="check the images.")
         raise CadError.from_dict(failed[0]) if failed else nothing
-    times, size = dict[str, Timing](), (0, 0)
+    rows = [_row(one, [parts[at] for _, parts in finished]) for at, one in enumerate(extractors)]
+    size = (0, 0)
     if world().is_main and (rounds or matches):
-        times, size = _extras(usable, every, rounds, matches, step)
+        image = read_image(usable.images[0], upright=False)
+        seen = extractors[0].seen(image)
+        size = (seen.batch.shape[2], seen.batch.shape[3])
+        if rounds:
+            step("measuring")
+            rows = add_times(rows, [partial(extractor.features, seen) for extractor in extractors], rounds)
+        if matches is not None:
+            step("drawing")
+            other = read_image(usable.images[1], upright=False)
+            both = seen, extractors[0].seen(other)
+            drawn = [_draw_matches(extractor, *both, usable.homographies[0]) for extractor in extractors]
+            write_picture(figure_picture(matches_figure(image, other, drawn)), matches)
     report = MatchingReport(
         data=str(folder),
         sequences=len(finished),
@@ -114,10 +117,7 @@ def evaluate_matching(
         reach=settings.reach,
         image=size,
         rounds=rounds,
-        rows=tuple(
-            _row(setting, [(one.pairs[at], one.costs[at]) for one in finished], times.get(str(at)))
-            for at, setting in enumerate(every)
-        ),
+        rows=tuple(rows),
         failed=tuple(failed),
         **provenance(network, source, where),
     )
@@ -126,120 +126,66 @@ def evaluate_matching(
     return report
 
 
-class _Cost(NamedTuple):
-    """What a setting did on the first image of a sequence, and how many keypoints each image had."""
+class _Part(NamedTuple):
+    """What an extractor did on a sequence: its pairs, its work on the first image, the keypoints of each image."""
 
+    pairs: list[Pair]
     macs: int
     active_fraction: float
     keypoints: tuple[int, ...]
 
 
-class _Done(NamedTuple):
-    """A sequence, and of each setting its pairs and its cost."""
-
-    sequence: ImageSequence
-    pairs: list[list[Pair]]
-    costs: list[_Cost]
-
-
-def _settings(
-    net: AdaptiveModel, masks: Sequence[str], settings: Extraction, where: torch.device
-) -> list[_Setting]:
-    fast = net.to(where).optimize()
-    return [
-        _Setting(Extractor(fast, replace(settings, mask=mask), where), mask or net.mask.spec())
-        for mask in masks
-    ]
-
-
-def _sequence(sequence: ImageSequence, settings: Sequence[_Setting], failures: Failures) -> _Done:
-    """One sequence with every setting; images that cannot be used are noted."""
-    seen: list[Seen | None] = []
-    for path in sequence.images:
+def _match_all(sequence: ImageSequence, extractors: Sequence[Extractor], failures: Failures) -> list[_Part]:
+    """One sequence with every extractor; images that cannot be used are noted."""
+    first = extractors[0].seen(read_image(sequence.images[0], upright=False))
+    others: dict[int, Seen] = {}
+    for place, path in enumerate(sequence.images[1:]):
         try:
-            seen.append(settings[0].extractor.seen(read_image(path, upright=False)))
+            others[place] = extractors[0].seen(read_image(path, upright=False))
         except CadError as error:
-            if not seen:
-                raise
-            seen.append(None)
             failures.note(error)
-    pairs, costs = [], []
-    assert seen[0] is not None
-    for extractor, _ in settings:
-        features = [extractor.features(image) if image is not None else None for image in seen]
-        pairs.append(_pairs(sequence, features))
+    parts = []
+    for extractor in extractors:
+        of_first = extractor.features(first)
+        of_others = {place: extractor.features(other) for place, other in others.items()}
+        pairs = [_pair(sequence, place, of_first, features) for place, features in of_others.items()]
         with torch.inference_mode():
-            macs = extractor.macs(seen[0])
-        counts = tuple(len(part.keypoints) for part in features if part is not None)
-        costs.append(_Cost(macs, extractor.net.active_fraction, counts))
-    return _Done(sequence, pairs, costs)
+            macs = extractor.macs(first)
+        counts = tuple(len(features.keypoints) for features in (of_first, *of_others.values()))
+        parts.append(_Part(pairs, macs, extractor.net.active_fraction, counts))
+    return parts
 
 
-def _pairs(sequence: ImageSequence, features: Sequence[Features | None]) -> list[Pair]:
-    first, *others = features
-    assert first is not None
-    pairs = []
-    for number, homography, other in zip(sequence.numbers, sequence.homographies, others, strict=True):
-        if other is None:
-            continue
-        matches = mutual_matches(first.descriptors, other.descriptors)
-        errors = match_errors(first.keypoints, other.keypoints, matches, homography)
-        corner = corner_error(first.keypoints, other.keypoints, matches, homography, first.size)
-        accuracy = tuple(matching_accuracy(errors, THRESHOLDS))
-        pairs.append(Pair(sequence.name, sequence.kind, number, len(matches), accuracy, corner))
-    return pairs
+def _pair(sequence: ImageSequence, place: int, first: Features, other: Features) -> Pair:
+    """The first image and another one."""
+    homography = sequence.homographies[place]
+    matches = mutual_matches(first.descriptors, other.descriptors)
+    errors = match_errors(first.keypoints, other.keypoints, matches, homography)
+    corner = corner_error(first.keypoints, other.keypoints, matches, homography, first.size)
+    accuracy = tuple(matching_accuracy(errors, THRESHOLDS))
+    return Pair(sequence.name, sequence.kind, sequence.numbers[place], len(matches), accuracy, corner)
 
 
-def _extras(
-    sequence: ImageSequence,
-    settings: Sequence[_Setting],
-    rounds: int,
-    matches: Path | None,
-    step: Step,
-) -> tuple[dict[str, Timing], tuple[int, int]]:
-    """Times of all settings on the first image, and the picture of matches."""
-    image = read_image(sequence.images[0], upright=False)
-    seen = settings[0].extractor.seen(image)
-    times: dict[str, Timing] = {}
-    if rounds:
-        step("measuring")
-        sides: dict[str, Callable[[], object]] = {
-            str(place): lambda e=extractor: e.features(seen)  # type: ignore[misc]
-            for place, (extractor, _) in enumerate(settings)
-        }
-        times = interleaved(sides, rounds)
-    if matches is not None:
-        step("drawing")
-        other, drawn = read_image(sequence.images[1], upright=False), []
-        seen_other = settings[0].extractor.seen(other)
-        for extractor, name in settings:
-            first, second = extractor.features(seen), extractor.features(seen_other)
-            mutual = mutual_matches(first.descriptors, second.descriptors)
-            errors = match_errors(first.keypoints, second.keypoints, mutual, sequence.homographies[0])
-            ends = first.keypoints[mutual[:, 0]], second.keypoints[mutual[:, 1]]
-            drawn.append((name, *ends, errors))
-        write_picture(figure_picture(matches_figure(image, other, drawn)), matches)
-    return times, (seen.batch.shape[2], seen.batch.shape[3])
+def _draw_matches(
+    extractor: Extractor, first: Seen, second: Seen, homography: Tensor
+) -> tuple[str, Tensor, Tensor, Tensor]:
+    """As `matches_figure` takes them."""
+    one, other = extractor.features(first), extractor.features(second)
+    matches = mutual_matches(one.descriptors, other.descriptors)
+    errors = match_errors(one.keypoints, other.keypoints, matches, homography)
+    return extractor.mask, one.keypoints[matches[:, 0]], other.keypoints[matches[:, 1]], errors
 
 
-def _row(
-    setting: _Setting, parts: Sequence[tuple[Sequence[Pair], _Cost]], time: Timing | None
-) -> MatchingRow:
-    every, costs = tuple(pair for pairs, _ in parts for pair in pairs), [cost for _, cost in parts]
-    counts = [count for cost in costs for count in cost.keypoints]
+def _row(extractor: Extractor, parts: Sequence[_Part]) -> MatchingRow:
+    pairs = tuple(pair for part in parts for pair in part.pairs)
+    counts = [count for part in parts for count in part.keypoints]
     return MatchingRow(
-        mask=setting.mask,
-        output_stride=setting.extractor.net.plan.output_stride,
-        reads="elements" if setting.extractor.reads_elements else "dense map",
-        pairs=every,
+        mask=extractor.mask,
+        output_stride=extractor.net.plan.output_stride,
+        reads="elements" if extractor.reads_elements else "dense map",
+        pairs=pairs,
         keypoints=sum(counts) / max(len(counts), 1),
-        active_fraction=sum(cost.active_fraction for cost in costs) / len(costs),
-        macs=sum(cost.macs for cost in costs) / len(costs),
-        homography={limit: _share(every, limit) for limit in CORNERS},
-        milliseconds=time.best if time else None,
-        milliseconds_median=time.median if time else None,
+        active_fraction=sum(part.active_fraction for part in parts) / len(parts),
+        macs=sum(part.macs for part in parts) / len(parts),
+        homography={limit: sum(p.corner_error <= limit for p in pairs) / len(pairs) for limit in CORNERS},
     )
-
-
-def _share(pairs: Sequence[Pair], limit: float) -> float:
-    return sum(pair.corner_error <= limit for pair in pairs) / len(pairs)

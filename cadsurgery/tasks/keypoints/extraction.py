@@ -86,18 +86,19 @@ class Extractor:
             self._function = function_at(name, "--detector", "my_module:my_function")
         output = self.settings.output
         self._output: str | int | None = int(output) if output.isdecimal() else output or None
-        if not self.reads_elements:
-            self._check_outputs()
+        if self.reads_elements:
+            return
+        with torch.inference_mode():  # what cannot be done should be said before any image is read
+            example = torch.zeros(1, *self.net.plan.example_shape[1:], device=self.device)
+            outputs = self.net(example, mask="none")
+        if name == OWN:
+            own_scores(outputs, 1, "detector own")
+        descriptor_map(outputs, self._output)
 
-    def _check_outputs(self) -> None:
-        """Refuse a network without the outputs that are asked for before any image is read."""
-        with torch.inference_mode():
-            output = self.net(
-                torch.zeros(1, *self.net.plan.example_shape[1:], device=self.device), mask="none"
-            )
-        if self.settings.detector == OWN:
-            own_scores(output, 1, "detector own")
-        descriptor_map(output, self._output)
+    @property
+    def mask(self) -> str:
+        """The spec of the mask that is used."""
+        return self.settings.mask or self.net.mask.spec()
 
     @cached_property
     def reads_elements(self) -> bool:
@@ -124,8 +125,21 @@ class Extractor:
 
     def features(self, seen: Seen) -> Features:
         """The features of a prepared image."""
+        batch, mask, settings = seen.batch, self.settings.mask or None, self.settings
+        points, scores = seen.points, seen.scores
         with torch.inference_mode():
-            points, scores, descriptors = self._find(seen)
+            if points is None or scores is None:
+                output = self.net(batch, mask=mask)
+                score_map = own_scores(output, 1, "detector own")
+                ((places, scores),) = peaks(score_map.squeeze(1).float(), settings.count, border=BORDER)
+                points = in_pixels(places, score_map, batch)
+                descriptors = self._sample(output, batch, points)
+            elif self.reads_elements:
+                options: Any = {"mask": mask, "reach": settings.reach, "align": settings.align}
+                (descriptors,) = read_at(self.net, batch, [points], output=self._output, **options)
+            else:
+                with keypoints_at([points]):
+                    descriptors = self._sample(self.net(batch, mask=mask), batch, points)
         if not self.settings.raw:
             descriptors = F.normalize(descriptors, dim=1)
         height, width = seen.batch.shape[2:]
@@ -162,37 +176,16 @@ class Extractor:
         points = detected[0][: self.settings.count]
         return points, points.new_ones(len(points))
 
-    def _describe(self, batch: Tensor, points: Tensor) -> Tensor:
-        """(n, C) descriptors at points, as the network gives them."""
-        mask = self.settings.mask or None
-        if self.reads_elements:
-            options: Any = {"mask": mask, "reach": self.settings.reach, "align": self.settings.align}
-            return read_at(self.net, batch, [points], output=self._output, **options)[0]
-        with keypoints_at([points]):
-            return self._sample(self.net(batch, mask=mask), batch, points)
-
     def macs(self, seen: Seen) -> int:
         """Multiply-accumulates of the network for the descriptors of a prepared image."""
         batch, mask = seen.batch, self.settings.mask or None
         points = seen.points if seen.points is not None else batch.new_zeros(0, 2)
         if self.reads_elements:
-            macs = macs_at(
-                self.net, batch, [points], mask=mask, output=self._output, align=self.settings.align
-            )
+            options: Any = {"mask": mask, "align": self.settings.align}
+            macs = macs_at(self.net, batch, [points], output=self._output, **options)
             return macs.receptive if self.settings.reach == "receptive" else macs.all
         with keypoints_at([points]):
             return self.net.macs(batch, mask=mask).mask
-
-    def _find(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-        """Points, scores and descriptors."""
-        batch = seen.batch
-        if seen.points is not None and seen.scores is not None:
-            return seen.points, seen.scores, self._describe(batch, seen.points)
-        output = self.net(batch, mask=self.settings.mask or None)
-        own = own_scores(output, 1, "detector own")
-        ((places, scores),) = peaks(own.squeeze(1).float(), self.settings.count, border=BORDER)
-        points = in_pixels(places, own, batch)
-        return points, scores, self._sample(output, batch, points)
 
     def _sample(self, output: Any, batch: Tensor, points: Tensor) -> Tensor:
         """The dense map of descriptors at points."""

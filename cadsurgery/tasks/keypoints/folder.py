@@ -46,16 +46,12 @@ def extract(
     each process takes its share; every one returns the rows of all.
 
     Args:
-        network: a converted network or file, a network by name or `module:function`, or a module to convert.
+        network: as of `cadsurgery.evaluate`.
         images: files and folders.
         output: folder; images of folders keep their place below.
         settings: how.
         form: `npz` or `h5`, see `write_features`.
-        weights: of a network by name.
-        options: of `adaptify` for networks that are not converted yet.
-        device: "cpu" or "cuda".
-        step: called with what is being done.
-        trust: run code that a converted file names; see `cadsurgery.load`.
+        weights, options, device, step, trust: as of `cadsurgery.evaluate`.
 
     Returns:
         Rows of images that have a file (`image`, `output`, `keypoints`, `kept` whether it was there), and failures.
@@ -85,15 +81,15 @@ def extract(
     def describe(item: tuple[Path, Path]) -> dict[str, Any]:
         path, place = item
         target = folder / place.with_suffix(f".{form}")
-        kept = target.is_file()
-        if kept:
+        is_there = target.is_file()
+        if is_there:
             features = read_features(target)
         else:
             features = extractor(read_image(path, upright=False))
             make_folder(target.parent)
             write_features(features, target, str(place.with_suffix(path.suffix)))
         row = {"image": str(path), "output": str(target), "keypoints": len(features.keypoints)}
-        return {**row, "kept": kept}
+        return {**row, "kept": is_there}
 
     failures = Failures("image", lacking)
     return for_each(list(paths.items()), describe, failures, where, name=lambda item: str(item[0]), step=step)
@@ -180,14 +176,12 @@ def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
     path, plain = folder / SETTINGS, json.loads(json.dumps(identity))
     if path.is_file():
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))["made_with"]
+            known = dict(json.loads(path.read_text(encoding="utf-8"))["made_with"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FileError(
                 f"{path} cannot be read.", why=str(error), next="choose another --output."
             ) from error
-        changed = (
-            [key for key in plain if known.get(key) != plain[key]] if isinstance(known, dict) else list(plain)
-        )
+        changed = [key for key in plain if known.get(key) != plain[key]]
         if changed:
             raise InvalidInput(
                 f"{folder} holds features made with another {', '.join(changed)}.",

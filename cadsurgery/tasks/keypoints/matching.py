@@ -38,9 +38,9 @@ def mutual_matches(first: Tensor, second: Tensor) -> Tensor:
         return torch.empty(0, 2, dtype=torch.long, device=first.device)
     likeness = first @ second.T
     forward, backward = likeness.argmax(1), likeness.argmax(0)
-    own = torch.arange(len(first), device=first.device)
-    mutual = backward[forward] == own
-    return torch.stack((own[mutual], forward[mutual]), 1)
+    rows = torch.arange(len(first), device=first.device)
+    mutual = backward[forward] == rows
+    return torch.stack((rows[mutual], forward[mutual]), 1)
 
 
 def warped(points: Tensor, homography: Tensor) -> Tensor:

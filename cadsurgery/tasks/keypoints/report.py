@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,7 +56,8 @@ class MatchingRow(MeasuredRow):
 
     def mma(self, kind: str = "") -> list[float] | None:
         """Mean matching accuracy at each of `THRESHOLDS`, of pairs of a kind or of all; None if there are none."""
-        return mean_accuracy([pair for pair in self.pairs if kind in ("", pair.kind)])
+        pairs = [pair.accuracy for pair in self.pairs if kind in ("", pair.kind)]
+        return [sum(values) / len(pairs) for values in zip(*pairs, strict=True)] if pairs else None
 
     def at(self, limit: int, kind: str = "") -> float:
         """The same at one of `THRESHOLDS`; 0 if there are no pairs."""
@@ -85,13 +86,6 @@ class MatchingRow(MeasuredRow):
             "mma_viewpoint": self.mma("viewpoint"),
             "pairs": pairs,
         }
-
-
-def mean_accuracy(pairs: Sequence[Pair]) -> list[float] | None:
-    """Mean over pairs at each of `THRESHOLDS`; None without pairs."""
-    if not pairs:
-        return None
-    return [sum(values) / len(pairs) for values in zip(*(pair.accuracy for pair in pairs), strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,14 +69,14 @@ def find_sequences(folder: Path, *, everything: bool = False) -> tuple[list[Imag
     if not folders:
         raise FileError(f"there are no sequences in {folder}.", next=_LAYOUT)
     out = sorted(path.name for path in folders if path.name in LEFT_OUT and not everything)
-    kept = [_read(path, files) for path, files in folders.items() if path.name not in out]
-    if not kept:
+    sequences = [_read(path, files) for path, files in folders.items() if path.name not in out]
+    if not sequences:
         raise FileError(
             f"all sequences in {folder} are left out by the published protocol.",
             why=", ".join(out),
             next="keep them with --all-sequences.",
         )
-    return kept, out
+    return sequences, out
 
 
 def _homographies(folder: Path) -> dict[int, Path]:

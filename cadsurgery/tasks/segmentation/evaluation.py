@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData, open_data
 from cadsurgery.data.images import normalise
-from cadsurgery.masks import resolve_mask
-from cadsurgery.network.macs import LayerWork
+from cadsurgery.masks import MaskProvider, labelled, resolve_mask
+from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import gather, own_device, shard, world
-from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, provenance
-from cadsurgery.tasks.report import check_outputs
-from cadsurgery.tasks.segmentation.counters import Setting, Tally, merge
+from cadsurgery.tasks.report import add_times, check_outputs
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow
 
@@ -80,7 +83,6 @@ def evaluate(
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else data).first(limit)
-    SegmentationMetrics(len(samples.classes))  # what it needs should be missed now
     step("building and converting")
     nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
     settings = [setting for net in nets for setting in _settings(net, masks, where)]
@@ -98,30 +100,130 @@ def evaluate(
         done += len(images)
     tallies = [merge(parts) for parts in zip(*gather(tallies, where), strict=True)]
     failed = failures.gather(where)
-    if not tallies[0].images:
+    count = tallies[0].counts["images"]
+    if not count:
         raise CadError.from_dict(failed[0])
-    times: dict[str, Timing] = {}
+    rows = [_row(*pair, samples.classes) for pair in zip(settings, tallies, strict=True)]
     if rounds and first is not None and world().is_main:
         step("measuring")
-        times = _times(settings, *first, rounds)
+        rows = add_times(rows, [partial(setting, *first) for setting in settings], rounds)
     report = EvaluationReport(
         data=samples.name,
         split=samples.split,
-        images=tallies[0].images,
+        images=count,
         batch=batch,
         image=tuple(first[0].shape[1:]) if first is not None else (),
         rounds=rounds,
         processes=world().size,
-        rows=tuple(
-            _row(setting, tally, times.get(str(position)), samples.classes)
-            for position, (setting, tally) in enumerate(zip(settings, tallies, strict=True))
-        ),
+        rows=tuple(rows),
         failed=tuple(failed),
         **provenance(network, source, where),
     )
     if world().is_main:
         report.write(output, picture)
     return report
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One mask on one converted network.
+
+    Attributes:
+        net: as converted, for its plan and work.
+        fast: its optimised copy, which is run.
+        mask: the provider.
+        work: of layers by shape of the batch, shared by the settings of a network; None where it is not linear.
+        of_mask: MACs that the mask itself takes, by shape of the batch.
+    """
+
+    net: AdaptiveModel
+    fast: AdaptiveModel
+    mask: MaskProvider
+    work: dict[tuple[int, ...], tuple[LayerWork, ...] | None]
+    of_mask: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Any:
+        """The network's output under this mask; masks may see the labels (B, H, W)."""
+        with torch.inference_mode(), labelled(labels):
+            return self.fast(images, mask=self.mask)
+
+    def macs(self, images: Tensor, labels: Tensor) -> dict[str, int]:
+        """Of the call before, on the same images: with the mask and everything high, of the network and of its
+        adaptive region."""
+        shape = tuple(images.shape)
+        if shape not in self.work:
+            self.work[shape] = layer_work(self.net, images)
+        inside = {decision.node for decision in self.net.plan.chosen("adapt", "keep")}
+        layers, lattice, counts = self.work[shape], self.fast.lattice, []
+        if layers is None or shape not in self.of_mask:
+            with labelled(labels):
+                report = self.net.macs(images, mask=self.mask)
+            self.of_mask[shape] = report.of_mask
+            counts = [(e.layer, e.mask, e.high) for e in report.layers if e.layer not in MASK_LAYERS]
+        if layers is not None:
+            size, where = lattice.whole_size, lattice.levels.device
+            high = self.net.geometry.uniform(0, lattice.batch, size, where)
+            counts = [(entry.layer, entry.on(lattice), entry.on(high)) for entry in layers]
+        of_mask = self.of_mask[shape]
+        return {
+            "macs": of_mask + sum(mask for _, mask, _ in counts),
+            "macs_high": sum(high for *_, high in counts),
+            "region": of_mask + sum(mask for name, mask, _ in counts if name in inside),
+            "region_high": sum(high for name, _, high in counts if name in inside),
+        }
+
+
+@dataclass
+class Tally:
+    """Sums over the images one setting has seen; all whole numbers, so that shares of the images merge exactly.
+
+    Attributes:
+        metrics: accuracy.
+        counts: of `images`, of fine `pixels` and of `active` ones at level 0, and of MACs, see `Setting.macs`.
+    """
+
+    metrics: SegmentationMetrics
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, setting: Setting, images: Tensor, labels: Tensor, data: SegmentationData) -> None:
+        """Run a batch and add it."""
+        scores = scores_of(setting(images, labels))
+        if scores.shape[1] != len(data.classes):
+            raise InvalidInput(
+                f"the network has {scores.shape[1]} classes and data {data.name} has {len(data.classes)}.",
+                next="evaluate a network trained on these classes, or open the data with its classes.",
+            )
+        scores = F.interpolate(scores.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
+        self.metrics.update(scores.argmax(1), labels)
+        levels = setting.fast.levels
+        of_call = {"images": len(images), "active": int((levels == 0).sum()), "pixels": levels.numel()}
+        self.counts.update(of_call | setting.macs(images, labels))
+
+
+def scores_of(output: Any) -> Tensor:
+    """Class scores (B, C, h, w) of a network's output: a tensor, or the entry `out` of a dictionary.
+
+    Raises:
+        InvalidInput: it is something else.
+    """
+    scores = output.get("out") if isinstance(output, Mapping) else output
+    if not isinstance(scores, Tensor) or scores.dim() != 4:
+        shape = f"of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(output).__name__
+        raise InvalidInput(
+            f"the network's output is no map of class scores: {shape}.",
+            next="evaluate a segmentation network: it returns (batch, classes, height, width), or a "
+            'dictionary with that as "out".',
+        )
+    return scores
+
+
+def merge(parts: Sequence[Tally]) -> Tally:
+    """The sums of several parts of a split."""
+    whole = copy.deepcopy(parts[0])
+    for part in parts[1:]:
+        whole.metrics.merge(part.metrics)
+        whole.counts.update(part.counts)
+    return whole
 
 
 def _settings(net: AdaptiveModel, masks: Sequence[object], where: torch.device) -> list[Setting]:
@@ -137,49 +239,27 @@ def _settings(net: AdaptiveModel, masks: Sequence[object], where: torch.device) 
 
 def _batches(data: SegmentationData, size: int, failures: Failures) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, 3, H, W) and labels (B, H, W) of this process's share; unusable ones are noted and left out."""
-    waiting: list[tuple[Tensor, Tensor]] = []
     places = range(len(data))
-    for _, pair in each(places, data.__getitem__, failures, name=data.names.__getitem__):
-        if waiting and (len(waiting) == size or waiting[0][0].shape != pair[0].shape):
-            yield _stack(waiting)
-            waiting = []
-        waiting.append(pair)
-    if waiting:
-        yield _stack(waiting)
+    pairs = (pair for _, pair in each(places, data.__getitem__, failures, name=data.names.__getitem__))
+    for _, alike in groupby(pairs, key=lambda pair: pair[0].shape):
+        while batch := list(islice(alike, size)):
+            images, labels = zip(*batch, strict=True)
+            yield torch.stack(images), torch.stack(labels)
 
 
-def _stack(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*pairs, strict=True)
-    return torch.stack(images), torch.stack(labels)
-
-
-def _times(settings: Sequence[Setting], image: Tensor, labels: Tensor, rounds: int) -> dict[str, Timing]:
-    """Times of the settings by position, interleaved."""
-    sides: dict[str, Callable[[], object]] = {
-        str(position): lambda setting=setting: setting(image, labels)  # type: ignore[misc]
-        for position, setting in enumerate(settings)
-    }
-    return interleaved(sides, rounds)
-
-
-def _row(setting: Setting, tally: Tally, time: Timing | None, classes: tuple[str, ...]) -> EvaluationRow:
-    figures, work = tally.metrics.compute(), tally.work
-    mask = setting.mask.spec()
+def _row(setting: Setting, tally: Tally, classes: Sequence[str]) -> EvaluationRow:
+    figures, counts = tally.metrics.compute(), tally.counts
+    mask, region_high = setting.mask.spec(), counts["region_high"]
     return EvaluationRow(
         mask=mask or "a function",
         output_stride=setting.net.plan.output_stride,
         anchor=mask in (HIGH, LOW),
-        miou=figures["miou"],
+        active_fraction=counts["active"] / counts["pixels"],
+        macs=counts["macs"] / counts["images"],
+        macs_of_high=counts["macs"] / counts["macs_high"],
+        region_of_high=counts["region"] / region_high if region_high else 1.0,
         iou=dict(zip(classes, figures["iou"], strict=True)),
-        pixel_accuracy=figures["pixel_accuracy"],
-        boundary_iou=figures["boundary_iou"],
-        trimap_iou=figures["trimap_iou"],
-        active_fraction=tally.active / tally.pixels,
-        macs=work.mask / tally.images,
-        macs_of_high=work.mask / work.high,
-        region_of_high=work.region_mask / work.region_high if work.region_high else 1.0,
-        milliseconds=time.best if time else None,
-        milliseconds_median=time.median if time else None,
+        **{name: figures[name] for name in ("miou", "pixel_accuracy", "boundary_iou", "trimap_iou")},
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.support.errors import InvalidInput
 
 IGNORED = 255
 
@@ -39,18 +39,15 @@ class SegmentationMetrics:
 
         Raises:
             InvalidInput: no class, or a band without width.
-            CadError: torchmetrics is missing.
         """
         if classes < 1 or boundary <= 0 or trimap < 1:
             raise InvalidInput(
                 f"not all are positive: classes={classes}, boundary={boundary}, trimap={trimap}.",
                 next="e.g. SegmentationMetrics(19, boundary=0.02, trimap=9).",
             )
-        self._confusion_matrix = _torchmetrics()
         self.classes, self.boundary, self.trimap = classes, boundary, trimap
         square = torch.zeros(classes, classes, dtype=torch.int64)
-        row = torch.zeros(classes, dtype=torch.int64)
-        self._sums = {"all": square, "band": square.clone(), "common": row, "either": row.clone()}
+        self._sums = {"all": square, "band": square, "common": square[0], "either": square[0]}
 
     def update(self, prediction: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -110,18 +107,14 @@ class SegmentationMetrics:
             "pixels": total,
         }
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_confusion_matrix"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _confusion_matrix=_torchmetrics())
-
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value.to(self._sums[name])
 
     def _confusion(self, prediction: Tensor, labels: Tensor) -> Tensor:
-        options = {"num_classes": self.classes, "ignore_index": IGNORED, "validate_args": False}
-        return self._confusion_matrix(prediction, labels, **options)
+        """How often each label, a row, was predicted as each class, a column."""
+        counted = labels != IGNORED
+        pairs = self.classes * labels[counted] + prediction[counted]
+        return torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
     def _count(self, values: Tensor) -> Tensor:
         return torch.bincount(values, minlength=self.classes)
@@ -184,11 +177,3 @@ def _shares(parts: Tensor, wholes: Tensor) -> list[float | None]:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _torchmetrics() -> Any:
-    try:
-        from torchmetrics.functional.classification import multiclass_confusion_matrix
-    except ImportError as error:
-        raise CadError("metrics need torchmetrics.", next="pip install 'cadsurgery[train]'") from error
-    return multiclass_confusion_matrix
