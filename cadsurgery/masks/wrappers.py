@@ -229,8 +229,7 @@ class Budget(MaskWrapper):
         """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each patch, at the border of
         the samples inside the map. In float64, where sums of equal float32 values are exact: equal scores stay equal
         whatever the size of their patches."""
-        samples = scores.double().unsqueeze(1)
-        of_patches = F.avg_pool2d(samples, grid.patch, ceil_mode=True, count_include_pad=False).squeeze(1)
+        of_patches = _mean_of_patches(scores.double(), grid.patch)
         if not torch.compiler.is_compiling() and of_patches.isnan().any():
             raise InvalidInput(
                 "the scores hold infinities of both signs in one patch.",
@@ -241,25 +240,20 @@ class Budget(MaskWrapper):
         return of_patches
 
 
-<<<<<<< HEAD
-def patch_scores(scores: Tensor, patch: int) -> Tensor:
-    """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each aligned block.
+def _mean_of_patches(samples: Tensor, patch: int) -> Tensor:
+    """Mean of each aligned block of a map (B, h, w), at the border of the samples inside: (B, ceil(h / patch), ...).
 
-    A block at the border counts the samples inside the map. In float64, where sums of equal float32 values are
-    exact: equal scores stay equal whatever the size of their blocks.
+    As sums: few engines pool in float64.
     """
-    height, width = scores.shape[1:]
-    samples = F.pad(scores.double(), (0, -width % patch, 0, -height % patch))
-    sums = samples.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).sum((2, 4))
+    padded = F.pad(samples, (0, -samples.shape[2] % patch, 0, -samples.shape[1] % patch))
+    sums = padded.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).sum((2, 4))
     down, across = (
-        (length - torch.arange(0, length, patch, device=scores.device)).clamp(max=patch)
-        for length in (height, width)
+        (length - torch.arange(0, length, patch, device=samples.device)).clamp(max=patch)
+        for length in samples.shape[1:]
     )
     return sums / (down.unsqueeze(1) * across)
 
 
-=======
->>>>>>> main
 @mask_provider("smooth")
 class Smooth(MaskWrapper):
     """Over video frames, keep what another mask keeps until it has not asked for it for some frames (hysteresis).
