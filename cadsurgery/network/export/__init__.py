@@ -104,12 +104,8 @@ def export(
             why="it is made for images of one size, with the types of the network.",
             next='leave that out, or write an ONNX file: to="onnx".',
         )
-    if whole_program(net) is None:
-        raise InvalidInput(
-            f"{type(net).__name__} cannot be exported.",
-            why="it is no network that is adaptive as a whole.",
-            next="pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone).",
-        )
+    part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
+    whole_program(net, "cannot be exported", part)
     if net.training:
         raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
     if not dynamic and not net.mask.static:
@@ -132,10 +128,12 @@ def export(
 
 
 def _way_round(net: AdaptiveModel, kind: str) -> str:
-    """What to do with a mask that is not static."""
-    if net.mask.dependence:
-        return "write an ONNX file that is given the level map: level_map=True, --level-map."
-    budget = f'keep a fixed share of the patches: net.mask = "{net.mask.spec()} | budget:fraction=0.3"'
-    return budget + (
-        ", or write a file for any mask and size: dynamic=True, --dynamic." if kind == "onnx" else "."
+    """What to do with a mask that is not static; empty for what helps wherever shapes are fixed."""
+    if kind != "onnx":
+        return ""
+    given = "give the level map as an input: level_map=True, --level-map."
+    return (
+        given
+        if net.mask.dependence
+        else f"write a file for any mask and size, dynamic=True or --dynamic; or {given}"
     )
