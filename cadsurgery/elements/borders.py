@@ -105,7 +105,7 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float 
         # Beyond the border, by whole samples back to the last one.
         y = y - (y - height + spacing).clamp(min=0) // spacing * spacing
         column = column - (column - width + spacing).clamp(min=0) // spacing * spacing
-        return lattice.index[(image * height + y) * width + column].long(), inside
+        return lattice.index[lattice.pixels(image, y, column)].long(), inside
 
     places, inside = lattice.pyramid.derive(key, build)
     rows = x.rows.index_select(0, places.to(x.rows.device))

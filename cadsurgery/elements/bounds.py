@@ -75,8 +75,8 @@ class Bounds(NamedTuple):
         if stage == 0:
             return pixels, pixels
         if self.level is not None:
-            rows, columns = lattice.grid(min(self.level, stage))
-            return lattice.batch * rows * columns, lattice.batch * rows * columns
+            exact = lattice.batch * _cells(height, width, lattice.geometry.sides[min(self.level, stage)])
+            return exact, exact
         lost = lattice.batch * whole_height * whole_width - pixels
         if lost < 0:  # beyond the level map each pixel can be an element, or none more
             return self.least[stage], min(self.most[stage] - lost, pixels)

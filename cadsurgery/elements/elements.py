@@ -13,12 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.axes import NCHW, channel_dims, image_dims, is_flat
-from cadsurgery.elements.backends.choose import (
-    Picking,
-    compute,
-    mix,
-    select_rows,
-)
+from cadsurgery.elements.backends.choose import Picking, compute, mix, select_rows
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.elements.operations import operation
@@ -92,12 +87,11 @@ def to_dense(x: Elements, spacing: int = 1, layout: str = NCHW, guide: Tensor | 
 def _by_pixel_of_uniform(x: Elements, spacing: int) -> Tensor | None:
     """The pixels (B, h, w, ...) that lie on the anchors of a uniform lattice, a view if it is all of them; None where
     others are read."""
-    level = x.lattice.uniform_level
-    side = x.lattice.geometry.sides[level] if level is not None else 0
-    if level is None or spacing % side:
+    side = x.lattice.uniform_side
+    if not side or spacing % side:
         return None
     step = spacing // side
-    by_pixel = x.rows.view(x.lattice.batch, *x.lattice.grid(level), *x.rows.shape[1:])
+    by_pixel = x.rows.view(x.lattice.batch, *x.lattice.samples(side), *x.rows.shape[1:])
     return by_pixel[:, ::step, ::step].contiguous()
 
 

@@ -16,7 +16,6 @@ which are samples i on the network's own grid, and as far from any other element
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -91,23 +90,19 @@ class Window(NamedTuple):
         """The window with the padding that "same" means for a fine map of `size`; itself otherwise."""
         if not self.same:
             return self
-        pads = [self._same(*axis) for axis in zip(size, self.kernel, self.dilation, strict=True)]
-        (top, bottom), (left, right) = pads
+        (top, bottom), (left, right) = map(self._same, size, (0, 1))
         return self._replace(padding=(top, bottom, left, right), same=False)
 
-    def _same(self, fine: int, kernel: int, dilation: int) -> tuple[int, int]:
+    def _same(self, fine: int, axis: int) -> tuple[int, int]:
         samples = -(-fine // self.spacing)
-        reach = (-(-samples // self.stride) - 1) * self.stride + dilation * (kernel - 1) + 1
-        total = max(reach - samples, 0)
+        span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        total = max((-(-samples // self.stride) - 1) * self.stride + span - samples, 0)
         return total // 2, total - total // 2
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Fine size of the output of a fine map of `size`: H' = min(H, n' R), n' the output size in samples."""
-        height, width = size
-        return (
-            self._output_length(height, self.kernel[0], self.dilation[0], self.padding[0], self.padding[1]),
-            self._output_length(width, self.kernel[1], self.dilation[1], self.padding[2], self.padding[3]),
-        )
+        height, width = map(self._output_length, size, (0, 1))
+        return height, width
 
     def finer_samples(self, size: tuple[int, int]) -> tuple[int, int]:
         """Samples (height, width) of the output of a transposed convolution of a fine map of `size`."""
@@ -125,9 +120,10 @@ class Window(NamedTuple):
             )
         return height, width
 
-    def _output_length(self, fine: int, kernel: int, dilation: int, before: int, after: int) -> int:
+    def _output_length(self, fine: int, axis: int) -> int:
         samples = -(-fine // self.spacing)
-        room = samples + before + after - dilation * (kernel - 1) - 1
+        before, after = self.padding[2 * axis : 2 * axis + 2]
+        room = samples + before + after - self.dilation[axis] * (self.kernel[axis] - 1) - 1
         count = (-(-room // self.stride) if self.ceil_mode else room // self.stride) + 1
         if self.ceil_mode and (count - 1) * self.stride >= samples + before:
             count -= 1  # torch: a window must start inside the map or its left padding
@@ -158,59 +154,71 @@ class Reading:
     has_outside: bool
     used: Tensor | None = None
 
+    @property
+    def reading(self) -> Reading:
+        """Itself, as of what has one."""
+        return self
+
+
+def read_rows(table: Tensor, has_outside: bool = False) -> Reading:
+    """The reading of a table of rows without a halo."""
+    none = torch.empty(0, 4, dtype=torch.int32, device=table.device)
+    return Reading(table, none, none.double(), has_outside)
+
 
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
     """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
-    index, count = lattice.index, len(lattice)
-    row = index[points]
-    sources, mix = mix_nothing(row.device)
-    used = None
-    linear = lattice.geometry.interpolates and lattice.uniform_level != 0
-    if linear:
-        off_anchor = lattice.anchors[row] != points
-        if inside is not None:
-            off_anchor &= inside
-    if linear and lattice.capacity is not None:
-        reading = _bounded_halo(lattice, row, points, off_anchor)
-        row, sources, mix, used = reading.table, reading.sources, reading.mix, reading.used
-    elif linear:
-        wanted = torch.zeros(index.shape[0], dtype=torch.bool, device=row.device)
-        wanted[points[off_anchor]] = True
-        rank = (wanted.cumsum(0) + count).to(torch.int32)
-        row = torch.where(off_anchor, rank[points], row)
-        sources, mix = _interpolation(lattice, wanted.nonzero().squeeze(1))
-    if inside is None or (lattice.capacity is None and bool(inside.all())):
-        return Reading(row.to(torch.int32), sources, mix, False, used)
-    return Reading(torch.where(inside, row, count).to(torch.int32), sources, mix, True, used)
+    table = _rows_or_pixels(lattice)[points]
+    has_outside = inside is not None and not (lattice.capacity is None and bool(inside.all()))
+    if has_outside:
+        table = torch.where(inside, table, len(lattice))  # type: ignore[arg-type]
+    return _with_halo(lattice, table, has_outside)
 
 
-def _bounded_halo(lattice: Lattice, entries: Tensor, pixels: Tensor, between: Tensor) -> Reading:
-    """Where points of a lattice with bounds are read: `entries`, or the halo where a point lies `between` anchors.
+def _has_halo(lattice: Lattice) -> bool:
+    """Whether points inside its cells are mixed from several elements."""
+    return lattice.geometry.interpolates and lattice.uniform_level != 0
 
-    Shapes follow from the bounds alone: the halo has a row for every pixel that can be no anchor. Those that are read
-    come first.
 
-    Args:
-        lattice: that is read.
-        entries: rows of the points that are no halo.
-        pixels: flat fine pixels of the points, where they lie between anchors.
-        between: which do.
+def _rows_or_pixels(lattice: Lattice) -> Tensor:
+    """(B*H*W,) int32: the row each fine pixel is read from; a pixel that is mixed from several elements stands for
+    itself, as -1 minus its number, until it has a row of the halo."""
+
+    def build() -> Tensor:
+        pixels = torch.arange(len(lattice.index), dtype=torch.int32, device=lattice.index.device)
+        at_anchor = torch.zeros_like(pixels, dtype=torch.bool)
+        at_anchor[lattice.anchors] = True
+        return torch.where(at_anchor, lattice.index, -1 - pixels)
+
+    return (
+        lattice.pyramid.derive(("rows or pixels", lattice.key), build)
+        if _has_halo(lattice)
+        else lattice.index
+    )
+
+
+def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
+    """The reading of a table of `_rows_or_pixels`, which is overwritten: each pixel in it gets a row of the halo.
+
+    Where only bounds are known, shapes follow from these alone: the halo has a row for every pixel that can be no
+    anchor. Those that are read come first.
     """
-    capacity, whole = lattice.capacity, lattice.index.shape[0]
-    assert capacity is not None
-    wanted = torch.zeros(whole + 1, dtype=torch.bool, device=entries.device)
-    wanted[torch.where(between, pixels, whole)] = True
-    wanted = wanted[:whole]
-    rank = wanted.cumsum(0) + capacity[1]
-    table = torch.where(between, rank[torch.where(between, pixels, 0)], entries).to(torch.int32)
-    points = torch.nonzero_static(wanted, size=whole - capacity[0], fill_value=0).squeeze(1)
-    return Reading(table, *_interpolation(lattice, points), False, wanted.sum())
-
-
-def mix_nothing(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sources and weights of a reading without a halo."""
-    none = torch.empty(0, 4, dtype=torch.int32, device=device)
-    return none, none.double()
+    if not _has_halo(lattice):
+        return read_rows(table, has_outside)
+    between, pixels = table < 0, len(lattice.index)
+    if lattice.capacity is None:
+        wanted = torch.zeros(pixels, dtype=torch.bool, device=table.device)
+        mixed = (-1 - table[between]).long()
+        wanted[mixed] = True
+        table[between] = (wanted.cumsum(0, dtype=torch.int32) + len(lattice))[mixed]
+        return Reading(table, *_interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
+    wanted = torch.zeros(pixels + 1, dtype=torch.bool, device=table.device)
+    wanted[torch.where(between, -1 - table, pixels).long()] = True
+    wanted = wanted[:pixels]
+    rank = wanted.cumsum(0) + len(lattice)
+    table = torch.where(between, rank[torch.where(between, -1 - table, 0).long()], table).to(torch.int32)
+    points = torch.nonzero_static(wanted, size=pixels - lattice.capacity[0], fill_value=0).squeeze(1)
+    return Reading(table, *_interpolation(lattice, points), has_outside, wanted.sum())
 
 
 def _interpolation(lattice: Lattice, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,15 +253,19 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
     Returns:
         A reading whose table is (N_target, taps); of a transposed convolution (N_target, most taps of a phase).
     """
-    plain = window.mode == "zeros" and not drop and source.geometry.anchor == "corner"
-    build: Callable[[Lattice, Lattice, Window, bool], Reading]
-    key = ("kernel_map", source.key, target.key, window, drop)
-    build = _shift_taps if plain else _fold_taps
-    if window.finer > 1:
-        build = _taps_of_phases
-    if source.part is not None:
-        build = _of_part
-    return source.pyramid.derive(key, lambda: build(source, target, window, drop))
+
+    def build() -> Reading:
+        if source.part is not None:
+            return _of_part(source, target, window, drop)
+        if window.finer > 1:
+            return _taps_of_phases(source, target, window)
+        if window.mode == "zeros" and not drop and source.geometry.anchor == "corner":
+            return _shift_taps(source, target, window)
+        # Taps are folded back at the border, shifted to the centre of cells, or dropped.
+        points, inside, _ = _taps(source, target, window, drop)
+        return read_points(source, points, inside)
+
+    return source.pyramid.derive(("kernel_map", source.key, target.key, window, drop), build)
 
 
 def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
@@ -287,7 +299,7 @@ def divisors(
     return source.pyramid.derive(key, build)
 
 
-def _shift_taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     """The common case: every tap is the anchor moved by the same vector, and reads zero outside the map.
 
     One integer per element plus one per tap is the place in a padded map of rows.
@@ -298,45 +310,19 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window, drop: bool) ->
     across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
     above, below = max(0, -down[0]), max(0, down[-1])
     before, after = max(0, -across[0]), max(0, across[-1])
-    count, linear = len(source), source.geometry.interpolates and source.uniform_level != 0
-    rows = source.index
-    if linear:  # what is no anchor stands for itself, as a negative number, until it has a row of the halo
-        pixels = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-        at_anchor = torch.zeros_like(rows, dtype=torch.bool)
-        at_anchor[source.anchors] = True
-        rows = torch.where(at_anchor, rows, -1 - pixels)
-    padded = F.pad(rows.view(-1, height, width), (before, after, above, below), value=count).flatten()
+    padding = (before, after, above, below)
+    padded = F.pad(_rows_or_pixels(source).view(-1, height, width), padding, value=len(source)).flatten()
     image, y, x = target.coordinates
     wide = width + before + after
     place = (image * (height + above + below) + y + above) * wide + x + before
-    steps = torch.tensor([v * wide + h for v in down for h in across], device=rows.device)
-    table = padded[place.unsqueeze(1) + steps]
-    has_outside = above + below + before + after > 0
-    if linear and source.capacity is not None:
-        reading = _bounded_halo(source, table, (-1 - table).long(), table < 0)
-        return replace(reading, has_outside=has_outside)
-    sources, mix = mix_nothing(rows.device)
-    if linear:
-        between = table < 0
-        wanted = torch.zeros_like(rows, dtype=torch.bool)
-        wanted[(-1 - table[between]).long()] = True
-        rank = wanted.cumsum(0, dtype=torch.int32) + count
-        table[between] = rank[(-1 - table[between]).long()]
-        sources, mix = _interpolation(source, wanted.nonzero().squeeze(1))
-    return Reading(table, sources, mix, has_outside)
+    steps = torch.tensor([v * wide + h for v in down for h in across], device=padded.device)
+    return _with_halo(source, padded[place.unsqueeze(1) + steps], any(padding))
 
 
-def _fold_taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
-    """Any other: taps folded back at the border, shifted to the centre of cells, or dropped."""
-    points, inside, _ = _taps(source, target, window, drop)
-    return read_points(source, points, inside)
-
-
-def _taps_of_phases(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
+def _taps_of_phases(source: Lattice, target: Lattice, window: Window) -> Reading:
     """Of a transposed convolution, see (**): the taps of a phase in their order, which go back in the map."""
     (height, width), (image, y, x) = source.size, target.coordinates
-    here = (image * height + y.clamp(max=height - 1)) * width + x.clamp(max=width - 1)
-    side = source.side_map.flatten()[here]
+    side = source.side_map.flatten()[source.pixels(image, y, x)]
     shift = side // 2 if source.geometry.anchor == "center" else torch.zeros_like(side)
     places, inside = [], []
     for anchor, length, axis in ((y, height, 0), (x, width, 1)):
@@ -416,13 +402,8 @@ def _taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> tuple
     anchor = (image * height + y) * width + x
     side = source.side_map.flatten()[anchor]
     shift = side // 2 if source.geometry.anchor == "center" else torch.zeros_like(side)
-    top, bottom, left, right = window.padding
-    rows, row_in, row_counted = _axis(
-        y, window.kernel[0], window.dilation[0], top, bottom, window, height, shift
-    )
-    columns, col_in, col_counted = _axis(
-        x, window.kernel[1], window.dilation[1], left, right, window, width, shift
-    )
+    rows, row_in, row_counted = _axis(y, window, 0, height, shift)
+    columns, col_in, col_counted = _axis(x, window, 1, width, shift)
     points = ((image * height)[:, None, None] + rows[:, :, None]) * width + columns[:, None, :]
     inside = (row_in[:, :, None] & col_in[:, None, :]).flatten(1)
     counted = (row_counted[:, :, None] & col_counted[:, None, :]).flatten(1)
@@ -436,25 +417,18 @@ def _taps(source: Lattice, target: Lattice, window: Window, drop: bool) -> tuple
 
 
 def _axis(
-    anchor: Tensor,
-    kernel: int,
-    dilation: int,
-    before: int,
-    after: int,
-    window: Window,
-    length: int,
-    shift: Tensor,
+    anchor: Tensor, window: Window, axis: int, length: int, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positions (N, kernel) of the taps along one axis, whether they are inside, whether they count.
 
     The map is seen as `spacing` interleaved grids, one per phase of the anchor, each padded the way the
     network pads its own grid. So reflected and replicated borders keep the laws at any size.
     """
-    spacing = window.spacing
+    spacing, (before, after) = window.spacing, window.padding[2 * axis : 2 * axis + 2]
     phase, cell = anchor % spacing, anchor // spacing
     samples = ((length - phase + spacing - 1) // spacing).unsqueeze(1)
-    offsets = torch.arange(kernel, device=anchor.device) * dilation - before
-    sample = cell.unsqueeze(1) + offsets
+    taps = torch.arange(window.kernel[axis], device=anchor.device)
+    sample = cell.unsqueeze(1) + taps * window.dilation[axis] - before
     counted = (sample >= -before) & (sample < samples + after)
     inside = (sample >= 0) & (sample < samples)
     if window.mode == "reflect":

@@ -8,12 +8,11 @@ from the levels and is computed once, on demand.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +27,6 @@ Pool = Literal["atrous", "drop"]
 Patch = Literal["quadtree", "block"]
 Statistics = Literal["area", "element"]
 T = TypeVar("T")
-
-_CHOICES = {
-    "fill": ("linear", "nearest", "guided"),
-    "anchor": ("corner", "center"),
-    "pool": ("atrous", "drop"),
-    "patch": ("quadtree", "block"),
-    "statistics": ("area", "element"),
-}
 
 
 @dataclass(frozen=True)
@@ -66,11 +57,11 @@ class Geometry:
     dense_shortcut: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+        for name, hint in get_type_hints(Geometry).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
                 raise InvalidInput(
-                    f"{name}={getattr(self, name)!r} is not a choice.",
-                    next=f"use one of {', '.join(allowed)}.",
+                    f"{name}={value!r} is not a choice.", next=f"use one of {', '.join(choices)}."
                 )
         if self.anchor == "center" and self.fill != "nearest":
             raise InvalidInput(
@@ -106,16 +97,7 @@ class Geometry:
                 f"a level map is a non-empty (batch, height, width) integer tensor, not {describe(levels)}.",
                 next="give 0 where the high output stride is kept and 1, 2, ... where it is downsampled.",
             )
-        if levels.dtype == torch.bool:
-            levels = torch.where(levels, 0, self.max_level)
-        if not torch.compiler.is_compiling():  # values are unknown while a graph is made
-            low, high = (int(bound) for bound in torch.aminmax(levels))
-            if low < 0 or high > self.max_level:
-                raise InvalidInput(
-                    f"the level map has values {low}..{high}.",
-                    why=f"levels are 0 (keep high) to {self.max_level} (downsample everything).",
-                    next=f"clamp it, e.g. levels.clamp(0, {self.max_level}).",
-                )
+        levels = as_levels(levels, self.max_level)
         pyramid = Pyramid(legalise(levels, self), self, bounds)
         return Lattice(pyramid, len(self.strides), (levels.shape[1], levels.shape[2]))
 
@@ -129,6 +111,28 @@ class Geometry:
         """The uniform lattice for a fine map (B, C, H, W); of real values even if the map has none."""
         batch, _, height, width = features.shape
         return self.uniform(level, batch, (height, width), "cpu" if features.is_meta else features.device)
+
+
+def as_levels(levels: Tensor, max_level: int, where: str = "") -> Tensor:
+    """A map of integers as levels, int64; of a bool map True is level 0 and False the lowest.
+
+    Raises:
+        InvalidInput: there are other levels than 0..max_level; `where` is for the message.
+    """
+    if levels.dtype == torch.bool:
+        return torch.where(levels, 0, max_level)
+    levels = levels.long()  # not all integer types can be compared
+    if torch.compiler.is_compiling():  # values are unknown while a graph is made
+        return levels
+    low, high = (int(bound) for bound in torch.aminmax(levels))
+    if low < 0 or high > max_level:
+        raise InvalidInput(
+            f"the map has levels {low}..{high}.",
+            where=where,
+            why=f"levels go from 0 (keep the high resolution) to {max_level} (downsample everything).",
+            next=f"clamp them: levels.clamp(0, {max_level}).",
+        )
+    return levels
 
 
 def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
@@ -269,6 +273,11 @@ class Lattice:
         height, width = (-(-length // self.geometry.sides[-1]) for length in self.whole_size)
         return height * self.geometry.sides[-1], width * self.geometry.sides[-1]
 
+    def pixels(self, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Flat numbers of fine pixels; beyond the map those at its lower or right border."""
+        height, width = self.size
+        return (image * height + y.clamp(max=height - 1)) * width + x.clamp(max=width - 1)
+
     def samples(self, spacing: int) -> tuple[int, int]:
         """Height and width of a map with a sample on every `spacing`-th fine pixel."""
         return -(-self.size[0] // spacing), -(-self.size[1] // spacing)
@@ -376,6 +385,11 @@ class Lattice:
         low, high = torch.aminmax(self.levels)
         return int(low) if bool(low == high) else None
 
+    @property
+    def uniform_side(self) -> int:
+        """Side in fine pixels that all cells have; 0 where `uniform_level` is None."""
+        return 0 if self.uniform_level is None else self.geometry.sides[self.uniform_level]
+
     @_derive
     def weights(self) -> Tensor:
         """(N,) float64: how much each element counts in a mean over its image; sums to H*W per image.
@@ -397,20 +411,14 @@ class Lattice:
         """(B, N) float64: `weights` of each image's own elements, normalised to sum to one per image."""
         height, width = self.size
         rows = torch.zeros(self.batch, len(self), dtype=torch.float64, device=self.levels.device)
-        rows[self.coordinates[0], torch.arange(len(self), device=rows.device)] = self.weights / (
-            height * width
-        )
+        numbers = torch.arange(len(self), device=rows.device)
+        rows[self.coordinates[0], numbers] = self.weights / (height * width)
         return rows
 
     @_derive
     def active_fraction(self) -> float:
         """Share of fine pixels at level 0."""
         return (self.levels == 0).double().mean().item()
-
-    def grid(self, level: int) -> tuple[int, int]:
-        """Height and width of a dense map with one sample per cell of `level`."""
-        side = self.geometry.sides[level]
-        return math.ceil(self.size[0] / side), math.ceil(self.size[1] / side)
 
 
 def describe(value: object) -> str:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import (
-    MixingLines,
-    compute,
-    extend,
-    mix,
-)
+from cadsurgery.elements.backends.choose import MixingLines, compute, extend, mix
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
@@ -64,14 +60,9 @@ def resize(
         )
     target = x.lattice.resample(stage, fine)
     key = ("resize", x.lattice.key, target.key, spacings, before, after, mode, align_corners)
-
-    def build() -> tuple[Tensor, Tensor]:
-        image, *place = target.coordinates
-        side = target.side_map.flatten()[target.anchors]
-        ratios = _ratios(before, after, spacings, bool(align_corners))
-        stretched = scale == 1 and before != after
-        return _between_cells(x.lattice, image, place, side, ratios, mode, bool(align_corners), stretched)
-
+    ratios = _ratios(before, after, spacings, bool(align_corners))
+    stretched = scale == 1 and before != after
+    build = partial(_between_cells, x.lattice, target, ratios, mode, bool(align_corners), stretched)
     return Elements(mix(x.rows, *x.lattice.pyramid.derive(key, build)), target)
 
 
@@ -113,8 +104,7 @@ def resize_to_dense(
     """
     scaling = Scaling(size, scale_factor, mode, align_corners, recompute_scale_factor)
     lattice, bilinear = x.lattice, mode == "bilinear"
-    level = lattice.uniform_level
-    side = lattice.geometry.sides[level] if level is not None else 0
+    side = lattice.uniform_side
     if side == spacing and lattice.geometry.dense_shortcut:
         return scaling.of(to_dense(x, spacing))
     if bilinear and spacing == 1:
@@ -152,11 +142,8 @@ class Scaling:
     def of(self, dense: Tensor) -> Tensor:
         """torch's resize of a dense map."""
         align = self.align_corners if self.mode == "bilinear" else None
-        size, factor = self.size, self.scale_factor
-        return F.interpolate(
-            *(dense, size, factor, self.mode, align),
-            recompute_scale_factor=self.recompute_scale_factor,
-        )
+        again = self.recompute_scale_factor
+        return F.interpolate(dense, self.size, self.scale_factor, self.mode, align, again)
 
     def places(self, fine: tuple[int, int], spacing: int, dtype: torch.dtype) -> list[Tensor]:
         """Per axis the position q of each sample on a fine map of a size: float64, or int64 where one pixel is read.
@@ -165,11 +152,9 @@ class Scaling:
         sample is read it is a map of the size and type of the values, which decide how torch rounds.
         """
         counts = [-(-length // spacing) for length in fine]
-        return (
-            self._between(counts, spacing)
-            if self.mode == "bilinear"
-            else self._single(counts, spacing, fine, dtype)
-        )
+        if self.mode == "bilinear":
+            return self._between(counts, spacing)
+        return self._single(counts, spacing, fine, dtype)
 
     def _between(self, counts: Sequence[int], spacing: int) -> list[Tensor]:
         places = []
@@ -265,11 +250,10 @@ def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int
     """
     counts = [length * scale for length in x.lattice.samples(spacings[0])]
     target = x.lattice.resample(stage, x.lattice.holding(counts, spacings[1]))
-    (height, width), (image, y, x_) = x.lattice.size, target.coordinates
+    image, y, x_ = target.coordinates
     down, across = (at // spacings[1] % scale for at in (y, x_))
     # The last samples may reach beyond the map they are made of.
-    y, x_ = (y - down * spacings[1]).clamp(max=height - 1), (x_ - across * spacings[1]).clamp(max=width - 1)
-    points = (image * height + y) * width + x_
+    points = x.lattice.pixels(image, y - down * spacings[1], x_ - across * spacings[1])
     reading = read_points(x.lattice, points)
     rows = extend(x.rows, reading, 0.0).index_select(0, reading.table.to(x.rows.device))
     phase = (down * scale + across).to(rows.device)
@@ -287,30 +271,14 @@ def _ratios(
 
 
 def _between_cells(
-    source: Lattice,
-    image: Tensor,
-    place: Sequence[Tensor],
-    side: Tensor,
-    ratios: Sequence[float],
-    mode: str,
-    align_corners: bool,
-    stretched: bool = False,
+    source: Lattice, target: Lattice, ratios: Sequence[float], mode: str, align_corners: bool, stretched: bool
 ) -> tuple[Tensor, Tensor]:
-    """Elements (M, 4) and their weights that samples of a finer grid are resized from.
-
-    Args:
-        source: the lattice that is read.
-        image: (M,) image of each sample.
-        place: its y and x, in fine pixels.
-        side: (M,) distance of samples there, in fine pixels.
-        ratios: see `_ratios`.
-        mode: `nearest` or `bilinear`.
-        align_corners: as in torch.
-        stretched: whether to read between cells that are as large as the samples are apart, too.
-    """
+    """Elements (M, 4) of `source`, and their weights, that each element of a finer lattice is resized from; between
+    cells as large as its own only if `stretched`."""
     height, width = source.size
-    inside = [at.long().clamp(max=length - 1) for at, length in zip(place, source.size, strict=True)]
-    cell = source.side_map.flatten()[(image * height + inside[0]) * width + inside[1]]
+    image, *place = target.coordinates
+    side = target.side_map.flatten()[target.anchors]
+    cell = source.side_map.flatten()[source.pixels(image, *place)]
     same = (cell == side) & (not stretched)
     ends = []
     for fine, length, ratio in zip(place, source.size, ratios, strict=True):

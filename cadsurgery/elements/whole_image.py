@@ -7,7 +7,7 @@ the weighted mean times their number. So it keeps the scale the weights were tra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from cadsurgery.elements.axes import NCHW, image_dims
 from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
+from cadsurgery.support.processes import count_together
 
 
 @operation(reads="element")
@@ -41,7 +42,7 @@ def batch_norm(
     weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
     real, count = x.lattice.real, len(x.lattice)
     of_batch: int | Tensor = count if real is None else x.lattice.counts.sum()
-    if norm.training and isinstance(norm, nn.SyncBatchNorm) and _several_processes(norm):
+    if norm.training and isinstance(norm, nn.SyncBatchNorm) and count_together(norm.process_group) > 1:
         rows, mean, variance, of_batch = _norm_together(x, norm, weighted, of_batch)
     elif real is None and (not weighted or x.lattice.uniform_level is not None):
         # Each counts the same, as torch counts.
@@ -59,11 +60,6 @@ def batch_norm(
         of_batch = of_batch.to(variance) if isinstance(of_batch, Tensor) else of_batch
         _update_statistics(norm, mean.detach(), variance.detach(), of_batch)
     return Elements(rows.to(x.rows.dtype), x.lattice)
-
-
-def _several_processes(norm: nn.SyncBatchNorm) -> bool:
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return together and torch.distributed.get_world_size(norm.process_group) > 1
 
 
 def _norm_together(
@@ -207,9 +203,14 @@ def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor
 def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Maximum of each image: (B, C, 1, 1) or (B, C)."""
     values = without_padding(x, -torch.inf).reshape(len(x.lattice), -1)
-    image = x.lattice.coordinates[0].to(x.rows.device).unsqueeze(1).expand_as(values)
+    return _per_image(_largest(x, values), x, keepdim, layout)
+
+
+def _largest(x: Elements, values: Tensor) -> Tensor:
+    """(B, C): the largest of rows (N, C) in each image."""
+    image = x.lattice.coordinates[0].to(values.device).unsqueeze(1).expand_as(values)
     lowest = values.new_full((x.lattice.batch, values.shape[1]), -torch.inf)
-    return _per_image(lowest.scatter_reduce(0, image, values, "amax"), x, keepdim, layout)
+    return lowest.scatter_reduce(0, image, values, "amax")
 
 
 @operation(reads="image", gives="vector")
@@ -231,31 +232,15 @@ def pool_to_bins(x: Elements, size: tuple[int, int], largest: bool = False, spac
         ("bins", lattice.key, size, spacing), lambda: _shares_of_bins(lattice, size, spacing)
     )
     if largest:
-        image = lattice.coordinates[0].to(x.rows.device).unsqueeze(1).expand_as(x.rows)
-        lowest = x.rows.new_full((lattice.batch, x.rows.shape[1]), -torch.inf)
-        bins = torch.stack(
-            [
-                lowest.scatter_reduce(
-                    0,
-                    image,
-                    torch.where((share > 0).to(x.rows.device).unsqueeze(1), x.rows, -torch.inf),
-                    "amax",
-                )
-                for share in shares.unbind(1)
-            ],
-            2,
-        )
-        return bins.unflatten(2, size)
+        inside = (shares > 0).to(x.rows.device).unsqueeze(2).unbind(1)
+        return torch.stack(
+            [_largest(x, torch.where(own, x.rows, -torch.inf)) for own in inside], 2
+        ).unflatten(2, size)
     values = without_padding(x)
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     shares = shares.to(values)
-    if lattice.capacity is None:
-        counts = lattice.counts.tolist()
-        parts = list(zip(shares.split(counts), values.split(counts), strict=True))
-    else:
-        parts = [(shares * own.unsqueeze(1), values) for own in _own_rows(x, values)]
     with no_autocast(values):
-        bins = torch.stack([rows.T @ share for share, rows in parts])
+        bins = torch.stack([rows.T @ share for share, rows in _by_image(x, shares, values)])
     return bins.unflatten(2, size).to(x.rows.dtype)
 
 
@@ -358,15 +343,7 @@ def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> 
     height, width = x.lattice.samples(spacing)
     share = x.lattice.weights / (x.lattice.size[0] * x.lattice.size[1]) * height * width
     weighed = without_padding(x) * share.to(x.rows).view(-1, *(1,) * (x.rows.dim() - 1))
-    parts: Iterable[tuple[Tensor, Tensor]]
-    if x.lattice.capacity is None:
-        counts = x.lattice.counts.tolist()
-        parts = zip(weighed.split(counts), other.rows.split(counts), strict=True)
-    else:
-        values = without_padding(other)
-        parts = [
-            (weighed * own.view(-1, *(1,) * (weighed.dim() - 1)), values) for own in _own_rows(x, weighed)
-        ]
+    parts = _by_image(x, weighed, without_padding(other))
     return torch.stack([torch.einsum("n...i,n...j->...ij", left, right) for left, right in parts])
 
 
@@ -386,15 +363,17 @@ def matrix_on_rows(x: Elements, matrix: Tensor, transposed: bool) -> Elements:
     if x.lattice.capacity is not None:
         every = [torch.einsum("n...k,...kj->n...j", x.rows, own) for own in matrices]
         return Elements(own_image(every, x.lattice), x.lattice)
-    counts = x.lattice.counts.tolist()
-    parts = zip(x.rows.split(counts), matrices, strict=True)
+    parts = zip(x.rows.split(x.lattice.counts.tolist()), matrices, strict=True)
     return Elements(torch.cat([torch.einsum("n...k,...kj->n...j", *part) for part in parts]), x.lattice)
 
 
-def _own_rows(x: Elements, like: Tensor) -> list[Tensor]:
-    """For each image the (N,) share, one or zero, that its rows have in it."""
-    image = x.lattice.coordinates[0].to(like.device)
-    return [(image == number).to(like.dtype) for number in range(x.lattice.batch)]
+def _by_image(x: Elements, *values: Tensor) -> list[tuple[Tensor, ...]]:
+    """Rows (N, ...) of the elements, by image; where only bounds are known all of them, the first zero in others."""
+    if x.lattice.capacity is None:
+        counts = x.lattice.counts.tolist()
+        return list(zip(*(rows.split(counts) for rows in values), strict=True))
+    image = x.lattice.coordinates[0].to(values[0].device).view(-1, *(1,) * (values[0].dim() - 1))
+    return [(values[0] * (image == number), *values[1:]) for number in range(x.lattice.batch)]
 
 
 def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tensor:

@@ -22,7 +22,7 @@ from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements, autocast, common_lattice, own_image, rows_on
-from cadsurgery.elements.kernel_map import Reading, Window, divisors, kernel_map, phases
+from cadsurgery.elements.kernel_map import Window, divisors, kernel_map, phases, read_rows
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 
@@ -81,10 +81,13 @@ def conv2d(
     rows, weight, bias = autocast(x.rows, weight, bias)
     if rows.dtype != weight.dtype:  # backends would convert the weight, and answer in the wrong type
         raise TypeError(f"the elements are {rows.dtype}, the weight is {weight.dtype}")
-    reads, weights = Between(x.lattice, target, window), Weights(weight, bias, groups)
-    if window.finer > 1:
-        return Elements(compute(Spreading(rows, weights, reads)), target)
-    return Elements(compute(Convolution(rows, weights, reads, window.outside or 0.0)), target)
+    return _convolve(rows, Weights(weight, bias, groups), Between(x.lattice, target, window))
+
+
+def _convolve(rows: Tensor, weights: Weights, reads: Between, residual: Tensor | None = None) -> Elements:
+    work = Spreading if reads.window.finer > 1 else Convolution
+    outside = reads.window.outside or 0.0
+    return Elements(compute(work(rows, weights, reads, outside, residual)), reads.target)
 
 
 def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
@@ -124,10 +127,7 @@ def fused_conv2d(
         target = common_lattice(target.stage if target.part is None else target, plain, residual)
         return Elements(weights.finish(rows_on(plain, target), rows_on(residual, target)), target)
     more = rows_on(residual, target).to(rows.dtype) if residual is not None else None
-    reads = Between(x.lattice, target, window)
-    if window.finer > 1:
-        return Elements(compute(Spreading(rows, weights, reads, more)), target)
-    return Elements(compute(Convolution(rows, weights, reads, window.outside or 0.0, more)), target)
+    return _convolve(rows, weights, Between(x.lattice, target, window), more)
 
 
 def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bool:
@@ -166,13 +166,10 @@ def conv2d_per_image(
     rows, table = extend(x.rows, reading, window.outside or 0.0), reading.table
     static = target.capacity is not None
     tables = [table] * target.batch if static else table.split(target.counts.tolist())
-    nothing = reading.sources[:0], reading.mix[:0]
     parts = []
     for mixture, offset, entries in zip(weights, biases, tables, strict=True):
         values, mixture, offset = autocast(rows, mixture, offset)
-        parts.append(
-            compute(Convolution(values, Weights(mixture, offset, groups), Reading(entries, *nothing, False)))
-        )
+        parts.append(compute(Convolution(values, Weights(mixture, offset, groups), read_rows(entries))))
     return Elements(own_image(parts, target) if static else torch.cat(parts), target)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.lattice import Geometry, describe
+from cadsurgery.elements.lattice import Geometry, as_levels, describe
 from cadsurgery.masks.options import format_options, options_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.provenance import same_place
@@ -216,20 +216,7 @@ def check_levels(returned: object, grid: Grid, provider: str) -> Tensor:
             why=f"the fine map of this image has {grid.size[0]} x {grid.size[1]} samples.",
             next=f"give {expected}.",
         )
-    if levels.dtype == torch.bool:
-        return torch.where(levels, 0, grid.max_level)
-    levels = levels.long()  # not all integer types can be compared
-    if torch.compiler.is_compiling():  # values are unknown while a graph is made
-        return levels
-    low, high = (int(bound) for bound in torch.aminmax(levels))
-    if low < 0 or high > grid.max_level:
-        raise InvalidInput(
-            f"the mask has levels {low}..{high}.",
-            where=where,
-            why=f"levels go from 0 (keep the high resolution) to {grid.max_level} (downsample everything).",
-            next=f"clamp them: levels.clamp(0, {grid.max_level}).",
-        )
-    return levels
+    return as_levels(levels, grid.max_level, where)
 
 
 def check_scores(scores: object, grid: Grid, provider: str, user: str) -> Tensor:

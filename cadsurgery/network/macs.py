@@ -24,7 +24,7 @@ from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.elements.operations import operation_of
-from cadsurgery.masks.masking import Masking, check_image
+from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.program import GraphInterpreter, Program
@@ -112,9 +112,7 @@ def count_macs(
 ) -> MacReport:
     """See `AdaptiveModel.macs`; `counted` is the program on shapes without values."""
     check_name("counting rule", rule, RULES)
-    image = program.image(program.bind(*args, **kwargs))
-    check_image(image)
-    provider = resolve_mask(mask)
+    image, provider = program.image(program.bind(*args, **kwargs)), resolve_mask(mask)
     asked = _Asked(program.masking(provider), image)
     if provider.sees_features or provider.looks_ahead:
         program.find_lattice(asked, *args, **kwargs)

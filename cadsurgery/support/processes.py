@@ -79,11 +79,16 @@ def gather(share: T, device: torch.device) -> list[T]:
 def mean_everywhere(value: Tensor) -> Tensor:
     """The mean of a scalar over the processes that train together, without gradient; all must call it."""
     mean = value.detach().clone()
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if together and torch.distributed.get_world_size() > 1:
+    if (together := count_together()) > 1:
         torch.distributed.all_reduce(mean)
-        mean = mean / torch.distributed.get_world_size()
+        mean = mean / together
     return mean
+
+
+def count_together(group: Any = None) -> int:
+    """How many processes train together, of a group or all."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size(group) if joined else 1
 
 
 def in_order(shares: Sequence[Sequence[tuple[int, T]]]) -> list[T]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, mix_nothing, rows_of
+from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ class Between:
     def reading(self) -> Reading:
         """The kernel map, or for one tap at the element itself the rows as they are."""
         if self.window.is_pointwise:
-            rows, device = rows_of(self.source, self.target), self.target.levels.device
+            rows = rows_of(self.source, self.target)
             if rows is None:
-                return every_row(len(self.target), device)
-            return Reading(rows.unsqueeze(1), *mix_nothing(device), False)
+                return every_row(len(self.target), self.target.levels.device)
+            return read_rows(rows.unsqueeze(1))
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
 
 
@@ -101,9 +101,7 @@ class Convolution(Work):
     @property
     def reading(self) -> Reading:
         """Where it reads."""
-        if self.reads is None:
-            return every_row(len(self.rows), self.rows.device)
-        return self.reads.reading if isinstance(self.reads, Between) else self.reads
+        return every_row(len(self.rows), self.rows.device) if self.reads is None else self.reads.reading
 
     @property
     def is_product(self) -> bool:
@@ -120,18 +118,11 @@ class Convolution(Work):
 
 
 @dataclass(frozen=True, eq=False)
-class Spreading(Work):
-    """A transposed convolution: `Convolution` with the taps of each element's own phase, see `kernel_map`."""
+class Spreading(Convolution):
+    """A transposed convolution: with the taps of each element's own phase, see `kernel_map`."""
 
-    weights: Weights
     reads: Between
-    residual: Tensor | None = None
     task: ClassVar[str] = "spread"
-
-    @property
-    def operands(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked of."""
-        return self.rows, self.weights.weight, self.weights.bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +137,7 @@ class Pooling(Work):
     @property
     def reading(self) -> Reading:
         """Where it reads."""
-        return self.reads.reading if isinstance(self.reads, Between) else self.reads
+        return self.reads.reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,8 +243,7 @@ def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
 
 def every_row(count: int, device: torch.device) -> Reading:
     """A reading of one tap: the rows as they are."""
-    rows = torch.arange(count, dtype=torch.int32, device=device)
-    return Reading(rows.unsqueeze(1), *mix_nothing(device), False)
+    return read_rows(torch.arange(count, dtype=torch.int32, device=device).unsqueeze(1))
 
 
 def select_rows(rows: Tensor, source: Lattice, target: Lattice) -> Tensor:

@@ -25,14 +25,8 @@ from cadsurgery.elements.lattice import Geometry, Lattice
 
 
 class _Dense(NamedTuple):
-    """An ordinary dense operation, in samples of its map.
-
-    Attributes:
-        stride: of both axes.
-        padding: (left, right, top, bottom): below and to the right what the last output needs, whatever the network's
-            own padding says.
-        dilation: (vertical, horizontal).
-    """
+    """An ordinary operation on a dense map, in samples of that. The padding (left, right, top, bottom) is below and to
+    the right what the last output needs, whatever the network's own says."""
 
     stride: int
     padding: tuple[int, int, int, int]
@@ -41,18 +35,20 @@ class _Dense(NamedTuple):
 
 def _dense(reads: Between) -> _Dense | None:
     """The dense operation that does the same where both lattices are uniform; else None."""
-    window, levels = reads.window, _levels(reads)
-    if levels is None:
+    window, sides = reads.window, _sides(reads)
+    if sides is None or any(step * window.spacing % sides[0] for step in (*window.dilation, *window.padding)):
         return None
-    sides, (source_level, target_level) = reads.source.geometry.sides, levels
-    side = sides[source_level]
-    if any(step * window.spacing % side for step in (*window.dilation, *window.padding)):
-        return None
-    stride = sides[target_level] // side
+    return _on_samples(reads, *sides)
+
+
+def _on_samples(reads: Between, before: int, after: int) -> _Dense:
+    """The operation on a map with a sample on every `before`-th fine pixel, its outputs on every `after`-th."""
+    window = reads.window
     down, across, top, _, left, _ = (
-        step * window.spacing // side for step in (*window.dilation, *window.padding)
+        step * window.spacing // before for step in (*window.dilation, *window.padding)
     )
-    (height, width), (rows, columns) = reads.source.grid(source_level), reads.target.grid(target_level)
+    (height, width), (rows, columns) = reads.source.samples(before), reads.target.samples(after)
+    stride = after // before
     bottom = (rows - 1) * stride + down * (window.kernel[0] - 1) + 1 - height - top
     right = (columns - 1) * stride + across * (window.kernel[1] - 1) + 1 - width - left
     return _Dense(stride, (left, right, top, bottom), (down, across))
@@ -78,10 +74,10 @@ class _Spread(NamedTuple):
 
 def spread_of(reads: Between) -> _Spread | None:
     """The dense operation that a transposed convolution is where both lattices are uniform; else None."""
-    window, levels = reads.window, _levels(reads)
-    if levels is None:
+    window, sides = reads.window, _sides(reads)
+    if sides is None:
         return None
-    before, after = (reads.source.geometry.sides[level] for level in levels)
+    before, after = sides
     shifts = window.output_spacing // after
     if window.spacing % before or window.output_spacing % after or (shifts > 1 and after % before):
         return None
@@ -90,12 +86,11 @@ def spread_of(reads: Between) -> _Spread | None:
     return _Spread(window.spacing // before, shifts, after // before, samples, wanted)
 
 
-def _levels(reads: Between) -> tuple[int, int] | None:
-    """The levels of both lattices, if the same can be computed on a dense map, and may be; else None."""
-    if not _has_whole_map(reads):
+def _sides(reads: Between) -> tuple[int, int] | None:
+    """The sides of the cells of both lattices, if the same can be computed on a dense map, and may be; else None."""
+    if not _has_whole_map(reads) or not reads.source.uniform_side or not reads.target.uniform_side:
         return None
-    source, target = reads.source.uniform_level, reads.target.uniform_level
-    return None if source is None or target is None else (source, target)
+    return reads.source.uniform_side, reads.target.uniform_side
 
 
 def _has_whole_map(reads: Between) -> bool:
@@ -107,9 +102,7 @@ def _has_whole_map(reads: Between) -> bool:
 
 def _image_of(rows: Tensor, lattice: Lattice) -> Tensor:
     """Rows on a uniform lattice as a dense channels_last map."""
-    level = lattice.uniform_level
-    assert level is not None
-    return rows.view(lattice.batch, *lattice.grid(level), -1).permute(0, 3, 1, 2)
+    return rows.view(lattice.batch, *lattice.samples(lattice.uniform_side), -1).permute(0, 3, 1, 2)
 
 
 def _rows_of(image: Tensor) -> Tensor:
@@ -171,9 +164,7 @@ class Uniform(Backend):
         )[:, :, : spread.wanted[0], : spread.wanted[1]]
         if shifts > 1:
             out = out.unflatten(0, (-1, shifts, shifts)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
-            level = work.reads.target.uniform_level
-            assert level is not None
-            height, width = work.reads.target.grid(level)
+            height, width = work.reads.target.samples(work.reads.target.uniform_side)
             out = out[:, :, :height, :width]
         return weights.finish(_rows_of(out), work.residual)
 
@@ -229,15 +220,11 @@ class WholeMap(Backend):
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
         assert isinstance(work.reads, Between)
-        source, target, window = work.reads.source, work.reads.target, work.reads.window
-        top, _, left, _ = (window.spacing * step for step in window.padding)
-        down, across = (window.spacing * step for step in window.dilation)
-        bottom = target.size[0] + down * (window.kernel[0] - 1) - source.size[0] - top
-        right = target.size[1] + across * (window.kernel[1] - 1) - source.size[1] - left
-        image = F.pad(to_dense(Elements(work.rows, source)), (left, right, top, bottom))
+        _, padding, dilation = _on_samples(work.reads, 1, 1)
+        image = F.pad(to_dense(Elements(work.rows, work.reads.source)), padding)
         plain = Weights(work.weights.weight, work.weights.bias, work.weights.groups)
-        rows = _rows_of(plain.on_image(image, (1, 1), (0, 0), (down, across)))
-        return work.weights.finish(rows.index_select(0, target.anchors), work.residual)
+        rows = _rows_of(plain.on_image(image, (1, 1), (0, 0), dilation))
+        return work.weights.finish(rows.index_select(0, work.reads.target.anchors), work.residual)
 
 
 def _measure(work: Convolution, other: Backend) -> Costs:

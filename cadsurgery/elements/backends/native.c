@@ -161,18 +161,15 @@ static inline __attribute__((always_inline)) void convolve_all(const reading *in
 }
 
 /* Convolution in groups of `group` channels in and out, clamped to low..high; out is (n, channels) and `more`, if any,
- * is added before clamping. taps <= TAPS. Returns 0, or 1 for what it has no form for. */
-int SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const element *more, element *out, long group,
-                    double low, double high) {
+ * is added before clamping. taps <= TAPS, group is 1, 2, 4, 8, or 16 where a vector has as many. */
+void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const element *more, element *out, long group,
+                     double low, double high) {
     product p = {weight, bias, more, out, low, high};
-    if (in->taps > TAPS) return 1;
     if (group == 1) convolve_all(in, &p, 1);
     else if (group == 2) convolve_all(in, &p, 2);
     else if (group == 4) convolve_all(in, &p, 4);
     else if (group == 8) convolve_all(in, &p, 8);
-    else if (group == 16 && LANES == 16) convolve_all(in, &p, 16);
-    else return 1;
-    return 0;
+    else if (LANES == 16) convolve_all(in, &p, 16);
 }
 
 #ifndef BF16 /* bfloat16 has instructions of its own, which oneDNN uses */
@@ -239,8 +236,8 @@ static inline __attribute__((always_inline)) void multiply_once(
  *
  * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
  * weights for one chunk of outputs and DEPTH channels. */
-int SUFFIX(product)(const reading *in, const element *weight, const element *bias, const element *more, element *out,
-                    long outputs, double low, double high) {
+void SUFFIX(product)(const reading *in, const element *weight, const element *bias, const element *more, element *out,
+                     long outputs, double low, double high) {
     long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK;
     const lane limits[2] = {(lane){} + (element)low, (lane){} + (element)high};
 #pragma omp parallel for schedule(dynamic)
@@ -292,7 +289,6 @@ int SUFFIX(product)(const reading *in, const element *weight, const element *bia
             }
         }
     }
-    return 0;
 }
 #endif
 

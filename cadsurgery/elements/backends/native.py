@@ -89,11 +89,8 @@ class Native(Backend):
         # Its weight has to be packed: worth it where that is kept. oneDNN is a little faster, but makes code for each
         # number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the maps of
         # the first few sizes where that number follows from the size of the image alone.
-        if (
-            weights.forms is None
-            or work.rows.dtype != weights.weight.dtype
-            or not has_product(weights.weight)
-        ):
+        same_type = work.rows.dtype == weights.weight.dtype
+        if weights.forms is None or not same_type or not has_product(weights.weight):
             return False
         uniform = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
         return not (uniform and weights.is_among_first(len(reads.target)))  # type: ignore[union-attr]
@@ -117,8 +114,7 @@ class Native(Backend):
         out = work.rows.new_empty(shape)
         limits = bounds or (-math.inf, math.inf)
         name, size = ("grouped", packed[0].shape[1]) if grouped else ("product", outputs)
-        failed = _call(name, source, table, *packed, more, out, size, *limits)
-        assert not failed, "`applies` asks for a form first"
+        _call(name, source, table, *packed, more, out, size, *limits)
         return out if bounds or act is None else act.apply_(out)
 
     def pool(self, work: Pooling) -> Tensor:
@@ -216,7 +212,7 @@ def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return kernel, offset
 
 
-def _call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> int:
+def _call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> None:
     """A function of the library: tensors go as pointers, None as none."""
     rows, halo = source.rows.contiguous(), source.halo
     beyond = rows.new_full((rows.shape[1],), source.outside)
@@ -226,7 +222,7 @@ def _call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | 
         *(table.data_ptr(), rows.shape[0] if count is None else count, *table.shape, rows.shape[1]),
     )
     function = getattr(library(), f"{name}_{_ELEMENTS[rows.dtype][0]}")
-    return int(function(ctypes.byref(reading), *map(_for_c, arguments)))
+    function(ctypes.byref(reading), *map(_for_c, arguments))
 
 
 def _for_c(value: Tensor | float | None) -> Any:

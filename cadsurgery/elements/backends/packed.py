@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, compute
-from cadsurgery.elements.backends.weights import Activation, Weights
+from cadsurgery.elements.backends.weights import Activation, Pair, Weights
 
 
 class PackedConv(nn.Module):
@@ -24,7 +24,7 @@ class PackedConv(nn.Module):
         bias: Tensor | None,
         groups: int = 1,
         activation: Activation | None = None,
-        window: tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None = None,
+        window: tuple[Pair, Pair, Pair] | None = None,
     ) -> None:
         """Take a weight (O, C / groups, kh, kw), a bias (O,) and, for dense maps, (stride, padding, dilation)."""
         super().__init__()

@@ -27,7 +27,7 @@ from cadsurgery.elements.backends.choose import (
     extend,
 )
 from cadsurgery.elements.backends.weights import product
-from cadsurgery.elements.kernel_map import Reading, mix_nothing, phases
+from cadsurgery.elements.kernel_map import phases, read_rows
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
 # below a dense network's activations, large enough for the matrix product to run at full speed.
@@ -52,23 +52,16 @@ class Torch(Backend):
     def spread(self, work: Spreading) -> Tensor:
         """Rows (N, O): of each phase by an ordinary convolution, which is chosen anew."""
         source, target, window = work.reads.source, work.reads.target, work.reads.window
-        rows, reading = work.rows, work.reads.reading
+        rows, reading = work.rows, work.reading
         every, place = phases(source, target, window)
         has_outside = reading.has_outside and not reading.sources.shape[0]
         if not has_outside:  # the halo is mixed once for all phases
             rows = extend(rows, reading, 0.0)
         weights = work.weights if work.residual is None else work.weights.alone
-        nothing = mix_nothing(reading.table.device)
-        parts = [
-            compute(
-                Convolution(
-                    rows,
-                    weights.of_phase(phase.first, window.finer),
-                    Reading(phase.table, *nothing, has_outside),
-                )
-            )
-            for phase in every
-        ]
+        parts = []
+        for phase in every:
+            own = weights.of_phase(phase.first, window.finer)
+            parts.append(compute(Convolution(rows, own, read_rows(phase.table, has_outside))))
         out = torch.cat(parts).index_select(0, place.to(rows.device))
         return out if work.residual is None else work.weights.finish(out, work.residual)
 

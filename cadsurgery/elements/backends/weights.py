@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Convolution, compute, is_observed
 
+Pair = tuple[int, int]  # (vertical, horizontal)
 _ONEDNN = (torch.float32, torch.bfloat16)
 # A block of a result that is still in the cache when the next operation reads it.
 _BLOCK_BYTES = 1 << 20
@@ -140,7 +141,7 @@ class Weights:
         if act.name == "relu" and rows.shape[0] > rows.shape[1] and not self.meets_nan:
             # A convolution takes both along. Its weight is reordered in every call: less work than what follows.
             point = self.matrix(rows.dtype)[:, :, None, None]
-            out = self._onednn(_image(rows), point, _image(residual), (1, 1), (0, 0), (1, 1), 1)
+            out = self._onednn(_image(rows), point, _image(residual), ((1, 1), (0, 0), (1, 1)), 1)
             return out.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
         # The activation meets the sum block by block, while that is in the cache.
         out = rows.new_empty(rows.shape[0], self.weight.shape[0])
@@ -160,12 +161,7 @@ class Weights:
         return self.on_rows(_fill(rows, fewest), more)[:count]
 
     def on_image(
-        self,
-        image: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        residual: Tensor | None = None,
+        self, image: Tensor, stride: Pair, padding: Pair, dilation: Pair, residual: Tensor | None = None
     ) -> Tensor:
         """An ordinary convolution of a dense map (B, C, H, W).
 
@@ -186,7 +182,7 @@ class Weights:
                 ("image", image.dtype, stride, padding, dilation, *shape),
                 lambda: pack(weight.contiguous(), padding, stride, dilation, self.groups, shape),
             )
-        return self._onednn(image, weight, residual, stride, padding, dilation, self.groups)
+        return self._onednn(image, weight, residual, (stride, padding, dilation), self.groups)
 
     def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
         """A 1x1 convolution of a dense map as a product of rows: those of its memory; of the first few sizes in oneDNN,
@@ -212,17 +208,15 @@ class Weights:
         image: Tensor,
         weight: Tensor,
         residual: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        window: tuple[Pair, Pair, Pair],
         groups: int,
     ) -> Tensor:
-        bias, act = self.bias_as(image.dtype), self.activation
-        window = (padding, stride, dilation, groups)
+        bias, act, (stride, padding, dilation) = self.bias_as(image.dtype), self.activation, window
+        numbers = (padding, stride, dilation, groups)
         if residual is None and act is None and self.forms is None:
-            return F.conv2d(image, weight, bias, stride, padding, dilation, groups)
+            return F.conv2d(image, weight, bias, *window, groups)
         if residual is None:
-            return self._rest(_POINTWISE(image, weight, bias, *window, *self._fused))
+            return self._rest(_POINTWISE(image, weight, bias, *numbers, *self._fused))
         relu = act is not None and act.name == "relu" and not self.meets_nan
         # What oneDNN does not take, and what it may take for maps in ordinary memory, torch adds and clamps itself, in
         # which it has no bfloat16.
@@ -230,20 +224,14 @@ class Weights:
             plain = groups == 1 and min(image.shape[1], weight.shape[0]) > 1
             relu = relu and plain and image.shape[2] * image.shape[3] > 1
         residual = residual.contiguous(memory_format=torch.channels_last)
-        out = _POINTWISE.binary(
-            image, residual, weight, bias, *window, "add", 1.0, "relu" if relu else None, (), ""
-        )
+        then = ("add", 1.0, "relu" if relu else None, (), "")
+        out = _POINTWISE.binary(image, residual, weight, bias, *numbers, *then)
         return out if relu or act is None else act.apply_(out)
 
-    def _shape(self, image: Tensor, *numbers: tuple[int, int]) -> tuple[int, ...]:
+    def _shape(self, image: Tensor, *window: Pair) -> tuple[int, ...]:
         """Of the result for an image."""
-        stride, padding, dilation = numbers
-        sizes = (
-            (length + 2 * p - d * (k - 1) - 1) // s + 1
-            for length, k, s, p, d in zip(
-                image.shape[2:], self.weight.shape[2:], stride, padding, dilation, strict=True
-            )
-        )
+        axes = zip(image.shape[2:], self.weight.shape[2:], *window, strict=True)
+        sizes = ((length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in axes)
         return image.shape[0], self.weight.shape[0], *sizes
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
