@@ -80,7 +80,7 @@ class Bucketed(nn.Module):
         return net.finish(program.contain(run(levels, *values)), lattice)
 
     def _bounds(self, lattice: Lattice) -> Bounds:
-        counts = [len(lattice.at(stage)) for stage in range(lattice.stage + 1)]
+        counts = [lattice.at(stage).count for stage in range(lattice.stage + 1)]
         if lattice.uniform_level is not None:
             return Bounds(tuple(counts), tuple(counts), lattice.uniform_level)
         least, most = zip(*(bucket(count, self.per_octave) for count in counts), strict=True)

@@ -54,4 +54,5 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.sort.stable: _sort,
     _ATEN.nonzero_static.default: _nonzero_static,
     _ATEN.index.Tensor: _index,
+    _ATEN.remainder.Scalar: _remainder,
 }
