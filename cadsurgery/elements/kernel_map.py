@@ -339,7 +339,6 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     image, y, x = target.coordinates
     wide = width + before + after
     place = (image * (height + above + below) + y + above) * wide + x + before
-    device = padded.device
     steps = (_numbers(down, place).unsqueeze(1) * wide + _numbers(across, place)).flatten()
     table = padded[place.unsqueeze(1) + steps]
     if source.is_open:
