@@ -69,16 +69,7 @@ class BenchRow(Plain):
 class NetworkBench:
     """A network with one fill: its dense twins, its budgets, and whether the law holds.
 
-    Attributes:
-        model: its name.
-        weights: which it has, in words.
-        fill: how points inside a cell are read.
-        output_stride: (high, low).
-        band: multiple of the line that the law allows.
-        high: the dense twin at the high output stride.
-        low: the dense twin at the low one.
-        rows: one for each fraction.
-        notes: what a reader must know to judge the figures.
+    `band` is the multiple of the line that the law allows; `notes` are what a reader must know to judge the figures.
     """
 
     model: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,20 +28,9 @@ class Side(Plain):
 class ConversionReport(Report):
     """What `cadsurgery convert` tells.
 
-    Attributes:
-        model: source of the network.
-        weights: which weights it has, in words.
-        random: whether they are random.
-        mask: spec of the mask.
-        plan: of the conversion.
-        active_fraction: of the mask on the image.
-        image: shape of the image batch.
-        sides: the original if it is not dense high, then always dense high, converted, optimised.
-        checks: laws verified; empty if not.
-        device: in words.
-        file: written, or "".
-        notes: what a user can act on.
-        costs: of convolutions that decided, see `backends.costs.record`.
+    `image` is the shape of the batch, `sides` are the original if it is not dense high, then always dense high,
+    converted and optimised; `checks` is empty if no law was verified. `costs` are those of convolutions that decided,
+    see `backends.costs.record`.
     """
 
     model: str
@@ -85,18 +74,14 @@ class ConversionReport(Report):
         title = f"{self.image[0]} image of {size}, mask {self.mask}, on {self.device}"
         yield table(self.sides, columns, title)
         yield Text(f"active fraction {self.active_fraction:.3f} (share of the fine map kept high)")
-        yield render_checks(self.checks)
+        for check in self.checks:
+            allowed = f"error {check.error:.1e}, allowed {check.tolerance:.0e}"
+            yield Text(f"verified: {check.law} ({allowed})", style="green")
+        if not self.checks:
+            yield Text("not verified", style="yellow")
         yield from (Text(note, style="yellow") for note in self.notes)
         if self.file:
             yield Text(f"wrote {self.file}", style="bold green")
-
-
-def render_checks(checks: Sequence[Check]) -> RenderableType:
-    """One line per verified law."""
-    if not checks:
-        return Text("not verified", style="yellow")
-    lines = [f"verified: {c.law} (error {c.error:.1e}, allowed {c.tolerance:.0e})" for c in checks]
-    return Text("\n".join(lines), style="green")
 
 
 _STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}

@@ -40,16 +40,8 @@ Look = Callable[[MaskProvider], tuple[Lattice, tuple[int, int, int] | None]]
 
 @dataclass(frozen=True)
 class MaskRow:
-    """One mask on one image.
-
-    Attributes:
-        asked: the mask as the user wrote it.
-        mask: its spec.
-        active_fraction: share of the fine map at level 0.
-        elements: after the last stage.
-        fine_pixels: of the fine map: the elements of dense high.
-        macs: of the network with this mask, dense high and dense low; None without a network.
-    """
+    """One mask on one image: as the user wrote it, and its spec; elements after the last stage, and fine pixels, which
+    are the elements of dense high; MACs with this mask, dense high and dense low, None without a network."""
 
     asked: str
     mask: str

@@ -120,15 +120,11 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
-def setting() -> Row:
-    """Versions and machine: the first line of a file."""
-    return {"versions": versions(), "machine": f"{platform.machine()} CPU, one thread per network"}
-
-
 def _resume(path: Path) -> list[Row]:
     """The rows a file has already; a line that was cut off when a run was stopped is dropped."""
     check_folder(path)
-    header, values = setting(), []
+    header = {"versions": versions(), "machine": f"{platform.machine()} CPU, one thread per network"}
+    values: list[Row] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):

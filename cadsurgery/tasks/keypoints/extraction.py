@@ -45,14 +45,8 @@ class Features:
 
 
 class Seen(NamedTuple):
-    """An image as a network sees it, and the keypoints found in it.
-
-    Attributes:
-        size: (height, width) of the image file.
-        batch: of one, (1, 3, h, w).
-        points: (n, 2) in pixels of the batch; None for detector `own`, which finds them in the network's output.
-        scores: (n,).
-    """
+    """An image as a network sees it, a batch of one, and the keypoints found in it: (n, 2) in pixels of the batch, with
+    scores (n,). Detector `own` finds them in the network's output: they are None then. `size` is that of the file."""
 
     size: tuple[int, int]
     batch: Tensor

@@ -88,10 +88,6 @@ class EvaluationReport(MeasuredReport):
 
     def tables(self) -> Iterator[Table]:
         """All settings, and the classes."""
-        yield self._overview()
-        yield self._classes()
-
-    def _overview(self) -> Table:
         high = {row.output_stride: row.milliseconds for row in reversed(self.rows) if row.anchor}
         columns: list[Column[EvaluationRow]] = [
             Column("mask", lambda row: row.mask, False),
@@ -107,17 +103,14 @@ class EvaluationReport(MeasuredReport):
             Column("ms", lambda row: number(row.milliseconds)),
             Column("of high", lambda row: ratio(row.milliseconds, high[row.output_stride])),
         ]
-        return table(self.rows, columns, style=lambda row: "dim" if row.anchor else "")
-
-    def _classes(self) -> Table:
-        """IoU of each class; columns are the rows of the other table, by number."""
+        yield table(self.rows, columns, style=lambda row: "dim" if row.anchor else "")
 
         def iou(row: EvaluationRow) -> Callable[[str], str]:
             return lambda name: percent(row.iou[name])
 
-        columns: list[Column[str]] = [Column("class", str, False)]
-        columns += [Column(str(place), iou(row)) for place, row in enumerate(self.rows, 1)]
-        return table(self.rows[0].iou, columns, "IoU of each class, columns as the rows above")
+        numbered = [Column(str(place), iou(row)) for place, row in enumerate(self.rows, 1)]
+        classes: list[Column[str]] = [Column("class", str, False), *numbered]
+        yield table(self.rows[0].iou, classes, "IoU of each class, columns as the rows above")
 
     def figure(self) -> Figure:
         """Mean IoU against MACs: the dense networks joined by a line, the masks around it, each with its name."""
