@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 # Workers share the cores: one thread each, in the processes they start too. Read when torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    gc.disable()  # until all is imported and collected: that stays, and searching it takes seconds
 
 import pytest
 import torch
@@ -30,6 +32,8 @@ from cadsurgery.network.storage import _checksum, seal
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# `torch.manual_seed` looks for every kind of device, a millisecond each time.
+SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 MEMORY = {"not slow": 4 << 30, "slow": 8 << 30}  # bytes that a worker and what it starts take at most
 
 
@@ -43,10 +47,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return max(1, min(cores, memory // MEMORY.get(config.option.markexpr, MEMORY["slow"])))
 
 
+def pytest_collection_finish() -> None:
+    """What is there now stays; only what tests make is searched for garbage."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """At the end all of it goes, as ever."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test draws the same random numbers, whatever ran before it."""
-    torch.manual_seed(0)
+    SEED(0)
 
 
 class Result(NamedTuple):
@@ -63,6 +78,11 @@ class Result(NamedTuple):
 
 
 Run = Callable[..., Result]
+
+
+def slow(*values: Any) -> ParameterSet:
+    """Parameters of a case that only the slow part runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def covering(*axes: Sequence[Any]) -> list[ParameterSet]:

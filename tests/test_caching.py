@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import build, images, randomise, relative_error
+from conftest import build, images, randomise, relative_error, slow
 from finetune_nets import SIZE, Scenes, Segmenter, adaptive
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -49,7 +49,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [slow(name) if name == "channels last" else name for name in NETWORKS])
 def test_the_body_of_the_stems_outputs_is_the_network(name: str) -> None:
     """Bit for bit, under any mask, as often as one likes; its levels and its optimised copy too."""
     make, mask, options = NETWORKS[name]
@@ -101,7 +101,7 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
     return {**dict(net.named_parameters()), **dict(net.named_buffers())}
 
 
-@pytest.mark.parametrize("changes", [{}, {"objective": "any-budget"}, {"ema": 0.5}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"objective": "any-budget"}, slow({"ema": 0.5})], ids=str)
 def test_training_the_body_is_training_the_network_with_a_fixed_stem(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, randomise
+from conftest import assert_same, covering, images, random_levels, randomise, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -138,7 +138,10 @@ def test_one_graph_serves_every_size(name: str, size: tuple[int, int]) -> None:
     assert_same(net.optimize()(x), model(x), EXACT)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("int", "pads to a multiple", "coordinates") else slow(name) for name in NETWORKS],
+)
 def test_a_batch_is_its_images_on_any_map(name: str) -> None:
     net = cs.adaptify(built(name), "none", verify_laws=False)
     x = images(2, 45, 54)

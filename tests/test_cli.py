@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run
+from conftest import ROOT, Run, slow
 from PIL import Image
 
 import cadsurgery as cs
@@ -74,9 +76,18 @@ def run(tmp_path: Path, command_line: Run) -> Run:
 def file(run: Run, tmp_path: Path) -> Path:
     """A converted file of the user's segmentation network."""
     path = tmp_path / "net.safetensors"
-    net = cs.adaptify(cs.build_model("usernets:segmenter"), "edges", verify_laws=False)
-    cs.save(net, path)
+    path.write_bytes(_converted())
     return path
+
+
+@cache
+def _converted() -> bytes:
+    """What `file` holds, converted once; the module `usernets` can be imported."""
+    net = cs.adaptify(cs.build_model("usernets:segmenter"), "edges", verify_laws=False)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "net.safetensors"
+        cs.save(net, path)
+        return path.read_bytes()
 
 
 @pytest.fixture
@@ -518,7 +529,7 @@ def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_pat
     )
 
 
-@pytest.mark.parametrize("model", ["usernets:segmenter", "net.safetensors"])
+@pytest.mark.parametrize("model", [slow("usernets:segmenter"), "net.safetensors"])
 def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: str) -> None:
     network = ("--model", model, "--trust")
     rows = run("mask", *options(*network, *COMPARED), "--json").json["masks"]
@@ -531,7 +542,7 @@ def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: 
 LOOKING = ("confidence | budget:fraction=0.25", "learned:channels=8/6/4", "detail")
 
 
-@pytest.mark.parametrize("model", ["usernets:segmenter", "net.safetensors"])
+@pytest.mark.parametrize("model", [slow("usernets:segmenter"), "net.safetensors"])
 def test_masks_that_look_at_a_network_count_what_they_look_at(run: Run, file: Path, model: str) -> None:
     given = [part for mask in LOOKING for part in ("--mask", mask)]
     network = ("--model", model, "--trust")
@@ -610,10 +621,10 @@ def test_labels_are_read_as_classes_and_cut_to_size(run: Run, folder: Path) -> N
 def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_says(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(sides: dict[str, Any], rounds: int) -> dict[str, Timing]:
+    def slower(sides: dict[str, Any], rounds: int) -> dict[str, Timing]:
         return {key: Timing(8.0 if "dense" in key else 9.0, 9.0) for key in sides}
 
-    monkeypatch.setattr(bench, "interleaved", slow)
+    monkeypatch.setattr(bench, "interleaved", slower)
     arguments = options("--model", "usernets:segmenter", "--fractions", "0.5,0")
     files = ("--picture", "b.png", "--output", "rows.jsonl")
     result = run("bench", *arguments, *files, "--fill", "both", "--json")

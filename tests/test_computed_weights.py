@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import covering, slow
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -39,7 +40,14 @@ PARAMETRIZATIONS: dict[str, How] = {
     "parametrizations.spectral_norm": parametrizations.spectral_norm,
     "parametrizations.orthogonal": parametrizations.orthogonal,
 }
-ALL = pytest.mark.parametrize("how", [*HOOKS, *PARAMETRIZATIONS])
+WAYS = (*HOOKS, *PARAMETRIZATIONS)
+SOME = pytest.mark.parametrize(
+    "how",
+    [
+        how if how in ("weight_norm", "prune twice", "parametrizations.orthogonal") else slow(how)
+        for how in WAYS
+    ],
+)
 
 
 class Block(nn.Module):
@@ -88,8 +96,7 @@ def x() -> Tensor:
     return torch.randn(2, 3, 65, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@ALL
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("how", "training"), covering(WAYS, [False, True]))
 def test_computed_weights_are_those_of_the_call_and_have_the_gradients_of_the_original(how, training):
     model = network(how).train(training)
     net = cs.adaptify(model)
@@ -111,7 +118,7 @@ def test_computed_weights_are_those_of_the_call_and_have_the_gradients_of_the_or
     torch.testing.assert_close(net.state_dict(), model.state_dict())
 
 
-@ALL
+@SOME
 def test_copies_optimised_networks_and_counts_have_the_computed_weights(how):
     model, other = network(how), network(how, seed=1)
     net = cs.adaptify(model)
@@ -132,7 +139,7 @@ def test_a_pickled_network_computes_its_weights(how):
     torch.testing.assert_close(low(pickle.loads(pickle.dumps(net)), x()), expected)
 
 
-@ALL
+@SOME
 def test_a_file_holds_what_weights_are_computed_from(how, tmp_path):
     net = cs.adaptify(network(how, seed=1))
     cs.save(net, tmp_path / "net.safetensors")
@@ -147,7 +154,7 @@ def test_a_network_that_has_run_with_gradients_can_be_converted(how):
     torch.testing.assert_close(low(cs.adaptify(model), x()), model(x()))
 
 
-@ALL
+@SOME
 def test_weights_may_be_made_computed_after_the_conversion(how):
     net, model = cs.adaptify(network()), network(how)
     low(net, x())
@@ -250,10 +257,11 @@ def test_a_hook_on_all_that_could_be_converted_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    "place", ["blocks", "blocks.3", "blocks.3.conv", "blocks.2.norm", "blocks.3.act", "blocks.0"]
-)
-@pytest.mark.parametrize(
-    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+    ("place", "register"),
+    covering(
+        ["blocks", "blocks.3", "blocks.3.conv", "blocks.2.norm", "blocks.3.act", "blocks.0"],
+        ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+    ),
 )
 def test_a_hook_that_would_never_be_called_is_refused(place, register):
     net = cs.adaptify(network(), "none")

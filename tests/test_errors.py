@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import assert_same, build, rewritten
+from conftest import assert_same, build, covering, rewritten
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -269,13 +269,16 @@ MISFITS: list[tuple[Callable[[Tensor], Tensor], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize("optimised", [False, True], ids=["as it is", "optimised"])
-@pytest.mark.parametrize("pair", [(8, 32), (1, 4)], ids=["behind a stem", "from the image on"])
-@pytest.mark.parametrize(("change", "words"), MISFITS, ids=[words[0] for _, words in MISFITS])
+@pytest.mark.parametrize(
+    ("misfit", "network"),
+    covering(range(len(MISFITS)), [((8, 32), False), ((1, 4), True), ((8, 32), True), ((1, 4), False)]),
+)
 def test_an_image_of_another_type_device_or_depth_than_the_networks_is_refused(
-    change: Callable[[Tensor], Tensor], words: list[str], pair: tuple[int, int], optimised: bool
+    misfit: int, network: tuple[tuple[int, int], bool]
 ) -> None:
-    """Optimised kernels would convert their weights to any type, and answer in it."""
+    """Behind a stem and from the image on. Optimised kernels would convert their weights to any type, and answer in
+    it."""
+    (change, words), (pair, optimised) = MISFITS[misfit], network
     net = adapted("edges", output_stride=pair)
     with refused(cs.InvalidInput, *words):
         (net.optimize() if optimised else net)(change(IMAGE))
@@ -430,13 +433,16 @@ def test_a_network_with_nothing_to_adapt_is_refused(
         convert(model)
 
 
-@pytest.mark.parametrize("position", range(5))
-@pytest.mark.parametrize(
-    "unknown",
-    [nn.LPPool2d(2, 2), nn.LPPool2d(2, 1), nn.Conv2d(4, 4, 3, 2, 1, padding_mode="circular")],
-    ids=["strided pooling", "pooling", "circular convolution"],
-)
-def test_an_operation_without_a_rule_never_runs_on_elements(position: int, unknown: nn.Module) -> None:
+UNKNOWN: dict[str, nn.Module] = {
+    "strided pooling": nn.LPPool2d(2, 2),
+    "pooling": nn.LPPool2d(2, 1),
+    "circular convolution": nn.Conv2d(4, 4, 3, 2, 1, padding_mode="circular"),
+}
+
+
+@pytest.mark.parametrize(("position", "name"), covering(range(5), [*UNKNOWN]))
+def test_an_operation_without_a_rule_never_runs_on_elements(position: int, name: str) -> None:
+    unknown = UNKNOWN[name]
     layers: list[nn.Module] = [nn.Conv2d(4 if i else 3, 4, 3, 2, 1) for i in range(5)]
     model = nn.Sequential(*layers[: position + 1], unknown, *layers[position + 1 :]).eval()
     image = torch.randn(1, 3, 128, 192)

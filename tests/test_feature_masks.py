@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, build, images
+from conftest import assert_same, build, covering, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -166,8 +166,7 @@ def test_what_a_graph_cannot_hold_is_refused_with_the_reason(mask: str, tmp_path
         cs.export(net, x, tmp_path / "net.pt2")
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("mask", "dtype"), covering(MASKS, [torch.bfloat16, torch.float64]))
 @torch.no_grad()
 def test_they_work_in_other_precisions(mask: str, dtype: torch.dtype) -> None:
     net, x = converted(mask).to(dtype), images(2, *SIZE).to(dtype)
@@ -179,7 +178,7 @@ def test_they_work_in_other_precisions(mask: str, dtype: torch.dtype) -> None:
         assert (net.levels == again.levels).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@FEW_MASKS
 def test_threads_share_a_network_from_its_first_call_on(mask: str) -> None:
     """Each with its own image: nobody sees another's first pass, or half an estimator."""
     x = images(4, *SIZE)
@@ -235,8 +234,7 @@ def test_their_lines_in_the_list() -> None:
 # -- work ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("mask", "batch"), covering(MASKS, [2, 1]))
 @torch.no_grad()
 def test_counted_work_is_executed_work(mask: str, batch: int) -> None:
     """Law 7: the network's, the mask's own and the first pass's together are what torch sees being multiplied."""

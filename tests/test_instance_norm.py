@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -34,9 +35,14 @@ def network(norm: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("shape", [(1, 3, 33, 41), (1, 3, 32, 48), (2, 3, 33, 41), (1, 3, 19, 50)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "training", "dtype"),
+    covering(
+        [(2, 3, 33, 41), (1, 3, 33, 41), (1, 3, 19, 50), (1, 3, 32, 48)],
+        [False, True],
+        [torch.float64, torch.float32],
+    ),
+)
 def test_gradients_are_those_of_the_original(norm, training, shape, dtype):
     model = network(norm).train(training).to(dtype)
     example = torch.randn(1, 3, 65, 97, dtype=dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import covering
+from conftest import covering, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -315,7 +315,9 @@ def test_a_budget_of_fractions_keeps_nested_shares(
     assert counts == Budget("random", fractions, per_batch).kept_patches(grid)
 
 
-@pytest.mark.parametrize(("size", "patch"), covering([(96, 128), (97, 129)], ["block", "quadtree"]))
+@pytest.mark.parametrize(
+    ("size", "patch"), covering([slow((96, 128)), (97, 129)], [slow("block"), "quadtree"])
+)
 def test_a_compiled_network_with_a_budget_of_levels_equals_itself(size: tuple[int, int], patch: str) -> None:
     model = cs.adaptify(trunk(), "edges | budget:fraction=0.2/0.6", patch=patch, verify_laws=False)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

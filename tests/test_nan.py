@@ -27,10 +27,10 @@ TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bf
 
 
 @TYPES
-@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("groups", [1, 4, 64])
-@pytest.mark.parametrize("count", [30, 300])
-@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    ("name", "count", "with_residual"), covering([*ACTIVATIONS], [30, 300], [False, True])
+)
 def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
     """In rows, maps and tables; elsewhere the values are those of a kernel that knows nothing of NaN."""
     if with_residual and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -113,12 +113,14 @@ def found(model: nn.Module, dtype: torch.dtype, mask: str) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize(
-    ("dtype", "act", "bad"),
+    ("name", "dtype", "act", "bad"),
     covering(
-        (torch.float32, torch.float64, torch.bfloat16), (nn.ReLU, nn.ReLU6), (str(torch.nan), str(torch.inf))
+        [name for name, _ in Net(nn.ReLU, nn.Identity()).named_parameters()],
+        (torch.float32, torch.float64, torch.bfloat16),
+        (nn.ReLU, nn.ReLU6),
+        (str(torch.nan), str(torch.inf)),
     ),
 )
-@pytest.mark.parametrize("name", [name for name, _ in Net(nn.ReLU, nn.Identity()).named_parameters()])
 def test_an_optimised_network_whose_weights_are_no_numbers_gives_nan_where_the_network_does(
     dtype, act, bad, name
 ):

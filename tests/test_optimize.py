@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, build, covering, images, randomise
+from conftest import assert_same, build, covering, images, randomise, slow
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,6 +52,8 @@ NETWORKS = {
     "shufflenet_v2_x1_0": 0,
 }
 
+QUICK = [slow(name) if name in ("convnext_tiny", "densenet121") else name for name in NETWORKS]
+
 
 def leaves(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
@@ -66,7 +68,7 @@ def small() -> cs.AdaptiveModel:
     return cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False)
 
 
-@pytest.mark.parametrize(("name", "fill"), covering([*NETWORKS], ["nearest", "linear", "guided"]))
+@pytest.mark.parametrize(("name", "fill"), covering(QUICK, ["nearest", "linear", "guided"]))
 @torch.no_grad()
 def test_it_gives_what_the_network_gives(name: str, fill: Any) -> None:
     by = 1 if name in ("convnext_tiny", "shufflenet_v2_x1_0") else 4  # layer norms, 58 channels
@@ -92,7 +94,7 @@ def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> 
     assert not any(n.target in (functional.conv2d, functional.batch_norm) for n in fast.graph.nodes)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "regnet_y_400mf"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", slow("regnet_y_400mf")])
 @torch.no_grad()
 def test_bfloat16_is_within_its_rounding(name: str) -> None:
     """Fused steps round less often: the error against float32 is at most that of the network as it is."""
@@ -208,8 +210,7 @@ def small_map(net: Any, x: Tensor) -> tuple[int, int]:
     return tuple(net.part.levels.shape[1:])  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize(("name", "level"), covering(["resnet18", "mobilenet_v2"], [0, 2]))
 @torch.no_grad()
 def test_dense_twins_are_the_network_at_a_uniform_level(name: str, level: int) -> None:
     """And nothing but operations of torch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import build, images, randomise, relative_error
+from conftest import build, images, randomise, relative_error, slow, thin
 from finetune_nets import SIZE, Scenes, Segmenter, adaptive
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -87,7 +88,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "bottlenecks, two levels": (lambda: build("resnet50", by=4), {"output_stride": (8, 16)}),
     "dilated, with an auxiliary head": (lambda: build("fcn_resnet50", aux_loss=True, by=4), {}),
     "backbone only": (lambda: build("lraspp_mobilenet_v3_large", by=4), {"region": "backbone"}),
-    "squeeze-excite": (lambda: randomise(timm.create_model("seresnet18", num_classes=5)), {}),
+    "squeeze-excite": (lambda: thin(partial(timm.create_model, "seresnet18", num_classes=5)), {}),
     "channels last": (lambda: randomise(timm.create_model("convnext_atto", num_classes=5)), {}),
     "several maps": (lambda: randomise(timm.create_model("regnety_002", features_only=True)), {}),
     "branches": (lambda: randomise(Branches()), {"output_stride": (2, 8)}),
@@ -95,7 +96,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [slow(name) if name in ("bottlenecks, two levels", "channels last") else name for name in NETWORKS],
+)
 def test_with_all_weight_on_a_level_it_is_that_level_everywhere(name: str) -> None:
     make, options = NETWORKS[name]
     x = images(2, 65, 97, double)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, randomise
+from conftest import assert_same, covering, images, random_levels, randomise, slow
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -33,10 +33,8 @@ from cadsurgery.network.points import readable
 Size = tuple[int, int]
 SIZE: Size = (65, 97)
 FILLS = ("linear", "nearest", "guided")
-# Random sets of points for each network; the first few by default.
-SEEDS = pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 25))]
-)
+# Random sets of points for each network; few by default.
+SEEDS = (*range(3), *map(slow, range(3, 25)))
 REACHES = pytest.mark.parametrize("reach", ["all", "receptive"])
 PUBLISHED = {"anchor": "center", "fill": "nearest", "pool": "drop", "patch": "block"}
 
@@ -226,7 +224,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "decoding": Decoding,
     "spreading": Spreading,
 }
-NETS = pytest.mark.parametrize("name", BUILDERS)
+FEW = ("residual", "squeezed", "grouped", "channels last", "spreading")
 
 
 def size_of(name: str) -> Size:
@@ -302,8 +300,7 @@ def assert_rows(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 # -- the dense output at points ------------------------------------------------------------------------
 
 
-@NETS
-@pytest.mark.parametrize(("fill", "mask"), covering(FILLS, ["levels", "all", "none"]))
+@pytest.mark.parametrize(("name", "fill", "mask"), covering([*BUILDERS], FILLS, ["levels", "all", "none"]))
 @torch.no_grad()
 def test_rows_are_what_the_dense_output_holds_there(name: str, fill: str, mask: Any) -> None:
     """Batch of three with different numbers of points, one image without; float64."""
@@ -320,10 +317,13 @@ def test_rows_are_what_the_dense_output_holds_there(name: str, fill: str, mask: 
 
 
 @pytest.mark.parametrize(
-    "options", [PUBLISHED, {"anchor": "center", "fill": "nearest"}, {"pool": "drop"}], ids=str
+    ("name", "options", "reach"),
+    covering(
+        ["residual", "pools", "depthwise"],
+        [PUBLISHED, {"anchor": "center", "fill": "nearest"}, {"pool": "drop"}],
+        ["receptive", "all"],
+    ),
 )
-@pytest.mark.parametrize("name", ["residual", "pools", "depthwise"])
-@REACHES
 @torch.no_grad()
 def test_rows_are_those_of_the_published_geometry_too(name: str, options: dict[str, Any], reach: Any) -> None:
     net = converted(name, **options)
@@ -333,7 +333,7 @@ def test_rows_are_those_of_the_published_geometry_too(name: str, options: dict[s
     assert_rows(cs.read_at(net, x, points, mask=levels, reach=reach), expected)
 
 
-@NETS
+@pytest.mark.parametrize("name", [name if name in FEW else slow(name) for name in BUILDERS])
 @torch.no_grad()
 def test_bfloat16_rows_are_those_of_the_dense_output(name: str) -> None:
     net, size = converted(name, torch.bfloat16), size_of(name)
@@ -434,8 +434,7 @@ def test_reading_leaves_image_and_network_as_they_were() -> None:
 # -- only what is needed -------------------------------------------------------------------------------
 
 
-@NETS
-@SEEDS
+@pytest.mark.parametrize(("name", "seed"), covering([*BUILDERS], SEEDS))
 @torch.no_grad()
 def test_only_what_is_needed_gives_the_same_bits(name: str, seed: int) -> None:
     """Random points, numbers of points and level maps; the three fills in turn."""
@@ -459,7 +458,7 @@ def test_only_what_is_needed_gives_the_same_bits(name: str, seed: int) -> None:
         pytest.param(16, 16, nn.ReLU(), torch.float64, 1, id="float64"),
     ],
 )
-@SEEDS
+@pytest.mark.parametrize("seed", [seed if seed == 2 else slow(seed) for seed in range(25)])
 @torch.no_grad()
 def test_the_bits_do_not_depend_on_how_many_rows_there_are(
     channels: int, outputs: int, activation: nn.Module, dtype: torch.dtype, threads: int, seed: int
@@ -478,8 +477,7 @@ def test_the_bits_do_not_depend_on_how_many_rows_there_are(
     assert_rows(few, many, 0.0 if exact else 1e-5)
 
 
-@NETS
-@pytest.mark.parametrize("mask", ["all", "none", "level 1"])
+@pytest.mark.parametrize(("name", "mask"), covering([*BUILDERS], ["all", "none", "level 1"]))
 @torch.no_grad()
 def test_only_what_is_needed_of_a_uniform_map_gives_the_same_to_rounding(name: str, mask: str) -> None:
     net, size = converted(name), size_of(name)
@@ -489,7 +487,9 @@ def test_only_what_is_needed_of_a_uniform_map_gives_the_same_to_rounding(name: s
     assert_rows(cs.read_at(net, x, points, mask=chosen, reach="receptive"), expected, 1e-5)
 
 
-@pytest.mark.parametrize(("name", "fill"), covering([*BUILDERS], FILLS))
+@pytest.mark.parametrize(
+    ("name", "fill"), covering([name if name in FEW else slow(name) for name in BUILDERS], FILLS)
+)
 @torch.no_grad()
 def test_an_optimised_network_gives_the_same_to_rounding(name: str, fill: str) -> None:
     net, size = converted(name, fill=fill), size_of(name)
@@ -502,8 +502,7 @@ def test_an_optimised_network_gives_the_same_to_rounding(name: str, fill: str) -
     assert cs.macs_at(fast, x, points, mask=levels) == cs.macs_at(net, x, points, mask=levels)
 
 
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("name", ["residual", "squeezed"])
+@pytest.mark.parametrize(("name", "fill"), covering(["residual", "squeezed"], FILLS))
 @torch.no_grad()
 def test_what_lies_beyond_the_reach_of_the_points_does_not_matter(name: str, fill: str) -> None:
     """Other noise right of column 64: points on the left see none of it, squeeze-excite does."""
@@ -594,10 +593,7 @@ def test_a_pool_that_drops_reads_nothing_but_what_it_passes_on(pool: str, rows: 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("residual", "squeezed", "split") else pytest.param(name, marks=pytest.mark.slow)
-        for name in BUILDERS
-    ],
+    [name if name in ("residual", "squeezed") else slow(name) for name in BUILDERS],
 )
 def test_nothing_is_computed_twice_or_in_vain(name: str) -> None:
     """Never more than everything; less for few points unless all of an image is looked at; more points, more work."""
@@ -659,8 +655,7 @@ def test_work_is_that_of_the_mask_with_its_first_pass_too(mask: str) -> None:
 # -- gradients -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("name", ["residual", "squeezed", "pools"])
+@pytest.mark.parametrize(("name", "fill"), covering(["residual", "squeezed", "pools"], FILLS))
 def test_gradients_are_those_of_the_dense_output_at_the_points(name: str, fill: str) -> None:
     """Of every parameter and of the image."""
     net, points = converted(name, torch.float64, fill=fill), points_in(SIZE, 5, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same, images, random_levels, randomise
+from conftest import assert_same, images, random_levels, randomise, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -112,7 +112,7 @@ def test_only_the_last_convolution_is_counted_as_adaptive() -> None:
 # -- converted: the pools ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strides", [(8, 32), (2, 32), (1, 32)])
+@pytest.mark.parametrize("strides", [slow((8, 32)), (2, 32), slow((1, 32))])
 def test_without_further_strides_everything_low_is_the_published_network(strides: tuple[int, int]) -> None:
     x, net = image(2, 64, 70), network()
     assert_same(cs.adaptify(net, "none", output_stride=strides)(x), net(x))

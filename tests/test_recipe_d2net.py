@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, relative_error
+from conftest import assert_same, covering, relative_error, slow
 from emulation import Emulation, emulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,7 +86,7 @@ def written_down(net: Trunk, image: Tensor, output_stride: int) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("output_stride", [8, 4, 2, 1])
+@pytest.mark.parametrize("output_stride", [8, 4, 2, slow(1)])
 @torch.no_grad()
 def test_the_trunk_is_the_published_regular_network(output_stride: int) -> None:
     net, x = trunk(DOUBLE, output_stride), images(dtype=DOUBLE)
@@ -120,8 +120,7 @@ def test_it_sees_pixels_less_caffes_means_blue_first() -> None:
 # -- K1: uniform maps ----------------------------------------------------------------------------------
 
 
-@HIGH
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize(("high", "dtype"), covering([1, 2, 4], [torch.float32, DOUBLE]))
 @torch.no_grad()
 def test_everything_high_is_the_regular_network_of_that_stride(high: int, dtype: torch.dtype) -> None:
     """K1, element by element."""
@@ -132,8 +131,7 @@ def test_everything_high_is_the_regular_network_of_that_stride(high: int, dtype:
     assert relative_error(net(x, mask="none"), expected) > 0.1, "the map matters"
 
 
-@HIGH
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize(("high", "dtype"), covering([1, 2, 4], [torch.float32, DOUBLE]))
 @torch.no_grad()
 def test_everything_low_is_the_original_repeated(high: int, dtype: torch.dtype) -> None:
     """K1 and K3: no window, all cells of output stride 8."""
@@ -211,8 +209,7 @@ def test_the_regular_networks_cost_what_is_published() -> None:
     assert recipe.macs_per_pixel() == PIXEL_MACS
 
 
-@HIGH
-@pytest.mark.parametrize("options", [PUBLISHED, OURS], ids=["published", "ours"])
+@pytest.mark.parametrize(("high", "options"), covering([1, 2, 4], [OURS, PUBLISHED]))
 def test_uniform_maps_cost_as_much_as_the_regular_networks(high: int, options: dict[str, Any]) -> None:
     options = {"anchor": "corner", "fill": "linear", **options}
     net, x = adapted(high, **options), torch.zeros(1, 3, 64, 64)

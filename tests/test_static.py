@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, build, covering, images, random_levels, randomise, relative_error
+from conftest import assert_same, build, covering, images, random_levels, randomise, relative_error, slow
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.modules.module import register_module_forward_hook
@@ -36,7 +36,6 @@ from cadsurgery.network.compile import bucket
 from cadsurgery.network.export.compare import difference as _difference
 
 BUDGET = "edges | budget:fraction=0.34"
-FILLS = pytest.mark.parametrize("fill", ["linear", "nearest", "guided"])
 double = torch.float64
 
 
@@ -68,9 +67,10 @@ def converted(model: nn.Module, mask: Any = BUDGET, **options: Any) -> cs.Adapti
 # -- bounds --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strides", [(2,), (2, 2), (4, 2), (3,)], ids=str)
-@pytest.mark.parametrize("max_level", [1, -1])
-@pytest.mark.parametrize("size", [(16, 24), (13, 17), (3, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("strides", "size", "max_level"),
+    covering([(2,), (2, 2), (4, 2), (3,)], [(16, 24), (13, 17), (3, 5)], [1, -1]),
+)
 def test_bounds_hold_for_every_choice_of_patches_and_are_met(
     strides: tuple[int, ...], max_level: int, size: tuple[int, int]
 ) -> None:
@@ -95,10 +95,11 @@ def test_bounds_hold_for_every_choice_of_patches_and_are_met(
             assert bounds.least == bounds.most == lowest, "patches divide the map"
 
 
-@pytest.mark.parametrize("strides", [(2,), (2, 2), (4, 2), (3, 2), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("max_level", [1, -1])
-@pytest.mark.parametrize("size", [(16, 24), (13, 17), (3, 5)], ids=str)
 @pytest.mark.parametrize("patch", ["quadtree", "block"])
+@pytest.mark.parametrize(
+    ("strides", "size", "max_level"),
+    covering([(2,), (2, 2), (4, 2), (3, 2), (2, 2, 2)], [(16, 24), (13, 17), (3, 5)], [1, -1]),
+)
 def test_bounds_of_several_levels_hold_for_every_choice_of_patches(
     strides: tuple[int, ...], max_level: int, size: tuple[int, int], patch: Any
 ) -> None:
@@ -230,9 +231,9 @@ def values_of(found: Any) -> list[Tensor]:
     return [found.rows[: int(found.lattice.counts.sum())]]
 
 
-@FILLS
-@pytest.mark.parametrize("size", [(16, 24), (13, 18)], ids=str)
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "size", "fill"), covering([*OPERATIONS], [(13, 18), (16, 24)], ["linear", "nearest", "guided"])
+)
 def test_padding_changes_nothing(name: str, size: tuple[int, int], fill: Any) -> None:
     """Every operation on a lattice with loose bounds, its padding full of NaN, is that on the exact one."""
     geometry = Geometry((2, 2), fill=fill)
@@ -348,7 +349,7 @@ def network(name: str) -> nn.Module:
     return model.features if name.startswith("vgg") else model
 
 
-NETWORKS = ("resnet18", "mobilenet_v2", "regnet_y_400mf", "efficientnet_b0", "vgg11")
+NETWORKS = ("resnet18", "mobilenet_v2", slow("regnet_y_400mf"), slow("efficientnet_b0"), "vgg11")
 
 
 @pytest.mark.parametrize(("name", "fill"), covering(NETWORKS, ("linear", "nearest", "guided")))
@@ -395,7 +396,7 @@ def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
 
 
 @MODELS
-@pytest.mark.parametrize("mask", ["all", "none"])
+@pytest.mark.parametrize("mask", ["all", slow("none")])
 def test_uniform_masks_compile_to_the_dense_networks(mask: str, make: Callable[[], nn.Module]) -> None:
     net, seen, x = converted(make(), mask), graphs(), images(1, 65, 97)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from cadsurgery.elements.elements import (
     to_elements,
 )
 from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
+from cadsurgery.elements.unpooling import dense_indices, max_pool2d_with_indices, max_unpool2d
 from cadsurgery.elements.whole_image import (
     batch_norm,
     contiguous_gradient,

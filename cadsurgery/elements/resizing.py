@@ -267,7 +267,7 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
     return values.view(*step.shape, -1).permute(0, 3, 1, 2)
 
 
-@operation(reads="image")
+@operation(reads="window")
 def pixel_shuffle(x: Elements, stage: int, spacings: tuple[int, int], scale: int) -> Elements:
     """Depth to space: an element reads the channels of its phase on the output's own grid.
 

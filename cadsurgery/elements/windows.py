@@ -77,7 +77,7 @@ def conv2d(
         groups: channel groups.
         size: of the output of a transposed convolution, as the network asks for it: its last two numbers are samples.
     """
-    window, target = _target_of(x, window, stage, size)
+    window, target = target_of(x, window, stage, size)
     rows, weight, bias = autocast(x.rows, weight, bias)
     if rows.dtype != weight.dtype:  # backends would convert the weight, and answer in the wrong type
         raise TypeError(f"the elements are {rows.dtype}, the weight is {weight.dtype}")
@@ -120,7 +120,7 @@ def fused_conv2d(
         size: see `conv2d`.
     """
     weights = weights.weights if isinstance(weights, PackedConv) else weights
-    window, target = _target_of(x, window, x.lattice.stage if stage is None else stage, size)
+    window, target = target_of(x, window, x.lattice.stage if stage is None else stage, size)
     rows = autocast(x.rows)[0]
     if residual is not None and not _is_of(residual, target, (*rows.shape[1:-1], weights.weight.shape[0])):
         plain = fused_conv2d(x, weights.alone, window=window, stage=target)
@@ -159,7 +159,7 @@ def conv2d_per_image(
         shape: of one kernel, (O, C / groups, kh, kw).
         groups: channel groups.
     """
-    window, target = _target_of(x, window, stage)
+    window, target = target_of(x, window, stage)
     weights = (mix @ weight).view(-1, *shape)
     biases = mix @ bias if bias is not None else [None] * len(weights)
     reading = Between(x.lattice, target, window).reading
@@ -180,7 +180,7 @@ def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     With `pool="drop"` cells that are not downsampled here pass unchanged (D2-Net as published);
     otherwise they are pooled with stride one (a-trous).
     """
-    window, target = _target_of(x, window, stage)
+    window, target = target_of(x, window, stage)
     if window.is_pointwise:
         return Elements(_subsample(x, target), target)
     outside = -torch.inf if window.outside is None else window.outside
@@ -205,7 +205,7 @@ def avg_pool2d(
         count_include_pad: whether padding counts in the divisor, as in torch; what lies beyond never does.
         divisor: fixed divisor instead.
     """
-    window, target = _target_of(x, window, stage)
+    window, target = target_of(x, window, stage)
     if window.is_pointwise:
         rows = _subsample(x, target)
         return Elements(rows if divisor is None else rows / divisor, target)
@@ -221,7 +221,7 @@ def avg_pool2d(
 @operation(reads="window", drops=True)
 def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     """Space to depth: the values under an r x r window side by side in the channels."""
-    window, target = _target_of(x, window, stage)
+    window, target = target_of(x, window, stage)
     reading = kernel_map(x.lattice, target, window, drop=drops(target, window))
     rows = extend(x.rows, reading, 0.0)
     parts = [block.transpose(1, 2).flatten(1) for block in gather_blocks(rows, reading.table)]
@@ -239,7 +239,7 @@ def _subsample(x: Elements, target: Lattice) -> Tensor:
     return rows.clone() if rows is x.rows else rows
 
 
-def _target_of(
+def target_of(
     x: Elements, window: Window, stage: int | Lattice, samples: Sequence[int] | None = None
 ) -> tuple[Window, Lattice]:
     """The window with its padding known, and the lattice of its output, if only its stage is given."""

@@ -263,6 +263,15 @@ def _say_without_effect(plan: Plan, strict: bool) -> None:
         f"convert the network together with what follows{finer}, or teach the operation that ends the region: "
         "see docs/extending.md."
     )
+    if not plan.region_end:  # a decoder leads back to the high output stride
+        why = (
+            "its decoder leads back to the high output stride by transposed convolutions, unpooling or pixel shuffles, "
+            f"which read samples of the network's own grid alone; {why}"
+        )
+        step = (
+            "use the network as it is, or one whose decoder interpolates (nn.Upsample and a convolution); "
+            "see decoders in docs/guide.md."
+        )
     refusal = CannotConvert(what, where=ends, why=why, next=step)
     if strict:
         raise refusal

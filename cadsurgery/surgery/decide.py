@@ -207,7 +207,7 @@ def _why_it_ends(node: fx.Node, flow: Flow, region: Region) -> str:
 def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Region) -> bool:
     """Whether a node reads elements and yields what needs none: one vector per image, or a map as fine as the
     fine map or finer."""
-    if not sources or node in flow.barriers:
+    if not sources or node in flow.barriers or not region.outside.isdisjoint(flow.maps(node)):
         return False
     treatment, high = flow.treatments[node], region.strides[0]
     if treatment.kind != "resize":
@@ -261,6 +261,7 @@ def _leaving_sizes(
                 and all(user.op == "output" for user in readers)
             )
             fine = flow.grid[node] == region.strides[0] or returned
+            fine = fine and flow.treatments[node].leaves_by is None
             sizes[node] = "fine" if fine else "native"
     return sizes
 

@@ -6,11 +6,13 @@ strides are put back: where the dilation of a chain doubles, a stride was remove
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from cadsurgery.elements.axes import NCHW, is_flat
@@ -240,6 +242,9 @@ def _misfit(node: fx.Node, maps: list[fx.Node], flow: Flow, facts: Facts) -> str
     """Why the treatment of a node does not apply here, or ""."""
     treatment = flow.treatments[node]
     layout = facts.layout(maps[0])
+    indices = dict(treatment.arguments).get("indices")
+    if any(flow.treatments[source].leaves_by and source is not indices for source in maps):
+        return "reads the indices of a pooling, numbers of the places of a dense map"
     if treatment.kind == "broadcast":
         return "resizes a map"
     if treatment.kind == "join":
@@ -280,9 +285,24 @@ def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
 def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, facts: Facts) -> bool:
     """Whether a value has no extent in the image, a number, a parameter, one vector per image, or is resized to it."""
     treatment = flow.treatments[source]
-    if treatment.rows is not None or (treatment.kind == "broadcast" and treatment.arguments):
+    if treatment.kind == "broadcast" and treatment.arguments:
         return layout == NCHW and tuple(facts.shapes[source][2:]) == facts.images[maps[0]]
-    return treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
+    filled = is_filled(source) and facts.shapes[source][2:] == facts.shapes[maps[0]][2:] and layout == NCHW
+    return filled or treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
+
+
+_FILLS = (torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full")
+_MOVES = ("to", "cuda", "cpu", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous")
+
+
+def is_filled(node: fx.Node) -> bool:
+    """Whether a value is one number throughout, such as the zeros that are put beside a map for new channels."""
+    changed = any(user.target is operator.setitem or str(user.target).endswith("_") for user in node.users)
+    if changed or node.op not in ("call_function", "call_method"):
+        return False
+    source = node.args[0] if node.args else None
+    moved = node.target in _MOVES and isinstance(source, fx.Node) and is_filled(source)
+    return moved or node.target in _FILLS
 
 
 def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozenset[fx.Node]) -> None:

@@ -23,6 +23,9 @@ from cadsurgery.surgery.treatment import Cause
 # The output stride of classification networks, whose strides are removed: dilations that stand for more are context.
 USUAL = 32
 
+# Share of a network's work that is worth a region, where it is a decoder's.
+ENOUGH = 0.3
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -106,8 +109,7 @@ def _read(settled: Settled, in_stages: bool) -> Reading:
     regions = {high: region_of(flow, high) for high in sorted(set(flow.grid.values()))}
     possible = tuple((high, low) for high, region in regions.items() for low in region.strides[1:])
     usual = _choose_strides(flow, regions, possible) if possible else None
-    inside = _on_elements(flow, regions[usual[0]]) if usual is not None else ()
-    work = sum(flow.facts.macs[node] for node in inside)
+    work = _on_elements(flow, regions[usual[0]]) if usual is not None else 0
     return Reading(
         settled, regions, possible, usual, work, bool(possible) and in_stages and _is_consistent(flow)
     )
@@ -158,13 +160,13 @@ def _choose_strides(
         return (current if current in highs else highs[-1]), low
     usual = max((high for high in highs if high <= _trunk(flow, low) / 4), default=highs[0])
     # Where a barrier, e.g. attention in the last stages, leaves hardly anything of that, the work before it counts, and
-    # where a branch to a finer output has most of the work, a third of the network is enough.
+    # where a branch to a finer output has most of the work, the coarsest that has enough of it.
     work = {high: _work(flow, region) for high, region in regions.items()}
     returns_map = any(flow.role[node] is Role.MAP for node in flow.facts.outputs)
     finer = returns_map and any(_comes_back(node, flow) and grid <= usual for node, grid in flow.grid.items())
-    most, third = max(work.values()), sum(flow.facts.macs.values()) / 3
-    if finer and work[usual] < (third if third <= most else most / 4):
-        enough = min(third, most / 2)
+    most, enough = max(work.values()), ENOUGH * sum(flow.facts.macs.values())
+    if finer and _on_elements(flow, regions[usual]) < (enough if enough <= most else most / 4):
+        enough = min(enough, most / 2)
     else:
         near = (high for high, region in regions.items() if high == usual or region.strides[-1] <= 4 * high)
         work = {high: work[high] for high in near}
@@ -180,9 +182,10 @@ def _comes_back(node: fx.Node, flow: Flow) -> bool:
     return finer and node not in flow.last
 
 
-def _on_elements(flow: Flow, region: Region) -> set[fx.Node]:
-    """What a plan would adapt or keep."""
-    return {node for node in region.needed if region.stage(node) > 0} | set(readers(flow, region))
+def _on_elements(flow: Flow, region: Region) -> int:
+    """Multiply-accumulates of what a plan would adapt or keep."""
+    inside = {node for node in region.needed if region.stage(node) > 0} | set(readers(flow, region))
+    return sum(flow.facts.macs[node] for node in inside)
 
 
 def _work(flow: Flow, region: Region) -> int:

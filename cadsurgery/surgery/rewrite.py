@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.flow import Flow, is_filled
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
@@ -86,7 +86,10 @@ class Rewriter:
     def as_dense(self, node: fx.Node) -> fx.Node:
         """The value as a dense tensor, at the size the plan lets it leave the region with."""
         if node not in self.dense:
-            decision = self.plan[node.name]
+            decision, leaves_by = self.plan[node.name], self.treatments[node].leaves_by
+            if leaves_by is not None:
+                self.dense[node] = self.call(leaves_by, self.elements[node], decision.grid)
+                return self.dense[node]
             spacing = 1 if decision.leaves == "fine" else decision.grid
             options = () if decision.layout == NCHW else (decision.layout,)
             guide = {"guide": self.fine_map()} if self.guided and spacing == 1 else {}
@@ -133,6 +136,8 @@ class Rewriter:
         """An argument of a treatment in the new graph; `modules` are those that it may read."""
         if isinstance(value, Call):
             return self.call(value.target, *(self.argument(part, modules) for part in value.args))
+        if isinstance(value, fx.Node) and self.facts.layout(value):
+            return self.as_elements(value)
         if not isinstance(value, Attribute):
             return fx.map_arg(value, self.as_dense)
         holder, _, name = value.path.rpartition(".")
@@ -218,7 +223,9 @@ class Rewriter:
                 self.dense[node] = self.resize_to_dense(node, treatment)
                 return
             inside = {
-                name: arguments[name] for name in ("mode", "align_corners", "size") if name in arguments
+                name: arguments[name]
+                for name in ("mode", "align_corners", "size", "indices")
+                if name in arguments
             }
             out = self.call(function, x, stage=stage, spacings=(grid, grid // scale), scale=scale, **inside)
         else:
@@ -285,8 +292,9 @@ class Rewriter:
             if source in back or (how.kind == "broadcast" and how.arguments):
                 resize = {} if source in back else self.arguments(how)
                 value = self.call(functional.small_map, value, self.plan[maps[0].name].grid, **resize)
-            elif how.kind == "shape" and how.rows is not None:
-                value = self.call_on_rows(how.rows.target, fx.map_arg(how.rows.args, self.as_dense), {})
+            elif layout == NCHW and is_filled(source):  # the same everywhere: one sample says it all
+                one = slice(0, 1)
+                value = self.call(operator.getitem, value, (slice(None), slice(None), one, one))
             return self.call(functional.rows_on, value, lattice, *options)
 
         call = treatment.rows

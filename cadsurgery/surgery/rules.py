@@ -92,17 +92,28 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
     return _treat_window(functional.conv2d, window, **kept)
 
 
-@rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d)
+@rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
 def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
     given = _pooling(node, facts)
+    kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
     if given["return_indices"]:
-        return barrier("its indices refer to a dense map")
+        if any(user.target is not operator.getitem for user in node.users):
+            return barrier("its values and its indices are read as one")
+        window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
+        return _treat_window(functional.max_pool2d_with_indices, window)
     if _covers_image(given, node, facts):
         return Treatment("global", "The maximum over the whole image.", call=functional.global_max)
-    kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
     window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
     return _treat_window(functional.max_pool2d, window)
+
+
+def _pools_with_indices(node: Any, facts: Facts) -> bool:
+    """Whether a node is a max pooling that returns values and indices."""
+    if not isinstance(node, fx.Node):
+        return False
+    by_module = node.op == "call_module" and acts_as(facts.module(node), nn.MaxPool2d)
+    return node.target is F.max_pool2d_with_indices or (by_module and _pooling(node, facts)["return_indices"])
 
 
 @rule(nn.AvgPool2d, F.avg_pool2d)
@@ -448,9 +459,8 @@ def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
 
 @rule(torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full", of_vectors=True)
 def constant_map(node: fx.Node, facts: Facts) -> Treatment:
-    """One value at every position, so that any position of it stands for all."""
-    corner = Call(operator.getitem, (node, (Ellipsis, slice(1), slice(1))))
-    return Treatment("shape", rows=corner if facts.is_map(node) else None)
+    """One value at every position, so that any position of it stands for all, see `flow.is_filled`."""
+    return Treatment("shape")
 
 
 @rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
@@ -574,8 +584,9 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
 def indexing(node: fx.Node, facts: Facts) -> Treatment:
     """One of several values, some channels of each element, or a crop that moves no anchor."""
     source, given = node.args
-    if source not in facts.shapes:  # a part of what was split
-        return Treatment("pointwise")
+    if source not in facts.shapes:  # a part of what was split, or of what a pooling gives
+        is_index = given == 1 and _pools_with_indices(source, facts)
+        return Treatment("pointwise", leaves_by=functional.dense_indices if is_index else None)
     layout = facts.layout(source)
     index: list[Any] = list(given) if isinstance(given, tuple) else [given]
     if any(part is Ellipsis for part in index):
@@ -700,6 +711,31 @@ def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the channels of its phase on the output's own grid."""
     factor = _factor(node, facts, "upscale_factor")
     return Treatment("resize", call=functional.pixel_shuffle, scale=factor)
+
+
+@rule(nn.MaxUnpool2d, F.max_unpool2d)
+def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
+    """An element takes the value of the window it lies in, if it is the tap of it that was the largest, or zero."""
+    names = ("indices", "output_size") if node.op == "call_module" else ("indices", "kernel_size", "stride")
+    given = _arguments(
+        node, "input", *names, **({} if len(names) == 2 else {"padding": 0, "output_size": None})
+    )
+    indices, size = given["indices"], given.get("output_size")
+    pooling: Any = indices.args[0] if indices.target is operator.getitem else None
+    if not _pools_with_indices(pooling, facts):
+        return barrier("its indices are not those of a max pooling as they are")
+    window = _pooling(pooling, facts)
+    kernel, stride = _pair(window["kernel_size"]), _pair(window["stride"])
+    if kernel != stride or _pair(window["padding"]) != (0, 0) or _pair(window["dilation"]) != (1, 1):
+        return barrier("its pooling has windows that overlap, so that several values may have one place")
+    if kernel[0] != kernel[1]:
+        return barrier(f"its pooling has windows of {kernel[0]}x{kernel[1]}")
+    if facts.shapes[node][3] != facts.shapes[pooling.args[0]][3]:
+        return barrier(
+            "it gives a map of another size than that which was pooled, where torch mistakes the places"
+        )
+    arguments = (("indices", indices), ("size", size))
+    return Treatment("resize", call=functional.max_unpool2d, arguments=arguments, scale=kernel[0])
 
 
 @rule(nn.ConvTranspose2d, F.conv_transpose2d, torch.conv_transpose2d)
@@ -975,5 +1011,6 @@ def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
     else:
         last = ("dilation", "ceil_mode", "return_indices")
         given |= _arguments(node, "input", "kernel_size", "stride", "padding", *last)
+    given["return_indices"] = given["return_indices"] or node.target is F.max_pool2d_with_indices
     given["stride"] = given["kernel_size"] if given["stride"] in (None, []) else given["stride"]
     return given

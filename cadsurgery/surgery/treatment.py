@@ -92,6 +92,7 @@ class Treatment:
         axes: the layout `call` needs of the map; "" for any.
         spaced: whether `call` takes the spacing of the network's own grid.
         reads: the map that `call` reads, where it is not the first argument.
+        leaves_by: what gives its dense map on the network's own grid, where that is not `to_dense`.
         cause: of a barrier.
     """
 
@@ -108,6 +109,7 @@ class Treatment:
     axes: str = NCHW
     spaced: bool = False
     reads: fx.Node | None = None
+    leaves_by: Callable[..., Any] | None = None
     cause: Cause = Cause.OPERATION
 
     def __post_init__(self) -> None:

@@ -203,13 +203,21 @@ def _apart(adapted: fx.Graph) -> set[str]:
 
 
 def _watched(adapted: fx.Graph, plan: Plan) -> dict[str, Decision]:
-    """The maps that are compared: what leaves the region, and what becomes one vector per image."""
+    """The maps that are compared: what leaves the region, and what becomes one vector per image. Indices of a pooling
+    leave as numbers; where they go wrong, what is unpooled does."""
+    numbers = {
+        node.args[0].meta.get(ORIGIN) for node in adapted.nodes if node.target is functional.dense_indices
+    }
     read = {
         node.args[0].meta.get(ORIGIN)
         for node in adapted.nodes
         if (operation := operation_of(node.target)) is not None and operation.gives == "vector"
     }
-    return {d.node: d for d in plan.decisions if (d.leaves and d.stages[1]) or d.node in read}
+    return {
+        d.node: d
+        for d in plan.decisions
+        if ((d.leaves and d.stages[1]) or d.node in read) and d.node not in numbers
+    }
 
 
 def _levels(plan: Plan, geometry: Geometry, adapted: fx.Graph) -> list[int]:

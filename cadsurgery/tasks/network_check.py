@@ -240,7 +240,8 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     errors["optimize"] = _optimized_error(part[1], [*(arguments for arguments, _ in batches), example])
     if chosen.part:
         hosted = _batches(subject, model, replace(chosen, part=""), dtype)
-        errors["host"] = max(_host_error(model, net, of_host) for of_host, _ in hosted)
+        for of_host, _ in hosted[:1]:  # they take long
+            errors["host"] = _host_error(model, net, of_host)
     broken = [name for name, error in errors.items() if not error <= TOLERANCE[dtype]]
     return {
         "result": "broken" if broken else "converts",
@@ -383,8 +384,10 @@ def _largest_error(output: Any, expected: Any) -> float:
 def _error(values: Tensor, expected: Tensor) -> float:
     if values.shape != expected.shape:
         return float("inf")
+    if not expected.numel():  # a detector found nothing
+        return 0.0
     if not expected.is_floating_point():  # classes: rounding decides between equals
-        differing = float((values != expected).double().mean()) if expected.numel() else 0.0
+        differing = float((values != expected).double().mean())
         return 0.0 if differing <= DISCRETE else float("inf")
     error = float((values - expected).abs().max()) / max(scale(expected), 1e-30)
     return error if error == error else float("inf")  # `max` would pass over a NaN

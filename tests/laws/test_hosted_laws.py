@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from conftest import assert_same, randomise
+from conftest import assert_same, randomise, slow
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -18,10 +18,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import cadsurgery as cs
 
-DETECTORS = ["fasterrcnn_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
-MORE = [
-    *("retinanet_resnet50_fpn", "fcos_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"),
-    "ssd300_vgg16",
+DETECTORS = [
+    *("ssdlite320_mobilenet_v3_large", slow("fasterrcnn_resnet50_fpn")),
+    *(slow("retinanet_resnet50_fpn"), slow("fcos_resnet50_fpn"), slow("maskrcnn_resnet50_fpn")),
+    *(slow("keypointrcnn_resnet50_fpn"), slow("ssd300_vgg16")),
 ]
 
 
@@ -57,7 +57,7 @@ def assert_same_detections(found: list[dict[str, Tensor]], expected: list[dict[s
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", [*DETECTORS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_converts_in_one_call_and_detects_the_same_at_none(name: str) -> None:
     """Law 1: at the network's own resolution it is the original, detection for detection."""
     model, images = detector(name), pictures()

@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels, randomise, relative_error, thin
+from conftest import assert_same, covering, images, random_levels, randomise, relative_error, slow, thin
 from emulation import Emulation, Feature, NetworkEmulator, emulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,16 +32,12 @@ SMALL: Size = (65, 97)
 BASIC = ("resnet18", "resnet34")
 # Other numbers of the same blocks.
 ALIKE = ("resnet34", "wide_resnet50_2", "resnet101", "resnet152")
-SAMPLE = pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-RESNETS = (
-    *("resnet18", "resnet50", "resnext50_32x4d"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE),
-)
+SAMPLE = pytest.mark.parametrize("name", ["resnet18", slow("resnet50")])
+KINDS = ("resnet18", slow("resnet50"), "resnext50_32x4d")
+RESNETS = (*KINDS, *map(slow, ALIKE))
 PAIRS = [(4, 32), (8, 32), (8, 16), (16, 32)]
-STRIDES = pytest.mark.parametrize("output_stride", PAIRS, ids=str)
 TWO = ("linear", "nearest")
 THREE = (*TWO, "guided")  # guided: what leaves at the fine size
-FILLS = pytest.mark.parametrize("fill", TWO)
 ALL_FILLS = pytest.mark.parametrize("fill", THREE)
 double = torch.float64
 BY = 4  # the networks of this file have one of so many channels; in the slow part they have all
@@ -50,11 +46,15 @@ BY = 4  # the networks of this file have one of so many channels; in the slow pa
 @pytest.fixture(params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=["thin", "wide"], autouse=True)
 def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The laws are of geometry: a quarter of the channels shows them, at a sixteenth of the work."""
+    if request.param > 1 and request.node.get_closest_marker("slow"):
+        pytest.skip("the slow part has it at its full width")
     monkeypatch.setitem(globals(), "BY", request.param)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """A network of torchvision, or of timm after `timm/`."""
+    if name.startswith(("deeplab", "fcn")) and BY > 1:  # wide ones
+        return conftest.build(name, dtype, by=4 * BY, **options)
     if not name.startswith("timm/"):
         return conftest.build(name, dtype, by=BY, **options)
     return thin(partial(timm.create_model, name.removeprefix("timm/"), **options), BY).to(dtype)
@@ -149,8 +149,9 @@ def test_all_low_is_the_original_whatever_the_high_stride(output_stride: Size) -
     assert_same(every(run(net, x), output_stride[1] // output_stride[0]), run(model, x))
 
 
-@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
-@pytest.mark.parametrize("region", ["auto", "backbone"])
+@pytest.mark.parametrize(
+    ("name", "region"), covering(["deeplabv3_resnet50", "fcn_resnet50"], ["auto", "backbone"])
+)
 def test_all_high_dilated_network_is_the_original(name: str, region: str) -> None:
     """Law 1, dilated: mask="all" gives the original's whole output."""
     model, x = build(name, aux_loss=False), images(2, *SMALL)
@@ -168,7 +169,7 @@ def test_deep_dilated_networks_are_the_original_when_all_high(name: str) -> None
     assert_same(dict(run(convert(model, "all"), x)), dict(run(model, x)))
 
 
-TIMM = ("resnet10t", "resnet18", "resnet26d", "seresnet18", "seresnet50")
+TIMM = ("resnet10t", slow("resnet18"), "resnet26d", "seresnet18", slow("seresnet50"))
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -197,7 +198,7 @@ def test_all_high_strided_network_is_the_dilated_twin(name: str) -> None:
     assert_same(run(net, x), run(with_features(dilated(name, model, 8)), x))
 
 
-@pytest.mark.parametrize(("name", "output_stride"), covering(["resnet18", "resnet50"], PAIRS))
+@pytest.mark.parametrize(("name", "output_stride"), covering(["resnet18", slow("resnet50")], PAIRS))
 def test_all_high_is_the_twin_at_the_high_stride_asked_for(name: str, output_stride: Size) -> None:
     """Law 2 for every pair of output strides."""
     model, x = build(name), images(2, *SMALL)
@@ -216,7 +217,8 @@ def test_lowest_level_above_the_native_stride_is_the_twin_at_that_stride(name: s
 
 def strided_backbone(model: nn.Module) -> nn.Module:
     """The undilated ResNet-50 with the weights of a segmentation network's backbone, up to layer4."""
-    resnet = build("resnet50").to(next(model.parameters()).dtype)
+    by = 2048 // model.backbone.layer4[-1].conv3.out_channels
+    resnet = conftest.build("resnet50", next(model.parameters()).dtype, by=by)
     missing = resnet.load_state_dict(model.backbone.state_dict(), strict=False)
     assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
     return create_feature_extractor(resnet, {"layer4": "out"})
@@ -229,7 +231,7 @@ def test_all_low_dilated_backbone_is_the_undilated_twin() -> None:
     assert_same(dict(every(run(net, x), 4)), run(strided_backbone(model), x))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "deeplabv3_resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", slow("resnet50"), "deeplabv3_resnet50"])
 def test_both_extremes_agree_at_the_lowest_lattice(name: str) -> None:
     """Law 2: at multiples of R_K all-high and all-low have the same features."""
     if name.startswith("deeplab"):
@@ -243,7 +245,7 @@ def test_both_extremes_agree_at_the_lowest_lattice(name: str) -> None:
     assert relative_error(low, high) > 0.01, "they differ elsewhere"
 
 
-@pytest.mark.parametrize("name", ["resnet18", "seresnet18", "seresnet50"])
+@pytest.mark.parametrize("name", [slow("resnet18"), "seresnet18", slow("seresnet50")])
 def test_timm_networks_are_their_dilated_twins_when_all_high(name: str) -> None:
     """Law 2 against timm's own output_stride=8, squeeze-excite included."""
     model, x = build(f"timm/{name}", double), images(2, *SMALL, double)
@@ -276,13 +278,10 @@ def dilated_vgg(model: nn.Sequential, high: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-VGGS = pytest.mark.parametrize(
-    "name", ["vgg11", "vgg16_bn", pytest.param("vgg19_bn", marks=pytest.mark.slow)]
-)
+VGGS = ("vgg11", "vgg16_bn", slow("vgg19_bn"))
 
 
-@VGGS
-@pytest.mark.parametrize("high", [1, 2, 4])
+@pytest.mark.parametrize(("name", "high"), covering(VGGS, [1, 2, 4]))
 def test_vgg_extremes_are_its_dense_twins(name: str, high: int) -> None:
     """Laws 1 and 2 where max-pools are the stages, as for keypoints."""
     model, x = vgg_trunk(name), images(2, 24, 40, double)
@@ -294,8 +293,7 @@ def test_vgg_extremes_are_its_dense_twins(name: str, high: int) -> None:
 # -- 3: any level map ----------------------------------------------------------------------------------
 
 
-@ALL_FILLS
-@STRIDES
+@pytest.mark.parametrize(("output_stride", "fill"), covering(PAIRS, THREE))
 def test_any_level_map_on_resnet18_is_the_emulation(output_stride: Size, fill: str) -> None:
     """Law 3 for every pair of output strides: the map and the logits."""
     model, x = with_features(build("resnet18", double)), images(2, *SMALL, double)
@@ -325,9 +323,7 @@ def test_any_level_map_on_timm_networks_is_the_emulation(name: str, fill: str) -
     assert_same(run(convert(model, fill=fill), x, mask=levels), expected)
 
 
-@FILLS
-@VGGS
-@pytest.mark.parametrize("high", [1, 2, 4])
+@pytest.mark.parametrize(("name", "high", "fill"), covering(VGGS, [1, 2, 4], TWO))
 def test_any_level_map_on_vgg_is_the_emulation(name: str, high: int, fill: str) -> None:
     """Law 3 where max-pools are the stages; odd sizes lose a border, as in the original."""
     model, x = vgg_trunk(name), images(2, 21, 35, double)
@@ -385,9 +381,7 @@ PLAIN: dict[str, list[nn.Module]] = {
 }
 
 
-@FILLS
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("size", [(48, 64), (45, 71)], ids=str)
+@pytest.mark.parametrize(("kind", "size", "fill"), covering([*PLAIN], [(45, 71), (48, 64)], TWO))
 def test_plain_cnns_keep_laws_1_and_3(kind: str, size: Size, fill: str) -> None:
     """Kernels, paddings and pools a ResNet does not have: identity when all low, emulation on any map."""
     model = randomise(nn.Sequential(*copy.deepcopy(PLAIN[kind]))).double()
@@ -413,13 +407,8 @@ def test_several_features_leave_the_region_at_the_fine_size(fill: str) -> None:
 
 
 FAMILIES = (
-    pytest.param("densenet121", marks=pytest.mark.slow),
-    "efficientnet_b0",
-    "googlenet",
-    pytest.param("mnasnet0_5", marks=pytest.mark.slow),
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "regnet_y_400mf",
+    *("googlenet", "mobilenet_v3_small"),
+    *map(slow, ("densenet121", "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "regnet_y_400mf")),
 )
 
 
@@ -520,7 +509,7 @@ def test_other_strides_of_a_dilated_network_are_the_emulation(output_stride: Siz
 # -- 5: batches, sizes, precision, layout --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "seresnet18", "deeplabv3_resnet50"])
+@pytest.mark.parametrize("name", [*map(slow, KINDS[::2]), "seresnet18", "deeplabv3_resnet50"])
 def test_a_batch_is_its_images_one_by_one(name: str) -> None:
     """Law 5: two images with different level maps, one of them uniform in the second call."""
     size = (97, 129)
@@ -539,9 +528,7 @@ def test_a_batch_is_its_images_one_by_one(name: str) -> None:
                 assert_same(together[image : image + 1], alone)
 
 
-@pytest.mark.parametrize(
-    "size", [(97, 129), (64, 100), pytest.param((193, 257), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("size", [(97, 129), (64, 100), slow((193, 257))], ids=str)
 @SAMPLE
 def test_a_network_converted_on_one_size_runs_on_others(name: str, size: Size) -> None:
     """Law 5 with laws 1 to 3 at sizes that were not the example's."""
@@ -561,7 +548,7 @@ def test_large_odd_images_keep_laws_1_and_2(name: str) -> None:
     assert_same(run(net, x, mask="all"), run(with_features(dilated(name, model, 8)), x))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d")])
 def test_autocast_trains_in_lower_precision(name: str) -> None:
     """Under torch.autocast outputs and gradients are those of float32 up to bfloat16 rounding."""
     net = cs.adaptify(build(name), "random:fraction=0.4,seed=0", verify_laws=False)
@@ -574,7 +561,7 @@ def test_autocast_trains_in_lower_precision(name: str) -> None:
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.98
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d")])
 def test_memory_layout_is_irrelevant(name: str) -> None:
     """Law 5: channels_last images and weights, or not."""
     model, x = build(name), images(2, *SMALL)
@@ -606,7 +593,7 @@ def test_lower_precision_is_close(name: str) -> None:
 # -- 6: weights and gradients --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "deeplabv3_resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d"), "deeplabv3_resnet50"])
 def test_state_dict_keys_and_values_stay_and_the_argument_is_not_touched(name: str) -> None:
     """Law 6: original checkpoints load strictly; the model handed in keeps weights, modes and behaviour."""
     model, x = build(name), images(2, *SMALL)
@@ -648,7 +635,7 @@ def test_adaptify_keeps_the_mode(name: str, training: bool) -> None:
     assert net.training == training and net.layer4[0].bn1.training == training
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_an_all_low_network_are_the_originals(name: str) -> None:
     """Law 6: of a loss on the logits, for every parameter and the image."""
     model = build(name, double)
@@ -703,9 +690,7 @@ def layer4_of(name: str) -> nn.Module:
     return create_feature_extractor(build(name), ["layer4"])
 
 
-@pytest.mark.parametrize(
-    ("name", "output_stride"), covering(["resnet18", "resnet50", "resnext50_32x4d"], PAIRS)
-)
+@pytest.mark.parametrize(("name", "output_stride"), covering(KINDS, [*PAIRS[::2], *map(slow, PAIRS[1::2])]))
 def test_counted_macs_are_executed_macs(name: str, output_stride: Size) -> None:
     """Law 7: totals for a mixed mask, everything high and everything low; high and low are the twins'."""
     model, x = build(name), images(2, *SMALL)
@@ -723,7 +708,7 @@ def test_counted_macs_are_executed_macs(name: str, output_stride: Size) -> None:
     assert report.active_fraction == pytest.approx(fraction)
 
 
-@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "fcn_resnet50"])
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50", slow("fcn_resnet50")])
 def test_everything_high_costs_what_the_dilated_original_costs(name: str) -> None:
     """Law 7 for a dilated network, head included."""
     model, x = build(name, aux_loss=False), images(2, *SMALL)
@@ -732,7 +717,7 @@ def test_everything_high_costs_what_the_dilated_original_costs(name: str) -> Non
     assert report.low < report.mask < report.high
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "vgg11"])
+@pytest.mark.parametrize("name", [slow("resnet18"), slow("resnet50"), "vgg11"])
 def test_macs_grow_with_the_resolution_kept(name: str) -> None:
     """Law 7: raising levels anywhere never costs more; the ends of the chain are high and low."""
     if name != "vgg11":
@@ -755,7 +740,7 @@ def test_macs_grow_with_the_resolution_kept(name: str) -> None:
 # -- 8: the published method ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", [0.3, 0.7])
+@pytest.mark.parametrize("split", [0.3, slow(0.7)])
 def test_published_options_are_the_published_resnet(split: float) -> None:
     """Law 8 on ResNet-50 (8, 32): convolutions start at the middle of cells, corners are kept, blocks of 4."""
     size = (96, 128)
@@ -772,8 +757,7 @@ def test_published_options_are_the_published_resnet(split: float) -> None:
     assert_same(run(net.float(), x.float(), mask=levels)["out"], found["out"].float(), 1e-4)
 
 
-@pytest.mark.parametrize("high", [1, 2, 4])
-@pytest.mark.parametrize("anchor", ["center", "corner"])
+@pytest.mark.parametrize(("high", "anchor"), covering([1, 2, 4], ["center", "corner"]))
 def test_published_options_are_the_published_vgg(high: int, anchor: str) -> None:
     """Law 8 on VGG-16 as D2-Net uses it: max-pools take the maximum of boxes that drop a level."""
     model, x = vgg_trunk("vgg16"), images(2, 24, 40, double)
@@ -795,7 +779,7 @@ def test_published_options_are_the_published_vgg(high: int, anchor: str) -> None
 # -- engine --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "deeplabv3_resnet50", "vgg11"])
+@pytest.mark.parametrize("name", ["resnet18", slow("resnext50_32x4d"), "deeplabv3_resnet50", "vgg11"])
 def test_dense_shortcut_changes_nothing(name: str) -> None:
     """Uniform maps run as dense convolutions or by kernel maps, with the same result."""
     model = vgg_trunk(name) if name == "vgg11" else build(name, double)

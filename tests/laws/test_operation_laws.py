@@ -65,6 +65,9 @@ EXAMPLES: dict[str, Example] = {
     ),
     "max_pool2d": Example((), WINDOWED),
     "avg_pool2d": Example((), WINDOWED),
+    "max_pool2d_with_indices": Example((), WINDOWED),
+    "max_unpool2d": Example((), {"stage": 1, "spacings": (4, 2), "scale": 2}),
+    "dense_indices": Example((4,)),
     "pixel_unshuffle": Example((), {"window": Window((2, 2), 2, spacing=2), "stage": 2}),
     "batch_norm": Example((norm(),)),
     "norm_of_batch": Example((norm(track_running_stats=False),)),
@@ -110,16 +113,34 @@ def elements(stage: int = 1, **options: Any) -> Elements:
 
 def entering(op: Operation) -> Elements:
     """What an operation reads in its example."""
-    stages = {"resize": 2, "pixel_shuffle": 2, "to_elements": 0}
+    stages = {"resize": 2, "pixel_shuffle": 2, "max_unpool2d": 2, "to_elements": 0}
     return elements(stages.get(name_of(op), 1))
+
+
+def values_of(value: Any) -> Any:
+    """Of what gives several maps side by side, the first."""
+    several = isinstance(value, Elements) and isinstance(value.rows, tuple)
+    return Elements(value.rows[0], value.lattice) if several else value
 
 
 def called(op: Operation, x: Elements) -> Any:
     """The operation on elements, by its example."""
+    return values_of(_called(op, x))
+
+
+def _called(op: Operation, x: Elements) -> Any:
     name, example = name_of(op), EXAMPLES[name_of(op)]
     options = example.options
     if name == "rows_on":
         return op.call(x, x.lattice.at(2))
+    if name in ("max_unpool2d", "dense_indices"):
+        indices = functional.max_pool2d_with_indices(
+            elements(), Window((2, 2), 2, spacing=2, ceil_mode=True), 2
+        )
+        indices = Elements(indices.rows[1], indices.lattice)
+        if name == "dense_indices":
+            return op.call(indices, *example.arguments)
+        return op.call(x, indices, size=indices.rows.samples, **options)
     if name == "common_lattice":
         return op.call(2, x)
     if name == "sum_of_products":
@@ -185,10 +206,10 @@ def test_an_operation_gives_what_it_says(op: Operation) -> None:
 
 
 ELEMENTWISE = [op for op in OWN if op.reads == "element" and op.gives == "elements"]
-WINDOWS = [op for op in OWN if op.reads == "window" and op.gives == "elements"]
+WINDOWS = [op for op in OWN if "window" in EXAMPLES[name_of(op)].options]
 BORDERED = [op for op in WINDOWS if name_of(op) != "pixel_unshuffle"]
 COUNTED = [op for op in WINDOWS if "conv2d" in name_of(op)]
-RESIZES = ("resize", "pixel_shuffle", "resize_to_dense", "small_map")
+RESIZES = ("resize", "resize_to_dense", "small_map")
 WHOLE = [op for op in OWN if op.mixes and name_of(op) not in RESIZES]
 
 
@@ -268,7 +289,7 @@ def test_what_is_beyond_the_border_is_what_an_operation_says(op: Operation) -> N
 
     def padded(outside: float | None) -> Tensor:
         options = {**example.options, "window": KERNEL._replace(outside=outside)}
-        return op.call(x, *example.arguments, **options).rows.detach()
+        return values_of(op.call(x, *example.arguments, **options)).rows.detach()
 
     assert_same(padded(op.outside), padded(None))
     assert not torch.equal(padded(100.0), padded(None))

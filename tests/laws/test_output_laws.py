@@ -6,13 +6,14 @@ And the definition of a resize that leaves the region, written out pixel by pixe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels, randomise
+from conftest import assert_same, covering, images, random_levels, randomise, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -159,14 +160,17 @@ class Decoder(Encoder):
         return self.head(self.body[6](y))
 
 
-def resized_networks() -> Iterator[Any]:
+def resized_networks() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Every mode with every way to say the size, and the networks above."""
     modes = [("nearest", None), ("nearest-exact", None), ("bilinear", False), ("bilinear", True)]
     for mode, align in modes:
         how = {"mode": mode} if align is None else {"mode": mode, "align_corners": align}
         for by in ("size", "32", "12.7", "recomputed"):
-            yield pytest.param(lambda how=how, by=by: Resized(how, by), id=f"{mode}-{align}-{by}")
-    others = (Module, TwoHeads, Context, Asymmetric, Pyramid)
-    yield from (pytest.param(kind, id=kind.__name__) for kind in others)
+            yield f"{mode}-{align}-{by}", partial(Resized, how, by)
+    yield from ((kind.__name__, kind) for kind in (Module, TwoHeads, Context, Asymmetric, Pyramid))
+
+
+RESIZED = dict(resized_networks())
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -178,10 +182,9 @@ def leaves(value: Any) -> list[Tensor]:
     return torch.utils._pytree.tree_leaves(value)
 
 
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("make", resized_networks())
-def test_the_outputs_at_the_networks_own_level_are_the_networks(make: Any, fill: Any) -> None:
-    model = settled(make())
+@pytest.mark.parametrize(("name", "fill"), covering([*RESIZED], FILLS))
+def test_the_outputs_at_the_networks_own_level_are_the_networks(name: str, fill: Any) -> None:
+    model = settled(RESIZED[name]())
     net = cs.adaptify(model, "none", fill=fill)
     for size in SIZES:
         x = images(2, *size).double()
@@ -190,9 +193,10 @@ def test_the_outputs_at_the_networks_own_level_are_the_networks(make: Any, fill:
                 assert_same(found, expected, EXACT)
 
 
-@pytest.mark.parametrize("make", resized_networks())
-def test_a_mask_matters_behind_a_resize_and_the_plan_says_so(make: Any) -> None:
-    net = cs.adaptify(settled(make()), "none")
+@pytest.mark.parametrize("name", [name if at % 5 == 0 else slow(name) for at, name in enumerate(RESIZED)])
+def test_a_mask_matters_behind_a_resize_and_the_plan_says_so(name: str) -> None:
+    """Of the modes and ways to say the size, each is in one of the few."""
+    net = cs.adaptify(settled(RESIZED[name]()), "none")
     x = images(2, 64, 96).double()
     with torch.no_grad():
         low, high = leaves(net(x))[0], leaves(net(x, mask="all"))[0]
@@ -204,14 +208,19 @@ def test_a_mask_matters_behind_a_resize_and_the_plan_says_so(make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Shuffled(2), lambda: Shuffled(4), Decoder], ids=["2", "4", "decoder"]
+    ("make", "output_stride"),
+    [
+        pytest.param(partial(Shuffled, 2), (2, 16), id="2-(2, 16)"),
+        pytest.param(partial(Shuffled, 2), (4, 16), id="2-(4, 16)", marks=pytest.mark.slow),
+        pytest.param(partial(Shuffled, 4), (2, 16), id="4-(2, 16)", marks=pytest.mark.slow),
+        pytest.param(partial(Shuffled, 4), (4, 16), id="4-(4, 16)"),
+        pytest.param(Decoder, (2, 32), id="decoder"),
+    ],
 )
-@pytest.mark.parametrize("output_stride", [(2, 16), (4, 16)], ids=str)
 def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, output_stride: Any) -> None:
     """Sizes that no stride divides: the map a shuffle makes has more samples than the image has at that stride."""
     model = settled(make())
-    strides = (2, 32) if isinstance(model, Decoder) else output_stride
-    net = cs.adaptify(model, "none", output_stride=strides, outputs="native")
+    net = cs.adaptify(model, "none", output_stride=output_stride, outputs="native")
     for size in SIZES:
         x = images(2, *size).double()
         with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels, randomise
+from conftest import assert_same, images, random_levels, randomise, slow
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
@@ -238,7 +238,9 @@ def test_a_pyramid_leaves_fine_and_its_finest_level_gains() -> None:
     assert "at output stride 8" in str(net.plan)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "convnext_atto", "hrnet_w18_small"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv2_050", slow("convnext_atto"), slow("hrnet_w18_small")]
+)
 def test_several_feature_maps_stand_where_the_plan_says(name: str) -> None:
     """`features_only` of timm: at the network's own positions every map is the original's."""
     model = timm.create_model(name, features_only=True).eval()

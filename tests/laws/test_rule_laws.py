@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, random_levels
+from conftest import assert_same, covering, images, random_levels
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -316,8 +316,7 @@ def _shifted(weight: Tensor) -> Tensor:
     return F.pad(weight, (0, 2))
 
 
-@pytest.mark.parametrize("fill", ["linear", "nearest"])
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize(("name", "fill"), covering([*WINDOWS], ["linear", "nearest"]))
 def test_two_spellings_of_a_window_stay_one_function(name: str, fill: str) -> None:
     ours, theirs = WINDOWS[name]
     parts = {

@@ -1,0 +1,134 @@
+"""Max pooling that remembers where its values come from, and unpooling that puts values back there.
+
+On a dense map torch counts positions. On elements a value remembers which tap of its window it is, which says the same
+on any map, at any level: unpooling, an element reads the value of the window that it is a tap of, if it is the one that
+was remembered, and zero else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import Between, extend, select_rows
+from cadsurgery.elements.backends.reference import gather_blocks
+from cadsurgery.elements.elements import Elements, common_lattice
+from cadsurgery.elements.kernel_map import Window, kernel_map, phases
+from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.operations import operation
+from cadsurgery.elements.windows import drops, target_of
+from cadsurgery.support.errors import InvalidInput
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """Which taps of its window the values of a pooling are: the rows of the elements of its indices.
+
+    Attributes:
+        rows: (N, C) int16, numbers of taps, row by row of the window.
+        window: of the pooling, its padding known.
+        samples: (height, width) of the map that was pooled, on the network's own grid.
+    """
+
+    rows: Tensor
+    window: Window
+    samples: tuple[int, int]
+
+    def on(self, source: Lattice, target: Lattice) -> Taps:
+        """Those of the cells that the same or a later lattice still has."""
+        return replace(self, rows=select_rows(self.rows, source, target))
+
+
+@operation(reads="window", outside=-math.inf, drops=True)
+def max_pool2d_with_indices(x: Elements, window: Window, stage: int | Lattice) -> Elements:
+    """`max_pool2d` and where its values come from: elements whose rows are a pair (values, `Taps`).
+
+    Of equal values the first tap counts, as in torch.
+    """
+    window, target = target_of(x, window, stage)
+    reading = Between(x.lattice, target, window, drops(target, window)).reading
+    rows = extend(x.rows, reading, -torch.inf if window.outside is None else window.outside)
+    largest = [block.max(1) for block in gather_blocks(rows, reading.table)]
+    taps = torch.cat([block.indices.to(torch.int16) for block in largest])
+    samples = x.lattice.samples(window.spacing)
+    pair = torch.cat([block.values for block in largest]), Taps(taps, window, samples)
+    return Elements(pair, target)  # type: ignore[arg-type] # parts of a map, until one is taken
+
+
+@operation(reads="window")
+def max_unpool2d(
+    x: Elements,
+    indices: Elements,
+    stage: int,
+    spacings: tuple[int, int],
+    scale: int,
+    size: Sequence[int] | None = None,
+) -> Elements:
+    """Unpooling onto the lattice of an earlier stage: values where the indices say that they come from, zeros else.
+
+    With the values split by their taps, u_t = X where the tap is t and 0 else, an element reads, as in a transposed
+    convolution with windows that do not overlap, the tap t of its own phase, o = t modulo the scale:
+    out(e) = u_t(a(e) - s t), s the distance of the output's samples. Cells in between read u_t by the lattice's fill.
+
+    Args:
+        x: elements (N, C).
+        indices: of the pooling, whose windows lie side by side; their rows are `Taps`.
+        stage: of the output, at most the input's.
+        spacings: fine pixels between the samples of the network's own grid, before and after.
+        scale: side of the windows.
+        size: of the output, its last two numbers are samples; by default of all windows, cut at the border or not.
+
+    Raises:
+        InvalidInput: the output would be no map like that which was pooled, where torch mistakes one place for another.
+    """
+    taps: Taps = indices.rows  # type: ignore[assignment]
+    samples = x.lattice.samples(spacings[0])
+    counts = tuple(count * scale for count in samples) if size is None else tuple(size[-2:])
+    whole = tuple(min(count * scale, most) for count, most in zip(samples, taps.samples, strict=True))
+    fits = counts[1] == taps.samples[1] and whole[0] <= counts[0] <= samples[0] * scale + scale
+    if not fits or samples != indices.lattice.samples(spacings[0]):
+        raise InvalidInput(
+            f"unpooling {samples[0]}x{samples[1]} samples to {counts[0]}x{counts[1]} puts values elsewhere than they "
+            f"were pooled from, a map of {taps.samples[0]}x{taps.samples[1]}.",
+            why="torch numbers the places of the map that was pooled, row by row.",
+            next="pad or resize the image to a multiple of the lowest output stride, or give the unpooling the size of "
+            "the map that was pooled as its output_size.",
+        )
+    lattice = common_lattice(max(x.lattice.stage, indices.lattice.stage), x, indices)
+    values, taps = select_rows(x.rows, x.lattice, lattice), taps.on(indices.lattice, lattice)
+    window = Window((scale, scale), spacing=spacings[0], finer=scale)
+    target = lattice.resample(stage, lattice.holding(counts, spacings[1]))
+    reading = kernel_map(lattice, target, window)
+    every, place = phases(lattice, target, window)
+    parts = []
+    for phase in every:
+        chosen = torch.where(taps.rows == phase.first[0] * scale + phase.first[1], values, 0)
+        parts.append(extend(chosen, reading, 0.0).index_select(0, phase.table.flatten().to(values.device)))
+    return Elements(torch.cat(parts).index_select(0, place.to(values.device)), target)
+
+
+@operation(reads="element", gives="other")
+def dense_indices(indices: Elements, spacing: int) -> Tensor:
+    """The indices of a pooling as torch numbers them, for what is dense: (B, C, h, w) int64.
+
+    Args:
+        indices: elements whose rows are `Taps`.
+        spacing: fine pixels between the samples of the network's own grid, on which they are read.
+    """
+    taps: Taps = indices.rows  # type: ignore[assignment]
+    lattice, window, (height, width) = indices.lattice, taps.window, taps.samples
+    cells = lattice.index.view(lattice.batch, *lattice.size)[:, ::spacing, ::spacing]
+    numbers = taps.rows.index_select(0, cells.flatten().to(taps.rows.device)).long()
+    numbers = numbers.view(*cells.shape, -1).permute(0, 3, 1, 2)
+    places = []
+    for axis, (tap, length) in enumerate(
+        ((numbers // window.kernel[1], height), (numbers % window.kernel[1], width))
+    ):
+        own = torch.arange(numbers.shape[2 + axis], device=numbers.device).view(-1, *(1,) * (1 - axis))
+        first = own * window.stride - window.padding[2 * axis]
+        places.append((first + window.dilation[axis] * tap).clamp(0, length - 1))
+    return places[0] * width + places[1]
