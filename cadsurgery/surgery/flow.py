@@ -6,11 +6,13 @@ strides are put back: where the dilation of a chain doubles, a stride was remove
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from cadsurgery.elements.axes import NCHW, is_flat
@@ -285,7 +287,22 @@ def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, fact
     treatment = flow.treatments[source]
     if treatment.kind == "broadcast" and treatment.arguments:
         return layout == NCHW and tuple(facts.shapes[source][2:]) == facts.images[maps[0]]
-    return treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
+    filled = is_filled(source) and facts.shapes[source][2:] == facts.shapes[maps[0]][2:] and layout == NCHW
+    return filled or treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
+
+
+_FILLS = (torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full")
+_MOVES = ("to", "cuda", "cpu", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous")
+
+
+def is_filled(node: fx.Node) -> bool:
+    """Whether a value is one number throughout, such as the zeros that are put beside a map for new channels."""
+    changed = any(user.target is operator.setitem or str(user.target).endswith("_") for user in node.users)
+    if changed or node.op not in ("call_function", "call_method"):
+        return False
+    source = node.args[0] if node.args else None
+    moved = node.target in _MOVES and isinstance(source, fx.Node) and is_filled(source)
+    return moved or node.target in _FILLS
 
 
 def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozenset[fx.Node]) -> None:

@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow
+from cadsurgery.surgery.flow import Flow, is_filled
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
