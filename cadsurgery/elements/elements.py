@@ -176,7 +176,7 @@ class SmallMap:
         key = ("small map", lattice.key, tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
         sources, shares = lattice.pyramid.derive((*key, self.mode, self.align_corners), build)
-        if len(self.values) > 1:
+        if self.values.shape[0] > 1:
             image = lattice.coordinates[0].unsqueeze(1) * self.values[0, 0].numel()
             sources = sources + image.to(sources)
         return mix(self.values.permute(0, 2, 3, 1).flatten(0, 2).contiguous(), sources, shares)

@@ -399,15 +399,15 @@ def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase
             if target.capacity is None:
                 rows = is_of.nonzero().squeeze(1)
             else:
-                most = min(target.count, target.batch * _pixels_of(target, window, first))
-                rows = torch.nonzero_static(is_of, size=most, fill_value=0).squeeze(1)
+                room = min(target.count, target.batch * _pixels_of(target, window, first))
+                rows = torch.nonzero_static(is_of, size=room, fill_value=0).squeeze(1)
             many = [
                 -(-(kernel - tap) // window.finer) for kernel, tap in zip(window.kernel, first, strict=True)
             ]
             every.append(Phase(first, rows, table[rows, : many[0], : many[1]].flatten(1)))
             # Rows of padding may be more than the phase has room for: it does not matter what they are given.
-            at = joined + (is_of.cumsum(0) - 1).clamp(max=max(len(rows) - 1, 0))
-            place, joined = torch.where(is_of, at, place), joined + len(rows)
+            at = joined + (is_of.cumsum(0) - 1).clamp(max=most(rows.shape[0] - 1, 0))
+            place, joined = torch.where(is_of, at, place), joined + rows.shape[0]
         return every, place
 
     return target.pyramid.derive(("phases", source.key, target.key, window), build)

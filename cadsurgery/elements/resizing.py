@@ -242,7 +242,7 @@ def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
             wide = torch.lerp(wide.index_select(1, first), wide.index_select(1, second), share)
         else:
             work = MixingLines(wide.flatten(0, 1), first, second, share)
-            wide = compute(work).view(*wide.shape[:2], len(place), -1)
+            wide = compute(work).view(*wide.shape[:2], place.shape[0], -1)
     return wide.to(dense.dtype).permute(0, 3, 1, 2)
 
 

@@ -102,7 +102,7 @@ class Convolution(Work):
     @property
     def reading(self) -> Reading:
         """Where it reads."""
-        return every_row(len(self.rows), self.rows.device) if self.reads is None else self.reads.reading
+        return every_row(self.rows.shape[0], self.rows.device) if self.reads is None else self.reads.reading
 
     @property
     def is_product(self) -> bool:
