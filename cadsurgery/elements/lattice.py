@@ -384,6 +384,10 @@ class Lattice:
             return None
         return torch.arange(self.count, device=self.levels.device) < self.counts.sum()
 
+    def __len__(self) -> int:
+        """`count`, which in a graph for any size is a symbol and no length."""
+        return self.count
+
     @property
     def count(self) -> int:
         """Number of rows: of elements and, where only bounds are known, padding."""
