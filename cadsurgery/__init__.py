@@ -33,7 +33,8 @@ _NAMES = {
     "surgery.plan": ("Plan",),
     "surgery.rules": ("Call", "Treatment", "rule"),
     "network.adaptify": ("adaptify", "plan"),
-    "network.compile": ("Bucketed", "export"),
+    "network.compile": ("Bucketed",),
+    "network.export": ("export",),
     "network.model": ("AdaptiveModel",),
     "network.points": ("macs_at", "read_at"),
     "network.stem": ("CachedStem", "body_of", "stem_outputs"),
@@ -90,7 +91,8 @@ if TYPE_CHECKING:
     from cadsurgery.elements.operations import operation
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
     from cadsurgery.network.adaptify import adaptify, plan
-    from cadsurgery.network.compile import Bucketed, export
+    from cadsurgery.network.compile import Bucketed
+    from cadsurgery.network.export import export
     from cadsurgery.network.model import AdaptiveModel
     from cadsurgery.network.points import macs_at, read_at
     from cadsurgery.network.stem import CachedStem, body_of, stem_outputs

@@ -32,7 +32,8 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks import Grid
 from cadsurgery.masks.masking import Masking
-from cadsurgery.network.compile import _difference, bucket
+from cadsurgery.network.compile import bucket
+from cadsurgery.network.export.compare import difference as _difference
 
 BUDGET = "edges | budget:fraction=0.34"
 double = torch.float64
@@ -577,7 +578,7 @@ def test_export_refuses_with_a_next_step_and_writes_nothing(
     with pytest.raises(cs.InvalidInput, match="image"):
         cs.export(net, x[0], path)
     with monkeypatch.context() as patched:
-        patched.setattr("cadsurgery.network.compile._difference", lambda *values: 0.5)
+        patched.setattr("cadsurgery.network.export.programs.difference", lambda *values: 0.5)
         with pytest.raises(cs.CannotConvert, match="differs from the network by"):
             cs.export(net, x, path)
     with monkeypatch.context() as patched:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from cadsurgery.elements.backends.choose import Picking, compute, mix, select_ro
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.elements.operations import operation
+from cadsurgery.elements.sizes import holds, least
 from cadsurgery.support.errors import InvalidInput
 
 # Devices with torch.autocast; asked for here, because compilers before torch 2.15 cannot.
@@ -105,8 +106,8 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
         return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
 
     reading = lattice.pyramid.derive(("to_dense", lattice.key, spacing), build)
-    flat = x.rows.reshape(len(lattice), -1)
-    if guide is not None and spacing == 1 and reading.sources.shape[0]:
+    flat = x.rows.reshape(lattice.count, -1)
+    if guide is not None and spacing == 1 and not holds(reading.sources.shape[0] == 0):
         pixels = torch.arange(reading.table.numel(), device=reading.table.device)
         reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)
     rows = compute(Picking(flat, reading))
@@ -129,12 +130,14 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     rounding = torch.finfo(guide.dtype).eps
     guide = guide[:, :, :height, :width]
     beyond = (0, width - guide.shape[3], 0, height - guide.shape[2])
-    if any(beyond):  # a map that was made finer may end beyond the image, where its border goes on
+    if not all(
+        holds(length == 0) for length in beyond
+    ):  # a map that was made finer may end beyond the image, where its border goes on
         guide = F.pad(guide, beyond, mode="replicate")
     rows = guide.permute(0, 2, 3, 1).flatten(0, 2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     halo = reading.sources.shape[0]
-    place = (reading.table.flatten() - len(lattice)).clamp(min=0).long()  # 0: no halo row
+    place = (reading.table.flatten() - lattice.count).clamp(min=0).long()  # 0: no halo row
     points = torch.zeros(halo + 1, dtype=torch.long, device=place.device)
     points = points.scatter(0, place, pixels.flatten())[1:]
     anchors = lattice.anchors[reading.sources.long()].to(rows.device)
@@ -173,7 +176,7 @@ class SmallMap:
         key = ("small map", lattice.key, tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
         sources, shares = lattice.pyramid.derive((*key, self.mode, self.align_corners), build)
-        if len(self.values) > 1:
+        if self.values.shape[0] > 1:
             image = lattice.coordinates[0].unsqueeze(1) * self.values[0, 0].numel()
             sources = sources + image.to(sources)
         return mix(self.values.permute(0, 2, 3, 1).flatten(0, 2).contiguous(), sources, shares)
@@ -244,7 +247,7 @@ def rows_on(value: Elements | Tensor | SmallMap, lattice: Lattice, layout: str =
     per_image = value.permute(layout.index("b"), *channels, *image_dims(layout))
     per_image = per_image.reshape(per_image.shape[: 1 + len(channels)])
     if per_image.shape[0] == 1:
-        return per_image.expand(len(lattice), *per_image.shape[1:])
+        return per_image.expand(lattice.count, *per_image.shape[1:])
     return per_image.index_select(0, lattice.coordinates[0].to(value.device))
 
 
@@ -257,7 +260,7 @@ def own_image(every: Sequence[Tensor], lattice: Lattice) -> Tensor:
     if len(every) == 1:
         return every[0]
     image = lattice.coordinates[0].to(every[0].device)
-    return torch.stack(tuple(every))[image, torch.arange(len(lattice), device=image.device)]
+    return torch.stack(tuple(every))[image, torch.arange(lattice.count, device=image.device)]
 
 
 @operation(reads="nothing", gives="other")
@@ -265,8 +268,8 @@ def common_lattice(stage: int | Lattice, *values: Elements) -> Lattice:
     """The lattice that all operands of a join can be read on, if only its stage is given: the smallest fine size."""
     if isinstance(stage, Lattice):
         return stage
-    height = min(value.lattice.size[0] for value in values)
-    width = min(value.lattice.size[1] for value in values)
+    sizes = zip(*(value.lattice.size for value in values), strict=True)
+    height, width = (reduce(least, lengths) for lengths in sizes)
     return values[0].lattice.at(stage, (height, width))
 
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.sizes import choose_size, holds, least, most
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -96,7 +97,7 @@ class Window(NamedTuple):
     def _same(self, fine: int, axis: int) -> tuple[int, int]:
         samples = -(-fine // self.spacing)
         span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-        total = max((-(-samples // self.stride) - 1) * self.stride + span - samples, 0)
+        total = most((-(-samples // self.stride) - 1) * self.stride + span - samples, 0)
         return total // 2, total - total // 2
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -112,7 +113,7 @@ class Window(NamedTuple):
             (count - 1) * self.finer + kernel - pad
             for count, kernel, pad in zip(samples, self.kernel, pads, strict=True)
         )
-        if min(height, width) < 1:
+        if holds(least(height, width) < 1):
             raise InvalidInput(
                 f"a transposed convolution of {samples[0]}x{samples[1]} samples has no output.",
                 why="the image is too small for this network.",
@@ -123,17 +124,20 @@ class Window(NamedTuple):
     def _output_length(self, fine: int, axis: int) -> int:
         samples = -(-fine // self.spacing)
         before, after = self.padding[2 * axis : 2 * axis + 2]
-        room = samples + before + after - self.dilation[axis] * (self.kernel[axis] - 1) - 1
+        span = self.dilation[axis] * (self.kernel[axis] - 1)
+        if not self.ceil_mode and before + after >= span:
+            return fine  # at least ceil(samples / stride) outputs
+        room = samples + before + after - span - 1
         count = (-(-room // self.stride) if self.ceil_mode else room // self.stride) + 1
-        if self.ceil_mode and (count - 1) * self.stride >= samples + before:
-            count -= 1  # torch: a window must start inside the map or its left padding
-        if room < 0 or count < 1:
+        if self.ceil_mode:  # torch: a window must start inside the map or its left padding
+            count = choose_size((count - 1) * self.stride >= samples + before, count - 1, count)
+        if holds(room < 0) or holds(count < 1):
             raise InvalidInput(
                 f"a {self.kernel[0]}x{self.kernel[1]} window does not fit into {samples} samples.",
                 why="the image is too small for this network.",
                 next="use a larger image.",
             )
-        return min(fine, count * self.spacing * self.stride)
+        return least(fine, count * self.spacing * self.stride)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +173,28 @@ def read_rows(table: Tensor, has_outside: bool = False) -> Reading:
 def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) -> Reading:
     """How to read flat fine pixels `points` (int64, any shape) of a lattice; `inside` False reads padding."""
     table = _rows_or_pixels(lattice)[points]
-    has_outside = inside is not None and not (lattice.capacity is None and bool(inside.all()))
+    has_outside = inside is not None and not (
+        lattice.capacity is None and not lattice.is_open and bool(inside.all())
+    )
     if has_outside:
-        table = torch.where(inside, table, len(lattice))  # type: ignore[arg-type]
+        table = torch.where(inside, table, _number(lattice.count, table))  # type: ignore[arg-type]
     return _with_halo(lattice, table, has_outside)
+
+
+# Stands for the padding row while its number is not known.
+_OUTSIDE = 2**31 - 1
+
+
+def _number(value: int, like: Tensor) -> Tensor:
+    """A size as a tensor without dimensions of the type of another."""
+    return torch.scalar_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _numbers(values: list[int], like: Tensor) -> Tensor:
+    """Sizes as a tensor of the type of another."""
+    if all(isinstance(value, int) for value in values):
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+    return torch.stack([_number(value, like) for value in values])
 
 
 def _has_halo(lattice: Lattice) -> bool:
@@ -185,7 +207,7 @@ def _rows_or_pixels(lattice: Lattice) -> Tensor:
     itself, as -1 minus its number, until it has a row of the halo."""
 
     def build() -> Tensor:
-        pixels = torch.arange(len(lattice.index), dtype=torch.int32, device=lattice.index.device)
+        pixels = torch.arange(lattice.index.shape[0], dtype=torch.int32, device=lattice.index.device)
         at_anchor = torch.zeros_like(pixels, dtype=torch.bool)
         at_anchor[lattice.anchors] = True
         return torch.where(at_anchor, lattice.index, -1 - pixels)
@@ -205,18 +227,20 @@ def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:
     """
     if not _has_halo(lattice):
         return read_rows(table, has_outside)
-    between, pixels = table < 0, len(lattice.index)
-    if lattice.capacity is None:
+    between, pixels = table < 0, lattice.index.shape[0]
+    if lattice.capacity is None and not lattice.is_open:
         wanted = torch.zeros(pixels, dtype=torch.bool, device=table.device)
         mixed = (-1 - table[between]).long()
         wanted[mixed] = True
-        table[between] = (wanted.cumsum(0, dtype=torch.int32) + len(lattice))[mixed]
+        table[between] = (wanted.cumsum(0, dtype=torch.int32) + lattice.count)[mixed]
         return Reading(table, *_interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
     wanted = torch.zeros(pixels + 1, dtype=torch.bool, device=table.device)
     wanted[torch.where(between, -1 - table, pixels).long()] = True
     wanted = wanted[:pixels]
-    rank = wanted.cumsum(0) + len(lattice)
+    rank = wanted.cumsum(0) + lattice.count
     table = torch.where(between, rank[torch.where(between, -1 - table, 0).long()], table).to(torch.int32)
+    if lattice.capacity is None:
+        return Reading(table, *_interpolation(lattice, wanted.nonzero().squeeze(1)), has_outside)
     points = torch.nonzero_static(wanted, size=pixels - lattice.capacity[0], fill_value=0).squeeze(1)
     return Reading(table, *_interpolation(lattice, points), has_outside, wanted.sum())
 
@@ -270,8 +294,8 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
 
 def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
     """(N_target,) the rows of a lattice that the same or a later one still has, at its anchors; None if all."""
-    static = source.capacity is not None or target.capacity is not None
-    if source == target or (not static and source.size == target.size and len(source) == len(target)):
+    static = source.capacity is not None or target.capacity is not None or source.is_open
+    if source == target or (not static and source.size == target.size and source.count == target.count):
         return None  # none of its cells is downsampled in between
     return kernel_map(source, target, Window((1, 1))).table.squeeze(1)
 
@@ -281,7 +305,7 @@ def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Re
     whole = source.whole
     whole_map = kernel_map(whole, target, window, drop=drop)
     rows = source.index[whole.anchors]
-    behind = torch.arange(1 + whole_map.sources.shape[0], dtype=rows.dtype, device=rows.device) + len(source)
+    behind = torch.arange(1 + whole_map.sources.shape[0], dtype=rows.dtype, device=rows.device) + source.count
     table = torch.cat((rows, behind))[whole_map.table]
     return replace(whole_map, table=table, sources=rows[whole_map.sources])
 
@@ -308,15 +332,18 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     top, _, left, _ = window.padding
     down = [window.spacing * (window.dilation[0] * tap - top) for tap in range(window.kernel[0])]
     across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
-    above, below = max(0, -down[0]), max(0, down[-1])
-    before, after = max(0, -across[0]), max(0, across[-1])
+    above, below, before, after = (most(0, step) for step in (-down[0], down[-1], -across[0], across[-1]))
     padding = (before, after, above, below)
-    padded = F.pad(_rows_or_pixels(source).view(-1, height, width), padding, value=len(source)).flatten()
+    outside = _OUTSIDE if source.is_open else source.count
+    padded = F.pad(_rows_or_pixels(source).view(-1, height, width), padding, value=outside).flatten()
     image, y, x = target.coordinates
     wide = width + before + after
     place = (image * (height + above + below) + y + above) * wide + x + before
-    steps = torch.tensor([v * wide + h for v in down for h in across], device=padded.device)
-    return _with_halo(source, padded[place.unsqueeze(1) + steps], any(padding))
+    steps = (_numbers(down, place).unsqueeze(1) * wide + _numbers(across, place)).flatten()
+    table = padded[place.unsqueeze(1) + steps]
+    if source.is_open:
+        table = torch.where(table == _OUTSIDE, _number(source.count, table), table)
+    return _with_halo(source, table, not all(holds(length == 0) for length in padding))
 
 
 def _taps_of_phases(source: Lattice, target: Lattice, window: Window) -> Reading:
@@ -372,15 +399,15 @@ def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase
             if target.capacity is None:
                 rows = is_of.nonzero().squeeze(1)
             else:
-                most = min(len(target), target.batch * _pixels_of(target, window, first))
-                rows = torch.nonzero_static(is_of, size=most, fill_value=0).squeeze(1)
+                room = min(target.count, target.batch * _pixels_of(target, window, first))
+                rows = torch.nonzero_static(is_of, size=room, fill_value=0).squeeze(1)
             many = [
                 -(-(kernel - tap) // window.finer) for kernel, tap in zip(window.kernel, first, strict=True)
             ]
             every.append(Phase(first, rows, table[rows, : many[0], : many[1]].flatten(1)))
             # Rows of padding may be more than the phase has room for: it does not matter what they are given.
-            at = joined + (is_of.cumsum(0) - 1).clamp(max=max(len(rows) - 1, 0))
-            place, joined = torch.where(is_of, at, place), joined + len(rows)
+            at = joined + (is_of.cumsum(0) - 1).clamp(max=most(rows.shape[0] - 1, 0))
+            place, joined = torch.where(is_of, at, place), joined + rows.shape[0]
         return every, place
 
     return target.pyramid.derive(("phases", source.key, target.key, window), build)

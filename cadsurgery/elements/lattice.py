@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.bounds import Bounds
+from cadsurgery.elements.sizes import choose_size, holds, least
 from cadsurgery.support.errors import InvalidInput
 
 Fill = Literal["linear", "nearest", "guided"]
@@ -161,7 +162,7 @@ def _block_minimum(levels: Tensor, side: int) -> Tensor:
     """Minimum of each aligned side x side block, on every pixel of the block."""
     _, height, width = levels.shape
     pad = (0, -width % side, 0, -height % side)
-    padded = F.pad(levels.to(torch.int16), pad, value=torch.iinfo(torch.int16).max)
+    padded = F.pad(levels.to(torch.int32), pad, value=torch.iinfo(torch.int32).max)
     minimum = padded.unflatten(1, (-1, side)).unflatten(3, (-1, side)).amin((2, 4))
     return minimum.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
 
@@ -185,9 +186,15 @@ class Pyramid:
 
     def derive(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returns, computed once per key."""
+        key = _hashable(key)
         if key not in self._derived:
             self._derived[key] = build()
         return self._derived[key]
+
+
+def _hashable(key: Hashable) -> Hashable:
+    """A key; with symbols for sizes, which have no hash, what they are called."""
+    return str(key) if torch.compiler.is_compiling() else key
 
 
 def _derive(build: Callable[[Lattice], T]) -> property:
@@ -235,6 +242,20 @@ class Lattice:
         """What tells it from others of its level map."""
         return self.stage, self.size, self.part
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Lattice) or self.pyramid is not other.pyramid:
+            return False
+        same = (holds(one == two) for one, two in zip(self.size, other.size, strict=True))
+        return self.stage == other.stage and self.part is other.part and all(same)
+
+    def __hash__(self) -> int:
+        return hash((id(self.pyramid), self.stage))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a graph is made in which the number of its elements is what the level map says, whatever that is."""
+        return self.pyramid.bounds is None and torch.compiler.is_compiling()
+
     @property
     def whole(self) -> Lattice:
         """The same with all cells there."""
@@ -243,7 +264,7 @@ class Lattice:
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
         size = size or self.size
-        if size[0] > self.size[0] or size[1] > self.size[1]:
+        if any(holds(new > length) for new, length in zip(size, self.size, strict=True)):
             raise InvalidInput(
                 f"a lattice of {self.size[0]}x{self.size[1]} fine pixels cannot grow to {size[0]}x{size[1]}.",
                 next="convert with a region that ends before this operation.",
@@ -286,7 +307,7 @@ class Lattice:
         """Fine size of a map with this many samples, `spacing` fine pixels apart: as large as the level map where that
         has no more of them."""
         sizes = (
-            min(count * spacing, length) if count <= -(-length // spacing) else count * spacing
+            choose_size(count <= -(-length // spacing), least(count * spacing, length), count * spacing)
             for count, length in zip(counts, self.whole_size, strict=True)
         )
         height, width = sizes
@@ -302,7 +323,7 @@ class Lattice:
         """(B, H, W) int8: level of the cell each fine pixel lies in."""
         levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
         for axis, (length, whole) in enumerate(zip(self.size, self.whole_size, strict=True), 1):
-            if length > whole:
+            if not holds(length <= whole):
                 pixels = torch.arange(length, device=levels.device).clamp(max=whole - 1)
                 levels = levels.index_select(axis, pixels)
         return levels.clamp(max=self.stage)
@@ -361,9 +382,14 @@ class Lattice:
         """(N,) bool: which rows are elements and no padding; None if all are known to be."""
         if self.capacity is None or self.capacity[0] == self.capacity[1]:
             return None
-        return torch.arange(len(self), device=self.levels.device) < self.counts.sum()
+        return torch.arange(self.count, device=self.levels.device) < self.counts.sum()
 
     def __len__(self) -> int:
+        """`count`, which in a graph for any size is a symbol and no length."""
+        return self.count
+
+    @property
+    def count(self) -> int:
         """Number of rows: of elements and, where only bounds are known, padding."""
         return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
 
@@ -382,6 +408,8 @@ class Lattice:
         if self.pyramid.bounds is not None:
             level = 0 if self.stage == 0 else self.pyramid.bounds.level
             return None if level is None else min(level, self.stage)
+        if self.is_open:
+            return None
         low, high = torch.aminmax(self.levels)
         return int(low) if bool(low == high) else None
 
@@ -410,8 +438,8 @@ class Lattice:
     def membership(self) -> Tensor:
         """(B, N) float64: `weights` of each image's own elements, normalised to sum to one per image."""
         height, width = self.size
-        rows = torch.zeros(self.batch, len(self), dtype=torch.float64, device=self.levels.device)
-        numbers = torch.arange(len(self), device=rows.device)
+        rows = torch.zeros(self.batch, self.count, dtype=torch.float64, device=self.levels.device)
+        numbers = torch.arange(self.count, device=rows.device)
         rows[self.coordinates[0], numbers] = self.weights / (height * width)
         return rows
 

@@ -16,6 +16,7 @@ from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
+from cadsurgery.elements.sizes import holds, is_for_any_size
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -52,7 +53,7 @@ def resize(
     wanted = (size, size) if isinstance(size, int) else size
     after = tuple(wanted) if wanted is not None else tuple(count * scale for count in before)
     fine, room = x.lattice.holding(after, spacings[1]), x.lattice.most_size
-    if any(length > most for length, most in zip(fine, room, strict=True)):
+    if any(holds(length > most) for length, most in zip(fine, room, strict=True)):
         raise InvalidInput(
             f"upsampling to {after[0]}x{after[1]} samples gives more than the network's own maps have.",
             why="the image is not divisible by the network's strides.",
@@ -61,7 +62,7 @@ def resize(
     target = x.lattice.resample(stage, fine)
     key = ("resize", x.lattice.key, target.key, spacings, before, after, mode, align_corners)
     ratios = _ratios(before, after, spacings, bool(align_corners))
-    stretched = scale == 1 and before != after
+    stretched = scale == 1 and not all(holds(one == two) for one, two in zip(before, after, strict=True))
     build = partial(_between_cells, x.lattice, target, ratios, mode, bool(align_corners), stretched)
     return Elements(mix(x.rows, *x.lattice.pyramid.derive(key, build)), target)
 
@@ -162,7 +163,10 @@ class Scaling:
             alone = replace(
                 self, size=_along(self.size, axis, 1), scale_factor=_along(self.scale_factor, axis, 1.0)
             )
-            own = alone.of(torch.arange(count, dtype=torch.float64).view(1, 1, count, 1)).flatten()
+            if is_for_any_size([count]):
+                own = self._formula(count, axis, torch.float64)
+            else:
+                own = alone.of(torch.arange(count, dtype=torch.float64).view(1, 1, count, 1)).flatten()
             place = own * spacing
             whole = place.round()  # rounding must not choose the cell that is read
             places.append(torch.where((place - whole).abs() < 1e-6, whole, place))
@@ -171,17 +175,42 @@ class Scaling:
     def _single(
         self, counts: Sequence[int], spacing: int, fine: tuple[int, int], dtype: torch.dtype
     ) -> list[Tensor]:
-        axes = [torch.arange(count, dtype=torch.promote_types(dtype, torch.float32)) for count in counts]
-        numbers = self.of(torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0))[0].double()
+        dtype = torch.promote_types(dtype, torch.float32)
+        if is_for_any_size(counts):
+            numbers = [self._formula(count, axis, dtype) for axis, count in enumerate(counts)]
+        else:
+            axes = [torch.arange(count, dtype=dtype) for count in counts]
+            of_both = self.of(torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0))[0]
+            numbers = [of_both[0, :, 0], of_both[1, 0]]
         places = []
-        for axis, own in enumerate((numbers[0, :, 0], numbers[1, 0])):
-            factor = None if self.recompute_scale_factor else _along(self.scale_factor, axis, 1.0)
-            ratio = counts[axis] / len(own) if factor is None else 1 / factor[0]
-            middle = 0.5 if self.mode == "nearest-exact" else 0.0
-            exact = (torch.arange(len(own), dtype=torch.float64) + middle) * ratio
+        for axis, own in enumerate(numbers):
+            own = own.double()
+            exact = self._exact(counts[axis], axis, own.shape[0], torch.float64)
             within = ((exact - own) * spacing + 1e-6).floor().clamp(0, spacing - 1)
             places.append((own * spacing + within).long().clamp(max=fine[axis] - 1))
         return places
+
+    def _exact(self, count: int, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+        """Where the samples of an axis of `length` lie on one of `count`, before any is chosen or held inside."""
+        number = torch.arange(length, dtype=dtype)
+        before, after = (torch.scalar_tensor(value, dtype=dtype) for value in (count, length))
+        if self.mode == "bilinear" and self.align_corners:
+            return number * ((before - 1) / (after - 1).clamp(min=1))
+        factor = None if self.recompute_scale_factor else _along(self.scale_factor, axis, 1.0)
+        ratio = before / after if factor is None else 1 / factor[0]
+        if self.mode == "bilinear":
+            return (number + 0.5) * ratio - 0.5
+        return (number + (0.5 if self.mode == "nearest-exact" else 0.0)) * ratio
+
+    def _formula(self, count: int, axis: int, dtype: torch.dtype) -> Tensor:
+        """What torch says of a map of any size that holds the numbers of its samples along an axis."""
+        if self.size is not None:
+            length = _along(self.size, axis, 1)[0]
+        else:
+            factor = _along(self.scale_factor, axis, 1.0)[0]
+            length = count * int(factor) if factor == int(factor) else torch.sym_int(count * factor)
+        own = self._exact(count, axis, length, dtype).clamp(min=0)
+        return (own if self.mode == "bilinear" else own.floor()).clamp(max=count - 1)
 
 
 def _along(value: Any, axis: int, other: float) -> Any:
@@ -213,7 +242,7 @@ def _between_samples(dense: Tensor, places: Sequence[Tensor]) -> Tensor:
             wide = torch.lerp(wide.index_select(1, first), wide.index_select(1, second), share)
         else:
             work = MixingLines(wide.flatten(0, 1), first, second, share)
-            wide = compute(work).view(*wide.shape[:2], len(place), -1)
+            wide = compute(work).view(*wide.shape[:2], place.shape[0], -1)
     return wide.to(dense.dtype).permute(0, 3, 1, 2)
 
 
@@ -227,7 +256,7 @@ def _between_sides(dense: Tensor, lattice: Lattice, places: Sequence[Tensor], sp
     shapes = ((1, -1, 1), (1, 1, -1))
     for place, pixel, length, shape in zip(places, inside, (height, width), shapes, strict=True):
         first = pixel.view(shape) // step * step
-        second = torch.minimum(first + step, torch.tensor((length - 1) // spacing * spacing, device=device))
+        second = (first + step).clamp(max=(length - 1) // spacing * spacing)
         share = (place.view(shape) - first) / step
         ends.append(((first, 1 - share), (second, share)))
     image = torch.arange(batch, device=device).view(-1, 1, 1) * height

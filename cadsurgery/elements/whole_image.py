@@ -40,7 +40,7 @@ def batch_norm(
         )
         return Elements(rows, x.lattice)
     weighted = x.lattice.geometry.statistics == "area" if weighted is None else weighted
-    real, count = x.lattice.real, len(x.lattice)
+    real, count = x.lattice.real, x.lattice.count
     of_batch: int | Tensor = count if real is None else x.lattice.counts.sum()
     if norm.training and isinstance(norm, nn.SyncBatchNorm) and count_together(norm.process_group) > 1:
         rows, mean, variance, of_batch = _norm_together(x, norm, weighted, of_batch)
@@ -195,14 +195,14 @@ def _change_channels(x: Elements, change: Callable[[Tensor], Tensor]) -> Element
 def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
-    values = without_padding(x).reshape(len(x.lattice), -1).to(share.dtype)
+    values = without_padding(x).reshape(x.lattice.count, -1).to(share.dtype)
     return _per_image((share @ values).to(x.rows.dtype), x, keepdim, layout)
 
 
 @operation(reads="image", gives="vector")
 def global_max(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Maximum of each image: (B, C, 1, 1) or (B, C)."""
-    values = without_padding(x, -torch.inf).reshape(len(x.lattice), -1)
+    values = without_padding(x, -torch.inf).reshape(x.lattice.count, -1)
     return _per_image(_largest(x, values), x, keepdim, layout)
 
 

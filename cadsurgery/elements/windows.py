@@ -32,7 +32,7 @@ def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **op
     phase, or on a uniform lattice, as torch counts, every sample of the input every entry."""
     window: Window = options["window"]
     if window.finer == 1:
-        return len(out.lattice) * weight.numel()
+        return out.lattice.count * weight.numel()
     spread = spread_of(Between(x.lattice, out.lattice, window))
     if spread is not None:
         return x.lattice.batch * spread.shifts**2 * math.prod(spread.samples) * weight.numel()
@@ -47,7 +47,7 @@ def _macs_of_weights(
 
 
 def _macs_of_shape(out: Elements, *rest: Any, shape: tuple[int, ...], **options: Any) -> int:
-    return len(out.lattice) * math.prod(shape)
+    return out.lattice.count * math.prod(shape)
 
 
 @operation(reads="window", macs=_macs_of_weight)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, describe
+from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, describe, is_exporting
+from cadsurgery.elements.sizes import is_for_any_size
 from cadsurgery.masks.provider import Grid, MaskProvider, check_levels
 from cadsurgery.support.errors import InvalidInput
 
@@ -38,7 +39,8 @@ class Masking:
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
         geometry, bounds, grid = self.geometry, None, self.grid(features)
-        if self.static or torch.compiler.is_compiling():  # otherwise exact counts are known, and faster
+        in_graph = torch.compiler.is_compiling() and not is_for_any_size(features.shape)
+        if self.static or in_graph:  # otherwise exact counts are known, and faster
             bounds = self._bounds(grid)
         if (
             not image.is_floating_point()
@@ -88,8 +90,9 @@ def check_image(image: Any, name: str = "the image") -> None:
             next="give an image batch (batch, channels, height, width) with no axis empty.",
         )
     if torch.compiler.is_compiling():
-        for length in image.shape:
-            operator.index(length)  # one graph per size: lattices are made of Python numbers
+        if not is_exporting():
+            for length in image.shape:
+                operator.index(length)  # one graph per size: lattices are made of Python numbers
         return
     if image.is_meta or image.sum(dtype=_wide(image.dtype)).isfinite():
         return  # one NaN or infinity makes the sum one; so can a large sum, so what follows looks closer

@@ -200,7 +200,7 @@ def _logits(output: Any, grid: Grid) -> Tensor:
         not isinstance(logits, Tensor)
         or logits.dim() != 4
         or logits.shape[1] < 2
-        or len(logits) != grid.batch
+        or logits.shape[0] != grid.batch
     ):
         several = isinstance(output, Mapping)
         described = f"a dictionary of {', '.join(map(str, output))}" if several else describe(logits)

@@ -1,35 +1,27 @@
-"""Static shapes for compilers: programs that run without this package, and networks compiled once per bucket.
+"""Static shapes for compilers: networks compiled once per bucket of numbers of elements.
 
 A network whose mask always keeps the same number of patches (`"edges | budget:fraction=0.3"`) has shapes that depend
-on the size of the image alone: `torch.compile(net)` makes one graph for all images of a size, and `export` one file.
-For any other mask `Bucketed` rounds the numbers of elements up.
+on the size of the image alone: `torch.compile(net)` makes one graph for all images of a size. For any other mask
+`Bucketed` rounds the numbers of elements up.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Bounds, Lattice
-from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import runnable
-from cadsurgery.support.errors import CannotConvert, InvalidInput
-from cadsurgery.support.files import check_folder, write_whole
+from cadsurgery.support.errors import InvalidInput
 
 # Graphs that a bucketed network keeps.
 MOST_GRAPHS = 128
-# Largest difference between a written program and the network, relative to the largest output.
-TOLERANCE = 1e-4
 
 
 class Bucketed(nn.Module):
@@ -88,7 +80,7 @@ class Bucketed(nn.Module):
         return net.finish(program.contain(run(levels, *values)), lattice)
 
     def _bounds(self, lattice: Lattice) -> Bounds:
-        counts = [len(lattice.at(stage)) for stage in range(lattice.stage + 1)]
+        counts = [lattice.at(stage).count for stage in range(lattice.stage + 1)]
         if lattice.uniform_level is not None:
             return Bounds(tuple(counts), tuple(counts), lattice.uniform_level)
         least, most = zip(*(bucket(count, self.per_octave) for count in counts), strict=True)
@@ -120,85 +112,3 @@ def _apart(function: Any) -> Any:
     """The function with code of its own: torch.compile counts graphs, and gives up at eight, per code object."""
     function.__code__ = function.__code__.replace()
     return function
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What `export` wrote.
-
-    Attributes:
-        file: its path.
-        bytes: its size.
-        image: shape of the image batch it takes.
-        difference: largest difference from the network on another image, relative to the largest output.
-    """
-
-    file: str
-    bytes: int
-    image: tuple[int, ...]
-    difference: float
-
-
-def export(
-    net: AdaptiveModel, image: Tensor, path: str | os.PathLike[str], *, other: Tensor | None = None
-) -> Exported:
-    """Write a network with a static mask as a program that torch.export.load reads without this package.
-
-    The program holds mask, lattice and network in torch's own operations, for images of one size. It is read back and
-    compared with the network before it appears under its name.
-
-    Args:
-        net: what `adaptify` gave, in evaluation mode, with a mask such as `"edges | budget:fraction=0.3"`.
-        image: an image batch (B, C, H, W) of the size the program is for.
-        path: file to write, usually `.pt2`.
-        other: another such batch to compare on; default: `image` turned upside down.
-
-    Raises:
-        InvalidInput: the mask is not static, the network is in training mode, or an image is none.
-        CannotConvert: torch.export cannot follow the network, or the program gives something else.
-        FileError: the file cannot be written.
-    """
-    check_image(image)
-    other = image.flip(2, 3) if other is None else other
-    check_image(other, "the image to compare on")
-    if not net.mask.static:
-        raise not_static(net.mask, "an exported program has fixed shapes.")
-    if net.training:
-        raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
-    file = Path(path)
-    check_folder(file, "path")
-    with torch.no_grad():
-        try:
-            program = torch.export.export(net, (image,))
-        except Exception as error:
-            raise CannotConvert(
-                "torch.export cannot follow the network.",
-                why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
-                next="convert a network without data-dependent control flow; detectors have such.",
-            ) from error
-        with write_whole(file) as temporary, warnings.catch_warnings():
-            # Of weights in channels_last memory torch says that none is complete, and stores them whole.
-            warnings.filterwarnings("ignore", "No complete tensor found")
-            with temporary.open("wb") as stream:
-                torch.export.save(program, stream)
-            with temporary.open("rb") as stream:
-                output = torch.export.load(stream).module()(other)
-            difference = _difference(output, net(other))
-            if not difference < TOLERANCE:
-                raise CannotConvert(
-                    f"the written program differs from the network by {difference:.1e}.",
-                    why=f"more than {TOLERANCE:.0e} of the largest output, on another image; nothing was written.",
-                    next="report it with the name of the network; torch.compile(net) needs no export.",
-                )
-    return Exported(str(file), file.stat().st_size, tuple(image.shape), difference)
-
-
-def _difference(output: Any, expected: Any) -> float:
-    """Largest difference of two outputs of the same structure, each tensor relative to its largest value, or NaN."""
-    pairs = zip(*(torch.utils._pytree.tree_leaves(value) for value in (output, expected)), strict=True)
-    differences = [
-        float((one - two).abs().max() / two.abs().max().clamp(min=torch.finfo(two.dtype).tiny))
-        for one, two in pairs
-        if isinstance(two, Tensor) and two.is_floating_point()
-    ]
-    return float(torch.tensor([0.0, *differences]).max())  # Python's max would drop a NaN that is not first

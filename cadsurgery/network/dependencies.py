@@ -58,7 +58,7 @@ def places_of(
 
 def reached(lattice: Lattice, reading: Reading) -> Tensor:
     """(B*H*W,) bool: anchors of the elements of a whole lattice that a reading names."""
-    count, table = len(lattice), reading.table.flatten().long()
+    count, table = lattice.count, reading.table.flatten().long()
     named = torch.zeros(count + 1 + reading.sources.shape[0], dtype=torch.bool, device=table.device)
     named[table] = True
     mixed = reading.sources[named[count + 1 :]].flatten().long()

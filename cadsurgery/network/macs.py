@@ -180,7 +180,7 @@ class LayerWork:
     def on(self, lattice: Lattice) -> int:
         """MACs on the lattice of a run, any stage of it."""
         return sum(
-            work if place is None else work * len(lattice.resample(*place)) for place, work in self.places
+            work if place is None else work * lattice.resample(*place).count for place, work in self.places
         )
 
 
@@ -304,8 +304,8 @@ class Counter(GraphInterpreter):
             count = self._published(n, value) if self.published else self._executed(n, value, executed)
             place, number = None, 1
             if isinstance(value, Elements):
-                place, number = (value.lattice.stage, value.lattice.size), max(len(value.lattice), 1)
-                self.rows += len(value.lattice) if "window" in n.kwargs else 0
+                place, number = (value.lattice.stage, value.lattice.size), max(value.lattice.count, 1)
+                self.rows += value.lattice.count if "window" in n.kwargs else 0
             self.counts[origin] += count
             self.work[origin][place] += count // number
         return value
@@ -341,4 +341,4 @@ def _published_conv2d(
 ) -> int:
     """See `Counter._published`."""
     lattice = value.lattice if window.taps == 1 else x.lattice.at(x.lattice.stage, value.lattice.size)
-    return len(lattice) * (weight.numel() + (weight.shape[0] if bias is not None else 0))
+    return lattice.count * (weight.numel() + (weight.shape[0] if bias is not None else 0))

@@ -41,11 +41,32 @@ def write_whole(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise FileError(
-            f"{path} cannot be written.",
-            why=f"{type(error).__name__}: {error.strerror or error}",
-            next="choose an existing folder you may write to.",
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def write_together(path: Path) -> Iterator[Path]:
+    """A path of the same name in a temporary folder beside `path`; what the block leaves in that folder takes its place
+    beside `path` when it succeeds, the file of that name last.
+
+    Raises:
+        FileError: the files cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            yield Path(folder) / path.name
+            for one in sorted(Path(folder).iterdir(), key=lambda one: one.name == path.name):
+                one.replace(path.parent / one.name)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> FileError:
+    return FileError(
+        f"{path} cannot be written.",
+        why=f"{type(error).__name__}: {error.strerror or error}",
+        next="choose an existing folder you may write to.",
+    )
 
 
 def check_folder(path: Path, option: str = "--output") -> None:

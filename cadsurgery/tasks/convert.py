@@ -17,7 +17,7 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.masks.masking import not_static
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
-from cadsurgery.network.compile import export
+from cadsurgery.network.export import export
 from cadsurgery.network.macs import MacReport, dense_macs
 from cadsurgery.network.storage import load, read_metadata, save
 from cadsurgery.support.errors import InvalidInput

@@ -161,7 +161,7 @@ def draw_masks(
             provider = of_file if of_file is not None and of_file.spec() == mask.spec() else mask
             lattice, macs = look(provider)
             fine = lattice.size[0] * lattice.size[1]
-            rows.append(MaskRow(text, provider.spec(), lattice.active_fraction, len(lattice), fine, macs))
+            rows.append(MaskRow(text, provider.spec(), lattice.active_fraction, lattice.count, fine, macs))
             lattices.append(lattice)
     if compare:
         figure = comparison_figure(picture, lattices, [row.title() for row in rows], stride, model)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
+from cadsurgery.elements.sizes import holds
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Weights
@@ -40,7 +41,7 @@ class Between:
         if self.window.is_pointwise:
             rows = rows_of(self.source, self.target)
             if rows is None:
-                return every_row(len(self.target), self.target.levels.device)
+                return every_row(self.target.count, self.target.levels.device)
             return read_rows(rows.unsqueeze(1))
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
 
@@ -101,7 +102,7 @@ class Convolution(Work):
     @property
     def reading(self) -> Reading:
         """Where it reads."""
-        return every_row(len(self.rows), self.rows.device) if self.reads is None else self.reads.reading
+        return every_row(self.rows.shape[0], self.rows.device) if self.reads is None else self.reads.reading
 
     @property
     def is_product(self) -> bool:
@@ -232,11 +233,11 @@ def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
 
 def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     """The rows a reading's table points into: the elements, one row of what is outside, the halo."""
-    halo = reading.sources.shape[0]
-    if not halo and not reading.has_outside:
+    no_halo = holds(reading.sources.shape[0] == 0)
+    if no_halo and not reading.has_outside:
         return rows
     parts = [rows, rows.new_full((1, rows.shape[1]), outside)]
-    if halo:
+    if not no_halo:
         parts.append(mix(rows, reading.sources, reading.mix))
     return torch.cat(parts)
 

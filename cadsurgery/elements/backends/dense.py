@@ -215,7 +215,7 @@ class WholeMap(Backend):
         measured = costs(key, lambda: _measure(work, other))
         target, work_of_element = reads.target, weights.weight[0].numel() * outputs
         pixels = target.batch * target.size[0] * target.size[1]
-        return measured.prefer_dense(work_of_element, len(target), pixels, (work.rows.shape[1], outputs))
+        return measured.prefer_dense(work_of_element, target.count, pixels, (work.rows.shape[1], outputs))
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
@@ -237,7 +237,7 @@ def _measure(work: Convolution, other: Backend) -> Costs:
     weights = Weights(weight, None, channels // inner, forms={})
     blocks = torch.arange(16 * 32).view(1, 16, 32) % 2
     lattice = Geometry((2,)).lattice(blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)).at(1)
-    sample = Elements(work.rows.new_ones(len(lattice), channels), lattice)
+    sample = Elements(work.rows.new_ones(lattice.count, channels), lattice)
     padding = (height // 2, height // 2, width // 2, width // 2)
     window = Window((height, width), 1, (1, 1), padding, spacing=2)
     target = lattice.at(1, window.output_size(lattice.size))
@@ -248,5 +248,5 @@ def _measure(work: Convolution, other: Backend) -> Costs:
     moved = best_time(lambda: to_dense(sample))
     pixels = image.shape[2] * image.shape[3]
     return Costs(
-        dense / (pixels * work_of_element), sparse / (len(target) * work_of_element), moved / image.numel()
+        dense / (pixels * work_of_element), sparse / (target.count * work_of_element), moved / image.numel()
     )

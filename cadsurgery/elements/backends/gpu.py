@@ -61,7 +61,7 @@ class Triton(Backend):
         if reading.sources.shape[0] or work.outside:
             rows, table = extend(rows, reading, work.outside), reading.table
         else:  # padding is read as a negative entry: no copy of the rows with a row of zeros behind them
-            count = len(source)
+            count = source.count
             table = derive(("signed", *key), lambda: reading.table.masked_fill(reading.table == count, -1))
         # Made when a gradient first asks.
         reverse = derive(("reversed", *key), lambda: cache(lambda: reverse_map(table, rows.shape[0])))

@@ -93,7 +93,7 @@ class Native(Backend):
         if weights.forms is None or not same_type or not has_product(weights.weight):
             return False
         uniform = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
-        return not (uniform and weights.is_among_first(len(reads.target)))  # type: ignore[union-attr]
+        return not (uniform and weights.is_among_first(reads.target.count))  # type: ignore[union-attr]
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, ..., O) = clamp(sum + bias + residual)."""

@@ -155,7 +155,7 @@ class Weights:
     def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """`on_rows`, where the product of a row must not depend on how many there are."""
         count, fewest = rows.shape[0], _fewest(rows)
-        if self.forms is None or not 0 < count < fewest:
+        if self.forms is None or not fewest or not 0 < count < fewest:
             return self.on_rows(rows, residual)
         more = _fill(residual, fewest) if residual is not None else None
         return self.on_rows(_fill(rows, fewest), more)[:count]
@@ -170,7 +170,8 @@ class Weights:
         if residual is not None and residual.shape != self._shape(image, stride, padding, dilation):
             return self.finish(self.alone.on_image(image, stride, padding, dilation), residual)
         weight, bias = self.weight.to(image.dtype), self.bias_as(image.dtype)
-        if self.dense and self.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):
+        is_pointwise = self.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
+        if self.dense and is_pointwise and not torch.compiler.is_compiling():
             return self._on_pixels(image, residual)
         if not _has_onednn(image) or not image.numel():
             out = F.conv2d(image, weight, bias, stride, padding, dilation, self.groups)

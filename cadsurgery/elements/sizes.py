@@ -1,0 +1,40 @@
+"""Sizes of maps: whole numbers, or symbols while a graph for images of any size is made.
+
+What holds of a symbol is asked for all sizes: a question that has no such answer has the answer no, and what is done
+then is right for every size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+def holds(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition holds; of symbols, whether it is known to hold for all sizes."""
+    return condition if isinstance(condition, bool) else statically_known_true(condition)
+
+
+def least(one: int, other: int) -> int:
+    """The smaller size."""
+    return cast(int, torch.sym_min(one, other))
+
+
+def most(one: int, other: int) -> int:
+    """The larger size."""
+    return cast(int, torch.sym_max(one, other))
+
+
+def is_for_any_size(shape: Iterable[int]) -> bool:
+    """Whether a shape has symbols in it."""
+    return any(isinstance(length, torch.SymInt) for length in shape)
+
+
+def choose_size(condition: bool | torch.SymBool, one: int, other: int) -> int:
+    """One size where a condition holds, else another."""
+    if isinstance(condition, bool):
+        return one if condition else other
+    return cast(int, torch.sym_ite(condition, one, other))

@@ -1,0 +1,58 @@
+"""Whether a file gives what the network gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from cadsurgery.support.errors import CannotConvert
+
+# Largest difference between a written file and the network, relative to the largest output.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a file was compared with its network; see `Exported`."""
+
+    difference: float
+    compared: tuple[tuple[int, ...], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def more_images(image: Tensor, other: Tensor | None) -> list[Tensor]:
+    """Batches like one, which it is not compared on itself: upside down, mirrored and faint, in negative."""
+    return [image.flip(2) if other is None else other, image.flip(3) / 2, -image]
+
+
+def check_difference(differences: Iterable[float], tolerance: float = TOLERANCE) -> float:
+    """The largest of several differences, NaN if one is.
+
+    Raises:
+        CannotConvert: more than the tolerance.
+    """
+    largest = float(torch.tensor(list(differences)).max())  # Python's max would drop a NaN that is not first
+    if not largest < tolerance:
+        raise CannotConvert(
+            f"the written file differs from the network by {largest:.1e}.",
+            why=f"more than {tolerance:.0e} of the largest output, on another image; nothing was written.",
+            next="report it with the name of the network; torch.compile(net) needs no export.",
+        )
+    return largest
+
+
+def difference(output: Any, expected: Any) -> float:
+    """Largest difference of two outputs of the same structure, each tensor relative to its largest value, or NaN."""
+    pairs = zip(*(tree_leaves(value) for value in (output, expected)), strict=True)
+    differences = [
+        float((one - two).abs().max() / two.abs().max().clamp(min=torch.finfo(two.dtype).tiny))
+        for one, two in pairs
+        if isinstance(two, Tensor) and two.is_floating_point()
+    ]
+    return float(torch.tensor([0.0, *differences]).max())

@@ -1,0 +1,310 @@
+"""ONNX files: mask, lattice and network in standard operations, for one size or any, compared in ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils._pytree import tree_leaves
+
+from cadsurgery.elements.backends.portable import portable
+from cadsurgery.elements.lattice import Lattice
+from cadsurgery.masks.masking import Masking
+from cadsurgery.masks.provider import check_levels
+from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.names import output_names
+from cadsurgery.network.export.programs import Written, first_line
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import CadError, CannotConvert
+from cadsurgery.support.provenance import versions
+
+# In half precision, and how many patches rounding may make a mask choose otherwise.
+TOLERANCE_OF_HALVES = 2e-2
+PATCHES_BY_ROUNDING = 2
+_LARGEST_FILE = (
+    1 << 30
+)  # bytes of weights that are not put into a file of their own; protobuf takes twice as many
+
+
+def write(
+    net: AdaptiveModel,
+    image: Tensor,
+    other: Tensor | None,
+    path: Path,
+    dynamic: bool,
+    level_map: bool,
+    float16: bool,
+) -> Written:
+    """An ONNX file; what was compared, and the shape of its image, None where it may be any. See `export`.
+
+    Raises:
+        CannotConvert: torch or ONNX cannot follow the network or its mask, or the file gives something else.
+    """
+    require("onnx", "onnxscript", "onnxruntime")
+    names = output_names(net(image))
+    levels = net.levels.long()
+    graph = Exportable(net, float16)
+    inputs: tuple[Tensor, ...] = (image, levels) if level_map else (image,)
+    program, free = follow(graph, inputs, dynamic)
+    shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
+    outputs = (*names, "levels")
+    with _quietly():
+        try:
+            from cadsurgery.network.export.translate import TABLE
+
+            model: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                custom_translation_table=TABLE,
+                input_names=("image", "levels")[: len(inputs)],
+                output_names=outputs,
+            )
+        except Exception as error:
+            raise CannotConvert(
+                "torch's exporter has no ONNX for the network or its mask.",
+                why=_cause(error),
+                next=f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
+            ) from error
+    model.model.metadata_props.update(_metadata(net, dynamic))
+    _name_axes(model.model, free)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in graph.parameters())
+    model.save(path, external_data=weights > _LARGEST_FILE)
+    import onnx
+
+    onnx.checker.check_model(str(path), full_check=True)
+    batches = more_images(image, other)
+    if dynamic:
+        batches = [*batches[:1], *_of_other_sizes(net, image)]
+    tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
+    run = Session(path)
+    largest = check_difference((_compare(net, run, batch, level_map) for batch in batches), tolerance)
+    shapes = tuple(tuple(batch.shape) for batch in batches)
+    return Comparison(largest, shapes, ("image", "levels")[: len(inputs)], outputs), shape
+
+
+class Exportable(nn.Module):
+    """A network whose call is a function of tensors: image, or image and level map, to outputs and level map."""
+
+    def __init__(self, net: AdaptiveModel, float16: bool) -> None:
+        """Take a network; it is copied, its batch norms folded."""
+        super().__init__()
+        self.net = net.optimize()
+        self.mask = copy.deepcopy(net.mask)
+        self.float16 = float16
+        if float16:
+            self.net = self.net.half()
+
+    def forward(self, image: Tensor, levels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(B, C, H, W), and (B, h, w) int64 or None, to the outputs in order and the level map (B, h, w) int8."""
+        program = self.net.program
+        masking = _InSingle(self.mask, program.geometry, program.plan.strides[0], image=image, levels=levels)
+        run = program.twice if self.mask.looks_ahead and levels is None else program
+        output, lattice = run(masking, program.bind(image.half() if self.float16 else image))
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        shown = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
+        return (*shown, lattice.pyramid.levels)
+
+
+@dataclass(frozen=True, eq=False)
+class _InSingle(Masking):
+    """Shows a mask the image as it came, and features in its type; or takes a level map in place of the mask."""
+
+    image: Tensor | None = None
+    levels: Tensor | None = None
+
+    def __call__(self, image: Tensor, features: Tensor) -> Lattice:
+        assert self.image is not None
+        if self.levels is None:
+            return super().__call__(self.image, features.to(self.image.dtype))
+        return self.geometry.lattice(check_levels(self.levels, self.grid(features), "levels"))
+
+
+def follow(
+    graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool
+) -> tuple[torch.export.ExportedProgram, set[int]]:
+    """A program of an exportable network in operations for any engine, and the axes of the image that may be any.
+
+    A file for one size takes any number of images where torch can follow that.
+
+    Raises:
+        CannotConvert: torch.export cannot follow it.
+    """
+    pair = [torch.cat((value, value.flip(0)))[: max(2, len(value))] for value in inputs]
+    attempts: list[tuple[tuple[Tensor, ...], set[int]]] = [
+        (tuple(pair), {0, 2, 3} if dynamic else {0}),
+        (inputs, {2, 3} if dynamic else set()),
+    ]
+    refusal: Exception | None = None
+    for given, free in attempts:
+        shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
+        try:
+            with portable(), torch.no_grad(), _quietly():
+                program = torch.export.export(
+                    graph,
+                    given,
+                    dynamic_shapes=shapes[: len(given)] if free else None,
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+            return program, free
+        except Exception as error:
+            if isinstance(error, CadError):
+                raise
+            refusal = refusal or error
+    raise CannotConvert(
+        "torch.export cannot follow the network or its mask.",
+        why=first_line(refusal) if refusal is not None else "",
+        next="write a file for one size with a budget, or for a given level map: level_map=True.",
+    ) from refusal
+
+
+class Session:
+    """An ONNX file in ONNX Runtime on the CPU: a function of tensors."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it.
+
+        Raises:
+            CannotConvert: ONNX Runtime does not take it.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise CannotConvert(
+                "ONNX Runtime does not take the file.",
+                why=first_line(error),
+                next="report it with the name of the network and the version of onnxruntime.",
+            ) from error
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Its outputs in order."""
+        names = [one.name for one in self.session.get_inputs()]
+        values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(value) for value in self.session.run(None, values)]
+
+
+def _compare(net: AdaptiveModel, run: Session, image: Tensor, level_map: bool) -> float:
+    """Largest difference on a batch; where rounding made the mask choose other patches, at the file's level map.
+
+    Raises:
+        CannotConvert: the file's mask is another, or it does not run.
+    """
+    expected = net(image)
+    levels = net.levels
+    try:
+        *outputs, shown = run(image, levels.long()) if level_map else run(image)
+    except Exception as error:
+        raise CannotConvert(
+            f"the written file does not run on images {tuple(image.shape)}.",
+            why=first_line(error),
+            next="report it with the name of the network.",
+        ) from error
+    differing = int((shown != levels).sum()) if shown.shape == levels.shape else levels.numel()
+    side = net.geometry.sides[-1]
+    if differing > PATCHES_BY_ROUNDING * len(image) * side * side:
+        raise CannotConvert(
+            f"the mask of the written file differs from the network's in {differing} of {levels.numel()} samples.",
+            why="rounding explains a few patches alone; nothing was written.",
+            next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
+        )
+    if differing:
+        expected = net(image, mask=shown.long())
+    return difference(outputs, [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)])
+
+
+def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
+    """Batches of other sizes that the network takes: odd, turned, larger; of one image more."""
+    height, width = image.shape[2:]
+    low = net.plan.output_stride[1]
+    more = torch.cat((image, image[:1].flip(3)))
+    turned = image.transpose(2, 3)
+    odd = [(image[:, :, : height - 5, : width - 3],), (more[:, :, : height - low, :], more)]
+    for choices in (*odd, (turned, torch.cat((image, image), 3))):
+        for batch in choices:
+            batch = batch.contiguous()
+            try:
+                net(batch)
+            except CadError:
+                continue
+            yield batch
+            break
+
+
+def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:
+    """What a file says of itself."""
+    return {
+        "cadsurgery.mask": net.mask.spec(),
+        "cadsurgery.plan": net.plan.to_json(),
+        "cadsurgery.options": json.dumps({"fill": net.geometry.fill, "dynamic": dynamic}),
+        "cadsurgery.versions": json.dumps(versions()),
+    }
+
+
+def _name_axes(model: Any, free: set[int]) -> None:
+    """Names that people read for the axes of the image that may be any."""
+    names = {0: "batch", 2: "height", 3: "width"}
+    image = model.graph.inputs[0]
+    import onnx_ir
+
+    image.shape = onnx_ir.Shape(
+        [names[axis] if axis in free else length for axis, length in enumerate(image.shape)]
+    )
+
+
+def require(*packages: str) -> None:
+    """Refuse to go on without the packages of the extra `export`.
+
+    Raises:
+        CadError: one is missing.
+    """
+    from importlib.util import find_spec
+
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise CadError(
+            f"writing this file needs {' and '.join(missing)}.", next="pip install 'cadsurgery[export]'"
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of the exporter's errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)  # type: ignore[arg-type]
+
+
+def _way_round(net: AdaptiveModel, level_map: bool) -> str:
+    return (
+        ""
+        if level_map
+        else f" If it is mask {net.mask.spec()}, give the level map as an input: level_map=True."
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the notes of torch's exporter, which are about its own code."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

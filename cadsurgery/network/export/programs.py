@@ -1,0 +1,81 @@
+"""Programs of torch.export, as they are and compiled by AOTInductor: one size, torch's own operations."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.names import output_names
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import CannotConvert
+
+Written = tuple[Comparison, tuple[int | None, ...]]
+
+
+def write_program(net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path) -> Written:
+    """A program for torch.export.load; what was compared, and the shape of its image.
+
+    Raises:
+        CannotConvert: torch.export cannot follow the network, or the program gives something else.
+    """
+    program = follow(net, image)
+    with warnings.catch_warnings():
+        # Of weights in channels_last memory torch says that none is complete, and stores them whole.
+        warnings.filterwarnings("ignore", "No complete tensor found")
+        torch.export.save(program, path)
+    run = torch.export.load(path).module()
+    return _compare(net, run, image, other)
+
+
+def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path) -> Written:
+    """A package of AOTInductor for this machine; what was compared, and the shape of its image.
+
+    Raises:
+        CannotConvert: torch.export cannot follow the network, it cannot be compiled, or gives something else.
+    """
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    program = follow(net, image)
+    try:
+        aoti_compile_and_package(program, package_path=str(path))
+    except Exception as error:
+        raise CannotConvert(
+            "AOTInductor cannot compile the network.",
+            why=first_line(error),
+            next="check that a C++ compiler is installed (CXX), or write a program instead: to='pt2'.",
+        ) from error
+    return _compare(net, aoti_load_package(str(path)), image, other)
+
+
+def follow(net: AdaptiveModel, image: Tensor) -> torch.export.ExportedProgram:
+    """The network as a program of torch's operations.
+
+    Raises:
+        CannotConvert: torch.export cannot follow it.
+    """
+    try:
+        return torch.export.export(net, (image,))
+    except Exception as error:
+        raise CannotConvert(
+            "torch.export cannot follow the network.",
+            why=first_line(error),
+            next="convert a network without data-dependent control flow; detectors have such.",
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """An error of another package in a line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _compare(net: AdaptiveModel, run: object, image: Tensor, other: Tensor | None) -> Written:
+    others = more_images(image, other)
+    largest = check_difference(difference(run(one), net(one)) for one in others)  # type: ignore[operator]
+    names = output_names(net(image))
+    return Comparison(largest, tuple(tuple(one.shape) for one in others), ("image",), names), tuple(
+        image.shape
+    )

@@ -1,0 +1,58 @@
+"""ONNX for the operations of torch that its exporter lacks, or gives engines in a slow or unaccepted form.
+
+Needs onnxscript; imported where an ONNX file is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset18
+
+op: Any = opset18
+_ATEN = torch.ops.aten
+
+
+def _sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
+    """TopK of all: among equal values the lower index comes first, so it is stable."""
+    count = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+    values, indices = op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
+    return values, indices
+
+
+def _nonzero_static(self: Any, size: Any, fill_value: int = -1) -> Any:
+    places = op.Transpose(op.NonZero(self), perm=[1, 0])
+    size = op.Reshape(_number(size), op.Constant(value_ints=[1]))
+    axes = op.Constant(value_ints=[1])
+    filling = op.Expand(
+        op.Constant(value_ints=[fill_value]),
+        op.Concat(size, op.Slice(op.Shape(places), axes, op.Constant(value_ints=[2])), axis=0),
+    )
+    zero = op.Constant(value_ints=[0])
+    return op.Slice(op.Concat(places, filling, axis=0), zero, size, zero)
+
+
+def _remainder(self: Any, other: Any) -> Any:
+    """Of integers by a size of the image, which is a tensor."""
+    return op.Mod(self, op.CastLike(_number(other), self))
+
+
+def _index(self: Any, indices: Any) -> Any:
+    """Rows by a tensor of integers: a Gather, which takes 32 bits, too, and is many times faster than a GatherND."""
+    if len(indices) == 1:
+        return op.Gather(self, indices[0], axis=0)
+    raise NotImplementedError("several tensors of indices")
+
+
+def _number(value: Any) -> Any:
+    return op.Constant(value_int=value) if isinstance(value, int) else value
+
+
+TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    _ATEN.sort.stable: _sort,
+    _ATEN.nonzero_static.default: _nonzero_static,
+    _ATEN.index.Tensor: _index,
+    _ATEN.remainder.Scalar: _remainder,
+}
