@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cadsurgery.cli import options, screen
+from cadsurgery.tasks.options import Exporting
 
 commands = typer.Typer()
 
@@ -20,27 +21,29 @@ def export(
     mask: Annotated[
         str,
         typer.Option(
-            help="one that keeps a fixed share; default: the file's, or edges | budget:fraction=0.3"
+            help="default: the file's, or edges | budget:fraction=0.3; with --dynamic edges, or any other"
         ),
     ] = "",
     weights: options.Weights = "auto",
     conversion: options.Converted,
     size: options.Size = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("network.pt2"),
+    kind: Annotated[Exporting, options.Of(Exporting)],
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write a program for torch.export.load that runs without this package, for images of one size.
+    """Write a network for where this package is not: a torch.export program, an AOTInductor package, an ONNX file.
 
-    Mask, lattice and network are in it. It is compared with the network on another image before it is written.
+    Mask, lattice and network are in it. It is compared with the network on other images before it is written.
     """
-    from cadsurgery.tasks.convert import export_program
+    from cadsurgery.tasks.export import export_network
 
     with screen.steps(as_json) as step:
-        exported = export_program(model, weights, mask, conversion, size, output, step, trust)
-    shape = "x".join(map(str, exported["image"]))
+        exported = export_network(model, weights, mask, conversion, size, output, kind, step, trust)
+    shape = "x".join("any" if length is None else str(length) for length in exported["image"])
     text = (
-        f"wrote {exported['file']}: {exported['bytes'] / 1e6:.1f} MB, images {shape}, mask {exported['mask']}; "
-        f"largest difference on another image {exported['difference']:.1e}"
+        f"wrote {exported['file']} ({exported['format']}): {exported['bytes'] / 1e6:.1f} MB, images {shape}, mask "
+        f"{exported['mask']}; largest difference on {len(exported['compared'])} other batches "
+        f"{exported['difference']:.1e}"
     )
     screen.show(exported, text, as_json)

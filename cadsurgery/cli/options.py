@@ -134,7 +134,7 @@ class Of:
         for (name, field), changed in zip_longest(self.fields().items(), self.defaults):
             told, default = field.metadata, changed or field.default
             kind: Any = str if "read" in told else type(default)
-            words = (f"--{name}",) if kind is bool else ()  # no --no-...
+            words = ("--" + name.replace("_", "-"),) if kind is bool else ()  # no --no-...
             more = {key: told[key] for key in ("min", "metavar") if key in told}
             if "read" in told:
                 more["parser"] = _READERS[told["read"]]

@@ -14,10 +14,8 @@ from torch import Tensor
 from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
-from cadsurgery.masks.masking import not_static
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
-from cadsurgery.network.export import export
 from cadsurgery.network.macs import MacReport, dense_macs
 from cadsurgery.network.storage import load, read_metadata, save
 from cadsurgery.support.errors import InvalidInput
@@ -117,43 +115,6 @@ def _notes(plan: Plan, active_fraction: float, sides: Sequence[Side]) -> tuple[s
             "try a coarser high output stride, a larger network, or a mask that keeps less."
         )
     return tuple(notes)
-
-
-def export_program(
-    model: str,
-    weights: str,
-    mask: str,
-    options: dict[str, Any],
-    size: tuple[int, int] | None,
-    output: Path,
-    step: Step,
-    trust: bool = False,
-) -> dict[str, Any]:
-    """Write a network by name or a converted file as a program; see `cadsurgery export --help`.
-
-    Raises:
-        InvalidInput: the mask keeps another number of elements of each image.
-    """
-    check_folder(output)
-    step(f"building {model}")
-    net = open_converted(model, mask, options, trust=trust) if is_file(model) else None
-    provider = net.mask if net is not None else resolve_mask(mask or EXPORTED_MASK)
-    if not provider.static:
-        fixed = EXPORTED_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
-        raise not_static(
-            provider,
-            "an exported program has fixed shapes and sees the image alone.",
-            f'cadsurgery export {model} --mask "{fixed}" -o {output}',
-        )
-    if net is None:
-        net = open_converted(model, provider, options, weights=weights)
-    net.eval()
-    first, second = (example_batch(net.source, None, size, seed) for seed in (0, 1))
-    step("exporting and comparing")
-    exported = export(net, first, output, other=second)
-    with torch.inference_mode():
-        net(second)
-    return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(exported)}
 
 
 def make_or_read_plan(

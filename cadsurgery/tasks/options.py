@@ -47,6 +47,18 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Exporting:
+    """What kind of file a network is exported to; see `cadsurgery.export`."""
+
+    to: str = option("", "pt2, onnx or aoti; default: onnx for a file that ends so, else pt2")
+    dynamic: bool = option(False, "ONNX for images of any size and number, and any mask")
+    level_map: bool = option(
+        False, "ONNX that is given the level map as a second input, in place of the mask"
+    )
+    float16: bool = option(False, "ONNX with weights and features in half precision")
+
+
+@dataclass(frozen=True)
 class Benchmark(Conversion):
     """How networks are converted and what they are run on; see `cadsurgery.bench.bench`."""
 

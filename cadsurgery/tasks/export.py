@@ -1,0 +1,58 @@
+"""A network by name, or a converted file, written for where this package is not: `cadsurgery export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadsurgery.masks.masking import not_static
+from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.network.export import export
+from cadsurgery.support.files import check_folder
+from cadsurgery.tasks.for_each import Step
+from cadsurgery.tasks.open import example_batch, is_file, open_converted
+from cadsurgery.tasks.options import Exporting
+
+STATIC_MASK = "edges | budget:fraction=0.3"
+
+
+def export_network(
+    model: str,
+    weights: str,
+    mask: str,
+    conversion: dict[str, Any],
+    size: tuple[int, int] | None,
+    output: Path,
+    options: Exporting,
+    step: Step,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Write a network by name or a converted file; see `cadsurgery export --help`.
+
+    Raises:
+        InvalidInput: the mask keeps another number of elements of each image, and the file would have fixed shapes; or
+            as `cadsurgery.export`.
+    """
+    check_folder(output)
+    step(f"building {model}")
+    is_dynamic = options.dynamic or options.level_map
+    net = open_converted(model, mask, conversion, trust=trust) if is_file(model) else None
+    provider = net.mask if net is not None else resolve_mask(mask or ("edges" if is_dynamic else STATIC_MASK))
+    if not is_dynamic and not provider.static:
+        fixed = STATIC_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
+        raise not_static(
+            provider,
+            "the file would have fixed shapes and sees the image alone.",
+            f'cadsurgery export {model} --mask "{fixed}" -o {output}; or an ONNX file for any mask: --dynamic',
+        )
+    if net is None:
+        net = open_converted(model, provider, conversion, weights=weights)
+    net.eval()
+    first, second = (example_batch(net.source, None, size, seed) for seed in (0, 1))
+    step("exporting and comparing")
+    written = export(net, first, output, other=second, **{**vars(options), "to": options.to or None})
+    with torch.inference_mode():
+        net(second)
+    return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(written)}
