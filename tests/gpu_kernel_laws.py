@@ -179,12 +179,13 @@ def gradients(convolution: Any, parts: dict[str, Tensor], table: Tensor, **optio
     return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))
 
 
-@pytest.mark.parametrize("groups", [1, 33])
 @pytest.mark.parametrize(
-    "activation",
+    ("activation", "groups"),
     [
-        "relu",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "relu6", "gelu", "leaky_relu")),
+        pytest.param(
+            *case, marks=() if case == ("relu", 33) else pytest.mark.slow
+        )  # below groups of one, too
+        for case in product(("relu", "none", "relu6", "gelu", "leaky_relu"), (1, 33))
     ],
 )
 def test_gradients_are_those_of_the_reference_and_the_same_every_time(activation: str, groups: int) -> None:

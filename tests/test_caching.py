@@ -49,7 +49,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "channels last" else name for name in NETWORKS])
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in ("channels last", "several maps") else name for name in NETWORKS]
+)
 def test_the_body_of_the_stems_outputs_is_the_network(name: str) -> None:
     """Bit for bit, under any mask, as often as one likes; its levels and its optimised copy too."""
     make, mask, options = NETWORKS[name]

@@ -63,7 +63,7 @@ SAMPLE = {
 }
 KNOWN = {name: why for name, why in SAMPLE.items() if name in cs.list_models()}
 # Their operations one by one: `laws/test_rule_laws.py`.
-QUICK = ("convnext_zepto_rms", "fasternet_t0", "lcnet_050", "lraspp_mobilenet_v3_large", "squeezenet1_1")
+QUICK = ("fasternet_t0", "lcnet_050", "squeezenet1_1")
 
 
 def test_the_sample_exists() -> None:
@@ -134,14 +134,14 @@ def test_settling_leaves_no_dead_branch_and_keeps_values_moderate() -> None:
 
 def test_a_run_writes_a_line_each_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path, seen = tmp_path / "zoo.jsonl", []
-    check_networks(["resnet18", "vit_tiny_patch16_224"], path, on_row=seen.append)
-    assert sorted(row["model"] for row in seen) == ["resnet18", "vit_tiny_patch16_224"]
+    check_networks(["lcnet_050", "no_such_network"], path, on_row=seen.append)
+    assert sorted(row["model"] for row in seen) == ["lcnet_050", "no_such_network"]
     text = path.read_text()
     path.write_text(text + '{"model": "cut off', encoding="utf-8")
     seen.clear()
-    rows = check_networks(["squeezenet1_1", "resnet18"], path, on_row=seen.append)
+    rows = check_networks(["squeezenet1_1", "lcnet_050"], path, on_row=seen.append)
     assert [row["model"] for row in seen] == ["squeezenet1_1"]
-    assert [row["model"] for row in rows] == ["squeezenet1_1", "resnet18"]
+    assert [row["model"] for row in rows] == ["squeezenet1_1", "lcnet_050"]
     assert path.read_text().startswith(text) and len(read_rows(path)) == 3
     assert json.loads(text.splitlines()[0])["versions"]["timm"] == timm.__version__
 

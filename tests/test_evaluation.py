@@ -109,7 +109,7 @@ def test_every_mask_stands_at_every_pair_between_its_dense_networks(report: Eval
     assert report.images == 5 and report.processes == 1 and report.model == "Segmenter"
 
 
-@pytest.mark.parametrize("mask", [slow("all"), EDGES, GRADED, slow("none")])
+@pytest.mark.parametrize("mask", [slow("all"), slow(EDGES), GRADED, slow("none")])
 def test_figures_are_those_of_the_network_run_image_by_image(report: EvaluationReport, mask: str) -> None:
     model, data = segmenter(), cs.open_data(DATA, "test")
     net = cs.adaptify(model, mask, output_stride=(8, 32))
@@ -202,7 +202,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["segmenter", "fcn_resnet50", *map(slow, list(NETWORKS)[2:])])
+@pytest.mark.parametrize("name", ["segmenter", *map(slow, list(NETWORKS)[1:])])
 def test_work_by_elements_gives_the_macs_of_any_mask(name: str) -> None:
     net = cs.adaptify(NETWORKS[name](), "all", verify_laws=False)
     x = images(2, 95, 129)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, build, covering, images
+from conftest import assert_same, build, covering, images, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,9 +36,15 @@ MASKS = (
     *("edges + (confidence | budget:fraction=0.2)", "detail:threshold=2/0.5"),
 )
 # Of each kind one, where a case takes seconds.
-FEW = ("detail", "confidence:threshold=0.9", "learned | budget:fraction=0.3")
+FEW = ("confidence:threshold=0.9", "learned | budget:fraction=0.3")
 FEW_MASKS = pytest.mark.parametrize(
     "mask", [mask if mask in FEW else pytest.param(mask, marks=pytest.mark.slow) for mask in MASKS]
+)
+COUNTED = (
+    "detail",
+    "confidence | budget:fraction=0.3",
+    "learned",
+    "edges + (confidence | budget:fraction=0.2)",
 )
 SIZE = (65, 98)
 NOTHING = torch.empty(0)
@@ -234,7 +240,9 @@ def test_their_lines_in_the_list() -> None:
 # -- work ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mask", "batch"), covering(MASKS, [2, 1]))
+@pytest.mark.parametrize(
+    ("mask", "batch"), covering([mask if mask in COUNTED else slow(mask) for mask in MASKS], [2, 1])
+)
 @torch.no_grad()
 def test_counted_work_is_executed_work(mask: str, batch: int) -> None:
     """Law 7: the network's, the mask's own and the first pass's together are what torch sees being multiplied."""

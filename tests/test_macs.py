@@ -141,7 +141,7 @@ def test_high_macs_of_a_dilated_network_are_the_originals() -> None:
     assert cs.adaptify(model, verify_laws=False).macs(image).high == executed(model, image)
 
 
-@pytest.mark.parametrize("name", [slow("resnet18"), "mobilenet_v2", "fcn_resnet50"])
+@pytest.mark.parametrize("name", [slow("resnet18"), slow("mobilenet_v2"), "fcn_resnet50"])
 def test_macs_of_known_networks_at_their_own_resolution_are_the_originals(name: str) -> None:
     model, image = build(name, by=4), images(1, 97, 129)
     net = cs.adaptify(model, "none", verify_laws=False)
@@ -286,7 +286,7 @@ def test_resnet101_costs_what_is_published_for_its_convolutions() -> None:
 
 @pytest.mark.parametrize(
     ("output_stride", "low", "half"),
-    [((8, 16), 4.31252e11, 9.27418e11), ((8, 32), 3.56978e11, 8.90281e11)],
+    [slow((8, 16), 4.31252e11, 9.27418e11), ((8, 32), 3.56978e11, 8.90281e11)],
     ids=str,
 )
 def test_the_published_rule_gives_the_published_totals(
@@ -300,6 +300,7 @@ def test_the_published_rule_gives_the_published_totals(
     assert report.high == pytest.approx(1.42358e12, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_share_of_0293_in_blocks_lands_at_the_published_6_7e11() -> None:
     report = deeplab((8, 32)).macs(LARGE, mask=blocks(round(0.293 * 2048), (128, 256)), rule="published")
     assert report.active_fraction == pytest.approx(0.293, abs=3e-4)

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -191,9 +192,9 @@ def on_boundary(labels: Tensor, ignore: int) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("size", [(33, 50), (40, 31)])
-@pytest.mark.parametrize("widths", [[9], [3, 17], [1, 33]])
-@pytest.mark.parametrize("ignore", [255, 1])
+@pytest.mark.parametrize(
+    ("widths", "size", "ignore"), covering([[9], [3, 17], [1, 33]], [(33, 50), (40, 31)], [255, 1])
+)
 def test_a_trimap_keeps_what_has_a_boundary_within_its_window(
     size: tuple[int, int], widths: list[int], ignore: int
 ) -> None:

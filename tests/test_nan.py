@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import covering
+from conftest import covering, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -146,7 +146,7 @@ def test_nan_that_a_network_makes_is_kept(dtype, act):
     assert plain.any()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", slow("convnext_tiny")])
 def test_an_ordinary_network_loses_no_fused_activation(name):
     """What makes no NaN keeps oneDNN's clamps, its dense stem included: they are faster."""
     net = cs.adaptify(cs.build_model(name, "none"), "edges", verify_laws=False).optimize()

@@ -52,7 +52,10 @@ NETWORKS = {
     "shufflenet_v2_x1_0": 0,
 }
 
-QUICK = [slow(name) if name in ("convnext_tiny", "densenet121") else name for name in NETWORKS]
+QUICK = [
+    slow(name) if name in ("convnext_tiny", "densenet121", "efficientnet_b0", "regnet_y_400mf") else name
+    for name in NETWORKS
+]
 
 
 def leaves(value: Any) -> list[Tensor]:
@@ -210,7 +213,7 @@ def small_map(net: Any, x: Tensor) -> tuple[int, int]:
     return tuple(net.part.levels.shape[1:])  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("name", "level"), covering(["resnet18", "mobilenet_v2"], [0, 2]))
+@pytest.mark.parametrize(("name", "level"), covering(["resnet18", slow("mobilenet_v2")], [0, 2]))
 @torch.no_grad()
 def test_dense_twins_are_the_network_at_a_uniform_level(name: str, level: int) -> None:
     """And nothing but operations of torch."""
@@ -504,7 +507,7 @@ def test_mixing_where_it_is_read_is_mixing_before(dtype: torch.dtype, channels: 
     assert torch.equal(out, torch.cat([rows, rows[:1], halo])[table.long()])
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "vgg11_bn"])
+@pytest.mark.parametrize("name", [slow("mobilenet_v2"), "vgg11_bn"])
 @torch.no_grad()
 def test_without_a_compiler_the_results_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = cs.adaptify(build(name, by=4), MIXED, verify_laws=False), images(1, 65, 97)

@@ -98,7 +98,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     "name",
-    [slow(name) if name in ("bottlenecks, two levels", "channels last") else name for name in NETWORKS],
+    [
+        slow(name) if name in ("bottlenecks, two levels", "channels last", "several maps") else name
+        for name in NETWORKS
+    ],
 )
 def test_with_all_weight_on_a_level_it_is_that_level_everywhere(name: str) -> None:
     make, options = NETWORKS[name]

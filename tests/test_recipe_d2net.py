@@ -154,7 +154,7 @@ def test_our_own_options_have_the_original_at_its_own_samples(high: int) -> None
     assert_same(found, trunk(DOUBLE)(x))
 
 
-@HIGH
+@pytest.mark.parametrize("high", [slow(1), 2, 4])
 @torch.no_grad()
 def test_around_keypoints_it_is_the_published_rule(high: int) -> None:
     """Levels of a triplet, by brute force on dense maps."""
@@ -221,7 +221,7 @@ def test_uniform_maps_cost_as_much_as_the_regular_networks(high: int, options: d
 def test_the_cost_lies_between_and_rises_with_the_windows() -> None:
     net, x = adapted(1), torch.zeros(1, 3, 64, 64)
     costs = []
-    for sides in ("0/0/0", "0/0/5", "0/0/11", "0/5/11", "3/5/11", "3/5/31", "13/31/31", "inf/inf/inf"):
+    for sides in ("0/0/0", "0/0/11", "0/5/11", "13/31/31", "inf/inf/inf"):
         mask = f"keypoints:detector=given,dilations={sides}"
         with keypoints_at([torch.tensor([[20.0, 30.0], [50.0, 9.0]])]):
             costs.append(net.macs(x, mask=mask).mask / 64**2)
@@ -350,7 +350,7 @@ def test_the_settings_are_the_published_ones() -> None:
     assert RUNS["os8"].mask.endswith("=0/0/0") and RUNS["os1"].mask.endswith("=inf/inf/inf")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name if at % 3 == 0 else slow(name) for at, name in enumerate(RUNS)])
 @torch.no_grad()
 def test_every_setting_is_planned_and_runs(name: str) -> None:
     """Of two images with different numbers of keypoints, with everything and with what is needed only."""

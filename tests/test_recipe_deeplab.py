@@ -459,14 +459,14 @@ def test_the_script_stops_at_a_damaged_file(tmp_path: Path, monkeypatch: pytest.
     ("name", "total"),
     [
         ("os8", 1.42358e12),
-        ("os16", 4.16757e11),
+        slow("os16", 4.16757e11),
         ("os32", 3.27987e11),
         ("resnet50_os8", 8.004e11),
         slow("resnet50_os16", 2.610e11),
         slow("resnet50_os32", 1.722e11),
         slow("resnet152_os8", 1.937e12),
         slow("resnet152_os16", 5.727e11),
-        ("resnet152_os32", 4.839e11),
+        slow("resnet152_os32", 4.839e11),
     ],
 )
 def test_dense_networks_cost_what_is_published(name: str, total: float) -> None:
@@ -544,7 +544,9 @@ def variant(name: str) -> tuple[nn.Module, dict[str, Any]]:
     return randomise(model), {**recipe.PUBLISHED, "region": region}
 
 
-@pytest.mark.parametrize(("name", "low"), covering(VARIANTS, (16, 32)))
+@pytest.mark.parametrize(
+    ("name", "low"), covering((slow("fcn"), slow("plus"), "deformable", "softpool"), (16, 32))
+)
 def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
     """Uniform maps are the dense networks (verified by `adaptify`), a batch is its images one by one."""
     model, options = variant(name)
@@ -563,7 +565,7 @@ def test_variants_convert_and_keep_the_laws(name: str, low: int) -> None:
         assert_same(own, original)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [slow("fcn"), slow("plus"), "deformable", "softpool"])
 def test_backbones_of_variants_on_mixed_maps_are_the_dense_emulation(name: str) -> None:
     model, options = variant(name)
     x = images(2, *SIZE, torch.float64)

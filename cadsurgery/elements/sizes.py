@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def holds(condition: bool | torch.SymBool) -> bool:
     """Whether a condition holds; of symbols, whether it is known to hold for all sizes."""
-    return condition if isinstance(condition, bool) else statically_known_true(condition)
+    if isinstance(condition, bool):
+        return condition
+    return bool(condition.node.statically_known_true(__file__, 0))
 
 
 def least(one: int, other: int) -> int:

@@ -41,7 +41,8 @@ from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["uniform", "graph", "triton", "whole map", "native", "products", "expression", "torch"]
+NAMES = ["uniform", "portable", "graph", "triton", "whole map", "native", "products", "expression", "torch"]
+OF_GRAPHS = ("portable", "graph", "expression")  # which apply while a graph is made
 TYPES = (torch.float32, torch.float64, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2}
 FINISHES: dict[str, Activation | None] = {
@@ -144,7 +145,7 @@ def the_whole_map_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
 def takes(name: str, case: Case) -> bool:
     """Whether a backend is to give what the reference gives: where it applies, or would in a graph."""
     work, backend = work_of(case, packed=True), named(name)
-    if name in ("graph", "expression"):
+    if name in OF_GRAPHS:
         return case.finish == "plain"
     if name == "whole map":
         return case.kind == "ragged" and case.groups * case.kernel[0] > 1
@@ -167,7 +168,7 @@ def cases(name: str) -> list[Any]:
 @torch.no_grad()
 def test_a_convolution_is_that_of_the_reference(name: str, case: Case) -> None:
     work = work_of(case, packed=True)
-    if name not in ("graph", "expression"):
+    if name not in OF_GRAPHS:
         assert named(name).applies(work)
     found = named(name).convolve(work)  # type: ignore[attr-defined]
     expected = named("torch").convolve(exactly(work))  # type: ignore[attr-defined]
@@ -219,13 +220,17 @@ def trained(name: str) -> list[Any]:
     return [
         pytest.param(name, case, id=f"{name}-{case}")
         for case, work in works
-        if name == "expression" or backend.applies(work)
+        if name in OF_GRAPHS or backend.applies(work)
     ]
 
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [case for name in ("uniform", "triton", "products", "expression", "torch") for case in trained(name)],
+    [
+        case
+        for name in ("uniform", "portable", "triton", "products", "expression", "torch")
+        for case in trained(name)
+    ],
 )
 def test_gradients_are_those_of_the_reference(name: str, case: Case) -> None:
     work = with_gradients(work_of(case, packed=False))
@@ -304,7 +309,7 @@ def computed(backend: Backend, work: Work) -> Tensor:
 @pytest.mark.parametrize(("name", "task"), TASKS)
 @torch.no_grad()
 def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: torch.dtype) -> None:
-    works = [work for work in other_works(task, dtype) if named(name).applies(work)]
+    works = [work for work in other_works(task, dtype) if name in OF_GRAPHS or named(name).applies(work)]
     assert works
     for work in works:
         changes: dict[str, Any] = {"rows": work.rows.double()}

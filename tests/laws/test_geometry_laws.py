@@ -32,7 +32,7 @@ from cadsurgery.support.errors import CadError
 
 EXACT = 1e-9
 QUICK = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much]
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much]
 )
 STRIDES = [(2,), (2, 2), (2, 2, 2), (4,), (4, 2), (3,)]
 

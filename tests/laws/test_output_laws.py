@@ -230,12 +230,13 @@ def test_maps_that_end_beyond_the_image_are_as_large_as_the_networks(make: Any, 
         assert_same(torch.cat(apart), together, EXACT)
 
 
-@pytest.mark.parametrize("size", [(12, 20), (13, 21)], ids=str)
-@pytest.mark.parametrize("fill", FILLS[:2])
 @pytest.mark.parametrize(
     ("mode", "align"), [("nearest", None), ("nearest-exact", None), ("bilinear", False), ("bilinear", True)]
 )
-@pytest.mark.parametrize("scaling", [{"size": (29, 31)}, {"size": (7, 9)}, {"scale_factor": 2.5}], ids=str)
+@pytest.mark.parametrize(
+    ("scaling", "size", "fill"),
+    covering([{"size": (29, 31)}, {"size": (7, 9)}, {"scale_factor": 2.5}], [(13, 21), (12, 20)], FILLS[:2]),
+)
 def test_every_pixel_is_read_where_torch_reads_the_networks_own_map(
     size: tuple[int, int], fill: Any, mode: str, align: bool | None, scaling: dict[str, Any]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, covering, images, random_levels
+from conftest import assert_same, covering, images, random_levels, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -357,7 +357,7 @@ def test_space_to_depth_is_a_convolution() -> None:
     assert_same(ours, theirs, EXACT)
 
 
-@pytest.mark.parametrize("name", ["tf_mobilenetv3_small_minimal_100", "tf_efficientnet_cc_b0_4e"])
+@pytest.mark.parametrize("name", ["tf_mobilenetv3_small_minimal_100", slow("tf_efficientnet_cc_b0_4e")])
 def test_a_batch_is_its_images_where_kernels_or_padding_depend_on_them(name: str) -> None:
     """Law 5 for "same" padding and for kernels mixed per image."""
     model = timm.create_model(name, exportable=False).eval()
