@@ -10,7 +10,7 @@ from cadsurgery.elements.backends.choose import select_rows
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import choose_size, holds, least, most
+from cadsurgery.elements.sizes import holds, least, most
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -32,7 +32,7 @@ def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None],
         if slice(start, None).indices(count)[0]:
             raise _shifts(f"a crop from sample {start} on")
     kept = [
-        count if stop is None else choose_size(stop < 0, most(count + stop, 0), least(count, stop))
+        count if stop is None else most(count + stop, 0) if holds(stop < 0) else least(count, stop)
         for count, stop in zip(counts, stops, strict=True)
     ]
     return _with_border(x, kept, spacing, 0.0)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.sizes import choose_size, holds, least, most
+from cadsurgery.elements.sizes import divide_up, holds, least, most
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -95,9 +95,9 @@ class Window(NamedTuple):
         return self._replace(padding=(top, bottom, left, right), same=False)
 
     def _same(self, fine: int, axis: int) -> tuple[int, int]:
-        samples = -(-fine // self.spacing)
+        samples = divide_up(fine, self.spacing)
         span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-        total = most((-(-samples // self.stride) - 1) * self.stride + span - samples, 0)
+        total = most((divide_up(samples, self.stride) - 1) * self.stride + span - samples, 0)
         return total // 2, total - total // 2
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -107,7 +107,7 @@ class Window(NamedTuple):
 
     def finer_samples(self, size: tuple[int, int]) -> tuple[int, int]:
         """Samples (height, width) of the output of a transposed convolution of a fine map of `size`."""
-        samples = [-(-length // self.spacing) for length in size]
+        samples = [divide_up(length, self.spacing) for length in size]
         pads = (sum(self.padding[:2]), sum(self.padding[2:]))
         height, width = (
             (count - 1) * self.finer + kernel - pad
@@ -122,15 +122,15 @@ class Window(NamedTuple):
         return height, width
 
     def _output_length(self, fine: int, axis: int) -> int:
-        samples = -(-fine // self.spacing)
+        samples = divide_up(fine, self.spacing)
         before, after = self.padding[2 * axis : 2 * axis + 2]
         span = self.dilation[axis] * (self.kernel[axis] - 1)
         if not self.ceil_mode and before + after >= span:
             return fine  # at least ceil(samples / stride) outputs
         room = samples + before + after - span - 1
-        count = (-(-room // self.stride) if self.ceil_mode else room // self.stride) + 1
+        count = (divide_up(room, self.stride) if self.ceil_mode else room // self.stride) + 1
         if self.ceil_mode:  # torch: a window must start inside the map or its left padding
-            count = choose_size((count - 1) * self.stride >= samples + before, count - 1, count)
+            count = least(count, (samples + before - 1) // self.stride + 1)
         if holds(room < 0) or holds(count < 1):
             raise InvalidInput(
                 f"a {self.kernel[0]}x{self.kernel[1]} window does not fit into {samples} samples.",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.bounds import Bounds
-from cadsurgery.elements.sizes import choose_size, holds, least
+from cadsurgery.elements.sizes import divide_up, holds, most
 from cadsurgery.support.errors import InvalidInput
 
 Fill = Literal["linear", "nearest", "guided"]
@@ -192,6 +192,14 @@ class Pyramid:
         return self._derived[key]
 
 
+def _cover(count: int, length: int, spacing: int) -> int:
+    """Pixels that samples stand for, `spacing` each; of as many as a map of `length` has, that length. Without a
+    decision, which symbols cannot take."""
+    all_of_it = divide_up(length, spacing)
+    is_all = most(0, 1 - most(count - all_of_it, all_of_it - count))
+    return count * spacing - (all_of_it * spacing - length) * is_all
+
+
 def _hashable(key: Hashable) -> Hashable:
     """A key; with symbols for sizes, which have no hash, what they are called."""
     return str(key) if torch.compiler.is_compiling() else key
@@ -291,7 +299,7 @@ class Lattice:
     @property
     def most_size(self) -> tuple[int, int]:
         """Height and width of the level map up to where its outermost cells can end."""
-        height, width = (-(-length // self.geometry.sides[-1]) for length in self.whole_size)
+        height, width = (divide_up(length, self.geometry.sides[-1]) for length in self.whole_size)
         return height * self.geometry.sides[-1], width * self.geometry.sides[-1]
 
     def pixels(self, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -301,16 +309,15 @@ class Lattice:
 
     def samples(self, spacing: int) -> tuple[int, int]:
         """Height and width of a map with a sample on every `spacing`-th fine pixel."""
-        return -(-self.size[0] // spacing), -(-self.size[1] // spacing)
+        return divide_up(self.size[0], spacing), divide_up(self.size[1], spacing)
 
     def holding(self, counts: Sequence[int], spacing: int) -> tuple[int, int]:
         """Fine size of a map with this many samples, `spacing` fine pixels apart: as large as the level map where that
         has no more of them."""
-        sizes = (
-            choose_size(count <= -(-length // spacing), least(count * spacing, length), count * spacing)
+        height, width = (
+            length if holds(count == divide_up(length, spacing)) else _cover(count, length, spacing)
             for count, length in zip(counts, self.whole_size, strict=True)
         )
-        height, width = sizes
         return height, width
 
     @property

@@ -16,7 +16,7 @@ from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import holds, is_for_any_size
+from cadsurgery.elements.sizes import divide_up, holds, is_for_any_size
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -152,7 +152,7 @@ class Scaling:
         torch itself says which of the map's own samples it reads: a map that holds their numbers is resized. Where one
         sample is read it is a map of the size and type of the values, which decide how torch rounds.
         """
-        counts = [-(-length // spacing) for length in fine]
+        counts = [divide_up(length, spacing) for length in fine]
         if self.mode == "bilinear":
             return self._between(counts, spacing)
         return self._single(counts, spacing, fine, dtype)

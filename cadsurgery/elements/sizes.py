@@ -19,6 +19,11 @@ def holds(condition: bool | torch.SymBool) -> bool:
     return bool(condition.node.statically_known_true(__file__, 0))
 
 
+def divide_up(length: int, step: int) -> int:
+    """ceil(length / step), without negative numbers: engines divide them towards zero."""
+    return (length + step - 1) // step
+
+
 def least(one: int, other: int) -> int:
     """The smaller size."""
     return cast(int, torch.sym_min(one, other))
@@ -32,10 +37,3 @@ def most(one: int, other: int) -> int:
 def is_for_any_size(shape: Iterable[int]) -> bool:
     """Whether a shape has symbols in it."""
     return any(isinstance(length, torch.SymInt) for length in shape)
-
-
-def choose_size(condition: bool | torch.SymBool, one: int, other: int) -> int:
-    """One size where a condition holds, else another."""
-    if isinstance(condition, bool):
-        return one if condition else other
-    return cast(int, torch.sym_ite(condition, one, other))

@@ -19,6 +19,7 @@ from cadsurgery.elements.axes import NCHW, image_dims
 from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.support.processes import count_together
 
 
@@ -252,7 +253,7 @@ def _shares_of_bins(lattice: Lattice, size: tuple[int, int], spacing: int) -> Te
     whole = (flat.amin(1) == flat.amax(1))[image]
     along = []
     for at, length, bins in zip(place, lattice.size, size, strict=True):
-        samples, numbers = -(-length // spacing), torch.arange(bins, device=at.device)
+        samples, numbers = divide_up(length, spacing), torch.arange(bins, device=at.device)
         first = numbers * samples // bins * spacing
         last = -(-(numbers + 1) * samples // bins) * spacing
         end = torch.where(whole, at + side, (at + side).clamp(max=length)).unsqueeze(1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.filters import on_samples
 from cadsurgery.masks.options import SHARE, between, check_options
 from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
@@ -72,7 +73,7 @@ class RandomMask(MaskProvider):
         """(B, h, w) in 0..1, the same within a block."""
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         side = min(self.block, max(grid.size))
-        blocks = [-(-length // side) for length in grid.size]
+        blocks = [divide_up(length, side) for length in grid.size]
         return on_samples(torch.rand(grid.batch, *blocks, generator=generator), side, grid.size)
 
 

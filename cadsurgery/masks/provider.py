@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import Geometry, as_levels, describe
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.options import format_options, options_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.provenance import same_place
@@ -45,7 +46,7 @@ class Grid(NamedTuple):
     @property
     def patches(self) -> int:
         """Number of patches of one image, those that stick out of the map included."""
-        return -(-self.size[0] // self.patch) * -(-self.size[1] // self.patch)
+        return divide_up(self.size[0], self.patch) * divide_up(self.size[1], self.patch)
 
 
 class MaskProvider(nn.Module):

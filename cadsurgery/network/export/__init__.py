@@ -71,7 +71,7 @@ def export(
     - `aoti`: the same compiled by AOTInductor for the machine it is made on: `torch._inductor.aoti_load_package` in
       Python, `AOTIModelPackageLoader` in C++.
     - `onnx`: standard operations alone; also for any size of images, batch and mask. Needs
-      `pip install 'cadsurgery[export]'`. Its last output is the level map (B, h, w), int8.
+      `pip install 'cadsurgery[export]'`. Its last output, `levels`, is the level map (B, h, w), int8.
 
     Args:
         net: what `adaptify` gave, in evaluation mode.
@@ -79,7 +79,7 @@ def export(
         path: file to write.
         to: format; default: `onnx` for a name that ends so, else `pt2`.
         dynamic: any batch, height and width; the mask may keep any number of patches. ONNX.
-        level_map: a second input `levels` (B, h, w), int64, takes the place of the mask; dynamic.
+        level_map: a second input of this name (B, h, w), int64, takes the place of the mask; dynamic.
         float16: weights and features in half precision, the mask and what goes in and comes out in single. ONNX.
         other: another batch to compare on; default: `image` turned upside down and more like it.
 

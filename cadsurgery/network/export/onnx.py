@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -52,9 +53,9 @@ def write(
     """
     require("onnx", "onnxscript", "onnxruntime")
     names = output_names(net(image))
-    levels = net.levels.long()
     graph = Exportable(net, float16)
-    inputs: tuple[Tensor, ...] = (image, levels) if level_map else (image,)
+    example = _awkward(net, image) if dynamic else image
+    inputs: tuple[Tensor, ...] = (example, net.levels.long()) if level_map else (example,)
     program, free = follow(graph, inputs, dynamic)
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
@@ -67,7 +68,7 @@ def write(
                 dynamo=True,
                 verbose=False,
                 custom_translation_table=TABLE,
-                input_names=("image", "levels")[: len(inputs)],
+                input_names=("image", "level_map")[: len(inputs)],
                 output_names=outputs,
             )
         except Exception as error:
@@ -90,7 +91,7 @@ def write(
     run = Session(path)
     largest = check_difference((_compare(net, run, batch, level_map) for batch in batches), tolerance)
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    return Comparison(largest, shapes, ("image", "levels")[: len(inputs)], outputs), shape
+    return Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs), shape
 
 
 class Exportable(nn.Module):
@@ -167,6 +168,23 @@ def follow(
         why=first_line(refusal) if refusal is not None else "",
         next="write a file for one size with a budget, or for a given level map: level_map=True.",
     ) from refusal
+
+
+def _awkward(net: AdaptiveModel, image: Tensor) -> Tensor:
+    """A part of an image whose fine map is cut by its outermost cells, run by the network: where torch decides by the
+    example, as whether a slice takes all, no size must happen to fit. The image itself if the network takes no such."""
+    side, stride = net.geometry.sides[-1], net.plan.strides[0]
+    lengths = []
+    for length in image.shape[2:]:
+        samples = -(-length // stride)
+        samples -= (samples + 1) % side  # one less than whole cells
+        lengths.append(max(samples * stride - 1, 1))
+    for height, width in (lengths, image.shape[2:]):
+        part = image[:, :, :height, :width].contiguous()
+        with contextlib.suppress(CadError):
+            net(part)
+            return part
+    return image
 
 
 class Session:

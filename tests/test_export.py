@@ -1,0 +1,231 @@
+"""Files for engines other than torch: what they give is what the network gives, at sizes, batches and masks the example
+did not have; what cannot be written is refused, and nothing is left behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same, images, random_levels, randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.network.export.compare import check_difference, difference, more_images
+from cadsurgery.network.export.names import output_names
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+MASKS = ["edges", "edges:threshold=0.35/0.1,dilation=11/21", "detail"]
+
+
+class Small(nn.Module):
+    """Strided, dilated, depthwise and grouped convolutions, pooling, a gate, a skip, a resize to the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.down = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(16, 16, 3, 1, 2, 2, groups=16), nn.BatchNorm2d(16), nn.Hardswish()
+        )
+        self.grouped = nn.Conv2d(16, 16, 3, 1, 1, groups=4)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid())
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        size = x.shape[2:]
+        x = self.pool(self.down(self.stem(x)))
+        x = x + self.grouped(self.depthwise(x))
+        x = self.head(x * self.gate(x))
+        return {"out": nn.functional.interpolate(x, size=size, mode="bilinear", align_corners=False)}
+
+
+def net(mask: Any = "edges", **options: Any) -> cs.AdaptiveModel:
+    torch.manual_seed(0)
+    return cs.adaptify(randomise(Small()).eval(), mask, verify_laws=False, **options)
+
+
+def picture(batch: int, height: int, width: int) -> Tensor:
+    """Noise above, smooth below: every mask keeps a part."""
+    image = images(batch, height, width)
+    image[:, :, height // 2 :] = nn.functional.avg_pool2d(image, 9, 1, 4)[:, :, height // 2 :] / 4
+    return image
+
+
+class File:
+    """An ONNX file run by ONNX Runtime alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        names = [one.name for one in self.session.get_inputs()]
+        feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        outputs = [one.name for one in self.session.get_outputs()]
+        return dict(zip(outputs, map(torch.from_numpy, self.session.run(outputs, feed)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel, Path, Any]:
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    model = net()
+    return model, path, cs.export(model, picture(1, 96, 128), path, dynamic=True)
+
+
+def test_a_dynamic_file_takes_any_size_and_batch(dynamic: Any) -> None:
+    model, path, report = dynamic
+    run = File(path)
+    for batch, height, width in ((1, 96, 128), (3, 75, 101), (2, 64, 160)):
+        image = picture(batch, height, width)
+        with torch.no_grad():
+            expected = model(image)
+        given = run(image)
+        assert_same(given["out"], expected["out"], 1e-4)
+        assert torch.equal(given["levels"], model.levels) and 0 < model.active_fraction < 1
+    assert report.image == (None, 3, None, None) and report.outputs == ("out", "levels")
+    assert report.difference < 1e-4 and report.bytes == path.stat().st_size
+    assert len({shape[2:] for shape in report.compared}) > 2
+
+
+def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
+    model, path, _ = dynamic
+    said = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    assert said["cadsurgery.mask"] == model.mask.spec()
+    assert cs.Plan.from_json(said["cadsurgery.plan"]) == model.plan
+    assert torch.__version__.startswith(json.loads(said["cadsurgery.versions"])["torch"])
+    assert json.loads(said["cadsurgery.options"]) == {"fill": "linear", "dynamic": True}
+
+
+def test_a_file_has_standard_operations_alone(dynamic: Any) -> None:
+    _, path, _ = dynamic
+    model = onnx.load(str(path))
+    assert {one.domain for one in model.opset_import} <= {"", "ai.onnx"} and not model.functions
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mask", "fill"), [*itertools.product(MASKS, ["linear", "nearest", "guided"])])
+def test_every_mask_and_fill_is_the_network(mask: str, fill: str, tmp_path: Path) -> None:
+    model, path = net(mask, fill=fill), tmp_path / "net.onnx"
+    cs.export(model, picture(1, 96, 128), path, dynamic=True)
+    image = picture(2, 93, 75)
+    with torch.no_grad():
+        assert_same(File(path)(image)["out"], model(image)["out"], 1e-4)
+
+
+@pytest.mark.slow
+def test_the_level_map_is_an_input(tmp_path: Path) -> None:
+    model, path = net("edges | smooth"), tmp_path / "net.onnx"
+    report = cs.export(model, picture(1, 96, 128), path, level_map=True)
+    assert report.inputs == ("image", "level_map")
+    image, run = picture(2, 75, 101), File(path)
+    with torch.no_grad():
+        model(image)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            levels = random_levels(2, tuple(model.levels.shape[1:]), model.geometry.strides)
+            assert_same(run(image, levels.long())["out"], model(image, mask=levels)["out"], 1e-4)
+
+
+@pytest.mark.slow
+def test_a_static_file_of_a_budget(tmp_path: Path) -> None:
+    model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
+    report = cs.export(model, picture(2, 72, 104), path)
+    assert report.image == (None, 3, 72, 104) and report.format == "onnx"
+    image = picture(3, 72, 104).flip(2) * 0.7
+    with torch.no_grad():
+        assert_same(File(path)(image)["out"], model(image)["out"], 1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_halves_the_file(tmp_path: Path) -> None:
+    model = net("edges | budget:fraction=0.3")
+    sizes = []
+    for half in (False, True):
+        path = tmp_path / f"{half}.onnx"
+        cs.export(model, picture(1, 72, 104), path, float16=half)
+        weights = onnx.load(str(path)).graph.initializer
+        sizes.append(sum(np.prod(one.dims) * 4 for one in weights if one.data_type == onnx.TensorProto.FLOAT))
+        image = picture(1, 72, 104).flip(2)
+        with torch.no_grad():
+            assert_same(File(path)(image)["out"], model(image)["out"], 2e-2 if half else 1e-4)
+    assert sizes[1] < sizes[0] / 2
+
+
+def test_refusals_name_the_way_round_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, path = picture(1, 72, 104), tmp_path / "net.onnx"
+    budget = net("edges | budget:fraction=0.3")
+    with pytest.raises(cs.InvalidInput, match="dynamic=True"):
+        cs.export(net("edges"), image, path)
+    for mask in ("edges | smooth", "trimap"):
+        with pytest.raises(cs.InvalidInput, match="level_map=True"):
+            cs.export(net(mask), image, path, dynamic=True)
+    with pytest.raises(cs.InvalidInput, match="cannot be dynamic"):
+        cs.export(budget, image, tmp_path / "net.pt2", dynamic=True)
+    with pytest.raises(cs.InvalidInput, match="no format"):
+        cs.export(budget, image, path, to="tflite")  # type: ignore[arg-type]
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(cs.CadError, match=r"cadsurgery\[export\]"):
+            cs.export(budget, image, path)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.onnx, "export", lambda *given, **options: 1 / 0)
+        with pytest.raises(cs.CannotConvert, match="ZeroDivisionError"):
+            cs.export(budget, image, path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_file_that_is_wrong_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cadsurgery.network.export.onnx.difference", lambda *values: 0.5)
+    with pytest.raises(cs.CannotConvert, match="differs from the network by"):
+        cs.export(net("edges | budget:fraction=0.3"), picture(1, 72, 104), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("broken", ["out", "aux"])
+def test_a_difference_that_is_no_number_is_seen_in_any_output(broken: str) -> None:
+    expected = {"out": torch.ones(3), "aux": torch.full((2,), 4.0)}
+    assert difference(expected, expected) == 0.0
+    assert difference({**expected, "aux": torch.tensor([4.0, 3.0])}, expected) == 0.25
+    with pytest.raises(cs.CannotConvert, match="nan"):
+        check_difference([difference({**expected, broken: expected[broken] * torch.nan}, expected), 0.0])
+
+
+def test_outputs_are_named_by_their_structure() -> None:
+    one = torch.ones(1)
+    assert output_names(one) == ("output",)
+    assert output_names({"out": one, "aux": one}) == ("out", "aux")
+    assert output_names([one, (one, one)]) == ("0", "1_0", "1_1")
+
+
+def test_it_is_compared_on_images_that_it_was_not_made_of() -> None:
+    image = picture(1, 16, 16)
+    assert not any(torch.equal(image, other) for other in more_images(image, None))
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_file(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from cadsurgery.cli.main import make_app
+
+    saved, path = tmp_path / "net.safetensors", tmp_path / "net.onnx"
+    model = cs.adaptify(cs.build_model("squeezenet1_1", "none"), "edges", verify_laws=False)
+    cs.save(model, saved)
+    told = CliRunner().invoke(
+        make_app(), ["export", str(saved), "-o", str(path), "--size", "64x96", "--dynamic", "--json"]
+    )
+    assert told.exit_code == 0, told.output
+    said = json.loads(told.stdout)
+    assert said["format"] == "onnx" and said["image"] == [None, 3, None, None] and path.is_file()
