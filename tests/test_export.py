@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,17 @@ def test_a_static_file_of_a_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_a_package_of_aotinductor_is_the_network(tmp_path: Path) -> None:
+    model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.pt2"
+    report = cs.export(model, picture(1, 72, 104), path, to="aoti")
+    assert report.format == "aoti" and report.image == (1, 3, 72, 104)
+    image = picture(1, 72, 104).flip(3)
+    with torch.no_grad():
+        assert_same(torch._inductor.aoti_load_package(str(path))(image)["out"], model(image)["out"], 1e-4)
+
+
+@pytest.mark.slow
 def test_half_precision_halves_the_file(tmp_path: Path) -> None:
     model = net("edges | budget:fraction=0.3")
     sizes = []
@@ -172,6 +184,8 @@ def test_refusals_name_the_way_round_and_leave_nothing(
             cs.export(net(mask), image, path, dynamic=True)
     with pytest.raises(cs.InvalidInput, match="cannot be dynamic"):
         cs.export(budget, image, tmp_path / "net.pt2", dynamic=True)
+    with pytest.raises(cs.InvalidInput, match=r"\.pt2"):
+        cs.export(budget, image, path, to="aoti")
     with pytest.raises(cs.InvalidInput, match="no format"):
         cs.export(budget, image, path, to="tflite")  # type: ignore[arg-type]
     with monkeypatch.context() as patched:

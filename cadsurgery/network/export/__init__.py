@@ -104,6 +104,11 @@ def export(
             why="it is made for images of one size, with the types of the network.",
             next='leave that out, or write an ONNX file: to="onnx".',
         )
+    if kind == "aoti" and file.suffix != ".pt2":
+        raise InvalidInput(
+            f"a package of AOTInductor cannot be called {file.name}.",
+            next="name it .pt2, as its loaders expect.",
+        )
     part = "pass what cs.adaptify(...) gave; of a detector, its backbone: cs.adaptify(model.backbone)."
     whole_program(net, "cannot be exported", part)
     if net.training:
