@@ -21,7 +21,7 @@ def export(
     mask: Annotated[
         str,
         typer.Option(
-            help="default: the file's, or edges | budget:fraction=0.3; with --dynamic edges, or any other"
+            help="default: the file's, or edges; of programs and packages edges | budget:fraction=0.3"
         ),
     ] = "",
     weights: options.Weights = "auto",

@@ -16,7 +16,14 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import cadsurgery
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, first_line
+from cadsurgery.support.errors import (
+    CadError,
+    FileError,
+    InvalidInput,
+    describe_error,
+    first_line,
+    import_optional,
+)
 
 PREFIX = "hf:"
 FILE = "model.safetensors"  # the name that the Hub knows: it shows what is in it and counts its downloads
@@ -69,15 +76,10 @@ def client() -> Any:
     Raises:
         CadError: it is not installed.
     """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise CadError(
-            "the Hub is reached through huggingface_hub.",
-            why=first_line(error),
-            next="pip install 'cadsurgery[hub]'",
-        ) from error
-    return HfApi(library_name="cadsurgery", library_version=cadsurgery.__version__)
+    hub = import_optional(
+        "huggingface_hub", "the Hub is reached through huggingface_hub.", "pip install 'cadsurgery[hub]'"
+    )
+    return hub.HfApi(library_name="cadsurgery", library_version=cadsurgery.__version__)
 
 
 def fetch(text: str) -> Path:
@@ -148,11 +150,10 @@ def _reason(error: Exception, address: Address) -> tuple[str, str]:
         if isinstance(error, kinds):
             return reason
     answer = getattr(getattr(error, "response", None), "status_code", None)
+    why = f"the Hub answers {answer}: {_said(error)}" if answer else describe_error(error)
     if answer in (401, 403):
-        return f"the Hub answers {answer}: {_said(error)}", f"{_SIGN_IN}, with a token that may do this."
-    said = _said(error) if answer else first_line(error)
-    next = f"check the connection and HF_ENDPOINT ({constants.ENDPOINT}), or try again later."
-    return f"{type(error).__name__}: {said}", next
+        return why, f"{_SIGN_IN}, with a token that may do this."
+    return why, f"check the connection and HF_ENDPOINT ({constants.ENDPOINT}), or try again later."
 
 
 def _said(error: Exception) -> str:
