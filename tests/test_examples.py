@@ -85,7 +85,7 @@ def test_the_classes_of_an_image_by_onnx_runtime_alone(tmp_path: Path, is_dynami
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-X", "importtime", str(DEPLOY / "segment.py"), *map(str, files)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "at full resolution" in done.stdout, done.stderr
+    assert done.returncode == 0 and "at high resolution" in done.stdout, done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "numpy" in imported and not {"torch", "cadsurgery"} & imported
     with torch.no_grad():
@@ -112,10 +112,16 @@ def test_a_package_runs_without_python(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = net(image.flip(3))["out"]
-    assert_same(torch.from_numpy(np.load(tmp_path / "output_0.npy")), expected, 1e-4)
+    assert_same(torch.from_numpy(np.load(tmp_path / "output_out.npy")), expected, 1e-4)
     np.save(tmp_path / "double.npy", image.double().numpy())
+    np.save(tmp_path / "more.npy", torch.cat((image, image)).numpy())
     (tmp_path / "short.npy").write_bytes((tmp_path / "image.npy").read_bytes()[:-1])
-    for file, said in (("double.npy", "float32"), ("short.npy", "ends early"), ("net.pt2", "no .npy file")):
+    for file, said in (
+        ("double.npy", "float32"),
+        ("more.npy", "takes 2x3x72x104, not 4x3x72x104"),
+        ("short.npy", "ends early"),
+        ("net.pt2", "no .npy file"),
+    ):
         refused = run("net.pt2", file, "output")
         assert refused.returncode == 1 and said in refused.stderr
     assert run().returncode == 2

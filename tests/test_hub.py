@@ -22,6 +22,7 @@ import cadsurgery as cs
 from cadsurgery.data.hub import FILE, Address, read_address
 from cadsurgery.network.publish import Pushed, make_card
 from cadsurgery.support.provenance import versions
+from cadsurgery.tasks.open import at_strides, open_converted, weights_in_words
 
 NAME = f"{hub_server.OWNER}/small-net"
 HOME = f"hf:{NAME}"
@@ -341,6 +342,17 @@ def test_the_command_writes_what_other_commands_take(hub: Hub, command_line: Run
     ):
         assert command_line(*command, "--json").code == 0
     assert command_line("convert", "--model", HOME, "--json").json["error"] == "InvalidInput"
+
+
+def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:
+    push(by_name())
+    (net,), source = at_strides(HOME, (), {})
+    assert net.mask.spec() == by_name().mask.spec() and weights_in_words(HOME, source).startswith(
+        f"weights in {HOME}"
+    )
+    assert open_converted(HOME, "none").mask.spec() == "none"
+    with refused(cs.InvalidInput, HOME, "converted already"):
+        open_converted(HOME, options={"fill": "nearest"})
 
 
 def test_the_command_refuses_without_a_licence(hub: Hub, command_line: Run, tmp_path: Path) -> None:

@@ -207,6 +207,7 @@ def _work(net: AdaptiveModel, image: Tensor | None) -> str:
         if net.plan.call or net.plan.example_shape[1] != 3:
             return "not counted: the network takes more than a picture"
         image = normalise(street_scene(), net.source).unsqueeze(0)
+    image = image.to(next(net.parameters(), image))  # its device and type
     try:
         counted = net.macs(image)
     except CadError as error:  # masks that need labels or keypoints

@@ -1,8 +1,8 @@
 // Runs a network without Python: run net.pt2 image.npy output
 //
 // net.pt2    what `cadsurgery export --to aoti` wrote, on this kind of machine
-// image.npy  (B, 3, H, W) float32, normalised as for the network, of the size that the file is for
-// output     each output of the network is written as output_0.npy, output_1.npy, ...
+// image.npy  (B, C, H, W) float32, normalised as for the network, of the shape that the file is for
+// output     each output of the network is written as output_NAME.npy
 
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -61,11 +61,20 @@ int main(int count, char** arguments) {
   try {
     c10::InferenceMode inference;
     torch::inductor::AOTIModelPackageLoader network(arguments[1]);
-    std::vector<at::Tensor> outputs = network.run({read_npy(arguments[2])});
-    for (size_t index = 0; index < outputs.size(); ++index) {
-      std::string path = arguments[3] + ("_" + std::to_string(index)) + ".npy";
-      write_npy(path, outputs[index]);
-      std::cout << path << " " << outputs[index].sizes() << "\n";
+    auto about = network.get_metadata();
+    at::Tensor image = read_npy(arguments[2]);
+    std::string shape;
+    for (int64_t size : image.sizes()) shape += (shape.empty() ? "" : "x") + std::to_string(size);
+    // The compiled code does not look.
+    TORCH_CHECK(shape == about.at("cadsurgery.image"), "the network takes ", about.at("cadsurgery.image"), ", not ", shape);
+
+    std::istringstream names(about.at("cadsurgery.outputs"));
+    for (const at::Tensor& output : network.run({image})) {
+      std::string name;
+      std::getline(names, name, ',');
+      std::string path = std::string(arguments[3]) + "_" + name + ".npy";
+      write_npy(path, output);
+      std::cout << path << " " << output.sizes() << "\n";
     }
   } catch (const c10::Error& error) {
     std::cerr << error.what_without_backtrace() << "\n";

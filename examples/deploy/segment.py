@@ -20,4 +20,4 @@ batch = pixels.astype(numpy.float32).transpose(2, 0, 1)[None]  # (1, 3, H, W)
 
 scores, *_, levels = session.run(None, {"image": batch})  # (1, classes, H, W) and the level map (1, h, w)
 Image.fromarray(scores[0].argmax(0).astype(numpy.uint8)).save(result)
-print(f"{result}: {(levels == 0).mean():.0%} of the image at full resolution")
+print(f"{result}: {(levels == 0).mean():.0%} of the image at high resolution")
