@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from typing import Any
 import hub_server
 import pytest
 import torch
-from conftest import Run, images, rewritten
+from conftest import ROOT, Run, images, rewritten
 from hub_server import Hub, Repository, serve
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -89,7 +91,7 @@ def test_a_commit_or_branch_is_loaded_by_its_name(hub: Hub) -> None:
     first, second = adapted(), adapted("edges:threshold=0.5,dilation=5")
     pushed = push(first)
     push(second)
-    push(adapted("all"), revision="other")
+    push(adapted("all"), f"{NAME}@other")
     specs = {
         where: cs.load(where, Segmenter()).mask.spec() for where in (pushed.address, HOME, f"{HOME}@other")
     }
@@ -358,3 +360,26 @@ def test_tasks_open_an_address_as_they_open_a_file(hub: Hub) -> None:
 def test_the_command_refuses_without_a_licence(hub: Hub, command_line: Run, tmp_path: Path) -> None:
     cs.save(by_name(), tmp_path / "net.safetensors")
     assert "--license" in command_line("push", "net.safetensors", NAME).err
+
+
+@pytest.mark.slow
+def test_the_environment_decides_where_and_who(tmp_path: Path) -> None:
+    """As a user runs it: the client reads the variables when it is imported."""
+    cs.save(by_name(), tmp_path / "net.safetensors")
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {**kept, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "cadsurgery.cli", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env={**environment, **variables}, capture_output=True, text=True
+        )
+
+    with serve() as hub:
+        there = {"HF_ENDPOINT": hub.url}
+        anonymous = run("push", "net.safetensors", NAME, "--license", "mit", **there)
+        assert anonymous.returncode == 1 and "HF_TOKEN" in anonymous.stderr and not hub.repositories
+        pushed = run("push", "net.safetensors", NAME, "--license", "mit", HF_TOKEN=hub_server.TOKEN, **there)
+        assert pushed.returncode == 0 and HOME in pushed.stdout, pushed.stderr
+        assert run("plan", "--model", HOME, **there).returncode == 0
+    assert run("plan", "--model", HOME, HF_HUB_OFFLINE="1").returncode == 0

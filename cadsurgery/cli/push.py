@@ -14,12 +14,13 @@ commands = typer.Typer()
 @commands.command()
 def push(
     file: Annotated[str, typer.Argument(help="a converted file")],
-    repository: Annotated[str, typer.Argument(help="on the Hugging Face Hub: owner/name")],
+    repository: Annotated[
+        str, typer.Argument(help="on the Hugging Face Hub: owner/name, or owner/name@branch")
+    ],
     license: Annotated[
         str, typer.Option(help="under which others may use it: apache-2.0, mit, cc-by-nc-4.0, other, ...")
     ] = "",
     private: Annotated[bool, typer.Option("--private", help="seen by its owner only")] = False,
-    revision: Annotated[str, typer.Option(help="branch; default: the main one")] = "",
     message: Annotated[str, typer.Option(help="of the commit")] = "",
     pipeline: Annotated[
         str, typer.Option(help="task it is listed under; default: by what the network returns")
@@ -43,7 +44,6 @@ def push(
             repository,
             license=license,
             private=private or None,
-            revision=revision or None,
             message=message,
             pipeline=pipeline,
         )

@@ -46,7 +46,6 @@ def push_to_hub(
     *,
     license: str = "",
     private: bool | None = None,
-    revision: str | None = None,
     message: str = "",
     pipeline: str = "",
     image: Tensor | None = None,
@@ -59,11 +58,10 @@ def push_to_hub(
 
     Args:
         net: what `adaptify` or `load` gave.
-        repository: `owner/name`; made if there is none.
+        repository: `owner/name`, made if there is none, or `owner/name@branch`, likewise.
         license: under which others may use it, in the Hub's words: `"apache-2.0"`, `"mit"`, `"cc-by-nc-4.0"`,
             `"other"`. Yours to choose, within that of its weights: there is no default.
         private: whether only you, or your organisation, see it; default: as it is, or as the Hub does with new ones.
-        revision: a branch, made if there is none; default: the main one.
         message: of the commit.
         pipeline: the task it is listed under, such as `"depth-estimation"`; default: by what comes out, segmentation
             for a map of the image's size, classification for scores, else features.
@@ -75,7 +73,7 @@ def push_to_hub(
         FileError: you may not write there, or the Hub cannot be reached.
         CadError: the client is not installed.
     """
-    address = Address(read_address(repository).repository, revision)
+    address = read_address(repository)
     if not license or not license.strip():
         raise InvalidInput(
             "the licence of the network is not named.",
@@ -101,13 +99,13 @@ def push_to_hub(
                     why="it was there before, and private=True was asked for.",
                     next="choose another name, or make it private in its settings on the Hub.",
                 )
-            if revision is not None:
-                hub.create_branch(address.repository, branch=revision, exist_ok=True)
+            if address.revision is not None:
+                hub.create_branch(address.repository, branch=address.revision, exist_ok=True)
             commit = hub.create_commit(
                 address.repository,
                 [CommitOperationAdd("README.md", card.encode()), CommitOperationAdd(FILE, str(file))],
                 commit_message=message or "Network and card, by cadsurgery",
-                revision=revision,
+                revision=address.revision,
             )
     there = Address(address.repository, commit.oid)
     return Pushed(str(there), f"{hub.endpoint}/{address.repository}", commit.oid, is_private, size)
@@ -120,6 +118,9 @@ def make_card(
     from huggingface_hub import ModelCardData
 
     plan, source = net.plan, net.source
+    network, weights = "one of its owner's own", "as its owner made them"
+    if source is not None:
+        network, weights = f"`{source.name}`", source.note.removeprefix("weights ").removeprefix("are ")
     tags = ["cadsurgery", "content-adaptive-downsampling"]
     if source is not None and _is_listed(source):
         tags += source.name.split(":")
@@ -130,10 +131,8 @@ def make_card(
         pipeline_tag=pipeline or _pipeline(plan) or None,
     )
     rows = {
-        "network": f"`{source.name}`" if source else "one of its owner's own",
-        "weights": source.note.removeprefix("weights ").removeprefix("are ")
-        if source
-        else "as its owner made them",
+        "network": network,
+        "weights": weights,
         "mask": f"`{net.mask.spec()}`" if net.mask.storable else "a function, which the file does not hold",
         "output stride": f"{plan.output_stride[0]} where the mask says so, {plan.output_stride[1]} elsewhere",
         "strides of its levels": ", ".join(map(str, plan.strides[: plan.max_level + 1])),
