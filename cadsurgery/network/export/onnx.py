@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.data.networks import source_of
 from cadsurgery.elements.backends.portable import portable
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
@@ -276,11 +277,13 @@ def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
 
 
 def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:
-    """What a file says of itself."""
+    """What a file says of itself, and the mean and standard deviation of the images of 0..1 that it is for."""
+    source = source_of(net)
     return {
         "cadsurgery.mask": net.mask.spec(),
         "cadsurgery.plan": net.plan.to_json(),
         "cadsurgery.options": json.dumps({"fill": net.geometry.fill, "dynamic": dynamic}),
+        "cadsurgery.images": json.dumps({"mean": source.mean, "std": source.std}),
         "cadsurgery.versions": json.dumps(versions()),
     }
 

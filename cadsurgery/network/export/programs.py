@@ -34,14 +34,22 @@ def write_program(net: AdaptiveModel, image: Tensor, other: Tensor | None, path:
 def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path) -> Written:
     """A package of AOTInductor for this machine; what was compared, and the shape of its image.
 
+    Its code does not look at the shape of what it is given. The shape it is for, and the names of its outputs, are in
+    its metadata.
+
     Raises:
         CannotConvert: torch.export cannot follow the network, it cannot be compiled, or gives something else.
     """
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     program = follow(net, image)
+    about = {
+        "cadsurgery.image": "x".join(map(str, image.shape)),
+        "cadsurgery.outputs": ",".join(output_names(net(image))),
+    }
     try:
-        aoti_compile_and_package(program, package_path=str(path))
+        configs = {"aot_inductor.metadata": about}
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     except Exception as error:
         raise CannotConvert(
             "AOTInductor cannot compile the network.",
