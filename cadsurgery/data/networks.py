@@ -118,7 +118,8 @@ def build_model(
             "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
         )
         _load_weights(model, path)
-        source = replace(source, weights=str(path), note=f"weights from {path}")
+        # Not the path: what is converted is handed on, and tells nobody where its files lay.
+        source = replace(source, weights=path.name, note=f"weights from {path.name}")
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = source  # type: ignore[assignment]
