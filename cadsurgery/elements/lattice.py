@@ -266,6 +266,12 @@ class Lattice:
         return self.pyramid.bounds is None and torch.compiler.is_compiling()
 
     @property
+    def has_known_counts(self) -> bool:
+        """Whether `counts` are numbers, so that rows can be split into images: not while a graph is made, and not with
+        bounds alone."""
+        return self.pyramid.bounds is None and not self.is_open
+
+    @property
     def whole(self) -> Lattice:
         """The same with all cells there."""
         return Lattice(self.pyramid, self.stage, self.size)

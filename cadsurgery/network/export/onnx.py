@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_diffe
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error, import_optional
 from cadsurgery.support.provenance import versions
 
@@ -102,6 +103,7 @@ class Exportable(nn.Module):
         """Take a network; it is copied, its batch norms folded."""
         super().__init__()
         self.net = net.optimize()
+        self.net._program = _count_in_symbols(self.net.program)
         self.mask = copy.deepcopy(net.mask)
         self.float16 = float16
         if float16:
@@ -118,6 +120,25 @@ class Exportable(nn.Module):
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         shown = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
         return (*shown, lattice.pyramid.levels)
+
+
+# What a network may compute of sizes, as torch does it without deciding by the example.
+_OF_SYMBOLS: dict[Any, Any] = {
+    int: torch.sym_int,
+    float: torch.sym_float,
+    max: torch.sym_max,
+    min: torch.sym_min,
+}
+
+
+def _count_in_symbols(program: Program) -> Program:
+    """A program whose graph takes sizes that may be symbols."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in _OF_SYMBOLS:
+            takes = 2 if node.target in (max, min) else 1
+            if len(node.args) == takes and not node.kwargs:
+                node.target = _OF_SYMBOLS[node.target]
+    return replace(program).on(program.net)
 
 
 @dataclass(frozen=True, eq=False)
