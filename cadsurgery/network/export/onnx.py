@@ -7,9 +7,9 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cadsurgery.elements.lattice import Lattice
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.int8 import Fidelity, measure, quantise
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written, first_line
 from cadsurgery.network.model import AdaptiveModel
@@ -45,6 +46,7 @@ def write(
     dynamic: bool,
     level_map: bool,
     float16: bool,
+    int8: Sequence[Tensor] = (),
 ) -> Written:
     """An ONNX file; what was compared, and the shape of its image, None where it may be any. See `export`.
 
@@ -91,7 +93,81 @@ def write(
     run = Session(path)
     largest = check_difference((_compare(net, run, batch, level_map) for batch in batches), tolerance)
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    return Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs), shape
+    compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
+    if int8:
+        compared = replace(compared, fidelity=_to_8_bits(net, path, run, int8, batches, level_map))
+    return compared, shape
+
+
+def _to_8_bits(
+    net: AdaptiveModel,
+    path: Path,
+    exact: Session,
+    images: Sequence[Tensor],
+    others: Sequence[Tensor],
+    level_map: bool,
+) -> Fidelity:
+    """Put a file in 8 bits in the place of a float one; it is run on the images and on others.
+
+    Raises:
+        CannotConvert: the quantiser or the engine does not take the network, or the file gives another level map or NaN.
+    """
+
+    def inputs(image: Tensor) -> tuple[Tensor, ...]:
+        if not level_map:
+            return (image,)
+        net(image)
+        return image, net.levels.long()
+
+    rounded = path.with_name(f"8-bit-{path.name}")
+    feeds = (
+        dict(zip(("image", "level_map"), (value.numpy() for value in inputs(image)), strict=False))
+        for image in images
+    )
+    with _quietly():
+        try:
+            quantise(path, rounded, feeds)
+        except CadError:
+            raise
+        except Exception as error:
+            raise CannotConvert(
+                "ONNX Runtime's quantiser does not take the network.",
+                why=first_line(error),
+                next="leave out int8; float16=True halves the file.",
+            ) from error
+    import onnx
+
+    onnx.checker.check_model(str(rounded), full_check=True)
+    run = Session(rounded)
+
+    def outputs(image: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        try:
+            (*one, levels), (*two, expected) = (session(*inputs(image)) for session in (run, exact))
+        except Exception as error:
+            raise CannotConvert(
+                f"the file in 8 bits does not run on images {tuple(image.shape)}.",
+                why=first_line(error),
+                next="report it with the name of the network; leave out int8 meanwhile.",
+            ) from error
+        if not torch.equal(levels, expected):
+            raise CannotConvert(
+                "the file in 8 bits has another level map than the float one.",
+                why="what the mask depends on stays in floating point; nothing was written.",
+                next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
+            )
+        if not all(value.isfinite().all() for value in one):
+            raise CannotConvert(
+                "the file in 8 bits gives values that are no numbers.",
+                next="give other images to calibrate by, or leave out int8.",
+            )
+        return image, one, two
+
+    fidelity = measure(map(outputs, images))
+    for image in others:
+        outputs(image)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    rounded.replace(path)
+    return fidelity
 
 
 class Exportable(nn.Module):
