@@ -1,11 +1,72 @@
-"""Networks that the bench and the recipes name as `module:function`."""
+"""Networks that the bench, the matrix of exports and the recipes name as `module:function`; random weights."""
 
 from __future__ import annotations
 
-from torch import nn
-from torchvision.models import vgg16
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2, resnet18, vgg16
+from torchvision.models.segmentation.fcn import FCNHead
 
 
 def vgg16_trunk() -> nn.Module:
     """VGG-16 up to conv4_3, as local features use it: output stride 8, or 1 without its three poolings."""
     return vgg16(weights=None).features[:23]
+
+
+class Segmentation(nn.Module):
+    """A trunk, a head, and the classes at the size of the image."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, classes, H, W)."""
+        return F.interpolate(self.head(self.trunk(x)), size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def mobilenet_v2_fcn() -> nn.Module:
+    """MobileNetV2 with the head of an FCN, 21 classes."""
+    return Segmentation(mobilenet_v2(weights=None).features, FCNHead(1280, 21))
+
+
+class ResNet18UNet(nn.Module):
+    """A U-Net on the stages of ResNet-18: bilinear upsampling, skips joined, two 3x3 convolutions on each scale."""
+
+    def __init__(self, classes: int = 21) -> None:
+        super().__init__()
+        resnet = resnet18(weights=None)
+        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
+        self.stages = nn.ModuleList(
+            [nn.Sequential(resnet.maxpool, resnet.layer1), resnet.layer2, resnet.layer3, resnet.layer4]
+        )
+        self.up = nn.ModuleList(
+            _double(deep + skip, out)
+            for deep, skip, out in ((512, 256, 256), (256, 128, 128), (128, 64, 64), (64, 64, 32))
+        )
+        self.head = nn.Conv2d(32, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, classes, H, W)."""
+        skips = [self.stem(x)]
+        for stage in self.stages:
+            skips.append(stage(skips[-1]))
+        deep = skips.pop()
+        for block in self.up:
+            skip = skips.pop()
+            deep = F.interpolate(deep, size=skip.shape[2:], mode="bilinear", align_corners=False)
+            deep = block(torch.cat((deep, skip), 1))
+        return F.interpolate(self.head(deep), size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _double(inputs: int, outputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (inputs, outputs):
+        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def resnet18_unet() -> nn.Module:
+    """`ResNet18UNet` with 21 classes."""
+    return ResNet18UNet()

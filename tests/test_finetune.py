@@ -749,7 +749,7 @@ def test_a_missing_library_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, log: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(cs.InvalidInput, match=r"pip install 'cadsurgery\[train\]'"):
+    with pytest.raises(cs.CadError, match=r"pip install 'cadsurgery\[train\]'"):
         train(adaptive(), tmp_path, replace(QUICK, log=log))
 
 

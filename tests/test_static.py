@@ -7,7 +7,6 @@ bounds, and nothing reads the others. So a graph made for one image is right for
 from __future__ import annotations
 
 import copy
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
 from cadsurgery.masks import Grid
 from cadsurgery.masks.masking import Masking
 from cadsurgery.network.compile import bucket
-from cadsurgery.network.export.compare import difference as _difference
 
 BUDGET = "edges | budget:fraction=0.34"
 double = torch.float64
@@ -589,14 +587,6 @@ def test_export_refuses_with_a_next_step_and_writes_nothing(
 
 
 # -- masks that are not static -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("broken", ["out", "aux"])
-def test_a_difference_that_is_no_number_is_seen_in_any_output(broken: str) -> None:
-    expected = {"out": torch.ones(3), "aux": torch.full((2,), 4.0)}
-    assert _difference(expected, expected) == 0.0
-    assert _difference({**expected, "aux": torch.tensor([4.0, 3.0])}, expected) == 0.25
-    assert math.isnan(_difference({**expected, broken: expected[broken] * math.nan}, expected))
 
 
 def test_other_masks_break_the_graph_or_are_refused_in_words() -> None:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.errors import (
+    CadError,
+    FileError,
+    InvalidInput,
+    UnknownName,
+    describe_error,
+    first_line,
+)
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import find_function, untrusted
 
@@ -462,7 +469,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # both readers raise their own kinds for broken files
         raise FileError(
             f"{path} cannot be read as weights.",
-            why=f"{type(error).__name__}: {first_line(error)}",
+            why=describe_error(error),
             next="give a .safetensors file or a torch checkpoint with tensors only.",
         ) from error
     for key in ("state_dict", "model_state", "model"):

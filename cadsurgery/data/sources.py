@@ -13,7 +13,13 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
 from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, labelled_scene, read_image
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.errors import (
+    FileError,
+    InvalidInput,
+    UnknownName,
+    first_line,
+    import_optional,
+)
 from cadsurgery.support.plain import split_options
 
 VOC_CLASSES = (
@@ -147,12 +153,7 @@ def _voc(place: str, split: str, options: Mapping[str, str], spec: str) -> Segme
 def _sbd(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     from torchvision.datasets import SBDataset
 
-    try:
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise CadError(
-            "the labels of SBD are MATLAB files, which need SciPy.", next="pip install scipy"
-        ) from error
+    import_optional("scipy", "the labels of SBD are MATLAB files, which need SciPy.", "pip install scipy")
     make = partial(SBDataset, place, split, mode="segmentation", download=False)
     return _torchvision(make, VOC_CLASSES, dict(identity_table(len(VOC_CLASSES))), spec, split)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cadsurgery.finetune.settings import FREE, Settings
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
-from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
+from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, describe_error
 from cadsurgery.support.provenance import versions
 
 FORMAT = 1
@@ -92,7 +92,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise FileError(
             f"{path} is no readable checkpoint of a training run.",
-            why=f"{type(error).__name__}: {error}",
+            why=describe_error(error),
             next="start again in another output folder.",
         ) from error
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.support.errors import InvalidInput, first_line
+from cadsurgery.support.errors import InvalidInput, first_line, import_optional
 from cadsurgery.support.processes import world
+
+INSTALL = "pip install 'cadsurgery[train]'"
 
 
 def make_accelerator(settings: Settings, device: str) -> Any:
     """Accelerate for the settings: device, precision, processes.
 
     Raises:
-        InvalidInput: Accelerate is not installed, or the device cannot do what is asked; or as `world`.
+        InvalidInput: the device cannot do what is asked; or as `world`.
+        CadError: Accelerate is not installed.
     """
     world()
-    accelerate = import_optional("accelerate", "accelerate")
-    # Another run of this process may have had another precision.
-    import_optional("accelerate.state", "accelerate").AcceleratorState._reset_state()
+    accelerate = import_optional("accelerate", "training needs accelerate.", INSTALL)
+    accelerate.state.AcceleratorState._reset_state()  # another run of this process may have had another precision
     if device not in ("auto", "cpu"):
         raise InvalidInput(
             f"training cannot run on device {device!r}.",
@@ -37,17 +38,3 @@ def make_accelerator(settings: Settings, device: str) -> Any:
             next="train in precision no or bf16, or on a GPU.",
         )
     return accelerator
-
-
-def import_optional(module: str, package: str) -> Any:
-    """A module of an optional dependency.
-
-    Raises:
-        InvalidInput: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InvalidInput(
-            f"training needs {package}, which is not installed.", next="pip install 'cadsurgery[train]'"
-        ) from error

@@ -6,8 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from cadsurgery.finetune.devices import import_optional
-from cadsurgery.support.errors import FileError
+from cadsurgery.finetune.devices import INSTALL
+from cadsurgery.support.errors import FileError, import_optional
 from cadsurgery.support.files import write_whole
 
 Row = dict[str, float | None]  # None: not measured in this step
@@ -23,7 +23,7 @@ def open_log(kind: str, folder: Path, step: int) -> CsvLog | TensorBoardLog:
 
     Raises:
         FileError: it cannot be read or written.
-        InvalidInput: TensorBoard is not installed.
+        CadError: TensorBoard is not installed.
     """
     return CsvLog(folder / "log.csv", step) if kind == "csv" else TensorBoardLog(folder, step)
 
@@ -70,7 +70,7 @@ class TensorBoardLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Go on behind a step."""
-        tensorboard = import_optional("torch.utils.tensorboard", "tensorboard")
+        tensorboard = import_optional("torch.utils.tensorboard", "this log needs tensorboard.", INSTALL)
         self._writer: Any = tensorboard.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, row: Row) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.lattice import describe
-from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.support.errors import InvalidInput, import_optional
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,11 +23,7 @@ def opencv() -> Any:
     Raises:
         CadError: it is not installed.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise CadError("SIFT needs OpenCV.", next="pip install 'cadsurgery[keypoints]'") from error
-    return cv2
+    return import_optional("cv2", "SIFT needs OpenCV.", "pip install 'cadsurgery[keypoints]'")
 
 
 def sift(grey: NDArray[np.uint8], count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -29,18 +29,22 @@ class Masking:
         geometry: how lattices are built.
         output_stride: input pixels per sample of the fine map.
         static: give the lattice bounds instead of exact numbers of elements; always while a graph is made.
+        any_number: in a graph, of a mask that is not static, let the level map say how many elements there are.
     """
 
     provider: MaskProvider
     geometry: Geometry
     output_stride: int
     static: bool = False
+    any_number: bool = False
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
         geometry, bounds, grid = self.geometry, None, self.grid(features)
         in_graph = torch.compiler.is_compiling() and not is_for_any_size(features.shape)
-        if self.static or in_graph:  # otherwise exact counts are known, and faster
+        if self.static or (
+            in_graph and (self.provider.static or not self.any_number)
+        ):  # otherwise exact counts are known, and faster
             bounds = self._bounds(grid)
         if (
             not image.is_floating_point()

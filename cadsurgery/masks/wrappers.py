@@ -220,9 +220,12 @@ class Budget(MaskWrapper):
     def _levels_of_ranks(self, scores: Tensor, grid: Grid) -> Tensor:
         """Int8, of the shape of the scores (..., N): levels by rank in each row; of equal scores the first leads."""
         order = scores.sort(dim=-1, descending=True, stable=True).indices
-        by_rank = torch.full(scores.shape[-1:], grid.max_level, dtype=torch.int8, device=scores.device)
-        for level, count in reversed(list(enumerate(self._counts(scores.shape[-1])))):
-            by_rank[:count] = min(level, grid.max_level)
+        number = torch.full((), scores.shape[-1], dtype=torch.float64, device=scores.device)
+        rank = torch.arange(scores.shape[-1], device=scores.device)
+        by_rank = torch.full_like(rank, grid.max_level, dtype=torch.int8)
+        for level, fraction in reversed(list(enumerate(self.fraction))):
+            is_kept = rank < (number * fraction).round()  # as `_counts`, of numbers that a graph may not know
+            by_rank = torch.where(is_kept, min(level, grid.max_level), by_rank).to(torch.int8)
         return torch.empty_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
 
     def _of_patches(self, scores: Tensor, grid: Grid) -> Tensor:

@@ -18,7 +18,13 @@ from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
-from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, InvalidInput, first_line
+from cadsurgery.support.errors import (
+    CadError,
+    CadWarning,
+    CannotConvert,
+    InvalidInput,
+    describe_error,
+)
 from cadsurgery.surgery.arguments import Arguments, bind_example, image_of, take_image
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
@@ -244,7 +250,7 @@ def _copy(model: object) -> nn.Module:
         raise CannotConvert(
             f"{type(model).__name__} cannot be copied, and a conversion leaves the network itself as it is.",
             where=why_not_copied(model),
-            why=f"{type(error).__name__}: {first_line(error)}",
+            why=describe_error(error),
             next="take that attribute off before the conversion, or give its class a __deepcopy__.",
         ) from error
     clone.train(model.training)  # torchvision's feature extractors forget theirs when they are copied

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class CadError(Exception):
@@ -89,6 +91,23 @@ def first_line(error: object) -> str:
     """The first line of an error's message, or its type: what fits into a reason."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def describe_error(error: BaseException | None) -> str:
+    """An error of another package in a line: its type and the first line of its message."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def import_optional(module: str, what: str, next: str) -> Any:
+    """A module of a package that not everybody has installed.
+
+    Raises:
+        CadError: it is not installed; it says what for, and the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CadError(what, next=next) from error
 
 
 def closest(name: str, options: Iterable[str]) -> list[str]:

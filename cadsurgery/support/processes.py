@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.support.errors import InvalidInput, import_optional
 from cadsurgery.support.provenance import find_device
 
 T = TypeVar("T")
@@ -116,15 +116,10 @@ def join(device: torch.device) -> None:
     Raises:
         CadError: Accelerate is missing.
     """
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise CadError(
-            f"{world().size} processes were launched, which needs Accelerate to merge their results.",
-            next="pip install 'cadsurgery[train]'",
-        ) from error
+    what = f"{world().size} processes were launched, which needs Accelerate to merge their results."
+    accelerate = import_optional("accelerate", what, "pip install 'cadsurgery[train]'")
     if not torch.distributed.is_initialized():
-        PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
+        accelerate.PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
 
 
 # By torchrun (which `accelerate launch` uses on several GPUs), and by the MPI that it uses on several machines of CPUs.

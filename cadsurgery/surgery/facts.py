@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.support.errors import CannotConvert, first_line
+from cadsurgery.support.errors import CannotConvert, describe_error, first_line
 from cadsurgery.surgery.arguments import Arguments, image_of, in_order, run_forward, take_image
 from cadsurgery.surgery.trace import evaluating
 
@@ -169,7 +169,7 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
         return replace(facts, container=type(expected) if isinstance(traced, dict) else dict)
     raise CannotConvert(
         f"{type(model).__name__} does not run on an example image.",
-        why=f"{type(failure).__name__}: {first_line(failure)}",
+        why=describe_error(failure),
         next="pass example_input=, a batch of images the network accepts, or all arguments of a call as a tuple or a "
         "dictionary.",
     ) from failure

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cadsurgery.support.errors import CannotConvert, first_line
+from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.guards import line_of
 
@@ -134,7 +134,7 @@ def trace(
         raise CannotFollow(
             f"{type(model).__name__} cannot be traced.",
             where=_place_of(error),
-            why=f"{type(error).__name__}: {first_line(error)}",
+            why=describe_error(error),
             next="convert the part that is a plain CNN (e.g. model.backbone) and put it back, "
             "or move the data-dependent code into a function marked with torch.fx.wrap.",
         ) from error

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import build_model, family_of
-from cadsurgery.support.errors import FileError, UnknownName, first_line
+from cadsurgery.support.errors import FileError, UnknownName, describe_error
 
 Builder = Callable[[], nn.Module]
 Call = Callable[[Tensor], Any]
@@ -166,7 +166,7 @@ def _read(file: Path) -> list[Subject]:
             raise
         raise FileError(
             f"{file} does not run.",
-            why=f"{type(error).__name__}: {first_line(error)}",
+            why=describe_error(error),
             next="mend it, or install what it imports.",
         ) from error
     known = getattr(module, "__file__", None)

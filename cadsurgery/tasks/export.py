@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cadsurgery.masks.masking import not_static
+from cadsurgery.data.images import find_images, normalise, read_image
+from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.export import export
+from cadsurgery.network.export import check_mask, export, format_of
 from cadsurgery.support.files import check_folder
 from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import example_batch, is_file, open_converted
@@ -32,27 +35,39 @@ def export_network(
     """Write a network by name or a converted file; see `cadsurgery export --help`.
 
     Raises:
-        InvalidInput: the mask keeps another number of elements of each image, and the file would have fixed shapes; or
-            as `cadsurgery.export`.
+        InvalidInput: as `cadsurgery.export`.
     """
     check_folder(output)
     step(f"building {model}")
-    is_dynamic = options.dynamic or options.level_map
+    kind, is_dynamic = format_of(output, options.to or None), options.dynamic or options.level_map
     net = open_converted(model, mask, conversion, trust=trust) if is_file(model) else None
-    provider = net.mask if net is not None else resolve_mask(mask or ("edges" if is_dynamic else STATIC_MASK))
-    if not is_dynamic and not provider.static:
-        fixed = STATIC_MASK if provider.dependence else f"{provider.spec()} | budget:fraction=0.3"
-        raise not_static(
-            provider,
-            "the file would have fixed shapes and sees the image alone.",
-            f'cadsurgery export {model} --mask "{fixed}" -o {output}; or an ONNX file for any mask: --dynamic',
-        )
+    provider = (
+        net.mask if net is not None else resolve_mask(mask or ("edges" if kind == "onnx" else STATIC_MASK))
+    )
+    check_mask(provider, kind, is_dynamic, options.level_map)
     if net is None:
         net = open_converted(model, provider, conversion, weights=weights)
     net.eval()
     first, second = (example_batch(net.source, None, size, seed) for seed in (0, 1))
+    calibration = images_like(first, net.source, Path(options.int8)) if options.int8 else None
     step("exporting and comparing")
-    written = export(net, first, output, other=second, **{**vars(options), "to": options.to or None})
+    changed = {"to": options.to or None, "int8": calibration}
+    written = export(net, first, output, other=second, **{**vars(options), **changed})
     with torch.inference_mode():
         net(second)
-    return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(written)}
+    return {
+        "model": model,
+        "mask": net.mask.spec(),
+        "active_fraction": net.active_fraction,
+        **asdict(written),
+    }
+
+
+def images_like(example: Tensor, source: Source | None, folder: Path) -> list[Tensor]:
+    """The images of a folder, each a batch of the size of an example, as a network of the source expects it.
+    Raises:
+        FileError: there are none, or one cannot be read.
+    """
+    found, _ = find_images([folder])
+    size = (example.shape[2], example.shape[3])
+    return [normalise(read_image(path, size), source).unsqueeze(0) for path in found]

@@ -16,7 +16,13 @@ from torch.utils._pytree import tree_map_only
 
 from cadsurgery.network.adaptify import adaptify, plan, traceable_part
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import CadError, CadWarning, CannotConvert, first_line
+from cadsurgery.support.errors import (
+    CadError,
+    CadWarning,
+    CannotConvert,
+    describe_error,
+    first_line,
+)
 from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale, tensors_of
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.guards import AnotherWay
@@ -61,7 +67,7 @@ def check_network(subject: Subject) -> Row:
         model = subject.build().eval()
     except Exception as error:  # a builder of a foreign library can fail in any way
         _check_memory(error)
-        return {**row, "result": "not built", "why": f"{type(error).__name__}: {first_line(error)}"}
+        return {**row, "result": "not built", "why": describe_error(error)}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     try:
         example = _example(subject, model)
@@ -72,7 +78,7 @@ def check_network(subject: Subject) -> Row:
         row |= {"result": "refused", **error.to_dict()}
     except Exception as error:  # the report says so; nothing is left out
         _check_memory(error)
-        row |= {"result": "broken", "why": f"{type(error).__name__}: {first_line(error)}"}
+        row |= {"result": "broken", "why": describe_error(error)}
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 

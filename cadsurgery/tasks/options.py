@@ -56,6 +56,11 @@ class Exporting:
         False, "ONNX that is given the level map as a second input, in place of the mask"
     )
     float16: bool = option(False, "ONNX with weights and features in half precision")
+    int8: str = option(
+        "",
+        "ONNX with weights and features in 8 bits, calibrated by the images of this folder",
+        metavar="IMAGES",
+    )
 
 
 @dataclass(frozen=True)

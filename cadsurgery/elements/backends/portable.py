@@ -57,7 +57,7 @@ class Portable(Backend):
         outputs, inputs = weights.weight.shape[:2]
         if groups == 1:  # taps outermost, as rows that are gathered one after another lie
             matrix = weights.weight.flatten(2).permute(0, 2, 1).reshape(outputs, -1)
-            gathered = rows.index_select(0, table.flatten()).view(-1, table.shape[1] * inputs)
+            gathered = _gather(rows, table).flatten(1)
             return weights.finish(F.linear(gathered, matrix, bias), work.residual)
         taps = weights.weight.flatten(2).unflatten(0, (groups, -1))  # (groups, O / groups, C / groups, taps)
         out: Tensor | None = None
@@ -74,12 +74,15 @@ class Portable(Backend):
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C)."""
         reading = work.reading
-        rows, table = extend(work.rows, reading, work.outside), reading.table
-        gathered = rows.index_select(0, table.flatten()).view(-1, table.shape[1], rows.shape[1])
+        gathered = _gather(extend(work.rows, reading, work.outside), reading.table)
         return gathered.amax(1) if work.largest else gathered.sum(1)
 
     def mix(self, work: Mixing) -> Tensor:
         """Rows (M, C)."""
-        sources, shares = work.sources, work.shares.to(work.rows)
-        gathered = work.rows.index_select(0, sources.flatten()).view(-1, sources.shape[1], work.rows.shape[1])
-        return (gathered * shares.unsqueeze(2)).sum(1)
+        shares = work.shares.to(work.rows)
+        return (_gather(work.rows, work.sources) * shares.unsqueeze(2)).sum(1)
+
+
+def _gather(rows: Tensor, table: Tensor) -> Tensor:
+    """Rows (n, C) by a table (N, taps), to (N, taps, C)."""
+    return rows.index_select(0, table.flatten()).view(-1, table.shape[1], rows.shape[1])

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
@@ -74,24 +75,24 @@ def export(
       such as `"edges | budget:fraction=0.3"`.
     - `aoti`: the same compiled by AOTInductor for the machine it is made on: `torch._inductor.aoti_load_package` in
       Python, `AOTIModelPackageLoader` in C++.
-    - `onnx`: standard operations alone; also for any size of images, batch and mask. Needs
-      `pip install 'cadsurgery[export]'`. Its last output, `levels`, is the level map (B, h, w), int8.
+    - `onnx`: standard operations alone; any mask that sees the image alone, any batch; also any size of images.
+      Needs `pip install 'cadsurgery[export]'`. Its last output, `levels`, is the level map (B, h, w), int8.
 
     Args:
         net: what `adaptify` gave, in evaluation mode.
         image: an image batch (B, C, H, W) of the size the file is for, or with `dynamic` an example.
         path: file to write.
         to: format; default: `onnx` for a name that ends so, else `pt2`.
-        dynamic: any batch, height and width; the mask may keep any number of patches. ONNX.
+        dynamic: any height and width. ONNX.
         level_map: a second input of this name (B, h, w), int64, takes the place of the mask; dynamic.
         float16: weights and features in half precision, the mask and what goes in and comes out in single. ONNX.
-        int8: image batches like those that the network will see, some 20 to 100 images: weights and features are rounded
-            to 8 bits, in ranges that these show. What the level map depends on stays as it is. ONNX.
+        int8: image batches like those that the network will see, some 20 to 100 images: weights and features are
+            rounded to 8 bits, in ranges that these show. What the level map depends on stays as it is. ONNX.
         other: another batch to compare on; default: `image` turned upside down and more like it.
 
     Raises:
-        InvalidInput: the mask is not static though the file would be, the network is in training mode, the image is
-            none, or an option is of another format.
+        InvalidInput: as `check_mask`; the network is in training mode, the image is none, or an option is of another
+            format.
         CannotConvert: torch or the engine cannot follow the network or its mask, or the file gives something else.
         FileError: the file cannot be written.
         CadError: a package that the format needs is not installed.
@@ -100,9 +101,7 @@ def export(
     if other is not None:
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
-    kind = to or ("onnx" if file.suffix == ".onnx" else "pt2")
-    if kind not in get_args(Format):
-        raise InvalidInput(f"to={kind!r} is no format.", next=f"use one of {', '.join(get_args(Format))}.")
+    kind = format_of(file, to)
     batches = _to_calibrate(int8, image, dynamic)
     wanted = {"dynamic": dynamic, "level_map": level_map, "float16": float16, "int8": bool(batches)}
     if kind != "onnx" and (unknown := [name for name, value in wanted.items() if value]):
@@ -122,13 +121,7 @@ def export(
     whole_program(net, "cannot be exported", part)
     if net.training:
         raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
-    if not dynamic and not net.mask.static:
-        raise not_static(net.mask, "the file would have fixed shapes.", next=_way_round(net, kind))
-    if dynamic and not level_map and net.mask.dependence:
-        raise InvalidInput(
-            f"mask {net.mask.spec()} depends on {net.mask.dependence}, which a file is not given.",
-            next="compute the level map yourself and give it as an input: level_map=True, --level-map.",
-        )
+    check_mask(net.mask, kind, dynamic, level_map)
     check_folder(file, "path")
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
         "pt2": lambda there: programs.write_program(net, image, other, there),
@@ -160,13 +153,34 @@ def _to_calibrate(int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
     return batches
 
 
-def _way_round(net: AdaptiveModel, kind: str) -> str:
-    """What to do with a mask that is not static; empty for what helps wherever shapes are fixed."""
-    if kind != "onnx":
-        return ""
-    given = "give the level map as an input: level_map=True, --level-map."
-    return (
-        given
-        if net.mask.dependence
-        else f"write a file for any mask and size, dynamic=True or --dynamic; or {given}"
+def format_of(file: Path, to: str | None) -> str:
+    """The format that is asked for, or that of a file's name.
+
+    Raises:
+        InvalidInput: there is no such format.
+    """
+    kind = to or ("onnx" if file.suffix == ".onnx" else "pt2")
+    if kind not in get_args(Format):
+        raise InvalidInput(f"to={kind!r} is no format.", next=f"use one of {', '.join(get_args(Format))}.")
+    return kind
+
+
+def check_mask(mask: MaskProvider, kind: str, dynamic: bool, level_map: bool) -> None:
+    """Refuse a mask that a file of a format cannot hold.
+
+    Raises:
+        InvalidInput: it depends on more than the image, is for images of one size, or is not static and the file is.
+    """
+    if level_map:
+        return
+    elsewhere = (
+        "compute the level map yourself and give it to an ONNX file as an input: level_map=True, --level-map."
     )
+    if mask.dependence:
+        raise not_static(mask, "a file is given the image alone.", elsewhere)
+    if kind != "onnx" and not mask.static:
+        fixed = f'keep a fixed share of the patches, "{mask.spec()} | budget:fraction=0.3"'
+        raise not_static(mask, "the file would have fixed shapes.", f"{fixed}, or write an ONNX file.")
+    if dynamic and any(isinstance(part, FixedMask) for part in mask.modules()):
+        what = f"mask {mask.spec()} holds a level map for images of one size."
+        raise InvalidInput(what, why="the file would be for any size.", next=elsewhere)

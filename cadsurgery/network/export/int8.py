@@ -1,4 +1,4 @@
-"""ONNX files in 8 bits: weights and features of a float file in integers, calibrated by images; the mask stays as it is.
+"""ONNX files in 8 bits: weights and features of a float file in integers, calibrated by images; the mask as it is.
 
 One file serves every engine that reads QuantizeLinear and DequantizeLinear: ONNX Runtime and OpenVINO fuse them with
 what stands between. Needs onnx, onnxscript and onnxruntime; imported where such a file is written.
@@ -57,7 +57,7 @@ def quantise(source: Path, target: Path, feeds: Iterator[dict[str, Any]]) -> Non
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxscript.optimizer import fold_constants
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def get_next(self) -> dict[str, Any] | None:
             return next(feeds, None)
 
@@ -175,7 +175,7 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
 
 
 def _share_scales(file: Path, tensors: dict[str, str]) -> None:
-    """Give tensors of a file the scale and zero of others: of a halo, a mean of rows, those of the rows it is joined to.
+    """Give tensors of a file the scale and zero of others: halos, which are means of rows, those of what they join.
 
     A halo may be all zero on the images, and rows of one scale are joined without a look at them.
     """
@@ -193,7 +193,7 @@ def _share_scales(file: Path, tensors: dict[str, str]) -> None:
 
 
 def _has_weights(node: Any) -> bool:
-    """Whether it is a product with weights for which there are products in 8 bits; those of groups of rows have none."""
+    """Whether it is a product with weights that engines have in 8 bits; those of groups of rows they have not."""
     return (
         node.op_type in _PRODUCTS
         and all(value is None or value.is_initializer() for value in node.inputs[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
@@ -20,22 +19,22 @@ from torch.utils._pytree import tree_leaves
 
 from cadsurgery.elements.backends.portable import portable
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.int8 import Fidelity, measure, quantise
 from cadsurgery.network.export.names import output_names
-from cadsurgery.network.export.programs import Written, first_line
+from cadsurgery.network.export.programs import Written
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import CadError, CannotConvert
+from cadsurgery.support.errors import CadError, CannotConvert, describe_error, import_optional
 from cadsurgery.support.provenance import versions
 
 # In half precision, and how many patches rounding may make a mask choose otherwise.
 TOLERANCE_OF_HALVES = 2e-2
 PATCHES_BY_ROUNDING = 2
-_LARGEST_FILE = (
-    1 << 30
-)  # bytes of weights that are not put into a file of their own; protobuf takes twice as many
+# Bytes of weights that are not put into a file of their own; protobuf takes twice as many.
+_LARGEST_FILE = 1 << 30
 
 
 def write(
@@ -53,10 +52,11 @@ def write(
     Raises:
         CannotConvert: torch or ONNX cannot follow the network or its mask, or the file gives something else.
     """
-    require("onnx", "onnxscript", "onnxruntime")
-    names = output_names(net(image))
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        import_optional(package, f"writing this file needs {package}.", "pip install 'cadsurgery[export]'")
     graph = Exportable(net, float16)
-    example = _awkward(net, image) if dynamic else image
+    example = _cut_awkwardly(net, image) if dynamic else image
+    names = output_names(net(example))
     inputs: tuple[Tensor, ...] = (example, net.levels.long()) if level_map else (example,)
     program, free = follow(graph, inputs, dynamic)
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
@@ -81,8 +81,8 @@ def write(
             ) from error
     model.model.metadata_props.update(_metadata(net, dynamic))
     _name_axes(model.model, free)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in graph.parameters())
-    model.save(path, external_data=weights > _LARGEST_FILE)
+    weights = (one.const_value for one in model.model.graph.initializers.values())
+    model.save(path, external_data=sum(one.nbytes for one in weights) > _LARGEST_FILE)
     import onnx
 
     onnx.checker.check_model(str(path), full_check=True)
@@ -110,7 +110,7 @@ def _to_8_bits(
     """Put a file in 8 bits in the place of a float one; it is run on the images and on others.
 
     Raises:
-        CannotConvert: the quantiser or the engine does not take the network, or the file gives another level map or NaN.
+        CannotConvert: quantiser or engine do not take the network, or the file gives another level map or NaN.
     """
 
     def inputs(image: Tensor) -> tuple[Tensor, ...]:
@@ -132,7 +132,7 @@ def _to_8_bits(
         except Exception as error:
             raise CannotConvert(
                 "ONNX Runtime's quantiser does not take the network.",
-                why=first_line(error),
+                why=describe_error(error),
                 next="leave out int8; float16=True halves the file.",
             ) from error
     import onnx
@@ -146,7 +146,7 @@ def _to_8_bits(
         except Exception as error:
             raise CannotConvert(
                 f"the file in 8 bits does not run on images {tuple(image.shape)}.",
-                why=first_line(error),
+                why=describe_error(error),
                 next="report it with the name of the network; leave out int8 meanwhile.",
             ) from error
         if not torch.equal(levels, expected):
@@ -185,7 +185,9 @@ class Exportable(nn.Module):
     def forward(self, image: Tensor, levels: Tensor | None = None) -> tuple[Tensor, ...]:
         """(B, C, H, W), and (B, h, w) int64 or None, to the outputs in order and the level map (B, h, w) int8."""
         program = self.net.program
-        masking = _InSingle(self.mask, program.geometry, program.plan.strides[0], image=image, levels=levels)
+        masking = _InSingle(
+            self.mask, program.geometry, program.plan.strides[0], any_number=True, image=image, levels=levels
+        )
         run = program.twice if self.mask.looks_ahead and levels is None else program
         output, lattice = run(masking, program.bind(image.half() if self.float16 else image))
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -241,26 +243,23 @@ def follow(
             refusal = refusal or error
     raise CannotConvert(
         "torch.export cannot follow the network or its mask.",
-        why=first_line(refusal) if refusal is not None else "",
+        why=describe_error(refusal) if refusal is not None else "",
         next="write a file for one size with a budget, or for a given level map: level_map=True.",
     ) from refusal
 
 
-def _awkward(net: AdaptiveModel, image: Tensor) -> Tensor:
-    """A part of an image whose fine map is cut by its outermost cells, run by the network: where torch decides by the
-    example, as whether a slice takes all, no size must happen to fit. The image itself if the network takes no such."""
+def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
+    """A part of an image whose fine map is cut by its outermost cells, so that no size happens to fit: torch decides by
+    the example whether a slice takes all. The image itself if the network takes no such part."""
     side, stride = net.geometry.sides[-1], net.plan.strides[0]
-    lengths = []
-    for length in image.shape[2:]:
-        samples = -(-length // stride)
-        samples -= (samples + 1) % side  # one less than whole cells
-        lengths.append(max(samples * stride - 1, 1))
-    for height, width in (lengths, image.shape[2:]):
-        part = image[:, :, :height, :width].contiguous()
-        with contextlib.suppress(CadError):
-            net(part)
-            return part
-    return image
+    whole = [(divide_up(length, stride) + 1) // side * side for length in image.shape[2:]]
+    height, width = (max((samples - 1) * stride - 1, 1) for samples in whole)
+    part = image[:, :, :height, :width].contiguous()
+    try:
+        net(part)
+    except CadError:
+        return image
+    return part
 
 
 class Session:
@@ -283,7 +282,7 @@ class Session:
         except Exception as error:
             raise CannotConvert(
                 "ONNX Runtime does not take the file.",
-                why=first_line(error),
+                why=describe_error(error),
                 next="report it with the name of the network and the version of onnxruntime.",
             ) from error
 
@@ -307,7 +306,7 @@ def _compare(net: AdaptiveModel, run: Session, image: Tensor, level_map: bool) -
     except Exception as error:
         raise CannotConvert(
             f"the written file does not run on images {tuple(image.shape)}.",
-            why=first_line(error),
+            why=describe_error(error),
             next="report it with the name of the network.",
         ) from error
     differing = int((shown != levels).sum()) if shown.shape == levels.shape else levels.numel()
@@ -362,25 +361,11 @@ def _name_axes(model: Any, free: set[int]) -> None:
     )
 
 
-def require(*packages: str) -> None:
-    """Refuse to go on without the packages of the extra `export`.
-
-    Raises:
-        CadError: one is missing.
-    """
-    from importlib.util import find_spec
-
-    if missing := [package for package in packages if find_spec(package) is None]:
-        raise CadError(
-            f"writing this file needs {' and '.join(missing)}.", next="pip install 'cadsurgery[export]'"
-        )
-
-
 def _cause(error: BaseException) -> str:
     """The innermost reason of the exporter's errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)  # type: ignore[arg-type]
+    return describe_error(error)
 
 
 def _way_round(net: AdaptiveModel, level_map: bool) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import CannotConvert
+from cadsurgery.support.errors import CannotConvert, describe_error
 
 Written = tuple[Comparison, tuple[int | None, ...]]
 
@@ -45,7 +45,7 @@ def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path:
     except Exception as error:
         raise CannotConvert(
             "AOTInductor cannot compile the network.",
-            why=first_line(error),
+            why=describe_error(error),
             next="check that a C++ compiler is installed (CXX), or write a program instead: to='pt2'.",
         ) from error
     return _compare(net, aoti_load_package(str(path)), image, other)
@@ -62,14 +62,9 @@ def follow(net: AdaptiveModel, image: Tensor) -> torch.export.ExportedProgram:
     except Exception as error:
         raise CannotConvert(
             "torch.export cannot follow the network.",
-            why=first_line(error),
+            why=describe_error(error),
             next="convert a network without data-dependent control flow; detectors have such.",
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """An error of another package in a line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def _compare(net: AdaptiveModel, run: object, image: Tensor, other: Tensor | None) -> Written:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from onnx_ir import DataType
 from onnxscript import opset18
+from onnxscript.function_libs.torch_lib.ops.core import aten_index
 
 op: Any = opset18
 _ATEN = torch.ops.aten
@@ -40,10 +42,11 @@ def _remainder(self: Any, other: Any) -> Any:
 
 
 def _index(self: Any, indices: Any) -> Any:
-    """Rows by a tensor of integers: a Gather, which takes 32 bits, too, and is many times faster than a GatherND."""
-    if len(indices) == 1:
-        return op.Gather(self, indices[0], axis=0)
-    raise NotImplementedError("several tensors of indices")
+    """By one tensor of integers: a Gather, which takes 32 bits, too, and is many times faster than a GatherND."""
+    tensors = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(tensors) == 1 and tensors[0][1].dtype != DataType.BOOL:
+        return op.Gather(self, tensors[0][1], axis=tensors[0][0])
+    return aten_index(self, indices)
 
 
 def _number(value: Any) -> Any:

@@ -14,7 +14,14 @@ from torch import nn
 
 from cadsurgery.data.images import find_images, read_image
 from cadsurgery.masks import resolve_mask
-from cadsurgery.support.errors import CadError, FileError, InvalidInput, UnknownName
+from cadsurgery.support.errors import (
+    CadError,
+    FileError,
+    InvalidInput,
+    UnknownName,
+    describe_error,
+    import_optional,
+)
 from cadsurgery.support.files import make_folder, write_whole
 from cadsurgery.support.processes import own_device, world
 from cadsurgery.support.provenance import versions
@@ -148,7 +155,7 @@ def read_features(path: Path) -> Features:
     except Exception as error:  # readers of both kinds raise many
         raise FileError(
             f"{path} cannot be read as features.",
-            why=f"{type(error).__name__}: {error}",
+            why=describe_error(error),
             next="remove it and extract again.",
         ) from error
     return Features(keypoints[:, :2], scores, descriptors, (height, width))
@@ -162,13 +169,8 @@ def _only_group(file: Any) -> Any:
 
 
 def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise CadError(
-            "HDF5 files need h5py.", next="pip install 'cadsurgery[keypoints]', or use --form npz"
-        ) from error
-    return h5py
+    next = "pip install 'cadsurgery[keypoints]', or use --form npz"
+    return import_optional("h5py", "HDF5 files need h5py.", next)
 
 
 def _check_folder(folder: Path, identity: dict[str, Any]) -> None:

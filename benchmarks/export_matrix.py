@@ -1,0 +1,223 @@
+"""Which networks, masks and fills can be written as ONNX files, found out by writing them: the table of docs/deploy.md.
+
+    python benchmarks/export_matrix.py [--only TEXT ...] [--cells N]   # goes on where it was stopped
+    python benchmarks/export_matrix.py --report
+
+Each cell is exported in a process of its own with `cs.export`, which compares the file with PyTorch in ONNX Runtime: a
+dynamic file at four batches of other sizes, one of them odd, a static one on three other batches. Random weights. The
+first third of the cells has every pair of network, mask, fill and format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ROWS, DOCS = ROOT / "docs" / "bench" / "exports.jsonl", ROOT / "docs" / "deploy.md"
+SIZE, OTHER = (128, 160), 1  # of the example, and the seed of what it is compared on
+
+NETWORKS = {
+    "deeplabv3_resnet50": {},
+    "fcn_resnet50": {},
+    "lraspp_mobilenet_v3_large": {"output_stride": (8, 32)},
+    "benchmarks.networks:mobilenet_v2_fcn": {},
+    "benchmarks.networks:vgg16_trunk": {"output_stride": (1, 8)},
+    "convnext_tiny": {},
+    "efficientnet_b0": {},
+    "benchmarks.networks:resnet18_unet": {},
+}
+GRADED = "edges:threshold=0.35/0.1,dilation=11/21"
+# What a static file holds, and a dynamic one; a fixed map of any size is an input.
+MASKS = {
+    "edges": ("edges | budget:fraction=0.3", "edges"),
+    "graded edges": (f"{GRADED} | budget:fraction=0.1/0.3", GRADED),
+    "detail": ("detail | budget:fraction=0.3", "detail"),
+    "learned": ("learned", "learned"),
+    "fixed map": ("", ""),
+}
+FILLS = ("linear", "nearest", "guided")
+FORMATS = ("static", "dynamic")
+
+Cell = tuple[str, str, str, str]
+
+
+def cells() -> list[Cell]:
+    """Network, mask, fill, format; a Latin square of fills first."""
+    return [
+        (network, mask, FILLS[(row + column + turn) % len(FILLS)], kind)
+        for turn in range(len(FILLS))
+        for (row, network), (column, mask), kind in itertools.product(
+            enumerate(NETWORKS), enumerate(MASKS), FORMATS
+        )
+    ]
+
+
+def export(cell: Cell) -> dict[str, Any]:
+    """The row of a cell, made in this process."""
+    import torch
+
+    import cadsurgery as cs
+    from cadsurgery.tasks.open import example_batch, open_converted
+
+    network, mask, fill, kind = cell
+    torch.set_num_threads(1)
+    options = {"fill": fill, **NETWORKS[network]}
+    net = open_converted(network, MASKS[mask][FORMATS.index(kind)], options).eval()
+    image, other = (example_batch(net.source, None, SIZE, seed) for seed in (0, OTHER))
+    with torch.no_grad():
+        net(image)  # a learned mask gets its weights
+    if mask == "fixed map":
+        generator = torch.Generator().manual_seed(0)
+        net.mask = torch.randint(net.geometry.max_level + 1, net.levels.shape[1:], generator=generator)
+    dynamic = kind == "dynamic"
+    with tempfile.TemporaryDirectory() as folder:
+        report = cs.export(
+            net,
+            image,
+            Path(folder) / "net.onnx",
+            dynamic=dynamic,
+            level_map=dynamic and mask == "fixed map",
+            other=other,
+        )
+    with torch.no_grad():
+        net(other)
+    return {
+        "result": "agrees",
+        "difference": report.difference,
+        "compared": report.compared,
+        "image": report.image,
+        "active_fraction": net.active_fraction,
+        "bytes": report.bytes,
+    }
+
+
+def run(cell: Cell, seconds: float) -> dict[str, Any]:
+    """The row of a cell, made in a process of its own."""
+    start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+        line = done.stdout.strip().splitlines()[-1:] or [""]
+        row = (
+            json.loads(line[0])
+            if line[0].startswith("{")
+            else {"result": "broken", "why": done.stderr[-500:]}
+        )
+    except subprocess.TimeoutExpired:
+        row = {"result": "not finished", "why": f"more than {seconds:.0f} s"}
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used
+    made = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(spent, 1)}
+    return dict(zip(("network", "mask", "fill", "format"), cell, strict=True)) | row | made
+
+
+def known() -> dict[Cell, dict[str, Any]]:
+    """The rows there are; of a cell that was tried again the last."""
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["network"], row["mask"], row["fill"], row["format"]): row for row in rows}
+
+
+def report() -> str:
+    """The table: a line per network and format, a column per mask, a letter per fill."""
+    rows = known()
+    lines = ["| network | file | " + " | ".join(MASKS) + " |", "|---|---|" + "---|" * len(MASKS)]
+    for network, kind in itertools.product(NETWORKS, FORMATS):
+        entries = []
+        for mask in MASKS:
+            found = [(fill, rows.get((network, mask, fill, kind))) for fill in FILLS]
+            words = [f"{fill} {_entry(row)}" for fill, row in found if row is not None]
+            entries.append("<br>".join(words) or "not run")
+        lines.append(f"| {network.rpartition(':')[2]} | {kind} | {' | '.join(entries)} |")
+    agree = [row for row in rows.values() if row["result"] == "agrees"]
+    failed = [row for row in rows.values() if row["result"] != "agrees"]
+    largest = max((row["difference"] for row in agree), default=float("nan"))
+    seconds = sorted(row["cpu_seconds"] for row in agree)
+    commits = sorted({row["commit"][:7] for row in rows.values()})
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("torch", "onnx", "onnxscript", "onnxruntime")
+    )
+    words = [
+        f"{len(rows)} of {len(cells())} cells written, {len(agree)} agree, largest difference {largest:.0e} of the "
+        f"largest output; {seconds[len(seconds) // 2]:.0f} s of CPU time for each (median). {versions}; CPU; "
+        f"commits {', '.join(commits)}.",
+        "",
+        *lines,
+    ]
+    words += (
+        ["", *(f"- {_name(row)}: {row['result']}: {row.get('why', '')}" for row in failed)] if failed else []
+    )
+    return "\n".join(words)
+
+
+def _entry(row: dict[str, Any]) -> str:
+    return f"{row['difference']:.0e}" if row["result"] == "agrees" else f"**{row['result']}**"
+
+
+def _name(row: dict[str, Any]) -> str:
+    return ", ".join(row[name] for name in ("network", "mask", "fill", "format"))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        help="cells with each of these: mask, fill, format, or part of a network's name",
+    )
+    parser.add_argument("--cells", type=int, default=None, help="stop after so many")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="for each cell")
+    parser.add_argument("--report", action="store_true", help="put the table into docs/deploy.md")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if options.cell:
+        from cadsurgery.support.errors import CadError
+
+        try:
+            row = export(tuple(json.loads(options.cell)))
+        except CadError as error:
+            row = {
+                "result": "refused" if "differs" not in error.what else "differs",
+                "why": f"{error.what} {error.why}",
+            }
+        print(json.dumps(row))
+        return
+    if options.report:
+        text = DOCS.read_text(encoding="utf-8")
+        pattern = re.compile(r"(<!-- exports -->\n).*?(<!-- end -->)", re.DOTALL)
+        DOCS.write_text(
+            pattern.sub(lambda match: f"{match[1]}{report()}\n{match[2]}", text), encoding="utf-8"
+        )
+        return
+    from cadsurgery.support.provenance import commit
+
+    there = known()
+    wanted = [
+        cell
+        for cell in cells()
+        if all(text in cell or text in cell[0] for text in options.only)
+        and there.get(cell, {}).get("result") != "agrees"
+    ]
+    for cell in wanted[: options.cells]:
+        row = run(cell, options.seconds) | {"commit": commit()}
+        with ROWS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(_name(row), row["result"], row.get("difference", row.get("why")), row["seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
