@@ -65,6 +65,7 @@ def export_network(
 
 def images_like(example: Tensor, source: Source | None, folder: Path) -> list[Tensor]:
     """The images of a folder, each a batch of the size of an example, as a network of the source expects it.
+
     Raises:
         FileError: there are none, or one cannot be read.
     """

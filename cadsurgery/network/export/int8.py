@@ -136,8 +136,8 @@ def _multiply_by_convolutions(graph: Any, mask: set[Any]) -> None:
         image = steps.op("Transpose", [steps.op("Unsqueeze", [rows, first])], {"perm": [0, 3, 1, 2]})
         product = steps.op("Conv", [image, steps.op("Unsqueeze", [kernel, last]), *bias])
         out = steps.op("Squeeze", [steps.op("Transpose", [product], {"perm": [0, 2, 3, 1]}), first])
-        for value in (image, product, out):
-            value.dtype = rows.dtype
+        for step in steps.nodes:
+            step.outputs[0].dtype = rows.dtype
         convenience.replace_nodes_and_values(graph, node, [node], steps.nodes, node.outputs, [out])
 
 
@@ -151,9 +151,8 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
     def is_chosen(value: Any) -> bool:
         return value is not None and value.producer() in chosen
 
-    for node in graph:
-        if node in mask or node.outputs[0].dtype not in (DataType.FLOAT, None):
-            continue
+    nodes = [node for node in graph if node not in mask and node.outputs[0].dtype == DataType.FLOAT]
+    for node in nodes:
         values = node.inputs if node.op_type in ("Add", "Concat") else node.inputs[:1]
         constants = [value.const_value.numpy() for value in values if value.is_initializer()]
         values = [value for value in values if not value.is_initializer()]
@@ -167,9 +166,9 @@ def _in_8_bits(graph: Any, mask: set[Any]) -> list[Any]:
             and all(np.isfinite(constant).all() for constant in constants)
         ):
             chosen[node] = None
-    for node in reversed(graph):
+    for node in reversed(nodes):
         users = node.successors()
-        if node not in mask and node.op_type in _MOVES and users and all(user in chosen for user in users):
+        if node.op_type in _MOVES and users and all(user in chosen for user in users):
             chosen[node] = None
     return list(chosen)
 
@@ -203,9 +202,10 @@ def _has_weights(node: Any) -> bool:
 
 def _part_from_mask(graph: Any, mask: set[Any], chosen: list[Any]) -> None:
     """Give what is quantised a copy of what the mask reads, too: the quantiser rounds a value for all that read it."""
-    from onnx_ir import tape
+    from onnx_ir import DataType, tape
 
-    for value in {value for node in chosen for value in node.inputs if value is not None}:
+    values = dict.fromkeys(value for node in chosen for value in node.inputs if value is not None)
+    for value in (value for value in values if value.dtype == DataType.FLOAT):
         users = {use.node for use in value.uses()}
         if users & mask:
             steps = tape.Tape()
