@@ -52,6 +52,7 @@ def quantise(source: Path, target: Path, feeds: Iterator[dict[str, Any]]) -> Non
     Raises:
         CannotConvert: there is nothing to quantise.
     """
+    import numpy as np
     import onnx_ir
     from onnx_ir.passes import common
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -66,7 +67,7 @@ def quantise(source: Path, target: Path, feeds: Iterator[dict[str, Any]]) -> Non
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
         common.RemoveUnusedNodesPass()(model)
 
-    model = onnx_ir.load(source)
+    model = onnx_ir.external_data.load_to_model(onnx_ir.load(source))
     fold()
     mask = _needed_for("levels", model.graph)
     _multiply_by_convolutions(model.graph, mask)
@@ -87,17 +88,18 @@ def quantise(source: Path, target: Path, feeds: Iterator[dict[str, Any]]) -> Non
         for value in node.inputs
         if not value.is_initializer() and value.producer() not in chosen
     }
-    quantize_static(
-        onnx_ir.to_proto(model),
-        target,
-        Reader(),
-        nodes_to_quantize=[node.name for node in chosen],
-        op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        extra_options={"ForceQuantizeNoInputCheck": True},  # what is chosen, whatever comes before it
-    )
+    with np.errstate(invalid="ignore"):  # ranges of -inf, of what the quantiser looks at and leaves as it is
+        quantize_static(
+            onnx_ir.to_proto(model),
+            target,
+            Reader(),
+            nodes_to_quantize=[node.name for node in chosen],
+            op_types_to_quantize=[*_PRODUCTS, *_MOVES, *_BESIDE],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"ForceQuantizeNoInputCheck": True},  # what is chosen, whatever comes before it
+        )
     _share_scales(target, halos)
 
 
@@ -188,6 +190,9 @@ def _share_scales(file: Path, tensors: dict[str, str]) -> None:
     for name, other in tensors.items():
         for node in (rounds[name], exact[rounds[name].output[0]]):
             node.input[1:] = rounds[other].input[1:]
+    used = {name for node in model.graph.node for name in node.input}
+    for one in [one for one in model.graph.initializer if one.name not in used]:
+        model.graph.initializer.remove(one)
     onnx.save(model, file)
 
 
