@@ -130,14 +130,11 @@ def test_products_and_gathered_rows_are_in_8_bits_and_the_mask_is_not(files: tup
     assert sum(name.endswith("_quantized") for name in integers) == 3
 
 
-def test_a_halo_that_was_zero_on_all_images_has_the_range_of_the_rows(tmp_path: Path) -> None:
-    target, halo = tmp_path / "int8.onnx", {"sources": np.full((6, 2), 63), "table": np.full((64, 9), 66)}
-    source = write(tmp_path / "float.onnx", bias=np.zeros(4, np.float32), **halo)
-    image = images(1, 8, 8)
-    image[..., 4:, 4:] = 0  # so the last row is
-    quantise(source, target, feeds(image))
-    image = image.flip(2, 3)
-    assert relative(File(target)(image)["out"], File(source)(image)["out"]) < 0.05
+def test_a_halo_has_the_range_of_the_rows_it_is_joined_to(files: tuple[Path, Path]) -> None:
+    """Its own may be narrower, or nothing: all zero on the images it was calibrated by."""
+    graph = onnx.load(files[1]).graph
+    ranges = {node.input[0]: node.input[1:] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert ranges["halo"] == ranges["joined"]
 
 
 def test_a_mask_that_depends_on_every_product_leaves_nothing_to_quantise(tmp_path: Path) -> None:
@@ -229,15 +226,15 @@ def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_p
 
 
 @pytest.mark.slow
-def test_the_command_calibrates_by_a_folder(tmp_path: Path, run: Any) -> None:
+def test_the_command_calibrates_by_a_folder(tmp_path: Path, command_line: Any) -> None:
     saved, folder, path = tmp_path / "net.safetensors", tmp_path / "images", tmp_path / "net.onnx"
     folder.mkdir()
     cs.save(cs.adaptify(cs.build_model("squeezenet1_1", "none"), "edges | budget", verify_laws=False), saved)
     command = ["export", str(saved), "-o", str(path), "--size", "64x96", "--int8", str(folder), "--json"]
-    refused = run(*command)
+    refused = command_line(*command)
     assert refused.code == 1 and "no images" in refused.out + refused.err and not path.exists()
     for seed in range(2):
         save_image(cs.images.street_scene(64, 96, seed), folder / f"{seed}.png")
-    told = run(*command)
+    told = command_line(*command)
     assert told.code == 0, told.err
     assert json.loads(told.out)["fidelity"]["images"] == 2
