@@ -56,6 +56,7 @@ class Exporting:
         False, "ONNX that is given the level map as a second input, in place of the mask"
     )
     float16: bool = option(False, "ONNX with weights and features in half precision")
+    check_in: str = option("onnx", "what ONNX is run by to compare it: onnx (ONNX Runtime) or openvino")
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,12 @@ class Benchmark(Conversion):
     batch: int = option(1, "number of images", min=1)
     dtype: str = option("float32", "{default} or bfloat16")
     device: str = option("cpu", "{default} or cuda")
-    threads: int = option(0, "of torch on the CPU; 0 for its own choice", min=0)
+    threads: int = option(0, "on the CPU; 0 for torch's own choice", min=0)
     rounds: int = option(7, "timing rounds; each runs every side once", min=1)
     memory: bool = option(False, "also measure peak memory, each side in a process of its own")
+    runtime: str = option(
+        "torch", "{default}, or an engine that all sides are exported to: onnx, openvino or aoti"
+    )
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
+from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import check_folder, write_together
 
 Format = Literal["pt2", "onnx", "aoti"]
@@ -61,6 +62,7 @@ def export(
     level_map: bool = False,
     float16: bool = False,
     other: Tensor | None = None,
+    check_in: str = "onnx",
 ) -> Exported:
     """Write a network as a file that runs without this package.
 
@@ -83,6 +85,7 @@ def export(
         level_map: a second input of this name (B, h, w), int64, takes the place of the mask; dynamic.
         float16: weights and features in half precision, the mask and what goes in and comes out in single. ONNX.
         other: another batch to compare on; default: `image` turned upside down and more like it.
+        check_in: what an ONNX file is run by to compare it: `onnx` (ONNX Runtime) or `openvino`.
 
     Raises:
         InvalidInput: as `check_mask`; the network is in training mode, the image is none, or an option is of another
@@ -96,6 +99,9 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
+    engines = {name: engine for name, engine in ENGINES.items() if engine.format == "onnx"}
+    if check_in not in engines:
+        raise UnknownName("engine of ONNX files", check_in, engines)
     wanted = {"dynamic": dynamic, "level_map": level_map, "float16": float16}
     if kind != "onnx" and (unknown := [name for name, value in wanted.items() if value]):
         raise InvalidInput(
@@ -117,7 +123,9 @@ def export(
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
         "pt2": lambda there: programs.write_program(net, image, other, there),
         "aoti": lambda there: programs.write_package(net, image, other, there),
-        "onnx": lambda there: onnx.write(net, image, other, there, dynamic, level_map, float16),
+        "onnx": lambda there: onnx.write(
+            net, image, other, there, dynamic, level_map, float16, engines[check_in]
+        ),
     }
     with torch.no_grad(), write_together(file) as temporary:
         compared, shape = writers[kind](temporary)
