@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 import cadsurgery as cs
-from cadsurgery.network.export.int8 import measure, quantise
-from cadsurgery.network.export.onnx import Session
+from cadsurgery.network.export.engines import OnnxRuntime
+from cadsurgery.network.export.int8 import measure, to_8_bits
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
 ROOT = Path(__file__).parents[1]
@@ -70,22 +71,23 @@ def pairs(data: Path, split: str, every: int) -> Any:
 
 def write(
     model: torch.nn.Module, mask: str, calibration: list[Tensor], folder: Path
-) -> dict[str, tuple[Session, Session]]:
+) -> dict[str, tuple[OnnxRuntime, OnnxRuntime]]:
     """Dense and adaptive files, each in floating point and in 8 bits."""
     image, dense = calibration[0], [folder / "dense.onnx", folder / "dense8.onnx"]
-    torch.onnx.export(model, (image,), dense[0], dynamo=True, input_names=["image"], verbose=False)
-    quantise(dense[0], dense[1], ({"image": one.numpy()} for one in calibration))
+    torch.onnx.export(model, (image,), dense[0], dynamo=True, external_data=False, verbose=False)
+    shutil.copy(dense[0], dense[1])
+    to_8_bits(dense[1], OnnxRuntime, [(one,) for one in calibration])
     net, adaptive = cs.adaptify(model, mask), [folder / "adaptive.onnx", folder / "adaptive8.onnx"]
     cs.export(net, image, adaptive[0])
     cs.export(net, image, adaptive[1], int8=calibration)
     high, low = net.plan.output_stride
     return {
-        f"dense, output stride {high}": tuple(map(Session, dense)),
-        f"{mask}, {high} to {low}": tuple(map(Session, adaptive)),
+        f"dense, output stride {high}": tuple(map(OnnxRuntime, dense)),
+        f"{mask}, {high} to {low}": tuple(map(OnnxRuntime, adaptive)),
     }
 
 
-def compare(exact: Session, rounded: Session, images: Any) -> tuple[Any, float, float]:
+def compare(exact: OnnxRuntime, rounded: OnnxRuntime, images: Any) -> tuple[Any, float, float]:
     """Fidelity of the second file, and mean IoU of both."""
     scores = [SegmentationMetrics(len(recipe.CLASSES)) for _ in range(2)]
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 import cadsurgery as cs
-from cadsurgery.network.export.int8 import measure, quantise
+from cadsurgery.network.export.engines import OnnxRuntime, OpenVino
+from cadsurgery.network.export.int8 import measure, quantise, to_8_bits
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -84,8 +85,8 @@ def write(path: Path, text: str = GRAPH, **changed: np.ndarray[Any, Any]) -> Pat
     return path
 
 
-def feeds(*batches: Tensor) -> Any:
-    return ({"image": batch.numpy()} for batch in batches)
+def calls(*batches: Tensor) -> list[tuple[Tensor, ...]]:
+    return [(batch,) for batch in batches]
 
 
 def relative(one: Tensor, two: Tensor) -> float:
@@ -95,8 +96,7 @@ def relative(one: Tensor, two: Tensor) -> float:
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     source, target = write(tmp_path / "float.onnx"), tmp_path / "int8.onnx"
-    quantise(source, target, feeds(*images(4, 8, 8).split(1)))
-    onnx.checker.check_model(str(target), full_check=True)
+    quantise(source, target, calls(*images(4, 8, 8).split(1)), products_by_convolution=True)
     return source, target
 
 
@@ -146,7 +146,7 @@ def test_a_mask_that_depends_on_every_product_leaves_nothing_to_quantise(tmp_pat
     kept = [line for line in body if line not in late and line != "}"]
     source = write(tmp_path / "float.onnx", "\n".join([head, *kept, *late, "}"]))
     with pytest.raises(cs.CannotConvert, match="nothing to quantise"):
-        quantise(source, tmp_path / "int8.onnx", feeds(images(1, 8, 8)))
+        quantise(source, tmp_path / "int8.onnx", calls(images(1, 8, 8)), True)
 
 
 def test_fidelity_is_over_all_images_and_classes_are_those_of_pixels() -> None:
@@ -184,21 +184,31 @@ def test_what_cannot_be_calibrated_is_refused_and_leaves_nothing(tmp_path: Path)
 def test_a_file_in_8_bits_that_is_wrong_is_not_taken(
     broken: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cadsurgery.network.export import onnx as written
-
-    def wrong(source: Path, target: Path, feeds: Any) -> None:
+    def wrong(source: Path, target: Path, *arguments: Any, **options: Any) -> tuple[str, ...]:
         changed = {
             "levels": {"filter": -constants()["filter"]},
             "out": {"bias": np.full(4, np.nan, np.float32)},
         }
         write(target, **changed[broken])
+        return "out", "levels"
 
-    monkeypatch.setattr(written, "quantise", wrong)
+    monkeypatch.setattr("cadsurgery.network.export.int8.quantise", wrong)
     path, image = write(tmp_path / "net.onnx"), images(1, 8, 8)
     before = path.read_bytes()
     with pytest.raises(cs.CannotConvert, match=message):
-        written._to_8_bits(net("all"), path, written.Session(path), [image], [], False)
+        to_8_bits(path, OnnxRuntime, calls(image))
     assert path.read_bytes() == before
+
+
+def test_the_same_file_in_8_bits_in_every_engine(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    images_of_both, found = images(4, 8, 8).split(1), []
+    for engine in (OnnxRuntime, OpenVino):
+        path = write(tmp_path / f"{engine.package}.onnx")
+        found.append(to_8_bits(path, engine, calls(*images_of_both[:2]), calls(*images_of_both)))
+        products = {node.op_type for node in onnx.load(path).graph.node} & {"Gemm", "MatMul"}
+        assert bool(products) == (engine is OpenVino)
+    assert all(0 < one.error < 0.05 and one.images == 2 for one in found)
 
 
 @pytest.mark.slow

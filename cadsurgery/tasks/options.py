@@ -61,6 +61,7 @@ class Exporting:
         "ONNX with weights and features in 8 bits, calibrated by the images of this folder",
         metavar="IMAGES",
     )
+    check_in: str = option("onnx", "what ONNX is run by to compare it: onnx (ONNX Runtime) or openvino")
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,12 @@ class Benchmark(Conversion):
     batch: int = option(1, "number of images", min=1)
     dtype: str = option("float32", "{default} or bfloat16")
     device: str = option("cpu", "{default} or cuda")
-    threads: int = option(0, "of torch on the CPU; 0 for its own choice", min=0)
+    threads: int = option(0, "on the CPU; 0 for torch's own choice", min=0)
     rounds: int = option(7, "timing rounds; each runs every side once", min=1)
     memory: bool = option(False, "also measure peak memory, each side in a process of its own")
+    runtime: str = option(
+        "torch", "{default}, or an engine that all sides are exported to: onnx, openvino or aoti"
+    )
 
 
 @dataclass(frozen=True)

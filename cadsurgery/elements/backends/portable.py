@@ -44,7 +44,7 @@ class Portable(Backend):
 
     def applies(self, work: Work) -> bool:
         """While such a graph is made."""
-        return _IS_PORTABLE.get() and bool(work.graph)
+        return _IS_PORTABLE.get()
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, ..., O)."""

@@ -19,9 +19,10 @@ from cadsurgery.masks import FixedMask, MaskProvider
 from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
+from cadsurgery.network.export.engines import ENGINES
 from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.model import AdaptiveModel, whole_program
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import check_folder, write_together
 
 Format = Literal["pt2", "onnx", "aoti"]
@@ -65,6 +66,7 @@ def export(
     float16: bool = False,
     int8: Tensor | Iterable[Tensor] | None = None,
     other: Tensor | None = None,
+    check_in: str = "onnx",
 ) -> Exported:
     """Write a network as a file that runs without this package.
 
@@ -89,6 +91,8 @@ def export(
         int8: image batches like those that the network will see, some 20 to 100 images: weights and features are
             rounded to 8 bits, in ranges that these show. What the level map depends on stays as it is. ONNX.
         other: another batch to compare on; default: `image` turned upside down and more like it.
+        check_in: what an ONNX file is run by to compare it: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits has
+            the form that is fastest there.
 
     Raises:
         InvalidInput: as `check_mask`; the network is in training mode, the image is none, or an option is of another
@@ -102,6 +106,9 @@ def export(
         check_image(other, "the image to compare on")
     file, dynamic = Path(path), dynamic or level_map
     kind = format_of(file, to)
+    engines = {name: engine for name, engine in ENGINES.items() if engine.format == "onnx"}
+    if check_in not in engines:
+        raise UnknownName("engine of ONNX files", check_in, engines)
     batches = _to_calibrate(int8, image, dynamic)
     wanted = {"dynamic": dynamic, "level_map": level_map, "float16": float16, "int8": bool(batches)}
     if kind != "onnx" and (unknown := [name for name, value in wanted.items() if value]):
@@ -126,7 +133,9 @@ def export(
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
         "pt2": lambda there: programs.write_program(net, image, other, there),
         "aoti": lambda there: programs.write_package(net, image, other, there),
-        "onnx": lambda there: onnx.write(net, image, other, there, dynamic, level_map, float16, batches),
+        "onnx": lambda there: onnx.write(
+            net, image, other, there, dynamic, level_map, float16, engines[check_in], batches
+        ),
     }
     with torch.no_grad(), write_together(file) as temporary:
         compared, shape = writers[kind](temporary)
@@ -140,9 +149,7 @@ def _to_calibrate(int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
         return []
     batches = [int8] if isinstance(int8, Tensor) else list(int8)
     if not batches:
-        raise InvalidInput(
-            "int8 has no images.", next="give some image batches (B, C, H, W) to calibrate by."
-        )
+        raise InvalidInput("int8 has no images.", next="give image batches (B, C, H, W) to calibrate by.")
     for batch in batches:
         check_image(batch, "an image of int8")
         if batch.shape[1:] != image.shape[1:] and not dynamic:

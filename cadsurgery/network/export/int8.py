@@ -6,7 +6,7 @@ what stands between. Needs onnx, onnxscript and onnxruntime; imported where such
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cadsurgery.support.errors import CannotConvert
+from cadsurgery.network.export.engines import Engine, OnnxRuntime, import_package
+from cadsurgery.network.export.quiet import quietly
+from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 # What hands values on as they are: so rows are gathered in 8 bits, and before they are repeated for every tap.
 _MOVES = ("Concat", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 _BESIDE = ("Add", "Clip", "MaxPool", "Relu")  # what engines take along with a product, or do in 8 bits
+_LEVELS = "levels"
 _LARGEST = 1 << 28  # values of a constant that is computed beforehand
 
 
@@ -39,7 +42,71 @@ class Fidelity:
     images: int
 
 
-def quantise(source: Path, target: Path, feeds: Iterator[dict[str, Any]]) -> None:
+def to_8_bits(
+    path: Path,
+    engine: type[Engine],
+    calls: Sequence[tuple[Tensor, ...]],
+    others: Sequence[tuple[Tensor, ...]] = (),
+) -> Fidelity:
+    """Put a file in 8 bits in the place of a float one, in the form that is fastest in an engine.
+
+    Args:
+        path: an ONNX file.
+        engine: it is for, and run by.
+        calls: its inputs, the image batch first, to calibrate by.
+        others: more of them, that it is run on as well.
+
+    Raises:
+        CannotConvert: quantiser or engine do not take the network, or the file gives another level map or NaN.
+    """
+    import_package(OnnxRuntime.package)  # which the quantiser comes in
+    rounded = path.with_name(f"8-bit-{path.name}")
+    try:
+        with quietly():
+            outputs = quantise(path, rounded, calls, products_by_convolution=engine is OnnxRuntime)
+    except CadError:
+        raise
+    except Exception as error:
+        raise CannotConvert(
+            "ONNX Runtime's quantiser does not take the network.",
+            why=describe_error(error),
+            next="leave out int8; float16=True halves the file.",
+        ) from error
+    exact, less = engine(path), engine(rounded)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        try:
+            found, expected = less(*inputs), exact(*inputs)
+        except Exception as error:
+            raise CannotConvert(
+                f"the file in 8 bits does not run on images {tuple(inputs[0].shape)}.",
+                why=describe_error(error),
+                next="report it with the name of the network; leave out int8 meanwhile.",
+            ) from error
+        if outputs[-1] == _LEVELS and not torch.equal(found.pop(), expected.pop()):
+            raise CannotConvert(
+                "the file in 8 bits has another level map than the float one.",
+                why="what the mask depends on stays in floating point; nothing was written.",
+                next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
+            )
+        if not all(value.isfinite().all() for value in found):
+            raise CannotConvert(
+                "the file in 8 bits gives values that are no numbers.",
+                next="give other images to calibrate by, or leave out int8.",
+            )
+        return inputs[0], found, expected
+
+    fidelity = measure(run(*inputs) for inputs in calls)
+    for inputs in others:
+        run(*inputs)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    rounded.replace(path)
+    return fidelity
+
+
+def quantise(
+    source: Path, target: Path, calls: Iterable[tuple[Tensor, ...]], products_by_convolution: bool
+) -> tuple[str, ...]:
     """Write a float file in 8 bits: weights symmetric for each channel, features from least to largest value of a map.
 
     What its output `levels` depends on stays in floating point, so that the same patches are chosen.
@@ -47,12 +114,17 @@ def quantise(source: Path, target: Path, feeds: Iterator[dict[str, Any]]) -> Non
     Args:
         source: an ONNX file.
         target: file to write.
-        feeds: inputs by name, to calibrate by.
+        calls: its inputs, to calibrate by.
+        products_by_convolution: as is fastest in ONNX Runtime; OpenVINO would transpose what it convolves.
+
+    Returns:
+        Names of its outputs.
 
     Raises:
         CannotConvert: there is nothing to quantise.
     """
     import numpy as np
+    import onnx
     import onnx_ir
     from onnx_ir.passes import common
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -68,10 +140,13 @@ def quantise(source: Path, target: Path, feeds: Iterator[dict[str, Any]]) -> Non
         common.RemoveUnusedNodesPass()(model)
 
     model = onnx_ir.external_data.load_to_model(onnx_ir.load(source))
+    inputs, outputs = ([str(one.name) for one in ends] for ends in (model.graph.inputs, model.graph.outputs))
+    feeds = (dict(zip(inputs, (value.numpy() for value in call), strict=True)) for call in calls)
     fold()
-    mask = _needed_for("levels", model.graph)
-    _multiply_by_convolutions(model.graph, mask)
-    fold()
+    mask = _needed_for(_LEVELS, model.graph)
+    if products_by_convolution:
+        _multiply_by_convolutions(model.graph, mask)
+        fold()
     chosen = _in_8_bits(model.graph, mask)
     if not chosen:  # the quantiser would take all
         raise CannotConvert(
@@ -101,6 +176,8 @@ def quantise(source: Path, target: Path, feeds: Iterator[dict[str, Any]]) -> Non
             extra_options={"ForceQuantizeNoInputCheck": True},  # what is chosen, whatever comes before it
         )
     _share_scales(target, halos)
+    onnx.checker.check_model(str(target), full_check=True)
+    return tuple(outputs)
 
 
 def _needed_for(output: str, graph: Any) -> set[Any]:

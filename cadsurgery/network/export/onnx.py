@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,13 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
-from cadsurgery.network.export.int8 import Fidelity, measure, quantise
+from cadsurgery.network.export.engines import Engine, import_package
+from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
+from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import CadError, CannotConvert, describe_error, import_optional
+from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.provenance import versions
 
 # In half precision, and how many patches rounding may make a mask choose otherwise.
@@ -45,6 +44,7 @@ def write(
     dynamic: bool,
     level_map: bool,
     float16: bool,
+    engine: type[Engine],
     int8: Sequence[Tensor] = (),
 ) -> Written:
     """An ONNX file; what was compared, and the shape of its image, None where it may be any. See `export`.
@@ -52,8 +52,8 @@ def write(
     Raises:
         CannotConvert: torch or ONNX cannot follow the network or its mask, or the file gives something else.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        import_optional(package, f"writing this file needs {package}.", "pip install 'cadsurgery[export]'")
+    for package in ("onnx", "onnxscript", engine.package):
+        import_package(package)
     graph = Exportable(net, float16)
     example = _cut_awkwardly(net, image) if dynamic else image
     names = output_names(net(example))
@@ -61,24 +61,15 @@ def write(
     program, free = follow(graph, inputs, dynamic)
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
-    with _quietly():
-        try:
-            from cadsurgery.network.export.translate import TABLE
+    from cadsurgery.network.export.translate import TABLE
 
-            model: Any = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                custom_translation_table=TABLE,
-                input_names=("image", "level_map")[: len(inputs)],
-                output_names=outputs,
-            )
-        except Exception as error:
-            raise CannotConvert(
-                "torch's exporter has no ONNX for the network or its mask.",
-                why=_cause(error),
-                next=f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
-            ) from error
+    model = translate(
+        program,
+        f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
+        custom_translation_table=TABLE,
+        input_names=("image", "level_map")[: len(inputs)],
+        output_names=outputs,
+    )
     model.model.metadata_props.update(_metadata(net, dynamic))
     _name_axes(model.model, free)
     weights = (one.const_value for one in model.model.graph.initializers.values())
@@ -90,84 +81,37 @@ def write(
     if dynamic:
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    run = Session(path)
+    run = engine(path)
     largest = check_difference((_compare(net, run, batch, level_map) for batch in batches), tolerance)
     shapes = tuple(tuple(batch.shape) for batch in batches)
     compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
     if int8:
-        compared = replace(compared, fidelity=_to_8_bits(net, path, run, int8, batches, level_map))
+        calls = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
+        compared = replace(compared, fidelity=to_8_bits(path, engine, *calls))
     return compared, shape
 
 
-def _to_8_bits(
-    net: AdaptiveModel,
-    path: Path,
-    exact: Session,
-    images: Sequence[Tensor],
-    others: Sequence[Tensor],
-    level_map: bool,
-) -> Fidelity:
-    """Put a file in 8 bits in the place of a float one; it is run on the images and on others.
+def _inputs(net: AdaptiveModel, image: Tensor, level_map: bool) -> tuple[Tensor, ...]:
+    """What a file is called with for an image batch."""
+    if not level_map:
+        return (image,)
+    net(image)
+    return image, net.levels.long()
+
+
+def translate(program: torch.export.ExportedProgram, next: str, **options: Any) -> Any:
+    """A program as ONNX.
 
     Raises:
-        CannotConvert: quantiser or engine do not take the network, or the file gives another level map or NaN.
+        CannotConvert: torch's exporter cannot write it; `next` is what to do then.
     """
-
-    def inputs(image: Tensor) -> tuple[Tensor, ...]:
-        if not level_map:
-            return (image,)
-        net(image)
-        return image, net.levels.long()
-
-    rounded = path.with_name(f"8-bit-{path.name}")
-    feeds = (
-        dict(zip(("image", "level_map"), (value.numpy() for value in inputs(image)), strict=False))
-        for image in images
-    )
-    with _quietly():
+    with quietly():
         try:
-            quantise(path, rounded, feeds)
-        except CadError:
-            raise
+            return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:
             raise CannotConvert(
-                "ONNX Runtime's quantiser does not take the network.",
-                why=describe_error(error),
-                next="leave out int8; float16=True halves the file.",
+                "torch's exporter has no ONNX for the network or its mask.", why=_cause(error), next=next
             ) from error
-    import onnx
-
-    onnx.checker.check_model(str(rounded), full_check=True)
-    run = Session(rounded)
-
-    def outputs(image: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        try:
-            (*one, levels), (*two, expected) = (session(*inputs(image)) for session in (run, exact))
-        except Exception as error:
-            raise CannotConvert(
-                f"the file in 8 bits does not run on images {tuple(image.shape)}.",
-                why=describe_error(error),
-                next="report it with the name of the network; leave out int8 meanwhile.",
-            ) from error
-        if not torch.equal(levels, expected):
-            raise CannotConvert(
-                "the file in 8 bits has another level map than the float one.",
-                why="what the mask depends on stays in floating point; nothing was written.",
-                next="report it with the mask; give the level map as an input meanwhile: level_map=True.",
-            )
-        if not all(value.isfinite().all() for value in one):
-            raise CannotConvert(
-                "the file in 8 bits gives values that are no numbers.",
-                next="give other images to calibrate by, or leave out int8.",
-            )
-        return image, one, two
-
-    fidelity = measure(map(outputs, images))
-    for image in others:
-        outputs(image)
-    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-    rounded.replace(path)
-    return fidelity
 
 
 class Exportable(nn.Module):
@@ -228,7 +172,7 @@ def follow(
     for given, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
-            with portable(), torch.no_grad(), _quietly():
+            with portable(), torch.no_grad(), quietly():
                 program = torch.export.export(
                     graph,
                     given,
@@ -262,38 +206,7 @@ def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
     return part
 
 
-class Session:
-    """An ONNX file in ONNX Runtime on the CPU: a function of tensors."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it.
-
-        Raises:
-            CannotConvert: ONNX Runtime does not take it.
-        """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise CannotConvert(
-                "ONNX Runtime does not take the file.",
-                why=describe_error(error),
-                next="report it with the name of the network and the version of onnxruntime.",
-            ) from error
-
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Its outputs in order."""
-        names = [one.name for one in self.session.get_inputs()]
-        values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(value) for value in self.session.run(None, values)]
-
-
-def _compare(net: AdaptiveModel, run: Session, image: Tensor, level_map: bool) -> float:
+def _compare(net: AdaptiveModel, run: Engine, image: Tensor, level_map: bool) -> float:
     """Largest difference on a batch; where rounding made the mask choose other patches, at the file's level map.
 
     Raises:
@@ -374,16 +287,3 @@ def _way_round(net: AdaptiveModel, level_map: bool) -> str:
         if level_map
         else f" If it is mask {net.mask.spec()}, give the level map as an input: level_map=True."
     )
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the notes of torch's exporter, which are about its own code."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
