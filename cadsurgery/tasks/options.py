@@ -70,7 +70,7 @@ class Benchmark(Conversion):
 
     size: tuple[int, int] = option((512, 1024), "of the generated street scenes", metavar="HxW", read="size")
     batch: int = option(1, "number of images", min=1)
-    dtype: str = option("float32", "{default} or bfloat16")
+    dtype: str = option("float32", "{default} or bfloat16; int8 in onnx and openvino")
     device: str = option("cpu", "{default} or cuda")
     threads: int = option(0, "on the CPU; 0 for torch's own choice", min=0)
     rounds: int = option(7, "timing rounds; each runs every side once", min=1)
