@@ -186,7 +186,7 @@ def check_mask(mask: MaskProvider, kind: str, dynamic: bool, level_map: bool) ->
     if mask.dependence:
         raise not_static(mask, "a file is given the image alone.", elsewhere)
     if kind != "onnx" and not mask.static:
-        fixed = f'keep a fixed share of the patches, "{mask.spec()} | budget:fraction=0.3"'
+        fixed = f'keep a fixed share of the patches, mask="{mask.spec()} | budget:fraction=0.3"'
         raise not_static(mask, "the file would have fixed shapes.", f"{fixed}, or write an ONNX file.")
     if dynamic and any(isinstance(part, FixedMask) for part in mask.modules()):
         what = f"mask {mask.spec()} holds a level map for images of one size."
