@@ -214,11 +214,7 @@ def test_the_same_file_in_8_bits_in_every_engine(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "options"),
-    [
-        ("edges | budget:fraction=0.3", {}),
-        ("edges", {"dynamic": True}),
-        ("edges | smooth", {"level_map": True}),
-    ],
+    [("edges | budget:fraction=0.3", {}), ("edges | smooth", {"level_map": True})],
 )
 def test_an_exported_network_in_8_bits(mask: str, options: dict[str, Any], tmp_path: Path) -> None:
     model, path = net(mask), tmp_path / "net.onnx"
