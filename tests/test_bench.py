@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from conftest import assert_same
 from PIL import Image
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.elements.backends import costs
+from cadsurgery.network.export.dense import dense_program, write_dense
+from cadsurgery.network.export.engines import Engine
 from cadsurgery.support import memory, provenance
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.timing import Timing, interleaved
@@ -37,6 +40,19 @@ def trunk(groups: int = 1) -> nn.Module:
     for depth in range(5):
         layers += [nn.Conv2d(4 if depth else 3, 4, 3, 2, 1, groups=groups if depth else 1), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(4, 4, 3, 1, 1)).eval()
+
+
+class Gated(nn.Module):
+    """A skip, squeeze and excitation, and joined channels behind a trunk of output stride 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.gate, self.out = trunk(), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk[:-1](x)
+        x = x + x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.out(torch.cat((x, x.relu()), 1))
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +314,64 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
 
 
+# -- engines -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runtime", "package", "dtype"),
+    [
+        ("onnx", "onnxruntime", "float32"),
+        ("openvino", "openvino", "int8"),
+        ("aoti", "torch", "float32"),
+    ],
+)
+def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtype: str) -> None:
+    pytest.importorskip(package)
+    options = {"size": SIZE, "rounds": 1, "runtime": runtime, "dtype": dtype}
+    found = bench(trunk(), fractions=[0.5], fill=["linear"], **options)
+    assert package in found.setting.versions and found.to_dict()["runtime"] == runtime
+    assert f"runtime {runtime}" in str(found.setting)
+    assert all(side.milliseconds > 0 for side in (found.networks[0].high, *found.networks[0].rows))
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None:
+    model, image = Gated().eval(), torch.randn(1, 3, *SIZE)
+    net = cs.adaptify(model, outputs="native" if level else "fine", verify_laws=False)
+    program = dense_program(net, level, image)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    used, aten = Counter(node.target for node in nodes), torch.ops.aten
+    assert used[aten.convolution.default] == 7
+    assert not {aten.index_select.default, aten.index.Tensor, aten.mm.default} & used.keys()
+    orders = [node.args[1] for node in nodes if node.target is aten.permute.default]
+    assert all(order == sorted(order) for order in orders)
+    with torch.no_grad():
+        assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
+
+
+def test_a_file_that_differs_is_not_measured(tmp_path: Path) -> None:
+    class Wrong(Engine):
+        format = "onnx"
+
+        def __init__(self, path: Path, threads: int = 0) -> None: ...
+
+        def __call__(self, *inputs: Tensor) -> list[Tensor]:
+            return [torch.zeros(1, 4, 8, 12)]
+
+    pytest.importorskip("onnxscript")
+    image, net = torch.randn(1, 3, *SIZE), cs.adaptify(trunk(), verify_laws=False)
+    with pytest.raises(cs.CannotConvert, match="differs from the network"):
+        write_dense(net, 0, image, tmp_path / "net.onnx", Wrong)
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(cs.CadError, match="openvino") as caught:
+        bench(trunk(), size=SIZE, runtime="openvino")
+    assert "cadsurgery[export]" in caught.value.next
+
+
 # -- options -------------------------------------------------------------------------------------------
 
 
@@ -390,6 +464,12 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"fractions": [0.5, 1.5]}, cs.InvalidInput, "1.5", "0 to 1"),
     ({"fractions": [float("nan")]}, cs.InvalidInput, "nan", "0 to 1"),
     ({"dtype": "float23"}, cs.UnknownName, "float23", "float32"),
+    ({"runtime": "tflite"}, cs.UnknownName, "tflite", "openvino"),
+    ({"runtime": "onnx", "dtype": "bfloat16"}, cs.InvalidInput, "dtype=bfloat16", "in torch"),
+    ({"dtype": "int8"}, cs.InvalidInput, "int8", "openvino"),
+    ({"runtime": "aoti", "dtype": "int8"}, cs.InvalidInput, "dtype=int8", "in torch"),
+    ({"runtime": "onnx", "memory": True}, cs.InvalidInput, "memory=True", "in torch"),
+    ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
     ({"device": "abacus"}, cs.InvalidInput, "abacus", "cpu"),
     ({"mask": "edgs"}, cs.UnknownName, "edgs", "edges"),
     ({"networks": "resnt18"}, cs.UnknownName, "resnt18", "resnet18"),

@@ -173,6 +173,14 @@ def test_the_level_map_is_an_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_file_is_the_network_in_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    model = net("edges | budget:fraction=0.3")
+    report = cs.export(model, picture(2, 72, 104), tmp_path / "net.onnx", check_in="openvino")
+    assert report.difference < 1e-4
+
+
+@pytest.mark.slow
 def test_a_static_file_of_a_budget(tmp_path: Path) -> None:
     model, path = net("edges | budget:fraction=0.3"), tmp_path / "net.onnx"
     report = cs.export(model, picture(2, 72, 104), path)
@@ -262,6 +270,8 @@ def test_refusals_name_the_way_round_and_leave_nothing(
         cs.export(budget, image, path, to="aoti")
     with pytest.raises(cs.InvalidInput, match="no format"):
         cs.export(budget, image, path, to="tflite")  # type: ignore[arg-type]
+    with pytest.raises(cs.UnknownName, match="tvm"):
+        cs.export(budget, image, path, check_in="tvm")
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "onnxruntime", None)
         with pytest.raises(cs.CadError, match=r"cadsurgery\[export\]"):

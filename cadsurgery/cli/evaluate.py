@@ -13,7 +13,7 @@ from cadsurgery.tasks.options import Benchmark, Conversion
 commands = typer.Typer()
 MEASURED = (
     *("size", "batch", "output_stride", "region", "patch"),
-    *("dtype", "device", "threads", "rounds", "memory"),
+    *("dtype", "device", "threads", "rounds", "memory", "runtime"),
 )
 
 

@@ -181,8 +181,8 @@ def read_points(lattice: Lattice, points: Tensor, inside: Tensor | None = None) 
     return _with_halo(lattice, table, has_outside)
 
 
-# Stands for the padding row while its number is not known.
-_OUTSIDE = 2**31 - 1
+# Stands for the padding row while its number is not known; float32 has it, through which OpenVINO pads integers.
+_OUTSIDE = 2**30
 
 
 def _number(value: int, like: Tensor) -> Tensor:

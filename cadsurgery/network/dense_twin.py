@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cadsurgery.elements.lattice import Lattice
@@ -29,9 +30,14 @@ def dense_twin(net: AdaptiveModel, level: int, image: Tensor) -> Callable[[Tenso
     Returns:
         A function of such a batch.
     """
+    if net.hosts_part:
+        return partial(net.optimize(fuse=False), mask="all" if level == 0 else "none")
+    return record(net, level, image)
+
+
+def record(net: AdaptiveModel, level: int, image: Tensor, in_place: bool = True) -> GraphModule:
+    """The recorded graph of a twin; without operations in place if asked."""
     folded = net.optimize(fuse=False)
-    if folded.hosts_part:
-        return partial(folded, mask="all" if level == 0 else "none")
     program, known = folded.program, list[Lattice]()
 
     def uniform(_: Tensor, features: Tensor) -> Lattice:
@@ -44,7 +50,7 @@ def dense_twin(net: AdaptiveModel, level: int, image: Tensor) -> Callable[[Tenso
 
     with torch.no_grad():
         folded.run(uniform, image)  # an image that does not fit is refused here
-        recorded = make_fx(run)(image)
+        recorded = make_fx(run if in_place else torch.func.functionalize(run))(image)
     recorded.graph.eliminate_dead_code()
     recorded.recompile()
     return recorded

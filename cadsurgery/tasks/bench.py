@@ -16,9 +16,11 @@ import ast
 import contextlib
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,14 @@ from cadsurgery.elements.backends import costs
 from cadsurgery.masks import Budget, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.export import check_mask, export
+from cadsurgery.network.export.dense import write_dense
+from cadsurgery.network.export.engines import ENGINES, import_package
+from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, UnknownName
-from cadsurgery.support.files import append_lines
+from cadsurgery.support.files import append_lines, make_folder
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.support.timing import Timing, interleaved
@@ -46,6 +52,8 @@ FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
 HIGH, LOW = "dense high", "dense low"
+TORCH = "torch"  # the runtime that needs no files
+INT8 = "int8"  # of files alone
 
 
 def bench(
@@ -70,14 +78,15 @@ def bench(
         output: JSON Lines to append the rows of each network to as soon as it is done.
         step: called with what is being done.
         options: further ones of `adaptify`, and what networks are run on: `size`, height and width of the generated
-            street scenes, their number `batch`, `dtype` and `device`, `threads` of torch, `rounds` that count, and
-            `memory`: whether to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
+            street scenes, their number `batch`, `dtype` and `device`, `threads`, `rounds` that count, `runtime`: the
+            engine, and `memory`: whether to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
 
     Raises:
         InvalidInput: an impossible option.
         UnknownName: an unknown network, mask or dtype.
-        CannotConvert: a network has nothing to make adaptive.
+        CannotConvert: a network has nothing to make adaptive, or the engine does not take it.
         FileError: a file cannot be written.
+        CadError: the engine is not installed.
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
     setup = Benchmark(**options)
@@ -92,8 +101,8 @@ def bench(
     done: list[NetworkBench] = []
     budgets = list(dict.fromkeys(map(float, fractions)))
     for network in listed:
-        with _threads(setup.threads):
-            entries = _compare(network, mask, budgets, setup, fill, step)
+        with _threads(setup.threads), tempfile.TemporaryDirectory() as folder:
+            entries = _compare(network, mask, budgets, setup, fill, step, Path(folder))
         if output is not None:
             provenance = {**setting.to_dict(), "costs": costs.record()["digest"]}
             rows = [{**provenance, **row} for entry in entries for row in entry.lines()]
@@ -117,8 +126,9 @@ def _compare(
     setup: Benchmark,
     fills: Sequence[str],
     step: Step,
+    folder: Path,
 ) -> list[NetworkBench]:
-    """One interleaved run of a network with every fill, and what it says."""
+    """One interleaved run of a network with every fill, and what it says; files of an engine are made in a folder."""
     name = _name(network)
     nets: dict[str, AdaptiveModel] = {}
     sides: dict[str, Callable[[], object]] = {}
@@ -126,9 +136,11 @@ def _compare(
     for fill in dict.fromkeys(fills):
         step(f"converting {name}, fill {fill}")
         nets[fill], image, weights = _convert(network, mask, replace(setup, fill=fill))
-        for key, run in _sides(nets[fill], image, mask, fill, fractions).items():
-            if key not in sides:  # uniform maps are read without filling: one pair of twins serves all
-                sides[key], fill_of[key] = partial(run, image), fill
+        make: Callable[..., dict[str, Callable[[Tensor], object]]] = _sides
+        if setup.runtime != TORCH:
+            make = partial(_files, setup=setup, folder=folder, step=step)
+        for key, run in make(nets[fill], image, mask, fill, fractions, has_twins=bool(sides)).items():
+            sides[key], fill_of[key] = partial(run, image), fill
     step(f"counting the multiply-accumulates of {name}")
     counts = {
         _key(fill, fraction): net.macs(image, mask=Budget(mask, fraction))
@@ -208,20 +220,64 @@ def _convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[
     model, source = original(network, "none")
     options: dict[str, Any] = {one.name: getattr(setup, one.name) for one in fields(Conversion)}
     net = adaptify(model, mask, **options, verify_laws=False)
-    where: dict[str, Any] = {"device": find_device(setup.device), "dtype": DTYPES[setup.dtype]}
+    where: dict[str, Any] = {
+        "device": find_device(setup.device),
+        "dtype": DTYPES.get(setup.dtype, torch.float32),
+    }
     scenes = [example_batch(source, None, setup.size, seed) for seed in range(setup.batch)]
-    image = torch.cat(scenes).to(**where).contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if setup.runtime == TORCH else torch.contiguous_format
+    image = torch.cat(scenes).to(**where).contiguous(memory_format=layout)
     return net.eval().to(**where), image, source.note if isinstance(network, str) else "its own weights"
 
 
 def _sides(
-    net: AdaptiveModel, image: Tensor, mask: object, fill: str, fractions: Sequence[float]
+    net: AdaptiveModel,
+    image: Tensor,
+    mask: object,
+    fill: str,
+    fractions: Sequence[float],
+    has_twins: bool = False,
 ) -> dict[str, Callable[[Tensor], object]]:
-    """What is compared, by key, each a call on images: the dense twins, and the network under each budget."""
-    fast, lowest = net.optimize(), net.geometry.max_level
-    twins = {HIGH: dense_twin(net, 0, image), LOW: dense_twin(net, lowest, image)}
+    """What is compared, by key, each a call on images: the dense twins, and the network under each budget.
+
+    Uniform maps are read without filling: where there are twins already, of another fill, they serve all.
+    """
+    fast, levels = net.optimize(), {} if has_twins else {HIGH: 0, LOW: net.geometry.max_level}
+    twins = {key: dense_twin(net, level, image) for key, level in levels.items()}
     budgets = {_key(fill, fraction): Budget(mask, fraction) for fraction in fractions}
     return {**twins, **{key: partial(fast, mask=budget) for key, budget in budgets.items()}}
+
+
+def _files(
+    net: AdaptiveModel,
+    image: Tensor,
+    mask: object,
+    fill: str,
+    fractions: Sequence[float],
+    has_twins: bool,
+    setup: Benchmark,
+    folder: Path,
+    step: Step,
+) -> dict[str, Callable[[Tensor], object]]:
+    """The same as files in an engine, each compared with the network before it is measured; see `_sides`."""
+    engine, name = ENGINES[setup.runtime], "net.pt2" if setup.runtime == "aoti" else "net.onnx"
+    levels = {} if has_twins else {HIGH: 0, LOW: net.geometry.max_level}
+    budgets = {_key(fill, fraction): Budget(mask, fraction) for fraction in fractions}
+    sides: dict[str, Callable[[Tensor], object]] = {}
+    for key in (*levels, *budgets):
+        step(f"exporting {key}")
+        path = make_folder(folder / key) / name
+        if key in levels:
+            write_dense(net, levels[key], image, path, engine)
+            if setup.dtype == INT8:
+                to_8_bits(path, engine, [(image,)])
+        else:
+            net.mask = budgets[key]
+            check_in = setup.runtime if engine.format == "onnx" else "onnx"
+            calibration = image if setup.dtype == INT8 else None
+            export(net, image, path, to=engine.format, check_in=check_in, int8=calibration)
+        sides[key] = engine(path, setup.threads)
+    return sides
 
 
 def _key(fill: str, fraction: float) -> str:
@@ -243,9 +299,13 @@ def _setting(mask: object, setup: Benchmark) -> BenchSetting:
     device = find_device(setup.device)
     provenance = describe_run(device)
     versions = {**provenance["versions"], "python": platform.python_version()}
+    if setup.runtime != TORCH:
+        package = ENGINES[setup.runtime].package
+        versions[package] = version(package)
     return BenchSetting(
         mask=f"{resolve_mask(mask).spec()} | budget",
         image=(setup.batch, 3, *setup.size),
+        runtime=setup.runtime,
         dtype=setup.dtype,
         threads=setup.threads,
         rounds=setup.rounds,
@@ -271,8 +331,14 @@ def _check(
             f"the fractions are {', '.join(f'{fraction:g}' for fraction in fractions) or 'none'}.",
             next="give shares of the patches from 0 to 1, e.g. 1,0.5,0.25,0.",
         )
-    if setup.dtype not in DTYPES:
-        raise UnknownName("dtype", setup.dtype, DTYPES)
+    if setup.dtype not in (*DTYPES, INT8):
+        raise UnknownName("dtype", setup.dtype, (*DTYPES, INT8))
+    if setup.runtime == TORCH and setup.dtype == INT8:
+        raise InvalidInput(
+            "torch does not run files in int8.", next="measure them in onnx or openvino: runtime."
+        )
+    if setup.runtime != TORCH:
+        _check_engine(mask, setup)
     if min(setup.batch, setup.threads, setup.rounds, *setup.size) < 1:
         height, width = setup.size
         raise InvalidInput(
@@ -295,6 +361,22 @@ def _check(
             why="each side runs in a process of its own, which builds it anew.",
             next='give names, e.g. "resnet50" or "module:function", and a mask such as "edges".',
         )
+
+
+def _check_engine(mask: object, setup: Benchmark) -> None:
+    """Refuse what does not go into files of an engine."""
+    if setup.runtime not in ENGINES:
+        raise UnknownName("runtime", setup.runtime, (TORCH, *ENGINES))
+    dtypes = ("float32", INT8) if ENGINES[setup.runtime].format == "onnx" else ("float32",)
+    plain = {"dtype": setup.dtype in dtypes, "device": setup.device == "cpu", "memory": not setup.memory}
+    if unable := [f"{name}={getattr(setup, name)}" for name, is_plain in plain.items() if not is_plain]:
+        raise InvalidInput(
+            f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
+            why="engines are timed on the CPU in float32, ONNX in int8, too.",
+            next="leave that out, or measure it in torch.",
+        )
+    import_package(ENGINES[setup.runtime].package)
+    check_mask(Budget(mask, 0.5), ENGINES[setup.runtime].format, dynamic=False, level_map=False)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,7 @@ class BenchSetting:
     versions: dict[str, str]
     commit: str
     date: str
+    runtime: str = "torch"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; without the commit if there is none."""
@@ -154,8 +155,8 @@ class BenchSetting:
         commit = f", commit {self.commit}" if self.commit else ""
         return (
             f"{self.image[0]} image{'s' * (self.image[0] > 1)} of {size}, {self.dtype}, mask {self.mask}, best and "
-            f"median of {self.rounds} interleaved rounds\n{self.device}, {self.threads} threads; {numbers}{commit}; "
-            f"{self.date}"
+            f"median of {self.rounds} interleaved rounds, runtime {self.runtime}\n{self.device}, {self.threads} "
+            f"threads; {numbers}{commit}; {self.date}"
         )
 
 

@@ -124,7 +124,8 @@ class Uniform(Backend):
             return spread_of(work.reads) is not None
         if isinstance(work, Pooling):
             return work.largest and _dense(work.reads) is not None
-        return not (work.is_product and work.is_inference) and _dense(work.reads) is not None
+        has_packed = work.is_product and work.is_inference and not is_observed()
+        return not has_packed and _dense(work.reads) is not None
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""

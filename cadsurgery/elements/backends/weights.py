@@ -54,6 +54,8 @@ class Activation:
 
     def apply_(self, values: Tensor) -> Tensor:
         """In place."""
+        if self.name == "relu":
+            return torch.relu_(values)  # which other engines take along in a product, unlike a clamp
         if self.bounds is not None:
             return values.clamp_(*self.bounds)
         if self.name == "gelu":

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,14 @@ from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
+from cadsurgery.network.export.engines import Engine, import_package
+from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
+from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
-from cadsurgery.support.errors import CadError, CannotConvert, describe_error, import_optional
+from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.provenance import versions
 
 # In half precision, and how many patches rounding may make a mask choose otherwise.
@@ -46,14 +46,16 @@ def write(
     dynamic: bool,
     level_map: bool,
     float16: bool,
+    engine: type[Engine],
+    int8: Sequence[Tensor] = (),
 ) -> Written:
     """An ONNX file; what was compared, and the shape of its image, None where it may be any. See `export`.
 
     Raises:
         CannotConvert: torch or ONNX cannot follow the network or its mask, or the file gives something else.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        import_optional(package, f"writing this file needs {package}.", "pip install 'cadsurgery[export]'")
+    for package in ("onnx", "onnxscript", engine.package):
+        import_package(package)
     graph = Exportable(net, float16)
     example = _cut_awkwardly(net, image) if dynamic else image
     names = output_names(net(example))
@@ -61,24 +63,15 @@ def write(
     program, free = follow(graph, inputs, dynamic)
     shape = tuple(None if axis in free else length for axis, length in enumerate(image.shape))
     outputs = (*names, "levels")
-    with _quietly():
-        try:
-            from cadsurgery.network.export.translate import TABLE
+    from cadsurgery.network.export.translate import TABLE
 
-            model: Any = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                custom_translation_table=TABLE,
-                input_names=("image", "level_map")[: len(inputs)],
-                output_names=outputs,
-            )
-        except Exception as error:
-            raise CannotConvert(
-                "torch's exporter has no ONNX for the network or its mask.",
-                why=_cause(error),
-                next=f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
-            ) from error
+    model = translate(
+        program,
+        f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
+        custom_translation_table=TABLE,
+        input_names=("image", "level_map")[: len(inputs)],
+        output_names=outputs,
+    )
     model.model.metadata_props.update(_metadata(net, dynamic))
     _name_axes(model.model, free)
     weights = (one.const_value for one in model.model.graph.initializers.values())
@@ -90,10 +83,37 @@ def write(
     if dynamic:
         batches = [*batches[:1], *_of_other_sizes(net, image)]
     tolerance = TOLERANCE_OF_HALVES if float16 else TOLERANCE
-    run = Session(path)
+    run = engine(path)
     largest = check_difference((_compare(net, run, batch, level_map) for batch in batches), tolerance)
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    return Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs), shape
+    compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
+    if int8:
+        calls = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
+        compared = replace(compared, fidelity=to_8_bits(path, engine, *calls))
+    return compared, shape
+
+
+def _inputs(net: AdaptiveModel, image: Tensor, level_map: bool) -> tuple[Tensor, ...]:
+    """What a file is called with for an image batch."""
+    if not level_map:
+        return (image,)
+    net(image)
+    return image, net.levels.long()
+
+
+def translate(program: torch.export.ExportedProgram, next: str, **options: Any) -> Any:
+    """A program as ONNX.
+
+    Raises:
+        CannotConvert: torch's exporter cannot write it; `next` is what to do then.
+    """
+    with quietly():
+        try:
+            return torch.onnx.export(program, dynamo=True, verbose=False, **options)
+        except Exception as error:
+            raise CannotConvert(
+                "torch's exporter has no ONNX for the network or its mask.", why=_cause(error), next=next
+            ) from error
 
 
 class Exportable(nn.Module):
@@ -174,7 +194,7 @@ def follow(
     for given, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
-            with portable(), torch.no_grad(), _quietly():
+            with portable(), torch.no_grad(), quietly():
                 program = torch.export.export(
                     graph,
                     given,
@@ -219,38 +239,7 @@ def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
     return part
 
 
-class Session:
-    """An ONNX file in ONNX Runtime on the CPU: a function of tensors."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it.
-
-        Raises:
-            CannotConvert: ONNX Runtime does not take it.
-        """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise CannotConvert(
-                "ONNX Runtime does not take the file.",
-                why=describe_error(error),
-                next="report it with the name of the network and the version of onnxruntime.",
-            ) from error
-
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Its outputs in order."""
-        names = [one.name for one in self.session.get_inputs()]
-        values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(value) for value in self.session.run(None, values)]
-
-
-def _compare(net: AdaptiveModel, run: Session, image: Tensor, level_map: bool) -> float:
+def _compare(net: AdaptiveModel, run: Engine, image: Tensor, level_map: bool) -> float:
     """Largest difference on a batch; where rounding made the mask choose other patches, at the file's level map.
 
     Raises:
@@ -333,17 +322,3 @@ def _way_round(net: AdaptiveModel, level_map: bool) -> str:
         if level_map
         else f" If it is mask {net.mask.spec()}, give the level map as an input: level_map=True."
     )
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the notes of torch's exporter, which are about its own code, and without further assertions on sizes,
-    which can take longer than all else."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with torch._dynamo.config.patch(do_not_emit_runtime_asserts=True), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

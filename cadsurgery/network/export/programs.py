@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
@@ -40,26 +40,34 @@ def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path:
     Raises:
         CannotConvert: torch.export cannot follow the network, it cannot be compiled, or gives something else.
     """
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
-
-    program = follow(net, image)
     about = {
         "cadsurgery.image": "x".join(map(str, image.shape)),
         "cadsurgery.outputs": ",".join(output_names(net(image))),
     }
+    compile_program(follow(net, image), path, about)
+    return _compare(net, torch._inductor.aoti_load_package(str(path)), image, other)
+
+
+def compile_program(
+    program: torch.export.ExportedProgram, path: Path, about: dict[str, str] | None = None
+) -> None:
+    """Write a package of AOTInductor for this machine; `about` is its metadata.
+
+    Raises:
+        CannotConvert: it cannot be compiled.
+    """
+    configs = {"aot_inductor.metadata": about or {}}
     try:
-        configs = {"aot_inductor.metadata": about}
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     except Exception as error:
         raise CannotConvert(
             "AOTInductor cannot compile the network.",
             why=describe_error(error),
             next="check that a C++ compiler is installed (CXX), or write a program instead: to='pt2'.",
         ) from error
-    return _compare(net, aoti_load_package(str(path)), image, other)
 
 
-def follow(net: AdaptiveModel, image: Tensor) -> torch.export.ExportedProgram:
+def follow(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
     """The network as a program of torch's operations.
 
     Raises:

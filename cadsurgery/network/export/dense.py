@@ -1,0 +1,167 @@
+"""Dense twins as anyone would write them: maps (B, C, H, W) throughout, nothing of this package in the graph.
+
+Where all cells have one level a network's rows are a map, and what is done to them is recorded in operations of torch;
+but the rows become a map for every convolution, and rows again. Torch takes such views for nothing. Other engines
+transpose each time, a tenth of a ResNet's time in ONNX Runtime, which would flatter the adaptive network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cadsurgery.elements.backends.portable import portable
+from cadsurgery.network.dense_twin import dense_twin, record
+from cadsurgery.network.export.compare import check_difference, difference
+from cadsurgery.network.export.engines import Engine
+from cadsurgery.network.export.onnx import translate
+from cadsurgery.network.export.programs import compile_program, follow
+from cadsurgery.network.model import AdaptiveModel
+
+_ATEN = torch.ops.aten
+_LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # channels of a map last, and first again
+_SAME_VALUES = (_ATEN.view.default, _ATEN.reshape.default, _ATEN.clone.default, _ATEN.alias.default)
+
+
+def write_dense(net: AdaptiveModel, level: int, image: Tensor, path: Path, engine: type[Engine]) -> None:
+    """Write the dense network that a uniform level map is (see `dense_twin`) for an engine, as its users would write
+    such a network.
+
+    Args:
+        net: converted.
+        level: everywhere.
+        image: batch (B, C, H, W) of the size it is for; the file must give for it what the network gives.
+        path: file to write.
+        engine: it is for.
+
+    Raises:
+        CannotConvert: torch cannot follow or compile it, or the file gives something else.
+        CadError: a package that is needed is not installed.
+    """
+    program = dense_program(net, level, image)
+    if engine.format == "aoti":
+        compile_program(program, path)
+    else:
+        translate(program, "measure it in torch.").save(path)
+    expected = tree_leaves(dense_twin(net, level, image)(image))
+    check_difference([difference(engine(path)(image), expected)])
+
+
+def dense_program(net: AdaptiveModel, level: int, image: Tensor) -> torch.export.ExportedProgram:
+    """That network as a program of torch's operations.
+
+    Raises:
+        CannotConvert: torch.export cannot follow it.
+    """
+    with portable():
+        twin = record(net, level, image, in_place=False)
+    stay_on_maps(twin)
+    return follow(twin, image)
+
+
+def stay_on_maps(module: fx.GraphModule) -> None:
+    """Compute on maps what a recorded graph computes on their rows, where that is the same: what acts on each value
+    alone or on the channels of each place, and means over an image."""
+    maps = _Maps(module)
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.all_input_nodes:
+            with module.graph.inserting_before(node):
+                maps.visit(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+class _Maps:
+    """The map (B, C, H, W) that nodes hold the values of, the channels last, in any shape (..., C)."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.graph = module.graph
+        self.of: dict[fx.Node, fx.Node] = {}
+        self.constants = {
+            node: attrgetter(node.target)(module) for node in module.graph.nodes if node.op == "get_attr"
+        }
+
+    def visit(self, node: fx.Node) -> None:
+        """Note the map that a node holds, or put an operation on maps in its place."""
+        first, target = node.all_input_nodes[0], node.target
+        if all(one in self.constants for one in node.all_input_nodes):
+            arguments, keywords = _exchange(node, self.constants)
+            self.constants[node] = target(*arguments, **keywords)  # type: ignore[operator]
+        elif target is _ATEN.permute.default and node.args[1] == _LAST:
+            self.of[node] = first
+        elif target is _ATEN.permute.default and node.args[1] == _FIRST and first in self.of:
+            if _shape(node) == _shape(self.of[first]):
+                node.replace_all_uses_with(self.of[first])
+        elif target is _ATEN.mm.default and (rows := node.all_input_nodes[-1]) in self.of:
+            self._visit_product(node, self.of[rows])
+        elif first in self.of and (target in _SAME_VALUES or _takes_all(node, first)):
+            if _shape(node)[-1] == _shape(self.of[first])[1]:
+                self.of[node] = self.of[first]
+        elif target is _ATEN.cat.default:
+            self._visit_joint(node)
+        elif torch.Tag.pointwise in getattr(target, "tags", ()):
+            self._visit_pointwise(node)
+
+    def _visit_product(self, node: fx.Node, whole: fx.Node) -> None:
+        """Of shares (B, B H W) that are equal among the rows of each image, with these: a mean."""
+        shares, (batch, _, height, width) = self.constants.get(node.all_input_nodes[0]), _shape(whole)
+        equal = torch.eye(batch).repeat_interleave(height * width, 1) / (height * width)
+        if (
+            shares is not None
+            and shares.shape == equal.shape
+            and torch.allclose(shares.to(equal), equal, atol=0)
+        ):
+            node.replace_all_uses_with(self.graph.call_function(_ATEN.mean.dim, (whole, [2, 3])))
+
+    def _visit_pointwise(self, node: fx.Node) -> None:
+        """Of a map's rows, and numbers for all, for each channel, or for each channel of the only image."""
+        shape, wide = _shape(node), {}
+        rows = [one for one in node.all_input_nodes if one in self.of and _shape(one) == shape]
+        for one in node.all_input_nodes:
+            vector = one.args[0] if one.target is _ATEN.expand.default else one
+            if one in rows:
+                wide[one] = self.of[one]
+            elif _shape(vector) in (shape[-1:], (1, *shape[-1:])):
+                wide[one] = self.graph.call_function(_ATEN.view.default, (vector, [-1, 1, 1]))
+            elif _shape(one) not in ((), (1,)):
+                return
+        if len({_shape(wide[one]) for one in rows}) == 1:
+            self.of[node] = self._call(node, wide, _shape(wide[rows[0]]))
+
+    def _visit_joint(self, node: fx.Node) -> None:
+        """The channels of several maps side by side."""
+        parts = [self.of.get(part) for part in node.all_input_nodes]
+        shapes = {(_shape(part)[:1], _shape(part)[2:]) for part in parts}
+        if None not in parts and len(shapes) == 1 and node.args[1] == len(_shape(node)) - 1:
+            first = _shape(parts[0])
+            wide = self.graph.call_function(_ATEN.cat.default, (parts, 1))
+            wide.meta["val"] = torch.empty(first[0], _shape(node)[-1], *first[2:], device="meta")
+            self.of[node] = wide
+
+    def _call(self, node: fx.Node, operands: dict[fx.Node, fx.Node], shape: tuple[int, ...]) -> fx.Node:
+        """The operation of a node on other operands."""
+        result = self.graph.call_function(node.target, *_exchange(node, operands))  # type: ignore[arg-type]
+        result.meta["val"] = torch.empty(shape, device="meta")
+        return result
+
+
+def _exchange(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
+    """The arguments of a node with other values in place of some."""
+    return tree_map(
+        lambda one: values.get(one, one) if isinstance(one, fx.Node) else one, (node.args, dict(node.kwargs))
+    )
+
+
+def _takes_all(node: fx.Node, first: fx.Node) -> bool:
+    return node.target is _ATEN.slice.Tensor and _shape(node) == _shape(first)
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
