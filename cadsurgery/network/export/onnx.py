@@ -211,7 +211,7 @@ def follow(
     raise CannotConvert(
         "torch.export cannot follow the network or its mask.",
         why=describe_error(refusal) if refusal is not None else "",
-        next="write a file for one size with a budget, or for a given level map: level_map=True.",
+        next="write a file for one size, without dynamic=True; or with the level map as an input, level_map=True.",
     ) from refusal
 
 
