@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.elements.backends.portable import portable
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.model import AdaptiveModel
@@ -37,7 +38,11 @@ def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path:
     Raises:
         CannotConvert: torch.export cannot follow the network, it cannot be compiled, or gives something else.
     """
-    compile_program(follow(net, image), path)
+    with (
+        portable()
+    ):  # products of rows, which it compiles itself; convolutions it would call, and copy rows for
+        program = follow(net.optimize(), image)
+    compile_program(program, path)
     return _compare(net, torch._inductor.aoti_load_package(str(path)), image, other)
 
 
