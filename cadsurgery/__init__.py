@@ -38,6 +38,7 @@ _NAMES = {
     "network.model": ("AdaptiveModel",),
     "network.points": ("macs_at", "read_at"),
     "network.stem": ("CachedStem", "body_of", "stem_outputs"),
+    "network.publish": ("push_to_hub",),
     "network.storage": ("load", "save"),
     "tasks.segmentation.evaluation": ("evaluate",),
     "tasks.segmentation.metrics": ("SegmentationMetrics",),
@@ -52,7 +53,7 @@ __all__ += ["Elements", "Geometry", "Lattice", "Window", "operation"]
 __all__ += ["Budget", "MaskProvider", "MaskWrapper", "list_masks", "mask_provider"]
 __all__ += ["Call", "Plan", "Treatment", "rule"]
 __all__ += ["AdaptiveModel", "Bucketed", "CachedStem", "adaptify", "body_of", "export", "load", "macs_at"]
-__all__ += ["plan", "read_at", "save", "stem_outputs"]
+__all__ += ["plan", "push_to_hub", "read_at", "save", "stem_outputs"]
 __all__ += ["EvaluationReport", "SegmentationMetrics", "evaluate"]
 
 # Rooms that users know by their own names.
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from cadsurgery.network.export import export
     from cadsurgery.network.model import AdaptiveModel
     from cadsurgery.network.points import macs_at, read_at
+    from cadsurgery.network.publish import push_to_hub
     from cadsurgery.network.stem import CachedStem, body_of, stem_outputs
     from cadsurgery.network.storage import load, save
     from cadsurgery.support.errors import (

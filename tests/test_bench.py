@@ -319,11 +319,17 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("runtime", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino"), ("aoti", "torch")]
+    ("runtime", "package", "dtype"),
+    [
+        ("onnx", "onnxruntime", "float32"),
+        ("openvino", "openvino", "int8"),
+        ("aoti", "torch", "float32"),
+    ],
 )
-def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str) -> None:
+def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtype: str) -> None:
     pytest.importorskip(package)
-    found = bench(trunk(), fractions=[0.5], fill=["linear"], size=SIZE, rounds=1, runtime=runtime)
+    options = {"size": SIZE, "rounds": 1, "runtime": runtime, "dtype": dtype}
+    found = bench(trunk(), fractions=[0.5], fill=["linear"], **options)
     assert package in found.setting.versions and found.to_dict()["runtime"] == runtime
     assert f"runtime {runtime}" in str(found.setting)
     assert all(side.milliseconds > 0 for side in (found.networks[0].high, *found.networks[0].rows))
@@ -460,6 +466,8 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"dtype": "float23"}, cs.UnknownName, "float23", "float32"),
     ({"runtime": "tflite"}, cs.UnknownName, "tflite", "openvino"),
     ({"runtime": "onnx", "dtype": "bfloat16"}, cs.InvalidInput, "dtype=bfloat16", "in torch"),
+    ({"dtype": "int8"}, cs.InvalidInput, "int8", "openvino"),
+    ({"runtime": "aoti", "dtype": "int8"}, cs.InvalidInput, "dtype=int8", "in torch"),
     ({"runtime": "onnx", "memory": True}, cs.InvalidInput, "memory=True", "in torch"),
     ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
     ({"device": "abacus"}, cs.InvalidInput, "abacus", "cpu"),

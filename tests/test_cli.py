@@ -25,7 +25,7 @@ from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 
 SIZE = (96, 128)
 COMMANDS = (
-    *("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "finetune", "list"),
+    *("convert", "plan", "mask", "run", "macs", "bench", "eval", "export", "finetune", "list", "push"),
     *("keypoints extract", "keypoints eval"),
 )
 NETWORKS = '''

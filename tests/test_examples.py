@@ -6,17 +6,27 @@ import ast
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
+from conftest import assert_same, randomise
 from nbclient import NotebookClient
+from PIL import Image
+from test_export import Small, picture
+from torch import nn
 
 import cadsurgery as cs
+from cadsurgery.data.images import normalise, read_image, street_scene
+from cadsurgery.data.networks import Source
 
 ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "examples" / "deploy"
 NEEDS_NO_DATA = "d2net_vgg"
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*/recipe.py") if path.parent.name != NEEDS_NO_DATA)
 CAMVID_RECIPE = ROOT / "recipes" / "camvid_mobilenetv2" / "recipe.py"
@@ -51,6 +61,70 @@ def test_names_that_a_notebook_uses_exist(path: Path) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cs"
     }
     assert {"adaptify"} <= used <= {*dir(cs)}
+
+
+def small_network(mask: str) -> cs.AdaptiveModel:
+    """Several classes in an image, whose mean and standard deviation are its own; random weights."""
+    model = randomise(Small())
+    nn.init.normal_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    model.cad_source = Source("small", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))  # type: ignore[assignment]
+    return cs.adaptify(model, mask, verify_laws=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dynamic", [True, False], ids=["dynamic", "static"])
+def test_the_classes_of_an_image_by_onnx_runtime_alone(tmp_path: Path, is_dynamic: bool) -> None:
+    pytest.importorskip("onnxruntime")
+    photo, height, width = tmp_path / "photo.png", 72, 104
+    scene = street_scene(*((131, 97) if is_dynamic else (height, width)))
+    Image.fromarray((255 * scene).byte().permute(1, 2, 0).numpy()).save(photo)
+    net = small_network("edges" if is_dynamic else "edges | budget:fraction=0.3")
+    cs.export(net, picture(1, height, width), tmp_path / "net.onnx", dynamic=is_dynamic)
+    files = (tmp_path / "net.onnx", photo, tmp_path / "classes.png")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-X", "importtime", str(DEPLOY / "segment.py"), *map(str, files)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "at high resolution" in done.stdout, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "numpy" in imported and not {"torch", "cadsurgery"} & imported
+    with torch.no_grad():
+        expected = net(normalise(read_image(photo), net.source)[None])["out"].argmax(1)[0]
+    classes = torch.from_numpy(np.array(Image.open(files[2]))).long()
+    assert classes.shape == expected.shape and len(expected.unique()) > 1
+    assert (classes != expected).float().mean() < 1e-3  # two classes that are equal to rounding
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="no cmake or no compiler")
+def test_a_package_runs_without_python(tmp_path: Path) -> None:
+    net, image = small_network("edges | budget:fraction=0.3"), picture(2, 72, 104)
+    cs.export(net, image, tmp_path / "net.pt2", to="aoti")
+    np.save(tmp_path / "image.npy", image.flip(3).numpy())
+    build, torch_folder = tmp_path / "build", Path(torch.__file__).parent
+    subprocess.run(["cmake", "-S", DEPLOY, "-B", build, f"-DTORCH={torch_folder}"], check=True)
+    subprocess.run(["cmake", "--build", build], check=True)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([build / "run", *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("net.pt2", "image.npy", "output")
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = net(image.flip(3))["out"]
+    assert_same(torch.from_numpy(np.load(tmp_path / "output_out.npy")), expected, 1e-4)
+    np.save(tmp_path / "double.npy", image.double().numpy())
+    np.save(tmp_path / "more.npy", torch.cat((image, image)).numpy())
+    (tmp_path / "short.npy").write_bytes((tmp_path / "image.npy").read_bytes()[:-1])
+    for file, said in (
+        ("double.npy", "float32"),
+        ("more.npy", "takes 2x3x72x104, not 4x3x72x104"),
+        ("short.npy", "ends early"),
+        ("net.pt2", "no .npy file"),
+    ):
+        refused = run("net.pt2", file, "output")
+        assert refused.returncode == 1 and said in refused.stderr
+    assert run().returncode == 2
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.network.export.compare import check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
+from cadsurgery.tasks.corpus import CHECKOUT, subject
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -199,6 +200,20 @@ def test_a_static_file_of_a_fixed_map(tmp_path: Path) -> None:
         output = File(path)(image)
         assert_same(output["out"], model(image)["out"], 1e-4)
     assert torch.equal(output["levels"], model.levels) and 0 < model.active_fraction < 1
+
+
+@pytest.mark.slow
+def test_sizes_that_a_network_computes_itself_and_bins_are_for_any_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, path = (
+        cs.adaptify(randomise(subject("scenes:PSPNetLike", CHECKOUT).build()).eval()),
+        tmp_path / "net.onnx",
+    )
+    assert cs.export(model, picture(2, 96, 128), path, dynamic=True).image == (None, 3, None, None)
+    image = picture(3, 75, 101)
+    with torch.no_grad():
+        assert_same(File(path)(image)["output"], model(image), 1e-4)
+    assert 0 < model.active_fraction < 1
 
 
 @pytest.mark.slow

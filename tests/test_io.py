@@ -141,12 +141,13 @@ def test_own_functions_and_timm_names_build_again(tmp_path: Path, name: str) -> 
     assert again.source == net.source
 
 
-def test_a_file_given_as_weights_is_remembered_by_the_source(tmp_path: Path) -> None:
+def test_a_file_given_as_weights_is_remembered_by_its_name_and_not_where_it_lay(tmp_path: Path) -> None:
     torch.save(segmenter().state_dict(), tmp_path / "weights.pth")
     model = cs.build_model("test_io:segmenter", str(tmp_path / "weights.pth"))
     cs.save(cs.adaptify(model, "none", verify_laws=False), tmp_path / "net.safetensors")
     net = cs.load(tmp_path / "net.safetensors", trust=True)
-    assert net.source.weights == str(tmp_path / "weights.pth")
+    assert net.source.weights == "weights.pth" and net.source.note == "weights from weights.pth"
+    assert str(tmp_path).encode() not in (tmp_path / "net.safetensors").read_bytes()
 
 
 def test_saving_what_was_loaded_writes_the_same_file(tmp_path: Path) -> None:

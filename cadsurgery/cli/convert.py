@@ -86,7 +86,7 @@ def mask_command(
 
 @commands.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="a converted file")],
+    file: Annotated[str, typer.Argument(help="a converted file, or hf:owner/name")],
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the predictions")] = Path(
         "predictions"

@@ -46,4 +46,9 @@ def export(
         f"{exported['mask']}; largest difference on {len(exported['compared'])} other batches "
         f"{exported['difference']:.1e}"
     )
+    if fidelity := exported["fidelity"]:
+        text += f"; in 8 bits {fidelity['error']:.1%} from that"
+        if fidelity["agreement"] is not None:
+            text += f", {fidelity['agreement']:.2%} of the pixels of the same class"
+        text += f", on {fidelity['images']} images"
     screen.show(exported, text, as_json)

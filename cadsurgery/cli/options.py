@@ -59,10 +59,16 @@ _READERS: dict[str, Callable[[str], Any]] = {"pair": read_pair, "size": read_siz
 
 Network = Annotated[
     str,
-    typer.Argument(metavar="model", help="a converted file, a torchvision or timm name, or module:function"),
+    typer.Argument(
+        metavar="model",
+        help="a converted file, hf:owner/name, a torchvision or timm name, or module:function",
+    ),
 ]
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="torchvision or timm name, module:function, or a converted file")
+    str,
+    typer.Option(
+        "--model", "-m", help="torchvision or timm name, module:function, a converted file, or hf:owner/name"
+    ),
 ]
 Weights = Annotated[str, typer.Option(help="auto, none, a name of weights, or a file")]
 Mask = Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import math
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from cadsurgery.data.hub import offline_without_network
 from cadsurgery.support.errors import (
     CadError,
     FileError,
@@ -118,7 +118,8 @@ def build_model(
             "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
         )
         _load_weights(model, path)
-        source = replace(source, weights=str(path), note=f"weights from {path}")
+        # Not the path: what is converted is handed on, and tells nobody where its files lay.
+        source = replace(source, weights=path.name, note=f"weights from {path.name}")
     else:
         model, source = _of_classes(build, weights, kwargs, num_classes)
     model.cad_source = source  # type: ignore[assignment]
@@ -306,7 +307,7 @@ def _decisions(model: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Any
 
 
 def _timm_builder(name: str) -> Builder:
-    with _timm_offline_if_needed():
+    with offline_without_network():
         import timm
 
     plain, _, tag = name.partition(".")
@@ -323,7 +324,7 @@ def _timm_builder(name: str) -> Builder:
         what = full if known or timm.is_model_pretrained(plain) else None
 
         def create() -> nn.Module:
-            with _timm_offline_if_needed():
+            with offline_without_network():
                 return timm.create_model(full, pretrained=True, **kwargs)
 
         model, note = _pretrained("timm", plain, weights, known, what, create)
@@ -420,22 +421,6 @@ def _pretrained(
             why=cause,
             next="connect to the network, copy the file into the library's cache, or use --weights auto or none.",
         ) from error
-
-
-@contextmanager
-def _timm_offline_if_needed() -> Iterator[None]:
-    """Spare the user a minute of retries of the hub client where there is no network."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    try:
-        socket.getaddrinfo("huggingface.co", 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

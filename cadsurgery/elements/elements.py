@@ -251,16 +251,16 @@ def rows_on(value: Elements | Tensor | SmallMap, lattice: Lattice, layout: str =
     return per_image.index_select(0, lattice.coordinates[0].to(value.device))
 
 
-def own_image(every: Sequence[Tensor], lattice: Lattice) -> Tensor:
-    """From rows (N, ...) computed for each image as if all were its own, each image's own.
+def own_image(every: Tensor, lattice: Lattice) -> Tensor:
+    """From rows (B, N, ...) computed for each image as if all were its own, each image's own.
 
-    With bounds only, where an image's rows end is not known while a graph is made. Costs the batch size times the
-    work; nothing more for one image.
+    Where an image's rows end is not known while a graph is made. Costs the batch size times the work; nothing more
+    for one image.
     """
-    if len(every) == 1:
+    if holds(lattice.batch == 1):
         return every[0]
-    image = lattice.coordinates[0].to(every[0].device)
-    return torch.stack(tuple(every))[image, torch.arange(lattice.count, device=image.device)]
+    image = lattice.coordinates[0].to(every.device)
+    return every[image, torch.arange(lattice.count, device=image.device)]
 
 
 @operation(reads="nothing", gives="other")

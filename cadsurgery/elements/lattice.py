@@ -161,10 +161,11 @@ def legalise(levels: Tensor, geometry: Geometry) -> Tensor:
 def _block_minimum(levels: Tensor, side: int) -> Tensor:
     """Minimum of each aligned side x side block, on every pixel of the block."""
     _, height, width = levels.shape
-    pad = (0, -width % side, 0, -height % side)
+    rows, columns = divide_up(height, side), divide_up(width, side)
+    pad = (0, columns * side - width, 0, rows * side - height)
     padded = F.pad(levels.to(torch.int32), pad, value=torch.iinfo(torch.int32).max)
-    minimum = padded.unflatten(1, (-1, side)).unflatten(3, (-1, side)).amin((2, 4))
-    return minimum.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
+    minimum = padded.reshape(-1, rows, side, columns, side).amin((2, 4), keepdim=True)
+    return minimum.expand(-1, rows, side, columns, side).reshape_as(padded)[:, :height, :width]
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,6 +264,12 @@ class Lattice:
     def is_open(self) -> bool:
         """Whether a graph is made in which the number of its elements is what the level map says, whatever that is."""
         return self.pyramid.bounds is None and torch.compiler.is_compiling()
+
+    @property
+    def has_known_counts(self) -> bool:
+        """Whether `counts` are numbers, so that rows can be split into images: not while a graph is made, and not with
+        bounds alone."""
+        return self.pyramid.bounds is None and not self.is_open
 
     @property
     def whole(self) -> Lattice:

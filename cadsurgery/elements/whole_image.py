@@ -239,9 +239,8 @@ def pool_to_bins(x: Elements, size: tuple[int, int], largest: bool = False, spac
         ).unflatten(2, size)
     values = without_padding(x)
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    shares = shares.to(values)
     with no_autocast(values):
-        bins = torch.stack([rows.T @ share for share, rows in _by_image(x, shares, values)])
+        bins = _products_of_images(lattice, values, shares.to(values))
     return bins.unflatten(2, size).to(x.rows.dtype)
 
 
@@ -344,8 +343,7 @@ def sum_of_products(x: Elements, other: Elements, spacing: int, layout: str) -> 
     height, width = x.lattice.samples(spacing)
     share = x.lattice.weights / (x.lattice.size[0] * x.lattice.size[1]) * height * width
     weighed = without_padding(x) * share.to(x.rows).view(-1, *(1,) * (x.rows.dim() - 1))
-    parts = _by_image(x, weighed, without_padding(other))
-    return torch.stack([torch.einsum("n...i,n...j->...ij", left, right) for left, right in parts])
+    return _products_of_images(x.lattice, without_padding(other), weighed).transpose(-1, -2)
 
 
 @operation(reads="element", macs=None)
@@ -361,20 +359,22 @@ def matrix_on_rows(x: Elements, matrix: Tensor, transposed: bool) -> Elements:
     if matrix.dim() == 2:
         return Elements(x.rows @ matrix, x.lattice)
     matrices = matrix.expand(x.lattice.batch, *matrix.shape[1:])
-    if x.lattice.capacity is not None:
-        every = [torch.einsum("n...k,...kj->n...j", x.rows, own) for own in matrices]
-        return Elements(own_image(every, x.lattice), x.lattice)
-    parts = zip(x.rows.split(x.lattice.counts.tolist()), matrices, strict=True)
-    return Elements(torch.cat([torch.einsum("n...k,...kj->n...j", *part) for part in parts]), x.lattice)
+    if x.lattice.has_known_counts:
+        parts = zip(x.rows.split(x.lattice.counts.tolist()), matrices, strict=True)
+        return Elements(torch.cat([torch.einsum("n...k,...kj->n...j", *part) for part in parts]), x.lattice)
+    return Elements(own_image(torch.einsum("n...k,b...kj->bn...j", x.rows, matrices), x.lattice), x.lattice)
 
 
-def _by_image(x: Elements, *values: Tensor) -> list[tuple[Tensor, ...]]:
-    """Rows (N, ...) of the elements, by image; where only bounds are known all of them, the first zero in others."""
-    if x.lattice.capacity is None:
-        counts = x.lattice.counts.tolist()
-        return list(zip(*(rows.split(counts) for rows in values), strict=True))
-    image = x.lattice.coordinates[0].to(values[0].device).view(-1, *(1,) * (values[0].dim() - 1))
-    return [(values[0] * (image == number), *values[1:]) for number in range(x.lattice.batch)]
+def _products_of_images(lattice: Lattice, left: Tensor, right: Tensor) -> Tensor:
+    """(B, ..., I, J) from rows (N, ..., I) and (N, ..., J): the sum of their outer products over each image's rows."""
+    if lattice.has_known_counts:
+        parts = zip(*(rows.split(lattice.counts.tolist()) for rows in (left, right)), strict=True)
+        return torch.stack([torch.einsum("n...i,n...j->...ij", *part) for part in parts])
+    by_image = right.new_zeros(lattice.batch, *right.shape)  # zero in the rows of other images
+    by_image[lattice.coordinates[0].to(right.device), torch.arange(lattice.count, device=right.device)] = (
+        right
+    )
+    return torch.einsum("n...i,bn...j->b...ij", left, by_image)
 
 
 def _per_image(values: Tensor, x: Elements, keepdim: bool, layout: str) -> Tensor:

@@ -164,13 +164,13 @@ def conv2d_per_image(
     biases = mix @ bias if bias is not None else [None] * len(weights)
     reading = Between(x.lattice, target, window).reading
     rows, table = extend(x.rows, reading, window.outside or 0.0), reading.table
-    static = target.capacity is not None
-    tables = [table] * target.batch if static else table.split(target.counts.tolist())
+    is_split = target.has_known_counts
+    tables = table.split(target.counts.tolist()) if is_split else [table] * target.batch
     parts = []
     for mixture, offset, entries in zip(weights, biases, tables, strict=True):
         values, mixture, offset = autocast(rows, mixture, offset)
         parts.append(compute(Convolution(values, Weights(mixture, offset, groups), read_rows(entries))))
-    return Elements(own_image(parts, target) if static else torch.cat(parts), target)
+    return Elements(torch.cat(parts) if is_split else own_image(torch.stack(parts), target), target)
 
 
 @operation(reads="window", outside=-math.inf, drops=True)

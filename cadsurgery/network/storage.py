@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.data.networks import Source, build_again
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
@@ -102,13 +103,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> AdaptiveModel:
-    """Read a converted network written by `save`.
+    """Read a converted network written by `save`, or `push_to_hub`.
 
     A file is no reason to run code: what it names is built or asked only if it is ours or listed by torchvision or
     timm.
 
     Args:
-        path: the file.
+        path: the file, or its address on the Hugging Face Hub, `hf:owner/name` or `hf:owner/name@revision`.
         model: the original architecture (any weights); needed if the network was not built by name.
         mask: replaces the stored mask.
         trust: import and call what the file names, `module:function` of a network or of its mask, whatever it is,
@@ -118,11 +119,11 @@ def load(
         The network in evaluation mode. Its plan is made anew and compared with the stored one.
 
     Raises:
-        FileError: missing, damaged or foreign file, one that does not fit the model, or one that names code and is not
-            trusted.
+        FileError: missing, damaged or foreign file, one that does not fit the model, one that names code and is not
+            trusted, or one of the Hub that cannot be had.
         InvalidInput, CannotConvert: `model` is no network, or wraps, compiles, ... one.
     """
-    path, mask = Path(path), None if mask is None else resolve_mask(mask)
+    mask = None if mask is None else resolve_mask(mask)
     if model is not None:
         check_network(model)
     stated, tensors = _read(path)
@@ -181,8 +182,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         FileError: missing, damaged or foreign file.
     """
-    header = _open(Path(path), False)[0]
-    _check_stated(Path(path), header)
+    header = _open(path, False)[0]
+    _check_stated(path, header)
     values = dict(json.loads(header[_KEY]))
     values.pop(_CHECKSUM, None)
     return values
@@ -212,7 +213,7 @@ class _Stated(NamedTuple):
 _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": str}
 
 
-def _read(path: Path) -> tuple[_Stated, dict[str, Tensor]]:
+def _read(path: str | Path) -> tuple[_Stated, dict[str, Tensor]]:
     header, tensors = _open(path, True)
     stated = _check_stated(path, header)
     if stated.format > 1 and stated.tensors != _checksum(tensors):
@@ -224,12 +225,13 @@ def _read(path: Path) -> tuple[_Stated, dict[str, Tensor]]:
     return stated, tensors
 
 
-def _open(path: Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _open(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors as they lie in the file."""
-    if not path.is_file():
+    place = fetch(str(path)) if is_address(path) else Path(path)
+    if not place.is_file():
         raise FileError(f"there is no file {path}.", next="check the path.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(place, framework="pt") as file:
             header = file.metadata() or {}
             names = list(file.keys()) if tensors and _KEY in header else []
             # Copied: in the file they lie at any address, and convolutions round by how memory is aligned.
@@ -249,7 +251,7 @@ def _open(path: Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]
     return header, values
 
 
-def _check_stated(path: Path, header: Mapping[str, str]) -> _Stated:
+def _check_stated(path: str | Path, header: Mapping[str, str]) -> _Stated:
     """What the metadata say, once they are known to be what was written."""
     text = header[_KEY]
     with _refuse(
@@ -301,7 +303,7 @@ def _refuse(what: str, next: str, where: str = "") -> Iterator[None]:
         raise FileError(what, where=where, why=" ".join(why.split())[:400], next=next) from error
 
 
-def _build(path: Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _build(path: str | Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The network of a source."""
     if source is None:
         raise FileError(
@@ -314,7 +316,7 @@ def _build(path: Path, source: Source | None, tensors: Mapping[str, Tensor]) -> 
         return build_again(source, tensors)
 
 
-def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
+def _stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
     """The mask of a spec, with its tensors; None if a tensor that is a mask is missing."""
     other = 'give another mask: cs.load(path, mask="edges")'
     with contextlib.nullcontext() if trust else import_nothing(str(path)):
@@ -341,7 +343,7 @@ def _stored_mask(path: Path, spec: str, tensors: dict[str, Tensor], trust: bool)
     return mask
 
 
-def _check_types(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse integers where a network has floating-point numbers, and the other way round."""
     for name, value in stored.items():
         like = expected.get(name, value).dtype

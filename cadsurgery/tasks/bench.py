@@ -34,6 +34,7 @@ from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import check_mask, export
 from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import ENGINES, import_package
+from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, UnknownName
@@ -52,6 +53,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
 HIGH, LOW = "dense high", "dense low"
 TORCH = "torch"  # the runtime that needs no files
+INT8 = "int8"  # of files alone
 
 
 def bench(
@@ -218,7 +220,10 @@ def _convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[
     model, source = original(network, "none")
     options: dict[str, Any] = {one.name: getattr(setup, one.name) for one in fields(Conversion)}
     net = adaptify(model, mask, **options, verify_laws=False)
-    where: dict[str, Any] = {"device": find_device(setup.device), "dtype": DTYPES[setup.dtype]}
+    where: dict[str, Any] = {
+        "device": find_device(setup.device),
+        "dtype": DTYPES.get(setup.dtype, torch.float32),
+    }
     scenes = [example_batch(source, None, setup.size, seed) for seed in range(setup.batch)]
     layout = torch.channels_last if setup.runtime == TORCH else torch.contiguous_format
     image = torch.cat(scenes).to(**where).contiguous(memory_format=layout)
@@ -264,10 +269,13 @@ def _files(
         path = make_folder(folder / key) / name
         if key in levels:
             write_dense(net, levels[key], image, path, engine)
+            if setup.dtype == INT8:
+                to_8_bits(path, engine, [(image,)])
         else:
             net.mask = budgets[key]
             check_in = setup.runtime if engine.format == "onnx" else "onnx"
-            export(net, image, path, to=engine.format, check_in=check_in)
+            calibration = image if setup.dtype == INT8 else None
+            export(net, image, path, to=engine.format, check_in=check_in, int8=calibration)
         sides[key] = engine(path, setup.threads)
     return sides
 
@@ -323,8 +331,12 @@ def _check(
             f"the fractions are {', '.join(f'{fraction:g}' for fraction in fractions) or 'none'}.",
             next="give shares of the patches from 0 to 1, e.g. 1,0.5,0.25,0.",
         )
-    if setup.dtype not in DTYPES:
-        raise UnknownName("dtype", setup.dtype, DTYPES)
+    if setup.dtype not in (*DTYPES, INT8):
+        raise UnknownName("dtype", setup.dtype, (*DTYPES, INT8))
+    if setup.runtime == TORCH and setup.dtype == INT8:
+        raise InvalidInput(
+            "torch does not run files in int8.", next="measure them in onnx or openvino: runtime."
+        )
     if setup.runtime != TORCH:
         _check_engine(mask, setup)
     if min(setup.batch, setup.threads, setup.rounds, *setup.size) < 1:
@@ -355,11 +367,12 @@ def _check_engine(mask: object, setup: Benchmark) -> None:
     """Refuse what does not go into files of an engine."""
     if setup.runtime not in ENGINES:
         raise UnknownName("runtime", setup.runtime, (TORCH, *ENGINES))
-    plain = {"dtype": setup.dtype == "float32", "device": setup.device == "cpu", "memory": not setup.memory}
+    dtypes = ("float32", INT8) if ENGINES[setup.runtime].format == "onnx" else ("float32",)
+    plain = {"dtype": setup.dtype in dtypes, "device": setup.device == "cpu", "memory": not setup.memory}
     if unable := [f"{name}={getattr(setup, name)}" for name, is_plain in plain.items() if not is_plain]:
         raise InvalidInput(
             f"runtime {setup.runtime} does not go with {' and '.join(unable)}.",
-            why="engines are timed on the CPU in float32.",
+            why="engines are timed on the CPU in float32, ONNX in int8, too.",
             next="leave that out, or measure it in torch.",
         )
     import_package(ENGINES[setup.runtime].package)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,7 +52,7 @@ def convert(
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     resolve_mask(mask)  # a typo should not wait for the network to be built
     where = find_device(device)
-    output = output or Path(f"{model.replace(':', '-')}-{mask.partition(':')[0]}.safetensors")
+    output = output or Path(f"{re.sub('[:/]', '-', model)}-{mask.partition(':')[0]}.safetensors")
     check_folder(output)
     step(f"building {model}")
     before, source = original(model, weights)
@@ -157,7 +158,7 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
 
 
 def predict(
-    file: Path,
+    file: str | Path,
     images: Sequence[Path],
     output: Path,
     mask: str | None,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cadsurgery.data.images import find_images, normalise, read_image
+from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.export import check_mask, export, format_of
 from cadsurgery.support.files import check_folder
@@ -45,8 +49,26 @@ def export_network(
         net = open_converted(model, provider, conversion, weights=weights)
     net.eval()
     first, second = (example_batch(net.source, None, size, seed) for seed in (0, 1))
+    calibration = images_like(first, net.source, Path(options.int8)) if options.int8 else None
     step("exporting and comparing")
-    written = export(net, first, output, other=second, **{**vars(options), "to": options.to or None})
+    changed = {"to": options.to or None, "int8": calibration}
+    written = export(net, first, output, other=second, **{**vars(options), **changed})
     with torch.inference_mode():
         net(second)
-    return {"model": model, "mask": net.mask.spec(), "active_fraction": net.active_fraction, **vars(written)}
+    return {
+        "model": model,
+        "mask": net.mask.spec(),
+        "active_fraction": net.active_fraction,
+        **asdict(written),
+    }
+
+
+def images_like(example: Tensor, source: Source | None, folder: Path) -> list[Tensor]:
+    """The images of a folder, each a batch of the size of an example, as a network of the source expects it.
+
+    Raises:
+        FileError: there are none, or one cannot be read.
+    """
+    found, _ = find_images([folder])
+    size = (example.shape[2], example.shape[3])
+    return [normalise(read_image(path, size), source).unsqueeze(0) for path in found]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
 from cadsurgery.data.networks import WEIGHTS, Source, build_again, build_model, source_of
 from cadsurgery.network.adaptify import adaptify
@@ -23,8 +24,10 @@ _LIBRARIES = ("torchvision", "timm")
 
 
 def is_file(network: object) -> bool:
-    """Whether a network is meant as a converted file, not as a name."""
-    return isinstance(network, str) and (network.endswith(".safetensors") or Path(network).is_file())
+    """Whether a network is meant as a converted file, here or on the Hub, not as a name."""
+    if not isinstance(network, str):
+        return False
+    return is_address(network) or network.endswith(".safetensors") or Path(network).is_file()
 
 
 def original(
@@ -43,8 +46,8 @@ def original(
     """
     if isinstance(network, nn.Module):
         return network, source_of(network)
-    if Path(network).suffix in WEIGHTS:
-        if not Path(network).is_file():
+    if is_address(network) or Path(network).suffix in WEIGHTS:
+        if not is_address(network) and not Path(network).is_file():
             raise FileError(
                 f"there is no file {network}.", next="check the path, or give the name of a network."
             )

@@ -7,10 +7,10 @@ it is for and compared with the network before it appears under its name.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from cadsurgery.masks.masking import check_image, not_static
 from cadsurgery.network.export import onnx, programs
 from cadsurgery.network.export.compare import Comparison
 from cadsurgery.network.export.engines import ENGINES
+from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import check_folder, write_together
@@ -40,6 +41,7 @@ class Exported:
         compared: the shapes of the batches it was compared on.
         inputs: names of its inputs.
         outputs: names of its outputs.
+        fidelity: of a file in 8 bits how near it is to the float file, whose `difference` stands here.
     """
 
     file: str
@@ -50,6 +52,7 @@ class Exported:
     compared: tuple[tuple[int, ...], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    fidelity: Fidelity | None = None
 
 
 def export(
@@ -61,6 +64,7 @@ def export(
     dynamic: bool = False,
     level_map: bool = False,
     float16: bool = False,
+    int8: Tensor | Iterable[Tensor] | None = None,
     other: Tensor | None = None,
     check_in: str = "onnx",
 ) -> Exported:
@@ -84,8 +88,11 @@ def export(
         dynamic: any height and width. ONNX.
         level_map: a second input of this name (B, h, w), int64, takes the place of the mask; dynamic.
         float16: weights and features in half precision, the mask and what goes in and comes out in single. ONNX.
+        int8: image batches like those that the network will see, some 20 to 100 images: weights and features are
+            rounded to 8 bits, in ranges that these show. What the level map depends on stays as it is. ONNX.
         other: another batch to compare on; default: `image` turned upside down and more like it.
-        check_in: what an ONNX file is run by to compare it: `onnx` (ONNX Runtime) or `openvino`.
+        check_in: what an ONNX file is run by to compare it: `onnx` (ONNX Runtime) or `openvino`; a file in 8 bits has
+            the form that is fastest there.
 
     Raises:
         InvalidInput: as `check_mask`; the network is in training mode, the image is none, or an option is of another
@@ -102,13 +109,16 @@ def export(
     engines = {name: engine for name, engine in ENGINES.items() if engine.format == "onnx"}
     if check_in not in engines:
         raise UnknownName("engine of ONNX files", check_in, engines)
-    wanted = {"dynamic": dynamic, "level_map": level_map, "float16": float16}
+    batches = _to_calibrate(int8, image, dynamic)
+    wanted = {"dynamic": dynamic, "level_map": level_map, "float16": float16, "int8": bool(batches)}
     if kind != "onnx" and (unknown := [name for name, value in wanted.items() if value]):
         raise InvalidInput(
             f"a file of format {kind} cannot be {' or '.join(unknown)}.",
             why="it is made for images of one size, with the types of the network.",
             next='leave that out, or write an ONNX file: to="onnx".',
         )
+    if float16 and batches:
+        raise InvalidInput("a file is of float16 or int8.", next="leave out one of them.")
     if kind == "aoti" and file.suffix != ".pt2":
         raise InvalidInput(
             f"a package of AOTInductor cannot be called {file.name}.",
@@ -124,13 +134,30 @@ def export(
         "pt2": lambda there: programs.write_program(net, image, other, there),
         "aoti": lambda there: programs.write_package(net, image, other, there),
         "onnx": lambda there: onnx.write(
-            net, image, other, there, dynamic, level_map, float16, engines[check_in]
+            net, image, other, there, dynamic, level_map, float16, engines[check_in], batches
         ),
     }
     with torch.no_grad(), write_together(file) as temporary:
         compared, shape = writers[kind](temporary)
         size = sum(one.stat().st_size for one in temporary.parent.iterdir())
     return Exported(str(file), kind, size, shape, **vars(compared))
+
+
+def _to_calibrate(int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
+    """The batches to calibrate by; none if there is nothing to calibrate."""
+    if int8 is None:
+        return []
+    batches = [int8] if isinstance(int8, Tensor) else list(int8)
+    if not batches:
+        raise InvalidInput("int8 has no images.", next="give image batches (B, C, H, W) to calibrate by.")
+    for batch in batches:
+        check_image(batch, "an image of int8")
+        if batch.shape[1:] != image.shape[1:] and not dynamic:
+            raise InvalidInput(
+                f"int8 has images of {tuple(batch.shape[1:])}, the file is for {tuple(image.shape[1:])}.",
+                next="give images of that size, or write a file for any: dynamic=True, --dynamic.",
+            )
+    return batches
 
 
 def format_of(file: Path, to: str | None) -> str:

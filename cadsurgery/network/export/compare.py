@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.network.export.int8 import Fidelity
 from cadsurgery.support.errors import CannotConvert
 
 # Largest difference between a written file and the network, relative to the largest output.
@@ -24,6 +25,7 @@ class Comparison:
     compared: tuple[tuple[int, ...], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    fidelity: Fidelity | None = None
 
 
 def more_images(image: Tensor, other: Tensor | None) -> list[Tensor]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.data.networks import source_of
 from cadsurgery.elements.backends.portable import portable
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up
@@ -24,9 +22,12 @@ from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.export.compare import TOLERANCE, Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.engines import Engine, import_package
+from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.export.programs import Written
+from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import Program
 from cadsurgery.support.errors import CadError, CannotConvert, describe_error
 from cadsurgery.support.provenance import versions
 
@@ -46,6 +47,7 @@ def write(
     level_map: bool,
     float16: bool,
     engine: type[Engine],
+    int8: Sequence[Tensor] = (),
 ) -> Written:
     """An ONNX file; what was compared, and the shape of its image, None where it may be any. See `export`.
 
@@ -84,7 +86,19 @@ def write(
     run = engine(path)
     largest = check_difference((_compare(net, run, batch, level_map) for batch in batches), tolerance)
     shapes = tuple(tuple(batch.shape) for batch in batches)
-    return Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs), shape
+    compared = Comparison(largest, shapes, ("image", "level_map")[: len(inputs)], outputs)
+    if int8:
+        calls = ([_inputs(net, batch, level_map) for batch in part] for part in (int8, batches))
+        compared = replace(compared, fidelity=to_8_bits(path, engine, *calls))
+    return compared, shape
+
+
+def _inputs(net: AdaptiveModel, image: Tensor, level_map: bool) -> tuple[Tensor, ...]:
+    """What a file is called with for an image batch."""
+    if not level_map:
+        return (image,)
+    net(image)
+    return image, net.levels.long()
 
 
 def translate(program: torch.export.ExportedProgram, next: str, **options: Any) -> Any:
@@ -93,7 +107,7 @@ def translate(program: torch.export.ExportedProgram, next: str, **options: Any) 
     Raises:
         CannotConvert: torch's exporter cannot write it; `next` is what to do then.
     """
-    with _quietly():
+    with quietly():
         try:
             return torch.onnx.export(program, dynamo=True, verbose=False, **options)
         except Exception as error:
@@ -109,6 +123,7 @@ class Exportable(nn.Module):
         """Take a network; it is copied, its batch norms folded."""
         super().__init__()
         self.net = net.optimize()
+        self.net._program = _count_in_symbols(self.net.program)
         self.mask = copy.deepcopy(net.mask)
         self.float16 = float16
         if float16:
@@ -125,6 +140,25 @@ class Exportable(nn.Module):
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         shown = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
         return (*shown, lattice.pyramid.levels)
+
+
+# What a network may compute of sizes, as torch does it without deciding by the example.
+_OF_SYMBOLS: dict[Any, Any] = {
+    int: torch.sym_int,
+    float: torch.sym_float,
+    max: torch.sym_max,
+    min: torch.sym_min,
+}
+
+
+def _count_in_symbols(program: Program) -> Program:
+    """A program whose graph takes sizes that may be symbols."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in _OF_SYMBOLS:
+            takes = 2 if node.target in (max, min) else 1
+            if len(node.args) == takes and not node.kwargs:
+                node.target = _OF_SYMBOLS[node.target]
+    return replace(program).on(program.net)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +194,7 @@ def follow(
     for given, free in attempts:
         shapes = ({axis: Dim.DYNAMIC for axis in free}, {axis - (axis > 0): Dim.AUTO for axis in free})
         try:
-            with portable(), torch.no_grad(), _quietly():
+            with portable(), torch.no_grad(), quietly():
                 program = torch.export.export(
                     graph,
                     given,
@@ -168,6 +202,7 @@ def follow(
                     strict=False,
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
+            _drop_assertions(program.graph_module)
             return program, free
         except Exception as error:
             if isinstance(error, CadError):
@@ -176,8 +211,18 @@ def follow(
     raise CannotConvert(
         "torch.export cannot follow the network or its mask.",
         why=describe_error(refusal) if refusal is not None else "",
-        next="write a file for one size with a budget, or for a given level map: level_map=True.",
+        next="write a file for one size, without dynamic=True; or with the level map as an input, level_map=True.",
     ) from refusal
+
+
+def _drop_assertions(graph: fx.GraphModule) -> None:
+    """Take out the assertions on sizes that torch.export makes of every operation: ONNX has none, and with what they
+    compute they are a third of all that is translated."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert_"):
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 def _cut_awkwardly(net: AdaptiveModel, image: Tensor) -> Tensor:
@@ -242,11 +287,13 @@ def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
 
 
 def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:
-    """What a file says of itself."""
+    """What a file says of itself, and the mean and standard deviation of the images of 0..1 that it is for."""
+    source = source_of(net)
     return {
         "cadsurgery.mask": net.mask.spec(),
         "cadsurgery.plan": net.plan.to_json(),
         "cadsurgery.options": json.dumps({"fill": net.geometry.fill, "dynamic": dynamic}),
+        "cadsurgery.images": json.dumps({"mean": source.mean, "std": source.std}),
         "cadsurgery.versions": json.dumps(versions()),
     }
 
@@ -275,16 +322,3 @@ def _way_round(net: AdaptiveModel, level_map: bool) -> str:
         if level_map
         else f" If it is mask {net.mask.spec()}, give the level map as an input: level_map=True."
     )
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the notes of torch's exporter, which are about its own code."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -35,25 +35,34 @@ def write_program(net: AdaptiveModel, image: Tensor, other: Tensor | None, path:
 def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path: Path) -> Written:
     """A package of AOTInductor for this machine; what was compared, and the shape of its image.
 
+    Its code does not look at the shape of what it is given. The shape it is for, and the names of its outputs, are in
+    its metadata.
+
     Raises:
         CannotConvert: torch.export cannot follow the network, it cannot be compiled, or gives something else.
     """
-    with (
-        portable()
-    ):  # products of rows, which it compiles itself; convolutions it would call, and copy rows for
+    about = {
+        "cadsurgery.image": "x".join(map(str, image.shape)),
+        "cadsurgery.outputs": ",".join(output_names(net(image))),
+    }
+    # Products of rows are compiled; convolutions would be called, and rows copied for them.
+    with portable():
         program = follow(net.optimize(), image)
-    compile_program(program, path)
+    compile_program(program, path, about)
     return _compare(net, torch._inductor.aoti_load_package(str(path)), image, other)
 
 
-def compile_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write a package of AOTInductor for this machine.
+def compile_program(
+    program: torch.export.ExportedProgram, path: Path, about: dict[str, str] | None = None
+) -> None:
+    """Write a package of AOTInductor for this machine; `about` is its metadata.
 
     Raises:
         CannotConvert: it cannot be compiled.
     """
+    configs = {"aot_inductor.metadata": about or {}}
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     except Exception as error:
         raise CannotConvert(
             "AOTInductor cannot compile the network.",

@@ -49,6 +49,10 @@ def _index(self: Any, indices: Any) -> Any:
     return aten_index(self, indices)
 
 
+def _numel(self: Any) -> Any:
+    return op.Size(self)
+
+
 def _number(value: Any) -> Any:
     return op.Constant(value_int=value) if isinstance(value, int) else value
 
@@ -58,4 +62,5 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     _ATEN.nonzero_static.default: _nonzero_static,
     _ATEN.index.Tensor: _index,
     _ATEN.remainder.Scalar: _remainder,
+    _ATEN.sym_numel.default: _numel,
 }

@@ -1,0 +1,106 @@
+"""What 8 bits cost on real images: the network of recipes/camvid_mobilenetv2, dense and adaptive, in ONNX Runtime.
+
+    python benchmarks/int8_fidelity.py --data DATA [--mask "edges | budget:fraction=0.34"] [--calibrate 32] [--every 4]
+
+DATA holds camvid and camvid_mobilenetv2_fcn. Files are calibrated by images of the training split and compared on every
+so-manieth image of the test split: the file in 8 bits with the same in floating point (relative error, share of pixels
+of the same class), and with the labels (mean IoU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cadsurgery as cs
+from cadsurgery.network.export.engines import OnnxRuntime
+from cadsurgery.network.export.int8 import measure, to_8_bits
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes" / "camvid_mobilenetv2"))
+import network as recipe  # noqa: E402
+
+
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--mask", default="edges | budget:fraction=0.34")
+    parser.add_argument("--calibrate", type=int, default=32, help="images of the training split")
+    parser.add_argument("--every", type=int, default=4, help="images of the test split")
+    options = parser.parse_args()
+    model = recipe.build(options.data)
+    calibration = [image for image, _ in pairs(options.data, "train", 1)][: options.calibrate]
+    with tempfile.TemporaryDirectory() as name:
+        sessions = write(model, options.mask, calibration, Path(name))
+        rows = [
+            (kind, *compare(*files, pairs(options.data, "test", options.every)))
+            for kind, files in sessions.items()
+        ]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "onnxruntime"))
+    print(
+        f"{commit.stdout.strip()}, {versions}, {rows[0][1].images} images, calibrated by {len(calibration)}\n"
+    )
+    print("| network | mIoU, float | mIoU, 8 bits | relative error | pixels of the same class |")
+    print("| --- | --- | --- | --- | --- |")
+    for kind, fidelity, *scores in rows:
+        figures = " | ".join(f"{100 * score:.2f}" for score in scores)
+        print(f"| {kind} | {figures} | {fidelity.error:.3f} | {100 * fidelity.agreement:.2f} % |")
+
+
+def pairs(data: Path, split: str, every: int) -> Any:
+    """Images (1, 3, H, W) as the network takes them, and their labels (1, H, W)."""
+    found = recipe.images(data, split)
+    for index in range(0, len(found), every):
+        image, labels = found[index]
+        yield image.mul(2).sub(1).unsqueeze(0), labels.unsqueeze(0)
+
+
+def write(
+    model: torch.nn.Module, mask: str, calibration: list[Tensor], folder: Path
+) -> dict[str, tuple[OnnxRuntime, OnnxRuntime]]:
+    """Dense and adaptive files, each in floating point and in 8 bits."""
+    image, dense = calibration[0], [folder / "dense.onnx", folder / "dense8.onnx"]
+    torch.onnx.export(model, (image,), dense[0], dynamo=True, external_data=False, verbose=False)
+    shutil.copy(dense[0], dense[1])
+    to_8_bits(dense[1], OnnxRuntime, [(one,) for one in calibration])
+    net, adaptive = cs.adaptify(model, mask), [folder / "adaptive.onnx", folder / "adaptive8.onnx"]
+    cs.export(net, image, adaptive[0])
+    cs.export(net, image, adaptive[1], int8=calibration)
+    high, low = net.plan.output_stride
+    return {
+        f"dense, output stride {high}": tuple(map(OnnxRuntime, dense)),
+        f"{mask}, {high} to {low}": tuple(map(OnnxRuntime, adaptive)),
+    }
+
+
+def compare(exact: OnnxRuntime, rounded: OnnxRuntime, images: Any) -> tuple[Any, float, float]:
+    """Fidelity of the second file, and mean IoU of both."""
+    scores = [SegmentationMetrics(len(recipe.CLASSES)) for _ in range(2)]
+
+    def outputs() -> Any:
+        for image, labels in images:
+            found = [session(image)[:1] for session in (exact, rounded)]
+            for score, (logits,) in zip(scores, found, strict=True):
+                score.update(logits.argmax(1), labels)
+            yield image, found[1], found[0]
+
+    fidelity = measure(outputs())
+    return fidelity, *(float(score.compute()["miou"]) for score in scores)
+
+
+if __name__ == "__main__":
+    main()

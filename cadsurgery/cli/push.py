@@ -1,0 +1,54 @@
+"""The command that gives a converted network to others: push."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cadsurgery.cli import options, screen
+
+commands = typer.Typer()
+
+
+@commands.command()
+def push(
+    file: Annotated[str, typer.Argument(help="a converted file")],
+    repository: Annotated[
+        str, typer.Argument(help="on the Hugging Face Hub: owner/name, or owner/name@branch")
+    ],
+    license: Annotated[
+        str, typer.Option(help="under which others may use it: apache-2.0, mit, cc-by-nc-4.0, other, ...")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="seen by its owner only")] = False,
+    message: Annotated[str, typer.Option(help="of the commit")] = "",
+    pipeline: Annotated[
+        str, typer.Option(help="task it is listed under; default: by what the network returns")
+    ] = "",
+    trust: options.Trust = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a converted file to the Hugging Face Hub, with a card that says what it is: hf:owner/name loads it.
+
+    Who writes is decided by HF_TOKEN, or by what hf auth login left.
+    """
+    from cadsurgery.network.publish import push_to_hub
+    from cadsurgery.network.storage import load
+
+    with screen.steps(as_json) as step:
+        step(f"loading {file}")
+        net = load(file, trust=trust)
+        step(f"writing {repository}")
+        pushed = push_to_hub(
+            net,
+            repository,
+            license=license,
+            private=private or None,
+            message=message,
+            pipeline=pipeline,
+        )
+    text = (
+        f"wrote {pushed.page} ({'private' if pushed.private else 'public'}): {pushed.bytes / 1e6:.1f} MB; "
+        f"{pushed.address} is what was written"
+    )
+    screen.show(vars(pushed), text, as_json)
