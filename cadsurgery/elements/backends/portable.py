@@ -79,10 +79,8 @@ class Portable(Backend):
 
     def mix(self, work: Mixing) -> Tensor:
         """Rows (M, C)."""
-        shares = work.shares.to(work.rows).unsqueeze(1)
-        return (shares @ _gather(work.rows, work.sources)).squeeze(
-            1
-        )  # products write less than sums of products
+        shares = work.shares.to(work.rows).unsqueeze(1)  # products write less than sums of products
+        return (shares @ _gather(work.rows, work.sources)).squeeze(1)
 
 
 def _gather(rows: Tensor, table: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.elements.backends.portable import portable
 from cadsurgery.network.export.compare import Comparison, check_difference, difference, more_images
 from cadsurgery.network.export.names import output_names
 from cadsurgery.network.model import AdaptiveModel
@@ -44,7 +45,10 @@ def write_package(net: AdaptiveModel, image: Tensor, other: Tensor | None, path:
         "cadsurgery.image": "x".join(map(str, image.shape)),
         "cadsurgery.outputs": ",".join(output_names(net(image))),
     }
-    compile_program(follow(net, image), path, about)
+    # Products of rows are compiled; convolutions would be called, and rows copied for them.
+    with portable():
+        program = follow(net.optimize(), image)
+    compile_program(program, path, about)
     return _compare(net, torch._inductor.aoti_load_package(str(path)), image, other)
 
 
