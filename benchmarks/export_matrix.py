@@ -57,9 +57,8 @@ def cells() -> list[Cell]:
     return [
         (network, mask, FILLS[(row + column + turn) % len(FILLS)], kind)
         for turn in range(len(FILLS))
-        for (row, network), (column, mask), kind in itertools.product(
-            enumerate(NETWORKS), enumerate(MASKS), FORMATS
-        )
+        for kind in reversed(FORMATS)
+        for (row, network), (column, mask) in itertools.product(enumerate(NETWORKS), enumerate(MASKS))
     ]
 
 

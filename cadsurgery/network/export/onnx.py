@@ -69,9 +69,11 @@ def write(
         program,
         f"write a program of torch's operations instead: to='pt2'.{_way_round(net, level_map)}",
         custom_translation_table=TABLE,
+        optimize=False,
         input_names=("image", "level_map")[: len(inputs)],
         output_names=outputs,
     )
+    _tidy(model.model)
     model.model.metadata_props.update(_metadata(net, dynamic))
     _name_axes(model.model, free)
     weights = (one.const_value for one in model.model.graph.initializers.values())
@@ -99,6 +101,26 @@ def _inputs(net: AdaptiveModel, image: Tensor, level_map: bool) -> tuple[Tensor,
         return (image,)
     net(image)
     return image, net.levels.long()
+
+
+def _tidy(model: Any) -> None:
+    """Constants computed, and what is there twice or for nothing taken out. Not the rewriting of the exporter's own
+    optimiser: it takes ten times as long, minutes in a large graph, and engines do the same when they open a file."""
+    import onnx_ir.passes.common as passes
+    from onnxscript.optimizer import fold_constants_ir
+
+    passes.InlinePass()(model)
+    fold_constants_ir(model, onnx_shape_inference=True)
+    for tidy in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.NameFixPass(),
+    ):
+        tidy(model)
 
 
 def translate(program: torch.export.ExportedProgram, next: str, **options: Any) -> Any:
