@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,22 @@ def test_sizes_that_a_network_computes_itself_and_bins_are_for_any_size(tmp_path
     with torch.no_grad():
         assert_same(File(path)(image)["output"], model(image), 1e-4)
     assert 0 < model.active_fraction < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell",
+    [
+        ("lraspp_mobilenet_v3_large", "learned", "linear", "static"),
+        ("efficientnet_b0", "graded edges", "guided", "dynamic"),
+    ],
+)
+def test_a_cell_of_the_matrix_agrees(cell: tuple[str, ...]) -> None:
+    script = CHECKOUT.parents[1] / "benchmarks" / "export_matrix.py"
+    command = [sys.executable, script, "--cell", json.dumps(cell)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CHECKOUT.parents[1])
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["result"] == "agrees" and row["difference"] < 1e-4 and 0 < row["active_fraction"] < 1
 
 
 @pytest.mark.slow
