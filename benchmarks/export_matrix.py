@@ -4,8 +4,9 @@
     python benchmarks/export_matrix.py --report
 
 Each cell is exported in a process of its own with `cs.export`, which compares the file with PyTorch in ONNX Runtime: a
-dynamic file at four batches of other sizes, one of them odd, a static one on three other batches. Random weights. The
-first third of the cells has every pair of network, mask, fill and format.
+dynamic file at four batches of other sizes, one of them odd, a static one on three other batches. Random weights, batch
+norms with the statistics of an image; `effect` is how much the mask can change the output. The first third of the cells
+has every pair of network, mask, fill and format.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def cells() -> list[Cell]:
 def export(cell: Cell) -> dict[str, Any]:
     """The row of a cell, made in this process."""
     import torch
+    from torch.utils._pytree import tree_leaves
 
     import cadsurgery as cs
     from cadsurgery.tasks.open import example_batch, open_converted
@@ -74,8 +76,7 @@ def export(cell: Cell) -> dict[str, Any]:
     options = {"fill": fill, **NETWORKS[network]}
     net = open_converted(network, MASKS[mask][FORMATS.index(kind)], options).eval()
     image, other = (example_batch(net.source, None, SIZE, seed) for seed in (0, OTHER))
-    with torch.no_grad():
-        net(image)  # a learned mask gets its weights
+    settle(net, image)
     if mask == "fixed map":
         generator = torch.Generator().manual_seed(0)
         net.mask = torch.randint(net.geometry.max_level + 1, net.levels.shape[1:], generator=generator)
@@ -91,14 +92,31 @@ def export(cell: Cell) -> dict[str, Any]:
         )
     with torch.no_grad():
         net(other)
+        fraction = net.active_fraction
+        high, low = (tree_leaves(net(other, mask=mask))[0] for mask in ("all", "none"))
     return {
+        "effect": float((high - low).abs().max() / high.abs().max()),
         "result": "agrees",
         "difference": report.difference,
         "compared": report.compared,
         "image": report.image,
-        "active_fraction": net.active_fraction,
+        "active_fraction": fraction,
         "bytes": report.bytes,
     }
+
+
+def settle(net: Any, image: Any) -> None:
+    """Give batch norms the statistics of what they see, as in a trained network: with random weights and those they
+    start with, features fade, and nothing that the mask does would be seen in the output."""
+    import torch
+
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        net.train(bool(norms))(torch.cat((image, image.flip(2), image.flip(3), -image)), mask="all")
+        net.eval()(image)  # a learned mask gets its weights
 
 
 def run(cell: Cell, seconds: float) -> dict[str, Any]:
@@ -141,6 +159,7 @@ def report() -> str:
     agree = [row for row in rows.values() if row["result"] == "agrees"]
     failed = [row for row in rows.values() if row["result"] != "agrees"]
     largest = max((row["difference"] for row in agree), default=float("nan"))
+    effect = min((row["effect"] for row in agree if "effect" in row), default=float("nan"))
     seconds = sorted(row["cpu_seconds"] for row in agree)
     commits = sorted({row["commit"][:7] for row in rows.values()})
     versions = ", ".join(
@@ -148,8 +167,9 @@ def report() -> str:
         for name in ("torch", "onnx", "onnxscript", "onnxruntime")
     )
     words = [
-        f"{len(rows)} of {len(cells())} cells written, {len(agree)} agree, largest difference {largest:.0e} of the "
-        f"largest output; {seconds[len(seconds) // 2]:.0f} s of CPU time for each (median). {versions}; CPU; "
+        f"{len(rows)} of {len(cells())} cells written, {len(agree)} agree; largest difference {largest:.0e} of the "
+        f"largest output, of which the mask can change {effect:.0e} or more; {seconds[len(seconds) // 2]:.0f} s of CPU "
+        f"time for each (median). {versions}; CPU; "
         f"commits {', '.join(commits)}.",
         "",
         *lines,
