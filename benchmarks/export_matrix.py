@@ -168,8 +168,8 @@ def report() -> str:
     )
     words = [
         f"{len(rows)} of {len(cells())} cells written, {len(agree)} agree; largest difference {largest:.0e} of the "
-        f"largest output, of which the mask can change {effect:.0e} or more where that was recorded; {seconds[len(seconds) // 2]:.0f} s of CPU "
-        f"time for each (median). {versions}; CPU; "
+        f"largest output, of which the mask can change {effect:.0e} or more where that was "
+        f"recorded; {seconds[len(seconds) // 2]:.0f} s of CPU time for each (median). {versions}; CPU; "
         f"commits {', '.join(commits)}.",
         "",
         *lines,
