@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 import cadsurgery as cs
-from cadsurgery.network.export.engines import OnnxRuntime, OpenVino
+from cadsurgery.network.export.engines import Engine, OnnxRuntime, OpenVino
 from cadsurgery.network.export.int8 import measure, quantise, to_8_bits
 
 onnx = pytest.importorskip("onnx")
@@ -209,6 +210,33 @@ def test_the_same_file_in_8_bits_in_every_engine(tmp_path: Path) -> None:
         products = {node.op_type for node in onnx.load(path).graph.node} & {"Gemm", "MatMul"}
         assert bool(products) == (engine is OpenVino)
     assert all(0 < one.error < 0.05 and one.images == 2 for one in found)
+
+
+@pytest.mark.parametrize("engine", [OnnxRuntime, OpenVino])
+def test_what_an_engine_refuses(engine: type[Engine], tmp_path: Path) -> None:
+    pytest.importorskip(engine.package)
+    path = write(tmp_path / "net.onnx")
+    with pytest.raises(cs.CannotConvert, match=f"{engine.name} does not run the file on .1, 2, 8, 8."):
+        engine(path)(images(1, 8, 8)[:, :2])
+    path.write_bytes(b"no file")
+    with pytest.raises(cs.CannotConvert, match=f"{engine.name} does not take the file"):
+        engine(path)
+
+
+def test_signals_are_handled_after_files_were_open_in_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path, image, came = write(tmp_path / "net.onnx"), images(1, 8, 8), []
+    open_files = [OpenVino(path), OpenVino(path)]
+    one, other = (open_file(image) for open_file in open_files)
+    assert all(map(torch.equal, one, other))
+    before = signal.signal(signal.SIGTERM, lambda *arguments: came.append(arguments))
+    try:
+        while open_files:
+            open_files.pop(0)  # the first first
+            signal.raise_signal(signal.SIGTERM)  # with the stack of one that went, the process ends here
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(came) == 2
 
 
 @pytest.mark.slow

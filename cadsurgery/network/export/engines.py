@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +17,12 @@ class Engine:
     """A file in an engine, on the CPU.
 
     Attributes:
+        name: people know it by.
         package: that it comes in.
         format: of its files, see `cadsurgery.export`.
     """
 
+    name: ClassVar[str]
     package: ClassVar[str]
     format: ClassVar[Literal["onnx", "aoti"]]
 
@@ -28,36 +31,54 @@ class Engine:
 
         Raises:
             CannotConvert: the engine does not take the file.
+            CadError: its package is not installed.
         """
-        raise NotImplementedError
+        package = import_package(self.package)
+        try:
+            self._open(package, path, threads)
+        except Exception as error:
+            raise CannotConvert(
+                f"{self.name} does not take the file.",
+                why=describe_error(error),
+                next="report it with the name of the network and the version of the engine.",
+            ) from error
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Its outputs in order."""
+        """Its outputs in order.
+
+        Raises:
+            CannotConvert: the file does not run on such inputs.
+        """
+        try:
+            return self._run(*inputs)
+        except Exception as error:
+            raise CannotConvert(
+                f"{self.name} does not run the file on {', '.join(str(tuple(one.shape)) for one in inputs)}.",
+                why=describe_error(error),
+                next="report it with the name of the network and the version of the engine.",
+            ) from error
+
+    def _open(self, package: Any, path: Path, threads: int) -> None:
+        raise NotImplementedError
+
+    def _run(self, *inputs: Tensor) -> list[Tensor]:
         raise NotImplementedError
 
 
 class OnnxRuntime(Engine):
     """An ONNX file in ONNX Runtime."""
 
-    package, format = "onnxruntime", "onnx"
+    name, package, format = "ONNX Runtime", "onnxruntime", "onnx"
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        """See `Engine`."""
-        onnxruntime = import_package(self.package)
-        options = onnxruntime.SessionOptions()
+    def _open(self, package: Any, path: Path, threads: int) -> None:
+        options = package.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         # Else the threads of one file go on waiting busily while another is run.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise _refused("ONNX Runtime", error) from error
+        self._session = package.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Its outputs in order."""
+    def _run(self, *inputs: Tensor) -> list[Tensor]:
         names = [one.name for one in self._session.get_inputs()]
         values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
         return [torch.from_numpy(value) for value in self._session.run(None, values)]
@@ -66,23 +87,17 @@ class OnnxRuntime(Engine):
 class OpenVino(Engine):
     """An ONNX file in OpenVINO, compiled for the shapes of its last call, in single precision."""
 
-    package, format = "openvino", "onnx"
+    name, package, format = "OpenVINO", "openvino", "onnx"
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        """See `Engine`."""
-        openvino = import_package(self.package)
-        self._core = openvino.Core()
+    def _open(self, package: Any, path: Path, threads: int) -> None:
+        self._core = _core()
         self._options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads:
             self._options["INFERENCE_NUM_THREADS"] = threads
+        self._model = self._core.read_model(path)
         self._compiled: tuple[list[list[int]], Any] = [], None
-        try:
-            self._model = self._core.read_model(path)
-        except Exception as error:
-            raise _refused("OpenVINO", error) from error
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Its outputs in order."""
+    def _run(self, *inputs: Tensor) -> list[Tensor]:
         shapes = [list(one.shape) for one in inputs]
         if shapes != self._compiled[0]:
             model = self._model.clone()
@@ -92,21 +107,23 @@ class OpenVino(Engine):
         return [torch.from_numpy(found[index].copy()) for index in range(len(found))]
 
 
+@cache
+def _core() -> Any:
+    """One for all files, that stays: the last of two that go in the order they came (openvino 2026.4) leaves the thread
+    with a stack for signals that is no more, and the next signal, a Ctrl-C or the end of a child, kills the process."""
+    return import_package(OpenVino.package).Core()
+
+
 class Inductor(Engine):
     """A package of AOTInductor, run by the threads of torch."""
 
-    package, format = "torch", "aoti"
+    name, package, format = "AOTInductor", "torch", "aoti"
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        """See `Engine`."""
-        try:
-            self._run = torch._inductor.aoti_load_package(str(path))
-        except Exception as error:
-            raise _refused("AOTInductor", error) from error
+    def _open(self, package: Any, path: Path, threads: int) -> None:
+        self._call = package._inductor.aoti_load_package(str(path))
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Its outputs in order."""
-        return [leaf for leaf in tree_leaves(self._run(*inputs)) if isinstance(leaf, Tensor)]
+    def _run(self, *inputs: Tensor) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self._call(*inputs)) if isinstance(leaf, Tensor)]
 
 
 ENGINES: dict[str, type[Engine]] = {"onnx": OnnxRuntime, "openvino": OpenVino, "aoti": Inductor}
@@ -120,12 +137,4 @@ def import_package(package: str) -> Any:
     """
     return import_optional(
         package, f"a file for this engine needs {package}.", "pip install 'cadsurgery[export]'"
-    )
-
-
-def _refused(engine: str, error: Exception) -> CannotConvert:
-    return CannotConvert(
-        f"{engine} does not take the file.",
-        why=describe_error(error),
-        next="report it with the name of the network and the version of the engine.",
     )
