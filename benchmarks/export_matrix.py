@@ -159,7 +159,7 @@ def report() -> str:
     agree = [row for row in rows.values() if row["result"] == "agrees"]
     failed = [row for row in rows.values() if row["result"] != "agrees"]
     largest = max((row["difference"] for row in agree), default=float("nan"))
-    effect = min((row["effect"] for row in agree if "effect" in row), default=float("nan"))
+    effect = min((row["effect"] for row in agree), default=float("nan"))
     seconds = sorted(row["cpu_seconds"] for row in agree)
     commits = sorted({row["commit"][:7] for row in rows.values()})
     versions = ", ".join(
@@ -168,8 +168,8 @@ def report() -> str:
     )
     words = [
         f"{len(rows)} of {len(cells())} cells written, {len(agree)} agree; largest difference {largest:.0e} of the "
-        f"largest output, of which the mask can change {effect:.0e} or more where that was "
-        f"recorded; {seconds[len(seconds) // 2]:.0f} s of CPU time for each (median). {versions}; CPU; "
+        f"largest output, of which the mask can change {effect:.0e} or more; "
+        f"{seconds[len(seconds) // 2]:.0f} s of CPU time for each (median). {versions}; CPU; "
         f"commits {', '.join(commits)}.",
         "",
         *lines,
