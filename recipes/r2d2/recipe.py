@@ -279,7 +279,7 @@ def main() -> None:
     nets = [("as published", dense, ())]
     nets += [("aligned", adapted(weights, strides), masks) for strides, masks in chosen.items()]
     if options.network:
-        own = cs.load(options.network)
+        own = cs.load(options.network, build())
         nets.append((options.network.name, own, chosen.get(own.plan.output_stride) or (own.mask.spec(),)))
     every = sequences(options.data, options.sequences)
     rows = measure(nets, every, options.rounds, lambda text: print(text, file=sys.stderr, flush=True))
