@@ -241,7 +241,7 @@ def data(folder: Path) -> Path:
         place.mkdir(parents=True)
         np.savetxt(place / "H_1_2", np.eye(3))
         for number in (1, 2):
-            pixels = torch.randint(256, (48, 56, 3), dtype=torch.uint8)
+            pixels = torch.randint(256, (64, 72, 3), dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(place / f"{number}.png")
     return folder
 
@@ -263,13 +263,11 @@ def test_the_command_measures_an_adapted_file_too(
     assert len({line.count(" | ") for line in lines[2:]}) == 1
 
 
-def test_without_data_the_command_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["recipe.py", str(tmp_path)])
-    with pytest.raises(SystemExit) as caught:
-        recipe.main()
-    assert caught.value.code == 0 and "skipped" in capsys.readouterr().out
+def test_what_a_coarser_network_loses_is_told_by_place_and_description(tmp_path: Path) -> None:
+    (sequence,) = recipe.sequences(data(tmp_path), ["boat"])
+    net = cs.adaptify(network().float(), "all", output_stride=(1, 8), verify_laws=False)
+    labels = [label for label, shares in recipe.what_is_lost(net, [sequence]) if len(shares) == 2]
+    assert len(labels) == len({*labels}) == 4 * len(recipe.STEPS)
 
 
 # -- with the weights ----------------------------------------------------------------------------------

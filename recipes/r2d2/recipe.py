@@ -1,6 +1,7 @@
 """Matching by R2D2 with full resolution, or half of it, where keypoints can be.
 
     python recipes/r2d2/recipe.py DATA [--sequences NAME ...] [--network FILE] [--output results.json]
+    python recipes/r2d2/recipe.py DATA --lost [--sequences NAME ...]
 
 DATA is a folder with `r2d2/` and `oxford_affine/` (see the README beside this file). Share of matches within 1, 3 and 5
 pixels of the homography, mean over pairs; multiply-accumulates relative to everything high, the mask's own included;
@@ -39,6 +40,7 @@ from recipes.r2d2.network import BUILDER, FRAME, PUBLISHED
 WEIGHTS = Path("r2d2") / "r2d2_wasf_n16.safetensors"
 PIXELS = (1, 3, 5)
 COUNTS = (5000, 1000)  # keypoints of an image at most, the best; the first as published
+STEPS = (1, 2, 4)  # pixels between the samples of coarser networks
 LEAST = 0.7  # repeatability and reliability of a keypoint, as published
 TUNED = ("bikes", "graf")  # sequences that masks were chosen on, of their first images; the others report
 SIFT = "keypoints:detector=sift"
@@ -82,13 +84,14 @@ def adapted(weights: Path | str = "none", output_stride: tuple[int, int] = (1, 8
     return cs.adaptify(build(weights), "all", output_stride=output_stride, verify_laws=False)
 
 
-def keypoints(maps: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+def keypoints(maps: Tensor, sides: Tensor, frame: int = FRAME) -> tuple[Tensor, Tensor]:
     """Keypoints of an image as published: the largest repeatability of 3 x 3 samples, it and reliability at least .7;
-    none nearer to the edge than `FRAME`.
+    none nearer to the edge than `frame`.
 
     Args:
         maps: (2, H, W) reliability and repeatability.
         sides: (H, W) pixels between the samples that the network has there: 1 at full resolution.
+        frame: in pixels.
 
     Returns:
         (n, 2) pixels x and y, those with the largest product of both first, and the same refined.
@@ -104,7 +107,7 @@ def keypoints(maps: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
             largest = F.max_pool2d(around, 3, 1, dilation=step)[0, 0]
             chosen &= (repeatability == largest) | (sides != side)
     inner = torch.zeros_like(chosen)
-    inner[FRAME:-FRAME, FRAME:-FRAME] = True
+    inner[frame:-frame, frame:-frame] = True
     y, x = (chosen & inner).nonzero(as_tuple=True)
     order = (reliability * repeatability)[y, x].argsort(descending=True, stable=True)
     y, x = y[order], x[order]
@@ -142,6 +145,41 @@ def matched(first: Features, second: Features, homography: Tensor) -> dict[str, 
             errors = match_errors(getattr(first, name), getattr(second, name), matches, homography)
             found[f"{name}_{count}"] = matching_accuracy(errors, PIXELS)
     return found
+
+
+def what_is_lost(net: cs.AdaptiveModel, every: Sequence[ImageSequence]) -> Iterator[tuple[str, list[float]]]:
+    """MMA at 3 pixels for each of `COUNTS` of keypoints found among every second or fourth pixel of the dense maps (all
+    that a network of that output stride gives, by law 2): where and as they are, moved to the largest repeatability of
+    the pixels in between, described there, or both."""
+    found: dict[str, list[list[float]]] = {}
+    for sequence in every:
+        features: dict[str, list[Features]] = {}
+        for path in sequence.images:
+            for label, one in _coarser(net, shown(net, path)):
+                features.setdefault(label, []).append(one)
+        for label, (first, *others) in features.items():
+            for other, homography in zip(others, sequence.homographies, strict=True):
+                pair = matched(first, other, homography)
+                shares = [pair[f"points_{count}"][PIXELS.index(3)] for count in COUNTS]
+                found.setdefault(label, []).append(shares)
+    for label, pairs in found.items():
+        yield label, [sum(shares) / len(pairs) for shares in zip(*pairs, strict=True)]
+
+
+def _coarser(net: cs.AdaptiveModel, image: Tensor) -> Iterator[tuple[str, Features]]:
+    with torch.inference_mode():
+        dense = net(image, mask="all")
+    maps, descriptors = dense["maps"][0], dense["descriptors"][0]
+    for step in STEPS:
+        coarse = maps[:, ::step, ::step]
+        points = step * keypoints(coarse, torch.ones_like(coarse[0]), -(-FRAME // step))[0][: COUNTS[0]]
+        reach = torch.arange(1 - step, step)
+        near = torch.cartesian_prod(reach, reach) + points.unsqueeze(1)  # (n, (2 step - 1)^2, 2)
+        best = maps[1, near[..., 1], near[..., 0]].argmax(1)
+        moved = near[torch.arange(len(near)), best]
+        for place, at in (("as they are", points), ("moved", moved)):
+            for described, (x, y) in (("", points.T), (", described there", moved.T)):
+                yield f"every {step} pixels, {place}{described}", Features(at, at, descriptors[:, y, x].T)
 
 
 def sequences(data: Path, names: Sequence[str] = ()) -> list[ImageSequence]:
@@ -267,6 +305,7 @@ def main() -> None:
         "--masks", nargs="*", default=[], help="at output strides 1 to 8; default: those of the card"
     )
     parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 for none")
+    parser.add_argument("--lost", action="store_true", help="tell what a coarser output stride loses instead")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     for folder in ("r2d2", "oxford_affine"):
@@ -282,6 +321,13 @@ def main() -> None:
         own = cs.load(options.network, build())
         nets.append((options.network.name, own, chosen.get(own.plan.output_stride) or (own.mask.spec(),)))
     every = sequences(options.data, options.sequences)
+    if options.lost:
+        for label, shares in what_is_lost(dense.optimize(), every):
+            of_best = ", ".join(
+                f"{share:.4f} of {count}" for count, share in zip(COUNTS, shares, strict=True)
+            )
+            print(f"{label}: MMA@3 {of_best}")
+        return
     rows = measure(nets, every, options.rounds, lambda text: print(text, file=sys.stderr, flush=True))
     print(table(rows))
     if options.output:
