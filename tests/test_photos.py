@@ -21,6 +21,7 @@ from cadsurgery.data import IGNORED, SegmentationData
 from cadsurgery.data.datasets import identity_table
 from cadsurgery.data.images import street_scene
 from cadsurgery.finetune import Settings, calibrate, evaluate, fit
+from cadsurgery.finetune.objectives import copy_dense
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
@@ -284,6 +285,27 @@ def test_validation_compares_with_the_network_as_it_was_whoever_is_the_teacher(t
     expected = evaluate(net, Alone(), converted())["divergence"]
     assert outcome.after["divergence"] == pytest.approx(expected, rel=1e-4)
     assert evaluate(net, Alone())["divergence"] != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("train", ["adapters", "all"])
+def test_a_network_that_stays_as_it_is_at_full_resolution_is_its_own_teacher(
+    tmp_path: Path, train: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+
+    def note(net: nn.Module) -> Any:
+        copies.append(copy_dense(net))
+        return copies[-1]
+
+    monkeypatch.setattr("cadsurgery.finetune.objectives.copy_dense", note)
+    monkeypatch.setattr("cadsurgery.finetune.loop.copy_dense", note)
+    image, net = street_scene(*SIZE)[None], converted("none")
+    before = net(image, mask="all")
+    options: dict[str, Any] = {"validation": Alone(), "train": train, "device": "cpu"}
+    outcome = fit(net, Alone(), replace(QUICK, steps=20), output=tmp_path, **options)
+    assert outcome.after["divergence"] < outcome.before["divergence"]
+    assert torch.equal(net(image, mask="all"), before) == (train == "adapters")
+    assert [made is None for made in copies] == ([True, True] if train == "adapters" else [False])
 
 
 def test_a_run_on_photos_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from cadsurgery.finetune.devices import make_accelerator
 from cadsurgery.finetune.evaluation import count_outputs, evaluate
 from cadsurgery.finetune.groups import freeze_unused, make_groups, make_optimizer, set_modes, stem_of
 from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, open_log
-from cadsurgery.finetune.objectives import Objective, make_objective
+from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
@@ -152,13 +151,14 @@ class _Run:
             identity["objective"] = getattr(make, "__qualname__", type(make).__name__)
         self.dense: nn.Module | None = None  # which validation without labels compares with: as it started
         start = self._start(identity)  # puts the starting weights into the network
-        named = partial(make_objective, settings.objective, options=settings.objective_options)
-        self.objective: Objective = (make or named)(net).to(self.accelerator.device)
-        if self.validation is not None and not callable(self.validation) and not is_labelled(self.validation):
-            self.dense = getattr(self.objective, "teacher", None) or copy.deepcopy(net)
         for name, parameter in net.named_parameters():
             is_trained = parameter in self.chosen if self.chosen else not self.is_fixed(name)
             parameter.requires_grad_(parameter.requires_grad and is_trained)
+        named = partial(make_objective, settings.objective, options=settings.objective_options)
+        self.objective: Objective = (make or named)(net).to(self.accelerator.device)
+        compares = not (self.validation is None or callable(self.validation) or is_labelled(self.validation))
+        if compares and isinstance(net, AdaptiveModel):
+            self.dense = getattr(self.objective, "teacher", None) or copy_dense(net)
         set_modes(self.net, self.is_fixed, self.settings)
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)

@@ -171,9 +171,7 @@ class Divergence(Objective):
         check_name("teacher", teacher, ("initial", "self"))
         check_name("kind of output", kind, KINDS)
         self.temperature, self.weight, self.supervision, self.kind = temperature, weight, supervision, kind
-        self.teacher: nn.Module | None = None
-        if teacher == "initial":
-            self.teacher = copy.deepcopy(net).requires_grad_(False)
+        self.teacher = copy_dense(net) if teacher == "initial" else None
 
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Loss, its parts, and the active fraction."""
@@ -311,6 +309,14 @@ def logits_of(output: Any) -> Tensor:
             next="wrap the network so that it returns them.",
         )
     return logits
+
+
+def copy_dense(net: AdaptiveModel) -> nn.Module | None:
+    """A copy of a network as it is now, to be compared with later; None where everything kept high stays as it is
+    anyway, because only level adapters are trained."""
+    trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
+    own = set(net.adapters.parameters()) if net.adapters is not None else set[nn.Parameter]()
+    return None if trained and trained <= own else copy.deepcopy(net).requires_grad_(False)
 
 
 def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
