@@ -12,8 +12,8 @@ from cadsurgery.finetune.settings import Settings
 
 commands = typer.Typer()
 SETTINGS = (
-    *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "ema"),
-    *("precision", "seed", "save_every", "validate_every", "log", "workers"),
+    *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "train"),
+    *("ema", "precision", "seed", "save_every", "validate_every", "log", "workers"),
 )
 
 

@@ -93,6 +93,8 @@ def finetune(
     classes = len(training.classes)
     net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     trained, seen = net, _Seen(training, validation)
+    if settings.train == "adapters":
+        net.add_adapters()  # before the network is cut
     if cache:
         step("running the stem over the data")
         seen = _run_stem(net, seen, settings, device)

@@ -34,6 +34,7 @@ from cadsurgery.finetune.objectives import Objective, make_objective
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
+from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
 from cadsurgery.support.files import make_folder
@@ -52,6 +53,7 @@ def fit(
     validation: Validation | None = None,
     objective: Callable[[nn.Module], Objective] | None = None,
     augment: Augmentation | None = None,
+    train: str | None = None,
     resume: bool = True,
     device: str = "auto",
     on_step: Callable[[Row], None] | None = None,
@@ -69,6 +71,7 @@ def fit(
         validation: samples, or a function from the network to its metrics, `miou` among them.
         objective: makes the objective of the network; default: what the settings name.
         augment: function (image, labels, seed) -> (image, labels); not for samples with tuples of inputs.
+        train: `all` or `adapters` instead of what the settings say; see `Settings`.
         resume: False refuses a folder that holds a run already.
         device: `auto` (a GPU if there is one, or what the launcher says) or `cpu`.
         on_step: called in the main process with each row of the log, once the step is complete.
@@ -79,7 +82,7 @@ def fit(
         FileError: the folder or a checkpoint cannot be read or written.
         TrainingStopped: the loss or the weights are not finite; the last good checkpoint is kept.
     """
-    settings = settings or Settings()
+    settings = (settings or Settings()).changed({"train": train} if train is not None else {})
     check_data(data, "training")
     if isinstance(net, OptimizedModel):
         raise InvalidInput(
@@ -128,6 +131,14 @@ class _Run:
             len(self.data), settings.seed, settings.batch, settings.accumulate, processes
         )
         net.to(self.accelerator.device)
+        self.chosen: set[nn.Parameter] = set()  # what alone is trained; empty for all
+        if settings.train == "adapters":
+            if not isinstance(net, AdaptiveModel):
+                raise InvalidInput(
+                    f'train="adapters" needs an adaptive network, not {type(net).__name__}.',
+                    next="convert it first with cs.adaptify.",
+                )
+            self.chosen = set(net.add_adapters().parameters())
         self.is_fixed = stem_of(net) if settings.freeze == "stem" else lambda name: False
         first = next(self._batches(range(1), workers=0))
         self.classes = count_outputs(net, self.data, first)
@@ -138,7 +149,8 @@ class _Run:
         named = partial(make_objective, settings.objective, options=settings.objective_options)
         self.objective: Objective = (make or named)(net).to(self.accelerator.device)
         for name, parameter in net.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not self.is_fixed(name))
+            is_trained = parameter in self.chosen if self.chosen else not self.is_fixed(name)
+            parameter.requires_grad_(parameter.requires_grad and is_trained)
         set_modes(self.net, self.is_fixed, self.settings)
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
