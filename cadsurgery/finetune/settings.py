@@ -51,7 +51,7 @@ class Settings:
             else stays as it is, in evaluation mode, and with it all that the network gives at full resolution.
         ema: decay per step of an average of the weights, which is then what is validated and saved; 0 for none.
         seed: of everything random.
-        objective: name of what is minimised; see `list_objectives`.
+        objective: name of what is minimised, see `list_objectives`; empty for `mixed`, or `divergence` without labels.
         objective_options: its options by name.
         save_every: steps between checkpoints.
         validate_every: steps between validations.
@@ -82,7 +82,9 @@ class Settings:
     ema: float = option(0.0, "decay of an average of the weights")
     seed: int = option(0, "of everything random; default {default}")
     objective: str = option(
-        "mixed", "{default} (default), any-budget, or blend for a learned mask; their options are below"
+        "",
+        "mixed (default), divergence (default without labels), any-budget, or blend for a learned mask; their options "
+        "are below",
     )
     objective_options: dict[str, Any] = field(default_factory=dict)
     save_every: int = option(500, "steps between checkpoints; default {default}")
