@@ -107,10 +107,9 @@ class KeypointMask(SteppedMask):
         named = {GIVEN: "keypoints", OWN: "a first pass of the network"}
         return named.get(self._kind, "a detector outside the network")
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the network's own scores are looked at."""
-        return self._kind == OWN
+    def first_passes(self, lowest: int) -> frozenset[int]:
+        """Everything downsampled, if the network's own scores are looked at."""
+        return frozenset({lowest} if self._kind == OWN else ())
 
     def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
         """Within dilation i of a keypoint.
