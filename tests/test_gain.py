@@ -1,4 +1,4 @@
-"""Masks of what the output loses: the loss itself (`oracle`), what is expected of it (`gain`), fitted without labels."""
+"""Masks of what the output loses: the loss itself (`oracle`), what is expected of it (`gain`), without labels."""
 
 from __future__ import annotations
 
