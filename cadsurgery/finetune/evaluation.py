@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Batch, Samples, check_data, prepare
 from cadsurgery.finetune.objectives import logits_of, resize_logits
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 
@@ -27,8 +26,9 @@ def evaluate(net: nn.Module, data: Samples) -> dict[str, float]:
     check_data(data, "validation")
     device, metrics, active = next(net.parameters()).device, None, 0.0
     with torch.inference_mode(), evaluating(net):
+        source = pictures_for(net)
         for index in range(len(data)):
-            inputs, labels = prepare(*data[index], source_of(net), index)
+            inputs, labels = prepare(*data[index], source, index)
             output = net(*(value.unsqueeze(0).to(device) for value in inputs))
             logits = logits_of(output)
             if metrics is None:

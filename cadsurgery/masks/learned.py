@@ -43,6 +43,8 @@ class LearnedMask(MaskProvider):
         InvalidInput: a value out of range.
     """
 
+    ignores_image = True
+
     def __init__(
         self,
         fraction: float = 0.5,
