@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cadsurgery.finetune.batches import augmentation
     from cadsurgery.finetune.blend import Blend, calibrate
     from cadsurgery.finetune.evaluation import evaluate
+    from cadsurgery.finetune.gain import GainFit, fit_gain
     from cadsurgery.finetune.logs import Row
     from cadsurgery.finetune.loop import fit
     from cadsurgery.finetune.objectives import Objective, list_objectives, objective
@@ -23,6 +24,7 @@ _PLACES = {
     "batches": ("augmentation",),
     "blend": ("Blend", "calibrate"),
     "evaluation": ("evaluate",),
+    "gain": ("GainFit", "fit_gain"),
     "logs": ("Row",),
     "loop": ("fit",),
     "objectives": ("Objective", "list_objectives", "objective"),

@@ -112,10 +112,9 @@ class KeypointMask(SteppedMask):
         """Whether the points are found in the picture."""
         return self._kind not in (GIVEN, OWN)
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the network's own scores are looked at."""
-        return self._kind == OWN
+    def first_passes(self, lowest: int) -> frozenset[int]:
+        """Everything downsampled, if the network's own scores are looked at."""
+        return frozenset({lowest} if self._kind == OWN else ())
 
     def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
         """Within dilation i of a keypoint.

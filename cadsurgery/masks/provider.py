@@ -100,6 +100,11 @@ class MaskProvider(nn.Module):
         """Whether it, or a mask it is made from, looks at the features that enter the region."""
         return not self.image_only or any(part.sees_features for part in self.parts)
 
+    def first_passes(self, lowest: int) -> frozenset[int]:
+        """The levels, 0..`lowest`, at which it, or a mask it is made from, wants to see what the network gives with
+        everything at that level."""
+        return frozenset().union(*(part.first_passes(lowest) for part in self.parts))
+
     @property
     def sees_image(self) -> bool:
         """Whether it, or a mask it is made from, looks at the picture."""
@@ -107,8 +112,8 @@ class MaskProvider(nn.Module):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether it, or a mask it is made from, wants a first pass of the network with everything downsampled."""
-        return any(part.looks_ahead for part in self.parts)
+        """Whether it wants a first pass of the network at all."""
+        return bool(self.first_passes(1))
 
     @property
     def dependence(self) -> str:

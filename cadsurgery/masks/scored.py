@@ -84,6 +84,12 @@ class DetailMask(ScoredMask):
 def interpolation_error(features: Tensor) -> Tensor:
     """(B, h, w), at least float32: squared distance of a map (B, C, h, w) from the bilinear interpolation of its every
     second sample, the border replicated, summed over channels."""
+    return missed(features).square().sum(1)
+
+
+def missed(features: Tensor) -> Tensor:
+    """(B, C, h, w), at least float32: what bilinear interpolation of a map's every second sample misses of it, the
+    border replicated."""
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     height, width = features.shape[2:]
     every_second = features[:, :, ::2, ::2]
@@ -91,7 +97,7 @@ def interpolation_error(features: Tensor) -> Tensor:
     size = (2 * rows - 1, 2 * columns - 1)
     between = F.interpolate(every_second, size=size, mode="bilinear", align_corners=True)
     interpolated = F.pad(between, (0, width - size[1], 0, height - size[0]), mode="replicate")
-    return (features - interpolated).square().sum(1)
+    return features - interpolated
 
 
 @mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
@@ -180,10 +186,9 @@ class ConfidenceMask(ScoredMask):
             raise UnknownName("measure of mask 'confidence'", measure, MEASURES)
         check_options("confidence", sigma=(sigma, WIDTH))
 
-    @property
-    def looks_ahead(self) -> bool:
-        """It does."""
-        return True
+    def first_passes(self, lowest: int) -> frozenset[int]:
+        """Everything downsampled."""
+        return frozenset({lowest})
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The doubt at the pixels of each sample of the fine map, averaged and smoothed.

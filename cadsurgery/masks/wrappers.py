@@ -8,10 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.masks.filters import on_samples, window_maximum
+from cadsurgery.masks.filters import mean_of_patches, on_samples, window_maximum
 from cadsurgery.masks.graded import SteppedMask
 from cadsurgery.masks.options import (
     NUMBER,
@@ -232,7 +231,7 @@ class Budget(MaskWrapper):
         """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each patch, at the border of
         the samples inside the map. In float64, where sums of equal float32 values are exact: equal scores stay equal
         whatever the size of their patches."""
-        of_patches = _mean_of_patches(scores.double(), grid.patch)
+        of_patches = mean_of_patches(scores.double(), grid.patch)
         if not torch.compiler.is_compiling() and of_patches.isnan().any():
             raise InvalidInput(
                 "the scores hold infinities of both signs in one patch.",
@@ -241,20 +240,6 @@ class Budget(MaskWrapper):
                 next="check the image and the mask that gives the scores.",
             )
         return of_patches
-
-
-def _mean_of_patches(samples: Tensor, patch: int) -> Tensor:
-    """Mean of each aligned block of a map (B, h, w), at the border of the samples inside: (B, ceil(h / patch), ...).
-
-    As sums: few engines pool in float64.
-    """
-    padded = F.pad(samples, (0, -samples.shape[2] % patch, 0, -samples.shape[1] % patch))
-    sums = padded.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).sum((2, 4))
-    down, across = (
-        (length - torch.arange(0, length, patch, device=samples.device)).clamp(max=patch)
-        for length in samples.shape[1:]
-    )
-    return sums / (down.unsqueeze(1) * across)
 
 
 @mask_provider("smooth")

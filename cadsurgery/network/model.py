@@ -21,6 +21,7 @@ from cadsurgery.masks.masking import NEEDS_STATIC
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, Unit, read_normalisation
+from cadsurgery.network.adapters import ADAPTERS, make_adapters, with_adapters
 from cadsurgery.network.macs import MacReport, count_macs, ghost
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
@@ -57,8 +58,8 @@ class AdaptiveModel(nn.Module):
         self._mask_provider = resolve_mask(mask)
         self._unit = vars(model).get("_unit") or Unit()
         self.training = model.training
-        self.register_state_dict_post_hook(_without_mask)
-        self.register_load_state_dict_post_hook(_mask_not_missing)
+        self.register_state_dict_post_hook(_without_own)
+        self.register_load_state_dict_post_hook(_own_not_missing)
         self.lay_out()
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
@@ -108,6 +109,8 @@ class AdaptiveModel(nn.Module):
             from cadsurgery.network.adaptify import follow_way  # which makes such networks
 
             program = follow_way(self, arguments, refusal)
+            if self.adapters is not None:
+                program = with_adapters(program, set(self.adapters)).on(self)
             self._ways[_kind_of(arguments)] = program
             return run(program, arguments)
 
@@ -224,6 +227,40 @@ class AdaptiveModel(nn.Module):
     def normalise_by(self, image: Tensor) -> None:
         """Let an image batch say what masks take the input for, unless that is known or it is no picture."""
         self.adaptive_part._unit(image)
+
+    @property
+    def adapters(self) -> nn.ModuleDict | None:
+        """A scale and a shift for each layer at each level below full resolution, by layer; see `add_adapters`."""
+        adapters = self.adaptive_part._modules.get(ADAPTERS)
+        assert adapters is None or isinstance(adapters, nn.ModuleDict)
+        return adapters
+
+    def add_adapters(self) -> nn.ModuleDict:
+        """Give each convolution and linear layer of the region a `LevelAdapter`, once; they change nothing yet.
+
+        What is at level 0 stays bit for bit what it is whatever they learn, as long as all of an image is. The state
+        dict stays the original's; `save` stores them beside it.
+
+        Returns:
+            `adapters`.
+
+        Raises:
+            InvalidInput: the network is an optimised copy, or has no layer below full resolution.
+        """
+        part = self.adaptive_part
+        if part.adapters is None:
+            adapters = make_adapters(part.program) if not part.program.is_fused else nn.ModuleDict()
+            if not len(adapters):
+                raise InvalidInput(
+                    f"{type(self).__name__} has no layer that could have a level adapter.",
+                    why="they are folded away in an optimised copy, and stand behind layers of the region.",
+                    next="add them to what cs.adaptify(...) gave, before optimize().",
+                )
+            part.add_module(ADAPTERS, adapters)
+            part._program = with_adapters(part.program, set(adapters)).on(part)
+            part._ways = {}
+        assert part.adapters is not None
+        return part.adapters
 
     @property
     def lattice(self) -> Lattice:
@@ -357,11 +394,15 @@ def _kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _without_mask(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The state dict is the original's, whatever the mask has learned; `io.save` stores that apart."""
-    for name in [name for name in state if name.startswith(f"{prefix}_mask_provider.")]:
+# Children that the original does not have.
+_OWN = ("_mask_provider.", f"{ADAPTERS}.")
+
+
+def _without_own(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The state dict is the original's, whatever mask and adapters have learned; `save` stores that apart."""
+    for name in [name for name in state if name.removeprefix(prefix).startswith(_OWN)]:
         del state[name]
 
 
-def _mask_not_missing(model: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if "_mask_provider." not in name]
+def _own_not_missing(model: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not any(part in name for part in _OWN)]

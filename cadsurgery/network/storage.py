@@ -36,6 +36,7 @@ FORMAT = 3  # 1: no checksums; 2: no normalisation, masks see the input as it co
 _KEY = "cadsurgery"
 _CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
 _MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
+_ADAPTERS = "cadsurgery.adapters."  # and to level adapters
 _NO_MASK = "a function or provider of your own, which a file cannot hold"
 _LONGEST = 2**25  # characters of metadata, and values of an example image, without the word of the user
 _OTHER_MODEL = "pass the architecture it was converted from."
@@ -49,7 +50,7 @@ _OPTIONS = {
 
 
 def save(net: AdaptiveModel, path: str | Path) -> None:
-    """Write a converted network: parameters and buffers, plan, options, mask, source and versions.
+    """Write a converted network: parameters and buffers, level adapters, plan, options, mask, source and versions.
 
     The file appears whole or not at all, and holds checksums. No pickle. A mask that is a function or an
     unregistered provider cannot be stored; `load` then asks for one.
@@ -69,7 +70,10 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             why="its weights are folded and no longer the original's.",
             next="save the network it was made from, and call optimize() after loading.",
         )
-    tensors = {**net.state_dict(), **{f"{_MASK}{name}": v for name, v in net.mask.state_dict().items()}}
+    tensors = net.state_dict()
+    for prefix, part in ((_MASK, net.mask), (_ADAPTERS, net.adapters)):
+        values = part.state_dict() if part is not None else {}
+        tensors |= {f"{prefix}{name}": value for name, value in values.items()}
     metadata = {
         "format": FORMAT,
         "versions": versions(),
@@ -136,7 +140,10 @@ def load(
             CadWarning,
             stacklevel=2,
         )
-    of_mask = {name[len(_MASK) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    of_mask, of_adapters = (
+        {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        for prefix in (_MASK, _ADAPTERS)
+    )
     if mask is None and stated.mask is not None:
         mask = _stored_mask(path, stated.mask, of_mask, trust)
     if mask is None:
@@ -173,6 +180,11 @@ def load(
     _check_types(path, tensors, net.state_dict())
     with _refuse(f"the parameters in {path} do not fit the model.", _OTHER_MODEL):
         net.load_state_dict(tensors, assign=True)  # the stored types, e.g. bfloat16
+    if of_adapters:
+        with _refuse(f"the level adapters in {path} do not fit the model.", _OTHER_MODEL):
+            adapters = net.add_adapters()
+            _check_types(path, of_adapters, adapters.state_dict())
+            adapters.load_state_dict(of_adapters, assign=True)
     net.adaptive_part.lay_out()
     net.source = source
     if stated.normalisation is not None:

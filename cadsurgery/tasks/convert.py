@@ -20,12 +20,12 @@ from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, dense_macs
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.storage import load, read_metadata, save
+from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import check_folder, make_folder
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
-from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport, Side
 from cadsurgery.tasks.figures import class_picture
