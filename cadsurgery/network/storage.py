@@ -21,6 +21,7 @@ from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.data.networks import Source, build_again
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
+from cadsurgery.masks.unit import Normalisation, Unit
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
@@ -31,7 +32,7 @@ from cadsurgery.support.provenance import import_nothing, versions
 from cadsurgery.surgery.arguments import example_of
 from cadsurgery.surgery.plan import Plan
 
-FORMAT = 2  # 1: no checksums
+FORMAT = 3  # 1: no checksums; 2: no normalisation, masks see the input as it comes
 _KEY = "cadsurgery"
 _CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
 _MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
@@ -78,6 +79,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "versions": versions(),
         "source": net.source.to_dict() if net.source is not None else None,
         "mask": net.mask.spec() if net.mask.storable else None,
+        "normalisation": net.normalisation and net.normalisation.to_dict(),
         "options": {
             "output_stride": net.plan.output_stride,
             "region": net.plan.region,
@@ -185,6 +187,8 @@ def load(
             adapters.load_state_dict(of_adapters, assign=True)
     net.adaptive_part.lay_out()
     net.source = source
+    if stated.normalisation is not None:
+        net.adaptive_part._unit = Unit(stated.normalisation)
     return net
 
 
@@ -220,6 +224,7 @@ class _Stated(NamedTuple):
     options: dict[str, Any]
     plan: Plan
     tensors: str = ""
+    normalisation: Normalisation | None = None
 
 
 _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": str}
@@ -287,6 +292,10 @@ def _check_stated(path: str | Path, header: Mapping[str, str]) -> _Stated:
         fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
         fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
         fields["plan"] = Plan.from_json(fields["plan"])
+        if number < 3:
+            fields["normalisation"] = Normalisation(
+                origin=f"as when its file was written, of format {number}"
+            )
         return _Stated(**fields)
 
 
