@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from cadsurgery.data.datasets import sample_of
-from cadsurgery.data.networks import source_of
 from cadsurgery.elements import functional
 from cadsurgery.finetune.batches import Samples, check_data, prepare
-from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.surgery.trace import evaluating
 
@@ -46,7 +45,7 @@ def calibrate_adapters(net: AdaptiveModel, images: Samples, most: int = 32) -> i
         sums: dict[tuple[fx.Node, int], Tensor] = {}
         count = 0
         for index in range(0, len(images), step):
-            inputs, _ = prepare(*sample_of(images, index), source_of(net), index)
+            inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
             for node, level, apart in _differences(net, program, [one[None].to(device) for one in inputs]):
                 sums[node, level] = sums.get((node, level), 0) + apart
             count += 1
