@@ -11,6 +11,7 @@ Work: multiply-accumulates of the whole network and of its region, the mask's in
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -159,6 +160,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="of processor time for each fit")
     parser.add_argument("--fit", type=int, help="images to fit to; default: all there is time for")
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.1])
+    parser.add_argument(
+        "--tolerances",
+        type=float,
+        nargs="*",
+        default=[],
+        help="shares that a tolerance is to keep of the images",
+    )
     parser.add_argument("--masks", nargs="*", default=["detail", "edges", "oracle"], help="beside gain")
     parser.add_argument("--split", default="test")
     parser.add_argument("--every", type=int, default=1, help="of the images measured with")
@@ -176,11 +184,16 @@ def main() -> None:
         fits[seed] = fit.to_dict()
         masks[f"gain, seed {seed}"] = net.mask
         print(f"seed {seed}: {fit}", file=sys.stderr, flush=True)
-    budgets = {
+    budgets: dict[str, Any] = {
         f"{name}, budget {fraction:g}": Budget(mask, fraction)
         for fraction in options.budgets
         for name, mask in masks.items()
     }
+    for seed, fit in fits.items():
+        for share in options.tolerances:
+            mask = copy.deepcopy(masks[f"gain, seed {seed}"])
+            mask.tolerance = fit["tolerances"][f"{share:g}"]
+            budgets[f"gain, seed {seed}, tolerance for {share:g}"] = mask
     begin = time.process_time()
     rows = measure(net, budgets, case.images(options.data, options.split)[:: options.every])
     commit = subprocess.run(

@@ -1,9 +1,9 @@
-"""Masks of what the output loses: the loss itself (`oracle`), what is expected of it (`gain`), without labels."""
+"""Masks of what the output loses: the loss itself (`oracle`), what is expected of it (`gain`), and fitting that."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,9 @@ class Photos:
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.images)
+
 
 def half_blind() -> nn.Module:
     """Half of its entering channels see red alone, the others blue alone, and nothing uses these."""
@@ -136,6 +139,21 @@ def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveMode
     assert (fit.images, fit.held_out) == (24, 3) and fit.seconds > 0
     assert fit.captured["detail"] < fit.captured["gain"] <= fit.captured["oracle"] <= 1
     assert fit.to_dict()["captured"] == fit.captured
+
+
+@torch.no_grad()
+def test_a_tolerance_keeps_about_the_share_it_is_told_for(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
+    net, fit = fitted
+    tolerances = list(fit.tolerances.values())
+    assert tolerances == sorted(tolerances, reverse=True)
+    mask, shares = copy.deepcopy(net.mask.parts[0]), list[float]()
+    assert isinstance(mask, GainMask)
+    mask.tolerance = fit.tolerances["0.3"]
+    torch.manual_seed(0)
+    for image in Photos():
+        net(normalise(image, None)[None], mask=mask)
+        shares.append(net.active_fraction)
+    assert 0.25 < sum(shares) / len(shares) < 0.35 and min(shares) < max(shares)
 
 
 @torch.no_grad()
