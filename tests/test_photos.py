@@ -146,16 +146,10 @@ def test_fidelity_is_accuracy_where_the_dense_prediction_stands_for_labels(photo
 
 
 def test_each_pair_of_strides_is_compared_with_its_own_dense_network(photos: Path) -> None:
-    pairs = [(8, 16), (4, 16)]
-    both = cs.evaluate(segmenter(), f"images:{photos}", [MASK], output_stride=pairs, rounds=0).rows
-    alone = [
-        row
-        for pair in pairs
-        for row in cs.evaluate(
-            segmenter(), f"images:{photos}", [MASK], output_stride=[pair], rounds=0, batch=2
-        ).rows
-    ]
-    assert [row.divergence for row in both] == pytest.approx([row.divergence for row in alone], abs=1e-6)
+    data = cs.open_data(f"images:{photos}", "test").first(2)
+    both = cs.evaluate(segmenter(), data, [], output_stride=[(8, 16), (4, 16)], rounds=0).rows
+    alone = cs.evaluate(segmenter(), data, [], batch=2, **STRIDES).rows
+    assert [row.divergence for row in both[3:]] == pytest.approx([row.divergence for row in alone], abs=1e-6)
     assert both[2].divergence != pytest.approx(both[5].divergence, rel=0.05)
 
 
@@ -165,8 +159,6 @@ def test_maps_that_are_no_classes_have_a_relative_error(photos: Path) -> None:
     high, mask, low = report.rows
     assert high.relative_error == 0 < mask.relative_error < low.relative_error < 2
     assert mask.relative_error == pytest.approx(mask.divergence**0.5) and mask.miou is None
-    by_name = cs.evaluate(segmenter(), f"images:{photos}", [MASK], kind="values", **STRIDES)
-    assert by_name.fidelity == "values" and by_name.rows[1].relative_error > 0
 
 
 class Particular(nn.Module):
