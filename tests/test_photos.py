@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +242,16 @@ def test_the_command_judges_masks_on_photos(
     found = json.loads(done.out)
     assert done.code == 1 and found["images"] == 3 and len(found["failed"]) == 1
     assert found["fidelity"] == "values" and found["rows"][2]["relative_error"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(photos: Path, tmp_path: Path, command_line: Run) -> None:
+    shutil.copy(Path(__file__).with_name("finetune_nets.py"), tmp_path)
+    told = ["eval", "finetune_nets:Segmenter", "--data", f"images:{photos}", "--output-stride", "4,16"]
+    one, two = (
+        json.loads(command_line(*told, "--rounds", 0, "--json", processes=count).out) for count in (1, 2)
+    )
+    assert two["processes"] == 2 and two["rows"] == one["rows"] and two["images"] == one["images"] == 3
 
 
 # -- training ------------------------------------------------------------------------------------------
