@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def main() -> None:
     for name in options.networks:
         model = build_model(name, "none").eval()
         mask = f"detail | budget:fraction={options.fraction}"
-        net = cs.adaptify(model, mask, region="backbone", verify_laws=False)
+        net = cs.adaptify(model, mask, output_stride=(8, 32), verify_laws=False)
         x = example_batch(None, size=tuple(options.size))
         plain = net.optimize()
         with torch.no_grad():
@@ -52,17 +53,15 @@ def main() -> None:
                 value.normal_(0.0, 0.1)
         adapted = net.optimize()
         sides = {
-            "without": lambda net=plain: net(x),
-            "with": lambda net=adapted: net(x),
+            "without": partial(plain, x),
+            "with": partial(adapted, x),
         }
         times = interleaved(sides, options.rounds, warmup=2)
         best = [times[side].best for side in sides]
         ratios = best[1] / best[0], times["with"].median / times["without"].median
         count = len(net.adapters or ())
-        print(
-            f"| {name.partition(':')[2]} | {count} | {best[0]:.0f} | {best[1]:.0f} | {ratios[0]:.3f} | {ratios[1]:.3f} |",
-            flush=True,
-        )
+        figures = f"{best[0]:.0f} | {best[1]:.0f} | {ratios[0]:.3f} | {ratios[1]:.3f}"
+        print(f"| {name.partition(':')[2]} | {count} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":
