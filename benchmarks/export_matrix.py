@@ -5,8 +5,8 @@
 
 Each cell is exported in a process of its own with `cs.export`, which compares the file with PyTorch in ONNX Runtime: a
 dynamic file at four batches of other sizes, one of them odd, a static one on three other batches. Random weights, batch
-norms with the statistics of an image where features fade without; `effect` is how much the mask can change the output. The first third of the cells
-has every pair of network, mask, fill and format.
+norms with the statistics of an image where features fade without; `effect` is how much the mask can change the output.
+The first third of the cells has every pair of network, mask, fill and format.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def export(cell: Cell) -> dict[str, Any]:
     image, other = (example_batch(net.source, None, SIZE, seed) for seed in (0, OTHER))
     if effect(net, other) < LEAST_EFFECT:
         settle(net, image)
+    with torch.no_grad():
+        net(image)  # a learned mask gets its weights
     if mask == "fixed map":
         generator = torch.Generator().manual_seed(0)
         net.mask = torch.randint(net.geometry.max_level + 1, net.levels.shape[1:], generator=generator)
@@ -117,7 +119,7 @@ def effect(net: Any, image: Any) -> float:
 
 def settle(net: Any, image: Any) -> None:
     """Give batch norms the statistics of what they see, as in a trained network: with random weights and those they
-    start with, features of some networks fade, and nothing that the mask does would be seen in the output. Not of others:
+    start with, features of some networks fade, and nothing that the mask does would be seen in the output. Not of all:
     in a deep network with random weights these statistics amplify rounding, to 1e-4 in PyTorch itself."""
     import torch
 
@@ -127,7 +129,7 @@ def settle(net: Any, image: Any) -> None:
         norm.momentum = None
     with torch.no_grad():
         net.train(bool(norms))(torch.cat((image, image.flip(2), image.flip(3), -image)), mask="all")
-        net.eval()(image)  # a learned mask gets its weights
+    net.eval()
 
 
 def run(cell: Cell, seconds: float) -> dict[str, Any]:
