@@ -73,7 +73,9 @@ def eval_command(
     ] = [],  # noqa: B006
     output_stride: options.Strides = [],  # noqa: B006
     weights: options.Weights = "auto",
-    options: Annotated[dict[str, Any], options.Of(Conversion, ("region", "fill", "patch", "anchor", "pool"))],
+    options: Annotated[
+        dict[str, Any], options.Of(Conversion, ("region", "fill", "patch", "anchor", "pool", "normalisation"))
+    ],
     limit: Annotated[
         int,
         typer.Option(min=0, callback=options.none_for_zero, help="the first so many images; 0 for all"),

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.datasets import sample_of
-from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
 from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
@@ -131,7 +130,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
             next='train a learned mask first: mask="learned:fraction=0.3", objective blend.',
         )
-    program, source = net.program, source_of(net)
+    program, source = net.program, pictures_for(net)
     device = next(mask.parameters(), torch.empty(0)).device
     logits: list[tuple[Tensor, Grid]] = []
     with evaluating(net):

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from cadsurgery.data.datasets import is_labelled, sample_of
-from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Batch, Samples, check_data, prepare
 from cadsurgery.finetune.objectives import dense_high, logits_of
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
@@ -46,8 +45,9 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
     device, active = next(net.parameters()).device, 0.0
     metrics: SegmentationMetrics | FidelityMetrics | None = None if has_labels else FidelityMetrics()
     with torch.inference_mode(), evaluating(net):
+        source = pictures_for(net)
         for index in range(len(data)):
-            inputs, labels = prepare(*sample_of(data, index), source_of(net), index)
+            inputs, labels = prepare(*sample_of(data, index), source, index)
             batch = tuple(value.unsqueeze(0).to(device) for value in inputs)
             output = net(*batch)
             active += net.active_fraction if isinstance(net, AdaptiveModel) else 0.0

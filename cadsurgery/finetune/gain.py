@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.datasets import sample_of
-from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
 from cadsurgery.masks import DetailMask, GainMask, Grid, MaskProvider
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches
 from cadsurgery.masks.gain import OracleMask
-from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 
@@ -93,7 +92,7 @@ def fit_gain(
     for index in order:
         if len(seen) >= 2 and time.process_time() - begin > 60 * minutes * _MEASURING:
             break
-        inputs, _ = prepare(*sample_of(images, index), source_of(net), index)
+        inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
         seen.append(_measure(fast, mask, [value.unsqueeze(0).to(device) for value in inputs]))
         if on_image is not None:
             on_image(len(seen))

@@ -15,7 +15,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import cadsurgery.finetune.blend  # noqa: F401  # an objective by name
 from cadsurgery.data.datasets import is_labelled
-from cadsurgery.data.networks import source_of
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
     Checkpoint,
@@ -35,7 +34,7 @@ from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
 from cadsurgery.support.files import make_folder
@@ -245,7 +244,7 @@ class _Run:
 
     def _batches(self, steps: range, workers: int) -> Iterator[Batch]:
         """Those of this process."""
-        source, process = source_of(self.net), self.process
+        source, process = pictures_for(self.net), self.process
         return batches(
             self.data, self.sampling, self.augment, source, steps=steps, process=process, workers=workers
         )

@@ -13,4 +13,5 @@ from cadsurgery.masks.learned import EstimatedMask, LearnedMask
 from cadsurgery.masks.provider import Grid, MaskProvider, list_masks, mask_provider
 from cadsurgery.masks.scored import ConfidenceMask, DetailMask, SaliencyMask
 from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.masks.unit import Normalisation
 from cadsurgery.masks.wrappers import Budget, Dilate, MaskWrapper, Smooth, Threshold, Union

@@ -70,7 +70,7 @@ class OracleMask(LossMask):
         InvalidInput: a tolerance that is NaN or a sigma that is no width; outputs that are no maps.
     """
 
-    image_only = True
+    image_only = ignores_image = True
     needs = "passes of the network at every level"
 
     def __init__(self, tolerance: float = 0.02, sigma: float = 2.0) -> None:

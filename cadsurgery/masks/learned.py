@@ -33,6 +33,7 @@ class EstimatedMask(MaskProvider):
         seed: of the initial weights, 0 or more.
     """
 
+    ignores_image = True
     kernels: ClassVar[tuple[int, ...]] = (3, 3, 3, 3)
     places: ClassVar[tuple[int, ...]]  # of the convolutions in the estimator
     per_channel: ClassVar[int] = 1  # maps it makes of each channel that enters the region

@@ -68,6 +68,8 @@ class DetailMask(ScoredMask):
         sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
     """
 
+    ignores_image = True
+
     def __init__(self, threshold: float | tuple[float, ...] = (1.5,), sigma: float = 2.0) -> None:
         super().__init__(threshold)
         check_options("detail", sigma=(sigma, WIDTH))
@@ -103,7 +105,7 @@ class SaliencyMask(ScoredMask):
     """Keep high what a function of the image scores at least the threshold; several thresholds give levels.
 
     Args:
-        function: from the image batch (B, C, H, W), normalised as the network sees it, to a floating-point map
+        function: from the image batch (B, C, H, W) in the unit of masks (`masks.unit`) to a floating-point map
             (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
             `module:function` of one that can be imported.
         threshold: on the map; several as in `ScoredMask`.
@@ -172,7 +174,7 @@ class ConfidenceMask(ScoredMask):
         InvalidInput: thresholds as in `ScoredMask`, or a sigma that is no width.
     """
 
-    image_only = True
+    image_only = ignores_image = True
     needs = "a first pass of the network"
 
     def __init__(

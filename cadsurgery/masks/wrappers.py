@@ -67,7 +67,7 @@ class Dilate(MaskWrapper):
         size: odd side of the window in samples of the fine map; each gets the finest level in it.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     def __init__(self, mask: object, size: int = 3) -> None:
         super().__init__(mask)
@@ -93,7 +93,7 @@ class Threshold(MaskWrapper, SteppedMask):
         at: what reaches the i-th gets level i, everything else the lowest level; falling.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     def __init__(self, mask: object, at: float | tuple[float, ...] = (0.5,)) -> None:
         super().__init__(mask)
@@ -119,7 +119,7 @@ class Union(MaskProvider):
         masks: two or more of anything `adaptify` takes as a mask.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     takes = "many"
 
@@ -179,7 +179,7 @@ class Budget(MaskWrapper):
         per_batch: the fraction is of all patches of a batch, the best of any image; otherwise of each image.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     def __init__(
         self, mask: object, fraction: float | tuple[float, ...] = (0.3,), per_batch: bool = False
@@ -255,7 +255,7 @@ class Smooth(MaskWrapper):
         hold: frames for which a sample keeps its level after the last one that asked for it; 0 for none.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     needs = "earlier images"
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.data.networks import Source, source_of
 from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.context import call_context, masked
 from cadsurgery.masks.masking import NEEDS_STATIC
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.masks.unit import Normalisation, Unit, read_normalisation
 from cadsurgery.network.adapters import ADAPTERS, make_adapters, with_adapters
 from cadsurgery.network.macs import MacReport, count_macs, ghost
 from cadsurgery.network.program import Masked, Program
@@ -54,6 +56,7 @@ class AdaptiveModel(nn.Module):
         self._checks: tuple[Check, ...] = ()
         self._source: Any = None
         self._mask_provider = resolve_mask(mask)
+        self._unit = vars(model).get("_unit") or Unit()
         self.training = model.training
         self.register_state_dict_post_hook(_without_own)
         self.register_load_state_dict_post_hook(_own_not_missing)
@@ -212,6 +215,20 @@ class AdaptiveModel(nn.Module):
         self.adaptive_part._mask_provider = resolve_mask(mask)
 
     @property
+    def normalisation(self) -> Normalisation | None:
+        """What its masks take its input for, and where that is known from; None until a picture came. Assign what
+        `adaptify` takes."""
+        return self.adaptive_part._unit.normalisation
+
+    @normalisation.setter
+    def normalisation(self, value: object) -> None:
+        self.adaptive_part._unit = Unit(read_normalisation(value, self.plan.example_shape[1]))
+
+    def normalise_by(self, image: Tensor) -> None:
+        """Let an image batch say what masks take the input for, unless that is known or it is no picture."""
+        self.adaptive_part._unit(image)
+
+    @property
     def adapters(self) -> nn.ModuleDict | None:
         """A scale and a shift for each layer at each level below full resolution, by layer; see `add_adapters`."""
         adapters = self.adaptive_part._modules.get(ADAPTERS)
@@ -312,7 +329,10 @@ class AdaptiveModel(nn.Module):
             return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "mask":  # nn.Module would register a provider, a module, under this name
+        if name in (
+            "mask",
+            "normalisation",
+        ):  # nn.Module would register a provider, a module, under this name
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -345,6 +365,19 @@ def whole_program(net: object, refusal: str, next: str = "pass what cs.adaptify(
     raise InvalidInput(f"{type(net).__name__} {refusal}.", why=why, next=next)
 
 
+def _is_static(mask: object) -> bool:
+    return isinstance(mask, MaskProvider) and mask.static
+
+
+def pictures_for(net: nn.Module) -> Source:
+    """The source of a network, by which pictures are prepared for it (`data.images.normalise`); what its masks take
+    them for is settled by that."""
+    source = source_of(net)
+    if isinstance(net, AdaptiveModel) and not net.hosts_part:
+        net._unit.settle(Normalisation(source.mean, source.std, "as pictures are prepared for it"))
+    return source
+
+
 @dataclass
 class _Last:
     """What is known of the last call: its lattice, or its level map."""
@@ -359,10 +392,6 @@ def _kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
         (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else repr(value)
         for value in tree_leaves(arguments)
     )
-
-
-def _is_static(mask: object) -> bool:
-    return isinstance(mask, MaskProvider) and mask.static
 
 
 # Children that the original does not have.

@@ -119,7 +119,7 @@ class Program:
 
     def masking(self, provider: MaskProvider) -> Masking:
         """How a mask is asked for its lattices."""
-        return Masking(provider, self.geometry, self.plan.strides[0])
+        return Masking(provider, self.geometry, self.plan.strides[0], unit=self.net._unit)
 
     # -- running it on the arguments of a call by name, nothing checked ----------------------------
 

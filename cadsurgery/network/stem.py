@@ -20,9 +20,8 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.data.datasets import is_labelled, sample_of
 from cadsurgery.data.images import normalise
-from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import describe
-from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
@@ -216,7 +215,7 @@ def _mirror(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tenso
 
 def _see(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _Seen:
     """What the stem gives for an image."""
-    shown = normalise(image, source_of(net)).unsqueeze(0).to(next(net.parameters()).device)
+    shown = normalise(image, pictures_for(net)).unsqueeze(0).to(next(net.parameters()).device)
     values = stem_outputs(net, shown)
     stored = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
     sides = tuple(_side(value, labels.shape, net.plan.strides[-1]) for value in stored)

@@ -21,6 +21,7 @@ from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.data.networks import Source, build_again
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
+from cadsurgery.masks.unit import Normalisation, Unit
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
@@ -31,7 +32,7 @@ from cadsurgery.support.provenance import import_nothing, versions
 from cadsurgery.surgery.arguments import example_of
 from cadsurgery.surgery.plan import Plan
 
-FORMAT = 2  # 1: no checksums
+FORMAT = 3  # 1: no checksums; 2: no normalisation, masks see the input as it comes
 _KEY = "cadsurgery"
 _CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
 _MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
@@ -78,6 +79,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "versions": versions(),
         "source": net.source.to_dict() if net.source is not None else None,
         "mask": net.mask.spec() if net.mask.storable else None,
+        "normalisation": net.normalisation and net.normalisation.to_dict(),
         "options": {
             "output_stride": net.plan.output_stride,
             "region": net.plan.region,
@@ -85,7 +87,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             "outputs": net.plan.returned,
         },
         "plan": net.plan.to_json(),
-        "tensors": _checksum(tensors),
+        "tensors": checksum(tensors),
     }
     write_tensors(Path(path), tensors, {_KEY: seal(metadata)})
 
@@ -185,6 +187,8 @@ def load(
             adapters.load_state_dict(of_adapters, assign=True)
     net.adaptive_part.lay_out()
     net.source = source
+    if stated.normalisation is not None:
+        net.adaptive_part._unit = Unit(stated.normalisation)
     return net
 
 
@@ -220,6 +224,7 @@ class _Stated(NamedTuple):
     options: dict[str, Any]
     plan: Plan
     tensors: str = ""
+    normalisation: Normalisation | None = None
 
 
 _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": str}
@@ -228,7 +233,7 @@ _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": 
 def _read(path: str | Path) -> tuple[_Stated, dict[str, Tensor]]:
     header, tensors = _open(path, True)
     stated = _check_stated(path, header)
-    if stated.format > 1 and stated.tensors != _checksum(tensors):
+    if stated.format > 1 and stated.tensors != checksum(tensors):
         raise FileError(
             f"{path} is damaged.",
             why="its parameters are not those that were written: their checksum is another.",
@@ -287,10 +292,14 @@ def _check_stated(path: str | Path, header: Mapping[str, str]) -> _Stated:
         fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
         fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
         fields["plan"] = Plan.from_json(fields["plan"])
+        if number < 3:
+            fields["normalisation"] = Normalisation(
+                origin=f"as when its file was written, of format {number}"
+            )
         return _Stated(**fields)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):

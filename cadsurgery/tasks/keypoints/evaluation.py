@@ -117,6 +117,7 @@ def evaluate_matching(
         reach=settings.reach,
         image=size,
         rounds=rounds,
+        normalisation=str(nets[0].normalisation or ""),
         rows=tuple(rows),
         failed=tuple(failed),
         **provenance(network, source, where),

@@ -135,6 +135,7 @@ def evaluate(
         image=tuple(first[0].shape[1:]) if first is not None else (),
         rounds=rounds,
         processes=world().size,
+        normalisation=str(nets[0].normalisation or ""),
         rows=tuple(rows),
         failed=tuple(failed),
         **provenance(network, source, where),
