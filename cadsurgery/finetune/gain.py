@@ -102,7 +102,8 @@ def fit_gain(
     with torch.no_grad():
         expected = [mask.expect(one.described) for one in seen]
         smooth = [mask.smooth(losses, one.grid) for losses, one in zip(expected, seen, strict=True)]
-        least = torch.cat([one.amin(1).flatten() for one in smooth]).double()  # of the levels below the high one
+        # High is what loses too much at every lower level.
+        least = torch.cat([one.amin(1).flatten() for one in smooth]).double()
         tolerances = {f"{share:g}": float(least.quantile(1 - share)) for share in SHARES}
         captured = {
             "gain": _captured(held_out, [losses[:, -1] for losses in expected[::_HELD_OUT]]),
