@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data.datasets import sample_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
-from cadsurgery.masks import DetailMask, GainMask, MaskProvider
+from cadsurgery.masks import DetailMask, GainMask, Grid, MaskProvider
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches
 from cadsurgery.masks.gain import OracleMask
@@ -101,9 +101,9 @@ def fit_gain(
         _fit(mask, fitted, seed)
     with torch.no_grad():
         expected = [mask.expect(one.described) for one in seen]
-        least = torch.cat(
-            [one.amin(1).flatten() for one in expected]
-        ).double()  # of the levels below the high one
+        smooth = [mask.smooth(losses, one.grid) for losses, one in zip(expected, seen, strict=True)]
+        # High is what loses too much at every lower level.
+        least = torch.cat([one.amin(1).flatten() for one in smooth]).double()
         tolerances = {f"{share:g}": float(least.quantile(1 - share)) for share in SHARES}
         captured = {
             "gain": _captured(held_out, [losses[:, -1] for losses in expected[::_HELD_OUT]]),
@@ -116,11 +116,12 @@ def fit_gain(
 @dataclass(frozen=True)
 class _Seen:
     """An image, as the mask sees its patches (1, 2 C, h, w), what they lose by level (1, levels, h, w), and how
-    `detail` ranks them (1, h, w)."""
+    `detail` ranks them (1, h, w); of the fine map `grid`."""
 
     described: Tensor
     losses: Tensor
     detail: Tensor
+    grid: Grid
 
 
 @torch.no_grad()
@@ -138,6 +139,7 @@ def _measure(net: AdaptiveModel, mask: GainMask, inputs: list[Tensor]) -> _Seen:
         mask.describe(features, grid.patch),
         losses,
         mean_of_patches(detail.scores(image, features, grid), grid.patch),
+        grid,
     )
 
 
