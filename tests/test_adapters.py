@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from conftest import TOLERANCE, assert_same, build, images, random_levels, randomise
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
+from torchvision.ops import SqueezeExcitation
 
 import cadsurgery as cs
+from cadsurgery.data.images import normalise
 from cadsurgery.elements import functional
 from cadsurgery.elements.adapters import LevelAdapter
 from cadsurgery.elements.backends import native
@@ -54,9 +56,27 @@ class Linear(nn.Module):
         return self.block(self.down(self.stem(image)))
 
 
+class Pooled(nn.Module):
+    """A block that weighs its channels by a mean over the image, and a head that adds one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.excite, self.after, self.pooling = (
+            SqueezeExcitation(16, 4),
+            nn.Conv2d(16, 6, 1),
+            nn.Conv2d(16, 6, 1),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.excite(F.relu(self.down(self.stem(image))))
+        return self.after(x) + self.pooling(x.mean((2, 3), keepdim=True))
+
+
 NETWORKS: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
     (Residual, {"output_stride": (2, 8)}),
     (Linear, {}),
+    (Pooled, {}),
     (lambda: build("resnet18", by=8), {"output_stride": (8, 32)}),
 ]
 
@@ -127,6 +147,28 @@ def test_each_element_has_the_factors_of_its_level(dtype: torch.dtype) -> None:
     )  # type: ignore[index]
 
 
+def test_what_is_made_of_an_image_has_the_factors_of_the_shares_of_its_levels() -> None:
+    levels = random_levels(3, (13, 18), (2, 2))
+    levels[0] = 0
+    lattice = Geometry((2, 2)).lattice(levels).at(2)
+    adapter, vector = (
+        LevelAdapter(2, 5, torch.zeros((), dtype=torch.float64)),
+        torch.randn(3, 5, 1, 1).double(),
+    )
+    for value in adapter.parameters():
+        nn.init.normal_(value)
+    x = Elements(torch.randn(lattice.count, 7), lattice)
+    found = functional.adapt_vector(x, vector, adapter)
+    expected = vector.clone()
+    for level in (1, 2):
+        share = (lattice.levels == level).double().mean((1, 2))[:, None, None, None]
+        factors = (value[level - 1].view(1, 5, 1, 1) for value in (adapter.scale, adapter.shift))
+        scale, shift = factors
+        expected = expected + share * (vector * scale + shift)
+    assert_same(found, expected)
+    assert torch.equal(found[0], vector[0]) and not torch.equal(found[1], vector[1])
+
+
 @pytest.mark.parametrize(("make", "options"), NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("compiled", [True, False])
@@ -169,7 +211,7 @@ def test_adapters_are_saved_beside_the_weights(tmp_path: Path) -> None:
     assert net.adapters is not None
     del net.adapters["point"]
     cs.save(net, tmp_path / "part.safetensors")
-    with pytest.raises(cs.FileError, match="level adapters in .* do not fit"):
+    with pytest.raises(cs.FileError, match=r"level adapters in .* do not fit"):
         cs.load(tmp_path / "part.safetensors", Residual())
 
 
@@ -179,6 +221,28 @@ def test_the_body_of_an_adapted_network_is_adapted() -> None:
     image = images(1, 71, 93, torch.float64)
     mask = levels_of(net, image)
     assert_same(cs.body_of(net)(*cs.stem_outputs(net, image), mask=mask), net(image, mask=mask))
+
+
+@torch.no_grad()
+def test_calibrated_means_are_on_average_those_of_full_resolution() -> None:
+    net = convert(Pooled, {}, torch.float32)
+    stripes = (torch.arange(96) // 4 % 2).expand(
+        3, 64, 96
+    )  # of which every second sample sees one kind alone
+    labels = torch.zeros(64, 96, dtype=torch.long)
+    pictures = [(0.8 * stripes + 0.2 * torch.rand(3, 64, 96), labels) for _ in range(5)]
+    batch = torch.stack([normalise(image, net.source) for image, _ in pictures])
+
+    def bias() -> float:
+        """Of the output, whose other part is the same at anchors."""
+        side = net.geometry.sides[-1]
+        high, low = (net(batch, mask=mask)[..., ::side, ::side].mean((0, 2, 3)) for mask in ("all", "none"))
+        return float((high - low).norm())
+
+    before, high = bias(), net(batch, mask="all")
+    assert cs.finetune.calibrate_adapters(net, pictures) == 2  # type: ignore[arg-type]
+    assert torch.equal(net(batch, mask="all"), high) and bias() < 0.2 * before
+    assert cs.finetune.calibrate_adapters(convert(Residual, {}, torch.float32), pictures) == 0  # type: ignore[arg-type]
 
 
 def test_what_cannot_have_adapters_is_refused() -> None:

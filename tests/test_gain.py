@@ -1,9 +1,9 @@
-"""Masks of what the output loses: the loss itself (`oracle`), what is expected of it (`gain`), fitted without labels."""
+"""Masks of what the output loses: the loss itself (`oracle`), what is expected of it (`gain`), and fitting that."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,11 @@ def test_the_oracle_is_the_divergence_of_uniform_passes() -> None:
         for other in (middle, low)
     ]
     tolerance = float(losses[1].median())
-    net(x, mask=OracleMask(tolerance))
+    net(x, mask=OracleMask(tolerance, sigma=0))
     expected = torch.where(losses[1] <= tolerance, 2, torch.where(losses[0] <= tolerance, 1, 0))
     spread = expected.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, :17, :25]
     assert torch.equal(net.levels.long(), spread) and len(expected.unique()) == 3
-    net(x, mask="oracle | budget:fraction=0.2")
+    net(x, mask="oracle:sigma=0 | budget:fraction=0.2")
     best = (net.levels == 0)[:, ::PATCH, ::PATCH]
     for image in range(2):
         assert losses[1][image][best[image]].min() >= losses[1][image][~best[image]].max()
@@ -65,14 +65,14 @@ def test_the_oracle_is_the_divergence_of_uniform_passes() -> None:
 
 def test_all_its_passes_are_counted() -> None:
     net, x = converted(output_stride=(4, 16)), images(1, *SIZE)
-    report = net.macs(x, mask="oracle | budget:fraction=0.2")
+    report = net.macs(x, mask="oracle:sigma=0 | budget:fraction=0.2")
     passes = {level: net.macs(x, mask=torch.full((1, 17, 25), level)).layers for level in range(3)}
     inside = {decision.node for decision in net.plan.decisions if decision.action != "dense"}
     ahead = sum(layer.mask for layers in passes.values() for layer in layers if layer.layer in inside)
     assert report.of_mask == ahead > report.high / 2
     low = net.macs(x, mask="confidence:sigma=0 | budget:fraction=0.2").of_mask
     assert low == sum(layer.mask for layer in passes[2] if layer.layer in inside)
-    both = net.macs(x, mask="oracle + confidence:sigma=0 | budget:fraction=0.2").of_mask
+    both = net.macs(x, mask="oracle:sigma=0 + confidence:sigma=0 | budget:fraction=0.2").of_mask
     assert both == ahead, "a pass that two masks look at is one"
 
 
@@ -94,8 +94,19 @@ def test_a_gain_mask_sees_mean_and_detail_of_every_channel() -> None:
 
 def test_until_it_is_fitted_it_ranks_by_detail() -> None:
     features, grid = torch.randn(2, 3, 17, 25), grid_of((17, 25))
-    scores = GainMask().scores(NOTHING, features, grid)[:, ::PATCH, ::PATCH]
+    scores = GainMask(sigma=0).scores(NOTHING, features, grid)[:, ::PATCH, ::PATCH]
     assert_same(scores, blocks(missed(features)), 1e-5)
+
+
+def test_losses_are_smoothed_without_adding_any() -> None:
+    """Of a patch alone each keeps what its neighbours do not get; at the border nothing is added on average."""
+    losses, grid = torch.zeros(1, 2, 5, 7), grid_of((20, 28), 1)
+    losses[0, 0, 2, 3] = losses[0, 1, 0, 0] = 1
+    smoothed = OracleMask(sigma=2).smooth(losses, grid)
+    assert_same(smoothed[0, 0].sum(), torch.ones(()), 1e-5)
+    assert smoothed[0, 0, 2, 3] < 1 and smoothed[0, 0, 2, 2] == pytest.approx(float(smoothed[0, 0, 2, 4]))
+    assert smoothed[0, 0].argmax() == 2 * 7 + 3 and smoothed[0, 1].argmax() == 0
+    assert OracleMask(sigma=0).smooth(losses, grid) is losses
 
 
 class Photos:
@@ -113,6 +124,9 @@ class Photos:
 
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.images)
 
 
 def half_blind() -> nn.Module:
@@ -136,6 +150,21 @@ def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveMode
     assert (fit.images, fit.held_out) == (24, 3) and fit.seconds > 0
     assert fit.captured["detail"] < fit.captured["gain"] <= fit.captured["oracle"] <= 1
     assert fit.to_dict()["captured"] == fit.captured
+
+
+@torch.no_grad()
+def test_a_tolerance_keeps_about_the_share_it_is_told_for(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
+    net, fit = fitted
+    tolerances = list(fit.tolerances.values())
+    assert tolerances == sorted(tolerances, reverse=True)
+    mask, shares = copy.deepcopy(net.mask.parts[0]), list[float]()
+    assert isinstance(mask, GainMask)
+    mask.tolerance = fit.tolerances["0.3"]
+    torch.manual_seed(0)
+    for image in Photos():
+        net(normalise(image, None)[None], mask=mask)
+        shares.append(net.active_fraction)
+    assert 0.25 < sum(shares) / len(shares) < 0.35 and min(shares) < max(shares)
 
 
 @torch.no_grad()
@@ -225,6 +254,7 @@ def test_what_cannot_be_fitted_is_refused(
         lambda: GainMask(tolerance=float("nan")),
         lambda: GainMask(channels=(8, 8)),
         lambda: OracleMask(tolerance=float("nan")),
+        lambda: OracleMask(sigma=-1),
     ],
 )
 def test_impossible_options_are_refused(make: Any) -> None:

@@ -41,3 +41,18 @@ def adapt(x: Elements, adapter: LevelAdapter) -> Elements:
     if x.lattice.stage == 0 or x.lattice.uniform_level == 0:
         return x
     return Elements(adapter.factors.apply(x.rows, x.lattice), x.lattice)
+
+
+@operation(reads="image", gives="vector")
+def adapt_vector(x: Elements, vector: Tensor, adapter: LevelAdapter) -> Tensor:
+    """What a layer makes of a mean over the elements x, (B, C, ...) with nothing in the image axes, scaled and shifted
+    by the share of the image that is at each level: a mean over fewer samples is another one. All at level 0 as it is.
+    """
+    if x.lattice.stage == 0 or x.lattice.uniform_level == 0:
+        return vector
+    shares = x.lattice.level_shares[:, 1:].to(vector)
+    scale, shift = (
+        (shares @ value.to(vector)).view(*vector.shape[:2], *(1,) * (vector.dim() - 2))
+        for value in (adapter.scale, adapter.shift)
+    )
+    return vector + (vector * scale + shift)

@@ -413,6 +413,12 @@ class Lattice:
         return self.levels.flatten()[self.anchors].int()
 
     @_derive
+    def level_shares(self) -> Tensor:
+        """(B, levels + 1) float64: share of each image's fine pixels at each level."""
+        every = range(self.geometry.max_level + 1)
+        return torch.stack([(self.levels == level).double().mean((1, 2)) for level in every], 1)
+
+    @_derive
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Image, y and x (each (N,) int64) of each element's anchor."""
         height, width = self.size

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cadsurgery.finetune.adapters import calibrate_adapters
     from cadsurgery.finetune.batches import augmentation
     from cadsurgery.finetune.blend import Blend, calibrate
     from cadsurgery.finetune.evaluation import evaluate
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: the command line reads the settings when it starts, which must not wait for torch.
 _PLACES = {
+    "adapters": ("calibrate_adapters",),
     "batches": ("augmentation",),
     "blend": ("Blend", "calibrate"),
     "evaluation": ("evaluate",),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data.datasets import sample_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
-from cadsurgery.masks import DetailMask, GainMask, MaskProvider
+from cadsurgery.masks import DetailMask, GainMask, Grid, MaskProvider
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches
 from cadsurgery.masks.gain import OracleMask
@@ -25,6 +25,7 @@ _HELD_OUT = 8  # every so many-th image is not fitted to
 STEPS, _BATCH, _RATE, _DECAY = 500, 8, 3e-3, 1e-2
 _FLOOR = 0.05  # of the mean loss: what is added before logarithms, below which losses need not be told apart
 BUDGET = 0.1  # share of the patches that `captured` is told for
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the patches that `tolerances` are told for
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class GainFit:
         seconds: of processor time, all threads.
         captured: share of what the held out images lose with everything downsampled that lies in the tenth of their
             patches ranked best: by `gain`, by `detail`, and by the loss itself (`oracle`).
+        tolerances: by share of all patches of all images, the `tolerance` of the mask that keeps so many high.
     """
 
     images: int
     held_out: int
     seconds: float
     captured: dict[str, float]
+    tolerances: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -97,22 +100,28 @@ def fit_gain(
     with torch.inference_mode(False), torch.enable_grad():
         _fit(mask, fitted, seed)
     with torch.no_grad():
+        expected = [mask.expect(one.described) for one in seen]
+        smooth = [mask.smooth(losses, one.grid) for losses, one in zip(expected, seen, strict=True)]
+        # High is what loses too much at every lower level.
+        least = torch.cat([one.amin(1).flatten() for one in smooth]).double()
+        tolerances = {f"{share:g}": float(least.quantile(1 - share)) for share in SHARES}
         captured = {
-            "gain": _captured(held_out, [mask.expect(one.described)[:, -1] for one in held_out]),
+            "gain": _captured(held_out, [losses[:, -1] for losses in expected[::_HELD_OUT]]),
             "detail": _captured(held_out, [one.detail for one in held_out]),
             "oracle": _captured(held_out, [one.losses[:, -1] for one in held_out]),
         }
-    return GainFit(len(seen), len(held_out), time.process_time() - begin, captured)
+    return GainFit(len(seen), len(held_out), time.process_time() - begin, captured, tolerances)
 
 
 @dataclass(frozen=True)
 class _Seen:
     """An image, as the mask sees its patches (1, 2 C, h, w), what they lose by level (1, levels, h, w), and how
-    `detail` ranks them (1, h, w)."""
+    `detail` ranks them (1, h, w); of the fine map `grid`."""
 
     described: Tensor
     losses: Tensor
     detail: Tensor
+    grid: Grid
 
 
 @torch.no_grad()
@@ -130,6 +139,7 @@ def _measure(net: AdaptiveModel, mask: GainMask, inputs: list[Tensor]) -> _Seen:
         mask.describe(features, grid.patch),
         losses,
         mean_of_patches(detail.scores(image, features, grid), grid.patch),
+        grid,
     )
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.masks.context import first_pass_outputs
-from cadsurgery.masks.filters import mean_of_patches, on_samples, resize
+from cadsurgery.masks.filters import blur, mean_of_patches, on_samples, resize
 from cadsurgery.masks.learned import EstimatedMask
-from cadsurgery.masks.options import NUMBER, check_options
+from cadsurgery.masks.options import NUMBER, WIDTH, check_options
 from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
 from cadsurgery.masks.scored import missed
 from cadsurgery.support.divergence import divergence
@@ -20,11 +20,15 @@ class LossMask(MaskProvider):
     """Base of masks that know, or expect, what each patch loses at each level below the high one (`losses`): each gets
     the lowest level that loses no more than the tolerance. Budgets rank by the loss at the lowest level.
 
+    Losses are smoothed: what is kept gains from what is kept beside it.
+
     Args:
         tolerance: divergence that may be lost, see `cadsurgery.support.divergence`: of class scores in nats per pixel.
+        sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
     """
 
     tolerance: float
+    sigma: float
 
     def losses(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, lowest level, ceil(h / patch), ceil(w / patch)): mean divergence per pixel from everything high, by level
@@ -33,13 +37,22 @@ class LossMask(MaskProvider):
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int64: the lowest level within the tolerance in each patch."""
-        losses = self.losses(image, features, grid)
+        losses = self.smooth(self.losses(image, features, grid), grid)
         levels = torch.arange(1, losses.shape[1] + 1, device=losses.device)[:, None, None]
         return on_samples(((losses <= self.tolerance) * levels).amax(1), grid.patch, grid.size)
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """What each patch loses at the lowest level."""
-        return on_samples(self.losses(image, features, grid)[:, -1], grid.patch, grid.size)
+        losses = self.smooth(self.losses(image, features, grid), grid)
+        return on_samples(losses[:, -1], grid.patch, grid.size)
+
+    def smooth(self, losses: Tensor, grid: Grid) -> Tensor:
+        """Losses smoothed on the fine map, then of patches again."""
+        if self.sigma == 0:
+            return losses
+        samples = on_samples(losses, grid.patch, grid.size)
+        smoothed = blur(samples.flatten(0, 1), self.sigma).view_as(samples)
+        return mean_of_patches(smoothed, grid.patch)
 
 
 @mask_provider("oracle", source="ours")
@@ -51,18 +64,19 @@ class OracleMask(LossMask):
 
     Args:
         tolerance: as in `LossMask`.
+        sigma: as in `LossMask`.
 
     Raises:
-        InvalidInput: a tolerance that is NaN; outputs that are no maps.
+        InvalidInput: a tolerance that is NaN or a sigma that is no width; outputs that are no maps.
     """
 
     image_only = ignores_image = True
     needs = "passes of the network at every level"
 
-    def __init__(self, tolerance: float = 0.02) -> None:
+    def __init__(self, tolerance: float = 0.02, sigma: float = 2.0) -> None:
         super().__init__()
-        check_options("oracle", tolerance=(tolerance, NUMBER))
-        self.tolerance = tolerance
+        check_options("oracle", tolerance=(tolerance, NUMBER), sigma=(sigma, WIDTH))
+        self.tolerance, self.sigma = tolerance, sigma
 
     def first_passes(self, lowest: int) -> frozenset[int]:
         """At every level."""
@@ -85,10 +99,11 @@ class GainMask(EstimatedMask, LossMask):
 
     It sees the mean of each entering channel in each patch, and how far linear interpolation from every second sample
     misses it there, and works on patches alone, so that it costs hardly anything: a 1x1 convolution, two 3x3, a 1x1.
-    Until it is fitted it ranks as `detail` does without smoothing.
+    Until it is fitted it ranks as `detail` does.
 
     Args:
         tolerance: as in `LossMask`.
+        sigma: as in `LossMask`.
         channels: of the three hidden convolutions; at most 4096.
         seed: of the initial weights, 0 or more.
 
@@ -99,11 +114,15 @@ class GainMask(EstimatedMask, LossMask):
     kernels, places, per_channel, first_level = (1, 3, 3, 1), (0, 2, 4, 6), 2, 1
 
     def __init__(
-        self, tolerance: float = 0.02, channels: int | tuple[int, ...] = (48, 48, 32), seed: int = 0
+        self,
+        tolerance: float = 0.02,
+        sigma: float = 2.0,
+        channels: int | tuple[int, ...] = (48, 48, 32),
+        seed: int = 0,
     ) -> None:
         super().__init__(channels, seed)
-        check_options("gain", tolerance=(tolerance, NUMBER))
-        self.tolerance = tolerance
+        check_options("gain", tolerance=(tolerance, NUMBER), sigma=(sigma, WIDTH))
+        self.tolerance, self.sigma = tolerance, sigma
         self.detail: Tensor
         self.register_buffer("detail", torch.ones(()))  # how much it follows detail: all until it is fitted
 

@@ -87,7 +87,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             "outputs": net.plan.returned,
         },
         "plan": net.plan.to_json(),
-        "tensors": _checksum(tensors),
+        "tensors": checksum(tensors),
     }
     write_tensors(Path(path), tensors, {_KEY: seal(metadata)})
 
@@ -233,7 +233,7 @@ _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": 
 def _read(path: str | Path) -> tuple[_Stated, dict[str, Tensor]]:
     header, tensors = _open(path, True)
     stated = _check_stated(path, header)
-    if stated.format > 1 and stated.tensors != _checksum(tensors):
+    if stated.format > 1 and stated.tensors != checksum(tensors):
         raise FileError(
             f"{path} is damaged.",
             why="its parameters are not those that were written: their checksum is another.",
@@ -299,7 +299,7 @@ def _check_stated(path: str | Path, header: Mapping[str, str]) -> _Stated:
         return _Stated(**fields)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
