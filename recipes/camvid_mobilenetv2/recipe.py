@@ -64,8 +64,6 @@ GROUPS = {
     "linear 8-16": Group((8, 16), {}, {"edges .35": EDGES}),
     "raw 8-32": Group((8, 32), {}, {"edges .35, raw": EDGES, "graded edges .95/.1, raw": GRADED}),
     "unit 8-32": Group((8, 32), UNIT, {"edges .35, unit": EDGES, "graded edges .95/.1, unit": GRADED}),
-    "raw 8-16": Group((8, 16), {}, {"edges .35, raw": EDGES}),
-    "unit 8-16": Group((8, 16), UNIT, {"edges .35, unit": EDGES}),
     "guided 8-16": Group(
         (8, 16),
         GUIDED,
