@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import cadsurgery as cs  # noqa: E402
 from cadsurgery.data.images import normalise  # noqa: E402
 from cadsurgery.data.networks import source_of  # noqa: E402
-from cadsurgery.finetune import fit_gain  # noqa: E402
+from cadsurgery.finetune import calibrate_adapters, fit_gain  # noqa: E402
 from cadsurgery.masks import Budget, resolve_mask  # noqa: E402
 from cadsurgery.support.divergence import divergence  # noqa: E402
 from cadsurgery.tasks.segmentation.evaluation import Setting  # noqa: E402
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--low", type=int, default=16, help="low output stride; the high one is 8")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="of processor time for each fit")
+    parser.add_argument("--calibrate", action="store_true", help="means over the image first, see the guide")
     parser.add_argument("--fit", type=int, help="images to fit to; default: all there is time for")
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.1])
     parser.add_argument(
@@ -176,6 +177,9 @@ def main() -> None:
     net = cs.adaptify(
         case.build(options.data), output_stride=(8, options.low), verify_laws=False, **case.options
     )
+    if options.calibrate:
+        layers = calibrate_adapters(net, case.unlabelled(options.data))
+        print(f"{layers} layers calibrated", file=sys.stderr, flush=True)
     masks: dict[str, Any] = {name: resolve_mask(name) for name in options.masks}
     fits = {}
     for seed in options.seeds:

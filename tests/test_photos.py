@@ -169,6 +169,28 @@ def test_maps_that_are_no_classes_have_a_relative_error(photos: Path) -> None:
     assert by_name.fidelity == "values" and by_name.rows[1].relative_error > 0
 
 
+class Particular(nn.Module):
+    """Takes images of even height and width only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Segmenter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = nn.functional.avg_pool2d(x, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
+        return self.inner(x) + halves.mean(1, keepdim=True)
+
+
+def test_an_image_that_the_network_does_not_take_costs_itself(photos: Path) -> None:
+    report = cs.evaluate(segmenter(Particular), f"images:{photos}", [MASK], batch=2, **STRIDES)
+    assert report.images == 2 and [failure["image"][-5:] for failure in report.failed] == ["2.png"]
+    assert "37x70" in report.failed[0]["what"] and report.failed[0]["next"]
+    for name in ("0.png", "deeper/1.png"):
+        (photos / name).unlink()
+    with pytest.raises(cs.InvalidInput, match="does not take an image of 37x70"):
+        cs.evaluate(segmenter(Particular), f"images:{photos}", [MASK], **STRIDES)
+
+
 def test_pooled_outputs_agree_or_not_for_each_image(photos: Path) -> None:
     model = nn.Sequential(segmenter().backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 400))
     report = cs.evaluate(model.eval(), f"images:{photos}", [MASK], **STRIDES)

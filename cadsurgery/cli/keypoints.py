@@ -71,7 +71,9 @@ def matching_command(
     folder: Annotated[
         Path,
         typer.Option(
-            "--data", help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one"
+            "--data",
+            help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one; or images:FOLDER, "
+            "photos that are matched with views of themselves",
         ),
     ],
     masks: Annotated[list[str], typer.Option("--mask", help="repeatable")] = [Extraction.mask],  # noqa: B006

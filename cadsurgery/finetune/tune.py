@@ -203,10 +203,13 @@ def tune(
         for fraction in fractions
     }
     evaluation = evaluate(net, held_out, list(masks.values()), rounds=rounds, step=step, trust=trust)
-    rows = [row for row in evaluation.rows if not row.anchor]
+    names = iter(masks)  # without options that are the defaults
+    named = tuple(row if row.anchor else replace(row, mask=next(names)) for row in evaluation.rows)
+    evaluation = replace(evaluation, rows=named)
+    rows = [row for row in named if not row.anchor]
     enough = [row for row in rows if _share(row) >= keep]
     chosen = min(enough, key=lambda row: row.macs) if enough else max(rows, key=_share)
-    net.mask = dict(zip((row.mask for row in rows), masks.values(), strict=True))[chosen.mask]
+    net.mask = masks[chosen.mask]
     write_network(net, folder / NETWORK)
     report = TuningReport(
         calibrated=calibrated,

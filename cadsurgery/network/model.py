@@ -56,7 +56,7 @@ class AdaptiveModel(nn.Module):
         self._checks: tuple[Check, ...] = ()
         self._source: Any = None
         self._mask_provider = resolve_mask(mask)
-        self._unit = vars(model).get("_unit") or Unit()
+        self._unit: Unit = model._unit if isinstance(model, AdaptiveModel) else Unit()
         self.training = model.training
         self.register_state_dict_post_hook(_without_own)
         self.register_load_state_dict_post_hook(_own_not_missing)

@@ -23,7 +23,7 @@ from cadsurgery.masks import MaskProvider, labelled, resolve_mask
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import KINDS, Kind
-from cadsurgery.support.errors import CadError, InvalidInput, check_name
+from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.processes import gather, own_device, shard, world
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, provenance
@@ -104,14 +104,21 @@ def evaluate(
     failures = Failures("image")
     first: tuple[Tensor, Tensor | None] | None = None
     done = 0
-    for images, labels in _batches(samples, batch, failures):
+    for positions, images, labels in _batches(samples, batch, failures):
         step(f"{done + len(images)} of {len(shard(samples.names))} images")
         images = normalise(images, source).to(where).contiguous(memory_format=torch.channels_last)
         known = labels.to(where) if samples.is_labelled else None
+        try:
+            found = settings[0](images, known)
+        except (CadError, RuntimeError) as error:  # whatever the network itself says of an image of this size
+            for position in positions:
+                failures.at(position, samples.names[position])
+                failures.note(_not_taken(error, images))
+            continue
         first = first or (images[:1], None if known is None else known[:1])
         truth: Any = known
         for setting, tally in zip(settings, tallies, strict=True):
-            found = setting(images, known)
+            found = found if setting is settings[0] else setting(images, known)
             if known is None and setting.mask.spec() == HIGH:
                 truth = found  # for all settings of its network, of which it is the first
             tally.add(setting, images, found, truth, samples)
@@ -270,14 +277,28 @@ def _settings(net: AdaptiveModel, masks: Sequence[object], where: torch.device) 
     return [Setting(net, fast, mask, work) for mask in (chosen[0], *middle, chosen[-1])]
 
 
-def _batches(data: SegmentationData, size: int, failures: Failures) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, 3, H, W) and labels (B, H, W) of this process's share; unusable ones are noted and left out."""
-    places = range(len(data))
-    pairs = (pair for _, pair in each(places, data.__getitem__, failures, name=data.names.__getitem__))
-    for _, alike in groupby(pairs, key=lambda pair: pair[0].shape):
+def _batches(
+    data: SegmentationData, size: int, failures: Failures
+) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
+    """Positions, images (B, 3, H, W) and labels (B, H, W) of this process's share; unusable ones are noted and left
+    out."""
+    items = each(range(len(data)), data.__getitem__, failures, name=data.names.__getitem__)
+    for _, alike in groupby(items, key=lambda item: item[1][0].shape):
         while batch := list(islice(alike, size)):
-            images, labels = zip(*batch, strict=True)
-            yield torch.stack(images), torch.stack(labels)
+            positions, pairs = zip(*batch, strict=True)
+            images, labels = zip(*pairs, strict=True)
+            yield positions, torch.stack(images), torch.stack(labels)
+
+
+def _not_taken(error: Exception, images: Tensor) -> CadError:
+    """The refusal of images that a network cannot be run on."""
+    if isinstance(error, CadError):
+        return error
+    return InvalidInput(
+        f"the network does not take an image of {images.shape[2]}x{images.shape[3]} pixels.",
+        why=describe_error(error),
+        next="resize or crop the images to sizes that it takes, e.g. multiples of its strides.",
+    )
 
 
 def _row(setting: Setting, tally: Tally, classes: Sequence[str]) -> EvaluationRow:
