@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def half_blind() -> nn.Module:
 def fitted() -> tuple[cs.AdaptiveModel, GainFit]:
     torch.manual_seed(0)
     net = converted("gain:channels=16/16/8 | budget:fraction=0.2", half_blind())
-    return net, fit_gain(net, Photos())
+    return net, fit_gain(net, Photos(), balance=0)
 
 
 def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
@@ -223,6 +224,22 @@ def test_what_it_has_learned_is_stored_beside_the_network(
     assert [layer.layer for layer in report.layers if layer.layer in MASK_LAYERS] == ["(mask)"]
 
 
+@torch.no_grad()
+def test_rare_classes_count_more_if_balanced() -> None:
+    """Without, losses are the oracle's; with it, a class of half the pixels counts twice as much, the mean weight 1."""
+    net = converted("gain").optimize()
+    mask = net.mask
+    assert isinstance(mask, GainMask)
+    seen = [gain._measure(net, mask, [images(1, *SIZE)]) for _ in range(2)]
+    for one, plain in zip(seen, gain._balance(seen, 0), strict=True):
+        assert_same(one.by_class.sum(0)[None], one.losses, 1e-4)
+        assert_same(plain.losses, one.losses, 1e-4)
+    part = torch.rand(2, 1, 3, 4)
+    two = [replace(seen[0], by_class=part, shares=torch.tensor([2 / 3, 1 / 3]))]
+    (balanced,) = gain._balance(two, 1)
+    assert_same(balanced.losses[0], 0.75 * part[0] + 1.5 * part[1], 0.03)
+
+
 def test_a_fit_stops_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gain, "STEPS", 5)
     net, seen = converted("gain:channels=4/4/4"), list[int]()
@@ -255,6 +272,7 @@ def test_what_cannot_be_fitted_is_refused(
         lambda: GainMask(channels=(8, 8)),
         lambda: OracleMask(tolerance=float("nan")),
         lambda: OracleMask(sigma=-1),
+        lambda: fit_gain(converted("gain"), Photos(2), balance=2.0),
     ],
 )
 def test_impossible_options_are_refused(make: Any) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cadsurgery.data.datasets import sample_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
 from cadsurgery.masks import DetailMask, GainMask, Grid, MaskProvider
 from cadsurgery.masks.context import first_passes
-from cadsurgery.masks.filters import mean_of_patches
+from cadsurgery.masks.filters import mean_of_patches, resize
 from cadsurgery.masks.gain import OracleMask
+from cadsurgery.masks.options import SHARE, check_options
 from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
+from cadsurgery.support.divergence import divergence, kind_of, maps_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
 
@@ -24,6 +27,7 @@ _MEASURING = 0.8  # of the time goes into measuring at most; fitting takes secon
 _HELD_OUT = 8  # every so many-th image is not fitted to
 STEPS, _BATCH, _RATE, _DECAY = 500, 8, 3e-3, 1e-2
 _FLOOR = 0.05  # of the mean loss: what is added before logarithms, below which losses need not be told apart
+_RARE = 0.01  # share of the pixels: classes that are rarer still do not count more
 BUDGET = 0.1  # share of the patches that `captured` is told for
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the patches that `tolerances` are told for
 
@@ -58,6 +62,7 @@ def fit_gain(
     *,
     minutes: float = 5.0,
     seed: int = 0,
+    balance: float = 0.0,
     on_image: Callable[[int], None] | None = None,
 ) -> GainFit:
     """Fit the gain mask of a network, in place, to images without labels; nothing else of the network changes.
@@ -70,6 +75,8 @@ def fit_gain(
         images: as in training; labels do not count.
         minutes: of processor time; images for which there is no time are left out, in an order that the seed decides.
         seed: of the initial weights and the order of the images.
+        balance: of class scores, how much more what is lost of rare classes counts: their share of the dense network's
+            predictions to the power of minus this; 0 counts all pixels alike, 1 all classes, as mean IoU does.
         on_image: called with the number of images measured so far.
 
     Raises:
@@ -86,6 +93,7 @@ def fit_gain(
             why="it takes a gain mask in a network that is not optimised, two images and some time.",
             next='give the network one, net.mask = "gain | budget:fraction=0.2", and fit it before optimize().',
         )
+    check_options("gain", balance=(balance, SHARE))
     device = next(net.parameters()).device
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     fast, seen = net.optimize(), list[_Seen]()
@@ -96,6 +104,7 @@ def fit_gain(
         seen.append(_measure(fast, mask, [value.unsqueeze(0).to(device) for value in inputs]))
         if on_image is not None:
             on_image(len(seen))
+    seen = _balance(seen, balance)
     held_out, fitted = seen[::_HELD_OUT], [one for at, one in enumerate(seen) if at % _HELD_OUT]
     with torch.inference_mode(False), torch.enable_grad():
         _fit(mask, fitted, seed)
@@ -116,10 +125,13 @@ def fit_gain(
 @dataclass(frozen=True)
 class _Seen:
     """An image, as the mask sees its patches (1, 2 C, h, w), what they lose by level (1, levels, h, w), and how
-    `detail` ranks them (1, h, w); of the fine map `grid`."""
+    `detail` ranks them (1, h, w); of the fine map `grid`. Of class scores also which part of the losses is at pixels of
+    each class (classes, levels, h, w), and the share of these pixels (classes,); of others of one class."""
 
     described: Tensor
     losses: Tensor
+    by_class: Tensor
+    shares: Tensor
     detail: Tensor
     grid: Grid
 
@@ -133,14 +145,40 @@ def _measure(net: AdaptiveModel, mask: GainMask, inputs: list[Tensor]) -> _Seen:
         grid = program.masking(mask).grid(features)
         mask.require(features, grid)
         levels = oracle.first_passes(grid.max_level)
-        with first_passes({level: program.at_level(level, values) for level in levels}):
+        outputs = {level: program.at_level(level, values) for level in levels}
+        with first_passes(outputs):
             losses = oracle.losses(image, features, grid)
     return _Seen(
         mask.describe(features, grid.patch),
         losses,
+        *_of_classes(outputs, losses, grid),
         mean_of_patches(detail.scores(image, features, grid), grid.patch),
         grid,
     )
+
+
+def _of_classes(outputs: dict[int, Any], losses: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Losses and shares by predicted class, see `_Seen`."""
+    if kind_of(outputs[0]) != "classes":
+        return losses, torch.ones(1)
+    scores = maps_of(outputs[0])[0]
+    pixels = F.one_hot(scores[0].argmax(0), scores.shape[1]).movedim(-1, 0).to(scores)
+    parts = [
+        mean_of_patches(resize(divergence(outputs[0], outputs[level]) * pixels, grid.size), grid.patch)
+        for level in sorted(outputs)[1:]
+    ]
+    return torch.stack(parts, 1), pixels.mean((1, 2)).cpu()
+
+
+def _balance(seen: list[_Seen], power: float) -> list[_Seen]:
+    """With losses that count by class; they stay what they are on average if they do not depend on the class."""
+    shares = torch.stack([one.shares for one in seen]).mean(0)
+    weights = (shares + _RARE) ** -power
+    weights = weights / (weights * shares).sum()
+    return [
+        replace(one, losses=torch.einsum("c,clhw->lhw", weights.to(one.by_class), one.by_class)[None])
+        for one in seen
+    ]
 
 
 def _fit(mask: GainMask, seen: list[_Seen], seed: int) -> None:
