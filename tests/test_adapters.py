@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCE, assert_same, build, images, random_levels, randomise
+from conftest import TOLERANCE, assert_same, build, covering, images, random_levels, randomise
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.ops import SqueezeExcitation
@@ -73,12 +73,13 @@ class Pooled(nn.Module):
         return self.after(x) + self.pooling(x.mean((2, 3), keepdim=True))
 
 
-NETWORKS: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
-    (Residual, {"output_stride": (2, 8)}),
-    (Linear, {}),
-    (Pooled, {}),
-    (lambda: build("resnet18", by=8), {"output_stride": (8, 32)}),
-]
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "residual": (Residual, {"output_stride": (2, 8)}),
+    "linear": (Linear, {}),
+    "pooled": (Pooled, {}),
+    "resnet": (lambda: build("resnet18", by=8), {"output_stride": (8, 32)}),
+}
+TYPES = (torch.float32, torch.float64)
 
 
 def convert(make: Callable[[], nn.Module], options: dict[str, Any], dtype: torch.dtype) -> cs.AdaptiveModel:
@@ -102,13 +103,10 @@ def levels_of(net: cs.AdaptiveModel, image: Tensor) -> Tensor:
     return random_levels(len(image), tuple(net.levels.shape[1:]), steps)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("make", "options"), NETWORKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "dtype"), covering(list(NETWORKS), TYPES))
 @torch.no_grad()
-def test_level_0_is_the_original_bit_for_bit_and_the_rest_is_not(
-    make: Callable[[], nn.Module], options: dict[str, Any], dtype: torch.dtype
-) -> None:
-    net, image = convert(make, options, dtype), images(2, 71, 93, dtype)
+def test_level_0_is_the_original_bit_for_bit_and_the_rest_is_not(name: str, dtype: torch.dtype) -> None:
+    net, image = convert(*NETWORKS[name], dtype), images(2, 71, 93, dtype)
     masks = ("all", "none", levels_of(net, image))
     before, state = [net(image, mask=mask) for mask in masks], copy.deepcopy(net.state_dict())
     net.add_adapters()
@@ -169,20 +167,14 @@ def test_what_is_made_of_an_image_has_the_factors_of_the_shares_of_its_levels() 
     assert torch.equal(found[0], vector[0]) and not torch.equal(found[1], vector[1])
 
 
-@pytest.mark.parametrize(("make", "options"), NETWORKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("name", "dtype", "compiled"), covering(list(NETWORKS), TYPES, (True, False)))
 @torch.no_grad()
 def test_an_optimised_copy_gives_the_same_at_every_level(
-    make: Callable[[], nn.Module],
-    options: dict[str, Any],
-    dtype: torch.dtype,
-    compiled: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
-    net, image = learn(convert(make, options, dtype)), images(3, 71, 93, dtype)
+    net, image = learn(convert(*NETWORKS[name], dtype)), images(3, 71, 93, dtype)
     fast = net.optimize()
     assert not any(node.target is functional.adapt for node in fast.graph.nodes)
     for mask in ("all", "none", levels_of(net, image), levels_of(net, image)):
