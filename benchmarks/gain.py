@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="of processor time for each fit")
     parser.add_argument("--calibrate", action="store_true", help="means over the image first, see the guide")
+    parser.add_argument("--balance", type=float, default=0.0, help="of classes, see fit_gain")
     parser.add_argument("--fit", type=int, help="images to fit to; default: all there is time for")
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.1])
     parser.add_argument(
@@ -184,7 +185,8 @@ def main() -> None:
     fits = {}
     for seed in options.seeds:
         net.mask = f"gain:seed={seed}"
-        fit = fit_gain(net, case.unlabelled(options.data)[: options.fit], minutes=options.minutes, seed=seed)
+        photos = case.unlabelled(options.data)[: options.fit]
+        fit = fit_gain(net, photos, minutes=options.minutes, seed=seed, balance=options.balance)
         fits[seed] = fit.to_dict()
         masks[f"gain, seed {seed}"] = net.mask
         print(f"seed {seed}: {fit}", file=sys.stderr, flush=True)
