@@ -1,0 +1,286 @@
+"""The R2D2 recipe: the network as released, padding that puts its strides back, keypoints as published."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images, random_levels
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.data.images import read_image
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor
+from recipes.r2d2 import recipe
+from recipes.r2d2.network import BUILDER, FRAME, LAYERS, PUBLISHED, R2D2, r2d2
+
+DATA = os.environ.get("CADSURGERY_DATA", "")  # a folder with the data and weights the recipes name
+NEEDS_DATA = pytest.mark.skipif(not DATA, reason="CADSURGERY_DATA names no folder with weights and sequences")
+SIZE = (56, 75)
+
+
+def network(*, is_published: bool = False, by: int = 8) -> R2D2:
+    """With random weights, the same ones for both paddings, and a `by`-th of the channels, which costs little."""
+    torch.manual_seed(0)
+    layers = [layer._replace(channels=layer.channels // by) for layer in LAYERS]
+    net = R2D2(tuple(layer.published if is_published else layer for layer in layers))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0.0, 0.1)
+            nn.init.uniform_(module.running_var, 0.1, 0.5)
+    return net.double().eval()
+
+
+def image(batch: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
+    return images(batch, *size, torch.float64)
+
+
+def converted(mask: str, **options: object) -> cs.AdaptiveModel:
+    return cs.adaptify(network(), mask, example_input=image(1), **options)  # type: ignore[arg-type]
+
+
+# -- the network ---------------------------------------------------------------------------------------
+
+
+def test_it_is_the_network_that_was_written_down() -> None:
+    """Kernels, dilations and padding of the weights' description; reliability and repeatability of the squares."""
+    net, x = network(is_published=True), image()
+    found = net(x)
+    convolutions = {name: op for name, op in net.ops.named_children() if isinstance(op, nn.Conv2d)}
+    assert [*convolutions] == ["0", "3", "6", "9", "12", "15", "18", "20", "22"]
+    dilations = (1, 1, 1, 2, 2, 4, 4, 8, 16)
+    for (name, conv), dilation in zip(convolutions.items(), dilations, strict=True):
+        x = F.conv2d(
+            x, conv.weight, conv.bias, padding=(conv.kernel_size[0] - 1) * dilation // 2, dilation=dilation
+        )
+        if name != "22":
+            norm = net.ops[int(name) + 1]
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, eps=1e-5)
+        if int(name) < 18:
+            x = x.clamp(min=0)
+    u = F.softplus(F.conv2d(x**2, net.sal.weight, net.sal.bias))
+    reliability = F.conv2d(x**2, net.clf.weight, net.clf.bias).softmax(1)[:, 1:]
+    maps = torch.cat((reliability, u / (1 + u)), 1)
+    assert_same(found, {"descriptors": F.normalize(x), "maps": maps, "scores": maps.prod(1, keepdim=True)})
+    assert found["descriptors"].shape == (2, 16, *SIZE)
+
+
+def test_parameters_and_work_are_those_of_the_file() -> None:
+    net = r2d2()
+    names = {
+        f"ops.{place}.{kind}" for place in (0, 3, 6, 9, 12, 15, 18, 20, 22) for kind in ("weight", "bias")
+    }
+    names |= {f"{head}.{kind}" for head in ("clf", "sal") for kind in ("weight", "bias")}
+    assert {name for name, _ in net.named_parameters()} == names
+    assert sum(value.numel() for value in net.parameters()) == pytest.approx(480_000, rel=0.02)
+    assert dense_macs(net, torch.zeros(1, 3, 8, 8)) == 64 * 483_552
+
+
+def test_weights_are_read_strictly(tmp_path: Path) -> None:
+    path, state = tmp_path / "weights.safetensors", r2d2().state_dict()
+    for wrong in (
+        {name: value for name, value in state.items() if name != "sal.bias"},
+        {**state, "more": torch.zeros(1)},
+        {**state, "clf.bias": torch.zeros(3)},
+    ):
+        save_file(wrong, path)
+        with pytest.raises(cs.FileError, match="do not fit"):
+            recipe.build(path)
+    save_file(state, path)
+    for name in (BUILDER, PUBLISHED):
+        found = cs.build_model(name, str(path)).state_dict()
+        assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+
+
+# -- padding -------------------------------------------------------------------------------------------
+
+
+def test_aligned_padding_changes_nothing_but_a_frame() -> None:
+    x = image(2, (61, 70))
+    found, expected = network()(x), network(is_published=True)(x)
+    for name, value in expected.items():
+        inner = (..., slice(FRAME, -FRAME), slice(FRAME, -FRAME))
+        assert_same(found[name][inner], value[inner])
+        wider = (..., slice(FRAME - 1, None), slice(FRAME - 1, None))
+        assert not torch.allclose(found[name][wider], value[wider])
+
+
+def test_only_aligned_padding_lets_all_strides_be_put_back() -> None:
+    strides = {False: ((1, 2), (1, 4), (1, 8)), True: ((1, 2),)}
+    for is_published, possible in strides.items():
+        plan = cs.plan(network(is_published=is_published), example_input=image(1))
+        assert plan.possible == possible and plan.output_stride == possible[-1]
+    assert sum(layer != layer.published for layer in LAYERS) == 3
+
+
+# -- converted -----------------------------------------------------------------------------------------
+
+
+def test_everything_high_is_the_network_and_everything_low_is_it_at_every_eighth_pixel() -> None:
+    """Laws 1 and 2; `adaptify` itself compares them at another size, too."""
+    x, net = image(), converted("all")
+    expected = network()(x)
+    assert_same(net(x), expected)
+    found = net(x, mask="none")
+    assert_same(
+        {name: value[..., ::8, ::8] for name, value in found.items()},
+        {name: value[..., ::8, ::8] for name, value in expected.items()},
+    )
+
+
+def test_a_strided_network_with_the_same_weights_is_everything_low() -> None:
+    """Low is an ordinary network: three strides of 2, and kernels without the dilation that stood for them."""
+    net, x = network(), image(1, (64, 80))
+    strides = {2: 2, 4: 2, 6: 2}  # of the layers, counted from 0: those behind which the dilation doubles
+    features, grid, ops = x, 1, iter(net.ops)
+    for place, layer in enumerate(LAYERS):
+        conv = next(ops)
+        before, after = (pad // grid for pad in layer.padding)
+        features = F.pad(features, (before, after, before, after))
+        step = strides.get(place, 1)
+        features = F.conv2d(
+            features, conv.weight, conv.bias, stride=step, dilation=max(1, layer.dilation // grid)
+        )
+        grid *= step
+        for _ in range(layer.norm + layer.relu):
+            features = next(ops)(features)
+    found = converted("none")(x)["descriptors"]
+    assert_same(found[..., ::8, ::8], F.normalize(features))
+
+
+def test_images_of_a_batch_do_not_interact_and_work_grows_with_the_map() -> None:
+    x, net = image(), converted("all")
+    levels = random_levels(2, SIZE, (2, 2, 2))
+    both = net(x, mask=levels)
+    for place in range(2):
+        alone = net(x[place : place + 1], mask=levels[place : place + 1])
+        assert_same({name: value[place : place + 1] for name, value in both.items()}, alone)
+    shares = [net.macs(x, mask=mask).mask / net.macs(x).high for mask in ("none", levels, "all")]
+    assert shares[0] < 0.12 < shares[1] < shares[2] == 1
+
+
+def test_the_command_finds_keypoints_by_the_networks_own_scores() -> None:
+    net = cs.adaptify(network().float(), "all", output_stride=(1, 8), verify_laws=False)
+    settings = Extraction("own", 8, "keypoints:detector=own,count=5,dilations=9/17", output="descriptors")
+    found = Extractor(net, settings)(torch.rand(3, *SIZE))
+    assert len(found.keypoints) == 8 and found.descriptors.shape == (8, 16)
+    assert 0 < net.active_fraction < 1
+
+
+# -- keypoints -----------------------------------------------------------------------------------------
+
+
+def maps(values: dict[tuple[int, int], tuple[float, float]]) -> Tensor:
+    """Reliability and repeatability of a few pixels (x, y)."""
+    found = torch.zeros(2, 60, 70)
+    for (x, y), pair in values.items():
+        found[:, y, x] = torch.tensor(pair)
+    return found
+
+
+def test_keypoints_are_local_maxima_where_both_maps_suffice() -> None:
+    found = maps(
+        {
+            **{(30, 25): (0.8, 0.9), (34, 25): (0.95, 0.9), (38, 30): (0.7, 0.7)},
+            **{(31, 26): (0.99, 0.8), (25, 35): (0.69, 0.9), (30, 35): (0.9, 0.69), (19, 30): (0.9, 0.9)},
+        }
+    )
+    points, _ = recipe.keypoints(found, torch.ones(60, 70, dtype=torch.long))
+    assert points.tolist() == [[34, 25], [30, 25], [38, 30]]
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_a_refined_keypoint_is_the_top_of_a_parabola(side: int) -> None:
+    top = torch.tensor([34.3, 27.8])
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(70), indexing="ij")
+    surface = 0.9 - 1e-4 * ((x - top[0]) ** 2 + 2 * (y - top[1]) ** 2)
+    points, refined = recipe.keypoints(torch.stack((surface, surface)), torch.full((60, 70), side))
+    assert points.tolist() == [[34, 28]]
+    assert torch.allclose(refined, top.to(refined), atol=0.02)
+
+
+def test_neighbours_are_the_samples_that_the_network_has() -> None:
+    """Two pixels apart, where it has every second one."""
+    found = maps({(30, 30): (0.9, 0.9), (32, 32): (0.9, 0.95)})
+    ones = torch.ones(60, 70, dtype=torch.long)
+    assert recipe.keypoints(found, ones)[0].tolist() == [[32, 32], [30, 30]]
+    assert recipe.keypoints(found, 2 * ones)[0].tolist() == [[32, 32]]
+
+
+def test_matches_are_right_within_the_limits() -> None:
+    points = torch.tensor([[10, 10], [20, 10], [30, 10], [40, 10]])
+    moved = points + torch.tensor([[0, 1], [0, 3], [0, 4], [9, 0]])
+    found = recipe.matched(
+        recipe.Features(points, points, torch.eye(4)),
+        recipe.Features(moved, points, torch.eye(4)),
+        torch.eye(3),
+    )
+    for count in recipe.COUNTS:
+        assert found[f"matches_{count}"] == 4
+        assert found[f"points_{count}"] == [0.25, 0.5, 0.75] and found[f"refined_{count}"] == [1, 1, 1]
+
+
+# -- the command ---------------------------------------------------------------------------------------
+
+
+def data(folder: Path) -> Path:
+    """A folder as the command wants it: random weights, two sequences of two small images."""
+    (folder / "r2d2").mkdir()
+    save_file(r2d2().state_dict(), folder / recipe.WEIGHTS)
+    for name in ("boat", "graf"):
+        place = folder / "oxford_affine" / name
+        place.mkdir(parents=True)
+        np.savetxt(place / "H_1_2", np.eye(3))
+        for number in (1, 2):
+            pixels = torch.randint(256, (64, 72, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(place / f"{number}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_command_measures_an_adapted_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file, report = data(tmp_path), tmp_path / "own.safetensors", tmp_path / "results.json"
+    cs.save(recipe.adapted(folder / recipe.WEIGHTS), file)
+    arguments = ["--masks", "none", "--rounds", "1", "--network", str(file), "--output", str(report)]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", str(folder), *arguments])
+    recipe.main()
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["network"] for row in rows] == ["as published", "aligned", "own.safetensors"]
+    assert rows[1]["pairs"] == rows[2]["pairs"] and all(row["ms"] > 0 for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 1 + 2 * 2  # sequences that masks were chosen on are told apart
+    assert len({line.count(" | ") for line in lines[2:]}) == 1
+
+
+def test_what_a_coarser_network_loses_is_told_by_place_and_description(tmp_path: Path) -> None:
+    (sequence,) = recipe.sequences(data(tmp_path), ["boat"])
+    net = cs.adaptify(network().float(), "all", output_stride=(1, 8), verify_laws=False)
+    labels = [label for label, shares in recipe.what_is_lost(net, [sequence]) if len(shares) == 2]
+    assert len(labels) == len({*labels}) == 4 * len(recipe.STEPS)
+
+
+# -- with the weights ----------------------------------------------------------------------------------
+
+
+@NEEDS_DATA
+def test_everything_high_has_the_keypoints_of_the_published_network() -> None:
+    weights = Path(DATA) / recipe.WEIGHTS
+    dense = cs.adaptify(recipe.build(weights, published=True), "all", output_stride=(1, 2), verify_laws=False)
+    boat = next(one for one in recipe.sequences(Path(DATA)) if one.name == "boat")
+    assert read_image(boat.images[0]).shape == (3, 680, 850)
+    x = recipe.shown(dense, boat.images[0])[..., 200:360, 300:500]
+    found, expected = (recipe.features(net, x) for net in (recipe.adapted(weights), dense))
+    assert len(expected.points) > 50
+    assert torch.equal(found.points, expected.points)
+    assert_same(found.descriptors, expected.descriptors)
