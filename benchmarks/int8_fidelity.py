@@ -77,7 +77,11 @@ def write(
     torch.onnx.export(model, (image,), dense[0], dynamo=True, external_data=False, verbose=False)
     shutil.copy(dense[0], dense[1])
     to_8_bits(dense[1], OnnxRuntime, [(one,) for one in calibration])
-    net, adaptive = cs.adaptify(model, mask), [folder / "adaptive.onnx", folder / "adaptive8.onnx"]
+    # Masks see -1..1 as it comes, as when the figures were taken.
+    net, adaptive = (
+        cs.adaptify(model, mask, normalisation="raw"),
+        [folder / "adaptive.onnx", folder / "adaptive8.onnx"],
+    )
     cs.export(net, image, adaptive[0])
     cs.export(net, image, adaptive[1], int8=calibration)
     high, low = net.plan.output_stride

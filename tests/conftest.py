@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cadsurgery.cli import main, screen
-from cadsurgery.network.storage import _checksum, seal
+from cadsurgery.network.storage import checksum, seal
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -148,7 +148,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     with safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()["cadsurgery"])
     tensors = load_file(path)
-    metadata["tensors"] = _checksum(tensors)
+    metadata["tensors"] = checksum(tensors)
     change(metadata)
     del metadata["sha256"]
     save_file(tensors, path, {"cadsurgery": seal(metadata)})

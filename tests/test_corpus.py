@@ -14,7 +14,7 @@ from conftest import ROOT, Run, slow
 from torch import Tensor, nn
 
 import cadsurgery as cs
-from cadsurgery.surgery.facts import tensors_of
+from cadsurgery.support.divergence import tensors_of
 from cadsurgery.tasks import corpus, network_check
 from cadsurgery.tasks.corpus import Subject, find_corpus, network, read_corpus, subject
 from cadsurgery.tasks.network_check import check_network

@@ -34,6 +34,7 @@ MASKS = (
     *("detail", "confidence:threshold=0.9", "confidence:measure=entropy,threshold=0.95,sigma=0", "learned"),
     *("detail | budget:fraction=0.3", "confidence | budget:fraction=0.3", "learned | budget:fraction=0.3"),
     *("edges + (confidence | budget:fraction=0.2)", "detail:threshold=2/0.5"),
+    *("gain | budget:fraction=0.3", "oracle | budget:fraction=0.3"),
 )
 # Of each kind one, where a case takes seconds.
 FEW = ("confidence:threshold=0.9", "learned | budget:fraction=0.3")
@@ -148,7 +149,7 @@ def test_compilers_leave_what_they_cannot_hold(mask: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", ["detail", "learned"])
+@pytest.mark.parametrize("mask", ["detail", "learned", "gain"])
 def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
     """One graph without a break, and a program that runs without the package, on another image too."""
     net, x = converted(f"{mask} | budget:fraction=0.3", fill="guided"), images(2, *SIZE)
@@ -164,7 +165,7 @@ def test_budgets_of_them_are_static(mask: str, tmp_path: Path) -> None:
         assert cs.export(net, x, tmp_path / "net.pt2").difference < 1e-5
 
 
-@pytest.mark.parametrize("mask", ["confidence | budget", "learned | budget"])
+@pytest.mark.parametrize("mask", ["confidence | budget", "learned | budget", slow("gain | budget")])
 def test_what_a_graph_cannot_hold_is_refused_with_the_reason(mask: str, tmp_path: Path) -> None:
     net, x = converted(mask), images(1, *SIZE)
     reason = "a first pass of the network" if mask.startswith("conf") else "weights that the first call"
@@ -212,6 +213,8 @@ def test_threads_share_a_network_from_its_first_call_on(mask: str) -> None:
         ("detail", True, False),
         ("learned | dilate", True, False),
         ("edges + detail", True, False),
+        ("gain | budget", True, False),
+        ("oracle | budget", False, True),
         ("confidence", False, True),
         ("edges + (confidence | smooth) | budget", False, True),
     ],
@@ -561,7 +564,11 @@ def test_whatever_made_it_its_parameters_learn(mode: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "mask", ["learned:fraction=0.3,channels=8/6/4", "edges + learned:seed=3 | budget:fraction=0.4"]
+    "mask",
+    [
+        *("learned:fraction=0.3,channels=8/6/4", "edges + learned:seed=3 | budget:fraction=0.4"),
+        "gain:channels=8/6/4 | budget:fraction=0.4",
+    ],
 )
 def test_what_it_has_learned_is_stored_beside_the_network(
     mask: str, dtype: torch.dtype, tmp_path: Path

@@ -27,7 +27,7 @@ import cadsurgery as cs
 import cadsurgery.support.provenance
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import parse
-from cadsurgery.network.storage import read_metadata, seal
+from cadsurgery.network.storage import checksum, read_metadata, seal
 from cadsurgery.surgery.plan import Plan
 
 
@@ -617,8 +617,6 @@ def malicious_metadata(draw: random.Random, path: Path) -> None:
 
 def malicious_tensors(draw: random.Random, path: Path) -> None:
     """Tensors swapped, dropped, of another type or shape, and signed."""
-    from cadsurgery.network.storage import _checksum
-
     _, metadata, tensors, _ = original()
     tensors = dict(tensors)
     a, b = draw.sample(sorted(tensors), 2)
@@ -644,7 +642,7 @@ def malicious_tensors(draw: random.Random, path: Path) -> None:
         tensors[a] = torch.zeros(draw.choice(((0, 2**40), (1, 0), (), (1,) * 9)))
     else:
         tensors[f"{a}{draw.choice('._0x')}"] = tensors.pop(a)
-    signed(path, {**metadata, "tensors": _checksum(tensors)}, tensors)
+    signed(path, {**metadata, "tensors": checksum(tensors)}, tensors)
 
 
 WAYS = (damaged_bytes, damaged_bytes, malicious_metadata, malicious_metadata, malicious_tensors)

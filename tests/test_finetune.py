@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import covering
 from finetune_nets import SIZE, Scenes, Segmenter, adaptive, flip
@@ -28,7 +29,7 @@ import cadsurgery as cs
 from cadsurgery.cli import main
 from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, list_objectives, objective
 from cadsurgery.finetune.groups import make_groups, set_modes, stem_of
-from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, divergence, supervised
+from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, miss, supervised
 from cadsurgery.finetune.schedule import Sampling, learning_rate
 from cadsurgery.masks import Grid, MaskProvider
 
@@ -466,14 +467,17 @@ def test_auxiliary_outputs_weigh_half() -> None:
         supervised({"boxes": logits}, labels)
 
 
-def test_the_divergence_is_zero_from_itself_and_never_below() -> None:
-    ours, theirs = torch.randn(2, 2, 4, 5, 6, dtype=torch.float64).unbind()
-    for temperature in (0.5, 1.0, 4.0):
-        assert divergence(ours, ours, temperature) == 0
-        assert divergence(ours, theirs, temperature) > 0
-    chances = theirs.float().softmax(1)
-    expected = (chances * (chances.log() - ours.float().log_softmax(1))).sum(1).mean()
-    torch.testing.assert_close(divergence(ours, theirs, 1.0), expected)
+def test_what_is_missed_is_the_weighted_sum_of_labels_and_target() -> None:
+    ours, theirs = torch.randn(2, 2, 4, 5, 6).unbind()
+    labels = torch.randint(4, (2, 5, 6))
+    loss, parts = miss(ours, labels, theirs, supervision=2.0, weight=3.0, temperature=4.0)
+    softened = [(values / 4).log_softmax(1) for values in (ours, theirs)]
+    apart = 16 * F.kl_div(*softened, reduction="none", log_target=True).sum(1).mean()
+    torch.testing.assert_close(parts, {"entropy": F.cross_entropy(ours, labels), "divergence": apart})
+    torch.testing.assert_close(loss, 2 * parts["entropy"] + 3 * parts["divergence"])
+    assert miss(ours, None, ours)[0] == 0 and set(miss(ours, None, theirs)[1]) == {"divergence"}
+    with pytest.raises(cs.InvalidInput, match="no labels to learn from"):
+        miss(ours, None)
 
 
 def draws(count: int, images: int = 2) -> list[Draw]:
@@ -719,7 +723,7 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
         (adaptive, QUICK, {"device": "cdua"}, "cdua"),
         (lambda: Segmenter().requires_grad_(False), QUICK, {}, "no parameter is left"),
         (adaptive, replace(QUICK, objective="mixt"), {}, "did you mean mixed"),
-        (adaptive, QUICK, {"validation": lambda net: {"iou": 1.0}}, "no 'miou'"),
+        (adaptive, QUICK, {"validation": lambda net: {"iou": 1.0}}, "neither 'miou'"),
         (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), QUICK, {}, "class logits"),
     ],
 )

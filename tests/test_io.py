@@ -228,7 +228,7 @@ def test_a_file_is_a_json_header_and_tensors_and_nothing_else(tmp_path: Path) ->
     assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length
     assert all(end == start for (_, end), (start, _) in pairwise(spans))
     assert header.keys() == net.state_dict().keys()
-    assert metadata["format"] == 2
+    assert metadata["format"] == 3
     assert metadata["mask"] == net.mask.spec() and metadata["source"] is None
     assert {"cadsurgery", "torch"} <= metadata["versions"].keys()
     assert Plan.from_json(metadata["plan"]) == net.plan

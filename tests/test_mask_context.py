@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.masks import keypoints_at, labelled
-from cadsurgery.masks.context import call_context, first_pass, masked
+from cadsurgery.masks.context import call_context, first_passes, masked
 
 NET = nn.Identity()
 GIVERS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "labels": lambda value: labelled(torch.full((1, 2, 2), value)),
     "points": lambda value: keypoints_at([torch.full((1, 2), float(value))]),
-    "first_pass": lambda value: first_pass(torch.tensor(value)),
+    "first_passes": lambda value: first_passes({1: torch.tensor(value)}),
     "masks": lambda value: masked(NET, torch.tensor(value)),
 }
 WITHOUT = dict.fromkeys(GIVERS, None)
@@ -32,7 +32,7 @@ def seen() -> dict[str, int | None]:
     """The number that was given for each kind."""
     context = call_context()
     points = context.points[0] if context.points is not None else None
-    values = context.labels, points, context.first_pass, context.masks.get(NET)
+    values = context.labels, points, context.first_passes.get(1), context.masks.get(NET)
     return {
         name: int(value.flatten()[0]) if isinstance(value, Tensor) else None
         for name, value in zip(GIVERS, values, strict=True)

@@ -435,6 +435,7 @@ def test_detection_gives_sift_the_published_grey(monkeypatch: pytest.MonkeyPatch
 def test_the_published_detector_is_a_detector_of_the_mask() -> None:
     """As `keypoints extract --detector` and masks name it."""
     net = adapted(4)
+    net.normalisation = "raw"
     shown = normalise(street_scene(48, 64), source_of(cs.build_model(BUILDER, "none"))).unsqueeze(0)
     net(shown, mask="keypoints:detector=recipes.d2net_vgg.recipe:detect,dilations=5")
     levels = net.levels

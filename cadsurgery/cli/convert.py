@@ -120,7 +120,9 @@ def macs(
     *,
     model: options.Model,
     mask: options.Mask = "",
-    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("output_stride", "region", "patch"))],
+    conversion: Annotated[
+        dict[str, Any], options.Of(Conversion, ("output_stride", "region", "patch", "normalisation"))
+    ],
     image: options.ImageOption = None,
     size: options.Size = None,
     rule: Annotated[

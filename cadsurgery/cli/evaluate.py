@@ -61,7 +61,7 @@ def eval_command(
         str,
         typer.Option(
             help='labelled images: "folder:PATH,classes=11,ignore=11", cityscapes:PATH, voc:PATH, sbd:PATH, '
-            "pets:PATH, or scene:COUNT (generated)"
+            "pets:PATH, or scene:COUNT (generated); or photos without labels, images:FOLDER"
         ),
     ],
     split: Annotated[str, typer.Option(help="train, val, test, or all for a folder without splits")] = "test",
@@ -73,20 +73,28 @@ def eval_command(
     ] = [],  # noqa: B006
     output_stride: options.Strides = [],  # noqa: B006
     weights: options.Weights = "auto",
-    options: Annotated[dict[str, Any], options.Of(Conversion, ("region", "fill", "patch", "anchor", "pool"))],
+    options: Annotated[
+        dict[str, Any], options.Of(Conversion, ("region", "fill", "patch", "anchor", "pool", "normalisation"))
+    ],
     limit: Annotated[
         int,
         typer.Option(min=0, callback=options.none_for_zero, help="the first so many images; 0 for all"),
     ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="images in one call")] = 1,
     rounds: options.Rounds = 3,
+    kind: Annotated[
+        str, typer.Option(help="what the network gives, for images without labels: auto, classes or values")
+    ] = "auto",
     output: options.Report = None,
     picture: Annotated[Path | None, typer.Option(help="PNG to draw: accuracy against work")] = None,
     device: options.Device = "cpu",
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Evaluate masks and output strides on labelled images: accuracy, MACs and time beside the dense networks.
+    """Evaluate masks and output strides on images: accuracy, MACs and time beside the dense networks.
+
+    Without labels (images:FOLDER) accuracy is fidelity: divergence from and agreement with what the network itself
+    gives with everything kept high; the relative error, where that is no map of class scores.
 
     A converted file keeps its own region, fill, patch, anchor and pool. Runs under accelerate launch and torchrun.
     """

@@ -12,8 +12,8 @@ from cadsurgery.finetune.settings import Settings
 
 commands = typer.Typer()
 SETTINGS = (
-    *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "ema"),
-    *("precision", "seed", "save_every", "validate_every", "log", "workers"),
+    *("steps", "batch", "accumulate", "crop", "lr", "optimizer", "clip", "batch_norm", "freeze", "train"),
+    *("ema", "precision", "seed", "save_every", "validate_every", "log", "workers"),
 )
 
 
@@ -22,7 +22,9 @@ SETTINGS = (
 def finetune(
     *,
     model: options.Network,
-    data: Annotated[str, typer.Option(help="dataset to train on, e.g. folder:PATH")],
+    data: Annotated[
+        str, typer.Option(help="to train on: folder:PATH, ..., or photos without labels, images:FOLDER")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="folder of the run; an interrupted run goes on")
     ],
@@ -56,14 +58,18 @@ def finetune(
 ) -> None:
     """Train a network on mixed resolution, and write it to OUTPUT/net.safetensors.
 
+    Without labels (--data images:FOLDER) it learns from what it gives itself with everything kept high, and is measured
+    by how near it comes to that; of a folder without splits every eighth image is for measuring.
+
     The defaults are the published settings. An interrupted run goes on exactly where it was when the command is
     given again. Several processes: torchrun --nproc_per_node N -m cadsurgery.cli finetune ..., with --device cpu
     on the CPU.
 
     Options of objectives (--objective-option NAME=VALUE; each is described in the guide):
 
-    any-budget: low, high, fractions, extremes, ranking (own, random or a mask), teacher (initial or self),
-    temperature, weight, supervision.
+    divergence: teacher (initial or self), temperature, weight, supervision, kind (classes, values or auto).
+
+    any-budget: the same, and low, high, fractions, extremes, ranking (own, random or a mask).
 
     blend: statistics (separate or shared), share (balanced or published), weight, network (blend, mixed or fixed),
     distil, supervision.

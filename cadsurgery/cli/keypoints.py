@@ -31,7 +31,8 @@ def extract_command(
     form: Annotated[str, typer.Option(help="npz (as D2-Net writes it) or h5 (as hloc reads it)")] = "npz",
     weights: options.Weights = "auto",
     conversion: Annotated[
-        dict[str, Any], options.Of(Conversion, ("output_stride", "region", "fill", "anchor", "pool"))
+        dict[str, Any],
+        options.Of(Conversion, ("output_stride", "region", "fill", "anchor", "pool", "normalisation")),
     ],
     device: options.Device = "cpu",
     trust: options.Trust = False,
@@ -70,14 +71,18 @@ def matching_command(
     folder: Annotated[
         Path,
         typer.Option(
-            "--data", help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one"
+            "--data",
+            help="folder of sequences with images 1.*, 2.*, ... and H_1_2, ...: HPatches, or one; or images:FOLDER, "
+            "photos that are matched with views of themselves",
         ),
     ],
     masks: Annotated[list[str], typer.Option("--mask", help="repeatable")] = [Extraction.mask],  # noqa: B006
     output_stride: options.Strides = [],  # noqa: B006
     settings: Annotated[Extraction, options.Of(Extraction, FOUND)],
     weights: options.Weights = "auto",
-    options: Annotated[dict[str, Any], options.Of(Conversion, ("region", "fill", "anchor", "pool"))],
+    options: Annotated[
+        dict[str, Any], options.Of(Conversion, ("region", "fill", "anchor", "pool", "normalisation"))
+    ],
     everything: Annotated[
         bool, typer.Option("--all-sequences", help="also the eight of HPatches that the protocol leaves out")
     ] = False,

@@ -50,12 +50,23 @@ def read_names(region: str) -> str | list[str]:
     return region if region in ("auto", "backbone") else [name.strip() for name in region.split(",")]
 
 
+def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None:
+    """MEAN/STD, each a number or several between commas; or raw."""
+    if not text or text == "raw":
+        return text or None
+    mean, _, std = text.partition("/")
+    return read_fractions(mean), read_fractions(std)
+
+
 def none_for_zero(count: int) -> int | None:
     """The number of an option that is 0 where nothing is said."""
     return count or None
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"pair": read_pair, "size": read_size, "names": read_names}
+_READERS: dict[str, Callable[[str], Any]] = {
+    **{"pair": read_pair, "size": read_size, "names": read_names},
+    "normalisation": read_mean_and_std,
+}
 
 Network = Annotated[
     str,

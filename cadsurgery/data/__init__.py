@@ -4,5 +4,5 @@ In come paths and names of the libraries; out go image batches and labels as ten
 """
 
 from cadsurgery.data.augment import Augment
-from cadsurgery.data.datasets import IGNORED, SegmentationData
+from cadsurgery.data.datasets import IGNORED, SegmentationData, is_labelled, sample_of
 from cadsurgery.data.sources import open_data

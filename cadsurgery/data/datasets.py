@@ -1,4 +1,4 @@
-"""A labelled dataset as pairs of tensors, every item checked when it is read."""
+"""Images with labels, or without, as pairs of tensors, every item checked when it is read."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     Attributes:
         name: the spec it was opened with.
         split: which part.
-        classes: their names, in order of their labels.
+        classes: their names, in order of their labels; none of images without labels, where every pixel is ignored.
         names: of the items, for messages; paths where they are files.
-        read: the item at a position, as an image and a label picture or (H, W) array of stored values.
+        read: the item at a position, as an image and a label picture or (H, W) array of stored values, or None.
         table: from stored label values to classes; what it lacks is out of range.
     """
 
@@ -65,7 +65,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         try:
             picture, stored = self.read(position)
             image = _image(picture)
-            values = np.array(stored)
+            values = np.full(image.shape[1:], IGNORED) if stored is None else np.array(stored)
         except CadError:
             raise
         except Exception as error:  # decoders raise anything
@@ -75,6 +75,11 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
                 next="replace the file or take both out.",
             ) from error
         return image, self._labels(values, image, name)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the images have labels."""
+        return bool(self.classes)
 
     def first(self, count: int | None) -> SegmentationData:
         """The first so many items; None for all."""
@@ -103,6 +108,21 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
             )
         places = np.array([known[int(value)] for value in stored], dtype=np.int64)
         return torch.from_numpy(places[np.searchsorted(stored, values)])
+
+
+def is_labelled(data: Any) -> bool:
+    """Whether the samples of a dataset come with labels: it says so itself, or its first is more than an image."""
+    known = getattr(data, "is_labelled", None)
+    return bool(known) if known is not None else not isinstance(data[0], Tensor)
+
+
+def sample_of(data: Any, index: int) -> tuple[Any, Any]:
+    """Inputs and labels (H, W) of a sample; of one that is an image (3, H, W) alone every pixel is ignored."""
+    sample = data[index]
+    if isinstance(sample, Tensor):
+        return sample, torch.full(sample.shape[-2:], IGNORED)
+    inputs, labels = sample
+    return inputs, labels
 
 
 def _image(picture: Any) -> Tensor:

@@ -193,14 +193,28 @@ def _limit(most: int, source: Source) -> Iterator[None]:
 
 
 def source_of(network: nn.Module) -> Source:
-    """Where a network came from; for one of your own its type, and the mean and standard deviation that its
-    `pretrained_cfg` states, as timm's networks do, or ImageNet's."""
-    for name in ("source", "cad_source"):
-        source = getattr(network, name, None)
-        if isinstance(source, Source):
-            return source
+    """Where a network came from; for one of your own its type. Mean and standard deviation are those that a converted
+    network is known to take, else those that its `pretrained_cfg` states, as timm's networks do, or ImageNet's."""
     note = "weights as they were given"
-    return Source(type(network).__name__, {}, "own", note, *_statistics(network))
+    source = Source(type(network).__name__, {}, "own", note, *_statistics(network))
+    sources = (getattr(network, name, None) for name in ("source", "cad_source"))
+    source = next((one for one in sources if isinstance(one, Source)), source)
+    known: Any = getattr(network, "normalisation", None)
+    mean, is_part = getattr(known, "mean", None), getattr(network, "hosts_part", False)
+    if mean and isinstance(mean, tuple) and not is_part:  # of a part it says what that part is given
+        return replace(source, mean=mean, std=known.std)
+    return source
+
+
+def stated_statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
+    """Mean and standard deviation of the images that a network expects, and who states them: the library it was built
+    by, or its `pretrained_cfg`; None if nobody does."""
+    source, stated = getattr(network, "cad_source", None), _config(network)
+    if isinstance(source, Source) and source.name.partition(":")[0] in ("torchvision", "timm"):
+        return source.mean, source.std, f"stated by {source.name}"
+    if stated.get("mean") and stated.get("std"):
+        return tuple(stated["mean"]), tuple(stated["std"]), "stated by its pretrained_cfg"
+    return None
 
 
 def _statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

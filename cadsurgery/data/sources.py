@@ -1,4 +1,4 @@
-"""Where labelled data comes from: a plain folder, datasets of torchvision, generated street scenes."""
+"""Where data comes from: a plain folder, photos without labels, datasets of torchvision, generated street scenes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
-from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, labelled_scene, read_image
+from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, find_images, labelled_scene, read_image
 from cadsurgery.support.errors import (
     FileError,
     InvalidInput,
@@ -108,6 +108,30 @@ def _number(option: str, text: str) -> int:
     return int(text)
 
 
+# -- images without labels -----------------------------------------------------------------------------
+
+HELD_OUT = 8  # of a folder without splits every so manieth image is for validation
+
+
+def _read_alone(images: Sequence[Path], position: int) -> tuple[Tensor, None]:
+    return read_image(images[position]), None
+
+
+def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
+    root = Path(place)
+    there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if there and split not in (*there, "all"):
+        raise missing(KINDS["images"], place, f"it has no {split}; there are the splits {', '.join(there)}.")
+    folders = [root / name for name in there if split in (name, "all")] or [root]
+    inside = [folder / "images" if (folder / "images").is_dir() else folder for folder in folders]
+    images = list(find_images(inside)[0])
+    if not there and split in ("train", "val") and len(images) > 1:
+        held_out = images[::HELD_OUT]
+        images = held_out if split == "val" else sorted(set(images) - set(held_out))
+    read = partial(_read_alone, images)
+    return SegmentationData(spec, split, (), tuple(map(str, images)), read, identity_table(0))
+
+
 # -- torchvision ---------------------------------------------------------------------------------------
 
 
@@ -195,6 +219,14 @@ KINDS = {
         "SPLIT/images/NAME.jpg (or .png, ...)\nSPLIT/labels/NAME.png, one channel: class of each pixel\n"
         'or, without splits (split "all"): images/ and labels/',
     ),
+    "images": Kind(
+        _images,
+        {},
+        (),
+        "Give a folder of photographs, without labels.",
+        "NAME.jpg (or .png, ...), in folders of any depth: every eighth image is val, the others train, all of them "
+        "any other split\nor, with splits: train/, val/, test/\nWhere a folder has one named images, that is meant.",
+    ),
     "cityscapes": Kind(
         _cityscapes,
         {},
@@ -237,11 +269,12 @@ KINDS = {
 
 
 def open_data(spec: str, split: str = "train") -> SegmentationData:
-    """Labelled data by a spec `KIND:PATH,option=value,...`.
+    """Data by a spec `KIND:PATH,option=value,...`: images with labels, or without.
 
     Kinds: `folder:PATH,classes=11,ignore=11` (several ignored values with slashes; class names instead of their
     number likewise), `cityscapes:PATH` (fine annotations, the 19 classes of the benchmark), `voc:PATH,year=2012`,
-    `sbd:PATH`, `pets:PATH` (trimaps), `scene:COUNT,height=96,width=128` (generated). Nothing is downloaded.
+    `sbd:PATH`, `pets:PATH` (trimaps), `scene:COUNT,height=96,width=128` (generated); `images:FOLDER` has no labels.
+    Nothing is downloaded.
 
     Args:
         spec: as above.

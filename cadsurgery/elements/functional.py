@@ -5,6 +5,7 @@ differentiable, and treats the images of a batch apart from each other. Pointwis
 here: they act on `rows` as they are.
 """
 
+from cadsurgery.elements.adapters import adapt, adapt_vector
 from cadsurgery.elements.borders import check_same_padding, crop, pad
 from cadsurgery.elements.elements import (
     Elements,

@@ -408,6 +408,17 @@ class Lattice:
         return self.anchors.shape[0] if self.capacity is None else self.capacity[1]
 
     @_derive
+    def level_of_rows(self) -> Tensor:
+        """(N,) int32: level of each element's cell."""
+        return self.levels.flatten()[self.anchors].int()
+
+    @_derive
+    def level_shares(self) -> Tensor:
+        """(B, levels + 1) float64: share of each image's fine pixels at each level."""
+        every = range(self.geometry.max_level + 1)
+        return torch.stack([(self.levels == level).double().mean((1, 2)) for level in every], 1)
+
+    @_derive
     def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Image, y and x (each (N,) int64) of each element's anchor."""
         height, width = self.size

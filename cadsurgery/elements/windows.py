@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.backends.by_level import convolve_by_level
 from cadsurgery.elements.backends.choose import (
     Between,
     Convolution,
@@ -86,8 +87,8 @@ def conv2d(
 
 def _convolve(rows: Tensor, weights: Weights, reads: Between, residual: Tensor | None = None) -> Elements:
     work = Spreading if reads.window.finer > 1 else Convolution
-    outside = reads.window.outside or 0.0
-    return Elements(compute(work(rows, weights, reads, outside, residual)), reads.target)
+    run = compute if weights.levels is None else convolve_by_level
+    return Elements(run(work(rows, weights, reads, reads.window.outside or 0.0, residual)), reads.target)
 
 
 def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tensor:
@@ -121,6 +122,9 @@ def fused_conv2d(
     """
     weights = weights.weights if isinstance(weights, PackedConv) else weights
     window, target = target_of(x, window, x.lattice.stage if stage is None else stage, size)
+    if weights.levels is not None:
+        level = 0 if target.stage == 0 else target.uniform_level
+        weights = weights if level is None else weights.at_level(level)
     rows = autocast(x.rows)[0]
     if residual is not None and not _is_of(residual, target, (*rows.shape[1:-1], weights.weight.shape[0])):
         plain = fused_conv2d(x, weights.alone, window=window, stage=target)

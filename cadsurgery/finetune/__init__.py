@@ -8,9 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cadsurgery.finetune.adapters import calibrate_adapters
     from cadsurgery.finetune.batches import augmentation
     from cadsurgery.finetune.blend import Blend, calibrate
     from cadsurgery.finetune.evaluation import evaluate
+    from cadsurgery.finetune.gain import GainFit, fit_gain
     from cadsurgery.finetune.logs import Row
     from cadsurgery.finetune.loop import fit
     from cadsurgery.finetune.objectives import Objective, list_objectives, objective
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
 
 # Imported on first use: the command line reads the settings when it starts, which must not wait for torch.
 _PLACES = {
+    "adapters": ("calibrate_adapters",),
     "batches": ("augmentation",),
     "blend": ("Blend", "calibrate"),
     "evaluation": ("evaluate",),
+    "gain": ("GainFit", "fit_gain"),
     "logs": ("Row",),
     "loop": ("fit",),
     "objectives": ("Objective", "list_objectives", "objective"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cadsurgery.data.datasets import is_labelled, sample_of
 from cadsurgery.data.images import normalise
 from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.objectives import IGNORED
@@ -24,12 +25,13 @@ class Samples(Protocol):
     """A dataset to train on or to measure with.
 
     An item is (image, labels): float32 (3, H, W) in 0..1, which is augmented and normalised, and int64 (H, W),
-    255 where ignored. Or (inputs, labels) with a tuple of tensors, which the network gets as they are.
+    255 where ignored. Or (inputs, labels) with a tuple of tensors, which the network gets as they are. Or images
+    alone; or pairs of which the attribute `is_labelled = False` says that their labels mean nothing.
     """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Any, Tensor]: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,27 @@ class Batch:
 
     Attributes:
         inputs: arguments of the network, each (B, ...).
-        labels: (B, H, W) int64.
+        labels: (B, H, W) int64; None of data without labels.
         positions: in the sequence of samples.
         indices: in the dataset.
     """
 
     inputs: tuple[Tensor, ...]
-    labels: Tensor
+    labels: Tensor | None
     positions: tuple[int, ...]
     indices: tuple[int, ...]
 
     def to(self, device: torch.device) -> Batch:
         """On another device."""
         inputs = tuple(value.to(device, non_blocking=True) for value in self.inputs)
-        return Batch(inputs, self.labels.to(device, non_blocking=True), self.positions, self.indices)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return Batch(inputs, labels, self.positions, self.indices)
 
     def first(self, count: int) -> Batch:
         """Its first samples."""
         inputs = tuple(value[:count] for value in self.inputs)
-        return Batch(inputs, self.labels[:count], self.positions[:count], self.indices[:count])
+        labels = None if self.labels is None else self.labels[:count]
+        return Batch(inputs, labels, self.positions[:count], self.indices[:count])
 
     def check_labels(self, classes: int) -> None:
         """Refuse labels that the network has no output for.
@@ -64,6 +68,8 @@ class Batch:
         Raises:
             InvalidInput: with the sample, the value and its first place.
         """
+        if self.labels is None:
+            return
         wrong = ((self.labels < 0) | (self.labels >= classes)) & (self.labels != IGNORED)
         if wrong.any():
             image, row, column = (int(value) for value in wrong.nonzero()[0])
@@ -96,6 +102,7 @@ def batches(
     ]
     if not order:
         return
+    has_labels = is_labelled(data)
     loader = DataLoader(
         cast(Dataset[Any], _Positions(data, sampling, augment, source)),
         batch_sampler=order,
@@ -109,7 +116,7 @@ def batches(
                 raise sample
         columns = list(zip(*(inputs for inputs, _ in samples), strict=True))
         stacked = tuple(_stack(column, indices) for column in columns)
-        labels = _stack([labels for _, labels in samples], indices).long()
+        labels = _stack([labels for _, labels in samples], indices).long() if has_labels else None
         yield Batch(stacked, labels, tuple(positions), indices)
 
 
@@ -122,7 +129,7 @@ class _Positions:
     def __getitem__(self, position: int) -> tuple[tuple[Tensor, ...], Tensor] | CadError:
         index = self.sampling.index(position)
         try:
-            inputs, labels = self.data[index]
+            inputs, labels = sample_of(self.data, index)
             if isinstance(inputs, Tensor) and self.augment is not None:
                 inputs, labels = self.augment(inputs, labels, derive_seed(self.sampling.seed, position, 3))
             return prepare(inputs, labels, self.source, index)
@@ -144,7 +151,7 @@ def prepare(inputs: Any, labels: Any, source: Any, index: int) -> tuple[tuple[Te
     raise InvalidInput(
         f"a sample is {describe(inputs)} with labels {describe(labels)}.",
         where=f"sample {index} of the data",
-        next="give (image (3, H, W) float in 0..1, labels (H, W)), or (a tuple of tensors, labels).",
+        next="give (image (3, H, W) float in 0..1, labels (H, W)), the image alone, or (a tuple of tensors, labels).",
     )
 
 

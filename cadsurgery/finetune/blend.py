@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.networks import source_of
+from cadsurgery.data.datasets import sample_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
-from cadsurgery.finetune.objectives import Objective, dense_high, divergence, logits_of, objective, supervised
+from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.masks import Grid, LearnedMask, MaskProvider
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
@@ -78,7 +77,7 @@ class Blend(Objective):
         if distil > 0:
             self.teacher = copy.deepcopy(net).requires_grad_(False)
 
-    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Loss, its parts, and the share kept high."""
         net, mask = self.net, self._mask[0]
         assert isinstance(net, AdaptiveModel)
@@ -99,22 +98,13 @@ class Blend(Objective):
         with nullcontext() if self.network == "blend" else _fix(net, mask):
             output = blend(net, inputs, weigh, separate=self.separate)
         target = dense_high(self.teacher, inputs) if self.teacher is not None else None
-        loss, parts = self._miss(output, labels, target)
+        loss, parts = miss(output, labels, target, self.supervision, self.distil)
         if self.share == "published":
             loss = loss + self.weight * (noted["kept"] - mask.fraction).square()
         if self.network == "mixed":
-            of_mixed, _ = self._miss(net(*inputs), labels, target)
+            of_mixed, _ = miss(net(*inputs), labels, target, self.supervision, self.distil)
             loss, parts["mixed"] = loss + of_mixed, of_mixed.detach()
         return {"loss": loss, **parts, "kept": noted["kept"].detach()}
-
-    def _miss(self, output: Any, labels: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """How far an output is from the labels and from the teacher, weighed and summed; and apart."""
-        entropy = supervised(output, labels)
-        loss, parts = self.supervision * entropy, {"entropy": entropy.detach()}
-        if target is not None:
-            apart = divergence(logits_of(output), target, 1.0)
-            loss, parts["divergence"] = loss + self.distil * apart, apart.detach()
-        return loss, parts
 
 
 @torch.no_grad()
@@ -140,12 +130,12 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
             f"mask {net.mask.spec()!r} has learned nothing that could be calibrated.",
             next='train a learned mask first: mask="learned:fraction=0.3", objective blend.',
         )
-    program, source = net.program, source_of(net)
+    program, source = net.program, pictures_for(net)
     device = next(mask.parameters(), torch.empty(0)).device
     logits: list[tuple[Tensor, Grid]] = []
     with evaluating(net):
         for index in range(len(data)):
-            inputs, _ = prepare(*data[index], source, index)
+            inputs, _ = prepare(*sample_of(data, index), source, index)
             arguments = program.bind(*(value.unsqueeze(0).to(device) for value in inputs))
             features = program.before(arguments)[program.halves.features]
             grid = program.masking(net.mask).grid(features)

@@ -54,7 +54,8 @@ class TrainingReport(Report):
         for name, before in run.before.items():
             yield Text(f"{name}: {before:.4f} before, {run.after[name]:.4f} after")
         if run.best is not None:
-            yield Text(f"best mIoU {run.best:.4f} at step {run.best_step}: {run.best_network}")
+            metric = "mIoU" if "miou" in run.after else "relative error"
+            yield Text(f"best {metric} {run.best:.4f} at step {run.best_step}: {run.best_network}")
         yield Text(f"wrote {run.network}")
 
 
@@ -90,9 +91,11 @@ def finetune(
     training = open_data(data, split)
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
-    classes = len(training.classes)
+    classes = len(training.classes) or None
     net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     trained, seen = net, _Seen(training, validation)
+    if settings.train == "adapters":
+        net.add_adapters()  # before the network is cut
     if cache:
         step("running the stem over the data")
         seen = _run_stem(net, seen, settings, device)

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and at which rate: classifier, backbone, mask."""
+"""Which parameters are trained, and at which rate: classifier, backbone, mask, level adapters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from cadsurgery.finetune.batches import Batch
 from cadsurgery.finetune.objectives import Objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.finetune.settings import Settings
+from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 
-MASK = "_mask_provider"
+_OWN = ("_mask_provider", ADAPTERS)  # children that the original does not have
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Group:
     """Parameters trained at one rate, or not at all.
 
     Attributes:
-        name: `classifier`, `backbone`, `mask`, or `fixed`.
+        name: `classifier`, `backbone`, `mask`, `adapters`, or `fixed`.
         factor: of the learning rate; 0 for what is fixed.
         parameters: by name; every parameter is in exactly one group.
     """
@@ -92,11 +93,14 @@ def make_groups(
         "classifier": 1.0,
         "backbone": settings.backbone_factor,
         "mask": settings.mask_factor,
+        "adapters": 1.0,
         "fixed": 0.0,
     }
     heads = _heads(net)
-    others = [child for name, child in net.named_children() if name != MASK and child not in heads]
-    of_mask = set(net.get_submodule(MASK).parameters()) if isinstance(net, AdaptiveModel) else set()
+    others = [child for name, child in net.named_children() if name not in _OWN and child not in heads]
+    of_mask, of_adapters = set[nn.Parameter](), set(adapters_of(net))
+    if isinstance(net, AdaptiveModel):
+        of_mask = set(net.mask.parameters())
     of_head = {parameter for child in heads for parameter in child.parameters()}
     # A weight shared by both sides moves at the careful rate.
     of_head -= {parameter for child in others for parameter in child.parameters()}
@@ -106,6 +110,8 @@ def make_groups(
             group = "fixed"
         elif parameter in of_mask:
             group = "mask"
+        elif parameter in of_adapters:
+            group = "adapters"
         else:
             group = "classifier" if parameter in of_head else "backbone"
         groups[group][name] = parameter
@@ -118,11 +124,17 @@ def make_groups(
     return tuple(Group(name, factors[name], groups[name]) for name in factors if groups[name])
 
 
+def adapters_of(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the level adapters of a network; none if it has none."""
+    adapters = net.adapters if isinstance(net, AdaptiveModel) else None
+    return list(adapters.parameters()) if adapters is not None else []
+
+
 def _heads(net: nn.Module) -> list[nn.Module]:
     children = {
         name: child
         for name, child in net.named_children()
-        if name != MASK and any(True for _ in child.parameters())
+        if name not in _OWN and any(True for _ in child.parameters())
     }
     if any(name in BACKBONE_NAMES for name in children):
         return [child for name, child in children.items() if name not in BACKBONE_NAMES]
@@ -174,8 +186,9 @@ def stem_of(net: nn.Module) -> IsFixed:
 
 
 def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
-    """Training mode, but evaluation mode of what is fixed, and of batch norms if they are frozen."""
-    net.train()
+    """Training mode, but evaluation mode of what is fixed, and of batch norms if they are frozen; of level adapters
+    alone that of all: the others are not to notice."""
+    net.train(settings.train == "all")
     frozen = settings.batch_norm == "frozen"
     for path, module in net.named_modules():
         if is_fixed(path) or (frozen and isinstance(module, _BatchNorm)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import cadsurgery.finetune.blend  # noqa: F401  # an objective by name
-from cadsurgery.data.networks import source_of
+from cadsurgery.data.datasets import is_labelled
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
     Checkpoint,
@@ -30,10 +30,11 @@ from cadsurgery.finetune.devices import make_accelerator
 from cadsurgery.finetune.evaluation import count_outputs, evaluate
 from cadsurgery.finetune.groups import freeze_unused, make_groups, make_optimizer, set_modes, stem_of
 from cadsurgery.finetune.logs import CsvLog, Row, TensorBoardLog, open_log
-from cadsurgery.finetune.objectives import Objective, make_objective
+from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
 from cadsurgery.support.files import make_folder
@@ -52,6 +53,7 @@ def fit(
     validation: Validation | None = None,
     objective: Callable[[nn.Module], Objective] | None = None,
     augment: Augmentation | None = None,
+    train: str | None = None,
     resume: bool = True,
     device: str = "auto",
     on_step: Callable[[Row], None] | None = None,
@@ -63,12 +65,14 @@ def fit(
 
     Args:
         net: an adaptive network, or any other for comparison. It is left in evaluation mode on the device.
-        data: samples to train on; see `Samples`.
+        data: samples to train on, with labels or without; see `Samples`.
         settings: default: the published ones.
         output: folder of the run; made if missing.
-        validation: samples, or a function from the network to its metrics, `miou` among them.
+        validation: samples, or a function from the network to its metrics, `miou` or `relative_error` among them.
+            Of samples without labels they are fidelity to the network as it started, everything kept high.
         objective: makes the objective of the network; default: what the settings name.
         augment: function (image, labels, seed) -> (image, labels); not for samples with tuples of inputs.
+        train: `all` or `adapters` instead of what the settings say; see `Settings`.
         resume: False refuses a folder that holds a run already.
         device: `auto` (a GPU if there is one, or what the launcher says) or `cpu`.
         on_step: called in the main process with each row of the log, once the step is complete.
@@ -79,8 +83,10 @@ def fit(
         FileError: the folder or a checkpoint cannot be read or written.
         TrainingStopped: the loss or the weights are not finite; the last good checkpoint is kept.
     """
-    settings = settings or Settings()
+    settings = (settings or Settings()).changed({"train": train} if train is not None else {})
     check_data(data, "training")
+    if not settings.objective:
+        settings = replace(settings, objective="mixed" if is_labelled(data) else "divergence")
     if isinstance(net, OptimizedModel):
         raise InvalidInput(
             "an optimised network cannot be trained.",
@@ -128,17 +134,30 @@ class _Run:
             len(self.data), settings.seed, settings.batch, settings.accumulate, processes
         )
         net.to(self.accelerator.device)
+        self.chosen: set[nn.Parameter] = set()  # what alone is trained; empty for all
+        if settings.train == "adapters":
+            if not isinstance(net, AdaptiveModel):
+                raise InvalidInput(
+                    f'train="adapters" needs an adaptive network, not {type(net).__name__}.',
+                    next="convert it first with cs.adaptify.",
+                )
+            self.chosen = set(net.add_adapters().parameters())
         self.is_fixed = stem_of(net) if settings.freeze == "stem" else lambda name: False
         first = next(self._batches(range(1), workers=0))
         self.classes = count_outputs(net, self.data, first)
         identity = identity_of(net, self.data, self.augment, settings, processes)
         if make is not None:
             identity["objective"] = getattr(make, "__qualname__", type(make).__name__)
+        self.dense: nn.Module | None = None  # which validation without labels compares with: as it started
         start = self._start(identity)  # puts the starting weights into the network
+        for name, parameter in net.named_parameters():
+            is_trained = parameter in self.chosen if self.chosen else not self.is_fixed(name)
+            parameter.requires_grad_(parameter.requires_grad and is_trained)
         named = partial(make_objective, settings.objective, options=settings.objective_options)
         self.objective: Objective = (make or named)(net).to(self.accelerator.device)
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not self.is_fixed(name))
+        compares = not (self.validation is None or callable(self.validation) or is_labelled(self.validation))
+        if compares and isinstance(net, AdaptiveModel):
+            self.dense = getattr(self.objective, "teacher", None) or copy_dense(net)
         set_modes(self.net, self.is_fixed, self.settings)
         freeze_unused(self.objective, first, settings.seed)
         self.groups = make_groups(self.objective.own_parameters(), net, settings)
@@ -177,7 +196,7 @@ class _Run:
             last = step + 1 == self.settings.steps
             if self.validation is not None:
                 due = last or (step + 1) % self.settings.validate_every == 0
-                row["miou"] = self._validate(step + 1) if due else None
+                row[self.goal] = self._validate(step + 1) if due else None
             if log is not None:
                 log.write(row)
             if last or (step + 1) % self.settings.save_every == 0:
@@ -225,7 +244,7 @@ class _Run:
 
     def _batches(self, steps: range, workers: int) -> Iterator[Batch]:
         """Those of this process."""
-        source, process = source_of(self.net), self.process
+        source, process = pictures_for(self.net), self.process
         return batches(
             self.data, self.sampling, self.augment, source, steps=steps, process=process, workers=workers
         )
@@ -279,15 +298,20 @@ class _Run:
             replace(state, tensors=tensors).write(self.folder / LAST)
         self.state = state
 
+    @property
+    def goal(self) -> str:
+        """The metric that tells which network is best; it was measured before the first step."""
+        return "miou" if "miou" in self.state.before else "relative_error"
+
     def _validate(self, step: int) -> float:
-        """mIoU now; the best network so far is written."""
+        """The metric that counts, now; the best network so far is written."""
         self.measured = {step: self._measure(self.result)}
-        miou = self.measured[step]["miou"]
-        if self.state.best is None or miou > self.state.best:
-            self.state = replace(self.state, best=miou, best_step=step)
+        value, best = self.measured[step][self.goal], self.state.best
+        if best is None or (value > best if self.goal == "miou" else value < best):
+            self.state = replace(self.state, best=value, best_step=step)
             if self.main:
                 write_network(self.result, self.folder / BEST)
-        return miou
+        return value
 
     def _measure(self, net: nn.Module) -> dict[str, float]:
         """Metrics of a network, the same in every process; nothing without validation."""
@@ -297,10 +321,10 @@ class _Run:
             with torch.no_grad(), evaluating(net):
                 figures = self.validation(net)
         else:
-            figures = evaluate(net, self.validation)
-        if "miou" not in figures:
+            figures = evaluate(net, self.validation, self.dense)
+        if "miou" not in figures and "relative_error" not in figures:
             raise InvalidInput(
-                "the validation gives no 'miou'.",
+                "the validation gives neither 'miou' nor 'relative_error'.",
                 where=f"it gives {', '.join(figures) or 'nothing'}",
                 next="return a dictionary with 'miou' and what else you like.",
             )

@@ -21,6 +21,7 @@ from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.divergence import KINDS, Kind, divergence, maps_of, resize
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.support.processes import mean_everywhere
 from cadsurgery.support.provenance import same_place
@@ -56,12 +57,12 @@ class Objective(nn.Module):
         tensors = itertools.chain(self.named_parameters(), self.named_buffers())
         return {name: value for name, value in tensors if name.partition(".")[0] not in self.constants}
 
-    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Scalars of one batch: `loss`, which is minimised, and others to log, e.g. `active_fraction`.
 
         Args:
             inputs: arguments of the network, each (B, ...).
-            labels: (B, H, W) int64, 255 where ignored.
+            labels: (B, H, W) int64, 255 where ignored; None of data without labels.
             draw: the random state of the step; nothing else may decide about random numbers.
         """
         raise NotImplementedError
@@ -118,23 +119,84 @@ def make_objective(name: str, net: nn.Module, options: Mapping[str, Any]) -> Obj
 class Mixed(Objective):
     """Cross entropy of the network under its own mask: mixed resolution, as it is used later."""
 
-    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """Loss, its parts, and the active fraction."""
-        output = self.net(*inputs)
-        loss = supervised(output, labels)
+        loss, _ = miss(self.net(*inputs), labels)
         return {"loss": loss, **self.active_fraction(loss)}
 
 
-@objective("any-budget")
-class AnyBudget(Objective):
-    """Cross entropy at another budget each step, distilled from the dense high network: one net for all budgets.
+@objective("divergence")
+class Divergence(Objective):
+    """Divergence from the dense high network, of the network under its own mask: learns from images without labels.
 
-    The budget keeps the patches that a ranking scores highest. The teacher is the network as it started
-    (`initial`) or as it is now (`self`), everything kept high, in evaluation mode; budgets 0 and 1 come more
-    often than others, as in the sandwich rule of slimmable networks (Yu & Huang, ICCV 2019).
+    The teacher is the network as it started (`initial`) or as it is now (`self`), everything kept high, in evaluation
+    mode. Class scores or other maps, see `cadsurgery.support.divergence`. Of labels, if there are any, the cross
+    entropy is added.
     """
 
     constants = ("teacher",)
+
+    def __init__(
+        self,
+        net: nn.Module,
+        teacher: str = "initial",
+        temperature: float = 1.0,
+        weight: float = 1.0,
+        supervision: float = 0.0,
+        kind: Kind = "auto",
+    ) -> None:
+        """Create the objective.
+
+        Args:
+            net: an adaptive network.
+            teacher: `initial` or `self`.
+            temperature: that softens the class scores of both.
+            weight: of the divergence.
+            supervision: weight of the labels' cross entropy.
+            kind: of the outputs, `classes`, `values` or `auto`.
+
+        Raises:
+            InvalidInput: a value out of range, or a network that is not adaptive.
+            UnknownName: no such teacher or kind.
+        """
+        super().__init__(net)
+        if not isinstance(net, AdaptiveModel):
+            raise InvalidInput(
+                f"{type(net).__name__} cannot be trained by its own divergence or at a budget.",
+                why="only an adaptive network has a dense one beside it.",
+                next="convert it first with cs.adaptify.",
+            )
+        if not temperature > 0:
+            raise InvalidInput(f"temperature={temperature}.", next="it must be above 0.")
+        check_name("teacher", teacher, ("initial", "self"))
+        check_name("kind of output", kind, KINDS)
+        self.temperature, self.weight, self.supervision, self.kind = temperature, weight, supervision, kind
+        self.teacher = copy_dense(net) if teacher == "initial" else None
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+        """Loss, its parts, and the active fraction."""
+        output = self.net(*inputs, mask=self.mask(draw))
+        noted = self.active_fraction(maps_of(output)[0])
+        # After the student: autocast keeps the weights it casts, and those cast here have no gradient.
+        target = dense_high(self.net if self.teacher is None else self.teacher, inputs)
+        loss, parts = miss(
+            output, labels, target, self.supervision, self.weight, self.temperature, kind=self.kind
+        )
+        return {"loss": loss, **parts, **noted}
+
+    def mask(self, draw: Draw) -> MaskProvider | None:
+        """That of a step; None for the network's own."""
+        return None
+
+
+@objective("any-budget")
+class AnyBudget(Divergence):
+    """Divergence from the dense high network, and of labels cross entropy, at another budget each step: one net for
+    all budgets.
+
+    The budget keeps the patches that a ranking scores highest; budgets 0 and 1 come more often than others, as in the
+    sandwich rule of slimmable networks (Yu & Huang, ICCV 2019).
+    """
 
     def __init__(
         self,
@@ -148,6 +210,7 @@ class AnyBudget(Objective):
         temperature: float = 1.0,
         weight: float = 1.0,
         supervision: float = 1.0,
+        kind: Kind = "auto",
     ) -> None:
         """Create the objective.
 
@@ -159,60 +222,37 @@ class AnyBudget(Objective):
             extremes: chance of a step at exactly `low` or `high` (or the ends of the list).
             ranking: masks that rank the patches, taken in turns: `own` (that of the network), `random`
                 blocks, or any other, e.g. `edges:threshold=0.2`.
-            teacher: `initial` or `self`.
-            temperature: that softens the logits of both.
-            weight: of the divergence.
+            teacher, temperature, weight, kind: as of `Divergence`.
             supervision: weight of the labels' cross entropy; 0 learns from the dense network alone, which cannot
                 overfit few labels.
 
         Raises:
             InvalidInput: a value out of range, a network that is not adaptive, or an own mask without ranking.
-            UnknownName: no such mask or teacher.
+            UnknownName: no such mask, teacher or kind.
         """
-        super().__init__(net)
-        if not isinstance(net, AdaptiveModel):
-            raise InvalidInput(
-                f"objective any-budget cannot train {type(net).__name__}.",
-                why="a budget needs an adaptive network.",
-                next="convert it first with cs.adaptify.",
-            )
+        super().__init__(net, teacher, temperature, weight, supervision, kind)
         ends = tuple(fractions) or (low, high)
-        if not all(0 <= f <= 1 for f in ends) or low > high or temperature <= 0 or not 0 <= extremes <= 1:
+        if not all(0 <= f <= 1 for f in ends) or low > high or not 0 <= extremes <= 1:
             raise InvalidInput(
                 f"objective any-budget with low={low}, high={high}, fractions={tuple(fractions)}, "
-                f"extremes={extremes}, temperature={temperature}.",
-                next="fractions and extremes are in 0..1, low is at most high, temperature above 0.",
+                f"extremes={extremes}.",
+                next="fractions and extremes are in 0..1, low is at most high.",
             )
-        check_name("teacher", teacher, ("initial", "self"))
         self.fractions, self.low, self.high = tuple(fractions), min(ends), max(ends)
-        self.extremes, self.temperature = extremes, temperature
-        self.weight, self.supervision = weight, supervision
+        self.extremes = extremes
         names = (ranking,) if isinstance(ranking, str) else tuple(ranking)
         self.rankings = tuple(name if name in ("own", "random") else resolve_mask(name) for name in names)
+        assert isinstance(net, AdaptiveModel)
         if "own" in self.rankings and isinstance(_ranker(net.mask), UniformMask):
             raise InvalidInput(
                 f"the network's own mask {net.mask.spec()!r} ranks no patch above another.",
                 where="objective any-budget",
                 next="train with ranking=edges or ranking=random, or convert with another mask.",
             )
-        self.teacher: nn.Module | None = None
-        if teacher == "initial":
-            self.teacher = copy.deepcopy(net).requires_grad_(False)
 
-    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """Loss, its parts, and the active fraction drawn."""
-        output = self.net(*inputs, mask=Budget(self._ranking(draw), self.fraction(draw)))
-        entropy = supervised(output, labels)
-        noted = self.active_fraction(entropy)
-        # After the student: autocast keeps the weights it casts, and those cast here have no gradient.
-        teacher = self.net if self.teacher is None else self.teacher
-        apart = divergence(logits_of(output), dense_high(teacher, inputs), self.temperature)
-        return {
-            "loss": self.supervision * entropy + self.weight * apart,
-            "entropy": entropy.detach(),
-            "divergence": apart.detach(),
-            **noted,
-        }
+    def mask(self, draw: Draw) -> MaskProvider:
+        """The ranking of a step within its budget."""
+        return Budget(self._ranking(draw), self.fraction(draw))
 
     def fraction(self, draw: Draw) -> float:
         """The budget of a step, the same in all processes."""
@@ -271,10 +311,58 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Logits of a network with everything kept high, in evaluation mode, without gradients: what is distilled from."""
+def copy_dense(net: AdaptiveModel) -> nn.Module | None:
+    """A copy of a network as it is now, to be compared with later; None where everything kept high stays as it is
+    anyway, because only level adapters are trained."""
+    trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
+    own = set(net.adapters.parameters()) if net.adapters is not None else set[nn.Parameter]()
+    return None if trained and trained <= own else copy.deepcopy(net).requires_grad_(False)
+
+
+def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What a network gives with everything kept high, in evaluation mode, without gradients: what is distilled from."""
     with torch.no_grad(), evaluating(net):
-        return logits_of(net(*inputs, mask="all"))
+        return net(*inputs, mask="all")
+
+
+def miss(
+    output: Any,
+    labels: Tensor | None,
+    target: Any = None,
+    supervision: float = 1.0,
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    kind: Kind = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """How far an output is from the labels and from a target, weighed and summed; and each apart, for the log.
+
+    Args:
+        output: of the network.
+        labels: (B, H, W), or None: there are none.
+        target: what `dense_high` gave, or None.
+        supervision: weight of the cross entropy, see `supervised`.
+        weight: of the divergence: T² times its mean over pixels, T the temperature (Hinton et al. 2015).
+        temperature: as of `divergence`.
+        kind: of the output, where there are no labels, which only class scores have.
+
+    Raises:
+        InvalidInput: neither labels nor target, or an output that does not fit them.
+    """
+    losses, parts = [], {}
+    if labels is not None:
+        parts["entropy"] = supervised(output, labels)
+        losses.append(supervision * parts["entropy"])
+    if target is not None:
+        kind = kind if labels is None else "classes"
+        parts["divergence"] = temperature**2 * divergence(target, output, kind, temperature).mean()
+        losses.append(weight * parts["divergence"])
+    if not losses:
+        raise InvalidInput(
+            "there are no labels to learn from.",
+            why="the data has none, and this objective learns from nothing else.",
+            next="learn from the dense network: objective divergence or any-budget, or blend with distil=1.",
+        )
+    return sum(losses[1:], losses[0]), {name: value.detach() for name, value in parts.items()}
 
 
 def supervised(output: Any, labels: Tensor) -> Tensor:
@@ -291,22 +379,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Of several processes each divides its sum by the mean number of labelled pixels in a process: the mean of their
     losses, and of their gradients, is that over the labelled pixels of all.
     """
-    logits = resize_logits(logits, labels.shape[-2:])
+    logits = resize(logits.float(), labels.shape[-2:])
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     count = mean_everywhere((labels != IGNORED).sum().double())
     return total / count.clamp(min=1e-6).to(total)
-
-
-def resize_logits(logits: Tensor, size: torch.Size) -> Tensor:
-    """Logits (B, C, h, w) at another size, bilinear, if they do not have it."""
-    if logits.shape[-2:] == size:
-        return logits.float()
-    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(teacher || student) of logits (B, C, H, W) softened by T, mean over pixels (Hinton et al. 2015)."""
-    ours = (student.float() / temperature).log_softmax(1)
-    theirs = (teacher.float() / temperature).log_softmax(1)
-    apart = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
-    return temperature**2 * apart.mean()

@@ -25,7 +25,7 @@ class Outcome(Plain):
         before: metrics on the validation data before the first step; empty without validation.
         after: after the last.
         best_step: step of the best validation; 0 if there was none.
-        best: its mIoU.
+        best: its mIoU, or relative error where the metrics have no mIoU.
         network: file of the finished network.
         best_network: file of the best one, if there was a validation.
         checkpoint: the last checkpoint.

@@ -17,7 +17,7 @@ from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
 class UniformMask(MaskProvider):
     """One level everywhere."""
 
-    image_only = True
+    image_only = ignores_image = True
 
     high: bool = True
 
@@ -53,7 +53,7 @@ class RandomMask(MaskProvider):
         seed: makes every call the same; -1 draws anew from torch's generator.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     def __init__(self, fraction: float = 0.3, block: int = 4, seed: int = -1) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ TENSOR = "a tensor"
 class FixedMask(MaskProvider):
     """A given level map, the same for every call."""
 
-    image_only = True
+    image_only = ignores_image = True
 
     storable = True  # its tensor is stored beside its spec
 

@@ -21,13 +21,13 @@ class CallContext:
     Attributes:
         labels: (B, H, W) integers, one per image pixel; see `labelled`.
         points: of each image, (n, 2) x and y in image pixels; see `keypoints_at`.
-        first_pass: what the network gave with everything downsampled.
+        first_passes: what the network gave with everything at a level, by level.
         masks: of networks that have another one for the calls of now; see `AdaptiveModel.masked`.
     """
 
     labels: Tensor | None = None
     points: Sequence[Tensor] | None = None
-    first_pass: Any = None
+    first_passes: Mapping[int, Any] = field(default_factory=dict)
     masks: Mapping[nn.Module, object] = field(default_factory=dict)
 
 
@@ -87,26 +87,35 @@ def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
     return _within(points=points)
 
 
-def first_pass(output: Any) -> AbstractContextManager[None]:
-    """What the network gave with everything downsampled, for the masks asked within, in this thread."""
-    return _within(first_pass=output)
+def first_passes(outputs: Mapping[int, Any]) -> AbstractContextManager[None]:
+    """What the network gave with everything at a level, by level, for the masks asked within, in this thread."""
+    return _within(first_passes=outputs)
 
 
-def first_pass_output(where: str) -> Any:
-    """What the network gave in the first pass.
+def first_pass_outputs(where: str) -> dict[int, Any]:
+    """What the network gave in first passes, by level, the finest first.
 
     Raises:
         InvalidInput: there was none.
     """
-    output = call_context().first_pass
-    if output is None:
+    outputs = call_context().first_passes
+    if not outputs:
         raise InvalidInput(
             "there was no first pass of a network to look at.",
             where=where,
             why="it looks at the network's own output, so it works inside an adaptive network only.",
             next="call the network with this mask: net(image, mask=...).",
         )
-    return output
+    return dict(sorted(outputs.items()))
+
+
+def first_pass_output(where: str) -> Any:
+    """What the network gave in the first pass at the lowest level.
+
+    Raises:
+        InvalidInput: there was none.
+    """
+    return [*first_pass_outputs(where).values()][-1]
 
 
 @contextmanager

@@ -83,6 +83,21 @@ def on_samples(cells: Tensor, side: int, size: tuple[int, int]) -> Tensor:
     return repeated[..., : size[0], : size[1]]
 
 
+def mean_of_patches(samples: Tensor, patch: int) -> Tensor:
+    """(..., ceil(h / patch), ceil(w / patch)): mean of each aligned block of a map (..., h, w), at the border of the
+    samples inside.
+
+    As sums: few engines pool in float64.
+    """
+    padded = F.pad(samples, (0, -samples.shape[-1] % patch, 0, -samples.shape[-2] % patch))
+    sums = padded.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch)).sum((-3, -1))
+    down, across = (
+        (length - torch.arange(0, length, patch, device=samples.device)).clamp(max=patch)
+        for length in samples.shape[-2:]
+    )
+    return sums / (down.unsqueeze(1) * across)
+
+
 def closeness(reached: Tensor) -> Tensor:
     """(B, h, w): minus the distance, the larger of both axes, of each sample to the nearest where a floating-point map
     is 1 and not 0; minus the longer side of the map where it is 0 everywhere."""

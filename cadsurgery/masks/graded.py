@@ -1,8 +1,8 @@
 """Masks that keep high what lies near strong places of the image: edges as published (Hesse et al. 2023, supplementary;
 reference code `segmentation/main.py`), the magnitude of the gradient, and boundaries of labels, an oracle.
 
-Edges and gradients look at the tensor the network sees: RGB in [0, 1] after the ImageNet mean and standard deviation.
-On raw pixels other thresholds are needed.
+Edges and gradients look at the picture in the unit of `masks.unit`: RGB in [0, 1] after the ImageNet mean and standard
+deviation, whatever the network takes.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ class TrimapMask(GradedMask):
 
     counted = "widths"
     needs = "labels"
+    ignores_image = True
 
     def __init__(self, width: int | tuple[int, ...] = (33,), ignore: int = IGNORED) -> None:
         widths = several(width)

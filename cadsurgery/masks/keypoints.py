@@ -52,9 +52,9 @@ class KeypointMask(SteppedMask):
     Args:
         detector: `sift`, OpenCV's on the grey image; `given`, the points of `keypoints_at` (or of
             `cadsurgery.read_at`); `own`, the score map the network itself gives in a first pass with everything
-            downsampled; `module:function`; or a function of the image batch (B, C, H, W), normalised as the network
-            sees it, that returns a tensor (n, 2) of x and y in image pixels for each image, the best first, or a
-            floating-point score map (B, 1, h, w), or (B, h, w) wider than 2.
+            downsampled; `module:function`; or a function of the image batch (B, C, H, W) in the unit of masks
+            (`masks.unit`) that returns a tensor (n, 2) of x and y in image pixels for each image, the best first, or
+            a floating-point score map (B, 1, h, w), or (B, h, w) wider than 2.
         count: keypoints of an image at most, the best; of a score map its largest values that are the largest of
             the 5 x 5 around them. Given points are all kept.
         dilations: side in image pixels, odd, of the window around a keypoint that gets level i; 0 for none, inf for
@@ -108,9 +108,13 @@ class KeypointMask(SteppedMask):
         return named.get(self._kind, "a detector outside the network")
 
     @property
-    def looks_ahead(self) -> bool:
-        """Whether the network's own scores are looked at."""
-        return self._kind == OWN
+    def sees_image(self) -> bool:
+        """Whether the points are found in the picture."""
+        return self._kind not in (GIVEN, OWN)
+
+    def first_passes(self, lowest: int) -> frozenset[int]:
+        """Everything downsampled, if the network's own scores are looked at."""
+        return frozenset({lowest} if self._kind == OWN else ())
 
     def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
         """Within dilation i of a keypoint.

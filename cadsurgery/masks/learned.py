@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,99 @@ _NO_CHANNELS = f"are not three numbers in 1..{_MOST}."
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+class EstimatedMask(MaskProvider):
+    """Base of masks that run a small network on what enters the region: four convolutions and what is between them
+    (`estimator`), made when it first sees features or when its weights are loaded.
+
+    Args:
+        channels: of the three hidden convolutions; at most 4096.
+        seed: of the initial weights, 0 or more.
+    """
+
+    ignores_image = True
+    kernels: ClassVar[tuple[int, ...]] = (3, 3, 3, 3)
+    places: ClassVar[tuple[int, ...]]  # of the convolutions in the estimator
+    per_channel: ClassVar[int] = 1  # maps it makes of each channel that enters the region
+    first_level: ClassVar[int] = 0  # the finest level that it has an output for
+
+    def __init__(self, channels: int | tuple[int, ...], seed: int) -> None:
+        super().__init__()
+        self.channels, self.seed = several(channels), seed
+        three = len(self.channels) == 3
+        check_options(
+            self.name,
+            channels=(self.channels, Allowed(lambda n: three and 1 <= n <= _MOST, _NO_CHANNELS, "128/64/64")),
+            seed=(seed, between(0, 2**63 - 1, "0")),
+        )
+        self.estimator = nn.Sequential()
+
+    def assemble(self, convolutions: list[nn.Conv2d], device: torch.device) -> nn.Sequential:
+        """The estimator of four convolutions, which have random weights and are not yet on their device."""
+        raise NotImplementedError
+
+    @property
+    def dependence(self) -> str:
+        """Until there are weights a graph cannot hold it."""
+        return "" if len(self.estimator) else "weights that the first call of the network makes"
+
+    def require(self, features: Tensor, grid: Grid) -> torch.dtype:
+        """Make the estimator for such features, if there is none yet; its type is returned.
+
+        Raises:
+            InvalidInput: features with other channels, or a network with other levels, than it was made for.
+        """
+        channels, levels = features.shape[1], grid.max_level + 1
+        if not len(self.estimator):
+            self._make(channels * self.per_channel, levels - self.first_level, features.device)
+        first, last = self.estimator[self.places[0]], self.estimator[self.places[-1]]
+        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+        sizes = (first.in_channels // self.per_channel, last.out_channels + self.first_level)
+        if sizes != (channels, levels):
+            raise InvalidInput(
+                f"the {self.name} mask was made for {sizes[0]} channels and {sizes[1]} levels.",
+                where=f"mask {self.name}",
+                why=f"{channels} channels enter the region, and maps have {levels} levels.",
+                next=f'use a new one, mask="{self.name}", or the network it was trained with.',
+            )
+        return first.weight.dtype
+
+    def _make(self, inputs: int, outputs: int, device: torch.device) -> None:
+        """The estimator, with random weights.
+
+        Once, whatever thread comes first, and with parameters that can be trained, whatever mode torch is in.
+        """
+        with _MAKING, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            if len(self.estimator):
+                return
+            # Not those of other devices, which are not restored.
+            torch.default_generator.manual_seed(self.seed)
+            sizes = pairwise((inputs, *self.channels, outputs))
+            convolutions = [
+                nn.Conv2d(*size, kernel, padding=kernel // 2)
+                for size, kernel in zip(sizes, self.kernels, strict=True)
+            ]
+            layers = self.assemble(convolutions, device)
+            # Last: another thread that finds it takes all the rest for made.
+            self.estimator = layers.to(device).train(self.training)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Make the estimator that the tensors belong to, if there is none yet; its children are loaded after."""
+        stored: list[Any] = [state_dict.get(f"{prefix}estimator.{place}.weight") for place in self.places]
+        weights = [weight for weight in stored if isinstance(weight, Tensor) and weight.dim() == 4]
+        if not len(self.estimator) and len(weights) == 4:
+            sizes = (weights[0].shape[1], *self.channels, weights[-1].shape[0])
+            # Others than the options say are not made, and then refused as tensors of nothing.
+            shapes = [
+                (after, before, kernel, kernel)
+                for (before, after), kernel in zip(pairwise(sizes), self.kernels, strict=True)
+            ]
+            if [tuple(weight.shape) for weight in weights] == shapes:
+                self._make(sizes[0], sizes[-1], weights[0].device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 @mask_provider("learned", source="Hesse et al., CVPRW 2023, supplementary; reference code ad_e2e_resnet.py")
-class LearnedMask(MaskProvider):
+class LearnedMask(EstimatedMask):
     """Keep high where an estimator, trained with `cadsurgery finetune --objective blend`, says so.
 
     A 3x3 convolution, another, max-pooling to the cells of the lowest level, two more; one score per level and cell,
@@ -43,6 +134,8 @@ class LearnedMask(MaskProvider):
         InvalidInput: a value out of range.
     """
 
+    places = (0, 2, 5, 7)
+
     def __init__(
         self,
         fraction: float = 0.5,
@@ -51,27 +144,17 @@ class LearnedMask(MaskProvider):
         noise: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.fraction, self.channels, self.temperature = fraction, several(channels), temperature
-        self.noise, self.seed = noise, seed
-        three = len(self.channels) == 3
+        super().__init__(channels, seed)
+        self.fraction, self.temperature, self.noise = fraction, temperature, noise
         check_options(
             "learned",
             fraction=(fraction, SHARE),
-            channels=(self.channels, Allowed(lambda n: three and 1 <= n <= _MOST, _NO_CHANNELS, "128/64/64")),
             temperature=(temperature, Allowed(lambda value: value > 0, "is not above 0.", "1")),
-            seed=(seed, between(0, 2**63 - 1, "0")),
         )
-        self.estimator = nn.Sequential()
         self.centre: Tensor
         self.spread: Tensor
         self.offset: Tensor
         self._measure(2)
-
-    @property
-    def dependence(self) -> str:
-        """Until there are weights a graph cannot hold it."""
-        return "" if len(self.estimator) else "weights that the first call of the network makes"
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """(B, h, w) int64: the level of the best score in each cell of the lowest level."""
@@ -151,19 +234,7 @@ class LearnedMask(MaskProvider):
         Raises:
             InvalidInput: features with other channels, or a network with other levels, than it was made for.
         """
-        if not len(self.estimator):
-            self._make(features.shape[1], grid.max_level + 1, features.device)
-        first, last = self.estimator[0], self.estimator[7]
-        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
-        sizes = (first.in_channels, last.out_channels)
-        if sizes != (features.shape[1], grid.max_level + 1):
-            raise InvalidInput(
-                f"the learned mask was made for {sizes[0]} channels and {sizes[1]} levels.",
-                where="mask learned",
-                why=f"{features.shape[1]} channels enter the region, and maps have {grid.max_level + 1} levels.",
-                next='use a new one, mask="learned", or the network it was trained with.',
-            )
-        values = features.to(first.weight.dtype)
+        values = features.to(self.require(features, grid))
         for layer in self.estimator:
             pools = isinstance(layer, nn.Identity)
             values = F.max_pool2d(values, grid.side, ceil_mode=True) if pools else layer(values)
@@ -191,48 +262,20 @@ class LearnedMask(MaskProvider):
         hard = F.one_hot(soft.argmax(1), soft.shape[1]).movedim(-1, 1).to(soft)
         return hard + soft - soft.detach()
 
-    def _make(self, inputs: int, levels: int, device: torch.device) -> None:
-        """The estimator, with random weights; it begins at about its target.
-
-        Once, whatever thread comes first, and with parameters that can be trained, whatever mode torch is in.
-        """
-        a, b, c = self.channels
-        with _MAKING, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            if len(self.estimator):
-                return
-            # Not those of other devices, which are not restored.
-            torch.default_generator.manual_seed(self.seed)
-            layers = nn.Sequential(
-                *(nn.Conv2d(inputs, a, 3, padding=1), nn.ReLU()),
-                *(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()),
-                nn.Identity(),  # max-pooling to the cells, whose side the network knows
-                *(nn.Conv2d(b, c, 3, padding=1), nn.ReLU()),
-                nn.Conv2d(c, levels, 3, padding=1),
-            )
-            share = min(max(self.fraction, 0.01), 0.99)
-            start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (levels - 1)])
-            layers[7].bias = nn.Parameter(start)
-            self._measure(levels, device)
-            # Last: another thread that finds it takes all the rest for made.
-            self.estimator = layers.to(device).train(self.training)
+    def assemble(self, convolutions: list[nn.Conv2d], device: torch.device) -> nn.Sequential:
+        """They pool to the cells of the lowest level, whose side the network knows; it begins at about its target."""
+        one, two, three, last = convolutions
+        share = min(max(self.fraction, 0.01), 0.99)
+        start = torch.tensor([math.log(share / (1 - share)), *(0.0,) * (last.out_channels - 1)])
+        last.bias = nn.Parameter(start)
+        self._measure(last.out_channels, device)
+        return nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), nn.Identity(), three, nn.ReLU(), last)
 
     def _measure(self, levels: int, device: torch.device | None = None) -> None:
         """Running statistics of the scores that leave them as they are."""
         self.register_buffer("centre", torch.zeros(levels, device=device))
         self.register_buffer("spread", torch.ones((), device=device))
         self.register_buffer("offset", torch.zeros((), device=device))
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Make the estimator that the tensors belong to, if there is none yet; its children are loaded after."""
-        stored: list[Any] = [state_dict.get(f"{prefix}estimator.{place}.weight") for place in (0, 2, 5, 7)]
-        weights = [weight for weight in stored if isinstance(weight, Tensor) and weight.dim() == 4]
-        if not len(self.estimator) and len(weights) == 4:
-            sizes = (weights[0].shape[1], *self.channels, weights[-1].shape[0])
-            # Others than the options say are not made, and then refused as tensors of nothing.
-            shapes = [(after, before, 3, 3) for before, after in pairwise(sizes)]
-            if [tuple(weight.shape) for weight in weights] == shapes:
-                self._make(sizes[0], sizes[-1], weights[0].device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 # Standard deviation of the difference of the scores of the first and the last level in training.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, describe, is_exporting
 from cadsurgery.elements.sizes import is_for_any_size
 from cadsurgery.masks.provider import Grid, MaskProvider, check_levels
+from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.support.errors import InvalidInput
 
 # What a message says where a mask is not static.
@@ -30,6 +31,7 @@ class Masking:
         output_stride: input pixels per sample of the fine map.
         static: give the lattice bounds instead of exact numbers of elements; always while a graph is made.
         any_number: in a graph, of a mask that is not static, let the level map say how many elements there are.
+        unit: from the image to what the mask sees of it.
     """
 
     provider: MaskProvider
@@ -37,6 +39,7 @@ class Masking:
     output_stride: int
     static: bool = False
     any_number: bool = False
+    unit: Unit = field(default_factory=lambda: Unit(AS_IT_COMES))
 
     def __call__(self, image: Tensor, features: Tensor) -> Lattice:
         """The lattice for an image (B, C, H, W) whose fine map is `features`."""
@@ -51,7 +54,8 @@ class Masking:
         ):  # of a network that scales pictures itself; differences would wrap around
             image = image.to(torch.get_default_dtype())
         with torch.no_grad():
-            levels = self.provider(image, features, grid)
+            shown = self.unit(image) if self.provider.sees_image else image
+            levels = self.provider(shown, features, grid)
         return geometry.lattice(check_levels(levels, grid, self.provider.name), bounds)
 
     def grid(self, features: Tensor) -> Grid:

@@ -52,14 +52,16 @@ class Grid(NamedTuple):
 class MaskProvider(nn.Module):
     """Base of all masks. `forward(image, features, grid)` yields levels or a bool map (True = keep high).
 
-    `image` is the network's input (B, C, H, W), already normalised; `features` the map that enters the
-    region; the result is (B, h, w) on the grid's size.
+    `image` is the picture that the network is given (B, C, H, W), in the unit of `masks.unit` whatever the network
+    takes: in colour, after ImageNet's mean and standard deviation. `features` is the map that enters the region; the
+    result is (B, h, w) on the grid's size.
     """
 
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
     takes: ClassVar[Literal["none", "one", "many"]] = "none"  # other masks: how the string form writes it
     image_only: ClassVar[bool] = False  # does not look at the features, which then need not be computed
+    ignores_image: ClassVar[bool] = False  # does not look at the picture, whose unit then need not be known
     needs: ClassVar[str] = ""  # what its maps depend on besides image and features, e.g. "earlier images"
     has_own_function: bool = False  # was given a function that its options do not say where to find
 
@@ -98,10 +100,20 @@ class MaskProvider(nn.Module):
         """Whether it, or a mask it is made from, looks at the features that enter the region."""
         return not self.image_only or any(part.sees_features for part in self.parts)
 
+    def first_passes(self, lowest: int) -> frozenset[int]:
+        """The levels, 0..`lowest`, at which it, or a mask it is made from, wants to see what the network gives with
+        everything at that level."""
+        return frozenset().union(*(part.first_passes(lowest) for part in self.parts))
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether it, or a mask it is made from, looks at the picture."""
+        return not self.ignores_image or any(part.sees_image for part in self.parts)
+
     @property
     def looks_ahead(self) -> bool:
-        """Whether it, or a mask it is made from, wants a first pass of the network with everything downsampled."""
-        return any(part.looks_ahead for part in self.parts)
+        """Whether it wants a first pass of the network at all."""
+        return bool(self.first_passes(1))
 
     @property
     def dependence(self) -> str:

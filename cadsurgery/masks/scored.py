@@ -68,6 +68,8 @@ class DetailMask(ScoredMask):
         sigma: standard deviation of the smoothing, in samples of the fine map; 0 for none.
     """
 
+    ignores_image = True
+
     def __init__(self, threshold: float | tuple[float, ...] = (1.5,), sigma: float = 2.0) -> None:
         super().__init__(threshold)
         check_options("detail", sigma=(sigma, WIDTH))
@@ -82,6 +84,12 @@ class DetailMask(ScoredMask):
 def interpolation_error(features: Tensor) -> Tensor:
     """(B, h, w), at least float32: squared distance of a map (B, C, h, w) from the bilinear interpolation of its every
     second sample, the border replicated, summed over channels."""
+    return missed(features).square().sum(1)
+
+
+def missed(features: Tensor) -> Tensor:
+    """(B, C, h, w), at least float32: what bilinear interpolation of a map's every second sample misses of it, the
+    border replicated."""
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     height, width = features.shape[2:]
     every_second = features[:, :, ::2, ::2]
@@ -89,7 +97,7 @@ def interpolation_error(features: Tensor) -> Tensor:
     size = (2 * rows - 1, 2 * columns - 1)
     between = F.interpolate(every_second, size=size, mode="bilinear", align_corners=True)
     interpolated = F.pad(between, (0, width - size[1], 0, height - size[0]), mode="replicate")
-    return (features - interpolated).square().sum(1)
+    return features - interpolated
 
 
 @mask_provider("saliency", source="default function: spectral residual, Hou and Zhang, CVPR 2007")
@@ -97,7 +105,7 @@ class SaliencyMask(ScoredMask):
     """Keep high what a function of the image scores at least the threshold; several thresholds give levels.
 
     Args:
-        function: from the image batch (B, C, H, W), normalised as the network sees it, to a floating-point map
+        function: from the image batch (B, C, H, W) in the unit of masks (`masks.unit`) to a floating-point map
             (B, h, w) or (B, 1, h, w) of any size, which is resized to the fine map; a callable, or the name
             `module:function` of one that can be imported.
         threshold: on the map; several as in `ScoredMask`.
@@ -166,7 +174,7 @@ class ConfidenceMask(ScoredMask):
         InvalidInput: thresholds as in `ScoredMask`, or a sigma that is no width.
     """
 
-    image_only = True
+    image_only = ignores_image = True
     needs = "a first pass of the network"
 
     def __init__(
@@ -178,10 +186,9 @@ class ConfidenceMask(ScoredMask):
             raise UnknownName("measure of mask 'confidence'", measure, MEASURES)
         check_options("confidence", sigma=(sigma, WIDTH))
 
-    @property
-    def looks_ahead(self) -> bool:
-        """It does."""
-        return True
+    def first_passes(self, lowest: int) -> frozenset[int]:
+        """Everything downsampled."""
+        return frozenset({lowest})
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
         """The doubt at the pixels of each sample of the fine map, averaged and smoothed.

@@ -8,10 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cadsurgery.masks.filters import on_samples, window_maximum
+from cadsurgery.masks.filters import mean_of_patches, on_samples, window_maximum
 from cadsurgery.masks.graded import SteppedMask
 from cadsurgery.masks.options import (
     NUMBER,
@@ -68,7 +67,7 @@ class Dilate(MaskWrapper):
         size: odd side of the window in samples of the fine map; each gets the finest level in it.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     def __init__(self, mask: object, size: int = 3) -> None:
         super().__init__(mask)
@@ -94,7 +93,7 @@ class Threshold(MaskWrapper, SteppedMask):
         at: what reaches the i-th gets level i, everything else the lowest level; falling.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     def __init__(self, mask: object, at: float | tuple[float, ...] = (0.5,)) -> None:
         super().__init__(mask)
@@ -120,7 +119,7 @@ class Union(MaskProvider):
         masks: two or more of anything `adaptify` takes as a mask.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     takes = "many"
 
@@ -180,7 +179,7 @@ class Budget(MaskWrapper):
         per_batch: the fraction is of all patches of a batch, the best of any image; otherwise of each image.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     def __init__(
         self, mask: object, fraction: float | tuple[float, ...] = (0.3,), per_batch: bool = False
@@ -232,7 +231,7 @@ class Budget(MaskWrapper):
         """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each patch, at the border of
         the samples inside the map. In float64, where sums of equal float32 values are exact: equal scores stay equal
         whatever the size of their patches."""
-        of_patches = _mean_of_patches(scores.double(), grid.patch)
+        of_patches = mean_of_patches(scores.double(), grid.patch)
         if not torch.compiler.is_compiling() and of_patches.isnan().any():
             raise InvalidInput(
                 "the scores hold infinities of both signs in one patch.",
@@ -241,20 +240,6 @@ class Budget(MaskWrapper):
                 next="check the image and the mask that gives the scores.",
             )
         return of_patches
-
-
-def _mean_of_patches(samples: Tensor, patch: int) -> Tensor:
-    """Mean of each aligned block of a map (B, h, w), at the border of the samples inside: (B, ceil(h / patch), ...).
-
-    As sums: few engines pool in float64.
-    """
-    padded = F.pad(samples, (0, -samples.shape[2] % patch, 0, -samples.shape[1] % patch))
-    sums = padded.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).sum((2, 4))
-    down, across = (
-        (length - torch.arange(0, length, patch, device=samples.device)).clamp(max=patch)
-        for length in samples.shape[1:]
-    )
-    return sums / (down.unsqueeze(1) * across)
 
 
 @mask_provider("smooth")
@@ -270,7 +255,7 @@ class Smooth(MaskWrapper):
         hold: frames for which a sample keeps its level after the last one that asked for it; 0 for none.
     """
 
-    image_only = True
+    image_only = ignores_image = True
 
     needs = "earlier images"
 

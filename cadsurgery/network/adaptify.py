@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cadsurgery.data.networks import stated_statistics
 from cadsurgery.elements.lattice import Anchor, Fill, Geometry, Patch, Pool, Statistics
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.masks.unit import Normalisation, estimate, read_normalisation
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel
@@ -82,6 +84,7 @@ def adaptify(
     patch: Patch = "quadtree",
     statistics: Statistics = "area",
     outputs: Outputs = "fine",
+    normalisation: object = None,
     example_input: Example | None = None,
     strict: bool = False,
     verify_laws: bool = True,
@@ -112,6 +115,11 @@ def adaptify(
         outputs: size at which the call returns maps that leave the region as they are: `"fine"`, one sample per high
             output stride, or `"native"`, the size the original returns. What the network resizes itself has its size
             in either case.
+        normalisation: (mean, std) of pictures in 0..1, each a number or one for each channel, after which the network
+            takes them: masks see the picture in one unit (`masks.unit`), so that thresholds mean the same on every
+            network. Default: what its library or its `pretrained_cfg` states, else estimated from `example_input` or,
+            if that is no picture, from the first picture it is called with; `net.normalisation` tells. `"raw"`: masks
+            see the input as it comes.
         example_input: an image batch (B, C, H, W) to plan and verify on, or all arguments of a call: a tuple of
             positional ones, or a dictionary by name; default: small random images.
         strict: refuse if an operation inside the region has no rule and ends it, or if no mask would have an effect on
@@ -140,10 +148,32 @@ def adaptify(
     program = _carry_out(chosen, flow, geometry)
     net = AdaptiveModel(facts.model, program, provider)
     net.source = getattr(model, "cad_source", None)
+    _settle(net, whole if path else model, path, normalisation, example_input is not None, facts)
     take_over(net, facts.model)
     if verify_laws:
         net.checks = verify(facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments)
     return HostedModel(whole, path, net) if path else net
+
+
+def _settle(
+    net: AdaptiveModel, model: nn.Module, path: str, given: object, has_example: bool, facts: Facts
+) -> None:
+    """What the masks of a network take its input for, as far as it is known: given, stated, or seen in the example."""
+    channels = net.plan.example_shape[1]
+    known: Normalisation | None = None
+    if given is not None:
+        known = read_normalisation(given, channels)
+    elif path:  # what surrounds the part normalises, as torchvision's detectors do
+        transform = getattr(model, "transform", None)
+        parts = [getattr(transform, name, None) for name in ("image_mean", "image_std")]
+        if all(isinstance(part, (list, tuple)) for part in parts):
+            mean, std = (tuple(part or ()) for part in parts)
+            known = Normalisation(mean, std, "stated by its transform")
+    elif stated := stated_statistics(model):
+        known = Normalisation(*stated)
+    elif has_example:
+        known = estimate(image_of(facts.arguments))
+    net._unit.settle(known)
 
 
 def _carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:

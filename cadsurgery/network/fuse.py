@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
-from cadsurgery.elements.backends.weights import Activation
+from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.surgery.guards import drop_dead_code
@@ -72,6 +72,7 @@ class _Fusion:
         residual: node that is added.
         activation: applied last.
         leaves: where its elements become the fine map on the way to the tail.
+        levels: scale and shift of each level, done to the convolution of elements.
     """
 
     tail: fx.Node
@@ -81,6 +82,7 @@ class _Fusion:
     residual: fx.Node | None = None
     activation: Activation | None = None
     leaves: fx.Node | None = None
+    levels: Factors | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -90,6 +92,10 @@ class _Fusion:
     def scale(self, tail: fx.Node, scale: Tensor, shift: Tensor | None = None) -> _Fusion:
         """Followed by a factor and a shift per output channel."""
         wide = scale.double()
+        levels = self.levels
+        if levels is not None:  # ((w x + b) s + t) f + g = ((f w) x + f b) s + (f t + g)
+            more = levels.shift.double() * wide + (shift.double() if shift is not None else 0)
+            levels, shift = levels._replace(shift=more.to(self.weight)), None
         bias = self.bias.double() * wide if self.bias is not None else torch.zeros_like(wide)
         bias = bias + shift.double() if shift is not None else bias
         weight = self.weight.double() * wide.view(-1, *(1,) * (self.weight.dim() - 1))
@@ -99,6 +105,7 @@ class _Fusion:
             tail=tail,
             weight=weight.to(self.weight),
             bias=bias.to(self.weight) if has_bias else None,
+            levels=levels,
         )
 
 
@@ -311,6 +318,8 @@ class Fuser:
         user = _only_user(fusion.tail)
         if user is not None and user.target is functional.batch_norm:
             return _fold_norm(fusion, user, self.constant(user.kwargs.get("norm", user.args[-1])))
+        if user is not None and user.target is functional.adapt:
+            return self.with_levels(node, fusion, user)
         if user is not None and _is_fine_map_of(user, node):
             return replace(fusion, tail=user, leaves=user)
         following = self.consumer(fusion.tail)
@@ -347,6 +356,13 @@ class Fuser:
             return None
         return fusion.scale(following.result, factor.flatten())
 
+    def with_levels(self, node: fx.Node, fusion: _Fusion, user: fx.Node) -> _Fusion | None:
+        """Scale and shift by level; a transposed convolution has none, and leaves them to torch."""
+        window = node.kwargs.get("window", _POINT)
+        fits = self.epilogues and fusion.is_linear and fusion.levels is None and window.finer == 1  # type: ignore[union-attr]
+        adapter = self.constant(user.args[1])
+        return replace(fusion, tail=user, levels=adapter.factors) if fits else None
+
     def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """Another map of the same lattice."""
         other, lattice, stage = following.other, following.lattice, node.kwargs.get("stage")
@@ -367,7 +383,7 @@ class Fuser:
         on_elements = node.target is functional.conv2d or (is_linear and self.reads_rows(node))
         kernel: nn.Module
         if on_elements:
-            kernel = PackedConv(*parts, None)
+            kernel = PackedConv(*parts, None, fusion.levels)
         elif not self.takes_in_more(node):
             kernel = _fold_convolution(module, fusion)
         elif is_linear:

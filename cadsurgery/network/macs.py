@@ -76,7 +76,7 @@ class MacReport:
 
     @property
     def of_mask(self) -> int:
-        """Those of them that find the mask: its own convolutions, and the pass of the network it looks at."""
+        """Those of them that find the mask: its own convolutions, and the passes of the network it looks at."""
         return sum(layer.mask for layer in self.layers if layer.layer in MASK_LAYERS)
 
     @property
@@ -116,20 +116,28 @@ def count_macs(
     asked = _Asked(program.masking(provider), image)
     if provider.sees_features or provider.looks_ahead:
         program.find_lattice(asked, *args, **kwargs)
-    counts = []
-    for masking in (asked, program.uniform(0), program.uniform(program.geometry.max_level)):
+
+    def count(masking: Any) -> dict[str, int]:
         counter = Counter(counted, rule)
         with torch.no_grad(), counter.flops:
             program.check_and_run(partial(counter.count, masking), *args, **kwargs)
-        counts.append(counter.counts)
+        return counter.counts
+
+    lowest = program.geometry.max_level
+    passes = provider.first_passes(lowest)
+    counts, of_levels = (
+        [count(asked)],
+        {level: count(program.uniform(level)) for level in {0, lowest, *passes}},
+    )
+    counts += [of_levels[0], of_levels[lowest]]
     layers = [
         LayerMacs(decision.node, decision.operation, *(count.get(decision.node, 0) for count in counts))
         for decision in program.plan.decisions
         if any(count.get(decision.node) for count in counts)
     ]
     after = {node.meta[WORK][0] for node in counted.halves.after.nodes if WORK in node.meta}
-    ahead = sum(work for name, work in counts[-1].items() if name in after)
-    for name, work in zip(MASK_LAYERS, (asked.macs, ahead * provider.looks_ahead), strict=True):
+    ahead = sum(work for level in passes for name, work in of_levels[level].items() if name in after)
+    for name, work in zip(MASK_LAYERS, (asked.macs, ahead), strict=True):
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0))
     assert asked.lattice is not None

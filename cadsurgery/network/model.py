@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from cadsurgery.data.networks import Source, source_of
 from cadsurgery.elements.lattice import Geometry, Lattice, is_exporting
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.masks.context import call_context, masked
 from cadsurgery.masks.masking import NEEDS_STATIC
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
+from cadsurgery.masks.unit import Normalisation, Unit, read_normalisation
+from cadsurgery.network.adapters import ADAPTERS, make_adapters, with_adapters
 from cadsurgery.network.macs import MacReport, count_macs, ghost
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
@@ -53,9 +56,10 @@ class AdaptiveModel(nn.Module):
         self._checks: tuple[Check, ...] = ()
         self._source: Any = None
         self._mask_provider = resolve_mask(mask)
+        self._unit: Unit = model._unit if isinstance(model, AdaptiveModel) else Unit()
         self.training = model.training
-        self.register_state_dict_post_hook(_without_mask)
-        self.register_load_state_dict_post_hook(_mask_not_missing)
+        self.register_state_dict_post_hook(_without_own)
+        self.register_load_state_dict_post_hook(_own_not_missing)
         self.lay_out()
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
@@ -105,6 +109,8 @@ class AdaptiveModel(nn.Module):
             from cadsurgery.network.adaptify import follow_way  # which makes such networks
 
             program = follow_way(self, arguments, refusal)
+            if self.adapters is not None:
+                program = with_adapters(program, set(self.adapters)).on(self)
             self._ways[_kind_of(arguments)] = program
             return run(program, arguments)
 
@@ -209,6 +215,54 @@ class AdaptiveModel(nn.Module):
         self.adaptive_part._mask_provider = resolve_mask(mask)
 
     @property
+    def normalisation(self) -> Normalisation | None:
+        """What its masks take its input for, and where that is known from; None until a picture came. Assign what
+        `adaptify` takes."""
+        return self.adaptive_part._unit.normalisation
+
+    @normalisation.setter
+    def normalisation(self, value: object) -> None:
+        self.adaptive_part._unit = Unit(read_normalisation(value, self.plan.example_shape[1]))
+
+    def normalise_by(self, image: Tensor) -> None:
+        """Let an image batch say what masks take the input for, unless that is known or it is no picture."""
+        self.adaptive_part._unit(image)
+
+    @property
+    def adapters(self) -> nn.ModuleDict | None:
+        """A scale and a shift for each layer at each level below full resolution, by layer; see `add_adapters`."""
+        adapters = self.adaptive_part._modules.get(ADAPTERS)
+        assert adapters is None or isinstance(adapters, nn.ModuleDict)
+        return adapters
+
+    def add_adapters(self) -> nn.ModuleDict:
+        """Give each convolution and linear layer of the region a `LevelAdapter`, once; they change nothing yet.
+
+        What is at level 0 stays bit for bit what it is whatever they learn, as long as all of an image is. The state
+        dict stays the original's; `save` stores them beside it.
+
+        Returns:
+            `adapters`.
+
+        Raises:
+            InvalidInput: the network is an optimised copy, or has no layer below full resolution.
+        """
+        part = self.adaptive_part
+        if part.adapters is None:
+            adapters = make_adapters(part.program) if not part.program.is_fused else nn.ModuleDict()
+            if not len(adapters):
+                raise InvalidInput(
+                    f"{type(self).__name__} has no layer that could have a level adapter.",
+                    why="they are folded away in an optimised copy, and stand behind layers of the region.",
+                    next="add them to what cs.adaptify(...) gave, before optimize().",
+                )
+            part.add_module(ADAPTERS, adapters)
+            part._program = with_adapters(part.program, set(adapters)).on(part)
+            part._ways = {}
+        assert part.adapters is not None
+        return part.adapters
+
+    @property
     def lattice(self) -> Lattice:
         """The lattice of the last call."""
         last = self._last
@@ -275,7 +329,10 @@ class AdaptiveModel(nn.Module):
             return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "mask":  # nn.Module would register a provider, a module, under this name
+        if name in (
+            "mask",
+            "normalisation",
+        ):  # nn.Module would register a provider, a module, under this name
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -308,6 +365,19 @@ def whole_program(net: object, refusal: str, next: str = "pass what cs.adaptify(
     raise InvalidInput(f"{type(net).__name__} {refusal}.", why=why, next=next)
 
 
+def _is_static(mask: object) -> bool:
+    return isinstance(mask, MaskProvider) and mask.static
+
+
+def pictures_for(net: nn.Module) -> Source:
+    """The source of a network, by which pictures are prepared for it (`data.images.normalise`); what its masks take
+    them for is settled by that."""
+    source = source_of(net)
+    if isinstance(net, AdaptiveModel) and not net.hosts_part:
+        net._unit.settle(Normalisation(source.mean, source.std, "as pictures are prepared for it"))
+    return source
+
+
 @dataclass
 class _Last:
     """What is known of the last call: its lattice, or its level map."""
@@ -324,15 +394,15 @@ def _kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _is_static(mask: object) -> bool:
-    return isinstance(mask, MaskProvider) and mask.static
+# Children that the original does not have.
+_OWN = ("_mask_provider.", f"{ADAPTERS}.")
 
 
-def _without_mask(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The state dict is the original's, whatever the mask has learned; `io.save` stores that apart."""
-    for name in [name for name in state if name.startswith(f"{prefix}_mask_provider.")]:
+def _without_own(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The state dict is the original's, whatever mask and adapters have learned; `save` stores that apart."""
+    for name in [name for name in state if name.removeprefix(prefix).startswith(_OWN)]:
         del state[name]
 
 
-def _mask_not_missing(model: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [name for name in keys.missing_keys if "_mask_provider." not in name]
+def _own_not_missing(model: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not any(part in name for part in _OWN)]

@@ -45,7 +45,7 @@ class OptimizedModel(AdaptiveModel):
         data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
         self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
         self._counted = (ghost(net),)
-        self.checks, self.source = net.checks, net.source
+        self.checks, self.source, self._unit = net.checks, net.source, net._unit
         self.training = False
 
     @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")

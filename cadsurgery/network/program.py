@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.functional import common_lattice
 from cadsurgery.elements.lattice import Geometry, Lattice, describe
-from cadsurgery.masks.context import first_pass
+from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
@@ -119,7 +119,7 @@ class Program:
 
     def masking(self, provider: MaskProvider) -> Masking:
         """How a mask is asked for its lattices."""
-        return Masking(provider, self.geometry, self.plan.strides[0])
+        return Masking(provider, self.geometry, self.plan.strides[0], unit=self.net._unit)
 
     # -- running it on the arguments of a call by name, nothing checked ----------------------------
 
@@ -151,29 +151,33 @@ class Program:
 
     @contextmanager
     def ahead(self, provider: MaskProvider, values: tuple[Any, ...]) -> Iterator[None]:
-        """Show a mask asked within, if it wants it, what the network gives with everything downsampled.
+        """Show a mask asked within, if it wants it, what the network gives with everything at a level.
 
         Args:
             provider: the mask.
             values: what the first half gave; it is left as it is.
         """
-        if not provider.looks_ahead:
+        levels = provider.first_passes(self.geometry.max_level)
+        if not levels:
             yield
             return
         with torch.no_grad(), evaluating(self.net):
-            # Clones: the region may work in place on what enters it.
-            again = tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
-            low = self.uniform(self.geometry.max_level)
-            output, _ = self._run_halves[1](self.names(), low, *again)
-        with first_pass(output):
+            outputs = {level: self.at_level(level, values) for level in levels}
+        with first_passes(outputs):
             yield
+
+    def at_level(self, level: int, values: tuple[Any, ...]) -> Any:
+        """What the second half gives with everything at a level; what the first half gave is left as it is."""
+        # Clones: the region may work in place on what enters it.
+        again = tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
+        return self._run_halves[1](self.names(), self.uniform(level), *again)[0]
 
     def uniform(self, level: int) -> Callable[[Tensor, Tensor], Lattice]:
         """The masking with everything at a level."""
         return lambda image, features: self.geometry.uniform_like(features, level)
 
     def twice(self, masking: Masking, arguments: dict[str, Any]) -> Masked:
-        """Output and lattice for a mask that looks at what the network gives with everything downsampled."""
+        """Output and lattice for a mask that looks at what the network gives with everything at a level."""
         values = self.before(arguments)
         with self.ahead(masking.provider, values):
             return self.after(masking, values)

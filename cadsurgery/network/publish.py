@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cadsurgery.data.hub import FILE, Address, client, read_address, refusing
 from cadsurgery.data.images import normalise, street_scene
-from cadsurgery.data.networks import Source
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.data.networks import Source, source_of
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import save
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.provenance import versions
@@ -162,7 +162,7 @@ pip install 'cadsurgery[hub]'
 import cadsurgery as cs
 
 {_loading(net, address)}
-y = net(x)  # {_images(source)}
+y = net(x)  # {_images(net)}
 ```
 
 The plan that was made:
@@ -191,10 +191,12 @@ def _is_listed(source: Source) -> bool:
     return source.name.partition(":")[0] in ("torchvision", "timm")
 
 
-def _images(source: Source | None) -> str:
+def _images(net: AdaptiveModel) -> str:
     """What it is called with."""
-    if source is None:
+    known = net.normalisation
+    if net.source is None and not (known and known.mean):
         return "an image batch as its architecture expects it"
+    source = source_of(net)
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (source.mean, source.std))
     return f"images (B, C, H, W) of 0..1, minus the mean ({mean}), divided by the standard deviation ({std})"
 
@@ -205,7 +207,7 @@ def _work(net: AdaptiveModel, image: Tensor | None) -> str:
     if image is None:
         if net.plan.call or net.plan.example_shape[1] != 3:
             return "not counted: the network takes more than a picture"
-        image = normalise(street_scene(), net.source).unsqueeze(0)
+        image = normalise(street_scene(), pictures_for(net)).unsqueeze(0)
     image = image.to(next(net.parameters(), image))  # its device and type
     try:
         counted = net.macs(image)

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery.data.datasets import is_labelled, sample_of
 from cadsurgery.data.images import normalise
-from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import describe
-from cadsurgery.network.model import AdaptiveModel, whole_program
+from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
 from cadsurgery.network.program import Program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.trace import evaluating
@@ -105,6 +105,7 @@ class CachedStem:
     Attributes:
         name: of the data, and what was made of it.
         classes: of the data.
+        is_labelled: likewise.
         bytes: of memory that is kept.
     """
 
@@ -122,7 +123,7 @@ class CachedStem:
 
         Args:
             net: a converted network; its stem is to stay as it is now.
-            data: items (image (3, H, W) in 0..1, labels (H, W)).
+            data: items (image (3, H, W) in 0..1, labels (H, W)), or such images alone.
             flip: each image also mirrored.
             crop: (height, width) in pixels, multiples of the low output stride; default: whole images.
             places: number of crops downwards and across, evenly spread over the image from edge to edge.
@@ -150,10 +151,11 @@ class CachedStem:
         }
         self.name = f"{name}, cached with " + ", ".join(f"{key}={value}" for key, value in options.items())
         self.classes = getattr(data, "classes", ())
+        self.is_labelled = is_labelled(data)
         self._seen = [
             _see(net, *pair, dtype)
             for index in range(len(data))
-            for pair in _mirror(data[index], index, flip)
+            for pair in _mirror(sample_of(data, index), index, flip)
         ]
         if crop is not None:
             for seen in self._seen:
@@ -213,7 +215,7 @@ def _mirror(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tenso
 
 def _see(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _Seen:
     """What the stem gives for an image."""
-    shown = normalise(image, source_of(net)).unsqueeze(0).to(next(net.parameters()).device)
+    shown = normalise(image, pictures_for(net)).unsqueeze(0).to(next(net.parameters()).device)
     values = stem_outputs(net, shown)
     stored = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)
     sides = tuple(_side(value, labels.shape, net.plan.strides[-1]) for value in stored)

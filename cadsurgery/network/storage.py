@@ -21,6 +21,7 @@ from cadsurgery.data.hub import fetch, is_address
 from cadsurgery.data.networks import Source, build_again
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
+from cadsurgery.masks.unit import Normalisation, Unit
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
@@ -31,10 +32,11 @@ from cadsurgery.support.provenance import import_nothing, versions
 from cadsurgery.surgery.arguments import example_of
 from cadsurgery.surgery.plan import Plan
 
-FORMAT = 2  # 1: no checksums
+FORMAT = 3  # 1: no checksums; 2: no normalisation, masks see the input as it comes
 _KEY = "cadsurgery"
 _CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
 _MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
+_ADAPTERS = "cadsurgery.adapters."  # and to level adapters
 _NO_MASK = "a function or provider of your own, which a file cannot hold"
 _LONGEST = 2**25  # characters of metadata, and values of an example image, without the word of the user
 _OTHER_MODEL = "pass the architecture it was converted from."
@@ -48,7 +50,7 @@ _OPTIONS = {
 
 
 def save(net: AdaptiveModel, path: str | Path) -> None:
-    """Write a converted network: parameters and buffers, plan, options, mask, source and versions.
+    """Write a converted network: parameters and buffers, level adapters, plan, options, mask, source and versions.
 
     The file appears whole or not at all, and holds checksums. No pickle. A mask that is a function or an
     unregistered provider cannot be stored; `load` then asks for one.
@@ -68,12 +70,16 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             why="its weights are folded and no longer the original's.",
             next="save the network it was made from, and call optimize() after loading.",
         )
-    tensors = {**net.state_dict(), **{f"{_MASK}{name}": v for name, v in net.mask.state_dict().items()}}
+    tensors = net.state_dict()
+    for prefix, part in ((_MASK, net.mask), (_ADAPTERS, net.adapters)):
+        values = part.state_dict() if part is not None else {}
+        tensors |= {f"{prefix}{name}": value for name, value in values.items()}
     metadata = {
         "format": FORMAT,
         "versions": versions(),
         "source": net.source.to_dict() if net.source is not None else None,
         "mask": net.mask.spec() if net.mask.storable else None,
+        "normalisation": net.normalisation and net.normalisation.to_dict(),
         "options": {
             "output_stride": net.plan.output_stride,
             "region": net.plan.region,
@@ -81,7 +87,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
             "outputs": net.plan.returned,
         },
         "plan": net.plan.to_json(),
-        "tensors": _checksum(tensors),
+        "tensors": checksum(tensors),
     }
     write_tensors(Path(path), tensors, {_KEY: seal(metadata)})
 
@@ -134,7 +140,10 @@ def load(
             CadWarning,
             stacklevel=2,
         )
-    of_mask = {name[len(_MASK) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    of_mask, of_adapters = (
+        {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        for prefix in (_MASK, _ADAPTERS)
+    )
     if mask is None and stated.mask is not None:
         mask = _stored_mask(path, stated.mask, of_mask, trust)
     if mask is None:
@@ -171,8 +180,15 @@ def load(
     _check_types(path, tensors, net.state_dict())
     with _refuse(f"the parameters in {path} do not fit the model.", _OTHER_MODEL):
         net.load_state_dict(tensors, assign=True)  # the stored types, e.g. bfloat16
+    if of_adapters:
+        with _refuse(f"the level adapters in {path} do not fit the model.", _OTHER_MODEL):
+            adapters = net.add_adapters()
+            _check_types(path, of_adapters, adapters.state_dict())
+            adapters.load_state_dict(of_adapters, assign=True)
     net.adaptive_part.lay_out()
     net.source = source
+    if stated.normalisation is not None:
+        net.adaptive_part._unit = Unit(stated.normalisation)
     return net
 
 
@@ -208,6 +224,7 @@ class _Stated(NamedTuple):
     options: dict[str, Any]
     plan: Plan
     tensors: str = ""
+    normalisation: Normalisation | None = None
 
 
 _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": str}
@@ -216,7 +233,7 @@ _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": 
 def _read(path: str | Path) -> tuple[_Stated, dict[str, Tensor]]:
     header, tensors = _open(path, True)
     stated = _check_stated(path, header)
-    if stated.format > 1 and stated.tensors != _checksum(tensors):
+    if stated.format > 1 and stated.tensors != checksum(tensors):
         raise FileError(
             f"{path} is damaged.",
             why="its parameters are not those that were written: their checksum is another.",
@@ -275,10 +292,14 @@ def _check_stated(path: str | Path, header: Mapping[str, str]) -> _Stated:
         fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
         fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
         fields["plan"] = Plan.from_json(fields["plan"])
+        if number < 3:
+            fields["normalisation"] = Normalisation(
+                origin=f"as when its file was written, of format {number}"
+            )
         return _Stated(**fields)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):

@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
+from cadsurgery.support.divergence import tensors_of
 from cadsurgery.surgery.arguments import Arguments
-from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.guards import compared, decided, user_line
 from cadsurgery.surgery.trace import Tracer
 

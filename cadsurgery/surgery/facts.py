@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert, describe_error, first_line
 from cadsurgery.surgery.arguments import Arguments, image_of, in_order, run_forward, take_image
 from cadsurgery.surgery.trace import evaluating
@@ -116,19 +115,6 @@ class _Observer(fx.Interpreter):
         elif isinstance(value, (int, float, tuple, list)) and not tensors_of(value):
             self.facts.numbers[n] = value
         return value
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of what a network returns, in order: within lists, tuples, dictionaries and dataclasses."""
-
-    def opened(value: Any) -> Any:
-        if is_dataclass(value) and not isinstance(value, (type, Mapping)):
-            return [opened(getattr(value, one.name)) for one in fields(value)]
-        if isinstance(value, Mapping):
-            return [opened(part) for part in value.values()]
-        return [opened(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-    return [leaf for leaf in tree_leaves(opened(output)) if isinstance(leaf, Tensor)]
 
 
 def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None) -> Facts:

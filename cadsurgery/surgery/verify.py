@@ -21,9 +21,9 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements, to_dense
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order, run_forward, widen
-from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Decision, Plan

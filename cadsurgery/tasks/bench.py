@@ -36,7 +36,7 @@ from cadsurgery.network.export.dense import write_dense
 from cadsurgery.network.export.engines import ENGINES, import_package
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import MacReport
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines, make_folder
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
@@ -217,9 +217,10 @@ def _notes(net: AdaptiveModel, high: Twin, low: Twin) -> tuple[str, ...]:
 
 def _convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[AdaptiveModel, Tensor, str]:
     """An unverified network, its images (B, 3, H, W) and its weights in words, on the device."""
-    model, source = original(network, "none")
+    model, _ = original(network, "none")
     options: dict[str, Any] = {one.name: getattr(setup, one.name) for one in fields(Conversion)}
     net = adaptify(model, mask, **options, verify_laws=False)
+    source = pictures_for(net)
     where: dict[str, Any] = {
         "device": find_device(setup.device),
         "dtype": DTYPES.get(setup.dtype, torch.float32),

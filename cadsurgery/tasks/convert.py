@@ -18,13 +18,14 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, dense_macs
+from cadsurgery.network.model import pictures_for
 from cadsurgery.network.storage import load, read_metadata, save
+from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import check_folder, make_folder
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
-from cadsurgery.surgery.facts import tensors_of
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport, Side
 from cadsurgery.tasks.figures import class_picture
@@ -56,9 +57,10 @@ def convert(
     check_folder(output)
     step(f"building {model}")
     before, source = original(model, weights)
-    batch = example_batch(source, image, size).to(where).contiguous(memory_format=torch.channels_last)
     step("converting and verifying" if verify_laws else "converting")
     net = adaptify(before, mask, **options, verify_laws=verify_laws)
+    batch = example_batch(pictures_for(net), image, size)
+    batch = batch.to(where).contiguous(memory_format=torch.channels_last)
     before.to(where).to(memory_format=torch.channels_last)
     net.to(where)
     step("counting multiply-accumulates")
@@ -90,6 +92,7 @@ def convert(
         weights=source.note,
         random=source.weights == "random",
         mask=net.mask.spec(),
+        normalisation=str(net.normalisation or "the input as it comes, until a picture has come"),
         plan=net.plan,
         active_fraction=counted.active_fraction,
         image=tuple(batch.shape),
@@ -138,7 +141,7 @@ def count(
 ) -> MacReport:
     """MACs of a network by name or of a converted file on an image."""
     net = open_converted(model, mask, options, trust=trust)
-    return net.macs(example_batch(net.source, image, size), rule=rule)
+    return net.macs(example_batch(pictures_for(net), image, size), rule=rule)
 
 
 def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, rule: str) -> dict[str, Any]:
@@ -175,11 +178,12 @@ def predict(
     where = own_device(device)
     paths, lacking = find_images(images)
     net = load(file, mask=mask, trust=trust).to(where).optimize()
+    source = pictures_for(net)
     make_folder(output)
 
     def draw(item: tuple[Path, Path]) -> dict[str, Any]:
         path, place = item
-        batch = normalise(read_image(path, size), net.source).unsqueeze(0).to(where)
+        batch = normalise(read_image(path, size), source).unsqueeze(0).to(where)
         start = time.perf_counter()
         with torch.inference_mode():
             prediction = _first_tensor(net(batch))

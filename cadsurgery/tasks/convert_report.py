@@ -28,15 +28,16 @@ class Side(Plain):
 class ConversionReport(Report):
     """What `cadsurgery convert` tells.
 
-    `image` is the shape of the batch, `sides` are the original if it is not dense high, then always dense high,
-    converted and optimised; `checks` is empty if no law was verified. `costs` are those of convolutions that decided,
-    see `backends.costs.record`.
+    `normalisation` is what the mask takes the input for, and where that is known from, `image` is the shape of the
+    batch, `sides` are the original if it is not dense high, then always dense high, converted and optimised; `checks`
+    is empty if no law was verified. `costs` are those of convolutions that decided, see `backends.costs.record`.
     """
 
     model: str
     weights: str
     random: bool
     mask: str
+    normalisation: str
     plan: Plan
     active_fraction: float
     image: tuple[int, ...]
@@ -74,6 +75,7 @@ class ConversionReport(Report):
         title = f"{self.image[0]} image of {size}, mask {self.mask}, on {self.device}"
         yield table(self.sides, columns, title)
         yield Text(f"active fraction {self.active_fraction:.3f} (share of the fine map kept high)")
+        yield Text(f"masks see {self.normalisation}", style="dim")
         for check in self.checks:
             allowed = f"error {check.error:.1e}, allowed {check.tolerance:.0e}"
             yield Text(f"verified: {check.law} ({allowed})", style="green")

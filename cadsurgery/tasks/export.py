@@ -13,6 +13,7 @@ from cadsurgery.data.images import find_images, normalise, read_image
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.export import check_mask, export, format_of
+from cadsurgery.network.model import pictures_for
 from cadsurgery.support.files import check_folder
 from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import example_batch, is_file, open_converted
@@ -48,8 +49,9 @@ def export_network(
     if net is None:
         net = open_converted(model, provider, conversion, weights=weights)
     net.eval()
-    first, second = (example_batch(net.source, None, size, seed) for seed in (0, 1))
-    calibration = images_like(first, net.source, Path(options.int8)) if options.int8 else None
+    source = pictures_for(net)
+    first, second = (example_batch(source, None, size, seed) for seed in (0, 1))
+    calibration = images_like(first, source, Path(options.int8)) if options.int8 else None
     step("exporting and comparing")
     changed = {"to": options.to or None, "int8": calibration}
     written = export(net, first, output, other=second, **{**vars(options), **changed})

@@ -18,7 +18,7 @@ from cadsurgery.data.images import check_picture, labelled_scene, normalise, rea
 from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.masks import Grid, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import check_levels
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_metadata
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
@@ -210,7 +210,7 @@ def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: st
 
 def _look_in(net: AdaptiveModel, picture: Tensor, count: bool) -> tuple[int, Look]:
     """In a network, whose MACs are those with the mask, dense high and dense low."""
-    batch = normalise(picture, net.source).unsqueeze(0)
+    batch = normalise(picture, pictures_for(net)).unsqueeze(0)
 
     def look(mask: MaskProvider) -> tuple[Lattice, tuple[int, int, int] | None]:
         with torch.inference_mode():

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from cadsurgery.network.adaptify import adaptify, plan, traceable_part
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import (
     CadError,
     CadWarning,
@@ -23,7 +24,7 @@ from cadsurgery.support.errors import (
     describe_error,
     first_line,
 )
-from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale, tensors_of
+from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.plan import Plan

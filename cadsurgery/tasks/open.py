@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
 from cadsurgery.data.networks import WEIGHTS, Source, build_again, build_model, source_of
 from cadsurgery.network.adaptify import adaptify
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.provenance import describe_run
@@ -81,7 +82,9 @@ def open_converted(
     options = options or {}
     if not is_file(network):
         built, _ = original(network, weights, num_classes)
-        return adaptify(built, mask or "edges", **options, verify_laws=False)
+        net = adaptify(built, mask or "edges", **options, verify_laws=False)
+        pictures_for(net)
+        return net
     changed = [name for name, value in options.items() if value != getattr(Conversion(), name)]
     if changed:
         raise InvalidInput(
@@ -122,7 +125,7 @@ def at_strides(
     if not isinstance(opened, AdaptiveModel):
         opened, source = original(opened, weights)
     else:
-        source = source_of(opened)
+        source = pictures_for(opened)
         if not pairs:
             return [opened], source
         if ":" not in source.name:
@@ -134,12 +137,15 @@ def at_strides(
         reading = ("anchor", "fill", "pool", "patch", "statistics")
         options = {name: getattr(geometry, name) for name in reading}
         options |= {"region": opened.plan.region, "outputs": opened.plan.returned}
+        options |= {"normalisation": opened.normalisation}
         opened = build_again(source, state)
         opened.load_state_dict(state)
         opened.cad_source = source  # type: ignore[assignment]
-    return [
+    nets = [
         adaptify(opened, mask, output_stride=pair, verify_laws=False, **options) for pair in pairs or (None,)
-    ], source
+    ]
+    known = [pictures_for(net) for net in nets]
+    return nets, replace(source, mean=known[0].mean, std=known[0].std)
 
 
 def weights_in_words(network: object, source: Source) -> str:

@@ -44,6 +44,13 @@ class Conversion:
         "fine",
         "size of returned maps that leave the region as they are: fine, or native as the network returns them",
     )
+    normalisation: Any = option(
+        None,
+        "mean and deviation of its pictures in 0..1, e.g. 0.5/0.5 or R,G,B/R,G,B, for what masks see; "
+        "raw: they see the input as it comes; default: as stated",
+        metavar="MEAN/STD",
+        read="normalisation",
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Benchmark(Conversion):
 class Extraction:
     """How keypoints are found and described.
 
-    A `detector` of your own is a function of the image batch as the network sees it that gives points (n, 2) for each
+    A `detector` of your own is a function of the image batch in the unit of masks that gives points (n, 2) for each
     image, or a score map. `reach` and `align` are those of `cadsurgery.read_at`. `output` is the name or place of the
     map of descriptors among several outputs; empty, it is the one of several channels. Large images are made smaller
     until `max_edge` and `max_sum` hold, and cut down to a `multiple`.

@@ -186,6 +186,7 @@ class MeasuredReport(Report):
         versions: of this package and its libraries.
         commit: of this package; empty outside a checkout.
         date: when it was done.
+        normalisation: what masks take the network's input for, and where that is known from.
         failed: what could not be used, each an error as plain values.
     """
 
@@ -198,6 +199,7 @@ class MeasuredReport(Report):
     versions: dict[str, str]
     commit: str
     date: str
+    normalisation: str = ""
     failed: tuple[dict[str, str], ...] = ()
 
     def subject(self) -> str:
@@ -212,6 +214,8 @@ class MeasuredReport(Report):
         """Network and data, the rows, and what a reader must know."""
         yield heading(self.model, self.weights, self.random)
         yield Text(self.subject(), style="dim")
+        if self.normalisation:
+            yield Text(f"masks see {self.normalisation}", style="dim")
         yield from self.tables()
         if self.random:
             told = "random weights: unless they were trained since, these accuracies mean nothing."

@@ -174,7 +174,8 @@ def cost(net: cs.AdaptiveModel, images: dict[str, Tensor], mask: str) -> dict[st
 def adapted(data: Path, name: str, group: Group) -> cs.AdaptiveModel:
     """The converted network of a group."""
     net = build(data, name, group.strides)
-    return cs.adaptify(net, "none", output_stride=group.output_stride, **group.options)
+    options = {"normalisation": "raw", **group.options}  # masks saw 0..1 when the figures were taken
+    return cs.adaptify(net, "none", output_stride=group.output_stride, **options)
 
 
 def measure(

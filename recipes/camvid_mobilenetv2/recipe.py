@@ -31,6 +31,9 @@ EDGES, GRADED = "edges:threshold=0.35,dilation=11", "edges:threshold=0.95/0.1,di
 BUDGET = 0.13  # of the patches, at output strides 8 and 16: cost .355
 PUBLISHED: dict[str, Any] = {"fill": "nearest", "patch": "block"}
 GUIDED: dict[str, Any] = {"fill": "guided"}
+# Masks see -1..1 as it comes, as when the figures were taken: an edge of .35 there is one of about .78 in their unit.
+RAW: dict[str, Any] = {"normalisation": "raw"}
+UNIT: dict[str, Any] = {"normalisation": (0.5, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ GROUPS = {
     "published": Group((8, 32), PUBLISHED, {"edges .35 (published)": EDGES}),
     "linear 8-32": Group((8, 32), {}, {"graded edges .95/.1": GRADED}),
     "linear 8-16": Group((8, 16), {}, {"edges .35": EDGES}),
+    "raw 8-32": Group((8, 32), {}, {"edges .35, raw": EDGES, "graded edges .95/.1, raw": GRADED}),
+    "unit 8-32": Group((8, 32), UNIT, {"edges .35, unit": EDGES, "graded edges .95/.1, unit": GRADED}),
     "guided 8-16": Group(
         (8, 16),
         GUIDED,
@@ -102,7 +107,7 @@ def evaluate(
     report = cs.evaluate(
         *(model, found, list(masks.values()) or ["all"]),
         output_stride=[group.strides],
-        options=group.options,
+        options=RAW | group.options,
         rounds=0,
         batch=4,
         step=step,
@@ -116,7 +121,8 @@ def evaluate(
 
 def equal_cost(model: Segmenter, group: Group, learned: Any, found: cs.SegmentationData) -> dict[str, str]:
     """Budgets of other masks that cost what the learned mask costs, its own work included, on some of the images."""
-    net = cs.adaptify(model, learned, output_stride=group.strides, **group.options, verify_laws=False)
+    options = {**RAW, **group.options, "verify_laws": False}
+    net = cs.adaptify(model, learned, output_stride=group.strides, **options)
     inside = {decision.node for decision in net.plan.chosen("adapt", "keep")}
     cost = low = high = 0
     for index in range(0, len(found), max(1, len(found) // 16)):
@@ -161,7 +167,8 @@ def region_times(data: Path, found: cs.SegmentationData, runs: Path | None, roun
         for network, file in list(networks(group, runs))[
             : 1 if "learned" in group.masks else 0 if group.runs else 1
         ]:
-            net = cs.adaptify(build(data, file), "all", output_stride=group.strides, **group.options)
+            options = RAW | group.options
+            net = cs.adaptify(build(data, file), "all", output_stride=group.strides, **options)
             body, inputs = (
                 cs.body_of(net).optimize(),
                 [cs.stem_outputs(net, prepared(found, p)) for p in places],

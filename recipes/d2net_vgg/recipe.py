@@ -100,7 +100,8 @@ def grey(image: Tensor) -> Any:
 
 
 def detect(image: Tensor) -> list[Tensor]:
-    """SIFT keypoints as published of images (B, 3, H, W) as the network sees them: for `--detector`."""
+    """SIFT keypoints as published of images (B, 3, H, W) as the network sees them: for `--detector`, with
+    `--normalisation raw`."""
     from recipes.d2net_vgg.network import MEAN
 
     pixels = (image.detach().cpu() + torch.tensor(MEAN).view(3, 1, 1)) / 255

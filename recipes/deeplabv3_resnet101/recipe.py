@@ -20,6 +20,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead, DeepLabV3
 
 import cadsurgery as cs
+from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
 
 CLASSES = 19
 RESNET50, RESNET101, RESNET152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
@@ -176,7 +177,8 @@ def adapted(model: nn.Module, run: Run, mask: object = None, **options: Any) -> 
         return model
     strides = (run.output_stride, run.low)
     chosen = run.mask if mask is None else mask
-    return cs.adaptify(model, chosen, output_stride=strides, **{**(run.options or {}), **options})
+    stated = {"normalisation": (IMAGENET_MEAN, IMAGENET_STD)}  # the unit of the published thresholds
+    return cs.adaptify(model, chosen, output_stride=strides, **{**stated, **(run.options or {}), **options})
 
 
 if __name__ == "__main__":

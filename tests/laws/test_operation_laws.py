@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
+from cadsurgery.elements.adapters import LevelAdapter
 from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import common_lattice, to_dense, to_elements
@@ -56,6 +57,13 @@ def norm(**options: Any) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(C, **options).double().eval()
 
 
+def adapter() -> LevelAdapter:
+    module = LevelAdapter(len(STRIDES), C, numbers(1))
+    for value in module.parameters():
+        value.data = numbers(*value.shape)
+    return module
+
+
 WINDOWED = {"window": KERNEL, "stage": 2}
 EXAMPLES: dict[str, Example] = {
     "conv2d": Example((numbers(6, C, 3, 3), None), WINDOWED),
@@ -63,6 +71,8 @@ EXAMPLES: dict[str, Example] = {
     "conv2d_per_image": Example(
         (numbers(2, 3), numbers(3, 6 * C * 9), None), {**WINDOWED, "shape": (6, C, 3, 3)}
     ),
+    "adapt": Example((adapter(),)),
+    "adapt_vector": Example((adapter(),)),
     "max_pool2d": Example((), WINDOWED),
     "avg_pool2d": Example((), WINDOWED),
     "max_pool2d_with_indices": Example((), WINDOWED),
@@ -143,6 +153,8 @@ def _called(op: Operation, x: Elements) -> Any:
         return op.call(x, indices, size=indices.rows.samples, **options)
     if name == "common_lattice":
         return op.call(2, x)
+    if name == "adapt_vector":
+        return op.call(x, functional.global_mean(x), *example.arguments)
     if name == "sum_of_products":
         return op.call(x, x, **options)
     if name == "small_map":

@@ -72,6 +72,12 @@ static inline lane choose(mask which, lane yes, lane no) {
     return (lane)((which & (mask)yes) | (~which & (mask)no));
 }
 
+static inline lane load_some_sums(const sum *from, long some) {
+    lane value = {};
+    memcpy(&value, from, (some < LANES ? some : LANES) * sizeof(sum));
+    return value;
+}
+
 /* The row an entry of the table reads. */
 static inline const element *row(const reading *in, int32_t entry) {
     if (entry < in->count) return in->rows + (long)entry * in->channels;
@@ -85,8 +91,16 @@ void SUFFIX(gather)(const reading *in, element *out) {
     for (long i = 0; i < entries; i++) memcpy(out + i * in->channels, row(in, in->table[i]), bytes);
 }
 
+/* What is done to the sums of a row of out before anything else: times scale, plus shift, both (levels, outputs), of
+ * the row's level. Nothing if there are no levels. */
+typedef struct {
+    const int32_t *levels;
+    const sum *scale, *shift;
+} by_level;
+
 typedef struct {
     const sum *weight, *bias; /* (taps, group, padded) and (padded), padded = channels up to a whole vector */
+    by_level by;
     const element *more;
     element *out;
     sum low, high;
@@ -131,6 +145,10 @@ static inline __attribute__((always_inline)) void convolve(
             if (tile + i >= in->n) continue;
             long at = (tile + i) * channels + start + v * LANES, some = whole ? LANES : channels - start;
             lane value = result[i][v];
+            if (p->by.levels) {
+                long own = p->by.levels[tile + i] * channels + start + v * LANES;
+                value = value * load_some_sums(p->by.scale + own, some) + load_some_sums(p->by.shift + own, some);
+            }
             if (p->more) value += load_some(p->more + at, some);
             value = choose(value < least, least, value);
             value = choose(value > most, most, value);
@@ -161,10 +179,10 @@ static inline __attribute__((always_inline)) void convolve_all(const reading *in
 }
 
 /* Convolution in groups of `group` channels in and out, clamped to low..high; out is (n, channels) and `more`, if any,
- * is added before clamping. taps <= TAPS, group is 1, 2, 4, 8, or 16 where a vector has as many. */
-void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const element *more, element *out, long group,
-                     double low, double high) {
-    product p = {weight, bias, more, out, low, high};
+ * is added before clamping. See `by_level`. taps <= TAPS, group is 1, 2, 4, 8, or 16 where a vector has as many. */
+void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const int32_t *levels, const sum *scale,
+                     const sum *shift, const element *more, element *out, long group, double low, double high) {
+    product p = {weight, bias, {levels, scale, shift}, more, out, low, high};
     if (group == 1) convolve_all(in, &p, 1);
     else if (group == 2) convolve_all(in, &p, 2);
     else if (group == 4) convolve_all(in, &p, 4);
@@ -210,8 +228,8 @@ static inline __attribute__((always_inline)) void multiply(
 /* `multiply` of all there is to sum, whose sums start at the bias: they leave for `out` from the registers. For ROWS rows
  * side by side in `out`, and whole vectors only. */
 static inline __attribute__((always_inline)) void multiply_once(
-    const element *const *a, long channels, const element *b, const element *bias, const element *more, element *out,
-    long outputs, const lane *limits, const int wide) {
+    const element *const *a, long channels, const element *b, const element *bias, by_level by, const element *more,
+    element *out, long outputs, const lane *limits, const int wide) {
     lane total[ROWS][WIDE_PRODUCT];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
@@ -224,6 +242,10 @@ static inline __attribute__((always_inline)) void multiply_once(
 #pragma GCC unroll 4
         for (int j = 0; j < wide; j++) {
             lane value = total[i][j];
+            if (by.levels) {
+                long own = by.levels[i] * outputs + j * LANES;
+                value = value * load(by.scale + own) + load(by.shift + own);
+            }
             if (more) value += load(more + i * outputs + j * LANES);
             value = choose(value < least, least, value);
             value = choose(value > most, most, value);
@@ -232,12 +254,13 @@ static inline __attribute__((always_inline)) void multiply_once(
 }
 
 /* Ungrouped convolution without gathering: rows are read where they lie. out (n, outputs) is clamped to low..high after
- * `more`, if any, is added. weight is (chunks, taps, channels, CHUNK) and bias (chunks * CHUNK), outputs padded.
+ * `more`, if any, is added; see `by_level`. weight is (chunks, taps, channels, CHUNK) and bias (chunks * CHUNK), outputs padded.
  *
  * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
  * weights for one chunk of outputs and DEPTH channels. */
-void SUFFIX(product)(const reading *in, const element *weight, const element *bias, const element *more, element *out,
-                     long outputs, double low, double high) {
+void SUFFIX(product)(const reading *in, const element *weight, const element *bias, const int32_t *levels,
+                     const element *scale, const element *shift, const element *more, element *out, long outputs,
+                     double low, double high) {
     long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK;
     const lane limits[2] = {(lane){} + (element)low, (lane){} + (element)high};
 #pragma omp parallel for schedule(dynamic)
@@ -254,10 +277,12 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
                     for (int i = 0; i < ROWS; i++) a[i] = row(in, in->table[first + done + i]);
                     long at = (first + done) * outputs + chunk * CHUNK;
                     const element *add = more ? more + at : 0;
-                    if (wide == 4) multiply_once(a, channels, b, own, add, out + at, outputs, limits, 4);
-                    else if (wide == 3) multiply_once(a, channels, b, own, add, out + at, outputs, limits, 3);
-                    else if (wide == 2) multiply_once(a, channels, b, own, add, out + at, outputs, limits, 2);
-                    else multiply_once(a, channels, b, own, add, out + at, outputs, limits, 1);
+                    by_level by = {0};
+                    if (levels) by = (by_level){levels + first + done, scale + chunk * CHUNK, shift + chunk * CHUNK};
+                    if (wide == 4) multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 4);
+                    else if (wide == 3) multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 3);
+                    else if (wide == 2) multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 2);
+                    else multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 1);
                 }
             for (long i = done; i < (count + ROWS - 1) / ROWS * ROWS; i++)
                 memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(element));
@@ -281,8 +306,10 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
             for (long i = done; i < count; i++) {
                 const element *value = sums + i * CHUNK, *add = more ? more + (first + i) * outputs + chunk * CHUNK : 0;
                 element *to = out + (first + i) * outputs + chunk * CHUNK, floor = low, top = high;
+                long factors = levels ? levels[first + i] * outputs + chunk * CHUNK : 0;
                 for (long j = 0; j < some; j++) {
-                    element found = add ? value[j] + add[j] : value[j];
+                    element found = levels ? value[j] * scale[factors + j] + shift[factors + j] : value[j];
+                    if (add) found += add[j];
                     found = found < floor ? floor : found;
                     to[j] = found > top ? top : found;
                 }

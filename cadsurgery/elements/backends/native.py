@@ -96,7 +96,7 @@ class Native(Backend):
         return not (uniform and weights.is_among_first(reads.target.count))  # type: ignore[union-attr]
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, ..., O) = clamp(sum + bias + residual)."""
+        """Rows (N, ..., O) = clamp((sum + bias) scale + shift + residual); scale and shift by level, if any."""
         weights, outputs = work.weights, work.weights.weight.shape[0]
         if work.is_product:
             rows = work.of_target
@@ -113,8 +113,13 @@ class Native(Backend):
         more = work.residual.contiguous() if work.residual is not None else None
         out = work.rows.new_empty(shape)
         limits = bounds or (-math.inf, math.inf)
+        levels: tuple[Tensor | None, ...] = (None, None, None)
+        if weights.levels is not None:
+            assert isinstance(work.reads, Between)
+            factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
+            levels = (work.reads.target.level_of_rows, *factors)
         name, size = ("grouped", packed[0].shape[1]) if grouped else ("product", outputs)
-        _call(name, source, table, *packed, more, out, size, *limits)
+        _call(name, source, table, *packed, *levels, more, out, size, *limits)
         return out if bounds or act is None else act.apply_(out)
 
     def pool(self, work: Pooling) -> Tensor:

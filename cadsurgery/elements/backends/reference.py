@@ -111,7 +111,7 @@ class Expression(Backend):
         """Rows (N, O)."""
         rows, weight, table = _operands(work)
         groups, bias = work.weights.groups, work.weights.bias
-        gathered = rows.index_select(0, table.flatten()).view(*table.shape, -1)
+        gathered = rows.index_select(0, table.flatten()).view(*table.shape, rows.shape[1])
         if groups == 1:
             return work.weights.finish(product(gathered.flatten(1), weight, bias), work.residual)
         parts = gathered.unflatten(2, (groups, -1))  # (N, taps, groups, C / groups)
@@ -138,7 +138,7 @@ def block_length(table: Tensor, rows: Tensor) -> int:
 def gather_blocks(rows: Tensor, table: Tensor) -> Iterator[Tensor]:
     """Rows of all taps, (n, taps, C), in blocks."""
     for block in table.to(rows.device).split(block_length(table, rows)):
-        yield rows.index_select(0, block.flatten()).view(*block.shape, -1)
+        yield rows.index_select(0, block.flatten()).view(*block.shape, rows.shape[1])
 
 
 def _apply_taps(block: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -172,7 +172,7 @@ class _GatherConv(torch.autograd.Function):
         for block, result in zip(table.split(length), out.split(length), strict=True):
             view = gathered[: block.numel()]
             torch.index_select(rows, 0, block.flatten(), out=view)
-            result.copy_(_apply_taps(view.view(*block.shape, -1), weight, bias, groups))
+            result.copy_(_apply_taps(view.view(*block.shape, rows.shape[1]), weight, bias, groups))
         return out
 
     @staticmethod
@@ -184,7 +184,11 @@ class _GatherConv(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if needs[1] else None
         length = block_length(table, rows)
         for block, part in zip(table.split(length), grad.contiguous().split(length), strict=True):
-            gathered = rows.index_select(0, block.flatten()).view(*block.shape, -1).requires_grad_(needs[0])
+            gathered = (
+                rows.index_select(0, block.flatten())
+                .view(*block.shape, rows.shape[1])
+                .requires_grad_(needs[0])
+            )
             with torch.enable_grad():
                 kernel = weight.detach().requires_grad_(needs[1])
                 out = _apply_taps(gathered, kernel, None, ctx.groups)

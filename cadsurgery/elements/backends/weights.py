@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Convolution, compute, is_observed
+from cadsurgery.elements.lattice import Lattice
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 _ONEDNN = (torch.float32, torch.bfloat16)
@@ -73,6 +74,26 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Factors(NamedTuple):
+    """Scale and shift of each level, (levels + 1, C) each; level 0 has 1 and 0."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def of_rows(self, lattice: Lattice, like: Tensor) -> Factors:
+        """Those of the rows (N, ..., C) of a lattice, in their type: one for all (C,), or (N, ..., C) for each."""
+        level = lattice.uniform_level
+        if level is not None:
+            return Factors(*(value[level].to(like.dtype) for value in self))
+        places, wide = lattice.level_of_rows.to(like.device), (-1, *(1,) * (like.dim() - 2), like.shape[-1])
+        return Factors(*(value.to(like.dtype).index_select(0, places).view(wide) for value in self))
+
+    def apply(self, rows: Tensor, lattice: Lattice) -> Tensor:
+        """The rows (N, ..., C) of a lattice, scaled and shifted."""
+        scale, shift = self.of_rows(lattice, rows)
+        return rows * scale + shift
+
+
 @dataclass
 class Weights:
     """Weight (O, C / groups, kh, kw), bias and activation of a convolution.
@@ -88,6 +109,8 @@ class Weights:
         phases: of a transposed convolution the weights of each phase, if their packed forms are kept.
         meets_nan: whether sums may be NaN. oneDNN's clamps, which make numbers of NaN, are then not used: torch's and
             those of this package keep it, but those of torch are another pass.
+        levels: scale and shift of each level, done to the sum and its bias.
+        of_levels: the weights of single levels, if their packed forms are kept.
     """
 
     weight: Tensor
@@ -99,6 +122,8 @@ class Weights:
     meets_nan: bool = False
     counts: set[int] = field(default_factory=set)
     phases: dict[tuple[int, int], Weights] = field(default_factory=dict)
+    levels: Factors | None = None
+    of_levels: dict[int, Weights] = field(default_factory=dict)
 
     def is_among_first(self, count: int) -> bool:
         """Whether so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
@@ -119,6 +144,20 @@ class Weights:
             part = self.weight[:, :, first[0] :: finer, first[1] :: finer]
             self.phases[first] = replace(self, weight=part, forms={}, counts=set(), phases={})
         return replace(self.phases[first], activation=self.activation)
+
+    def at_level(self, level: int) -> Weights:
+        """Where all rows are at one level: scale and shift folded in."""
+        if self.levels is None or level == 0:
+            return replace(self, levels=None)
+        if level not in self.of_levels:
+            scale, shift = (value[level].double() for value in self.levels)
+            bias = self.bias.double() * scale + shift if self.bias is not None else shift
+            weight = self.weight.double() * scale.view(-1, 1, 1, 1)
+            folded = replace(self, weight=weight.to(self.weight), bias=bias.to(self.weight), levels=None)
+            self.of_levels[level] = replace(
+                folded, forms=None if self.forms is None else {}, counts=set(), phases={}
+            )
+        return replace(self.of_levels[level], activation=self.activation)
 
     def on_rows(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """(n, O) from gathered rows (n, taps * C), taps outermost; ungrouped.

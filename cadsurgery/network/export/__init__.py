@@ -130,6 +130,7 @@ def export(
         raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
     check_mask(net.mask, kind, dynamic, level_map)
     check_folder(file, "path")
+    net.normalise_by(image)  # a graph cannot look at what it is made of
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
         "pt2": lambda there: programs.write_program(net, image, other, there),
         "aoti": lambda there: programs.write_package(net, image, other, there),

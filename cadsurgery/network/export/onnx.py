@@ -155,7 +155,13 @@ class Exportable(nn.Module):
         """(B, C, H, W), and (B, h, w) int64 or None, to the outputs in order and the level map (B, h, w) int8."""
         program = self.net.program
         masking = _InSingle(
-            self.mask, program.geometry, program.plan.strides[0], any_number=True, image=image, levels=levels
+            self.mask,
+            program.geometry,
+            program.plan.strides[0],
+            any_number=True,
+            unit=self.net._unit,
+            image=image,
+            levels=levels,
         )
         run = program.twice if self.mask.looks_ahead and levels is None else program
         output, lattice = run(masking, program.bind(image.half() if self.float16 else image))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.images import read_image, write_picture
+from cadsurgery.data.images import write_picture
 from cadsurgery.masks import resolve_mask
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.support.processes import own_device, world
@@ -20,14 +20,14 @@ from cadsurgery.tasks.for_each import Failures, Step, for_each, silent
 from cadsurgery.tasks.keypoints.extraction import Extraction, Extractor, Features, Seen
 from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matching_accuracy, mutual_matches
 from cadsurgery.tasks.keypoints.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
-from cadsurgery.tasks.keypoints.sequences import ImageSequence, find_sequences
+from cadsurgery.tasks.keypoints.sequences import ImageSequence, Photo, open_sequences
 from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import add_times, check_outputs
 
 
 def evaluate_matching(
     network: str | nn.Module,
-    folder: Path,
+    folder: Path | str,
     masks: Sequence[str] = (),
     settings: Extraction | None = None,
     *,
@@ -50,7 +50,8 @@ def evaluate_matching(
 
     Args:
         network: as of `cadsurgery.evaluate`.
-        folder: of sequences, see `find_sequences`.
+        folder: of sequences, see `find_sequences`; or `images:FOLDER`, photos that are matched with views of themselves
+            by known homographies.
         masks: their strings; default: that of the settings.
         settings: how keypoints are found and described; its mask is not used where masks are given.
         output_stride, options, weights: as of `cadsurgery.evaluate`.
@@ -71,7 +72,7 @@ def evaluate_matching(
     chosen = [*masks] or [settings.mask]
     for mask in chosen:
         resolve_mask(mask or "all")
-    sequences, left_out = find_sequences(folder, everything=everything)
+    sequences, left_out = open_sequences(str(folder), everything=everything)
     step("building and converting")
     pairs = [pair for pair in output_stride if pair is not None]
     nets, source = at_strides(network, pairs, options or {}, mask="all", weights=weights, trust=trust)
@@ -96,7 +97,7 @@ def evaluate_matching(
     rows = [_row(one, [parts[at] for _, parts in finished]) for at, one in enumerate(extractors)]
     size = (0, 0)
     if world().is_main and (rounds or matches):
-        image = read_image(usable.images[0], upright=False)
+        image = usable.read(0)
         seen = extractors[0].seen(image)
         size = (seen.batch.shape[2], seen.batch.shape[3])
         if rounds:
@@ -104,7 +105,7 @@ def evaluate_matching(
             rows = add_times(rows, [partial(extractor.features, seen) for extractor in extractors], rounds)
         if matches is not None:
             step("drawing")
-            other = read_image(usable.images[1], upright=False)
+            other = usable.read(1)
             both = seen, extractors[0].seen(other)
             drawn = [_draw_matches(extractor, *both, usable.homographies[0]) for extractor in extractors]
             write_picture(figure_picture(matches_figure(image, other, drawn)), matches)
@@ -117,6 +118,7 @@ def evaluate_matching(
         reach=settings.reach,
         image=size,
         rounds=rounds,
+        normalisation=str(nets[0].normalisation or ""),
         rows=tuple(rows),
         failed=tuple(failed),
         **provenance(network, source, where),
@@ -135,13 +137,15 @@ class _Part(NamedTuple):
     keypoints: tuple[int, ...]
 
 
-def _match_all(sequence: ImageSequence, extractors: Sequence[Extractor], failures: Failures) -> list[_Part]:
+def _match_all(
+    sequence: ImageSequence | Photo, extractors: Sequence[Extractor], failures: Failures
+) -> list[_Part]:
     """One sequence with every extractor; images that cannot be used are noted."""
-    first = extractors[0].seen(read_image(sequence.images[0], upright=False))
+    first = extractors[0].seen(sequence.read(0))
     others: dict[int, Seen] = {}
-    for place, path in enumerate(sequence.images[1:]):
+    for place in range(len(sequence.numbers)):
         try:
-            others[place] = extractors[0].seen(read_image(path, upright=False))
+            others[place] = extractors[0].seen(sequence.read(place + 1))
         except CadError as error:
             failures.note(error)
     parts = []
@@ -156,7 +160,7 @@ def _match_all(sequence: ImageSequence, extractors: Sequence[Extractor], failure
     return parts
 
 
-def _pair(sequence: ImageSequence, place: int, first: Features, other: Features) -> Pair:
+def _pair(sequence: ImageSequence | Photo, place: int, first: Features, other: Features) -> Pair:
     """The first image and another one."""
     homography = sequence.homographies[place]
     matches = mutual_matches(first.descriptors, other.descriptors)

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.data.images import normalise
-from cadsurgery.data.networks import source_of
 from cadsurgery.elements.lattice import describe
 from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import in_pixels, peaks, points_of, sift
 from cadsurgery.masks.filters import grey_of
 from cadsurgery.masks.keypoints import OWN, SIFT, named_outputs, own_scores
-from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.points import macs_at, read_at, readable, sample_at
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
@@ -110,7 +109,7 @@ class Extractor:
     def seen(self, image: Tensor) -> Seen:
         """An image (3, H, W) in 0..1 prepared; extractors that differ in their mask alone share it."""
         shown = self.resize(image)
-        batch = normalise(shown, source_of(self.net)).unsqueeze(0).to(self.device)
+        batch = normalise(shown, pictures_for(self.net)).unsqueeze(0).to(self.device)
         batch, size = batch.contiguous(memory_format=torch.channels_last), (image.shape[1], image.shape[2])
         if self.settings.detector == OWN:
             return Seen(size, batch)
@@ -164,8 +163,9 @@ class Extractor:
             grey = (255 * grey_of(shown[None])[0]).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
             points, scores = map(torch.from_numpy, sift(grey, self.settings.count))
             return points.to(self.device, torch.float64), scores.to(self.device)
+        picture = self.net.normalisation.in_unit(batch) if self.net.normalisation else batch
         detected = points_of(
-            self._function(batch), batch, self.settings.count, f"detector {self.settings.detector}"
+            self._function(picture), batch, self.settings.count, f"detector {self.settings.detector}"
         )
         points = detected[0][: self.settings.count]
         return points, points.new_ones(len(points))

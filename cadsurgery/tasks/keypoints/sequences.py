@@ -1,16 +1,20 @@
-"""Folders of image sequences with homographies, as HPatches and the Oxford sequences come."""
+"""Image sequences with homographies: folders, as HPatches and the Oxford sequences come, and views made of photos."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cadsurgery.data.images import SUFFIXES
+from cadsurgery.data.images import SUFFIXES, find_images, read_image
+from cadsurgery.masks.detectors import opencv
 from cadsurgery.support.errors import FileError
 
 # Sequences of HPatches that the published protocol leaves out for their size (D2-Net's evaluation: 108 of 116 stay).
@@ -21,6 +25,9 @@ LEFT_OUT = frozenset(
     )
 )
 KINDS = {"i": "illumination", "v": "viewpoint"}
+PHOTOS = "images:"  # what a place of photos without homographies begins with
+VIEWS = 3  # of each photo
+SHRUNK = 0.25  # largest share of a side that a corner of a view lies inside of the photo's
 _LAYOUT = (
     "expected are folders with images 1.ppm (or .png, .jpg), 2.ppm, ... and files H_1_2, H_1_3, ... (or H_1_2.txt) of "
     "3 x 3 numbers; HPatches: hpatches-sequences-release of https://github.com/hpatches/hpatches-dataset."
@@ -47,6 +54,67 @@ class ImageSequence:
     def kind(self) -> str:
         """`illumination` or `viewpoint`, which HPatches names begin with; empty for others."""
         return KINDS.get(self.name.partition("_")[0], "") if "_" in self.name else ""
+
+    def read(self, place: int) -> Tensor:
+        """The image (3, H, W) at a place, 0 for the first."""
+        return read_image(self.images[place], upright=False)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo and views of it by known homographies: a sequence without anybody's measurements.
+
+    A view is a quadrangle of the photo, stretched to the size of the photo: nothing in it comes from outside.
+
+    Attributes:
+        name: of its file.
+        seed: of the quadrangles.
+        kind, numbers: as of `ImageSequence`.
+    """
+
+    name: str
+    seed: int
+    kind: str = ""
+    numbers: tuple[int, ...] = tuple(range(2, VIEWS + 2))
+
+    @cached_property
+    def homographies(self) -> tuple[Tensor, ...]:
+        """(3, 3) float64, from the photo to each view, in pixels x, y."""
+        cv2: Any = opencv()
+        height, width = self.read(0).shape[1:]
+        corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+        found = []
+        for number in self.numbers:
+            moved = SHRUNK * np.random.default_rng((self.seed, number)).random((4, 2)) * (1 - 2 * corners)
+            quadrangle, whole = (
+                np.float32(part * (width - 1, height - 1)) for part in (corners + moved, corners)
+            )
+            found.append(torch.from_numpy(cv2.getPerspectiveTransform(quadrangle, whole)))
+        return tuple(found)
+
+    def read(self, place: int) -> Tensor:
+        """The photo (3, H, W), or a view of it."""
+        image = read_image(Path(self.name), upright=False)
+        if place == 0:
+            return image
+        cv2: Any = opencv()
+        pixels, homography = image.permute(1, 2, 0).numpy(), self.homographies[place - 1].numpy()
+        view = cv2.warpPerspective(pixels, homography, pixels.shape[1::-1], flags=cv2.INTER_LINEAR)
+        return torch.from_numpy(view).permute(2, 0, 1).contiguous()
+
+
+def open_sequences(
+    place: str, *, everything: bool = False
+) -> tuple[Sequence[ImageSequence | Photo], list[str]]:
+    """What `find_sequences` gives for a folder, or, of `images:FOLDER`, every image in it with its views.
+
+    Raises:
+        FileError: there is none, or as `find_sequences`.
+    """
+    if not place.startswith(PHOTOS):
+        return find_sequences(Path(place), everything=everything)
+    images, _ = find_images([Path(place.removeprefix(PHOTOS))])
+    return [Photo(str(path), seed) for seed, path in enumerate(images)], []
 
 
 def find_sequences(folder: Path, *, everything: bool = False) -> tuple[list[ImageSequence], list[str]]:

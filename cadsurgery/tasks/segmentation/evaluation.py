@@ -1,10 +1,12 @@
-"""Accuracy of masks and output strides on labelled images, against work and time, beside the dense networks."""
+"""Accuracy of masks and output strides on labelled images, or fidelity to the dense network on others, against work
+and time, beside the dense networks."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, islice
@@ -20,11 +22,13 @@ from cadsurgery.data.images import normalise
 from cadsurgery.masks import MaskProvider, labelled, resolve_mask
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.support.divergence import KINDS, Kind
+from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.processes import gather, own_device, shard, world
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import add_times, check_outputs
+from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow
 
@@ -43,6 +47,7 @@ def evaluate(
     limit: int | None = None,
     batch: int = 1,
     rounds: int = 3,
+    kind: Kind = "auto",
     device: str = "cpu",
     output: Path | None = None,
     picture: Path | None = None,
@@ -51,13 +56,16 @@ def evaluate(
 ) -> EvaluationReport:
     """Evaluate every mask at every pair of output strides, and beside them both dense networks of each pair.
 
+    Without labels the figures are fidelity: what the dense network of the high output stride gives for an image stands
+    for its labels, see `FidelityMetrics`; the outputs may be anything that has maps.
+
     Each image is read once and all settings are run on it, with `net.optimize()`. MACs are exact for every image.
     Under `torchrun` or `accelerate launch` each process takes its share of the images; every process returns the same
     figures, the first one measures times and writes.
 
     Args:
         network: a converted network or file, a network by name or `module:function`, or a module to convert.
-        data: labelled images, or their spec; see `open_data`.
+        data: images with or without labels, or their spec; see `open_data`.
         masks: anything `adaptify` takes; default: the converted network's own, or `"edges"`.
         output_stride: pairs (high, low); default: the converted network's, or that of `adaptify`.
         options: further ones for `adaptify`; a converted network keeps its own.
@@ -66,6 +74,8 @@ def evaluate(
         limit: the first so many images only.
         batch: images in one call; those that follow one another and have one size.
         rounds: of timing on the first image, all settings in turn; 0 for none.
+        kind: of the outputs, without labels: `classes` or `values`; `auto` tells by the first, see
+            `cadsurgery.support.divergence.kind_of`.
         device: "cpu" or "cuda".
         output: JSON file to write.
         picture: PNG to draw: accuracy against work.
@@ -73,11 +83,12 @@ def evaluate(
         trust: run code that a converted file names; see `cadsurgery.load`.
 
     Raises:
-        InvalidInput: the network's output is no map of scores, or of another number of classes than the data; an
-            impossible option.
+        InvalidInput: the network's output is no map of scores, or of another number of classes than the data; without
+            labels, it has no maps, or a mask asks for labels; an impossible option.
         CadError: not one image could be used (that image's error); or a name, file or option is refused.
     """
     _check(limit, batch, rounds)
+    check_name("kind of output", kind, KINDS)
     check_outputs(output, picture=picture)
     where = own_device(device)
     for mask in masks:
@@ -86,17 +97,31 @@ def evaluate(
     step("building and converting")
     nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
     settings = [setting for net in nets for setting in _settings(net, masks, where)]
-    tallies = [Tally(SegmentationMetrics(len(samples.classes))) for _ in settings]
+    tallies = [
+        Tally(SegmentationMetrics(len(samples.classes)) if samples.is_labelled else FidelityMetrics(kind))
+        for _ in settings
+    ]
     failures = Failures("image")
-    first: tuple[Tensor, Tensor] | None = None
+    first: tuple[Tensor, Tensor | None] | None = None
     done = 0
-    for images, labels in _batches(samples, batch, failures):
+    for positions, images, labels in _batches(samples, batch, failures):
         step(f"{done + len(images)} of {len(shard(samples.names))} images")
         images = normalise(images, source).to(where).contiguous(memory_format=torch.channels_last)
-        labels = labels.to(where)
-        first = first or (images[:1], labels[:1])
+        known = labels.to(where) if samples.is_labelled else None
+        try:
+            found = settings[0](images, known)
+        except (CadError, RuntimeError) as error:  # whatever the network itself says of an image of this size
+            for position in positions:
+                failures.at(position, samples.names[position])
+                failures.note(_not_taken(error, images))
+            continue
+        first = first or (images[:1], None if known is None else known[:1])
+        truth: Any = known
         for setting, tally in zip(settings, tallies, strict=True):
-            tally.add(setting, images, labels, samples)
+            found = found if setting is settings[0] else setting(images, known)
+            if known is None and setting.mask.spec() == HIGH:
+                truth = found  # for all settings of its network, of which it is the first
+            tally.add(setting, images, found, truth, samples)
         done += len(images)
     tallies = [merge(parts) for parts in zip(*gather(tallies, where), strict=True)]
     failed = failures.gather(where)
@@ -104,17 +129,20 @@ def evaluate(
     if not count:
         raise CadError.from_dict(failed[0])
     rows = [_row(*pair, samples.classes) for pair in zip(settings, tallies, strict=True)]
+    kinds = [tally.metrics.kind for tally in tallies if isinstance(tally.metrics, FidelityMetrics)]
     if rounds and first is not None and world().is_main:
         step("measuring")
         rows = add_times(rows, [partial(setting, *first) for setting in settings], rounds)
     report = EvaluationReport(
         data=samples.name,
         split=samples.split,
+        fidelity=kinds[0] if kinds else None,
         images=count,
         batch=batch,
         image=tuple(first[0].shape[1:]) if first is not None else (),
         rounds=rounds,
         processes=world().size,
+        normalisation=str(nets[0].normalisation or ""),
         rows=tuple(rows),
         failed=tuple(failed),
         **provenance(network, source, where),
@@ -142,12 +170,12 @@ class Setting:
     work: dict[tuple[int, ...], tuple[LayerWork, ...] | None]
     of_mask: dict[tuple[int, ...], int] = field(default_factory=dict)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Any:
-        """The network's output under this mask; masks may see the labels (B, H, W)."""
-        with torch.inference_mode(), labelled(labels):
+    def __call__(self, images: Tensor, labels: Tensor | None) -> Any:
+        """The network's output under this mask; masks may see the labels (B, H, W), if there are any."""
+        with torch.inference_mode(), _labelled(labels):
             return self.fast(images, mask=self.mask)
 
-    def macs(self, images: Tensor, labels: Tensor) -> dict[str, int]:
+    def macs(self, images: Tensor, labels: Tensor | None) -> dict[str, int]:
         """Of the call before, on the same images: with the mask and everything high, of the network and of its
         adaptive region."""
         shape = tuple(images.shape)
@@ -156,7 +184,7 @@ class Setting:
         inside = {decision.node for decision in self.net.plan.chosen("adapt", "keep")}
         layers, lattice, counts = self.work[shape], self.fast.lattice, []
         if layers is None or shape not in self.of_mask:
-            with labelled(labels):
+            with _labelled(labels):
                 report = self.net.macs(images, mask=self.mask)
             self.of_mask[shape] = report.of_mask
             counts = [(e.layer, e.mask, e.high) for e in report.layers if e.layer not in MASK_LAYERS]
@@ -175,29 +203,41 @@ class Setting:
 
 @dataclass
 class Tally:
-    """Sums over the images one setting has seen; all whole numbers, so that shares of the images merge exactly.
+    """Sums over the images one setting has seen, which shares of the images merge to exactly.
 
     Attributes:
-        metrics: accuracy.
+        metrics: accuracy, or fidelity.
         counts: of `images`, of fine `pixels` and of `active` ones at level 0, and of MACs, see `Setting.macs`.
     """
 
-    metrics: SegmentationMetrics
+    metrics: SegmentationMetrics | FidelityMetrics
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, setting: Setting, images: Tensor, labels: Tensor, data: SegmentationData) -> None:
-        """Run a batch and add it."""
-        scores = scores_of(setting(images, labels))
-        if scores.shape[1] != len(data.classes):
-            raise InvalidInput(
-                f"the network has {scores.shape[1]} classes and data {data.name} has {len(data.classes)}.",
-                next="evaluate a network trained on these classes, or open the data with its classes.",
-            )
-        scores = F.interpolate(scores.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
-        self.metrics.update(scores.argmax(1), labels)
+    def add(self, setting: Setting, images: Tensor, output: Any, truth: Any, data: SegmentationData) -> None:
+        """Add what a setting gave for a batch, beside the labels (B, H, W), or the output that stands for them."""
+        if isinstance(self.metrics, FidelityMetrics):
+            self.metrics.update(output, truth, (images.shape[2], images.shape[3]))
+        else:
+            self.metrics.update(_prediction(output, truth.shape[1:], data), truth)
         levels = setting.fast.levels
         of_call = {"images": len(images), "active": int((levels == 0).sum()), "pixels": levels.numel()}
+        labels = truth if data.is_labelled else None
         self.counts.update(of_call | setting.macs(images, labels))
+
+
+def _labelled(labels: Tensor | None) -> AbstractContextManager[None]:
+    return nullcontext() if labels is None else labelled(labels)
+
+
+def _prediction(output: Any, size: tuple[int, ...], data: SegmentationData) -> Tensor:
+    """(B, H, W): the class of each pixel."""
+    scores = scores_of(output)
+    if scores.shape[1] != len(data.classes):
+        raise InvalidInput(
+            f"the network has {scores.shape[1]} classes and data {data.name} has {len(data.classes)}.",
+            next="evaluate a network trained on these classes, or open the data with its classes.",
+        )
+    return F.interpolate(scores.float(), size=size, mode="bilinear", align_corners=False).argmax(1)
 
 
 def scores_of(output: Any) -> Tensor:
@@ -221,7 +261,7 @@ def merge(parts: Sequence[Tally]) -> Tally:
     """The sums of several parts of a split."""
     whole = copy.deepcopy(parts[0])
     for part in parts[1:]:
-        whole.metrics.merge(part.metrics)
+        whole.metrics.merge(part.metrics)  # type: ignore[arg-type]  # all of one run are of one class
         whole.counts.update(part.counts)
     return whole
 
@@ -237,19 +277,34 @@ def _settings(net: AdaptiveModel, masks: Sequence[object], where: torch.device) 
     return [Setting(net, fast, mask, work) for mask in (chosen[0], *middle, chosen[-1])]
 
 
-def _batches(data: SegmentationData, size: int, failures: Failures) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, 3, H, W) and labels (B, H, W) of this process's share; unusable ones are noted and left out."""
-    places = range(len(data))
-    pairs = (pair for _, pair in each(places, data.__getitem__, failures, name=data.names.__getitem__))
-    for _, alike in groupby(pairs, key=lambda pair: pair[0].shape):
+def _batches(
+    data: SegmentationData, size: int, failures: Failures
+) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
+    """Positions, images (B, 3, H, W) and labels (B, H, W) of this process's share; unusable ones are noted and left
+    out."""
+    items = each(range(len(data)), data.__getitem__, failures, name=data.names.__getitem__)
+    for _, alike in groupby(items, key=lambda item: item[1][0].shape):
         while batch := list(islice(alike, size)):
-            images, labels = zip(*batch, strict=True)
-            yield torch.stack(images), torch.stack(labels)
+            positions, pairs = zip(*batch, strict=True)
+            images, labels = zip(*pairs, strict=True)
+            yield positions, torch.stack(images), torch.stack(labels)
+
+
+def _not_taken(error: Exception, images: Tensor) -> CadError:
+    """The refusal of images that a network cannot be run on."""
+    if isinstance(error, CadError):
+        return error
+    return InvalidInput(
+        f"the network does not take an image of {images.shape[2]}x{images.shape[3]} pixels.",
+        why=describe_error(error),
+        next="resize or crop the images to sizes that it takes, e.g. multiples of its strides.",
+    )
 
 
 def _row(setting: Setting, tally: Tally, classes: Sequence[str]) -> EvaluationRow:
     figures, counts = tally.metrics.compute(), tally.counts
     mask, region_high = setting.mask.spec(), counts["region_high"]
+    classes = classes or [f"class {place}" for place in range(len(figures["iou"]))]
     return EvaluationRow(
         mask=mask or "a function",
         output_stride=setting.net.plan.output_stride,
@@ -259,7 +314,7 @@ def _row(setting: Setting, tally: Tally, classes: Sequence[str]) -> EvaluationRo
         macs_of_high=counts["macs"] / counts["macs_high"],
         region_of_high=counts["region"] / region_high if region_high else 1.0,
         iou=dict(zip(classes, figures["iou"], strict=True)),
-        **{name: figures[name] for name in ("miou", "pixel_accuracy", "boundary_iou", "trimap_iou")},
+        **{name: value for name, value in figures.items() if name not in ("iou", "pixels")},
     )
 
 

@@ -32,9 +32,10 @@ class SegmentationMetrics:
         classes: their number.
         boundary: d as a share of the image's diagonal, at least one pixel.
         trimap: width of the band on each side of a change of label, in pixels.
+        ignored: the label of pixels that do not count.
     """
 
-    def __init__(self, classes: int, boundary: float = 0.02, trimap: int = 9) -> None:
+    def __init__(self, classes: int, boundary: float = 0.02, trimap: int = 9, ignored: int = IGNORED) -> None:
         """Start with nothing.
 
         Raises:
@@ -45,7 +46,7 @@ class SegmentationMetrics:
                 f"not all are positive: classes={classes}, boundary={boundary}, trimap={trimap}.",
                 next="e.g. SegmentationMetrics(19, boundary=0.02, trimap=9).",
             )
-        self.classes, self.boundary, self.trimap = classes, boundary, trimap
+        self.classes, self.boundary, self.trimap, self.ignored = classes, boundary, trimap, ignored
         square = torch.zeros(classes, classes, dtype=torch.int64)
         self._sums = {"all": square, "band": square, "common": square[0], "either": square[0]}
 
@@ -54,19 +55,19 @@ class SegmentationMetrics:
 
         Args:
             prediction: (B, H, W) int64, 0..classes-1.
-            labels: (B, H, W) int64, 0..classes-1 or 255 for ignored pixels.
+            labels: (B, H, W) int64, 0..classes-1 or that of ignored pixels.
 
         Raises:
             InvalidInput: sizes differ, or a value is out of range.
         """
         self._check(prediction, labels)
-        valid = labels != IGNORED
+        valid = labels != self.ignored
         of_labels = near_change(labels, self.trimap)
         self._add("all", self._confusion(prediction, labels))
-        self._add("band", self._confusion(prediction, labels.where(of_labels, IGNORED)))
+        self._add("band", self._confusion(prediction, labels.where(of_labels, self.ignored)))
         height, width = labels.shape[1:]
         distance = max(1, round(self.boundary * math.hypot(height, width)))
-        seen = prediction.where(valid, IGNORED)
+        seen = prediction.where(valid, self.ignored)
         inner, outer = (near_change(shown, distance, border=True) & valid for shown in (seen, labels))
         counts = [self._count(shown[band]) for shown, band in ((seen, inner), (labels, outer))]
         common = self._count(labels[inner & outer & (seen == labels)])
@@ -112,7 +113,7 @@ class SegmentationMetrics:
 
     def _confusion(self, prediction: Tensor, labels: Tensor) -> Tensor:
         """How often each label, a row, was predicted as each class, a column."""
-        counted = labels != IGNORED
+        counted = labels != self.ignored
         pairs = self.classes * labels[counted] + prediction[counted]
         return torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
@@ -125,11 +126,11 @@ class SegmentationMetrics:
                 f"predictions {tuple(prediction.shape)} and labels {tuple(labels.shape)} do not match.",
                 next="give both as (batch, height, width); resize the scores before argmax.",
             )
-        for what, values in (("prediction", prediction), ("label", labels[labels != IGNORED])):
+        for what, values in (("prediction", prediction), ("label", labels[labels != self.ignored])):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.classes:
                 raise InvalidInput(
                     f"a {what} is not 0..{self.classes - 1}: {int(values.min())}..{int(values.max())}.",
-                    next=f"check the number of classes; ignored labels are {IGNORED}.",
+                    next=f"check the number of classes; ignored labels are {self.ignored}.",
                 )
 
 

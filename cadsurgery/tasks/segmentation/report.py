@@ -1,4 +1,4 @@
-"""What `cadsurgery eval` tells: accuracy beside work and time for each mask and pair of output strides."""
+"""What `cadsurgery eval` tells: accuracy or fidelity beside work and time for each mask and pair of output strides."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ from cadsurgery.tasks.report import (
 class EvaluationRow(MeasuredRow):
     """One mask at one pair of output strides.
 
+    Without labels accuracies are agreement with what the dense network of the high output stride gives.
+
     Attributes:
         anchor: whether it is a dense network: everything high, or everything low.
-        miou: mean IoU, 0..1, like all accuracies here; None if nothing counted.
+        miou: mean IoU, 0..1, like all accuracies here; None if nothing counted, and of maps that are no class scores.
         iou: of each class by name; None for a class in neither predictions nor labels.
         pixel_accuracy: share of right pixels.
         boundary_iou: see `SegmentationMetrics`.
         trimap_iou: likewise.
         macs_of_high: relative to everything high.
         region_of_high: the same of the adaptive region alone, what the mask decides about.
+        divergence: without labels, mean over pixels and images; see `cadsurgery.support.divergence.divergence`.
+        relative_error: without labels, of maps that are no class scores; see `FidelityMetrics`.
     """
 
     anchor: bool
@@ -46,6 +50,8 @@ class EvaluationRow(MeasuredRow):
     trimap_iou: float | None
     macs_of_high: float
     region_of_high: float
+    divergence: float | None = None
+    relative_error: float | None = None
 
     @property
     def label(self) -> str:
@@ -60,6 +66,7 @@ class EvaluationReport(MeasuredReport):
 
     Attributes:
         split: part of the data.
+        fidelity: None with labels; without, what the outputs are: `classes` or `values`.
         images: how many counted.
         batch: images in one call.
         image: (3, H, W) of the image that was timed.
@@ -68,6 +75,7 @@ class EvaluationReport(MeasuredReport):
     """
 
     split: str
+    fidelity: str | None
     images: int
     batch: int
     image: tuple[int, ...]
@@ -84,7 +92,8 @@ class EvaluationReport(MeasuredReport):
         """Data, device, and what was timed."""
         size = "x".join(map(str, self.image[1:]))
         timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
-        return f"{self.data}, split {self.split}, {self.images} images, on {self.device}{timed}"
+        against = "; compared with the dense network of the high output stride" if self.fidelity else ""
+        return f"{self.data}, split {self.split}, {self.images} images, on {self.device}{timed}{against}"
 
     def tables(self) -> Iterator[Table]:
         """All settings, and the classes."""
@@ -92,10 +101,7 @@ class EvaluationReport(MeasuredReport):
         columns: list[Column[EvaluationRow]] = [
             Column("mask", lambda row: row.mask, False),
             Column("output stride", lambda row: row.strides, False),
-            Column("mIoU", lambda row: percent(row.miou)),
-            Column("boundary", lambda row: percent(row.boundary_iou)),
-            Column("trimap", lambda row: percent(row.trimap_iou)),
-            Column("pixel acc.", lambda row: percent(row.pixel_accuracy)),
+            *self._accuracies(),
             Column("active", lambda row: f"{row.active_fraction:.3f}"),
             Column("MACs", lambda row: f"{row.macs:.3e}"),
             Column("of high", lambda row: f"{row.macs_of_high:.2f}"),
@@ -104,6 +110,8 @@ class EvaluationReport(MeasuredReport):
             Column("of high", lambda row: ratio(row.milliseconds, high[row.output_stride])),
         ]
         yield table(self.rows, columns, style=lambda row: "dim" if row.anchor else "")
+        if self.fidelity:
+            return
 
         def iou(row: EvaluationRow) -> Callable[[str], str]:
             return lambda name: percent(row.iou[name])
@@ -112,12 +120,28 @@ class EvaluationReport(MeasuredReport):
         classes: list[Column[str]] = [Column("class", str, False), *numbered]
         yield table(self.rows[0].iou, classes, "IoU of each class, columns as the rows above")
 
+    def _accuracies(self) -> Iterator[Column[EvaluationRow]]:
+        if self.fidelity:
+            yield Column("divergence", lambda row: number(row.divergence, ".4f"))
+        if self.fidelity == "values":
+            yield Column("relative error", lambda row: percent(row.relative_error))
+            return
+        if self.fidelity:
+            yield Column("agreement", lambda row: percent(row.pixel_accuracy))
+        yield Column("mIoU", lambda row: percent(row.miou))
+        yield Column("boundary", lambda row: percent(row.boundary_iou))
+        yield Column("trimap", lambda row: percent(row.trimap_iou))
+        if not self.fidelity:
+            yield Column("pixel acc.", lambda row: percent(row.pixel_accuracy))
+
     def figure(self) -> Figure:
-        """Mean IoU against MACs: the dense networks joined by a line, the masks around it, each with its name."""
+        """Mean IoU (without labels agreement, or relative error) against MACs: the dense networks joined by a line, the
+        masks around it, each with its name."""
         figure = canvas(8, 5)
         axes = figure.subplots()
-        rows = [row for row in self.rows if row.miou is not None]
-        shown = [(row, row.macs, 100 * (row.miou or 0)) for row in rows]
+        drawn = {"classes": "pixel_accuracy", "values": "relative_error"}.get(self.fidelity or "", "miou")
+        rows = [row for row in self.rows if getattr(row, drawn) is not None]
+        shown = [(row, row.macs, 100 * getattr(row, drawn)) for row in rows]
         # The dense high network of two pairs is one network: it is drawn and named once.
         dense = {(row.label, round(y, 3)): (x, y) for row, x, y in shown if row.anchor}
         line = sorted(dense.values())
@@ -139,7 +163,8 @@ class EvaluationReport(MeasuredReport):
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.set_xlabel("MACs of one image")
-        axes.set_ylabel("mean IoU, %")
+        words = {"miou": "mean IoU", "pixel_accuracy": "agreement", "relative_error": "relative error"}
+        axes.set_ylabel(f"{words[drawn]}, %")
         axes.set_title(f"{self.model}, {self.images} images", fontsize=10)
         return figure
 

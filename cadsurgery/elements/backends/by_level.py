@@ -1,0 +1,24 @@
+"""Convolutions whose results are scaled and shifted by the level of each element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import Between, Convolution, choose, compute
+from cadsurgery.elements.backends.native import Native
+
+
+def convolve_by_level(work: Convolution) -> Tensor:
+    """Rows (N, ..., O): the sums by whatever backend is chosen, then factors, residual and activation.
+
+    Compiled code does the rest too, while the sums are in its registers; so it costs next to nothing.
+    """
+    weights, reads = work.weights, work.reads
+    assert weights.levels is not None and isinstance(reads, Between)
+    sums = replace(work, weights=replace(weights, levels=None, activation=None), residual=None)
+    backend = choose(sums)
+    if isinstance(backend, Native):
+        return backend.convolve(work)
+    return weights.finish(weights.levels.apply(compute(sums), reads.target), work.residual)

@@ -1,0 +1,364 @@
+"""What `cadsurgery tune` does: fits a network's masks and levels to photos without labels, and says what is kept at
+which cost."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from rich.text import Text
+from safetensors.torch import load_file
+from torch import nn
+
+from cadsurgery.data import SegmentationData, open_data
+from cadsurgery.data.sources import HELD_OUT
+from cadsurgery.finetune.adapters import calibrate_adapters
+from cadsurgery.finetune.evaluation import evaluate as measure
+from cadsurgery.finetune.gain import GainFit, fit_gain
+from cadsurgery.finetune.loop import fit
+from cadsurgery.finetune.results import write_network
+from cadsurgery.finetune.settings import Settings
+from cadsurgery.masks import Budget
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.stem import CachedStem, body_of
+from cadsurgery.network.storage import checksum, write_tensors
+from cadsurgery.support.errors import FileError, InvalidInput, first_line
+from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.tasks.for_each import Step, silent
+from cadsurgery.tasks.open import open_converted
+from cadsurgery.tasks.report import Report
+from cadsurgery.tasks.segmentation.evaluation import evaluate
+from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow, percent
+
+FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
+RANKINGS = ("gain", "detail")
+_FEWEST = HELD_OUT + 2  # photos
+_MEMORY = 2 << 30  # bytes of what the stem gives that are kept for training
+_TRAINING, _RANKING = 0.6, 0.25  # shares of the time
+_TRIAL = 3  # steps that tell how long one takes
+CALIBRATED, TRAINED, NETWORK = (f"{name}.safetensors" for name in ("calibrated", "trained", "net"))
+# Adapters begin at nothing, and a few photos overfit quickly.
+TRAINING = Settings(
+    batch=1,
+    accumulate=4,
+    lr=3e-4,
+    optimizer="adamw",
+    weight_decay=0.0,
+    crop=0,
+    jitter=0.0,
+    train="adapters",
+    objective="any-budget",
+    objective_options={"high": 0.5, "ranking": ("detail", "random"), "teacher": "self", "supervision": 0.0},
+    save_every=25,
+    workers=0,
+)
+
+
+@dataclass(frozen=True)
+class TuningReport(Report):
+    """What tuning gave.
+
+    Attributes:
+        calibrated: layers that read a mean over the image, and were calibrated.
+        steps: that the adapters were trained for.
+        before: figures of the held-out photos with everything downsampled, calibrated alone.
+        after: with trained adapters, too.
+        is_adapted: whether they were better, and are in the file.
+        gain: what fitting the gain mask reached.
+        share: that was to be kept: of agreement with the dense network, or one less the relative error.
+        chosen: mask of the file: the least work that keeps it, or what keeps most.
+        is_kept: whether it does.
+        network: the file.
+        evaluation: of all budgets on the held-out photos.
+    """
+
+    calibrated: int
+    steps: int
+    before: dict[str, float]
+    after: dict[str, float]
+    is_adapted: bool
+    gain: GainFit
+    share: float
+    chosen: str
+    is_kept: bool
+    network: Path
+    evaluation: EvaluationReport
+
+    def parts(self) -> Iterator[RenderableType]:
+        """The curve, what was done, and the budget to take."""
+        yield from self.evaluation.parts()
+        if self.calibrated:
+            yield Text(f"{self.calibrated} layers that read means over the image are calibrated")
+        fate = "kept" if self.is_adapted else "left out: no better on photos held out"
+        yield Text(
+            f"level adapters, {self.steps} steps: divergence with everything downsampled "
+            f"{self.before['divergence']:.4f} before, {self.after['divergence']:.4f} after; {fate}"
+        )
+        shares = ", ".join(f"{name} {percent(value)} %" for name, value in self.gain.captured.items())
+        yield Text(f"of what is lost lies in the tenth of the patches ranked best: {shares}")
+        row = next(row for row in self.evaluation.rows if row.mask == self.chosen)
+        words = f"{percent(_share(row))} % at {row.macs_of_high:.2f} of the work"
+        if self.is_kept:
+            yield Text(f"{self.chosen} keeps {words}", style="bold green")
+        else:
+            told = f"no budget keeps {percent(self.share)} %; most keeps {self.chosen}: {words}"
+            yield Text(told, style="bold yellow")
+        yield Text(f"wrote {self.network}")
+
+    def figure(self) -> Figure:
+        """The curve."""
+        return self.evaluation.figure()
+
+
+def tune(
+    network: str | AdaptiveModel,
+    images: str | Path | SegmentationData,
+    *,
+    output: Path,
+    minutes: float = 20.0,
+    keep: float = 0.99,
+    steps: int = 0,
+    seed: int = 0,
+    fractions: Sequence[float] = FRACTIONS,
+    rounds: int = 3,
+    weights: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    step: Step = silent,
+    trust: bool = False,
+) -> TuningReport:
+    """Fit level adapters and a gain mask to photos without labels, and choose the budget that keeps a share of what the
+    network gives at full resolution.
+
+    The weights of the network stay as they are, and with them all it gives with everything high. Every eighth photo is
+    held out to measure on. Interrupted, it goes on where it was when called again with the same arguments; the number
+    of steps, which the time decides, is then that of the first call.
+
+    Args:
+        network: a converted network or file, or a network by name, or `module:function`.
+        images: a folder of photos, or data of `cs.open_data`; labels do not count.
+        output: folder of the run, which gets `net.safetensors`, `report.json` and `curve.png`.
+        minutes: of processor time for all that is fitted; measuring comes on top.
+        keep: share in 0..1.
+        steps: of the adapters' training instead of what the time allows.
+        seed: of everything random.
+        fractions: budgets that are measured, in 0..1.
+        rounds: of timing on the first photo; 0 for none.
+        weights: of a network by name.
+        options: further ones of `adaptify` for such a network.
+        step: called with what is being done.
+        trust: run code that a converted file names; see `cadsurgery.load`.
+
+    Raises:
+        InvalidInput: a value out of range, fewer than ten photos, a network without a level below full resolution, or a
+            folder with another run.
+        CadError: what the network, the photos or the folder refuse.
+    """
+    in_range = minutes > 0 and 0 < keep <= 1 and steps >= 0 and rounds >= 0
+    if not in_range or not fractions or not all(0 < fraction < 1 for fraction in fractions):
+        raise InvalidInput(
+            f"minutes={minutes}, keep={keep}, steps={steps}, rounds={rounds}, fractions={tuple(fractions)}.",
+            next="give minutes above 0, keep in 0..1, and budgets between 0 and 1.",
+        )
+    photos = images if isinstance(images, SegmentationData) else open_data(f"images:{images}", "all")
+    if len(photos) < _FEWEST:
+        raise InvalidInput(
+            f"{photos.name} has {len(photos)} photos.",
+            why=f"every {HELD_OUT}th is held out to measure on.",
+            next=f"give {_FEWEST} or more.",
+        )
+    held_out, others = (
+        _select(photos, [at for at in range(len(photos)) if (at % HELD_OUT == 0) == is_held_out])
+        for is_held_out in (True, False)
+    )
+    folder = make_folder(output)
+    step("building and converting")
+    net = network
+    if not isinstance(net, AdaptiveModel):
+        net = open_converted(net, "", options, weights=weights, trust=trust)
+    net = copy.deepcopy(net).eval()
+    net.mask = "none"
+    stated = {"photos": photos.name, "count": len(photos), "minutes": minutes, "seed": seed}
+    run = _Run(net, others, folder, {**stated, "network": checksum(net.state_dict())}, step)
+    calibrated = run.calibrate()
+    before = measure(net, held_out)
+    count = run.train(minutes, steps, seed)
+    after = measure(net, held_out)
+    is_adapted = after["divergence"] < before["divergence"]
+    if not is_adapted:
+        run.calibrate()
+    gain = run.rank(minutes, seed)
+    fitted = net.mask
+    masks = {
+        f"{name} | budget:fraction={fraction:g}": Budget(fitted if name == "gain" else name, fraction)
+        for name in RANKINGS
+        for fraction in fractions
+    }
+    evaluation = evaluate(net, held_out, list(masks.values()), rounds=rounds, step=step, trust=trust)
+    names = iter(masks)  # without options that are the defaults
+    named = tuple(row if row.anchor else replace(row, mask=next(names)) for row in evaluation.rows)
+    evaluation = replace(evaluation, rows=named)
+    rows = [row for row in named if not row.anchor]
+    enough = [row for row in rows if _share(row) >= keep]
+    chosen = min(enough, key=lambda row: row.macs) if enough else max(rows, key=_share)
+    net.mask = masks[chosen.mask]
+    write_network(net, folder / NETWORK)
+    report = TuningReport(
+        calibrated=calibrated,
+        steps=count,
+        before=before,
+        after=after,
+        is_adapted=is_adapted,
+        gain=gain,
+        share=keep,
+        chosen=chosen.mask,
+        is_kept=bool(enough),
+        network=folder / NETWORK,
+        evaluation=evaluation,
+    )
+    report.write(folder / "report.json", folder / "curve.png")
+    return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The steps of a run in one folder: what a file of it holds is not done again.
+
+    Attributes:
+        net: that is tuned, in place.
+        photos: to tune by.
+        folder: of the run.
+        stated: what makes it this run.
+        step: called with what is being done.
+    """
+
+    net: AdaptiveModel
+    photos: SegmentationData
+    folder: Path
+    stated: dict[str, Any]
+    step: Step
+
+    def __post_init__(self) -> None:
+        """Refuse the folder of another run."""
+        known = self._read()
+        changed = [name for name, value in self.stated.items() if known.get(name, value) != value]
+        if changed:
+            raise InvalidInput(
+                f"{self.folder} holds another run.",
+                where=f"{', '.join(changed)} differ",
+                next="choose another output folder, or give the same arguments to go on.",
+            )
+        self._note(**self.stated)
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / "tune.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            return dict(values)
+        except (OSError, ValueError, TypeError) as error:
+            raise FileError(
+                f"{path} cannot be read.", why=first_line(error), next="choose another output folder."
+            ) from error
+
+    def _note(self, **values: Any) -> None:
+        known = self._read()
+        with write_whole(self.folder / "tune.json") as temporary:
+            temporary.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")
+
+    def _restore(self, name: str, part: nn.Module) -> bool:
+        """Whether a file of an earlier call holds the tensors of a part, which it then gets."""
+        path = self.folder / name
+        if not path.is_file():
+            return False
+        try:
+            part.load_state_dict(load_file(path))
+        except Exception as error:
+            raise FileError(
+                f"{path} does not fit the network.",
+                why=first_line(error),
+                next="choose another output folder.",
+            ) from error
+        return True
+
+    def calibrate(self) -> int:
+        """Level adapters of what is made of means; how many."""
+        adapters = self.net.add_adapters()
+        if not self._restore(CALIBRATED, adapters):
+            self.step("calibrating means over the image")
+            self._note(calibrated=calibrate_adapters(self.net, self.photos))
+            write_tensors(self.folder / CALIBRATED, adapters.state_dict())
+        return int(self._read()["calibrated"])
+
+    def train(self, minutes: float, steps: int, seed: int) -> int:
+        """All level adapters, by the divergence from the network itself; for how many steps."""
+        adapters = self.net.add_adapters()
+        if not self._restore(TRAINED, adapters):
+            self.step("running the stem over the photos")
+            cached, body = self._cache(), body_of(self.net)
+            settings = replace(TRAINING, seed=seed)
+            count = steps or self._read().get("steps", 0)
+            if not count:
+                self.step("measuring a step")
+                count = max(1, int(60 * minutes * _TRAINING / self._seconds(cached, settings)))
+            self._note(steps=count)
+            fit(
+                body,
+                cached,
+                replace(settings, steps=count),
+                output=self.folder / "training",
+                device="cpu",
+                on_step=lambda row: self.step(f"level adapters, step {row['step']} of {count}"),
+            )
+            write_tensors(self.folder / TRAINED, adapters.state_dict())
+        return int(self._read()["steps"])
+
+    def _cache(self) -> CachedStem:
+        """What the stem gives for as many photos as memory is for, evenly spread, each mirrored too."""
+        of_one = CachedStem(self.net, _select(self.photos, [0]), flip=True).bytes
+        step = -(-len(self.photos) * of_one // _MEMORY)
+        return CachedStem(self.net, _select(self.photos, range(0, len(self.photos), step)), flip=True)
+
+    def _seconds(self, cached: CachedStem, settings: Settings) -> float:
+        """Of processor time that a step takes."""
+        times: list[float] = []
+        with tempfile.TemporaryDirectory() as folder:
+            fit(
+                body_of(copy.deepcopy(self.net)),
+                cached,
+                replace(settings, steps=_TRIAL),
+                output=folder,
+                device="cpu",
+                on_step=lambda row: times.append(time.process_time()),
+            )
+        return (times[-1] - times[0]) / (_TRIAL - 1)
+
+    def rank(self, minutes: float, seed: int) -> GainFit:
+        """The gain mask."""
+        self.net.mask = "gain"
+        self.step("measuring what each patch loses")
+        return fit_gain(self.net, self.photos, minutes=_RANKING * minutes, seed=seed)
+
+
+def _select(data: SegmentationData, places: Sequence[int]) -> SegmentationData:
+    """Some of the photos, without labels."""
+    names = tuple(data.names[place] for place in places)
+    return replace(data, names=names, classes=(), read=partial(_read_alone, data.read, tuple(places)))
+
+
+def _read_alone(read: Callable[[int], tuple[Any, Any]], places: Sequence[int], position: int) -> Any:
+    return read(places[position])[0], None
+
+
+def _share(row: EvaluationRow) -> float:
+    """Of what the dense network gives that is kept."""
+    if row.pixel_accuracy is not None:
+        return row.pixel_accuracy
+    return 1 - row.relative_error if row.relative_error is not None else 0.0

@@ -1,0 +1,198 @@
+"""The unit in which masks see pictures, so that a threshold means the same on every network.
+
+It is that of the published thresholds: red, green and blue in 0..1, minus ImageNet's mean, divided by its standard
+deviation; of any other number of channels each minus the mean of these means, divided by that of the deviations.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD
+from cadsurgery.support.errors import CadWarning, InvalidInput
+
+RAW = "raw"  # what says that masks see the input as it comes
+_EXAMPLE = '((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), or "raw" for masks that see the input as it comes'
+_SETTLING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How the input of a network comes from a picture in 0..1: minus the mean, divided by the standard deviation.
+
+    Attributes:
+        mean: of each channel, or one for all; empty where masks see the input as it comes.
+        std: likewise.
+        origin: where this is known from.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        numbers = all(math.isfinite(value) for value in (*self.mean, *self.std))
+        if len(self.mean) != len(self.std) or not numbers or any(value <= 0 for value in self.std):
+            raise InvalidInput(
+                f"mean {self.mean} and standard deviation {self.std} are no normalisation.",
+                why="there is one of each for every channel, or one of each for all; deviations are above 0.",
+                next=f"give (mean, std) of pictures in 0..1: {_EXAMPLE}.",
+            )
+
+    def in_unit(self, image: Tensor) -> Tensor:
+        """The picture that an input (B, C, H, W) shows, in the unit of masks and of the same type.
+
+        After ImageNet's mean and deviation it is the input itself, bit for bit.
+        """
+        scale, shift = self._to_unit(image.shape[1])
+        if all(value == 1 for value in scale) and not any(shift):
+            return image
+        wide = image.to(torch.promote_types(image.dtype, torch.float32))
+        factors, terms = (wide.new_tensor(values).view(-1, 1, 1) for values in (scale, shift))
+        return (wide * factors + terms).to(image.dtype)
+
+    def _to_unit(self, channels: int) -> tuple[list[float], list[float]]:
+        """Factor and term of each channel."""
+        if not self.mean:
+            return [1.0] * channels, [0.0] * channels
+        of_input, of_unit = (
+            [_for_channels(values, channels) for values in pair]
+            for pair in ((self.mean, self.std), (IMAGENET_MEAN, IMAGENET_STD))
+        )
+        scale = [ours / theirs for ours, theirs in zip(of_input[1], of_unit[1], strict=True)]
+        apart = zip(of_input[0], of_unit[0], of_unit[1], strict=True)
+        return scale, [(ours - theirs) / std for ours, theirs, std in apart]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {"mean": list(self.mean), "std": list(self.std), "origin": self.origin}
+
+    def __str__(self) -> str:
+        if not self.mean:
+            return f"the input as it comes ({self.origin})"
+        mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"pictures of mean {mean}, standard deviation {std} ({self.origin})"
+
+
+AS_IT_COMES = Normalisation(origin="asked for")
+
+
+def _for_channels(values: Sequence[float], channels: int) -> list[float]:
+    """One for each channel: the values, or their mean where there are others, as of a colour network made grey."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def read_normalisation(value: object, channels: int, origin: str = "given") -> Normalisation:
+    """What a user gives as (mean, std), each a number or one for each channel; or "raw"; or one that was read.
+
+    Raises:
+        InvalidInput: it is something else, of another number of channels, not finite, or a deviation is not above 0.
+    """
+    if isinstance(value, Normalisation):
+        return value
+    if isinstance(value, str) and value == RAW:
+        return AS_IT_COMES
+    try:
+        mean, std = (_numbers(part) for part in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise InvalidInput(
+            f"{value!r:.80} is no normalisation.", next=f"give (mean, std) of pictures in 0..1: {_EXAMPLE}."
+        ) from None
+    if len(mean) == len(std) and len(mean) not in (1, channels):
+        raise InvalidInput(
+            f"the normalisation is for {len(mean)} channels, the images have {channels}.",
+            next=f"give {channels} means and {channels} standard deviations, or one of each for all channels.",
+        )
+    return Normalisation(mean, std, origin)
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    numbers = (float(value),) if isinstance(value, (int, float)) else tuple(map(float, value))
+    if isinstance(value, str) or not numbers:
+        raise ValueError(value)
+    return numbers
+
+
+# Ranges of pictures, the first that holds all values is taken; filters that sharpen overshoot a little.
+_RANGES: tuple[tuple[float, float, str, tuple[float, ...], tuple[float, ...]], ...] = (
+    (-0.1, 1.1, "0..1", (0.0,), (1.0,)),
+    (-1.1, 1.1, "-1..1", (0.5,), (0.5,)),
+    (-8, 8, "values after mean and deviation", IMAGENET_MEAN, IMAGENET_STD),
+    (-16, 272, "0..255", (0.0,), (1 / 255,)),
+    (-160, 272, "0..255 minus a mean", IMAGENET_MEAN, (1 / 255,) * 3),
+)
+
+
+def estimate(image: Tensor) -> Normalisation | None:
+    """What an input (B, C, H, W) is like, by the range of its values; of an unusual range each channel's mean and
+    deviation are set to those of the unit. None of what is no picture: constant, or noise."""
+    values = image.detach().float()
+    if not _is_picture(values):
+        return None
+    low, high = (float(value) for value in values.aminmax())
+    for least, most, words, mean, std in _RANGES:
+        if least <= low and high <= most:
+            return Normalisation(mean, std, f"estimated: the first pictures have {words}")
+    deviation, centre = torch.std_mean(values.double(), (0, 2, 3), correction=0)
+    channels = image.shape[1]
+    of_unit = (_for_channels(part, channels) for part in (IMAGENET_MEAN, IMAGENET_STD))
+    pairs = list(zip(*of_unit, centre.tolist(), deviation.tolist(), strict=True))
+    std = tuple(unit / own if own > 0 else 1.0 for _, unit, _, own in pairs)
+    mean = tuple(unit - own * ratio for (unit, _, own, _), ratio in zip(pairs, std, strict=True))
+    return Normalisation(mean, std, f"estimated from the first pictures, of {low:g}..{high:g}")
+
+
+def _is_picture(values: Tensor) -> bool:
+    """Whether neighbours are more alike than places far apart."""
+    if min(values.shape[2:]) < 2 or not bool(values.isfinite().all()):
+        return False
+    near = [(values.narrow(axis, 1, values.shape[axis] - 1) - values.narrow(axis, 0, values.shape[axis] - 1)).abs()
+            for axis in (2, 3)]  # fmt: skip
+    far = (values - values.roll([length // 2 for length in values.shape[2:]], (2, 3))).abs().mean()
+    return bool((near[0].mean() + near[1].mean()) / 2 < far / 2)
+
+
+@torch.compiler.assume_constant_result
+def _say_unknown() -> None:
+    warnings.warn(
+        "the network is compiled before it has seen a picture: its masks see the input as it comes, and what their "
+        "thresholds mean depends on that. Call it on a picture once before, or pass adaptify(normalisation=).",
+        CadWarning,
+        stacklevel=2,
+    )
+
+
+class Unit:
+    """From what a network is given to what its masks see; settled by the first picture at the latest.
+
+    Copies of a network share it: what their input is like is the same.
+    """
+
+    def __init__(self, normalisation: Normalisation | None = None) -> None:
+        """Take what is known; nothing yet for None."""
+        self.normalisation = normalisation
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """The picture of an input (B, C, H, W); as it comes until a picture has come."""
+        if self.normalisation is None and torch.compiler.is_compiling():
+            _say_unknown()  # a graph made now holds the input as it comes; a compiled one is made again later
+        elif self.normalisation is None and not image.is_meta:
+            self.settle(estimate(image))
+        return image if self.normalisation is None else self.normalisation.in_unit(image)
+
+    def settle(self, normalisation: Normalisation | None) -> None:
+        """Take a normalisation, unless one is known: the first that comes, whatever thread it comes in."""
+        with _SETTLING:
+            if self.normalisation is None:
+                self.normalisation = normalisation
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unit:
+        return self

@@ -1,0 +1,111 @@
+"""How near what a network gives is to what it gives with everything kept high: what can be told without labels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from cadsurgery.support.divergence import Kind, divergence, kind_of, maps_of, resize
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+
+NO_CLASS = -1  # no pixel of a prediction is ignored
+
+
+class FidelityMetrics:
+    """Divergence from a target; of class scores also how far the classes agree, the target's standing for labels.
+
+    Like the sums of `SegmentationMetrics`, what parts of the images give merges to that of all of them, exactly.
+
+    Attributes:
+        kind: of the outputs, `classes` or `values`; `auto` until the first shows it.
+        images: how many were added.
+        agreement: of classes over maps; None before the first, and of outputs (B, C) or other values.
+    """
+
+    def __init__(self, kind: Kind = "auto") -> None:
+        """Start with nothing.
+
+        Args:
+            kind: as of `cadsurgery.support.divergence.divergence`.
+        """
+        self.kind = kind
+        self.agreement: SegmentationMetrics | None = None
+        self._apart: list[float] = []  # of each image
+        self._same, self._pixels = 0, 0
+
+    @property
+    def images(self) -> int:
+        """How many were added."""
+        return len(self._apart)
+
+    def update(self, output: Any, target: Any, size: tuple[int, int]) -> None:
+        """Add a batch.
+
+        Args:
+            output: of the network.
+            target: likewise, with everything kept high.
+            size: (height, width) of the images: that at which classes are compared.
+
+        Raises:
+            InvalidInput: no maps, or others in one than in the other.
+        """
+        if self.kind == "auto":
+            self.kind = kind_of(target)
+        apart = divergence(target, output, self.kind)
+        self._apart += apart.double().mean((1, 2)).tolist()
+        if self.kind == "classes":
+            self._add_classes(maps_of(output)[0], maps_of(target)[0], size)
+
+    def _add_classes(self, output: Tensor, target: Tensor, size: tuple[int, int]) -> None:
+        pooled = target.shape[2:].numel() == 1
+        ours, theirs = (one if pooled else resize(one, size) for one in (output, target))
+        prediction, labels = ours.argmax(1), theirs.argmax(1)
+        self._same += int((prediction == labels).sum())
+        self._pixels += labels.numel()
+        if not pooled:
+            self.agreement = self.agreement or SegmentationMetrics(target.shape[1], ignored=NO_CLASS)
+            self.agreement.update(prediction, labels)
+
+    def merge(self, other: FidelityMetrics) -> None:
+        """Add what another has seen.
+
+        Raises:
+            InvalidInput: it saw outputs of another kind.
+        """
+        if not other.images:
+            return
+        if self.images and self.kind != other.kind:
+            raise InvalidInput(
+                f"some outputs are {self.kind} and others {other.kind}.",
+                why="what they are is told by the first image of each process.",
+                next=f"name it: kind={other.kind}.",
+            )
+        self.kind = other.kind
+        self._apart += other._apart
+        self._same, self._pixels = self._same + other._same, self._pixels + other._pixels
+        if self.agreement is None:
+            self.agreement = other.agreement
+        elif other.agreement is not None:
+            self.agreement.merge(other.agreement)
+
+    def compute(self) -> dict[str, Any]:
+        """The figures so far; None where nothing counted.
+
+        Returns:
+            `divergence`, the mean over images; of values `relative_error`, its square root, the root mean square of the
+            differences relative to that of the target; of class scores `pixel_accuracy`, the share of pixels with the
+            target's class, and what else `SegmentationMetrics.compute` gives.
+        """
+        mean = math.fsum(self._apart) / len(self._apart) if self._apart else None
+        figures = dict.fromkeys(("miou", "pixel_accuracy", "boundary_iou", "trimap_iou"))
+        figures |= {"iou": [], "divergence": mean, "relative_error": None}
+        if self.kind == "values" and mean is not None:
+            figures["relative_error"] = math.sqrt(mean)
+        if self.agreement is not None:
+            figures |= self.agreement.compute()
+        if self._pixels:
+            figures["pixel_accuracy"] = self._same / self._pixels
+        return figures

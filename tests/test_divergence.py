@@ -1,0 +1,147 @@
+"""How far outputs are apart: against torch's own divergence, and the laws that make it a measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from cadsurgery.support.divergence import divergence, kind_of
+from cadsurgery.support.errors import CadError, InvalidInput, UnknownName
+
+SHAPE = (2, 5, 7, 4)
+
+
+@dataclass
+class Prediction:
+    out: Tensor
+    aux: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    descriptors: Tensor
+    scores: Tensor
+
+
+def pair(*shape: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(shape or SHAPE), torch.randn(shape or SHAPE)
+
+
+def unit(values: Tensor) -> Tensor:
+    return values / values.norm(dim=1, keepdim=True)
+
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "scores": (torch.randn(SHAPE), "classes"),
+    "scores of images": (torch.randn(2, 5), "classes"),
+    "rectified scores of images": (torch.rand(2, 5), "classes"),
+    "probabilities": (torch.randn(SHAPE).softmax(1), "classes"),
+    "scores beside auxiliary ones": ({"out": torch.randn(SHAPE), "aux": torch.randn(SHAPE)}, "classes"),
+    "depth": (torch.randn(2, 1, 7, 4), "values"),
+    "depth without channels": (torch.randn(2, 7, 4), "values"),
+    "descriptors": (unit(torch.randn(SHAPE)), "values"),
+    "rectified features": (torch.randn(SHAPE).relu(), "values"),
+    "pyramid": ([torch.randn(SHAPE), torch.randn(2, 8, 3, 2)], "values"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kind_of_an_output_is_what_it_is(name: str) -> None:
+    output, kind = KINDS[name]
+    assert kind_of(output) == kind
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_output_is_no_way_apart_from_itself_and_some_way_from_another(name: str) -> None:
+    output, _ = KINDS[name]
+    other = torch.utils._pytree.tree_map(lambda values: values.flip(0), output)
+    assert divergence(output, output).abs().max() < 1e-6
+    assert divergence(output, other).mean() > 1e-2
+
+
+def test_of_scores_it_is_the_divergence_of_distributions() -> None:
+    high, low = pair()
+    for temperature in (1.0, 3.0):
+        one, two = (
+            torch.distributions.Categorical(logits=values.movedim(1, -1) / temperature)
+            for values in (high, low)
+        )
+        expected = torch.distributions.kl_divergence(one, two)
+        assert_close(divergence(high, low, temperature=temperature), expected)
+        ours = divergence(high.softmax(1), low.softmax(1), temperature=temperature)
+        assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_of_scores_a_shift_of_all_at_a_pixel_is_nothing() -> None:
+    high, low = pair()
+    shift = torch.randn(2, 1, 7, 4)
+    assert_close(divergence(high, low + shift, "classes"), divergence(high, low, "classes"))
+
+
+def test_of_values_zeros_are_one_apart_on_average_and_the_unit_of_measure_is_nothing() -> None:
+    high, low = pair()
+    assert_close(divergence(high, 0 * low, "values").mean((1, 2)), torch.ones(2))
+    assert_close(divergence(40 * high, 40 * low, "values"), divergence(high, low, "values"))
+    assert_close(divergence(0 * high, 0 * high, "values"), torch.zeros(2, 7, 4))
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_a_batch_is_its_images_one_by_one(kind: Any) -> None:
+    high, low = pair()
+    alone = [divergence(high[i : i + 1], low[i : i + 1], kind) for i in range(2)]
+    assert_close(divergence(high, low, kind), torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_what_stands_beside_the_main_output_does_not_count(kind: Any) -> None:
+    high, low = pair()
+    expected = divergence(high, low, kind)
+    assert_close(divergence({"out": high, "aux": low}, {"out": low}, kind), expected)
+    assert_close(divergence(Prediction(high, low), Prediction(low), kind), expected)
+    assert_close(divergence((high,), [low], kind), expected)
+
+
+def test_of_several_maps_it_is_the_mean_at_the_size_of_the_largest() -> None:
+    (high, low), (large, near) = pair(2, 3, 4, 4), pair(2, 1, 8, 8)
+    apart = divergence(Pair(high, large), Pair(low, near))
+    assert apart.shape == (2, 8, 8)
+    assert_close(divergence(Pair(high, large), Pair(high, near)), divergence(large, near, "values") / 2)
+
+
+def test_a_map_of_another_size_is_resized_and_pooled_outputs_are_one_pixel() -> None:
+    high, low = pair()
+    assert divergence(high, low[:, :, ::2, ::2]).shape == (2, 7, 4)
+    assert divergence(*pair(2, 5)).shape == (2, 1, 1)
+    assert divergence(torch.ones(2, 5, 8, 8), torch.ones(2, 5, 4, 4), "values").abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_gradients_reach_the_lower_output_alone(kind: Any) -> None:
+    high, low = (values.requires_grad_() for values in pair())
+    divergence(high, low, kind).mean().backward()
+    assert high.grad is None and low.grad is not None and bool(low.grad.abs().sum() > 0)
+
+
+def test_half_precision_is_compared_in_single() -> None:
+    high, low = (values.bfloat16() for values in pair())
+    assert divergence(high, low).dtype == torch.float32
+    assert divergence(high.double(), low.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "kind", "error"),
+    [
+        (torch.ones(2, 5, 4, 4, dtype=torch.int64), torch.ones(2, 5, 4, 4), "values", InvalidInput),
+        ({"boxes": []}, {"boxes": []}, "auto", InvalidInput),
+        (torch.ones(2, 5, 4, 4), torch.ones(2, 6, 4, 4), "classes", InvalidInput),
+        ([torch.ones(2, 5, 4, 4)] * 2, [torch.ones(2, 5, 4, 4)], "values", InvalidInput),
+        (torch.ones(2, 5, 4, 4), torch.ones(2, 5, 4, 4), "clases", UnknownName),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(high: Any, low: Any, kind: Any, error: type[CadError]) -> None:
+    with pytest.raises(error, match="Next"):
+        divergence(high, low, kind)
