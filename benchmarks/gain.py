@@ -1,4 +1,4 @@
-"""What a fitted gain mask is worth: fidelity and accuracy against work, beside other masks and the oracle.
+"""What masks, calibrated means and refinements fitted without labels are worth: fidelity and accuracy against work.
 
     python benchmarks/gain.py DATA --network voc [--low 16] [--seeds 0 1 2] [--budgets 0.1 0.2] [--output rows.json]
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import cadsurgery as cs  # noqa: E402
 from cadsurgery.data.images import normalise  # noqa: E402
 from cadsurgery.data.networks import source_of  # noqa: E402
-from cadsurgery.finetune import calibrate_adapters, fit_gain  # noqa: E402
+from cadsurgery.finetune import calibrate_adapters, fit_gain, fit_refinement  # noqa: E402
 from cadsurgery.masks import Budget, resolve_mask  # noqa: E402
 from cadsurgery.support.divergence import divergence  # noqa: E402
 from cadsurgery.tasks.segmentation.evaluation import Setting  # noqa: E402
@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="of processor time for each fit")
     parser.add_argument("--calibrate", action="store_true", help="means over the image first, see the guide")
+    parser.add_argument("--refine", type=float, metavar="MINUTES", help="of processor time for a refinement")
+    parser.add_argument("--refine-seed", type=int, default=0)
     parser.add_argument("--balance", type=float, default=0.0, help="of classes, see fit_gain")
     parser.add_argument("--fit", type=int, help="images to fit to; default: all there is time for")
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.1])
@@ -181,6 +183,11 @@ def main() -> None:
     if options.calibrate:
         layers = calibrate_adapters(net, case.unlabelled(options.data))
         print(f"{layers} layers calibrated", file=sys.stderr, flush=True)
+    if options.refine:
+        refined = fit_refinement(
+            net, case.unlabelled(options.data), minutes=options.refine, seed=options.refine_seed
+        )
+        print(refined, file=sys.stderr, flush=True)
     masks: dict[str, Any] = {name: resolve_mask(name) for name in options.masks}
     fits = {}
     for seed in options.seeds:

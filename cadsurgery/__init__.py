@@ -32,6 +32,8 @@ _NAMES = {
     "masks": ("Budget", "MaskProvider", "MaskWrapper", "list_masks", "mask_provider"),
     "surgery.plan": ("Plan",),
     "surgery.rules": ("Call", "Treatment", "rule"),
+    "methods.anytime": ("AnytimeModel", "anytime"),
+    "methods.storage": ("load", "save"),
     "network.adaptify": ("adaptify", "plan"),
     "network.compile": ("Bucketed",),
     "network.export": ("export",),
@@ -39,7 +41,6 @@ _NAMES = {
     "network.points": ("macs_at", "read_at"),
     "network.stem": ("CachedStem", "body_of", "stem_outputs"),
     "network.publish": ("push_to_hub",),
-    "network.storage": ("load", "save"),
     "tasks.segmentation.evaluation": ("evaluate",),
     "tasks.segmentation.metrics": ("SegmentationMetrics",),
     "tasks.segmentation.report": ("EvaluationReport",),
@@ -52,7 +53,8 @@ __all__ += ["Augment", "SegmentationData", "UnknownName", "build_model", "list_m
 __all__ += ["Elements", "Geometry", "Lattice", "Window", "operation"]
 __all__ += ["Budget", "MaskProvider", "MaskWrapper", "list_masks", "mask_provider"]
 __all__ += ["Call", "Plan", "Treatment", "rule"]
-__all__ += ["AdaptiveModel", "Bucketed", "CachedStem", "adaptify", "body_of", "export", "load", "macs_at"]
+__all__ += ["AdaptiveModel", "AnytimeModel", "Bucketed", "CachedStem", "adaptify", "anytime", "body_of"]
+__all__ += ["export", "load", "macs_at"]
 __all__ += ["plan", "push_to_hub", "read_at", "save", "stem_outputs"]
 __all__ += ["EvaluationReport", "SegmentationMetrics", "evaluate"]
 
@@ -72,7 +74,7 @@ _MODULES = {
     "detection": "masks.detectors",
     "macs": "network.macs",
     "model": "network.model",
-    "io": "network.storage",
+    "io": "methods.storage",
     "api": "network.adaptify",
     "coverage": "tasks.zoo_check",
     "bench": "tasks.bench",
@@ -91,6 +93,8 @@ if TYPE_CHECKING:
     from cadsurgery.elements.lattice import Geometry, Lattice
     from cadsurgery.elements.operations import operation
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
+    from cadsurgery.methods.anytime import AnytimeModel, anytime
+    from cadsurgery.methods.storage import load, save
     from cadsurgery.network.adaptify import adaptify, plan
     from cadsurgery.network.compile import Bucketed
     from cadsurgery.network.export import export
@@ -98,7 +102,6 @@ if TYPE_CHECKING:
     from cadsurgery.network.points import macs_at, read_at
     from cadsurgery.network.publish import push_to_hub
     from cadsurgery.network.stem import CachedStem, body_of, stem_outputs
-    from cadsurgery.network.storage import load, save
     from cadsurgery.support.errors import (
         CadError,
         CadWarning,

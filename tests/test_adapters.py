@@ -203,7 +203,7 @@ def test_adapters_are_saved_beside_the_weights(tmp_path: Path) -> None:
     assert net.adapters is not None
     del net.adapters["point"]
     cs.save(net, tmp_path / "part.safetensors")
-    with pytest.raises(cs.FileError, match=r"level adapters in .* do not fit"):
+    with pytest.raises(cs.FileError, match=r"the adapters in .* do not fit"):
         cs.load(tmp_path / "part.safetensors", Residual())
 
 

@@ -30,6 +30,7 @@ from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks import bench as module
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
+from cadsurgery.tasks.options import Benchmark
 
 SIZE, FRACTIONS = (64, 96), (1.0, 0.5, 0.0)
 
@@ -137,7 +138,7 @@ def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyP
 def test_the_twins_are_uniform_and_stop_at_the_low_output_stride() -> None:
     net = cs.adaptify(trunk(), output_stride=(8, 16), verify_laws=False)
     image = torch.randn(2, 3, *SIZE)
-    sides = module._sides(net, image, "edges", "nearest", (0.5,))
+    sides = module._sides(net, image, "edges", "nearest", (0.5,), False, Benchmark(), [])
     masks = {"dense high": "all", "dense low": "none", "nearest 0.5": cs.Budget("edges", 0.5)}
     assert sides.keys() == masks.keys()
     with torch.no_grad():
@@ -335,6 +336,33 @@ def test_all_sides_are_files_of_the_same_engine(runtime: str, package: str, dtyp
     assert all(side.milliseconds > 0 for side in (found.networks[0].high, *found.networks[0].rows))
 
 
+def test_copies_in_8_bits_are_measured_and_say_what_is_in_8_bits() -> None:
+    found = bench(
+        trunk(), fractions=[0.5], size=SIZE, rounds=1, dtype="int8", threads=1, processor_time=True
+    ).networks[0]
+    assert all(side.milliseconds > 0 for side in (found.high, found.low, *found.rows))
+    assert any("layers in 8 bits" in note for note in found.notes)
+
+
+def test_without_instructions_for_8_bits_they_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "form_here", lambda: None)
+    with pytest.raises(cs.InvalidInput, match="no compiled code for int8"):
+        bench(trunk(), size=SIZE, dtype="int8")
+
+
+@pytest.mark.slow
+def test_the_dense_networks_are_timed_in_other_engines_too() -> None:
+    pytest.importorskip("onnxruntime")
+    found = bench(trunk(), fractions=[0.5], size=SIZE, rounds=1, against="onnxruntime")
+    rivals = found.networks[0].rivals
+    assert [rival.dtype for rival in rivals] == ["float32", "int8"]
+    assert all(min(*rival.high, *rival.low) > 0 for rival in rivals)
+    assert [rival["dtype"] for rival in found.to_dict()["networks"][0]["against"]] == ["float32", "int8"]
+    with (screen := Console(file=io.StringIO(), width=200)).capture() as shown:
+        screen.print(*found.parts())
+    assert "ONNX Runtime, int8" in shown.get()
+
+
 @pytest.mark.parametrize("level", [0, 2])
 def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None:
     model, image = Gated().eval(), torch.randn(1, 3, *SIZE)
@@ -466,7 +494,9 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"dtype": "float23"}, cs.UnknownName, "float23", "float32"),
     ({"runtime": "tflite"}, cs.UnknownName, "tflite", "openvino"),
     ({"runtime": "onnx", "dtype": "bfloat16"}, cs.InvalidInput, "dtype=bfloat16", "in torch"),
-    ({"dtype": "int8"}, cs.InvalidInput, "int8", "openvino"),
+    ({"processor_time": True, "threads": 2}, cs.InvalidInput, "2 threads", "threads=1"),
+    ({"against": "tensorrt"}, cs.UnknownName, "tensorrt", "openvino"),
+    ({"calibration": "photos"}, cs.InvalidInput, "calibrate", "int8"),
     ({"runtime": "aoti", "dtype": "int8"}, cs.InvalidInput, "dtype=int8", "in torch"),
     ({"runtime": "onnx", "memory": True}, cs.InvalidInput, "memory=True", "in torch"),
     ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),

@@ -656,12 +656,16 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         "threads": 2,
         "rounds": 4,
         "memory": True,
+        "processor_time": True,
+        "against": "openvino",
+        "calibration": "photos",
         "picture": Path("b.png"),
         "output": Path("rows.jsonl"),
     }
     given = "-m a -m b --mask random --fractions 1,0.25 --size 64x32 --batch 3 --output-stride 8,16 --dtype bfloat16 "
     given += "--region layer3,layer4 --fill linear --fill nearest --patch block --device cuda --threads 2 --rounds 4 "
-    given += "--memory --picture b.png --output rows.jsonl --json"
+    given += "--memory --processor-time --against openvino --calibration photos --picture b.png "
+    given += "--output rows.jsonl --json"
     assert run("bench", *given.split()).code == 0
     assert {name: seen[name] for name in wanted} == wanted
     run("bench", "-m", "a", "--json")
@@ -804,6 +808,24 @@ def test_run_resizes_images_on_request(run: Run, file: Path, folder: Path, tmp_p
     run("run", file, "--trust", folder / "second.jpg", "--size", "64x256", "--output", "out")
     with Image.open(tmp_path / "out" / "second.png") as picture:
         assert picture.size == (32, 8)
+
+
+def test_a_copy_in_8_bits_is_calibrated_by_a_folder(
+    run: Run, file: Path, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "broken.png").unlink()
+    asked = ("--precision", "int8", "--calibration", folder)
+    told = run("run", file, "--trust", folder / "first.png", *asked, "--output", "out", "--json")
+    assert told.code == 0 and (tmp_path / "out" / "first.png").is_file()
+    arguments = options("--model", "usernets:segmenter", "--rounds", 1, *asked)
+    report = run("convert", *arguments, "--json").json
+    assert [side["name"] for side in report["sides"]][-1].endswith("int8")
+    assert any("in 8 bits" in note for note in report["notes"])
+    for command in (("run", file, folder), ("convert", "--model", "usernets:segmenter")):
+        told = run(*command, "--precision", "int8", "--json")
+        assert told.code == 1 and "--calibration FOLDER" in told.json["next"]
+        told = run(*command, "--precision", "int7", "--json")
+        assert told.code == 1 and "int7" in told.json["what"]
 
 
 def test_run_does_not_write_two_images_of_one_name_into_one_file(

@@ -101,8 +101,9 @@ def test_a_run_goes_on_where_it_was_and_gives_the_same(
     assert len(files[0]) == len(files[1])
     image = images(2, 64, 80)
     assert torch.equal(one(image), two(image))
-    refused = run(*ARGUMENTS, "-o", "parted", "--seed", "1", "--json")
-    assert refused.code == 1 and "holds another run" in refused.json["what"]
+    for changed in ("--seed", "--steps"):
+        refused = run(*ARGUMENTS, "-o", "parted", changed, "1", "--json")
+        assert refused.code == 1 and "holds another run" in refused.json["what"]
 
 
 def test_what_no_budget_keeps_is_said(run: Run) -> None:

@@ -31,6 +31,12 @@ def convert(
         typer.Option("--no-verify", callback=lambda no: not no, help="do not check the laws on an example"),
     ] = False,
     rounds: Annotated[int, typer.Option(min=0, help="timing rounds; 0 to skip timing")] = 3,
+    precision: options.Precision = "float",
+    calibration: options.Calibration = None,
+    method: Annotated[
+        str, typer.Option(help="adaptive, or anytime: exits, and no work where they are confident")
+    ] = "adaptive",
+    exits: options.WithExits,
     as_json: options.Json = False,
 ) -> None:
     """Convert a network, verify it, report MACs and measured times, and write it to a file."""
@@ -97,21 +103,44 @@ def run(
         typer.Option(metavar="HxW", parser=options.read_size, help="resize images; default: as they are"),
     ] = None,
     device: options.Device = "cpu",
+    precision: options.Precision = "float",
+    calibration: options.Calibration = None,
+    until: Annotated[
+        float,
+        typer.Option(
+            metavar="MS", min=0, help="of a network with exits: its best prediction within this time"
+        ),
+    ] = 0,
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Run a converted file on images: predictions as PNG, active fraction and time of each."""
+    """Run a converted file on images: predictions as PNG, active fraction or exit, and time of each."""
     from cadsurgery.tasks.convert import predict
 
     with screen.steps(as_json) as step:
-        rows, failures = predict(file, images, output, mask or None, size, device, step, trust)
+        rows, failures = predict(
+            file,
+            images,
+            output,
+            mask or None,
+            size,
+            device,
+            step,
+            trust,
+            precision=precision,
+            calibration=calibration,
+            until=until or None,
+        )
     lines = [
-        f"{row['image']}: active fraction {row['active_fraction']:.3f}, {row['milliseconds']:.0f} ms -> {row['output']}"
-        for row in rows
+        f"{row['image']}: {_computed(row)}, {row['milliseconds']:.0f} ms -> {row['output']}" for row in rows
     ]
     screen.show_rows(
         rows, failures, "\n".join([*lines, f"{len(rows)} done, {len(failures)} failed"]), as_json
     )
+
+
+def _computed(row: dict[str, Any]) -> str:
+    return f"exit {row['exit']}" if "exit" in row else f"active fraction {row['active_fraction']:.3f}"
 
 
 @commands.command()

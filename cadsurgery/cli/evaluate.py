@@ -13,7 +13,17 @@ from cadsurgery.tasks.options import Benchmark, Conversion
 commands = typer.Typer()
 MEASURED = (
     *("size", "batch", "output_stride", "region", "patch"),
-    *("dtype", "device", "threads", "rounds", "memory", "runtime"),
+    *(
+        "dtype",
+        "device",
+        "threads",
+        "rounds",
+        "processor_time",
+        "memory",
+        "runtime",
+        "against",
+        "calibration",
+    ),
 )
 
 
@@ -82,6 +92,10 @@ def eval_command(
     ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="images in one call")] = 1,
     rounds: options.Rounds = 3,
+    thresholds: Annotated[
+        list[float],
+        typer.Option("--threshold", help="repeatable, of networks with exits; default: the file's"),
+    ] = [],  # noqa: B006
     kind: Annotated[
         str, typer.Option(help="what the network gives, for images without labels: auto, classes or values")
     ] = "auto",

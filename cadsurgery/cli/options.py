@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from cadsurgery.cli import screen
-from cadsurgery.tasks.options import Conversion
+from cadsurgery.tasks.options import Conversion, Exits
 
 
 def read_pair(text: str) -> tuple[int, int] | None:
@@ -117,6 +117,12 @@ Trust = Annotated[
         help="run code that the converted file names: a network or mask of its own, module:function",
     ),
 ]
+Precision = Annotated[
+    str, typer.Option(help="of the optimised copy: float, as the weights are, or int8, calibrated by images")
+]
+Calibration = Annotated[
+    Path | None, typer.Option(help="folder of images that int8 is calibrated by; no labels", metavar="FOLDER")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -171,6 +177,7 @@ class Of:
 
 
 Converted = Annotated[dict[str, Any], Of(Conversion)]
+WithExits = Annotated[dict[str, Any], Of(Exits)]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

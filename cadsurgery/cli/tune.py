@@ -25,7 +25,10 @@ def tune(
     keep: Annotated[
         float, typer.Option(help="share of agreement with the dense network that the chosen budget keeps")
     ] = 0.99,
-    steps: Annotated[int, typer.Option(min=0, help="of the adapters' training; 0: what the time allows")] = 0,
+    steps: Annotated[
+        int,
+        typer.Option(min=0, help="of the adapters' and the refinements' training; 0: what the time allows"),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     fractions: Annotated[
         str, typer.Option(parser=options.read_fractions, help="budgets that are measured")
@@ -36,7 +39,7 @@ def tune(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Fit level adapters and a mask of its own to a network by photos without labels, and choose a budget.
+    """Fit level adapters, refinements and a mask of its own to a network by photos without labels; choose a budget.
 
     Weights and all that the network gives at full resolution stay as they are. Prints agreement with the dense network
     against work and measured time on photos held out, and writes OUTPUT/net.safetensors with the budget that keeps

@@ -17,6 +17,8 @@ from cadsurgery.elements.elements import (
     to_dense,
     to_elements,
 )
+from cadsurgery.elements.gaps import fill_gaps, gaussian_fill
+from cadsurgery.elements.refinement import refine, refine_resized
 from cadsurgery.elements.resizing import pixel_shuffle, resize, resize_to_dense
 from cadsurgery.elements.unpooling import dense_indices, max_pool2d_with_indices, max_unpool2d
 from cadsurgery.elements.whole_image import (

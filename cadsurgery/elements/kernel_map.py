@@ -301,13 +301,17 @@ def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
 
 
 def _of_part(source: Lattice, target: Lattice, window: Window, drop: bool) -> Reading:
-    """From a part that holds all that is read: the kernel map from the whole, its rows counted anew."""
+    """From a part: the kernel map from the whole, its rows counted anew. What is not there reads the padding row; a
+    halo is mixed of what is there."""
+    assert source.part is not None
     whole = source.whole
     whole_map = kernel_map(whole, target, window, drop=drop)
-    rows = source.index[whole.anchors]
+    outside = _number(source.count, source.index)
+    rows = torch.where(source.part.pixels[whole.anchors], source.index[whole.anchors], outside)
     behind = torch.arange(1 + whole_map.sources.shape[0], dtype=rows.dtype, device=rows.device) + source.count
     table = torch.cat((rows, behind))[whole_map.table]
-    return replace(whole_map, table=table, sources=rows[whole_map.sources])
+    has_outside = whole_map.has_outside or bool((table == source.count).any())
+    return replace(whole_map, table=table, sources=rows[whole_map.sources], has_outside=has_outside)
 
 
 def divisors(

@@ -238,7 +238,7 @@ class Lattice:
         pyramid: the level map all stages share.
         stage: number of adaptive stages passed; levels are capped at it.
         size: fine size (height, width).
-        part: the cells that are there; None for all. What cells hold that are not there is undefined.
+        part: the cells that are there; None for all. Windows read cells that are not there as what is outside the map.
     """
 
     pyramid: Pyramid
@@ -275,6 +275,10 @@ class Lattice:
     def whole(self) -> Lattice:
         """The same with all cells there."""
         return Lattice(self.pyramid, self.stage, self.size)
+
+    def choose(self, pixels: Tensor) -> Lattice:
+        """The part of a lattice whose anchors are among some fine pixels (B, H, W) bool."""
+        return Lattice(self.pyramid, self.stage, self.size, Part(pixels.flatten()))
 
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
@@ -360,6 +364,12 @@ class Lattice:
         """Anchors (N,) as flat pixel numbers, the (B*H*W,) row of the cell each pixel lies in, and how many elements
         each image has (B,)."""
         (height, width), device = self.size, self.levels.device
+        if not self.geometry.strides:  # every pixel is a cell
+            is_there = (
+                self.part.pixels if self.part is not None else self.levels.new_ones(self.levels.numel()) > 0
+            )
+            index = (is_there.cumsum(0) - 1).to(torch.int32)
+            return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
         y = torch.arange(height, device=device).view(1, -1, 1)
         x = torch.arange(width, device=device).view(1, 1, -1)
         image = torch.arange(self.batch, device=device).view(-1, 1, 1)

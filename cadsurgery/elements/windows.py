@@ -19,6 +19,9 @@ from cadsurgery.elements.backends.choose import (
     extend,
 )
 from cadsurgery.elements.backends.dense import spread_of
+from cadsurgery.elements.backends.integer import IntegerConvolution, IntegerWeights
+from cadsurgery.elements.backends.integer import convolve as convolve_integers
+from cadsurgery.elements.backends.integer_layers import IntegerConv
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.backends.weights import Weights
@@ -42,7 +45,7 @@ def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **op
 
 
 def _macs_of_weights(
-    out: Elements, x: Elements, weights: Weights | PackedConv, *rest: Any, **options: Any
+    out: Elements, x: Elements, weights: Weights | PackedConv | IntegerConv, *rest: Any, **options: Any
 ) -> int:
     return _macs_of_weight(out, x, weights.weight, **options)
 
@@ -103,7 +106,7 @@ def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tenso
 @operation(reads="window", macs=_macs_of_weights)
 def fused_conv2d(
     x: Elements,
-    weights: Weights | PackedConv,
+    weights: Weights | PackedConv | IntegerConv,
     residual: Elements | None = None,
     *,
     window: Window,
@@ -114,14 +117,17 @@ def fused_conv2d(
 
     Args:
         x: elements (N, C); of a pointwise window also with more channel axes before the last.
-        weights: weight, bias, groups and activation.
+        weights: weight, bias, groups and activation; of elements in 8 bits an `IntegerConv`.
         residual: elements of the output's stage or an earlier one.
         window: the operation as the network has it, with the spacing of its grid.
         stage: stage of the output; None for the input's.
         size: see `conv2d`.
     """
+    stage = x.lattice.stage if stage is None else stage
+    if isinstance(weights, IntegerConv):
+        return _convolve_integers(x, weights.weights, residual, *target_of(x, window, stage, size))
     weights = weights.weights if isinstance(weights, PackedConv) else weights
-    window, target = target_of(x, window, x.lattice.stage if stage is None else stage, size)
+    window, target = target_of(x, window, stage, size)
     if weights.levels is not None:
         level = 0 if target.stage == 0 else target.uniform_level
         weights = weights if level is None else weights.at_level(level)
@@ -132,6 +138,19 @@ def fused_conv2d(
         return Elements(weights.finish(rows_on(plain, target), rows_on(residual, target)), target)
     more = rows_on(residual, target).to(rows.dtype) if residual is not None else None
     return _convolve(rows, weights, Between(x.lattice, target, window), more)
+
+
+def _convolve_integers(
+    x: Elements, weights: IntegerWeights, residual: Elements | None, window: Window, target: Lattice
+) -> Elements:
+    """`fused_conv2d` of elements in 8 bits."""
+    reads = Between(x.lattice, target, window)
+    if residual is None or _is_of(residual, target, (weights.weight.shape[0],)):
+        more = rows_on(residual, target) if residual is not None else None
+        return Elements(convolve_integers(IntegerConvolution(x.rows, weights, reads, more)), target)
+    plain = Elements(convolve_integers(IntegerConvolution(x.rows, weights.alone, reads)), target)
+    target = common_lattice(target.stage if target.part is None else target, plain, residual)
+    return Elements(weights.add(rows_on(plain, target), rows_on(residual, target)), target)
 
 
 def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cadsurgery.finetune.logs import Row
     from cadsurgery.finetune.loop import fit
     from cadsurgery.finetune.objectives import Objective, list_objectives, objective
+    from cadsurgery.finetune.refinement import RefinementFit, fit_refinement
     from cadsurgery.finetune.results import Outcome
     from cadsurgery.finetune.schedule import Draw
     from cadsurgery.finetune.settings import Settings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Imported on first use: the command line reads the settings when it starts, which must not wait for torch.
 _PLACES = {
     "adapters": ("calibrate_adapters",),
+    "refinement": ("RefinementFit", "fit_refinement"),
     "batches": ("augmentation",),
     "blend": ("Blend", "calibrate"),
     "evaluation": ("evaluate",),

@@ -12,7 +12,7 @@ from cadsurgery.data.datasets import sample_of
 from cadsurgery.elements import functional
 from cadsurgery.finetune.batches import Samples, check_data, prepare
 from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
-from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.program import GraphInterpreter, Program, clone_values
 from cadsurgery.surgery.trace import evaluating
 
 ROUNDS = 2  # what is shifted first changes what comes later
@@ -66,15 +66,10 @@ def _differences(
         high: dict[fx.Node, Tensor] = {}
         for level in range(program.geometry.max_level + 1):
             noted: dict[fx.Node, Tensor] = {}
-            _Vectors(program, noted).run(program.uniform(level), *(_copy(value) for value in values))
+            _Vectors(program, noted).run(program.uniform(level), *clone_values(values))
             high = high or noted
             for node, vector in noted.items() if level else ():
                 yield node, level, (high[node] - vector).double().mean(0).flatten()
-
-
-def _copy(value: Any) -> Any:
-    """The region may work in place on what enters it."""
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 class _Vectors(GraphInterpreter):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cadsurgery.finetune.settings import FREE, Settings
+from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, describe_error
@@ -106,6 +107,12 @@ def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, pro
     if isinstance(net, AdaptiveModel):
         network |= {"plan": _digest(net.plan.to_json()), "mask": net.mask.spec()}
         network |= {"geometry": {name: str(value) for name, value in vars(net.geometry).items()}}
+    if isinstance(net, AnytimeModel):
+        network |= {
+            "plan": _digest(net.plan.to_json()),
+            "threshold": net.threshold,
+            "confidence": net.confidence,
+        }
     given = {name: value for name, value in settings.to_dict().items() if name not in FREE}
     described = {
         "name": str(getattr(data, "name", type(data).__name__)),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.text import Text
+from torch import nn
 
 from cadsurgery.finetune.batches import Samples, augmentation
 from cadsurgery.finetune.logs import Row
@@ -17,10 +18,12 @@ from cadsurgery.finetune.loop import fit
 from cadsurgery.finetune.results import Outcome
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import resolve_mask
+from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
+from cadsurgery.tasks.exits import open_exits
 from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import open_converted
 from cadsurgery.tasks.report import Report
@@ -46,7 +49,8 @@ class TrainingReport(Report):
         """A few lines: what was trained, metrics before and after, files."""
         run = self.outcome
         went_on = f", resumed after step {run.resumed}" if run.resumed else ""
-        yield Text(f"{self.model}, mask {self.mask}, {self.data}: {run.steps} steps{went_on}")
+        what = self.mask if self.mask.endswith(" exits") else f"mask {self.mask}"
+        yield Text(f"{self.model}, {what}, {self.data}: {run.steps} steps{went_on}")
         yield from map(Text, self.notes)
         for group in run.groups:
             rate = f"lr x {group['factor']}" if group["factor"] else "not trained"
@@ -92,11 +96,18 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     classes = len(training.classes) or None
-    net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
-    trained, seen = net, _Seen(training, validation)
-    if settings.train == "adapters":
+    net: AdaptiveModel | AnytimeModel | None = open_exits(model, trust)
+    if net is None:
+        net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
+    elif mask or cache:
+        raise InvalidInput(
+            "a network with exits has no masks, and no stem.", next="leave out --mask and --cache."
+        )
+    trained: nn.Module = net
+    seen = _Seen(training, validation)
+    if settings.train == "adapters" and isinstance(net, AdaptiveModel):
         net.add_adapters()  # before the network is cut
-    if cache:
+    if cache and isinstance(net, AdaptiveModel):
         step("running the stem over the data")
         seen = _run_stem(net, seen, settings, device)
         trained, settings = body_of(net), settings.changed({"freeze": "stem", "jitter": 0.0})
@@ -113,7 +124,8 @@ def finetune(
         on_step=on_step,
     )
     data_in_words = f"{training.name} ({len(training)} images)"
-    return TrainingReport(model, net.mask.spec(), data_in_words, outcome, seen.notes)
+    mask = net.mask.spec() if isinstance(net, AdaptiveModel) else f"{len(net.plan.exits)} exits"
+    return TrainingReport(model, mask, data_in_words, outcome, seen.notes)
 
 
 class _Seen(NamedTuple):

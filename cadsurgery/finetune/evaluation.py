@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cadsurgery.data.datasets import is_labelled, sample_of
 from cadsurgery.finetune.batches import Batch, Samples, check_data, prepare
@@ -23,9 +25,10 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
         dense: without labels, the network whose output with everything kept high stands for them; default: `net`.
 
     Returns:
-        `miou` and the other shares `cadsurgery.metrics` gives, and the mean `active_fraction`. Without labels these
-        are agreements, `divergence` is among them, and of maps that are no class scores `relative_error` is in the
-        place of shares; see `FidelityMetrics`.
+        `miou` and the other shares `cadsurgery.metrics` gives, and the mean `active_fraction`; of a network with exits
+        those of the last, and `miou_exit_1`... of the others. Without labels these are agreements, `divergence` is
+        among them, and of maps that are no class scores `relative_error` is in the place of shares; see
+        `FidelityMetrics`.
 
     Raises:
         InvalidInput: no data, samples that are none, or more classes than the network outputs; without labels, a
@@ -44,6 +47,7 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
         )
     device, active = next(net.parameters()).device, 0.0
     metrics: SegmentationMetrics | FidelityMetrics | None = None if has_labels else FidelityMetrics()
+    of_exits: list[SegmentationMetrics] = []  # of a network with exits those before the last
     with torch.inference_mode(), evaluating(net):
         source = pictures_for(net)
         for index in range(len(data)):
@@ -58,12 +62,20 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
             if metrics is None:
                 check_classes(data, logits.shape[1])
                 metrics = SegmentationMetrics(logits.shape[1])
+                of_exits = [SegmentationMetrics(logits.shape[1]) for _ in _earlier(output)]
             metrics.update(resize(logits, labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
+            for one, early in zip(of_exits, _earlier(output), strict=True):
+                one.update(resize(early.float(), labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
     assert metrics is not None
     figures = {name: value for name, value in metrics.compute().items() if isinstance(value, float)}
     if isinstance(net, AdaptiveModel):
         figures["active_fraction"] = active / len(data)
-    return figures
+    return figures | {f"miou_exit_{number}": one.compute()["miou"] for number, one in enumerate(of_exits, 1)}
+
+
+def _earlier(output: Any) -> tuple[Tensor, ...]:
+    """The predictions of a network with exits before the last."""
+    return output[:-1] if isinstance(output, tuple) else ()
 
 
 def check_classes(data: object, outputs: int) -> None:

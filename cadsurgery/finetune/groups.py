@@ -10,15 +10,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cadsurgery.finetune.batches import Batch
-from cadsurgery.finetune.objectives import Objective
+from cadsurgery.finetune.objectives import Objective, adapters_of
 from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.finetune.settings import Settings
+from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.anytime.model import HEADS
 from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 
-_OWN = ("_mask_provider", ADAPTERS)  # children that the original does not have
+_OWN = ("_mask_provider", ADAPTERS, HEADS)  # children that the original does not have
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Group:
     """Parameters trained at one rate, or not at all.
 
     Attributes:
-        name: `classifier`, `backbone`, `mask`, `adapters`, or `fixed`.
+        name: `classifier`, `backbone`, `mask`, `adapters`, `exits`, or `fixed`.
         factor: of the learning rate; 0 for what is fixed.
         parameters: by name; every parameter is in exactly one group.
     """
@@ -94,13 +96,14 @@ def make_groups(
         "backbone": settings.backbone_factor,
         "mask": settings.mask_factor,
         "adapters": 1.0,
+        "exits": 1.0,
         "fixed": 0.0,
     }
     heads = _heads(net)
     others = [child for name, child in net.named_children() if name not in _OWN and child not in heads]
-    of_mask, of_adapters = set[nn.Parameter](), set(adapters_of(net))
-    if isinstance(net, AdaptiveModel):
-        of_mask = set(net.mask.parameters())
+    of_mask = set(net.mask.parameters()) if isinstance(net, AdaptiveModel) else set()
+    of_adapters = adapters_of(net)
+    of_exits = set(net.own_parameters().values()) if isinstance(net, AnytimeModel) else set()
     of_head = {parameter for child in heads for parameter in child.parameters()}
     # A weight shared by both sides moves at the careful rate.
     of_head -= {parameter for child in others for parameter in child.parameters()}
@@ -112,6 +115,8 @@ def make_groups(
             group = "mask"
         elif parameter in of_adapters:
             group = "adapters"
+        elif parameter in of_exits:
+            group = "exits"
         else:
             group = "classifier" if parameter in of_head else "backbone"
         groups[group][name] = parameter
@@ -122,12 +127,6 @@ def make_groups(
             next='call net.requires_grad_(True), or train with freeze="" and another objective.',
         )
     return tuple(Group(name, factors[name], groups[name]) for name in factors if groups[name])
-
-
-def adapters_of(net: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the level adapters of a network; none if it has none."""
-    adapters = net.adapters if isinstance(net, AdaptiveModel) else None
-    return list(adapters.parameters()) if adapters is not None else []
 
 
 def _heads(net: nn.Module) -> list[nn.Module]:
@@ -187,8 +186,12 @@ def stem_of(net: nn.Module) -> IsFixed:
 
 def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
     """Training mode, but evaluation mode of what is fixed, and of batch norms if they are frozen; of level adapters
-    alone that of all: the others are not to notice."""
+    alone that of all: the others are not to notice. Of exits alone their heads and the network itself are in training
+    mode, which fills whole maps, as their statistics need them."""
     net.train(settings.train == "all")
+    if settings.train == "exits" and isinstance(net, AnytimeModel):
+        net.heads.train()
+        net.training = True
     frozen = settings.batch_norm == "frozen"
     for path, module in net.named_modules():
         if is_fixed(path) or (frozen and isinstance(module, _BatchNorm)):

@@ -34,6 +34,7 @@ from cadsurgery.finetune.objectives import Objective, copy_dense, make_objective
 from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
+from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
@@ -72,7 +73,7 @@ def fit(
             Of samples without labels they are fidelity to the network as it started, everything kept high.
         objective: makes the objective of the network; default: what the settings name.
         augment: function (image, labels, seed) -> (image, labels); not for samples with tuples of inputs.
-        train: `all` or `adapters` instead of what the settings say; see `Settings`.
+        train: `all`, `adapters` or `exits` instead of what the settings say; see `Settings`.
         resume: False refuses a folder that holds a run already.
         device: `auto` (a GPU if there is one, or what the launcher says) or `cpu`.
         on_step: called in the main process with each row of the log, once the step is complete.
@@ -86,8 +87,9 @@ def fit(
     settings = (settings or Settings()).changed({"train": train} if train is not None else {})
     check_data(data, "training")
     if not settings.objective:
-        settings = replace(settings, objective="mixed" if is_labelled(data) else "divergence")
-    if isinstance(net, OptimizedModel):
+        name = "mixed" if is_labelled(data) else "divergence"
+        settings = replace(settings, objective="anytime" if isinstance(net, AnytimeModel) else name)
+    if isinstance(net, OptimizedModel) or (isinstance(net, AnytimeModel) and net.program.is_fused):
         raise InvalidInput(
             "an optimised network cannot be trained.",
             why="its weights are folded.",
@@ -142,6 +144,13 @@ class _Run:
                     next="convert it first with cs.adaptify.",
                 )
             self.chosen = set(net.add_adapters().parameters())
+        if settings.train == "exits":
+            if not isinstance(net, AnytimeModel):
+                raise InvalidInput(
+                    f'train="exits" needs a network with exits, not {type(net).__name__}.',
+                    next="convert it first with cs.anytime.",
+                )
+            self.chosen = set(net.own_parameters().values())
         self.is_fixed = stem_of(net) if settings.freeze == "stem" else lambda name: False
         first = next(self._batches(range(1), workers=0))
         self.classes = count_outputs(net, self.data, first)

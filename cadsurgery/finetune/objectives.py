@@ -20,6 +20,7 @@ from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
+from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import KINDS, Kind, divergence, maps_of, resize
 from cadsurgery.support.errors import InvalidInput, check_name
@@ -295,13 +296,92 @@ def _ranker(mask: MaskProvider) -> MaskProvider:
     return _ranker(mask.mask) if isinstance(mask, Budget) else mask
 
 
+@objective("anytime")
+class Anytime(Objective):
+    """Sum over the exits of a network of the cross entropy of its predictions, aggregated as they are used later.
+
+    Without labels, or with a weight for it, of the divergence from what its last exit gives where everything is
+    computed. Trained as published (Liu et al. 2022): where an exit is confident, later losses train earlier exits.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        weights: tuple[float, ...] | list[float] = (),
+        class_weights: tuple[float, ...] | list[float] = (),
+        divergence: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        """Create the objective.
+
+        Args:
+            net: with exits.
+            weights: of the exits; default 1 each.
+            class_weights: of the classes in the cross entropy; default 1 each.
+            divergence: weight of the divergence; default: 1 without labels, else 0.
+            temperature: that softens the class scores of both.
+
+        Raises:
+            InvalidInput: a network without exits, or weights of another number, or below zero.
+        """
+        super().__init__(net)
+        if not isinstance(net, AnytimeModel):
+            raise InvalidInput(
+                f"{type(net).__name__} has no exits.",
+                next="convert it with cs.anytime, or choose another objective.",
+            )
+        for name, given, count in (
+            ("weights", weights, len(net.plan.exits)),
+            ("class_weights", class_weights, net.plan.classes),
+        ):
+            if given and (len(given) != count or min(given) < 0):
+                raise InvalidInput(
+                    f"objective anytime with {name}={tuple(given)}.",
+                    next=f"give {count} numbers of at least 0.",
+                )
+        if not temperature > 0 or (divergence is not None and divergence < 0):
+            raise InvalidInput(
+                f"objective anytime with divergence={divergence}, temperature={temperature}.",
+                next="the temperature must be above 0, the divergence at least 0.",
+            )
+        self.weights = tuple(weights) or (1.0,) * len(net.plan.exits)
+        self.class_weights, self.divergence, self.temperature = tuple(class_weights), divergence, temperature
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+        """Loss, and the loss of each exit."""
+        share = self.divergence if self.divergence is not None else float(labels is None)
+        assert isinstance(self.net, AnytimeModel)
+        target = None
+        if share:
+            everything = 0.0 if self.net.confidence == "entropy" else 1.0
+            with torch.no_grad(), evaluating(self.net):
+                *_, target = self.net(*inputs, threshold=everything)
+        losses = [self._miss(one, labels, target, share) for one in self.net(*inputs)]
+        total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
+        assert isinstance(total, Tensor)
+        return {"loss": total, **{f"exit_{n}": loss.detach() for n, loss in enumerate(losses, 1)}}
+
+    def _miss(self, output: Tensor, labels: Tensor | None, target: Tensor | None, share: float) -> Tensor:
+        loss = output.new_zeros(())
+        if labels is not None:
+            weight = output.new_tensor(self.class_weights).float() if self.class_weights else None
+            loss = loss + cross_entropy(output, labels, weight)
+        if target is not None:
+            apart = divergence(target, output, "classes", self.temperature).mean()
+            loss = loss + share * self.temperature**2 * apart
+        return loss
+
+
 def logits_of(output: Any) -> Tensor:
-    """The class logits (B, C, H, W) among a network's outputs: the tensor itself, or `out` of a dictionary.
+    """The class logits (B, C, H, W) among a network's outputs: the tensor itself, `out` of a dictionary, or the last
+    of several predictions.
 
     Raises:
         InvalidInput: there is none.
     """
     logits = output.get("out") if isinstance(output, Mapping) else output
+    if isinstance(logits, tuple) and logits:
+        logits = logits[-1]
     if not isinstance(logits, Tensor) or logits.dim() != 4:
         raise InvalidInput(
             f"the network returns {describe(logits)}.",
@@ -315,8 +395,13 @@ def copy_dense(net: AdaptiveModel) -> nn.Module | None:
     """A copy of a network as it is now, to be compared with later; None where everything kept high stays as it is
     anyway, because only level adapters are trained."""
     trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
-    own = set(net.adapters.parameters()) if net.adapters is not None else set[nn.Parameter]()
-    return None if trained and trained <= own else copy.deepcopy(net).requires_grad_(False)
+    return None if trained and trained <= adapters_of(net) else copy.deepcopy(net).requires_grad_(False)
+
+
+def adapters_of(net: nn.Module) -> set[nn.Parameter]:
+    """The parameters of the level adapters of a network; none if it has none."""
+    adapters = net.adapters if isinstance(net, AdaptiveModel) else None
+    return set(adapters.parameters()) if adapters is not None else set()
 
 
 def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -373,13 +458,16 @@ def supervised(output: Any, labels: Tensor) -> Tensor:
     return loss
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labelled pixels; 0 if none is. Logits (B, C, h, w) are resized to the labels (B, H, W).
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over the labelled pixels, weighed by class if asked; 0 if none is. Logits (B, C, h, w) are resized to the
+    labels (B, H, W).
 
     Of several processes each divides its sum by the mean number of labelled pixels in a process: the mean of their
     losses, and of their gradients, is that over the labelled pixels of all.
     """
     logits = resize(logits.float(), labels.shape[-2:])
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    count = mean_everywhere((labels != IGNORED).sum().double())
+    total = F.cross_entropy(logits, labels, weight, ignore_index=IGNORED, reduction="sum")
+    is_known = labels != IGNORED
+    mass = is_known.sum() if weight is None else weight[torch.where(is_known, labels, 0)][is_known].sum()
+    count = mean_everywhere(mass.double())
     return total / count.clamp(min=1e-6).to(total)

@@ -8,8 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from cadsurgery.data.networks import Source
+from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.storage import save
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.storage import save, write_tensors
+from cadsurgery.network.storage import write_tensors
 from cadsurgery.tasks.report import Plain
 
 TRAINED = "fine-tuned"  # what the source of a network says of its weights then
@@ -46,7 +48,7 @@ class Outcome(Plain):
 
 def write_network(net: nn.Module, path: Path) -> None:
     """The network as a file: a converted one for `cadsurgery.load`, any other as a state dict."""
-    if isinstance(net, AdaptiveModel):
+    if isinstance(net, (AdaptiveModel, AnytimeModel)):
         # Whatever they were at first, a report should not call them random.
         if isinstance(net.source, Source):
             net.source = replace(net.source, weights=TRAINED)

@@ -22,9 +22,11 @@ from torch import nn
 from cadsurgery.data import SegmentationData, open_data
 from cadsurgery.data.sources import HELD_OUT
 from cadsurgery.finetune.adapters import calibrate_adapters
+from cadsurgery.finetune.checkpoints import Identity, check_same_run, identity_of
 from cadsurgery.finetune.evaluation import evaluate as measure
 from cadsurgery.finetune.gain import GainFit, fit_gain
 from cadsurgery.finetune.loop import fit
+from cadsurgery.finetune.refinement import STEPS, RefinementFit, fit_refinement
 from cadsurgery.finetune.results import write_network
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import Budget
@@ -43,9 +45,11 @@ FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 RANKINGS = ("gain", "detail")
 _FEWEST = HELD_OUT + 2  # photos
 _MEMORY = 2 << 30  # bytes of what the stem gives that are kept for training
-_TRAINING, _RANKING = 0.6, 0.25  # shares of the time
+_TRAINING, _REFINING, _RANKING = 0.45, 0.15, 0.25  # shares of the time
 _TRIAL = 3  # steps that tell how long one takes
-CALIBRATED, TRAINED, NETWORK = (f"{name}.safetensors" for name in ("calibrated", "trained", "net"))
+CALIBRATED, TRAINED, REFINED, NETWORK = (
+    f"{name}.safetensors" for name in ("calibrated", "trained", "refined", "net")
+)
 # Adapters begin at nothing, and a few photos overfit quickly.
 TRAINING = Settings(
     batch=1,
@@ -73,6 +77,7 @@ class TuningReport(Report):
         before: figures of the held-out photos with everything downsampled, calibrated alone.
         after: with trained adapters, too.
         is_adapted: whether they were better, and are in the file.
+        refinement: what fitting refinements reached; None if the network has no map that could be refined.
         gain: what fitting the gain mask reached.
         share: that was to be kept: of agreement with the dense network, or one less the relative error.
         chosen: mask of the file: the least work that keeps it, or what keeps most.
@@ -86,6 +91,7 @@ class TuningReport(Report):
     before: dict[str, float]
     after: dict[str, float]
     is_adapted: bool
+    refinement: RefinementFit | None
     gain: GainFit
     share: float
     chosen: str
@@ -98,11 +104,15 @@ class TuningReport(Report):
         yield from self.evaluation.parts()
         if self.calibrated:
             yield Text(f"{self.calibrated} layers that read means over the image are calibrated")
-        fate = "kept" if self.is_adapted else "left out: no better on photos held out"
         yield Text(
             f"level adapters, {self.steps} steps: divergence with everything downsampled "
-            f"{self.before['divergence']:.4f} before, {self.after['divergence']:.4f} after; {fate}"
+            f"{self.before['divergence']:.4f} before, {self.after['divergence']:.4f} after; {_fate(self.is_adapted)}"
         )
+        if (refined := self.refinement) is not None:
+            yield Text(
+                f"refinement, {refined.images} images: divergence {refined.before:.4f} before, "
+                f"{refined.after:.4f} after; {_fate(refined.is_better)}"
+            )
         shares = ", ".join(f"{name} {percent(value)} %" for name, value in self.gain.captured.items())
         yield Text(f"of what is lost lies in the tenth of the patches ranked best: {shares}")
         row = next(row for row in self.evaluation.rows if row.mask == self.chosen)
@@ -135,8 +145,8 @@ def tune(
     step: Step = silent,
     trust: bool = False,
 ) -> TuningReport:
-    """Fit level adapters and a gain mask to photos without labels, and choose the budget that keeps a share of what the
-    network gives at full resolution.
+    """Fit level adapters, refinements and a gain mask to photos without labels, and choose the budget that keeps a
+    share of what the network gives at full resolution.
 
     The weights of the network stay as they are, and with them all it gives with everything high. Every eighth photo is
     held out to measure on. Interrupted, it goes on where it was when called again with the same arguments; the number
@@ -148,7 +158,7 @@ def tune(
         output: folder of the run, which gets `net.safetensors`, `report.json` and `curve.png`.
         minutes: of processor time for all that is fitted; measuring comes on top.
         keep: share in 0..1.
-        steps: of the adapters' training instead of what the time allows.
+        steps: of the adapters' training instead of what the time allows, and of the refinements'.
         seed: of everything random.
         fractions: budgets that are measured, in 0..1.
         rounds: of timing on the first photo; 0 for none.
@@ -186,15 +196,18 @@ def tune(
         net = open_converted(net, "", options, weights=weights, trust=trust)
     net = copy.deepcopy(net).eval()
     net.mask = "none"
-    stated = {"photos": photos.name, "count": len(photos), "minutes": minutes, "seed": seed}
-    run = _Run(net, others, folder, {**stated, "network": checksum(net.state_dict())}, step)
+    settings = replace(TRAINING, seed=seed)
+    identity = identity_of(net, photos, None, settings, processes=1)
+    identity |= {"minutes": minutes, "steps": steps, "weights": checksum(net.state_dict())}
+    run = _Run(net, others, folder, identity, step)
     calibrated = run.calibrate()
     before = measure(net, held_out)
-    count = run.train(minutes, steps, seed)
+    count = run.train(minutes, steps, settings)
     after = measure(net, held_out)
     is_adapted = after["divergence"] < before["divergence"]
     if not is_adapted:
         run.calibrate()
+    refinement = run.refine(minutes, steps or STEPS, seed)
     gain = run.rank(minutes, seed)
     fitted = net.mask
     masks = {
@@ -203,6 +216,7 @@ def tune(
         for fraction in fractions
     }
     evaluation = evaluate(net, held_out, list(masks.values()), rounds=rounds, step=step, trust=trust)
+    assert isinstance(evaluation, EvaluationReport)  # no network with exits
     names = iter(masks)  # without options that are the defaults
     named = tuple(row if row.anchor else replace(row, mask=next(names)) for row in evaluation.rows)
     evaluation = replace(evaluation, rows=named)
@@ -217,6 +231,7 @@ def tune(
         before=before,
         after=after,
         is_adapted=is_adapted,
+        refinement=refinement,
         gain=gain,
         share=keep,
         chosen=chosen.mask,
@@ -236,27 +251,20 @@ class _Run:
         net: that is tuned, in place.
         photos: to tune by.
         folder: of the run.
-        stated: what makes it this run.
+        identity: what makes it this run.
         step: called with what is being done.
     """
 
     net: AdaptiveModel
     photos: SegmentationData
     folder: Path
-    stated: dict[str, Any]
+    identity: Identity
     step: Step
 
     def __post_init__(self) -> None:
         """Refuse the folder of another run."""
-        known = self._read()
-        changed = [name for name, value in self.stated.items() if known.get(name, value) != value]
-        if changed:
-            raise InvalidInput(
-                f"{self.folder} holds another run.",
-                where=f"{', '.join(changed)} differ",
-                next="choose another output folder, or give the same arguments to go on.",
-            )
-        self._note(**self.stated)
+        check_same_run(self._read().get("identity", self.identity), self.identity, self.folder)
+        self._note(identity=self.identity)
 
     def _read(self) -> dict[str, Any]:
         path = self.folder / "tune.json"
@@ -297,13 +305,12 @@ class _Run:
             write_tensors(self.folder / CALIBRATED, adapters.state_dict())
         return int(self._read()["calibrated"])
 
-    def train(self, minutes: float, steps: int, seed: int) -> int:
+    def train(self, minutes: float, steps: int, settings: Settings) -> int:
         """All level adapters, by the divergence from the network itself; for how many steps."""
         adapters = self.net.add_adapters()
         if not self._restore(TRAINED, adapters):
             self.step("running the stem over the photos")
             cached, body = self._cache(), body_of(self.net)
-            settings = replace(TRAINING, seed=seed)
             count = steps or self._read().get("steps", 0)
             if not count:
                 self.step("measuring a step")
@@ -319,6 +326,21 @@ class _Run:
             )
             write_tensors(self.folder / TRAINED, adapters.state_dict())
         return int(self._read()["steps"])
+
+    def refine(self, minutes: float, steps: int, seed: int) -> RefinementFit | None:
+        """Refinements; None if the network has no map that could be refined."""
+        try:
+            adapters = self.net.add_refinement()
+        except InvalidInput:
+            return None
+        if not self._restore(REFINED, adapters):
+            self.step("refining what is interpolated")
+            refined = fit_refinement(
+                self.net, self.photos, minutes=_REFINING * minutes, steps=steps, seed=seed
+            )
+            self._note(refinement=refined.to_dict())
+            write_tensors(self.folder / REFINED, adapters.state_dict())
+        return RefinementFit(**self._read()["refinement"])
 
     def _cache(self) -> CachedStem:
         """What the stem gives for as many photos as memory is for, evenly spread, each mirrored too."""
@@ -355,6 +377,10 @@ def _select(data: SegmentationData, places: Sequence[int]) -> SegmentationData:
 
 def _read_alone(read: Callable[[int], tuple[Any, Any]], places: Sequence[int], position: int) -> Any:
     return read(places[position])[0], None
+
+
+def _fate(is_better: bool) -> str:
+    return "kept" if is_better else "left out: no better on photos held out"
 
 
 def _share(row: EvaluationRow) -> float:

@@ -1,4 +1,5 @@
-"""Level adapters put into a rewritten graph: one behind each layer of the region below full resolution."""
+"""Adapters put into a rewritten graph: level adapters, one behind each layer of the region below full resolution, and
+refinements of the maps that come of it."""
 
 from __future__ import annotations
 
@@ -6,16 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.adapters import LevelAdapter
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.elements.refinement import Refinement
+from cadsurgery.network.macs import Counter, ghost
 from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.surgery.arguments import example_of
 from cadsurgery.surgery.hooks import acts_as
+from cadsurgery.surgery.rewrite import WORK, ask_mask
 
 # Where the graphs find them in the network that runs them. Its state dict leaves them out, as it does the mask.
 ADAPTERS = "_adapters"
+LEVELS, REFINEMENTS = "levels", "refinements"  # the kinds there are
+_REFINEMENT = "refinement__"  # how names of refinements begin
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class _Place:
 
 
 def make_adapters(program: Program) -> nn.ModuleDict:
-    """An adapter that changes nothing for each layer of a program that can have one, by the name of the layer."""
+    """A level adapter that changes nothing for each layer of a program that can have one, by the name of the layer."""
     levels = program.geometry.max_level
     adapters = {
         name: LevelAdapter(levels, place.like.shape[0], place.like) for name, place in _named(program).items()
@@ -44,28 +52,139 @@ def make_adapters(program: Program) -> nn.ModuleDict:
     return nn.ModuleDict(adapters)
 
 
+def make_refinements(program: Program, hidden: int) -> nn.ModuleDict:
+    """A refinement that adds nothing for each map of a program that can have one."""
+    like = next(program.net.parameters())
+    refinements = {
+        name: Refinement(found.features, found.channels, hidden, like)
+        for name, found in _refined(program).items()
+    }
+    return nn.ModuleDict(refinements)
+
+
 def with_adapters(program: Program, names: set[str]) -> Program:
-    """The program with a call of each adapter behind its layer; of another way through the network those it has."""
+    """The program with a call of each adapter and refinement of these names where it belongs; of another way through
+    the network those it has."""
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     graph.output(graph.graph_copy(program.graph, copies))
-    for name, place in _named(program).items():
+    kinds = {kind_of(name) for name in names}
+    for name, place in _named(program).items() if LEVELS in kinds else ():
         if name in names:
-            behind = copies[place.behind]
-            users = list(behind.users)
-            with graph.inserting_after(behind):
-                adapter = graph.get_attr(f"{ADAPTERS}.{name}")
-            with graph.inserting_after(adapter):
-                if place.image is None:
-                    adapted = graph.call_function(functional.adapt, (behind, adapter))
-                else:
-                    adapted = graph.call_function(
-                        functional.adapt_vector, (copies[place.image], behind, adapter)
-                    )
-            for user in users:
-                user.replace_input_with(behind, adapted)
+            image = () if place.image is None else (copies[place.image],)
+            call = functional.adapt if place.image is None else functional.adapt_vector
+            _insert(graph, name, copies[place.behind], call, before=image)
+    for name, found in _refined(program).items() if REFINEMENTS in kinds else ():
+        if name in names:
+            masking = next(node for node in graph.nodes if node.target is ask_mask)
+            behind, seen = copies[found.behind], (masking.args[2], masking)
+            if found.behind.target is functional.resize_to_dense:
+                seen = (*behind.args, *seen)
+                refined = _insert(
+                    graph, name, behind, functional.refine_resized, (), seen, dict(behind.kwargs)
+                )
+            else:
+                refined = _insert(graph, name, behind, functional.refine, (), seen)
+            refined.meta[WORK] = next(node.meta[WORK] for node in _upwards(found.behind) if WORK in node.meta)
     graph.lint()
     return replace(program, graph=graph)
+
+
+def kind_of(name: str) -> str:
+    """Which kind an adapter is of."""
+    return REFINEMENTS if name.startswith(_REFINEMENT) else LEVELS
+
+
+def _insert(
+    graph: fx.Graph,
+    name: str,
+    behind: fx.Node,
+    call: Any,
+    before: tuple[Any, ...] = (),
+    after: tuple[Any, ...] = (),
+    options: dict[str, Any] | None = None,
+) -> fx.Node:
+    """A call of a function with the arguments `before`, a value, `after` and an adapter, in place of that value."""
+    users = list(behind.users)
+    with graph.inserting_after(behind):
+        adapter = graph.get_attr(f"{ADAPTERS}.{name}")
+    with graph.inserting_after(adapter):
+        adapted = graph.call_function(call, (*before, behind, *after, adapter), options)
+    for user in users:
+        user.replace_input_with(behind, adapted)
+    return adapted
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A map that is refined: its node, its channels, and those of the entering features."""
+
+    behind: fx.Node
+    channels: int
+    features: int
+
+
+def _refined(program: Program) -> dict[str, _Map]:
+    """The last maps of the fine size that are made of what the region gives, and resizes that leave it for another
+    size, by names in order."""
+    counter = _Shapes(program.on(ghost(program.net)))
+    plan = program.plan
+    dtype = next((p.dtype for p in program.net.parameters()), torch.float32)
+    arguments = (
+        example_of(plan.call) if plan.call else program.bind(torch.zeros(plan.example_shape, dtype=dtype))
+    )
+    with torch.no_grad():
+        counter.count(program.uniform(0), arguments)
+    nodes = list(program.graph.nodes)
+    masking = next(node for node in nodes if node.target is ask_mask)
+    features = counter.maps[masking.args[2]]
+    behind: set[fx.Node] = set()
+    for node in nodes:
+        operation = operation_of(node.target)
+        is_exit = operation is not None and operation.gives == "dense"
+        if is_exit or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    fine = [
+        node
+        for node in nodes
+        if (node in behind and node.op != "output" and counter.is_like(node, features))
+        or node.target is functional.resize_to_dense
+    ]
+    before = {source for node in fine for source in _upwards(node) if source is not node}
+    last = [node for node in fine if node not in before]
+    return {
+        f"{_REFINEMENT}{number}": _Map(node, counter.maps[node].shape[1], features.shape[1])
+        for number, node in enumerate(last)
+    }
+
+
+class _Shapes(Counter):
+    """Notes the maps that are made, without their values."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.maps: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node, noted if it is a map."""
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+            self.maps[n] = value
+        return value
+
+    def is_like(self, node: fx.Node, features: Tensor) -> bool:
+        """Whether a node gives a map of the size of the features."""
+        found = self.maps.get(node)
+        return found is not None and found.shape[2:] == features.shape[2:] and len(found) == len(features)
+
+
+def _upwards(node: fx.Node) -> Iterator[fx.Node]:
+    """A node and what it is made of, nearest first."""
+    waiting, seen = [node], {node}
+    for one in waiting:
+        yield one
+        waiting += (new := [source for source in one.all_input_nodes if source not in seen])
+        seen.update(new)
 
 
 def _named(program: Program) -> dict[str, _Place]:

@@ -65,7 +65,7 @@ def plan(
         CannotConvert: the network cannot be traced, or has nothing that can be made adaptive.
         InvalidInput: an impossible output stride; the possible ones are listed.
     """
-    whole = _copy(model)
+    whole = copy_network(model)
     path, facts = traceable_part(whole, example_input)
     if path:
         check_used(whole, path, facts.example)
@@ -135,7 +135,7 @@ def adaptify(
         UnknownName: an unknown mask, option or region; the message lists the closest names.
     """
     provider = resolve_mask(mask)
-    whole = _copy(model)
+    whole = copy_network(model)
     path, facts = traceable_part(whole, example_input)
     if path and verify_laws:
         check_used(whole, path, facts.example)
@@ -271,7 +271,7 @@ def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:
     return "auto" if path and region == "backbone" else region
 
 
-def _copy(model: object) -> nn.Module:
+def copy_network(model: object) -> nn.Module:
     """A copy that can be changed, every module in its own mode."""
     model = check_network(model)
     try:

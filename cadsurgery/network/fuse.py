@@ -73,6 +73,7 @@ class _Fusion:
         activation: applied last.
         leaves: where its elements become the fine map on the way to the tail.
         levels: scale and shift of each level, done to the convolution of elements.
+        floor: (O,) what it gives where the convolution itself, its bias included, gives zero; None for zero.
     """
 
     tail: fx.Node
@@ -83,6 +84,7 @@ class _Fusion:
     activation: Activation | None = None
     leaves: fx.Node | None = None
     levels: Factors | None = None
+    floor: Tensor | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -100,9 +102,12 @@ class _Fusion:
         bias = bias + shift.double() if shift is not None else bias
         weight = self.weight.double() * wide.view(-1, *(1,) * (self.weight.dim() - 1))
         has_bias = self.bias is not None or shift is not None
+        floor = self.floor.double() * wide if self.floor is not None else torch.zeros_like(wide)
+        floor = floor + shift.double() if shift is not None else floor
         return replace(
             self,
             tail=tail,
+            floor=floor.to(self.weight),
             weight=weight.to(self.weight),
             bias=bias.to(self.weight) if has_bias else None,
             levels=levels,
@@ -391,6 +396,8 @@ class Fuser:
         else:
             padding = (0, 0) if module.padding == "valid" else module.padding
             kernel = PackedConv(*parts, (module.stride, padding, module.dilation))
+        kernel.origin = node.name  # type: ignore[assignment]
+        kernel.register_buffer("floor", fusion.floor, persistent=False)
         self.kernels.add_module(name, kernel)
         if not on_elements:
             more = (fusion.residual,) if fusion.residual is not None else ()

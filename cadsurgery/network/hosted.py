@@ -118,8 +118,20 @@ class HostedModel(AdaptiveModel):
         inputs, named = arguments
         return self.part.macs(*inputs, mask=mask, rule=rule, **named)
 
-    def optimize(self, fuse: bool = True) -> HostedModel:
-        """A copy with the part optimised; see `AdaptiveModel.optimize`."""
+    def optimize(
+        self, fuse: bool = True, *, precision: str = "float", calibration: Any = None
+    ) -> HostedModel:
+        """A copy with the part optimised; see `AdaptiveModel.optimize`.
+
+        Raises:
+            InvalidInput: it is to be put into 8 bits: calibration runs a network as a whole.
+        """
+        if precision != "float" or calibration is not None:
+            raise InvalidInput(
+                "a network that hosts its adaptive part is not put into another precision.",
+                why="images show the ranges of a network that is adaptive as a whole.",
+                next="convert the part itself, cs.adaptify(model.backbone), and optimize() that.",
+            )
         host = copy.deepcopy(self._host[0], copying(self)).eval().requires_grad_(False)
         return HostedModel(host, self._path, self.part.optimize(fuse))
 

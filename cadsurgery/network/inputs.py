@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery.elements.backends.integer_layers import to_bytes
 from cadsurgery.elements.functional import to_elements
 from cadsurgery.elements.lattice import describe
 from cadsurgery.support.errors import InvalidInput, first_line
@@ -66,7 +67,8 @@ def wrong_type(image: Tensor, dtype: torch.dtype) -> InvalidInput | None:
 
 def first_types(net: nn.Module, graph: fx.Graph) -> set[torch.dtype]:
     """Types of the weights that are applied to the image as it is given."""
-    return {weight.dtype for weight, _ in _readers(net, graph)}
+    types = {weight.dtype for weight, _ in _readers(net, graph)}
+    return {torch.float32 if dtype == torch.int8 else dtype for dtype in types}
 
 
 def _wrong_channels(image: Tensor, channels: int) -> InvalidInput:
@@ -93,7 +95,7 @@ def _readers(net: nn.Module, graph: fx.Graph) -> Iterator[tuple[Tensor, int]]:
     image: Any = next((node.args[1] for node in graph.nodes if node.target is ask_mask), None)
     waiting = [(image, user) for user in image.users] if image is not None else []
     for source, node in waiting:
-        if node.target is to_elements:
+        if node.target in (to_elements, to_bytes):
             waiting += [(node, user) for user in node.users]
             continue
         if not node.args or node.args[0] is not source:

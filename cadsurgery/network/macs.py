@@ -179,17 +179,18 @@ class LayerWork:
 
     Attributes:
         layer: its name.
-        places: stage and fine size of a lattice it runs on, None where it is dense; MACs per element, or in all.
+        places: stage and fine size of a lattice it runs on; MACs per element.
+        dense: MACs where it is dense: with everything high, and else.
     """
 
     layer: str
-    places: tuple[tuple[Place, int], ...]
+    places: tuple[tuple[tuple[int, tuple[int, int]], int], ...]
+    dense: tuple[int, int]
 
     def on(self, lattice: Lattice) -> int:
         """MACs on the lattice of a run, any stage of it."""
-        return sum(
-            work if place is None else work * lattice.resample(*place).count for place, work in self.places
-        )
+        dense = self.dense[lattice.uniform_level != 0]
+        return dense + sum(work * lattice.resample(*place).count for place, work in self.places)
 
 
 def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | None:
@@ -208,7 +209,14 @@ def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | Non
     for counter, level in ((high, 0), (low, counted.geometry.max_level)):
         with torch.no_grad(), counter.flops:
             lattice = counter.count(counted.uniform(level), counted.bind(image))
-    layers = tuple(LayerWork(name, tuple(places.items())) for name, places in high.work.items())
+    layers = tuple(
+        LayerWork(
+            name,
+            tuple((place, work) for place, work in places.items() if place is not None),
+            (places.get(None, 0), low.work[name].get(None, 0)),
+        )
+        for name, places in high.work.items()
+    )
     return layers if {layer.layer: layer.on(lattice) for layer in layers} == low.counts else None
 
 

@@ -21,7 +21,15 @@ from cadsurgery.masks.masking import NEEDS_STATIC
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, Unit, read_normalisation
-from cadsurgery.network.adapters import ADAPTERS, make_adapters, with_adapters
+from cadsurgery.network.adapters import (
+    ADAPTERS,
+    LEVELS,
+    REFINEMENTS,
+    kind_of,
+    make_adapters,
+    make_refinements,
+    with_adapters,
+)
 from cadsurgery.network.macs import MacReport, count_macs, ghost
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
@@ -38,6 +46,7 @@ class AdaptiveModel(nn.Module):
     `active_fraction` tell what was kept; `checks` holds the laws verified when it was made.
     """
 
+    quantisation: Any = None  # what an optimised copy has in 8 bits, see `quantise.Quantisation`
     hosts_part = False  # whether it runs as it was, with a part of it adaptive; see `HostedModel`
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:
@@ -230,10 +239,11 @@ class AdaptiveModel(nn.Module):
 
     @property
     def adapters(self) -> nn.ModuleDict | None:
-        """A scale and a shift for each layer at each level below full resolution, by layer; see `add_adapters`."""
+        """Level adapters by layer, see `add_adapters`, and refinements, see `add_refinement`."""
         adapters = self.adaptive_part._modules.get(ADAPTERS)
-        assert adapters is None or isinstance(adapters, nn.ModuleDict)
-        return adapters
+        return (
+            adapters if isinstance(adapters, nn.ModuleDict) else None
+        )  # an optimised copy has what is left of them
 
     def add_adapters(self) -> nn.ModuleDict:
         """Give each convolution and linear layer of the region a `LevelAdapter`, once; they change nothing yet.
@@ -247,20 +257,54 @@ class AdaptiveModel(nn.Module):
         Raises:
             InvalidInput: the network is an optimised copy, or has no layer below full resolution.
         """
+        return self._add(
+            LEVELS,
+            make_adapters,
+            "layer that could have a level adapter",
+            "they are folded away in an optimised copy, and stand behind layers of the region.",
+        )
+
+    def add_refinement(self, hidden: int = 48) -> nn.ModuleDict:
+        """Give each last map of the fine size that is made of the region a `Refinement`, once; it changes nothing yet.
+
+        It adds to what is interpolated what the entering features tell, within two pixels of what is downsampled: the
+        rest stays bit for bit what it is. `cs.finetune.fit_refinement` teaches it.
+
+        Args:
+            hidden: its channels.
+
+        Returns:
+            `adapters`, the refinements among them.
+
+        Raises:
+            InvalidInput: the network is an optimised copy, or what its region gives is of another size than the map
+                that enters it.
+        """
+        return self._add(
+            REFINEMENTS,
+            partial(make_refinements, hidden=hidden),
+            "map that could be refined",
+            "an optimised copy gets none, and a map behind the region must have the size of the one that enters it.",
+        )
+
+    def _add(self, kind: str, make: Callable[[Program], nn.ModuleDict], what: str, why: str) -> nn.ModuleDict:
+        """Adapters of a kind, unless there are some of it."""
         part = self.adaptive_part
-        if part.adapters is None:
-            adapters = make_adapters(part.program) if not part.program.is_fused else nn.ModuleDict()
-            if not len(adapters):
-                raise InvalidInput(
-                    f"{type(self).__name__} has no layer that could have a level adapter.",
-                    why="they are folded away in an optimised copy, and stand behind layers of the region.",
-                    next="add them to what cs.adaptify(...) gave, before optimize().",
-                )
-            part.add_module(ADAPTERS, adapters)
-            part._program = with_adapters(part.program, set(adapters)).on(part)
-            part._ways = {}
-        assert part.adapters is not None
-        return part.adapters
+        adapters = part.adapters if part.adapters is not None else nn.ModuleDict()
+        if any(kind_of(name) == kind for name in adapters):
+            return adapters
+        made = make(part.program) if not part.program.is_fused else nn.ModuleDict()
+        if not len(made):
+            raise InvalidInput(
+                f"{type(self).__name__} has no {what}.",
+                why=why,
+                next="add them to what cs.adaptify(...) gave, before optimize().",
+            )
+        adapters.update(dict(made.items()))
+        part.add_module(ADAPTERS, adapters)
+        part._program = with_adapters(part.program, set(made)).on(part)
+        part._ways = {}
+        return adapters
 
     @property
     def lattice(self) -> Lattice:
@@ -301,7 +345,9 @@ class AdaptiveModel(nn.Module):
         """What its operations are counted on: shapes without values."""
         return ghost(self).program
 
-    def optimize(self, fuse: bool = True) -> AdaptiveModel:
+    def optimize(
+        self, fuse: bool = True, *, precision: str = "float", calibration: Any = None
+    ) -> AdaptiveModel:
         """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
 
         It is called like this network and gives the same to rounding, without gradients. The weights are those of
@@ -311,10 +357,20 @@ class AdaptiveModel(nn.Module):
         Args:
             fuse: False folds batch norm only and leaves everything else to torch, as one would do by hand: at a
                 uniform mask that is the best ordinary dense network, what `cadsurgery bench` compares with.
-        """
-        from cadsurgery.network.optimized import OptimizedModel  # which is made of this class
+            precision: `float`: that of the network's weights. `int8`: weights and features in 8 bits wherever a kernel
+                is made for it and the images say that it does little harm, the rest in float32; `quantisation` of the
+                copy tells. Where the processor has no instructions for it, a warning says so and the copy is float.
+            calibration: for `int8`, image batches (B, C, H, W) like those that the network will see, prepared as it
+                takes them, some 8 to 100 images; no labels. They are run with the network's own mask.
 
-        return OptimizedModel(self, fuse)
+        Raises:
+            UnknownName: an unknown precision.
+            InvalidInput: no images for `int8` or images without it, or a network that is not in float32 on the CPU.
+            CannotConvert: no layer can be in 8 bits.
+        """
+        from cadsurgery.network.optimized import OptimizedModel, in_precision  # which are made of this class
+
+        return in_precision(OptimizedModel(self, fuse), precision, calibration)
 
     def __getattr__(self, name: str) -> Any:
         """Modules and parameters, and the original's data such as `num_classes`; not its methods, which would run it
@@ -329,10 +385,8 @@ class AdaptiveModel(nn.Module):
             return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in (
-            "mask",
-            "normalisation",
-        ):  # nn.Module would register a provider, a module, under this name
+        # nn.Module would register a provider, a module, under the name of the property.
+        if name in ("mask", "normalisation"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

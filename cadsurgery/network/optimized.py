@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.network.fuse import KERNELS, fuse
 from cadsurgery.network.macs import ghost
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.network.quantise import quantise
+from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
 from cadsurgery.surgery.hooks import Watched, child, settle, take_over
+
+PRECISIONS = (FLOAT := "float", "int8")
 
 
 class OptimizedModel(AdaptiveModel):
@@ -59,8 +64,19 @@ class OptimizedModel(AdaptiveModel):
         """That of the network it was made from."""
         return self._counted[0].program
 
-    def optimize(self, fuse: bool = True) -> OptimizedModel:
-        """Itself: it is optimised."""
+    def optimize(
+        self, fuse: bool = True, *, precision: str = "float", calibration: Any = None
+    ) -> OptimizedModel:
+        """Itself: it is optimised.
+
+        Raises:
+            InvalidInput: another precision is asked for.
+        """
+        if precision != FLOAT:
+            raise InvalidInput(
+                f"an optimised network is not put into {precision}.",
+                next="ask the network it was made from: net.optimize(precision=..., calibration=images).",
+            )
         return self
 
     def train(self, mode: bool = True) -> OptimizedModel:
@@ -77,6 +93,29 @@ class OptimizedModel(AdaptiveModel):
             )
         super().train(False)
         return self
+
+
+def in_precision(fast: OptimizedModel, precision: str, calibration: Any) -> OptimizedModel:
+    """The copy itself, in the precision that was asked for; see `AdaptiveModel.optimize`."""
+    if precision not in PRECISIONS:
+        raise UnknownName("precision", precision, PRECISIONS)
+    if (precision == "int8") != (calibration is not None):
+        raise InvalidInput(
+            f"precision {precision} {'lacks images' if calibration is None else 'takes no images'} to calibrate by.",
+            next='net.optimize(precision="int8", calibration=images): image batches as the network takes them.',
+        )
+    if precision == FLOAT:
+        return fast
+    if form_here() is None:
+        warnings.warn(
+            "this copy is not in 8 bits: there is no compiled code for it here (AVX512-VNNI or AVX2, Linux, a C "
+            "compiler). It stays in float; .to(torch.bfloat16) is faster where the processor has bfloat16.",
+            CadWarning,
+            stacklevel=3,
+        )
+        return fast
+    fast.quantisation = quantise(fast, calibration)
+    return fast
 
 
 def _is_data(name: str, value: Any) -> bool:

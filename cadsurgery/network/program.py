@@ -168,9 +168,7 @@ class Program:
 
     def at_level(self, level: int, values: tuple[Any, ...]) -> Any:
         """What the second half gives with everything at a level; what the first half gave is left as it is."""
-        # Clones: the region may work in place on what enters it.
-        again = tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
-        return self._run_halves[1](self.names(), self.uniform(level), *again)[0]
+        return self._run_halves[1](self.names(), self.uniform(level), *clone_values(values))[0]
 
     def uniform(self, level: int) -> Callable[[Tensor, Tensor], Lattice]:
         """The masking with everything at a level."""
@@ -230,6 +228,11 @@ class Program:
                 lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
             )
         return lattice
+
+
+def clone_values(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the first half gave, to be used more than once: the region may work in place on what enters it."""
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
 
 
 class Names:

@@ -22,6 +22,7 @@ from cadsurgery.data.networks import Source, build_again
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
 from cadsurgery.masks.unit import Normalisation, Unit
+from cadsurgery.network.adapters import LEVELS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
@@ -33,13 +34,15 @@ from cadsurgery.surgery.arguments import example_of
 from cadsurgery.surgery.plan import Plan
 
 FORMAT = 3  # 1: no checksums; 2: no normalisation, masks see the input as it comes
-_KEY = "cadsurgery"
+KEY = "cadsurgery"
+METHOD = "method"  # which other surgery made the network, where another one did
+_AGAIN = "fetch the file again, or write it again with cs.save."
 _CHECKSUM = "sha256"  # of the other metadata, which hold that of the tensors
 _MASK = "cadsurgery.mask."  # prefix of what belongs to the mask
 _ADAPTERS = "cadsurgery.adapters."  # and to level adapters
 _NO_MASK = "a function or provider of your own, which a file cannot hold"
-_LONGEST = 2**25  # characters of metadata, and values of an example image, without the word of the user
-_OTHER_MODEL = "pass the architecture it was converted from."
+LONGEST = 2**25  # characters of metadata, and values of an example image, without the word of the user
+OTHER_MODEL = "pass the architecture it was converted from."
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_GEOMETRY = ("anchor", "fill", "pool", "patch", "statistics")
 _OPTIONS = {
@@ -89,7 +92,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "plan": net.plan.to_json(),
         "tensors": checksum(tensors),
     }
-    write_tensors(Path(path), tensors, {_KEY: seal(metadata)})
+    write_tensors(Path(path), tensors, {KEY: seal(metadata)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -154,16 +157,16 @@ def load(
     source, stored = stated.source, stated.plan
     if source is not None and not trust:
         source = replace(source, untrusted=str(path))
-    if math.prod(stored.example_shape) > _LONGEST and not trust:
+    if math.prod(stored.example_shape) > LONGEST and not trust:
         raise FileError(
             f"the metadata of {path} is damaged.",
             why=f"an example of shape {stored.example_shape} is too large to be made on the word of a file.",
             next="if you know the file, pass trust=True (--trust).",
         )
     if model is None:
-        model = _build(path, source, tensors)
+        model = build_stated(path, source, tensors)
     options = {**stated.options, "output_stride": stored.output_stride}
-    with _refuse(f"{path} does not fit this model.", _OTHER_MODEL):
+    with refuse(f"{path} does not fit this model.", OTHER_MODEL):
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
         example: Any = torch.zeros(stored.example_shape, dtype=dtype)
         if stored.call:
@@ -177,13 +180,13 @@ def load(
             why=f"it was written with {_list(stated.versions)}; here are {_list(versions())}.",
             next="pass the model it was converted from, or convert again.",
         )
-    _check_types(path, tensors, net.state_dict())
-    with _refuse(f"the parameters in {path} do not fit the model.", _OTHER_MODEL):
+    check_types(path, tensors, net.state_dict())
+    with refuse(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
         net.load_state_dict(tensors, assign=True)  # the stored types, e.g. bfloat16
     if of_adapters:
-        with _refuse(f"the level adapters in {path} do not fit the model.", _OTHER_MODEL):
-            adapters = net.add_adapters()
-            _check_types(path, of_adapters, adapters.state_dict())
+        with refuse(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
+            adapters = _add(net, of_adapters)
+            check_types(path, of_adapters, adapters.state_dict())
             adapters.load_state_dict(of_adapters, assign=True)
     net.adaptive_part.lay_out()
     net.source = source
@@ -198,11 +201,20 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         FileError: missing, damaged or foreign file.
     """
-    header = _open(path, False)[0]
+    header = open_file(path, False)[0]
     _check_stated(path, header)
-    values = dict(json.loads(header[_KEY]))
+    values = dict(json.loads(header[KEY]))
     values.pop(_CHECKSUM, None)
     return values
+
+
+def read_method(path: str | Path) -> str:
+    """The method that made the network of a file; "" of an adaptive one.
+
+    Raises:
+        FileError: missing, damaged or foreign file.
+    """
+    return str(check_metadata(path, open_file(path, False)[0]).get(METHOD, ""))
 
 
 def seal(metadata: Mapping[str, Any]) -> str:
@@ -231,18 +243,28 @@ _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": 
 
 
 def _read(path: str | Path) -> tuple[_Stated, dict[str, Tensor]]:
-    header, tensors = _open(path, True)
+    header, tensors = open_file(path, True)
     stated = _check_stated(path, header)
-    if stated.format > 1 and stated.tensors != checksum(tensors):
+    if stated.format > 1:
+        check_tensors(path, stated.tensors, tensors)
+    return stated, tensors
+
+
+def check_tensors(path: str | Path, stated: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those that were written.
+
+    Raises:
+        FileError: their checksum is another.
+    """
+    if stated != checksum(tensors):
         raise FileError(
             f"{path} is damaged.",
             why="its parameters are not those that were written: their checksum is another.",
             next="fetch or write the file again.",
         )
-    return stated, tensors
 
 
-def _open(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors as they lie in the file."""
     place = fetch(str(path)) if is_address(path) else Path(path)
     if not place.is_file():
@@ -250,7 +272,7 @@ def _open(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Te
     try:
         with safe_open(place, framework="pt") as file:
             header = file.metadata() or {}
-            names = list(file.keys()) if tensors and _KEY in header else []
+            names = list(file.keys()) if tensors and KEY in header else []
             # Copied: in the file they lie at any address, and convolutions round by how memory is aligned.
             values = {name: file.get_tensor(name).clone() for name in names}
     except Exception as error:  # of many kinds, for types that torch does not have too
@@ -259,7 +281,7 @@ def _open(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Te
             why=f"{first_line(error)}; it may be truncated.",
             next="write it again with cs.save or cadsurgery convert.",
         ) from error
-    if _KEY not in header:
+    if KEY not in header:
         raise FileError(
             f"{path} was not written by cadsurgery.",
             why="it holds no plan.",
@@ -270,11 +292,34 @@ def _open(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Te
 
 def _check_stated(path: str | Path, header: Mapping[str, str]) -> _Stated:
     """What the metadata say, once they are known to be what was written."""
-    text = header[_KEY]
-    with _refuse(
-        f"the metadata of {path} is damaged.", "fetch the file again, or write it again with cs.save."
-    ):
-        if len(text) > _LONGEST:
+    with refuse(f"the metadata of {path} is damaged.", _AGAIN):
+        values = check_metadata(path, header)
+        if METHOD in values:
+            raise FileError(
+                f"{path} holds a network of another method, {values[METHOD]!r:.60}.",
+                why="an adaptive network is expected here.",
+                next="read it with cs.load(path).",
+            )
+        fields = check_fields(values, _IN_FILE, "it")
+        fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
+        fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
+        fields["plan"] = Plan.from_json(fields["plan"])
+        if fields["format"] < 3:
+            fields["normalisation"] = Normalisation(
+                origin=f"as when its file was written, of format {fields['format']}"
+            )
+        return _Stated(**fields)
+
+
+def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """The values of the metadata of a file, once they are known to be what was written.
+
+    Raises:
+        FileError: they are not, or were written by a later version.
+    """
+    text = header[KEY]
+    with refuse(f"the metadata of {path} is damaged.", _AGAIN):
+        if len(text) > LONGEST:
             raise ValueError(f"it has {len(text)} characters.")
         values = json.loads(text)
         checksum = values.pop(_CHECKSUM, None)
@@ -288,15 +333,7 @@ def _check_stated(path: str | Path, header: Mapping[str, str]) -> _Stated:
             )
         if number != 1 and checksum is None:
             raise ValueError(f"a file of format {number!r:.60} without checksum")
-        fields = check_fields(values, _IN_FILE, "it")
-        fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None
-        fields["options"] = check_fields(fields["options"], _OPTIONS, "options")
-        fields["plan"] = Plan.from_json(fields["plan"])
-        if number < 3:
-            fields["normalisation"] = Normalisation(
-                origin=f"as when its file was written, of format {number}"
-            )
-        return _Stated(**fields)
+        return dict(values)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -309,7 +346,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def _refuse(what: str, next: str, where: str = "") -> Iterator[None]:
+def refuse(what: str, next: str, where: str = "") -> Iterator[None]:
     """Errors in what is made as a file says, of whatever kind, are the file's."""
     try:
         yield
@@ -324,7 +361,7 @@ def _refuse(what: str, next: str, where: str = "") -> Iterator[None]:
         raise FileError(what, where=where, why=" ".join(why.split())[:400], next=next) from error
 
 
-def _build(path: str | Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
+def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The network of a source."""
     if source is None:
         raise FileError(
@@ -333,7 +370,7 @@ def _build(path: str | Path, source: Source | None, tensors: Mapping[str, Tensor
             next="pass the original architecture: cs.load(path, model=...).",
         )
     next = "pass the architecture it was converted from: cs.load(path, model=...)."
-    with _refuse(f"the network that {path} names cannot be built.", next, f"{source.name:.200}"):
+    with refuse(f"the network that {path} names cannot be built.", next, f"{source.name:.200}"):
         return build_again(source, tensors)
 
 
@@ -342,7 +379,7 @@ def _stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust:
     other = 'give another mask: cs.load(path, mask="edges")'
     with contextlib.nullcontext() if trust else import_nothing(str(path)):
         next = f"register it first if it is one of your own, or {other}."
-        with _refuse(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
+        with refuse(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
             mask = parse(spec, tensors=True)
     for name, part in mask.named_modules():
         if isinstance(part, FixedMask):
@@ -357,14 +394,24 @@ def _stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust:
                     next=f"{other}.",
                 )
             part.levels = tensors[key]
-    _check_types(path, tensors, mask.state_dict())
+    check_types(path, tensors, mask.state_dict())
     next = f"write the file again with cs.save, or {other}."
-    with _refuse(f"the tensors of mask {spec:.200} in {path} do not fit it.", next):
+    with refuse(f"the tensors of mask {spec:.200} in {path} do not fit it.", next):
         mask.load_state_dict(tensors, assign=True)  # the stored types
     return mask
 
 
-def _check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _add(net: AdaptiveModel, tensors: Mapping[str, Tensor]) -> nn.ModuleDict:
+    """Adapters as those that were stored."""
+    kinds = {kind_of(name.partition(".")[0]): name for name in tensors}
+    adapters = nn.ModuleDict()
+    if REFINEMENTS in kinds:
+        name = kinds[REFINEMENTS].partition(".")[0]
+        adapters = net.add_refinement(len(tensors[f"{name}.mixed.weight"]))
+    return net.add_adapters() if LEVELS in kinds else adapters
+
+
+def check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse integers where a network has floating-point numbers, and the other way round."""
     for name, value in stored.items():
         like = expected.get(name, value).dtype
@@ -373,7 +420,7 @@ def _check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mappi
                 f"the parameters in {path} do not fit the model.",
                 where=name,
                 why=f"it is {value.dtype}, in the model {like}.",
-                next=_OTHER_MODEL,
+                next=OTHER_MODEL,
             )
 
 

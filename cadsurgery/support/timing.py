@@ -24,7 +24,11 @@ class Timing:
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], object]], rounds: int = 3, warmup: int = 1, seconds: float = float("inf")
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int = 3,
+    warmup: int = 1,
+    seconds: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Times of each side.
 
@@ -35,22 +39,23 @@ def interleaved(
         rounds: counted rounds, at least one.
         warmup: rounds before them.
         seconds: start no further round after this time, once one has counted.
+        clock: seconds; `time.process_time` counts those of this process alone, of all its threads.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    begin = _now()
+    begin = time.perf_counter()
     with torch.inference_mode():
         for turn in range(warmup + rounds):
-            if turn > warmup and _now() - begin > seconds:
+            if turn > warmup and time.perf_counter() - begin > seconds:
                 break
             for name, run in sides.items():
-                start = _now()
+                start = _now(clock)
                 run()
                 if turn >= warmup:
-                    taken[name].append(1e3 * (_now() - start))
+                    taken[name].append(1e3 * (_now(clock) - start))
     return {name: Timing(min(times), median(times)) for name, times in taken.items()}
 
 
-def _now() -> float:
+def _now(clock: Callable[[], float]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return clock()

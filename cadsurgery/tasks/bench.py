@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import json
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -27,13 +29,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cadsurgery.data.networks import Source
 from cadsurgery.elements.backends import costs
+from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.masks import Budget, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import check_mask, export
 from cadsurgery.network.export.dense import write_dense
-from cadsurgery.network.export.engines import ENGINES, import_package
+from cadsurgery.network.export.engines import (
+    ENGINES,
+    Engine,
+    OnnxRuntime,
+    OpenVino,
+    OpenVinoInBfloat16,
+    import_package,
+)
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -42,7 +53,8 @@ from cadsurgery.support.files import append_lines, make_folder
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.support.timing import Timing, interleaved
-from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
+from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Rival, Twin
+from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import example_batch, original
 from cadsurgery.tasks.options import Benchmark, Conversion
@@ -53,7 +65,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
 HIGH, LOW = "dense high", "dense low"
 TORCH = "torch"  # the runtime that needs no files
-INT8 = "int8"  # of files alone
+INT8 = "int8"
+# What the dense networks are timed in besides, by package and type; both written in float32 first.
+RIVALS: dict[str, dict[str, type[Engine]]] = {
+    "onnxruntime": {"float32": OnnxRuntime, INT8: OnnxRuntime},
+    "openvino": {"float32": OpenVino, "bfloat16": OpenVinoInBfloat16, INT8: OpenVino},
+}
 
 
 def bench(
@@ -79,7 +96,8 @@ def bench(
         step: called with what is being done.
         options: further ones of `adaptify`, and what networks are run on: `size`, height and width of the generated
             street scenes, their number `batch`, `dtype` and `device`, `threads`, `rounds` that count, `runtime`: the
-            engine, and `memory`: whether to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
+            engine, `against`: engines whose dense networks are timed in the same run, `calibration`: images for
+            int8, and `memory`: whether to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
 
     Raises:
         InvalidInput: an impossible option.
@@ -133,10 +151,11 @@ def _compare(
     nets: dict[str, AdaptiveModel] = {}
     sides: dict[str, Callable[[], object]] = {}
     fill_of: dict[str, str] = {}
+    notes: list[str] = []
     for fill in dict.fromkeys(fills):
         step(f"converting {name}, fill {fill}")
         nets[fill], image, weights = _convert(network, mask, replace(setup, fill=fill))
-        make: Callable[..., dict[str, Callable[[Tensor], object]]] = _sides
+        make: Callable[..., dict[str, Callable[[Tensor], object]]] = partial(_sides, setup=setup, notes=notes)
         if setup.runtime != TORCH:
             make = partial(_files, setup=setup, folder=folder, step=step)
         for key, run in make(nets[fill], image, mask, fill, fractions, has_twins=bool(sides)).items():
@@ -153,8 +172,12 @@ def _compare(
             f"{name} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
             next="give a larger size.",
         )
+    rivals = _rivals(next(iter(nets.values())), setup, folder, step)
     step(f"measuring {name}")
-    times = interleaved(sides, setup.rounds)
+    batch = image.float().contiguous()
+    beside = {" ".join(key): partial(run, batch) for key, run in rivals.items()}
+    measure = partial(interleaved, clock=time.process_time) if setup.processor_time else interleaved
+    times = measure({**sides, **beside}, setup.rounds)
     peaks: dict[str, float] = {}
     for key, fill in fill_of.items() if setup.memory else ():
         step(f"measuring the memory of {name}, {key}")
@@ -178,10 +201,18 @@ def _compare(
                 for fraction in fractions
                 for key in [_key(fill, fraction)]
             ),
-            notes=_notes(net, high, low),
+            notes=(*_notes(net, high, low), *notes),
+            rivals=tuple(
+                Rival(engine, dtype, *(_pair(times[f"{engine} {dtype} {key}"]) for key in (HIGH, LOW)))
+                for engine, dtype in dict.fromkeys(key[:2] for key in rivals)
+            ),
         )
         for fill, net in nets.items()
     ]
+
+
+def _pair(time: Timing) -> tuple[float, float]:
+    return time.best, time.median
 
 
 def _row(
@@ -225,10 +256,14 @@ def _convert(network: str | nn.Module, mask: object, setup: Benchmark) -> tuple[
         "device": find_device(setup.device),
         "dtype": DTYPES.get(setup.dtype, torch.float32),
     }
-    scenes = [example_batch(source, None, setup.size, seed) for seed in range(setup.batch)]
     layout = torch.channels_last if setup.runtime == TORCH else torch.contiguous_format
-    image = torch.cat(scenes).to(**where).contiguous(memory_format=layout)
+    image = _scenes(source, setup).to(**where).contiguous(memory_format=layout)
     return net.eval().to(**where), image, source.note if isinstance(network, str) else "its own weights"
+
+
+def _scenes(source: Source, setup: Benchmark) -> Tensor:
+    """The images (B, 3, H, W) it is measured on."""
+    return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
 
 
 def _sides(
@@ -237,16 +272,56 @@ def _sides(
     mask: object,
     fill: str,
     fractions: Sequence[float],
-    has_twins: bool = False,
+    has_twins: bool,
+    setup: Benchmark,
+    notes: list[str],
 ) -> dict[str, Callable[[Tensor], object]]:
     """What is compared, by key, each a call on images: the dense twins, and the network under each budget.
 
-    Uniform maps are read without filling: where there are twins already, of another fill, they serve all.
+    Uniform maps are read without filling: where there are twins already, of another fill, they serve all. In 8 bits the
+    twins are the copy itself, which has dense maps as rows, too.
     """
-    fast, levels = net.optimize(), {} if has_twins else {HIGH: 0, LOW: net.geometry.max_level}
-    twins = {key: dense_twin(net, level, image) for key, level in levels.items()}
+    fast, levels = _optimize(net, image, setup), {} if has_twins else {HIGH: 0, LOW: net.geometry.max_level}
+    twins: dict[str, Callable[[Tensor], object]] = {}
+    for key, level in levels.items():
+        if setup.dtype == INT8:
+            twins[key] = partial(fast, mask="all" if level == 0 else "none")
+        else:
+            twins[key] = dense_twin(net, level, image)
+    if setup.dtype == INT8 and fast.quantisation is not None:
+        notes.append(f"dense high and low are the copy in 8 bits with one level: {fast.quantisation}")
     budgets = {_key(fill, fraction): Budget(mask, fraction) for fraction in fractions}
     return {**twins, **{key: partial(fast, mask=budget) for key, budget in budgets.items()}}
+
+
+def _optimize(net: AdaptiveModel, image: Tensor, setup: Benchmark) -> AdaptiveModel:
+    """The copy that is measured."""
+    if setup.dtype != INT8:
+        return net.optimize()
+    folder = setup.calibration
+    images = images_like(image, pictures_for(net), Path(folder)) if folder else image.split(1)
+    return net.optimize(precision=INT8, calibration=list(images))
+
+
+def _rivals(
+    net: AdaptiveModel, setup: Benchmark, folder: Path, step: Step
+) -> dict[tuple[str, str, str], Callable[[Tensor], object]]:
+    """The dense networks in other engines, by engine, type and side, each compared with the network before."""
+    rivals: dict[tuple[str, str, str], Callable[[Tensor], object]] = {}
+    if not setup.against:
+        return rivals
+    net = copy.deepcopy(net).float()
+    image = _scenes(pictures_for(net), setup)
+    for package in setup.against.split(","):
+        for dtype, engine in RIVALS[package].items():
+            for key, level in ((HIGH, 0), (LOW, net.geometry.max_level)):
+                step(f"exporting {key} to {engine.name}, {dtype}")
+                path = make_folder(folder / package / key) / f"{dtype}.onnx"
+                write_dense(net, level, image, path, RIVALS[package]["float32"])
+                if dtype == INT8:
+                    to_8_bits(path, engine, [(image,)])
+                rivals[engine.name, dtype, key] = engine(path, setup.threads)
+    return rivals
 
 
 def _files(
@@ -310,6 +385,7 @@ def _setting(mask: object, setup: Benchmark) -> BenchSetting:
         dtype=setup.dtype,
         threads=setup.threads,
         rounds=setup.rounds,
+        clock="processor" if setup.processor_time else "wall",
         **{**provenance, "device": device_in_words(device), "versions": versions},
     )
 
@@ -334,10 +410,28 @@ def _check(
         )
     if setup.dtype not in (*DTYPES, INT8):
         raise UnknownName("dtype", setup.dtype, (*DTYPES, INT8))
-    if setup.runtime == TORCH and setup.dtype == INT8:
+    if setup.runtime == TORCH and setup.dtype == INT8 and form_here() is None:
         raise InvalidInput(
-            "torch does not run files in int8.", next="measure them in onnx or openvino: runtime."
+            "there is no compiled code for int8 here.",
+            why="it takes AVX512-VNNI or AVX2, Linux and a C compiler.",
+            next="measure files in onnx or openvino: runtime.",
         )
+    if setup.processor_time and setup.threads != 1:
+        raise InvalidInput(
+            f"processor time of {setup.threads} threads is asked for.",
+            why="threads that wait for others would be counted.",
+            next="give threads=1 (--threads 1).",
+        )
+    if setup.calibration and (setup.dtype, setup.runtime) != (INT8, TORCH):
+        raise InvalidInput(
+            "there is nothing to calibrate by images.",
+            why="they show the ranges of the copy in 8 bits of this package.",
+            next="leave out calibration, or measure int8 in torch.",
+        )
+    for package in setup.against.split(",") if setup.against else ():
+        if package not in RIVALS:
+            raise UnknownName("engine", package, RIVALS)
+        import_package(package)
     if setup.runtime != TORCH:
         _check_engine(mask, setup)
     if min(setup.batch, setup.threads, setup.rounds, *setup.size) < 1:
@@ -403,10 +497,14 @@ def print_peak(task: str) -> None:
     setup, key = Benchmark(**told["setup"]), told["key"]
     torch.set_num_threads(setup.threads)
     net, image, _ = _convert(told["network"], told["mask"], setup)
-    if key in (HIGH, LOW):
-        run: Callable[..., object] = dense_twin(net, 0 if key == HIGH else net.geometry.max_level, image)
+    if key in (HIGH, LOW) and setup.dtype == INT8:
+        run: Callable[..., object] = partial(
+            _optimize(net, image, setup), mask="all" if key == HIGH else "none"
+        )
+    elif key in (HIGH, LOW):
+        run = dense_twin(net, 0 if key == HIGH else net.geometry.max_level, image)
     else:
-        run = partial(net.optimize(), mask=Budget(told["mask"], float(key.rpartition(" ")[2])))
+        run = partial(_optimize(net, image, setup), mask=Budget(told["mask"], float(key.rpartition(" ")[2])))
     del net
     with torch.inference_mode():
         run(image)  # what is made once: packed weights, measured costs, the libraries' own memory

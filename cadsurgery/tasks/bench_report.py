@@ -66,8 +66,25 @@ class BenchRow(Plain):
 
 
 @dataclass(frozen=True)
+class Rival(Plain):
+    """The dense networks in another engine.
+
+    Attributes:
+        engine: its name.
+        dtype: of its weights and features.
+        high: milliseconds, best and median, at the high output stride.
+        low: and at the low one.
+    """
+
+    engine: str
+    dtype: str
+    high: tuple[float, float]
+    low: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class NetworkBench:
-    """A network with one fill: its dense twins, its budgets, and whether the law holds.
+    """A network with one fill: its dense twins, its budgets, and whether the law holds; `rivals` beside it.
 
     `band` is the multiple of the line that the law allows; `notes` are what a reader must know to judge the figures.
     """
@@ -81,6 +98,7 @@ class NetworkBench:
     low: Twin
     rows: tuple[BenchRow, ...]
     notes: tuple[str, ...] = ()
+    rivals: tuple[Rival, ...] = ()
 
     @property
     def worst(self) -> BenchRow:
@@ -118,6 +136,7 @@ class NetworkBench:
                 "slower_than_high": [row.fraction for row in self.slower],
                 "verdict": self.verdict(),
             },
+            "against": plain(self.rivals),
             "notes": list(self.notes),
         }
 
@@ -144,6 +163,7 @@ class BenchSetting:
     commit: str
     date: str
     runtime: str = "torch"
+    clock: str = "wall"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; without the commit if there is none."""
@@ -153,9 +173,10 @@ class BenchSetting:
         size = "x".join(map(str, self.image[2:]))
         numbers = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         commit = f", commit {self.commit}" if self.commit else ""
+        clock = ", processor time" if self.clock != "wall" else ""
         return (
             f"{self.image[0]} image{'s' * (self.image[0] > 1)} of {size}, {self.dtype}, mask {self.mask}, best and "
-            f"median of {self.rounds} interleaved rounds, runtime {self.runtime}\n{self.device}, {self.threads} "
+            f"median of {self.rounds} interleaved rounds{clock}, runtime {self.runtime}\n{self.device}, {self.threads} "
             f"threads; {numbers}{commit}; {self.date}"
         )
 
@@ -180,6 +201,8 @@ class BenchReport(Report):
             yield _table(network)
             good = network.holds and not network.slower
             yield Text(network.verdict(), style="green" if good else "bold red")
+            if network.rivals:
+                yield _table_of_rivals(network)
             yield from (Text(note, style="yellow") for note in network.notes)
 
     def figure(self) -> Figure:
@@ -225,6 +248,22 @@ def _table(network: NetworkBench) -> Table:
     strides = "{} to {}".format(*network.output_stride)
     title = f"{network.model}, {network.weights}, output stride {strides}, fill {network.fill}"
     return table([("dense high", 1.0, high), *budgets, ("dense low", 0.0, low)], columns, title)
+
+
+def _table_of_rivals(network: NetworkBench) -> Table:
+    """The dense networks in other engines, and each budget relative to their dense high."""
+
+    def share(row: BenchRow) -> Callable[[Rival], str]:
+        return lambda rival: f"{row.milliseconds / rival.high[0]:.2f}"
+
+    columns: list[Column[Rival]] = [
+        Column("dense in", lambda rival: f"{rival.engine}, {rival.dtype}", False),
+        Column("high ms", lambda rival: f"{rival.high[0]:.1f}"),
+        Column("median", lambda rival: f"{rival.high[1]:.1f}"),
+        Column("low ms", lambda rival: f"{rival.low[0]:.1f}"),
+        *(Column(f"budget {row.fraction:g} of high", share(row)) for row in network.rows),
+    ]
+    return table(list(network.rivals), columns, f"{network.model}, dense in other engines")
 
 
 def _draw(axis: Any, network: NetworkBench) -> None:

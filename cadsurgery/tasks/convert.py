@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,29 @@ from torch import Tensor
 from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
+from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.storage import load
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, dense_macs
-from cadsurgery.network.model import pictures_for
-from cadsurgery.network.storage import load, read_metadata, save
+from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.network.optimized import FLOAT, PRECISIONS
+from cadsurgery.network.storage import read_metadata, save
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.errors import InvalidInput
+from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder, make_folder
 from cadsurgery.support.processes import own_device
 from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport, Side
+from cadsurgery.tasks.exits import ExitsReport, convert_exits
+from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.figures import class_picture
 from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
 from cadsurgery.tasks.open import example_batch, is_file, open_converted, original
 
+METHODS = ("adaptive", "anytime")
 EXPORTED_MASK = "edges | budget:fraction=0.3"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
@@ -49,9 +56,20 @@ def convert(
     verify_laws: bool,
     rounds: int,
     step: Step,
-) -> ConversionReport:
+    precision: str = FLOAT,
+    calibration: Path | None = None,
+    method: str = "adaptive",
+    exits: Mapping[str, Any] | None = None,
+) -> ConversionReport | ExitsReport:
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
+    check_name("method", method, METHODS)
+    if method == "anytime":
+        _refuse_precision(precision)
+        given = {name: value or None for name, value in (exits or {}).items()}
+        told: Any = {"image": image, "size": size, "output": output, "device": device, "verify": verify_laws}
+        return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
     resolve_mask(mask)  # a typo should not wait for the network to be built
+    check_precision(precision, calibration)
     where = find_device(device)
     output = output or Path(f"{re.sub('[:/]', '-', model)}-{mask.partition(':')[0]}.safetensors")
     check_folder(output)
@@ -69,8 +87,15 @@ def convert(
         of_original = counted.low if net.plan.identity_level == net.plan.max_level else counted.high
     else:
         of_original = dense_macs(before, batch)
+    pictures = images_like(batch, pictures_for(net), calibration) if calibration is not None else None
+    if pictures is not None:
+        step(f"calibrating by {len(pictures)} images")
+    fast = net.optimize()
+    copies = {"net.optimize()": fast}
+    if precision != FLOAT:
+        copies[f"net.optimize(), {precision}"] = net.optimize(precision=precision, calibration=pictures)
     step("measuring")
-    fast, is_high = net.optimize(), net.plan.identity_level == 0
+    is_high = net.plan.identity_level == 0
     dense = (
         f"dense high (output stride {net.plan.output_stride[0]})",
         counted.high,
@@ -80,7 +105,7 @@ def convert(
         ("original = dense high" if is_high else "original", of_original, before),
         *(() if is_high else (dense,)),
         ("converted", counted.mask, net),
-        ("converted, net.optimize()", counted.mask, fast),
+        *((f"converted, {name}", counted.mask, copy) for name, copy in copies.items()),
     ]
     calls = {name: partial(run, batch) for name, _, run in compared}
     times = interleaved(calls, rounds, seconds=TIMING_SECONDS) if rounds else {}
@@ -100,25 +125,60 @@ def convert(
         checks=net.checks,
         device=f"{device_with_threads(where)}, torch {torch.__version__}",
         file=str(output),
-        notes=_notes(net.plan, counted.active_fraction, sides),
+        notes=_notes(net.plan, counted.active_fraction, sides, copies),
         costs=costs.record(),
     )
 
 
-def _notes(plan: Plan, active_fraction: float, sides: Sequence[Side]) -> tuple[str, ...]:
+def _notes(
+    plan: Plan, active_fraction: float, sides: Sequence[Side], copies: Mapping[str, AdaptiveModel]
+) -> tuple[str, ...]:
     """What a user can act on, beside what `adaptify` warns of."""
     notes = []
     if active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
     if plan.dense_after > 0.25:
         notes.append(f"{plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
-    high, optimized = sides[-3].milliseconds, sides[-1].milliseconds
+    notes += [str(copy.quantisation) for copy in copies.values() if copy.quantisation is not None]
+    high, optimized = (sides[at].milliseconds for at in (plan.identity_level != 0, -len(copies)))
     if high is not None and optimized is not None and optimized > high:
         notes.append(
             "slower than dense high here even when optimised: building the lattice outweighs the work saved; "
             "try a coarser high output stride, a larger network, or a mask that keeps less."
         )
     return tuple(notes)
+
+
+def _refuse_precision(precision: str) -> None:
+    """Of a network with exits."""
+    if precision != FLOAT:
+        raise InvalidInput(
+            f"--precision {precision} for a network with exits.",
+            why="they run in the precision of their weights.",
+            next="leave it out.",
+        )
+
+
+def check_precision(precision: str, calibration: Path | None) -> None:
+    """Refuse what `optimize` would, before anything is built.
+
+    Raises:
+        UnknownName: an unknown precision.
+        InvalidInput: images to calibrate by and nothing to calibrate, or the other way round.
+    """
+    if precision not in PRECISIONS:
+        raise UnknownName("precision", precision, PRECISIONS)
+    if (precision == FLOAT) != (calibration is None):
+        raise InvalidInput(
+            f"precision {precision} {'lacks' if calibration is None else 'needs no'} images to calibrate by.",
+            next="give both: --precision int8 --calibration FOLDER.",
+        )
+
+
+def _first_image(folder: Path, size: tuple[int, int] | None) -> Tensor:
+    """An image batch of the size that a folder is read in."""
+    found, _ = find_images([folder])
+    return read_image(next(iter(found)), size).unsqueeze(0)
 
 
 def make_or_read_plan(
@@ -169,16 +229,37 @@ def predict(
     device: str,
     step: Step,
     trust: bool = False,
+    precision: str = FLOAT,
+    calibration: Path | None = None,
+    until: float | None = None,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Run a converted file on images; an unreadable image is reported and the others are done.
+
+    In `int8` the images of the folder `calibration` show the ranges, in the size of the first of them or in `size`. A
+    network with exits is run until so many milliseconds, if they are said, see `AnytimeModel.until`.
 
     Under a launcher each process takes its share of the images; every one returns the rows of all.
     """
     check_size(size)
     where = own_device(device)
     paths, lacking = find_images(images)
-    net = load(file, mask=mask, trust=trust).to(where).optimize()
-    source = pictures_for(net)
+    check_precision(precision, calibration)
+    converted = load(file, mask=mask, trust=trust).to(where)
+    if until is not None and not isinstance(converted, AnytimeModel):
+        raise InvalidInput(
+            "--until needs a network with exits, and this file holds none.",
+            next="convert one with cadsurgery convert --method anytime, and train its heads.",
+        )
+    source, shown = pictures_for(converted), None
+    net: Any
+    if isinstance(converted, AnytimeModel):
+        _refuse_precision(precision)
+        net = converted.optimize()
+    else:
+        if calibration is not None:
+            step("calibrating")
+            shown = images_like(_first_image(calibration, size), source, calibration)
+        net = converted.optimize(precision=precision, calibration=shown)
     make_folder(output)
 
     def draw(item: tuple[Path, Path]) -> dict[str, Any]:
@@ -186,13 +267,17 @@ def predict(
         batch = normalise(read_image(path, size), source).unsqueeze(0).to(where)
         start = time.perf_counter()
         with torch.inference_mode():
-            prediction = _first_tensor(net(batch))
+            if isinstance(net, AnytimeModel):
+                prediction, exit = net.until(batch, milliseconds=math.inf if until is None else until)
+                noted: dict[str, Any] = {"exit": exit}
+            else:
+                prediction = _first_tensor(net(batch))
+                noted = {"active_fraction": net.active_fraction}
         milliseconds = 1e3 * (time.perf_counter() - start)
         target = output / place
         target.parent.mkdir(parents=True, exist_ok=True)
         write_picture(class_picture(_classes(prediction), prediction.shape[1]), target)
-        row = {"image": str(path), "output": str(target), "active_fraction": net.active_fraction}
-        return {**row, "milliseconds": milliseconds}
+        return {"image": str(path), "output": str(target), **noted, "milliseconds": milliseconds}
 
     failures = Failures("image", lacking)
     return for_each(list(paths.items()), draw, failures, where, name=lambda item: str(item[0]), step=step)

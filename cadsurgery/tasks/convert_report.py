@@ -29,8 +29,9 @@ class ConversionReport(Report):
     """What `cadsurgery convert` tells.
 
     `normalisation` is what the mask takes the input for, and where that is known from, `image` is the shape of the
-    batch, `sides` are the original if it is not dense high, then always dense high, converted and optimised; `checks`
-    is empty if no law was verified. `costs` are those of convolutions that decided, see `backends.costs.record`.
+    batch, `sides` are the original if it is not dense high, then always dense high, converted, optimised, and in 8 bits
+    if that was asked for; `checks` is empty if no law was verified. `costs` are those of convolutions that decided, see
+    `backends.costs.record`.
     """
 
     model: str
@@ -64,7 +65,7 @@ class ConversionReport(Report):
         yield heading(self.model, self.weights, self.random)
         yield Text(self.plan.summary())
         yield Text(f"adapted: {', '.join(d.node for d in self.plan.chosen('adapt'))}", style="dim")
-        size, high = f"{self.image[2]}x{self.image[3]}", self.sides[-3]
+        size, high = f"{self.image[2]}x{self.image[3]}", self.sides[self.plan.identity_level != 0]
         columns: list[Column[Side]] = [
             Column("network", lambda side: side.name, False),
             Column("MACs", lambda side: f"{side.macs:.3e}"),

@@ -54,6 +54,20 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Exits:
+    """How exits are added to a network; see `cadsurgery.anytime`."""
+
+    exits: str | list[str] = option(
+        "auto", "of method anytime: names of modules or nodes, separated by commas; or auto", read="names"
+    )
+    head: str = option("redesigned", "of method anytime: {default}, or plain")
+    classes: int = option(0, "of method anytime, of a backbone: what its heads predict", min=0)
+    hidden: int = option(0, "of method anytime: channels inside the heads; 0 for the default", min=0)
+    threshold: float = option(0.998, "of method anytime: where exits are confident; default {default}")
+    confidence: str = option("probability", "of method anytime: {default}, or entropy")
+
+
+@dataclass(frozen=True)
 class Exporting:
     """What kind of file a network is exported to; see `cadsurgery.export`."""
 
@@ -77,13 +91,24 @@ class Benchmark(Conversion):
 
     size: tuple[int, int] = option((512, 1024), "of the generated street scenes", metavar="HxW", read="size")
     batch: int = option(1, "number of images", min=1)
-    dtype: str = option("float32", "{default} or bfloat16; int8 in onnx and openvino")
+    dtype: str = option("float32", "{default}, bfloat16, or int8")
     device: str = option("cpu", "{default} or cuda")
     threads: int = option(0, "on the CPU; 0 for torch's own choice", min=0)
     rounds: int = option(7, "timing rounds; each runs every side once", min=1)
+    processor_time: bool = option(
+        False, "count the processor's time, on a machine that others use too; with one thread"
+    )
     memory: bool = option(False, "also measure peak memory, each side in a process of its own")
     runtime: str = option(
         "torch", "{default}, or an engine that all sides are exported to: onnx, openvino or aoti"
+    )
+    against: str = option(
+        "",
+        "also time the dense networks in these engines, in every precision they have: onnxruntime,openvino",
+        metavar="ENGINES",
+    )
+    calibration: str = option(
+        "", "folder of images that int8 is calibrated by; default: the scenes it is measured on"
     )
 
 

@@ -19,6 +19,6 @@ def convolve_by_level(work: Convolution) -> Tensor:
     assert weights.levels is not None and isinstance(reads, Between)
     sums = replace(work, weights=replace(weights, levels=None, activation=None), residual=None)
     backend = choose(sums)
-    if isinstance(backend, Native):
-        return backend.convolve(work)
-    return weights.finish(weights.levels.apply(compute(sums), reads.target), work.residual)
+    does_the_rest = isinstance(backend, Native)
+    rows: Tensor = compute(work if does_the_rest else sums, backend)
+    return rows if does_the_rest else weights.finish(weights.levels.apply(rows, reads.target), work.residual)

@@ -211,9 +211,9 @@ def choose(work: Work, after: Backend | None = None) -> Backend:
     raise AssertionError("torch, the last of the table, takes every work")
 
 
-def compute(work: Work) -> Any:
-    """What a work gives, by the backend of the choice; a profile shows its name."""
-    backend = choose(work)
+def compute(work: Work, backend: Backend | None = None) -> Any:
+    """What a work gives, by the backend of the choice, or one chosen before; a profile shows its name."""
+    backend = backend or choose(work)
     run: Callable[[Work], Any] = getattr(backend, work.task)
     if not work.graph and torch.autograd._profiler_enabled():
         with torch.profiler.record_function(f"{work.task} ({backend.name})"):
@@ -231,12 +231,17 @@ def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     return compute(Mixing(rows, sources, shares))
 
 
+def outside_of(rows: Tensor, outside: float) -> float:
+    """What rows hold outside the map; of bytes, which have no lower value, zero for minus infinity."""
+    return max(outside, 0.0) if rows.dtype == torch.uint8 else outside
+
+
 def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     """The rows a reading's table points into: the elements, one row of what is outside, the halo."""
     no_halo = holds(reading.sources.shape[0] == 0)
     if no_halo and not reading.has_outside:
         return rows
-    parts = [rows, rows.new_full((1, rows.shape[1]), outside)]
+    parts = [rows, rows.new_full((1, rows.shape[1]), outside_of(rows, outside))]
     if not no_halo:
         parts.append(mix(rows, reading.sources, reading.mix))
     return torch.cat(parts)

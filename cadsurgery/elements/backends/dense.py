@@ -123,7 +123,8 @@ class Uniform(Backend):
         if isinstance(work, Spreading):
             return spread_of(work.reads) is not None
         if isinstance(work, Pooling):
-            return work.largest and _dense(work.reads) is not None
+            has_form = work.largest and work.rows.dtype != torch.uint8
+            return has_form and _dense(work.reads) is not None
         has_packed = work.is_product and work.is_inference and not is_observed()
         return not has_packed and _dense(work.reads) is not None
 

@@ -1,14 +1,20 @@
 /* Operations on rows of elements that torch has no fast form of: gathering with a halo, grouped convolution, pooling.
  *
- * Compiled once per element type with -DSUFFIX(name)=... and either -DELEMENT=float, -DELEMENT=double, or -DBF16
- * (bfloat16 kept as its 16 bits, summed in float). `rows` are (count, channels); an entry r of the kernel map `table`
+ * Compiled once per element type with -DSUFFIX(name)=... and either -DELEMENT=float, -DELEMENT=double, -DBF16 (bfloat16
+ * kept as its 16 bits, summed in float) or -DBYTES (whole numbers of 0..255, summed in float, rounded to even). `rows` are (count, channels); an entry r of the kernel map `table`
  * (n, taps) reads row r, for r == count the row `outside`, above that row r - count - 1 of `halo`.
  */
 #include <stdint.h>
 #include <string.h>
+#if defined(BYTES) && defined(__AVX512F__) /* of bytes compilers make other vectors one by one */
+#include <immintrin.h>
+#endif
 
 #ifdef BF16
 typedef uint16_t element;
+typedef float sum;
+#elif defined(BYTES)
+typedef uint8_t element;
 typedef float sum;
 #else
 typedef ELEMENT element;
@@ -17,7 +23,7 @@ typedef ELEMENT sum;
 
 enum { LANES = 64 / sizeof(sum), TILE = 4, TAPS = 128 };
 typedef sum lane __attribute__((vector_size(64)));
-#if defined(BF16) || !defined(WIDE)
+#ifndef WIDE
 typedef int32_t mask __attribute__((vector_size(64)));
 #else
 typedef int64_t mask __attribute__((vector_size(64)));
@@ -38,6 +44,15 @@ static inline lane load(const element *from) {
     memcpy(&bits, from, sizeof bits);
     wide shifted = __builtin_convertvector(bits, wide) << 16;
     memcpy(&value, &shifted, sizeof value);
+#elif defined(BYTES)
+    typedef uint8_t narrow __attribute__((vector_size(16)));
+    narrow bytes;
+    memcpy(&bytes, from, sizeof bytes);
+#ifdef __AVX512F__
+    value = (lane)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)bytes));
+#else
+    value = __builtin_convertvector(__builtin_convertvector(bytes, mask), lane);
+#endif
 #else
     memcpy(&value, from, sizeof value);
 #endif
@@ -61,6 +76,13 @@ static inline void store_some(element *to, lane value, long some) {
     wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
     wide is_nan = (wide)(value != value);
     narrow part = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), narrow);
+#elif defined(BYTES)
+    typedef uint8_t narrow __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+    narrow part = (narrow)_mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)value));
+#else
+    narrow part = __builtin_convertvector((mask)(value + 12582912.0f) & 255, narrow); /* 1.5 2^23: no bits behind it */
+#endif
 #else
     lane part = value;
 #endif
@@ -92,7 +114,7 @@ void SUFFIX(gather)(const reading *in, element *out) {
 }
 
 /* What is done to the sums of a row of out before anything else: times scale, plus shift, both (levels, outputs), of
- * the row's level. Nothing if there are no levels. */
+ * the row's level, or without levels of all. Nothing if there is no scale. */
 typedef struct {
     const int32_t *levels;
     const sum *scale, *shift;
@@ -145,8 +167,8 @@ static inline __attribute__((always_inline)) void convolve(
             if (tile + i >= in->n) continue;
             long at = (tile + i) * channels + start + v * LANES, some = whole ? LANES : channels - start;
             lane value = result[i][v];
-            if (p->by.levels) {
-                long own = p->by.levels[tile + i] * channels + start + v * LANES;
+            if (p->by.scale) {
+                long own = (p->by.levels ? p->by.levels[tile + i] * channels : 0) + start + v * LANES;
                 value = value * load_some_sums(p->by.scale + own, some) + load_some_sums(p->by.shift + own, some);
             }
             if (p->more) value += load_some(p->more + at, some);
@@ -190,7 +212,7 @@ void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, cons
     else if (LANES == 16) convolve_all(in, &p, 16);
 }
 
-#ifndef BF16 /* bfloat16 has instructions of its own, which oneDNN uses */
+#if !defined(BF16) && !defined(BYTES) /* which have instructions of their own: oneDNN's, and those of integer.c */
 enum { ROWS = 6, BLOCK = 16 * ROWS, WIDE_PRODUCT = 4, CHUNK = WIDE_PRODUCT * LANES, DEPTH = 512 };
 
 /* total[i] += a[i] B for ROWS rows of `channels` values and the first `wide` vectors of B (channels, CHUNK): up to 24 sums
@@ -374,11 +396,37 @@ void SUFFIX(mix_lines)(const reading *in, const sum *mix, long lines, element *o
     }
 }
 
+#ifdef BYTES
+/* `pool` of the largest, many at once. */
+static void largest_bytes(const reading *in, const int32_t *entries, uint8_t *out) {
+    typedef uint8_t many __attribute__((vector_size(64)));
+    for (long start = 0; start < in->channels; start += sizeof(many)) {
+        long some = in->channels - start < (long)sizeof(many) ? in->channels - start : (long)sizeof(many);
+        many result = {};
+        for (long tap = 0; tap < in->taps; tap++) {
+            many value = {};
+            const uint8_t *from = row(in, entries[tap]) + start;
+            if (some == sizeof(many)) memcpy(&value, from, sizeof value);
+            else memcpy(&value, from, some);
+            many is_larger = (many)(value > result);
+            result = (is_larger & value) | (~is_larger & result);
+        }
+        memcpy(out + start, &result, some);
+    }
+}
+#endif
+
 /* Largest value (largest != 0) or sum over the taps: out is (n, channels). */
 void SUFFIX(pool)(const reading *in, element *out, long largest) {
 #pragma omp parallel for schedule(static)
     for (long e = 0; e < in->n; e++) {
         const int32_t *entries = in->table + e * in->taps;
+#ifdef BYTES
+        if (largest) {
+            largest_bytes(in, entries, out + e * in->channels);
+            continue;
+        }
+#endif
         for (long start = 0; start < in->channels; start += LANES) {
             long some = in->channels - start;
             lane result = load_some(row(in, entries[0]) + start, some);

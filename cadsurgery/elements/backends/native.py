@@ -35,10 +35,12 @@ from cadsurgery.elements.backends.choose import (
     every_row,
     is_observed,
     mix,
+    outside_of,
 )
+from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.support.files import cache_folder, is_private, keep_whole
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE, INTEGERS = (Path(__file__).with_name(f"{name}.c") for name in ("native", "integer"))
 _HASH = hashlib.sha256().digest_size
 LANE_BYTES, PRODUCT_LANES, MOST_TAPS, GROUPS = 64, 4, 128, (1, 2, 4, 8, 16)
 _WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
@@ -47,6 +49,13 @@ _ELEMENTS = {
     torch.float32: ("float32", "-DELEMENT=float"),
     torch.float64: ("float64", "-DELEMENT=double", "-DWIDE"),
     torch.bfloat16: ("bfloat16", "-DBF16"),
+    torch.uint8: ("uint8", "-DBYTES"),
+}
+# Forms of `integer.c`, by the instructions they need; a compiler or a processor that has none of them builds none.
+_PLAIN_FLAGS = ("-O3", "-mtune=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-c")
+INTEGER_FORMS = {
+    "vnni": ("-DVNNI", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", *_WIDEST),
+    "avx2": ("-mavx2", "-mfma"),
 }
 
 
@@ -67,8 +76,12 @@ class Rows(NamedTuple):
     def of(cls, work: Convolution | Pooling | Gathering) -> Rows:
         """What a work reads."""
         reading = work.reading
-        halo = mix(work.rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
-        return cls(work.rows, halo, work.outside)
+        return cls(work.rows, halo_of(work.rows, reading), work.outside)
+
+
+def halo_of(rows: Tensor, reading: Reading) -> Tensor | None:
+    """The interpolated rows of a reading, if it has any."""
+    return mix(rows, reading.sources, reading.mix) if reading.sources.shape[0] else None
 
 
 class Native(Backend):
@@ -119,21 +132,21 @@ class Native(Backend):
             factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
             levels = (work.reads.target.level_of_rows, *factors)
         name, size = ("grouped", packed[0].shape[1]) if grouped else ("product", outputs)
-        _call(name, source, table, *packed, *levels, more, out, size, *limits)
+        call(name, source, table, *packed, *levels, more, out, size, *limits)
         return out if bounds or act is None else act.apply_(out)
 
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C)."""
         table = work.reading.table
         out = work.rows.new_empty(table.shape[0], work.rows.shape[1])
-        _call("pool", Rows.of(work), table, out, int(work.largest))
+        call("pool", Rows.of(work), table, out, int(work.largest))
         return out
 
     def mix(self, work: Mixing) -> Tensor:
         """Rows (M, C)."""
         out = work.rows.new_empty(work.sources.shape[0], work.rows.shape[1])
         shares = work.shares.to(_sum_type(work.rows.dtype)).contiguous()
-        _call("mix", Rows(work.rows), work.sources.contiguous(), shares, out)
+        call("mix", Rows(work.rows), work.sources.contiguous(), shares, out)
         return out
 
     def mix_lines(self, work: MixingLines) -> Tensor:
@@ -143,7 +156,7 @@ class Native(Backend):
         sources = torch.stack((work.first, work.second), 1).int()
         shares = torch.stack((1 - work.share, work.share), 1).to(_sum_type(out.dtype))
         rows = Rows(work.rows.reshape(lines * width, channels))
-        _call("mix_lines", rows, sources, shares, lines, out, count=width)
+        call("mix_lines", rows, sources, shares, lines, out, count=width)
         return out
 
     def pick(self, work: Picking) -> Tensor:
@@ -151,7 +164,7 @@ class Native(Backend):
         table, sources = work.reading.table.reshape(-1, 1), work.reading.sources.contiguous()
         shares = work.reading.mix.to(_sum_type(work.rows.dtype)).contiguous()
         out = work.rows.new_empty(len(table), work.rows.shape[1])
-        _call("gather_mixing", Rows(work.rows), table, sources, shares, sources.shape[1], out)
+        call("gather_mixing", Rows(work.rows), table, sources, shares, sources.shape[1], out)
         return out
 
     def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
@@ -159,7 +172,7 @@ class Native(Backend):
         source = Rows.of(work)
 
         def fill(entries: Tensor, out: Tensor) -> None:
-            _call("gather", source, entries, out)
+            call("gather", source, entries, out)
 
         return fill
 
@@ -217,10 +230,10 @@ def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return kernel, offset
 
 
-def _call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> None:
+def call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> None:
     """A function of the library: tensors go as pointers, None as none."""
     rows, halo = source.rows.contiguous(), source.halo
-    beyond = rows.new_full((rows.shape[1],), source.outside)
+    beyond = rows.new_full((rows.shape[1],), outside_of(rows, source.outside))
     assert table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
     reading = _Reading(
         *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
@@ -239,7 +252,7 @@ def _for_c(value: Tensor | float | None) -> Any:
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.uint8) else dtype
 
 
 @cache
@@ -290,6 +303,11 @@ def _build(compiler: str, target: Path) -> None:
             suffix = f"-DSUFFIX(name)=name##_{name}"
             command = [compiler, *_FLAGS, *defines, suffix, str(SOURCE), "-o", objects[-1]]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
+        for name, flags in INTEGER_FORMS.items():
+            target_file, suffix = f"{folder}/{name}.o", f"-DSUFFIX(name)=name##_{name}"
+            command = [compiler, *_PLAIN_FLAGS, *flags, suffix, str(INTEGERS), "-o", target_file]
+            if subprocess.run(command, check=False, capture_output=True, timeout=120).returncode == 0:
+                objects.append(target_file)
         whole = folder / "successor"
         link = [compiler, "-shared", "-nostdlib", "-nostartfiles", *objects, "-o", str(whole)]
         subprocess.run(link, check=True, capture_output=True, timeout=120)
@@ -300,5 +318,6 @@ def _build(compiler: str, target: Path) -> None:
 def _fingerprint(compiler: str) -> str:
     """What the compiled code depends on, besides the machine: source, flags, compiler."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    parts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version)
+    flags = [*_FLAGS, *_PLAIN_FLAGS, *(flag for form in INTEGER_FORMS.values() for flag in form)]
+    parts = (SOURCE.read_bytes(), INTEGERS.read_bytes(), " ".join(flags).encode(), version)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

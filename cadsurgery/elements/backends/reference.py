@@ -6,6 +6,7 @@ Gathered rows, `taps` times as many as the elements, never exist as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from cadsurgery.elements.backends.choose import (
     compute,
     extend,
 )
+from cadsurgery.elements.backends.integer import IntegerConvolution
 from cadsurgery.elements.backends.weights import product
 from cadsurgery.elements.kernel_map import phases, read_rows
 from cadsurgery.elements.sizes import holds
@@ -49,6 +51,16 @@ class Torch(Backend):
         rows, weight, table = _operands(work)
         out = _GatherConv.apply(rows, weight, work.weights.bias_as(rows.dtype), table, work.weights.groups)
         return work.weights.finish(out, work.residual)
+
+    def convolve_integers(self, work: IntegerConvolution) -> Tensor:
+        """Rows (N, O): sums in float64, which is exact for whole numbers of such a size."""
+        weights, reading = work.weights, work.reading
+        rows = extend(work.rows, reading, weights.source.zero).double()
+        matrix, groups = weights.weight.double(), weights.groups
+        matrix = matrix.flatten(2).unsqueeze(3) if groups > 1 else matrix.permute(0, 2, 3, 1).flatten(1)
+        blocks = gather_blocks(rows, reading.table)
+        sums = torch.cat([_apply_taps(block, matrix, None, groups) for block in blocks])
+        return weights.finish(sums.round().to(torch.int32), work.residual)
 
     def spread(self, work: Spreading) -> Tensor:
         """Rows (N, O): of each phase by an ordinary convolution, which is chosen anew."""
@@ -75,11 +87,15 @@ class Torch(Backend):
     def mix(self, work: Mixing) -> Tensor:
         """Rows (M, C)."""
         rows = work.rows
+        if rows.dtype == torch.uint8:  # whole numbers again, as each row may be read by many
+            return compute(replace(work, rows=rows.float())).round_().to(torch.uint8)
         sources, shares = work.sources.to(rows.device), work.shares.to(rows)
         return F.embedding_bag(sources, rows, per_sample_weights=shares, mode="sum")
 
     def mix_lines(self, work: MixingLines) -> Tensor:
         """(L, M, C)."""
+        if work.rows.dtype == torch.uint8:
+            return compute(replace(work, rows=work.rows.float())).round_().to(torch.uint8)
         first, second = (work.rows.index_select(1, end) for end in (work.first, work.second))
         return torch.lerp(first, second, work.share.unsqueeze(1))
 
@@ -170,6 +186,8 @@ class _GatherConv(torch.autograd.Function):
         gathered = rows.new_empty(length * table.shape[1], rows.shape[1])
         out = rows.new_empty(table.shape[0], weight.shape[0])
         for block, result in zip(table.split(length), out.split(length), strict=True):
+            if not len(block):  # grouped, it would be a convolution of an image without lines
+                continue
             view = gathered[: block.numel()]
             torch.index_select(rows, 0, block.flatten(), out=view)
             result.copy_(_apply_taps(view.view(*block.shape, rows.shape[1]), weight, bias, groups))
@@ -184,6 +202,8 @@ class _GatherConv(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if needs[1] else None
         length = block_length(table, rows)
         for block, part in zip(table.split(length), grad.contiguous().split(length), strict=True):
+            if not len(block):
+                continue
             gathered = (
                 rows.index_select(0, block.flatten())
                 .view(*block.shape, rows.shape[1])

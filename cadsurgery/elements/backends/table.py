@@ -6,6 +6,7 @@ from cadsurgery.elements.backends.choose import BACKENDS
 from cadsurgery.elements.backends.dense import Uniform, WholeMap
 from cadsurgery.elements.backends.gpu import Triton
 from cadsurgery.elements.backends.graph import GraphOperation
+from cadsurgery.elements.backends.integer import Integers
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.portable import Portable
 from cadsurgery.elements.backends.products import Products
@@ -18,6 +19,7 @@ BACKENDS[:] = [
     Triton(),  # GPUs: gathers and multiplies in one
     WholeMap(),  # where the whole map is cheaper by the costs measured here
     Native(),  # compiled C that reads rows where they lie
+    Integers(),  # compiled C for rows in 8 bits
     Products(),  # products of rows, as they are or gathered block by block
     Expression(),  # any other graph: an expression that compilers optimise
     Torch(),  # the reference: everything, with gradients

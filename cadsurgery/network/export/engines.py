@@ -88,10 +88,14 @@ class OpenVino(Engine):
     """An ONNX file in OpenVINO, compiled for the shapes of its last call, in single precision."""
 
     name, package, format = "OpenVINO", "openvino", "onnx"
+    precision = "f32"
 
     def _open(self, package: Any, path: Path, threads: int) -> None:
         self._core = _core()
-        self._options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        self._options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         if threads:
             self._options["INFERENCE_NUM_THREADS"] = threads
         self._model = self._core.read_model(path)
@@ -105,6 +109,12 @@ class OpenVino(Engine):
             self._compiled = shapes, self._core.compile_model(model, "CPU", self._options)
         found = self._compiled[1]([one.numpy() for one in inputs])
         return [torch.from_numpy(found[index].copy()) for index in range(len(found))]
+
+
+class OpenVinoInBfloat16(OpenVino):
+    """The same in bfloat16, where the processor has it."""
+
+    precision = "bf16"
 
 
 @cache

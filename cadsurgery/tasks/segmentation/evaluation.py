@@ -25,6 +25,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import KINDS, Kind
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.processes import gather, own_device, shard, world
+from cadsurgery.tasks.exits import ExitReport, evaluate_exits, open_exits
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import add_times, check_outputs
@@ -51,9 +52,10 @@ def evaluate(
     device: str = "cpu",
     output: Path | None = None,
     picture: Path | None = None,
+    thresholds: Sequence[float] = (),
     step: Step = silent,
     trust: bool = False,
-) -> EvaluationReport:
+) -> EvaluationReport | ExitReport:
     """Evaluate every mask at every pair of output strides, and beside them both dense networks of each pair.
 
     Without labels the figures are fidelity: what the dense network of the high output stride gives for an image stands
@@ -79,6 +81,7 @@ def evaluate(
         device: "cpu" or "cuda".
         output: JSON file to write.
         picture: PNG to draw: accuracy against work.
+        thresholds: of confidence, of a network with exits, whose exits are evaluated; default: its own.
         step: called with what is being done.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
@@ -94,6 +97,18 @@ def evaluate(
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else data).first(limit)
+    if (with_exits := open_exits(network, trust)) is not None:
+        if masks or output_stride:
+            raise InvalidInput(
+                "a network with exits has no masks.", next="leave out masks and output strides."
+            )
+        told: Any = {"rounds": rounds, "device": where, "output": output, "picture": picture, "step": step}
+        return evaluate_exits(with_exits, samples, thresholds, network=network, **told)
+    if thresholds:
+        raise InvalidInput(
+            "thresholds are of networks with exits, and this one has none.",
+            next="convert it with cs.anytime.",
+        )
     step("building and converting")
     nets, source = at_strides(network, output_stride, options or {}, weights=weights, trust=trust)
     settings = [setting for net in nets for setting in _settings(net, masks, where)]

@@ -1,0 +1,176 @@
+"""What `net.optimize(precision="int8")` costs on trained networks: the copy in 8 bits and the float one, same masks.
+
+    python benchmarks/int8_copies.py --data DATA [--network camvid voc imagenet] [--every 1] [--calibrate 32]
+
+DATA holds camvid, camvid_mobilenetv2_fcn, voc_deeplab, imagenet_sample and mobilenet_v2_imagenet. Copies are calibrated
+by images that are not among those they are measured on: training images of CamVid, unlabelled photographs, every tenth
+image of ImageNet's sample. Figures are mean IoU or top-1 accuracy in per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import cadsurgery as cs
+from cadsurgery.data.images import read_image
+from cadsurgery.support.provenance import describe_run
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+
+ROOT = Path(__file__).parents[1]
+SIDE = 225  # at which the given MobileNetV2 is exact
+
+
+class Task(NamedTuple):
+    """A network, images (1, 3, H, W) to calibrate by, those to measure on with what is known of them, and a function
+    that counts predictions and gives the figure."""
+
+    model: nn.Module
+    calibration: list[Tensor]
+    images: Callable[[], Iterator[tuple[Tensor, Any]]]
+    counter: Callable[[], Any]
+
+
+class Segments:
+    """Mean IoU of class scores."""
+
+    def __init__(self, classes: int, restore: Callable[..., Tensor] | None = None) -> None:
+        self.metrics, self.restore = SegmentationMetrics(classes), restore
+
+    def add(self, scores: Tensor, known: Any) -> None:
+        """Scores (1, C, H, W) of an image, and its labels or what they are restored by."""
+        if self.restore is not None:
+            inside, known = known
+            scores = self.restore(scores, inside, known.shape[-2:])
+        self.metrics.update(scores.argmax(1), known)
+
+    def figure(self) -> float:
+        """So far, in per cent."""
+        return 100 * float(self.metrics.compute()["miou"])
+
+
+class Classes:
+    """Top-1 accuracy."""
+
+    def __init__(self) -> None:
+        self.right = self.count = 0
+
+    def add(self, scores: Tensor, known: int) -> None:
+        """Scores (1, C) of an image and its class."""
+        self.right, self.count = self.right + int(scores.argmax(1) == known), self.count + 1
+
+    def figure(self) -> float:
+        """So far, in per cent."""
+        return 100 * self.right / self.count
+
+
+def recipe(name: str) -> Any:
+    """The module of a recipe."""
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", ROOT / "recipes" / name / "network.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def normalised(picture: Tensor) -> Tensor:
+    """(1, 3, H, W) in -1..1 of a picture in 0..1."""
+    return picture.mul(2).sub(1).unsqueeze(0)
+
+
+def camvid(data: Path, every: int, calibrate: int) -> Task:
+    """The network of recipes/camvid_mobilenetv2 on CamVid's test images."""
+    network = recipe("camvid_mobilenetv2")
+    train, test = network.images(data, "train"), network.images(data, "test")
+    step = max(1, len(train) // calibrate)
+
+    def images() -> Iterator[tuple[Tensor, Any]]:
+        for index in range(0, len(test), every):
+            picture, labels = test[index]
+            yield normalised(picture), labels.unsqueeze(0)
+
+    calibration = [normalised(train[index][0]) for index in range(0, len(train), step)][:calibrate]
+    return Task(network.build(data), calibration, images, lambda: Segments(len(network.CLASSES)))
+
+
+def voc(data: Path, every: int, calibrate: int) -> Task:
+    """The network of recipes/voc_deeplab on its labelled pictures."""
+    network = recipe("voc_deeplab")
+    test, photos = network.images(data), network.unlabelled(data)
+
+    def images() -> Iterator[tuple[Tensor, Any]]:
+        for index in range(0, len(test), every):
+            picture, labels = test[index]
+            padded, inside = network.padded(picture)
+            yield normalised(padded), (inside, labels.unsqueeze(0))
+
+    calibration = [normalised(network.read(path)) for path in photos[:: max(1, len(photos) // calibrate)]][
+        :calibrate
+    ]
+    return Task(network.build(data), calibration, images, lambda: Segments(21, network.restored))
+
+
+def imagenet(data: Path, every: int, calibrate: int) -> Task:
+    """MobileNetV2 on ImageNet's sample, without the images that it is calibrated by."""
+    model = torchvision.models.mobilenet_v2()
+    state = load_file(data / "mobilenet_v2_imagenet" / "mobilenet_v2.fp16.safetensors")
+    model.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    )
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    paths = sorted((data / "imagenet_sample" / "images").glob("*.jpg"))
+
+    def read(path: Path) -> Tensor:
+        picture = read_image(path)
+        top, left = ((side - SIDE) // 2 for side in picture.shape[1:])
+        return normalised(picture[:, top : top + SIDE, left : left + SIDE])
+
+    def images() -> Iterator[tuple[Tensor, Any]]:
+        for path in [path for place, path in enumerate(paths) if place % 10][::every]:
+            yield read(path), int(path.name.split("_")[0])
+
+    return Task(model.eval(), [read(path) for path in paths[::10][:calibrate]], images, Classes)
+
+
+TASKS = {"camvid": camvid, "voc": voc, "imagenet": imagenet}
+
+
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--network", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--mask", nargs="+", default=["all", "edges | budget:fraction=0.34"])
+    parser.add_argument("--every", type=int, default=1, help="images to measure on")
+    parser.add_argument("--calibrate", type=int, default=32, help="images to calibrate by")
+    options = parser.parse_args()
+    print(describe_run(torch.device("cpu")), flush=True)
+    for name in options.network:
+        task = TASKS[name](options.data, options.every, options.calibrate)
+        net = cs.adaptify(task.model, options.mask[-1], normalisation="raw", verify_laws=False)
+        copies = {
+            "float": net.optimize(),
+            "int8": net.optimize(precision="int8", calibration=task.calibration),
+        }
+        print(f"\n{name}: {copies['int8'].quantisation}\n", flush=True)
+        counters = {(mask, kind): task.counter() for mask in options.mask for kind in copies}
+        for image, known in task.images():
+            for mask in options.mask:
+                for kind, copy in copies.items():
+                    counters[mask, kind].add(copy(image, mask=mask), known)
+        for (mask, kind), counter in counters.items():
+            print(f"| {name} | {mask} | {kind} | {counter.figure():.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""Convolutions in 8 bits: unsigned features on a grid each, signed weights, sums of 32 bits, which are exact.
+
+A value v is kept as q, v = (q - zero) scale, of a `Grid` that calibration chose; weights have a scale for each output.
+What becomes of the sums, residual, activation and the next grid, is done while they are in registers. `integer.c` has
+the products for processors with AVX512-VNNI and with AVX2, `native.c` depthwise convolutions; torch is their reference,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import Backend, Between, Work, compute, every_row, is_observed
+from cadsurgery.elements.backends.native import (
+    INTEGER_FORMS,
+    Rows,
+    call,
+    group_weight,
+    halo_of,
+    has_grouped_form,
+    library,
+)
+from cadsurgery.elements.backends.weights import Activation
+from cadsurgery.elements.kernel_map import Reading, rows_of
+
+CHUNK, MOST_TAPS, MOST, LARGEST_WEIGHT = 64, 64, 255, 127
+# So many products of the largest values fit into sums of 32 bits, and are whole numbers in float32.
+MOST_PRODUCTS, MOST_IN_FLOAT = 2**31 // (MOST * (LARGEST_WEIGHT + 1)), 2**24 // (MOST * LARGEST_WEIGHT)
+# What processors call the instructions that a form needs, the fastest form first.
+_NEEDS = {"vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}, "avx2": {"avx2", "fma"}}
+assert _NEEDS.keys() == INTEGER_FORMS.keys()
+
+
+class Grid(NamedTuple):
+    """The values that 8 bits can be: (q - zero) scale for q of 0..255.
+
+    Attributes:
+        scale: between two of them.
+        zero: the q of zero, which is always one of them.
+    """
+
+    scale: float
+    zero: int
+
+    @classmethod
+    def of_range(cls, low: float, high: float) -> Grid:
+        """From a least to a largest value, zero between them."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = (high - low) / MOST or 1.0
+        return cls(scale, max(0, min(MOST, round(-low / scale))))
+
+    def quantise(self, values: Tensor) -> Tensor:
+        """The nearest q, ties to even, in the memory layout of the values."""
+        factor, form = 1 / self.scale, None if is_observed() else form_here()
+        if form is None or values.dtype != torch.float32 or not _is_dense(values):
+            exact = values.double() * _single(factor) + self.zero
+            return exact.float().round_().clamp_(0, MOST).to(torch.uint8)
+        out = torch.empty_like(values, dtype=torch.uint8)
+        _run("quantise", form, values, out, values.numel(), factor, float(self.zero))
+        return out
+
+    def dequantise(self, values: Tensor) -> Tensor:
+        """float32, in the memory layout of the values."""
+        form = None if is_observed() else form_here()
+        if form is None or not _is_dense(values):
+            return values.float().sub_(self.zero).mul_(_single(self.scale))
+        out = torch.empty_like(values, dtype=torch.float32)
+        _run("dequantise", form, values, out, values.numel(), self.scale, float(self.zero))
+        return out
+
+
+class Finish(NamedTuple):
+    """What becomes of exact sums, in single precision and its steps in this order: times scale, plus bias, plus the
+    residual times more; the activation; times factor plus zero, where that is not folded into what is before; clamped.
+    """
+
+    offset: Tensor
+    scale: Tensor
+    bias: Tensor
+    more: float
+    factor: float
+    zero: float
+    low: float
+    high: float
+
+
+@dataclass
+class IntegerWeights:
+    """Weight (O, C / groups, kh, kw) of -127..127, and what becomes of its sums.
+
+    Attributes:
+        weight: int8.
+        scale: (O,) of the weight.
+        bias: (O,) or None.
+        groups: channel groups.
+        activation: applied last, after the residual.
+        source: grid of the rows.
+        more: grid of a residual in 8 bits; None of one in float32.
+        out: grid of the result; None: float32.
+        forms: packed weights and constants made so far.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    groups: int
+    activation: Activation | None
+    source: Grid
+    more: Grid | None = None
+    out: Grid | None = None
+    forms: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether backends apply its activation."""
+        act = self.activation
+        return act is None or act.bounds is not None or act.name == "hardswish"
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each output has one input, and the result is in 8 bits."""
+        return self.groups > 1 and self.weight.shape[:2] == (self.groups, 1) and self.out is not None
+
+    @property
+    def constants(self) -> Finish:
+        """What becomes of its sums."""
+        if "constants" not in self.forms:
+            self.forms["constants"] = self._make_constants()
+        finish: Finish = self.forms["constants"]
+        return finish
+
+    def _make_constants(self) -> Finish:
+        offset = -self.source.zero * self.weight.flatten(1).sum(1, dtype=torch.int32)
+        scale = self.scale.double() * self.source.scale
+        bias = self.bias.double() if self.bias is not None else torch.zeros_like(scale)
+        more = 1.0 if self.more is None else self.more.scale
+        if self.more is not None:
+            bias = bias - self.more.scale * self.more.zero
+        bounds = self.activation.bounds if self.activation is not None else None
+        low, high = bounds or (-math.inf, math.inf)
+        step, zero = self.out or (1.0, 0)
+        factor, shift = 1.0, 0.0
+        if self.activation is not None and bounds is None:  # no factor can be taken out of it
+            factor, shift = 1 / step, float(zero)
+        else:
+            scale, bias, more = scale / step, bias / step + zero, more / step
+            low, high = low / step + zero, high / step + zero
+        if self.out is not None:
+            low, high = (float(min(max(end, 0), MOST)) for end in (low, high))
+            low, high = float(round(low)), float(round(high))
+        return Finish(offset, scale.float(), bias.float(), _single(more), _single(factor), shift, low, high)
+
+    @property
+    def alone(self) -> IntegerWeights:
+        """The product alone, in float32."""
+        if "alone" not in self.forms:
+            self.forms["alone"] = replace(self, activation=None, more=None, out=None, forms={})
+        weights: IntegerWeights = self.forms["alone"]
+        return weights
+
+    def add(self, product: Tensor, residual: Tensor | None) -> Tensor:
+        """Residual and activation of a product `alone`, whose place is taken, on the grid of the result."""
+        if residual is not None:
+            product.add_(residual if self.more is None else self.more.dequantise(residual))
+        product = product if self.activation is None else self.activation.apply_(product)
+        return product if self.out is None else self.out.quantise(product)
+
+    def finish(self, sums: Tensor, residual: Tensor | None) -> Tensor:
+        """Rows of sums (n, O), whole numbers as int32: the reference of what compiled code does, bit for bit where its
+        rounding is known: products are added in one step."""
+        known = self.constants
+        value = _multiply_add((sums + known.offset).float(), known.scale, known.bias)
+        if residual is not None:
+            value = _multiply_add(residual.float(), known.more, value)
+        if self.activation is not None and self.activation.bounds is None:
+            value = value * (value + 3).clamp(0, 6) * _single(1 / 6)
+            value = _multiply_add(value, known.factor, known.zero)
+        value = value.clamp_(known.low, known.high)
+        return value if self.out is None else value.round_().to(torch.uint8)
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, offset, scale and bias as `integer.c` reads them: padded to whole chunks of outputs of each group,
+        four channels of an output side by side."""
+        if "packed" not in self.forms:
+            outputs, channels = self.weight.shape[0] // self.groups, self.weight.shape[1]
+            quads, chunks = -(-channels // 4), -(-outputs // CHUNK)
+            taps = self.weight[0, 0].numel()
+            whole = self.weight.new_zeros(self.groups, chunks * CHUNK, taps, 4 * quads)
+            by_tap = self.weight.flatten(2).transpose(1, 2).unflatten(0, (self.groups, outputs))
+            whole[:, :outputs, :, :channels] = by_tap
+            whole = whole.view(self.groups, chunks, CHUNK, taps, quads, 4).permute(0, 1, 3, 4, 2, 5)
+            self.forms["packed"] = (whole.contiguous(), *map(self._pad, self.constants[:3]))
+        parts: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["packed"]
+        return parts
+
+    def _pad(self, values: Tensor) -> Tensor:
+        outputs = self.weight.shape[0] // self.groups
+        padded = values.new_zeros(self.groups, -(-outputs // CHUNK) * CHUNK)
+        padded[:, :outputs] = values.view(self.groups, outputs)
+        return padded
+
+    def by_channel(self) -> tuple[Tensor, Tensor]:
+        """Weight and offset of a depthwise convolution as `native.c` reads them: whole numbers in float32."""
+        if "by channel" not in self.forms:
+            self.forms["by channel"] = group_weight(self.weight.float(), self.constants.offset.float())
+        parts: tuple[Tensor, Tensor] = self.forms["by channel"]
+        return parts
+
+    def by_taps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, offset, scale and bias of a depthwise convolution as `integer.c` reads them: of 64 channels four taps
+        side by side, in the order in which processors interleave them: (16 channels, 4, 4) as (4, 16 channels, 4)."""
+        if "by taps" not in self.forms:
+            channels, taps = self.weight.shape[0], self.weight[0].numel()
+            padded = self.weight.new_zeros(-(-channels // CHUNK) * CHUNK, -(-taps // 4) * 4)
+            padded[:channels, :taps] = self.weight.flatten(1)
+            parts = padded.view(-1, 4, 4, 4, padded.shape[1] // 4, 4).permute(0, 4, 2, 1, 3, 5)
+            rest = (self._pad_channels(value) for value in self.constants[:3])
+            self.forms["by taps"] = (parts.contiguous(), *rest)
+        forms: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["by taps"]
+        return forms
+
+    def _pad_channels(self, values: Tensor) -> Tensor:
+        padded = values.new_zeros(-(-len(values) // CHUNK) * CHUNK)
+        padded[: len(values)] = values
+        return padded.view(-1, 4, 4, 4).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerConvolution(Work):
+    """A convolution of rows (N, C) in 8 bits, see `IntegerWeights`: rows (N_target, O), in 8 bits or float32.
+
+    Attributes:
+        weights: weight and all that becomes of its sums.
+        reads: the lattices and the window; a reading; None for a product of the rows as they are.
+        residual: rows of the result's shape, in 8 bits or float32 as the weights say, or None.
+    """
+
+    weights: IntegerWeights
+    reads: Between | Reading | None
+    residual: Tensor | None = None
+    task: ClassVar[str] = "convolve_integers"
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it reads one tap, the rows as they are."""
+        if not isinstance(self.reads, Between):
+            return self.reads is None
+        return self.reads.window.is_pointwise and rows_of(self.reads.source, self.reads.target) is None
+
+    @property
+    def reading(self) -> Reading:
+        """Where it reads."""
+        return every_row(self.rows.shape[0], self.rows.device) if self.reads is None else self.reads.reading
+
+
+def convolve(work: IntegerConvolution) -> Tensor:
+    """Rows (N, O); an activation that backends do not apply is another pass, in float32."""
+    if work.weights.is_fused:
+        return compute(work)
+    product = compute(replace(work, weights=work.weights.alone, residual=None))
+    return work.weights.add(product, work.residual)
+
+
+class Integers(Backend):
+    """Compiled code for rows in 8 bits, in the fastest form that the processor has instructions for."""
+
+    name = "integers"
+
+    def applies(self, work: IntegerConvolution) -> bool:
+        """Where the code could be compiled and runs, unless torch observes what is called."""
+        is_here = work.rows.device.type == "cpu" and form_here() is not None
+        return is_here and work.is_inference and not is_observed()
+
+    def convolve_integers(self, work: IntegerConvolution, form: str = "") -> Tensor:
+        """Rows (N, O); by a form, or the fastest."""
+        weights, known = work.weights, work.weights.constants
+        outputs, inputs = weights.weight.shape[:2]
+        reading = None if work.is_product and inputs > 1 else work.reading
+        size = (len(work.rows), 1) if reading is None else reading.table.shape
+        dtype = torch.float32 if weights.out is None else torch.uint8
+        out = torch.empty(size[0], outputs, dtype=dtype)
+        residual = work.residual.contiguous() if work.residual is not None else None
+        own_form = form or form_here()
+        by_taps = weights.is_depthwise and residual is None and own_form == "vnni" and size[1] <= MOST_TAPS
+        if (
+            reading is not None
+            and not by_taps
+            and not form
+            and _is_exact_in_float(weights)
+            and residual is None
+        ):
+            table, read_rows = (
+                reading.table,
+                Rows(work.rows, halo_of(work.rows, reading), weights.source.zero),
+            )
+            levels = (None, known.scale, known.bias)
+            packed = weights.by_channel()
+            call("grouped", read_rows, table, *packed, *levels, None, out, 1, known.low, known.high)
+            return out
+        rows = work.rows if work.rows.stride(1) == 1 else work.rows.contiguous()  # rows may overlap
+        halo = halo_of(rows, reading) if reading is not None else None
+        beyond = rows.new_full((rows.shape[1],), weights.source.zero)
+        weight, offset, scale, bias = weights.by_taps() if by_taps else weights.packed()
+        read = _Reading(
+            *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
+            reading.table.data_ptr() if reading is not None else None,
+            *(rows.shape[0], *size, outputs if by_taps else inputs, rows.stride(0)),
+        )
+        more = residual.data_ptr() if residual is not None else None
+        result = _Result(
+            *(offset.data_ptr(), scale.data_ptr(), bias.data_ptr(), more, out.data_ptr(), outputs),
+            *(weights.more is not None, weights.out is not None),
+            weights.activation is not None and weights.activation.bounds is None,
+            *known[3:],
+        )
+        name, groups = ("depthwise", ()) if by_taps else ("convolve", (weights.groups,))
+        _run(name, own_form, ctypes.byref(read), ctypes.byref(result), weight, *groups)
+        return out
+
+
+def _is_exact_in_float(weights: IntegerWeights) -> bool:
+    """Whether `native.c` has the kernel of a depthwise convolution, whose sums are whole numbers in float32, too."""
+    few = weights.weight[0].numel() <= MOST_IN_FLOAT and has_grouped_form(weights.weight, weights.groups)
+    return (
+        weights.is_depthwise and few and (weights.activation is None or weights.activation.bounds is not None)
+    )
+
+
+class _Reading(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
+        *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels", "stride")),
+    )
+
+
+class _Result(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("offset", "scale", "bias", "more", "out")),
+        *((name, ctypes.c_long) for name in ("outputs", "more_is_8_bits", "out_is_8_bits", "is_hardswish")),
+        *((name, ctypes.c_float) for name in ("more_scale", "factor", "zero", "low", "high")),
+    )
+
+
+def forms_here() -> tuple[str, ...]:
+    """The forms of the compiled code that this processor has the instructions for, the fastest first."""
+    compiled, flags = library(), _processor_flags()
+    return tuple(
+        form for form, needs in _NEEDS.items() if needs <= flags and hasattr(compiled, f"convolve_{form}")
+    )
+
+
+@cache
+def form_here() -> str | None:
+    """The fastest of them, or None."""
+    return next(iter(forms_here()), None)
+
+
+def _processor_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
+
+
+def _run(name: str, form: str | None, *arguments: Any) -> None:
+    """A function of `integer.c`."""
+    getattr(library(), f"{name}_{form}")(*map(_for_c, arguments))
+
+
+def _for_c(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return ctypes.c_long(value) if isinstance(value, int) else value
+
+
+def _single(value: float) -> float:
+    """As single precision has it."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _multiply_add(value: Tensor, factor: Tensor | float, shift: Tensor | float) -> Tensor:
+    """value factor + shift with one rounding, to float32: in float64 the product is exact."""
+    wide = factor.double() if isinstance(factor, Tensor) else factor
+    return (value.double() * wide + shift).float()
+
+
+def _is_dense(values: Tensor) -> bool:
+    """Whether values lie one after another in memory, in whatever order of their axes."""
+    return values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,200 @@
+"""Positions that were not computed, filled from those around them that were: a Gaussian over 7 x 7.
+
+Two published methods compute a map at some positions alone and fill the others, with weights that differ:
+
+    prediction at any time (Liu et al. 2022)     g(d) = exp(-w^2 |d|^2), without the centre, over a constant:
+                                                 x(p) = sum_d g(d) x(p + d) / (sum g + e)
+    sampling and interpolation (Xie et al. 2020) g(d) = w^2 / (2 pi) exp(-w^2 |d|^2 / 2), over what is there:
+                                                 x(p) = sum_d g(d) m(p + d) x(p + d) / (sum_d g(d) m(p + d) + e)
+
+with m what share of a position was computed, e = 1e-5, and nothing outside the map.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import Picking, compute
+from cadsurgery.elements.elements import Elements
+from cadsurgery.elements.kernel_map import Reading
+from cadsurgery.elements.lattice import Geometry, Lattice, describe
+from cadsurgery.support.errors import InvalidInput
+
+REACH = 3  # positions to each side: 7 x 7
+_LEAST = 1e-5  # what is added to the sum of the weights
+_ONE_RESOLUTION = Geometry((), fill="nearest")
+
+
+def gaussian_fill(
+    x: Tensor, mask: Tensor, width: float | Tensor, normalised: bool = False, floor: Tensor | None = None
+) -> Tensor:
+    """A map whose positions outside a mask are filled from those inside: m x + (1 - m) G * (m x), see this module.
+
+    Args:
+        x: (B, C, H, W). What it holds where the mask is zero is not read.
+        mask: (B, H, W), bool or shares in 0..1; a full one gives `x` bit for bit.
+        width: w, a number or a tensor without dimensions: the larger, the narrower the Gaussian. As both methods
+            start, 3. A gradient reaches it.
+        normalised: divide by the weights of what is there rather than by a constant, see this module.
+        floor: (C,), what values are measured from: a position far from all others holds it; default zero.
+
+    Raises:
+        InvalidInput: shapes or types that do not fit.
+    """
+    if x.dim() != 4 or mask.shape != (x.shape[0], *x.shape[2:]) or mask.dtype.is_complex:
+        raise InvalidInput(
+            f"a map (B, C, H, W) and a mask (B, H, W) are expected, not {describe(x)} and {describe(mask)}.",
+            next="give the mask one value for each position of the map, bool or in 0..1.",
+        )
+    if isinstance(width, Tensor) and width.dim():
+        raise InvalidInput(
+            f"the width is {describe(width)}.", next="give one number, or a tensor without dimensions."
+        )
+    is_hard = mask.dtype == torch.bool
+    there = mask if is_hard else mask > 0
+    whole = resolution(mask.shape[0], mask.shape[1], mask.shape[2], x.device)
+    source = whole.choose(there)
+    if source.count == whole.count and is_hard and not (isinstance(width, Tensor) and width.requires_grad):
+        return x
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, source.anchors)
+    shares = None if is_hard else mask.flatten()[source.anchors]
+    filled = fill_gaps(Elements(rows, source), whole, width, normalised, floor, shares).rows
+    return filled.view(*mask.shape, -1).permute(0, 3, 1, 2)
+
+
+def resolution(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Lattice:
+    """The lattice of maps of one resolution, of which `choose` gives a part."""
+    return _ONE_RESOLUTION.uniform(0, batch, (height, width), device)
+
+
+def fill_gaps(
+    x: Elements,
+    target: Lattice,
+    width: float | Tensor,
+    normalised: bool = False,
+    floor: Tensor | None = None,
+    shares: Tensor | None = None,
+) -> Elements:
+    """Elements of a part of a lattice of one resolution, and others that are filled from them; see `gaussian_fill`.
+
+    Args:
+        x: what was computed.
+        target: another part of the same lattice, or all of it.
+        width: of the Gaussian.
+        normalised: whether by what is there.
+        floor: (C,) what values are measured from; default zero.
+        shares: (N,) in 0..1, how much of each element was computed; default all.
+    """
+    weights = _gaussian(width, normalised, x.rows)
+    near = _find_near(x.lattice, target, weights.shape[0] // 2, shares)
+    mass = weights.flatten() * near.there
+    if shares is not None:
+        mass = mass * shares.to(mass)[near.sources.long()]
+    if normalised:
+        mass = mass / (mass.sum(1, keepdim=True) + _LEAST)
+    if shares is not None:  # what was not computed of a position is filled, the centre is what was
+        mass = (1 - near.share.unsqueeze(1)) * mass
+        mass[:, mass.shape[1] // 2] += near.share
+    rows, sources, table, has_outside = x.rows, near.sources, near.table, near.has_far
+    if floor is not None:  # one more row
+        rows = torch.cat((rows, floor.to(rows).unsqueeze(0)))
+        table = torch.where(table > x.lattice.count, table + 1, table)
+        sources = torch.cat((sources, torch.full_like(sources[:, :1], x.lattice.count)), 1)
+        mass, has_outside = torch.cat((mass, 1 - mass.sum(1, keepdim=True)), 1), True
+    out = compute(Picking(rows, Reading(table.unsqueeze(1), sources, mass, has_outside)))
+    if isinstance(width, Tensor) and width.requires_grad and not mass.numel():
+        everywhere = torch.ones_like(out, dtype=torch.bool)
+        out = torch.where(everywhere, out, width.to(out))  # its gradient is zero, not missing
+    return Elements(out, target)
+
+
+class _Near(NamedTuple):
+    """Where the rows of a lattice are found among those of a part of it.
+
+    Attributes:
+        table: (T,) int32: a row, the padding row of what is far from all, or behind it that of a gap that is near some.
+        has_far: whether any is far.
+        sources: (M, taps) int32, what is around each such gap; where there is nothing any of the others.
+        there: (M, taps) bool, where there is something.
+        share: (M,) how much of each gap itself was computed.
+    """
+
+    table: Tensor
+    has_far: bool
+    sources: Tensor
+    there: Tensor
+    share: Tensor
+
+
+def _find_near(source: Lattice, target: Lattice, reach: int, shares: Tensor | None) -> _Near:
+    """See `_Near`; elements of which only a share was computed are gaps, too."""
+
+    def build() -> _Near:
+        (height, width), count = source.size, source.count
+        rows = torch.arange(count, dtype=torch.int32, device=source.anchors.device)
+        index = torch.full((source.batch * height * width,), count, dtype=torch.int32, device=rows.device)
+        index[source.anchors] = rows
+        table = index[target.anchors]
+        share = torch.zeros(
+            count + 1, dtype=torch.float32 if shares is None else shares.dtype, device=rows.device
+        )
+        share[:count] = 1 if shares is None else shares
+        of_target = share[table.long()]
+        padded = F.pad(index.view(-1, height, width), (reach,) * 4, value=count).flatten()
+        gaps = (of_target < 1).nonzero().squeeze(1)
+        at, wide = target.anchors[gaps], width + 2 * reach
+        image, y, x = at // (height * width), at // width % height, at % width
+        place = (image * (height + 2 * reach) + y) * wide + x  # of the first tap
+        side = torch.arange(2 * reach + 1, device=rows.device)
+        around = padded[place.unsqueeze(1) + (side.unsqueeze(1) * wide + side).flatten()]
+        there = around < count
+        near = there.any(1)
+        around, there, gaps, far = around[near], there[near], gaps[near], gaps[~near]
+        any_other = around.amin(1, keepdim=True)
+        sources = torch.where(there, around, any_other).contiguous()
+        table[gaps] = torch.arange(len(gaps), dtype=torch.int32, device=rows.device) + count + 1
+        table[far] = count
+        return _Near(table, len(far) > 0, sources, there, of_target[gaps])
+
+    if shares is not None:
+        return build()
+    return source.pyramid.derive(("near", source.key, target.key, reach), build)
+
+
+def _gaussian(width: float | Tensor, normalised: bool, like: Tensor) -> Tensor:
+    """The weights (k, k) of the window, without its outer rings where those weigh less than rounding does."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if isinstance(width, Tensor) and (width.requires_grad or torch.compiler.is_compiling()):
+        return _weights(width.to(like.device, dtype), normalised)
+    return _weights_of(float(width), normalised, dtype, like.device)
+
+
+@cache
+def _weights_of(width: float, normalised: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _weights(torch.tensor(width, dtype=dtype, device=device), normalised)
+
+
+def _weights(width: Tensor, normalised: bool) -> Tensor:
+    steps = torch.arange(-REACH, REACH + 1, device=width.device)
+    squared, apart = width.square(), (steps.square().unsqueeze(1) + steps.square()).to(width.dtype)
+    if normalised:
+        weights, least = squared / (2 * math.pi) * torch.exp(-squared * apart / 2), _LEAST
+    else:
+        weights = torch.where(apart > 0, torch.exp(-squared * apart), 0)
+        weights, least = weights / (weights.sum() + _LEAST), 1.0
+    if torch.compiler.is_compiling():
+        return weights
+    with torch.no_grad():
+        ring = torch.maximum(steps.abs().unsqueeze(1), steps.abs())
+        negligible = torch.finfo(width.dtype).eps * least
+        beyond = [float(torch.where(ring > reach, weights, 0).sum()) for reach in range(1, REACH)]
+    reach = next((r for r, mass in enumerate(beyond, 1) if mass <= negligible), REACH)
+    inside = slice(REACH - reach, REACH + reach + 1)
+    return weights[inside, inside]

@@ -1,0 +1,301 @@
+"""Fitting refinements to images without labels: what the network gives at full resolution is regressed from what it
+gives below."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cadsurgery.data.datasets import sample_of
+from cadsurgery.elements import functional
+from cadsurgery.elements.functional import to_dense
+from cadsurgery.elements.lattice import Lattice
+from cadsurgery.elements.refinement import PLACES, Refinement, places_of
+from cadsurgery.finetune.batches import Samples, check_data, prepare
+from cadsurgery.masks import resolve_mask
+from cadsurgery.network.model import AdaptiveModel, pictures_for, whole_program
+from cadsurgery.network.program import GraphInterpreter, Program, clone_values
+from cadsurgery.support.divergence import Kind, divergence, kind_of, maps_of
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.surgery.trace import evaluating
+
+STEPS, _BATCH, _RATE, _DECAY = 800, 4, 5e-3, 1e-2
+_SIDE = 64  # fine pixels of what is looked at of an image, at most
+_MEASURING = 0.5  # of the time goes into running the network at most
+_HELD_OUT = 8  # every so many-th image is not fitted to
+_BYTES = 1 << 30  # of maps that are kept
+_LEAST, _MOST = 0.05, 0.25  # budgets that are drawn
+
+
+@dataclass(frozen=True)
+class RefinementFit:
+    """What a fit has seen and reached.
+
+    Attributes:
+        images: that the network was run on, mirrored ones and the held out ones among them.
+        held_out: of them, that were not fitted to.
+        seconds: of processor time, all threads.
+        before: divergence per pixel of the held out images from everything high, without refinement: the mean over
+            everything low and budgets.
+        after: with it.
+        is_better: whether it was kept: without an improvement the refinement goes back to adding nothing.
+    """
+
+    images: int
+    held_out: int
+    seconds: float
+    before: float
+    after: float
+    is_better: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `--json`."""
+        return asdict(self)
+
+
+def fit_refinement(
+    net: AdaptiveModel,
+    images: Samples,
+    *,
+    minutes: float = 5.0,
+    steps: int = STEPS,
+    seed: int = 0,
+    on_image: Callable[[int], None] | None = None,
+) -> RefinementFit:
+    """Fit the refinements of a network, in place, to images without labels; nothing else of the network changes.
+
+    Each image is run with everything high, everything low and two budgets, one of the places with detail and one of
+    random ones; then again mirrored, if there is time. Refinements are added if there are none. With the same seed and
+    images, as many of them as fit the time, on the CPU with as many threads, the weights are the same bit for bit.
+
+    Args:
+        net: an adaptive network.
+        images: as in training; labels do not count.
+        minutes: of processor time; images for which half of it does not suffice are left out, in an order that the
+            seed decides.
+        steps: of four images each.
+        seed: of everything random.
+        on_image: called with the number of images seen so far.
+
+    Raises:
+        InvalidInput: a network that is not adaptive as a whole, an optimised one, or one whose region gives no map that
+            could be refined; fewer than two images, no steps or no time.
+    """
+    begin = time.process_time()
+    whole_program(net, "has no refinement that could be fitted")
+    check_data(images, "unlabelled")
+    if not minutes > 0 or steps < 1 or len(images) < 2:
+        raise InvalidInput(
+            f"there is nothing to fit: {len(images)} images, {minutes} minutes, {steps} steps.",
+            next="give two images or more, and some time.",
+        )
+    refinements = [part for part in net.add_refinement().values() if isinstance(part, Refinement)]
+    generator, device = torch.Generator().manual_seed(seed), next(net.parameters()).device
+    order = torch.randperm(len(images), generator=generator).tolist()
+    fast, seen, size = net.optimize(), list[_Seen](), 0
+    for turn in range(2 * len(images)):
+        enough = len(seen) > 1 and time.process_time() - begin > 60 * minutes * _MEASURING
+        if enough or size > _BYTES:
+            break
+        index = order[turn % len(images)]
+        inputs, _ = prepare(*sample_of(images, index), pictures_for(net), index)
+        is_mirrored = (turn + turn // len(images)) % 2 == 1
+        batch = [value.flip(-1) if is_mirrored else value for value in inputs]
+        seen.append(_see(fast, [value.unsqueeze(0).to(device) for value in batch], generator))
+        size += seen[-1].bytes
+        if on_image is not None:
+            on_image(len(seen))
+    # With their mirror images, which come in the same order.
+    is_held_out = [at % len(images) % _HELD_OUT == 0 for at in range(len(seen))]
+    held_out = [one for one, out in zip(seen, is_held_out, strict=True) if out]
+    fitted = [one for one, out in zip(seen, is_held_out, strict=True) if not out]
+    dtype = next(refinements[0].parameters()).dtype
+    for refinement in refinements:
+        refinement.to(torch.promote_types(dtype, torch.float32))
+    before, after = _fit(refinements, fitted, held_out, steps, seed)
+    is_better = after < before
+    for refinement in refinements:
+        if not is_better:
+            refinement.restart(seed)
+        refinement.to(dtype)
+    return RefinementFit(len(seen), len(held_out), time.process_time() - begin, before, after, is_better)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of an image, what one refinement works on, (1, C, h, w) each: the entering features, the map with everything
+    high, and by mask the map and its places, see `places_of`."""
+
+    features: Tensor
+    high: Tensor
+    low: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An image: a part for each refinement, and whether its map is class scores."""
+
+    parts: tuple[_Part, ...]
+    kinds: tuple[Kind, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        tensors = [tensor for part in self.parts for pair in part.low for tensor in pair]
+        tensors += [tensor for part in self.parts for tensor in (part.features, part.high)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@torch.no_grad()
+def _see(net: AdaptiveModel, inputs: list[Tensor], generator: torch.Generator) -> _Seen:
+    """The maps of an image, all cut to the same place."""
+    program = net.program
+    fractions = (_LEAST + (_MOST - _LEAST) * torch.rand(2, generator=generator)).tolist()
+    drawn = int(torch.randint(1 << 31, (), generator=generator))
+    masks = (
+        "none",
+        f"detail | budget:fraction={fractions[0]}",
+        f"random:fraction={fractions[1]},seed={drawn}",
+    )
+    with evaluating(net):
+        values = program.before(program.bind(*inputs))
+        features = values[program.halves.features]
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        size = [min(_SIDE, length) for length in features.shape[2:]]
+        corner = [
+            int(torch.randint(length - side + 1, (), generator=generator))
+            for length, side in zip(features.shape[2:], size, strict=True)
+        ]
+        here: tuple[Any, ...] = (
+            ...,
+            *(slice(low, low + side) for low, side in zip(corner, size, strict=True)),
+        )
+        high = _Maps(program)
+        output, _ = high.run(program.uniform(0), *clone_values(values))
+        lows = []
+        for mask in masks:
+            low = _Maps(program)
+            low.run(program.masking(resolve_mask(mask)), *clone_values(values))
+            lows.append(low.maps)
+    parts = tuple(
+        _Part(
+            features[here].to(dtype, copy=True),
+            exact[here].to(dtype, copy=True),
+            tuple(
+                (maps[at][0][here].to(dtype, copy=True), places_of(maps[at][1])[here].to(dtype, copy=True))
+                for maps in lows
+            ),
+        )
+        for at, (exact, _) in enumerate(high.maps)
+    )
+    kind, channels = kind_of(output), maps_of(output)[0].shape[1]
+    return _Seen(parts, tuple(kind if part.high.shape[1] == channels else "values" for part in parts))
+
+
+class _Maps(GraphInterpreter):
+    """Notes what refinements are given: the map and the lattice."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, program.halves.after)
+        self.maps: list[tuple[Tensor, Lattice]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node."""
+        if n.target in (functional.refine, functional.refine_resized):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            x, lattice = args[0], args[-2]
+            if n.target is functional.refine_resized:
+                x = to_dense(args[1], 1, guide=kwargs.get("guide"))
+            self.maps.append((x, lattice))
+        return super().run_node(n)
+
+
+def _fit(
+    refinements: list[Refinement], seen: list[_Seen], held_out: list[_Seen], steps: int, seed: int
+) -> tuple[float, float]:
+    """Regress what is high; divergence of what is held out before and after. Scales are folded into the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = [_Scales.of([one.parts[at] for one in seen]) for at in range(len(refinements))]
+    for refinement in refinements:
+        refinement.restart(seed)
+    before = _mean_divergence(refinements, held_out)
+    parameters = [value for refinement in refinements for value in refinement.parameters()]
+    with torch.inference_mode(False), torch.enable_grad():
+        optimizer = torch.optim.AdamW(parameters, _RATE, weight_decay=_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
+        for _ in range(steps):
+            for _ in range(_BATCH):
+                one, of_mask = (
+                    int(torch.randint(count, (), generator=generator)) for count in (len(seen), 3)
+                )
+                for at, refinement in enumerate(refinements):
+                    part = seen[one].parts[at]
+                    x, places = part.low[of_mask]
+                    refined = scales[at].refine(refinement, x, part.features, places)
+                    (divergence(part.high, refined, seen[one].kinds[at]).mean() / _BATCH).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    for scale, refinement in zip(scales, refinements, strict=True):
+        scale.fold(refinement)
+    return before, _mean_divergence(refinements, held_out)
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """In which unit a refinement learns: mean and spread (C, 1, 1) of the map, and numbers that features are divided by
+    and what is added is multiplied with. Features as they lie to each other: what seldom is there is not blown up."""
+
+    centre: Tensor
+    spread: Tensor
+    features: Tensor
+    added: Tensor
+
+    @classmethod
+    def of(cls, parts: list[_Part]) -> _Scales:
+        """Of the maps and the features of some parts."""
+        rows, features = (
+            torch.cat([one[0].flatten(1) for one in maps], 1)
+            for maps in ([part.high for part in parts], [part.features for part in parts])
+        )
+        least = torch.finfo(rows.dtype).tiny
+        spread = rows.std(1)
+        spread = spread.clamp(min=1e-3 * float(spread.mean()) + least)
+        return cls(
+            rows.mean(1)[:, None, None], spread[:, None, None], features.std().clamp(min=least), rows.std()
+        )
+
+    def refine(self, refinement: Refinement, x: Tensor, features: Tensor, places: Tensor) -> Tensor:
+        """What the refinement will give once the scales are folded into it."""
+        seen = (x - self.centre) / self.spread
+        return x + self.added * (refinement(seen, features / self.features, places) - seen)
+
+    @torch.no_grad()
+    def fold(self, refinement: Refinement) -> None:
+        """Into its first and last layer."""
+        first, last = refinement.inside, refinement.missing
+        channels = len(self.centre)
+        weight = first.weight[:, :channels]
+        weight /= self.spread
+        first.weight[:, channels : 1 - PLACES] /= self.features
+        assert first.bias is not None and last.bias is not None
+        first.bias -= weight[..., 0, 0] @ self.centre[:, 0, 0]
+        last.weight *= self.added
+        last.bias *= self.added
+
+
+@torch.no_grad()
+def _mean_divergence(refinements: list[Refinement], seen: list[_Seen]) -> float:
+    """Over images, masks and refinements."""
+    losses = [
+        float(divergence(part.high, refinement(x, part.features, places), kind).mean())
+        for one in seen
+        for refinement, part, kind in zip(refinements, one.parts, one.kinds, strict=True)
+        for x, places in part.low
+    ]
+    return sum(losses) / len(losses)

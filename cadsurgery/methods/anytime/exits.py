@@ -1,0 +1,238 @@
+"""Where a network can be left early: stages of its backbone, and the maps at their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import fx, nn
+
+from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
+from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.refusals import BACKBONE_NAMES
+from cadsurgery.surgery.rules import resizing
+from cadsurgery.surgery.treatment import rule_of
+
+# A child of the network with so much of the work is looked into for stages.
+_NEARLY_ALL = 0.8
+# Between two exits lies at least so much of the work.
+_LEAST_WORK = 0.01
+# Image pixels per sample of the first exit: output stride 4, less at odd sizes.
+_FIRST_AREA = 12
+
+
+@dataclass(frozen=True)
+class Outlet:
+    """What a network predicts with.
+
+    Attributes:
+        logits: the node of its class scores, before they are resized; None for a backbone, which has none.
+        final: what it returns of them.
+        maps: of a backbone what it returns.
+    """
+
+    logits: fx.Node | None
+    final: fx.Node | None
+    maps: tuple[fx.Node, ...] = ()
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        """What it is computed from."""
+        return (self.logits,) if self.logits is not None else self.maps
+
+    @property
+    def last(self) -> fx.Node:
+        """What all exits come before."""
+        return max(self.ends)
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A place to leave a network.
+
+    Attributes:
+        name: of the module or the node.
+        branches: its maps, the finest first, else in order of execution.
+    """
+
+    name: str
+    branches: tuple[fx.Node, ...]
+
+
+def find_outlet(facts: Facts) -> Outlet:
+    """What a network predicts with, from what it returns: a map, `out` of a dictionary, or several maps.
+
+    Raises:
+        CannotConvert: it returns no map.
+    """
+    returned: Any = next(node for node in facts.graph.nodes if node.op == "output").args[0]
+    value = returned.get("out", returned) if isinstance(returned, Mapping) else returned
+    if isinstance(value, fx.Node) and facts.is_map(value):
+        return Outlet(_before_resizing(value, facts), value)
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    several = parts if isinstance(parts, (list, tuple)) else ()
+    if several and all(isinstance(part, fx.Node) and facts.is_map(part) for part in several):
+        return Outlet(None, None, tuple(several))
+    raise CannotConvert(
+        f"{type(facts.model).__name__} returns no map.",
+        why="an exit predicts a class for each position; this network gives one answer for each image.",
+        next="pass a segmentation network, or a backbone that returns its maps, with classes=.",
+    )
+
+
+def _before_resizing(node: fx.Node, facts: Facts) -> fx.Node:
+    """The node of class scores before they are resized to the image."""
+    while rule_of(node, facts) is resizing and node.all_input_nodes and facts.is_map(node.all_input_nodes[0]):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def ancestors(*ends: fx.Node) -> set[fx.Node]:
+    """Some nodes and all they are computed from."""
+    found, pending = set[fx.Node](), list(ends)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list[Exit]:
+    """The exits asked for, in order of execution.
+
+    Args:
+        facts: of the network.
+        outlet: of the network.
+        asked: `"auto"`, or names of modules or nodes.
+
+    Raises:
+        CannotConvert: `auto` finds no stages.
+        UnknownName: no such module or node.
+        InvalidInput: a place that is no map, or from which the head is not computed.
+    """
+    before = ancestors(*outlet.ends)
+    order = {node: place for place, node in enumerate(facts.graph.nodes)}
+    if asked == "auto":
+        found = _stages(facts, outlet, before)
+    else:
+        names = [asked] if isinstance(asked, str) else list(asked)
+        if not names or len(set(names)) < len(names):
+            raise InvalidInput(f"exits={asked!r} names no exits, or one twice.", next='use exits="auto".')
+        found = [_named(name, facts, outlet, before) for name in names]
+    found.sort(key=lambda one: max(order[node] for node in one.branches))
+    return found
+
+
+def _named(name: str, facts: Facts, outlet: Outlet, before: set[fx.Node]) -> Exit:
+    nodes = {node.name: node for node in facts.graph.nodes}
+    modules = {path for path, _ in facts.model.named_modules() if path}
+    if name in modules:
+        maps = _outputs(name, facts, outlet)
+    elif name in nodes:
+        maps = [nodes[name]] if facts.is_map(nodes[name]) else []
+    else:
+        raise UnknownName("module or node", name, modules | nodes.keys())
+    behind = [node for node in maps if node not in before or node is outlet.last]
+    if not maps or behind:
+        inside = [node for node in before if _is_in(facts.path(node), name) or node.name == name]
+        why = "no map of it is read by what follows." if inside else "its head does not read it."
+        raise InvalidInput(
+            f"there can be no exit after {name}.",
+            where=type(facts.model).__name__,
+            why="it is part of the network's head or lies behind it, and that is the last exit anyway."
+            if behind
+            else why,
+            next="name modules that come before the head: print(net.plan) of exits='auto' shows some.",
+        )
+    return Exit(name, _by_resolution(maps, facts))
+
+
+def _outputs(path: str, facts: Facts, outlet: Outlet) -> list[fx.Node]:
+    """The maps made in a module that are read outside of it."""
+
+    def leaves(node: fx.Node) -> bool:
+        return any(user.op == "output" or not _is_in(facts.path(user), path) for user in node.users)
+
+    made = [node for node in facts.graph.nodes if _is_in(facts.path(node), path) and facts.is_map(node)]
+    before = ancestors(*outlet.ends)
+    used = [node for node in made if leaves(node) and node in before]
+    return used or [node for node in made if leaves(node)]
+
+
+def _by_resolution(maps: Sequence[fx.Node], facts: Facts) -> tuple[fx.Node, ...]:
+    finest = max(maps, key=lambda node: _area(node, facts))
+    return (finest, *(node for node in maps if node is not finest))
+
+
+def _area(node: fx.Node, facts: Facts) -> int:
+    return facts.shapes[node][2] * facts.shapes[node][3]
+
+
+def _is_in(path: str, parent: str) -> bool:
+    return not parent or path == parent or path.startswith(f"{parent}.")
+
+
+def _stages(facts: Facts, outlet: Outlet, before: set[fx.Node]) -> list[Exit]:
+    """After each child of the backbone that is a group of blocks or after which the map is halved, but the last."""
+    root = next((name for name in BACKBONE_NAMES if name in facts.model._modules), "")
+    while True:
+        work = _work_of_children(root, facts, before)
+        heaviest = max(work, key=lambda name: work[name], default="")
+        module = facts.model.get_submodule(heaviest) if heaviest else None
+        if module is None or not module._modules or work[heaviest] < _NEARLY_ALL * sum(work.values()):
+            break
+        root = heaviest
+    children = list(work)
+    image = facts.example.shape[2] * facts.example.shape[3]
+    total = sum(facts.macs.get(node, 0) for node in before)
+    groups = [name for name in children if _is_group(facts.model.get_submodule(name))]
+    last = groups[-1] if groups else ""
+    found: list[Exit] = []
+    passed = 0
+    for place, (name, following) in enumerate(pairwise(children)):
+        maps = [node for node in _outputs(name, facts, outlet) if node in before]
+        if not maps or outlet.last in maps or name == last:
+            continue
+        finest = max(_area(node, facts) for node in maps)
+        after = [_area(node, facts) for node in _outputs(following, facts, outlet) if node in before]
+        ends = name in groups or (after and 3 * max(after) <= finest)
+        left = sum(work[child] for child in children[place + 1 :])
+        done = sum(facts.macs.get(node, 0) for node in ancestors(*maps))
+        enough = min(done - passed, left) >= _LEAST_WORK * total
+        if ends and enough and _FIRST_AREA * finest <= image:
+            found.append(Exit(name, _by_resolution(maps, facts)))
+            passed = done
+    if not found:
+        raise CannotConvert(
+            f"no stages were found in {type(facts.model).__name__}.",
+            why="none of its parts is a group of blocks, or halves the map, before its head.",
+            next="name the exits: exits=[...] takes names of modules or nodes.",
+        )
+    return found
+
+
+def _work_of_children(root: str, facts: Facts, before: set[fx.Node]) -> dict[str, int]:
+    """MACs of the children of a module, in order of execution."""
+    work: dict[str, int] = {}
+    for node in facts.graph.nodes:
+        path = facts.path(node)
+        if node in before and path and path != root and _is_in(path, root):
+            rest = path[len(root) + 1 :] if root else path
+            name = f"{root}.{rest.partition('.')[0]}".removeprefix(".")
+            work[name] = work.get(name, 0) + facts.macs.get(node, 0)
+    return work
+
+
+def _is_group(module: nn.Module) -> bool:
+    """Whether a module holds blocks: parts of several convolutions or linear layers each."""
+    if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return False
+    kinds = (nn.Conv2d, nn.Linear)
+    return any(
+        sum(isinstance(part, kinds) for part in block.modules()) > 1
+        for block in module.children()
+        if block._modules
+    )

@@ -1,0 +1,563 @@
+"""A network that predicts several times, each time better, and computes nothing any more where it is confident."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.data.networks import Source, source_of
+from cadsurgery.masks.masking import check_image
+from cadsurgery.methods.anytime.exits import Exit, Outlet, ancestors, find_exits, find_outlet
+from cadsurgery.methods.anytime.heads import MOST_STEPS, HeadKind, connect, make_head
+from cadsurgery.methods.anytime.macs import RULES, AnytimeMacs, ExitMacs
+from cadsurgery.methods.anytime.places import Sites
+from cadsurgery.methods.anytime.plan import AnytimePlan, ExitPlan
+from cadsurgery.methods.anytime.program import Manner, Program
+from cadsurgery.methods.anytime.run import Run
+from cadsurgery.methods.anytime.shapes import Shapes, shapes_of
+from cadsurgery.network.adaptify import Example, copy_network, traceable_part
+from cadsurgery.network.fuse import KERNELS, fuse
+from cadsurgery.network.macs import ghost
+from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
+from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.hooks import child, settle
+from cadsurgery.surgery.rules import (
+    adaptive_average_pooling,
+    adaptive_max_pooling,
+    arithmetic,
+    average_pooling,
+    average_pooling_same,
+    batch_norm,
+    batch_norm_act,
+    concatenation,
+    convolution,
+    convolution_same,
+    dropout_per_image,
+    max_pooling,
+    max_pooling_same,
+    pointwise,
+    reduction,
+    resizing,
+)
+from cadsurgery.surgery.trace import evaluating
+from cadsurgery.surgery.treatment import rule_of
+
+Confidence = Literal["probability", "entropy"]
+Fill = Literal["gaussian", "zeros"]
+HEADS = "exit_heads"  # the child that holds them
+WIDTH = 3.0  # of the Gaussian of each convolution, as published
+WIDTH_NAME = "width"  # the parameter of the module of the convolution
+_HIDDEN = 64
+_REMEMBERED = 8  # shapes of images whose sizes of maps are remembered
+
+
+def anytime(
+    model: nn.Module,
+    exits: str | Sequence[str] = "auto",
+    head: HeadKind = "redesigned",
+    classes: int | None = None,
+    hidden: int | None = None,
+    threshold: float = 0.998,
+    confidence: Confidence = "probability",
+    fill: Fill = "gaussian",
+    *,
+    example_input: Example | None = None,
+) -> AnytimeModel:
+    """The same network with exits: a first prediction early, better ones later, nothing computed where one is
+    confident (Liu et al., ICLR 2022).
+
+    The argument is not changed; parameters keep names and values, and its state dict loads into the result. The heads
+    of the exits are new and have to be trained.
+
+    Args:
+        model: a network that returns class scores for each position, alone or as `out` of a dictionary: its own head is
+            the last exit. Or a backbone that returns several maps: the last exit is then a plain head on all of them.
+        exits: names of modules or nodes after which there is an exit; `"auto"`: after each stage of the backbone that
+            halves the map or is a group of blocks, but the last. Several maps, as of parallel branches, are resized to
+            the finest and concatenated.
+        head: `"redesigned"`, computed at lower resolutions, earlier ones at lower; or `"plain"`, see `make_head`.
+        classes: that a backbone's heads predict; of a network its own.
+        hidden: channels inside the heads; default: 64, in plain ones as many as they read.
+        threshold: where the largest probability of a class is above it, later exits compute nothing; with
+            `confidence="entropy"`, where the entropy (in nats) is below it.
+        confidence: `"probability"` or `"entropy"`.
+        fill: what convolutions give where nothing is computed: the `"gaussian"` of what is computed around, whose width
+            is learned (`functional.gaussian_fill`), or `"zeros"`.
+        example_input: an image batch (B, C, H, W), or all arguments of a call; default: small random images.
+
+    Raises:
+        CannotConvert: a network that torch.fx cannot follow whole, without maps, or without stages for `auto`.
+        UnknownName: no such module, node, or option.
+        InvalidInput: classes that are unknown or not the network's, or an exit that is none.
+    """
+    for name, value, hint in (
+        ("head", head, HeadKind),
+        ("confidence", confidence, Confidence),
+        ("fill", fill, Fill),
+    ):
+        check_name(name, value, get_args(hint))
+    for name, number in (("classes", classes), ("hidden", hidden)):
+        if number is not None and number < 1:
+            raise InvalidInput(f"{name}={number}.", next="it must be at least 1.")
+    if any(
+        isinstance(module, AnytimeModel)
+        for module in (model.modules() if isinstance(model, nn.Module) else ())
+    ):
+        raise InvalidInput("this network has exits already.", next="pass the network it was made from.")
+    whole = copy_network(model)
+    path, facts = traceable_part(whole, example_input)
+    if path:
+        raise CannotConvert(
+            f"{type(model).__name__} cannot be followed whole, only its {path}.",
+            why="exits need all of the network, up to its class scores.",
+            next=f"pass its backbone, model.{path}, if it returns maps, with classes=; or a network without "
+            "data-dependent code.",
+        )
+    outlet = find_outlet(facts)
+    number = _count_classes(facts, outlet, classes)
+    found = find_exits(facts, outlet, exits)
+    heads, graph, logits = _add_heads(facts, outlet, found, head, number, hidden)
+    weight = next(whole.parameters())
+    whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
+    signature = inspect.signature(whole.forward)
+    shapes = shapes_of(
+        Program(graph, {}, signature), ghost(whole), _with_defaults(signature, facts.arguments)
+    )
+    manners, apart = _find_manners(facts, graph, logits, shapes.sizes)
+    if fill == "gaussian":
+        for manner in manners.values():
+            if manner.kind == "conv":
+                module: Any = whole.get_submodule(manner.origin)
+                module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(WIDTH)))
+    options = {
+        "exits": [exit.name for exit in found],
+        "head": head,
+        "classes": number,
+        "hidden": hidden,
+        "fill": fill,
+    }
+    net = AnytimeModel(whole, Program(graph, manners, signature), options, threshold, confidence)
+    net.plan, net.source = _make_plan(net, found, shapes, apart, facts.example), source_of(model)
+    return net
+
+
+def _with_defaults(signature: inspect.Signature, arguments: dict[str, Any]) -> dict[str, Any]:
+    defaults = {name: one.default for name, one in signature.parameters.items()}
+    return {**defaults, **arguments}
+
+
+def _count_classes(facts: Facts, outlet: Outlet, asked: int | None) -> int:
+    if outlet.logits is None:
+        if asked is None:
+            raise InvalidInput(
+                f"{type(facts.model).__name__} returns {len(outlet.maps)} maps, and no class scores.",
+                why="how many classes its heads are to predict is not known.",
+                next="say classes=N.",
+            )
+        return asked
+    own = facts.shapes[outlet.logits][1]
+    if asked is not None and asked != own:
+        raise InvalidInput(
+            f"classes={asked}, but the network itself predicts {own}.",
+            why="its own head is the last exit, and all exits predict the same classes.",
+            next=f"leave out classes=, or pass a network of {asked} classes.",
+        )
+    return own
+
+
+def _add_heads(
+    facts: Facts, outlet: Outlet, exits: list[Exit], kind: HeadKind, classes: int, hidden: int | None
+) -> tuple[nn.ModuleList, fx.Graph, list[fx.Node]]:
+    """The heads, the graph with them, and the nodes of all class scores."""
+    graph, heads, logits = facts.graph, nn.ModuleList(), []
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    places: list[tuple[HeadKind, int, tuple[fx.Node, ...]]] = [
+        (kind, min(len(exits) - number, MOST_STEPS), exit.branches) for number, exit in enumerate(exits)
+    ]
+    if outlet.logits is None:
+        finest = max(outlet.maps, key=lambda node: facts.shapes[node][2] * facts.shapes[node][3])
+        places.append(("plain", 0, (finest, *(node for node in outlet.maps if node is not finest))))
+    for number, (of_head, steps, branches) in enumerate(places):
+        channels = sum(facts.shapes[node][1] for node in branches)
+        inside = hidden or (channels if of_head == "plain" else _HIDDEN)
+        layers = make_head(of_head, channels, inside, classes, steps)
+        heads.append(layers)
+        with graph.inserting_after(max(branches, key=order.__getitem__)):
+            anchor = graph.create_node("call_function", connect)  # where nodes are put, in their order
+        with graph.inserting_before(anchor):
+            logits.append(connect(graph, f"{HEADS}.{number}", layers, list(branches)))
+        graph.erase_node(anchor)
+    output = next(node for node in graph.nodes if node.op == "output")
+    if outlet.logits is not None:
+        logits.append(outlet.logits)
+    output.args = ((*logits, outlet.final if outlet.final is not None else logits[-1]),)
+    return heads, graph, logits
+
+
+# What acts on each position alone; norms and dropout where they are not in training.
+_POINTWISE = (pointwise, arithmetic, batch_norm, batch_norm_act, dropout_per_image, concatenation)
+_POOLS = (average_pooling, max_pooling, average_pooling_same, max_pooling_same)
+_CONVOLUTIONS = (convolution, convolution_same)
+_JOINS = (adaptive_average_pooling, adaptive_max_pooling, reduction)  # what joins the positions of an image
+
+
+def _find_manners(
+    facts: Facts, graph: fx.Graph, logits: list[fx.Node], sizes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, Manner], list[tuple[str, str]]]:
+    """How the nodes behind the first exit act on positions; and convolutions that do not on some alone, and why."""
+    manners, apart, of_image = dict[str, Manner](), list[tuple[str, str]](), set[fx.Node]()
+    behind = ancestors(*logits) - ancestors(logits[0])
+    for node in graph.nodes:
+        rule = rule_of(node, facts)
+        joins = rule in _JOINS or (rule in _POOLS and rule(node, facts).kind == "global")
+        reads = not of_image.isdisjoint(node.all_input_nodes)
+        if node.op == "placeholder" or rule is resizing or (reads and not joins):
+            of_image.add(node)
+        if node not in behind or node.name not in sizes or rule is None:
+            continue
+        if rule in _CONVOLUTIONS:
+            window, why = rule(node, facts).window, "its map is no grid of the image's positions"
+            if window is None:
+                why = rule(node, facts).why
+            elif reads:
+                manners[node.name] = Manner("conv", window, str(node.target))
+                continue
+            apart.append((str(node.target), why))
+        elif rule in _POOLS and reads and (window := rule(node, facts).window) is not None:
+            manners[node.name] = Manner("pool", window)
+        elif rule is resizing and _reads_neighbours(node, facts):
+            manners[node.name] = Manner("resize")
+        elif rule in _POINTWISE and _is_pointwise(node, facts, sizes):
+            manners[node.name] = Manner("point")
+    return manners, apart
+
+
+def _reads_neighbours(node: fx.Node, facts: Facts) -> bool:
+    """Whether a resize reads no further than the neighbours of a position."""
+    options: Any = vars(facts.module(node)) if node.op == "call_module" else node.kwargs
+    return options.get("mode", "nearest") in ("nearest", "bilinear") and not options.get("antialias")
+
+
+def _is_pointwise(node: fx.Node, facts: Facts, sizes: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether an operation of such a rule has the result's size in all its maps, or one value for all positions."""
+    module: Any = facts.module(node) if node.op == "call_module" else None
+    if hasattr(module, "running_mean") and module.running_mean is None:
+        return False
+    if rule_of(node, facts) is concatenation:
+        others = {**node.kwargs, **dict(zip(("tensors", "dim"), node.args, strict=False))}
+        if others.get("dim", others.get("axis", 0)) != 1:
+            return False
+    maps = [sizes[one.name] for one in node.all_input_nodes if one.name in sizes]
+    return sizes[node.name] in maps and set(maps) <= {sizes[node.name], (1, 1)}
+
+
+def _make_plan(
+    net: AnytimeModel, exits: list[Exit], shapes: Shapes, apart: list[tuple[str, str]], example: Tensor
+) -> AnytimePlan:
+    names = [*((exit.name, tuple(node.name for node in exit.branches)) for exit in exits), ("the end", ())]
+    planned = []
+    for number, (name, branches) in enumerate(names):
+        steps = net.program.segments[number]
+        chosen = [step for step in steps if step.manner.kind == "conv"]
+        macs = sum(shapes.macs[step.name] for step in steps)
+        share = sum(shapes.macs[step.name] for step in chosen) / macs if macs else 0.0
+        channels = sum(shapes.channels[branch] for branch in branches)
+        is_own = number >= len(net.heads)
+        head = "the network's own head" if is_own else f"{net.options['head']} head"
+        planned.append(ExitPlan(name, branches, channels, head, macs, len(chosen), round(share, 4)))
+    return AnytimePlan(tuple(planned), net.options["classes"], tuple(apart), tuple(example.shape))
+
+
+class AnytimeModel(nn.Module):
+    """A network with exits: called as the original, it gives a tuple of predictions, the last one best.
+
+    Each prediction is aggregated: where the one before was confident, it is that, on the finest grid of class scores
+    so far. `steps` gives them one by one.
+
+    Attributes:
+        plan: what was made of the network.
+        options: of `anytime`, as values.
+        threshold: where an exit is confident; may be set. 1 (entropy: 0) computes everything.
+        confidence: `probability` or `entropy`.
+        source: where the network came from, if it was built by name.
+    """
+
+    plan: AnytimePlan
+    source: Source | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        program: Program,
+        options: dict[str, Any],
+        threshold: float,
+        confidence: Confidence,
+    ) -> None:
+        """Take over the modules of `model`, the heads among them; use `cadsurgery.anytime` to get one."""
+        super().__init__()
+        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            getattr(self, kind).update(getattr(model, kind))
+        self.constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
+        self.program, self.options = program, options
+        self.threshold, self.confidence = threshold, confidence
+        self.training = model.training
+        self._shapes: dict[Any, Shapes] = {}
+        self._ghost: tuple[nn.Module, ...] = ()
+        self.register_load_state_dict_post_hook(_own_not_missing)
+
+    def forward(self, *args: Any, threshold: float | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
+        """All predictions, aggregated, in the form and size the original returns its scores.
+
+        Args:
+            args: as the original is called; the first is the image batch (B, C, H, W).
+            threshold: for this call.
+            kwargs: as the original is called.
+        """
+        return tuple(self.steps(*args, threshold=threshold, **kwargs))
+
+    def steps(self, *args: Any, threshold: float | None = None, **kwargs: Any) -> Iterator[Tensor]:
+        """Each prediction as soon as it is there; of what comes after the last one taken nothing is computed.
+
+        Args:
+            args, threshold, kwargs: as of a call.
+
+        Raises:
+            InvalidInput: what is no image batch.
+        """
+        run = self._start(args, kwargs)  # at once: a generator would say only later what it is given
+        return (run.prediction(logits) for logits in self._logits(run, threshold))
+
+    def logits(self, *args: Any, threshold: float | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The aggregated class scores of all exits, before the network resizes them."""
+        return tuple(self._logits(self._start(args, kwargs), threshold))
+
+    def left(self, logits: Tensor, threshold: float | None = None) -> Tensor:
+        """(B, H, W) bool: where class scores leave something to be computed."""
+        threshold = self.threshold if threshold is None else threshold
+        scores = logits.detach()
+        if self.confidence == "entropy":
+            logarithms = scores.log_softmax(1)
+            return ~(-(logarithms.exp() * logarithms).sum(1) < threshold)  # NaN leaves something
+        return ~(scores.softmax(1).amax(1) > threshold)
+
+    def asks_everything(self, threshold: float | None = None) -> bool:
+        """Whether no class scores are confident, whatever they are."""
+        threshold = self.threshold if threshold is None else threshold
+        return threshold <= 0 if self.confidence == "entropy" else threshold >= 1
+
+    def macs(
+        self, *args: Any, rule: str = "conv", threshold: float | None = None, **kwargs: Any
+    ) -> AnytimeMacs:
+        """Multiply-accumulates up to each exit on an image, which is run, with masks and without.
+
+        Args:
+            args, threshold, kwargs: as of a call. On the meta device nothing is run: everything counts as computed.
+            rule: `conv`, or `published`, see `AnytimeMacs`.
+
+        Raises:
+            UnknownName: no such rule.
+        """
+        check_name("counting rule", rule, RULES)
+        with torch.no_grad(), evaluating(self):
+            run = self._start(args, kwargs)
+            if not image_of(run.arguments).is_meta:
+                for _ in self._logits(run, threshold):
+                    pass
+        return self._counted(run, rule)
+
+    def predict_and_count(
+        self, *args: Any, threshold: float | None = None, **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], AnytimeMacs]:
+        """All predictions, and the multiply-accumulates up to each; of a network in evaluation mode.
+
+        Args:
+            args, threshold, kwargs: as of a call.
+        """
+        run = self._start(args, kwargs)
+        predictions = tuple(run.prediction(logits) for logits in self._logits(run, threshold))
+        return predictions, self._counted(run, "conv")
+
+    def until(
+        self, *args: Any, milliseconds: float, threshold: float | None = None, **kwargs: Any
+    ) -> tuple[Tensor, int]:
+        """The best prediction within a deadline, and the number of its exit, from 1; the first whatever it takes.
+
+        A further exit is tried if, by the time per multiply-accumulate so far, it would be there in time even if
+        everything were left to compute.
+
+        Args:
+            args, threshold, kwargs: as of a call.
+            milliseconds: from now.
+        """
+        began = time.perf_counter()
+        run = self._start(args, kwargs, is_training=False)
+        assert run.shapes is not None
+        work = self._work(run.shapes)
+        logits, number = None, 0
+        for scores in self._logits(run, threshold):
+            logits, number = scores, number + 1
+            passed = 1e3 * (time.perf_counter() - began)
+            if number == len(work) or passed * work[number] / work[number - 1] > milliseconds:
+                break
+        assert logits is not None
+        return run.prediction(logits), number
+
+    def _work(self, shapes: Shapes) -> list[int]:
+        """Multiply-accumulates up to each exit where everything is computed."""
+        of_segments = (sum(shapes.macs[step.name] for step in steps) for steps in self.program.segments)
+        return list(accumulate(of_segments))
+
+    def _counted(self, run: Run, rule: str) -> AnytimeMacs:
+        assert run.shapes is not None
+        dense = own = self._work(run.shapes)
+        if not image_of(run.arguments).is_meta:
+            counted = [macs[rule == "published"] for macs in run.macs]
+            own = list(accumulate(counted + [0] * (len(dense) - len(counted))))
+        rows = zip((exit.name for exit in self.plan.exits), own, dense, strict=True)
+        return AnytimeMacs(tuple(ExitMacs(*row) for row in rows), rule, tuple(image_of(run.arguments).shape))
+
+    def optimize(self) -> AnytimeModel:
+        """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
+        source = copy.deepcopy(self).eval().requires_grad_(False)
+        graph = self.program.graph
+        settle(
+            source,
+            {"", *(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))},
+        )
+        for name, value in self.constants.items():
+            source.register_buffer(name, value)
+        graph, manners = _split_norms(graph, source, self.program.manners)
+        fused, kernels = fuse(graph, source)
+        source.add_module(KERNELS, kernels)
+        for node in fused.nodes:
+            if node.op == "call_module" and str(node.target).startswith(f"{KERNELS}."):
+                kernel: Any = kernels.get_submodule(str(node.target).partition(".")[2])
+                manner = manners.get(kernel.origin, Manner())
+                manners[node.name] = (
+                    manner._replace(origin=str(node.target)) if manner.kind == "conv" else Manner()
+                )
+                width = getattr(child(self, manner.origin), "width", None) if manner.kind == "conv" else None
+                kernel.register_buffer("width", None if width is None else width.detach().clone())
+        program = Program(fused, manners, self.program.signature, is_fused=True)
+        net = AnytimeModel(
+            fx.GraphModule(source, fused), program, self.options, self.threshold, self.confidence
+        )
+        net.plan, net.source = self.plan, self.source
+        return net.eval()
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        """Those of the exits; the network's own is not among them."""
+        heads = self._modules[HEADS]
+        assert isinstance(heads, nn.ModuleList)
+        return heads
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What the original does not have, by name: heads, and widths of the Gaussians."""
+        return {name: value for name, value in self.named_parameters() if is_own(name)}
+
+    def train(self, mode: bool = True) -> AnytimeModel:
+        """As of any network; refused of an optimised copy.
+
+        Raises:
+            InvalidInput: it is one, and mode is True.
+        """
+        if mode and self.program.is_fused:
+            raise InvalidInput(
+                "an optimised network cannot be trained.",
+                why="its batch norms are folded into its convolutions.",
+                next="train the network it was made from, and call optimize() again.",
+            )
+        super().train(mode)
+        return self
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_training: bool | None = None) -> Run:
+        bound = self.program.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        check_image(image_of(arguments))
+        training = self.training if is_training is None else is_training
+        return Run(self, self.program, arguments, None if training else self.shapes(arguments))
+
+    def _logits(self, run: Run, threshold: float | None) -> Iterator[Tensor]:
+        sites: Sites | None = None
+        logits: Tensor | None = None
+        for number in range(len(self.program.segments)):
+            if logits is not None and not self.asks_everything(threshold):
+                sites = Sites(self.left(logits, threshold), sites)
+            if sites is None or not sites.is_nothing or self.training:
+                run.segment(number, sites)
+                logits = run.logits(number, sites, logits)
+            assert logits is not None
+            yield logits
+
+    def shapes(self, arguments: dict[str, Any]) -> Shapes:
+        """What is known of a call before it is run; remembered for the last few shapes."""
+        key = tuple(
+            (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
+            for name, value in arguments.items()
+        )
+        if key not in self._shapes:
+            if not self._ghost:
+                self._ghost = (ghost(self),)
+            while len(self._shapes) >= _REMEMBERED:
+                del self._shapes[next(iter(self._shapes))]
+            self._shapes[key] = shapes_of(self.program, self._ghost[0], arguments)
+        return self._shapes[key]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AnytimeModel:
+        self._shapes, self._ghost = {}, ()  # of another type, or elsewhere
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_shapes": {}, "_ghost": ()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AnytimeModel:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return clone
+
+
+def _split_norms(
+    graph: fx.Graph, net: nn.Module, manners: Mapping[str, Manner]
+) -> tuple[fx.Graph, dict[str, Manner]]:
+    """The graph with norms that hold their activation taken apart, so that both can be fused, as they are in `net`; and
+    how all its nodes act on positions."""
+    copied, manners = fx.Graph(), dict(manners)
+    copied.output(copied.graph_copy(graph, {}))
+    for node in list(copied.nodes):
+        module: Any = child(net, str(node.target)) if node.op == "call_module" else None
+        if module is None or not isinstance(module, nn.BatchNorm2d) or "act" not in module._modules:
+            continue
+        norm = nn.BatchNorm2d(module.num_features, module.eps, device="meta")
+        norm._parameters, norm._buffers = dict(module._parameters), dict(module._buffers)
+        module.add_module("norm", norm.eval())
+        with copied.inserting_after(node):
+            act = copied.call_module(f"{node.target}.act", (node,))
+        node.replace_all_uses_with(act, lambda user, act=act: user is not act)
+        node.target = f"{node.target}.norm"
+        if node.name in manners:
+            manners[act.name] = manners[node.name]
+    return copied, manners
+
+
+def is_own(name: str) -> bool:
+    """Whether a parameter or buffer is not the original's: of a head, or the width of a convolution's Gaussian."""
+    return name.startswith(f"{HEADS}.") or name.rpartition(".")[2] == WIDTH_NAME
+
+
+def _own_not_missing(model: nn.Module, keys: Any) -> None:
+    """A state dict of the original loads: it has neither heads nor widths."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not is_own(name)]

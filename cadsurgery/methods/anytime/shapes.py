@@ -1,0 +1,94 @@
+"""Sizes of all values of a program for images of one shape, and the work of its steps: a run without values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from cadsurgery.methods.anytime.program import Program, Step
+from cadsurgery.network.macs import to_meta
+from cadsurgery.surgery.hooks import child
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is known of a run before it.
+
+    Attributes:
+        sizes: height and width of each value that is a map, by step.
+        numbers: values that are sizes, by step.
+        macs: multiply-accumulates of each step where everything is computed.
+        channels: of each map.
+    """
+
+    sizes: dict[str, tuple[int, int]]
+    numbers: dict[str, Any]
+    macs: dict[str, int]
+    channels: dict[str, int]
+
+
+def shapes_of(program: Program, ghost: nn.Module, arguments: dict[str, Any]) -> Shapes:
+    """What a call with such arguments makes, on a network without values."""
+    found, env = Shapes({}, {}, {}, {}), dict[str, Any]()
+    arguments = tree_map(to_meta, arguments)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        for step in (step for segment in program.segments for step in segment):
+            before = counter.get_total_flops()
+            value = to_meta(call(ghost, step, env.__getitem__, arguments))
+            env[step.name] = value
+            found.macs[step.name] = (counter.get_total_flops() - before) // 2
+            if isinstance(value, Tensor) and value.dim() == 4:
+                found.sizes[step.name] = (value.shape[2], value.shape[3])
+                found.channels[step.name] = value.shape[1]
+            elif _is_number(value):
+                found.numbers[step.name] = value
+            for name in step.frees:
+                del env[name]
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_number, value))
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def call(net: nn.Module, step: Step, value_of: Any, arguments: dict[str, Any]) -> Any:
+    """What a step gives, as it is written in the graph.
+
+    Args:
+        net: whose modules and parameters the step names.
+        step: one.
+        value_of: value by name of a step.
+        arguments: of the call of the network, by name.
+    """
+    if step.op == "placeholder":
+        return arguments[step.target]
+    if step.op == "get_attr":
+        return attribute(net, step.target)
+    args, kwargs = step.bind(value_of)
+    if step.op == "call_module":
+        module = child(net, step.target)
+        assert module is not None
+        return module(*args, **kwargs)
+    if step.op == "call_method":
+        return getattr(args[0], step.target)(*args[1:], **kwargs)
+    return step.target(*args, **kwargs)
+
+
+def attribute(net: nn.Module, path: str) -> Any:
+    """A parameter, buffer, module, constant or the training flag, by qualified name."""
+    parent, _, name = path.rpartition(".")
+    module = child(net, parent)
+    assert module is not None
+    for values in (module._parameters, module._buffers, module._modules):
+        if name in values:
+            return values[name]
+    constants = getattr(net, "constants", {})
+    return constants[path] if path in constants else getattr(module, name)

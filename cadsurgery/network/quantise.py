@@ -1,0 +1,563 @@
+"""An optimised network in 8 bits, calibrated by images without labels.
+
+    fast = net.optimize(precision="int8", calibration=images)
+
+Convolutions and linear layers of the fused graph multiply 8-bit values (`elements.backends.integer`), and values stay
+in 8 bits from layer to layer: what pools, joins and moves values passes them on as they are, on a grid that all of
+them share. Grids are those that images show best, by mean square error or by percentiles, whichever leaves the network
+nearer to itself. What rounding shifts on average is put back into the biases. Layers that are hurt by far the most, and
+what no kernel is made for, stay in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cadsurgery.elements import functional
+from cadsurgery.elements.backends.integer import (
+    LARGEST_WEIGHT,
+    MOST_PRODUCTS,
+    Grid,
+    IntegerWeights,
+    form_here,
+)
+from cadsurgery.elements.backends.integer_layers import (
+    IntegerConv,
+    IntegerLinear,
+    from_bytes,
+    max_pool_bytes,
+    to_bytes,
+)
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
+from cadsurgery.elements.elements import Elements, rows_on
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.network.fuse import KERNELS
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.support.divergence import tensors_of
+from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.surgery.hooks import child
+
+# Images whose layers are compared, values of each map of an image that grids are chosen by, and the share of the
+# squared errors of all layers that one may have before it stays in float32, if these errors are more than so much.
+_COMPARED, _SAMPLES, _SHARE, _HARMLESS = 2, 8192, 0.2, 0.03
+_BEYOND, _STEPS = 1e-4, 24
+_FEWEST_ROWS = 64  # fewer are multiplied faster than they are rounded
+_METHODS = ("mse", "percentile")
+_CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, rows_on, Elements)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer of a network in 8 bits.
+
+    Attributes:
+        name: of its node in the graph.
+        shape: of its weight.
+        error: of its sums in 8 bits, relative to how much they vary, on inputs that are not rounded before; None where
+            that is unknown.
+        why: it stays in float32; empty: it is in 8 bits.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    error: float | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What was done to a network, and what it cost on the images it was calibrated by.
+
+    Attributes:
+        layers: in their order.
+        error: root mean square of the differences of its outputs relative to that of the outputs, where it is largest.
+        grids: how they were chosen, `mse` or `percentile`.
+        form: of the compiled code, by its instructions; empty: torch.
+        images: it was compared on.
+    """
+
+    layers: tuple[Layer, ...]
+    error: float
+    grids: str
+    form: str
+    images: int
+
+    def __str__(self) -> str:
+        """In a few lines."""
+        exact: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.why:
+                exact.setdefault(layer.why, []).append(layer.name)
+        count = len(self.layers)
+        head = (
+            f"{count - sum(map(len, exact.values()))} of {count} layers in 8 bits ({self.form or 'torch'}), "
+            f"grids by {self.grids}; outputs differ by {self.error:.3g} of their size on {self.images} images"
+        )
+        several = {
+            why: names[0] if len(names) == 1 else f"{len(names)} layers" for why, names in exact.items()
+        }
+        return "\n".join((head, *(f"  {names} in float32: {why}" for why, names in several.items())))
+
+
+@dataclass
+class _Values:
+    """What was seen of the values of a node: their ends, and some of them."""
+
+    low: float = 0.0
+    high: float = 0.0
+    some: list[Tensor] = field(default_factory=list)
+
+    def add(self, values: Tensor) -> None:
+        values = values.detach()
+        flat = (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(
+            -1
+        )  # as it lies in memory
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        step = max(1, len(flat) // _SAMPLES) | 1  # odd: not the same channels of each pixel
+        self.some.append(flat[::step].clone())
+
+
+@dataclass
+class _Convolution:
+    """A layer that may be in 8 bits: its node, its kernel's name, what it reads and what is added."""
+
+    node: fx.Node
+    name: str
+    kernel: PackedConv
+    why: str = ""
+    squares: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    shift: Any = 0.0
+    rows: int = 0
+
+    @property
+    def source(self) -> fx.Node:
+        return self.node.args[0]  # type: ignore[return-value]
+
+    @property
+    def residual(self) -> fx.Node | None:
+        place = 1 if self.node.op == "call_module" else 2
+        return self.node.args[place] if len(self.node.args) > place else None  # type: ignore[return-value]
+
+    @property
+    def error(self) -> float:
+        """Relative to the deviation of its sums."""
+        return float((self.squares[0] / self.squares[1].clamp(min=1e-30)).sqrt())
+
+
+class _Observer(GraphInterpreter):
+    """Runs a graph and shows a function each node that it wants, what it reads and what it gives."""
+
+    def __init__(
+        self, program: Program, look: Callable[[fx.Node, Callable[[fx.Node], Any], Any], None]
+    ) -> None:
+        super().__init__(program, program.graph)
+        self.look = look
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of a node."""
+        value = super().run_node(n)
+        self.look(n, self.env.__getitem__, value)
+        return value
+
+
+def quantise(fast: AdaptiveModel, calibration: Tensor | Sequence[Tensor]) -> Quantisation:
+    """Put an optimised network into 8 bits, in place.
+
+    Args:
+        fast: what `optimize()` gave, in float32, on the CPU.
+        calibration: image batches (B, C, H, W) like those that the network will see, some 8 to 100 images, prepared as
+            it takes them. They are run with the network's own mask.
+
+    Raises:
+        InvalidInput: another network, no images, or such that the network does not take.
+        CannotConvert: no layer can be in 8 bits.
+    """
+    batches = _batches(calibration)
+    program = fast.program
+    with torch.no_grad():
+        work = _Quantiser(fast, program)
+        work.observe(batches)
+        expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
+        found: dict[str, tuple[float, _Rewritten]] = {}
+        for method in _METHODS:
+            rewritten = work.rewrite(method, batches[:_COMPARED])
+            rewritten.apply(fast)
+            error = _difference((_outputs(fast, batch) for batch in batches[:_COMPARED]), expected)
+            found[method] = error, rewritten
+            fast.adaptive_part._program = program.on(fast)
+            work.restore()
+        method = min(_METHODS, key=lambda name: found[name][0])
+        error, rewritten = found[method]
+        if not error < float("inf"):
+            raise CannotConvert(
+                "the network in 8 bits gives values that are no numbers.",
+                next="give other images to calibrate by.",
+            )
+        rewritten.apply(fast)
+    return Quantisation(tuple(rewritten.layers), error, method, form_here() or "", len(expected))
+
+
+class _Quantiser:
+    """What is known of a network that is to be put into 8 bits."""
+
+    def __init__(self, fast: AdaptiveModel, program: Program) -> None:
+        self.fast, self.program = fast, program
+        self.kernels: Any = getattr(fast, KERNELS)
+        found = (self._layer(node) for node in program.graph.nodes)
+        self.layers = {layer.node: layer for layer in found if layer is not None}
+        self.values: dict[fx.Node, _Values] = {}
+        self.kinds: dict[fx.Node, type] = {}
+
+    # -- what there is -----------------------------------------------------------------------------
+
+    def _layer(self, node: fx.Node) -> _Convolution | None:
+        holder = node if node.op == "call_module" else None
+        if node.target is functional.fused_conv2d:
+            holder = node.args[1]  # type: ignore[assignment]
+        path, _, name = str(holder.target if holder is not None else "").partition(".")
+        kernel = getattr(self.kernels, name) if path == KERNELS else None
+        if not isinstance(kernel, PackedConv):
+            return None
+        return _Convolution(node, name, kernel, self._refusal(node, kernel))
+
+    def _refusal(self, node: fx.Node, kernel: PackedConv) -> str:
+        """Why a layer cannot be in 8 bits, of what is known without images."""
+        window = node.kwargs.get("window", Window((1, 1)))
+        if kernel.weight.dtype != torch.float32:
+            return "it is not in float32"
+        if kernel.scale is not None:
+            return "it has a scale for each level"
+        if window.finer > 1 or window.outside:  # type: ignore[union-attr]
+            return "no kernel is made for its window"
+        if kernel.weight[0].numel() > MOST_PRODUCTS:
+            return "its sums may be too large for 32 bits"
+        return ""
+
+    def carried(self, node: fx.Node) -> list[fx.Node]:
+        """What a node passes on as it is, or the largest of it: it may be in 8 bits where that is."""
+        read: Any = ()
+        if node.op == "call_module":
+            module: Any = child(self.fast, str(node.target))
+            plain = isinstance(module, nn.MaxPool2d) and not module.ceil_mode and not module.return_indices
+            read = node.args if plain and not module._forward_hooks and not module._forward_pre_hooks else ()
+        elif node.target is torch.cat:
+            read = node.args[0] if node.args[1:] == (1,) or node.kwargs == {"dim": 1} else ()
+        elif node.target in _CARRIES and "guide" not in node.kwargs:
+            read = node.args[:1]
+        known = [one for one in read if isinstance(one, fx.Node) and one in self.kinds]
+        return known if node in self.kinds and len(known) == len(read) else []
+
+    # -- what images show --------------------------------------------------------------------------
+
+    def observe(self, batches: Sequence[Tensor]) -> None:
+        """The values of all nodes that may be in 8 bits."""
+
+        def look(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
+            values = value.rows if isinstance(value, Elements) else value
+            if not isinstance(values, Tensor) or values.dtype != torch.float32 or values.dim() not in (2, 4):
+                return
+            if isinstance(value, Elements) and values.dim() != 2:
+                return
+            self.kinds[node] = type(value) if isinstance(value, Elements) else Tensor
+            self.values.setdefault(node, _Values()).add(values)
+            layer = self.layers.get(node)
+            if layer is None:
+                return
+            layer.rows = values.numel() // layer.kernel.weight.shape[0]
+            if layer.residual is not None and not isinstance(value, Elements):
+                more: Any = read(layer.residual)
+                if more.shape != values.shape:
+                    layer.why = layer.why or "what is added has another shape"
+
+        self._run(batches, look)
+        for layer in self.layers.values():
+            if layer.node not in self.kinds or layer.source not in self.kinds:
+                layer.why = layer.why or "its values are no rows in float32"
+            elif layer.rows < _FEWEST_ROWS:
+                layer.why = layer.why or "it has few rows"
+        if not any(not layer.why for layer in self.layers.values()):
+            raise CannotConvert(
+                "no layer of the network can be in 8 bits.",
+                why=next((layer.why for layer in self.layers.values()), "it has no convolution") + ".",
+                next="leave out precision.",
+            )
+
+    def _run(self, batches: Iterable[Tensor], look: Callable[..., None]) -> None:
+        program, provider = self.program, self.fast.mask
+        for batch in batches:
+            lattice = program.find_lattice(program.masking(provider), batch)
+            arguments = program.bind(batch)
+            inputs = [str(node.target) for node in program.graph.nodes if node.op == "placeholder"][1:]
+            _Observer(program, look).run(
+                lambda *_, found=lattice: found, *(arguments.get(name) for name in inputs)
+            )
+
+    # -- grids -------------------------------------------------------------------------------------
+
+    def rewrite(self, method: str, batches: Sequence[Tensor]) -> _Rewritten:
+        """The network in 8 bits, grids chosen by a method."""
+        exact = {node for node, layer in self.layers.items() if layer.why}
+        grids = self._grids(method, exact)
+        self._compare(batches, grids, exact)
+        return _Rewritten(self, grids, exact | self._sensitive(exact), method)
+
+    def groups(self, exact: set[fx.Node]) -> list[list[fx.Node]]:
+        """Nodes whose values are on one grid, of which some layer in 8 bits reads one."""
+        parent = {node: node for node in self.kinds}
+
+        def first(node: fx.Node) -> fx.Node:
+            while parent[node] is not node:
+                node = parent[node]
+            return node
+
+        for node in self.program.graph.nodes:
+            for source in self.carried(node):
+                parent[first(source)] = first(node)
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.kinds:
+            groups.setdefault(first(node), []).append(node)
+        read = {layer.source for node, layer in self.layers.items() if node not in exact}
+        added = {
+            layer.residual
+            for node, layer in self.layers.items()
+            if node not in exact and layer.residual in self.layers and layer.residual not in exact
+        }
+        return [
+            group
+            for group in groups.values()
+            if (read | added) & set(group) and not any(map(self._overwritten, group))
+        ]
+
+    def _overwritten(self, node: fx.Node) -> bool:
+        """Whether something changes a value in place that others may read."""
+        for user in node.users:
+            module = child(self.fast, str(user.target)) if user.op == "call_module" else None
+            name = str(getattr(user.target, "__name__", user.target))
+            in_place = name.endswith("_") and not name.endswith("__")
+            if (
+                getattr(module, "inplace", False)
+                or user.kwargs.get("inplace")
+                or in_place
+                or name in ("iadd", "imul")
+            ):
+                return True
+        return False
+
+    def _grids(self, method: str, exact: set[fx.Node]) -> dict[fx.Node, Grid]:
+        grids = dict[fx.Node, Grid]()
+        for group in self.groups(exact):
+            makers = [node for node in group if not self.carried(node)]
+            seen = [self.values[node] for node in makers]
+            low, high = min(one.low for one in seen), max(one.high for one in seen)
+            grid = _choose_grid(low, high, torch.cat([part for one in seen for part in one.some]), method)
+            grids |= dict.fromkeys(group, grid)
+        return grids
+
+    def _compare(self, batches: Sequence[Tensor], grids: dict[fx.Node, Grid], exact: set[fx.Node]) -> None:
+        """What rounding does to the sums of each layer: its mean by channel, and all of it."""
+        tested: dict[fx.Node, IntegerConv] = {}
+        for node, layer in self.layers.items():
+            layer.squares.zero_()
+            layer.shift = 0.0
+            if node not in exact and layer.source in grids:
+                tested[node] = _integer_layer(layer, grids[layer.source], None, None, alone=True)
+        counts: dict[fx.Node, int] = {}
+
+        def look(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
+            if node not in tested:
+                return
+            layer, x = self.layers[node], read(self.layers[node].source)
+            is_elements = isinstance(x, Elements)
+            rounded = grids[layer.source].quantise(x.rows if is_elements else x)
+            if is_elements:
+                options: Any = node.kwargs
+                whole = functional.fused_conv2d(x, layer.kernel.weights.alone, **options).rows
+                less = functional.fused_conv2d(Elements(rounded, x.lattice), tested[node], **options).rows
+            else:
+                plain = layer.kernel.weights.alone
+                if isinstance(layer.kernel, PackedLinear):
+                    whole = plain.on_rows(x.reshape(-1, x.shape[-1]))
+                    less = tested[node](rounded).reshape(whole.shape)
+                else:
+                    assert layer.kernel.window is not None
+                    whole, less = plain.on_image(x, *layer.kernel.window), tested[node](rounded)
+                    whole, less = (one.permute(0, 2, 3, 1).flatten(0, 2) for one in (whole, less))
+            shift = (whole - less).mean(0)
+            number = counts[node] = counts.get(node, 0) + 1
+            layer.shift = layer.shift + (shift - layer.shift) / number
+            error = (less + shift - whole).square().sum(dtype=torch.float64)
+            layer.squares += torch.stack((error, (whole - whole.mean(0)).square().sum(dtype=torch.float64)))
+
+        self._run(batches, look)
+
+    def _sensitive(self, exact: set[fx.Node]) -> set[fx.Node]:
+        """The layers that have by far the most of the error."""
+        left = {node: layer.error**2 for node, layer in self.layers.items() if node not in exact}
+        chosen: set[fx.Node] = set()
+        while left:
+            worst = max(left, key=left.__getitem__)
+            others = sum(left.values()) - left[worst]
+            if left[worst] < _HARMLESS**2 or left[worst] < _SHARE * (others + left[worst]) or len(left) == 1:
+                break
+            chosen.add(worst)
+            del left[worst]
+        return chosen
+
+    def restore(self) -> None:
+        """The kernels as they were."""
+        for layer in self.layers.values():
+            setattr(self.kernels, layer.name, layer.kernel)
+
+
+class _Rewritten:
+    """A graph in 8 bits and its kernels."""
+
+    def __init__(
+        self, work: _Quantiser, grids: dict[fx.Node, Grid], exact: set[fx.Node], method: str
+    ) -> None:
+        grids = {node: grids[node] for group in work.groups(exact) for node in group}
+        self.program, self.kernels = work.program, dict[str, IntegerConv]()
+        self.layers: list[Layer] = []
+        for node, layer in work.layers.items():
+            shape, error = tuple(layer.kernel.weight.shape), float(layer.error) if not layer.why else None
+            why = layer.why or (f"rounding changes its sums by {error:.2g}" if node in exact else "")
+            if not why and layer.source not in grids:
+                why = "what it reads is changed in place"
+                exact.add(node)
+            self.layers.append(Layer(node.name, shape, error, why))
+            if not why:
+                more = grids.get(layer.residual) if layer.residual is not None else None
+                self.kernels[layer.name] = _integer_layer(layer, grids[layer.source], more, grids.get(node))
+        self.graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        self.graph.output(self.graph.graph_copy(work.program.graph, copies))
+        for node, grid in grids.items():
+            self._convert(work, node, grid, exact, grids, copies)
+        self.graph.lint()
+
+    def _convert(
+        self,
+        work: _Quantiser,
+        node: fx.Node,
+        grid: Grid,
+        exact: set[fx.Node],
+        grids: dict[fx.Node, Grid],
+        copies: dict[fx.Node, fx.Node],
+    ) -> None:
+        """Show each reader of a node its value as it takes it."""
+        here, in_bytes = copies[node], set[fx.Node]()
+        for user in node.users:
+            layer = work.layers.get(user)
+            passes = user in grids and node in work.carried(user)
+            takes = passes or (layer is not None and user not in exact)
+            if takes or user.target is getattr or user.target is functional.common_lattice:
+                in_bytes.add(copies[user])
+        layer, carried = work.layers.get(node), work.carried(node)
+        is_bytes = bool(carried) or (layer is not None and node not in exact)
+        if carried and node.op == "call_module":
+            pool: Any = work.fast.get_submodule(str(node.target))
+            options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+            pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in options]
+            with self.graph.inserting_after(here):
+                pooled = self.graph.call_function(max_pool_bytes, (here.args[0], *pairs))
+            here.replace_all_uses_with(pooled)
+            self.graph.erase_node(here)
+            here = copies[node] = pooled
+        readers = [user for user in here.users if (user in in_bytes) != is_bytes and not _is_neutral(user)]
+        if not readers:
+            return
+        change = from_bytes if is_bytes else to_bytes
+        with self.graph.inserting_after(here):
+            if work.kinds[node] is Tensor:
+                changed = self.graph.call_function(change, (here, *grid))
+            else:
+                lattice = self.graph.call_function(getattr, (here, "lattice"))
+                with self.graph.inserting_after(lattice):
+                    rows = self.graph.call_function(rows_on, (here, lattice))
+                with self.graph.inserting_after(rows):
+                    values = self.graph.call_function(change, (rows, *grid))
+                with self.graph.inserting_after(values):
+                    changed = self.graph.call_function(Elements, (values, lattice))
+        for user in readers:
+            user.replace_input_with(here, changed)
+
+    def apply(self, fast: AdaptiveModel) -> None:
+        """Let a network run it."""
+        kernels: Any = getattr(fast, KERNELS)
+        for name, kernel in self.kernels.items():
+            setattr(kernels, name, kernel)
+        fast.adaptive_part._program = replace(self.program, graph=self.graph).on(fast)
+
+
+def _is_neutral(user: fx.Node) -> bool:
+    """Whether a node reads of elements only where they are."""
+    return user.target is getattr or user.target is functional.common_lattice
+
+
+def _integer_layer(
+    layer: _Convolution, source: Grid, more: Grid | None, out: Grid | None, alone: bool = False
+) -> IntegerConv:
+    """A layer in 8 bits; `alone` its sums in float32, without what is done to them."""
+    kernel = layer.kernel
+    weight = kernel.weight.detach().double()
+    largest = weight.flatten(1).abs().amax(1)
+    scale = torch.where(largest > 0, largest / LARGEST_WEIGHT, 1.0)
+    whole = (weight / scale.view(-1, 1, 1, 1)).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).to(torch.int8)
+    bias = kernel.bias.detach().float() if kernel.bias is not None else torch.zeros(len(weight))
+    bias, act = bias + layer.shift, kernel.activation
+    weights = IntegerWeights(whole.contiguous(), scale.float(), bias, kernel.groups, None, source)
+    if not alone:
+        weights = replace(weights, activation=act, more=more, out=out)
+    kind = IntegerLinear if isinstance(kernel, PackedLinear) else IntegerConv
+    return kind(weights, kernel.window)
+
+
+def _choose_grid(low: float, high: float, some: Tensor, method: str) -> Grid:
+    """The grid of values of which the ends and some are known."""
+    if method == "percentile":
+        least, most = (
+            float(some.kthvalue(max(1, min(len(some), round(p * len(some))))).values)
+            for p in (_BEYOND, 1 - _BEYOND)
+        )
+        return Grid.of_range(max(low, least), min(high, most))
+    best, chosen = float("inf"), Grid.of_range(low, high)
+    for step in range(_STEPS):
+        share = 1 - 0.8 * step / _STEPS
+        grid = Grid.of_range(share * low, share * high)
+        rounded = (some / grid.scale).round_().clamp_(-grid.zero, 255 - grid.zero).mul_(grid.scale)
+        error = float((rounded - some).square().mean())
+        if error < best:
+            best, chosen = error, grid
+    return chosen
+
+
+def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    if not batches or not all(isinstance(batch, Tensor) and batch.dim() == 4 for batch in batches):
+        raise InvalidInput(
+            "there are no images to calibrate by.",
+            next="give image batches (B, C, H, W), prepared as the network takes them: some 8 to 100 images.",
+        )
+    return batches
+
+
+def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
+    return [value.double() for value in tensors_of(fast(batch)) if value.is_floating_point()]
+
+
+def _difference(found: Iterable[list[Tensor]], expected: Sequence[list[Tensor]]) -> float:
+    """Root mean square relative to that of the outputs, of the output where it is largest."""
+    pairs = [list(zip(*both, strict=True)) for both in zip(found, expected, strict=False)]
+    errors = []
+    for place in range(len(pairs[0])):
+        less, whole = zip(*(pair[place] for pair in pairs), strict=True)
+        squares = sum(float((a - b).square().sum()) for a, b in zip(less, whole, strict=True))
+        size = sum(float(value.square().sum()) for value in whole)
+        errors.append((squares / size) ** 0.5 if size else 0.0)
+    return max(errors, default=0.0)

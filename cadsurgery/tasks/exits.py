@@ -1,0 +1,406 @@
+"""Networks with exits by name and file: converted, evaluated at every exit, run within a deadline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from cadsurgery.data import SegmentationData
+from cadsurgery.data.images import normalise
+from cadsurgery.data.networks import source_of
+from cadsurgery.methods.anytime import AnytimeModel, anytime
+from cadsurgery.methods.anytime.plan import AnytimePlan
+from cadsurgery.methods.storage import load, save
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.network.storage import read_method
+from cadsurgery.support.divergence import maps_of
+from cadsurgery.support.errors import CadError, InvalidInput, describe_error
+from cadsurgery.support.files import check_folder
+from cadsurgery.support.provenance import device_with_threads, find_device
+from cadsurgery.support.timing import interleaved
+from cadsurgery.tasks.convert_report import Side
+from cadsurgery.tasks.for_each import Failures, Step, silent
+from cadsurgery.tasks.open import example_batch, is_file, original, provenance
+from cadsurgery.tasks.report import (
+    COLOURS,
+    Column,
+    MeasuredReport,
+    Plain,
+    Report,
+    canvas,
+    check_outputs,
+    heading,
+    number,
+    ratio,
+    table,
+)
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+from cadsurgery.tasks.segmentation.report import percent
+
+TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
+
+
+def open_exits(network: object, trust: bool = False) -> AnytimeModel | None:
+    """A network with exits, or that of a file; None if it is no such."""
+    if isinstance(network, AnytimeModel):
+        return network
+    if not isinstance(network, str) or not is_file(network) or not read_method(network):
+        return None
+    net = load(network, trust=trust)
+    return net if isinstance(net, AnytimeModel) else None
+
+
+# -- evaluating ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRow(Plain):
+    """One exit at one threshold.
+
+    Attributes:
+        threshold: of confidence; None where everything is computed.
+        exit: its number, from 1.
+        name: what it comes after.
+        miou: mean IoU, 0..1.
+        iou: of each class by name; None for a class in neither predictions nor labels.
+        pixel_accuracy: share of right pixels.
+        macs: multiply-accumulates up to it, mean over images.
+        macs_of_whole: relative to the last exit with everything computed.
+        milliseconds: until its prediction is there, of the first image, the best round; None if not measured.
+        milliseconds_median: the usual round.
+    """
+
+    threshold: float | None
+    exit: int
+    name: str
+    miou: float | None
+    iou: dict[str, float | None]
+    pixel_accuracy: float | None
+    macs: float
+    macs_of_whole: float
+    milliseconds: float | None = None
+    milliseconds_median: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitReport(MeasuredReport):
+    """Accuracy against work and time at every exit.
+
+    Attributes:
+        split: part of the data.
+        images: how many counted.
+        image: (3, H, W) of the image that was timed.
+        rows: with everything computed first, then by threshold.
+    """
+
+    split: str
+    images: int
+    image: tuple[int, ...]
+    rows: tuple[ExitRow, ...]
+
+    def subject(self) -> str:
+        """Data, device, and what was timed."""
+        size = "x".join(map(str, self.image[1:]))
+        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
+        return f"{self.data}, split {self.split}, {self.images} images, on {self.device}{timed}"
+
+    def tables(self) -> Iterator[Table]:
+        """A row for each threshold and exit."""
+        last = {row.exit: row for row in self.rows if row.threshold is None}
+        columns: list[Column[ExitRow]] = [
+            Column(
+                "threshold", lambda row: "all computed" if row.threshold is None else f"{row.threshold:g}"
+            ),
+            Column("exit", lambda row: f"{row.exit} {row.name}", False),
+            Column("mIoU", lambda row: percent(row.miou)),
+            Column("pixels", lambda row: percent(row.pixel_accuracy)),
+            Column("MACs", lambda row: f"{row.macs:.3e}"),
+            Column("of whole", lambda row: f"{row.macs_of_whole:.2f}"),
+            Column("ms", lambda row: number(row.milliseconds)),
+            Column("of whole", lambda row: ratio(row.milliseconds, last[max(last)].milliseconds)),
+        ]
+        yield table(self.rows, columns, style=lambda row: "dim" if row.threshold is None else "")
+
+    def figure(self) -> Figure:
+        """Mean IoU against MACs and, if it was measured, time; a line for each threshold."""
+        timed = all(row.milliseconds is not None for row in self.rows)
+        figure = canvas(10 if timed else 5.5, 4)
+        panels = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
+        sides = [("MACs of one image", lambda row: row.macs), ("milliseconds", lambda row: row.milliseconds)]
+        thresholds = list(dict.fromkeys(row.threshold for row in self.rows))
+        for axes, (label, work) in zip(panels, sides, strict=False):
+            for place, threshold in enumerate(thresholds):
+                rows = [row for row in self.rows if row.threshold == threshold]
+                name = "all computed" if threshold is None else f"threshold {threshold:g}"
+                style = {"color": "grey", "linestyle": "--"} if threshold is None else {}
+                style = style or {"color": COLOURS[place % len(COLOURS)]}
+                points = [100 * (row.miou or 0) for row in rows]
+                axes.plot(
+                    [work(row) for row in rows],
+                    points,
+                    "o",
+                    ls=style.pop("linestyle", "-"),
+                    label=name,
+                    **style,
+                )
+            axes.set_xlabel(label)
+            axes.set_ylabel("mean IoU, %")
+            axes.set_xlim(left=0)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].xaxis.set_major_formatter(EngFormatter())
+        panels[0].legend(frameon=False, fontsize=8)
+        figure.suptitle(f"{self.model}, {self.images} images", fontsize=10)
+        return figure
+
+
+def evaluate_exits(
+    net: AnytimeModel,
+    samples: SegmentationData,
+    thresholds: Sequence[float] = (),
+    *,
+    network: object = None,
+    rounds: int = 3,
+    device: torch.device | str = "cpu",
+    output: Path | None = None,
+    picture: Path | None = None,
+    step: Step = silent,
+) -> ExitReport:
+    """Accuracy, work and time at every exit, with everything computed and at some thresholds.
+
+    Args:
+        net: with exits; its optimised copy is run.
+        samples: with labels.
+        thresholds: of confidence; default: the network's own.
+        network: what the report calls it: a file, or the network.
+        rounds: of timing on the first image, all in turn; 0 for none.
+        device: to run on.
+        output: JSON file to write.
+        picture: PNG to draw.
+        step: called with what is being done.
+
+    Raises:
+        InvalidInput: data without labels, or of other classes.
+        CadError: not one image could be used.
+    """
+    check_outputs(output, picture=picture)
+    if not samples.is_labelled:
+        raise InvalidInput(
+            "exits are evaluated on labels.", next="give labelled data, see cadsurgery eval --help."
+        )
+    if len(samples.classes) != net.plan.classes:
+        raise InvalidInput(
+            f"the network has {net.plan.classes} classes and data {samples.name} has {len(samples.classes)}.",
+            next="evaluate a network trained on these classes, or open the data with its classes.",
+        )
+    where, source = torch.device(device), source_of(net)
+    fast = net.eval().optimize().to(where)
+    whole = 0.0 if net.confidence == "entropy" else 1.0
+    settings = [
+        whole,
+        *(value for value in (thresholds or (net.threshold,)) if not net.asks_everything(value)),
+    ]
+    exits = range(len(net.plan.exits))
+    metrics = [[SegmentationMetrics(len(samples.classes)) for _ in exits] for _ in settings]
+    macs = [[0 for _ in exits] for _ in settings]
+    failures, first, done = Failures("image"), None, 0
+    for place in range(len(samples)):
+        step(f"{place + 1} of {len(samples)} images")
+        try:
+            image, labels = samples[place]
+            batch = (
+                normalise(image.unsqueeze(0), source).to(where).contiguous(memory_format=torch.channels_last)
+            )
+            found = [_count(fast, batch, threshold) for threshold in settings]
+        except (CadError, RuntimeError) as error:  # whatever the network itself says of an image of this size
+            failures.at(place, samples.names[place])
+            failures.note(error if isinstance(error, CadError) else InvalidInput(describe_error(error)))
+            continue
+        first, done = batch if first is None else first, done + 1
+        for number_, (predictions, work) in enumerate(found):
+            for exit in exits:
+                scores = F.interpolate(
+                    predictions[exit].float(), labels.shape, mode="bilinear", align_corners=False
+                )
+                metrics[number_][exit].update(scores.argmax(1).cpu(), labels.unsqueeze(0))
+                macs[number_][exit] += work[exit]
+    failed = failures.gather(where)
+    if first is None:
+        raise CadError.from_dict(failed[0])
+    rows = []
+    for place, threshold in enumerate(settings):
+        for exit in exits:
+            figures = metrics[place][exit].compute()
+            rows.append(
+                ExitRow(
+                    threshold=None if net.asks_everything(threshold) else threshold,
+                    exit=exit + 1,
+                    name=net.plan.exits[exit].name,
+                    miou=figures["miou"],
+                    iou=dict(zip(samples.classes, figures["iou"], strict=True)),
+                    pixel_accuracy=figures["pixel_accuracy"],
+                    macs=macs[place][exit] / done,
+                    macs_of_whole=macs[place][exit] / macs[0][-1],
+                )
+            )
+    if rounds:
+        step("measuring")
+        sides = {
+            f"{threshold} {exit}": partial(_until_exit, fast, first, threshold, exit)
+            for threshold in settings
+            for exit in exits
+        }
+        times = interleaved(sides, rounds).values()
+        rows = [
+            replace(row, milliseconds=time.best, milliseconds_median=time.median)
+            for row, time in zip(rows, times, strict=True)
+        ]
+    report = ExitReport(
+        data=samples.name,
+        split=samples.split,
+        images=done,
+        image=tuple(first.shape[1:]),
+        rounds=rounds,
+        rows=tuple(rows),
+        failed=tuple(failed),
+        **provenance(network or net, source, where),
+    )
+    report.write(output, picture)
+    return report
+
+
+def _count(net: AnytimeModel, batch: Tensor, threshold: float) -> tuple[tuple[Tensor, ...], list[int]]:
+    """The predictions of an image, and the work up to each."""
+    with torch.inference_mode():
+        predictions, report = net.predict_and_count(batch, threshold=threshold)
+    return predictions, [exit.macs for exit in report]
+
+
+def _until_exit(net: AnytimeModel, batch: Tensor, threshold: float, exit: int) -> None:
+    steps = net.steps(batch, threshold=threshold)
+    for _ in range(exit + 1):
+        next(steps)
+
+
+# -- converting ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExitsReport(Report):
+    """What `cadsurgery convert --method anytime` tells.
+
+    `sides` are the original, all exits with everything computed, and the optimised copy at its threshold; `error` is
+    how far the last exit is from the original where everything is computed, relative.
+    """
+
+    model: str
+    weights: str
+    random: bool
+    threshold: float
+    plan: AnytimePlan
+    image: tuple[int, ...]
+    sides: tuple[Side, ...]
+    error: float | None
+    device: str
+    file: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**super().to_dict(), "plan": str(self.plan)}
+
+    def parts(self) -> Iterator[RenderableType]:
+        """Network, plan, the sides beside each other."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(str(self.plan))
+        columns: list[Column[Side]] = [
+            Column("network", lambda side: side.name, False),
+            Column("MACs", lambda side: f"{side.macs:.3e}"),
+            Column("ms", lambda side: number(side.milliseconds)),
+        ]
+        yield table(self.sides, columns, f"image of {self.image[2]}x{self.image[3]}, on {self.device}")
+        if self.error is not None:
+            yield Text(
+                f"verified: the last exit is the original (relative error {self.error:.1e})", style="green"
+            )
+        yield Text(
+            "the heads of the other exits are new: train them with cadsurgery finetune --train exits",
+            style="yellow",
+        )
+        yield Text(f"wrote {self.file}", style="bold green")
+
+
+def convert_exits(
+    *,
+    model: str,
+    weights: str,
+    options: Mapping[str, Any],
+    image: Path | None,
+    size: tuple[int, int] | None,
+    output: Path | None,
+    device: str,
+    verify: bool,
+    rounds: int,
+    step: Step,
+) -> ExitsReport:
+    """Build, add exits, verify, measure and save; see `cadsurgery convert --help`.
+
+    Raises:
+        CannotConvert: the last exit is not the original.
+    """
+    where = find_device(device)
+    output = output or Path(f"{re.sub('[:/]', '-', model)}-anytime.safetensors")
+    check_folder(output)
+    step(f"building {model}")
+    before, source = original(model, weights)
+    step("adding exits")
+    torch.manual_seed(0)  # the same heads in every run
+    net = anytime(before, **{name: value for name, value in options.items() if value is not None}).to(where)
+    batch = example_batch(source, image, size).to(where)
+    before.to(where)
+    whole = 0.0 if net.confidence == "entropy" else 1.0
+    error = _difference(before, net, batch, whole) if verify else None
+    counted, fast = net.macs(batch), net.optimize()
+    calls: dict[str, tuple[int, Callable[[Tensor], object]]] = {
+        "original": (dense_macs(before, batch), before),
+        "all exits, everything computed": (counted[-1].dense, partial(fast, threshold=whole)),
+        f"all exits, threshold {net.threshold:g}": (counted[-1].macs, fast),
+    }
+    step("measuring")
+    runs = {name: partial(run, batch) for name, (_, run) in calls.items()}
+    times = interleaved(runs, rounds, seconds=TIMING_SECONDS) if rounds else {}
+    sides = [Side(n, macs, times[n].best if times else None) for n, (macs, _) in calls.items()]
+    step(f"writing {output}")
+    save(net, output)
+    return ExitsReport(
+        model=source.name,
+        weights=source.note,
+        random=source.weights == "random",
+        threshold=net.threshold,
+        plan=net.plan,
+        image=tuple(batch.shape),
+        sides=tuple(sides),
+        error=error,
+        device=f"{device_with_threads(where)}, torch {torch.__version__}",
+        file=str(output),
+    )
+
+
+def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor, whole: float) -> float | None:
+    """Relative error of the last exit against the network; None for a backbone, whose heads are all new."""
+    if len(net.heads) == len(net.plan.exits):
+        return None
+    with torch.inference_mode():
+        expected, found = maps_of(before(batch))[0], net(batch, threshold=whole)[-1]
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,169 @@
+"""Optimised copies in 8 bits: near the float copy under any mask, and what cannot be is said."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, build, images, relative_error, slow
+from torch import Tensor, nn
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+import cadsurgery as cs
+from cadsurgery.elements.backends import integer, integer_layers
+from cadsurgery.network import optimized
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.errors import CadWarning
+
+MIXED = "random:fraction=0.4,seed=3,block=3"
+CALIBRATION = [images(2, 65, 97), images(1, 64, 96)]
+
+
+@pytest.fixture(scope="module")
+def float_and_int8() -> tuple[AdaptiveModel, AdaptiveModel]:
+    net = cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False)
+    return net, net.optimize(precision="int8", calibration=CALIBRATION)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v2", slow("densenet121"), slow("convnext_tiny"), "vgg11_bn"]
+)
+@torch.no_grad()
+def test_it_gives_nearly_what_the_network_gives(name: str) -> None:
+    net = cs.adaptify(build(name, by=1 if name == "convnext_tiny" else 4), MIXED, verify_laws=False)
+    fast, x = net.optimize(precision="int8", calibration=CALIBRATION), images(2, 65, 97)
+    assert fast.quantisation is not None
+    in_8_bits = [layer for layer in fast.quantisation.layers if not layer.why]
+    assert 2 * len(in_8_bits) > len(fast.quantisation.layers)
+    for mask in (None, "all", "none"):
+        assert relative_error(fast(x, mask=mask), net(x, mask=mask)) < 0.25
+        assert torch.equal(fast.levels, net.levels)
+
+
+@torch.no_grad()
+def test_a_batch_is_its_images_one_by_one(float_and_int8: Any) -> None:
+    fast, x = float_and_int8[1], images(2, 65, 97)
+    alone = [fast(one, mask="edges:threshold=0.1") for one in x.split(1)]
+    assert_same(fast(x, mask="edges:threshold=0.1"), torch.cat(alone))
+
+
+@torch.no_grad()
+def test_without_compiled_code_the_copy_gives_the_same_bits(
+    float_and_int8: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, x = float_and_int8[1], images(1, 65, 97)
+    expected = fast(x)
+    for module in (integer, integer_layers):
+        monkeypatch.setattr(module, "form_here", lambda: None)
+    assert torch.equal(fast(x), expected)
+
+
+@torch.no_grad()
+def test_it_copies_pickles_and_counts_as_the_network_does(float_and_int8: Any) -> None:
+    (net, fast), x = float_and_int8, images(1, 65, 97)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(other(x), fast(x))
+    assert fast.macs(x).mask == net.macs(x).mask
+    assert "8 bits" in str(fast.quantisation)
+
+
+class FullyConvolutional(nn.Module):
+    """Four convolutions, two of them strided, one depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [
+            nn.Conv2d(3, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=16),
+        ]
+        more = [nn.ReLU6(), nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.Hardswish(), nn.Conv2d(24, 8, 1)]
+        self.layers = nn.Sequential(*layers, *more)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Outlier(nn.Module):
+    """A convolution that reads small values beside a large one that it does not weigh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.hurt = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        with torch.no_grad():
+            self.stem.bias[0] = 1000.0
+            self.hurt.weight[:, 0] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hurt(self.stem(x)).relu())
+
+
+@torch.no_grad()
+def test_a_layer_that_rounding_hurts_most_stays_in_float() -> None:
+    net = cs.adaptify(Outlier().eval(), "all", verify_laws=False)
+    fast, x = net.optimize(precision="int8", calibration=CALIBRATION), images(1, 64, 96)
+    assert fast.quantisation is not None
+    exact = [layer for layer in fast.quantisation.layers if layer.why]
+    assert len(exact) == 1 and exact[0].error is not None and exact[0].error > 0.1
+    assert relative_error(fast(x), net(x)) < 0.05
+
+
+@torch.no_grad()
+def test_points_are_read_as_everything_is_computed(float_and_int8: Any) -> None:
+    net = cs.adaptify(FullyConvolutional().eval(), MIXED, verify_laws=False)
+    fast, x = net.optimize(precision="int8", calibration=CALIBRATION), images(1, 65, 97)
+    points = [torch.tensor([[3.0, 5.0], [90.0, 60.0], [31.5, 47.5]])]
+    receptive, everything = (cs.read_at(fast, x, points, reach=reach)[0] for reach in ("receptive", "all"))
+    assert torch.equal(receptive, everything)
+
+
+def test_where_there_are_no_instructions_it_says_so_and_stays_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False)
+    monkeypatch.setattr(optimized, "form_here", lambda: None)
+    with pytest.warns(CadWarning, match="no compiled code"):
+        fast = net.optimize(precision="int8", calibration=CALIBRATION)
+    x = images(1, 65, 97)
+    assert fast.quantisation is None
+    assert relative_error(fast(x), net(x)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "int7"}, "int8"),
+        ({"precision": "int8"}, "calibrate"),
+        ({"calibration": CALIBRATION}, "calibrate"),
+        ({"precision": "int8", "calibration": []}, "no images"),
+        ({"precision": "int8", "calibration": [torch.zeros(3, 65, 97)]}, "no images"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(float_and_int8: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(cs.CadError, match=words):
+        float_and_int8[0].optimize(**options)
+
+
+def test_what_cannot_be_done_says_what_can(float_and_int8: Any, tmp_path: Any) -> None:
+    net, fast = float_and_int8
+    with pytest.raises(cs.CadError, match="made from"):
+        fast.optimize(precision="int8", calibration=CALIBRATION)
+    with pytest.raises(cs.CadError, match="cannot be moved"):
+        fast.to(torch.bfloat16)
+    with pytest.raises(cs.CadError, match="cannot be saved"):
+        cs.save(fast, tmp_path / "net.safetensors")
+    with pytest.raises(cs.CadError, match="the network float32"):
+        fast(images(1, 65, 97).double())
+    with pytest.raises(cs.CannotConvert, match="8 bits"):
+        copy.deepcopy(net).to(torch.float64).optimize(
+            precision="int8", calibration=[batch.double() for batch in CALIBRATION]
+        )
+
+
+def test_of_a_host_its_part_is_to_be_converted() -> None:
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    with pytest.raises(cs.CadError, match="hosts"):
+        cs.adaptify(model, "all", verify_laws=False).optimize(precision="int8", calibration=CALIBRATION)
