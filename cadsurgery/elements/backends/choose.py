@@ -181,8 +181,8 @@ class Picking(Work):
 
 @dataclass(frozen=True, eq=False)
 class Filling(Work):
-    """act(fill + residual): rows (T, C) of maps of one resolution, of which some positions were computed; the others are
-    sums of those around, see `gaps.py`.
+    """act(fill + residual): rows (T, C) of maps of one resolution, some of whose positions were computed; the others
+    are sums of those around, see `gaps.py`.
 
     Attributes:
         rows: (N, C), what was computed.
