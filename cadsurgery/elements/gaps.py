@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Picking, compute
+from cadsurgery.elements.backends.choose import Filling, compute
+from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.elements import Elements
-from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Geometry, Lattice, describe
 from cadsurgery.support.errors import InvalidInput
 
 REACH = 3  # positions to each side: 7 x 7
-_LEAST = 1e-5  # what is added to the sum of the weights
+LEAST = 1e-5  # what is added to the sum of the weights
 _ONE_RESOLUTION = Geometry((), fill="nearest")
 
 
@@ -80,6 +78,8 @@ def fill_gaps(
     normalised: bool = False,
     floor: Tensor | None = None,
     shares: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
 ) -> Elements:
     """Elements of a part of a lattice of one resolution, and others that are filled from them; see `gaussian_fill`.
 
@@ -90,81 +90,16 @@ def fill_gaps(
         normalised: whether by what is there.
         floor: (C,) what values are measured from; default zero.
         shares: (N,) in 0..1, how much of each element was computed; default all.
+        residual: (T, C), added to what is filled.
+        activation: applied last.
     """
     weights = _gaussian(width, normalised, x.rows)
-    near = _find_near(x.lattice, target, weights.shape[0] // 2, shares)
-    mass = weights.flatten() * near.there
-    if shares is not None:
-        mass = mass * shares.to(mass)[near.sources.long()]
-    if normalised:
-        mass = mass / (mass.sum(1, keepdim=True) + _LEAST)
-    if shares is not None:  # what was not computed of a position is filled, the centre is what was
-        mass = (1 - near.share.unsqueeze(1)) * mass
-        mass[:, mass.shape[1] // 2] += near.share
-    rows, sources, table, has_outside = x.rows, near.sources, near.table, near.has_far
-    if floor is not None:  # one more row
-        rows = torch.cat((rows, floor.to(rows).unsqueeze(0)))
-        table = torch.where(table > x.lattice.count, table + 1, table)
-        sources = torch.cat((sources, torch.full_like(sources[:, :1], x.lattice.count)), 1)
-        mass, has_outside = torch.cat((mass, 1 - mass.sum(1, keepdim=True)), 1), True
-    out = compute(Picking(rows, Reading(table.unsqueeze(1), sources, mass, has_outside)))
-    if isinstance(width, Tensor) and width.requires_grad and not mass.numel():
+    least = LEAST if normalised else 0.0
+    out = compute(Filling(x.rows, x.lattice, target, weights, least, floor, shares, residual, activation))
+    if isinstance(width, Tensor) and width.requires_grad:
         everywhere = torch.ones_like(out, dtype=torch.bool)
         out = torch.where(everywhere, out, width.to(out))  # its gradient is zero, not missing
     return Elements(out, target)
-
-
-class _Near(NamedTuple):
-    """Where the rows of a lattice are found among those of a part of it.
-
-    Attributes:
-        table: (T,) int32: a row, the padding row of what is far from all, or behind it that of a gap that is near some.
-        has_far: whether any is far.
-        sources: (M, taps) int32, what is around each such gap; where there is nothing any of the others.
-        there: (M, taps) bool, where there is something.
-        share: (M,) how much of each gap itself was computed.
-    """
-
-    table: Tensor
-    has_far: bool
-    sources: Tensor
-    there: Tensor
-    share: Tensor
-
-
-def _find_near(source: Lattice, target: Lattice, reach: int, shares: Tensor | None) -> _Near:
-    """See `_Near`; elements of which only a share was computed are gaps, too."""
-
-    def build() -> _Near:
-        (height, width), count = source.size, source.count
-        rows = torch.arange(count, dtype=torch.int32, device=source.anchors.device)
-        index = torch.full((source.batch * height * width,), count, dtype=torch.int32, device=rows.device)
-        index[source.anchors] = rows
-        table = index[target.anchors]
-        share = torch.zeros(
-            count + 1, dtype=torch.float32 if shares is None else shares.dtype, device=rows.device
-        )
-        share[:count] = 1 if shares is None else shares
-        of_target = share[table.long()]
-        padded = F.pad(index.view(-1, height, width), (reach,) * 4, value=count).flatten()
-        gaps = (of_target < 1).nonzero().squeeze(1)
-        at, wide = target.anchors[gaps], width + 2 * reach
-        image, y, x = at // (height * width), at // width % height, at % width
-        place = (image * (height + 2 * reach) + y) * wide + x  # of the first tap
-        side = torch.arange(2 * reach + 1, device=rows.device)
-        around = padded[place.unsqueeze(1) + (side.unsqueeze(1) * wide + side).flatten()]
-        there = around < count
-        near = there.any(1)
-        around, there, gaps, far = around[near], there[near], gaps[near], gaps[~near]
-        any_other = around.amin(1, keepdim=True)
-        sources = torch.where(there, around, any_other).contiguous()
-        table[gaps] = torch.arange(len(gaps), dtype=torch.int32, device=rows.device) + count + 1
-        table[far] = count
-        return _Near(table, len(far) > 0, sources, there, of_target[gaps])
-
-    if shares is not None:
-        return build()
-    return source.pyramid.derive(("near", source.key, target.key, reach), build)
 
 
 def _gaussian(width: float | Tensor, normalised: bool, like: Tensor) -> Tensor:
@@ -185,10 +120,10 @@ def _weights(width: Tensor, normalised: bool) -> Tensor:
     steps = torch.arange(-REACH, REACH + 1, device=width.device)
     squared, apart = width.square(), (steps.square().unsqueeze(1) + steps.square()).to(width.dtype)
     if normalised:
-        weights, least = squared / (2 * math.pi) * torch.exp(-squared * apart / 2), _LEAST
+        weights, least = squared / (2 * math.pi) * torch.exp(-squared * apart / 2), LEAST
     else:
         weights = torch.where(apart > 0, torch.exp(-squared * apart), 0)
-        weights, least = weights / (weights.sum() + _LEAST), 1.0
+        weights, least = weights / (weights.sum() + LEAST), 1.0
     if torch.compiler.is_compiling():
         return weights
     with torch.no_grad():

@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
+from cadsurgery.elements.near import find_near
 from cadsurgery.elements.sizes import holds
 
 if TYPE_CHECKING:
-    from cadsurgery.elements.backends.weights import Weights
+    from cadsurgery.elements.backends.weights import Activation, Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +177,62 @@ class Picking(Work):
     def operands(self) -> tuple[Tensor | None, ...]:
         """What a gradient may be asked of."""
         return self.rows, self.reading.mix
+
+
+@dataclass(frozen=True, eq=False)
+class Filling(Work):
+    """act(fill + residual): rows (T, C) of maps of one resolution, some of whose positions were computed; the others
+    are sums of those around, see `gaps.py`.
+
+    Attributes:
+        rows: (N, C), what was computed.
+        source: its positions.
+        target: those that are wanted.
+        weights: (k, k) of the sums.
+        least: what is added to the sum of the weights of what is there, which divides them; 0: nothing divides them.
+        floor: (C,), what counts with what the weights lack of 1; default zero.
+        shares: (N,) in 0..1, how much of each row was computed; default all.
+        residual: (T, C) or None.
+        activation: applied last.
+    """
+
+    source: Lattice
+    target: Lattice
+    weights: Tensor
+    least: float = 0.0
+    floor: Tensor | None = None
+    shares: Tensor | None = None
+    residual: Tensor | None = None
+    activation: Activation | None = None
+    task: ClassVar[str] = "fill"
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of."""
+        return self.rows, self.weights, self.floor, self.shares, self.residual
+
+    @property
+    def picking(self) -> Picking:
+        """The same as rows that are picked, those filled as mixed ones."""
+        rows, near = self.rows, find_near(self.source, self.target, self.weights.shape[0] // 2, self.shares)
+        mass = self.weights.flatten() * near.there
+        if self.shares is not None:
+            mass = mass * self.shares.to(mass)[near.sources.long()]
+        if self.least:
+            mass = mass / (mass.sum(1, keepdim=True) + self.least)
+        if self.shares is not None:  # what was not computed of a position is filled, the centre is what was
+            mass = (1 - near.share.unsqueeze(1)) * mass
+            own = torch.zeros_like(mass)
+            own[:, mass.shape[1] // 2] = near.share
+            mass = mass + own
+        sources, table, has_outside = near.sources, near.table, near.has_far
+        if self.floor is not None:  # one more row
+            count = self.source.count
+            rows = torch.cat((rows, self.floor.to(rows).unsqueeze(0)))
+            table = torch.where(table > count, table + 1, table)
+            sources = torch.cat((sources, torch.full_like(sources[:, :1], count)), 1)
+            mass, has_outside = torch.cat((mass, 1 - mass.sum(1, keepdim=True)), 1), True
+        return Picking(rows, Reading(table.unsqueeze(1), sources, mass, has_outside))
 
 
 @dataclass(frozen=True, eq=False)

@@ -370,6 +370,76 @@ void SUFFIX(gather_mixing)(const reading *in, const int32_t *sources, const sum 
     }
 }
 
+/* Maps of one resolution, of which some positions were computed, filled from those around: see gaps.py.
+ *
+ * `table` (n, 1) names the positions wanted among batch * height * width; `there` tells which have a row (null: all),
+ * `index` which (null: its own number), `shares` how much of a row counts (null: all of it). weight is (side, side), the
+ * sum of the weights of what is there plus `least` divides them if that is not 0. What is left to 1 is `floor`, if any.
+ * out is (n, channels); `more`, if any, is added before clamping to low..high. */
+void SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index, const sum *shares, const sum *weight,
+                  long side, long height, long width, double least, const element *floor, const element *more,
+                  element *out, double low, double high) {
+    long channels = in->channels, reach = side / 2;
+    const sum negligible = sizeof(sum) == 4 ? 1.5e-8 : 2.8e-17; /* below rounding, of masses that sum to 1 */
+    lane bottom = (lane){} + (sum)low, top = (lane){} + (sum)high;
+#pragma omp parallel for schedule(dynamic, 256)
+    for (long i = 0; i < in->n; i++) {
+        long at = in->table[i], line = at / width, x = at - line * width, y = line % height, many = 0;
+        const element *from[64 + 1];
+        sum mass[64 + 1], own = 0, total = 0, rest = 1;
+        const element *self = 0;
+        if (!there || there[at]) {
+            long row_of = index ? index[at] : at;
+            self = in->rows + row_of * channels;
+            own = shares ? shares[row_of] : 1;
+        }
+        if (own < 1) {
+            long first = x < reach ? -x : -reach, last = x + reach < width ? reach : width - 1 - x;
+            for (long v = -reach; v <= reach; v++) {
+                if (y + v < 0 || y + v >= height) continue;
+                for (long u = first; u <= last; u++) {
+                    long place = at + v * width + u;
+                    if (there && !there[place]) continue;
+                    long row_of = index ? index[place] : place;
+                    sum m = weight[(v + reach) * side + u + reach] * (shares ? shares[row_of] : 1);
+                    if (m == 0) continue;
+                    from[many] = in->rows + row_of * channels;
+                    mass[many++] = m;
+                    total += m;
+                }
+            }
+            sum scale = (1 - own) / (least != 0 ? total + (sum)least : 1);
+            long kept = 0;
+            for (long k = 0; k < many; k++) {
+                sum m = mass[k] * scale;
+                rest -= m;
+                from[kept] = from[k];
+                mass[kept] = m;
+                kept += m > negligible || m < -negligible;
+            }
+            many = kept;
+        }
+        if (own > 0) {
+            from[many] = self;
+            mass[many++] = own;
+            rest -= own;
+        }
+        for (long start = 0; start < channels; start += LANES) {
+            long some = channels - start;
+            lane value = {};
+            if (own == 1) value = load_some(self + start, some);
+            else {
+                for (long k = 0; k < many; k++) value += mass[k] * load_some(from[k] + start, some);
+                if (floor) value += rest * load_some(floor + start, some);
+            }
+            if (more) value += load_some(more + i * channels + start, some);
+            value = choose(value < bottom, bottom, value);
+            value = choose(value > top, top, value);
+            store_some(out + i * channels + start, value, some);
+        }
+    }
+}
+
 /* `mix` of two rows, of every line of a map alike: the rows are the first of `lines` lines, of count rows each; out is
  * (lines, n, channels). Whole vectors are read and written wherever what lies behind a row belongs to the line: what is
  * written too much there is written again. */

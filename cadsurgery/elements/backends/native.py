@@ -26,6 +26,7 @@ from cadsurgery.elements.backends.choose import (
     Backend,
     Between,
     Convolution,
+    Filling,
     Gathering,
     Mixing,
     MixingLines,
@@ -38,6 +39,7 @@ from cadsurgery.elements.backends.choose import (
     outside_of,
 )
 from cadsurgery.elements.kernel_map import Reading
+from cadsurgery.elements.lattice import Lattice
 from cadsurgery.support.files import cache_folder, is_private, keep_whole
 
 SOURCE, INTEGERS = (Path(__file__).with_name(f"{name}.c") for name in ("native", "integer"))
@@ -93,6 +95,8 @@ class Native(Backend):
         """Values alone, of rows that it has a form for."""
         if not work.is_inference or not supports(work.rows):
             return False
+        if isinstance(work, Filling):
+            return work.rows.dtype != torch.uint8 and _of_one_resolution(work.source, work.target)
         return not isinstance(work, Convolution) or self._has_form(work)
 
     def _has_form(self, work: Convolution) -> bool:
@@ -167,6 +171,23 @@ class Native(Backend):
         call("gather_mixing", Rows(work.rows), table, sources, shares, sources.shape[1], out)
         return out
 
+    def fill(self, work: Filling) -> Tensor:
+        """(T, C)."""
+        rows, source, act, whole = work.rows, work.source, work.activation, work.source.part is None
+        dtype, (height, width) = _sum_type(rows.dtype), source.size
+        out = rows.new_empty(work.target.count, rows.shape[1])
+        there, index = (None, None) if whole else (source.part.pixels, source.index)  # type: ignore[union-attr]
+        shares = work.shares.to(dtype).contiguous() if work.shares is not None else None
+        floor = work.floor.to(rows).contiguous() if work.floor is not None else None
+        more = work.residual.to(rows).contiguous() if work.residual is not None else None
+        side, bounds = work.weights.shape[0], act.bounds if act is not None else None
+        table = work.target.anchors.int().unsqueeze(1)
+        numbers = (side, height, width, work.least)
+        limits = bounds or (-math.inf, math.inf)
+        weights = work.weights.to(dtype).contiguous()
+        call("fill", Rows(rows), table, there, index, shares, weights, *numbers, floor, more, out, *limits)
+        return out if bounds or act is None else act.apply_(out)
+
     def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
         """The function of entries (n, taps) and memory (n * taps, C)."""
         source = Rows.of(work)
@@ -175,6 +196,11 @@ class Native(Backend):
             call("gather", source, entries, out)
 
         return fill
+
+
+def _of_one_resolution(*lattices: Lattice) -> bool:
+    """Whether every position of lattices is a cell of its own, of as many as there are known."""
+    return all(not one.geometry.strides and one.has_known_counts for one in lattices)
 
 
 class _Reading(ctypes.Structure):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from cadsurgery.elements.backends.choose import (
     Backend,
     Convolution,
+    Filling,
     Gathering,
     Mixing,
     MixingLines,
@@ -103,6 +104,12 @@ class Torch(Backend):
         """(entries, C)."""
         rows = extend(work.rows, work.reading, 0.0)
         return rows.index_select(0, work.reading.table.flatten().to(rows.device))
+
+    def fill(self, work: Filling) -> Tensor:
+        """(T, C)."""
+        out = compute(work.picking)
+        out = out if work.residual is None else out + work.residual
+        return out if work.activation is None else work.activation.apply_(out)
 
     def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
         """The function of entries (n, taps) and memory (n * taps, C)."""

@@ -22,7 +22,8 @@ from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.methods.anytime.heads import resize, resize_like
 from cadsurgery.methods.anytime.places import Places, Sites, Size
 from cadsurgery.methods.anytime.program import Program, Step
-from cadsurgery.methods.anytime.shapes import Shapes, call
+from cadsurgery.methods.anytime.shapes import Shapes
+from cadsurgery.methods.steps import call
 from cadsurgery.surgery.hooks import child
 
 _TAPS = 49  # of the Gaussian, as the reference code counts filling

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from cadsurgery.methods.anytime.program import Program, Step
+from cadsurgery.methods.anytime.program import Program
+from cadsurgery.methods.steps import call
 from cadsurgery.network.macs import to_meta
-from cadsurgery.surgery.hooks import child
 
 
 @dataclass(frozen=True)
@@ -57,38 +57,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_number, value))
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def call(net: nn.Module, step: Step, value_of: Any, arguments: dict[str, Any]) -> Any:
-    """What a step gives, as it is written in the graph.
-
-    Args:
-        net: whose modules and parameters the step names.
-        step: one.
-        value_of: value by name of a step.
-        arguments: of the call of the network, by name.
-    """
-    if step.op == "placeholder":
-        return arguments[step.target]
-    if step.op == "get_attr":
-        return attribute(net, step.target)
-    args, kwargs = step.bind(value_of)
-    if step.op == "call_module":
-        module = child(net, step.target)
-        assert module is not None
-        return module(*args, **kwargs)
-    if step.op == "call_method":
-        return getattr(args[0], step.target)(*args[1:], **kwargs)
-    return step.target(*args, **kwargs)
-
-
-def attribute(net: nn.Module, path: str) -> Any:
-    """A parameter, buffer, module, constant or the training flag, by qualified name."""
-    parent, _, name = path.rpartition(".")
-    module = child(net, parent)
-    assert module is not None
-    for values in (module._parameters, module._buffers, module._modules):
-        if name in values:
-            return values[name]
-    constants = getattr(net, "constants", {})
-    return constants[path] if path in constants else getattr(module, name)
