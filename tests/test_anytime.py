@@ -233,7 +233,7 @@ def apply_head(head: nn.Sequential, maps: tuple[Tensor, ...]) -> Tensor:
 
 def whole(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
     """Class scores with every map computed and filled as a whole, as in training."""
-    return list(net._logits(Run(net, net.program, {"x": x}, None), None))
+    return list(net._logits(net._start((x,), {}, is_training=True), None))
 
 
 # -- what is computed ----------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_every_exit_is_the_published_formula(name: str, size: tuple[int, int]) -
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("head", ["redesigned", "plain"])
-@pytest.mark.parametrize("fill", ["gaussian", "zeros"])
+@pytest.mark.parametrize("fill", ["gaussian", "interpolated", "zeros"])
 def test_rows_where_they_are_needed_are_those_of_whole_maps(
     name: str, dtype: torch.dtype, head: str, fill: str
 ) -> None:
@@ -351,8 +351,9 @@ def test_steps_compute_no_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_macs_are_those_that_torch_sees_being_executed(name: str) -> None:
-    net, x = anytime(name), images(2, 61, 83, torch.float64)
+@pytest.mark.parametrize("fill", ["gaussian", "interpolated"])
+def test_macs_are_those_that_torch_sees_being_executed(name: str, fill: str) -> None:
+    net, x = anytime(name, fill=fill), images(2, 61, 83, torch.float64)
     report = net.macs(x)
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         net(x)
@@ -374,8 +375,9 @@ def test_on_the_meta_device_everything_counts() -> None:
 # -- training ------------------------------------------------------------------------------------------
 
 
-def test_gradients_are_those_of_whole_maps_and_reach_the_widths() -> None:
-    net, x = anytime("parallel"), images(2, 45, 70, torch.float64)
+@pytest.mark.parametrize("fill", ["gaussian", "interpolated"])
+def test_gradients_are_those_of_whole_maps_and_reach_the_widths(fill: str) -> None:
+    net, x = anytime("parallel", fill=fill), images(2, 45, 70, torch.float64)
     gradients = []
     for run in (net.logits, lambda x: whole(net, x)):
         net.zero_grad()
@@ -424,8 +426,9 @@ def test_exits_are_found_after_stages_and_said_in_the_plan() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_optimised_copy_gives_the_same(name: str) -> None:
-    net, x = anytime(name), images(2, 61, 83, torch.float64)
+@pytest.mark.parametrize("fill", ["gaussian", "interpolated"])
+def test_an_optimised_copy_gives_the_same(name: str, fill: str) -> None:
+    net, x = anytime(name, fill=fill), images(2, 61, 83, torch.float64)
     fast = net.optimize()
     with torch.no_grad():
         for one, other in zip(fast(x), net(x), strict=True):

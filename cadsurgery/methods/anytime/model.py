@@ -51,9 +51,12 @@ from cadsurgery.surgery.trace import evaluating
 from cadsurgery.surgery.treatment import rule_of
 
 Confidence = Literal["probability", "entropy"]
-Fill = Literal["gaussian", "zeros"]
+Fill = Literal["gaussian", "interpolated", "zeros"]
 HEADS = "exit_heads"  # the child that holds them
-WIDTH = 3.0  # of the Gaussian of each convolution, as published
+# Widths that the Gaussian of each convolution starts with: the published one, and one that passes gently between
+# positions two apart; and how far apart positions are that are computed all the same.
+_WIDTHS: dict[str, float] = {"gaussian": 3.0, "interpolated": 1.0}
+_GRID = 2
 WIDTH_NAME = "width"  # the parameter of the module of the convolution
 _HIDDEN = 64
 _REMEMBERED = 8  # shapes of images whose sizes of maps are remembered
@@ -90,7 +93,9 @@ def anytime(
             `confidence="entropy"`, where the entropy (in nats) is below it.
         confidence: `"probability"` or `"entropy"`.
         fill: what convolutions give where nothing is computed: the `"gaussian"` of what is computed around, whose width
-            is learned (`functional.gaussian_fill`), or `"zeros"`.
+            is learned (`functional.gaussian_fill`), as published; `"interpolated"`: every second position of both axes
+            is computed all the same, and the others are the normalised Gaussian between these, which disturbs a network
+            that was not trained with gaps far less; or `"zeros"`.
         example_input: an image batch (B, C, H, W), or all arguments of a call; default: small random images.
 
     Raises:
@@ -132,11 +137,11 @@ def anytime(
         Program(graph, {}, signature), ghost(whole), _with_defaults(signature, facts.arguments)
     )
     manners, apart = _find_manners(facts, graph, logits, shapes.sizes)
-    if fill == "gaussian":
+    if fill in _WIDTHS:
         for manner in manners.values():
             if manner.kind == "conv":
                 module: Any = whole.get_submodule(manner.origin)
-                module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(WIDTH)))
+                module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
     options = {
         "exits": [exit.name for exit in found],
         "head": head,
@@ -487,14 +492,16 @@ class AnytimeModel(nn.Module):
         arguments = dict(bound.arguments)
         check_image(image_of(arguments))
         training = self.training if is_training is None else is_training
-        return Run(self, self.program, arguments, None if training else self.shapes(arguments))
+        shapes = None if training else self.shapes(arguments)
+        return Run(self, self.program, arguments, shapes, self.options["fill"] == "interpolated")
 
     def _logits(self, run: Run, threshold: float | None) -> Iterator[Tensor]:
         sites: Sites | None = None
         logits: Tensor | None = None
         for number in range(len(self.program.segments)):
             if logits is not None and not self.asks_everything(threshold):
-                sites = Sites(self.left(logits, threshold), sites)
+                grid = _GRID if self.options["fill"] == "interpolated" else 0
+                sites = Sites(self.left(logits, threshold), sites, grid)
             if sites is None or not sites.is_nothing or self.training:
                 run.segment(number, sites)
                 logits = run.logits(number, sites, logits)

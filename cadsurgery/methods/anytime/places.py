@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Between
-from cadsurgery.elements.gaps import resolution
+from cadsurgery.elements.gaps import REACH, resolution
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
@@ -63,10 +63,14 @@ class Sites:
     """The positions of maps of all sizes at which an exit leaves something to be computed, and sets around them.
 
     What one exit is confident of, later ones are: the positions are among those of the exit before.
+
+    Attributes:
+        grid: of the others, every how many along both axes are computed all the same; 0: none.
     """
 
-    def __init__(self, unsure: Tensor, before: Sites | None = None) -> None:
+    def __init__(self, unsure: Tensor, before: Sites | None = None, grid: int = 0) -> None:
         """Take the map (B, H, W), bool, on the grid of the exit's logits, and what the exit before left."""
+        self.grid = grid
         self.unsure = (
             unsure if before is None else unsure & before.at((unsure.shape[1], unsure.shape[2])).mask
         )
@@ -98,6 +102,23 @@ class Sites:
                 mask = mask & self._before.at(size).mask
             self._known["at", size] = Places(mask)
         places: Places = self._known["at", size]
+        return places
+
+    def computed(self, size: Size, needed: Places | None = None) -> Places:
+        """The positions of maps of a size that are computed: those that are left and the grid, of which no more than
+        what others that are needed are filled from; None: everything is needed."""
+        left = self.at(size)
+        if not self.grid:
+            return left
+        key = ("computed", size, id(needed))
+        if key not in self._known:
+            mask = torch.zeros_like(left.mask)
+            mask[:, :: self.grid, :: self.grid] = left.mask.flatten(1).any(1).view(-1, 1, 1)
+            if needed is not None:
+                filled = (needed.mask & ~left.mask).unsqueeze(1).float()
+                mask &= F.max_pool2d(filled, 2 * REACH + 1, 1, REACH).squeeze(1) > 0
+            self._known[key] = (Places(mask | left.mask), needed)  # which stays alive: its number is the key
+        places: Places = self._known[key][0]
         return places
 
     def everywhere(self, size: Size) -> Places:

@@ -46,6 +46,7 @@ class Run:
         program: what is run.
         arguments: of the call, by name.
         shapes: what is known of the sizes; None where all is computed and filled as a whole, as in training.
+        is_normalised: gaps are filled by the weights of what is there rather than over a constant.
         macs: multiply-accumulates of each segment that ran, and what the reference code counts.
     """
 
@@ -53,9 +54,11 @@ class Run:
     program: Program
     arguments: dict[str, Any]
     shapes: Shapes | None
+    is_normalised: bool = False
 
     def __post_init__(self) -> None:
         self.env: dict[str, Value] = {}
+        self._computed: dict[str, Places] = {}  # of convolutions, where they are
         self.macs: list[tuple[int, int]] = []
 
     def segment(self, number: int, sites: Sites | None) -> None:
@@ -131,7 +134,8 @@ class Run:
             manner, maps = step.manner, [name for name in step.reads if name in shapes.sizes]
             if manner.kind == "conv":
                 assert manner.window is not None
-                computed = sites.at(shapes.sizes[step.name])
+                computed = sites.computed(shapes.sizes[step.name], places)
+                self._computed[step.name] = computed
                 source, *residual = step.reads
                 add(source, sites.read_by_window(computed, manner.window, shapes.sizes[source]))
                 for name in residual:
@@ -160,7 +164,7 @@ class Run:
         published = work
         if sites is not None and step.manner.kind == "conv":
             size = self.shapes.sizes[step.name]
-            count, every = sites.at(size).count, sites.batch * size[0] * size[1]
+            count, every = self._computed[step.name].count, sites.batch * size[0] * size[1]
             filling = self.shapes.channels[step.name] * _TAPS * (every - count) * count // every
             work = work * count // every
             published = work + filling
@@ -190,15 +194,15 @@ class Run:
     def _fill_whole(self, step: Step, sites: Sites) -> Tensor:
         """A convolution of a whole map, with all but the positions that are left filled: in training."""
         y = call(self.net, step, lambda name: self.env[name].value, self.arguments)
-        mask = sites.at((y.shape[2], y.shape[3])).mask
+        mask = sites.computed((y.shape[2], y.shape[3])).mask
         width = getattr(child(self.net, step.manner.origin), "width", None)
-        return gaussian_fill(y, mask, width) if width is not None else y * mask.unsqueeze(1)
+        return y * mask.unsqueeze(1) if width is None else gaussian_fill(y, mask, width, self.is_normalised)
 
     def _convolve(self, step: Step, sites: Sites, needed: Places | None) -> Value:
         """A convolution at the positions that are left, and filled where else it is needed."""
         assert self.shapes is not None and step.manner.window is not None
         size, source = self.shapes.sizes[step.name], step.reads[0]
-        computed = sites.at(size)
+        computed = self._computed[step.name]
         every = needed if needed is None else sites.union(computed, needed)
         module: Any = child(self.net, step.target)
         before, places = self.env[source]
@@ -214,21 +218,28 @@ class Run:
         out = compute(Convolution(rows, weights.alone, reads))
         width = getattr(kernel or module, "width", None)
         floor: Any = getattr(kernel, "floor", None)
-        out = self._fill(Elements(out, sites.lattice(size, computed)), sites, every, width, floor)
+        some = Elements(out, sites.lattice(size, computed))
+        out = self._fill(some, sites, computed, every, width, floor)
         out = weights.finish(out, residual)
         return Value(out, every) if every is not None else Value(_as_map(out, sites.batch, size))
 
     def _fill(
-        self, x: Elements, sites: Sites, every: Places | None, width: Any, floor: Tensor | None
+        self,
+        x: Elements,
+        sites: Sites,
+        computed: Places,
+        every: Places | None,
+        width: Any,
+        floor: Tensor | None,
     ) -> Tensor:
         """The rows of all positions wanted, those that were not computed filled."""
         size = x.lattice.size
         if width is not None:
-            return fill_gaps(x, sites.lattice(size, every), width, floor=floor).rows
+            return fill_gaps(x, sites.lattice(size, every), width, self.is_normalised, floor).rows
         whole = every if every is not None else sites.everywhere(size)
         out = x.rows.new_zeros(whole.count, x.rows.shape[1])
         out = out if floor is None else out + floor
-        return out.index_copy(0, whole.rows[sites.at(size).pixels], x.rows)
+        return out.index_copy(0, whole.rows[computed.pixels], x.rows)
 
     # -- values in the form that is wanted ---------------------------------------------------------
 
