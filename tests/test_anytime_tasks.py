@@ -188,6 +188,7 @@ def make() -> nn.Module:
 def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
     model = ["--model", "test_anytime_tasks:make"]
     exits = ["--method", "anytime", "--exits", "backbone.1,backbone.2", "--hidden", "4", "--threshold", "0.2"]
+    exits += ["--gaps", "interpolated"]
     convert = ("--size", "48x64", "--rounds", "1", "-o", "net.safetensors", "--json")
     made = command_line("convert", *model, *exits, *convert)
     assert made.code == 0, made.err

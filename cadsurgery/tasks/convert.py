@@ -66,6 +66,7 @@ def convert(
     if method == "anytime":
         _refuse_precision(precision)
         given = {name: value or None for name, value in (exits or {}).items()}
+        given["fill"] = given.pop("gaps", None)
         told: Any = {"image": image, "size": size, "output": output, "device": device, "verify": verify_laws}
         return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
     resolve_mask(mask)  # a typo should not wait for the network to be built

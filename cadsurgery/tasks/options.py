@@ -65,6 +65,9 @@ class Exits:
     hidden: int = option(0, "of method anytime: channels inside the heads; 0 for the default", min=0)
     threshold: float = option(0.998, "of method anytime: where exits are confident; default {default}")
     confidence: str = option("probability", "of method anytime: {default}, or entropy")
+    gaps: str = option(
+        "gaussian", "of method anytime, what fills positions that are left out: {default}, interpolated or zeros"
+    )
 
 
 @dataclass(frozen=True)
