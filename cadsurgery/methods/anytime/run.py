@@ -219,24 +219,19 @@ class Run:
         width = getattr(kernel or module, "width", None)
         floor: Any = getattr(kernel, "floor", None)
         some = Elements(out, sites.lattice(size, computed))
-        out = self._fill(some, sites, computed, every, width, floor)
-        out = weights.finish(out, residual)
+        if width is not None:
+            options = {"residual": residual, "activation": weights.activation}
+            whole = sites.lattice(size, every)
+            out = fill_gaps(some, whole, width, self.is_normalised, floor, **options).rows
+        else:
+            out = weights.finish(self._leave_zero(some, sites, computed, every, floor), residual)
         return Value(out, every) if every is not None else Value(_as_map(out, sites.batch, size))
 
-    def _fill(
-        self,
-        x: Elements,
-        sites: Sites,
-        computed: Places,
-        every: Places | None,
-        width: Any,
-        floor: Tensor | None,
+    def _leave_zero(
+        self, x: Elements, sites: Sites, computed: Places, every: Places | None, floor: Tensor | None
     ) -> Tensor:
-        """The rows of all positions wanted, those that were not computed filled."""
-        size = x.lattice.size
-        if width is not None:
-            return fill_gaps(x, sites.lattice(size, every), width, self.is_normalised, floor).rows
-        whole = every if every is not None else sites.everywhere(size)
+        """The rows of all positions wanted, the floor where nothing was computed."""
+        whole = every if every is not None else sites.everywhere(x.lattice.size)
         out = x.rows.new_zeros(whole.count, x.rows.shape[1])
         out = out if floor is None else out + floor
         return out.index_copy(0, whole.rows[computed.pixels], x.rows)
