@@ -66,7 +66,8 @@ class Exits:
     threshold: float = option(0.998, "of method anytime: where exits are confident; default {default}")
     confidence: str = option("probability", "of method anytime: {default}, or entropy")
     gaps: str = option(
-        "gaussian", "of method anytime, what fills positions that are left out: {default}, interpolated or zeros"
+        "gaussian",
+        "of method anytime, what fills positions that are left out: {default}, interpolated or zeros",
     )
 
 
