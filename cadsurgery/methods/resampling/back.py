@@ -52,7 +52,7 @@ def interpolate_back(
     size, samples = check_size(output_size, "output_size"), (scores.shape[2], scores.shape[3])
     check_locations(locations, scores.shape[0])
     if method == "inverse":
-        places = inverse(locations.detach(), samples, size).to(scores.device)
+        places = inverse_warp(locations.detach(), samples, size).to(scores.device)
         around = 2 * places.flip(-1) / places.new_tensor([samples[1] - 1, samples[0] - 1]) - 1
         return F.grid_sample(scores, around.to(scores.dtype), align_corners=True, padding_mode="border")
     points = upsample(locations.detach(), samples).cpu() * torch.tensor([size[0] - 1, size[1] - 1])
@@ -116,7 +116,7 @@ def _inside(points: Tensor, corners: Tensor, size: tuple[int, int]) -> Iterator[
 # -- ours ------------------------------------------------------------------------------------------------
 
 
-def inverse(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """(B, H, W, 2): row and column among the samples of each pixel of the image, as fractions: the warp's inverse.
 
     The warp is bilinear in the cells between locations: its inverse there is the root of a quadratic at which the cell
