@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements.lattice import describe
 from cadsurgery.elements.sizes import divide_up
@@ -151,19 +152,29 @@ class MaskSampler(Sampler):
 
     def forward(self, image: Tensor) -> Tensor:
         """The locations of `target_locations` for the places of the highest scores."""
+        scores = self._scores(image)
+        values = scores.flatten(1)
+        number = max(1, math.ceil(self.options.share * values.shape[1]))
+        least = values.topk(number, 1).values[:, -1:]
+        marked = (values >= least) & (values > values.amin(1, keepdim=True))  # nothing where all are the same
+        return target_locations(marked.view_as(scores), self.options.grid, self.options.smoothness)
+
+    @torch.no_grad()
+    def _scores(self, image: Tensor) -> Tensor:
+        """(B, h, w)."""
         size = (divide_up(image.shape[2], _STRIDE), divide_up(image.shape[3], _STRIDE))
-        side = 2**_LEVELS
-        grid = Grid(image.shape[0], size, _STRIDE, _LEVELS, side, side)
+        grid = Grid(image.shape[0], size, _STRIDE, _LEVELS, 2**_LEVELS, 2**_LEVELS)
         image = image if image.is_floating_point() else image.to(torch.get_default_dtype())
-        with torch.no_grad():
-            shown = self.unit(image) if self.mask.sees_image else image
-            features = F.avg_pool2d(image, _STRIDE, ceil_mode=True)
-            scores = check_scores(self.mask.scores(shown, features, grid), grid, self.mask.name, "of a sampler")
-            values = scores.flatten(1)
-            number = max(1, math.ceil(self.options.share * values.shape[1]))
-            least = values.topk(number, 1).values[:, -1:]
-            marked = (values >= least) & (values > values.amin(1, keepdim=True))  # nothing where all are the same
-        return target_locations(marked.view(-1, *size), self.options.grid, self.options.smoothness)
+        shown = self.unit(image) if self.mask.sees_image else image
+        features = F.avg_pool2d(image, _STRIDE, ceil_mode=True)
+        return check_scores(self.mask.scores(shown, features, grid), grid, self.mask.name, "of a sampler")
+
+    def macs(self, image: Tensor, rule: str = "conv") -> int:
+        """Of what the mask convolves."""
+        image = torch.zeros(image.shape, dtype=image.dtype) if image.is_meta else image
+        with FlopCounterMode(display=False) as flops:
+            self._scores(image)
+        return flops.get_total_flops() // 2
 
     def spec(self) -> str:
         """That of the mask."""
