@@ -89,4 +89,3 @@ class Sampled(_OfSamples):
         several = output if isinstance(output, tuple) else (output,)
         losses = [supervised(one, wanted) for one in several]
         return {"loss": sum(losses[1:], losses[0])}
-

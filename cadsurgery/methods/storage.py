@@ -67,7 +67,7 @@ def load(
     if not method:
         return storage.load(path, model, mask=mask, trust=trust)
     if mask is not None:
-        raise InvalidInput(f"{path} holds no adaptive network, so it takes no mask.", next="leave out mask=.")
+        raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=.")
     if method not in _LOADERS:
         raise FileError(f"{path} was made by a method {method!r:.60}.", next="update cadsurgery.")
     header, tensors = storage.open_file(path, True)

@@ -30,12 +30,26 @@ SIZES = (96, 128, 160, 192, 224)
 SAMPLERS = ("uniform", "learned", "edges", "labels")
 COMMON: dict[str, Any] = {"workers": 0, "save_every": 100, "validate_every": 10**6}
 LOCATIONS: dict[str, Any] = {
-    **{"objective": "locations", "batch": 16, "steps": 900, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
+    **{
+        "objective": "locations",
+        "batch": 16,
+        "steps": 900,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 1e-2,
+    },
     **{"crop": 320, "scale": (0.9, 1.3), "jitter": 0.3},
 }
 NETWORK: dict[str, Any] = {
     **{"objective": "sampled", "batch": 6, "optimizer": "adamw", "lr": 3e-4, "backbone_factor": 1.0},
-    **{"weight_decay": 1e-2, "batch_norm": "frozen", "crop": 0, "scale": (1.0, 1.0), "jitter": 0.2, "ema": 0.97},
+    **{
+        "weight_decay": 1e-2,
+        "batch_norm": "frozen",
+        "crop": 0,
+        "scale": (1.0, 1.0),
+        "jitter": 0.2,
+        "ema": 0.97,
+    },
 }
 # Steps that take two to three CPU minutes on one core of the machine named in the card.
 STEPS = {96: 240, 128: 200, 160: 150, 192: 110, 224: 90}
@@ -70,7 +84,11 @@ def main() -> None:
     torch.manual_seed(options.seed)
     is_sampler = options.run == "locations"
     net = resampled(options.data, options.runs, "learned" if is_sampler else options.run, options.size)
-    values = COMMON | (LOCATIONS if is_sampler else NETWORK | {"steps": STEPS[options.size]}) | {"seed": options.seed}
+    values = (
+        COMMON
+        | (LOCATIONS if is_sampler else NETWORK | {"steps": STEPS[options.size]})
+        | {"seed": options.seed}
+    )
     chosen = Settings.from_dict(values | ({"steps": options.steps} if options.steps else {}))
     folder = options.runs / (options.run if is_sampler else f"{options.run}-{options.size}")
     started = time.process_time()

@@ -23,6 +23,7 @@ from cadsurgery.support.errors import InvalidInput, check_name
 
 Back = Literal["triangulation", "inverse"]
 _BLOCK = 2**20  # pairs of a triangle and a pixel that are looked at together
+_THIN = 1e-6  # height in pixels of triangles that only rounding makes
 _POLISHING = 8  # steps of Newton's method
 
 
@@ -36,7 +37,8 @@ def interpolate_back(
         locations: (B, grid, grid, 2) that were sampled at; they need not be normalised, and may be folded.
         output_size: (height, width) of the image, or one number for both.
         method: `triangulation`, as published; or `inverse` of the warp, many times faster. Where the grid is folded
-            several samples lie in one place: triangulated, they are mixed; inverted, one sheet of the fold is seen.
+            several samples lie in one place: triangulated, they are mixed; inverted, one sheet of the fold is seen, and
+            next to where it ends the place is that of the smooth warp, which samples cut short.
 
     Raises:
         InvalidInput: what are no scores, no size, or no locations of this batch.
@@ -77,14 +79,20 @@ def _triangulate(points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
     weights = torch.zeros(len(best), 3, dtype=torch.float64)
     for triangles, pixels, found in _inside(points, corners, size):
         least = found.amin(-1)  # the triangle that a pixel lies in deepest, which rounding makes no other
-        better = least >= best.clone().scatter_reduce_(0, pixels, least, "amax")[pixels]
-        pixels = pixels[better]
-        best[pixels], chosen[pixels], weights[pixels] = least[better], corners[triangles[better]], found[better]
+        deepest = best.scatter_reduce(0, pixels, least, "amax")
+        is_deepest = (least == deepest[pixels]).nonzero().squeeze(1)
+        winner = torch.full_like(best, -1, dtype=torch.int64)
+        winner.scatter_reduce_(0, pixels[is_deepest], is_deepest, "amax")  # one of several
+        winner = winner[winner >= 0]
+        pixels, best = pixels[winner], deepest
+        chosen[pixels], weights[pixels] = corners[triangles[winner]], found[winner]
     weights = weights.clamp(min=0)
     return chosen, weights / weights.sum(-1, keepdim=True)
 
 
-def _inside(points: Tensor, corners: Tensor, size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _inside(
+    points: Tensor, corners: Tensor, size: tuple[int, int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Triangles and pixels in the box around them, and the weights of their corners there; in blocks."""
     first, second, third = (points[corner] for corner in corners.T)
     across, down = second - first, third - first
@@ -93,7 +101,8 @@ def _inside(points: Tensor, corners: Tensor, size: tuple[int, int]) -> Iterator[
     low = (of_triangle.amin(0) - 1e-9).ceil().long().clamp(min=0)
     high = (of_triangle.amax(0) + 1e-9).floor().long().minimum(torch.tensor(size) - 1)
     sides = (high - low + 1).clamp(min=0)
-    counts = torch.where(area != 0, sides.prod(-1), 0)
+    longest = torch.stack((across, down, third - second)).square().sum(-1).amax(0)
+    counts = torch.where(area.abs() > _THIN * longest.sqrt(), sides.prod(-1), 0)
     filled = counts.nonzero().squeeze(1)
     ends = counts[filled].cumsum(0)
     blocks = torch.searchsorted(ends, torch.arange(0, int(ends[-1]), _BLOCK)).tolist()
@@ -109,7 +118,7 @@ def _inside(points: Tensor, corners: Tensor, size: tuple[int, int]) -> Iterator[
         u = (away[:, 0] * fall[:, 1] - away[:, 1] * fall[:, 0]) / area[triangles]
         v = (step[:, 0] * away[:, 1] - step[:, 1] * away[:, 0]) / area[triangles]
         found = torch.stack((1 - u - v, u, v), -1)
-        is_near = found.amin(-1) > -1e-6
+        is_near = found.amin(-1) > -1e-3
         yield triangles[is_near], (rows * size[1] + columns)[is_near], found[is_near]
 
 
@@ -161,14 +170,14 @@ def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             q0 = y * bx - x * by
             q1 = (y * dx + (by * cx - bx * cy)) - x * dy
             q2 = cx * dy - cy * dx
-            root = (q1 * q1 - 4 * q2 * q0).clamp_(min=0).sqrt_()
+            root = (q1 * q1 - 4 * q2 * q0).sqrt_()  # not a number where the cell does not reach
             v = -2 * q0 / (q1 + root)
             if q2:
                 v = torch.where(q1 >= 0, v, (root - q1) / (2 * q2))
             fy, fx = by + v * dy, bx + v * dx
             u = ((y - v * cy) * fy + (x - v * cx) * fx) / (fy * fy + fx * fx)
             depth = -torch.maximum((u - 0.5).abs_(), (v - 0.5).abs_())
-            better = depth > best[box]  # not of NaN, in a cell without area
+            better = depth > best[box]  # not of what is no number
             best[box] = torch.where(better, depth, best[box])
             for axis, value in enumerate((u + i, v + j)):
                 found[axis][box] = torch.where(better, value, found[axis][box])

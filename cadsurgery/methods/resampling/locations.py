@@ -37,7 +37,8 @@ def boundaries(
     """
     if not isinstance(labels, Tensor) or labels.dim() not in (2, 3) or labels.is_floating_point():
         raise InvalidInput(
-            f"the labels are {describe(labels)}.", next="give integers (height, width): a class for every pixel."
+            f"the labels are {describe(labels)}.",
+            next="give integers (height, width): a class for every pixel.",
         )
     marked = torch.zeros_like(labels, dtype=torch.bool)
     for axis in (-2, -1):
@@ -141,8 +142,12 @@ def _laplacian(grid: int, dtype: torch.dtype) -> Tensor:
 def normalise(locations: Tensor) -> Tensor:
     """Locations (..., n, m, 2) whose sides lie on the sides of the image, and none outside; they may be folded."""
     rows, columns = locations.unbind(-1)
-    rows = torch.cat((torch.zeros_like(rows[..., :1, :]), rows[..., 1:-1, :], torch.ones_like(rows[..., :1, :])), -2)
-    columns = torch.cat((torch.zeros_like(columns[..., :1]), columns[..., 1:-1], torch.ones_like(columns[..., :1])), -1)
+    rows = torch.cat(
+        (torch.zeros_like(rows[..., :1, :]), rows[..., 1:-1, :], torch.ones_like(rows[..., :1, :])), -2
+    )
+    columns = torch.cat(
+        (torch.zeros_like(columns[..., :1]), columns[..., 1:-1], torch.ones_like(columns[..., :1])), -1
+    )
     return torch.stack((rows, columns), -1).clamp(0, 1)
 
 
@@ -186,7 +191,8 @@ def check_locations(locations: object, batch: int) -> Tensor:
         )
     if not locations.is_meta and not locations.isfinite().all():
         raise InvalidInput(
-            "the locations hold NaN or infinite values.", next="check the sampler that gives them, and its weights."
+            "the locations hold NaN or infinite values.",
+            next="check the sampler that gives them, and its weights.",
         )
     return locations
 
@@ -200,5 +206,7 @@ def check_size(size: object, name: str = "size", least: int = 2) -> tuple[int, i
     pair = (size, size) if isinstance(size, int) else size
     numbers = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(part) is int for part in pair)
     if not isinstance(pair, (tuple, list)) or not numbers or min(pair) < least:
-        raise InvalidInput(f"{name}={size!r}.", next=f"give an integer of at least {least}, or (height, width).")
+        raise InvalidInput(
+            f"{name}={size!r}.", next=f"give an integer of at least {least}, or (height, width)."
+        )
     return (pair[0], pair[1])

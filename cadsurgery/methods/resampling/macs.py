@@ -70,7 +70,9 @@ def conv_macs(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -
     def add(module: nn.Conv2d, inputs: tuple[Any, ...], output: Tensor) -> None:
         height, width = output.shape[2:]
         if rule == "published" and module.groups == module.in_channels > 1:
-            height, width = (-(-side // step) for side, step in zip((height, width), module.dilation, strict=True))
+            height, width = (
+                -(-side // step) for side, step in zip((height, width), module.dilation, strict=True)
+            )
         counts[0] += output.shape[0] * height * width * module.weight.numel()
 
     for module in counted.modules():

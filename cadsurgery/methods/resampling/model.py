@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 import torch
@@ -16,7 +17,7 @@ from cadsurgery.masks.context import call_context, labelled
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.unit import Normalisation
 from cadsurgery.methods.resampling.back import Back, interpolate_back
-from cadsurgery.methods.resampling.locations import IGNORED, TARGETS, check_size
+from cadsurgery.methods.resampling.locations import IGNORED, TARGETS, check_size, uniform_locations
 from cadsurgery.methods.resampling.macs import RULES, ResampledMacs, conv_macs
 from cadsurgery.methods.resampling.plan import ResampledPlan
 from cadsurgery.methods.resampling.sampling import Mode, sample
@@ -92,7 +93,8 @@ def _copy(model: object) -> nn.Module:
     """A copy of a network, or of one that another method made."""
     if isinstance(model, nn.Module) and any(isinstance(part, ResampledModel) for part in model.modules()):
         raise InvalidInput(
-            "the input of this network is sampled already.", next="pass the network it was made from: net.network."
+            "the input of this network is sampled already.",
+            next="pass the network it was made from: net.network.",
         )
     is_made = isinstance(model, nn.Module) and hasattr(model, "plan") and hasattr(model, "optimize")
     return copy.deepcopy(model) if is_made and isinstance(model, nn.Module) else copy_network(model)
@@ -116,11 +118,11 @@ def _normalisation(network: nn.Module) -> Normalisation | None:
 
 def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
     """What an example shows."""
-    with torch.no_grad(), evaluating(net):
-        uniform = torch.zeros(image.shape[0], 2, 2, 2, device=image.device)
-        sampled = sample(image, uniform, net.size)
+    labels = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.int64)  # for masks that ask for some
+    with torch.no_grad(), evaluating(net), labelled(labels):
+        uniform = uniform_locations(2).expand(image.shape[0], -1, -1, -1)
         try:
-            output = net.network(sampled)
+            output = net.call_network(image, uniform)
         except CadError:
             raise
         except Exception as error:  # the network decides what it takes
@@ -136,7 +138,7 @@ def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
                 why="scores for each position are brought back to the image; this network gives others.",
                 next="pass a segmentation network, or wrap it so that it returns floating-point (B, C, h, w).",
             )
-        counted = net._count(image, sampled, "conv")
+        counted = net._count(image, uniform, "conv")
     options, shape = net.sampler.options, tuple(image.shape)
     macs = (counted.sampler, counted.network, counted.original)
     return ResampledPlan(net.sampler.spec(), options.grid, net.size, net.mode, net.back, maps, shape, macs)
@@ -163,7 +165,9 @@ class ResampledModel(nn.Module):
     plan: ResampledPlan
     source: Source
 
-    def __init__(self, network: nn.Module, sampler: Sampler, size: tuple[int, int], mode: Mode, back: Back) -> None:
+    def __init__(
+        self, network: nn.Module, sampler: Sampler, size: tuple[int, int], mode: Mode, back: Back
+    ) -> None:
         """Take a network and a sampler; use `cadsurgery.resample` to get one."""
         super().__init__()
         self.add_module(NETWORK, network)
@@ -217,17 +221,20 @@ class ResampledModel(nn.Module):
         args, kwargs = (image,) if args is None else args, kwargs or {}
         sampled = sample(image, locations, self.size, self.mode)
         args, kwargs = tree_map(lambda value: sampled if value is image else value, (args, kwargs))
-        context = call_context()
-        if context.points is not None:
+        if call_context().points is not None:
             raise InvalidInput(
                 "keypoints are in pixels of the image, and the network sees it sampled.",
                 next="choose a mask that looks at the image, or call net.network on an image that is not sampled.",
             )
-        labels = context.labels
+        with self._labels_sampled(image, locations):
+            return self.network(*args, **kwargs)
+
+    def _labels_sampled(self, image: Tensor, locations: Tensor) -> AbstractContextManager[None]:
+        """The labels of the call, if there are some, as the network sees the image: for masks inside."""
+        labels = call_context().labels
         if labels is None or tuple(labels.shape) != (image.shape[0], *image.shape[2:]):
-            return self.network(*args, **kwargs)
-        with labelled(self.sample_labels(labels, locations)):  # for masks inside
-            return self.network(*args, **kwargs)
+            return contextlib.nullcontext()
+        return labelled(self.sample_labels(labels, locations))
 
     def sample_labels(self, labels: Tensor, locations: Tensor) -> Tensor:
         """(B, h, w): labels (B, H, W) of the sampled image."""
@@ -252,25 +259,30 @@ class ResampledModel(nn.Module):
         check_name("counting rule", rule, RULES)
         image = self._image(args, kwargs)
         with torch.no_grad(), evaluating(self):
-            is_fixed = image.is_meta or not isinstance(self.network, AdaptiveModel)
-            shape = (*image.shape[:2], *self.size)
-            sampled = image.new_empty(shape) if is_fixed else sample(image, self.sampler(image), self.size, self.mode)
             args, kwargs = tree_map(lambda value: None if value is image else value, (args, kwargs))
             if any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs))):
                 raise InvalidInput(
                     "macs are counted on an image alone.", next="leave out the other tensors of the call."
                 )
-            return self._count(image, sampled, rule)
+            return self._count(image, None if image.is_meta else self.sampler(image), rule)
 
-    def _count(self, image: Tensor, sampled: Tensor, rule: str) -> ResampledMacs:
+    def _count(self, image: Tensor, locations: Tensor | None, rule: str) -> ResampledMacs:
+        """With masks inside at some locations; of shapes alone where there are none."""
         sampler = self.sampler.macs(image, rule)
-        network, original = (_macs_of(self.network, one, rule) for one in (sampled, image))
+        original = _macs_of(self.network, image, rule)
+        if locations is None:
+            network = _macs_of(self.network, image.new_empty((*image.shape[:2], *self.size)), rule)
+        else:
+            with self._labels_sampled(image, locations):
+                network = _macs_of(self.network, sample(image, locations, self.size, self.mode), rule)
         return ResampledMacs(sampler, network, original, rule, tuple(image.shape), self.size)
 
     def optimize(self) -> ResampledModel:
         """An inference copy: of a dense network batch norm folded and activations fused, where torch.fx can follow it;
         of one that another method made its own inference copy; of a learned sampler batch norm folded."""
-        net = ResampledModel(_optimized(self.network), copy.deepcopy(self.sampler), self.size, self.mode, self.back)
+        net = ResampledModel(
+            _optimized(self.network), copy.deepcopy(self.sampler), self.size, self.mode, self.back
+        )
         net.plan, net.source, net.is_optimized = self.plan, self.source, True
         net.requires_grad_(False)
         net.eval()

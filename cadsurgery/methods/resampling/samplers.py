@@ -162,11 +162,12 @@ class MaskSampler(Sampler):
     @torch.no_grad()
     def _scores(self, image: Tensor) -> Tensor:
         """(B, h, w)."""
-        size = (divide_up(image.shape[2], _STRIDE), divide_up(image.shape[3], _STRIDE))
-        grid = Grid(image.shape[0], size, _STRIDE, _LEVELS, 2**_LEVELS, 2**_LEVELS)
+        stride = _STRIDE if min(image.shape[2:]) > _STRIDE else 1
+        size = (divide_up(image.shape[2], stride), divide_up(image.shape[3], stride))
+        grid = Grid(image.shape[0], size, stride, _LEVELS, 2**_LEVELS, 2**_LEVELS)
         image = image if image.is_floating_point() else image.to(torch.get_default_dtype())
         shown = self.unit(image) if self.mask.sees_image else image
-        features = F.avg_pool2d(image, _STRIDE, ceil_mode=True)
+        features = F.avg_pool2d(image, stride, ceil_mode=True)
         return check_scores(self.mask.scores(shown, features, grid), grid, self.mask.name, "of a sampler")
 
     def macs(self, image: Tensor, rule: str = "conv") -> int:
@@ -213,10 +214,14 @@ class LearnedSampler(Sampler):
     def macs(self, image: Tensor, rule: str = "conv") -> int:
         """Of its network."""
         side = _PER_LOCATION * self.options.grid
-        return conv_macs(self.net, image.new_empty(image.shape[0], image.shape[1], side, side, device="meta"), rule=rule)
+        return conv_macs(
+            self.net, image.new_empty(image.shape[0], image.shape[1], side, side, device="meta"), rule=rule
+        )
 
 
-_SAMPLERS: dict[str, type[Sampler]] = {kind.name: kind for kind in (UniformSampler, LabelSampler, LearnedSampler)}
+_SAMPLERS: dict[str, type[Sampler]] = {
+    kind.name: kind for kind in (UniformSampler, LabelSampler, LearnedSampler)
+}
 
 
 def resolve_sampler(
@@ -245,9 +250,11 @@ def resolve_sampler(
         mask = resolve_mask(sampler)
     except UnknownName as error:
         known = f"a sampler is {', '.join(sorted(_SAMPLERS))}, or a mask."
-        raise UnknownName("sampler", str(sampler), [*_SAMPLERS, "edges"], next=known) if ":" not in str(
-            sampler
-        ) else error from None
+        raise (
+            UnknownName("sampler", str(sampler), [*_SAMPLERS, "edges"], next=known)
+            if ":" not in str(sampler)
+            else error
+        ) from None
     except InvalidInput as error:
         if isinstance(sampler, str):
             raise

@@ -14,9 +14,7 @@ from cadsurgery.support.errors import InvalidInput, check_name
 Mode = Literal["nearest", "bilinear"]
 
 
-def sample(
-    image: Tensor, locations: Tensor, size: int | tuple[int, int], mode: Mode = "nearest"
-) -> Tensor:
+def sample(image: Tensor, locations: Tensor, size: int | tuple[int, int], mode: Mode = "nearest") -> Tensor:
     """(B, C, h, w): an image at locations, upsampled to a size bilinearly.
 
     Args:
@@ -40,7 +38,9 @@ def sample(
     places = upsample(check_locations(locations, image.shape[0]), (height, width)).to(image.device)
     if mode == "bilinear":
         if not image.is_floating_point():
-            raise InvalidInput(f"the image is {describe(image)}.", next='sample integers with mode="nearest".')
+            raise InvalidInput(
+                f"the image is {describe(image)}.", next='sample integers with mode="nearest".'
+            )
         around = (2 * places.flip(-1) - 1).to(image.dtype)
         return F.grid_sample(image, around, align_corners=True, padding_mode="border")
     rows = (places[..., 0] * (image.shape[2] - 1)).round().long()

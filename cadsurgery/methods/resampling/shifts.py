@@ -41,7 +41,9 @@ def _blocks(width: float, output_stride: int) -> Iterator[_Block]:
             dilation *= own if is_reached else 1
 
 
-def _norm(channels: int, out: int, kernel: int = 1, relu: type[nn.Module] | None = nn.ReLU6, **options: int) -> nn.Sequential:
+def _norm(
+    channels: int, out: int, kernel: int = 1, relu: type[nn.Module] | None = nn.ReLU6, **options: int
+) -> nn.Sequential:
     padding = options.get("dilation", 1) * (kernel // 2)
     layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, padding=padding, bias=False, **options)]
     layers.append(nn.BatchNorm2d(out))
@@ -56,7 +58,9 @@ class _InvertedResidual(nn.Module):
         self.adds = block.stride == 1 and block.channels == block.out
         layers = [_norm(block.channels, block.inner)] if block.inner != block.channels else []
         layers.append(
-            _norm(block.inner, block.inner, 3, stride=block.stride, dilation=block.dilation, groups=block.inner)
+            _norm(
+                block.inner, block.inner, 3, stride=block.stride, dilation=block.dilation, groups=block.inner
+            )
         )
         self.layers = nn.Sequential(*layers, _norm(block.inner, block.out, relu=None))
 
@@ -71,7 +75,9 @@ class ShiftNet(nn.Module):
     With the defaults that of the published sampler (seed 3.4): 64 x 64 pixels in, shifts of 8 x 8 locations out.
     """
 
-    def __init__(self, channels: int = 3, outputs: int = 2, width: float = 0.25, output_stride: int = 8) -> None:
+    def __init__(
+        self, channels: int = 3, outputs: int = 2, width: float = 0.25, output_stride: int = 8
+    ) -> None:
         """Create the network.
 
         Args:
@@ -108,7 +114,11 @@ class ShiftNet(nn.Module):
     def fold(self) -> None:
         """Put batch norms into the convolutions before them, in place; of a network in evaluation mode."""
         for module in self.modules():
-            if isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[1], nn.BatchNorm2d):
+            if (
+                isinstance(module, nn.Sequential)
+                and len(module) > 1
+                and isinstance(module[1], nn.BatchNorm2d)
+            ):
                 conv = module[0]
                 assert isinstance(conv, nn.Conv2d)
                 module[0], module[1] = fuse_conv_bn_eval(conv, module[1]), nn.Identity()
