@@ -1,4 +1,4 @@
-"""Objectives of networks whose input is sampled: where to sample, and the classes of what is sampled (seed 3.6)."""
+"""Objectives of networks whose input is sampled: where to sample, and the classes of what is sampled."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -15,9 +16,11 @@ from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import FileError, InvalidInput
 
-
 Converted = AdaptiveModel | AnytimeModel | ResampledModel
-_LOADERS = {of_exits.NAME: of_exits.load_anytime, of_samples.NAME: of_samples.load_resampled}
+_LOADERS: dict[str, Callable[..., Converted]] = {
+    of_exits.NAME: of_exits.load_anytime,
+    of_samples.NAME: of_samples.load_resampled,
+}
 
 
 def save(net: Converted, path: str | Path) -> None:

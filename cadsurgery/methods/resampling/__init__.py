@@ -1,4 +1,4 @@
-"""Non-uniform sampling of the input (Marin et al., ICCV 2019): more pixels near the boundaries of classes that matter."""
+"""Non-uniform sampling of the input (Marin et al., ICCV 2019): more pixels where boundaries of classes matter."""
 
 from cadsurgery.methods.resampling.back import interpolate_back, inverse_warp
 from cadsurgery.methods.resampling.locations import (

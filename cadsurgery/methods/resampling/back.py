@@ -1,8 +1,8 @@
 """From class scores at locations back to the pixels of the image.
 
-Two ways that agree where the grid does not fold. Published: piecewise linear on the Delaunay triangulation of the points.
-Ours: each pixel's place among the samples, by inverting the warp cell by cell, and bilinear interpolation there; no
-triangulation, on any device, and of all scores of an image at once.
+Two ways that agree where the grid does not fold. Published: piecewise linear on the Delaunay triangulation of the
+points. Ours: each pixel's place among the samples, by inverting the warp cell by cell, and bilinear interpolation
+there; no triangulation, on any device, and of all scores of an image at once.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, i
     """(B, H, W, 2): row and column among the samples of each pixel of the image, as fractions: the warp's inverse.
 
     The warp is bilinear in the cells between locations: its inverse there is the root of a quadratic at which the cell
-    is not turned over. A grid whose sides lie on the image's, however folded, has one for every pixel: turned cells lie
-    on others. Where several do, the one is taken in whose cell the pixel lies deepest. Samples next to a location lie on
-    both sides of a kink; there Newton's method on the warp between samples follows.
+    is not turned over. A grid whose sides lie on the image's, however folded, has one for every pixel: turned cells
+    lie on others. Where several do, the one is taken in whose cell the pixel lies deepest. Samples next to a location
+    lie on both sides of a kink; there Newton's method on the warp between samples follows.
 
     Args:
         locations: (B, n, m, 2), as of `interpolate_back`.

@@ -1,7 +1,7 @@
 """Where an image is sampled: grids of locations, and the one that lies near the boundaries of some classes.
 
-Locations are (..., n, n, 2): row and column in 0..1, from the first to the last pixel of an image. Marin et al., Efficient
-Segmentation: Learning Downsampling Near Semantic Boundaries, ICCV 2019; quirks of the published code in seed 3.3.
+Locations are (..., n, n, 2): row and column in 0..1, from the first to the last pixel of an image. Marin et al.,
+Efficient Segmentation: Learning Downsampling Near Semantic Boundaries, ICCV 2019.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def uniform_locations(grid: int, like: Tensor | None = None) -> Tensor:
     """(grid, grid, 2): equal distances; of the type and place of another tensor, or float64."""
     check_grid(grid)
     options = {"dtype": torch.float64} if like is None else {"dtype": like.dtype, "device": like.device}
-    steps = torch.arange(grid, **options) / (grid - 1)  # type: ignore[call-overload]
+    steps = torch.arange(grid, **options) / (grid - 1)
     return torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1)
 
 
 def target_locations(boundary: Tensor, grid: int = 8, smoothness: float = 1.0) -> Tensor:
     """(grid, grid, 2) float64: locations near marked pixels, and smooth; those of (B, H, W) are (B, grid, grid, 2).
 
-    The exact minimum of the energy (seed 3.3): squared distances of locations from the marked pixel nearest to their
+    The exact minimum of the energy: squared distances of locations from the marked pixel nearest to their
     place in the uniform grid, plus `smoothness` times those of neighbours in the grid from each other. The grid's sides
     stay on the image's, so that it covers the image.
 
@@ -154,7 +154,7 @@ def normalise(locations: Tensor) -> Tensor:
 def upsample(locations: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, h, w, 2) float64, normalised: a grid of locations (B, n, n, 2) at another size, bilinear between its corners.
 
-    Published order (seed 3.5): normalise, upsample, normalise.
+    Published order: normalise, upsample, normalise.
     """
     maps = normalise(locations.double()).permute(0, 3, 1, 2)
     if tuple(maps.shape[2:]) != size:

@@ -59,7 +59,7 @@ def conv_macs(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -
         model: the network.
         args, kwargs: of the call.
         rule: `conv`, what is computed; or `published`: a depthwise convolution of dilation r is counted at every r-th
-            row and column only (seed 3.7), as the notebook beside the published code does by mistake.
+            row and column only, as the notebook beside the published code does by mistake.
 
     Raises:
         UnknownName: no such rule.
@@ -77,7 +77,7 @@ def conv_macs(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -
 
     for module in counted.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(add)  # type: ignore[arg-type]
+            module.register_forward_hook(add)
     with torch.no_grad():
         counted(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
     return counts[0]

@@ -20,8 +20,8 @@ from cadsurgery.methods.resampling.back import Back, interpolate_back
 from cadsurgery.methods.resampling.locations import IGNORED, TARGETS, check_size, uniform_locations
 from cadsurgery.methods.resampling.macs import RULES, ResampledMacs, conv_macs
 from cadsurgery.methods.resampling.plan import ResampledPlan
-from cadsurgery.methods.resampling.sampling import Mode, sample
 from cadsurgery.methods.resampling.samplers import LearnedSampler, Sampler, SamplerOptions, resolve_sampler
+from cadsurgery.methods.resampling.sampling import Mode, sample
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.network.model import AdaptiveModel
@@ -164,6 +164,7 @@ class ResampledModel(nn.Module):
 
     plan: ResampledPlan
     source: Source
+    network: nn.Module
 
     def __init__(
         self, network: nn.Module, sampler: Sampler, size: tuple[int, int], mode: Mode, back: Back
@@ -241,7 +242,7 @@ class ResampledModel(nn.Module):
         return sample(labels.unsqueeze(1), locations.to(labels.device), self.size)[:, 0]
 
     def _image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        image = image_of({**dict(enumerate(args)), **kwargs})  # type: ignore[dict-item]
+        image = image_of({**{str(place): value for place, value in enumerate(args)}, **kwargs})
         check_image(image)
         return image
 
@@ -326,7 +327,7 @@ def _optimized(network: nn.Module) -> nn.Module:
     with contextlib.suppress(CadError), evaluating(network):
         converted = adaptify(network, "none", outputs="native", verify_laws=False)
         if converted.plan.identity_level == 0:
-            converted.mask = "all"  # type: ignore[assignment]
+            converted.mask = "all"
         return converted.optimize()
     return copy.deepcopy(network).eval()
 

@@ -56,8 +56,8 @@ class ResampledPlan:
         maps = ", ".join("x".join(map(str, shape)) for shape in self.maps)
         return "\n".join(
             (
-                f"{self.size[0]} x {self.size[1]} pixels of {height} x {width}, {self.mode}, at a grid of {self.grid} x "
-                f"{self.grid} locations by {self.sampler}",
+                f"{self.size[0]} x {self.size[1]} pixels of {height} x {width}, {self.mode}, at a grid of "
+                f"{self.grid} x {self.grid} locations by {self.sampler}",
                 f"  the network gives {maps}, brought back to the image's size by {self.back}",
                 f"  MACs: {sampler:.3e} of the sampler, {network:.3e} of the network; {original:.3e} without sampling",
             )

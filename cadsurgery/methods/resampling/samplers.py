@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -185,7 +184,7 @@ class MaskSampler(Sampler):
 class LearnedSampler(Sampler):
     """A small network that sees the image at 8 pixels for each location, and predicts how far it is from a mean place.
 
-    As published (seed 3.4): MobileNetV2 at a quarter of the width; the mean places are learned, and start uniform. The
+    As published: MobileNetV2 at a quarter of the width; the mean places are learned, and start uniform. The
     last layer starts at zero, and with it everything from the uniform grid.
     """
 

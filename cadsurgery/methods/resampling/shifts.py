@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def _blocks(width: float, output_stride: int) -> Iterator[_Block]:
 
 
 def _norm(
-    channels: int, out: int, kernel: int = 1, relu: type[nn.Module] | None = nn.ReLU6, **options: int
+    channels: int, out: int, kernel: int = 1, relu: type[nn.Module] | None = nn.ReLU6, **options: Any
 ) -> nn.Sequential:
     padding = options.get("dilation", 1) * (kernel // 2)
     layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, padding=padding, bias=False, **options)]
@@ -72,7 +73,7 @@ class _InvertedResidual(nn.Module):
 class ShiftNet(nn.Module):
     """MobileNetV2 at an output stride, beside its features their mean over the image, and what is predicted from both.
 
-    With the defaults that of the published sampler (seed 3.4): 64 x 64 pixels in, shifts of 8 x 8 locations out.
+    With the defaults that of the published sampler: 64 x 64 pixels in, shifts of 8 x 8 locations out.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class ShiftNet(nn.Module):
         layers = [_norm(channels, int(_STEM * width), 3, stride=2), *map(_InvertedResidual, blocks)]
         self.features = nn.Sequential(*layers)
         self.local = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
-        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), _norm(blocks[-1].out, _HEAD, relu=nn.ReLU))
+        own = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
+        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), own)
         self.joined = _norm(2 * _HEAD, _HEAD, relu=nn.ReLU)
         self.last = nn.Conv2d(_HEAD, outputs, 1)
 
@@ -101,7 +103,8 @@ class ShiftNet(nn.Module):
         Raises:
             InvalidInput: a batch of one in training: the norm of a mean over the image needs more.
         """
-        if self.whole[1].training and self.whole[1][1].training and x.shape[0] == 1:
+        norms = (module for module in self.whole.modules() if isinstance(module, nn.BatchNorm2d))
+        if x.shape[0] == 1 and any(norm.training for norm in norms):
             raise InvalidInput(
                 "the learned sampler cannot be trained on one image at a time.",
                 why="one of its batch norms sees a single value per channel.",

@@ -17,13 +17,13 @@ from cadsurgery.methods.anytime.storage import load_anytime, pack_anytime
 from cadsurgery.methods.resampling.back import Back
 from cadsurgery.methods.resampling.model import SAMPLER, ResampledModel, resample
 from cadsurgery.methods.resampling.plan import ResampledPlan
-from cadsurgery.methods.resampling.sampling import Mode
 from cadsurgery.methods.resampling.samplers import (
     LabelSampler,
     LearnedSampler,
     MaskSampler,
     UniformSampler,
 )
+from cadsurgery.methods.resampling.sampling import Mode
 from cadsurgery.network import storage
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import (
