@@ -4,8 +4,8 @@
     python recipes/resampling_mobilenetv2/recipe.py DATA RUNS [--every N] [--sizes 96 ...] [--output results.json]
 
 Without DATA the multiply-accumulates of Tab. 3.7 alone. DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`,
-RUNS what `train.py` wrote; networks that it has not are left out. One confusion matrix over the test split; `targets` is
-the mean IoU of pole, sign, pedestrian, bicyclist and car. What the file holds already is kept.
+RUNS what `train.py` wrote; networks that it has not are left out. One confusion matrix over the test split; `targets`
+is the mean IoU of pole, sign, pedestrian, bicyclist and car. What the file holds already is kept.
 """
 
 from __future__ import annotations
