@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
 from cadsurgery.tasks.samples import WHOLE, SampleReport
+from recipes.resampling_mobilenetv2.recipe import table_of_macs
 
 TARGETS = (4, 5)
 
@@ -174,11 +173,10 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
 
 
 def test_the_recipe_has_the_published_cost() -> None:
-    recipe = ROOT / "recipes" / "resampling_mobilenetv2" / "recipe.py"
-    done = subprocess.run([sys.executable, recipe], capture_output=True, text=True, check=True)
-    assert "| sampler | 17,600,064 | 18,341,376 |" in done.stdout and "skipped" in done.stdout
+    table = table_of_macs()
+    assert "| sampler | 17,600,064 | 18,341,376 |" in table
     for size, published, true in ((128, "161,547,264", "162,791,424"), (224, "494,569,536", "498,379,776")):
-        assert f"| network, {size} | {published} | {true} |" in done.stdout
+        assert f"| network, {size} | {published} | {true} |" in table
 
 
 @pytest.mark.parametrize("name", ["locations", "network"])
