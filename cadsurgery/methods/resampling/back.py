@@ -8,7 +8,7 @@ there; no triangulation, on any device, and of all scores of an image at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -153,36 +153,56 @@ def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, i
 def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(H, W, 2): row and column in a grid (n, m, 2) of points in pixels, as fractions."""
     size = (len(rows), len(columns))
-    best = grid.new_full(size, -math.inf)
+    best = grid.new_full(size, math.inf)  # distance from the middle of the cell
     found = grid.new_zeros(2, *size)
     corners = torch.stack((grid[:-1, :-1], grid[1:, :-1], grid[:-1, 1:], grid[1:, 1:]), 2)
     low = (corners.amin(2) - 1e-3).ceil().long().clamp(min=0).tolist()
     high = (corners.amax(2) + 1e-3).floor().long().tolist()
     for i, line in enumerate(corners.tolist()):
-        for j, ((ay, ax), (by, bx), (cy, cx), (dy, dx)) in enumerate(line):
-            box = tuple(slice(a, b + 1) for a, b in zip(low[i][j], high[i][j], strict=True))
-            y, x = rows[box[0]] - ay, columns[box[1]] - ax
+        for j, (a, b, c, d) in enumerate(line):
+            (top, left), (bottom, right) = low[i][j], high[i][j]
+            y, x = rows[top : bottom + 1] - a[0], columns[left : right + 1] - a[1]
             if not len(y) or not len(x):
                 continue
-            dy, dx = dy - by - cy + ay, dx - bx - cx + ax  # p = a + u b + v c + u v d
-            by, bx, cy, cx = by - ay, bx - ax, cy - ay, cx - ax
-            # cross(p - a - v c, b + v d) = q0 + q1 v + q2 v^2 = 0; the root at which it grows has the cell not turned
-            q0 = y * bx - x * by
-            q1 = (y * dx + (by * cx - bx * cy)) - x * dy
-            q2 = cx * dy - cy * dx
-            root = (q1 * q1 - 4 * q2 * q0).sqrt_()  # not a number where the cell does not reach
-            v = -2 * q0 / (q1 + root)
-            if q2:
-                v = torch.where(q1 >= 0, v, (root - q1) / (2 * q2))
-            fy, fx = by + v * dy, bx + v * dx
-            u = ((y - v * cy) * fy + (x - v * cx) * fx) / (fy * fy + fx * fx)
-            depth = -torch.maximum((u - 0.5).abs_(), (v - 0.5).abs_())
-            better = depth > best[box]  # not of what is no number
-            best[box] = torch.where(better, depth, best[box])
-            for axis, value in enumerate((u + i, v + j)):
-                found[axis][box] = torch.where(better, value, found[axis][box])
+            box = (slice(top, bottom + 1), slice(left, right + 1))
+            u, v = _solve(y, x, *(_minus(*pair) for pair in ((b, a), (c, a), (_minus(d, b), _minus(c, a)))))
+            far = torch.maximum((u - 0.5).abs_(), (v - 0.5).abs_())
+            closest = best[box]
+            better = far < closest  # not what is no number
+            torch.where(better, far, closest, out=closest)
+            for of_axis, value in ((found[0][box], u.add_(i)), (found[1][box], v.add_(j))):
+                torch.where(better, value, of_axis, out=of_axis)
     last = grid.new_tensor([grid.shape[0] - 1, grid.shape[1] - 1])
     return found.permute(1, 2, 0).clamp(min=0).minimum(last)
+
+
+Point = Sequence[float]
+
+
+def _minus(one: Point, other: Point) -> Point:
+    return one[0] - other[0], one[1] - other[1]
+
+
+def _solve(y: Tensor, x: Tensor, b: Point, c: Point, d: Point) -> tuple[Tensor, Tensor]:
+    """u and v, each (H, W), at which (y, x) = u b + v c + u v d, where the cell is not turned over; not a number where
+    it does not reach. Rows y (H, 1) and columns x (W,) as seen from its first corner.
+
+    With cross((y, x) - v c, b + v d) = q0 + q1 v + q2 v^2 = 0, v is the root at which this grows.
+    """
+    (by, bx), (cy, cx), (dy, dx) = b, c, d
+    twice = y * (-2 * bx) - x * (-2 * by)  # -2 q0
+    q1 = (y * dx + (by * cx - bx * cy)) - x * dy
+    q2 = cx * dy - cy * dx
+    root = (q1 * q1).add_(twice, alpha=2 * q2).sqrt_()
+    v = twice / (q1 + root)
+    if q2 and bool(q1.min() < 0):
+        v = torch.where(q1 >= 0, v, (root - q1) / (2 * q2))
+    down = v * dy + by
+    if min(by, by + dy) > max(abs(bx), abs(bx + dx)):  # rows alone say it well
+        return torch.sub(y, v, alpha=cy) / down, v
+    across = v * dx + bx
+    along = torch.sub(y, v, alpha=cy) * down + torch.sub(x, v, alpha=cx) * across
+    return along / (down * down + across * across), v
 
 
 def _polish(found: Tensor, locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
