@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from cadsurgery.data.datasets import is_labelled, sample_of
 from cadsurgery.finetune.batches import Batch, Samples, check_data, prepare
 from cadsurgery.finetune.objectives import dense_high, logits_of
+from cadsurgery.masks import labelled
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import InvalidInput
@@ -53,7 +55,8 @@ def evaluate(net: nn.Module, data: Samples, dense: nn.Module | None = None) -> d
         for index in range(len(data)):
             inputs, labels = prepare(*sample_of(data, index), source, index)
             batch = tuple(value.unsqueeze(0).to(device) for value in inputs)
-            output = net(*batch)
+            with labelled(labels.unsqueeze(0)) if has_labels else contextlib.nullcontext():
+                output = net(*batch)
             active += net.active_fraction if isinstance(net, AdaptiveModel) else 0.0
             if isinstance(metrics, FidelityMetrics):
                 metrics.update(output, dense_high(dense or net, batch), (labels.shape[0], labels.shape[1]))
@@ -102,7 +105,8 @@ def count_outputs(net: nn.Module, data: Samples, batch: Batch) -> int:
     if batch.labels is None:
         return 0
     first = batch.first(1).to(next(net.parameters()).device)
-    with torch.no_grad(), evaluating(net):
+    assert first.labels is not None
+    with torch.no_grad(), evaluating(net), labelled(first.labels):
         outputs = logits_of(net(*first.inputs)).shape[1]
     check_classes(data, outputs)
     batch.check_labels(outputs)

@@ -15,6 +15,7 @@ from cadsurgery.finetune.schedule import Draw, derive_seed
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.anytime.model import HEADS
+from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
@@ -28,7 +29,7 @@ class Group:
     """Parameters trained at one rate, or not at all.
 
     Attributes:
-        name: `classifier`, `backbone`, `mask`, `adapters`, `exits`, or `fixed`.
+        name: `classifier`, `backbone`, `mask`, `adapters`, `exits`, `sampler`, or `fixed`.
         factor: of the learning rate; 0 for what is fixed.
         parameters: by name; every parameter is in exactly one group.
     """
@@ -86,7 +87,8 @@ def make_groups(
     """The groups of the parameters of an objective of a network; those that need no gradient are `fixed`.
 
     The classifier is every top-level child that no library calls a backbone; if none is called so, the last
-    child with parameters. What the objective adds of its own is trained as the backbone is.
+    child with parameters. What the objective adds of its own is trained as the backbone is. Of a network whose input is
+    sampled it is the network inside that has these.
 
     Raises:
         InvalidInput: nothing is left to train.
@@ -97,8 +99,12 @@ def make_groups(
         "mask": settings.mask_factor,
         "adapters": 1.0,
         "exits": 1.0,
+        "sampler": 1.0,
         "fixed": 0.0,
     }
+    of_sampler: set[nn.Parameter] = set()
+    if isinstance(net, ResampledModel):
+        of_sampler, net = set(net.sampler.parameters()), net.network
     heads = _heads(net)
     others = [child for name, child in net.named_children() if name not in _OWN and child not in heads]
     of_mask = set(net.mask.parameters()) if isinstance(net, AdaptiveModel) else set()
@@ -117,6 +123,8 @@ def make_groups(
             group = "adapters"
         elif parameter in of_exits:
             group = "exits"
+        elif parameter in of_sampler:
+            group = "sampler"
         else:
             group = "classifier" if parameter in of_head else "backbone"
         groups[group][name] = parameter

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import cadsurgery.finetune.blend  # noqa: F401  # an objective by name
+import cadsurgery.finetune.blend  # an objective by name
+import cadsurgery.finetune.resampling  # noqa: F401  # two more
 from cadsurgery.data.datasets import is_labelled
 from cadsurgery.finetune.batches import Augmentation, Batch, Samples, batches, check_data
 from cadsurgery.finetune.checkpoints import (
@@ -35,6 +36,7 @@ from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
@@ -88,8 +90,10 @@ def fit(
     check_data(data, "training")
     if not settings.objective:
         name = "mixed" if is_labelled(data) else "divergence"
-        settings = replace(settings, objective="anytime" if isinstance(net, AnytimeModel) else name)
-    if isinstance(net, OptimizedModel) or (isinstance(net, AnytimeModel) and net.program.is_fused):
+        own = {AnytimeModel: "anytime", ResampledModel: "sampled"}
+        settings = replace(settings, objective=own.get(type(net), name))
+    is_fused = isinstance(net, AnytimeModel) and net.program.is_fused
+    if isinstance(net, OptimizedModel) or is_fused or getattr(net, "is_optimized", False):
         raise InvalidInput(
             "an optimised network cannot be trained.",
             why="its weights are folded.",

@@ -53,7 +53,7 @@ class Settings:
         ema: decay per step of an average of the weights, which is then what is validated and saved; 0 for none.
         seed: of everything random.
         objective: name of what is minimised, see `list_objectives`; empty for `mixed`, or `divergence` without labels;
-            of a network with exits for `anytime`.
+            of a network with exits for `anytime`, of one whose input is sampled for `sampled`.
         objective_options: its options by name.
         save_every: steps between checkpoints.
         validate_every: steps between validations.
@@ -88,8 +88,9 @@ class Settings:
     seed: int = option(0, "of everything random; default {default}")
     objective: str = option(
         "",
-        "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, or anytime "
-        "(default of networks with exits); their options are below",
+        "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, anytime "
+        "(default of networks with exits), sampled (default where the input is sampled), or locations, where it is; "
+        "their options are below",
     )
     objective_options: dict[str, Any] = field(default_factory=dict)
     save_every: int = option(500, "steps between checkpoints; default {default}")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
+from cadsurgery.methods.anytime import storage as of_exits
 from cadsurgery.methods.anytime.model import AnytimeModel
-from cadsurgery.methods.anytime.storage import NAME, load_anytime, save_anytime
+from cadsurgery.methods.resampling import storage as of_samples
+from cadsurgery.methods.resampling.model import ResampledModel
 from cadsurgery.network import storage
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import FileError, InvalidInput
 
+Converted = AdaptiveModel | AnytimeModel | ResampledModel
+_LOADERS: dict[str, Callable[..., Converted]] = {
+    of_exits.NAME: of_exits.load_anytime,
+    of_samples.NAME: of_samples.load_resampled,
+}
 
-def save(net: AdaptiveModel | AnytimeModel, path: str | Path) -> None:
+
+def save(net: Converted, path: str | Path) -> None:
     """Write a converted network: parameters and buffers, what its method added, plan, options, source and versions.
 
     The file appears whole or not at all, and holds checksums. No pickle. A mask that is a function or an
@@ -25,14 +34,16 @@ def save(net: AdaptiveModel | AnytimeModel, path: str | Path) -> None:
         InvalidInput: the network is not converted, or an optimised copy.
     """
     if isinstance(net, AnytimeModel):
-        save_anytime(net, path)
+        of_exits.save_anytime(net, path)
+    elif isinstance(net, ResampledModel):
+        of_samples.save_resampled(net, path)
     else:
         storage.save(net, path)
 
 
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
-) -> AdaptiveModel | AnytimeModel:
+) -> Converted:
     """Read a converted network written by `save`, or `push_to_hub`.
 
     A file is no reason to run code: what it names is built or asked only if it is ours or listed by torchvision or
@@ -60,7 +71,7 @@ def load(
         return storage.load(path, model, mask=mask, trust=trust)
     if mask is not None:
         raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=.")
-    if method != NAME:
+    if method not in _LOADERS:
         raise FileError(f"{path} was made by a method {method!r:.60}.", next="update cadsurgery.")
     header, tensors = storage.open_file(path, True)
-    return load_anytime(path, storage.check_metadata(path, header), tensors, model, trust)
+    return _LOADERS[method](path, storage.check_metadata(path, header), tensors, model, trust)

@@ -62,6 +62,16 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         FileError: the path cannot be written.
         InvalidInput: the network is not converted, or an optimised copy.
     """
+    tensors, metadata = pack(net)
+    write_tensors(Path(path), tensors, {KEY: seal(metadata)})
+
+
+def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the file of a converted network holds: tensors by name, and metadata as plain values.
+
+    Raises:
+        InvalidInput: the network is not converted, or an optimised copy.
+    """
     if not isinstance(net, AdaptiveModel):
         raise InvalidInput(
             f"{type(net).__name__} is not a converted network.",
@@ -77,7 +87,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
     for prefix, part in ((_MASK, net.mask), (_ADAPTERS, net.adapters)):
         values = part.state_dict() if part is not None else {}
         tensors |= {f"{prefix}{name}": value for name, value in values.items()}
-    metadata = {
+    return tensors, {
         "format": FORMAT,
         "versions": versions(),
         "source": net.source.to_dict() if net.source is not None else None,
@@ -92,7 +102,6 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         "plan": net.plan.to_json(),
         "tensors": checksum(tensors),
     }
-    write_tensors(Path(path), tensors, {KEY: seal(metadata)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -135,20 +144,46 @@ def load(
     mask = None if mask is None else resolve_mask(mask)
     if model is not None:
         check_network(model)
-    stated, tensors = _read(path)
-    if stated.format < 2:
+    header, tensors = open_file(path, True)
+    return unpack(path, check_metadata(path, header), tensors, model, mask=mask, trust=trust)
+
+
+def unpack(
+    path: str | Path,
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: nn.Module | None = None,
+    *,
+    mask: MaskProvider | None = None,
+    trust: bool = False,
+) -> AdaptiveModel:
+    """The network of what `pack` gave, in evaluation mode; see `load`.
+
+    Args:
+        path: of the file, for messages.
+        values: its metadata.
+        tensors: its tensors.
+        model, mask, trust: as of `load`.
+
+    Raises:
+        FileError: as `load`.
+    """
+    stated = _state(path, values)
+    if stated.format > 1:
+        check_tensors(path, stated.tensors, tensors)
+    else:
         warnings.warn(
             f"{path} was written without checksums (format 1): damage to it would not be noticed. "
             "Write it again: cs.save(cs.load(path), path).",
             CadWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     of_mask, of_adapters = (
         {name[len(prefix) :]: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         for prefix in (_MASK, _ADAPTERS)
     )
     if mask is None and stated.mask is not None:
-        mask = _stored_mask(path, stated.mask, of_mask, trust)
+        mask = stored_mask(path, stated.mask, of_mask, trust)
     if mask is None:
         raise FileError(
             f"{path} was saved with {_NO_MASK}.",
@@ -201,10 +236,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         FileError: missing, damaged or foreign file.
     """
-    header = open_file(path, False)[0]
-    _check_stated(path, header)
-    values = dict(json.loads(header[KEY]))
-    values.pop(_CHECKSUM, None)
+    values = check_metadata(path, open_file(path, False)[0])
+    _state(path, values)
     return values
 
 
@@ -240,14 +273,6 @@ class _Stated(NamedTuple):
 
 
 _IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": str}
-
-
-def _read(path: str | Path) -> tuple[_Stated, dict[str, Tensor]]:
-    header, tensors = open_file(path, True)
-    stated = _check_stated(path, header)
-    if stated.format > 1:
-        check_tensors(path, stated.tensors, tensors)
-    return stated, tensors
 
 
 def check_tensors(path: str | Path, stated: str, tensors: Mapping[str, Tensor]) -> None:
@@ -290,10 +315,9 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
     return header, values
 
 
-def _check_stated(path: str | Path, header: Mapping[str, str]) -> _Stated:
-    """What the metadata say, once they are known to be what was written."""
+def _state(path: str | Path, values: Mapping[str, Any]) -> _Stated:
+    """What the metadata say, once every value is known to be of its type."""
     with refuse(f"the metadata of {path} is damaged.", _AGAIN):
-        values = check_metadata(path, header)
         if METHOD in values:
             raise FileError(
                 f"{path} holds a network of another method, {values[METHOD]!r:.60}.",
@@ -374,7 +398,7 @@ def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, 
         return build_again(source, tensors)
 
 
-def _stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
+def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: bool) -> MaskProvider | None:
     """The mask of a spec, with its tensors; None if a tensor that is a mask is missing."""
     other = 'give another mask: cs.load(path, mask="edges")'
     with contextlib.nullcontext() if trust else import_nothing(str(path)):

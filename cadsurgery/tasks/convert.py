@@ -17,6 +17,7 @@ from cadsurgery.data.images import check_size, find_images, normalise, read_imag
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.storage import load
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
@@ -37,8 +38,9 @@ from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.figures import class_picture
 from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
 from cadsurgery.tasks.open import example_batch, is_file, open_converted, original
+from cadsurgery.tasks.samples import SamplingReport, convert_resampled
 
-METHODS = ("adaptive", "anytime")
+METHODS = ("adaptive", "anytime", "resampling")
 EXPORTED_MASK = "edges | budget:fraction=0.3"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
@@ -60,14 +62,21 @@ def convert(
     calibration: Path | None = None,
     method: str = "adaptive",
     exits: Mapping[str, Any] | None = None,
-) -> ConversionReport | ExitsReport:
+    sampling: Mapping[str, Any] | None = None,
+) -> ConversionReport | ExitsReport | SamplingReport:
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     check_name("method", method, METHODS)
+    told: Any = {"image": image, "size": size, "output": output, "device": device, "verify": verify_laws}
+    if method == "resampling":
+        _refuse_precision(precision, "whose input is sampled")
+        given = _sampling(sampling or {})
+        return convert_resampled(
+            model=model, weights=weights, options=given, rounds=rounds, step=step, **told
+        )
     if method == "anytime":
         _refuse_precision(precision)
         given = {name: value or None for name, value in (exits or {}).items()}
         given["fill"] = given.pop("gaps", None)
-        told: Any = {"image": image, "size": size, "output": output, "device": device, "verify": verify_laws}
         return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
     resolve_mask(mask)  # a typo should not wait for the network to be built
     check_precision(precision, calibration)
@@ -150,11 +159,26 @@ def _notes(
     return tuple(notes)
 
 
-def _refuse_precision(precision: str) -> None:
-    """Of a network with exits."""
+def _sampling(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `cadsurgery.resample` from those of the command."""
+    options = dict(told)
+    targets = options.pop("targets", "")
+    try:
+        chosen = [int(part) for part in targets.split(",")] if targets.strip() else None
+    except ValueError:
+        raise InvalidInput(
+            f"--targets {targets} is not a list of numbers.",
+            next="write numbers of classes such as 11,12,13.",
+        ) from None
+    size = options.pop("sample_size", (224, 224))
+    return {**options, "size": size, "targets": chosen}
+
+
+def _refuse_precision(precision: str, network: str = "with exits") -> None:
+    """Of a network with exits, or one that is like it."""
     if precision != FLOAT:
         raise InvalidInput(
-            f"--precision {precision} for a network with exits.",
+            f"--precision {precision} for a network {network}.",
             why="they run in the precision of their weights.",
             next="leave it out.",
         )
@@ -253,8 +277,10 @@ def predict(
         )
     source, shown = pictures_for(converted), None
     net: Any
-    if isinstance(converted, AnytimeModel):
-        _refuse_precision(precision)
+    if isinstance(converted, (AnytimeModel, ResampledModel)):
+        _refuse_precision(
+            precision, "with exits" if isinstance(converted, AnytimeModel) else "whose input is sampled"
+        )
         net = converted.optimize()
     else:
         if calibration is not None:
@@ -273,7 +299,12 @@ def predict(
                 noted: dict[str, Any] = {"exit": exit}
             else:
                 prediction = _first_tensor(net(batch))
-                noted = {"active_fraction": net.active_fraction}
+                is_sampled = isinstance(net, ResampledModel)
+                noted = (
+                    {"sampled": "x".join(map(str, net.size))}
+                    if is_sampled
+                    else {"active_fraction": net.active_fraction}
+                )
         milliseconds = 1e3 * (time.perf_counter() - start)
         target = output / place
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,22 @@ class Exits:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the input of a network is sampled; see `cadsurgery.resample`."""
+
+    sampler: str = option("learned", "of method resampling: {default}, labels, uniform, or a mask")
+    sample_size: tuple[int, int] = option(
+        (224, 224), "of method resampling: of the sampled image", metavar="HxW", read="size"
+    )
+    grid: int = option(8, "of method resampling: locations on a side; default {default}", min=2)
+    smoothness: float = option(1.0, "of method resampling: of the grid; default {default}")
+    targets: str = option(
+        "",
+        "of method resampling: numbers of the classes whose boundaries matter, between commas; default all",
+    )
+
+
+@dataclass(frozen=True)
 class Exporting:
     """What kind of file a network is exported to; see `cadsurgery.export`."""
 

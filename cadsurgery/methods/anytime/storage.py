@@ -56,6 +56,16 @@ def save_anytime(net: AnytimeModel, path: str | Path) -> None:
         FileError: the path cannot be written.
         InvalidInput: an optimised copy.
     """
+    tensors, metadata = pack_anytime(net)
+    write_tensors(Path(path), tensors, {KEY: seal(metadata)})
+
+
+def pack_anytime(net: AnytimeModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the file of a network with exits holds: tensors by name, and metadata as plain values.
+
+    Raises:
+        InvalidInput: an optimised copy.
+    """
     if net.program.is_fused:
         raise InvalidInput(
             "an optimised network cannot be saved.",
@@ -63,7 +73,7 @@ def save_anytime(net: AnytimeModel, path: str | Path) -> None:
             next="save the network it was made from, and call optimize() after loading.",
         )
     tensors = net.state_dict()
-    metadata = {
+    return tensors, {
         METHOD: NAME,
         "format": FORMAT,
         "versions": versions(),
@@ -72,7 +82,6 @@ def save_anytime(net: AnytimeModel, path: str | Path) -> None:
         "plan": net.plan.to_json(),
         "tensors": checksum(tensors),
     }
-    write_tensors(Path(path), tensors, {KEY: seal(metadata)})
 
 
 def load_anytime(

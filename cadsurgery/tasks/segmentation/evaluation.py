@@ -29,6 +29,7 @@ from cadsurgery.tasks.exits import ExitReport, evaluate_exits, open_exits
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
 from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import add_times, check_outputs
+from cadsurgery.tasks.samples import SampleReport, evaluate_resampled, open_resampled
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow
@@ -55,7 +56,7 @@ def evaluate(
     thresholds: Sequence[float] = (),
     step: Step = silent,
     trust: bool = False,
-) -> EvaluationReport | ExitReport:
+) -> EvaluationReport | ExitReport | SampleReport:
     """Evaluate every mask at every pair of output strides, and beside them both dense networks of each pair.
 
     Without labels the figures are fidelity: what the dense network of the high output stride gives for an image stands
@@ -104,6 +105,14 @@ def evaluate(
             )
         told: Any = {"rounds": rounds, "device": where, "output": output, "picture": picture, "step": step}
         return evaluate_exits(with_exits, samples, thresholds, network=network, **told)
+    if (resampled := open_resampled(network, trust)) is not None:
+        if masks or output_stride or thresholds:
+            raise InvalidInput(
+                "a network whose input is sampled has no masks and no thresholds.",
+                next="leave out masks, output strides and thresholds.",
+            )
+        told = {"rounds": rounds, "device": where, "output": output, "picture": picture, "step": step}
+        return evaluate_resampled(resampled, samples, network=network, **told)
     if thresholds:
         raise InvalidInput(
             "thresholds are of networks with exits, and this one has none.",

@@ -1,0 +1,96 @@
+"""Time of bringing scores back from a sampled image: the published way, ours, and scipy's, interleaved in one process.
+
+    python benchmarks/resampling_back.py [--rounds N] [--output FILE.json]
+
+Milliseconds of processor time on one thread, best and median; the grid is that of two rectangles in the image, of the
+published smoothness. scipy's `LinearNDInterpolator` is left out where scipy is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from cadsurgery.resampling import (
+    PUBLISHED_SMOOTHNESS,
+    boundaries,
+    interpolate_back,
+    inverse_warp,
+    target_locations,
+)
+from torch import Tensor
+
+from cadsurgery.methods.resampling.locations import upsample
+from cadsurgery.support.provenance import describe_run
+from cadsurgery.support.timing import interleaved
+
+CASES = ((360, 480, 160, 11), (1024, 1024, 128, 19))  # height, width, samples on a side, classes
+
+
+def grid(height: int, width: int) -> Tensor:
+    """(1, 8, 8, 2)."""
+    labels = torch.zeros(1, height, width, dtype=torch.int64)
+    labels[:, height // 4 : height // 2, width // 3 : width // 2] = 1
+    labels[:, 3 * height // 4 : 7 * height // 8, width // 6 : width // 3] = 2
+    return target_locations(boundaries(labels, None, None), 8, PUBLISHED_SMOOTHNESS).float()
+
+
+def by_scipy(scores: Tensor, locations: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the published code calls."""
+    from scipy.interpolate import LinearNDInterpolator
+
+    points = upsample(locations, tuple(scores.shape[2:]))[0] * torch.tensor([size[0] - 1, size[1] - 1])
+    found = LinearNDInterpolator(points.flatten(0, 1).numpy(), scores[0].flatten(1).T.numpy())
+    pixels = np.stack(np.mgrid[: size[0], : size[1]], -1).reshape(-1, 2)
+    return torch.from_numpy(found(pixels)).T.view(1, -1, *size).float()
+
+
+def main() -> None:
+    """Print the times, write them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for height, width, samples, classes in CASES:
+        locations, scores, size = (
+            grid(height, width),
+            torch.randn(1, classes, samples, samples),
+            (height, width),
+        )
+        sides: dict[str, Callable[[], object]] = {
+            "triangulation": partial(interpolate_back, scores, locations, size),
+            "inverse": partial(interpolate_back, scores, locations, size, "inverse"),
+            "of inverse: places": partial(inverse_warp, locations, (samples, samples), size),
+        }
+        try:
+            import scipy.interpolate  # noqa: F401
+        except ImportError:
+            print("scipy is not installed: left out")
+        else:
+            sides["scipy"] = partial(by_scipy, scores, locations, size)
+        times = interleaved(sides, options.rounds, clock=time.process_time)
+        rows.append(
+            {"case": [height, width, samples, classes], **{name: vars(t) for name, t in times.items()}}
+        )
+        print(
+            f"{height} x {width} pixels from {samples} x {samples} samples, {classes} classes, ms of processor time:"
+        )
+        for name, timing in times.items():
+            print(f"  {name}: {timing.best:.1f} best, {timing.median:.1f} median")
+    if options.output is not None:
+        document = {**describe_run(torch.device("cpu")), "rows": rows}
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

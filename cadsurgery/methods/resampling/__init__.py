@@ -1,0 +1,21 @@
+"""Non-uniform sampling of the input (Marin et al., ICCV 2019): more pixels where boundaries of classes matter."""
+
+from cadsurgery.methods.resampling.back import interpolate_back, inverse_warp
+from cadsurgery.methods.resampling.locations import (
+    PUBLISHED_SMOOTHNESS,
+    boundaries,
+    target_locations,
+    uniform_locations,
+)
+from cadsurgery.methods.resampling.macs import ResampledMacs, conv_macs
+from cadsurgery.methods.resampling.model import ResampledModel, resample
+from cadsurgery.methods.resampling.plan import ResampledPlan
+from cadsurgery.methods.resampling.samplers import (
+    LabelSampler,
+    LearnedSampler,
+    MaskSampler,
+    Sampler,
+    SamplerOptions,
+    UniformSampler,
+)
+from cadsurgery.methods.resampling.sampling import sample

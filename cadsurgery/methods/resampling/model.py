@@ -1,0 +1,353 @@
+"""A network that sees its image sampled more densely where it matters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cadsurgery.data.networks import Source, source_of, stated_statistics
+from cadsurgery.masks.context import call_context, labelled
+from cadsurgery.masks.masking import check_image
+from cadsurgery.masks.unit import Normalisation
+from cadsurgery.methods.resampling.back import Back, interpolate_back
+from cadsurgery.methods.resampling.locations import IGNORED, TARGETS, check_size, uniform_locations
+from cadsurgery.methods.resampling.macs import RULES, ResampledMacs, conv_macs
+from cadsurgery.methods.resampling.plan import ResampledPlan
+from cadsurgery.methods.resampling.samplers import LearnedSampler, Sampler, SamplerOptions, resolve_sampler
+from cadsurgery.methods.resampling.sampling import Mode, sample
+from cadsurgery.network.adaptify import adaptify, copy_network
+from cadsurgery.network.macs import dense_macs
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support.divergence import resize
+from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, check_name, first_line
+from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.trace import evaluating
+
+NETWORK, SAMPLER = "network", "location_sampler"  # the children
+
+
+def resample(
+    model: nn.Module,
+    sampler: object = "learned",
+    size: int | tuple[int, int] = 224,
+    grid: int = 8,
+    *,
+    smoothness: float = 1.0,
+    targets: Collection[int] | None = TARGETS,
+    ignore: int | None = IGNORED,
+    share: float = 0.05,
+    mode: Mode = "nearest",
+    back: Back = "inverse",
+    example_input: Tensor | None = None,
+) -> ResampledModel:
+    """The same network on a sampled image, with more pixels near the boundaries of the classes that matter (Marin et
+    al., ICCV 2019).
+
+    The argument is not changed; its state dict loads into the result, which is called as it is and returns the same
+    structure, with maps of the image's size.
+
+    Args:
+        model: that returns class scores for each position, in any structure; an adaptive network or one with exits too.
+        sampler: `"learned"`, a small network that has to be trained (`finetune --objective locations`); any mask with
+            scores, e.g. `"edges"`; `"labels"`, given by `cadsurgery.masks.labelled`; or `"uniform"`.
+        size: of the sampled image, a number for both sides or (height, width); may be larger than the image.
+        grid: locations on a side of the grid that is upsampled to this size.
+        smoothness: of the grid, see `resampling.target_locations`; of a network, of what it learns.
+        targets: classes whose boundaries matter; None for all.
+        ignore: label of pixels that are no boundary; None for none.
+        share: of the places of a mask, those it scores highest, which take the place of boundaries.
+        mode: how pixels are taken, see `resampling.sample`.
+        back: how scores are brought back, see `resampling.interpolate_back`.
+        example_input: an image batch (B, C, H, W); default: small random images.
+
+    Raises:
+        CannotConvert: a network that does not run on the sampled example, or returns no map.
+        UnknownName: no such sampler, mask or option.
+        InvalidInput: a size, grid, or other option that is impossible; or a network whose input is sampled already.
+    """
+    height, width = check_size(size)
+    check_name("mode", mode, get_args(Mode))
+    check_name("back", back, get_args(Back))
+    chosen = tuple(targets) if targets is not None else None
+    options = SamplerOptions(grid, smoothness, chosen, ignore, share)
+    network = _copy(model)
+    image = _example(network, (height, width)) if example_input is None else example_input
+    check_image(image, "example_input")
+    made = resolve_sampler(sampler, options, image.shape[1], _normalisation(network))
+    weight = next(network.parameters(), torch.empty(0))
+    net = ResampledModel(network, made.to(weight.device), (height, width), mode, back)
+    net.train(model.training)
+    net.source = source_of(model)
+    net.plan = _make_plan(net, image)
+    return net
+
+
+def _copy(model: object) -> nn.Module:
+    """A copy of a network, or of one that another method made."""
+    if isinstance(model, nn.Module) and any(isinstance(part, ResampledModel) for part in model.modules()):
+        raise InvalidInput(
+            "the input of this network is sampled already.",
+            next="pass the network it was made from: net.network.",
+        )
+    is_made = isinstance(model, nn.Module) and hasattr(model, "plan") and hasattr(model, "optimize")
+    return copy.deepcopy(model) if is_made and isinstance(model, nn.Module) else copy_network(model)
+
+
+def _example(network: nn.Module, size: tuple[int, int]) -> Tensor:
+    """A random image of one and a half times the sampled size, in the type of the network."""
+    weight = next(network.parameters(), torch.empty(0))
+    convolutions = (module for module in network.modules() if isinstance(module, nn.Conv2d))
+    channels = next((module.in_channels for module in convolutions), 3)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, channels, size[0] * 3 // 2, size[1] * 3 // 2, generator=generator)
+    return image.to(weight.device, weight.dtype)
+
+
+def _normalisation(network: nn.Module) -> Normalisation | None:
+    known = network.normalisation if isinstance(network, AdaptiveModel) else None
+    stated = stated_statistics(network)
+    return known or (Normalisation(*stated) if stated else None)
+
+
+def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
+    """What an example shows."""
+    labels = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.int64)  # for masks that ask for some
+    with torch.no_grad(), evaluating(net), labelled(labels):
+        uniform = uniform_locations(2).expand(image.shape[0], -1, -1, -1)
+        try:
+            output = net.call_network(image, uniform)
+        except CadError:
+            raise
+        except Exception as error:  # the network decides what it takes
+            raise CannotConvert(
+                f"{type(net.network).__name__} does not run on an image of {net.size[0]} x {net.size[1]}.",
+                why=first_line(error),
+                next="choose another size, or pass example_input= if it is called with an image of other channels.",
+            ) from error
+        maps = tuple(tuple(one.shape[1:]) for one in tree_leaves(output) if _is_map(one, image.shape[0]))
+        if not maps:
+            raise CannotConvert(
+                f"{type(net.network).__name__} returns no map.",
+                why="scores for each position are brought back to the image; this network gives others.",
+                next="pass a segmentation network, or wrap it so that it returns floating-point (B, C, h, w).",
+            )
+        counted = net._count(image, uniform, "conv")
+    options, shape = net.sampler.options, tuple(image.shape)
+    macs = (counted.sampler, counted.network, counted.original)
+    return ResampledPlan(net.sampler.spec(), options.grid, net.size, net.mode, net.back, maps, shape, macs)
+
+
+def _is_map(value: object, batch: int) -> bool:
+    shaped = isinstance(value, Tensor) and value.dim() == 4 and value.shape[0] == batch
+    return shaped and isinstance(value, Tensor) and value.is_floating_point()
+
+
+class ResampledModel(nn.Module):
+    """A network and a sampler: an image in, sampled; what the network gives of that, at the image's size out.
+
+    Attributes:
+        plan: how, as a value.
+        size: (height, width) of the sampled image.
+        mode: how pixels are taken.
+        back: how scores are brought back.
+        is_optimized: whether it is an inference copy.
+        source: where the network came from.
+        locations: (B, grid, grid, 2) of the last call; None before.
+    """
+
+    plan: ResampledPlan
+    source: Source
+    network: nn.Module
+
+    def __init__(
+        self, network: nn.Module, sampler: Sampler, size: tuple[int, int], mode: Mode, back: Back
+    ) -> None:
+        """Take a network and a sampler; use `cadsurgery.resample` to get one."""
+        super().__init__()
+        self.add_module(NETWORK, network)
+        self.add_module(SAMPLER, sampler)
+        self.size, self.mode, self.back = size, mode, back
+        self.is_optimized = False
+        self.locations: Tensor | None = None
+        self.training = network.training
+        self.register_state_dict_post_hook(_as_the_original)
+        self.register_load_state_dict_pre_hook(_from_the_original)
+        self.register_load_state_dict_post_hook(_own_not_missing)
+
+    @property
+    def sampler(self) -> Sampler:
+        """What says where to sample."""
+        sampler = self._modules[SAMPLER]
+        assert isinstance(sampler, Sampler)
+        return sampler
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network returns of the sampled image, its maps at the image's size.
+
+        Args:
+            args: as the original is called; the first tensor of four axes is the image batch (B, C, H, W).
+            kwargs: as the original is called.
+
+        Raises:
+            InvalidInput: what is no image batch, or a sampler that cannot say where to sample it.
+        """
+        image = self._image(args, kwargs)
+        locations = self.sampler(image)
+        self.locations = locations.detach()
+        output = self.call_network(image, locations, args, kwargs)
+        size = (image.shape[2], image.shape[3])
+
+        def bring_back(value: Any) -> Any:
+            if not _is_map(value, image.shape[0]):
+                return value
+            return interpolate_back(resize(value, self.size), locations, size, self.back)
+
+        return tree_map(bring_back, output)
+
+    def call_network(self, image: Tensor, locations: Tensor, args: Any = None, kwargs: Any = None) -> Any:
+        """What the network returns of an image at some locations: maps of the sampled image.
+
+        Args:
+            image: (B, C, H, W).
+            locations: (B, grid, grid, 2).
+            args, kwargs: of the call; the image among them is put in place. Default: the image alone.
+        """
+        args, kwargs = (image,) if args is None else args, kwargs or {}
+        sampled = sample(image, locations, self.size, self.mode)
+        args, kwargs = tree_map(lambda value: sampled if value is image else value, (args, kwargs))
+        if call_context().points is not None:
+            raise InvalidInput(
+                "keypoints are in pixels of the image, and the network sees it sampled.",
+                next="choose a mask that looks at the image, or call net.network on an image that is not sampled.",
+            )
+        with self._labels_sampled(image, locations):
+            return self.network(*args, **kwargs)
+
+    def _labels_sampled(self, image: Tensor, locations: Tensor) -> AbstractContextManager[None]:
+        """The labels of the call, if there are some, as the network sees the image: for masks inside."""
+        labels = call_context().labels
+        if labels is None or tuple(labels.shape) != (image.shape[0], *image.shape[2:]):
+            return contextlib.nullcontext()
+        return labelled(self.sample_labels(labels, locations))
+
+    def sample_labels(self, labels: Tensor, locations: Tensor) -> Tensor:
+        """(B, h, w): labels (B, H, W) of the sampled image."""
+        return sample(labels.unsqueeze(1), locations.to(labels.device), self.size)[:, 0]
+
+    def _image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        image = image_of({**{str(place): value for place, value in enumerate(args)}, **kwargs})
+        check_image(image)
+        return image
+
+    def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> ResampledMacs:
+        """Multiply-accumulates on an image: the sampler's, the network's, and the network's without sampling.
+
+        Args:
+            args, kwargs: as of a call.
+            rule: `conv`, what is carried out; or `published`, see `cadsurgery.resampling.conv_macs`, of dense networks.
+
+        Raises:
+            UnknownName: no such rule.
+            InvalidInput: a network made by another method under rule `published`.
+        """
+        check_name("counting rule", rule, RULES)
+        image = self._image(args, kwargs)
+        with torch.no_grad(), evaluating(self):
+            args, kwargs = tree_map(lambda value: None if value is image else value, (args, kwargs))
+            if any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs))):
+                raise InvalidInput(
+                    "macs are counted on an image alone.", next="leave out the other tensors of the call."
+                )
+            return self._count(image, None if image.is_meta else self.sampler(image), rule)
+
+    def _count(self, image: Tensor, locations: Tensor | None, rule: str) -> ResampledMacs:
+        """With masks inside at some locations; of shapes alone where there are none."""
+        sampler = self.sampler.macs(image, rule)
+        original = _macs_of(self.network, image, rule)
+        if locations is None:
+            network = _macs_of(self.network, image.new_empty((*image.shape[:2], *self.size)), rule)
+        else:
+            with self._labels_sampled(image, locations):
+                network = _macs_of(self.network, sample(image, locations, self.size, self.mode), rule)
+        return ResampledMacs(sampler, network, original, rule, tuple(image.shape), self.size)
+
+    def optimize(self) -> ResampledModel:
+        """An inference copy: of a dense network batch norm folded and activations fused, where torch.fx can follow it;
+        of one that another method made its own inference copy; of a learned sampler batch norm folded."""
+        net = ResampledModel(
+            _optimized(self.network), copy.deepcopy(self.sampler), self.size, self.mode, self.back
+        )
+        net.plan, net.source, net.is_optimized = self.plan, self.source, True
+        net.requires_grad_(False)
+        net.eval()
+        if isinstance(net.sampler, LearnedSampler):
+            net.sampler.net.fold()
+        return net
+
+    def train(self, mode: bool = True) -> ResampledModel:
+        """As of any network; refused of an optimised copy.
+
+        Raises:
+            InvalidInput: it is one, and mode is True.
+        """
+        if mode and self.is_optimized:
+            raise InvalidInput(
+                "an optimised network cannot be trained.",
+                why="its batch norms are folded into its convolutions.",
+                next="train the network it was made from, and call optimize() again.",
+            )
+        super().train(mode)
+        return self
+
+
+def _macs_of(network: nn.Module, image: Tensor, rule: str) -> int:
+    """MACs of a network of any kind on an image."""
+    if not hasattr(network, "macs"):
+        return dense_macs(network, image) if rule == "conv" else conv_macs(network, image, rule=rule)
+    if rule != "conv":
+        raise InvalidInput(
+            f"rule {rule!r} does not count a {type(network).__name__}.", next='count with rule="conv".'
+        )
+    counted: Any = network.macs(image)  # type: ignore[operator]
+    return int(counted.mask) if isinstance(network, AdaptiveModel) else int(counted[-1].macs)
+
+
+def _optimized(network: nn.Module) -> nn.Module:
+    """An inference copy of a network: its own, or that of the adaptive one that is uniformly what it is."""
+    optimize: Callable[[], nn.Module] | None = getattr(network, "optimize", None)
+    if optimize is not None:
+        return optimize()
+    with contextlib.suppress(CadError), evaluating(network):
+        converted = adaptify(network, "none", outputs="native", verify_laws=False)
+        if converted.plan.identity_level == 0:
+            converted.mask = "all"
+        return converted.optimize()
+    return copy.deepcopy(network).eval()
+
+
+_PREFIX = f"{NETWORK}."
+
+
+def _as_the_original(net: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The network's values have the names they have in the original."""
+    for name in [name for name in state if name.startswith(f"{prefix}{_PREFIX}")]:
+        state[prefix + name[len(prefix) + len(_PREFIX) :]] = state.pop(name)
+
+
+def _from_the_original(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        own = name[len(prefix) :]
+        if not own.startswith(f"{SAMPLER}."):
+            state[f"{prefix}{_PREFIX}{own}"] = state.pop(name)
+
+
+def _own_not_missing(net: nn.Module, keys: Any) -> None:
+    """A state dict of the original loads: it has no sampler."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if f"{SAMPLER}." not in name]

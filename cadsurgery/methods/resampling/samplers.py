@@ -1,0 +1,270 @@
+"""What says where an image is sampled: nothing, labels, a mask, or a network that learned it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cadsurgery.elements.lattice import describe
+from cadsurgery.elements.sizes import divide_up
+from cadsurgery.masks import FixedMask, Grid, MaskProvider, Normalisation, resolve_mask
+from cadsurgery.masks.context import call_context
+from cadsurgery.masks.provider import check_scores
+from cadsurgery.masks.unit import Unit
+from cadsurgery.methods.resampling.locations import (
+    IGNORED,
+    TARGETS,
+    boundaries,
+    check_grid,
+    normalise,
+    target_locations,
+    uniform_locations,
+)
+from cadsurgery.methods.resampling.macs import conv_macs
+from cadsurgery.methods.resampling.shifts import ShiftNet
+from cadsurgery.support.errors import InvalidInput, UnknownName
+
+_STRIDE = 4  # image pixels per score of a mask
+_LEVELS = 2  # that masks with several thresholds may name
+_PER_LOCATION = 8  # pixels a side of what the learned sampler sees, for each location
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """What a sampler is made with.
+
+    Attributes:
+        grid: locations on a side.
+        smoothness: of `target_locations`, for labels and masks, and of what is learned.
+        targets: classes to whose boundaries samples go; None for all.
+        ignore: label of pixels that are no boundary; None for none.
+        share: of the places of a mask that take the place of boundaries, those it scores highest.
+    """
+
+    grid: int = 8
+    smoothness: float = 1.0
+    targets: tuple[int, ...] | None = tuple(TARGETS)
+    ignore: int | None = IGNORED
+    share: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_grid(self.grid)
+        if not self.smoothness >= 0:
+            raise InvalidInput(f"smoothness={self.smoothness}.", next="it must be 0 or more.")
+        if not 0 < self.share <= 1:
+            raise InvalidInput(f"share={self.share}.", next="it must be above 0 and at most 1.")
+
+    def locations_of(self, labels: Tensor) -> Tensor:
+        """(B, grid, grid, 2) near the boundaries of targets in labels (B, H, W)."""
+        return target_locations(boundaries(labels, self.targets, self.ignore), self.grid, self.smoothness)
+
+
+class Sampler(nn.Module):
+    """Base of all samplers: from an image batch (B, C, H, W), as the network takes it, to (B, grid, grid, 2)."""
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, options: SamplerOptions) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The locations."""
+        raise NotImplementedError
+
+    def spec(self) -> str:
+        """What `cadsurgery.resample` reads back."""
+        return self.name
+
+    def macs(self, image: Tensor, rule: str = "conv") -> int:
+        """Multiply-accumulates of its convolutions."""
+        return 0
+
+
+class UniformSampler(Sampler):
+    """Equal distances: the image downsampled."""
+
+    name = "uniform"
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The uniform grid."""
+        uniform = uniform_locations(self.options.grid).to(image.device)
+        return uniform.expand(image.shape[0], -1, -1, -1)
+
+
+class LabelSampler(Sampler):
+    """The locations of `target_locations` for given labels, see `cadsurgery.masks.labelled`: what could be learned."""
+
+    name = "labels"
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Those near the boundaries of the labels of the call.
+
+        Raises:
+            InvalidInput: there are no labels, or not of this image.
+        """
+        labels = call_context().labels
+        if labels is None:
+            raise InvalidInput(
+                "there are no labels to sample by.",
+                where='sampler "labels"',
+                next="call within cadsurgery.masks.labelled(labels), or choose another sampler.",
+            )
+        if tuple(labels.shape) != (image.shape[0], *image.shape[2:]):
+            raise InvalidInput(
+                f"the labels have shape {tuple(labels.shape)}.",
+                where='sampler "labels"',
+                next=f"give one for every image pixel: {(image.shape[0], *image.shape[2:])}.",
+            )
+        return self.options.locations_of(labels.to(image.device))
+
+
+class MaskSampler(Sampler):
+    """Near what a mask scores highest: no training, no labels.
+
+    The mask sees the image as its features too, averaged over cells of 4 x 4 pixels, which are its fine map.
+    """
+
+    name = "mask"
+
+    def __init__(self, options: SamplerOptions, mask: MaskProvider, unit: Unit | None = None) -> None:
+        """Take a mask, and what it sees of the image.
+
+        Raises:
+            InvalidInput: a mask that looks at what a network gives or is made for its features.
+        """
+        super().__init__(options)
+        learned = mask.sees_features and any(True for _ in mask.parameters())
+        if mask.looks_ahead or learned:
+            raise InvalidInput(
+                f"mask {mask.spec()} cannot say where to sample.",
+                why="it looks at a network's own features or output, and the image is sampled before the network.",
+                next='choose a mask that looks at the image, e.g. "edges", or sampler="learned".',
+            )
+        self.mask, self.unit = mask, unit or Unit()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The locations of `target_locations` for the places of the highest scores."""
+        scores = self._scores(image)
+        values = scores.flatten(1)
+        number = max(1, math.ceil(self.options.share * values.shape[1]))
+        least = values.topk(number, 1).values[:, -1:]
+        marked = (values >= least) & (values > values.amin(1, keepdim=True))  # nothing where all are the same
+        return target_locations(marked.view_as(scores), self.options.grid, self.options.smoothness)
+
+    @torch.no_grad()
+    def _scores(self, image: Tensor) -> Tensor:
+        """(B, h, w)."""
+        stride = _STRIDE if min(image.shape[2:]) > _STRIDE else 1
+        size = (divide_up(image.shape[2], stride), divide_up(image.shape[3], stride))
+        grid = Grid(image.shape[0], size, stride, _LEVELS, 2**_LEVELS, 2**_LEVELS)
+        image = image if image.is_floating_point() else image.to(torch.get_default_dtype())
+        shown = self.unit(image) if self.mask.sees_image else image
+        features = F.avg_pool2d(image, stride, ceil_mode=True)
+        return check_scores(self.mask.scores(shown, features, grid), grid, self.mask.name, "of a sampler")
+
+    def macs(self, image: Tensor, rule: str = "conv") -> int:
+        """Of what the mask convolves."""
+        image = torch.zeros(image.shape, dtype=image.dtype) if image.is_meta else image
+        with FlopCounterMode(display=False) as flops:
+            self._scores(image)
+        return flops.get_total_flops() // 2
+
+    def spec(self) -> str:
+        """That of the mask."""
+        return self.mask.spec()
+
+
+class LearnedSampler(Sampler):
+    """A small network that sees the image at 8 pixels for each location, and predicts how far it is from a mean place.
+
+    As published: MobileNetV2 at a quarter of the width; the mean places are learned, and start uniform. The
+    last layer starts at zero, and with it everything from the uniform grid.
+    """
+
+    name = "learned"
+
+    def __init__(self, options: SamplerOptions, channels: int = 3) -> None:
+        super().__init__(options)
+        self.net = ShiftNet(channels)
+        nn.init.zeros_(self.net.last.weight)
+        assert self.net.last.bias is not None
+        nn.init.zeros_(self.net.last.bias)
+        self.mean_locations = nn.Parameter(uniform_locations(options.grid).float().unsqueeze(0))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """What is predicted, its sides on those of the image."""
+        return normalise(self.predict(image))
+
+    def predict(self, image: Tensor) -> Tensor:
+        """(B, grid, grid, 2) as it comes from the network: what is trained."""
+        side = _PER_LOCATION * self.options.grid
+        small = F.interpolate(
+            image.to(self.mean_locations.dtype), size=(side, side), mode="bilinear", align_corners=False
+        )
+        return self.net(small).permute(0, 2, 3, 1) + self.mean_locations
+
+    def macs(self, image: Tensor, rule: str = "conv") -> int:
+        """Of its network."""
+        side = _PER_LOCATION * self.options.grid
+        return conv_macs(
+            self.net, image.new_empty(image.shape[0], image.shape[1], side, side, device="meta"), rule=rule
+        )
+
+
+_SAMPLERS: dict[str, type[Sampler]] = {
+    kind.name: kind for kind in (UniformSampler, LabelSampler, LearnedSampler)
+}
+
+
+def resolve_sampler(
+    sampler: object, options: SamplerOptions, channels: int = 3, normalisation: Normalisation | None = None
+) -> Sampler:
+    """A sampler from a name, a mask, or a sampler.
+
+    Args:
+        sampler: `learned`, `labels`, `uniform`; or what `adaptify` takes as a mask; or a sampler, which keeps its own
+            options.
+        options: of what is made.
+        channels: of the image.
+        normalisation: what masks take the image for, if it is known.
+
+    Raises:
+        UnknownName: no such sampler or mask.
+        InvalidInput: neither, or a mask that cannot say where to sample.
+    """
+    if isinstance(sampler, Sampler):
+        return sampler
+    if sampler == LearnedSampler.name:
+        return LearnedSampler(options, channels)
+    if isinstance(sampler, str) and sampler in _SAMPLERS:
+        return _SAMPLERS[sampler](options)
+    try:
+        mask = resolve_mask(sampler)
+    except UnknownName as error:
+        known = f"a sampler is {', '.join(sorted(_SAMPLERS))}, or a mask."
+        raise (
+            UnknownName("sampler", str(sampler), [*_SAMPLERS, "edges"], next=known)
+            if ":" not in str(sampler)
+            else error
+        ) from None
+    except InvalidInput as error:
+        if isinstance(sampler, str):
+            raise
+        raise InvalidInput(
+            f"{describe(sampler)} is no sampler.",
+            next='give "learned", "labels", "uniform", a mask such as "edges", or a sampler.',
+        ) from error
+    if isinstance(mask, FixedMask):
+        raise InvalidInput(
+            "a tensor cannot say where to sample.",
+            why="a sampler is asked for images of any size.",
+            next="give a function image -> map, or labels: sampler='labels' within cadsurgery.masks.labelled.",
+        )
+    return MaskSampler(options, mask, Unit(normalisation))

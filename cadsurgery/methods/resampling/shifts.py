@@ -1,0 +1,127 @@
+"""The small network of the learned sampler: inverted residuals at a fixed size, and a head with a global branch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from cadsurgery.support.errors import InvalidInput
+
+_HEAD = 256
+# Channels, blocks, stride of the first (Sandler et al., CVPR 2018, Tab. 2); all but the first block expand sixfold.
+_STAGES = ((16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
+_STEM, _EXPANSION = 32, 6
+
+
+@dataclass(frozen=True)
+class _Block:
+    """An inverted residual: input, inner and output channels, stride, dilation."""
+
+    channels: int
+    inner: int
+    out: int
+    stride: int
+    dilation: int
+
+
+def _blocks(width: float, output_stride: int) -> Iterator[_Block]:
+    """Once the output stride is reached, strides become dilations of what follows, as published."""
+    channels, stride, dilation = int(_STEM * width), 2, 1
+    for place, (number, count, step) in enumerate(_STAGES):
+        for block in range(count):
+            own = step if block == 0 else 1
+            expanded = (channels * _EXPANSION + 4) // 8 * 8 if place else channels
+            is_reached = own > 1 and stride == output_stride
+            yield _Block(channels, expanded, int(number * width), 1 if is_reached else own, dilation)
+            channels, stride = int(number * width), stride if is_reached else stride * own
+            dilation *= own if is_reached else 1
+
+
+def _norm(
+    channels: int, out: int, kernel: int = 1, relu: type[nn.Module] | None = nn.ReLU6, **options: Any
+) -> nn.Sequential:
+    padding = options.get("dilation", 1) * (kernel // 2)
+    layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, padding=padding, bias=False, **options)]
+    layers.append(nn.BatchNorm2d(out))
+    return nn.Sequential(*layers, *([relu()] if relu else []))
+
+
+class _InvertedResidual(nn.Module):
+    """Expand, depthwise, project; added to what came in where the shape is the same."""
+
+    def __init__(self, block: _Block) -> None:
+        super().__init__()
+        self.adds = block.stride == 1 and block.channels == block.out
+        layers = [_norm(block.channels, block.inner)] if block.inner != block.channels else []
+        layers.append(
+            _norm(
+                block.inner, block.inner, 3, stride=block.stride, dilation=block.dilation, groups=block.inner
+            )
+        )
+        self.layers = nn.Sequential(*layers, _norm(block.inner, block.out, relu=None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, out, h', w')."""
+        return x + self.layers(x) if self.adds else self.layers(x)
+
+
+class ShiftNet(nn.Module):
+    """MobileNetV2 at an output stride, beside its features their mean over the image, and what is predicted from both.
+
+    With the defaults that of the published sampler: 64 x 64 pixels in, shifts of 8 x 8 locations out.
+    """
+
+    def __init__(
+        self, channels: int = 3, outputs: int = 2, width: float = 0.25, output_stride: int = 8
+    ) -> None:
+        """Create the network.
+
+        Args:
+            channels: of the image.
+            outputs: numbers for each position.
+            width: factor of the numbers of channels.
+            output_stride: pixels of the image per position.
+        """
+        super().__init__()
+        blocks = list(_blocks(width, output_stride))
+        layers = [_norm(channels, int(_STEM * width), 3, stride=2), *map(_InvertedResidual, blocks)]
+        self.features = nn.Sequential(*layers)
+        self.local = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
+        own = _norm(blocks[-1].out, _HEAD, relu=nn.ReLU)
+        self.whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), own)
+        self.joined = _norm(2 * _HEAD, _HEAD, relu=nn.ReLU)
+        self.last = nn.Conv2d(_HEAD, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, outputs, h, w) of an image (B, channels, H, W).
+
+        Raises:
+            InvalidInput: a batch of one in training: the norm of a mean over the image needs more.
+        """
+        norms = (module for module in self.whole.modules() if isinstance(module, nn.BatchNorm2d))
+        if x.shape[0] == 1 and any(norm.training for norm in norms):
+            raise InvalidInput(
+                "the learned sampler cannot be trained on one image at a time.",
+                why="one of its batch norms sees a single value per channel.",
+                next='set batch to 2 or more, or batch_norm="frozen".',
+            )
+        y = self.features(x)
+        local = self.local(y)
+        return self.last(self.joined(torch.cat((local, self.whole(y).expand_as(local)), 1)))
+
+    def fold(self) -> None:
+        """Put batch norms into the convolutions before them, in place; of a network in evaluation mode."""
+        for module in self.modules():
+            if (
+                isinstance(module, nn.Sequential)
+                and len(module) > 1
+                and isinstance(module[1], nn.BatchNorm2d)
+            ):
+                conv = module[0]
+                assert isinstance(conv, nn.Conv2d)
+                module[0], module[1] = fuse_conv_bn_eval(conv, module[1]), nn.Identity()

@@ -1,0 +1,391 @@
+"""Networks whose input is sampled, by name and file: converted, and evaluated beside the network itself."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from cadsurgery.data import SegmentationData
+from cadsurgery.data.images import normalise
+from cadsurgery.data.networks import source_of
+from cadsurgery.masks import labelled
+from cadsurgery.methods.resampling import ResampledModel, ResampledPlan, UniformSampler, resample
+from cadsurgery.methods.storage import load, save
+from cadsurgery.network.storage import read_method
+from cadsurgery.support.divergence import maps_of, resize
+from cadsurgery.support.errors import CadError, InvalidInput, describe_error
+from cadsurgery.support.files import check_folder
+from cadsurgery.support.provenance import device_with_threads, find_device
+from cadsurgery.support.timing import interleaved
+from cadsurgery.tasks.convert_report import Side
+from cadsurgery.tasks.for_each import Failures, Step, silent
+from cadsurgery.tasks.open import example_batch, is_file, original, provenance
+from cadsurgery.tasks.report import (
+    COLOURS,
+    Column,
+    MeasuredReport,
+    Plain,
+    Report,
+    canvas,
+    check_outputs,
+    heading,
+    number,
+    ratio,
+    table,
+)
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+from cadsurgery.tasks.segmentation.report import percent
+
+TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
+WHOLE = "the whole image"
+
+
+def open_resampled(network: object, trust: bool = False) -> ResampledModel | None:
+    """A network whose input is sampled, or that of a file; None if it is no such."""
+    if isinstance(network, ResampledModel):
+        return network
+    if not isinstance(network, str) or not is_file(network) or not read_method(network):
+        return None
+    net = load(network, trust=trust)
+    return net if isinstance(net, ResampledModel) else None
+
+
+# -- evaluating ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRow(Plain):
+    """One way to see the images.
+
+    Attributes:
+        sampler: of the network, `uniform`, or `WHOLE`: the network without sampling.
+        miou: mean IoU, 0..1.
+        of_targets: that of the classes whose boundaries matter; None where none of them is in the data.
+        iou: of each class by name; None for a class in neither predictions nor labels.
+        pixel_accuracy: share of right pixels.
+        macs: multiply-accumulates, the sampler's own included, mean over images.
+        macs_of_sampler: those of the sampler.
+        milliseconds: of the first image, the best round; None if not measured.
+        milliseconds_median: the usual round.
+    """
+
+    sampler: str
+    miou: float | None
+    of_targets: float | None
+    iou: dict[str, float | None]
+    pixel_accuracy: float | None
+    macs: float
+    macs_of_sampler: float
+    milliseconds: float | None = None
+    milliseconds_median: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleReport(MeasuredReport):
+    """Accuracy against work and time of a sampled input.
+
+    Attributes:
+        split: part of the data.
+        images: how many counted.
+        image: (3, H, W) of the image that was timed.
+        size: (height, width) of the sampled images.
+        targets: classes whose boundaries matter, by name.
+        rows: the network's own sampler, equal distances, the whole image.
+    """
+
+    split: str
+    images: int
+    image: tuple[int, ...]
+    size: tuple[int, int]
+    targets: tuple[str, ...]
+    rows: tuple[SampleRow, ...]
+
+    def subject(self) -> str:
+        """Data, sizes, device, and what was timed."""
+        size = "x".join(map(str, self.image[1:]))
+        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
+        sampled = "x".join(map(str, self.size))
+        return f"{self.data}, split {self.split}, {self.images} images sampled at {sampled}, on {self.device}{timed}"
+
+    def tables(self) -> Iterator[Table]:
+        """A row for each way."""
+        whole = self.rows[-1]
+        columns: list[Column[SampleRow]] = [
+            Column("sampled by", lambda row: row.sampler, False),
+            Column("mIoU", lambda row: percent(row.miou)),
+            Column("targets", lambda row: percent(row.of_targets)),
+            Column("pixels", lambda row: percent(row.pixel_accuracy)),
+            Column("MACs", lambda row: f"{row.macs:.3e}"),
+            Column("of whole", lambda row: f"{row.macs / whole.macs:.3f}"),
+            Column("ms", lambda row: number(row.milliseconds)),
+            Column("of whole", lambda row: ratio(row.milliseconds, whole.milliseconds)),
+        ]
+        yield table(self.rows, columns, style=lambda row: "dim" if row.sampler == WHOLE else "")
+
+    def figure(self) -> Figure:
+        """Mean IoU of all classes and of the targets against MACs."""
+        figure = canvas(5.5, 4)
+        axes = figure.subplots()
+        for place, row in enumerate(self.rows):
+            for marker, value in (("o", row.miou), ("^", row.of_targets)):
+                if value is not None:
+                    label = row.sampler if marker == "o" else None
+                    axes.plot(
+                        [row.macs], [100 * value], marker, color=COLOURS[place % len(COLOURS)], label=label
+                    )
+        axes.set_xlabel("MACs of one image")
+        axes.set_ylabel("mean IoU, %: all classes (dots), targets (triangles)")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        figure.suptitle(f"{self.model}, {self.images} images", fontsize=10)
+        return figure
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to see images: the network, its inference copy, and what is counted of it."""
+
+    name: str
+    net: ResampledModel
+    fast: nn.Module
+    metrics: SegmentationMetrics
+    work: list[tuple[int, int]]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Class scores."""
+        return maps_of(self.fast(images))[-1]
+
+    def count(self, images: Tensor) -> tuple[int, int]:
+        """MACs in all, and of the sampler."""
+        found = self.net.macs(images)
+        return (found.original, 0) if self.name == WHOLE else (found.total, found.sampler)
+
+
+def evaluate_resampled(
+    net: ResampledModel,
+    samples: SegmentationData,
+    *,
+    network: object = None,
+    rounds: int = 3,
+    device: torch.device | str = "cpu",
+    output: Path | None = None,
+    picture: Path | None = None,
+    step: Step = silent,
+) -> SampleReport:
+    """Accuracy, work and time of a sampled input, beside equal distances at the same size and the whole image.
+
+    Args:
+        net: whose inference copy is run.
+        samples: with labels, which a sampler may ask for.
+        network: what the report calls it: a file, or the network.
+        rounds: of timing on the first image, all in turn; 0 for none.
+        device: to run on.
+        output: JSON file to write.
+        picture: PNG to draw.
+        step: called with what is being done.
+
+    Raises:
+        InvalidInput: data without labels.
+        CadError: not one image could be used.
+    """
+    check_outputs(output, picture=picture)
+    if not samples.is_labelled:
+        raise InvalidInput(
+            "sampled inputs are evaluated on labels.", next="give labelled data, see cadsurgery eval --help."
+        )
+    where, source = torch.device(device), source_of(net)
+    net = copy.deepcopy(net).eval().to(where)
+    fast, options = net.optimize(), net.sampler.options
+    uniform = copy.deepcopy(net)
+    uniform.location_sampler = UniformSampler(options)
+    of_uniform = copy.copy(fast)
+    of_uniform._modules = {**fast._modules, "location_sampler": uniform.sampler}
+    named: list[tuple[str, ResampledModel, nn.Module]] = [
+        (net.sampler.spec(), net, fast),
+        *([] if isinstance(net.sampler, UniformSampler) else [("uniform", uniform, of_uniform)]),
+        (WHOLE, net, fast.network),
+    ]
+    ways = [_Way(*one, SegmentationMetrics(len(samples.classes)), []) for one in named]
+    failures, first = Failures("image"), None
+    for place in range(len(samples)):
+        step(f"{place + 1} of {len(samples)} images")
+        try:
+            image, labels = samples[place]
+            batch = normalise(image.unsqueeze(0), source).to(where)
+            with torch.inference_mode(), labelled(labels.unsqueeze(0).to(where)):
+                found = [(way(batch).float(), way.count(batch)) for way in ways]
+        except (CadError, RuntimeError) as error:  # whatever the network itself says of an image of this size
+            failures.at(place, samples.names[place])
+            failures.note(error if isinstance(error, CadError) else InvalidInput(describe_error(error)))
+            continue
+        first = (batch, labels.unsqueeze(0).to(where)) if first is None else first
+        for way, (scores, work) in zip(ways, found, strict=True):
+            way.metrics.update(resize(scores, labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
+            way.work.append(work)
+    failed = failures.gather(where)
+    if first is None:
+        raise CadError.from_dict(failed[0])
+    chosen = range(len(samples.classes)) if options.targets is None else options.targets
+    targets = [samples.classes[place] for place in chosen if place < len(samples.classes)]
+    rows = [_row(way, samples, targets) for way in ways]
+    if rounds:
+        step("measuring")
+        image, truth = first
+        with labelled(truth):
+            times = interleaved(
+                {way.name: partial(way, image) for way in ways}, rounds, seconds=TIMING_SECONDS
+            )
+        rows = [
+            replace(row, milliseconds=time.best, milliseconds_median=time.median)
+            for row, time in zip(rows, times.values(), strict=True)
+        ]
+    report = SampleReport(
+        data=samples.name,
+        split=samples.split,
+        images=len(ways[0].work),
+        image=tuple(first[0].shape[1:]),
+        size=net.size,
+        targets=tuple(targets),
+        rounds=rounds,
+        rows=tuple(rows),
+        failed=tuple(failed),
+        **provenance(network or net, source, where),
+    )
+    report.write(output, picture)
+    return report
+
+
+def _row(way: _Way, samples: SegmentationData, targets: list[str]) -> SampleRow:
+    figures = way.metrics.compute()
+    iou = dict(zip(samples.classes, figures["iou"], strict=True))
+    known = [value for name in targets if (value := iou[name]) is not None]
+    work = [sum(part) / len(way.work) for part in zip(*way.work, strict=True)]
+    return SampleRow(
+        sampler=way.name,
+        miou=figures["miou"],
+        of_targets=sum(known) / len(known) if known else None,
+        iou=iou,
+        pixel_accuracy=figures["pixel_accuracy"],
+        macs=work[0],
+        macs_of_sampler=work[1],
+    )
+
+
+# -- converting ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplingReport(Report):
+    """What `cadsurgery convert --method resampling` tells.
+
+    `sides` are the network on the whole image, and on the sampled one; `error` is how far the network is from the
+    original with equal distances at the size of the image, relative.
+    """
+
+    model: str
+    weights: str
+    random: bool
+    plan: ResampledPlan
+    image: tuple[int, ...]
+    sides: tuple[Side, ...]
+    error: float | None
+    device: str
+    file: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**super().to_dict(), "plan": str(self.plan)}
+
+    def parts(self) -> Iterator[RenderableType]:
+        """Network, plan, the sides beside each other."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(str(self.plan))
+        columns: list[Column[Side]] = [
+            Column("network", lambda side: side.name, False),
+            Column("MACs", lambda side: f"{side.macs:.3e}"),
+            Column("ms", lambda side: number(side.milliseconds)),
+        ]
+        yield table(self.sides, columns, f"image of {self.image[2]}x{self.image[3]}, on {self.device}")
+        if self.error is not None:
+            told = (
+                f"verified: uniform at the image's size it is the original (relative error {self.error:.1e})"
+            )
+            yield Text(told, style="green")
+        if self.plan.sampler == "learned":
+            told = "the sampler is new: train it with cadsurgery finetune --objective locations"
+            yield Text(told, style="yellow")
+        yield Text(f"wrote {self.file}", style="bold green")
+
+
+def convert_resampled(
+    *,
+    model: str,
+    weights: str,
+    options: Mapping[str, Any],
+    image: Path | None,
+    size: tuple[int, int] | None,
+    output: Path | None,
+    device: str,
+    verify: bool,
+    rounds: int,
+    step: Step,
+) -> SamplingReport:
+    """Build, put a sampler before it, verify, measure and save; see `cadsurgery convert --help`."""
+    where = find_device(device)
+    output = output or Path(f"{re.sub('[:/]', '-', model)}-resampling.safetensors")
+    check_folder(output)
+    step(f"building {model}")
+    before, source = original(model, weights)
+    torch.manual_seed(0)  # the same sampler in every run
+    before.to(where)
+    net = resample(before, **options)
+    batch = example_batch(source, image, size).to(where)
+    labels = torch.zeros(batch.shape[0], *batch.shape[2:], dtype=torch.int64, device=where)
+    error = None
+    if verify:
+        step("verifying")
+        same = resample(before, "uniform", (batch.shape[2], batch.shape[3]), example_input=batch)
+        with torch.inference_mode():
+            found, expected = (maps_of(one(batch))[0] for one in (same, before))
+            expected = resize(expected, batch.shape[2:])
+        error = float((found - expected).abs().max() / expected.abs().max())
+    fast = net.optimize()
+    with labelled(labels):
+        counted = net.macs(batch)
+        calls: dict[str, tuple[int, Callable[[Tensor], object]]] = {
+            WHOLE: (counted.original, before),
+            f"sampled by {net.sampler.spec()}": (counted.total, net),
+            "sampled, net.optimize()": (counted.total, fast),
+        }
+        step("measuring")
+        runs = {name: partial(run, batch) for name, (_, run) in calls.items()}
+        times = interleaved(runs, rounds, seconds=TIMING_SECONDS) if rounds else {}
+    sides = [Side(name, macs, times[name].best if times else None) for name, (macs, _) in calls.items()]
+    step(f"writing {output}")
+    save(net, output)
+    return SamplingReport(
+        model=source.name,
+        weights=source.note,
+        random=source.weights == "random",
+        plan=net.plan,
+        image=tuple(batch.shape),
+        sides=tuple(sides),
+        error=error,
+        device=f"{device_with_threads(where)}, torch {torch.__version__}",
+        file=str(output),
+    )
