@@ -33,6 +33,7 @@ _NAMES = {
     "surgery.plan": ("Plan",),
     "surgery.rules": ("Call", "Treatment", "rule"),
     "methods.anytime": ("AnytimeModel", "anytime"),
+    "methods.sampling": ("SampledModel", "sample"),
     "methods.storage": ("load", "save"),
     "network.adaptify": ("adaptify", "plan"),
     "network.compile": ("Bucketed",),
@@ -56,6 +57,7 @@ __all__ += ["Call", "Plan", "Treatment", "rule"]
 __all__ += ["AdaptiveModel", "AnytimeModel", "Bucketed", "CachedStem", "adaptify", "anytime", "body_of"]
 __all__ += ["export", "load", "macs_at"]
 __all__ += ["plan", "push_to_hub", "read_at", "save", "stem_outputs"]
+__all__ += ["SampledModel", "sample"]
 __all__ += ["EvaluationReport", "SegmentationMetrics", "evaluate"]
 
 # Rooms that users know by their own names.
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from cadsurgery.elements.operations import operation
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
     from cadsurgery.methods.anytime import AnytimeModel, anytime
+    from cadsurgery.methods.sampling import SampledModel, sample
     from cadsurgery.methods.storage import load, save
     from cadsurgery.network.adaptify import adaptify, plan
     from cadsurgery.network.compile import Bucketed
