@@ -68,8 +68,8 @@ def scores(x: Tensor, gates: Sequence[Gate], strides: Sequence[int]) -> list[Ten
     """
     size = (x.shape[2], x.shape[3])
     weight = torch.cat([gate.weight for gate in gates]).to(x.dtype)
-    taps = weight.flip(2, 3).flatten(2).transpose(1, 2).flatten(0, 1)[:, :, None, None]
-    products = F.conv2d(x, taps).contiguous().flatten(2)
+    taps = weight.flip(2, 3).flatten(2).transpose(1, 2).flatten(0, 1)
+    products = torch.matmul(taps, x.flatten(2)).contiguous()
     sums = F.fold(products, size, _SIDE, padding=_SIDE // 2)
     sums = sums + torch.cat([gate.bias for gate in gates]).to(x.dtype).view(-1, 1, 1)
     return [sums[:, number, ::stride, ::stride] for number, stride in enumerate(strides)]
