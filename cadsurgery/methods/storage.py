@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from cadsurgery.methods.anytime.model import AnytimeModel
 from cadsurgery.methods.anytime.storage import NAME, load_anytime, save_anytime
+from cadsurgery.methods.sampling.model import SampledModel
+from cadsurgery.methods.sampling.storage import NAME as SAMPLING
+from cadsurgery.methods.sampling.storage import load_sampled, save_sampled
 from cadsurgery.network import storage
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import FileError, InvalidInput
 
 
-def save(net: AdaptiveModel | AnytimeModel, path: str | Path) -> None:
+def save(net: AdaptiveModel | AnytimeModel | SampledModel, path: str | Path) -> None:
     """Write a converted network: parameters and buffers, what its method added, plan, options, source and versions.
 
     The file appears whole or not at all, and holds checksums. No pickle. A mask that is a function or an
@@ -26,13 +31,15 @@ def save(net: AdaptiveModel | AnytimeModel, path: str | Path) -> None:
     """
     if isinstance(net, AnytimeModel):
         save_anytime(net, path)
+    elif isinstance(net, SampledModel):
+        save_sampled(net, path)
     else:
         storage.save(net, path)
 
 
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
-) -> AdaptiveModel | AnytimeModel:
+) -> AdaptiveModel | AnytimeModel | SampledModel:
     """Read a converted network written by `save`, or `push_to_hub`.
 
     A file is no reason to run code: what it names is built or asked only if it is ours or listed by torchvision or
@@ -60,7 +67,8 @@ def load(
         return storage.load(path, model, mask=mask, trust=trust)
     if mask is not None:
         raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=.")
-    if method != NAME:
+    loaders: dict[str, Callable[..., Any]] = {NAME: load_anytime, SAMPLING: load_sampled}
+    if method not in loaders:
         raise FileError(f"{path} was made by a method {method!r:.60}.", next="update cadsurgery.")
     header, tensors = storage.open_file(path, True)
-    return load_anytime(path, storage.check_metadata(path, header), tensors, model, trust)
+    return loaders[method](path, storage.check_metadata(path, header), tensors, model, trust)

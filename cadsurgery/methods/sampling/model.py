@@ -73,6 +73,8 @@ def sample(
     path, facts = traceable_part(whole, example_input)
     if path:
         check_used(whole, path, facts.example)
+        within = [where] if isinstance(where, str) else list(where)
+        where = where if where == "auto" else [name.removeprefix(f"{path}.") for name in within]
     branches = find_branches(facts, where)
     part, plans = facts.model, _plan_gates(facts, branches)
     program = _add_gates(facts, branches)
@@ -152,6 +154,7 @@ class SampledModel(nn.Module):
         noise: whether they draw noise in evaluation.
         seed: of the noise.
         step: of the noise; each call in training adds 1.
+        decay: what each gate's temperature is multiplied by after each call in training, as published .99998.
         source: where the network came from, if it was built by name.
     """
 
@@ -175,8 +178,9 @@ class SampledModel(nn.Module):
         self.constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
         self.program, self.options = program, options
         self.grid, self.temperature, self.noise = grid, temperature, noise
-        self.seed, self.step = 0, 0
+        self.seed, self.step, self.decay = 0, 0, DECAY
         self.training = model.training
+        self._is_dense = False
         self._last: Run | None = None
         self._forget()
         self.register_load_state_dict_post_hook(_own_not_missing)
@@ -207,14 +211,29 @@ class SampledModel(nn.Module):
         check_image(image_of(arguments))
         run = self._run(arguments)
         output = run()
+        run.env.clear()
+        if self._is_dense:
+            return output
         if self.training:
             self.step += 1
             with torch.no_grad():
                 for gate in self.gates:
-                    gate.temperature *= DECAY
-        run.env.clear()
+                    gate.temperature *= self.decay
         self._last = run
         return output
+
+    def dense(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network gives with everything computed: its gates are not asked.
+
+        Args:
+            args, kwargs: as of a call.
+        """
+        part = self.part
+        part._is_dense = True
+        try:
+            return self(*args, **kwargs)
+        finally:
+            part._is_dense = False
 
     # -- of the last call --------------------------------------------------------------------------
 
@@ -350,7 +369,7 @@ class SampledModel(nn.Module):
     def _run(self, arguments: dict[str, Any]) -> Run:
         noise = (self.seed, self.step) if self.training or self.noise else None
         temperature = None if self.training else self.temperature
-        deciding = Deciding(temperature, noise, self.grid)
+        deciding = None if self._is_dense else Deciding(temperature, noise, self.grid)
         return Run(self, self.gates, self.program, arguments, deciding, self._remember)
 
     def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -461,7 +480,7 @@ class HostedSampled(SampledModel):
 
 
 # What may be set on a network that hosts its part, too.
-_OF_PART = ("grid", "temperature", "noise", "seed", "step", "program")
+_OF_PART = ("grid", "temperature", "noise", "seed", "step", "decay", "program")
 
 
 def is_own(name: str) -> bool:

@@ -57,7 +57,7 @@ class Run:
         gates: of the program.
         program: what is run.
         arguments: of the call, by name.
-        deciding: how its gates decide.
+        deciding: how its gates decide; None: they are not asked, and everything is computed.
         tables: kernel maps of whole maps, by size; they are remembered.
         shares: (B, h, w) of each gate.
         open: the mean probability of each gate.
@@ -67,7 +67,7 @@ class Run:
     gates: tuple[Gate, ...]
     program: Program
     arguments: dict[str, Any]
-    deciding: Deciding
+    deciding: Deciding | None
     tables: Callable[[Any, Callable[[], Tensor]], Tensor]
 
     def __post_init__(self) -> None:
@@ -80,8 +80,8 @@ class Run:
         for run, frees in self.program.items:
             last = run.steps[-1].name if isinstance(run, Segment) else run.name
             self.env[last] = self._segment(run) if isinstance(run, Segment) else self._step(run)
-            if last in self.program.at:
-                self._ask(self.program.at[last], self.env[last])
+            if last in self.program.at and self.deciding is not None:
+                self._ask(self.program.at[last], self.env[last], self.deciding)
             for name in frees:
                 del self.env[name]
         (output,), _ = self.program.output.bind(self.env.__getitem__)
@@ -92,11 +92,10 @@ class Run:
             self.net, step, lambda name: known[name] if name in known else self.env[name], self.arguments
         )
 
-    def _ask(self, numbers: tuple[int, ...], x: Tensor) -> None:
+    def _ask(self, numbers: tuple[int, ...], x: Tensor, deciding: Deciding) -> None:
         """Let the gates that read a value decide."""
         gates = [self.gates[number] for number in numbers]
         strides = [self.program.gates[number].stride for number in numbers]
-        deciding = self.deciding
         for number, gate, score in zip(numbers, gates, scores(x, gates, strides), strict=True):
             noise = uniform((*deciding.noise, number), score) if deciding.noise is not None else None
             temperature = (
@@ -109,6 +108,8 @@ class Run:
     # -- a segment ---------------------------------------------------------------------------------
 
     def _segment(self, segment: Segment) -> Any:
+        if self.deciding is None:
+            return self._whole(segment, lambda value: value)
         share = self.shares[segment.gate]
         width, layout = self.gates[segment.gate].width, self.program.gates[segment.gate].layout
         if self.net.training or not self._is_settled(segment):
