@@ -193,8 +193,8 @@ def stem_of(net: nn.Module) -> IsFixed:
 def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
     """Training mode, but evaluation mode of what is fixed, and of batch norms if they are frozen; of level adapters
     alone that of all: the others are not to notice. Of exits alone their heads and the network itself are in training
-    mode, which fills whole maps, as their statistics need them. Of gates alone nothing but the network that asks them is
-    in training mode, in which they decide by shares."""
+    mode, which fills whole maps, as their statistics need them. Of gates alone nothing but the network that asks them
+    is in training mode, in which they decide by shares."""
     net.train(settings.train == "all")
     if settings.train == "exits" and isinstance(net, AnytimeModel):
         net.heads.train()

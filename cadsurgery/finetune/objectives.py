@@ -415,7 +415,12 @@ class Sparse(Objective):
                 next="convert it with cs.sample, or choose another objective.",
             )
         check_name("kind of output", kind, KINDS)
-        if weight < 0 or (divergence is not None and divergence < 0) or not temperature > 0 or not 0 < decay <= 1:
+        if (
+            weight < 0
+            or (divergence is not None and divergence < 0)
+            or not temperature > 0
+            or not 0 < decay <= 1
+        ):
             raise InvalidInput(
                 f"objective sparse with weight={weight}, divergence={divergence}, temperature={temperature}, "
                 f"decay={decay}.",

@@ -253,7 +253,9 @@ class Fuser:
         """Remove what leaves a value as it is in evaluation mode."""
         module = self.module(node)
         operation = operation_of(node.target)
-        if (leaves_values(module) and not _is_hooked(module)) or (operation is not None and operation.trains_only):
+        if (leaves_values(module) and not _is_hooked(module)) or (
+            operation is not None and operation.trains_only
+        ):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             self.graph.erase_node(node)
         elif node.target is functional.Elements:

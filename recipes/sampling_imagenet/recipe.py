@@ -198,7 +198,9 @@ def main() -> None:
     whole = report["rows"][0]["ms"]
     for row in report["rows"]:
         taken = f"{row['ms']:.1f} | {row['ms'] / whole:.2f}" if "ms" in row else " | "
-        print(f"| {row['setting']} | {row['top1']:.1f} | {row['macs']:.3e} | {row['of_dense']:.3f} | {taken} |")
+        print(
+            f"| {row['setting']} | {row['top1']:.1f} | {row['macs']:.3e} | {row['of_dense']:.3f} | {taken} |"
+        )
     if options.output:
         known = json.loads(options.output.read_text()) if options.output.is_file() else {}
         options.output.write_text(json.dumps({**known, options.network: report}, indent=1) + "\n")

@@ -29,7 +29,7 @@ from cadsurgery.surgery.treatment import rule_of
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 CHANNELS_FIRST, CHANNELS_LAST = "bchw", "bhwc"
-_TO = {(0, 2, 3, 1): CHANNELS_LAST, (0, 3, 1, 2): CHANNELS_FIRST}
+_TO: dict[tuple[int, ...], str] = {(0, 2, 3, 1): CHANNELS_LAST, (0, 3, 1, 2): CHANNELS_FIRST}
 _CONVOLUTIONS = (convolution, convolution_same)
 _POINTWISE = (pointwise, arithmetic, batch_norm, batch_norm_act, dropout_per_image)
 
@@ -95,9 +95,7 @@ def find_branches(facts: Facts, where: str | Sequence[str] = "auto") -> list[Bra
         return found
     names = [where] if isinstance(where, str) else list(where)
     if not names or len(set(names)) < len(names):
-        raise InvalidInput(
-            f"where={where!r} names nothing, or something twice.", next='use where="auto".'
-        )
+        raise InvalidInput(f"where={where!r} names nothing, or something twice.", next='use where="auto".')
     chosen: dict[str, Branch] = {}
     for name in names:
         for branch in _named(name, facts, found):
@@ -217,7 +215,7 @@ class _Walk:
         """Take in the next node."""
         rule = rule_of(node, self.facts)
         if rule in _CONVOLUTIONS:
-            self.convolution(node, rule(node, self.facts))  # type: ignore[misc]
+            self.convolution(node, rule(node, self.facts))
         elif rule is linear and self.layout == CHANNELS_LAST:
             self.weighted.append(node)
             if not self.lost:
@@ -226,7 +224,9 @@ class _Walk:
             self.layout = _TO.get(_order(node, self.facts), "")
             self.lost = self.lost or ("" if self.layout else "its axes change places.")
         elif not is_pointwise(node, self.facts, self.layout):
-            before, after = (self.facts.shapes.get(one, ()) for one in (*_spatial_inputs(node, self.facts)[:1], node))
+            before, after = (
+                self.facts.shapes.get(one, ()) for one in (*_spatial_inputs(node, self.facts)[:1], node)
+            )
             if tuple(before) != tuple(after):
                 self.lost = self.lost or f"{node.name} before it changes the grid of the map."
         self.layouts[node] = self.layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -140,11 +141,11 @@ def count(
         inside.update(step.name for step in steps)
         dense, density = sum(work.steps[step.name] for step in steps), densities[gate]
         batch, channels, height, width = work.shapes[source[gate]]
-        filled = work.shapes[(segment.end or (segment.fill,))[-1].name]
         own, filling = batch * height * width * channels * _GATE_TAPS, 0.0
         if rule == "published":
-            first = segment.layout == CHANNELS_FIRST
-            pixels, values = (filled[0] * filled[2] * filled[3], filled[1]) if first else (filled[0] * filled[1] * filled[2], filled[3])
+            filled = work.shapes[(segment.end or (segment.fill,))[-1].name]
+            values = filled[1] if segment.layout == CHANNELS_FIRST else filled[3]
+            pixels = math.prod(filled) // values
             own = pixels * channels * _GATE_TAPS
             filling = _TAPS * values * pixels * density * (1 - density)
         rows[gate] = GateMacs(

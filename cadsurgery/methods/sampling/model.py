@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +69,9 @@ def sample(
         raise InvalidInput(f"grid={grid!r}.", next="give a distance of at least 1, or 0 for no grid.")
     if not temperature > 0:
         raise InvalidInput(f"temperature={temperature}.", next="it must be above 0.")
-    if any(isinstance(one, SampledModel) for one in (model.modules() if isinstance(model, nn.Module) else ())):
+    if any(
+        isinstance(one, SampledModel) for one in (model.modules() if isinstance(model, nn.Module) else ())
+    ):
         raise InvalidInput("this network has gates already.", next="pass the network it was made from.")
     whole = copy_network(model)
     path, facts = traceable_part(whole, example_input)
@@ -109,7 +113,7 @@ def _add_gates(facts: Facts, branches: Sequence[Branch]) -> Program:
         for place in branch.places:
             with graph.inserting_after(place.tail):
                 node = graph.call_function(reconstruct, (place.tail, source), {"gate": len(gates)})
-            place.tail.replace_all_uses_with(node, lambda user, node=node: user is not node)
+            place.tail.replace_all_uses_with(node, partial(operator.is_not, node))
             filled[place.tail] = node
             gated.append(
                 Gated(place.node.name, str(place.node.target), place.window, place.stride, place.layout)

@@ -79,10 +79,10 @@ class SamplingPlan:
     def __str__(self) -> str:
         gates = [gate for branch in self.branches for gate in branch.gates]
         share = sum(gate.macs for gate in gates) / self.macs if self.macs else 0.0
-        size = "x".join(map(str, self.example_shape))
+        size, within = "x".join(map(str, self.example_shape)), f"; all in {self.part}" if self.part else ""
         lines = [
-            f"{len(self.branches)} branches, {len(gates)} gates decide of {share:.0%} of {self.macs:.3e} MACs on {size}; "
-            f"the gates have {self.gate_macs:.3e}" + (f"; all in {self.part}" if self.part else "")
+            f"{len(self.branches)} branches, {len(gates)} gates decide of {share:.0%} of {self.macs:.3e} MACs on "
+            f"{size}; the gates have {self.gate_macs:.3e}{within}"
         ]
         for branch in self.branches:
             lines.append(f"  {branch.name}, gates read {branch.source}")

@@ -7,7 +7,6 @@ branch. A segment goes on from there, over what may as well be done before gaps 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, NamedTuple
@@ -135,7 +134,8 @@ class Program:
                 segment, some = finder.segment(node)
                 parts[some[-1]] = segment
                 inside.update(dict.fromkeys(some, some))
-                sources[segment.gate] = node.args[1].name  # type: ignore[union-attr]
+                source: Any = node.args[1]
+                sources[segment.gate] = source.name
         runs = [node for node in nodes if node in parts or node not in inside]
         groups = [inside.get(node, [node]) for node in runs]
         frees = last_read(groups, set(output.all_input_nodes))
@@ -193,18 +193,25 @@ class _Finder:
         add, other, act = None, "", None
         kernel = self.module(last)
         if isinstance(kernel, PackedConv) and len(last.all_input_nodes) > 1:
-            other = last.args[1].name  # type: ignore[union-attr]
+            added: Any = last.args[1]
+            other = added.name
         else:
             add, other = self.addition(last, layout)
             act = self.activation(add) if add is not None else None
         nodes = [node, *tail, fill, *end, *(one for one in (add, act) if one is not None)]
         self.taken.update(nodes)
         steps = {one: step_of(one) for one in nodes}
-        more = [steps[one] if one is not None else None for one in (add, act)]
         found = Segment(
-            *(number, steps[node], tuple(steps[one] for one in tail), steps[fill]),
-            *(tuple(steps[one] for one in end), layout, more[0], other, more[1]),
-            activation_of(act, self.module(act)) if act is not None else None,
+            gate=number,
+            conv=steps[node],
+            tail=tuple(steps[one] for one in tail),
+            fill=steps[fill],
+            end=tuple(steps[one] for one in end),
+            layout=layout,
+            add=steps[add] if add is not None else None,
+            other=other,
+            act=steps[act] if act is not None else None,
+            activation=activation_of(act, self.module(act)) if act is not None else None,
         )
         return found, nodes
 
@@ -265,7 +272,13 @@ class _Finder:
     def addition(self, node: fx.Node, layout: str) -> tuple[fx.Node | None, str]:
         """An addition to another map of its shape, as far as that can be known."""
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user is None or user.target not in ADDITIONS or user.op == "call_module" or user.kwargs or user in self.taken:
+        if (
+            user is None
+            or user.target not in ADDITIONS
+            or user.op == "call_module"
+            or user.kwargs
+            or user in self.taken
+        ):
             return None, ""
         others = [one for one in user.all_input_nodes if one is not node]
         if layout != CHANNELS_FIRST or len(others) != 1 or len(user.args) != 2 or others[0].op == "get_attr":
@@ -279,7 +292,7 @@ class _Finder:
         return user if activation_of(user, self.module(user)) is not None else None
 
 
-_PERMUTED = {
+_PERMUTED: dict[tuple[str, tuple[int, ...]], str] = {
     (CHANNELS_FIRST, (0, 2, 3, 1)): CHANNELS_LAST,
     (CHANNELS_LAST, (0, 3, 1, 2)): CHANNELS_FIRST,
 }

@@ -98,9 +98,7 @@ class Run:
         strides = [self.program.gates[number].stride for number in numbers]
         for number, gate, score in zip(numbers, gates, scores(x, gates, strides), strict=True):
             noise = uniform((*deciding.noise, number), score) if deciding.noise is not None else None
-            temperature = (
-                gate.temperature.clone() if deciding.temperature is None else deciding.temperature
-            )
+            temperature = gate.temperature.clone() if deciding.temperature is None else deciding.temperature
             share = shares(score, temperature, noise, deciding.grid)
             self.open[number] = score.sigmoid().mean()
             self.shares[number] = share if self.net.training else decided(share)
@@ -123,6 +121,9 @@ class Run:
             return self._whole(
                 segment, lambda value: _fill_whole(value, lattice, share.flatten(), width, layout)
             )
+        if not count:  # one position counts with a share of zero
+            is_open = torch.zeros_like(is_open)
+            is_open[0, 0, 0] = True
         part = lattice.choose(is_open)
         some = share.flatten()[part.anchors]
         return self._at(segment, part, some if bool((some < 1).any()) else None, width)
@@ -154,7 +155,7 @@ class Run:
             rows = self._along(rows, *ends)
             kernel = child(self.net, segment.end[-1].target) if segment.end[-1].op == "call_module" else None
             activation = kernel.activation if isinstance(kernel, PackedConv) else activation
-        more = self.env[segment.other] if segment.other else None
+        more: Any = self.env[segment.other] if segment.other else None
         image = (part.batch, *part.size, rows.shape[1])
         is_map = isinstance(more, Tensor) and more.dim() == 4 and more.dtype == rows.dtype
         folds = is_map and tuple(_by_position(more, segment.layout).shape) == image
