@@ -1,6 +1,6 @@
 """Gates of two classifiers, trained without labels on half of a sample of ImageNet, and measured on the other half.
 
-    python recipes/sampling_imagenet/recipe.py DATA RUNS [--network mobilenet_v2] [--weights 0.02 0.05 0.1 0.2]
+    python recipes/sampling_imagenet/recipe.py DATA RUNS [--network mobilenet_v2] [--weights 0.1 0.2 0.5 1.0]
         [--steps 60] [--output results.json]
 
 DATA is a folder with `imagenet_sample/`, `mobilenet_v2_imagenet/` and `squeezenet1_0_imagenet/` (see the README beside
@@ -56,7 +56,7 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
-    "mobilenet_v2": Network("mobilenet_v2_imagenet", 225, (193, 161), "auto", 1e-3),
+    "mobilenet_v2": Network("mobilenet_v2_imagenet", 225, (193, 161), "auto", 2e-3),
     "squeezenet1_0": Network(
         "squeezenet1_0_imagenet",
         227,
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--network", default="mobilenet_v2", choices=list(NETWORKS))
-    parser.add_argument("--weights", nargs="*", type=float, default=[0.02, 0.05, 0.1, 0.2])
+    parser.add_argument("--weights", nargs="*", type=float, default=[0.1, 0.2, 0.5, 1.0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
