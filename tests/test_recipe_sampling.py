@@ -16,7 +16,9 @@ def net() -> cs.SampledModel:
     return recipe.backbone("resnet50")
 
 
-@pytest.mark.parametrize(("resolution", "dense"), [(500, 70.03), (600, 100.20), (800, 184.06), (1000, 289.47)])
+@pytest.mark.parametrize(
+    ("resolution", "dense"), [(500, 70.03), (600, 100.20), (800, 184.06), (1000, 289.47)]
+)
 def test_dense_cost_is_the_published_one(resolution: int, dense: float) -> None:
     assert round(recipe.gflops("resnet101", resolution), 2) == dense
 
@@ -38,7 +40,9 @@ def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel) -> None:
     assert net.macs(x, rule="published").total / recipe.UNIT == pytest.approx(
         recipe.gflops(name, 512, 1.0, offsets=False), rel=1e-12
     )
-    assert net.macs(x).dense / recipe.UNIT == pytest.approx(recipe.gflops(name, 512, offsets=False), rel=1e-12)
+    assert net.macs(x).dense / recipe.UNIT == pytest.approx(
+        recipe.gflops(name, 512, offsets=False), rel=1e-12
+    )
 
 
 def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:

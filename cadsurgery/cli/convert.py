@@ -34,9 +34,14 @@ def convert(
     precision: options.Precision = "float",
     calibration: options.Calibration = None,
     method: Annotated[
-        str, typer.Option(help="adaptive, or anytime: exits, and no work where they are confident")
+        str,
+        typer.Option(
+            help="adaptive; anytime: exits, and no work where they are confident; or sampling: gates, and "
+            "interpolation where they are closed"
+        ),
     ] = "adaptive",
     exits: options.WithExits,
+    gates: options.WithGates,
     as_json: options.Json = False,
 ) -> None:
     """Convert a network, verify it, report MACs and measured times, and write it to a file."""
@@ -140,6 +145,8 @@ def run(
 
 
 def _computed(row: dict[str, Any]) -> str:
+    if "density" in row:
+        return f"density {row['density']:.3f}"
     return f"exit {row['exit']}" if "exit" in row else f"active fraction {row['active_fraction']:.3f}"
 
 

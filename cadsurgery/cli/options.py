@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from cadsurgery.cli import screen
-from cadsurgery.tasks.options import Conversion, Exits
+from cadsurgery.tasks.options import Conversion, Exits, Gates
 
 
 def read_pair(text: str) -> tuple[int, int] | None:
@@ -178,6 +178,7 @@ class Of:
 
 Converted = Annotated[dict[str, Any], Of(Conversion)]
 WithExits = Annotated[dict[str, Any], Of(Exits)]
+WithGates = Annotated[dict[str, Any], Of(Gates)]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -19,12 +19,14 @@ from cadsurgery.finetune.results import Outcome
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
 from cadsurgery.tasks.exits import open_exits
 from cadsurgery.tasks.for_each import Step
+from cadsurgery.tasks.gates import open_gates
 from cadsurgery.tasks.open import open_converted
 from cadsurgery.tasks.report import Report
 
@@ -49,7 +51,7 @@ class TrainingReport(Report):
         """A few lines: what was trained, metrics before and after, files."""
         run = self.outcome
         went_on = f", resumed after step {run.resumed}" if run.resumed else ""
-        what = self.mask if self.mask.endswith(" exits") else f"mask {self.mask}"
+        what = self.mask if self.mask.endswith((" exits", " gates")) else f"mask {self.mask}"
         yield Text(f"{self.model}, {what}, {self.data}: {run.steps} steps{went_on}")
         yield from map(Text, self.notes)
         for group in run.groups:
@@ -96,12 +98,14 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     classes = len(training.classes) or None
-    net: AdaptiveModel | AnytimeModel | None = open_exits(model, trust)
+    net: AdaptiveModel | AnytimeModel | SampledModel | None = open_exits(model, trust) or open_gates(
+        model, trust
+    )
     if net is None:
         net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     elif mask or cache:
         raise InvalidInput(
-            "a network with exits has no masks, and no stem.", next="leave out --mask and --cache."
+            "a network with exits or gates has no masks, and no stem.", next="leave out --mask and --cache."
         )
     trained: nn.Module = net
     seen = _Seen(training, validation)
@@ -124,7 +128,10 @@ def finetune(
         on_step=on_step,
     )
     data_in_words = f"{training.name} ({len(training)} images)"
-    mask = net.mask.spec() if isinstance(net, AdaptiveModel) else f"{len(net.plan.exits)} exits"
+    if isinstance(net, AdaptiveModel):
+        mask = net.mask.spec()
+    else:
+        mask = f"{len(net.gates)} gates" if isinstance(net, SampledModel) else f"{len(net.plan.exits)} exits"
     return TrainingReport(model, mask, data_in_words, outcome, seen.notes)
 
 

@@ -17,6 +17,7 @@ from cadsurgery.data.images import check_size, find_images, normalise, read_imag
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import load
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
@@ -36,9 +37,10 @@ from cadsurgery.tasks.exits import ExitsReport, convert_exits
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.figures import class_picture
 from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
+from cadsurgery.tasks.gates import GatesReport, convert_gates
 from cadsurgery.tasks.open import example_batch, is_file, open_converted, original
 
-METHODS = ("adaptive", "anytime")
+METHODS = ("adaptive", "anytime", "sampling")
 EXPORTED_MASK = "edges | budget:fraction=0.3"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
@@ -60,13 +62,19 @@ def convert(
     calibration: Path | None = None,
     method: str = "adaptive",
     exits: Mapping[str, Any] | None = None,
-) -> ConversionReport | ExitsReport:
+    gates: Mapping[str, Any] | None = None,
+) -> ConversionReport | ExitsReport | GatesReport:
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     check_name("method", method, METHODS)
+    told: Any = {"image": image, "size": size, "output": output, "device": device, "verify": verify_laws}
+    if method == "sampling":
+        _refuse_precision(precision)
+        return convert_gates(
+            model=model, weights=weights, options=gates or {}, rounds=rounds, step=step, **told
+        )
     if method == "anytime":
         _refuse_precision(precision)
         given = {name: value or None for name, value in (exits or {}).items()}
-        told: Any = {"image": image, "size": size, "output": output, "device": device, "verify": verify_laws}
         return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
     resolve_mask(mask)  # a typo should not wait for the network to be built
     check_precision(precision, calibration)
@@ -153,7 +161,7 @@ def _refuse_precision(precision: str) -> None:
     """Of a network with exits."""
     if precision != FLOAT:
         raise InvalidInput(
-            f"--precision {precision} for a network with exits.",
+            f"--precision {precision} for a network with exits or gates.",
             why="they run in the precision of their weights.",
             next="leave it out.",
         )
@@ -252,7 +260,7 @@ def predict(
         )
     source, shown = pictures_for(converted), None
     net: Any
-    if isinstance(converted, AnytimeModel):
+    if isinstance(converted, (AnytimeModel, SampledModel)):
         _refuse_precision(precision)
         net = converted.optimize()
     else:
@@ -272,7 +280,7 @@ def predict(
                 noted: dict[str, Any] = {"exit": exit}
             else:
                 prediction = _first_tensor(net(batch))
-                noted = {"active_fraction": net.active_fraction}
+                noted = _noted(net)
         milliseconds = 1e3 * (time.perf_counter() - start)
         target = output / place
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -281,6 +289,14 @@ def predict(
 
     failures = Failures("image", lacking)
     return for_each(list(paths.items()), draw, failures, where, name=lambda item: str(item[0]), step=step)
+
+
+def _noted(net: Any) -> dict[str, Any]:
+    """What is told of the last call of a network."""
+    if isinstance(net, SampledModel):
+        densities = net.densities.values()
+        return {"density": sum(densities) / len(densities)}
+    return {"active_fraction": net.active_fraction}
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -44,6 +44,7 @@ class Stages(nn.Module):
                 self.add_module(child, module)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Maps of strides 4, 8, 16 and 32."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         one = self.layer1(x)
         two = self.layer2(one)
@@ -51,9 +52,7 @@ class Stages(nn.Module):
         return one, two, three, self.layer4(three)
 
 
-def backbone(
-    name: Literal["resnet50", "resnet101"], noise: bool = False, grid: int = 11
-) -> cs.SampledModel:
+def backbone(name: Literal["resnet50", "resnet101"], noise: bool = False, grid: int = 11) -> cs.SampledModel:
     """The sampled backbone with random weights and open gates, in evaluation mode: called, it gives four maps.
 
     Args:
@@ -135,6 +134,7 @@ class WithPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=LastLevelMaxPool())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """The maps of the pyramid."""
         return self.fpn(OrderedDict((str(stage), value) for stage, value in enumerate(self.body(x))))
 
 
@@ -236,7 +236,9 @@ def gflops(
             total += channels * 4 * planes * out if not block else 0
             if densities is not None:
                 total += 9 * channels * (into + out)
-                total += 49 * planes * into * first * (1 - first) + 49 * 4 * planes * out * second * (1 - second)
+                total += 49 * planes * into * first * (1 - first) + 49 * 4 * planes * out * second * (
+                    1 - second
+                )
             channels = 4 * planes
     return total / UNIT
 
