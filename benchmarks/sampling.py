@@ -1,10 +1,13 @@
 """Does time follow work where gates are open? Random weights, gates opened at so many positions.
 
     python benchmarks/sampling.py [MODEL] [--size 512x1024] [--densities 0.5 0.3] [--pattern areas] [--rounds 5]
+        [--choice] [--output results.json]
 
 Gates are asked as ever, which is part of the time, but open at a given share of their positions: in areas (smooth
 noise above a quantile) or scattered. CPU time of the optimised copy, all densities in turn, the best round; `line`: the
 straight line in MACs between all closed (but the grid) and all open; `before`: of the dense network, optimised alike.
+With --choice instead the time of whole maps that are filled in place, and that of chosen positions, at each density:
+where they meet is `WHOLE_FROM` in `methods/sampling/run.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -71,10 +75,9 @@ def main() -> None:
     parser.add_argument("--densities", nargs="*", type=float, default=[0.5, 0.3])
     parser.add_argument("--pattern", default="areas", choices=("areas", "scattered"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--whole-from", type=float, default=run.WHOLE_FROM)
+    parser.add_argument("--choice", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
-    run.WHOLE_FROM = options.whole_from
     height, width = map(int, options.size.split("x"))
     torch.manual_seed(0)
     model = cs.build_model(options.model, "none").eval()
@@ -83,15 +86,29 @@ def main() -> None:
     asked = [0.0, *sorted(options.densities), 1.0]
     forced = {density: open_at(density, options.pattern) for density in asked}
 
-    def at(density: float) -> None:
-        with mock.patch.object(run, "scores", forced[density]):
+    def at(density: float, whole_from: float = run.WHOLE_FROM) -> None:
+        with (
+            mock.patch.object(run, "scores", forced[density]),
+            mock.patch.object(run, "WHOLE_FROM", whole_from),
+        ):
             net(x)
 
     def before() -> None:
         net.dense(x)
 
+    told = describe_run(torch.device("cpu"))
+    print(
+        f"{options.model}, {options.size}, {options.pattern}, random weights, {told['device']}, {told['commit']}\n"
+    )
+    if options.choice:
+        print("| density | whole maps, ms | chosen positions, ms |\n|---|---|---|")
+        for density in options.densities:
+            both = {"whole": partial(at, density, 0.0), "chosen": partial(at, density, 2.0)}
+            taken = interleaved(both, options.rounds, clock=time.process_time)
+            print(f"| {density} | {taken['whole'].best:.0f} | {taken['chosen'].best:.0f} |", flush=True)
+        return
     times = interleaved(
-        {"before": before, **{str(d): (lambda d=d: at(d)) for d in asked}},
+        {"before": before, **{str(density): partial(at, density) for density in asked}},
         options.rounds,
         clock=time.process_time,
     )
@@ -101,11 +118,7 @@ def main() -> None:
             macs[density] = net.macs(x)
     low, high = (times[str(d)].best for d in (0.0, 1.0))
     least, most = (macs[d].total for d in (0.0, 1.0))
-    told = describe_run(torch.device("cpu"))
-    print(
-        f"{options.model}, {options.size}, {options.pattern}, random weights, {told['device']}, "
-        f"commit {told['commit']}; before {times['before'].best:.0f} ms\n"
-    )
+    print(f"before: {times['before'].best:.0f} ms\n")
     print("| density | MACs | of dense | CPU ms | line | of line |\n|---|---|---|---|---|---|")
     rows = []
     for density in asked:
