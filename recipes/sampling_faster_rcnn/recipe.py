@@ -251,6 +251,9 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--backbone", default="resnet101", choices=list(DEPTHS))
     options = parser.parse_args()
+    if options.file and not options.file.is_file():
+        print(f"skipped: {options.file} is no file; without one the costs are printed.")
+        return
     if options.file:
         try:
             load_published(

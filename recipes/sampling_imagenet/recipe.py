@@ -1,17 +1,16 @@
 """Gates of two classifiers, trained without labels on half of a sample of ImageNet, and measured on the other half.
 
-    python recipes/sampling_imagenet/recipe.py DATA RUNS [--network mobilenet_v2] [--weights 0.1 0.2 0.5 1.0]
+    python recipes/sampling_imagenet/recipe.py DATA [RUNS] [--network mobilenet_v2] [--weights 0.1 0.2 0.5 1.0]
         [--steps 60] [--output results.json]
 
 DATA is a folder with `imagenet_sample/`, `mobilenet_v2_imagenet/` and `squeezenet1_0_imagenet/` (see the README beside
-this file); RUNS gets a folder for each weight of the sparse loss. A run that is there is not trained again.
+this file); RUNS (default: runs) gets a folder for each weight of the sparse loss. A run that is there is not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,14 +183,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"))
     parser.add_argument("--network", default="mobilenet_v2", choices=list(NETWORKS))
     parser.add_argument("--weights", nargs="*", type=float, default=[0.1, 0.2, 0.5, 1.0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    if not (options.data / "imagenet_sample" / "images").is_dir():
-        sys.exit(f"{options.data} holds no imagenet_sample/images: see the README beside this file.")
+    needed = [options.data / "imagenet_sample" / "images", options.data / NETWORKS[options.network].folder]
+    if missing := [folder for folder in needed if not folder.is_dir()]:
+        print(f"skipped: {missing[0]} is missing; the README beside this file says where data comes from.")
+        return
     report = run(options.network, options.data, options.runs, options.weights, options.steps)
     report |= describe_run(torch.device("cpu"))
     print("| setting | top-1 | MACs | of dense | CPU ms | of dense |\n|---|---|---|---|---|---|")
