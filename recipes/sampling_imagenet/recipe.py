@@ -4,7 +4,8 @@
         [--steps 60] [--output results.json]
 
 DATA is a folder with `imagenet_sample/`, `mobilenet_v2_imagenet/` and `squeezenet1_0_imagenet/` (see the README beside
-this file); RUNS (default: runs) gets a folder for each weight of the sparse loss. A run that is there is not trained again.
+this file); RUNS (default: runs) gets a folder for each weight of the sparse loss. A run that is there is not trained
+again.
 """
 
 from __future__ import annotations

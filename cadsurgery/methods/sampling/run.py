@@ -29,8 +29,8 @@ from cadsurgery.methods.sampling.program import Program, Segment
 from cadsurgery.methods.steps import Step, call
 from cadsurgery.surgery.hooks import child, parameter
 
-# From this share of open positions on the whole map is computed, and filled in place. Measured where both take as long
-# (`python benchmarks/sampling.py --choice`): MobileNetV2 at .95; in ResNet-50 chosen positions are a little faster there.
+# From this share of open positions on the whole map is computed, and filled in place: where both took as long
+# (`python benchmarks/sampling.py --choice`) in MobileNetV2; in ResNet-50 chosen positions were a little faster there.
 WHOLE_FROM = 0.95
 
 
