@@ -34,6 +34,7 @@ _NAMES = {
     "surgery.rules": ("Call", "Treatment", "rule"),
     "methods.anytime": ("AnytimeModel", "anytime"),
     "methods.resampling": ("ResampledModel", "resample"),
+    "methods.sampling": ("SampledModel", "sample"),
     "methods.storage": ("load", "save"),
     "network.adaptify": ("adaptify", "plan"),
     "network.compile": ("Bucketed",),
@@ -56,7 +57,8 @@ __all__ += ["Budget", "MaskProvider", "MaskWrapper", "list_masks", "mask_provide
 __all__ += ["Call", "Plan", "Treatment", "rule"]
 __all__ += ["AdaptiveModel", "AnytimeModel", "Bucketed", "CachedStem", "adaptify", "anytime", "body_of"]
 __all__ += ["export", "load", "macs_at"]
-__all__ += ["ResampledModel", "plan", "push_to_hub", "read_at", "resample", "save", "stem_outputs"]
+__all__ += ["ResampledModel", "SampledModel", "plan", "push_to_hub", "read_at", "resample", "sample", "save"]
+__all__ += ["stem_outputs"]
 __all__ += ["EvaluationReport", "SegmentationMetrics", "evaluate"]
 
 # Rooms that users know by their own names.
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from cadsurgery.masks import Budget, MaskProvider, MaskWrapper, list_masks, mask_provider
     from cadsurgery.methods.anytime import AnytimeModel, anytime
     from cadsurgery.methods.resampling import ResampledModel, resample
+    from cadsurgery.methods.sampling import SampledModel, sample
     from cadsurgery.methods.storage import load, save
     from cadsurgery.network.adaptify import adaptify, plan
     from cadsurgery.network.compile import Bucketed

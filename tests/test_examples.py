@@ -60,7 +60,7 @@ def test_names_that_a_notebook_uses_exist(path: Path) -> None:
         for node in ast.walk(code)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cs"
     }
-    assert used & {"adaptify", "anytime", "resample"} and used <= {*dir(cs)}
+    assert used & {"adaptify", "anytime", "resample", "sample"} and used <= {*dir(cs)}
 
 
 def small_network(mask: str) -> cs.AdaptiveModel:

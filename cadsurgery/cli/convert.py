@@ -36,11 +36,12 @@ def convert(
     method: Annotated[
         str,
         typer.Option(
-            help="adaptive; anytime: exits, and no work where they are confident; or resampling: the image sampled "
-            "more densely where it matters"
+            help="adaptive; anytime: exits, and no work where they are confident; sampling: gates, and interpolation "
+            "where they are closed; or resampling: the image sampled more densely where it matters"
         ),
     ] = "adaptive",
     exits: options.WithExits,
+    gates: options.WithGates,
     sampling: options.Sampled,
     as_json: options.Json = False,
 ) -> None:
@@ -147,6 +148,8 @@ def run(
 def _computed(row: dict[str, Any]) -> str:
     if "sampled" in row:
         return f"sampled at {row['sampled']}"
+    if "density" in row:
+        return f"density {row['density']:.3f}"
     return f"exit {row['exit']}" if "exit" in row else f"active fraction {row['active_fraction']:.3f}"
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from cadsurgery.cli import screen
-from cadsurgery.tasks.options import Conversion, Exits, Sampling
+from cadsurgery.tasks.options import Conversion, Exits, Gates, Sampling
 
 
 def read_pair(text: str) -> tuple[int, int] | None:
@@ -179,6 +179,7 @@ class Of:
 Converted = Annotated[dict[str, Any], Of(Conversion)]
 WithExits = Annotated[dict[str, Any], Of(Exits)]
 Sampled = Annotated[dict[str, Any], Of(Sampling, defaults=("learned", "224x224"))]
+WithGates = Annotated[dict[str, Any], Of(Gates)]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

@@ -16,6 +16,7 @@ import math
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Filling, compute
@@ -60,10 +61,29 @@ def gaussian_fill(
     source = whole.choose(there)
     if source.count == whole.count and is_hard and not (isinstance(width, Tensor) and width.requires_grad):
         return x
+    is_soft = not is_hard and (mask.requires_grad or source.count == whole.count)
+    if is_soft and normalised and floor is None:  # shares of all, as while gates are trained
+        return _fill_by_convolution(x, mask.unsqueeze(1).to(x), _gaussian(width, normalised, x))
     rows = x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, source.anchors)
     shares = None if is_hard else mask.flatten()[source.anchors]
     filled = fill_gaps(Elements(rows, source), whole, width, normalised, floor, shares).rows
     return filled.view(*mask.shape, -1).permute(0, 3, 1, 2)
+
+
+def _fill_by_convolution(x: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
+    """A map (B, C, H, W) of which every position has its share (B, 1, H, W): normalised weights are a product of those
+    of both axes, so that two convolutions of each channel with one line of taps are enough."""
+    reach = weights.shape[0] // 2
+    line = weights[reach].to(x) / weights[reach, reach].to(x).sqrt()
+
+    def spread(values: Tensor) -> Tensor:
+        channels = values.shape[1]
+        taps = line.expand(channels, 1, 1, -1)
+        values = F.conv2d(values, taps, padding=(0, reach), groups=channels)
+        return F.conv2d(values, taps.transpose(2, 3), padding=(reach, 0), groups=channels)
+
+    own = shares * x
+    return own + (1 - shares) * spread(own) / (spread(shares) + LEAST)
 
 
 def resolution(batch: int, height: int, width: int, device: torch.device | str = "cpu") -> Lattice:

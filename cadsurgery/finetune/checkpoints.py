@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cadsurgery.finetune.settings import FREE, Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
+from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped, describe_error
@@ -116,6 +117,8 @@ def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, pro
         }
     if isinstance(net, ResampledModel):
         network |= {"plan": _digest(net.plan.to_json()), "sampler": str(net.sampler.options)}
+    if isinstance(net, SampledModel):
+        network |= {"plan": _digest(net.plan.to_json()), "grid": net.grid}
     given = {name: value for name, value in settings.to_dict().items() if name not in FREE}
     described = {
         "name": str(getattr(data, "name", type(data).__name__)),

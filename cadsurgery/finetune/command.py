@@ -20,12 +20,14 @@ from cadsurgery.finetune.settings import Settings
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
+from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
 from cadsurgery.tasks.exits import open_exits
 from cadsurgery.tasks.for_each import Step
+from cadsurgery.tasks.gates import open_gates
 from cadsurgery.tasks.open import open_converted
 from cadsurgery.tasks.report import Report
 from cadsurgery.tasks.samples import open_resampled
@@ -51,7 +53,8 @@ class TrainingReport(Report):
         """A few lines: what was trained, metrics before and after, files."""
         run = self.outcome
         went_on = f", resumed after step {run.resumed}" if run.resumed else ""
-        what = self.mask if self.mask.endswith((" exits", " sampler")) else f"mask {self.mask}"
+        is_named = self.mask.endswith((" exits", " gates", " sampler"))
+        what = self.mask if is_named else f"mask {self.mask}"
         yield Text(f"{self.model}, {what}, {self.data}: {run.steps} steps{went_on}")
         yield from map(Text, self.notes)
         for group in run.groups:
@@ -98,13 +101,14 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     classes = len(training.classes) or None
-    net: AdaptiveModel | AnytimeModel | ResampledModel | None = open_exits(model, trust)
-    net = net if net is not None else open_resampled(model, trust)
+    net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel | None = None
+    for open_other in (open_exits, open_gates, open_resampled):
+        net = net if net is not None else open_other(model, trust)
     if net is None:
         net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     elif mask or cache:
         raise InvalidInput(
-            "a network with exits, or whose input is sampled, has no masks of its own and no stem.",
+            "a network with exits or gates, or whose input is sampled, has no masks of its own and no stem.",
             next="leave out --mask and --cache.",
         )
     trained: nn.Module = net
@@ -131,13 +135,13 @@ def finetune(
     return TrainingReport(model, _seen_by(net), data_in_words, outcome, seen.notes)
 
 
-def _seen_by(net: AdaptiveModel | AnytimeModel | ResampledModel) -> str:
+def _seen_by(net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel) -> str:
     """What decides where a network computes."""
     if isinstance(net, AdaptiveModel):
         return net.mask.spec()
     if isinstance(net, ResampledModel):
         return f"{net.sampler.spec()} sampler"
-    return f"{len(net.plan.exits)} exits"
+    return f"{len(net.gates)} gates" if isinstance(net, SampledModel) else f"{len(net.plan.exits)} exits"
 
 
 class _Seen(NamedTuple):

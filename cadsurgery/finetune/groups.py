@@ -16,12 +16,14 @@ from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.anytime.model import HEADS
 from cadsurgery.methods.resampling import ResampledModel
+from cadsurgery.methods.sampling import SampledModel
+from cadsurgery.methods.sampling.model import GATES
 from cadsurgery.network.adapters import ADAPTERS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import InvalidInput, first_line
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 
-_OWN = ("_mask_provider", ADAPTERS, HEADS)  # children that the original does not have
+_OWN = ("_mask_provider", ADAPTERS, HEADS, GATES)  # children that the original does not have
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def make_groups(
         "adapters": 1.0,
         "exits": 1.0,
         "sampler": 1.0,
+        "gates": 1.0,
         "fixed": 0.0,
     }
     of_sampler: set[nn.Parameter] = set()
@@ -110,6 +113,7 @@ def make_groups(
     of_mask = set(net.mask.parameters()) if isinstance(net, AdaptiveModel) else set()
     of_adapters = adapters_of(net)
     of_exits = set(net.own_parameters().values()) if isinstance(net, AnytimeModel) else set()
+    of_gates = set(net.own_parameters().values()) if isinstance(net, SampledModel) else set()
     of_head = {parameter for child in heads for parameter in child.parameters()}
     # A weight shared by both sides moves at the careful rate.
     of_head -= {parameter for child in others for parameter in child.parameters()}
@@ -125,6 +129,8 @@ def make_groups(
             group = "exits"
         elif parameter in of_sampler:
             group = "sampler"
+        elif parameter in of_gates:
+            group = "gates"
         else:
             group = "classifier" if parameter in of_head else "backbone"
         groups[group][name] = parameter
@@ -195,11 +201,14 @@ def stem_of(net: nn.Module) -> IsFixed:
 def set_modes(net: nn.Module, is_fixed: IsFixed, settings: Settings) -> None:
     """Training mode, but evaluation mode of what is fixed, and of batch norms if they are frozen; of level adapters
     alone that of all: the others are not to notice. Of exits alone their heads and the network itself are in training
-    mode, which fills whole maps, as their statistics need them."""
+    mode, which fills whole maps, as their statistics need them. Of gates alone nothing but the network that asks them
+    is in training mode, in which they decide by shares."""
     net.train(settings.train == "all")
     if settings.train == "exits" and isinstance(net, AnytimeModel):
         net.heads.train()
         net.training = True
+    if settings.train == "gates" and isinstance(net, SampledModel):
+        net.part.training = True
     frozen = settings.batch_norm == "frozen"
     for path, module in net.named_modules():
         if is_fixed(path) or (frozen and isinstance(module, _BatchNorm)):

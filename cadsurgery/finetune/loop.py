@@ -37,6 +37,7 @@ from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_r
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
+from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
@@ -75,7 +76,7 @@ def fit(
             Of samples without labels they are fidelity to the network as it started, everything kept high.
         objective: makes the objective of the network; default: what the settings name.
         augment: function (image, labels, seed) -> (image, labels); not for samples with tuples of inputs.
-        train: `all`, `adapters` or `exits` instead of what the settings say; see `Settings`.
+        train: `all`, `adapters`, `exits` or `gates` instead of what the settings say; see `Settings`.
         resume: False refuses a folder that holds a run already.
         device: `auto` (a GPU if there is one, or what the launcher says) or `cpu`.
         on_step: called in the main process with each row of the log, once the step is complete.
@@ -90,10 +91,10 @@ def fit(
     check_data(data, "training")
     if not settings.objective:
         name = "mixed" if is_labelled(data) else "divergence"
-        own = {AnytimeModel: "anytime", ResampledModel: "sampled"}
+        own = {AnytimeModel: "anytime", ResampledModel: "sampled", SampledModel: "sparse"}
         settings = replace(settings, objective=own.get(type(net), name))
-    is_fused = isinstance(net, AnytimeModel) and net.program.is_fused
-    if isinstance(net, OptimizedModel) or is_fused or getattr(net, "is_optimized", False):
+    is_folded = isinstance(net, (AnytimeModel, SampledModel)) and net.program.is_fused
+    if isinstance(net, OptimizedModel) or is_folded or getattr(net, "is_optimized", False):
         raise InvalidInput(
             "an optimised network cannot be trained.",
             why="its weights are folded.",
@@ -153,6 +154,13 @@ class _Run:
                 raise InvalidInput(
                     f'train="exits" needs a network with exits, not {type(net).__name__}.',
                     next="convert it first with cs.anytime.",
+                )
+            self.chosen = set(net.own_parameters().values())
+        if settings.train == "gates":
+            if not isinstance(net, SampledModel):
+                raise InvalidInput(
+                    f'train="gates" needs a network with gates, not {type(net).__name__}.',
+                    next="convert it first with cs.sample.",
                 )
             self.chosen = set(net.own_parameters().values())
         self.is_fixed = stem_of(net) if settings.freeze == "stem" else lambda name: False

@@ -21,6 +21,8 @@ from cadsurgery.finetune.schedule import Draw
 from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.sampling import SampledModel
+from cadsurgery.methods.sampling.gates import DECAY
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import KINDS, Kind, divergence, maps_of, resize
 from cadsurgery.support.errors import InvalidInput, check_name
@@ -370,6 +372,81 @@ class Anytime(Objective):
             apart = divergence(target, output, "classes", self.temperature).mean()
             loss = loss + share * self.temperature**2 * apart
         return loss
+
+
+@objective("sparse")
+class Sparse(Objective):
+    """Cross entropy, or without labels divergence from the dense network, and how open the gates of a network are.
+
+    Trained as published (Xie et al., ECCV 2020): every position counts by the share its gate gives it, with noise, at a
+    temperature that falls. The dense network is the one there is, or that it started as, if more than gates is trained.
+    """
+
+    constants = ("teacher",)
+
+    def __init__(
+        self,
+        net: nn.Module,
+        weight: float = 0.05,
+        divergence: float | None = None,
+        temperature: float = 1.0,
+        kind: Kind = "auto",
+        decay: float = DECAY,
+    ) -> None:
+        """Create the objective.
+
+        Args:
+            net: with gates.
+            weight: of how open the gates are, 0..1 (`SampledModel.sparse_loss`); published: 0.02 to 0.2.
+            divergence: weight of the divergence; default: 1 without labels, else 0.
+            temperature: that softens the class scores of both.
+            kind: of the outputs, `classes`, `values` or `auto`.
+            decay: what the temperature of the gates is multiplied by each step, as published .99998: to .03 after
+                175 000 steps.
+
+        Raises:
+            InvalidInput: a network without gates, or a value out of range.
+            UnknownName: no such kind.
+        """
+        super().__init__(net)
+        if not isinstance(net, SampledModel):
+            raise InvalidInput(
+                f"{type(net).__name__} has no gates.",
+                next="convert it with cs.sample, or choose another objective.",
+            )
+        check_name("kind of output", kind, KINDS)
+        if (
+            weight < 0
+            or (divergence is not None and divergence < 0)
+            or not temperature > 0
+            or not 0 < decay <= 1
+        ):
+            raise InvalidInput(
+                f"objective sparse with weight={weight}, divergence={divergence}, temperature={temperature}, "
+                f"decay={decay}.",
+                next="weights are at least 0, the temperature above 0, the decay in 0..1.",
+            )
+        self.weight, self.divergence, self.temperature = weight, divergence, temperature
+        self.kind, self.decay = kind, decay
+        trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
+        of_gates_alone = trained <= set(net.own_parameters().values())
+        learns = divergence != 0
+        self.teacher = None if of_gates_alone or not learns else copy.deepcopy(net).requires_grad_(False)
+
+    def forward(self, inputs: tuple[Tensor, ...], labels: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+        """Loss, its parts, and how open the gates are."""
+        assert isinstance(self.net, SampledModel)
+        self.net.seed, self.net.step, self.net.decay = draw.seed, draw.step, self.decay
+        share = self.divergence if self.divergence is not None else float(labels is None)
+        output = self.net(*inputs)
+        sparse = self.net.sparse_loss()
+        target = None
+        if share:
+            teacher: Any = self.net if self.teacher is None else self.teacher
+            with torch.no_grad(), evaluating(teacher):
+                target = teacher.dense(*inputs)
+        loss, parts = miss(output, labels, target, 1.0, share, self.temperature, kind=self.kind)
+        return {"loss": loss + self.weight * sparse, **parts, "open": sparse.detach()}
 
 
 def logits_of(output: Any) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from cadsurgery.data.networks import Source
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
+from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import save
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.storage import write_tensors
@@ -49,7 +50,7 @@ class Outcome(Plain):
 
 def write_network(net: nn.Module, path: Path) -> None:
     """The network as a file: a converted one for `cadsurgery.load`, any other as a state dict."""
-    if isinstance(net, (AdaptiveModel, AnytimeModel, ResampledModel)):
+    if isinstance(net, (AdaptiveModel, AnytimeModel, ResampledModel, SampledModel)):
         # Whatever they were at first, a report should not call them random.
         if isinstance(net.source, Source):
             net.source = replace(net.source, weights=TRAINED)

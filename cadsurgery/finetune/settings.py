@@ -16,7 +16,7 @@ CHOICES = {
     "precision": ("no", "fp16", "bf16"),
     "batch_norm": ("train", "frozen"),
     "freeze": ("", "stem"),
-    "train": ("all", "adapters", "exits"),
+    "train": ("all", "adapters", "exits", "gates"),
     "log": ("csv", "tensorboard"),
 }
 # What a run may change when it is resumed: nothing of it touches the weights.
@@ -49,11 +49,12 @@ class Settings:
         freeze: `stem` keeps everything before the adaptive region as it is.
         train: `all`, or `adapters`: those of the levels below full resolution alone, made if the network has none; all
             else stays as it is, in evaluation mode, and with it all that the network gives at full resolution. Or
-            `exits`: heads of the exits and widths of what fills what they leave out, of a network with exits.
+            `exits`: heads of the exits and widths of what fills what they leave out, of a network with exits. Or
+            `gates`: of a network with gates, these alone.
         ema: decay per step of an average of the weights, which is then what is validated and saved; 0 for none.
         seed: of everything random.
         objective: name of what is minimised, see `list_objectives`; empty for `mixed`, or `divergence` without labels;
-            of a network with exits for `anytime`, of one whose input is sampled for `sampled`.
+            of a network with exits for `anytime`, with gates for `sparse`, of one whose input is sampled for `sampled`.
         objective_options: its options by name.
         save_every: steps between checkpoints.
         validate_every: steps between validations.
@@ -82,15 +83,15 @@ class Settings:
     freeze: str = option("", "stem: what comes before the region stays as it is")
     train: str = option(
         "all",
-        "{default} (default); adapters of the levels alone; or heads of the exits alone",
+        "{default} (default); adapters of the levels alone; heads of the exits; or gates alone",
     )
     ema: float = option(0.0, "decay of an average of the weights")
     seed: int = option(0, "of everything random; default {default}")
     objective: str = option(
         "",
         "mixed (default), divergence (default without labels), any-budget, blend for a learned mask, anytime "
-        "(default of networks with exits), sampled (default where the input is sampled), or locations, where it is; "
-        "their options are below",
+        "(default of networks with exits), sparse (of those with gates), sampled (default where the input is sampled), "
+        "or locations, where it is; their options are below",
     )
     objective_options: dict[str, Any] = field(default_factory=dict)
     save_every: int = option(500, "steps between checkpoints; default {default}")

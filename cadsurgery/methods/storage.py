@@ -11,14 +11,17 @@ from cadsurgery.methods.anytime import storage as of_exits
 from cadsurgery.methods.anytime.model import AnytimeModel
 from cadsurgery.methods.resampling import storage as of_samples
 from cadsurgery.methods.resampling.model import ResampledModel
+from cadsurgery.methods.sampling import storage as of_gates
+from cadsurgery.methods.sampling.model import SampledModel
 from cadsurgery.network import storage
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import FileError, InvalidInput
 
-Converted = AdaptiveModel | AnytimeModel | ResampledModel
+Converted = AdaptiveModel | AnytimeModel | ResampledModel | SampledModel
 _LOADERS: dict[str, Callable[..., Converted]] = {
     of_exits.NAME: of_exits.load_anytime,
+    of_gates.NAME: of_gates.load_sampled,
     of_samples.NAME: of_samples.load_resampled,
 }
 
@@ -35,6 +38,8 @@ def save(net: Converted, path: str | Path) -> None:
     """
     if isinstance(net, AnytimeModel):
         of_exits.save_anytime(net, path)
+    elif isinstance(net, SampledModel):
+        of_gates.save_sampled(net, path)
     elif isinstance(net, ResampledModel):
         of_samples.save_resampled(net, path)
     else:

@@ -23,7 +23,7 @@ from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.surgery.guards import drop_dead_code
-from cadsurgery.surgery.hooks import act_alike, acts_as
+from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.treatment import has_rule
 
 # Where the fused convolutions are found in the network that runs the graph.
@@ -252,12 +252,10 @@ class Fuser:
     def drop_identity(self, node: fx.Node) -> None:
         """Remove what leaves a value as it is in evaluation mode."""
         module = self.module(node)
-        drops = any(
-            kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
-            for kind in act_alike(type(module))
-        )
         operation = operation_of(node.target)
-        if (drops and not _is_hooked(module)) or (operation is not None and operation.trains_only):
+        if (leaves_values(module) and not _is_hooked(module)) or (
+            operation is not None and operation.trains_only
+        ):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             self.graph.erase_node(node)
         elif node.target is functional.Elements:
@@ -342,7 +340,7 @@ class Fuser:
             return None
         if target in _ADDITIONS and fusion.residual is None and fusion.leaves is None:
             return self.with_residual(node, fusion, following)
-        activation = _activation(operation, module)
+        activation = activation_of(operation, module)
         only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
         if activation is None or not only:
             return None
@@ -429,6 +427,26 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
     return copied, fuser.kernels
 
 
+def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
+    """The graph with norms that hold their activation taken apart, so that both can be fused, as they are in `net`, a
+    copy in evaluation mode; and names of the nodes of those activations, with those of their norms."""
+    copied, acts = fx.Graph(), dict[str, str]()
+    copied.output(copied.graph_copy(graph, {}))
+    for node in list(copied.nodes):
+        module: Any = child(net, str(node.target)) if node.op == "call_module" else None
+        if module is None or not isinstance(module, nn.BatchNorm2d) or "act" not in module._modules:
+            continue
+        norm = nn.BatchNorm2d(module.num_features, module.eps, device="meta")
+        norm._parameters, norm._buffers = dict(module._parameters), dict(module._buffers)
+        module.add_module("norm", norm.eval())
+        with copied.inserting_after(node):
+            act = copied.call_module(f"{node.target}.act", (node,))
+        node.replace_all_uses_with(act, lambda user, act=act: user is not act)
+        node.target = f"{node.target}.norm"
+        acts[act.name] = node.name
+    return copied, acts
+
+
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -457,7 +475,15 @@ def _is_hooked(module: nn.Module | None) -> bool:
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _activation(operation: fx.Node, module: nn.Module | None) -> Activation | None:
+def leaves_values(module: nn.Module | None) -> bool:
+    """Whether a module leaves values as they are in evaluation mode."""
+    return any(
+        kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
+        for kind in act_alike(type(module))
+    )
+
+
+def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | None:
     """The activation that an operation is, applied to its first argument."""
     if len(operation.args) != 1 or not set(operation.kwargs) <= {"inplace", "approximate"}:
         return None

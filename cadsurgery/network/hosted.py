@@ -22,7 +22,7 @@ class _Reached(Exception):
     """The part was called with these arguments."""
 
 
-def _reach(part: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def reach(part: nn.Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Positional and named arguments with which a call comes to a part, where it ends; None if it never does."""
 
     def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def check_used(host: nn.Module, path: str, example: Tensor) -> None:
         for images in (example, -example, torch.zeros_like(example)):
             for batch in (images, list(images)):
                 with contextlib.suppress(Exception):  # the network decides what it takes
-                    if _reach(part, host, batch) is not None:
+                    if reach(part, host, batch) is not None:
                         return
                     ran = True
     if ran:
@@ -112,7 +112,7 @@ class HostedModel(AdaptiveModel):
 
     def macs(self, *args: Any, mask: object = None, rule: str = "conv", **kwargs: Any) -> MacReport:
         """Multiply-accumulates of the part on what it gets when the network is called with these arguments."""
-        arguments = _reach(self.part, self, *args, **kwargs)
+        arguments = reach(self.part, self, *args, **kwargs)
         if arguments is None:
             raise InvalidInput(f"the network did not call its {self._path}.", next="check the arguments.")
         inputs, named = arguments

@@ -18,6 +18,7 @@ from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
+from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.storage import load
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
@@ -37,10 +38,16 @@ from cadsurgery.tasks.exits import ExitsReport, convert_exits
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.figures import class_picture
 from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
+from cadsurgery.tasks.gates import GatesReport, convert_gates
 from cadsurgery.tasks.open import example_batch, is_file, open_converted, original
 from cadsurgery.tasks.samples import SamplingReport, convert_resampled
 
-METHODS = ("adaptive", "anytime", "resampling")
+METHODS = ("adaptive", "anytime", "sampling", "resampling")
+_KINDS: dict[type, str] = {
+    AnytimeModel: "with exits",
+    SampledModel: "with gates",
+    ResampledModel: "whose input is sampled",
+}
 EXPORTED_MASK = "edges | budget:fraction=0.3"
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
@@ -62,19 +69,25 @@ def convert(
     calibration: Path | None = None,
     method: str = "adaptive",
     exits: Mapping[str, Any] | None = None,
+    gates: Mapping[str, Any] | None = None,
     sampling: Mapping[str, Any] | None = None,
-) -> ConversionReport | ExitsReport | SamplingReport:
+) -> ConversionReport | ExitsReport | GatesReport | SamplingReport:
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
     check_name("method", method, METHODS)
     told: Any = {"image": image, "size": size, "output": output, "device": device, "verify": verify_laws}
     if method == "resampling":
-        _refuse_precision(precision, "whose input is sampled")
+        _refuse_precision(precision, _KINDS[ResampledModel])
         given = _sampling(sampling or {})
         return convert_resampled(
             model=model, weights=weights, options=given, rounds=rounds, step=step, **told
         )
+    if method == "sampling":
+        _refuse_precision(precision, _KINDS[SampledModel])
+        return convert_gates(
+            model=model, weights=weights, options=gates or {}, rounds=rounds, step=step, **told
+        )
     if method == "anytime":
-        _refuse_precision(precision)
+        _refuse_precision(precision, _KINDS[AnytimeModel])
         given = {name: value or None for name, value in (exits or {}).items()}
         given["fill"] = given.pop("gaps", None)
         return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
@@ -174,8 +187,8 @@ def _sampling(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "size": size, "targets": chosen}
 
 
-def _refuse_precision(precision: str, network: str = "with exits") -> None:
-    """Of a network with exits, or one that is like it."""
+def _refuse_precision(precision: str, network: str) -> None:
+    """Of a network that runs in the precision of its weights."""
     if precision != FLOAT:
         raise InvalidInput(
             f"--precision {precision} for a network {network}.",
@@ -277,10 +290,8 @@ def predict(
         )
     source, shown = pictures_for(converted), None
     net: Any
-    if isinstance(converted, (AnytimeModel, ResampledModel)):
-        _refuse_precision(
-            precision, "with exits" if isinstance(converted, AnytimeModel) else "whose input is sampled"
-        )
+    if isinstance(converted, (AnytimeModel, ResampledModel, SampledModel)):
+        _refuse_precision(precision, _KINDS[type(converted)])
         net = converted.optimize()
     else:
         if calibration is not None:
@@ -299,12 +310,7 @@ def predict(
                 noted: dict[str, Any] = {"exit": exit}
             else:
                 prediction = _first_tensor(net(batch))
-                is_sampled = isinstance(net, ResampledModel)
-                noted = (
-                    {"sampled": "x".join(map(str, net.size))}
-                    if is_sampled
-                    else {"active_fraction": net.active_fraction}
-                )
+                noted = _noted(net)
         milliseconds = 1e3 * (time.perf_counter() - start)
         target = output / place
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -313,6 +319,16 @@ def predict(
 
     failures = Failures("image", lacking)
     return for_each(list(paths.items()), draw, failures, where, name=lambda item: str(item[0]), step=step)
+
+
+def _noted(net: Any) -> dict[str, Any]:
+    """What is told of the last call of a network."""
+    if isinstance(net, SampledModel):
+        densities = net.densities.values()
+        return {"density": sum(densities) / len(densities)}
+    if isinstance(net, ResampledModel):
+        return {"sampled": "x".join(map(str, net.size))}
+    return {"active_fraction": net.active_fraction}
 
 
 def _first_tensor(output: Any) -> Tensor:

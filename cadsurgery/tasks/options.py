@@ -88,6 +88,21 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """How gates are added to a network; see `cadsurgery.sample`."""
+
+    where: str | list[str] = option(
+        "auto",
+        "of method sampling: names of modules or convolutions, separated by commas; or auto",
+        read="names",
+    )
+    grid: int = option(
+        11, "of method sampling: distance of what is always computed; default {default}, 0 for none", min=0
+    )
+    noise: bool = option(False, "of method sampling: gates draw noise in evaluation, as published")
+
+
+@dataclass(frozen=True)
 class Exporting:
     """What kind of file a network is exported to; see `cadsurgery.export`."""
 

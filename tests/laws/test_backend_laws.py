@@ -27,6 +27,7 @@ from cadsurgery.elements.backends.choose import (
     Backend,
     Between,
     Convolution,
+    Filling,
     Gathering,
     Mixing,
     MixingLines,
@@ -37,6 +38,7 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.elements.backends.weights import Activation, Weights
 from cadsurgery.elements.functional import Elements
+from cadsurgery.elements.gaps import resolution
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
@@ -281,7 +283,7 @@ def has(name: str, task: str) -> bool:
 TASKS = [
     (name, task)
     for name in NAMES
-    for task in ("pool", "mix", "mix_lines", "pick", "gather")
+    for task in ("pool", "mix", "mix_lines", "pick", "fill", "gather")
     if has(name, task) and name != "torch"
 ]
 
@@ -305,9 +307,32 @@ def other_works(task: str, dtype: torch.dtype) -> list[Work]:
         first = torch.tensor([0, 1, 2, 3, 3])
         share = values(5, seed=1, dtype=dtype).sigmoid()
         return [MixingLines(values(3, 5, 7, seed=0, dtype=dtype), first, first + 1, share)]
+    if task == "fill":
+        return fillings(dtype)
     if task == "pick":
         return [Picking(rows, Reading(reading.table, reading.sources, reading.mix, False))]
     return [Gathering(rows, reading, -0.5)]
+
+
+def fillings(dtype: torch.dtype) -> list[Work]:
+    """Of a part or all of a map, whole rows and shares, to a part or all; by what is there and by a constant."""
+    whole = resolution(2, 9, 14)
+    draw = torch.Generator().manual_seed(3)
+    some, wanted = (whole.choose(torch.rand(2, 9, 14, generator=draw) < share) for share in (0.15, 0.6))
+    weights = torch.rand(5, 5, generator=draw, dtype=torch.float64).to(
+        torch.promote_types(dtype, torch.float32)
+    )
+    works: list[Work] = []
+    for source, target, least in itertools.product((some, whole), (wanted, whole), (0.0, 1e-5)):
+        rows, shares = values(source.count, 21, seed=0, dtype=dtype), torch.rand(source.count, generator=draw)
+        weigh = weights if least else weights / weights.sum()
+        residual, floor = values(target.count, 21, seed=1, dtype=dtype), values(21, seed=2, dtype=dtype)
+        works.append(Filling(rows, source, target, weigh, least, None, shares * (shares > 0.4)))
+        works.append(Filling(rows, source, target, weigh, least, floor, None, residual, FINISHES["relu"]))
+        works.append(
+            Filling(rows, source, target, weigh, least, floor, shares.ceil(), residual, FINISHES["swish"])
+        )
+    return works
 
 
 def computed(backend: Backend, work: Work) -> Tensor:
@@ -326,6 +351,11 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
     assert works
     for work in works:
         changes: dict[str, Any] = {"rows": work.rows.double()}
+        if isinstance(work, Filling):
+            doubled = ("weights", "floor", "shares", "residual")
+            changes |= {
+                name: value.double() for name in doubled if (value := getattr(work, name)) is not None
+            }
         if isinstance(work, MixingLines):
             changes["share"] = work.share.double()
         expected = computed(named("torch"), replace(work, **changes))
@@ -338,7 +368,7 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
 
 def test_the_table_is_in_this_order_and_its_last_takes_everything() -> None:
     assert [backend.name for backend in BACKENDS] == NAMES
-    assert all(has("torch", task) for task in ("convolve", "pool", "mix", "mix_lines", "pick", "gather"))
+    assert all(has("torch", task) for task in ("convolve", *(task for _, task in TASKS)))
     assert all(named("torch").applies(work_of(case, packed=True)) for case in CASES[:3])
 
 

@@ -380,8 +380,17 @@ void SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index,
                   long side, long height, long width, double least, const element *floor, const element *more,
                   element *out, double low, double high) {
     long channels = in->channels, reach = side / 2;
-    const sum negligible = sizeof(sum) == 4 ? 1.5e-8 : 2.8e-17; /* below rounding, of masses that sum to 1 */
+    /* Shares that are left out: in float some may change the result in its sixth digit, in double none does. */
+    const sum negligible = sizeof(sum) == 4 ? 2e-6 : 2.8e-17;
     lane bottom = (lane){} + (sum)low, top = (lane){} + (sum)high;
+    sum heaviest[32] = {0}; /* weight of each ring */
+    for (long v = -reach; v <= reach; v++)
+        for (long u = -reach; u <= reach; u++) {
+            sum m = weight[(v + reach) * side + u + reach];
+            long ring = v < 0 ? -v : v;
+            if (u > ring || -u > ring) ring = u < 0 ? -u : u;
+            if (m > heaviest[ring]) heaviest[ring] = m;
+        }
 #pragma omp parallel for schedule(dynamic, 256)
     for (long i = 0; i < in->n; i++) {
         long at = in->table[i], line = at / width, x = at - line * width, y = line % height, many = 0;
@@ -394,30 +403,37 @@ void SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index,
             own = shares ? shares[row_of] : 1;
         }
         if (own < 1) {
-            long first = x < reach ? -x : -reach, last = x + reach < width ? reach : width - 1 - x;
-            for (long v = -reach; v <= reach; v++) {
-                if (y + v < 0 || y + v >= height) continue;
-                for (long u = first; u <= last; u++) {
-                    long place = at + v * width + u;
-                    if (there && !there[place]) continue;
-                    long row_of = index ? index[place] : place;
-                    sum m = weight[(v + reach) * side + u + reach] * (shares ? shares[row_of] : 1);
-                    if (m == 0) continue;
-                    from[many] = in->rows + row_of * channels;
-                    mass[many++] = m;
-                    total += m;
+            for (long ring = 0; ring <= reach; ring++) {
+                if (heaviest[ring] < negligible * (least != 0 ? total + (sum)least : 1)) continue;
+                for (long v = -ring; v <= ring; v++) {
+                    if (y + v < 0 || y + v >= height) continue;
+                    long step = v == -ring || v == ring || ring == 0 ? 1 : 2 * ring;
+                    for (long u = -ring; u <= ring; u += step) {
+                        long place = at + v * width + u;
+                        if (x + u < 0 || x + u >= width || (there && !there[place])) continue;
+                        long row_of = index ? index[place] : place;
+                        sum m = weight[(v + reach) * side + u + reach] * (shares ? shares[row_of] : 1);
+                        if (m == 0) continue;
+                        from[many] = in->rows + row_of * channels;
+                        mass[many++] = m;
+                        total += m;
+                    }
                 }
             }
-            sum scale = (1 - own) / (least != 0 ? total + (sum)least : 1);
+            sum scale = (1 - own) / (least != 0 ? total + (sum)least : 1), gone = 0;
             long kept = 0;
             for (long k = 0; k < many; k++) {
                 sum m = mass[k] * scale;
                 rest -= m;
                 from[kept] = from[k];
                 mass[kept] = m;
-                kept += m > negligible || m < -negligible;
+                if (m > negligible) kept++;
+                else gone += m;
             }
             many = kept;
+            if (!many) rest += gone;
+            else if (gone > 0)
+                for (long k = 0; k < many; k++) mass[k] *= (1 - rest) / (1 - rest - gone);
         }
         if (own > 0) {
             from[many] = self;

@@ -23,7 +23,7 @@ from cadsurgery.methods.anytime.program import Manner, Program
 from cadsurgery.methods.anytime.run import Run
 from cadsurgery.methods.anytime.shapes import Shapes, shapes_of
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
-from cadsurgery.network.fuse import KERNELS, fuse
+from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import ghost
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
@@ -439,7 +439,9 @@ class AnytimeModel(nn.Module):
         )
         for name, value in self.constants.items():
             source.register_buffer(name, value)
-        graph, manners = _split_norms(graph, source, self.program.manners)
+        graph, acts = split_norms(graph, source)
+        manners = dict(self.program.manners)
+        manners.update({act: manners[norm] for act, norm in acts.items() if norm in manners})
         fused, kernels = fuse(graph, source)
         source.add_module(KERNELS, kernels)
         for node in fused.nodes:
@@ -535,29 +537,6 @@ class AnytimeModel(nn.Module):
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return clone
-
-
-def _split_norms(
-    graph: fx.Graph, net: nn.Module, manners: Mapping[str, Manner]
-) -> tuple[fx.Graph, dict[str, Manner]]:
-    """The graph with norms that hold their activation taken apart, so that both can be fused, as they are in `net`; and
-    how all its nodes act on positions."""
-    copied, manners = fx.Graph(), dict(manners)
-    copied.output(copied.graph_copy(graph, {}))
-    for node in list(copied.nodes):
-        module: Any = child(net, str(node.target)) if node.op == "call_module" else None
-        if module is None or not isinstance(module, nn.BatchNorm2d) or "act" not in module._modules:
-            continue
-        norm = nn.BatchNorm2d(module.num_features, module.eps, device="meta")
-        norm._parameters, norm._buffers = dict(module._parameters), dict(module._buffers)
-        module.add_module("norm", norm.eval())
-        with copied.inserting_after(node):
-            act = copied.call_module(f"{node.target}.act", (node,))
-        node.replace_all_uses_with(act, lambda user, act=act: user is not act)
-        node.target = f"{node.target}.norm"
-        if node.name in manners:
-            manners[act.name] = manners[node.name]
-    return copied, manners
 
 
 def is_own(name: str) -> bool:

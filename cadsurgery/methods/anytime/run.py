@@ -220,7 +220,7 @@ class Run:
         floor: Any = getattr(kernel, "floor", None)
         some = Elements(out, sites.lattice(size, computed))
         if width is not None:
-            options = {"residual": residual, "activation": weights.activation}
+            options: Any = {"residual": residual, "activation": weights.activation}
             whole = sites.lattice(size, every)
             out = fill_gaps(some, whole, width, self.is_normalised, floor, **options).rows
         else:

@@ -1,0 +1,212 @@
+"""Gates of two classifiers, trained without labels on half of a sample of ImageNet, and measured on the other half.
+
+    python recipes/sampling_imagenet/recipe.py DATA [RUNS] [--network mobilenet_v2] [--weights 0.1 0.2 0.5 1.0]
+        [--steps 60] [--output results.json]
+
+DATA is a folder with `imagenet_sample/`, `mobilenet_v2_imagenet/` and `squeezenet1_0_imagenet/` (see the README beside
+this file); RUNS (default: runs) gets a folder for each weight of the sparse loss. A run that is there is not trained
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
+
+import cadsurgery as cs
+from cadsurgery.finetune import Settings, fit
+from cadsurgery.support.provenance import describe_run
+from cadsurgery.support.timing import interleaved
+
+BATCH = 10
+TIMED = 8  # images of the other half whose time is taken
+FINAL = 0.03  # temperature of gates in evaluation, which training ends at
+FIRES = (3, 4, 5, 7, 8, 9, 10, 12)
+BGR_MEAN = (104.0, 117.0, 123.0)
+
+
+class Network(NamedTuple):
+    """A network, how it is sampled, trained, and given pictures.
+
+    Attributes:
+        folder: of its weights.
+        side: of its input.
+        smaller: other sides, at which the dense network is measured.
+        where: what is sampled; SqueezeNet has no residual branches.
+        lr: of its gates.
+    """
+
+    folder: str
+    side: int
+    smaller: tuple[int, ...]
+    where: str | tuple[str, ...]
+    lr: float
+
+
+NETWORKS = {
+    "mobilenet_v2": Network("mobilenet_v2_imagenet", 225, (193, 161), "auto", 2e-3),
+    "squeezenet1_0": Network(
+        "squeezenet1_0_imagenet",
+        227,
+        (195, 163),
+        tuple(f"features.{fire}.expand{kernel}" for fire in FIRES for kernel in ("1x1", "3x3")),
+        1e-4,
+    ),
+}
+
+
+def build(name: str, data: Path) -> nn.Module:
+    """torchvision's network with the trained weights."""
+    model = getattr(models, name)(weights=None)
+    state = load_file(next((data / NETWORKS[name].folder).glob("*.safetensors")))
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    return model.eval()
+
+
+def load_images(name: str, data: Path) -> Tensor:
+    """The images (1000, 3, side, side), prepared as the weights expect; number n has label n."""
+    files, side = sorted((data / "imagenet_sample" / "images").iterdir()), NETWORKS[name].side
+    pictures = [center_crop(pil_to_tensor(Image.open(file).convert("RGB")), [side, side]) for file in files]
+    images = torch.stack(pictures).float()
+    if name == "mobilenet_v2":
+        return images / 127.5 - 1
+    return images.flip(1) - torch.tensor(BGR_MEAN).view(3, 1, 1)
+
+
+class Unlabelled:
+    """Images that are trained on without labels."""
+
+    name, is_labelled = "every second image", False
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int, /) -> tuple[tuple[Tensor], Tensor]:
+        return (self.images[index],), torch.zeros(1, 1, dtype=torch.int64)
+
+
+def train(name: str, model: nn.Module, images: Tensor, weight: float, steps: int, folder: Path) -> float:
+    """Train gates and write the network; CPU seconds."""
+    network, started = NETWORKS[name], time.process_time()
+    where = network.where if isinstance(network.where, str) else list(network.where)
+    settings = Settings(
+        steps=steps,
+        batch=BATCH,
+        lr=network.lr,
+        optimizer="adamw",
+        weight_decay=0.0,
+        power=0.9,
+        train="gates",
+        save_every=steps,
+        workers=0,
+        objective_options={"weight": weight, "decay": FINAL ** (1 / steps)},
+    )
+    fit(cs.sample(model, where), Unlabelled(images), settings, output=folder, device="cpu")
+    return time.process_time() - started
+
+
+@torch.no_grad()
+def measure(net: nn.Module, images: Tensor, labels: Tensor, macs: Any = None) -> dict[str, float]:
+    """Top-1, and the mean MACs of an image of every fifth batch, if there is a function that tells."""
+    hits, work, counted = 0, 0, 0
+    for start in range(0, len(labels), BATCH):
+        batch = images[start : start + BATCH]
+        hits += int((net(batch).argmax(1) == labels[start : start + BATCH]).sum())
+        if macs and start % (5 * BATCH) == 0:
+            work, counted = work + macs(batch), counted + len(batch)
+    return {"top1": 100 * hits / len(labels), "macs": work / max(counted, 1)}
+
+
+def run(name: str, data: Path, runs: Path, weights: Sequence[float], steps: int) -> dict[str, Any]:
+    """Train what is not trained yet, and measure everything."""
+    model, images = build(name, data), load_images(name, data)
+    ours, theirs, labels = images[::2], images[1::2], torch.arange(1000)[1::2]
+    whole = cs.sample(model, network_where(name))
+    dense = whole.macs(theirs[:1].to("meta")).dense
+    rows: list[dict[str, Any]] = [{"setting": "dense", **measure(model, theirs, labels), "macs": dense}]
+    for side in NETWORKS[name].smaller:
+        small = F.interpolate(theirs, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        count = whole.macs(small[:1].to("meta")).dense
+        rows.append({"setting": f"dense, {side} pixels", **measure(model, small, labels), "macs": count})
+    nets = {}
+    for weight in weights:
+        folder = runs / f"{name}-{weight}"
+        seconds = None
+        if not (folder / "net.safetensors").is_file():
+            seconds = train(name, model, ours, weight, steps, folder)
+            (folder / "seconds.json").write_text(json.dumps(seconds))
+        seconds = json.loads((folder / "seconds.json").read_text())
+        net = cs.load(folder / "net.safetensors", model)
+        nets[str(weight)] = net.optimize()  # type: ignore[union-attr]
+
+        def macs(batch: Tensor, net: Any = net) -> int:
+            return net.macs(batch).total
+
+        row = measure(nets[str(weight)], theirs, labels, macs)
+        rows.append({"setting": f"gates, {weight}", **row, "trained": round(seconds)})
+        print(rows[-1], flush=True)
+    open_net = whole.optimize()
+    sides = {"dense": lambda: [open_net.dense(one[None]) for one in theirs[:TIMED]]}
+    for setting, net in nets.items():
+        sides[f"gates, {setting}"] = lambda net=net: [net(one[None]) for one in theirs[:TIMED]]
+    times = interleaved(sides, 7, clock=time.process_time)
+    for row in rows:
+        row["of_dense"] = row["macs"] / dense
+        if row["setting"] in times:
+            row["ms"] = times[row["setting"]].best / TIMED
+    return {"steps": steps, "batch": BATCH, "rows": rows}
+
+
+def network_where(name: str) -> str | list[str]:
+    """What of a network is sampled, as `cadsurgery.sample` takes it."""
+    where = NETWORKS[name].where
+    return where if isinstance(where, str) else list(where)
+
+
+def main() -> None:
+    """Train, measure, print a table in Markdown and write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"))
+    parser.add_argument("--network", default="mobilenet_v2", choices=list(NETWORKS))
+    parser.add_argument("--weights", nargs="*", type=float, default=[0.1, 0.2, 0.5, 1.0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    needed = [options.data / "imagenet_sample" / "images", options.data / NETWORKS[options.network].folder]
+    if missing := [folder for folder in needed if not folder.is_dir()]:
+        print(f"skipped: {missing[0]} is missing; the README beside this file says where data comes from.")
+        return
+    report = run(options.network, options.data, options.runs, options.weights, options.steps)
+    report |= describe_run(torch.device("cpu"))
+    print("| setting | top-1 | MACs | of dense | CPU ms | of dense |\n|---|---|---|---|---|---|")
+    whole = report["rows"][0]["ms"]
+    for row in report["rows"]:
+        taken = f"{row['ms']:.1f} | {row['ms'] / whole:.2f}" if "ms" in row else " | "
+        print(
+            f"| {row['setting']} | {row['top1']:.1f} | {row['macs']:.3e} | {row['of_dense']:.3f} | {taken} |"
+        )
+    if options.output:
+        known = json.loads(options.output.read_text()) if options.output.is_file() else {}
+        options.output.write_text(json.dumps({**known, options.network: report}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
