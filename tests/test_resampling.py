@@ -22,7 +22,7 @@ from cadsurgery.resampling import (
     target_locations,
     uniform_locations,
 )
-from conftest import TOLERANCE, assert_same, build, images, randomise
+from conftest import TOLERANCE, assert_same, build, images, randomise, slow
 from test_anytime import Chain, Classifier
 from torch import Tensor, nn
 
@@ -296,7 +296,9 @@ def points_of(places: Tensor, samples: tuple[int, int], size: tuple[int, int]) -
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("samples", [(24, 24), (33, 40), (15, 29), (5, 6), (90, 110)], ids=str)
+@pytest.mark.parametrize(
+    "samples", [(24, 24), slow((33, 40)), slow((15, 29)), (5, 6), slow((90, 110))], ids=str
+)
 def test_what_is_affine_in_the_image_comes_back(
     method: str, dtype: torch.dtype, samples: tuple[int, int]
 ) -> None:
@@ -467,7 +469,7 @@ def test_the_network_sees_what_is_sampled_and_its_scores_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampler", ["learned", "labels", "edges", "detail", "edges:threshold=0.8/0.2,dilation=5"]
+    "sampler", ["learned", "labels", slow("edges"), "detail", slow("edges:threshold=0.8/0.2,dilation=5")]
 )
 def test_an_image_is_the_same_in_any_batch(sampler: str) -> None:
     net, x, labels = resampled(sampler, ignore=None, targets=None), images(2, 61, 83), scene(61, 83)
@@ -601,7 +603,7 @@ MADE: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", ["learned", "mask", "adaptive", slow("labels"), slow("exits")])
 def test_a_saved_network_is_the_same_after_loading(kind: str, tmp_path: Path) -> None:
     net, x = MADE[kind](randomise(Chain()).eval()), images(2, 61, 83)
     with torch.no_grad():
@@ -622,6 +624,7 @@ def test_a_saved_network_is_the_same_after_loading(kind: str, tmp_path: Path) ->
         cs.load(file, Classifier().eval())
 
 
+@pytest.mark.slow
 def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
     model = cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4)
     net, x = cs.resample(model, "detail", 64).eval(), images(1, 64, 96)
