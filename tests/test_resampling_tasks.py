@@ -135,7 +135,7 @@ def make() -> nn.Module:
 
 def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path: Path) -> None:
     model = ["--model", "test_resampling_tasks:make"]
-    sampling = ["--method", "resampling", "--sample-size", "32x40", "--grid", "5", "--targets", "4,5"]
+    sampling = ["--method", "resampling", "--sample-size", "32x40", "--sample-grid", "5", "--targets", "4,5"]
     convert = ("--size", "48x64", "--rounds", "1", "-o", "net.safetensors", "--json")
     made = command_line("convert", *model, *sampling, *convert)
     assert made.code == 0, made.err

@@ -79,7 +79,9 @@ class Sampling:
     sample_size: tuple[int, int] = option(
         (224, 224), "of method resampling: of the sampled image", metavar="HxW", read="size"
     )
-    grid: int = option(8, "of method resampling: locations on a side; default {default}", min=2)
+    grid: int = option(
+        8, "of method resampling: locations on a side; default {default}", min=2, name="sample_grid"
+    )
     smoothness: float = option(1.0, "of method resampling: of the grid; default {default}")
     targets: str = option(
         "",
