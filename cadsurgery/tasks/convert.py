@@ -33,6 +33,7 @@ from cadsurgery.support.processes import own_device
 from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
 from cadsurgery.surgery.plan import Plan
+from cadsurgery.tasks.by_method import TIMING_SECONDS
 from cadsurgery.tasks.convert_report import ConversionReport, Side
 from cadsurgery.tasks.exits import ExitsReport, convert_exits
 from cadsurgery.tasks.export import images_like
@@ -49,7 +50,6 @@ _KINDS: dict[type, str] = {
     ResampledModel: "whose input is sampled",
 }
 EXPORTED_MASK = "edges | budget:fraction=0.3"
-TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
 
 def convert(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,36 +12,28 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.anytime import AnytimeModel, anytime
-from cadsurgery.methods.anytime.plan import AnytimePlan
-from cadsurgery.methods.storage import load, save
+from cadsurgery.methods.anytime.storage import NAME
 from cadsurgery.network.macs import dense_macs
-from cadsurgery.network.storage import read_method
 from cadsurgery.support.divergence import maps_of
 from cadsurgery.support.errors import CadError, InvalidInput, describe_error
-from cadsurgery.support.files import check_folder
-from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.convert_report import Side
+from cadsurgery.tasks.by_method import Calls, Conversion, MethodReport, open_method
 from cadsurgery.tasks.for_each import Failures, Step, silent
-from cadsurgery.tasks.open import example_batch, is_file, original, provenance
+from cadsurgery.tasks.open import provenance
 from cadsurgery.tasks.report import (
     COLOURS,
     Column,
     MeasuredReport,
     Plain,
-    Report,
     canvas,
     check_outputs,
-    heading,
     number,
     ratio,
     table,
@@ -50,17 +41,11 @@ from cadsurgery.tasks.report import (
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import percent
 
-TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
-
 
 def open_exits(network: object, trust: bool = False) -> AnytimeModel | None:
     """A network with exits, or that of a file; None if it is no such."""
-    if isinstance(network, AnytimeModel):
-        return network
-    if not isinstance(network, str) or not is_file(network) or not read_method(network):
-        return None
-    net = load(network, trust=trust)
-    return net if isinstance(net, AnytimeModel) else None
+    net: AnytimeModel | None = open_method(network, AnytimeModel, NAME, trust)
+    return net
 
 
 # -- evaluating ----------------------------------------------------------------------------------------
@@ -297,104 +282,48 @@ def _until_exit(net: AnytimeModel, batch: Tensor, threshold: float, exit: int) -
 # -- converting ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ExitsReport(Report):
+@dataclass(frozen=True, kw_only=True)
+class ExitsReport(MethodReport):
     """What `cadsurgery convert --method anytime` tells.
 
     `sides` are the original, all exits with everything computed, and the optimised copy at its threshold; `error` is
     how far the last exit is from the original where everything is computed, relative.
     """
 
-    model: str
-    weights: str
-    random: bool
     threshold: float
-    plan: AnytimePlan
-    image: tuple[int, ...]
-    sides: tuple[Side, ...]
     error: float | None
-    device: str
-    file: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**super().to_dict(), "plan": str(self.plan)}
+    def verified(self) -> str:
+        """How far the last exit is from the original."""
+        told = f"the last exit is the original (relative error {self.error or 0:.1e})"
+        return "" if self.error is None else told
 
-    def parts(self) -> Iterator[RenderableType]:
-        """Network, plan, the sides beside each other."""
-        yield heading(self.model, self.weights, self.random)
-        yield Text(str(self.plan))
-        columns: list[Column[Side]] = [
-            Column("network", lambda side: side.name, False),
-            Column("MACs", lambda side: f"{side.macs:.3e}"),
-            Column("ms", lambda side: number(side.milliseconds)),
-        ]
-        yield table(self.sides, columns, f"image of {self.image[2]}x{self.image[3]}, on {self.device}")
-        if self.error is not None:
-            yield Text(
-                f"verified: the last exit is the original (relative error {self.error:.1e})", style="green"
-            )
-        yield Text(
-            "the heads of the other exits are new: train them with cadsurgery finetune --train exits",
-            style="yellow",
-        )
-        yield Text(f"wrote {self.file}", style="bold green")
+    def new(self) -> str:
+        """The heads."""
+        return "the heads of the other exits are new: train them with cadsurgery finetune --train exits"
 
 
-def convert_exits(
-    *,
-    model: str,
-    weights: str,
-    options: Mapping[str, Any],
-    image: Path | None,
-    size: tuple[int, int] | None,
-    output: Path | None,
-    device: str,
-    verify: bool,
-    rounds: int,
-    step: Step,
-) -> ExitsReport:
+def convert_exits(*, options: Mapping[str, Any], verify: bool, **told: Any) -> ExitsReport:
     """Build, add exits, verify, measure and save; see `cadsurgery convert --help`.
 
-    Raises:
-        CannotConvert: the last exit is not the original.
+    Args:
+        options: of `cadsurgery.anytime`; None for its own defaults.
+        verify: whether the original is compared.
+        told: of `Conversion.begin`.
     """
-    where = find_device(device)
-    output = output or Path(f"{re.sub('[:/]', '-', model)}-anytime.safetensors")
-    check_folder(output)
-    step(f"building {model}")
-    before, source = original(model, weights)
-    step("adding exits")
-    torch.manual_seed(0)  # the same heads in every run
-    net = anytime(before, **{name: value for name, value in options.items() if value is not None}).to(where)
-    batch = example_batch(source, image, size).to(where)
-    before.to(where)
+    conversion = Conversion.begin(NAME, **told)
+    before, batch = conversion.before, conversion.batch
+    conversion.step("adding exits")
+    net = anytime(before, **{name: value for name, value in options.items() if value is not None})
     whole = 0.0 if net.confidence == "entropy" else 1.0
     error = _difference(before, net, batch, whole) if verify else None
     counted, fast = net.macs(batch), net.optimize()
-    calls: dict[str, tuple[int, Callable[[Tensor], object]]] = {
+    calls: Calls = {
         "original": (dense_macs(before, batch), before),
         "all exits, everything computed": (counted[-1].dense, partial(fast, threshold=whole)),
         f"all exits, threshold {net.threshold:g}": (counted[-1].macs, fast),
     }
-    step("measuring")
-    runs = {name: partial(run, batch) for name, (_, run) in calls.items()}
-    times = interleaved(runs, rounds, seconds=TIMING_SECONDS) if rounds else {}
-    sides = [Side(n, macs, times[n].best if times else None) for n, (macs, _) in calls.items()]
-    step(f"writing {output}")
-    save(net, output)
-    return ExitsReport(
-        model=source.name,
-        weights=source.note,
-        random=source.weights == "random",
-        threshold=net.threshold,
-        plan=net.plan,
-        image=tuple(batch.shape),
-        sides=tuple(sides),
-        error=error,
-        device=f"{device_with_threads(where)}, torch {torch.__version__}",
-        file=str(output),
-    )
+    return ExitsReport(**conversion.end(net, calls), threshold=net.threshold, error=error)
 
 
 def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor, whole: float) -> float | None:

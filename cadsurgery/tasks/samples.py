@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,35 +12,28 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks import labelled
-from cadsurgery.methods.resampling import ResampledModel, ResampledPlan, UniformSampler, resample
-from cadsurgery.methods.storage import load, save
-from cadsurgery.network.storage import read_method
+from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
+from cadsurgery.methods.resampling.storage import NAME
 from cadsurgery.support.divergence import maps_of, resize
 from cadsurgery.support.errors import CadError, InvalidInput, describe_error
-from cadsurgery.support.files import check_folder
-from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.convert_report import Side
+from cadsurgery.tasks.by_method import TIMING_SECONDS, Calls, Conversion, MethodReport, open_method
 from cadsurgery.tasks.for_each import Failures, Step, silent
-from cadsurgery.tasks.open import example_batch, is_file, original, provenance
+from cadsurgery.tasks.open import provenance
 from cadsurgery.tasks.report import (
     COLOURS,
     Column,
     MeasuredReport,
     Plain,
-    Report,
     canvas,
     check_outputs,
-    heading,
     number,
     ratio,
     table,
@@ -49,18 +41,13 @@ from cadsurgery.tasks.report import (
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import percent
 
-TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 WHOLE = "the whole image"
 
 
 def open_resampled(network: object, trust: bool = False) -> ResampledModel | None:
     """A network whose input is sampled, or that of a file; None if it is no such."""
-    if isinstance(network, ResampledModel):
-        return network
-    if not isinstance(network, str) or not is_file(network) or not read_method(network):
-        return None
-    net = load(network, trust=trust)
-    return net if isinstance(net, ResampledModel) else None
+    net: ResampledModel | None = open_method(network, ResampledModel, NAME, trust)
+    return net
 
 
 # -- evaluating ----------------------------------------------------------------------------------------
@@ -289,103 +276,52 @@ def _row(way: _Way, samples: SegmentationData, targets: list[str]) -> SampleRow:
 # -- converting ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SamplingReport(Report):
+@dataclass(frozen=True, kw_only=True)
+class SamplingReport(MethodReport):
     """What `cadsurgery convert --method resampling` tells.
 
     `sides` are the network on the whole image, and on the sampled one; `error` is how far the network is from the
     original with equal distances at the size of the image, relative.
     """
 
-    model: str
-    weights: str
-    random: bool
-    plan: ResampledPlan
-    image: tuple[int, ...]
-    sides: tuple[Side, ...]
     error: float | None
-    device: str
-    file: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**super().to_dict(), "plan": str(self.plan)}
+    def verified(self) -> str:
+        """How far it is from the original."""
+        told = f"uniform at the image's size it is the original (relative error {self.error or 0:.1e})"
+        return "" if self.error is None else told
 
-    def parts(self) -> Iterator[RenderableType]:
-        """Network, plan, the sides beside each other."""
-        yield heading(self.model, self.weights, self.random)
-        yield Text(str(self.plan))
-        columns: list[Column[Side]] = [
-            Column("network", lambda side: side.name, False),
-            Column("MACs", lambda side: f"{side.macs:.3e}"),
-            Column("ms", lambda side: number(side.milliseconds)),
-        ]
-        yield table(self.sides, columns, f"image of {self.image[2]}x{self.image[3]}, on {self.device}")
-        if self.error is not None:
-            told = (
-                f"verified: uniform at the image's size it is the original (relative error {self.error:.1e})"
-            )
-            yield Text(told, style="green")
-        if self.plan.sampler == "learned":
-            told = "the sampler is new: train it with cadsurgery finetune --objective locations"
-            yield Text(told, style="yellow")
-        yield Text(f"wrote {self.file}", style="bold green")
+    def new(self) -> str:
+        """A sampler that has to be trained."""
+        told = "the sampler is new: train it with cadsurgery finetune --objective locations"
+        return told if self.plan.sampler == "learned" else ""
 
 
-def convert_resampled(
-    *,
-    model: str,
-    weights: str,
-    options: Mapping[str, Any],
-    image: Path | None,
-    size: tuple[int, int] | None,
-    output: Path | None,
-    device: str,
-    verify: bool,
-    rounds: int,
-    step: Step,
-) -> SamplingReport:
-    """Build, put a sampler before it, verify, measure and save; see `cadsurgery convert --help`."""
-    where = find_device(device)
-    output = output or Path(f"{re.sub('[:/]', '-', model)}-resampling.safetensors")
-    check_folder(output)
-    step(f"building {model}")
-    before, source = original(model, weights)
-    torch.manual_seed(0)  # the same sampler in every run
-    before.to(where)
+def convert_resampled(*, options: Mapping[str, Any], verify: bool, **told: Any) -> SamplingReport:
+    """Build, put a sampler before it, verify, measure and save; see `cadsurgery convert --help`.
+
+    Args:
+        options: of `cadsurgery.resample`.
+        verify: whether the original is compared.
+        told: of `Conversion.begin`.
+    """
+    conversion = Conversion.begin(NAME, **told)
+    before, batch = conversion.before, conversion.batch
     net = resample(before, **options)
-    batch = example_batch(source, image, size).to(where)
-    labels = torch.zeros(batch.shape[0], *batch.shape[2:], dtype=torch.int64, device=where)
     error = None
     if verify:
-        step("verifying")
+        conversion.step("verifying")
         same = resample(before, "uniform", (batch.shape[2], batch.shape[3]), example_input=batch)
         with torch.inference_mode():
             found, expected = (maps_of(one(batch))[0] for one in (same, before))
             expected = resize(expected, batch.shape[2:])
         error = float((found - expected).abs().max() / expected.abs().max())
     fast = net.optimize()
-    with labelled(labels):
+    with labelled(torch.zeros(batch.shape[0], *batch.shape[2:], dtype=torch.int64, device=batch.device)):
         counted = net.macs(batch)
-        calls: dict[str, tuple[int, Callable[[Tensor], object]]] = {
+        calls: Calls = {
             WHOLE: (counted.original, before),
             f"sampled by {net.sampler.spec()}": (counted.total, net),
             "sampled, net.optimize()": (counted.total, fast),
         }
-        step("measuring")
-        runs = {name: partial(run, batch) for name, (_, run) in calls.items()}
-        times = interleaved(runs, rounds, seconds=TIMING_SECONDS) if rounds else {}
-    sides = [Side(name, macs, times[name].best if times else None) for name, (macs, _) in calls.items()]
-    step(f"writing {output}")
-    save(net, output)
-    return SamplingReport(
-        model=source.name,
-        weights=source.note,
-        random=source.weights == "random",
-        plan=net.plan,
-        image=tuple(batch.shape),
-        sides=tuple(sides),
-        error=error,
-        device=f"{device_with_threads(where)}, torch {torch.__version__}",
-        file=str(output),
-    )
+        return SamplingReport(**conversion.end(net, calls), error=error)

@@ -1,37 +1,18 @@
-"""Save and load networks with exits: safetensors for tensors, JSON metadata for everything else."""
+"""Save and load networks with exits."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.networks import Source
+from cadsurgery.methods import files
 from cadsurgery.methods.anytime.heads import HeadKind
 from cadsurgery.methods.anytime.model import AnytimeModel, Confidence, Fill, anytime, is_own
 from cadsurgery.methods.anytime.plan import AnytimePlan
 from cadsurgery.network.candidates import check_network
-from cadsurgery.network.storage import (
-    FORMAT,
-    KEY,
-    LONGEST,
-    METHOD,
-    OTHER_MODEL,
-    build_stated,
-    check_tensors,
-    check_types,
-    checksum,
-    refuse,
-    seal,
-    write_tensors,
-)
-from cadsurgery.support.errors import FileError, InvalidInput
-from cadsurgery.support.plain import check_fields
-from cadsurgery.support.provenance import versions
+from cadsurgery.network.storage import OTHER_MODEL, build_stated, refuse
 
 NAME = "anytime"
 _OPTIONS: dict[str, Any] = {
@@ -43,10 +24,6 @@ _OPTIONS: dict[str, Any] = {
     "threshold": float,
     "confidence": Confidence,
 }
-_IN_FILE: dict[str, Any] = {
-    **{METHOD: str, "format": int, "versions": dict[str, str], "source": dict[str, Any] | None},
-    **{"options": dict[str, Any], "plan": str, "tensors": str},
-}
 
 
 def save_anytime(net: AnytimeModel, path: str | Path) -> None:
@@ -56,8 +33,7 @@ def save_anytime(net: AnytimeModel, path: str | Path) -> None:
         FileError: the path cannot be written.
         InvalidInput: an optimised copy.
     """
-    tensors, metadata = pack_anytime(net)
-    write_tensors(Path(path), tensors, {KEY: seal(metadata)})
+    files.write(path, *pack_anytime(net))
 
 
 def pack_anytime(net: AnytimeModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -66,22 +42,11 @@ def pack_anytime(net: AnytimeModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InvalidInput: an optimised copy.
     """
-    if net.program.is_fused:
-        raise InvalidInput(
-            "an optimised network cannot be saved.",
-            why="its weights are folded and no longer the original's.",
-            next="save the network it was made from, and call optimize() after loading.",
-        )
-    tensors = net.state_dict()
-    return tensors, {
-        METHOD: NAME,
-        "format": FORMAT,
-        "versions": versions(),
-        "source": net.source.to_dict() if net.source is not None and ":" in net.source.name else None,
-        "options": {**net.options, "threshold": net.threshold, "confidence": net.confidence},
-        "plan": net.plan.to_json(),
-        "tensors": checksum(tensors),
-    }
+    tensors, options = (
+        net.state_dict(),
+        {**net.options, "threshold": net.threshold, "confidence": net.confidence},
+    )
+    return tensors, files.describe(NAME, net, net.program.is_fused, tensors, options)
 
 
 def load_anytime(
@@ -103,39 +68,14 @@ def load_anytime(
     Raises:
         FileError: a damaged file, or one that does not fit the model.
     """
-    with refuse(
-        f"the metadata of {path} is damaged.", "fetch the file again, or write it again with cs.save."
-    ):
-        fields = check_fields(values, _IN_FILE, "it")
-        options = check_fields(fields["options"], _OPTIONS, "options")
-        source = Source.from_dict(fields["source"]) if fields["source"] is not None else None
-        stored = AnytimePlan.from_json(fields["plan"])
-    check_tensors(path, fields["tensors"], tensors)
-    if math.prod(stored.example_shape) > LONGEST and not trust:
-        raise FileError(
-            f"the metadata of {path} is damaged.",
-            why=f"an example of shape {stored.example_shape} is too large to be made on the word of a file.",
-            next="if you know the file, pass trust=True (--trust).",
-        )
-    if source is not None and not trust:
-        source = replace(source, untrusted=str(path))
+    stored = files.read(path, values, tensors, _OPTIONS, AnytimePlan, trust)
     if model is None:
-        model = build_stated(
-            path, source, {name: value for name, value in tensors.items() if not is_own(name)}
-        )
+        of_model = {name: value for name, value in tensors.items() if not is_own(name)}
+        model = build_stated(path, stored.source, of_model)
     with refuse(f"{path} does not fit this model.", OTHER_MODEL):
-        dtype = next((p.dtype for p in check_network(model).parameters()), torch.float32)
-        net = anytime(model, **options, example_input=torch.zeros(stored.example_shape, dtype=dtype)).eval()
-    if net.plan != stored:
-        raise FileError(
-            f"{path} holds another plan than this model gives.",
-            next="pass the model it was converted from, or convert again.",
-        )
-    check_types(path, tensors, net.state_dict())
-    with refuse(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
-        missing = [name for name in net.state_dict() if name not in tensors]
-        if missing:
-            raise ValueError(f"{missing[0]} is missing")
-        net.load_state_dict(tensors, assign=True)
-    net.source = source or net.source
+        example = files.example_of(stored, check_network(model))
+        net = anytime(model, **stored.options, example_input=example).eval()
+    files.check_plan(path, net.plan, stored.plan)
+    files.fill(path, net, tensors)
+    net.source = stored.source or net.source
     return net

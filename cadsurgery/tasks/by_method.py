@@ -1,0 +1,146 @@
+"""What `cadsurgery convert` has in common for all methods: where the network comes from, sides, report and file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import RenderableType
+from rich.text import Text
+from torch import Tensor, nn
+
+from cadsurgery.data.networks import Source
+from cadsurgery.methods.storage import Converted, load, save
+from cadsurgery.network.storage import read_method
+from cadsurgery.support.files import check_folder
+from cadsurgery.support.provenance import device_with_threads, find_device
+from cadsurgery.support.timing import interleaved
+from cadsurgery.tasks.convert_report import Side
+from cadsurgery.tasks.for_each import Step
+from cadsurgery.tasks.open import example_batch, is_file, original
+from cadsurgery.tasks.report import Column, Report, heading, number, table
+
+TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
+Calls = Mapping[str, tuple[int, Callable[[Tensor], object]]]  # by name of a side: its MACs, and what is timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodReport(Report):
+    """What `cadsurgery convert --method` tells: `sides` are the original and what was made of it."""
+
+    model: str
+    weights: str
+    random: bool
+    plan: Any
+    image: tuple[int, ...]
+    sides: tuple[Side, ...]
+    device: str
+    file: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**super().to_dict(), "plan": str(self.plan)}
+
+    def parts(self) -> Iterator[RenderableType]:
+        """Network, plan, the sides beside each other, what was verified and what is new."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(str(self.plan))
+        columns: list[Column[Side]] = [
+            Column("network", lambda side: side.name, False),
+            Column("MACs", lambda side: f"{side.macs:.3e}"),
+            Column("ms", lambda side: number(side.milliseconds)),
+        ]
+        yield table(self.sides, columns, f"image of {self.image[2]}x{self.image[3]}, on {self.device}")
+        if verified := self.verified():
+            yield Text(f"verified: {verified}", style="green")
+        if new := self.new():
+            yield Text(new, style="yellow")
+        yield Text(f"wrote {self.file}", style="bold green")
+
+    def verified(self) -> str:
+        """What was; empty: nothing."""
+        return ""
+
+    def new(self) -> str:
+        """What has to be trained, and how; empty: nothing."""
+        return ""
+
+
+def open_method(network: object, kind: type[Converted], name: str, trust: bool = False) -> Any:
+    """A network that a method made, or that of a file; None if it is no such.
+
+    Args:
+        network: anything that names a network, or one.
+        kind: what the method makes.
+        name: of the method, in files.
+        trust: see `cadsurgery.load`.
+    """
+    if isinstance(network, kind):
+        return network
+    if not isinstance(network, str) or not is_file(network) or read_method(network) != name:
+        return None
+    return load(network, trust=trust)
+
+
+@dataclass
+class Conversion:
+    """A conversion by a method under way.
+
+    Attributes:
+        before: the network as it was built, on the device.
+        source: where it came from.
+        batch: the image.
+        output: file to write.
+    """
+
+    before: nn.Module
+    source: Source
+    batch: Tensor
+    output: Path
+    rounds: int
+    step: Step
+
+    @classmethod
+    def begin(
+        cls,
+        method: str,
+        *,
+        model: str,
+        weights: str,
+        image: Path | None,
+        size: tuple[int, int] | None,
+        output: Path | None,
+        device: str,
+        rounds: int,
+        step: Step,
+    ) -> Conversion:
+        """Build the network and the image; what a method makes anew is the same in every run."""
+        where = find_device(device)
+        output = output or Path(f"{re.sub('[:/]', '-', model)}-{method}.safetensors")
+        check_folder(output)
+        step(f"building {model}")
+        before, source = original(model, weights)
+        batch = example_batch(source, image, size).to(where)
+        torch.manual_seed(0)
+        return cls(before.to(where), source, batch, output, rounds, step)
+
+    def end(self, net: Converted, calls: Calls) -> dict[str, Any]:
+        """Measure the sides, write the file, and give what every report tells."""
+        self.step("measuring")
+        runs = {name: partial(run, self.batch) for name, (_, run) in calls.items()}
+        times = interleaved(runs, self.rounds, seconds=TIMING_SECONDS) if self.rounds else {}
+        sides = (Side(name, macs, times[name].best if times else None) for name, (macs, _) in calls.items())
+        self.step(f"writing {self.output}")
+        save(net, self.output)
+        return {
+            **{"model": self.source.name, "weights": self.source.note, "plan": net.plan},
+            **{"random": self.source.weights == "random", "image": tuple(self.batch.shape)},
+            "sides": tuple(sides),
+            "device": f"{device_with_threads(self.batch.device)}, torch {torch.__version__}",
+            "file": str(self.output),
+        }
