@@ -11,7 +11,7 @@ what no kernel is made for, stay in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,9 +46,11 @@ from cadsurgery.surgery.hooks import child
 # Images whose layers are compared, values of each map of an image that grids are chosen by, and the share of the
 # squared errors of all layers that one may have before it stays in float32, if these errors are more than so much.
 _COMPARED, _SAMPLES, _SHARE, _HARMLESS = 2, 8192, 0.2, 0.03
+_WORTH = 1.2  # so much of the outputs' error has to be gained where layers stay in float32
 _BEYOND, _STEPS = 1e-4, 24
 _FEWEST_ROWS = 64  # fewer are multiplied faster than they are rounded
 _METHODS = ("mse", "percentile")
+Exact = dict[fx.Node, str]  # layers that stay in float32, and why
 _CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, rows_on, Elements)
 
 
@@ -184,16 +186,17 @@ def quantise(fast: AdaptiveModel, calibration: Tensor | Sequence[Tensor]) -> Qua
         work = _Quantiser(fast, program)
         work.observe(batches)
         expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
-        found: dict[str, tuple[float, _Rewritten]] = {}
+        found: list[tuple[float, str, _Rewritten]] = []
         for method in _METHODS:
-            rewritten = work.rewrite(method, batches[:_COMPARED])
-            rewritten.apply(fast)
-            error = _difference((_outputs(fast, batch) for batch in batches[:_COMPARED]), expected)
-            found[method] = error, rewritten
-            fast.adaptive_part._program = program.on(fast)
-            work.restore()
-        method = min(_METHODS, key=lambda name: found[name][0])
-        error, rewritten = found[method]
+            for rewritten in work.rewrite(method, batches[:_COMPARED]):
+                rewritten.apply(fast)
+                error = _difference((_outputs(fast, batch) for batch in batches[:_COMPARED]), expected)
+                found.append((error, method, rewritten))
+                fast.adaptive_part._program = program.on(fast)
+                work.restore()
+        least = min(error for error, *_ in found)
+        near = [one for one in found if one[0] <= _WORTH * least] or found  # or no numbers at all
+        error, method, rewritten = min(near, key=lambda one: (one[2].in_float, one[0]))
         if not error < float("inf"):
             raise CannotConvert(
                 "the network in 8 bits gives values that are no numbers.",
@@ -300,14 +303,33 @@ class _Quantiser:
 
     # -- grids -------------------------------------------------------------------------------------
 
-    def rewrite(self, method: str, batches: Sequence[Tensor]) -> _Rewritten:
-        """The network in 8 bits, grids chosen by a method."""
-        exact = {node for node, layer in self.layers.items() if layer.why}
+    def rewrite(self, method: str, batches: Sequence[Tensor]) -> Iterator[_Rewritten]:
+        """The network in 8 bits, grids chosen by a method: every layer that can be, then those alone that rounding does
+        not change by far the most, if there are such."""
+        exact = {node: layer.why for node, layer in self.layers.items() if layer.why}
         grids = self._grids(method, exact)
         self._compare(batches, grids, exact)
-        return _Rewritten(self, grids, exact | self._sensitive(exact), method)
+        sensitive = {
+            node: f"rounding changes its sums by {self.layers[node].error:.2g}"
+            for node in self._sensitive(exact)
+        }
+        for chosen in [exact, exact | sensitive] if sensitive else [exact]:
+            while more := self._unread(chosen):
+                chosen = chosen | dict.fromkeys(more, "it is depthwise, and no layer in 8 bits reads it")
+            yield _Rewritten(self, grids, dict(chosen))
 
-    def groups(self, exact: set[fx.Node]) -> list[list[fx.Node]]:
+    def _unread(self, exact: Exact) -> list[fx.Node]:
+        """Depthwise convolutions whose results no grid is for: in 8 bits there is a kernel of bytes to bytes alone."""
+        on_grids = {node for group in self.groups(exact) for node in group}
+        return [
+            node
+            for node, layer in self.layers.items()
+            if node not in exact
+            and layer.kernel.groups == len(layer.kernel.weight) > 1
+            and node not in on_grids
+        ]
+
+    def groups(self, exact: Exact) -> list[list[fx.Node]]:
         """Nodes whose values are on one grid, of which some layer in 8 bits reads one."""
         parent = {node: node for node in self.kinds}
 
@@ -349,7 +371,7 @@ class _Quantiser:
                 return True
         return False
 
-    def _grids(self, method: str, exact: set[fx.Node]) -> dict[fx.Node, Grid]:
+    def _grids(self, method: str, exact: Exact) -> dict[fx.Node, Grid]:
         grids = dict[fx.Node, Grid]()
         for group in self.groups(exact):
             makers = [node for node in group if not self.carried(node)]
@@ -359,7 +381,7 @@ class _Quantiser:
             grids |= dict.fromkeys(group, grid)
         return grids
 
-    def _compare(self, batches: Sequence[Tensor], grids: dict[fx.Node, Grid], exact: set[fx.Node]) -> None:
+    def _compare(self, batches: Sequence[Tensor], grids: dict[fx.Node, Grid], exact: Exact) -> None:
         """What rounding does to the sums of each layer: its mean by channel, and all of it."""
         tested: dict[fx.Node, IntegerConv] = {}
         for node, layer in self.layers.items():
@@ -396,7 +418,7 @@ class _Quantiser:
 
         self._run(batches, look)
 
-    def _sensitive(self, exact: set[fx.Node]) -> set[fx.Node]:
+    def _sensitive(self, exact: Exact) -> set[fx.Node]:
         """The layers that have by far the most of the error."""
         left = {node: layer.error**2 for node, layer in self.layers.items() if node not in exact}
         chosen: set[fx.Node] = set()
@@ -418,18 +440,16 @@ class _Quantiser:
 class _Rewritten:
     """A graph in 8 bits and its kernels."""
 
-    def __init__(
-        self, work: _Quantiser, grids: dict[fx.Node, Grid], exact: set[fx.Node], method: str
-    ) -> None:
+    def __init__(self, work: _Quantiser, grids: dict[fx.Node, Grid], exact: Exact) -> None:
         grids = {node: grids[node] for group in work.groups(exact) for node in group}
+        self.in_float = len(exact)
         self.program, self.kernels = work.program, dict[str, IntegerConv]()
         self.layers: list[Layer] = []
         for node, layer in work.layers.items():
             shape, error = tuple(layer.kernel.weight.shape), float(layer.error) if not layer.why else None
-            why = layer.why or (f"rounding changes its sums by {error:.2g}" if node in exact else "")
-            if not why and layer.source not in grids:
-                why = "what it reads is changed in place"
-                exact.add(node)
+            if node not in exact and layer.source not in grids:
+                exact[node] = "what it reads is changed in place"
+            why = exact.get(node, "")
             self.layers.append(Layer(node.name, shape, error, why))
             if not why:
                 more = grids.get(layer.residual) if layer.residual is not None else None
@@ -446,7 +466,7 @@ class _Rewritten:
         work: _Quantiser,
         node: fx.Node,
         grid: Grid,
-        exact: set[fx.Node],
+        exact: Exact,
         grids: dict[fx.Node, Grid],
         copies: dict[fx.Node, fx.Node],
     ) -> None:
