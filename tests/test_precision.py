@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 import cadsurgery as cs
 from cadsurgery.elements.backends import integer, integer_layers
-from cadsurgery.network import optimized
+from cadsurgery.network import optimized, quantise
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadWarning
 
@@ -111,6 +112,36 @@ def test_a_layer_that_rounding_hurts_most_stays_in_float() -> None:
     exact = [layer for layer in fast.quantisation.layers if layer.why]
     assert len(exact) == 1 and exact[0].error is not None and exact[0].error > 0.1
     assert relative_error(fast(x), net(x)) < 0.05
+
+
+@torch.no_grad()
+def test_a_depthwise_convolution_that_nothing_in_bytes_reads_stays_in_float(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is a kernel of bytes to bytes alone; another would be slower than float by far."""
+    net = cs.adaptify(build("mobilenet_v2", by=4), MIXED, verify_laws=False)
+    kept, rewrite = list[Any](), quantise._Quantiser.rewrite
+
+    def behind_depthwise(work: Any, exact: Any) -> set[Any]:
+        depthwise = {node for node, layer in work.layers.items() if layer.kernel.groups > 1}
+        return {node for node, layer in work.layers.items() if layer.source in depthwise} - set(exact)
+
+    def keep(work: Any, *args: Any) -> Iterator[Any]:
+        for rewritten in rewrite(work, *args):
+            kept.append(rewritten)
+            yield rewritten
+
+    monkeypatch.setattr(quantise._Quantiser, "_sensitive", behind_depthwise)
+    monkeypatch.setattr(quantise._Quantiser, "rewrite", keep)
+    net.optimize(precision="int8", calibration=CALIBRATION)
+    for rewritten in kept:
+        kernels = (kernel.weights for kernel in rewritten.kernels.values())
+        assert all(
+            weights.out is not None for weights in kernels if weights.groups == len(weights.weight) > 1
+        )
+    whys = [{layer.why for layer in rewritten.layers} for rewritten in kept]
+    assert all(any("it is depthwise" in why for why in found) for found in whys[1::2])
+    assert not any("it is depthwise" in why for found in whys[::2] for why in found)
 
 
 @torch.no_grad()
