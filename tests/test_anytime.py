@@ -565,6 +565,11 @@ def test_a_network_with_exits_is_no_network_to_convert() -> None:
     net = anytime()
     with pytest.raises(cs.InvalidInput, match="exits already"):
         cs.anytime(net)
+    with pytest.raises(cs.InvalidInput, match=r"made by cs\.anytime, not by"):
+        cs.push_to_hub(net, "owner/name", license="mit")  # type: ignore[arg-type]
+    for convert in (cs.sample, lambda net: cs.adaptify(nn.Sequential(net), "edges")):
+        with pytest.raises(cs.CannotConvert, match=r"was made by cs\.anytime"):
+            convert(net)
     with pytest.raises(cs.InvalidInput, match="image batch"):
         net(torch.zeros(3, 48, 64))
     with pytest.raises(cs.InvalidInput, match="image batch"):

@@ -69,6 +69,8 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
             "is converted already",
             "pass the original network; another mask needs no conversion: net.mask = ..., or net(x, mask=...).",
         )
+    if method := getattr(type(module), "converted_by", ""):  # of a room that this one does not know
+        return f"was made by {method}", "pass the network it was made from."
     kinds = {kind.__name__ for kind in type(module).__mro__}
     if wrapper := next((name for name in _WRAPPERS if name in kinds), None):
         return "wraps the network", f"pass model.{_WRAPPERS[wrapper]}, and wrap what cs.adaptify gives."

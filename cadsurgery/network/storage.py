@@ -73,6 +73,12 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         InvalidInput: the network is not converted, or an optimised copy.
     """
     if not isinstance(net, AdaptiveModel):
+        method = getattr(type(net), "converted_by", "")
+        if method:
+            raise InvalidInput(
+                f"{type(net).__name__} was made by {method}, not by cs.adaptify.",
+                next="cs.save(net, path) writes it, and cs.load reads that.",
+            )
         raise InvalidInput(
             f"{type(net).__name__} is not a converted network.",
             next="save what cs.adaptify gave; of another network torch.save(model.state_dict(), path).",

@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -296,6 +296,7 @@ class AnytimeModel(nn.Module):
     """
 
     plan: AnytimePlan
+    converted_by: ClassVar = "cs.anytime"
     source: Source | None
 
     def __init__(

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,7 @@ class ResampledModel(nn.Module):
     """
 
     plan: ResampledPlan
+    converted_by: ClassVar = "cs.resample"
     source: Source
     network: nn.Module
 

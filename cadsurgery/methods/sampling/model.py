@@ -7,7 +7,7 @@ import inspect
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -163,6 +163,7 @@ class SampledModel(nn.Module):
     """
 
     plan: SamplingPlan
+    converted_by: ClassVar = "cs.sample"
     source: Source | None
     hosts_part = False
 
