@@ -36,6 +36,7 @@ from cadsurgery.finetune.results import Outcome, write_network
 from cadsurgery.finetune.schedule import Draw, Sampling, derive_seed, learning_rate
 from cadsurgery.finetune.settings import Settings
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -93,8 +94,7 @@ def fit(
         name = "mixed" if is_labelled(data) else "divergence"
         own = {AnytimeModel: "anytime", ResampledModel: "sampled", SampledModel: "sparse"}
         settings = replace(settings, objective=own.get(type(net), name))
-    is_folded = isinstance(net, (AnytimeModel, SampledModel)) and net.program.is_fused
-    if isinstance(net, OptimizedModel) or is_folded or getattr(net, "is_optimized", False):
+    if isinstance(net, OptimizedModel) or (isinstance(net, ConvertedModel) and net.is_optimized):
         raise InvalidInput(
             "an optimised network cannot be trained.",
             why="its weights are folded.",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import Source
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.network.storage import (
     FORMAT,
     KEY,
@@ -57,8 +58,7 @@ class Stored:
 
 def describe(
     method: str,
-    net: Any,
-    is_optimised: bool,
+    net: ConvertedModel,
     tensors: dict[str, Tensor],
     options: dict[str, Any],
     **more: Any,
@@ -68,7 +68,6 @@ def describe(
     Args:
         method: its name.
         net: the network.
-        is_optimised: whether it is an inference copy.
         tensors: that the file will hold.
         options: that the method needs to make it again.
         more: further fields.
@@ -76,7 +75,7 @@ def describe(
     Raises:
         InvalidInput: an inference copy.
     """
-    if is_optimised:
+    if net.is_optimized:
         raise InvalidInput(
             "an optimised network cannot be saved.",
             why="its weights are folded and no longer the original's.",

@@ -127,26 +127,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> AdaptiveModel:
-    """Read a converted network written by `save`, or `push_to_hub`.
-
-    A file is no reason to run code: what it names is built or asked only if it is ours or listed by torchvision or
-    timm.
-
-    Args:
-        path: the file, or its address on the Hugging Face Hub, `hf:owner/name` or `hf:owner/name@revision`.
-        model: the original architecture (any weights); needed if the network was not built by name.
-        mask: replaces the stored mask.
-        trust: import and call what the file names, `module:function` of a network or of its mask, whatever it is,
-            and make whatever size it asks for.
-
-    Returns:
-        The network in evaluation mode. Its plan is made anew and compared with the stored one.
-
-    Raises:
-        FileError: missing, damaged or foreign file, one that does not fit the model, one that names code and is not
-            trusted, or one of the Hub that cannot be had.
-        InvalidInput, CannotConvert: `model` is no network, or wraps, compiles, ... one.
-    """
+    """An adaptive network of a file that `save` or `push_to_hub` wrote; arguments and errors as of `cadsurgery.load`."""
     mask = None if mask is None else resolve_mask(mask)
     if model is not None:
         check_network(model)

@@ -7,25 +7,29 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor, nn
 
+from cadsurgery.data import SegmentationData
+from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
 from cadsurgery.methods.storage import Converted, load, save
 from cadsurgery.network.storage import read_method
+from cadsurgery.support.errors import CadError, InvalidInput, describe_error
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.provenance import device_with_threads, find_device
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.convert_report import Side
-from cadsurgery.tasks.for_each import Step
+from cadsurgery.tasks.for_each import Failures, Step
 from cadsurgery.tasks.open import example_batch, is_file, original
-from cadsurgery.tasks.report import Column, Report, heading, number, table
+from cadsurgery.tasks.report import Column, MeasuredReport, Report, heading, number, table
 
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
+Result = TypeVar("Result")
 Calls = Mapping[str, tuple[int, Callable[[Tensor], object]]]  # by name of a side: its MACs, and what is timed
 
 
@@ -85,6 +89,65 @@ def open_method(network: object, kind: type[Converted], name: str, trust: bool =
     if not isinstance(network, str) or not is_file(network) or read_method(network) != name:
         return None
     return load(network, trust=trust)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodEvaluation(MeasuredReport):
+    """Accuracy against work and time of what a method made, on labelled images.
+
+    Attributes:
+        split: part of the data.
+        images: how many counted.
+        image: (3, H, W) of the image that was timed.
+    """
+
+    split: str
+    images: int
+    image: tuple[int, ...]
+
+    def subject(self) -> str:
+        """Data, device, and what was timed."""
+        size = "x".join(map(str, self.image[1:]))
+        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
+        return f"{self.data}, split {self.split}, {self.in_words()}, on {self.device}{timed}"
+
+    def in_words(self) -> str:
+        """How many images, and how they were seen."""
+        return f"{self.images} images"
+
+
+def each_labelled(
+    samples: SegmentationData,
+    source: Source,
+    device: torch.device,
+    work: Callable[[Tensor, Tensor], Result],
+    failures: Failures,
+    step: Step,
+) -> Iterator[tuple[Tensor, Tensor, Result]]:
+    """What some work gives for labelled images one after another; a failure is noted, and the next one is seen.
+
+    Args:
+        samples: with labels.
+        source: by which images are prepared.
+        device: to run on.
+        work: on a batch of one image, (1, 3, H, W), and its labels, (H, W).
+        failures: where they are noted.
+        step: told how far it is.
+
+    Yields:
+        The batch, the labels and what the work gave.
+    """
+    for place in range(len(samples)):
+        step(f"{place + 1} of {len(samples)} images")
+        try:
+            image, labels = samples[place]
+            batch = normalise(image.unsqueeze(0), source).to(device)
+            result = work(batch, labels)
+        except (CadError, RuntimeError) as error:  # whatever the network itself says of an image of this size
+            failures.at(place, samples.names[place])
+            failures.note(error if isinstance(error, CadError) else InvalidInput(describe_error(error)))
+            continue
+        yield batch, labels, result
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,27 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData
-from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.anytime import AnytimeModel, anytime
 from cadsurgery.methods.anytime.storage import NAME
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.divergence import maps_of
-from cadsurgery.support.errors import CadError, InvalidInput, describe_error
-from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.by_method import Calls, Conversion, MethodReport, open_method
+from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.tasks.by_method import (
+    Calls,
+    Conversion,
+    MethodEvaluation,
+    MethodReport,
+    each_labelled,
+    open_method,
+)
 from cadsurgery.tasks.for_each import Failures, Step, silent
 from cadsurgery.tasks.open import provenance
 from cadsurgery.tasks.report import (
     COLOURS,
     Column,
-    MeasuredReport,
-    Plain,
+    TimedRow,
+    add_times,
     canvas,
     check_outputs,
     number,
@@ -52,8 +57,8 @@ def open_exits(network: object, trust: bool = False) -> AnytimeModel | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExitRow(Plain):
-    """One exit at one threshold.
+class ExitRow(TimedRow):
+    """One exit at one threshold; its time is until its prediction is there.
 
     Attributes:
         threshold: of confidence; None where everything is computed.
@@ -64,8 +69,6 @@ class ExitRow(Plain):
         pixel_accuracy: share of right pixels.
         macs: multiply-accumulates up to it, mean over images.
         macs_of_whole: relative to the last exit with everything computed.
-        milliseconds: until its prediction is there, of the first image, the best round; None if not measured.
-        milliseconds_median: the usual round.
     """
 
     threshold: float | None
@@ -76,31 +79,17 @@ class ExitRow(Plain):
     pixel_accuracy: float | None
     macs: float
     macs_of_whole: float
-    milliseconds: float | None = None
-    milliseconds_median: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExitReport(MeasuredReport):
+class ExitReport(MethodEvaluation):
     """Accuracy against work and time at every exit.
 
     Attributes:
-        split: part of the data.
-        images: how many counted.
-        image: (3, H, W) of the image that was timed.
         rows: with everything computed first, then by threshold.
     """
 
-    split: str
-    images: int
-    image: tuple[int, ...]
     rows: tuple[ExitRow, ...]
-
-    def subject(self) -> str:
-        """Data, device, and what was timed."""
-        size = "x".join(map(str, self.image[1:]))
-        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
-        return f"{self.data}, split {self.split}, {self.images} images, on {self.device}{timed}"
 
     def tables(self) -> Iterator[Table]:
         """A row for each threshold and exit."""
@@ -201,26 +190,20 @@ def evaluate_exits(
     metrics = [[SegmentationMetrics(len(samples.classes)) for _ in exits] for _ in settings]
     macs = [[0 for _ in exits] for _ in settings]
     failures, first, done = Failures("image"), None, 0
-    for place in range(len(samples)):
-        step(f"{place + 1} of {len(samples)} images")
-        try:
-            image, labels = samples[place]
-            batch = (
-                normalise(image.unsqueeze(0), source).to(where).contiguous(memory_format=torch.channels_last)
-            )
-            found = [_count(fast, batch, threshold) for threshold in settings]
-        except (CadError, RuntimeError) as error:  # whatever the network itself says of an image of this size
-            failures.at(place, samples.names[place])
-            failures.note(error if isinstance(error, CadError) else InvalidInput(describe_error(error)))
-            continue
+
+    def work(batch: Tensor, _: Tensor) -> list[tuple[tuple[Tensor, ...], list[int]]]:
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        return [_count(fast, batch, threshold) for threshold in settings]
+
+    for batch, labels, found in each_labelled(samples, source, where, work, failures, step):
         first, done = batch if first is None else first, done + 1
-        for number_, (predictions, work) in enumerate(found):
+        for number_, (predictions, counted) in enumerate(found):
             for exit in exits:
                 scores = F.interpolate(
                     predictions[exit].float(), labels.shape, mode="bilinear", align_corners=False
                 )
                 metrics[number_][exit].update(scores.argmax(1).cpu(), labels.unsqueeze(0))
-                macs[number_][exit] += work[exit]
+                macs[number_][exit] += counted[exit]
     failed = failures.gather(where)
     if first is None:
         raise CadError.from_dict(failed[0])
@@ -242,16 +225,11 @@ def evaluate_exits(
             )
     if rounds:
         step("measuring")
-        sides = {
-            f"{threshold} {exit}": partial(_until_exit, fast, first, threshold, exit)
-            for threshold in settings
-            for exit in exits
-        }
-        times = interleaved(sides, rounds).values()
-        rows = [
-            replace(row, milliseconds=time.best, milliseconds_median=time.median)
-            for row, time in zip(rows, times, strict=True)
+        image = first.contiguous(memory_format=torch.channels_last)
+        sides = [
+            partial(_until_exit, fast, image, threshold, exit) for threshold in settings for exit in exits
         ]
+        rows = add_times(rows, sides, rounds)
     report = ExitReport(
         data=samples.name,
         split=samples.split,

@@ -28,7 +28,7 @@ from cadsurgery.support.timing import interleaved
 COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # of lines and points in figures
 
 Row = TypeVar("Row")
-Measured = TypeVar("Measured", bound="MeasuredRow")
+Measured = TypeVar("Measured", bound="TimedRow")
 
 
 def plain(value: Any) -> Any:
@@ -133,7 +133,20 @@ def heading(model: str, weights: str, random: bool) -> Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredRow(Plain):
+class TimedRow(Plain):
+    """What was timed.
+
+    Attributes:
+        milliseconds: of the first image, the best round; None if not measured.
+        milliseconds_median: the usual round.
+    """
+
+    milliseconds: float | None = None
+    milliseconds_median: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRow(TimedRow):
     """One mask at one pair of output strides, as measured.
 
     Attributes:
@@ -141,16 +154,12 @@ class MeasuredRow(Plain):
         output_stride: (high, low).
         active_fraction: share of the fine maps kept high.
         macs: multiply-accumulates of one image, mean over images; the whole network.
-        milliseconds: of the first image, the best round; None if not measured.
-        milliseconds_median: the usual round.
     """
 
     mask: str
     output_stride: tuple[int, int]
     active_fraction: float
     macs: float
-    milliseconds: float | None = None
-    milliseconds_median: float | None = None
 
     @property
     def label(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,27 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData
-from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
 from cadsurgery.methods.resampling.storage import NAME
 from cadsurgery.support.divergence import maps_of, resize
-from cadsurgery.support.errors import CadError, InvalidInput, describe_error
-from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.by_method import TIMING_SECONDS, Calls, Conversion, MethodReport, open_method
+from cadsurgery.support.errors import CadError, InvalidInput
+from cadsurgery.tasks.by_method import (
+    Calls,
+    Conversion,
+    MethodEvaluation,
+    MethodReport,
+    each_labelled,
+    open_method,
+)
 from cadsurgery.tasks.for_each import Failures, Step, silent
 from cadsurgery.tasks.open import provenance
 from cadsurgery.tasks.report import (
     COLOURS,
     Column,
-    MeasuredReport,
-    Plain,
+    TimedRow,
+    add_times,
     canvas,
     check_outputs,
     number,
@@ -54,7 +59,7 @@ def open_resampled(network: object, trust: bool = False) -> ResampledModel | Non
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRow(Plain):
+class SampleRow(TimedRow):
     """One way to see the images.
 
     Attributes:
@@ -65,8 +70,6 @@ class SampleRow(Plain):
         pixel_accuracy: share of right pixels.
         macs: multiply-accumulates, the sampler's own included, mean over images.
         macs_of_sampler: those of the sampler.
-        milliseconds: of the first image, the best round; None if not measured.
-        milliseconds_median: the usual round.
     """
 
     sampler: str
@@ -76,36 +79,25 @@ class SampleRow(Plain):
     pixel_accuracy: float | None
     macs: float
     macs_of_sampler: float
-    milliseconds: float | None = None
-    milliseconds_median: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleReport(MeasuredReport):
+class SampleReport(MethodEvaluation):
     """Accuracy against work and time of a sampled input.
 
     Attributes:
-        split: part of the data.
-        images: how many counted.
-        image: (3, H, W) of the image that was timed.
         size: (height, width) of the sampled images.
         targets: classes whose boundaries matter, by name.
         rows: the network's own sampler, equal distances, the whole image.
     """
 
-    split: str
-    images: int
-    image: tuple[int, ...]
     size: tuple[int, int]
     targets: tuple[str, ...]
     rows: tuple[SampleRow, ...]
 
-    def subject(self) -> str:
-        """Data, sizes, device, and what was timed."""
-        size = "x".join(map(str, self.image[1:]))
-        timed = f"; ms: {size}, best of {self.rounds} interleaved rounds" if self.rounds else ""
-        sampled = "x".join(map(str, self.size))
-        return f"{self.data}, split {self.split}, {self.images} images sampled at {sampled}, on {self.device}{timed}"
+    def in_words(self) -> str:
+        """How many images, and their size."""
+        return f"{super().in_words()} sampled at {'x'.join(map(str, self.size))}"
 
     def tables(self) -> Iterator[Table]:
         """A row for each way."""
@@ -209,21 +201,16 @@ def evaluate_resampled(
     ]
     ways = [_Way(*one, SegmentationMetrics(len(samples.classes)), []) for one in named]
     failures, first = Failures("image"), None
-    for place in range(len(samples)):
-        step(f"{place + 1} of {len(samples)} images")
-        try:
-            image, labels = samples[place]
-            batch = normalise(image.unsqueeze(0), source).to(where)
-            with torch.inference_mode(), labelled(labels.unsqueeze(0).to(where)):
-                found = [(way(batch).float(), way.count(batch)) for way in ways]
-        except (CadError, RuntimeError) as error:  # whatever the network itself says of an image of this size
-            failures.at(place, samples.names[place])
-            failures.note(error if isinstance(error, CadError) else InvalidInput(describe_error(error)))
-            continue
+
+    def work(batch: Tensor, labels: Tensor) -> list[tuple[Tensor, tuple[int, int]]]:
+        with torch.inference_mode(), labelled(labels.unsqueeze(0).to(where)):
+            return [(way(batch).float(), way.count(batch)) for way in ways]
+
+    for batch, labels, found in each_labelled(samples, source, where, work, failures, step):
         first = (batch, labels.unsqueeze(0).to(where)) if first is None else first
-        for way, (scores, work) in zip(ways, found, strict=True):
+        for way, (scores, counted) in zip(ways, found, strict=True):
             way.metrics.update(resize(scores, labels.shape).argmax(1).cpu(), labels.unsqueeze(0))
-            way.work.append(work)
+            way.work.append(counted)
     failed = failures.gather(where)
     if first is None:
         raise CadError.from_dict(failed[0])
@@ -234,13 +221,7 @@ def evaluate_resampled(
         step("measuring")
         image, truth = first
         with labelled(truth):
-            times = interleaved(
-                {way.name: partial(way, image) for way in ways}, rounds, seconds=TIMING_SECONDS
-            )
-        rows = [
-            replace(row, milliseconds=time.best, milliseconds_median=time.median)
-            for row, time in zip(rows, times.values(), strict=True)
-        ]
+            rows = add_times(rows, [partial(way, image) for way in ways], rounds)
     report = SampleReport(
         data=samples.name,
         split=samples.split,

@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ from cadsurgery.methods.anytime.plan import AnytimePlan, ExitPlan
 from cadsurgery.methods.anytime.program import Manner, Program
 from cadsurgery.methods.anytime.run import Run
 from cadsurgery.methods.anytime.shapes import Shapes, shapes_of
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import ghost
@@ -281,7 +282,7 @@ def _make_plan(
     return AnytimePlan(tuple(planned), net.options["classes"], tuple(apart), tuple(example.shape))
 
 
-class AnytimeModel(nn.Module):
+class AnytimeModel(ConvertedModel):
     """A network with exits: called as the original, it gives a tuple of predictions, the last one best.
 
     Each prediction is aggregated: where the one before was confident, it is that, on the finest grid of class scores
@@ -295,8 +296,8 @@ class AnytimeModel(nn.Module):
         source: where the network came from, if it was built by name.
     """
 
+    converted_by = "cs.anytime"
     plan: AnytimePlan
-    converted_by: ClassVar = "cs.anytime"
     source: Source | None
 
     def __init__(
@@ -309,12 +310,9 @@ class AnytimeModel(nn.Module):
     ) -> None:
         """Take over the modules of `model`, the heads among them; use `cadsurgery.anytime` to get one."""
         super().__init__()
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            getattr(self, kind).update(getattr(model, kind))
-        self.constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
+        self.take_over(model)
         self.program, self.options = program, options
         self.threshold, self.confidence = threshold, confidence
-        self.training = model.training
         self._shapes: dict[Any, Shapes] = {}
         self._ghost: tuple[nn.Module, ...] = ()
         self.register_load_state_dict_post_hook(_own_not_missing)
@@ -462,6 +460,11 @@ class AnytimeModel(nn.Module):
         return net.eval()
 
     @property
+    def is_optimized(self) -> bool:
+        """Whether it is an inference copy."""
+        return self.program.is_fused
+
+    @property
     def heads(self) -> nn.ModuleList:
         """Those of the exits; the network's own is not among them."""
         heads = self._modules[HEADS]
@@ -472,21 +475,6 @@ class AnytimeModel(nn.Module):
         """What the original does not have, by name: heads, and widths of the Gaussians."""
         return {name: value for name, value in self.named_parameters() if is_own(name)}
 
-    def train(self, mode: bool = True) -> AnytimeModel:
-        """As of any network; refused of an optimised copy.
-
-        Raises:
-            InvalidInput: it is one, and mode is True.
-        """
-        if mode and self.program.is_fused:
-            raise InvalidInput(
-                "an optimised network cannot be trained.",
-                why="its batch norms are folded into its convolutions.",
-                next="train the network it was made from, and call optimize() again.",
-            )
-        super().train(mode)
-        return self
-
     # -- running -----------------------------------------------------------------------------------
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_training: bool | None = None) -> Run:
@@ -496,15 +484,19 @@ class AnytimeModel(nn.Module):
         check_image(image_of(arguments))
         training = self.training if is_training is None else is_training
         shapes = None if training else self.shapes(arguments)
-        return Run(self, self.program, arguments, shapes, self.options["fill"] == "interpolated")
+        return Run(self, self.program, arguments, shapes, is_normalised=self._grid > 0)
+
+    @property
+    def _grid(self) -> int:
+        """How far apart positions are that are computed all the same; 0: none are."""
+        return _GRID if self.options["fill"] == "interpolated" else 0
 
     def _logits(self, run: Run, threshold: float | None) -> Iterator[Tensor]:
         sites: Sites | None = None
         logits: Tensor | None = None
         for number in range(len(self.program.segments)):
             if logits is not None and not self.asks_everything(threshold):
-                grid = _GRID if self.options["fill"] == "interpolated" else 0
-                sites = Sites(self.left(logits, threshold), sites, grid)
+                sites = Sites(self.left(logits, threshold), sites, self._grid)
             if sites is None or not sites.is_nothing or self.training:
                 run.segment(number, sites)
                 logits = run.logits(number, sites, logits)
@@ -532,12 +524,6 @@ class AnytimeModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_shapes": {}, "_ghost": ()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AnytimeModel:
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return clone
 
 
 def is_own(name: str) -> bool:

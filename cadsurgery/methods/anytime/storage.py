@@ -46,7 +46,7 @@ def pack_anytime(net: AnytimeModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         net.state_dict(),
         {**net.options, "threshold": net.threshold, "confidence": net.confidence},
     )
-    return tensors, files.describe(NAME, net, net.program.is_fused, tensors, options)
+    return tensors, files.describe(NAME, net, tensors, options)
 
 
 def load_anytime(

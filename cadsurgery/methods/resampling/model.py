@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from cadsurgery.data.networks import Source, source_of, stated_statistics
 from cadsurgery.masks.context import call_context, labelled
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.unit import Normalisation
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.resampling.back import Back, interpolate_back
 from cadsurgery.methods.resampling.locations import IGNORED, TARGETS, check_size, uniform_locations
 from cadsurgery.methods.resampling.macs import RULES, ResampledMacs, conv_macs
@@ -149,7 +150,7 @@ def _is_map(value: object, batch: int) -> bool:
     return shaped and isinstance(value, Tensor) and value.is_floating_point()
 
 
-class ResampledModel(nn.Module):
+class ResampledModel(ConvertedModel):
     """A network and a sampler: an image in, sampled; what the network gives of that, at the image's size out.
 
     Attributes:
@@ -157,13 +158,12 @@ class ResampledModel(nn.Module):
         size: (height, width) of the sampled image.
         mode: how pixels are taken.
         back: how scores are brought back.
-        is_optimized: whether it is an inference copy.
         source: where the network came from.
         locations: (B, grid, grid, 2) of the last call; None before.
     """
 
+    converted_by = "cs.resample"
     plan: ResampledPlan
-    converted_by: ClassVar = "cs.resample"
     source: Source
     network: nn.Module
 
@@ -175,7 +175,7 @@ class ResampledModel(nn.Module):
         self.add_module(NETWORK, network)
         self.add_module(SAMPLER, sampler)
         self.size, self.mode, self.back = size, mode, back
-        self.is_optimized = False
+        self._is_optimized = False
         self.locations: Tensor | None = None
         self.training = network.training
         self.register_state_dict_post_hook(_as_the_original)
@@ -279,33 +279,23 @@ class ResampledModel(nn.Module):
                 network = _macs_of(self.network, sample(image, locations, self.size, self.mode), rule)
         return ResampledMacs(sampler, network, original, rule, tuple(image.shape), self.size)
 
+    @property
+    def is_optimized(self) -> bool:
+        """Whether it is an inference copy."""
+        return self._is_optimized
+
     def optimize(self) -> ResampledModel:
         """An inference copy: of a dense network batch norm folded and activations fused, where torch.fx can follow it;
         of one that another method made its own inference copy; of a learned sampler batch norm folded."""
         net = ResampledModel(
             _optimized(self.network), copy.deepcopy(self.sampler), self.size, self.mode, self.back
         )
-        net.plan, net.source, net.is_optimized = self.plan, self.source, True
+        net.plan, net.source, net._is_optimized = self.plan, self.source, True
         net.requires_grad_(False)
         net.eval()
         if isinstance(net.sampler, LearnedSampler):
             net.sampler.net.fold()
         return net
-
-    def train(self, mode: bool = True) -> ResampledModel:
-        """As of any network; refused of an optimised copy.
-
-        Raises:
-            InvalidInput: it is one, and mode is True.
-        """
-        if mode and self.is_optimized:
-            raise InvalidInput(
-                "an optimised network cannot be trained.",
-                why="its batch norms are folded into its convolutions.",
-                next="train the network it was made from, and call optimize() again.",
-            )
-        super().train(mode)
-        return self
 
 
 def _macs_of(network: nn.Module, image: Tensor, rule: str) -> int:

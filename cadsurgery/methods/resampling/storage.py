@@ -68,7 +68,7 @@ def save_resampled(net: ResampledModel, path: str | Path) -> None:
     options = {**asdict(sampler.options), "size": net.size, "mode": net.mode, "back": net.back}
     more: dict[str, Any] = {"inside": inside, "network": within, "sampler": sampler.spec()}
     more["normalisation"] = unit and unit.to_dict()
-    files.write(path, tensors, files.describe(NAME, net, net.is_optimized, tensors, options, **more))
+    files.write(path, tensors, files.describe(NAME, net, tensors, options, **more))
 
 
 def _pack(network: nn.Module) -> tuple[_Inside, dict[str, Tensor], dict[str, Any]]:

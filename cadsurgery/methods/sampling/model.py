@@ -7,13 +7,14 @@ import inspect
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.masks.masking import check_image
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate
 from cadsurgery.methods.sampling.macs import RULES, SampledMacs, Work, count, work_of
@@ -143,7 +144,7 @@ def _make_plan(net: SampledModel, branches: list[BranchPlan], facts: Facts, path
     return SamplingPlan(tuple(planned), macs.dense, own, tuple(facts.example.shape), path)
 
 
-class SampledModel(nn.Module):
+class SampledModel(ConvertedModel):
     """A network with gates; called as the original, it returns what that does.
 
     In training mode everything is computed and each position counts by the share its gate gives it, which gradients
@@ -162,8 +163,8 @@ class SampledModel(nn.Module):
         source: where the network came from, if it was built by name.
     """
 
+    converted_by = "cs.sample"
     plan: SamplingPlan
-    converted_by: ClassVar = "cs.sample"
     source: Source | None
     hosts_part = False
 
@@ -178,13 +179,10 @@ class SampledModel(nn.Module):
     ) -> None:
         """Take over the modules of `model`, the gates among them; use `cadsurgery.sample` to get one."""
         super().__init__()
-        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            getattr(self, kind).update(getattr(model, kind))
-        self.constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
+        self.take_over(model)
         self.program, self.options = program, options
         self.grid, self.temperature, self.noise = grid, temperature, noise
         self.seed, self.step, self.decay = 0, 0, DECAY
-        self.training = model.training
         self._is_dense = False
         self._last: Run | None = None
         self._forget()
@@ -344,21 +342,6 @@ class SampledModel(nn.Module):
         """What the original does not have, by name: those of the gates."""
         return {name: value for name, value in self.named_parameters() if is_own(name)}
 
-    def train(self, mode: bool = True) -> SampledModel:
-        """As of any network; refused of an optimised copy.
-
-        Raises:
-            InvalidInput: it is one, and mode is True.
-        """
-        if mode and self.is_optimized:
-            raise InvalidInput(
-                "an optimised network cannot be trained.",
-                why="its batch norms are folded into its convolutions.",
-                next="train the network it was made from, and call optimize() again.",
-            )
-        super().train(mode)
-        return self
-
     # -- running -----------------------------------------------------------------------------------
 
     def _bind_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -396,12 +379,6 @@ class SampledModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known": {}, "_last": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SampledModel:
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return clone
 
 
 class HostedSampled(SampledModel):

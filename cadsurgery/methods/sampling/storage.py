@@ -32,7 +32,7 @@ def save_sampled(net: SampledModel, path: str | Path) -> None:
     """
     own = {name: getattr(net, name) for name in ("grid", "temperature", "noise", "seed")}
     tensors = net.state_dict()
-    files.write(path, tensors, files.describe(NAME, net, net.is_optimized, tensors, {**net.options, **own}))
+    files.write(path, tensors, files.describe(NAME, net, tensors, {**net.options, **own}))
 
 
 def load_sampled(
