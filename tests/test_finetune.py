@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -799,9 +798,7 @@ class CountedMetrics:
 
 @pytest.fixture
 def metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("cadsurgery.tasks.segmentation.metrics")
-    module.SegmentationMetrics = CountedMetrics  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cadsurgery.tasks.segmentation.metrics", module)
+    monkeypatch.setattr("cadsurgery.tasks.segmentation.metrics.SegmentationMetrics", CountedMetrics)
 
 
 def test_evaluation_compares_with_the_labels_and_changes_nothing(metrics: None) -> None:
@@ -847,10 +844,8 @@ def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics: None, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs `cadsurgery finetune ...` with data that is called scenes; code, output, errors."""
-    data = ModuleType("cadsurgery.data")
-    data.open_data = lambda spec, split: Scenes(4 if split == "train" else 2)  # type: ignore[attr-defined]
-    data.Augment = lambda crop, flip, jitter, scale: _flip  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cadsurgery.data", data)
+    monkeypatch.setattr("cadsurgery.data.open_data", lambda spec, split: Scenes(4 if split == "train" else 2))
+    monkeypatch.setattr("cadsurgery.data.Augment", lambda crop, flip, jitter, scale: _flip)
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.chdir(tmp_path)
 

@@ -127,7 +127,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def load(
     path: str | Path, model: nn.Module | None = None, *, mask: object = None, trust: bool = False
 ) -> AdaptiveModel:
-    """An adaptive network of a file that `save` or `push_to_hub` wrote; arguments and errors as of `cadsurgery.load`."""
+    """An adaptive network of a file that `save` or `push_to_hub` wrote; see `cadsurgery.load`."""
     mask = None if mask is None else resolve_mask(mask)
     if model is not None:
         check_network(model)
