@@ -100,20 +100,23 @@ Predict = Callable[[Tensor], Tensor]
 
 
 def evaluate(predict: Predict, found: cs.SegmentationData) -> dict[str, Any]:
-    """Accuracy over a split."""
-    metrics = cs.SegmentationMetrics(len(CLASSES))
+    """Accuracy over a split, and over each of the films that its images are from."""
+    films = ["_".join(name.split("_")[:-1]) for name in found.names]
+    metrics = {film: cs.SegmentationMetrics(len(CLASSES)) for film in ("", *films)}
     with torch.inference_mode():
-        for place in range(len(found)):
+        for place, film in enumerate(films):
             image, labels = found[place]
             with labelled(labels[None]):
-                metrics.update(predict(image[None] * 2 - 1).argmax(1), labels[None])
-    figures = metrics.compute()
-    iou = dict(zip(CLASSES, figures["iou"], strict=True))
-    return {
-        "miou": figures["miou"],
-        "targets": sum(iou[name] or 0 for name in TARGETS) / len(TARGETS),
-        "iou": iou,
-    }
+                classes = predict(image[None] * 2 - 1).argmax(1)
+            for name in dict.fromkeys(("", film)):
+                metrics[name].update(classes, labels[None])
+    of_targets, iou = {}, {}
+    for film, own in metrics.items():
+        figures = own.compute()
+        iou[film] = dict(zip(CLASSES, figures["iou"], strict=True))
+        of_targets[film] = sum(iou[film][name] or 0 for name in TARGETS) / len(TARGETS)
+    miou, whole = metrics[""].compute()["miou"], of_targets.pop("")
+    return {"miou": miou, "targets": whole, "iou": iou[""], "targets_of_films": of_targets}
 
 
 def locations_missed(data: Path, runs: Path, found: cs.SegmentationData) -> dict[str, float]:
