@@ -102,14 +102,14 @@ Predict = Callable[[Tensor], Tensor]
 def evaluate(predict: Predict, found: cs.SegmentationData) -> dict[str, Any]:
     """Accuracy over a split, and over each of the films that its images are from."""
     films = ["_".join(name.split("_")[:-1]) for name in found.names]
-    metrics = {film: cs.SegmentationMetrics(len(CLASSES)) for film in ("", *films)}
+    metrics = {film: cs.SegmentationMetrics(len(CLASSES)) for film in ("", *films)}  # "": of all
     with torch.inference_mode():
         for place, film in enumerate(films):
             image, labels = found[place]
             with labelled(labels[None]):
-                classes = predict(image[None] * 2 - 1).argmax(1)
-            for name in dict.fromkeys(("", film)):
-                metrics[name].update(classes, labels[None])
+                metrics[film].update(predict(image[None] * 2 - 1).argmax(1), labels[None])
+    for film in dict.fromkeys(films):
+        metrics[""].merge(metrics[film])
     of_targets, iou = {}, {}
     for film, own in metrics.items():
         figures = own.compute()
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"))
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, choices=SIZES)
     parser.add_argument("--networks", nargs="*", choices=KINDS, default=KINDS, help="none: times alone")
+    parser.add_argument("--samplers", nargs="*", choices=(*SAMPLERS, MEAN), default=(*SAMPLERS, MEAN))
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--every", type=int, default=1, help="take every N-th image of the split")
     parser.add_argument("--rounds", type=int, default=5, help="of timing; 0 for none")
@@ -290,6 +291,8 @@ def main() -> None:
         missed = locations_missed(options.data, options.runs, found)
     for size, kind in itertools.product(options.sizes, options.networks):
         for network, sampler, net in networks(options.data, options.runs, size, kind):
+            if sampler not in options.samplers:
+                continue
             with labelled(found[0][1][None]):
                 work = net.macs(first * 2 - 1).total
             predict = net if kind == KNOWING else net.optimize()
