@@ -713,6 +713,9 @@ IMAGE, PLACES, SCORES = (
         (lambda: interpolate_back(SCORES.long(), PLACES, 8), cs.InvalidInput, "floating-point scores"),
         (lambda: interpolate_back(SCORES, PLACES, 1), cs.InvalidInput, "output_size=1"),
         (lambda: interpolate_back(SCORES, PLACES, 8, "cubic"), cs.UnknownName, "inverse"),  # type: ignore[arg-type]
+        (lambda: inverse_warp(PLACES[0], (8, 8), (9, 9)), cs.InvalidInput, "row and column in 0..1"),
+        (lambda: inverse_warp(PLACES, (8, 1), (9, 9)), cs.InvalidInput, "samples="),
+        (lambda: inverse_warp(PLACES, (8, 8), (9, 1)), cs.InvalidInput, "size="),
         (lambda: resampled(size=1), cs.InvalidInput, "size=1"),
         (lambda: resampled(grid=1), cs.InvalidInput, "grid=1"),
         (lambda: resampled(smoothness=-1), cs.InvalidInput, "smoothness"),

@@ -139,8 +139,13 @@ def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, i
         locations: (B, n, m, 2), as of `interpolate_back`.
         samples: rows and columns sampled.
         size: (height, width) of the image.
+
+    Raises:
+        InvalidInput: no locations, or a size of less than 2.
     """
-    return _places(locations, samples, size).permute(1, 2, 3, 0)
+    check_locations(locations, len(locations) if isinstance(locations, Tensor) and locations.dim() else 1)
+    found = _places(locations.detach(), check_size(samples, "samples"), check_size(size))
+    return found.permute(1, 2, 3, 0)
 
 
 def _places(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
