@@ -40,6 +40,7 @@ from recipes.resampling_mobilenetv2.train import MEAN, SAMPLERS, SIZES, TARGETS,
 PUBLISHED_SIZES = (128, 160, 192, 224)
 GIVEN, TRAINED, KNOWING, WHOLE = "given", "trained", "knowing", "whole image"
 KINDS = (KNOWING, TRAINED, GIVEN)
+COLUMNS = ("uniform", MEAN, "learned", "edges", "labels")
 
 
 def published_macs() -> dict[str, dict[str, int]]:
@@ -80,7 +81,7 @@ def networks(data: Path, runs: Path, size: int, kind: str) -> Iterator[tuple[str
     """Which network, by which sampler, of a size. Edges and labels are tried on the network that was trained with the
     learned sampler, and on one that was trained with them."""
     if kind == KNOWING:
-        for sampler in ("uniform", MEAN, "learned", "edges", "labels"):
+        for sampler in COLUMNS:
             yield KNOWING, sampler, resampled(data, runs, sampler, size, Knowing().eval())
     elif kind == GIVEN:
         for sampler in SAMPLERS:
@@ -101,7 +102,7 @@ Predict = Callable[[Tensor], Tensor]
 
 def evaluate(predict: Predict, found: cs.SegmentationData) -> dict[str, Any]:
     """Accuracy over a split, and over each of the films that its images are from."""
-    films = ["_".join(name.split("_")[:-1]) for name in found.names]
+    films = ["_".join(Path(name).name.split("_")[:-1]) for name in found.names]
     metrics = {film: cs.SegmentationMetrics(len(CLASSES)) for film in ("", *films)}  # "": of all
     with torch.inference_mode():
         for place, film in enumerate(films):
@@ -169,19 +170,47 @@ def table_of_times(times: dict[str, float]) -> str:
     return "\n".join([*lines, f"\n{WHOLE}: {times[WHOLE]:.1f} ms"])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown, shares in per cent."""
-    lines = [
-        "| size | network | sampled by | mIoU | targets | MACs | of whole |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    whole = next((row["macs"] for row in rows if row["sampler"] == WHOLE), None)
-    for row in rows:
-        share = f"{row['macs'] / whole:.3f}" if whole else ""
-        lines.append(
-            f"| {row['size'] or ''} | {row['network']} | {row['sampler']} | {100 * row['miou']:.2f} | "
-            f"{100 * row['targets']:.2f} | {row['macs']:.3e} | {share} |"
-        )
+def tables(rows: list[dict[str, Any]]) -> str:
+    """In Markdown: of each kind of network the mean IoU of the targets, and of all classes, in per cent."""
+    parts = []
+    for kind in KINDS:
+        own = [row for row in rows if kind == _kind(row)]
+        cells = {(row["size"], _column(row)): row for row in own}
+        columns = list(dict.fromkeys(column for _, column in cells))
+        lines = [
+            f"{kind}: targets / all classes\n",
+            f"| size | {' | '.join(columns)} |",
+            "|---" * (len(columns) + 1) + "|",
+        ]
+        for size in sorted({row["size"] for row in own}):
+            found = [cells.get((size, column)) for column in columns]
+            told = [f"{100 * row['targets']:.2f} / {100 * row['miou']:.2f}" if row else "" for row in found]
+            lines.append(f"| {size} | {' | '.join(told)} |")
+        parts += ["\n".join(lines)] if own else []
+    return "\n\n".join(parts)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return row["network"] if row["network"] in (KNOWING, GIVEN) else TRAINED
+
+
+def _column(row: dict[str, Any]) -> str:
+    trained = row["network"].removesuffix(f"-{row['size']}")
+    return (
+        row["sampler"]
+        if _kind(row) != TRAINED or trained == row["sampler"]
+        else f"{row['sampler']}, trained {trained}"
+    )
+
+
+def table_of_films(rows: list[dict[str, Any]]) -> str:
+    """In Markdown: targets on each film, of networks as they were trained."""
+    own = [row for row in rows if _kind(row) == TRAINED and _column(row) == row["sampler"]]
+    films = list(own[0]["targets_of_films"]) if own else []
+    lines = [f"| size | sampled by | {' | '.join(films)} |", "|---" * (len(films) + 2) + "|"]
+    for row in own:
+        told = (f"{100 * value:.2f}" for value in row["targets_of_films"].values())
+        lines.append(f"| {row['size']} | {row['sampler']} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
@@ -191,17 +220,13 @@ def draw(rows: list[dict[str, Any]], milliseconds: dict[str, float], path: Path)
 
     figure = Figure((12, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
-    rows = [row for row in rows if row["size"] and row["network"] != KNOWING]
-    rows = [row for row in rows if row["network"] == GIVEN or row["network"].startswith(row["sampler"])]
-    for is_given, sampler in dict.fromkeys((row["network"] == GIVEN, row["sampler"]) for row in rows):
-        own = [row for row in rows if row["sampler"] == sampler and (row["network"] == GIVEN) == is_given]
-        label = f"{sampler}, {'given' if is_given else 'fine-tuned'}"
-        style = {
-            "ls": ":" if is_given else "-",
-            "marker": "o",
-            "ms": 3,
-            "color": f"C{SAMPLERS.index(sampler)}",
-        }
+    rows = [row for row in rows if _kind(row) != KNOWING]
+    for kind, column in dict.fromkeys((_kind(row), _column(row)) for row in rows):
+        own = [row for row in rows if (_kind(row), _column(row)) == (kind, column)]
+        sampler = own[0]["sampler"]
+        label = f"{column}, given" if kind == GIVEN else column
+        dashes = ":" if kind == GIVEN else "-" if column == sampler else "--"
+        style: dict[str, Any] = {"ls": dashes, "marker": "o", "ms": 3, "color": f"C{SAMPLERS.index(sampler)}"}
         for axes, name in zip(panels, ("targets", "miou"), strict=False):
             axes.plot([row["macs"] for row in own], [100 * row[name] for row in own], label=label, **style)
         timed = [(milliseconds.get(f"{row['size']} {sampler}"), 100 * row["targets"]) for row in own]
@@ -245,7 +270,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"))
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, choices=SIZES)
     parser.add_argument("--networks", nargs="*", choices=KINDS, default=KINDS, help="none: times alone")
-    parser.add_argument("--samplers", nargs="*", choices=(*SAMPLERS, MEAN), default=(*SAMPLERS, MEAN))
+    parser.add_argument("--samplers", nargs="*", choices=COLUMNS, default=COLUMNS)
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--every", type=int, default=1, help="take every N-th image of the split")
     parser.add_argument("--rounds", type=int, default=5, help="of timing; 0 for none")
@@ -306,8 +331,12 @@ def main() -> None:
     if options.rounds:
         times = measure(options.data, options.runs, found, options.rounds)
     write()
-    ordered = sorted(rows.values(), key=lambda row: (row["size"] or 10**9, row["network"], row["sampler"]))
-    print(table(ordered))
+    ordered = sorted(
+        (row for row in rows.values() if row["sampler"] != WHOLE),
+        key=lambda row: (row["size"], COLUMNS.index(row["sampler"]), row["network"]),
+    )
+    print(tables(ordered))
+    print(table_of_films(ordered))
     for name, value in missed.items():
         print(f"locations of {name}: mean squared distance from those of the labels {value:.5f}")
     if times:
