@@ -26,6 +26,7 @@ from cadsurgery.resampling import (
 )
 from torch import Tensor
 
+from cadsurgery.methods.resampling.back import _triangulate
 from cadsurgery.methods.resampling.locations import upsample
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
@@ -41,14 +42,36 @@ def grid(height: int, width: int) -> Tensor:
     return target_locations(boundaries(labels, None, None), 8, PUBLISHED_SMOOTHNESS).float()
 
 
+def points_of(locations: Tensor, samples: int, size: tuple[int, int]) -> Tensor:
+    """(samples^2, 2), in pixels."""
+    points = upsample(locations, (samples, samples))[0] * torch.tensor([size[0] - 1, size[1] - 1])
+    return points.flatten(0, 1)
+
+
+def by_triangles(locations: Tensor, samples: int, size: tuple[int, int]) -> object:
+    """The corners around each pixel, and their weights."""
+    return _triangulate(points_of(locations, samples, size), size)
+
+
+def pixels(size: tuple[int, int]) -> np.ndarray:
+    """(H W, 2)."""
+    return np.stack(np.mgrid[: size[0], : size[1]], -1).reshape(-1, 2)
+
+
+def found_by_scipy(locations: Tensor, samples: int, size: tuple[int, int]) -> object:
+    """The triangle of each pixel."""
+    from scipy.spatial import Delaunay
+
+    return Delaunay(points_of(locations, samples, size).numpy()).find_simplex(pixels(size))
+
+
 def by_scipy(scores: Tensor, locations: Tensor, size: tuple[int, int]) -> Tensor:
     """What the published code calls."""
     from scipy.interpolate import LinearNDInterpolator
 
-    points = upsample(locations, tuple(scores.shape[2:]))[0] * torch.tensor([size[0] - 1, size[1] - 1])
-    found = LinearNDInterpolator(points.flatten(0, 1).numpy(), scores[0].flatten(1).T.numpy())
-    pixels = np.stack(np.mgrid[: size[0], : size[1]], -1).reshape(-1, 2)
-    return torch.from_numpy(found(pixels)).T.view(1, -1, *size).float()
+    points = points_of(locations, scores.shape[2], size)
+    found = LinearNDInterpolator(points.numpy(), scores[0].flatten(1).T.numpy())
+    return torch.from_numpy(found(pixels(size))).T.view(1, -1, *size).float()
 
 
 def main() -> None:
@@ -70,6 +93,7 @@ def main() -> None:
         sides: dict[str, Callable[[], object]] = {
             "triangulation": partial(interpolate_back, scores, locations, size),
             "inverse": partial(interpolate_back, scores, locations, size, "inverse"),
+            "of triangulation: places": partial(by_triangles, locations, samples, size),
             "of inverse: places": partial(inverse_warp, locations, (samples, samples), size),
         }
         try:
@@ -78,6 +102,7 @@ def main() -> None:
             print("scipy is not installed: left out")
         else:
             sides["scipy"] = partial(by_scipy, scores, locations, size)
+            sides["of scipy: places"] = partial(found_by_scipy, locations, samples, size)
         times = interleaved(sides, options.rounds, clock=time.process_time)
         rows.append(
             {"case": [height, width, samples, classes], **{name: vars(t) for name, t in times.items()}}

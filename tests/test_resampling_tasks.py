@@ -23,7 +23,7 @@ from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
 from cadsurgery.tasks.samples import WHOLE, SampleReport
-from recipes.resampling_mobilenetv2.recipe import table_of_macs
+from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
 
 TARGETS = (4, 5)
 
@@ -177,6 +177,17 @@ def test_the_recipe_has_the_published_cost() -> None:
     assert "| sampler | 17,600,064 | 18,341,376 |" in table
     for size, published, true in ((128, "161,547,264", "162,791,424"), (224, "494,569,536", "498,379,776")):
         assert f"| network, {size} | {published} | {true} |" in table
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "labels"])
+def test_what_knows_the_labels_misses_what_sampling_leaves_out(sampler: str) -> None:
+    data = cs.open_data("scene:2,height=40,width=52", "test")
+    whole = (40, 52)
+    shares = [
+        evaluate(cs.resample(Knowing().eval(), sampler, size, targets=TARGETS), data)["miou"]
+        for size in (whole, (20, 26))
+    ]
+    assert shares[1] < shares[0] <= 1 and (sampler != "uniform" or shares[0] == 1)
 
 
 @pytest.mark.parametrize("name", ["locations", "network"])

@@ -42,17 +42,20 @@ from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.support.files import cache_folder, is_private, keep_whole
 
-SOURCE, INTEGERS = (Path(__file__).with_name(f"{name}.c") for name in ("native", "integer"))
+SOURCE, INTEGERS, WARP = (Path(__file__).with_name(f"{name}.c") for name in ("native", "integer", "warp"))
 _HASH = hashlib.sha256().digest_size
 LANE_BYTES, PRODUCT_LANES, MOST_TAPS, GROUPS = 64, 4, 128, (1, 2, 4, 8, 16)
 _WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 _FLAGS = ("-O3", "-march=native", *_WIDEST, "-ffp-contract=fast", "-fopenmp", "-fPIC", "-c")
-_ELEMENTS = {
+_ELEMENTS: dict[torch.dtype, tuple[str, ...]] = {
     torch.float32: ("float32", "-DELEMENT=float"),
     torch.float64: ("float64", "-DELEMENT=double", "-DWIDE"),
     torch.bfloat16: ("bfloat16", "-DBF16"),
     torch.uint8: ("uint8", "-DBYTES"),
 }
+# Of `warp.c`, whose loops become vectors where no root sets errno and no quotient is caught.
+WARP_ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
+_WARP_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
 # Forms of `integer.c`, by the instructions they need; a compiler or a processor that has none of them builds none.
 _PLAIN_FLAGS = ("-O3", "-mtune=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-c")
 INTEGER_FORMS = {
@@ -324,14 +327,16 @@ def _load(path: Path) -> Any:
 def _build(compiler: str, target: Path) -> None:
     with keep_whole(target) as folder:
         objects = []
-        for name, *defines in _ELEMENTS.values():
-            objects.append(f"{folder}/{name}.o")
+        forms = [(SOURCE, form) for form in _ELEMENTS.values()]
+        forms += [(WARP, (*_ELEMENTS[dtype], *_WARP_FLAGS)) for dtype in WARP_ELEMENTS]
+        for source, (name, *flags) in forms:
+            objects.append(f"{folder}/{source.stem}_{name}.o")
             suffix = f"-DSUFFIX(name)=name##_{name}"
-            command = [compiler, *_FLAGS, *defines, suffix, str(SOURCE), "-o", objects[-1]]
+            command = [compiler, *_FLAGS, *flags, suffix, str(source), "-o", objects[-1]]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
-        for name, flags in INTEGER_FORMS.items():
+        for name, needed in INTEGER_FORMS.items():
             target_file, suffix = f"{folder}/{name}.o", f"-DSUFFIX(name)=name##_{name}"
-            command = [compiler, *_PLAIN_FLAGS, *flags, suffix, str(INTEGERS), "-o", target_file]
+            command = [compiler, *_PLAIN_FLAGS, *needed, suffix, str(INTEGERS), "-o", target_file]
             if subprocess.run(command, check=False, capture_output=True, timeout=120).returncode == 0:
                 objects.append(target_file)
         whole = folder / "successor"
@@ -344,6 +349,12 @@ def _build(compiler: str, target: Path) -> None:
 def _fingerprint(compiler: str) -> str:
     """What the compiled code depends on, besides the machine: source, flags, compiler."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    flags = [*_FLAGS, *_PLAIN_FLAGS, *(flag for form in INTEGER_FORMS.values() for flag in form)]
-    parts = (SOURCE.read_bytes(), INTEGERS.read_bytes(), " ".join(flags).encode(), version)
+    flags = [
+        *_FLAGS,
+        *_WARP_FLAGS,
+        *_PLAIN_FLAGS,
+        *(flag for form in INTEGER_FORMS.values() for flag in form),
+    ]
+    sources = (source.read_bytes() for source in (SOURCE, INTEGERS, WARP))
+    parts = (*sources, " ".join(flags).encode(), version)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

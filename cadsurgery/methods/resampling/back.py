@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.backends import warp
 from cadsurgery.elements.lattice import describe
 from cadsurgery.methods.resampling.locations import check_locations, check_size, normalise, upsample
 from cadsurgery.support.errors import InvalidInput, check_name
@@ -54,9 +55,10 @@ def interpolate_back(
     size, samples = check_size(output_size, "output_size"), (scores.shape[2], scores.shape[3])
     check_locations(locations, scores.shape[0])
     if method == "inverse":
-        places = inverse_warp(locations.detach(), samples, size).to(scores.device)
-        around = 2 * places.flip(-1) / places.new_tensor([samples[1] - 1, samples[0] - 1]) - 1
-        return F.grid_sample(scores, around.to(scores.dtype), align_corners=True, padding_mode="border")
+        around = _places(locations.detach(), samples, size).flip(0).to(scores.device)
+        per_sample = around.new_tensor([2 / (samples[1] - 1), 2 / (samples[0] - 1)])
+        around = around.mul_(per_sample.view(2, 1, 1, 1)).sub_(1).to(scores.dtype)
+        return F.grid_sample(scores, around.permute(1, 2, 3, 0), align_corners=True, padding_mode="border")
     points = upsample(locations.detach(), samples).cpu() * torch.tensor([size[0] - 1, size[1] - 1])
     images = []
     for one, places in zip(scores.flatten(2), points.flatten(1, 2), strict=True):
@@ -137,21 +139,43 @@ def inverse_warp(locations: Tensor, samples: tuple[int, int], size: tuple[int, i
         locations: (B, n, m, 2), as of `interpolate_back`.
         samples: rows and columns sampled.
         size: (height, width) of the image.
+
+    Raises:
+        InvalidInput: no locations, or a size of less than 2.
     """
+    check_locations(locations, len(locations) if isinstance(locations, Tensor) and locations.dim() else 1)
+    found = _places(locations.detach(), check_size(samples, "samples"), check_size(size))
+    return found.permute(1, 2, 3, 0)
+
+
+def _places(locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """(2, B, H, W), of `inverse_warp`: in compiled code, or by torch."""
     if samples[0] < locations.shape[1] or samples[1] < locations.shape[2]:
         locations = upsample(locations, samples).to(locations)  # what is between samples is not seen
     exact = torch.promote_types(locations.dtype, torch.float32)
-    points = normalise(locations.to(exact)) * locations.new_tensor([size[0] - 1, size[1] - 1], dtype=exact)
-    rows = torch.arange(size[0], dtype=exact, device=points.device).unsqueeze(1)
-    columns = torch.arange(size[1], dtype=exact, device=points.device)
-    found = torch.stack([_invert(grid, rows, columns) for grid in points])
-    cells = (points.shape[1] - 1, points.shape[2] - 1)
-    per_cell = found.new_tensor([(number - 1) / of for number, of in zip(samples, cells, strict=True)])
-    return _polish((found * per_cell).contiguous(), locations, samples, size)
+    scale = locations.new_tensor([size[0] - 1, size[1] - 1], dtype=torch.float64)
+    grid = (normalise(locations.double()) * scale).to(exact)
+    points = (upsample(locations, samples) * scale).to(exact)
+    cells = (grid.shape[1] - 1, grid.shape[2] - 1)
+    bent = (_bent(samples[0] - 1, cells[0], grid.device), _bent(samples[1] - 1, cells[1], grid.device))
+    enough = 16 * torch.finfo(exact).eps * max(size)
+    if warp.supports(grid):
+        return warp.invert(grid, points, bent, size, enough)
+    rows = torch.arange(size[0], dtype=exact, device=grid.device).unsqueeze(1)
+    columns = torch.arange(size[1], dtype=exact, device=grid.device)
+    found = torch.stack([_invert(one, rows, columns) for one in grid], 1)
+    per_cell = [(number - 1) / of for number, of in zip(samples, cells, strict=True)]
+    return _polish(found * found.new_tensor(per_cell).view(2, 1, 1, 1), points, bent, enough)
+
+
+def _bent(steps: int, cells: int, device: torch.device) -> Tensor:
+    """(steps), uint8: whether a location lies between a sample and the next, so that there is a kink."""
+    first = torch.arange(steps, device=device)
+    return ((first * cells // steps + 1) * steps < (first + 1) * cells).to(torch.uint8)
 
 
 def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(H, W, 2): row and column in a grid (n, m, 2) of points in pixels, as fractions."""
+    """(2, H, W): row and column in a grid (n, m, 2) of points in pixels, as fractions."""
     size = (len(rows), len(columns))
     best = grid.new_full(size, math.inf)  # distance from the middle of the cell
     found = grid.new_zeros(2, *size)
@@ -172,8 +196,8 @@ def _invert(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             torch.where(better, far, closest, out=closest)
             for of_axis, value in ((found[0][box], u.add_(i)), (found[1][box], v.add_(j))):
                 torch.where(better, value, of_axis, out=of_axis)
-    last = grid.new_tensor([grid.shape[0] - 1, grid.shape[1] - 1])
-    return found.permute(1, 2, 0).clamp(min=0).minimum(last)
+    last = grid.new_tensor([grid.shape[0] - 1, grid.shape[1] - 1]).view(2, 1, 1)
+    return found.clamp_(min=0).minimum(last)
 
 
 Point = Sequence[float]
@@ -205,23 +229,18 @@ def _solve(y: Tensor, x: Tensor, b: Point, c: Point, d: Point) -> tuple[Tensor, 
     return along / (down * down + across * across), v
 
 
-def _polish(found: Tensor, locations: Tensor, samples: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Places (B, H, W, 2) among samples, those between samples on both sides of a location made exact."""
-    bent = found.new_zeros(found.shape[:-1], dtype=torch.bool)
-    for axis, number in enumerate(samples):
-        cells, steps = locations.shape[1 + axis] - 1, number - 1
-        first = torch.arange(steps, device=found.device)
-        is_bent = (first * cells // steps + 1) * steps < (first + 1) * cells
-        bent |= is_bent[found[..., axis].int().clamp_(max=steps - 1)]
-    places = bent.flatten().nonzero().squeeze(1)
-    wanted = torch.stack((places // size[1] % size[0], places % size[1])).to(found)
-    image = places // (size[0] * size[1]) * samples[0]
-    scale = locations.new_tensor([size[0] - 1, size[1] - 1], dtype=torch.float64)
-    points = (upsample(locations, samples) * scale).to(found).flatten(0, 2)
+def _polish(found: Tensor, points: Tensor, bent: tuple[Tensor, ...], enough: float) -> Tensor:
+    """Places (2, B, H, W) among points (B, h, w, 2) of samples, those next to a location made exact."""
+    (height, width), samples = found.shape[2:], points.shape[1:3]
+    is_bent = found.new_zeros(found.shape[1:], dtype=torch.bool)
+    for of_axis, kinks in zip(found, bent, strict=True):
+        is_bent |= kinks.bool()[of_axis.int().clamp_(max=len(kinks) - 1)]
+    places = is_bent.flatten().nonzero().squeeze(1)
+    wanted = torch.stack((places // width % height, places % width)).to(found)
+    image = places // (height * width) * samples[0]
     last = found.new_tensor([[samples[0] - 1], [samples[1] - 1]])
-    found = found.flatten(0, 2)
-    place, missed = found[places].T, wanted.new_full((len(places),), math.inf)
-    enough = 16 * torch.finfo(found.dtype).eps * max(size)
+    points, found = points.flatten(0, 2), found.flatten(1)
+    place, missed = found[:, places], wanted.new_full((len(places),), math.inf)
     for _ in range(_POLISHING):
         if not len(places):
             break
@@ -233,7 +252,7 @@ def _polish(found: Tensor, locations: Tensor, samples: tuple[int, int], size: tu
         left = wanted - (a + u * b + v * c + u * v * d)
         error = left.abs().amax(0)
         is_better = error < missed
-        found[places[is_better]] = place.T[is_better]
+        found[:, places[is_better]] = place[:, is_better]
         missed = error.minimum(missed)
         go_on = error > enough
         down, across, left = ((b + v * d)[:, go_on], (c + u * d)[:, go_on], left[:, go_on])
@@ -242,4 +261,4 @@ def _polish(found: Tensor, locations: Tensor, samples: tuple[int, int], size: tu
         step = torch.where(area == 0, 0, step / area).clamp(-1, 1)
         place = (place[:, go_on] + step).clamp(min=0).minimum(last)
         places, image, missed, wanted = places[go_on], image[go_on], missed[go_on], wanted[:, go_on]
-    return found.view(len(locations), *size, 2)
+    return found.view(2, -1, height, width)

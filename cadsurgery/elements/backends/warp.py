@@ -1,0 +1,51 @@
+"""`warp.c`: the inverse of a warp in compiled code, in one pass over the pixels of an image."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.backends.choose import is_observed
+from cadsurgery.elements.backends.native import WARP_ELEMENTS, library
+
+
+class _Warp(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("grid", "samples", "boxes", "bent_rows", "bent_columns", "found")
+        ),
+        *((name, ctypes.c_long) for name in ("batch", "n", "m", "h", "w", "height", "width")),
+    )
+
+
+def supports(points: Tensor) -> bool:
+    """Whether there is compiled code for points of this kind; not while torch observes what is called."""
+    kind = points.device.type == "cpu" and points.dtype in WARP_ELEMENTS
+    return kind and not is_observed() and library() is not None
+
+
+def invert(
+    grid: Tensor, samples: Tensor, bent: tuple[Tensor, Tensor], size: tuple[int, int], enough: float
+) -> Tensor:
+    """(2, B, H, W): rows, then columns, among the samples of each pixel.
+
+    Args:
+        grid: (B, n, m, 2), points in pixels.
+        samples: (B, h, w, 2), those of the samples.
+        bent: (h - 1) and (w - 1), uint8: whether a location lies between two samples.
+        size: (height, width) of the image.
+        enough: what a place may miss by, in pixels.
+    """
+    (batch, n, m, _), (h, w) = grid.shape, samples.shape[1:3]
+    corners = torch.stack((grid[:, :-1, :-1], grid[:, 1:, :-1], grid[:, :-1, 1:], grid[:, 1:, 1:]))
+    low, high = (corners.amin(0) - 1e-3).ceil().clamp_(min=0), (corners.amax(0) + 1e-3).floor()
+    boxes = torch.cat((low, high), -1).int()
+    grid, samples = grid.contiguous(), samples.contiguous()
+    found = grid.new_empty(2, batch, *size)
+    pointers = (one.data_ptr() for one in (grid, samples, boxes, *bent, found))
+    work = _Warp(*pointers, batch, n, m, h, w, *size)
+    getattr(library(), f"invert_{WARP_ELEMENTS[grid.dtype]}")(ctypes.byref(work), ctypes.c_double(enough))
+    return found
