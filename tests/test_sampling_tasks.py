@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.data.images import write_picture
 from cadsurgery.finetune import Settings, fit
+from cadsurgery.finetune.groups import make_groups
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.finetune.schedule import Draw
 from cadsurgery.methods.sampling.opened import Opened
@@ -147,6 +148,17 @@ def test_without_labels_it_learns_from_the_dense_network() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(cs.InvalidInput, match=words):
         make_objective("sparse", network(), options)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_of_adamw_moves_no_gate_by_more_than_its_bias(optimizer: str) -> None:
+    net = network()
+    groups = make_groups(net.own_parameters(), net, Settings(optimizer=optimizer, train="gates"))
+    parts = [(group.factor, parameter) for group in groups for parameter in group.parameters.values()]
+    assert {parameter for _, parameter in parts} == set(net.own_parameters().values())
+    lengths = [parameter.numel() if optimizer == "adamw" else 1 for _, parameter in parts]
+    assert [factor for factor, _ in parts] == [1 / length for length in lengths]
+    assert len({group.name for group in groups}) == len(groups)
 
 
 def test_what_has_no_gates_is_refused(tmp_path: Path) -> None:
