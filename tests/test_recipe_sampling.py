@@ -16,6 +16,11 @@ def net() -> cs.SampledModel:
     return recipe.backbone("resnet50")
 
 
+@pytest.fixture(scope="module")
+def deep() -> cs.SampledModel:
+    return recipe.backbone("resnet101")
+
+
 @pytest.mark.parametrize(
     ("resolution", "dense"), [(500, 70.03), (600, 100.20), (800, 184.06), (1000, 289.47)]
 )
@@ -33,9 +38,9 @@ def test_cost_falls_with_the_density() -> None:
     assert totals == sorted(totals)
 
 
-@pytest.mark.parametrize("name", [pytest.param("resnet101", marks=pytest.mark.slow), "resnet50"])
-def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel) -> None:
-    net = net if name == "resnet50" else recipe.backbone(name)
+@pytest.mark.parametrize("name", ["resnet101", "resnet50"])
+def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel, deep: cs.SampledModel) -> None:
+    net = net if name == "resnet50" else deep
     x = torch.empty(1, 3, 512 // 32 * 32, int(5 * 512 / 3) // 32 * 32, device="meta")
     assert net.macs(x, rule="published").total / recipe.UNIT == pytest.approx(
         recipe.gflops(name, 512, 1.0, offsets=False), rel=1e-12
@@ -61,9 +66,12 @@ def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
     assert {name: tuple(theirs[name].shape) for name in shapes} == shapes
 
 
-@pytest.mark.slow
-def test_a_resnet101_has_as_many_names_as_published() -> None:
-    assert len(recipe.published_names(recipe.backbone("resnet101"))) == 888
+def test_a_resnet101_has_as_many_names_as_published_and_they_load(deep: cs.SampledModel) -> None:
+    names = recipe.published_names(deep)
+    assert len(names) == len(deep.state_dict()) == 888
+    state = {names[ours]: value + 1 for ours, value in deep.state_dict().items()}
+    loaded = recipe.load_published(deep, state).state_dict()
+    assert all(torch.equal(loaded[ours], state[theirs]) for ours, theirs in names.items())
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -32,6 +32,7 @@ from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
 BATCH = 10
+MASKS = ("edges", "edges:threshold=0.95,dilation=5")  # of `adaptify`, beside gates
 TIMED = 8  # images of the other half whose time is taken
 # Temperature of gates in training. It ends at that of evaluation, and starts below the published 1: while shares are
 # soft the centre of the Gaussian, which counts with its share, gives back what is closed, and closing seems to cost
@@ -137,6 +138,14 @@ def measure(net: nn.Module, images: Tensor, labels: Tensor, macs: Any = None) ->
     return {"top1": 100 * hits / len(labels), "macs": work / max(counted, 1)}
 
 
+def adapted(model: nn.Module, mask: str, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The network with features kept at twice its resolution where a mask says so, as a row of the table."""
+    low = cs.plan(model).output_stride[1]
+    net = cs.adaptify(model, mask, output_stride=(low // 2, low))
+    row = measure(net.optimize(), images, labels, lambda batch: net.macs(batch).mask)
+    return {"setting": f"adaptify {mask}, {low // 2} to {low}, {images.shape[-1]} pixels", **row}
+
+
 def at_random(net: cs.SampledModel, images: Tensor) -> cs.SampledModel:
     """A copy whose gates are open as often as those of the network on every fifth batch, but anywhere."""
     seen: dict[int, list[float]] = {}
@@ -161,6 +170,7 @@ def run(name: str, data: Path, runs: Path, weights: Sequence[float], steps: int)
         small = F.interpolate(theirs, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         count = whole.macs(small[:1].to("meta")).dense
         rows.append({"setting": f"dense, {side} pixels", **measure(model, small, labels), "macs": count})
+        rows += [adapted(model, mask, small, labels) for mask in MASKS]
     nets = {}
     for weight in weights:
         folder = runs / f"{name}-{weight}"
