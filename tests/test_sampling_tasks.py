@@ -143,6 +143,7 @@ def test_without_labels_it_learns_from_the_dense_network() -> None:
         ({"temperature": 0.0}, "above 0"),
         ({"decay": 0.0}, "decay in 0..1"),
         ({"decay": 1.5}, "decay in 0..1"),
+        ({"start": 0.0}, "start above 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
@@ -191,8 +192,9 @@ def test_training_moves_what_it_should_and_writes_a_network(
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole, parts = network(), network()
-    settings = Settings(**QUICK, train="gates", objective_options={"decay": 0.9})
+    settings = Settings(**QUICK, train="gates", objective_options={"start": 0.5, "decay": 0.9})
     fit(whole, Pictures(False), settings, output=tmp_path / "whole")
+    assert all(float(gate.temperature) == pytest.approx(0.5 * 0.9**3) for gate in whole.gates)
 
     class Stopped(Exception):
         pass

@@ -116,12 +116,10 @@ def train(name: str, model: nn.Module, images: Tensor, weight: float, steps: int
         train="gates",
         save_every=steps,
         workers=0,
-        objective_options={"weight": weight, "decay": (FINAL / FIRST) ** (1 / steps)},
+        objective_options={"weight": weight, "start": FIRST, "decay": (FINAL / FIRST) ** (1 / steps)},
     )
     # With noise, as published: gaps then lie apart, next to what they are filled from.
     net = cs.sample(model, network_where(name), noise=True)
-    for gate in net.gates:
-        gate.temperature.fill_(FIRST)
     fit(net, Unlabelled(images), settings, output=folder, device="cpu")
     return time.process_time() - started
 
