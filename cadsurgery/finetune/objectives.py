@@ -431,8 +431,9 @@ class Sparse(Objective):
                 f"decay={decay}, start={start}.",
                 next="weights are at least 0, temperature and start above 0, the decay in 0..1.",
             )
-        for gate in net.gates if start is not None else ():
-            gate.temperature.fill_(start)
+        if start is not None:
+            for gate in net.gates:
+                gate.temperature.fill_(start)
         self.weight, self.divergence, self.temperature = weight, divergence, temperature
         self.kind, self.decay = kind, decay
         trained = {parameter for parameter in net.parameters() if parameter.requires_grad}
