@@ -14,6 +14,8 @@ from conftest import Run, randomise
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import cadsurgery as cs
 from cadsurgery.data.images import write_picture
@@ -289,6 +291,17 @@ def test_bench_measures_what_other_methods_made(make_other: Any, tmp_path: Path)
     first, last = report.rows
     assert first.macs >= last.macs > 0 and all(row.milliseconds for row in report.rows)
     assert first.side in console_text(report) and last.side in console_text(report)
+
+
+def test_bench_measures_a_detector_whole() -> None:
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    model = FasterRCNN(backbone, 3, min_size=64, max_size=96, rpn_post_nms_top_n_test=20)
+    net = cs.sample(model.eval())
+    report = bench(net, fractions=(0.5,), size=(64, 96), rounds=1, threads=1)
+    assert isinstance(report, MethodBench) and report.part == "backbone"
+    dense, own, closed, half, whole = report.rows
+    assert closed.macs < half.macs < whole.macs == own.macs and whole.macs > dense.macs
+    assert net.instead is None and "of the backbone" in console_text(report)
 
 
 @pytest.mark.parametrize("pattern", ["areas", "scattered"])

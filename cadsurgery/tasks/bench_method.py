@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from cadsurgery.data.networks import source_of
@@ -45,6 +47,7 @@ from cadsurgery.tasks.report import (
     TimedRow,
     canvas,
     check_outputs,
+    heading,
     number,
     ratio,
     table,
@@ -79,11 +82,13 @@ class MethodBench(MeasuredReport):
         image: (B, 3, H, W) of the images.
         clock: `wall`, or `processor`.
         rows: what was run in turn.
+        part: of the network whose MACs these are; empty: all of it.
     """
 
     image: tuple[int, ...]
     clock: str
     rows: tuple[SideRow, ...]
+    part: str = ""
 
     def subject(self) -> str:
         """Images, device, and what was timed."""
@@ -107,6 +112,15 @@ class MethodBench(MeasuredReport):
         if any(row.line is not None for row in self.rows):
             columns.append(Column("of line", lambda row: ratio(row.milliseconds, row.line)))
         yield table(self.rows, columns)
+
+    def parts(self) -> Iterator[RenderableType]:
+        """Network, images, the rows, and whose MACs these are."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(self.subject(), style="dim")
+        yield from self.tables()
+        if self.part:
+            told = f"MACs are those of the {self.part}, times those of the whole network."
+            yield Text(told, style="yellow")
 
     def lines(self) -> list[dict[str, Any]]:
         """Each row as plain values that stand alone, for JSON Lines."""
@@ -197,6 +211,7 @@ def bench_method(
         clock="processor" if setup.processor_time else "wall",
         rounds=setup.rounds,
         rows=tuple(rows),
+        part=getattr(net.plan, "part", ""),
         **provenance(network or net, source, where),
     )
     if output is not None:
