@@ -1,6 +1,10 @@
-"""The recipe of the published detector: names, cost, training, and that it runs whole."""
+"""The recipe of the published detector: names, cost, training, and that it runs whole; that of two classifiers, without
+their data."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from conftest import images, randomise
 
 import cadsurgery as cs
 from recipes.sampling_faster_rcnn import recipe
+from recipes.sampling_imagenet import recipe as classifiers
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +135,55 @@ def test_it_detects_and_trains_inside_torchvisions_detector() -> None:
 def test_the_learning_rate_is_that_published() -> None:
     rates = [recipe.learning_rate(step, 1000) for step in (0, 250, 500, 7999, 8000, 10_999, 11_000)]
     assert rates == pytest.approx([0.01 / 3, 0.01 * 2 / 3, 0.01, 0.01, 0.001, 0.001, 0.0001])
+
+
+# -- two classifiers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return cs.build_model("mobilenet_v2", "none").eval()
+
+
+def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
+    small: torch.nn.Module, tmp_path: Path
+) -> None:
+    classifiers.train("mobilenet_v2", small, images(12, 49, 65), 4.0, 2, tmp_path)
+    net = cs.load(tmp_path / "net.safetensors", small)
+    assert isinstance(net, cs.SampledModel) and net.noise
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in small.state_dict().items())
+    assert all(float(gate.bias.detach()) != 3 for gate in net.gates)
+    assert all(float(gate.temperature) == pytest.approx(classifiers.FINAL) for gate in net.gates)
+
+
+def test_at_random_as_many_positions_are_open_but_others(small: torch.nn.Module) -> None:
+    net = cs.sample(small, noise=True, grid=0)
+    for number, gate in enumerate(net.gates):
+        gate.bias.data.fill_(number / 5 - 2)  # from .12 to .86 of the positions
+    batch = images(10, 97, 129)
+    with torch.no_grad():
+        net(batch)
+        shares = net.shares
+        chance = classifiers.at_random(net, batch)
+        chance.seed = 1
+        chance(batch)
+    for name, share in chance.shares.items():
+        found, wanted = float((share > 0).double().mean()), float((shares[name] > 0).double().mean())
+        assert abs(found - wanted) < 5 * (0.5 / share.numel()) ** 0.5
+        assert not torch.equal(share, shares[name])
+
+
+@pytest.mark.slow
+def test_adaptify_beside_gates_is_a_row_of_the_table(small: torch.nn.Module) -> None:
+    row = classifiers.adapted(small, "edges", images(10, 65, 97), torch.arange(10))
+    assert 0 <= row["top1"] <= 100 and row["setting"] == "adaptify edges, 16 to 32, 97 pixels"
+    assert row["macs"] > cs.sample(small).macs(torch.empty(1, 3, 65, 97, device="meta")).dense
+
+
+def test_without_data_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe.py", str(tmp_path)])
+    classifiers.main()
+    assert "skipped" in capsys.readouterr().out
