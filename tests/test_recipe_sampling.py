@@ -90,7 +90,7 @@ def test_a_published_file_loads_strictly(net: cs.SampledModel, nested: bool) -> 
     names = recipe.published_names(other)
     state = {names[ours]: value for ours, value in other.state_dict().items()}
     given = {"meta": {}, "state_dict": {f"backbone.{n}": v for n, v in state.items()} | {"neck.x": x}}
-    found = recipe.load_published(recipe.backbone("resnet50"), given if nested else state)
+    found = recipe.load_published(net, given if nested else state)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(found(x), other(x), strict=True))
         assert [tuple(value.shape[1:]) for value in found(x)] == [
@@ -175,10 +175,29 @@ def test_at_random_as_many_positions_are_open_but_others(small: torch.nn.Module)
 
 
 @pytest.mark.slow
-def test_adaptify_beside_gates_is_a_row_of_the_table(small: torch.nn.Module) -> None:
-    row = classifiers.adapted(small, "edges", images(10, 65, 97), torch.arange(10))
-    assert 0 <= row["top1"] <= 100 and row["setting"] == "adaptify edges, 16 to 32, 97 pixels"
-    assert row["macs"] > cs.sample(small).macs(torch.empty(1, 3, 65, 97, device="meta")).dense
+def test_rows_stand_beside_the_dense_network(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pictures = images(1000, 33, 33)
+    monkeypatch.setattr(classifiers, "build", lambda name, data: small)
+    monkeypatch.setattr(classifiers, "load_images", lambda name, data: pictures)
+    monkeypatch.setattr(classifiers, "TIMED", 1)
+    monkeypatch.setitem(
+        classifiers.NETWORKS, "mobilenet_v2", classifiers.NETWORKS["mobilenet_v2"]._replace(smaller=(31,))
+    )
+    found = list(classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2))
+    assert [row["setting"] for row in found] == [
+        *("dense", "gates, 8.0", "dense, 31 pixels"),
+        *(f"adaptify {mask}, 16 to 32, 31 pixels" for mask in classifiers.MASKS),
+    ]
+    dense, gated, smaller, *adaptive = found
+    assert dense["of_dense"] == 1 and 0 < gated["of_dense"] < 1.02 and "at_random" in gated
+    assert smaller["of_dense"] < 1 and all(row["macs"] >= smaller["macs"] for row in adaptive)
+    assert all(0 <= row["top1"] <= 100 and row["ms"] > 0 for row in found)
+    again = list(classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2))[1]
+    assert (again["top1"], again["macs"], again["trained"]) == tuple(
+        gated[name] for name in ("top1", "macs", "trained")
+    )
 
 
 def test_without_data_it_says_so(

@@ -14,7 +14,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from cadsurgery.support.timing import interleaved
 
 BATCH = 10
 MASKS = ("edges", "edges:threshold=0.95,dilation=5")  # of `adaptify`, beside gates
+Call = Callable[[Tensor], Tensor]
 TIMED = 8  # images of the other half whose time is taken
 # Temperature of gates in training. It ends at that of evaluation, and starts below the published 1: while shares are
 # soft the centre of the Gaussian, which counts with its share, gives back what is closed, and closing seems to cost
@@ -128,7 +129,7 @@ def train(name: str, model: nn.Module, images: Tensor, weight: float, steps: int
 
 
 @torch.no_grad()
-def measure(net: nn.Module, images: Tensor, labels: Tensor, macs: Any = None) -> dict[str, float]:
+def measure(net: Call, images: Tensor, labels: Tensor, macs: Any = None) -> dict[str, float]:
     """Top-1, and the mean MACs of an image of every fifth batch, if there is a function that tells."""
     hits, work, counted = 0, 0, 0
     for start in range(0, len(labels), BATCH):
@@ -139,12 +140,11 @@ def measure(net: nn.Module, images: Tensor, labels: Tensor, macs: Any = None) ->
     return {"top1": 100 * hits / len(labels), "macs": work / max(counted, 1)}
 
 
-def adapted(model: nn.Module, mask: str, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The network with features kept at twice its resolution where a mask says so, as a row of the table."""
+def adapted(model: nn.Module, mask: str, images: Tensor) -> tuple[str, cs.AdaptiveModel]:
+    """The network with features kept at twice its resolution where a mask says so, and what it is called."""
     low = cs.plan(model).output_stride[1]
     net = cs.adaptify(model, mask, output_stride=(low // 2, low))
-    row = measure(net.optimize(), images, labels, lambda batch: net.macs(batch).mask)
-    return {"setting": f"adaptify {mask}, {low // 2} to {low}, {images.shape[-1]} pixels", **row}
+    return f"adaptify {mask}, {low // 2} to {low}, {images.shape[-1]} pixels", net
 
 
 def at_random(net: cs.SampledModel, images: Tensor) -> cs.SampledModel:
@@ -160,46 +160,56 @@ def at_random(net: cs.SampledModel, images: Tensor) -> cs.SampledModel:
     return chance
 
 
-def run(name: str, data: Path, runs: Path, weights: Sequence[float], steps: int) -> dict[str, Any]:
-    """Train what is not trained yet, and measure everything."""
+def trained(
+    name: str, model: nn.Module, images: Tensor, weight: float, steps: int, runs: Path
+) -> tuple[cs.SampledModel, float]:
+    """The network with gates of a weight of the sparse loss, trained if it is not there; and CPU seconds that took."""
+    folder = runs / f"{name}-{weight}"
+    if not (folder / "net.safetensors").is_file():
+        seconds = train(name, model, images, weight, steps, folder)
+        (folder / "seconds.json").write_text(json.dumps(seconds))
+    net = cs.load(folder / "net.safetensors", model)
+    assert isinstance(net, cs.SampledModel)
+    return net, json.loads((folder / "seconds.json").read_text())
+
+
+def rows(name: str, data: Path, runs: Path, weights: Sequence[float], steps: int) -> Iterator[dict[str, Any]]:
+    """What is measured, one after another: the dense network, its gates, smaller pictures, and `adaptify` on those.
+
+    The time of each, `ms`, is that of an image; `ms_of_dense` that of the dense network in the same run.
+    """
     model, images = build(name, data), load_images(name, data)
     ours, theirs, labels = images[::2], images[1::2], torch.arange(1000)[1::2]
     whole = cs.sample(model, network_where(name))
+    fast = whole.optimize()
     dense = whole.macs(theirs[:1].to("meta")).dense
-    rows: list[dict[str, Any]] = [{"setting": "dense", **measure(model, theirs, labels), "macs": dense}]
+
+    def row(setting: str, net: Call, pictures: Tensor, macs: Any, **more: Any) -> dict[str, Any]:
+        found = measure(net, pictures, labels, macs)
+        sides: dict[str, Callable[[], object]] = {
+            "dense": lambda: [fast.dense(one[None]) for one in theirs[:TIMED]],
+            "this": lambda: [net(one[None]) for one in pictures[:TIMED]],
+        }
+        times = interleaved(sides, 5, clock=time.process_time)
+        taken = {"ms": times["this"].best / TIMED, "ms_of_dense": times["dense"].best / TIMED}
+        return {"setting": setting, **found, "of_dense": found["macs"] / dense, **taken, **more}
+
+    def count(batch: Tensor) -> int:
+        return whole.macs(batch.to("meta")).dense
+
+    yield row("dense", fast.dense, theirs, count)
+    for weight in weights:
+        net, seconds = trained(name, model, ours, weight, steps, runs)
+        gated = net.optimize()
+        chance = measure(at_random(gated, theirs), theirs, labels)["top1"]
+        told = {"trained": round(seconds), "at_random": chance}
+        yield row(f"gates, {weight}", gated, theirs, lambda batch, net=gated: net.macs(batch).total, **told)
     for side in NETWORKS[name].smaller:
         small = F.interpolate(theirs, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-        count = whole.macs(small[:1].to("meta")).dense
-        rows.append({"setting": f"dense, {side} pixels", **measure(model, small, labels), "macs": count})
-        rows += [adapted(model, mask, small, labels) for mask in MASKS]
-    nets = {}
-    for weight in weights:
-        folder = runs / f"{name}-{weight}"
-        seconds = None
-        if not (folder / "net.safetensors").is_file():
-            seconds = train(name, model, ours, weight, steps, folder)
-            (folder / "seconds.json").write_text(json.dumps(seconds))
-        seconds = json.loads((folder / "seconds.json").read_text())
-        net = cs.load(folder / "net.safetensors", model)
-        nets[str(weight)] = net.optimize()  # type: ignore[union-attr]
-
-        def macs(batch: Tensor, net: Any = net) -> int:
-            return net.macs(batch).total
-
-        row = measure(nets[str(weight)], theirs, labels, macs)
-        chance = measure(at_random(nets[str(weight)], theirs), theirs, labels)["top1"]
-        rows.append({"setting": f"gates, {weight}", **row, "trained": round(seconds), "at_random": chance})
-        print(rows[-1], flush=True)
-    open_net = whole.optimize()
-    sides = {"dense": lambda: [open_net.dense(one[None]) for one in theirs[:TIMED]]}
-    for setting, net in nets.items():
-        sides[f"gates, {setting}"] = lambda net=net: [net(one[None]) for one in theirs[:TIMED]]
-    times = interleaved(sides, 7, clock=time.process_time)
-    for row in rows:
-        row["of_dense"] = row["macs"] / dense
-        if row["setting"] in times:
-            row["ms"] = times[row["setting"]].best / TIMED
-    return {"steps": steps, "batch": BATCH, "rows": rows}
+        yield row(f"dense, {side} pixels", fast.dense, small, count)
+        for mask in MASKS:
+            setting, adaptive = adapted(model, mask, small)
+            yield row(setting, adaptive.optimize(), small, lambda batch, net=adaptive: net.macs(batch).mask)
 
 
 def network_where(name: str) -> str | list[str]:
@@ -224,21 +234,21 @@ def main() -> None:
     if missing := [folder for folder in needed if not folder.is_dir()]:
         print(f"skipped: {missing[0]} is missing; the README beside this file says where data comes from.")
         return
-    report = run(options.network, options.data, options.runs, options.weights, options.steps)
-    report |= describe_run(torch.device("cpu"))
-    print(
-        "| setting | top-1 | at random | MACs | of dense | CPU ms | of dense |\n|---|---|---|---|---|---|---|"
-    )
-    whole = report["rows"][0]["ms"]
-    for row in report["rows"]:
-        taken = f"{row['ms']:.1f} | {row['ms'] / whole:.2f}" if "ms" in row else " | "
-        chance = row.get("at_random", "")
+    told = {"steps": options.steps, "batch": BATCH, **describe_run(torch.device("cpu"))}
+    print("| setting | top-1 | at random | MACs | of dense | CPU ms | dense | training, CPU s |")
+    print("|---|---|---|---|---|---|---|---|")
+    done: list[dict[str, Any]] = []
+    for row in rows(options.network, options.data, options.runs, options.weights, options.steps):
+        done.append(row)
         print(
-            f"| {row['setting']} | {row['top1']:.1f} | {chance} | {row['macs']:.3e} | {row['of_dense']:.3f} | {taken} |"
+            f"| {row['setting']} | {row['top1']:.1f} | {row.get('at_random', '')} | {row['macs']:.3e} | "
+            f"{row['of_dense']:.3f} | {row['ms']:.1f} | {row['ms_of_dense']:.1f} | {row.get('trained', '')} |",
+            flush=True,
         )
-    if options.output:
-        known = json.loads(options.output.read_text()) if options.output.is_file() else {}
-        options.output.write_text(json.dumps({**known, options.network: report}, indent=1) + "\n")
+        if options.output:  # as far as it is
+            known = json.loads(options.output.read_text()) if options.output.is_file() else {}
+            values = {**known, options.network: {**told, "rows": done}}
+            options.output.write_text(json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":
