@@ -179,7 +179,7 @@ def rows(name: str, data: Path, runs: Path, weights: Sequence[float], steps: int
     The time of each, `ms`, is that of an image; `ms_of_dense` that of the dense network in the same run.
     """
     model, images = build(name, data), load_images(name, data)
-    ours, theirs, labels = images[::2], images[1::2], torch.arange(1000)[1::2]
+    ours, theirs, labels = images[::2], images[1::2], torch.arange(len(images))[1::2]
     whole = cs.sample(model, network_where(name))
     fast = whole.optimize()
     dense = whole.macs(theirs[:1].to("meta")).dense
