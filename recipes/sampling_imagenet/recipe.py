@@ -5,7 +5,7 @@
 
 DATA is a folder with `imagenet_sample/`, `mobilenet_v2_imagenet/` and `squeezenet1_0_imagenet/` (see the README beside
 this file); RUNS (default: runs) gets a folder for each weight of the sparse loss. A run that is there is not trained
-again.
+again, and a row that is in the output is not measured again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,11 +141,9 @@ def measure(net: Call, images: Tensor, labels: Tensor, macs: Any = None) -> dict
     return {"top1": 100 * hits / len(labels), "macs": work / max(counted, 1)}
 
 
-def adapted(model: nn.Module, mask: str, images: Tensor) -> tuple[str, cs.AdaptiveModel]:
-    """The network with features kept at twice its resolution where a mask says so, and what it is called."""
-    low = cs.plan(model).output_stride[1]
-    net = cs.adaptify(model, mask, output_stride=(low // 2, low))
-    return f"adaptify {mask}, {low // 2} to {low}, {images.shape[-1]} pixels", net
+def work_of(net: cs.SampledModel | cs.AdaptiveModel, images: Tensor) -> int:
+    """MACs of a batch, as it is computed."""
+    return net.macs(images).total if isinstance(net, cs.SampledModel) else net.macs(images).mask
 
 
 def at_random(net: cs.SampledModel, images: Tensor) -> cs.SampledModel:
@@ -173,8 +172,11 @@ def trained(
     return net, json.loads((folder / "seconds.json").read_text())
 
 
-def rows(name: str, data: Path, runs: Path, weights: Sequence[float], steps: int) -> Iterator[dict[str, Any]]:
-    """What is measured, one after another: the dense network, its gates, smaller pictures, and `adaptify` on those.
+def rows(
+    name: str, data: Path, runs: Path, weights: Sequence[float], steps: int, known: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """What is measured, one after another: the dense network, its gates, smaller pictures, and `adaptify` on those; but
+    settings that are known.
 
     The time of each, `ms`, is that of an image; `ms_of_dense` that of the dense network in the same run.
     """
@@ -182,7 +184,7 @@ def rows(name: str, data: Path, runs: Path, weights: Sequence[float], steps: int
     ours, theirs, labels = images[::2], images[1::2], torch.arange(len(images))[1::2]
     whole = cs.sample(model, network_where(name))
     fast = whole.optimize()
-    dense = whole.macs(theirs[:1].to("meta")).dense
+    dense, low = whole.macs(theirs[:1].to("meta")).dense, cs.plan(model).output_stride[1]
 
     def row(setting: str, net: Call, pictures: Tensor, macs: Any, **more: Any) -> dict[str, Any]:
         found = measure(net, pictures, labels, macs)
@@ -197,19 +199,25 @@ def rows(name: str, data: Path, runs: Path, weights: Sequence[float], steps: int
     def count(batch: Tensor) -> int:
         return whole.macs(batch.to("meta")).dense
 
-    yield row("dense", fast.dense, theirs, count)
+    if "dense" not in known:
+        yield row("dense", fast.dense, theirs, count)
     for weight in weights:
+        if f"gates, {weight}" in known:
+            continue
         net, seconds = trained(name, model, ours, weight, steps, runs)
         gated = net.optimize()
         chance = measure(at_random(gated, theirs), theirs, labels)["top1"]
         told = {"trained": round(seconds), "at_random": chance}
-        yield row(f"gates, {weight}", gated, theirs, lambda batch, net=gated: net.macs(batch).total, **told)
+        yield row(f"gates, {weight}", gated, theirs, partial(work_of, gated), **told)
     for side in NETWORKS[name].smaller:
         small = F.interpolate(theirs, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-        yield row(f"dense, {side} pixels", fast.dense, small, count)
+        if f"dense, {side} pixels" not in known:
+            yield row(f"dense, {side} pixels", fast.dense, small, count)
         for mask in MASKS:
-            setting, adaptive = adapted(model, mask, small)
-            yield row(setting, adaptive.optimize(), small, lambda batch, net=adaptive: net.macs(batch).mask)
+            setting = f"adaptify {mask}, {low // 2} to {low}, {side} pixels"
+            if setting not in known:
+                adaptive = cs.adaptify(model, mask, output_stride=(low // 2, low))
+                yield row(setting, adaptive.optimize(), small, partial(work_of, adaptive))
 
 
 def network_where(name: str) -> str | list[str]:
@@ -234,19 +242,20 @@ def main() -> None:
     if missing := [folder for folder in needed if not folder.is_dir()]:
         print(f"skipped: {missing[0]} is missing; the README beside this file says where data comes from.")
         return
-    told = {"steps": options.steps, "batch": BATCH, **describe_run(torch.device("cpu"))}
+    told = {"batch": BATCH, **describe_run(torch.device("cpu"))}
+    known = json.loads(options.output.read_text()) if options.output and options.output.is_file() else {}
+    done: list[dict[str, Any]] = known.get(options.network, {}).get("rows", [])
+    settings = [row["setting"] for row in done]
     print("| setting | top-1 | at random | MACs | of dense | CPU ms | dense | training, CPU s |")
     print("|---|---|---|---|---|---|---|---|")
-    done: list[dict[str, Any]] = []
-    for row in rows(options.network, options.data, options.runs, options.weights, options.steps):
-        done.append(row)
+    for row in rows(options.network, options.data, options.runs, options.weights, options.steps, settings):
+        done.append({**row, "commit": told["commit"]})
         print(
             f"| {row['setting']} | {row['top1']:.1f} | {row.get('at_random', '')} | {row['macs']:.3e} | "
             f"{row['of_dense']:.3f} | {row['ms']:.1f} | {row['ms_of_dense']:.1f} | {row.get('trained', '')} |",
             flush=True,
         )
         if options.output:  # as far as it is
-            known = json.loads(options.output.read_text()) if options.output.is_file() else {}
             values = {**known, options.network: {**told, "rows": done}}
             options.output.write_text(json.dumps(values, indent=1) + "\n")
 
