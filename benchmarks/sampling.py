@@ -15,54 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from cadsurgery.images import normalise, street_scene
-from torch import Tensor
 
 import cadsurgery as cs
 from cadsurgery.methods.sampling import run
-from cadsurgery.methods.sampling.gates import Gate, scores
+from cadsurgery.methods.sampling.opened import PATTERNS, Opened
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
-
-FAR = 10.0  # a score of which no doubt is left
-AREA = 8  # positions between the nodes of smooth noise
-
-
-def open_at(density: float, pattern: str) -> Callable[..., list[Tensor]]:
-    """What stands for `gates.scores`: it takes as long, and opens a share of the positions."""
-    fields: dict[tuple[int, ...], Tensor] = {}
-
-    def forced(x: Tensor, gates: Sequence[Gate], strides: Sequence[int]) -> list[Tensor]:
-        out = []
-        for number, score in enumerate(scores(x, gates, strides)):
-            key = (*score.shape, id(gates[number]))
-            if key not in fields:
-                fields[key] = field(score, density, pattern, number)
-            out.append(fields[key])
-        return out
-
-    return forced
-
-
-def field(score: Tensor, density: float, pattern: str, number: int) -> Tensor:
-    """Scores of the shape of others, above zero at a share of the positions."""
-    generator = torch.Generator().manual_seed(number)
-    if pattern == "areas":
-        size = [max(2, length // AREA + 1) for length in score.shape[1:]]
-        noise = torch.rand((len(score), 1, *size), generator=generator)
-        noise = F.interpolate(noise, score.shape[1:], mode="bilinear", align_corners=True)[:, 0]
-    else:
-        noise = torch.rand(score.shape, generator=generator)
-    if density in (0, 1):
-        return torch.full_like(score, FAR if density else -FAR)
-    return torch.where(noise > noise.quantile(1 - density), FAR, -FAR).to(score)
 
 
 def main() -> None:
@@ -73,7 +37,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="resnet50")
     parser.add_argument("--size", default="512x1024")
     parser.add_argument("--densities", nargs="*", type=float, default=[0.5, 0.3])
-    parser.add_argument("--pattern", default="areas", choices=("areas", "scattered"))
+    parser.add_argument("--pattern", default="areas", choices=PATTERNS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--choice", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON")
@@ -84,13 +48,11 @@ def main() -> None:
     net = cs.sample(model).optimize()
     x = normalise(street_scene(height, width), None)[None]
     asked = [0.0, *sorted(options.densities), 1.0]
-    forced = {density: open_at(density, options.pattern) for density in asked}
+    opened = {density: Opened(density, options.pattern) for density in asked}
 
     def at(density: float, whole_from: float = run.WHOLE_FROM) -> None:
-        with (
-            mock.patch.object(run, "scores", forced[density]),
-            mock.patch.object(run, "WHOLE_FROM", whole_from),
-        ):
+        net.instead = opened[density]
+        with mock.patch.object(run, "WHOLE_FROM", whole_from):
             net(x)
 
     def before() -> None:
@@ -114,8 +76,8 @@ def main() -> None:
     )
     macs = {}
     for density in asked:
-        with mock.patch.object(run, "scores", forced[density]):
-            macs[density] = net.macs(x)
+        net.instead = opened[density]
+        macs[density] = net.macs(x)
     low, high = (times[str(d)].best for d in (0.0, 1.0))
     least, most = (macs[d].total for d in (0.0, 1.0))
     print(f"before: {times['before'].best:.0f} ms\n")

@@ -1,6 +1,10 @@
-"""The recipe of the published detector: names, cost, training, and that it runs whole."""
+"""The recipe of the published detector: names, cost, training, and that it runs whole; that of two classifiers, without
+their data."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +12,18 @@ from conftest import images, randomise
 
 import cadsurgery as cs
 from recipes.sampling_faster_rcnn import recipe
+from recipes.sampling_imagenet import recipe as classifiers
 
 
 @pytest.fixture(scope="module")
 def net() -> cs.SampledModel:
     torch.manual_seed(0)
     return recipe.backbone("resnet50")
+
+
+@pytest.fixture(scope="module")
+def deep() -> cs.SampledModel:
+    return recipe.backbone("resnet101")
 
 
 @pytest.mark.parametrize(
@@ -33,9 +43,9 @@ def test_cost_falls_with_the_density() -> None:
     assert totals == sorted(totals)
 
 
-@pytest.mark.parametrize("name", [pytest.param("resnet101", marks=pytest.mark.slow), "resnet50"])
-def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel) -> None:
-    net = net if name == "resnet50" else recipe.backbone(name)
+@pytest.mark.parametrize("name", ["resnet101", "resnet50"])
+def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel, deep: cs.SampledModel) -> None:
+    net = net if name == "resnet50" else deep
     x = torch.empty(1, 3, 512 // 32 * 32, int(5 * 512 / 3) // 32 * 32, device="meta")
     assert net.macs(x, rule="published").total / recipe.UNIT == pytest.approx(
         recipe.gflops(name, 512, 1.0, offsets=False), rel=1e-12
@@ -61,9 +71,12 @@ def test_names_are_those_of_the_published_file(net: cs.SampledModel) -> None:
     assert {name: tuple(theirs[name].shape) for name in shapes} == shapes
 
 
-@pytest.mark.slow
-def test_a_resnet101_has_as_many_names_as_published() -> None:
-    assert len(recipe.published_names(recipe.backbone("resnet101"))) == 888
+def test_a_resnet101_has_as_many_names_as_published_and_they_load(deep: cs.SampledModel) -> None:
+    names = recipe.published_names(deep)
+    assert len(names) == len(deep.state_dict()) == 888
+    state = {names[ours]: value + 1 for ours, value in deep.state_dict().items()}
+    loaded = recipe.load_published(deep, state).state_dict()
+    assert all(torch.equal(loaded[ours], state[theirs]) for ours, theirs in names.items())
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -77,7 +90,7 @@ def test_a_published_file_loads_strictly(net: cs.SampledModel, nested: bool) -> 
     names = recipe.published_names(other)
     state = {names[ours]: value for ours, value in other.state_dict().items()}
     given = {"meta": {}, "state_dict": {f"backbone.{n}": v for n, v in state.items()} | {"neck.x": x}}
-    found = recipe.load_published(recipe.backbone("resnet50"), given if nested else state)
+    found = recipe.load_published(net, given if nested else state)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(found(x), other(x), strict=True))
         assert [tuple(value.shape[1:]) for value in found(x)] == [
@@ -122,3 +135,73 @@ def test_it_detects_and_trains_inside_torchvisions_detector() -> None:
 def test_the_learning_rate_is_that_published() -> None:
     rates = [recipe.learning_rate(step, 1000) for step in (0, 250, 500, 7999, 8000, 10_999, 11_000)]
     assert rates == pytest.approx([0.01 / 3, 0.01 * 2 / 3, 0.01, 0.01, 0.001, 0.001, 0.0001])
+
+
+# -- two classifiers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return cs.build_model("mobilenet_v2", "none").eval()
+
+
+def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
+    small: torch.nn.Module, tmp_path: Path
+) -> None:
+    classifiers.train("mobilenet_v2", small, images(12, 49, 65), 4.0, 2, tmp_path)
+    net = cs.load(tmp_path / "net.safetensors", small)
+    assert isinstance(net, cs.SampledModel) and net.noise
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in small.state_dict().items())
+    assert all(float(gate.bias.detach()) != 3 for gate in net.gates)
+    assert all(float(gate.temperature) == pytest.approx(classifiers.FINAL) for gate in net.gates)
+
+
+def test_at_random_as_many_positions_are_open_but_others(small: torch.nn.Module) -> None:
+    net = cs.sample(small, noise=True, grid=0)
+    for number, gate in enumerate(net.gates):
+        gate.bias.data.fill_(number / 5 - 2)  # from .12 to .86 of the positions
+    batch = images(10, 97, 129)
+    with torch.no_grad():
+        net(batch)
+        shares = net.shares
+        chance = classifiers.at_random(net, batch)
+        chance.seed = 1
+        chance(batch)
+    for name, share in chance.shares.items():
+        found, wanted = float((share > 0).double().mean()), float((shares[name] > 0).double().mean())
+        assert abs(found - wanted) < 5 * (0.5 / share.numel()) ** 0.5
+        assert not torch.equal(share, shares[name])
+
+
+@pytest.mark.slow
+def test_rows_stand_beside_the_dense_network(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pictures = images(40, 33, 33)
+    monkeypatch.setattr(classifiers, "build", lambda name, data: small)
+    monkeypatch.setattr(classifiers, "load_images", lambda name, data: pictures)
+    monkeypatch.setattr(classifiers, "TIMED", 1)
+    monkeypatch.setitem(
+        classifiers.NETWORKS, "mobilenet_v2", classifiers.NETWORKS["mobilenet_v2"]._replace(smaller=(31,))
+    )
+    found = list(classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2))
+    assert [row["setting"] for row in found] == [
+        *("dense", "gates, 8.0", "dense, 31 pixels"),
+        *(f"adaptify {mask}, 16 to 32, 31 pixels" for mask in classifiers.MASKS),
+    ]
+    dense, gated, smaller, *adaptive = found
+    assert dense["of_dense"] == 1 and 0 < gated["of_dense"] < 1.02 and "at_random" in gated
+    assert smaller["of_dense"] < 1 and all(row["macs"] >= smaller["macs"] for row in adaptive)
+    assert all(0 <= row["top1"] <= 100 and row["ms"] > 0 for row in found)
+    known = [row["setting"] for row in found if row is not gated]
+    (again,) = classifiers.rows("mobilenet_v2", tmp_path, tmp_path, [8.0], 2, known)
+    assert all(again[name] == gated[name] for name in ("setting", "top1", "macs", "trained"))
+
+
+def test_without_data_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe.py", str(tmp_path)])
+    classifiers.main()
+    assert "skipped" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,24 @@ import torch
 import torch.nn.functional as F
 from conftest import Run, randomise
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import cadsurgery as cs
 from cadsurgery.data.images import write_picture
 from cadsurgery.finetune import Settings, fit
+from cadsurgery.finetune.groups import make_groups
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.finetune.schedule import Draw
+from cadsurgery.methods.sampling.opened import Opened
 from cadsurgery.support.divergence import divergence
+from cadsurgery.tasks.bench import bench
+from cadsurgery.tasks.bench_method import MethodBench
+from cadsurgery.tasks.gates import GateReport
+from cadsurgery.tasks.open import example_batch
+from cadsurgery.tasks.segmentation.evaluation import evaluate
 
 QUICK: dict[str, Any] = {
     **{"steps": 3, "batch": 2, "crop": 0, "jitter": 0.0, "flip": False, "workers": 0, "validate_every": 2},
@@ -48,6 +60,20 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(self.classifier(self.backbone(x)), x.shape[2:], mode="bilinear")
+
+
+def exits() -> cs.AnytimeModel:
+    return cs.anytime(make(), exits=["backbone.1", "backbone.2"], classes=CLASSES)
+
+
+def sampler() -> cs.ResampledModel:
+    return cs.resample(make(), "uniform", (24, 32))
+
+
+def console_text(report: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.render())
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
 class Pictures:
@@ -119,11 +145,23 @@ def test_without_labels_it_learns_from_the_dense_network() -> None:
         ({"temperature": 0.0}, "above 0"),
         ({"decay": 0.0}, "decay in 0..1"),
         ({"decay": 1.5}, "decay in 0..1"),
+        ({"start": 0.0}, "start above 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(cs.InvalidInput, match=words):
         make_objective("sparse", network(), options)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_of_adamw_moves_no_gate_by_more_than_its_bias(optimizer: str) -> None:
+    net = network()
+    groups = make_groups(net.own_parameters(), net, Settings(optimizer=optimizer, train="gates"))
+    parts = [(group.factor, parameter) for group in groups for parameter in group.parameters.values()]
+    assert {parameter for _, parameter in parts} == set(net.own_parameters().values())
+    lengths = [parameter.numel() if optimizer == "adamw" else 1 for _, parameter in parts]
+    assert [factor for factor, _ in parts] == [1 / length for length in lengths]
+    assert len({group.name for group in groups}) == len(groups)
 
 
 def test_what_has_no_gates_is_refused(tmp_path: Path) -> None:
@@ -156,8 +194,9 @@ def test_training_moves_what_it_should_and_writes_a_network(
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole, parts = network(), network()
-    settings = Settings(**QUICK, train="gates", objective_options={"decay": 0.9})
+    settings = Settings(**QUICK, train="gates", objective_options={"start": 0.5, "decay": 0.9})
     fit(whole, Pictures(False), settings, output=tmp_path / "whole")
+    assert all(float(gate.temperature) == pytest.approx(0.5 * 0.9**3) for gate in whole.gates)
 
     class Stopped(Exception):
         pass
@@ -192,10 +231,112 @@ def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: 
     ran = command_line("run", "run/net.safetensors", picture, "--trust", "--json")
     assert ran.code == 0, ran.err
     assert 0 < ran.json["images"][0]["density"] <= 1
+    file, quickly = ("run/net.safetensors", "--trust"), ("--rounds", "1", "--json")
+    timed = command_line("bench", "--model", *file, "--size", "48x64", "--fractions", "0.5", *quickly)
+    assert timed.code == 0 and len(timed.json["rows"]) == 5, timed.err
+    judged = command_line("eval", *file, "--data", DATA, *quickly)
+    assert judged.code == 0 and [row["setting"] for row in judged.json["rows"]] == ["dense", "its gates"]
     for refused, says in (
-        (("macs", "--model", "net.safetensors", "--trust"), "cs.load"),
+        (("bench", "--model", "net.safetensors", "--trust", "--memory"), "without memory"),
+        (("bench", "--model", "net.safetensors", "--trust", "--fractions", "2"), "0 to 1"),
+        (("bench", *model, "--model", "net.safetensors", "--trust"), "run of its own"),
+        (("eval", "net.safetensors", "--data", DATA, "--trust", "--mask", "edges"), "no masks"),
+        (("eval", "net.safetensors", "--data", "images:.", "--trust"), "labels"),
         (("finetune", "net.safetensors", *training, "--mask", "edges"), "exits or gates"),
         (("convert", *model, "--method", "sampling", "--where", "nothing"), "nothing"),
     ):
         found = command_line(*refused)
         assert found.code == 1 and says in found.err
+
+
+def some_closed() -> cs.SampledModel:
+    """A network whose gates are half open."""
+    net = network()
+    torch.manual_seed(1)
+    for gate in net.gates:
+        gate.weight.data.normal_()
+        gate.bias.data.zero_()
+    return net
+
+
+def test_bench_measures_gates_between_all_closed_and_all_open(command_line: Run, tmp_path: Path) -> None:
+    net = some_closed()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    told: dict[str, Any] = {"size": (33, 45), "batch": 2, "rounds": 1, "threads": 1}
+    report = bench(net, fractions=(0.5,), picture=tmp_path / "bench.png", output=tmp_path / "rows", **told)
+    assert isinstance(report, MethodBench)
+    dense, own, closed, half, whole = report.rows
+    assert closed.macs < half.macs < whole.macs and closed.macs < own.macs < whole.macs
+    assert whole.macs > dense.macs  # by the gates
+    assert closed.line == closed.milliseconds and whole.line == whole.milliseconds and dense.line is None
+    assert own.macs == net.optimize().macs(normalise_scenes()).total
+    lines = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [line["side"] for line in lines] == [row.side for row in report.rows]
+    assert (tmp_path / "bench.png").stat().st_size > 0
+    assert net.instead is None and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    cs.save(net, tmp_path / "net.safetensors")
+    file = str(tmp_path / "net.safetensors")
+    with pytest.raises(cs.CadError):  # it was not built by name
+        bench(file, **told)
+
+
+def normalise_scenes() -> Tensor:
+    return torch.cat([example_batch(None, None, (33, 45), seed) for seed in range(2)])
+
+
+@pytest.mark.parametrize("make_other", [exits, sampler])
+def test_bench_measures_what_other_methods_made(make_other: Any, tmp_path: Path) -> None:
+    report = bench(make_other(), size=(33, 45), rounds=1, threads=1)
+    assert isinstance(report, MethodBench) and len(report.rows) == 2
+    first, last = report.rows
+    assert first.macs >= last.macs > 0 and all(row.milliseconds for row in report.rows)
+    assert first.side in console_text(report) and last.side in console_text(report)
+
+
+def test_bench_measures_a_detector_whole() -> None:
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    model = FasterRCNN(backbone, 3, min_size=64, max_size=96, rpn_post_nms_top_n_test=20)
+    net = cs.sample(model.eval())
+    report = bench(net, fractions=(0.5,), size=(64, 96), rounds=1, threads=1)
+    assert isinstance(report, MethodBench) and report.part == "backbone"
+    dense, own, closed, half, whole = report.rows
+    assert closed.macs < half.macs < whole.macs == own.macs and whole.macs > dense.macs
+    assert net.instead is None and "of the backbone" in console_text(report)
+
+
+@pytest.mark.parametrize("pattern", ["areas", "scattered"])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_gates_are_opened_at_the_share_asked_for(density: float, pattern: str) -> None:
+    net, (x,) = network(), batch()[0]
+    net.grid, net.instead = 0, Opened(density, pattern)
+    net.eval()(x)
+    for share in net.shares.values():
+        assert abs(float((share > 0).float().mean()) - density) <= 1 / share.numel()
+    first = {name: share.clone() for name, share in net.shares.items()}
+    net(x)
+    assert all(torch.equal(first[name], share) for name, share in net.shares.items())
+    net.instead = None
+    net(x)
+    assert all(bool((share > 0).all()) for share in net.shares.values())
+
+
+def test_impossible_openings_are_refused() -> None:
+    with pytest.raises(cs.InvalidInput, match="of the positions"):
+        Opened(1.5)
+    with pytest.raises(cs.UnknownName, match="scatered"):
+        Opened(0.5, "scatered")
+
+
+def test_evaluation_sets_gates_beside_the_dense_network(tmp_path: Path) -> None:
+    net, output = some_closed(), tmp_path / "figures.json"
+    report = evaluate(net, DATA, rounds=1, output=output, picture=tmp_path / "eval.png")
+    assert isinstance(report, GateReport) and report.images == 2
+    dense, gated = report.rows
+    assert dense.density == 1 and 0 < gated.density < 1 and gated.macs < dense.macs
+    assert all(row.milliseconds for row in report.rows)
+    assert json.loads(output.read_text())["rows"][1]["density"] == gated.density
+    assert (tmp_path / "eval.png").stat().st_size > 0
+    whole = evaluate(network(), DATA, rounds=0)
+    assert isinstance(whole, GateReport)
+    first, opened = whole.rows
+    assert first.iou == opened.iou == dense.iou and opened.density == 1 and opened.milliseconds is None

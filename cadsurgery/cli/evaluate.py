@@ -33,13 +33,22 @@ def bench(
     *,
     networks: Annotated[
         list[str],
-        typer.Option("--model", "-m", help="torchvision or timm name, or module:function; repeatable"),
+        typer.Option(
+            "--model",
+            "-m",
+            help="torchvision or timm name, or module:function; repeatable; or a file that a method wrote (convert "
+            "--method), which is measured as it is",
+        ),
     ],
     mask: Annotated[
         str, typer.Option(help="ranks the patches that each budget keeps; a mask as above")
     ] = "edges",
     fractions: Annotated[
-        str, typer.Option(parser=options.read_fractions, help="budgets: shares of the patches kept high")
+        str,
+        typer.Option(
+            parser=options.read_fractions,
+            help="budgets: shares of the patches kept high; of a file with gates, of positions that are open",
+        ),
     ] = "1,0.5,0.34,0.25,0.1,0",
     fill: Annotated[
         list[str],
@@ -53,9 +62,13 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON Lines to append each row to")
     ] = None,
+    trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure time against work: random weights, budgets of the mask against the dense twins, interleaved.
+
+    A file that a method wrote is measured beside the network it was made from; one with gates at shares of open
+    positions, too.
 
     The law: at most 1.06 times the straight line between the dense twins (1.14 with linear or guided fill in networks
     of dense convolutions). A miss is reported in words; the exit code stays 0.

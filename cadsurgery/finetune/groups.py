@@ -31,7 +31,8 @@ class Group:
     """Parameters trained at one rate, or not at all.
 
     Attributes:
-        name: `classifier`, `backbone`, `mask`, `adapters`, `exits`, `sampler`, or `fixed`.
+        name: `classifier`, `backbone`, `mask`, `adapters`, `exits`, `sampler`, `gates` (for AdamW apart by
+            how many values a tensor has), or `fixed`.
         factor: of the learning rate; 0 for what is fixed.
         parameters: by name; every parameter is in exactly one group.
     """
@@ -140,7 +141,25 @@ def make_groups(
             why="all are frozen, or none takes part in the objective.",
             next='call net.requires_grad_(True), or train with freeze="" and another objective.',
         )
-    return tuple(Group(name, factors[name], groups[name]) for name in factors if groups[name])
+    made = [Group(name, factors[name], groups[name]) for name in factors if groups[name]]
+    if settings.optimizer == "adamw":
+        made = [part for group in made for part in (_by_length(group) if group.name == "gates" else [group])]
+    return tuple(made)
+
+
+def _by_length(group: Group) -> list[Group]:
+    """A group apart by how many values a tensor has, each at its share of the rate.
+
+    AdamW moves every value by the rate, whatever its gradient, and a gate's score is the sum of what all of them add:
+    at one rate for all, a step moves it by the rate times their number (1440 of 160 channels), the bias by the rate.
+    """
+    parts: dict[int, dict[str, nn.Parameter]] = {}
+    for name, parameter in group.parameters.items():
+        parts.setdefault(parameter.numel(), {})[name] = parameter
+    return [
+        Group(group.name if length == 1 else f"{group.name} of {length} values", group.factor / length, part)
+        for length, part in sorted(parts.items())
+    ]
 
 
 def _heads(net: nn.Module) -> list[nn.Module]:

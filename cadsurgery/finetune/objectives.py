@@ -392,6 +392,7 @@ class Sparse(Objective):
         temperature: float = 1.0,
         kind: Kind = "auto",
         decay: float = DECAY,
+        start: float | None = None,
     ) -> None:
         """Create the objective.
 
@@ -403,6 +404,9 @@ class Sparse(Objective):
             kind: of the outputs, `classes`, `values` or `auto`.
             decay: what the temperature of the gates is multiplied by each step, as published .99998: to .03 after
                 175 000 steps.
+            start: the temperature of the gates that falls; default: what they have, at first 1, as published. While
+                shares are soft the centre of the Gaussian, which counts with its share, gives back what is closed: in
+                a short training start low, e.g. at .1.
 
         Raises:
             InvalidInput: a network without gates, or a value out of range.
@@ -420,12 +424,16 @@ class Sparse(Objective):
             or (divergence is not None and divergence < 0)
             or not temperature > 0
             or not 0 < decay <= 1
+            or (start is not None and not start > 0)
         ):
             raise InvalidInput(
                 f"objective sparse with weight={weight}, divergence={divergence}, temperature={temperature}, "
-                f"decay={decay}.",
-                next="weights are at least 0, the temperature above 0, the decay in 0..1.",
+                f"decay={decay}, start={start}.",
+                next="weights are at least 0, temperature and start above 0, the decay in 0..1.",
             )
+        if start is not None:
+            for gate in net.gates:
+                gate.temperature.fill_(start)
         self.weight, self.divergence, self.temperature = weight, divergence, temperature
         self.kind, self.decay = kind, decay
         trained = {parameter for parameter in net.parameters() if parameter.requires_grad}

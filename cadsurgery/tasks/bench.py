@@ -33,6 +33,7 @@ from cadsurgery.data.networks import Source
 from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.masks import Budget, resolve_mask
+from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.network.adaptify import adaptify, plan
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.export import check_mask, export
@@ -53,6 +54,7 @@ from cadsurgery.support.files import append_lines, make_folder
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.tasks.bench_method import MethodBench, bench_method, open_any
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Rival, Twin
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.for_each import Step, silent
@@ -81,10 +83,13 @@ def bench(
     fill: Sequence[str] = ("nearest",),
     picture: Path | None = None,
     output: Path | None = None,
+    trust: bool = False,
     step: Step = silent,
     **options: Any,
-) -> BenchReport:
+) -> BenchReport | MethodBench:
     """Measure networks with random weights under budgets, and compare their times with the law.
+
+    A network that a method made, or its file, is measured alone, as it is: see `bench_method`.
 
     Args:
         networks: names, or modules, which keep their weights.
@@ -93,6 +98,7 @@ def bench(
         fill: one or more of "nearest", "linear" and "guided"; each gives an entry of its own, against the same twins.
         picture: PNG to write.
         output: JSON Lines to append the rows of each network to as soon as it is done.
+        trust: run code that a file names; see `cadsurgery.load`.
         step: called with what is being done.
         options: further ones of `adaptify`, and what networks are run on: `size`, height and width of the generated
             street scenes, their number `batch`, `dtype` and `device`, `threads`, `rounds` that count, `runtime`: the
@@ -108,6 +114,9 @@ def bench(
     """
     listed = [networks] if isinstance(networks, str | nn.Module) else list(networks)
     setup = Benchmark(**options)
+    for network in listed:
+        if (made := open_any(network, trust)) is not None:
+            return _alone(made, listed, fractions, setup, picture=picture, output=output, step=step)
     setup = replace(setup, threads=setup.threads or torch.get_num_threads())
     _check(listed, mask, fractions, setup, fill)
     check_outputs(output, picture=picture)
@@ -129,6 +138,25 @@ def bench(
     report = BenchReport(setting, tuple(done), costs.record())
     report.write(picture=picture)
     return report
+
+
+def _alone(
+    net: ConvertedModel,
+    listed: list[str | nn.Module],
+    fractions: Sequence[float],
+    setup: Benchmark,
+    **told: Any,
+) -> MethodBench:
+    """What a method made, without others beside it."""
+    if len(listed) > 1:
+        raise InvalidInput(
+            f"{len(listed)} networks are to be measured, one of which a method made.",
+            why="it is compared with what it was made from, not under budgets of a mask.",
+            next="measure it in a run of its own.",
+        )
+    _check_run(setup)
+    with _threads(setup.threads or torch.get_num_threads()):
+        return bench_method(net, fractions, setup, network=listed[0], **told)
 
 
 def law(macs: int, high: Twin, low: Twin) -> float:
@@ -416,12 +444,6 @@ def _check(
             why="it takes AVX512-VNNI or AVX2, Linux and a C compiler.",
             next="measure files in onnx or openvino: runtime.",
         )
-    if setup.processor_time and setup.threads != 1:
-        raise InvalidInput(
-            f"processor time of {setup.threads} threads is asked for.",
-            why="threads that wait for others would be counted.",
-            next="give threads=1 (--threads 1).",
-        )
     if setup.calibration and (setup.dtype, setup.runtime) != (INT8, TORCH):
         raise InvalidInput(
             "there is nothing to calibrate by images.",
@@ -434,13 +456,7 @@ def _check(
         import_package(package)
     if setup.runtime != TORCH:
         _check_engine(mask, setup)
-    if min(setup.batch, setup.threads, setup.rounds, *setup.size) < 1:
-        height, width = setup.size
-        raise InvalidInput(
-            f"not all are positive: batch={setup.batch}, threads={setup.threads}, rounds={setup.rounds}, "
-            f"size={height}x{width}.",
-            next="give at least 1 of each.",
-        )
+    _check_run(setup)
     device = find_device(setup.device)
     resolve_mask(mask)
     if not setup.memory:
@@ -455,6 +471,24 @@ def _check(
             "peak memory of a network or mask without a name cannot be measured.",
             why="each side runs in a process of its own, which builds it anew.",
             next='give names, e.g. "resnet50" or "module:function", and a mask such as "edges".',
+        )
+
+
+def _check_run(setup: Benchmark) -> None:
+    """Refuse what no run can be made with."""
+    threads = setup.threads or torch.get_num_threads()
+    if setup.processor_time and threads != 1:
+        raise InvalidInput(
+            f"processor time of {threads} threads is asked for.",
+            why="threads that wait for others would be counted.",
+            next="give threads=1 (--threads 1).",
+        )
+    if min(setup.batch, threads, setup.rounds, *setup.size) < 1:
+        height, width = setup.size
+        raise InvalidInput(
+            f"not all are positive: batch={setup.batch}, threads={threads}, rounds={setup.rounds}, "
+            f"size={height}x{width}.",
+            next="give at least 1 of each.",
         )
 
 

@@ -41,6 +41,7 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.support.files import cache_folder, is_private, keep_whole
+from cadsurgery.support.pages import new_memory
 
 SOURCE, INTEGERS, WARP = (Path(__file__).with_name(f"{name}.c") for name in ("native", "integer", "warp"))
 _HASH = hashlib.sha256().digest_size
@@ -131,7 +132,7 @@ class Native(Backend):
         packed = weights.form(("native", dtype), lambda: pack(weights.weight.to(dtype), weights.bias))
         bounds = act.bounds if act is not None else None
         more = work.residual.contiguous() if work.residual is not None else None
-        out = work.rows.new_empty(shape)
+        out = new_memory(work.rows, *shape)
         limits = bounds or (-math.inf, math.inf)
         levels: tuple[Tensor | None, ...] = (None, None, None)
         if weights.levels is not None:
@@ -145,13 +146,13 @@ class Native(Backend):
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C)."""
         table = work.reading.table
-        out = work.rows.new_empty(table.shape[0], work.rows.shape[1])
+        out = new_memory(work.rows, table.shape[0], work.rows.shape[1])
         call("pool", Rows.of(work), table, out, int(work.largest))
         return out
 
     def mix(self, work: Mixing) -> Tensor:
         """Rows (M, C)."""
-        out = work.rows.new_empty(work.sources.shape[0], work.rows.shape[1])
+        out = new_memory(work.rows, work.sources.shape[0], work.rows.shape[1])
         shares = work.shares.to(_sum_type(work.rows.dtype)).contiguous()
         call("mix", Rows(work.rows), work.sources.contiguous(), shares, out)
         return out
@@ -159,7 +160,7 @@ class Native(Backend):
     def mix_lines(self, work: MixingLines) -> Tensor:
         """(L, M, C)."""
         lines, width, channels = work.rows.shape
-        out = work.rows.new_empty(lines, len(work.share), channels)
+        out = new_memory(work.rows, lines, len(work.share), channels)
         sources = torch.stack((work.first, work.second), 1).int()
         shares = torch.stack((1 - work.share, work.share), 1).to(_sum_type(out.dtype))
         rows = Rows(work.rows.reshape(lines * width, channels))
@@ -170,7 +171,7 @@ class Native(Backend):
         """(entries, C); each row of the halo is mixed where it is read."""
         table, sources = work.reading.table.reshape(-1, 1), work.reading.sources.contiguous()
         shares = work.reading.mix.to(_sum_type(work.rows.dtype)).contiguous()
-        out = work.rows.new_empty(len(table), work.rows.shape[1])
+        out = new_memory(work.rows, len(table), work.rows.shape[1])
         call("gather_mixing", Rows(work.rows), table, sources, shares, sources.shape[1], out)
         return out
 
@@ -178,7 +179,7 @@ class Native(Backend):
         """(T, C)."""
         rows, source, act, whole = work.rows, work.source, work.activation, work.source.part is None
         dtype, (height, width) = _sum_type(rows.dtype), source.size
-        out = rows.new_empty(work.target.count, rows.shape[1])
+        out = new_memory(rows, work.target.count, rows.shape[1])
         there, index = (None, None) if whole else (source.part.pixels, source.index)  # type: ignore[union-attr]
         shares = work.shares.to(dtype).contiguous() if work.shares is not None else None
         floor = work.floor.to(rows).contiguous() if work.floor is not None else None

@@ -160,6 +160,8 @@ class SampledModel(ConvertedModel):
         seed: of the noise.
         step: of the noise; each call in training adds 1.
         decay: what each gate's temperature is multiplied by after each call in training, as published .99998.
+        instead: what stands for the score (B, h, w) of a gate, by its number, such as `opened.Opened`; None, as at
+            first: nothing does.
         source: where the network came from, if it was built by name.
     """
 
@@ -183,6 +185,7 @@ class SampledModel(ConvertedModel):
         self.program, self.options = program, options
         self.grid, self.temperature, self.noise = grid, temperature, noise
         self.seed, self.step, self.decay = 0, 0, DECAY
+        self.instead: Callable[[int, Tensor], Tensor] | None = None
         self._is_dense = False
         self._last: Run | None = None
         self._forget()
@@ -357,7 +360,7 @@ class SampledModel(ConvertedModel):
     def _run(self, arguments: dict[str, Any]) -> Run:
         noise = (self.seed, self.step) if self.training or self.noise else None
         temperature = None if self.training else self.temperature
-        deciding = None if self._is_dense else Deciding(temperature, noise, self.grid)
+        deciding = None if self._is_dense else Deciding(temperature, noise, self.grid, self.instead)
         return Run(self, self.gates, self.program, arguments, deciding, self._remember)
 
     def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -462,7 +465,7 @@ class HostedSampled(SampledModel):
 
 
 # What may be set on a network that hosts its part, too.
-_OF_PART = ("grid", "temperature", "noise", "seed", "step", "decay", "program")
+_OF_PART = ("grid", "temperature", "noise", "seed", "step", "decay", "instead", "program")
 
 
 def is_own(name: str) -> bool:

@@ -42,11 +42,13 @@ class Deciding:
         temperature: None: each gate's own, as in training.
         noise: numbers that it depends on, such as seed and step; None for no noise.
         grid: distance of the positions that are always computed; 0 for none.
+        instead: what stands for the score (B, h, w) of a gate, by its number; None: nothing does.
     """
 
     temperature: float | None
     noise: tuple[int, ...] | None
     grid: int
+    instead: Callable[[int, Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -98,6 +100,7 @@ class Run:
         gates = [self.gates[number] for number in numbers]
         strides = [self.program.gates[number].stride for number in numbers]
         for number, gate, score in zip(numbers, gates, scores(x, gates, strides), strict=True):
+            score = score if deciding.instead is None else deciding.instead(number, score)
             noise = uniform((*deciding.noise, number), score) if deciding.noise is not None else None
             temperature = gate.temperature.clone() if deciding.temperature is None else deciding.temperature
             share = shares(score, temperature, noise, deciding.grid)

@@ -27,6 +27,7 @@ from cadsurgery.support.errors import CadError, InvalidInput, check_name, descri
 from cadsurgery.support.processes import gather, own_device, shard, world
 from cadsurgery.tasks.exits import ExitReport, evaluate_exits, open_exits
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
+from cadsurgery.tasks.gates import GateReport, evaluate_gates, open_gates
 from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import add_times, check_outputs
 from cadsurgery.tasks.samples import SampleReport, evaluate_resampled, open_resampled
@@ -56,7 +57,7 @@ def evaluate(
     thresholds: Sequence[float] = (),
     step: Step = silent,
     trust: bool = False,
-) -> EvaluationReport | ExitReport | SampleReport:
+) -> EvaluationReport | ExitReport | GateReport | SampleReport:
     """Evaluate every mask at every pair of output strides, and beside them both dense networks of each pair.
 
     Without labels the figures are fidelity: what the dense network of the high output stride gives for an image stands
@@ -98,20 +99,26 @@ def evaluate(
     for mask in masks:
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else data).first(limit)
+    told: Any = {"rounds": rounds, "device": where, "output": output, "picture": picture, "step": step}
     if (with_exits := open_exits(network, trust)) is not None:
         if masks or output_stride:
             raise InvalidInput(
                 "a network with exits has no masks.", next="leave out masks and output strides."
             )
-        told: Any = {"rounds": rounds, "device": where, "output": output, "picture": picture, "step": step}
         return evaluate_exits(with_exits, samples, thresholds, network=network, **told)
+    if (gated := open_gates(network, trust)) is not None:
+        if masks or output_stride or thresholds:
+            raise InvalidInput(
+                "a network with gates has no masks and no thresholds.",
+                next="leave out masks, output strides and thresholds.",
+            )
+        return evaluate_gates(gated, samples, network=network, **told)
     if (resampled := open_resampled(network, trust)) is not None:
         if masks or output_stride or thresholds:
             raise InvalidInput(
                 "a network whose input is sampled has no masks and no thresholds.",
                 next="leave out masks, output strides and thresholds.",
             )
-        told = {"rounds": rounds, "device": where, "output": output, "picture": picture, "step": step}
         return evaluate_resampled(resampled, samples, network=network, **told)
     if thresholds:
         raise InvalidInput(
