@@ -1,8 +1,10 @@
 """CamVid at every exit: accuracy, work and time, with confidence and without.
 
-    python recipes/anytime_camvid/recipe.py DATA NET [--thresholds 0.9 ...] [--every N] [--output results.json]
+    python recipes/anytime_camvid/recipe.py DATA NET [--thresholds 0.9 0.9,0.85,0.95 ...] [--split val]
+        [--every N] [--output results.json]
 
-DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`, NET what `train.py` wrote.
+DATA is a folder with `camvid/` and `camvid_mobilenetv2_fcn/`, NET what `train.py` wrote. A threshold is one number, or
+one of each exit but the last.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cadsurgery as cs
+from cadsurgery.cli.options import read_threshold
 from cadsurgery.tasks.exits import ExitReport, evaluate_exits
 from recipes.camvid_mobilenetv2.network import build, images
 
-THRESHOLDS = (0.9, 0.95, 0.98, 0.998)
+THRESHOLDS = (0.85, 0.9, 0.95, (0.9, 0.85, 0.9), (0.9, 0.85, 0.95), (0.9, 0.9, 0.95))
 
 
 def table(report: ExitReport) -> str:
@@ -28,13 +31,11 @@ def table(report: ExitReport) -> str:
     lines = ["| threshold | exit | mIoU | MACs | of whole | ms | of whole |", "|---|---|---|---|---|---|---|"]
     whole = [row for row in report.rows if row.threshold is None][-1]
     for row in report.rows:
-        name = "all computed" if row.threshold is None else f"{row.threshold:g}"
         times = "|  |"
         if row.milliseconds is not None and whole.milliseconds is not None:
             times = f"{row.milliseconds:.0f} | {row.milliseconds / whole.milliseconds:.2f} |"
-        lines.append(
-            f"| {name} | {row.exit} | {100 * (row.miou or 0):.2f} | {row.macs:.3e} | {row.macs_of_whole:.3f} | {times}"
-        )
+        figures = f"{100 * (row.miou or 0):.2f} | {row.macs:.3e} | {row.macs_of_whole:.3f}"
+        lines.append(f"| {row.setting} | {row.exit} | {figures} | {times}")
     return "\n".join(lines)
 
 
@@ -45,8 +46,9 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("net", type=Path, nargs="?")
-    parser.add_argument("--thresholds", nargs="*", type=float, default=THRESHOLDS)
-    parser.add_argument("--every", type=int, default=1, help="take every N-th image of the test split")
+    parser.add_argument("--thresholds", nargs="*", type=read_threshold, default=THRESHOLDS)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--every", type=int, default=1, help="take every N-th image")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -58,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     net = cs.load(options.net, build(options.data))
     assert isinstance(net, cs.AnytimeModel)
-    found = images(options.data, "test")
+    found = images(options.data, options.split)
     if options.every > 1:
         read, step = found.read, options.every
         names = found.names[::step]
