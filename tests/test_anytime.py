@@ -507,6 +507,19 @@ def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
         assert all(torch.equal(one, other) for one, other in zip(again(x), net(x), strict=True))
 
 
+@pytest.mark.parametrize("optimized", [False, True])
+def test_torch_compile_leaves_it_as_it_is(optimized: bool) -> None:
+    net, x = anytime(dtype=torch.float32), images(2, 48, 64)
+    net = net.optimize() if optimized else net
+    with torch.no_grad():
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="what its exits are sure of"):
+            torch.compile(net, fullgraph=True)(x)
+        torch.compiler.reset()
+        for one, other in zip(torch.compile(net)(x), net(x), strict=True):
+            assert_same(one, other)
+
+
 # -- networks of libraries -----------------------------------------------------------------------------
 
 
@@ -597,8 +610,10 @@ def test_a_network_with_exits_is_no_network_to_convert() -> None:
     net = anytime()
     with pytest.raises(cs.InvalidInput, match="exits already"):
         cs.anytime(net)
-    with pytest.raises(cs.InvalidInput, match=r"made by cs\.anytime, not by"):
+    with pytest.raises(cs.InvalidInput, match=r"made by cs\.anytime, not by.*\n.*uploaded under that name"):
         cs.push_to_hub(net, "owner/name", license="mit")  # type: ignore[arg-type]
+    with pytest.raises(cs.InvalidInput, match=r"cannot be exported(.*\n)*.*net\.optimize"):
+        cs.export(net, images(1, 48, 64, torch.float64), "net.pt2")  # type: ignore[arg-type]
     for convert in (cs.sample, lambda net: cs.adaptify(nn.Sequential(net), "edges")):
         with pytest.raises(cs.CannotConvert, match=r"was made by cs\.anytime"):
             convert(net)

@@ -206,8 +206,6 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     ran = command_line("run", "run/net.safetensors", picture, "--until", "1", "--trust", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["images"][0]["exit"] in (1, 2, 3)
-    refused = command_line("macs", "--model", "net.safetensors", "--trust")
-    assert refused.code == 1 and "cs.load" in refused.err
     assert command_line("convert", *model, "--method", "later").code == 1
     in_bytes = ("--precision", "int8", "--calibration", str(tmp_path), "--json")
     run = ("run", "run/net.safetensors", picture, "--trust")

@@ -321,6 +321,9 @@ class AnytimeModel(ConvertedModel):
         self._ghost: tuple[nn.Module, ...] = ()
         self.register_load_state_dict_post_hook(_own_not_missing)
 
+    @torch.compiler.disable(
+        reason="what is computed depends on what its exits are sure of: call it as it is, or its copy net.optimize()"
+    )
     def forward(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
         """All predictions, aggregated, in the form and size the original returns its scores.
 
