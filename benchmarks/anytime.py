@@ -1,34 +1,75 @@
-"""Does time follow work where exits are confident? Random weights, thresholds by which more and more is.
+"""Does time follow work where exits are confident? Random weights, masks that leave a share of the positions.
 
-    python benchmarks/anytime.py [MODEL] [--size 256x512] [--thresholds 0.99 0.9 0.8 0.6] [--rounds 2]
+    python benchmarks/anytime.py [MODEL] [--size 512x1024] [--left 0.5 0.3] [--pattern areas] [--gaps gaussian]
+        [--rounds 3] [--output results.json]
 
-Class scores are scaled so that some positions are confident. CPU time of the optimised copy, the best round, against
-the same with everything computed; `realised`: what the time falls by, of what MACs fall by.
+MODEL: a name of torchvision or timm; `w18` or `w48`, the networks of recipes/anytime_hrnet; or `mobilenetv2`, that of
+recipes/camvid_mobilenetv2. Exits are asked how confident they are as ever, which is part of the time, but what all of
+them leave is a given share of the positions: areas (smooth noise above a quantile) or scattered ones. CPU time of the
+optimised copy, all shares in turn, the best round, against the same copy with everything computed; `realised`: what
+time falls by, of what MACs fall by.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from cadsurgery.images import normalise, street_scene
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cadsurgery as cs
 from cadsurgery.support.provenance import describe_run
+from cadsurgery.support.timing import interleaved
+from recipes.anytime_hrnet import recipe
+from recipes.camvid_mobilenetv2.network import Segmenter
 
-SPREAD = 4.0  # standard deviation of class scores
+AREA = 16  # nodes of smooth noise along the shorter axis
 
 
-def cpu_seconds(net: cs.AnytimeModel, x: torch.Tensor, threshold: float, rounds: int) -> float:
-    """Of a call, the best of several after one more."""
-    taken = []
-    for _ in range(rounds + 1):
-        start = time.process_time()
-        net.logits(x, threshold=threshold)
-        taken.append(time.process_time() - start)
-    return min(taken[1:])
+def build(name: str, gaps: Any) -> cs.AnytimeModel:
+    """A network with exits and random weights."""
+    if name in ("w18", "w48"):
+        net = recipe.build(name)  # type: ignore[arg-type]
+        if gaps != "gaussian":
+            raise SystemExit("the published networks fill with the Gaussian")
+        return net
+    exits: Any = "auto"
+    if name == "mobilenetv2":
+        model, exits = Segmenter().eval(), [f"backbone.blocks.{number}" for number in (2, 4, 5)]
+    else:
+        model = cs.build_model(name, "none").eval()
+    return cs.anytime(model, exits, fill=gaps)
+
+
+def noise(height: int, width: int, pattern: str) -> Tensor:
+    """(1, 1, H, W) in 0..1: smooth, or of each position alone."""
+    generator = torch.Generator().manual_seed(0)
+    if pattern == "scattered":
+        return torch.rand((1, 1, height, width), generator=generator)
+    coarse = torch.rand((1, 1, AREA, max(2, AREA * width // height)), generator=generator)
+    return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+
+
+def leave(net: cs.AnytimeModel, share: float, field: Tensor) -> None:
+    """Make all exits leave a share of the positions; they are asked all the same."""
+    asked = type(net).left
+
+    def left(logits: Tensor, *args: Any) -> Tensor:
+        asked(net, logits, *args)
+        values = F.interpolate(field, logits.shape[2:])[:, 0]
+        return values > values.quantile(1 - share)
+
+    net.left = left  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -37,31 +78,43 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", default="fcn_resnet50")
-    parser.add_argument("--size", default="256x512")
-    parser.add_argument("--thresholds", nargs="*", type=float, default=[0.99, 0.9, 0.8, 0.6])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--size", default="512x1024")
+    parser.add_argument("--left", nargs="*", type=float, default=[0.7, 0.5, 0.3, 0.1])
+    parser.add_argument("--pattern", default="areas", choices=("areas", "scattered"))
+    parser.add_argument("--gaps", default="gaussian", choices=("gaussian", "interpolated", "zeros"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
     height, width = map(int, options.size.split("x"))
     torch.manual_seed(0)
-    net = cs.anytime(cs.build_model(options.model, "none"))
-    x = normalise(street_scene(height, width), None)[None]
-    with torch.inference_mode():
-        heads: list[Any] = [*(head[-1] for head in net.heads), net.classifier[-1]]  # type: ignore[union-attr,index]
-        for layer, scores in zip(heads, net.logits(x, threshold=1.0), strict=True):
-            std, mean = torch.std_mean(scores, (0, 2, 3))
-            layer.weight *= (SPREAD / std)[:, None, None, None]
-            layer.bias.copy_(-SPREAD * mean / std)
-        fast = net.optimize()
-        whole, work = cpu_seconds(fast, x, 1.0, options.rounds), net.macs(x.to("meta"))[-1].dense
-        told = describe_run(torch.device("cpu"))
-        print(f"{options.model}, {options.size}, random weights, {told['device']}, commit {told['commit']}\n")
-        print("| threshold | MACs | CPU ms | of whole | realised |\n|---|---|---|---|---|")
-        print(f"| all computed | 1.000 | {1e3 * whole:.0f} | 1.00 | |")
-        for threshold in options.thresholds:
-            taken = cpu_seconds(fast, x, threshold, options.rounds) / whole
-            macs = net.macs(x, threshold=threshold)[-1].macs / work
-            realised = f"{(1 - taken) / (1 - macs):.2f}" if macs < 1 else ""
-            print(f"| {threshold:g} | {macs:.3f} | {1e3 * taken * whole:.0f} | {taken:.2f} | {realised} |")
+    net = build(options.model, options.gaps).optimize()
+    x = normalise(street_scene(height, width), None)[None].contiguous(memory_format=torch.channels_last)
+    field = noise(height, width, options.pattern)
+
+    def at(share: float) -> None:
+        leave(net, share, field)
+        net.logits(x, threshold=1.0 if share == 1 else 0.5)
+
+    shares = [1.0, *options.left]
+    times = interleaved(
+        {str(share): partial(at, share) for share in shares}, options.rounds, clock=time.process_time
+    )
+    told = describe_run(torch.device("cpu"))
+    named = f"{options.model}, {options.size}, {options.pattern}, {options.gaps}, random weights"
+    print(f"{named}, {told['device']}, commit {told['commit']}\n")
+    print("| left | MACs | CPU ms | of whole | realised |\n|---|---|---|---|---|")
+    whole, rows = times["1.0"].best, []
+    for share in shares:
+        leave(net, share, field)
+        counted = net.macs(x, threshold=1.0 if share == 1 else 0.5)[-1]
+        macs, taken = counted.macs / counted.dense, times[str(share)].best
+        realised = (1 - taken / whole) / (1 - macs) if macs < 1 else None
+        rows.append({"left": share, "macs": macs, "ms": taken, "realised": realised})
+        said = "" if realised is None else f"{realised:.2f}"
+        print(f"| {share:g} | {macs:.3f} | {taken:.0f} | {taken / whole:.2f} | {said} |")
+    if options.output:
+        report = {**told, "options": {**vars(options), "output": ""}, "rows": rows}
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def by_hand(net: cs.AnytimeModel, name: str, x: Tensor) -> list[Tensor]:
             logits = F.interpolate(logits, size=found[-1].shape[2:], mode="bilinear", align_corners=False)
             logits = torch.where(masks[-1][:, None], logits, found[-1])
         found.append(logits)
-        left = logits.softmax(1).amax(1) <= net.threshold
+        left = logits.softmax(1).amax(1) <= (*net.thresholds(), 1.0)[number]
         masks.append(left & masks[-1] if masks else left)
     return found
 
@@ -241,8 +241,11 @@ def whole(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("size", [(64, 64), (61, 83)])
-def test_every_exit_is_the_published_formula(name: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("falls", [0.0, 0.2])
+def test_every_exit_is_the_published_formula(name: str, size: tuple[int, int], falls: float) -> None:
     net, x = anytime(name), images(2, *size, torch.float64)
+    if falls:  # a threshold of each exit
+        net.threshold = tuple(0.9 - falls * number for number in range(len(net.heads)))
     with torch.no_grad():
         found, expected = net.logits(x), by_hand(net, name, x)
         shares = [float(net.left(one).double().mean()) for one in expected]
@@ -330,6 +333,31 @@ def test_entropy_leaves_what_is_undecided() -> None:
         for one, other in zip(net.logits(x), whole(net, x), strict=True):
             assert_same(one, other)
         assert torch.equal(net(x, threshold=0.0)[-1], anytime(threshold=1.0)(x)[-1])
+
+
+def test_one_threshold_may_ask_everything_and_others_not() -> None:
+    net, x = anytime(), images(2, 61, 83, torch.float64)
+    with torch.no_grad():
+        before, after = net(x, threshold=1.0), net(x, threshold=(1.0, 0.7, 1.0))
+        assert torch.equal(after[1], before[1]) and not torch.equal(after[2], before[2])
+        *_, second, third = net.logits(x, threshold=[1.0, 0.7, 1.0])
+        assert net.macs(x, threshold=(1.0, 0.7, 1.0))[1].macs == net.macs(x)[1].dense
+        sure = ~net.left(net.logits(x, threshold=1.0)[1], 0.7)
+        assert torch.equal(third.permute(0, 2, 3, 1)[sure], second.permute(0, 2, 3, 1)[sure])
+        for one, other in zip(net(x, threshold=(0.8,) * 3), net(x, threshold=0.8), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("threshold", [(0.9, 0.8), [], float("nan"), "much", (0.9, None, 0.8)])
+def test_thresholds_that_are_no_numbers_or_not_as_many_are_refused(threshold: Any) -> None:
+    net = anytime()
+    with pytest.raises(cs.InvalidInput, match="give one number, or 3"):
+        net.threshold = threshold
+    with pytest.raises(cs.InvalidInput, match="give one number, or 3"):
+        net.steps(images(1, 64, 64, torch.float64), threshold=threshold)
+    with pytest.raises(cs.InvalidInput, match="give one number, or 3"):
+        cs.anytime(network(), threshold=threshold)
+    assert net.threshold == 0.9
 
 
 def test_steps_compute_no_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,8 +478,12 @@ def test_a_copy_is_the_same_network_and_shares_nothing(duplicate: Any) -> None:
     assert all(torch.equal(one, other) for one, other in zip(clone(x), expected, strict=True))
 
 
-def test_a_saved_network_is_the_same_after_loading(tmp_path: Path) -> None:
-    net, x = anytime("parallel", torch.float32, hidden=6, head="plain"), images(1, 48, 64)
+@pytest.mark.parametrize("threshold", [0.9, (0.9, 0.8)])
+def test_a_saved_network_is_the_same_after_loading(threshold: Any, tmp_path: Path) -> None:
+    net, x = (
+        anytime("parallel", torch.float32, hidden=6, head="plain", threshold=threshold),
+        images(1, 48, 64),
+    )
     cs.save(net, tmp_path / "net.safetensors")
     with pytest.raises(cs.FileError, match="does not say how to build"):
         cs.load(tmp_path / "net.safetensors")
@@ -473,6 +505,19 @@ def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
     again, x = cs.load(tmp_path / "net.safetensors"), images(1, 64, 96)
     with torch.no_grad():
         assert all(torch.equal(one, other) for one, other in zip(again(x), net(x), strict=True))
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_torch_compile_leaves_it_as_it_is(optimized: bool) -> None:
+    net, x = anytime(dtype=torch.float32), images(2, 48, 64)
+    net = net.optimize() if optimized else net
+    with torch.no_grad():
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="what its exits are sure of"):
+            torch.compile(net, fullgraph=True)(x)
+        torch.compiler.reset()
+        for one, other in zip(torch.compile(net)(x), net(x), strict=True):
+            assert_same(one, other)
 
 
 # -- networks of libraries -----------------------------------------------------------------------------
@@ -565,8 +610,10 @@ def test_a_network_with_exits_is_no_network_to_convert() -> None:
     net = anytime()
     with pytest.raises(cs.InvalidInput, match="exits already"):
         cs.anytime(net)
-    with pytest.raises(cs.InvalidInput, match=r"made by cs\.anytime, not by"):
+    with pytest.raises(cs.InvalidInput, match=r"made by cs\.anytime, not by.*\n.*uploaded under that name"):
         cs.push_to_hub(net, "owner/name", license="mit")  # type: ignore[arg-type]
+    with pytest.raises(cs.InvalidInput, match=r"cannot be exported(.*\n)*.*net\.optimize"):
+        cs.export(net, images(1, 48, 64, torch.float64), "net.pt2")  # type: ignore[arg-type]
     for convert in (cs.sample, lambda net: cs.adaptify(nn.Sequential(net), "edges")):
         with pytest.raises(cs.CannotConvert, match=r"was made by cs\.anytime"):
             convert(net)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hub_server
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, Run, images, rewritten
@@ -103,6 +104,20 @@ def test_a_network_by_name_needs_nothing_else(hub: Hub, tmp_path: Path) -> None:
     push(net, NAME, license="apache-2.0")
     image = images(1, 65, 97)
     assert torch.equal(cs.load(HOME)(image), net(image))
+
+
+def test_the_file_of_another_method_is_uploaded_as_it_is(hub: Hub, command_line: Run, tmp_path: Path) -> None:
+    net = cs.anytime(cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4), threshold=0.3).eval()
+    cs.save(net, tmp_path / FILE)
+    client = huggingface_hub.HfApi(endpoint=hub.url)
+    client.create_repo(NAME)
+    client.upload_file(path_or_fileobj=tmp_path / FILE, path_in_repo=FILE, repo_id=NAME)
+    image = images(1, 65, 97)
+    with torch.no_grad():
+        back = zip(cs.load(HOME)(image), net(image), strict=True)
+        assert all(torch.equal(one, other) for one, other in back)
+    for command in ("plan", "macs"):
+        assert command_line(command, "--model", HOME, "--json").code == 0
 
 
 def test_what_was_fetched_once_loads_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

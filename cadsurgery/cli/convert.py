@@ -57,7 +57,7 @@ def plan(
     all_nodes: Annotated[bool, typer.Option("--all", help="list dense nodes before the region too")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Show what a conversion would do: a decision and its reason for every node."""
+    """Show what a conversion would do: a decision and its reason for every node; or the plan in a converted file."""
     from cadsurgery.tasks.convert import make_or_read_plan
     from cadsurgery.tasks.convert_report import render_plan
 
@@ -172,7 +172,11 @@ def macs(
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:
-    """Count multiply-accumulates per layer: with the mask, dense high and dense low. Nothing is run."""
+    """Count multiply-accumulates per layer: with the mask, dense high and dense low. Nothing is run.
+
+    Of a file of another method: up to each exit, of each gate, or of sampler and network, on the image, which is run.
+    """
+    from cadsurgery.network.macs import MacReport
     from cadsurgery.tasks.convert import count, count_dense
     from cadsurgery.tasks.convert_report import render_macs
 
@@ -184,4 +188,5 @@ def macs(
             screen.show(counted, f"MACs on {shape} ({rule} rule): {whole:.5e}", as_json)
             return
         report = count(model, mask, conversion, image, size, rule, trust)
-    screen.show(report.to_dict(layers=not total), render_macs(report, layers=not total), as_json)
+    values = report.to_dict(layers=not total) if isinstance(report, MacReport) else report.to_dict()
+    screen.show(values, render_macs(report, layers=not total), as_json)

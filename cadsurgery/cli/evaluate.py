@@ -106,8 +106,13 @@ def eval_command(
     batch: Annotated[int, typer.Option(min=1, help="images in one call")] = 1,
     rounds: options.Rounds = 3,
     thresholds: Annotated[
-        list[float],
-        typer.Option("--threshold", help="repeatable, of networks with exits; default: the file's"),
+        list[Any],
+        typer.Option(
+            "--threshold",
+            metavar="T[,T...]",
+            parser=options.read_threshold,
+            help="repeatable, of networks with exits, one number or one of each exit but the last; default: the file's",
+        ),
     ] = [],  # noqa: B006
     kind: Annotated[
         str, typer.Option(help="what the network gives, for images without labels: auto, classes or values")

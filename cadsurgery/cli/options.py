@@ -45,6 +45,12 @@ def read_fractions(text: str) -> list[float]:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,0.5,0") from None
 
 
+def read_threshold(text: str | float) -> float | tuple[float, ...]:
+    """A number, or several between commas."""
+    numbers = read_fractions(str(text))
+    return tuple(numbers) if len(numbers) != 1 else numbers[0]
+
+
 def read_names(region: str) -> str | list[str]:
     """A region: auto, backbone, or names between commas."""
     return region if region in ("auto", "backbone") else [name.strip() for name in region.split(",")]
@@ -66,6 +72,7 @@ def none_for_zero(count: int) -> int | None:
 _READERS: dict[str, Callable[[str], Any]] = {
     **{"pair": read_pair, "size": read_size, "names": read_names},
     "normalisation": read_mean_and_std,
+    "threshold": read_threshold,
 }
 
 Network = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,12 +32,12 @@ def push(
 
     Who writes is decided by HF_TOKEN, or by what hf auth login left.
     """
+    from cadsurgery.methods.storage import load
     from cadsurgery.network.publish import push_to_hub
-    from cadsurgery.network.storage import load
 
     with screen.steps(as_json) as step:
         step(f"loading {file}")
-        net = load(file, trust=trust)
+        net: Any = load(file, trust=trust)
         step(f"writing {repository}")
         pushed = push_to_hub(
             net,

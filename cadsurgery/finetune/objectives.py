@@ -355,9 +355,8 @@ class Anytime(Objective):
         assert isinstance(self.net, AnytimeModel)
         target = None
         if share:
-            everything = 0.0 if self.net.confidence == "entropy" else 1.0
             with torch.no_grad(), evaluating(self.net):
-                *_, target = self.net(*inputs, threshold=everything)
+                *_, target = self.net(*inputs, threshold=self.net.everything)
         losses = [self._miss(one, labels, target, share) for one in self.net(*inputs)]
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         assert isinstance(total, Tensor)

@@ -4,25 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from cadsurgery.methods.anytime import storage as of_exits
 from cadsurgery.methods.anytime.model import AnytimeModel
+from cadsurgery.methods.anytime.plan import AnytimePlan
+from cadsurgery.methods.files import AGAIN
 from cadsurgery.methods.resampling import storage as of_samples
 from cadsurgery.methods.resampling.model import ResampledModel
+from cadsurgery.methods.resampling.plan import ResampledPlan
 from cadsurgery.methods.sampling import storage as of_gates
 from cadsurgery.methods.sampling.model import SampledModel
+from cadsurgery.methods.sampling.plan import SamplingPlan
 from cadsurgery.network import storage
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import FileError, InvalidInput
+from cadsurgery.surgery.plan import Plan
 
 Converted = AdaptiveModel | AnytimeModel | ResampledModel | SampledModel
-_LOADERS: dict[str, Callable[..., Converted]] = {
-    of_exits.NAME: of_exits.load_anytime,
-    of_gates.NAME: of_gates.load_sampled,
-    of_samples.NAME: of_samples.load_resampled,
+AnyPlan = Plan | AnytimePlan | ResampledPlan | SamplingPlan
+
+
+class _Method(NamedTuple):
+    """What is made of networks by a method: its type, how it is written and read, and its plan."""
+
+    kind: type[nn.Module]
+    save: Callable[..., None]
+    load: Callable[..., Converted]
+    plan: Any
+
+
+_METHODS = {
+    of_exits.NAME: _Method(AnytimeModel, of_exits.save_anytime, of_exits.load_anytime, AnytimePlan),
+    of_gates.NAME: _Method(SampledModel, of_gates.save_sampled, of_gates.load_sampled, SamplingPlan),
+    of_samples.NAME: _Method(
+        ResampledModel, of_samples.save_resampled, of_samples.load_resampled, ResampledPlan
+    ),
 }
 
 
@@ -36,14 +56,9 @@ def save(net: Converted, path: str | Path) -> None:
         FileError: the path cannot be written.
         InvalidInput: the network is not converted, or an optimised copy.
     """
-    if isinstance(net, AnytimeModel):
-        of_exits.save_anytime(net, path)
-    elif isinstance(net, SampledModel):
-        of_gates.save_sampled(net, path)
-    elif isinstance(net, ResampledModel):
-        of_samples.save_resampled(net, path)
-    else:
-        storage.save(net, path)
+    own = (method.save for method in _METHODS.values() if isinstance(net, method.kind))
+    write: Callable[..., None] = next(own, storage.save)
+    write(net, path)
 
 
 def load(
@@ -71,12 +86,32 @@ def load(
     """
     if model is not None:
         check_network(model)
-    method = storage.read_method(path)
-    if not method:
+    method = _method_of(path)
+    if method is None:
         return storage.load(path, model, mask=mask, trust=trust)
     if mask is not None:
-        raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=.")
-    if method not in _LOADERS:
-        raise FileError(f"{path} was made by a method {method!r:.60}.", next="update cadsurgery.")
+        raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=, --mask.")
     header, tensors = storage.open_file(path, True)
-    return _LOADERS[method](path, storage.check_metadata(path, header), tensors, model, trust)
+    return method.load(path, storage.check_metadata(path, header), tensors, model, trust)
+
+
+def read_plan(path: str | Path) -> AnyPlan:
+    """The plan in a file of any method; no network is built.
+
+    Raises:
+        FileError: missing, damaged or foreign file.
+    """
+    method, values = _method_of(path), storage.check_metadata(path, storage.open_file(path, False)[0])
+    if method is None:
+        values = storage.read_metadata(path)
+    with storage.refuse(f"the metadata of {path} is damaged.", AGAIN):
+        plan: AnyPlan = (method.plan if method else Plan).from_json(values["plan"])
+    return plan
+
+
+def _method_of(path: str | Path) -> _Method | None:
+    """The method of a file; None of an adaptive network."""
+    name = storage.read_method(path)
+    if name and name not in _METHODS:
+        raise FileError(f"{path} was made by a method {name!r:.60}.", next="update cadsurgery.")
+    return _METHODS[name] if name else None

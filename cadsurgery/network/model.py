@@ -415,7 +415,10 @@ def whole_program(net: object, refusal: str, next: str = "pass what cs.adaptify(
     """
     if isinstance(net, AdaptiveModel) and not net.hosts_part:
         return net.program
-    why = "it is no network that is adaptive as a whole."
+    why, method = "it is no network that is adaptive as a whole.", getattr(type(net), "converted_by", "")
+    if method:
+        why = f"it was made by {method}: what it computes is decided in the middle of a call."
+        next = "run it where this package is, net.optimize(); or pass what cs.adaptify(...) gives of the same network."
     raise InvalidInput(f"{type(net).__name__} {refusal}.", why=why, next=next)
 
 

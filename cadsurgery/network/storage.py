@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cadsurgery.data.hub import fetch, is_address
+from cadsurgery.data.hub import FILE, fetch, is_address
 from cadsurgery.data.networks import Source, build_again
 from cadsurgery.masks import FixedMask, MaskProvider, resolve_mask
 from cadsurgery.masks.spec import parse
@@ -77,7 +77,8 @@ def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if method:
             raise InvalidInput(
                 f"{type(net).__name__} was made by {method}, not by cs.adaptify.",
-                next="cs.save(net, path) writes it, and cs.load reads that.",
+                next=f'write it with cs.save(net, "{FILE}"); uploaded under that name (hf upload owner/name {FILE}), '
+                "cs.load('hf:owner/name') reads it.",
             )
         raise InvalidInput(
             f"{type(net).__name__} is not a converted network.",
@@ -309,7 +310,7 @@ def _state(path: str | Path, values: Mapping[str, Any]) -> _Stated:
             raise FileError(
                 f"{path} holds a network of another method, {values[METHOD]!r:.60}.",
                 why="an adaptive network is expected here.",
-                next="read it with cs.load(path).",
+                next="cs.load(path) reads it; cadsurgery run, eval, macs and plan take it as it is.",
             )
         fields = check_fields(values, _IN_FILE, "it")
         fields["source"] = Source.from_dict(fields["source"]) if fields["source"] is not None else None

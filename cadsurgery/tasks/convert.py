@@ -17,15 +17,18 @@ from cadsurgery.data.images import check_size, find_images, normalise, read_imag
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.anytime.macs import AnytimeMacs
 from cadsurgery.methods.resampling import ResampledModel
+from cadsurgery.methods.resampling.macs import ResampledMacs
 from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.methods.storage import load
+from cadsurgery.methods.sampling.macs import SampledMacs
+from cadsurgery.methods.storage import AnyPlan, Converted, load, read_plan
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT, PRECISIONS
-from cadsurgery.network.storage import read_metadata, save
+from cadsurgery.network.storage import read_method, save
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder, make_folder
@@ -40,7 +43,7 @@ from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.figures import class_picture
 from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
 from cadsurgery.tasks.gates import GatesReport, convert_gates
-from cadsurgery.tasks.open import example_batch, is_file, open_converted, original
+from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
 from cadsurgery.tasks.samples import SamplingReport, convert_resampled
 
 METHODS = ("adaptive", "anytime", "sampling", "resampling")
@@ -221,10 +224,15 @@ def _first_image(folder: Path, size: tuple[int, int] | None) -> Tensor:
 
 def make_or_read_plan(
     model: str, output_stride: tuple[int, int] | None, region: str | list[str], outputs: str = "fine"
-) -> Plan:
-    """The plan of a network by name, or the one stored in a converted file."""
+) -> AnyPlan:
+    """The plan of a network by name, or the one stored in a converted file, of any method.
+
+    Raises:
+        InvalidInput: options for a file that are not the defaults.
+    """
+    check_options(model, {"output_stride": output_stride, "region": region, "outputs": outputs})
     if is_file(model):
-        return Plan.from_json(read_metadata(model)["plan"])
+        return read_plan(model)
     return make_plan(original(model, "none")[0], output_stride, region, outputs=outputs)  # type: ignore[arg-type]
 
 
@@ -236,9 +244,13 @@ def count(
     size: tuple[int, int] | None,
     rule: str,
     trust: bool = False,
-) -> MacReport:
-    """MACs of a network by name or of a converted file on an image."""
-    net = open_converted(model, mask, options, trust=trust)
+) -> MacReport | AnytimeMacs | SampledMacs | ResampledMacs:
+    """MACs of a network by name or of a converted file, of any method, on an image."""
+    if is_file(model) and read_method(model):
+        check_options(model, options)
+        net: Converted = load(model, mask=mask or None, trust=trust)
+    else:
+        net = open_converted(model, mask, options, trust=trust)
     return net.macs(example_batch(pictures_for(net), image, size), rule=rule)
 
 

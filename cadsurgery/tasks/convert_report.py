@@ -90,11 +90,13 @@ class ConversionReport(Report):
 _STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}
 
 
-def render_plan(plan: Plan, *, all_nodes: bool = False) -> RenderableType:
-    """The plan as a table; without `all_nodes`, dense nodes before the region are left out.
+def render_plan(plan: Any, *, all_nodes: bool = False) -> RenderableType:
+    """The plan as a table; without `all_nodes`, dense nodes before the region are left out. Of another method in words.
 
     Why an operation of the region is exact is told once per operation, below the table.
     """
+    if not isinstance(plan, Plan):
+        return Text(str(plan))
     columns: list[Column[Decision]] = [
         Column("node", lambda d: d.node, False),
         Column("operation", lambda d: d.operation, False),
@@ -111,8 +113,10 @@ def render_plan(plan: Plan, *, all_nodes: bool = False) -> RenderableType:
     return Group(Text(plan.summary()), table(shown, columns), told)
 
 
-def render_macs(report: MacReport, *, layers: bool = True) -> RenderableType:
-    """MACs per layer and in total."""
+def render_macs(report: Any, *, layers: bool = True) -> RenderableType:
+    """MACs per layer and in total; of another method in words."""
+    if not isinstance(report, MacReport):
+        return Text(str(report))
     columns: list[Column[LayerMacs]] = [
         Column("layer", lambda layer: layer.layer, False),
         Column("operation", lambda layer: layer.operation, False),

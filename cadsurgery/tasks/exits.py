@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.anytime import AnytimeModel, anytime
+from cadsurgery.methods.anytime.model import Threshold
 from cadsurgery.methods.anytime.storage import NAME
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.divergence import maps_of
@@ -61,7 +62,7 @@ class ExitRow(TimedRow):
     """One exit at one threshold; its time is until its prediction is there.
 
     Attributes:
-        threshold: of confidence; None where everything is computed.
+        threshold: of confidence, or one of each exit but the last; None where everything is computed.
         exit: its number, from 1.
         name: what it comes after.
         miou: mean IoU, 0..1.
@@ -71,7 +72,7 @@ class ExitRow(TimedRow):
         macs_of_whole: relative to the last exit with everything computed.
     """
 
-    threshold: float | None
+    threshold: float | tuple[float, ...] | None
     exit: int
     name: str
     miou: float | None
@@ -79,6 +80,16 @@ class ExitRow(TimedRow):
     pixel_accuracy: float | None
     macs: float
     macs_of_whole: float
+
+    @property
+    def setting(self) -> str:
+        """Its threshold in words."""
+        return "all computed" if self.threshold is None else in_words(self.threshold)
+
+
+def in_words(threshold: float | Sequence[float]) -> str:
+    """A threshold, or those of several exits."""
+    return " ".join(f"{one:g}" for one in (threshold if isinstance(threshold, Sequence) else [threshold]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +106,7 @@ class ExitReport(MethodEvaluation):
         """A row for each threshold and exit."""
         last = {row.exit: row for row in self.rows if row.threshold is None}
         columns: list[Column[ExitRow]] = [
-            Column(
-                "threshold", lambda row: "all computed" if row.threshold is None else f"{row.threshold:g}"
-            ),
+            Column("threshold", lambda row: row.setting),
             Column("exit", lambda row: f"{row.exit} {row.name}", False),
             Column("mIoU", lambda row: percent(row.miou)),
             Column("pixels", lambda row: percent(row.pixel_accuracy)),
@@ -118,7 +127,7 @@ class ExitReport(MethodEvaluation):
         for axes, (label, work) in zip(panels, sides, strict=False):
             for place, threshold in enumerate(thresholds):
                 rows = [row for row in self.rows if row.threshold == threshold]
-                name = "all computed" if threshold is None else f"threshold {threshold:g}"
+                name = f"{'' if threshold is None else 'threshold '}{rows[0].setting}"
                 style = {"color": "grey", "linestyle": "--"} if threshold is None else {}
                 style = style or {"color": COLOURS[place % len(COLOURS)]}
                 points = [100 * (row.miou or 0) for row in rows]
@@ -143,7 +152,7 @@ class ExitReport(MethodEvaluation):
 def evaluate_exits(
     net: AnytimeModel,
     samples: SegmentationData,
-    thresholds: Sequence[float] = (),
+    thresholds: Sequence[float | Sequence[float]] = (),
     *,
     network: object = None,
     rounds: int = 3,
@@ -157,7 +166,7 @@ def evaluate_exits(
     Args:
         net: with exits; its optimised copy is run.
         samples: with labels.
-        thresholds: of confidence; default: the network's own.
+        thresholds: of confidence, each one number or one of each exit but the last; default: the network's own.
         network: what the report calls it: a file, or the network.
         rounds: of timing on the first image, all in turn; 0 for none.
         device: to run on.
@@ -181,11 +190,8 @@ def evaluate_exits(
         )
     where, source = torch.device(device), source_of(net)
     fast = net.eval().optimize().to(where)
-    whole = 0.0 if net.confidence == "entropy" else 1.0
-    settings = [
-        whole,
-        *(value for value in (thresholds or (net.threshold,)) if not net.asks_everything(value)),
-    ]
+    given = [tuple(one) if isinstance(one, Sequence) else one for one in thresholds or (net.threshold,)]
+    settings = [net.everything, *(one for one in given if not net.asks_everything(one))]
     exits = range(len(net.plan.exits))
     metrics = [[SegmentationMetrics(len(samples.classes)) for _ in exits] for _ in settings]
     macs = [[0 for _ in exits] for _ in settings]
@@ -244,14 +250,14 @@ def evaluate_exits(
     return report
 
 
-def _count(net: AnytimeModel, batch: Tensor, threshold: float) -> tuple[tuple[Tensor, ...], list[int]]:
+def _count(net: AnytimeModel, batch: Tensor, threshold: Threshold) -> tuple[tuple[Tensor, ...], list[int]]:
     """The predictions of an image, and the work up to each."""
     with torch.inference_mode():
         predictions, report = net.predict_and_count(batch, threshold=threshold)
     return predictions, [exit.macs for exit in report]
 
 
-def _until_exit(net: AnytimeModel, batch: Tensor, threshold: float, exit: int) -> None:
+def _until_exit(net: AnytimeModel, batch: Tensor, threshold: Threshold, exit: int) -> None:
     steps = net.steps(batch, threshold=threshold)
     for _ in range(exit + 1):
         next(steps)
@@ -268,7 +274,7 @@ class ExitsReport(MethodReport):
     how far the last exit is from the original where everything is computed, relative.
     """
 
-    threshold: float
+    threshold: float | tuple[float, ...]
     error: float | None
 
     def verified(self) -> str:
@@ -293,21 +299,20 @@ def convert_exits(*, options: Mapping[str, Any], verify: bool, **told: Any) -> E
     before, batch = conversion.before, conversion.batch
     conversion.step("adding exits")
     net = anytime(before, **{name: value for name, value in options.items() if value is not None})
-    whole = 0.0 if net.confidence == "entropy" else 1.0
-    error = _difference(before, net, batch, whole) if verify else None
+    error = _difference(before, net, batch) if verify else None
     counted, fast = net.macs(batch), net.optimize()
     calls: Calls = {
         "original": (dense_macs(before, batch), before),
-        "all exits, everything computed": (counted[-1].dense, partial(fast, threshold=whole)),
-        f"all exits, threshold {net.threshold:g}": (counted[-1].macs, fast),
+        "all exits, everything computed": (counted[-1].dense, partial(fast, threshold=net.everything)),
+        f"all exits, threshold {in_words(net.threshold)}": (counted[-1].macs, fast),
     }
     return ExitsReport(**conversion.end(net, calls), threshold=net.threshold, error=error)
 
 
-def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor, whole: float) -> float | None:
+def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor) -> float | None:
     """Relative error of the last exit against the network; None for a backbone, whose heads are all new."""
     if len(net.heads) == len(net.plan.exits):
         return None
     with torch.inference_mode():
-        expected, found = maps_of(before(batch))[0], net(batch, threshold=whole)[-1]
+        expected, found = maps_of(before(batch))[0], net(batch, threshold=net.everything)[-1]
     return float((found - expected).abs().max() / expected.abs().max())

@@ -80,18 +80,27 @@ def open_converted(
         InvalidInput: options for a file that are not the defaults: it is converted already.
     """
     options = options or {}
+    check_options(network, options)
     if not is_file(network):
         built, _ = original(network, weights, num_classes)
         net = adaptify(built, mask or "edges", **options, verify_laws=False)
         pictures_for(net)
         return net
+    return load(network, mask=mask or None, trust=trust)
+
+
+def check_options(network: object, options: Mapping[str, Any]) -> None:
+    """Refuse options of a conversion for a file that are not the defaults.
+
+    Raises:
+        InvalidInput: it is converted already.
+    """
     changed = [name for name, value in options.items() if value != getattr(Conversion(), name)]
-    if changed:
+    if changed and is_file(network):
         raise InvalidInput(
             f"{network} is converted already; {', '.join(changed)} cannot be changed.",
             next="leave these options out, or convert the network anew with them.",
         )
-    return load(network, mask=mask or None, trust=trust)
 
 
 def at_strides(

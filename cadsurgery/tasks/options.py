@@ -63,7 +63,12 @@ class Exits:
     head: str = option("redesigned", "of method anytime: {default}, or plain")
     classes: int = option(0, "of method anytime, of a backbone: what its heads predict", min=0)
     hidden: int = option(0, "of method anytime: channels inside the heads; 0 for the default", min=0)
-    threshold: float = option(0.998, "of method anytime: where exits are confident; default {default}")
+    threshold: Any = option(
+        0.998,
+        "of method anytime: where exits are confident, one number or one of each but the last; default {default}",
+        metavar="T[,T...]",
+        read="threshold",
+    )
     confidence: str = option("probability", "of method anytime: {default}, or entropy")
     gaps: str = option(
         "gaussian",

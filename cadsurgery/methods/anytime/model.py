@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -53,10 +54,11 @@ from cadsurgery.surgery.treatment import rule_of
 
 Confidence = Literal["probability", "entropy"]
 Fill = Literal["gaussian", "interpolated", "zeros"]
+Threshold = float | Sequence[float]  # of all exits but the last, or one of each
 HEADS = "exit_heads"  # the child that holds them
-# Widths that the Gaussian of each convolution starts with: the published one, and one that passes gently between
-# positions two apart; and how far apart positions are that are computed all the same.
-_WIDTHS: dict[str, float] = {"gaussian": 3.0, "interpolated": 1.0}
+# Widths that the Gaussian of each convolution starts with: the published one, and one by which nearly the nearest alone
+# count of positions two apart; and how far apart positions are that are computed all the same.
+_WIDTHS: dict[str, float] = {"gaussian": 3.0, "interpolated": 2.5}
 _GRID = 2
 WIDTH_NAME = "width"  # the parameter of the module of the convolution
 _HIDDEN = 64
@@ -69,7 +71,7 @@ def anytime(
     head: HeadKind = "redesigned",
     classes: int | None = None,
     hidden: int | None = None,
-    threshold: float = 0.998,
+    threshold: Threshold = 0.998,
     confidence: Confidence = "probability",
     fill: Fill = "gaussian",
     *,
@@ -91,7 +93,8 @@ def anytime(
         classes: that a backbone's heads predict; of a network its own.
         hidden: channels inside the heads; default: 64, in plain ones as many as they read.
         threshold: where the largest probability of a class is above it, later exits compute nothing; with
-            `confidence="entropy"`, where the entropy (in nats) is below it.
+            `confidence="entropy"`, where the entropy (in nats) is below it. One number, or one of each exit but the
+            last.
         confidence: `"probability"` or `"entropy"`.
         fill: what convolutions give where nothing is computed: the `"gaussian"` of what is computed around, whose width
             is learned (`functional.gaussian_fill`), as published; `"interpolated"`: every second position of both axes
@@ -291,7 +294,8 @@ class AnytimeModel(ConvertedModel):
     Attributes:
         plan: what was made of the network.
         options: of `anytime`, as values.
-        threshold: where an exit is confident; may be set. 1 (entropy: 0) computes everything.
+        threshold: where an exit is confident, one number or one of each exit but the last; may be set. 1 (entropy: 0)
+            computes everything.
         confidence: `probability` or `entropy`.
         source: where the network came from, if it was built by name.
     """
@@ -305,29 +309,32 @@ class AnytimeModel(ConvertedModel):
         model: nn.Module,
         program: Program,
         options: dict[str, Any],
-        threshold: float,
+        threshold: Threshold,
         confidence: Confidence,
     ) -> None:
         """Take over the modules of `model`, the heads among them; use `cadsurgery.anytime` to get one."""
         super().__init__()
         self.take_over(model)
-        self.program, self.options = program, options
-        self.threshold, self.confidence = threshold, confidence
+        self.program, self.options, self.confidence = program, options, confidence
+        self.threshold = threshold
         self._shapes: dict[Any, Shapes] = {}
         self._ghost: tuple[nn.Module, ...] = ()
         self.register_load_state_dict_post_hook(_own_not_missing)
 
-    def forward(self, *args: Any, threshold: float | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
+    @torch.compiler.disable(
+        reason="what is computed depends on what its exits are sure of: call it as it is, or its copy net.optimize()"
+    )
+    def forward(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
         """All predictions, aggregated, in the form and size the original returns its scores.
 
         Args:
             args: as the original is called; the first is the image batch (B, C, H, W).
-            threshold: for this call.
+            threshold: for this call, as the attribute.
             kwargs: as the original is called.
         """
         return tuple(self.steps(*args, threshold=threshold, **kwargs))
 
-    def steps(self, *args: Any, threshold: float | None = None, **kwargs: Any) -> Iterator[Tensor]:
+    def steps(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> Iterator[Tensor]:
         """Each prediction as soon as it is there; of what comes after the last one taken nothing is computed.
 
         Args:
@@ -339,23 +346,63 @@ class AnytimeModel(ConvertedModel):
         run = self._start(args, kwargs)  # at once: a generator would say only later what it is given
         return (run.prediction(logits) for logits in self._logits(run, threshold))
 
-    def logits(self, *args: Any, threshold: float | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
+    def logits(self, *args: Any, threshold: Threshold | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
         """The aggregated class scores of all exits, before the network resizes them."""
         return tuple(self._logits(self._start(args, kwargs), threshold))
 
-    def left(self, logits: Tensor, threshold: float | None = None) -> Tensor:
-        """(B, H, W) bool: where class scores leave something to be computed."""
-        threshold = self.threshold if threshold is None else threshold
-        scores = logits.detach()
+    @property
+    def threshold(self) -> float | tuple[float, ...]:
+        """Where an exit is confident."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: Threshold) -> None:
+        each = self.thresholds(threshold)
+        self._threshold = each if isinstance(threshold, Sequence) else float(threshold)
+
+    def thresholds(self, threshold: Threshold | None = None) -> tuple[float, ...]:
+        """Those of all exits but the last.
+
+        Args:
+            threshold: one number, or one of each; default: the network's own.
+
+        Raises:
+            InvalidInput: no numbers, or not as many.
+        """
+        given, count = self.threshold if threshold is None else threshold, len(self.program.logits) - 1
+        each = tuple(given) if isinstance(given, Sequence) else (given,) * count
+        if len(each) != count or not all(isinstance(one, Real) and one == one for one in each):
+            raise InvalidInput(
+                f"threshold={given!r:.60} of a network with {count} exits before the last.",
+                next=f"give one number, or {count}: one of each of these exits.",
+            )
+        return tuple(map(float, each))
+
+    @property
+    def everything(self) -> float:
+        """The threshold by which everything is computed."""
+        return 0.0 if self.confidence == "entropy" else 1.0
+
+    def left(self, logits: Tensor, threshold: Threshold | None = None, exit: int = 1) -> Tensor:
+        """(B, H, W) bool: where class scores leave something to be computed.
+
+        Args:
+            logits: (B, classes, H, W), of an exit.
+            threshold: default: the network's own.
+            exit: its number, from 1: which of several thresholds counts.
+        """
+        limit, scores = self.thresholds(threshold)[exit - 1], logits.detach()
         if self.confidence == "entropy":
             logarithms = scores.log_softmax(1)
-            return ~(-(logarithms.exp() * logarithms).sum(1) < threshold)  # NaN leaves something
-        return ~(scores.softmax(1).amax(1) > threshold)
+            return ~(-(logarithms.exp() * logarithms).sum(1) < limit)  # NaN leaves something
+        return ~(scores.softmax(1).amax(1) > limit)
 
-    def asks_everything(self, threshold: float | None = None) -> bool:
-        """Whether no class scores are confident, whatever they are."""
-        threshold = self.threshold if threshold is None else threshold
-        return threshold <= 0 if self.confidence == "entropy" else threshold >= 1
+    def asks_everything(self, threshold: Threshold | None = None) -> bool:
+        """Whether no class scores of any exit are confident, whatever they are."""
+        return all(map(self._is_never, self.thresholds(threshold)))
+
+    def _is_never(self, limit: float) -> bool:
+        return limit <= 0 if self.confidence == "entropy" else limit >= 1
 
     def macs(
         self, *args: Any, rule: str = "conv", threshold: float | None = None, **kwargs: Any
@@ -378,7 +425,7 @@ class AnytimeModel(ConvertedModel):
         return self._counted(run, rule)
 
     def predict_and_count(
-        self, *args: Any, threshold: float | None = None, **kwargs: Any
+        self, *args: Any, threshold: Threshold | None = None, **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], AnytimeMacs]:
         """All predictions, and the multiply-accumulates up to each; of a network in evaluation mode.
 
@@ -390,7 +437,7 @@ class AnytimeModel(ConvertedModel):
         return predictions, self._counted(run, "conv")
 
     def until(
-        self, *args: Any, milliseconds: float, threshold: float | None = None, **kwargs: Any
+        self, *args: Any, milliseconds: float, threshold: Threshold | None = None, **kwargs: Any
     ) -> tuple[Tensor, int]:
         """The best prediction within a deadline, and the number of its exit, from 1; the first whatever it takes.
 
@@ -491,12 +538,15 @@ class AnytimeModel(ConvertedModel):
         """How far apart positions are that are computed all the same; 0: none are."""
         return _GRID if self.options["fill"] == "interpolated" else 0
 
-    def _logits(self, run: Run, threshold: float | None) -> Iterator[Tensor]:
+    def _logits(self, run: Run, threshold: Threshold | None) -> Iterator[Tensor]:
+        return self._aggregate(run, self.thresholds(threshold))
+
+    def _aggregate(self, run: Run, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
         sites: Sites | None = None
         logits: Tensor | None = None
         for number in range(len(self.program.segments)):
-            if logits is not None and not self.asks_everything(threshold):
-                sites = Sites(self.left(logits, threshold), sites, self._grid)
+            if logits is not None and not self._is_never(thresholds[number - 1]):
+                sites = Sites(self.left(logits, thresholds, number), sites, self._grid)
             if sites is None or not sites.is_nothing or self.training:
                 run.segment(number, sites)
                 logits = run.logits(number, sites, logits)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Between
 from cadsurgery.elements.gaps import REACH, resolution
-from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.kernel_map import Reading, Window, read_rows
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
 
 Size = tuple[int, int]
@@ -26,6 +26,7 @@ class Places:
         self.mask = mask
         self.part = Part(mask.flatten())
         self._places: dict[Places, Tensor] = {}
+        self._readings: dict[Places, Reading] = {}
 
     @property
     def size(self) -> Size:
@@ -52,6 +53,12 @@ class Places:
         if some not in self._places:
             self._places[some] = self.rows[some.pixels]
         return self._places[some]
+
+    def reading_of(self, some: Places) -> Reading:
+        """Each of some of the positions, read where it lies."""
+        if some not in self._readings:
+            self._readings[some] = read_rows(self.places_of(some).int().unsqueeze(1))
+        return self._readings[some]
 
     @cached_property
     def images(self) -> Tensor:

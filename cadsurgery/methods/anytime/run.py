@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.backends.choose import Convolution, compute
+from cadsurgery.elements.backends.choose import Between, Convolution, compute
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
+from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.methods.anytime.heads import resize, resize_like
 from cadsurgery.methods.anytime.places import Places, Sites, Size
 from cadsurgery.methods.anytime.program import Program, Step
@@ -207,11 +208,16 @@ class Run:
         module: Any = child(self.net, step.target)
         before, places = self.env[source]
         of_source = self.shapes.sizes[source]
-        wanted = None if places is None else sites.read_by_window(computed, step.manner.window, of_source)
-        rows = _as_rows(before) if wanted is None else self._pick(before, places, wanted)
-        reads = sites.between(of_source, wanted, step.manner.window, computed)
         kernel = module if isinstance(module, PackedConv) else None
         weights = Weights(module.weight, module.bias, module.groups) if kernel is None else kernel.weights
+        reads: Between | Reading
+        if step.manner.window.is_pointwise and of_source == size and weights.groups == 1:
+            rows = _as_rows(before) if places is None else before  # a product, of rows where they lie
+            reads = (places or sites.everywhere(size)).reading_of(computed)
+        else:
+            wanted = None if places is None else sites.read_by_window(computed, step.manner.window, of_source)
+            rows = _as_rows(before) if wanted is None else self._pick(before, places, wanted)
+            reads = sites.between(of_source, wanted, step.manner.window, computed)
         residual = None if len(step.reads) < 2 else self._at(step.reads[1], every)
         if every is computed:
             return Value(compute(Convolution(rows, weights, reads, residual=residual)), every)

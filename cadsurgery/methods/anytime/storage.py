@@ -21,7 +21,7 @@ _OPTIONS: dict[str, Any] = {
     "classes": int,
     "hidden": int | None,
     "fill": Fill,
-    "threshold": float,
+    "threshold": float | tuple[float, ...],
     "confidence": Confidence,
 }
 

@@ -54,7 +54,7 @@ def evaluate(
     device: str = "cpu",
     output: Path | None = None,
     picture: Path | None = None,
-    thresholds: Sequence[float] = (),
+    thresholds: Sequence[float | Sequence[float]] = (),
     step: Step = silent,
     trust: bool = False,
 ) -> EvaluationReport | ExitReport | GateReport | SampleReport:
@@ -83,7 +83,8 @@ def evaluate(
         device: "cpu" or "cuda".
         output: JSON file to write.
         picture: PNG to draw: accuracy against work.
-        thresholds: of confidence, of a network with exits, whose exits are evaluated; default: its own.
+        thresholds: of confidence, of a network with exits, whose exits are evaluated; each is one number, or one of
+            each exit but the last; default: its own.
         step: called with what is being done.
         trust: run code that a converted file names; see `cadsurgery.load`.
 
