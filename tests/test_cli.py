@@ -824,6 +824,8 @@ def test_a_copy_in_8_bits_is_calibrated_by_a_folder(
     for command in (("run", file, folder), ("convert", "--model", "usernets:segmenter")):
         told = run(*command, "--precision", "int8", "--json")
         assert told.code == 1 and "--calibration FOLDER" in told.json["next"]
+        told = run(*command, "--largest-error", 0.1, "--json")
+        assert told.code == 1 and "--precision int8" in told.json["next"]
         told = run(*command, "--precision", "int7", "--json")
         assert told.code == 1 and "int7" in told.json["what"]
 

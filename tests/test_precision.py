@@ -170,6 +170,8 @@ def test_where_there_are_no_instructions_it_says_so_and_stays_float(monkeypatch:
         ({"precision": "int8"}, "calibrate"),
         ({"calibration": CALIBRATION}, "calibrate"),
         ({"precision": "int8", "calibration": []}, "no images"),
+        ({"precision": "int8", "calibration": CALIBRATION, "largest_error": -0.1}, "at most"),
+        ({"largest_error": 0.1}, "at most"),
         ({"precision": "int8", "calibration": [torch.zeros(3, 65, 97)]}, "no images"),
     ],
 )
@@ -192,6 +194,33 @@ def test_what_cannot_be_done_says_what_can(float_and_int8: Any, tmp_path: Any) -
         copy.deepcopy(net).to(torch.float64).optimize(
             precision="int8", calibration=[batch.double() for batch in CALIBRATION]
         )
+
+
+@torch.no_grad()
+def test_first_layers_stay_in_float_until_outputs_differ_by_as_little_as_wanted() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3 if place == 0 else 16, 16, 3, 1 + (place in (2, 4)), 1) for place in range(10)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight)
+    layers[0].weight[0] *= 50  # a channel that hardly counts, and alone makes the grid of its map coarse
+    layers[1].weight[:, 0] *= 1e-3
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
+    net, x = cs.adaptify(model, MIXED, verify_laws=False), images(1, 65, 97)
+    known: dict[str, Any] = {"precision": "int8", "calibration": CALIBRATION}
+    fast, nearer = net.optimize(**known), net.optimize(**known, largest_error=0.02)
+    assert fast.quantisation.error > 0.02 >= nearer.quantisation.error
+    first = [layer for layer in nearer.quantisation.layers if layer.why]
+    assert first == list(nearer.quantisation.layers[:4]) and all(
+        "one of the first" in one.why for one in first
+    )
+    assert relative_error(nearer(x), net(x)) < relative_error(fast(x), net(x))
+    same = net.optimize(**known, largest_error=1.0)
+    assert_same(same(x), fast(x))
+
+
+def test_an_error_that_cannot_be_met_is_said(float_and_int8: Any) -> None:
+    with pytest.warns(CadWarning, match="not by 1e-09"):
+        float_and_int8[0].optimize(precision="int8", calibration=CALIBRATION, largest_error=1e-9)
 
 
 def test_of_a_host_its_part_is_to_be_converted() -> None:

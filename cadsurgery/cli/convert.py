@@ -33,6 +33,7 @@ def convert(
     rounds: Annotated[int, typer.Option(min=0, help="timing rounds; 0 to skip timing")] = 3,
     precision: options.Precision = "float",
     calibration: options.Calibration = None,
+    largest_error: options.LargestError = None,
     method: Annotated[
         str,
         typer.Option(
@@ -111,6 +112,7 @@ def run(
     device: options.Device = "cpu",
     precision: options.Precision = "float",
     calibration: options.Calibration = None,
+    largest_error: options.LargestError = None,
     until: Annotated[
         float,
         typer.Option(
@@ -135,6 +137,7 @@ def run(
             trust,
             precision=precision,
             calibration=calibration,
+            largest_error=largest_error,
             until=until or None,
         )
     lines = [

@@ -130,6 +130,12 @@ Precision = Annotated[
 Calibration = Annotated[
     Path | None, typer.Option(help="folder of images that int8 is calibrated by; no labels", metavar="FOLDER")
 ]
+LargestError = Annotated[
+    float | None,
+    typer.Option(
+        help="share of their size by which outputs in int8 may differ: the first layers stay in float until it is met"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 

@@ -346,7 +346,12 @@ class AdaptiveModel(nn.Module):
         return ghost(self).program
 
     def optimize(
-        self, fuse: bool = True, *, precision: str = "float", calibration: Any = None
+        self,
+        fuse: bool = True,
+        *,
+        precision: str = "float",
+        calibration: Any = None,
+        largest_error: float | None = None,
     ) -> AdaptiveModel:
         """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
 
@@ -362,15 +367,19 @@ class AdaptiveModel(nn.Module):
                 copy tells. Where the processor has no instructions for it, a warning says so and the copy is float.
             calibration: for `int8`, image batches (B, C, H, W) like those that the network will see, prepared as it
                 takes them, some 8 to 100 images; no labels. They are run with the network's own mask.
+            largest_error: for `int8`, how far its outputs may be from those in float, as a share of their size (root
+                mean squares, over the first images): the first layers, by which most of the error comes in, stay in
+                float32, up to half of all, which costs time. By default only what harms by far the most does.
 
         Raises:
             UnknownName: an unknown precision.
-            InvalidInput: no images for `int8` or images without it, or a network that is not in float32 on the CPU.
+            InvalidInput: no images for `int8`; images or an error without it; an error that cannot be; a network not in
+                float32 on the CPU.
             CannotConvert: no layer can be in 8 bits.
         """
         from cadsurgery.network.optimized import OptimizedModel, in_precision  # which are made of this class
 
-        return in_precision(OptimizedModel(self, fuse), precision, calibration)
+        return in_precision(OptimizedModel(self, fuse), precision, calibration, largest_error)
 
     def __getattr__(self, name: str) -> Any:
         """Modules and parameters, and the original's data such as `num_classes`; not its methods, which would run it

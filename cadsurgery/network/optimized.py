@@ -65,7 +65,12 @@ class OptimizedModel(AdaptiveModel):
         return self._counted[0].program
 
     def optimize(
-        self, fuse: bool = True, *, precision: str = "float", calibration: Any = None
+        self,
+        fuse: bool = True,
+        *,
+        precision: str = "float",
+        calibration: Any = None,
+        largest_error: float | None = None,
     ) -> OptimizedModel:
         """Itself: it is optimised.
 
@@ -95,7 +100,9 @@ class OptimizedModel(AdaptiveModel):
         return self
 
 
-def in_precision(fast: OptimizedModel, precision: str, calibration: Any) -> OptimizedModel:
+def in_precision(
+    fast: OptimizedModel, precision: str, calibration: Any, largest_error: float | None
+) -> OptimizedModel:
     """The copy itself, in the precision that was asked for; see `AdaptiveModel.optimize`."""
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
@@ -103,6 +110,12 @@ def in_precision(fast: OptimizedModel, precision: str, calibration: Any) -> Opti
         raise InvalidInput(
             f"precision {precision} {'lacks images' if calibration is None else 'takes no images'} to calibrate by.",
             next='net.optimize(precision="int8", calibration=images): image batches as the network takes them.',
+        )
+    if largest_error is not None and (precision == FLOAT or not largest_error > 0):
+        raise InvalidInput(
+            f"precision {precision} with outputs that differ by {largest_error} at most.",
+            why="copies in float differ by rounding alone, those in 8 bits always.",
+            next="leave largest_error out, or give int8 a share of the outputs' size: 0.05.",
         )
     if precision == FLOAT:
         return fast
@@ -114,7 +127,7 @@ def in_precision(fast: OptimizedModel, precision: str, calibration: Any) -> Opti
             stacklevel=3,
         )
         return fast
-    fast.quantisation = quantise(fast, calibration)
+    fast.quantisation = quantise(fast, calibration, largest_error)
     return fast
 
 

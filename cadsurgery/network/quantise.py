@@ -11,6 +11,7 @@ what no kernel is made for, stay in float32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,14 +41,15 @@ from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
 from cadsurgery.surgery.hooks import child
 
 # Images whose layers are compared, values of each map of an image that grids are chosen by, and the share of the
 # squared errors of all layers that one may have before it stays in float32, if these errors are more than so much.
-_COMPARED, _SAMPLES, _SHARE, _HARMLESS = 2, 8192, 0.2, 0.03
+_COMPARED, _SAMPLES, _SHARE, _HARMLESS = 2, 65536, 0.2, 0.03
 _WORTH = 1.2  # so much of the outputs' error has to be gained where layers stay in float32
 _BEYOND, _STEPS = 1e-4, 24
+_FIRST = 4  # so many of the first layers stay in float32, then twice as many, until the error is as small as wanted
 _FEWEST_ROWS = 64  # fewer are multiplied faster than they are rounded
 _METHODS = ("mse", "percentile")
 Exact = dict[fx.Node, str]  # layers that stay in float32, and why
@@ -168,13 +170,19 @@ class _Observer(GraphInterpreter):
         return value
 
 
-def quantise(fast: AdaptiveModel, calibration: Tensor | Sequence[Tensor]) -> Quantisation:
+def quantise(
+    fast: AdaptiveModel, calibration: Tensor | Sequence[Tensor], largest_error: float | None = None
+) -> Quantisation:
     """Put an optimised network into 8 bits, in place.
 
     Args:
         fast: what `optimize()` gave, in float32, on the CPU.
         calibration: image batches (B, C, H, W) like those that the network will see, some 8 to 100 images, prepared as
             it takes them. They are run with the network's own mask.
+        largest_error: of its outputs, as of `Quantisation`; the first layers stay in float32 until it is met.
+
+    Warns:
+        CadWarning: the outputs differ by more even with up to half of the layers in float32.
 
     Raises:
         InvalidInput: another network, no images, or such that the network does not take.
@@ -186,17 +194,34 @@ def quantise(fast: AdaptiveModel, calibration: Tensor | Sequence[Tensor]) -> Qua
         work = _Quantiser(fast, program)
         work.observe(batches)
         expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
-        found: list[tuple[float, str, _Rewritten]] = []
-        for method in _METHODS:
-            for rewritten in work.rewrite(method, batches[:_COMPARED]):
+        compared = batches[:_COMPARED]
+
+        def tried(method: str, first: int = 0) -> Iterator[tuple[float, str, _Rewritten]]:
+            for rewritten in work.rewrite(method, compared, first):
                 rewritten.apply(fast)
-                error = _difference((_outputs(fast, batch) for batch in batches[:_COMPARED]), expected)
-                found.append((error, method, rewritten))
+                yield _difference((_outputs(fast, batch) for batch in compared), expected), method, rewritten
                 fast.adaptive_part._program = program.on(fast)
                 work.restore()
+
+        found = [one for method in _METHODS for one in tried(method)]
         least = min(error for error, *_ in found)
         near = [one for one in found if one[0] <= _WORTH * least] or found  # or no numbers at all
         error, method, rewritten = min(near, key=lambda one: (one[2].in_float, one[0]))
+        if largest_error is not None:
+            first = _FIRST
+            while error > largest_error and 2 * first <= sum(not layer.why for layer in work.layers.values()):
+                better = min(tried(method, first), key=lambda one: one[0])
+                if better[0] < error:
+                    error, _, rewritten = better
+                first *= 2
+            if error > largest_error:
+                warnings.warn(
+                    f"the outputs of the copy in 8 bits differ by {error:.3g} of their size, not by "
+                    f"{largest_error:g}, even with the first {first // 2} layers in float32. Leave it in float, or "
+                    "calibrate by more images like those it will see.",
+                    CadWarning,
+                    stacklevel=4,
+                )
         if not error < float("inf"):
             raise CannotConvert(
                 "the network in 8 bits gives values that are no numbers.",
@@ -303,10 +328,12 @@ class _Quantiser:
 
     # -- grids -------------------------------------------------------------------------------------
 
-    def rewrite(self, method: str, batches: Sequence[Tensor]) -> Iterator[_Rewritten]:
-        """The network in 8 bits, grids chosen by a method: every layer that can be, then those alone that rounding does
-        not change by far the most, if there are such."""
+    def rewrite(self, method: str, batches: Sequence[Tensor], first: int = 0) -> Iterator[_Rewritten]:
+        """The network in 8 bits, grids chosen by a method: every layer that can be but the first ones, then those alone
+        that rounding does not change by far the most, if there are such."""
         exact = {node: layer.why for node, layer in self.layers.items() if layer.why}
+        can_be = [node for node in self.layers if node not in exact]
+        exact |= dict.fromkeys(can_be[:first], "it is one of the first, for a smaller error")
         grids = self._grids(method, exact)
         self._compare(batches, grids, exact)
         sensitive = {

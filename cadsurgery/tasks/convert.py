@@ -70,6 +70,7 @@ def convert(
     step: Step,
     precision: str = FLOAT,
     calibration: Path | None = None,
+    largest_error: float | None = None,
     method: str = "adaptive",
     exits: Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
@@ -95,7 +96,7 @@ def convert(
         given["fill"] = given.pop("gaps", None)
         return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
     resolve_mask(mask)  # a typo should not wait for the network to be built
-    check_precision(precision, calibration)
+    check_precision(precision, calibration, largest_error)
     where = find_device(device)
     output = output or Path(f"{re.sub('[:/]', '-', model)}-{mask.partition(':')[0]}.safetensors")
     check_folder(output)
@@ -119,7 +120,9 @@ def convert(
     fast = net.optimize()
     copies = {"net.optimize()": fast}
     if precision != FLOAT:
-        copies[f"net.optimize(), {precision}"] = net.optimize(precision=precision, calibration=pictures)
+        copies[f"net.optimize(), {precision}"] = net.optimize(
+            precision=precision, calibration=pictures, largest_error=largest_error
+        )
     step("measuring")
     is_high = net.plan.identity_level == 0
     dense = (
@@ -200,12 +203,12 @@ def _refuse_precision(precision: str, network: str) -> None:
         )
 
 
-def check_precision(precision: str, calibration: Path | None) -> None:
+def check_precision(precision: str, calibration: Path | None, largest_error: float | None = None) -> None:
     """Refuse what `optimize` would, before anything is built.
 
     Raises:
         UnknownName: an unknown precision.
-        InvalidInput: images to calibrate by and nothing to calibrate, or the other way round.
+        InvalidInput: images to calibrate by and nothing to calibrate, or the other way round; an error that cannot be.
     """
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
@@ -213,6 +216,12 @@ def check_precision(precision: str, calibration: Path | None) -> None:
         raise InvalidInput(
             f"precision {precision} {'lacks' if calibration is None else 'needs no'} images to calibrate by.",
             next="give both: --precision int8 --calibration FOLDER.",
+        )
+    if largest_error is not None and (precision == FLOAT or not largest_error > 0):
+        raise InvalidInput(
+            f"--largest-error {largest_error} with precision {precision}.",
+            why="it is by how much outputs in 8 bits may differ, a share of their size.",
+            next="--precision int8 --calibration FOLDER --largest-error 0.05.",
         )
 
 
@@ -281,6 +290,7 @@ def predict(
     trust: bool = False,
     precision: str = FLOAT,
     calibration: Path | None = None,
+    largest_error: float | None = None,
     until: float | None = None,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Run a converted file on images; an unreadable image is reported and the others are done.
@@ -293,7 +303,7 @@ def predict(
     check_size(size)
     where = own_device(device)
     paths, lacking = find_images(images)
-    check_precision(precision, calibration)
+    check_precision(precision, calibration, largest_error)
     converted = load(file, mask=mask, trust=trust).to(where)
     if until is not None and not isinstance(converted, AnytimeModel):
         raise InvalidInput(
@@ -309,7 +319,7 @@ def predict(
         if calibration is not None:
             step("calibrating")
             shown = images_like(_first_image(calibration, size), source, calibration)
-        net = converted.optimize(precision=precision, calibration=shown)
+        net = converted.optimize(precision=precision, calibration=shown, largest_error=largest_error)
     make_folder(output)
 
     def draw(item: tuple[Path, Path]) -> dict[str, Any]:
