@@ -25,12 +25,10 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
-from cadsurgery.tasks.exits import open_exits
+from cadsurgery.tasks.any_method import Made, open_any
 from cadsurgery.tasks.for_each import Step
-from cadsurgery.tasks.gates import open_gates
 from cadsurgery.tasks.open import open_converted
 from cadsurgery.tasks.report import Report
-from cadsurgery.tasks.samples import open_resampled
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,7 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     classes = len(training.classes) or None
-    net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel | None = None
-    for open_other in (open_exits, open_gates, open_resampled):
-        net = net if net is not None else open_other(model, trust)
+    net: AdaptiveModel | Made | None = open_any(model, trust)
     if net is None:
         net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     elif mask or cache:

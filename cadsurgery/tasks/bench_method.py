@@ -35,9 +35,7 @@ from cadsurgery.support.files import append_lines
 from cadsurgery.support.provenance import find_device
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.by_method import Calls
-from cadsurgery.tasks.exits import open_exits
 from cadsurgery.tasks.for_each import Step, silent
-from cadsurgery.tasks.gates import open_gates
 from cadsurgery.tasks.open import example_batch, provenance
 from cadsurgery.tasks.options import Benchmark
 from cadsurgery.tasks.report import (
@@ -52,7 +50,7 @@ from cadsurgery.tasks.report import (
     ratio,
     table,
 )
-from cadsurgery.tasks.samples import WHOLE, open_resampled
+from cadsurgery.tasks.samples import WHOLE
 
 DENSE = "as it was, optimised"
 CLOSED, OPEN = "all closed but the grid", "all open"
@@ -145,14 +143,6 @@ class MethodBench(MeasuredReport):
         axes.legend(frameon=False, fontsize=8)
         figure.suptitle(self.model, fontsize=10)
         return figure
-
-
-def open_any(network: object, trust: bool = False) -> ConvertedModel | None:
-    """A network that any method made, or that of a file; None if it is no such."""
-    for open_one in (open_exits, open_gates, open_resampled):
-        if (net := open_one(network, trust)) is not None:
-            return net
-    return None
 
 
 def bench_method(
