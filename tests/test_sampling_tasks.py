@@ -193,7 +193,6 @@ def test_the_command_line_converts_trains_and_runs(command_line: Run, tmp_path: 
     assert ran.code == 0, ran.err
     assert 0 < ran.json["images"][0]["density"] <= 1
     for refused, says in (
-        (("macs", "--model", "net.safetensors", "--trust"), "cs.load"),
         (("finetune", "net.safetensors", *training, "--mask", "edges"), "exits or gates"),
         (("convert", *model, "--method", "sampling", "--where", "nothing"), "nothing"),
     ):
