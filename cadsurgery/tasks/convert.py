@@ -255,8 +255,8 @@ def count(
     trust: bool = False,
 ) -> MacReport | AnytimeMacs | SampledMacs | ResampledMacs:
     """MACs of a network by name or of a converted file, of any method, on an image."""
+    check_options(model, options)
     if is_file(model) and read_method(model):
-        check_options(model, options)
         net: Converted = load(model, mask=mask or None, trust=trust)
     else:
         net = open_converted(model, mask, options, trust=trust)
