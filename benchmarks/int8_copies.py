@@ -5,18 +5,20 @@
 
 DATA holds camvid, camvid_mobilenetv2_fcn, voc_deeplab, imagenet_sample and mobilenet_v2_imagenet. Copies are calibrated
 by images that are not among those they are measured on: training images of CamVid, unlabelled photographs, every tenth
-image of ImageNet's sample. Figures are mean IoU or top-1 accuracy in per cent, and milliseconds of the processor an
-image, the copies in turn on each image with one thread.
+image of ImageNet's sample. Figures are mean IoU or top-1 accuracy in per cent, in brackets the standard error of the
+difference from float, and milliseconds of the processor an image, the copies in turn on each image with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import random
+import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,21 +51,22 @@ class Segments:
     few pixels taken for one of these would weigh as much as all of another."""
 
     def __init__(self, classes: int, restore: Callable[..., Tensor] | None = None) -> None:
-        self.confusion, self.restore = torch.zeros(classes, classes, dtype=torch.int64), restore
+        self.classes, self.restore, self.seen = classes, restore, list[Tensor]()
 
     def add(self, scores: Tensor, known: Any) -> None:
         """Scores (1, C, H, W) of an image, and its labels or what they are restored by."""
         if self.restore is not None:
             inside, known = known
             scores = self.restore(scores, inside, known.shape[-2:])
-        counted, classes = known != IGNORED, len(self.confusion)
+        counted, classes = known != IGNORED, self.classes
         pairs = classes * known[counted] + scores.argmax(1)[counted]
-        self.confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        self.seen.append(torch.bincount(pairs, minlength=classes**2).view(classes, classes))
 
-    def figure(self) -> float:
-        """So far, in per cent."""
-        labelled, hits = self.confusion.sum(1), self.confusion.diagonal()
-        iou = hits / (labelled + self.confusion.sum(0) - hits)
+    def figure(self, images: Sequence[int]) -> float:
+        """Of these images, in per cent."""
+        confusion = torch.stack([self.seen[image] for image in images]).sum(0)
+        labelled, hits = confusion.sum(1), confusion.diagonal()
+        iou = hits / (labelled + confusion.sum(0) - hits)
         return 100 * float(iou[labelled > 0].mean())
 
 
@@ -71,15 +74,22 @@ class Classes:
     """Top-1 accuracy."""
 
     def __init__(self) -> None:
-        self.right = self.count = 0
+        self.seen = list[bool]()
 
     def add(self, scores: Tensor, known: int) -> None:
         """Scores (1, C) of an image and its class."""
-        self.right, self.count = self.right + int(scores.argmax(1) == known), self.count + 1
+        self.seen.append(int(scores.argmax(1)) == known)
 
-    def figure(self) -> float:
-        """So far, in per cent."""
-        return 100 * self.right / self.count
+    def figure(self, images: Sequence[int]) -> float:
+        """Of these images, in per cent."""
+        return 100 * sum(self.seen[image] for image in images) / len(images)
+
+
+def error_of_difference(counter: Any, other: Any) -> float:
+    """Standard error of the difference of two figures of the same images, over images drawn anew (bootstrap)."""
+    draw, count = random.Random(0), len(counter.seen)
+    drawn = (draw.choices(range(count), k=count) for _ in range(500))
+    return statistics.stdev(counter.figure(images) - other.figure(images) for images in drawn)
 
 
 def recipe(name: str) -> Any:
@@ -190,7 +200,10 @@ def main() -> None:
                     spent[mask] += 1
         for (mask, kind), counter in counters.items():
             each = len(copies) * spent[mask, kind] / spent[mask]
-            print(f"| {name} | {mask} | {kind} | {counter.figure():.2f} | {each:.1f} ms |", flush=True)
+            figure, spread = counter.figure(range(len(counter.seen))), ""
+            if kind != "float":
+                spread = f" ({error_of_difference(counter, counters[mask, 'float']):.2f})"
+            print(f"| {name} | {mask} | {kind} | {figure:.2f}{spread} | {each:.1f} ms |", flush=True)
 
 
 if __name__ == "__main__":
