@@ -52,7 +52,7 @@ def kind_of(net: AdaptiveModel, node: fx.Node) -> tuple[str, IntegerConv | None]
     paths = [path for path in holders if isinstance(path, str) and path.startswith(f"{KERNELS}.")]
     kernel = child(net, paths[0]) if paths and node.op != "get_attr" else None
     if isinstance(kernel, IntegerConv):
-        outputs, inputs, *window = kernel.weight.shape
+        window = kernel.weight.shape[2:]
         if kernel.groups > 1:
             return "depthwise, grouped", kernel
         if tuple(window) != (1, 1):
@@ -91,8 +91,11 @@ def main() -> None:
         total[0], total[1], total[2] = total[0] + seconds, total[1] + macs, total[2] + 1
         if layer is not None:
             rows.append((seconds, macs, runs.rows[node], tuple(layer.weight.shape), kind))
+        elif seconds > 1e-3:
+            print(f"{node.name}: {kind}, {1e3 * seconds:.1f} ms")
     best = max(macs / seconds for seconds, macs, *_ in rows)
     whole = sum(total[0] for total in sums.values())
+    print(f"{fast.quantisation}\n")
     print("| what | nodes | ms | of all | GMAC/s |\n|---|---|---|---|---|")
     for kind, (seconds, macs, count) in sorted(sums.items(), key=lambda item: -item[1][0]):
         rate = f"{macs / seconds / 1e9:.0f}" if macs else ""
