@@ -66,6 +66,10 @@ def exits() -> cs.AnytimeModel:
     return cs.anytime(make(), exits=["backbone.1", "backbone.2"], classes=CLASSES)
 
 
+def exits_with_thresholds() -> cs.AnytimeModel:
+    return cs.anytime(make(), exits=["backbone.1", "backbone.2"], classes=CLASSES, threshold=(0.9, 0.8))
+
+
 def sampler() -> cs.ResampledModel:
     return cs.resample(make(), "uniform", (24, 32))
 
@@ -284,7 +288,7 @@ def normalise_scenes() -> Tensor:
     return torch.cat([example_batch(None, None, (33, 45), seed) for seed in range(2)])
 
 
-@pytest.mark.parametrize("make_other", [exits, sampler])
+@pytest.mark.parametrize("make_other", [exits, exits_with_thresholds, sampler])
 def test_bench_measures_what_other_methods_made(make_other: Any, tmp_path: Path) -> None:
     report = bench(make_other(), size=(33, 45), rounds=1, threads=1)
     assert isinstance(report, MethodBench) and len(report.rows) == 2

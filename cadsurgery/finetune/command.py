@@ -21,11 +21,12 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
+from cadsurgery.methods.storage import Made
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
-from cadsurgery.tasks.any_method import Made, open_any
+from cadsurgery.tasks.by_method import open_any
 from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import open_converted
 from cadsurgery.tasks.report import Report

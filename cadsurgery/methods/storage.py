@@ -24,7 +24,8 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.surgery.plan import Plan
 
-Converted = AdaptiveModel | AnytimeModel | ResampledModel | SampledModel
+Made = AnytimeModel | ResampledModel | SampledModel
+Converted = AdaptiveModel | Made
 AnyPlan = Plan | AnytimePlan | ResampledPlan | SamplingPlan
 
 

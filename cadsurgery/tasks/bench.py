@@ -54,9 +54,9 @@ from cadsurgery.support.files import append_lines, make_folder
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.support.timing import Timing, interleaved
-from cadsurgery.tasks.any_method import open_any
 from cadsurgery.tasks.bench_method import MethodBench, bench_method
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Rival, Twin
+from cadsurgery.tasks.by_method import open_any
 from cadsurgery.tasks.export import images_like
 from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import example_batch, original

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -35,6 +34,7 @@ from cadsurgery.support.files import append_lines
 from cadsurgery.support.provenance import find_device
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.by_method import Calls
+from cadsurgery.tasks.exits import in_words
 from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import example_batch, provenance
 from cadsurgery.tasks.options import Benchmark
@@ -43,6 +43,7 @@ from cadsurgery.tasks.report import (
     Column,
     MeasuredReport,
     TimedRow,
+    against_macs,
     canvas,
     check_outputs,
     heading,
@@ -135,12 +136,8 @@ class MethodBench(MeasuredReport):
             axes.plot([row.macs], [row.milliseconds or 0.0], "o", color=colour, label=row.side)
         ends = sorted((row.macs, row.line) for row in self.rows if row.line is not None)
         axes.plot([macs for macs, _ in ends], [line for _, line in ends], color="#a6bddb", zorder=1)
-        axes.set_xlabel("MACs")
-        axes.set_ylabel("milliseconds")
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        against_macs(axes, "MACs", "milliseconds")
         figure.suptitle(self.model, fontsize=10)
         return figure
 
@@ -278,11 +275,10 @@ def _run_forced(net: SampledModel, opened: Opened, images: Tensor) -> object:
 
 def _of_exits(net: AnytimeModel, images: Tensor) -> Calls:
     fast = net.optimize()
-    whole = 0.0 if net.confidence == "entropy" else 1.0
     counted = net.macs(images)
     return {
-        "all exits, everything computed": (counted[-1].dense, partial(fast, threshold=whole)),
-        f"all exits, threshold {net.threshold:g}": (counted[-1].macs, fast),
+        "all exits, everything computed": (counted[-1].dense, partial(fast, threshold=net.everything)),
+        f"all exits, threshold {in_words(net.threshold)}": (counted[-1].macs, fast),
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from rich.console import RenderableType
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
-from cadsurgery.methods.storage import Converted, load, save
+from cadsurgery.methods.storage import Converted, Made, load, save
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.errors import CadError, InvalidInput, describe_error
 from cadsurgery.support.files import check_folder
@@ -75,20 +75,18 @@ class MethodReport(Report):
         return ""
 
 
-def open_method(network: object, kind: type[Converted], name: str, trust: bool = False) -> Any:
-    """A network that a method made, or that of a file; None if it is no such.
+def open_any(network: object, trust: bool = False) -> Made | None:
+    """A network that any method made, or that of a file; None if it is no such.
 
     Args:
         network: anything that names a network, or one.
-        kind: what the method makes.
-        name: of the method, in files.
         trust: see `cadsurgery.load`.
     """
-    if isinstance(network, kind):
+    if isinstance(network, Made):
         return network
-    if not isinstance(network, str) or not is_file(network) or read_method(network) != name:
+    if not isinstance(network, str) or not is_file(network) or not read_method(network):
         return None
-    return load(network, trust=trust)
+    return cast(Made, load(network, trust=trust))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,6 @@ from cadsurgery.tasks.by_method import (
     MethodEvaluation,
     MethodReport,
     each_labelled,
-    open_method,
 )
 from cadsurgery.tasks.for_each import Failures, Step, silent
 from cadsurgery.tasks.open import provenance
@@ -46,13 +45,6 @@ from cadsurgery.tasks.report import (
 )
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import percent
-
-
-def open_exits(network: object, trust: bool = False) -> AnytimeModel | None:
-    """A network with exits, or that of a file; None if it is no such."""
-    net: AnytimeModel | None = open_method(network, AnytimeModel, NAME, trust)
-    return net
-
 
 # -- evaluating ----------------------------------------------------------------------------------------
 

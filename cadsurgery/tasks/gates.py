@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -27,7 +26,6 @@ from cadsurgery.tasks.by_method import (
     MethodEvaluation,
     MethodReport,
     each_labelled,
-    open_method,
 )
 from cadsurgery.tasks.for_each import Failures, Step, silent
 from cadsurgery.tasks.open import provenance
@@ -36,6 +34,7 @@ from cadsurgery.tasks.report import (
     Column,
     TimedRow,
     add_times,
+    against_macs,
     canvas,
     check_outputs,
     number,
@@ -46,12 +45,6 @@ from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import percent
 
 DENSE, GATES = "dense", "its gates"
-
-
-def open_gates(network: object, trust: bool = False) -> SampledModel | None:
-    """A network with gates, or that of a file; None if it is no such."""
-    net: SampledModel | None = open_method(network, SampledModel, NAME, trust)
-    return net
 
 
 # -- evaluating ----------------------------------------------------------------------------------------
@@ -109,12 +102,8 @@ class GateReport(MethodEvaluation):
         axes = figure.subplots()
         for row, colour in zip(self.rows, ("#222222", COLOURS[0]), strict=True):
             axes.plot([row.macs], [100 * (row.miou or 0)], "o", color=colour, label=row.setting)
-        axes.set_xlabel("MACs of one image")
-        axes.set_ylabel("mean IoU, %")
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        against_macs(axes, "MACs of one image", "mean IoU, %")
         figure.suptitle(f"{self.model}, {self.images} images", fontsize=10)
         return figure
 

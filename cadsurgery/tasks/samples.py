@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -28,7 +27,6 @@ from cadsurgery.tasks.by_method import (
     MethodEvaluation,
     MethodReport,
     each_labelled,
-    open_method,
 )
 from cadsurgery.tasks.for_each import Failures, Step, silent
 from cadsurgery.tasks.open import provenance
@@ -37,6 +35,7 @@ from cadsurgery.tasks.report import (
     Column,
     TimedRow,
     add_times,
+    against_macs,
     canvas,
     check_outputs,
     number,
@@ -47,12 +46,6 @@ from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import percent
 
 WHOLE = "the whole image"
-
-
-def open_resampled(network: object, trust: bool = False) -> ResampledModel | None:
-    """A network whose input is sampled, or that of a file; None if it is no such."""
-    net: ResampledModel | None = open_method(network, ResampledModel, NAME, trust)
-    return net
 
 
 # -- evaluating ----------------------------------------------------------------------------------------
@@ -125,12 +118,8 @@ class SampleReport(MethodEvaluation):
                     axes.plot(
                         [row.macs], [100 * value], marker, color=COLOURS[place % len(COLOURS)], label=label
                     )
-        axes.set_xlabel("MACs of one image")
-        axes.set_ylabel("mean IoU, %: all classes (dots), targets (triangles)")
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        against_macs(axes, "MACs of one image", "mean IoU, %: all classes (dots), targets (triangles)")
         figure.suptitle(f"{self.model}, {self.images} images", fontsize=10)
         return figure
 

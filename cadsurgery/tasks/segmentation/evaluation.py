@@ -20,17 +20,21 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData, open_data
 from cadsurgery.data.images import normalise
 from cadsurgery.masks import MaskProvider, labelled, resolve_mask
+from cadsurgery.methods.anytime import AnytimeModel
+from cadsurgery.methods.sampling import SampledModel
+from cadsurgery.methods.storage import Made
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import KINDS, Kind
 from cadsurgery.support.errors import CadError, InvalidInput, check_name, describe_error
 from cadsurgery.support.processes import gather, own_device, shard, world
-from cadsurgery.tasks.exits import ExitReport, evaluate_exits, open_exits
+from cadsurgery.tasks.by_method import open_any
+from cadsurgery.tasks.exits import ExitReport, evaluate_exits
 from cadsurgery.tasks.for_each import Failures, Step, each, silent
-from cadsurgery.tasks.gates import GateReport, evaluate_gates, open_gates
+from cadsurgery.tasks.gates import GateReport, evaluate_gates
 from cadsurgery.tasks.open import at_strides, provenance
 from cadsurgery.tasks.report import add_times, check_outputs
-from cadsurgery.tasks.samples import SampleReport, evaluate_resampled, open_resampled
+from cadsurgery.tasks.samples import SampleReport, evaluate_resampled
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow
@@ -101,26 +105,9 @@ def evaluate(
         resolve_mask(mask)  # a typo should not wait for the network to be built
     samples = (open_data(data, split) if isinstance(data, str) else data).first(limit)
     told: Any = {"rounds": rounds, "device": where, "output": output, "picture": picture, "step": step}
-    if (with_exits := open_exits(network, trust)) is not None:
-        if masks or output_stride:
-            raise InvalidInput(
-                "a network with exits has no masks.", next="leave out masks and output strides."
-            )
-        return evaluate_exits(with_exits, samples, thresholds, network=network, **told)
-    if (gated := open_gates(network, trust)) is not None:
-        if masks or output_stride or thresholds:
-            raise InvalidInput(
-                "a network with gates has no masks and no thresholds.",
-                next="leave out masks, output strides and thresholds.",
-            )
-        return evaluate_gates(gated, samples, network=network, **told)
-    if (resampled := open_resampled(network, trust)) is not None:
-        if masks or output_stride or thresholds:
-            raise InvalidInput(
-                "a network whose input is sampled has no masks and no thresholds.",
-                next="leave out masks, output strides and thresholds.",
-            )
-        return evaluate_resampled(resampled, samples, network=network, **told)
+    if (made := open_any(network, trust)) is not None:
+        has_masks = bool(masks or output_stride)
+        return _evaluate_made(made, samples, has_masks, thresholds, network=network, **told)
     if thresholds:
         raise InvalidInput(
             "thresholds are of networks with exits, and this one has none.",
@@ -182,6 +169,27 @@ def evaluate(
     if world().is_main:
         report.write(output, picture)
     return report
+
+
+def _evaluate_made(
+    net: Made, samples: SegmentationData, has_masks: bool, thresholds: Sequence[Any], **told: Any
+) -> ExitReport | GateReport | SampleReport:
+    """What a method made, as it is evaluated."""
+    if isinstance(net, AnytimeModel):
+        if has_masks:
+            raise InvalidInput(
+                "a network with exits has no masks.", next="leave out masks and output strides."
+            )
+        return evaluate_exits(net, samples, thresholds, **told)
+    if has_masks or thresholds:
+        kind = "with gates" if isinstance(net, SampledModel) else "whose input is sampled"
+        raise InvalidInput(
+            f"a network {kind} has no masks and no thresholds.",
+            next="leave out masks, output strides and thresholds.",
+        )
+    if isinstance(net, SampledModel):
+        return evaluate_gates(net, samples, **told)
+    return evaluate_resampled(net, samples, **told)
 
 
 @dataclass(frozen=True)
