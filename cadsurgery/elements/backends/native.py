@@ -107,12 +107,14 @@ class Native(Backend):
         weights, reads = work.weights, work.reads
         if weights.groups > 1:
             return has_grouped_form(weights.weight, weights.groups)
-        # Its weight has to be packed: worth it where that is kept. oneDNN is a little faster, but makes code for each
-        # number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the maps of
-        # the first few sizes where that number follows from the size of the image alone.
+        # Its weight has to be packed: worth it where that is kept. In float32 oneDNN is a little faster, but makes code
+        # for each number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the
+        # maps of the first few sizes where that number follows from the size of the image alone.
         same_type = work.rows.dtype == weights.weight.dtype
         if weights.forms is None or not same_type or not has_product(weights.weight):
             return False
+        if work.rows.dtype == torch.bfloat16:
+            return True
         uniform = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
         return not (uniform and weights.is_among_first(reads.target.count))  # type: ignore[union-attr]
 
@@ -127,8 +129,15 @@ class Native(Backend):
         else:
             source, table = Rows.of(work), work.reading.table
             shape = (len(table), outputs)
-        dtype, act, grouped = work.rows.dtype, weights.activation, weights.groups > 1
-        pack = group_weight if grouped else product_weight
+        dtype, act, size = work.rows.dtype, weights.activation, weights.weight.shape[1]
+        pack: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+        sizes: tuple[int, ...]
+        if weights.groups == 1:
+            name, pack, sizes = "product", product_weight, (outputs,)
+        elif size == 1 and has_pairs(dtype):
+            name, pack, sizes = "depthwise", pair_weight, ()
+        else:
+            name, pack, sizes = "grouped", group_weight, (size,)
         packed = weights.form(("native", dtype), lambda: pack(weights.weight.to(dtype), weights.bias))
         bounds = act.bounds if act is not None else None
         more = work.residual.contiguous() if work.residual is not None else None
@@ -139,8 +148,7 @@ class Native(Backend):
             assert isinstance(work.reads, Between)
             factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
             levels = (work.reads.target.level_of_rows, *factors)
-        name, size = ("grouped", packed[0].shape[1]) if grouped else ("product", outputs)
-        call(name, source, table, *packed, *levels, more, out, size, *limits)
+        call(name, source, table, *packed, *levels, more, out, *sizes, *limits)
         return out if bounds or act is None else act.apply_(out)
 
     def pool(self, work: Pooling) -> Tensor:
@@ -221,22 +229,30 @@ def supports(rows: Tensor) -> bool:
     )
 
 
+def has_pairs(dtype: torch.dtype) -> bool:
+    """Whether the processor has sums of products of two values of a type side by side, as AVX512-BF16 has."""
+    return dtype == torch.bfloat16 and hasattr(library(), "depthwise_bfloat16")
+
+
 def has_product(weight: Tensor) -> bool:
-    """Whether `product` has a form for a kernel (O, C, kh, kw): not in bfloat16, for which oneDNN has instructions."""
-    return weight.dtype in (torch.float32, torch.float64)
+    """Whether `product` has a form for a kernel (O, C, kh, kw); without `has_pairs` oneDNN's in bfloat16 is faster."""
+    return weight.dtype in (torch.float32, torch.float64) or has_pairs(weight.dtype)
 
 
 def product_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece."""
+    """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece; of
+    bfloat16 two channels side by side."""
     outputs, channels, height, width = weight.shape
-    chunk = PRODUCT_LANES * LANE_BYTES // weight.dtype.itemsize
+    dtype = _sum_type(weight.dtype)
+    chunk, side = PRODUCT_LANES * LANE_BYTES // dtype.itemsize, dtype.itemsize // weight.dtype.itemsize
     padded = -(-outputs // chunk) * chunk
-    kernel = weight.new_zeros(padded, height * width, channels)
-    kernel[:outputs] = weight.detach().flatten(2).transpose(1, 2)
-    offset = kernel.new_zeros(padded)
+    kernel = weight.new_zeros(padded, height * width, -(-channels // side) * side)
+    kernel[:outputs, :, :channels] = weight.detach().flatten(2).transpose(1, 2)
+    offset = kernel.new_zeros(padded, dtype=dtype)
     if bias is not None:
         offset[:outputs] = bias.detach()
-    return kernel.view(-1, chunk, height * width, channels).permute(0, 2, 3, 1).contiguous(), offset
+    parts = kernel.view(-1, chunk, height * width, kernel.shape[2] // side, side)
+    return parts.permute(0, 2, 3, 1, 4).contiguous(), offset
 
 
 def has_grouped_form(weight: Tensor, groups: int) -> bool:
@@ -258,6 +274,20 @@ def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if bias is not None:
         offset[:out] = bias.detach()
     return kernel, offset
+
+
+def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a depthwise convolution as `depthwise` reads them: two taps side by side, channels padded."""
+    channels, taps = weight.shape[0], weight[0, 0].numel()
+    many = LANE_BYTES // weight.dtype.itemsize
+    chunks, pairs = -(-channels // many), -(-taps // 2)
+    kernel = weight.new_zeros(chunks * many, 2 * pairs)
+    kernel[:channels, :taps] = weight.detach().flatten(1)
+    offset = kernel.new_zeros(chunks * many, dtype=_sum_type(weight.dtype))
+    if bias is not None:
+        offset[:channels] = bias.detach()
+    quarters = kernel.view(chunks, 4, 2, many // 8, pairs, 2)
+    return quarters.permute(0, 4, 2, 1, 3, 5).contiguous(), offset
 
 
 def call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> None:
