@@ -1,22 +1,13 @@
-"""`native.c` and its loader: gathering, grouped convolution and pooling on rows in compiled code.
+"""`native.c`: convolutions, pooling, interpolation and gathering on rows in compiled code.
 
-The file is compiled once per machine with the C compiler found there and kept in the user's cache folder. Without a
-compiler (or with CADSURGERY_NATIVE=0) `library()` is None and the callers use torch operations, slower for grouped
-convolutions and pooling.
+Where there is none, see `library`, the callers use torch operations, slower for grouped convolutions and pooling.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,35 +25,16 @@ from cadsurgery.elements.backends.choose import (
     Pooling,
     Work,
     every_row,
-    is_observed,
     mix,
     outside_of,
 )
+from cadsurgery.elements.backends.library import ELEMENTS, is_observed, library
+from cadsurgery.elements.backends.library import INTEGER_FORMS as INTEGER_FORMS
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.support.files import cache_folder, is_private, keep_whole
 from cadsurgery.support.pages import new_memory
 
-SOURCE, INTEGERS, WARP = (Path(__file__).with_name(f"{name}.c") for name in ("native", "integer", "warp"))
-_HASH = hashlib.sha256().digest_size
 LANE_BYTES, PRODUCT_LANES, MOST_TAPS, GROUPS = 64, 4, 128, (1, 2, 4, 8, 16)
-_WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-_FLAGS = ("-O3", "-march=native", *_WIDEST, "-ffp-contract=fast", "-fopenmp", "-fPIC", "-c")
-_ELEMENTS: dict[torch.dtype, tuple[str, ...]] = {
-    torch.float32: ("float32", "-DELEMENT=float"),
-    torch.float64: ("float64", "-DELEMENT=double", "-DWIDE"),
-    torch.bfloat16: ("bfloat16", "-DBF16"),
-    torch.uint8: ("uint8", "-DBYTES"),
-}
-# Of `warp.c`, whose loops become vectors where no root sets errno and no quotient is caught.
-WARP_ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
-_WARP_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
-# Forms of `integer.c`, by the instructions they need; a compiler or a processor that has none of them builds none.
-_PLAIN_FLAGS = ("-O3", "-mtune=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-c")
-INTEGER_FORMS = {
-    "vnni": ("-DVNNI", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", *_WIDEST),
-    "avx2": ("-mavx2", "-mfma"),
-}
 
 
 class Rows(NamedTuple):
@@ -225,7 +197,7 @@ class _Reading(ctypes.Structure):
 def supports(rows: Tensor) -> bool:
     """Whether there is compiled code for these rows; not while torch observes what is called."""
     return (
-        not is_observed() and rows.device.type == "cpu" and rows.dtype in _ELEMENTS and library() is not None
+        not is_observed() and rows.device.type == "cpu" and rows.dtype in ELEMENTS and library() is not None
     )
 
 
@@ -299,7 +271,7 @@ def call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | N
         *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
         *(table.data_ptr(), rows.shape[0] if count is None else count, *table.shape, rows.shape[1]),
     )
-    function = getattr(library(), f"{name}_{_ELEMENTS[rows.dtype][0]}")
+    function = getattr(library(), f"{name}_{ELEMENTS[rows.dtype][0]}")
     function(ctypes.byref(reading), *map(_for_c, arguments))
 
 
@@ -313,79 +285,3 @@ def _for_c(value: Tensor | float | None) -> Any:
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.uint8) else dtype
-
-
-@cache
-def library() -> Any:
-    """The compiled code, or None."""
-    compiler = shutil.which(os.environ.get("CC", "") or "cc") or shutil.which("gcc")
-    if compiler is None or os.environ.get("CADSURGERY_NATIVE", "1") == "0" or platform.system() != "Linux":
-        return None
-    try:
-        folder = cache_folder()
-        if folder is None:
-            return None
-        target = folder / f"native-{_fingerprint(compiler)}.so"
-        compiled = _load(target)
-        if compiled is None:
-            _build(compiler, target)
-            compiled = _load(target)
-        return compiled
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _load(path: Path) -> Any:
-    """The library of a file, if it is this user's and whole: one that is cut off would end the process, and every
-    later one, when it is first used. None otherwise.
-
-    Its last bytes are the hash of all before them. What is loaded is the very file that was looked at, by its
-    descriptor, whatever its name stands for by then.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        data = file.read() if is_private(os.fstat(descriptor)) else b""
-        if hashlib.sha256(data[:-_HASH]).digest() != data[-_HASH:]:
-            return None
-        name = f"/proc/self/fd/{descriptor}"
-        # OpenMP's symbols are those of torch's own runtime: a second one would compete for the cores.
-        return ctypes.CDLL(name if os.path.exists(name) else str(path))
-
-
-def _build(compiler: str, target: Path) -> None:
-    with keep_whole(target) as folder:
-        objects = []
-        forms = [(SOURCE, form) for form in _ELEMENTS.values()]
-        forms += [(WARP, (*_ELEMENTS[dtype], *_WARP_FLAGS)) for dtype in WARP_ELEMENTS]
-        for source, (name, *flags) in forms:
-            objects.append(f"{folder}/{source.stem}_{name}.o")
-            suffix = f"-DSUFFIX(name)=name##_{name}"
-            command = [compiler, *_FLAGS, *flags, suffix, str(source), "-o", objects[-1]]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-        for name, needed in INTEGER_FORMS.items():
-            target_file, suffix = f"{folder}/{name}.o", f"-DSUFFIX(name)=name##_{name}"
-            command = [compiler, *_PLAIN_FLAGS, *needed, suffix, str(INTEGERS), "-o", target_file]
-            if subprocess.run(command, check=False, capture_output=True, timeout=120).returncode == 0:
-                objects.append(target_file)
-        whole = folder / "successor"
-        link = [compiler, "-shared", "-nostdlib", "-nostartfiles", *objects, "-o", str(whole)]
-        subprocess.run(link, check=True, capture_output=True, timeout=120)
-        with whole.open("ab") as file:
-            file.write(hashlib.sha256(whole.read_bytes()).digest())
-
-
-def _fingerprint(compiler: str) -> str:
-    """What the compiled code depends on, besides the machine: source, flags, compiler."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    flags = [
-        *_FLAGS,
-        *_WARP_FLAGS,
-        *_PLAIN_FLAGS,
-        *(flag for form in INTEGER_FORMS.values() for flag in form),
-    ]
-    sources = (source.read_bytes() for source in (SOURCE, INTEGERS, WARP))
-    parts = (*sources, " ".join(flags).encode(), version)
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
