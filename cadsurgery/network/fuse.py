@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
+from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, PackedPair
 from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
@@ -425,6 +425,29 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
     fuser = Fuser(copied, model, epilogues)
     fuser.run()
     return copied, fuser.kernels
+
+
+def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
+    """Replace each 1x1 convolution of a dense map and the depthwise one that alone reads it by one node, in place."""
+    for node in list(graph.nodes):
+        before: Any = node.args[0] if len(node.args) == 1 else None
+        first, then = _packed(before, kernels), _packed(node, kernels)
+        if first is None or then is None or not PackedPair.joins(first, then):
+            continue
+        if len(before.args) == 1 and len(before.users) == 1:
+            kernels.add_module(node.target.partition(".")[2], PackedPair(first, then))
+            delattr(kernels, before.target.partition(".")[2])
+            node.args = before.args
+            graph.erase_node(before)
+
+
+def _packed(node: Any, kernels: nn.Module) -> PackedConv | None:
+    """The fused convolution that a node calls."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    first, _, name = str(node.target).partition(".")
+    kernel = getattr(kernels, name, None) if first == KERNELS else None
+    return kernel if isinstance(kernel, PackedConv) and not isinstance(kernel, PackedLinear) else None
 
 
 def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, str]]:

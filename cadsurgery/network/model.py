@@ -379,7 +379,8 @@ class AdaptiveModel(nn.Module):
         """
         from cadsurgery.network.optimized import OptimizedModel, in_precision  # which are made of this class
 
-        return in_precision(OptimizedModel(self, fuse), precision, calibration, largest_error)
+        fast = OptimizedModel(self, fuse, pairs=precision == "float")
+        return in_precision(fast, precision, calibration, largest_error)
 
     def __getattr__(self, name: str) -> Any:
         """Modules and parameters, and the original's data such as `num_classes`; not its methods, which would run it

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.backends.integer import form_here
-from cadsurgery.network.fuse import KERNELS, fuse
+from cadsurgery.network.fuse import KERNELS, fuse, join_pairs
 from cadsurgery.network.macs import ghost
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
@@ -26,8 +26,9 @@ PRECISIONS = (FLOAT := "float", "int8")
 class OptimizedModel(AdaptiveModel):
     """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
 
-    def __init__(self, net: AdaptiveModel, epilogues: bool) -> None:
-        """Fuse the graph of `net` and copy what is left of its modules."""
+    def __init__(self, net: AdaptiveModel, epilogues: bool, pairs: bool = True) -> None:
+        """Fuse the graph of `net` and copy what is left of its modules; `pairs`: also convolutions with each other, see
+        `PackedPair`."""
         source = copy.deepcopy(net).eval().requires_grad_(False)
         used = (str(node.target) for node in source.graph.nodes if node.op in ("call_module", "get_attr"))
         settle(source, {"", *used})
@@ -40,6 +41,8 @@ class OptimizedModel(AdaptiveModel):
         for name in source._constants.keys() - source._parameters.keys():
             root.register_buffer(name, getattr(source.program.names(), name))
         graph, kernels = fuse(source.graph, root, epilogues)
+        if pairs:
+            join_pairs(graph, kernels)
         root.add_module(KERNELS, kernels)
         fused = fx.GraphModule(root, graph)  # it copies what the graph uses and leaves the rest
         left = [one for one in source.program.watched if child(fused, one.path) is not None]

@@ -5,6 +5,7 @@
  * are (count, channels); an entry r of the kernel map `table` (n, taps) reads row r, for r == count the row `outside`,
  * above that row r - count - 1 of `halo`.
  */
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512F__ /* of narrow values compilers make other vectors in pieces */
@@ -22,7 +23,7 @@ typedef ELEMENT element;
 typedef ELEMENT sum;
 #endif
 
-#if defined(BF16) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(BF16) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define PAIRS /* sums of products of two values side by side in one instruction */
 #endif
 
@@ -44,12 +45,12 @@ static inline lane load(const element *from) {
     lane value;
 #ifdef BF16
     typedef uint16_t narrow __attribute__((vector_size(32)));
-    typedef uint32_t wide __attribute__((vector_size(64)));
     narrow bits;
     memcpy(&bits, from, sizeof bits);
 #ifdef __AVX512F__
     value = (lane)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
 #else
+    typedef uint32_t wide __attribute__((vector_size(64)));
     value = (lane)(__builtin_convertvector(bits, wide) << 16);
 #endif
 #elif defined(BYTES)
@@ -70,14 +71,22 @@ static inline lane load(const element *from) {
 /* The first `some` channels, zeros behind them: a row's end may be the end of the memory. */
 static inline lane load_some(const element *from, long some) {
     if (some >= LANES) return load(from);
+#ifdef PAIRS
+    return (lane)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1 << some) - 1, from)), 16);
+#else
     element part[LANES] = {0};
     memcpy(part, from, some * sizeof(element));
     return load(part);
+#endif
 }
 
 static inline void store_some(element *to, lane value, long some) {
 #ifdef PAIRS
-    __m256bh part = _mm512_cvtneps_pbh((__m512)value); /* below the least normal number: 0 */
+    __m256i part = (__m256i)_mm512_cvtneps_pbh((__m512)value); /* below the least normal number: 0 */
+    if (some < LANES) {
+        _mm256_mask_storeu_epi16(to, (1 << some) - 1, part);
+        return;
+    }
 #elif defined(BF16)
     typedef uint32_t wide __attribute__((vector_size(64)));
     typedef uint16_t narrow __attribute__((vector_size(32)));
@@ -247,24 +256,25 @@ static inline __m512i load_many(const element *from, __mmask32 which, const int 
     return whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(which, from);
 }
 
-/* MANY channels, those from `start`, of `many` elements from `first`; `from` are the rows that their taps read. `taps`,
- * `whole` (there are so many channels) and `plain` (nothing but clamping follows) may be constants where this is inlined.
- * Sums are those of the first half of each quarter of the channels, and those of the second. */
+/* MANY channels from `start`, or as many as there are before `channels`, of `many` elements from `first`. `from` are the
+ * rows that the taps of the first read; those of the next are `next` pointers behind them or, if none, `step` values.
+ * `taps`, `next`, `whole` (there are so many channels) and `plain` (nothing but clamping follows) may be constants where
+ * this is inlined. Sums are those of the first half of each quarter of the channels, and those of the second. */
 static inline __attribute__((always_inline)) void convolve_pairs(
-    const product p, const element *weight, const element *const *from, long first, long many, long channels,
-    long start, const long taps, const int whole, const int plain) {
+    const product p, const element *weight, const element *const *from, long first, long many, long channels, long pitch,
+    long start, const long taps, const long next, const long step, const int whole, const int plain) {
     const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
     const lane least = (lane){} + p.low, most = (lane){} + p.high;
     const lane offset[2] = {load_some_sums(p.bias + start, LANES), load_some_sums(p.bias + start + LANES, LANES)};
     const __mmask32 which = whole ? ~0u : (1u << (channels - start)) - 1;
-    for (long i = 0; i < many; i++, from += taps) {
+    for (long i = 0, shift = start; i < many; i++, from += next, shift += step) {
         __m512 near = _mm512_setzero_ps(), far = near;
 #pragma GCC unroll 8
         for (long tap = 0; tap < taps; tap += 2) {
             const element *w = weight + tap * MANY;
-            __m512i a = load_many(from[tap] + start, which, whole), b = _mm512_setzero_si512();
-            if (tap + 1 < taps) b = load_many(from[tap + 1] + start, which, whole);
+            __m512i a = load_many(from[tap] + shift, which, whole), b = _mm512_setzero_si512();
+            if (tap + 1 < taps) b = load_many(from[tap + 1] + shift, which, whole);
             near = _mm512_dpbf16_ps(near, (__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_loadu_si512(w));
             far = _mm512_dpbf16_ps(far, (__m512bh)_mm512_unpackhi_epi16(a, b), (__m512bh)_mm512_loadu_si512(w + MANY));
         }
@@ -277,7 +287,7 @@ static inline __attribute__((always_inline)) void convolve_pairs(
             else if (begin < channels) value[v] = follow(&p, value[v], first + i, begin, channels, channels - begin);
         }
         __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)value[1], (__m512)value[0]);
-        element *to = p.out + (first + i) * channels + start;
+        element *to = p.out + (first + i) * pitch + start;
         if (whole) _mm512_storeu_si512(to, both);
         else _mm512_mask_storeu_epi16(to, which, both);
     }
@@ -302,10 +312,10 @@ void SUFFIX(depthwise)(const reading *in, const element *weight, const sum *bias
         for (long start = 0; start < channels; start += MANY) {
             const element *w = weight + start / MANY * step;
             const int whole = channels - start >= MANY;
-            if (whole && plain && taps == 9) convolve_pairs(p, w, from, begin, many, channels, start, 9, 1, 1);
-            else if (whole && plain) convolve_pairs(p, w, from, begin, many, channels, start, taps, 1, 1);
-            else if (whole) convolve_pairs(p, w, from, begin, many, channels, start, taps, 1, 0);
-            else convolve_pairs(p, w, from, begin, many, channels, start, taps, 0, 0);
+            if (whole && plain && taps == 9) convolve_pairs(p, w, from, begin, many, channels, channels, start, 9, 9, 0, 1, 1);
+            else if (whole && plain) convolve_pairs(p, w, from, begin, many, channels, channels, start, taps, taps, 0, 1, 1);
+            else if (whole) convolve_pairs(p, w, from, begin, many, channels, channels, start, taps, taps, 0, 1, 0);
+            else convolve_pairs(p, w, from, begin, many, channels, channels, start, taps, taps, 0, 0, 0);
         }
     }
 }
@@ -376,10 +386,10 @@ static inline __attribute__((always_inline)) void multiply(
 }
 
 /* `multiply` of all there is to sum, whose sums start at the bias: they leave for `out` from the registers. For ROWS rows
- * side by side in `out`, and whole vectors only. */
-static inline __attribute__((always_inline)) void multiply_once(
+ * side by side in `out`, `some` outputs of each. */
+static inline __attribute__((always_inline)) void multiply_to(
     const element *const *a, long channels, const element *b, const sum *bias, by_level by, const element *more,
-    element *out, long outputs, const lane *limits, const int wide) {
+    element *out, long outputs, const lane *limits, long some, const int wide) {
     lane total[ROWS][WIDE_PRODUCT];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
@@ -394,11 +404,23 @@ static inline __attribute__((always_inline)) void multiply_once(
             lane value = total[i][j];
             if (by.levels) {
                 long own = by.levels[i] * outputs + j * LANES;
-                value = value * load_some_sums(by.scale + own, LANES) + load_some_sums(by.shift + own, LANES);
+                value = value * load_some_sums(by.scale + own, some - j * LANES) +
+                        load_some_sums(by.shift + own, some - j * LANES);
             }
-            if (more) value += load(more + i * outputs + j * LANES);
-            store_some(out + i * outputs + j * LANES, clamp(value, least, most), LANES);
+            if (more) value += load_some(more + i * outputs + j * LANES, some - j * LANES);
+            store_some(out + i * outputs + j * LANES, clamp(value, least, most), some - j * LANES);
         }
+}
+
+static inline __attribute__((always_inline)) void multiply_once(
+    const element *const *a, long channels, const element *b, const sum *bias, by_level by, const element *more,
+    element *out, long outputs, const lane *limits, long some) {
+    if (some >= CHUNK) multiply_to(a, channels, b, bias, by, more, out, outputs, limits, CHUNK, 4);
+    else if (some > 3 * LANES) multiply_to(a, channels, b, bias, by, more, out, outputs, limits, some, 4);
+    else if (some > 2 * LANES) multiply_to(a, channels, b, bias, by, more, out, outputs, limits, some, 3);
+    else if (some == 2 * LANES) multiply_to(a, channels, b, bias, by, more, out, outputs, limits, 2 * LANES, 2);
+    else if (some > LANES) multiply_to(a, channels, b, bias, by, more, out, outputs, limits, some, 2);
+    else multiply_to(a, channels, b, bias, by, more, out, outputs, limits, some, 1);
 }
 
 /* Ungrouped convolution without gathering: rows are read where they lie. out (n, outputs) is clamped to low..high after
@@ -419,7 +441,7 @@ void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, 
             long some = outputs - chunk * CHUNK < CHUNK ? outputs - chunk * CHUNK : CHUNK;
             int wide = (some + LANES - 1) / LANES;
             long done = 0; /* rows of the block */
-            if (in->taps == 1 && channels <= DEPTH && some % LANES == 0)
+            if (in->taps == 1 && channels <= DEPTH)
                 for (; done + ROWS <= count; done += ROWS) {
                     const element *a[ROWS], *b = weight + chunk * padded * CHUNK;
                     const sum *own = bias + chunk * CHUNK;
@@ -428,10 +450,7 @@ void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, 
                     const element *add = more ? more + at : 0;
                     by_level by = {0};
                     if (levels) by = (by_level){levels + first + done, scale + chunk * CHUNK, shift + chunk * CHUNK};
-                    if (wide == 4) multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 4);
-                    else if (wide == 3) multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 3);
-                    else if (wide == 2) multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 2);
-                    else multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 1);
+                    multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, some);
                 }
             for (long i = done; i < (count + ROWS - 1) / ROWS * ROWS; i++)
                 memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(sum));
@@ -466,6 +485,88 @@ void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, 
             }
         }
     }
+}
+#endif
+
+#ifdef PAIRS
+void *calloc(size_t, size_t);
+void free(void *);
+
+typedef struct {
+    const element *image;               /* (batch, height, width, channels) */
+    const element *weight, *last;       /* of the 1x1 convolution as `product` reads it, of the other as `depthwise` does */
+    const sum *bias, *last_bias;
+    element *out;                       /* (batch, lines, columns, outputs) */
+    long batch, height, width, channels, outputs, lines, columns, tall, wide, stride, top, left;
+    double low, high, last_low, last_high;
+} expansion;
+
+/* Channels first..last of a line of the map between the two, `pitch` to a pixel, and behind it zeros. */
+static void expand_line(const expansion *e, const element *image, long first, long last, element *to, long pitch) {
+    const lane limits[2] = {(lane){} + (sum)e->low, (lane){} + (sum)e->high};
+    const by_level none = {0};
+    for (long chunk = first; chunk < last; chunk += CHUNK) {
+        const element *weight = e->weight + chunk * ((e->channels + 1) / 2 * 2);
+        const sum *bias = e->bias + chunk;
+        for (long x = 0; x < e->width; x += ROWS) {
+            const element *a[ROWS];
+            for (int i = 0; i < ROWS; i++) a[i] = image + (x + i < e->width ? x + i : e->width - 1) * e->channels;
+            element *out = to + x * pitch + chunk - first;
+            multiply_once(a, e->channels, weight, bias, none, 0, out, pitch, limits, last - chunk);
+        }
+    }
+    memset(to + e->width * pitch, 0, (e->wide + ROWS) * pitch * sizeof(element)); /* what was written too much, too */
+}
+
+/* A 1x1 convolution of a dense map and a depthwise one of its result, which is never in memory as a whole: a ring of as
+ * many lines as a window is tall, of as many channels as fit into the second cache. Returns 0 if there is no memory for
+ * those, else 1. */
+long SUFFIX(expand_depthwise)(const expansion *e) {
+    enum { BAND = 32, CACHE = 1 << 18 };
+    const long bands = (e->lines + BAND - 1) / BAND, taps = e->tall * e->wide, all = (e->outputs + CHUNK - 1) / CHUNK;
+    const long pixels = e->left + e->width + e->wide + ROWS, fit = CACHE / (e->tall * pixels * CHUNK);
+    const long pitch = (fit < 1 ? 1 : fit < all ? fit : all) * CHUNK, length = pixels * pitch;
+    long is_done = 1;
+#pragma omp parallel for schedule(dynamic)
+    for (long job = 0; job < e->batch * bands; job++) {
+        element *ring = calloc((e->tall + 1) * length, sizeof(element)); /* and a line of zeros */
+        if (!ring) {
+            is_done = 0;
+            continue;
+        }
+        const element *image = e->image + job / bands * e->height * e->width * e->channels;
+        const long top = job % bands * BAND, bottom = top + BAND < e->lines ? top + BAND : e->lines;
+        for (long first = 0; first < e->outputs; first += pitch) {
+            const long some = e->outputs - first < pitch ? e->outputs - first : pitch;
+            const product p = {0, e->last_bias + first, {0}, 0, e->out + first, e->last_low, e->last_high};
+            long next = 0; /* of the lines to compute */
+            for (long y = top; y < bottom; y++) {
+                const element *from[TAPS];
+                for (long v = 0; v < e->tall; v++) {
+                    const long line = y * e->stride - e->top + v;
+                    const int inside = line >= 0 && line < e->height;
+                    element *at = ring + (inside ? line % e->tall : e->tall) * length;
+                    if (inside && line >= next) {
+                        const element *read = image + line * e->width * e->channels;
+                        expand_line(e, read, first, first + some, at + e->left * pitch, pitch);
+                        next = line + 1;
+                    }
+                    for (long h = 0; h < e->wide; h++) from[v * e->wide + h] = at + h * pitch;
+                }
+                const long at = (job / bands * e->lines + y) * e->columns, step = e->stride * pitch;
+                for (long start = 0; start < some; start += MANY) {
+                    const element *w = e->last + (first + start) * ((taps + 1) / 2 * 2);
+                    if (some - start >= MANY && taps == 9)
+                        convolve_pairs(p, w, from, at, e->columns, some, e->outputs, start, 9, 0, step, 1, 1);
+                    else if (some - start >= MANY)
+                        convolve_pairs(p, w, from, at, e->columns, some, e->outputs, start, taps, 0, step, 1, 1);
+                    else convolve_pairs(p, w, from, at, e->columns, some, e->outputs, start, taps, 0, step, 0, 1);
+                }
+            }
+        }
+        free(ring);
+    }
+    return is_done;
 }
 #endif
 

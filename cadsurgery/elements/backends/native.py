@@ -9,7 +9,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from cadsurgery.elements.backends.library import INTEGER_FORMS as INTEGER_FORMS
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.support.pages import new_memory
+
+if TYPE_CHECKING:
+    from cadsurgery.elements.backends.weights import Pair, Weights
 
 LANE_BYTES, PRODUCT_LANES, MOST_TAPS, GROUPS = 64, 4, 128, (1, 2, 4, 8, 16)
 
@@ -256,6 +259,57 @@ def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         offset[:channels] = bias.detach()
     quarters = kernel.view(chunks, 4, 2, many // 8, pairs, 2)
     return quarters.permute(0, 4, 2, 1, 3, 5).contiguous(), offset
+
+
+class _Expansion(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("image", "weight", "last", "bias", "last_bias", "out")),
+        *((name, ctypes.c_long) for name in ("batch", "height", "width", "channels", "outputs")),
+        *((name, ctypes.c_long) for name in ("lines", "columns", "tall", "wide", "stride", "top", "left")),
+        *((name, ctypes.c_double) for name in ("low", "high", "last_low", "last_high")),
+    )
+
+
+def can_expand(first: Weights, then: Weights, stride: Pair, dilation: Pair) -> bool:
+    """Whether `expand_depthwise` has a form for a 1x1 convolution and the depthwise one that follows, of dense maps."""
+    outputs, *_, height, width = first.weight.shape
+    is_point = first.groups == 1 and (height, width) == (1, 1) and first.levels is None
+    is_depthwise = then.groups == then.weight.shape[0] == outputs and then.weight.shape[1] == 1
+    is_plain = all(one.activation is None or one.activation.bounds is not None for one in (first, then))
+    fits = then.weight[0, 0].numel() <= MOST_TAPS and stride[0] == stride[1] and dilation == (1, 1)
+    return is_point and is_depthwise and is_plain and fits and then.levels is None
+
+
+def expand_depthwise(image: Tensor, first: Weights, then: Weights, stride: Pair, padding: Pair) -> Tensor:
+    """A depthwise convolution of the result of a 1x1 convolution, see `can_expand`: (B, O, H', W') from (B, C, H, W) in
+    bfloat16, for which the processor `has_pairs`. What is between them stays in the cache.
+
+    Raises:
+        MemoryError: there is none for a few lines of what is between them.
+    """
+    image = image.contiguous(memory_format=torch.channels_last)
+    (batch, channels, height, width), outputs = image.shape, then.weight.shape[0]
+    kernel = tall, wide = then.weight.shape[2], then.weight.shape[3]
+    lines, columns = (
+        (length + 2 * pad - side) // stride[0] + 1
+        for length, pad, side in zip((height, width), padding, kernel, strict=True)
+    )
+    out = new_memory(image, batch, lines, columns, outputs)
+    key = ("native", image.dtype)
+    weight, bias = first.form(key, lambda: product_weight(first.weight.to(image.dtype), first.bias))
+    last, last_bias = then.form(key, lambda: pair_weight(then.weight.to(image.dtype), then.bias))
+    bounds = [(one.activation and one.activation.bounds) or (-math.inf, math.inf) for one in (first, then)]
+    work = _Expansion(
+        *(one.data_ptr() for one in (image, weight, last, bias, last_bias, out)),
+        *(batch, height, width, channels, outputs, lines, columns, tall, wide, stride[0], *padding),
+        *bounds[0],
+        *bounds[1],
+    )
+    function = library().expand_depthwise_bfloat16
+    function.restype = ctypes.c_long
+    if not function(ctypes.byref(work)):
+        raise MemoryError("no memory for a few lines of a map between two convolutions.")
+    return out.permute(0, 3, 1, 2)
 
 
 def call(name: str, source: Rows, table: Tensor | None, *arguments: Any, count: int | None = None) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, compute
+from cadsurgery.elements.backends.library import has_pairs
+from cadsurgery.elements.backends.native import can_expand, expand_depthwise, supports
 from cadsurgery.elements.backends.weights import Activation, Factors, Pair, Weights
 
 
@@ -88,3 +90,30 @@ class PackedLinear(PackedConv):
             return self.weights.finish(plain.view(shape), residual)
         more = residual.reshape(-1, shape[-1]) if residual is not None else None
         return compute(Convolution(rows, self.weights, None, residual=more)).view(shape)
+
+
+class PackedPair(nn.Module):
+    """A 1x1 convolution of a dense map and the depthwise one that alone reads its result: where there is compiled code
+    for both at once, what is between them, the largest map of many networks, is never in memory as a whole."""
+
+    def __init__(self, first: PackedConv, then: PackedConv) -> None:
+        """Take both, of dense maps."""
+        super().__init__()
+        self.first, self.then = first, then
+
+    @staticmethod
+    def joins(first: PackedConv, then: PackedConv) -> bool:
+        """Whether there may be compiled code for the two."""
+        if first.window is None or then.window is None or first.window[:2] != ((1, 1), (0, 0)):
+            return False
+        stride, _, dilation = then.window
+        return can_expand(first.weights, then.weights, stride, dilation)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, O, H', W') from (B, C, H, W)."""
+        if not (supports(image) and has_pairs(image.dtype) and image.numel()) or self.first.meets_nan:
+            found: Tensor = self.then(self.first(image))
+            return found
+        assert self.then.window is not None
+        stride, padding, _ = self.then.window
+        return expand_depthwise(image, self.first.weights, self.then.weights, stride, padding)
