@@ -94,7 +94,8 @@ def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> 
     assert len(convolutional) <= after_linear
     fused = [n for n in fast.graph.nodes if n.target is functional.fused_conv2d]
     dense = [m for m in modules_of(fast) if isinstance(m, PackedConv) and not isinstance(m, PackedLinear)]
-    assert len(fused) + len(dense) == NETWORKS[name]
+    pairs = [m for m in modules_of(fast) if isinstance(m, PackedPair)]
+    assert len(fused) + len(dense) + 2 * len(pairs) == NETWORKS[name]
     assert not any(n.target in (functional.conv2d, functional.batch_norm) for n in fast.graph.nodes)
 
 
