@@ -94,8 +94,8 @@ def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> 
     assert len(convolutional) <= after_linear
     fused = [n for n in fast.graph.nodes if n.target is functional.fused_conv2d]
     dense = [m for m in modules_of(fast) if isinstance(m, PackedConv) and not isinstance(m, PackedLinear)]
-    pairs = [m for m in modules_of(fast) if isinstance(m, PackedPair)]
-    assert len(fused) + len(dense) + 2 * len(pairs) == NETWORKS[name]
+    joined = [2 + (m.last is not None) for m in modules_of(fast) if isinstance(m, PackedPair)]
+    assert len(fused) + len(dense) + sum(joined) == NETWORKS[name]
     assert not any(n.target in (functional.conv2d, functional.batch_norm) for n in fast.graph.nodes)
 
 
@@ -603,19 +603,28 @@ def test_pairs_of_convolutions_are_one_after_the_other(
     kernel, stride, padding = window
     first = nn.Conv2d(channels, outputs, 1).to(dtype)
     then = nn.Conv2d(outputs, outputs, kernel, stride, padding, groups=outputs).to(dtype)
-    packed = [
-        PackedConv(one.weight, one.bias, one.groups, CLAMP, (one.stride, one.padding, (1, 1)))
-        for one in (first, then)
+    last = nn.Conv2d(outputs, 70, 1).to(dtype)
+    parts = [
+        PackedConv(one.weight, one.bias, one.groups, act, (one.stride, one.padding, (1, 1)))
+        for one, act in ((first, CLAMP), (then, CLAMP), (last, None))
     ]
-    assert PackedPair.joins(*packed)
+    pair = PackedPair(*parts[:2])
+    assert PackedPair.joins(*parts[:2]) and pair.joins_last(parts[2])
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
     image = torch.randn(2, channels, *size).to(dtype)
-    found = PackedPair(*packed)(image)
     middle = first.double()(image.double()).clamp(0, 6).to(dtype).double()
     expected = then.double()(middle).clamp(0, 6)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    found = pair(image)
     assert found.dtype == dtype and found.shape == expected.shape
-    assert_same(found.double(), expected, 1e-5 if dtype == torch.float32 else 2e-2)
+    assert_same(found.double(), expected, tolerance)
+    expected = last.double()(expected.to(dtype).double())
+    more = torch.randn(expected.shape).to(dtype)
+    assert_same(PackedPair(*parts)(image).double(), expected, tolerance)
+    assert_same(PackedPair(*parts)(image, more).double(), expected + more.double(), tolerance)
+    by_channel = more[:1, :, :1, :1]
+    assert_same(PackedPair(*parts)(image, by_channel).double(), expected + by_channel.double(), tolerance)
 
 
 @pytest.mark.parametrize(

@@ -428,26 +428,34 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
 
 
 def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
-    """Replace each 1x1 convolution of a dense map and the depthwise one that alone reads it by one node, in place."""
+    """Replace each 1x1 convolution of a dense map and the depthwise one that alone reads it, and a 1x1 convolution that
+    alone reads that, by one node, in place."""
     for node in list(graph.nodes):
-        before: Any = node.args[0] if len(node.args) == 1 else None
-        first, then = _packed(before, kernels), _packed(node, kernels)
-        if first is None or then is None or not PackedPair.joins(first, then):
+        before: Any = node.args[0] if node.args else None
+        earlier, kernel = _packed(before, kernels), _packed(node, kernels)
+        if earlier is None or not isinstance(kernel, PackedConv) or len(before.users) != 1:
             continue
-        if len(before.args) == 1 and len(before.users) == 1:
-            kernels.add_module(node.target.partition(".")[2], PackedPair(first, then))
+        joined: PackedPair | None = None
+        if isinstance(earlier, PackedPair):
+            if earlier.joins_last(kernel):
+                joined = PackedPair(earlier.first, earlier.then, kernel)
+        elif len(before.args) == len(node.args) == 1 and PackedPair.joins(earlier, kernel):
+            joined = PackedPair(earlier, kernel)
+        if joined is not None:
+            kernels.add_module(str(node.target).partition(".")[2], joined)
             delattr(kernels, before.target.partition(".")[2])
-            node.args = before.args
+            node.args = (before.args[0], *node.args[1:])
             graph.erase_node(before)
 
 
-def _packed(node: Any, kernels: nn.Module) -> PackedConv | None:
-    """The fused convolution that a node calls."""
+def _packed(node: Any, kernels: nn.Module) -> PackedConv | PackedPair | None:
+    """The fused convolution, or two, that a node calls."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     first, _, name = str(node.target).partition(".")
     kernel = getattr(kernels, name, None) if first == KERNELS else None
-    return kernel if isinstance(kernel, PackedConv) and not isinstance(kernel, PackedLinear) else None
+    is_conv = isinstance(kernel, PackedConv | PackedPair) and not isinstance(kernel, PackedLinear)
+    return kernel if is_conv else None
 
 
 def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, str]]:

@@ -494,11 +494,12 @@ void free(void *);
 
 typedef struct {
     const element *image;               /* (batch, height, width, channels) */
-    const element *weight, *last;       /* of the 1x1 convolution as `product` reads it, of the other as `depthwise` does */
-    const sum *bias, *last_bias;
-    element *out;                       /* (batch, lines, columns, outputs) */
-    long batch, height, width, channels, outputs, lines, columns, tall, wide, stride, top, left;
-    double low, high, last_low, last_high;
+    const element *weight, *then, *last; /* of 1x1 convolutions as `product` reads them, between as `depthwise` does */
+    const sum *bias, *then_bias, *last_bias;
+    const element *more;                /* of the result's shape, or none */
+    element *out;                       /* (batch, lines, columns, outputs; without a last convolution middle) */
+    long batch, height, width, channels, middle, outputs, lines, columns, tall, wide, stride, top, left;
+    double low, high, then_low, then_high, last_low, last_high;
 } expansion;
 
 /* Channels first..last of a line of the map between the two, `pitch` to a pixel, and behind it zeros. */
@@ -518,34 +519,52 @@ static void expand_line(const expansion *e, const element *image, long first, lo
     memset(to + e->width * pitch, 0, (e->wide + ROWS) * pitch * sizeof(element)); /* what was written too much, too */
 }
 
-/* A 1x1 convolution of a dense map and a depthwise one of its result, which is never in memory as a whole: a ring of as
- * many lines as a window is tall, of as many channels as fit into the second cache. Returns 0 if there is no memory for
- * those, else 1. */
+/* The last convolution of a line of the map before it. */
+static void project_line(const expansion *e, const element *line, long at) {
+    const lane limits[2] = {(lane){} + (sum)e->last_low, (lane){} + (sum)e->last_high};
+    const by_level none = {0};
+    for (long chunk = 0; chunk < e->outputs; chunk += CHUNK)
+        for (long x = 0; x < e->columns; x += ROWS) {
+            const element *a[ROWS], *weight = e->last + chunk * ((e->middle + 1) / 2 * 2);
+            const long begin = x + ROWS <= e->columns ? x : e->columns - ROWS; /* some once more */
+            const long place = (at + begin) * e->outputs + chunk;
+            for (int i = 0; i < ROWS; i++) a[i] = line + (begin + i) * e->middle;
+            multiply_once(a, e->middle, weight, e->last_bias + chunk, none, e->more ? e->more + place : 0, e->out + place,
+                          e->outputs, limits, e->outputs - chunk);
+        }
+}
+
+/* A 1x1 convolution of a dense map, a depthwise one of its result and, if there is one, another 1x1 convolution, to which
+ * `more` is added. What is between them is never in memory as a whole: there is a ring of as many lines as a window is
+ * tall, without a last convolution of as many channels as fit into the second cache. Returns 0 if there is no memory for
+ * those, else 1. With a last convolution there are at least ROWS columns. */
 long SUFFIX(expand_depthwise)(const expansion *e) {
     enum { BAND = 32, CACHE = 1 << 18 };
-    const long bands = (e->lines + BAND - 1) / BAND, taps = e->tall * e->wide, all = (e->outputs + CHUNK - 1) / CHUNK;
+    const long bands = (e->lines + BAND - 1) / BAND, taps = e->tall * e->wide, all = (e->middle + CHUNK - 1) / CHUNK;
     const long pixels = e->left + e->width + e->wide + ROWS, fit = CACHE / (e->tall * pixels * CHUNK);
-    const long pitch = (fit < 1 ? 1 : fit < all ? fit : all) * CHUNK, length = pixels * pitch;
+    const long pitch = (e->last || fit > all ? all : fit < 1 ? 1 : fit) * CHUNK, length = pixels * pitch;
     long is_done = 1;
 #pragma omp parallel for schedule(dynamic)
     for (long job = 0; job < e->batch * bands; job++) {
-        element *ring = calloc((e->tall + 1) * length, sizeof(element)); /* and a line of zeros */
+        const long zeros = e->tall * length, spare = zeros + length; /* a line of zeros, and one of the second map */
+        element *ring = calloc(spare + (e->last ? e->columns * e->middle : 0), sizeof(element));
         if (!ring) {
             is_done = 0;
             continue;
         }
         const element *image = e->image + job / bands * e->height * e->width * e->channels;
         const long top = job % bands * BAND, bottom = top + BAND < e->lines ? top + BAND : e->lines;
-        for (long first = 0; first < e->outputs; first += pitch) {
-            const long some = e->outputs - first < pitch ? e->outputs - first : pitch;
-            const product p = {0, e->last_bias + first, {0}, 0, e->out + first, e->last_low, e->last_high};
+        for (long first = 0; first < e->middle; first += pitch) {
+            const long some = e->middle - first < pitch ? e->middle - first : pitch;
+            element *to = (e->last ? ring + spare : e->out) + first;
+            const product p = {0, e->then_bias + first, {0}, 0, to, e->then_low, e->then_high};
             long next = 0; /* of the lines to compute */
             for (long y = top; y < bottom; y++) {
                 const element *from[TAPS];
                 for (long v = 0; v < e->tall; v++) {
                     const long line = y * e->stride - e->top + v;
                     const int inside = line >= 0 && line < e->height;
-                    element *at = ring + (inside ? line % e->tall : e->tall) * length;
+                    element *at = ring + (inside ? line % e->tall * length : zeros);
                     if (inside && line >= next) {
                         const element *read = image + line * e->width * e->channels;
                         expand_line(e, read, first, first + some, at + e->left * pitch, pitch);
@@ -553,15 +572,17 @@ long SUFFIX(expand_depthwise)(const expansion *e) {
                     }
                     for (long h = 0; h < e->wide; h++) from[v * e->wide + h] = at + h * pitch;
                 }
-                const long at = (job / bands * e->lines + y) * e->columns, step = e->stride * pitch;
+                const long place = (job / bands * e->lines + y) * e->columns, step = e->stride * pitch;
+                const long at = e->last ? 0 : place;
                 for (long start = 0; start < some; start += MANY) {
-                    const element *w = e->last + (first + start) * ((taps + 1) / 2 * 2);
+                    const element *w = e->then + (first + start) * ((taps + 1) / 2 * 2);
                     if (some - start >= MANY && taps == 9)
-                        convolve_pairs(p, w, from, at, e->columns, some, e->outputs, start, 9, 0, step, 1, 1);
+                        convolve_pairs(p, w, from, at, e->columns, some, e->middle, start, 9, 0, step, 1, 1);
                     else if (some - start >= MANY)
-                        convolve_pairs(p, w, from, at, e->columns, some, e->outputs, start, taps, 0, step, 1, 1);
-                    else convolve_pairs(p, w, from, at, e->columns, some, e->outputs, start, taps, 0, step, 0, 1);
+                        convolve_pairs(p, w, from, at, e->columns, some, e->middle, start, taps, 0, step, 1, 1);
+                    else convolve_pairs(p, w, from, at, e->columns, some, e->middle, start, taps, 0, step, 0, 1);
                 }
+                if (e->last) project_line(e, ring + spare, place);
             }
         }
         free(ring);

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from cadsurgery.support.pages import new_memory
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Pair, Weights
 
-LANE_BYTES, PRODUCT_LANES, MOST_TAPS, GROUPS = 64, 4, 128, (1, 2, 4, 8, 16)
+LANE_BYTES, PRODUCT_LANES, PRODUCT_ROWS, MOST_TAPS, GROUPS = 64, 4, 6, 128, (1, 2, 4, 8, 16)
 
 
 class Rows(NamedTuple):
@@ -263,53 +263,85 @@ def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 class _Expansion(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("image", "weight", "last", "bias", "last_bias", "out")),
-        *((name, ctypes.c_long) for name in ("batch", "height", "width", "channels", "outputs")),
+        *((name, ctypes.c_void_p) for name in ("image", "weight", "then", "last")),
+        *((name, ctypes.c_void_p) for name in ("bias", "then_bias", "last_bias", "more", "out")),
+        *((name, ctypes.c_long) for name in ("batch", "height", "width", "channels", "middle", "outputs")),
         *((name, ctypes.c_long) for name in ("lines", "columns", "tall", "wide", "stride", "top", "left")),
-        *((name, ctypes.c_double) for name in ("low", "high", "last_low", "last_high")),
+        *((name, ctypes.c_double) for name in ("low", "high", "then_low", "then_high")),
+        *((name, ctypes.c_double) for name in ("last_low", "last_high")),
     )
+
+
+def is_point(weights: Weights) -> bool:
+    """Whether `expand_depthwise` has a form for a 1x1 convolution."""
+    plain = weights.activation is None or weights.activation.bounds is not None
+    return plain and weights.groups == 1 and weights.weight.shape[2:] == (1, 1) and weights.levels is None
 
 
 def can_expand(first: Weights, then: Weights, stride: Pair, dilation: Pair) -> bool:
     """Whether `expand_depthwise` has a form for a 1x1 convolution and the depthwise one that follows, of dense maps."""
-    outputs, *_, height, width = first.weight.shape
-    is_point = first.groups == 1 and (height, width) == (1, 1) and first.levels is None
-    is_depthwise = then.groups == then.weight.shape[0] == outputs and then.weight.shape[1] == 1
-    is_plain = all(one.activation is None or one.activation.bounds is not None for one in (first, then))
+    outputs, group = then.weight.shape[:2]
+    is_depthwise = then.groups == outputs == first.weight.shape[0] and group == 1 and then.levels is None
+    is_plain = then.activation is None or then.activation.bounds is not None
     fits = then.weight[0, 0].numel() <= MOST_TAPS and stride[0] == stride[1] and dilation == (1, 1)
-    return is_point and is_depthwise and is_plain and fits and then.levels is None
+    return is_point(first) and is_depthwise and is_plain and fits
 
 
-def expand_depthwise(image: Tensor, first: Weights, then: Weights, stride: Pair, padding: Pair) -> Tensor:
+def expand_depthwise(
+    image: Tensor,
+    first: Weights,
+    then: Weights,
+    stride: Pair,
+    padding: Pair,
+    last: Weights | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """A depthwise convolution of the result of a 1x1 convolution, see `can_expand`: (B, O, H', W') from (B, C, H, W) in
-    bfloat16, for which the processor `has_pairs`. What is between them stays in the cache.
+    bfloat16, for which the processor `has_pairs`; with a last 1x1 convolution and a residual of its result that of
+    those. What is between them stays in the cache.
 
     Raises:
         MemoryError: there is none for a few lines of what is between them.
     """
-    image = image.contiguous(memory_format=torch.channels_last)
-    (batch, channels, height, width), outputs = image.shape, then.weight.shape[0]
+    image, dtype = image.contiguous(memory_format=torch.channels_last), image.dtype
     kernel = tall, wide = then.weight.shape[2], then.weight.shape[3]
-    lines, columns = (
-        (length + 2 * pad - side) // stride[0] + 1
-        for length, pad, side in zip((height, width), padding, kernel, strict=True)
-    )
+    batch, channels, height, width = image.shape
+    lines, columns = map_size((height, width), kernel, stride, padding)
+    middle = then.weight.shape[0]
+    outputs = middle if last is None else last.weight.shape[0]
     out = new_memory(image, batch, lines, columns, outputs)
-    key = ("native", image.dtype)
-    weight, bias = first.form(key, lambda: product_weight(first.weight.to(image.dtype), first.bias))
-    last, last_bias = then.form(key, lambda: pair_weight(then.weight.to(image.dtype), then.bias))
-    bounds = [(one.activation and one.activation.bounds) or (-math.inf, math.inf) for one in (first, then)]
+    more = residual.contiguous(memory_format=torch.channels_last) if residual is not None else None
+    packed: list[tuple[Tensor | None, Tensor | None]] = []
+    for one, pack in ((first, product_weight), (then, pair_weight), (last, product_weight)):
+        if one is None:
+            packed.append((None, None))
+        else:
+            make = partial(pack, one.weight.to(dtype), one.bias)
+            packed.append(one.form(("native", dtype), make))
+    bounds = [
+        one.activation.bounds if one is not None and one.activation is not None else None
+        for one in (first, then, last)
+    ]
+    weights, biases = zip(*packed, strict=True)
     work = _Expansion(
-        *(one.data_ptr() for one in (image, weight, last, bias, last_bias, out)),
-        *(batch, height, width, channels, outputs, lines, columns, tall, wide, stride[0], *padding),
-        *bounds[0],
-        *bounds[1],
+        *map(_for_c, (image, *weights, *biases, more, out)),
+        *(batch, height, width, channels, middle, outputs, lines, columns, tall, wide, stride[0], *padding),
+        *(end for pair in bounds for end in pair or (-math.inf, math.inf)),
     )
     function = library().expand_depthwise_bfloat16
     function.restype = ctypes.c_long
     if not function(ctypes.byref(work)):
         raise MemoryError("no memory for a few lines of a map between two convolutions.")
     return out.permute(0, 3, 1, 2)
+
+
+def map_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
+    """Height and width of what a window without dilation makes of a map."""
+    lines, columns = (
+        (length + 2 * pad - side) // step + 1
+        for length, side, step, pad in zip(size, kernel, stride, padding, strict=True)
+    )
+    return lines, columns
 
 
 def call(name: str, source: Rows, table: Tensor | None, *arguments: Any, count: int | None = None) -> None:

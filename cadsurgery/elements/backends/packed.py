@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.backends.library import has_pairs
-from cadsurgery.elements.backends.native import can_expand, expand_depthwise, supports
+from cadsurgery.elements.backends.native import (
+    PRODUCT_ROWS,
+    can_expand,
+    expand_depthwise,
+    is_point,
+    map_size,
+    supports,
+)
 from cadsurgery.elements.backends.weights import Activation, Factors, Pair, Weights
 
 
@@ -93,27 +100,48 @@ class PackedLinear(PackedConv):
 
 
 class PackedPair(nn.Module):
-    """A 1x1 convolution of a dense map and the depthwise one that alone reads its result: where there is compiled code
-    for both at once, what is between them, the largest map of many networks, is never in memory as a whole."""
+    """A 1x1 convolution of a dense map and the depthwise one that alone reads its result; and maybe the 1x1 convolution
+    that alone reads that one's. Where there is compiled code for them at once what is between them, the largest maps of
+    many networks, is never in memory as a whole."""
 
-    def __init__(self, first: PackedConv, then: PackedConv) -> None:
-        """Take both, of dense maps."""
+    def __init__(self, first: PackedConv, then: PackedConv, last: PackedConv | None = None) -> None:
+        """Take them, of dense maps."""
         super().__init__()
-        self.first, self.then = first, then
+        self.first, self.then, self.last = first, then, last
 
     @staticmethod
     def joins(first: PackedConv, then: PackedConv) -> bool:
         """Whether there may be compiled code for the two."""
-        if first.window is None or then.window is None or first.window[:2] != ((1, 1), (0, 0)):
+        if not _is_point(first) or then.window is None:
             return False
         stride, _, dilation = then.window
         return can_expand(first.weights, then.weights, stride, dilation)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, O, H', W') from (B, C, H, W)."""
-        if not (supports(image) and has_pairs(image.dtype) and image.numel()) or self.first.meets_nan:
-            found: Tensor = self.then(self.first(image))
-            return found
-        assert self.then.window is not None
-        stride, padding, _ = self.then.window
-        return expand_depthwise(image, self.first.weights, self.then.weights, stride, padding)
+    def joins_last(self, last: PackedConv) -> bool:
+        """Whether there may be compiled code for another one, too."""
+        return self.last is None and _is_point(last) and is_point(last.weights)
+
+    def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, O, H', W') from (B, C, H, W); a residual is added to what the last convolution gives."""
+        first, then, last = self.first, self.then, self.last
+        assert then.window is not None
+        stride, padding, _ = then.window
+        if not supports(image) or not has_pairs(image.dtype) or not image.numel():
+            return self._one_by_one(image, residual)
+        if last is None:
+            return expand_depthwise(image, first.weights, then.weights, stride, padding)
+        height, width = image.shape[2:]
+        kernel = then.weight.shape[2], then.weight.shape[3]
+        size = map_size((height, width), kernel, stride, padding)
+        fits = residual is None or residual.shape == (image.shape[0], last.weight.shape[0], *size)
+        if size[1] < PRODUCT_ROWS or not fits:
+            return self._one_by_one(image, residual)
+        return expand_depthwise(image, first.weights, then.weights, stride, padding, last.weights, residual)
+
+    def _one_by_one(self, image: Tensor, residual: Tensor | None) -> Tensor:
+        found: Tensor = self.then(self.first(image))
+        return found if self.last is None else self.last(found, residual)
+
+
+def _is_point(kernel: PackedConv) -> bool:
+    return kernel.window is not None and kernel.window[:2] == ((1, 1), (0, 0))
