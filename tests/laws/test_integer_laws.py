@@ -42,6 +42,9 @@ SHAPES = {  # rows, channels, outputs, groups, taps
     "groups": (100, 24, 48, 4, 9),
     "depthwise": (100, 30, 30, 30, 9),
     "depthwise, whole vectors": (100, 64, 64, 64, 9),
+    "depthwise, half a vector left": (97, 96, 96, 96, 9),
+    "depthwise, more than half": (33, 110, 110, 110, 9),
+    "depthwise, many taps": (51, 80, 80, 80, 25),
     "no rows": (0, 8, 8, 1, 9),
 }
 ADDED = {"alone": None, "residual in 8 bits": Grid(0.02, 7), "residual": "float"}
@@ -78,7 +81,7 @@ def test_compiled_code_gives_the_bits_of_the_reference(
     form: str, shape: str, act: str, added: str, out: Any
 ) -> None:
     count, inputs, outputs, groups, taps = SHAPES[shape]
-    more, kernel = ADDED[added], (3, 3) if taps == 9 else (taps, 1)
+    more, kernel = ADDED[added], {9: (3, 3), 25: (5, 5)}.get(taps, (taps, 1))
     grid = more if isinstance(more, Grid) else None
     weights = weights_of(outputs, inputs, kernel, groups, activation=ACTIVATIONS[act], more=grid, out=out)
     residual = torch.randn(count, outputs) if more == "float" else None

@@ -218,19 +218,13 @@ class IntegerWeights:
         """Weight, offset, scale and bias of a depthwise convolution as `integer.c` reads them: of 64 channels four taps
         side by side, in the order in which processors interleave them: (16 channels, 4, 4) as (4, 16 channels, 4)."""
         if "by taps" not in self.forms:
-            channels, taps = self.weight.shape[0], self.weight[0].numel()
-            padded = self.weight.new_zeros(-(-channels // CHUNK) * CHUNK, -(-taps // 4) * 4)
-            padded[:channels, :taps] = self.weight.flatten(1)
-            parts = padded.view(-1, 4, 4, 4, padded.shape[1] // 4, 4).permute(0, 4, 2, 1, 3, 5)
-            rest = (self._pad_channels(value) for value in self.constants[:3])
-            self.forms["by taps"] = (parts.contiguous(), *rest)
+            taps = self.weight[0].numel()
+            padded = self.weight.new_zeros(len(self.weight), -(-taps // 4) * 4)
+            padded[:, :taps] = self.weight.flatten(1)
+            rest = [value.unsqueeze(1) for value in self.constants[:3]]
+            self.forms["by taps"] = tuple(map(_interleave, (padded, *rest)))
         forms: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["by taps"]
         return forms
-
-    def _pad_channels(self, values: Tensor) -> Tensor:
-        padded = values.new_zeros(-(-len(values) // CHUNK) * CHUNK)
-        padded[: len(values)] = values
-        return padded.view(-1, 4, 4, 4).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,6 +318,18 @@ class Integers(Backend):
         name, groups = ("depthwise", ()) if by_taps else ("convolve", (weights.groups,))
         _run(name, own_form, ctypes.byref(read), ctypes.byref(result), weight, *groups)
         return out
+
+
+def _interleave(values: Tensor) -> Tensor:
+    """Values (channels, taps or 1) by 64 channels, which `depthwise` of `integer.c` has in the order of its vectors. Half a
+    vector of channels left is there twice: it takes two rows at once."""
+    channels, last = len(values), values[len(values) // CHUNK * CHUNK :]
+    padded = values.new_zeros(-(-channels // CHUNK) * CHUNK, values.shape[1])
+    padded[:channels] = values
+    if 0 < len(last) <= CHUNK // 2:
+        padded[-CHUNK // 2 :][: len(last)] = last
+    at_once = min(4, values.shape[1])
+    return padded.view(-1, 4, 4, 4, values.shape[1] // at_once, at_once).permute(0, 4, 2, 1, 3, 5).contiguous()
 
 
 def _is_exact_in_float(weights: IntegerWeights) -> bool:
