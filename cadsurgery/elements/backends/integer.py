@@ -329,7 +329,9 @@ def _interleave(values: Tensor) -> Tensor:
     if 0 < len(last) <= CHUNK // 2:
         padded[-CHUNK // 2 :][: len(last)] = last
     at_once = min(4, values.shape[1])
-    return padded.view(-1, 4, 4, 4, values.shape[1] // at_once, at_once).permute(0, 4, 2, 1, 3, 5).contiguous()
+    return (
+        padded.view(-1, 4, 4, 4, values.shape[1] // at_once, at_once).permute(0, 4, 2, 1, 3, 5).contiguous()
+    )
 
 
 def _is_exact_in_float(weights: IntegerWeights) -> bool:

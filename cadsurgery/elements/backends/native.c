@@ -21,7 +21,7 @@ typedef ELEMENT element;
 typedef ELEMENT sum;
 #endif
 
-enum { LANES = 64 / sizeof(sum), TILE = 4, TAPS = 128 };
+enum { LANES = 64 / sizeof(sum), TILE = 4, TAPS = 128, FEW = 4 };
 typedef sum lane __attribute__((vector_size(64)));
 #ifndef WIDE
 typedef int32_t mask __attribute__((vector_size(64)));
@@ -341,7 +341,34 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
 }
 #endif
 
+/* Of up to FEW rows, whose places and shares stay in registers; one without a share is not read. */
+static inline __attribute__((always_inline)) void mix_few(const element *const *from, const sum *shares, long channels, element *out, const int many) {
+    const element *rows[FEW];
+    lane each[FEW];
+    for (int i = 0; i < many; i++) rows[i] = from[i], each[i] = (lane){} + shares[i];
+    long start = 0;
+    for (; start + LANES <= channels; start += LANES) {
+        lane total = each[0] * load(rows[0] + start);
+        for (int i = 1; i < many; i++) total += each[i] * load(rows[i] + start);
+        store_some(out + start, total, LANES);
+    }
+    if (start < channels) {
+        lane total = each[0] * load_some(rows[0] + start, channels - start);
+        for (int i = 1; i < many; i++) total += each[i] * load_some(rows[i] + start, channels - start);
+        store_some(out + start, total, channels - start);
+    }
+}
+
 static inline void mix_row(const reading *in, const int32_t *entries, const sum *shares, long many, element *out) {
+    if (many <= FEW) {
+        const element *from[FEW];
+        sum known[FEW];
+        int used = 0;
+        for (long i = 0; i < many; i++)
+            if (shares[i] != 0) from[used] = row(in, entries[i]), known[used++] = shares[i];
+        if (used == 4) return mix_few(from, known, in->channels, out, 4);
+        if (used == 2) return mix_few(from, known, in->channels, out, 2);
+    }
     for (long start = 0; start < in->channels; start += LANES) {
         long some = in->channels - start;
         lane total = {};
