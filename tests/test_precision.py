@@ -20,6 +20,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import CadWarning
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
+torch.manual_seed(0)  # whatever is collected before
 CALIBRATION = [images(2, 65, 97), images(1, 64, 96)]
 
 
@@ -213,7 +214,7 @@ def test_first_layers_stay_in_float_until_outputs_differ_by_as_little_as_wanted(
     assert first == list(nearer.quantisation.layers[:4]) and all(
         "one of the first" in one.why for one in first
     )
-    assert relative_error(nearer(x), net(x)) < relative_error(fast(x), net(x))
+    assert (nearer(x) - net(x)).norm() < (fast(x) - net(x)).norm()
     same = net.optimize(**known, largest_error=1.0)
     assert_same(same(x), fast(x))
 

@@ -44,8 +44,8 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
 from cadsurgery.surgery.hooks import child
 
-# Images whose layers are compared, values of each map of an image that grids are chosen by, besides the share of them at
-# either end that all are, and the share of the squared errors of all layers that one may have before it stays in
+# Images whose layers are compared; values of each map of an image that grids are chosen by, and the share at either
+# end of which all are taken; the share of the squared errors of all layers that one may have before it stays in
 # float32, if these errors are more than so much.
 _COMPARED, _SAMPLES, _END, _SHARE, _HARMLESS = 2, 65536, 1e-3, 0.2, 0.03
 # So much of the outputs' error has to be gained where layers stay in float32, and nothing is worth it below so much.

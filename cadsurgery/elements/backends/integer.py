@@ -321,8 +321,8 @@ class Integers(Backend):
 
 
 def _interleave(values: Tensor) -> Tensor:
-    """Values (channels, taps or 1) by 64 channels, which `depthwise` of `integer.c` has in the order of its vectors. Half a
-    vector of channels left is there twice: it takes two rows at once."""
+    """Values (channels, taps or 1) by 64 channels, in the order of the vectors of `depthwise` in `integer.c`. No more
+    than half a vector of channels left are there twice: it takes two rows at once."""
     channels, last = len(values), values[len(values) // CHUNK * CHUNK :]
     padded = values.new_zeros(-(-channels // CHUNK) * CHUNK, values.shape[1])
     padded[:channels] = values
