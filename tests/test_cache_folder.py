@@ -18,8 +18,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from cadsurgery.elements.backends import costs, native
+from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.costs import Costs
+from cadsurgery.elements.backends.library import _load
 from cadsurgery.support import files
 from cadsurgery.support.files import cache_folder, keep_whole
 
@@ -186,15 +187,15 @@ def linked(path: Path) -> None:
 def test_a_library_that_is_not_whole_or_not_ours_is_not_loaded(
     library: Path, damage: Callable[[Path], None]
 ) -> None:
-    assert native._load(library) is not None
+    assert _load(library) is not None
     damage(library)
-    assert native._load(library) is None
+    assert _load(library) is None
 
 
 @needs_compiler
 def test_a_library_of_somebody_else_is_not_loaded(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: library.stat().st_uid + 1)
-    assert native._load(library) is None
+    assert _load(library) is None
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import pickle
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from cadsurgery.elements.backends.choose import (
 )
 from cadsurgery.elements.backends.costs import Costs
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
-from cadsurgery.elements.backends.weights import Activation, Weights
+from cadsurgery.elements.backends.weights import Activation, Factors, Weights
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Geometry
@@ -519,22 +520,60 @@ def test_without_a_compiler_the_results_are_the_same(name: str, monkeypatch: pyt
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("channels", "outputs"), [(5, 64), (70, 120), (33, 56), (40, 17), (9, 1), (8, 48), (8, 80), (8, 96)]
+    ("channels", "outputs"),
+    [(5, 64), (70, 120), (33, 56), (40, 17), (9, 1), (8, 48), (8, 80), (8, 96), (1101, 70)],
 )
 @pytest.mark.parametrize("taps", [1, 9])
 def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps: int) -> None:
     rows, reading, whole = read(dtype, channels, taps)
     weight, bias = torch.randn(outputs, channels, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
-    assert native.has_product(weight) and not native.has_product(weight.bfloat16())
+    if not native.has_product(weight):
+        assert dtype == torch.bfloat16  # whose products few processors have
+        return
     more = torch.randn(37, outputs).to(dtype)
     weights = Weights(weight, bias, 1, CLAMP)
     found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
     gathered = whole.double()[reading.table.long()]
     expected = torch.einsum("ntc,oct->no", gathered, weight.double()[:, :, 0])
     expected = (expected + bias.double() + more.double()).clamp(0, 6)
-    assert_same(found.double(), expected, 1e-5 if dtype == torch.float32 else 1e-12)
+    assert_same(
+        found.double(),
+        expected,
+        {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype] * channels**0.5,
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("group", "channels"), [(0, 64), (0, 21), (1, 64), (1, 77), (2, 6)])
+@pytest.mark.parametrize("by", ["nothing", "level"])
+@torch.no_grad()
+def test_compiled_convolutions_scale_by_level(dtype: torch.dtype, group: int, channels: int, by: str) -> None:
+    """Ungrouped (0) and in groups, with 9 taps and with 4, without a residual."""
+    levels = torch.randint(0, 3, (2, 4, 3)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    lattice = Geometry((2, 2), fill="linear").lattice(levels).at(2)
+    rows = torch.randn(len(lattice), channels).to(dtype)
+    for side in (3, 2):
+        inner = group or channels
+        weight = torch.randn(channels, inner, side, side).to(dtype)
+        factors = Factors(*torch.randn(2, 3, channels).to(dtype)) if by == "level" else None
+        weights = Weights(
+            weight, torch.randn(channels).to(dtype), channels // inner, CLAMP, {}, levels=factors
+        )
+        window = Window((side, side), 1, (1, 1), (1, 1, 1, 1), spacing=4)
+        work = Convolution(rows, weights, Between(lattice, lattice, window))
+        if not group and not native.has_product(weight):
+            return
+        found = native.Native().convolve(work)
+        exact = replace(weights, weight=weight.double(), bias=weights.bias.double(), forms=None)
+        sums = replace(work, rows=rows.double(), weights=replace(exact, activation=None, levels=None))
+        expected = choose.BACKENDS[-1].convolve(sums)  # type: ignore[attr-defined]
+        if factors is not None:
+            expected = factors.apply(expected, lattice)
+        tolerance = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 5e-2}[dtype]
+        assert_same(found.double(), expected.clamp(0, 6), tolerance)
 
 
 # -- the cost model ------------------------------------------------------------------------------------

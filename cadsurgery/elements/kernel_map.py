@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.backends import maps
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.sizes import divide_up, holds, least, most
 from cadsurgery.support.errors import InvalidInput
@@ -330,7 +331,8 @@ def divisors(
 def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     """The common case: every tap is the anchor moved by the same vector, and reads zero outside the map.
 
-    One integer per element plus one per tap is the place in a padded map of rows.
+    One integer per element plus one per tap is the place in a padded map of rows. Compiled code does the same entry by
+    entry.
     """
     height, width = source.size
     top, _, left, _ = window.padding
@@ -338,6 +340,12 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
     above, below, before, after = (most(0, step) for step in (-down[0], down[-1], -across[0], across[-1]))
     padding = (before, after, above, below)
+    has_outside = not all(holds(length == 0) for length in padding)
+    if source.capacity is None and target.capacity is None and maps.supports(source.index):
+        cells = (source.index, source.anchors, source.side_map.flatten())
+        sizes = ((height, width), target.size)
+        found = maps.shift_taps(cells, target.anchors, sizes, (down, across), _has_halo(source))
+        return Reading(*found, has_outside)
     outside = _OUTSIDE if source.is_open else source.count
     padded = F.pad(_rows_or_pixels(source).view(-1, height, width), padding, value=outside).flatten()
     image, y, x = target.coordinates
@@ -347,7 +355,7 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     table = padded[place.unsqueeze(1) + steps]
     if source.is_open:
         table = torch.where(table == _OUTSIDE, _number(source.count, table), table)
-    return _with_halo(source, table, not all(holds(length == 0) for length in padding))
+    return _with_halo(source, table, has_outside)
 
 
 def _taps_of_phases(source: Lattice, target: Lattice, window: Window) -> Reading:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from cadsurgery.elements import functional
+from cadsurgery.elements.backends import maps
+from cadsurgery.elements.backends.library import library
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -282,6 +285,26 @@ def test_kernel_map_satisfies_its_defining_equation_in_both_directions(data: st.
             reader = rows_of.get((b, y - dy, x - dx))
             if reader is not None:
                 assert table[reader][column] == row
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler here")
+@QUICK
+@given(st.data())
+def test_compiled_kernel_maps_are_those_of_torch(data: st.DataObject) -> None:
+    """Entry for entry, the rows of the halo in the same order, their shares to the last bit."""
+    world = data.draw(worlds())
+    step = data.draw(steps(world))
+    found = []
+    for is_compiled in (True, False):
+        source = world.geometry.lattice(world.lattice.pyramid.levels).at(step.source)
+        target = source.at(step.target, step.window.output_size(source.size))
+        with patch.object(maps, "supports", lambda index, answer=is_compiled: answer):
+            found.append(kernel_map(source, target, step.window))
+    compiled, expected = found
+    assert compiled.has_outside == expected.has_outside
+    for name in ("table", "sources", "mix"):
+        one, other = getattr(compiled, name), getattr(expected, name)
+        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 @QUICK

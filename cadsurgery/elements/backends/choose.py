@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from cadsurgery.elements.backends.library import is_observed as is_observed
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.elements.near import find_near
@@ -276,11 +276,6 @@ def compute(work: Work, backend: Backend | None = None) -> Any:
         with torch.profiler.record_function(f"{work.task} ({backend.name})"):
             return run(work)
     return run(work)
-
-
-def is_observed() -> bool:
-    """Whether torch counts, records or compiles what is called: it does not see compiled code."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 /* Operations on rows of elements that torch has no fast form of: gathering with a halo, grouped convolution, pooling.
  *
  * Compiled once per element type with -DSUFFIX(name)=... and either -DELEMENT=float, -DELEMENT=double, -DBF16 (bfloat16
- * kept as its 16 bits, summed in float) or -DBYTES (whole numbers of 0..255, summed in float, rounded to even). `rows` are (count, channels); an entry r of the kernel map `table`
- * (n, taps) reads row r, for r == count the row `outside`, above that row r - count - 1 of `halo`.
+ * kept as its 16 bits, summed in float) or -DBYTES (whole numbers of 0..255, summed in float, rounded to even). `rows`
+ * are (count, channels); an entry r of the kernel map `table` (n, taps) reads row r, for r == count the row `outside`,
+ * above that row r - count - 1 of `halo`.
  */
 #include <stdint.h>
 #include <string.h>
-#if defined(BYTES) && defined(__AVX512F__) /* of bytes compilers make other vectors one by one */
+#ifdef __AVX512F__ /* of narrow values compilers make other vectors in pieces */
 #include <immintrin.h>
 #endif
 
@@ -21,7 +22,11 @@ typedef ELEMENT element;
 typedef ELEMENT sum;
 #endif
 
-enum { LANES = 64 / sizeof(sum), TILE = 4, TAPS = 128, FEW = 4 };
+#if defined(BF16) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define PAIRS /* sums of products of two values side by side in one instruction */
+#endif
+
+enum { LANES = 64 / sizeof(sum), TILE = 4, TAPS = 128 };
 typedef sum lane __attribute__((vector_size(64)));
 #ifndef WIDE
 typedef int32_t mask __attribute__((vector_size(64)));
@@ -42,8 +47,11 @@ static inline lane load(const element *from) {
     typedef uint32_t wide __attribute__((vector_size(64)));
     narrow bits;
     memcpy(&bits, from, sizeof bits);
-    wide shifted = __builtin_convertvector(bits, wide) << 16;
-    memcpy(&value, &shifted, sizeof value);
+#ifdef __AVX512F__
+    value = (lane)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#else
+    value = (lane)(__builtin_convertvector(bits, wide) << 16);
+#endif
 #elif defined(BYTES)
     typedef uint8_t narrow __attribute__((vector_size(16)));
     narrow bytes;
@@ -68,11 +76,12 @@ static inline lane load_some(const element *from, long some) {
 }
 
 static inline void store_some(element *to, lane value, long some) {
-#ifdef BF16
+#ifdef PAIRS
+    __m256bh part = _mm512_cvtneps_pbh((__m512)value); /* below the least normal number: 0 */
+#elif defined(BF16)
     typedef uint32_t wide __attribute__((vector_size(64)));
     typedef uint16_t narrow __attribute__((vector_size(32)));
-    wide bits;
-    memcpy(&bits, &value, sizeof bits);
+    wide bits = (wide)value;
     wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
     wide is_nan = (wide)(value != value);
     narrow part = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), narrow);
@@ -92,6 +101,16 @@ static inline void store_some(element *to, lane value, long some) {
 
 static inline lane choose(mask which, lane yes, lane no) {
     return (lane)((which & (mask)yes) | (~which & (mask)no));
+}
+
+/* NaN stays NaN. */
+static inline lane clamp(lane value, lane least, lane most) {
+#if defined(__AVX512F__) && !defined(WIDE)
+    return (lane)_mm512_min_ps((__m512)most, _mm512_max_ps((__m512)least, (__m512)value));
+#else
+    value = choose(value < least, least, value);
+    return choose(value > most, most, value);
+#endif
 }
 
 static inline lane load_some_sums(const sum *from, long some) {
@@ -128,13 +147,25 @@ typedef struct {
     sum low, high;
 } product;
 
+/* What follows the sums of some channels of element `at`, those from `start`. */
+static inline __attribute__((always_inline)) lane follow(
+    const product *p, lane value, long at, long start, long channels, long some) {
+    lane least = (lane){} + p->low, most = (lane){} + p->high;
+    if (p->by.scale) {
+        long own = (p->by.levels ? p->by.levels[at] * channels : 0) + start;
+        value = value * load_some_sums(p->by.scale + own, some) + load_some_sums(p->by.shift + own, some);
+    }
+    if (p->more) value += load_some(p->more + at * channels + start, some);
+    return clamp(value, least, most);
+}
+
 /* One tile of elements, `wide` vectors of channels from `start`. `group` (channels of a group), `wide` and `whole` (no
  * vector reaches beyond the last channel) are constants where this is inlined, so that the sums stay in registers. */
 static inline __attribute__((always_inline)) void convolve(
     const reading *in, const product *p, const mask *spread, const element *const (*from)[TAPS], long tile, long start,
     const long group, const int wide, const int whole) {
     long channels = in->channels, padded = (channels + LANES - 1) / LANES * LANES;
-    lane result[TILE][2], least = (lane){} + p->low, most = (lane){} + p->high;
+    lane result[TILE][2];
 #pragma GCC unroll 4
     for (int i = 0; i < TILE; i++)
 #pragma GCC unroll 2
@@ -164,17 +195,9 @@ static inline __attribute__((always_inline)) void convolve(
     for (int i = 0; i < TILE; i++)
 #pragma GCC unroll 2
         for (int v = 0; v < wide; v++) {
-            if (tile + i >= in->n) continue;
-            long at = (tile + i) * channels + start + v * LANES, some = whole ? LANES : channels - start;
-            lane value = result[i][v];
-            if (p->by.scale) {
-                long own = (p->by.levels ? p->by.levels[tile + i] * channels : 0) + start + v * LANES;
-                value = value * load_some_sums(p->by.scale + own, some) + load_some_sums(p->by.shift + own, some);
-            }
-            if (p->more) value += load_some(p->more + at, some);
-            value = choose(value < least, least, value);
-            value = choose(value > most, most, value);
-            store_some(p->out + at, value, some);
+            long at = tile + i, first = start + v * LANES, some = whole ? LANES : channels - start;
+            if (at < in->n)
+                store_some(p->out + at * channels + first, follow(p, result[i][v], at, first, channels, some), some);
         }
 }
 
@@ -212,14 +235,113 @@ void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, cons
     else if (LANES == 16) convolve_all(in, &p, 16);
 }
 
-#if !defined(BF16) && !defined(BYTES) /* which have instructions of their own: oneDNN's, and those of integer.c */
-enum { ROWS = 6, BLOCK = 16 * ROWS, WIDE_PRODUCT = 4, CHUNK = WIDE_PRODUCT * LANES, DEPTH = 512 };
+#ifdef PAIRS
+enum { MANY = 2 * LANES, NEAR = 1152 };
 
-/* total[i] += a[i] B for ROWS rows of `channels` values and the first `wide` vectors of B (channels, CHUNK): up to 24 sums
- * stay in registers. `wide` is a constant where this is inlined. */
+static inline __m512i load_many(const element *from, __mmask32 which, const int whole) {
+    return whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(which, from);
+}
+
+/* MANY channels, those from `start`, of `many` elements from `first`; `from` are the rows that their taps read. `taps`,
+ * `whole` (there are so many channels) and `plain` (nothing but clamping follows) may be constants where this is inlined.
+ * Sums are those of the first half of each quarter of the channels, and those of the second. */
+static inline __attribute__((always_inline)) void convolve_pairs(
+    const product p, const element *weight, const element *const *from, long first, long many, long channels,
+    long start, const long taps, const int whole, const int plain) {
+    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+    const lane least = (lane){} + p.low, most = (lane){} + p.high;
+    const lane offset[2] = {load_some_sums(p.bias + start, LANES), load_some_sums(p.bias + start + LANES, LANES)};
+    const __mmask32 which = whole ? ~0u : (1u << (channels - start)) - 1;
+    for (long i = 0; i < many; i++, from += taps) {
+        __m512 near = _mm512_setzero_ps(), far = near;
+#pragma GCC unroll 8
+        for (long tap = 0; tap < taps; tap += 2) {
+            const element *w = weight + tap * MANY;
+            __m512i a = load_many(from[tap] + start, which, whole), b = _mm512_setzero_si512();
+            if (tap + 1 < taps) b = load_many(from[tap + 1] + start, which, whole);
+            near = _mm512_dpbf16_ps(near, (__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_loadu_si512(w));
+            far = _mm512_dpbf16_ps(far, (__m512bh)_mm512_unpackhi_epi16(a, b), (__m512bh)_mm512_loadu_si512(w + MANY));
+        }
+        lane value[2] = {offset[0] + (lane)_mm512_permutex2var_ps(near, lower, far),
+                         offset[1] + (lane)_mm512_permutex2var_ps(near, upper, far)};
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) {
+            long begin = start + v * LANES;
+            if (plain) value[v] = clamp(value[v], least, most);
+            else if (begin < channels) value[v] = follow(&p, value[v], first + i, begin, channels, channels - begin);
+        }
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)value[1], (__m512)value[0]);
+        element *to = p.out + (first + i) * channels + start;
+        if (whole) _mm512_storeu_si512(to, both);
+        else _mm512_mask_storeu_epi16(to, which, both);
+    }
+}
+
+/* `grouped` of groups of one channel, two taps of MANY channels at once. weight is (chunks of channels, pairs of taps, 2,
+ * MANY / 2, 2) in the order of `convolve_pairs`, zeros behind the last tap and channel; bias is (chunks * MANY).
+ *
+ * Of a few elements a chunk of channels is finished before the next is begun: what several of them read of it stays in
+ * the first cache. */
+void SUFFIX(depthwise)(const reading *in, const element *weight, const sum *bias, const int32_t *levels,
+                       const sum *scale, const sum *shift, const element *more, element *out, double low, double high) {
+    const product p = {0, bias, {levels, scale, shift}, more, out, low, high};
+    const long channels = in->channels, taps = in->taps, block = NEAR / taps, step = (taps + 1) / 2 * 2 * MANY;
+    const int plain = !scale && !more;
+#pragma omp parallel for schedule(static)
+    for (long begin = 0; begin < in->n; begin += block) {
+        const element *from[NEAR];
+        const int32_t *entries = in->table + begin * taps;
+        long many = in->n - begin < block ? in->n - begin : block;
+        for (long i = 0; i < many * taps; i++) from[i] = row(in, entries[i]);
+        for (long start = 0; start < channels; start += MANY) {
+            const element *w = weight + start / MANY * step;
+            const int whole = channels - start >= MANY;
+            if (whole && plain && taps == 9) convolve_pairs(p, w, from, begin, many, channels, start, 9, 1, 1);
+            else if (whole && plain) convolve_pairs(p, w, from, begin, many, channels, start, taps, 1, 1);
+            else if (whole) convolve_pairs(p, w, from, begin, many, channels, start, taps, 1, 0);
+            else convolve_pairs(p, w, from, begin, many, channels, start, taps, 0, 0);
+        }
+    }
+}
+#endif
+
+#if defined(PAIRS) || !defined(BF16) && !defined(BYTES) /* what has no such instruction is left to oneDNN, bytes to integer.c */
+#ifdef PAIRS
+enum { SIDE = 2 }; /* channels of an output side by side */
+#else
+enum { SIDE = 1 };
+#endif
+enum { ROWS = 6, BLOCK = 16 * ROWS, WIDE_PRODUCT = 4, CHUNK = WIDE_PRODUCT * LANES, DEPTH = 512 * SIDE };
+
+/* total[i] += a[i] B for ROWS rows of `channels` values and the first `wide` vectors of B (channels, CHUNK), or of pairs
+ * of channels (channels / 2, CHUNK, 2): up to 24 sums stay in registers. `wide` is a constant where this is inlined. */
 static inline __attribute__((always_inline)) void accumulate(
     lane total[ROWS][WIDE_PRODUCT], const element *const *a, long channels, const element *b, const int wide) {
     const element *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
+#ifdef PAIRS
+    long c = 0;
+    for (; c + 1 < channels; c += 2) {
+        __m512bh by[WIDE_PRODUCT];
+        int32_t value[ROWS];
+        memcpy(value, a0 + c, 4), memcpy(value + 1, a1 + c, 4), memcpy(value + 2, a2 + c, 4);
+        memcpy(value + 3, a3 + c, 4), memcpy(value + 4, a4 + c, 4), memcpy(value + 5, a5 + c, 4);
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) by[j] = (__m512bh)_mm512_loadu_si512(b + c * CHUNK + 2 * j * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < wide; j++)
+                total[i][j] = (lane)_mm512_dpbf16_ps((__m512)total[i][j], (__m512bh)_mm512_set1_epi32(value[i]), by[j]);
+    }
+    if (c < channels)
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < wide; j++)
+                total[i][j] = (lane)_mm512_dpbf16_ps((__m512)total[i][j], (__m512bh)_mm512_set1_epi32(a[i][c]),
+                                                     (__m512bh)_mm512_loadu_si512(b + c * CHUNK + 2 * j * LANES));
+#else
     for (long c = 0; c < channels; c++) {
         lane by[WIDE_PRODUCT];
         element value[ROWS] = {a0[c], a1[c], a2[c], a3[c], a4[c], a5[c]};
@@ -230,16 +352,17 @@ static inline __attribute__((always_inline)) void accumulate(
 #pragma GCC unroll 4
             for (int j = 0; j < wide; j++) total[i][j] += value[i] * by[j];
     }
+#endif
 }
 
 /* Sums that lie in memory, (ROWS, CHUNK). */
 static inline __attribute__((always_inline)) void multiply(
-    const element *const *a, long channels, const element *b, element *sums, const int wide) {
+    const element *const *a, long channels, const element *b, sum *sums, const int wide) {
     lane total[ROWS][WIDE_PRODUCT];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < wide; j++) total[i][j] = load(sums + i * CHUNK + j * LANES);
+        for (int j = 0; j < wide; j++) memcpy(&total[i][j], sums + i * CHUNK + j * LANES, sizeof(lane));
     accumulate(total, a, channels, b, wide);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
@@ -250,13 +373,13 @@ static inline __attribute__((always_inline)) void multiply(
 /* `multiply` of all there is to sum, whose sums start at the bias: they leave for `out` from the registers. For ROWS rows
  * side by side in `out`, and whole vectors only. */
 static inline __attribute__((always_inline)) void multiply_once(
-    const element *const *a, long channels, const element *b, const element *bias, by_level by, const element *more,
+    const element *const *a, long channels, const element *b, const sum *bias, by_level by, const element *more,
     element *out, long outputs, const lane *limits, const int wide) {
     lane total[ROWS][WIDE_PRODUCT];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < wide; j++) total[i][j] = load(bias + j * LANES);
+        for (int j = 0; j < wide; j++) total[i][j] = load_some_sums(bias + j * LANES, LANES);
     accumulate(total, a, channels, b, wide);
     lane least = limits[0], most = limits[1]; /* in no register until here */
 #pragma GCC unroll 6
@@ -266,36 +389,35 @@ static inline __attribute__((always_inline)) void multiply_once(
             lane value = total[i][j];
             if (by.levels) {
                 long own = by.levels[i] * outputs + j * LANES;
-                value = value * load(by.scale + own) + load(by.shift + own);
+                value = value * load_some_sums(by.scale + own, LANES) + load_some_sums(by.shift + own, LANES);
             }
             if (more) value += load(more + i * outputs + j * LANES);
-            value = choose(value < least, least, value);
-            value = choose(value > most, most, value);
-            memcpy(out + i * outputs + j * LANES, &value, sizeof value);
+            store_some(out + i * outputs + j * LANES, clamp(value, least, most), LANES);
         }
 }
 
 /* Ungrouped convolution without gathering: rows are read where they lie. out (n, outputs) is clamped to low..high after
- * `more`, if any, is added; see `by_level`. weight is (chunks, taps, channels, CHUNK) and bias (chunks * CHUNK), outputs padded.
+ * `more`, if any, is added; see `by_level`. weight is (chunks, taps, channels, CHUNK), or of pairs of channels (chunks, taps,
+ * channels / 2, CHUNK, 2), a zero beside an odd one, and bias (chunks * CHUNK), outputs padded.
  *
  * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
  * weights for one chunk of outputs and DEPTH channels. */
-void SUFFIX(product)(const reading *in, const element *weight, const element *bias, const int32_t *levels,
-                     const element *scale, const element *shift, const element *more, element *out, long outputs,
-                     double low, double high) {
-    long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK;
-    const lane limits[2] = {(lane){} + (element)low, (lane){} + (element)high};
+void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
+                     const sum *shift, const element *more, element *out, long outputs, double low, double high) {
+    long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK, padded = (channels + SIDE - 1) / SIDE * SIDE;
+    const lane limits[2] = {(lane){} + (sum)low, (lane){} + (sum)high};
 #pragma omp parallel for schedule(dynamic)
     for (long first = 0; first < in->n; first += BLOCK) {
         long count = in->n - first < BLOCK ? in->n - first : BLOCK;
-        element sums[BLOCK * CHUNK] __attribute__((aligned(64)));
+        sum sums[BLOCK * CHUNK] __attribute__((aligned(64)));
         for (long chunk = 0; chunk < chunks; chunk++) {
             long some = outputs - chunk * CHUNK < CHUNK ? outputs - chunk * CHUNK : CHUNK;
             int wide = (some + LANES - 1) / LANES;
             long done = 0; /* rows of the block */
             if (in->taps == 1 && channels <= DEPTH && some % LANES == 0)
                 for (; done + ROWS <= count; done += ROWS) {
-                    const element *a[ROWS], *b = weight + chunk * channels * CHUNK, *own = bias + chunk * CHUNK;
+                    const element *a[ROWS], *b = weight + chunk * padded * CHUNK;
+                    const sum *own = bias + chunk * CHUNK;
                     for (int i = 0; i < ROWS; i++) a[i] = row(in, in->table[first + done + i]);
                     long at = (first + done) * outputs + chunk * CHUNK;
                     const element *add = more ? more + at : 0;
@@ -307,18 +429,18 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
                     else multiply_once(a, channels, b, own, by, add, out + at, outputs, limits, 1);
                 }
             for (long i = done; i < (count + ROWS - 1) / ROWS * ROWS; i++)
-                memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(element));
+                memcpy(sums + i * CHUNK, bias + chunk * CHUNK, CHUNK * sizeof(sum));
             for (long part = 0; part < channels; part += DEPTH)
                 for (long tap = 0; tap < in->taps; tap++) {
                     long depth = channels - part < DEPTH ? channels - part : DEPTH;
-                    const element *b = weight + ((chunk * in->taps + tap) * channels + part) * CHUNK;
+                    const element *b = weight + ((chunk * in->taps + tap) * padded + part) * CHUNK;
                     for (long tile = done; tile < count; tile += ROWS) {
                         const element *a[ROWS];
                         for (int i = 0; i < ROWS; i++) {
                             long e = first + (tile + i < count ? tile + i : count - 1);
                             a[i] = row(in, in->table[e * in->taps + tap]) + part;
                         }
-                        element *to = sums + tile * CHUNK;
+                        sum *to = sums + tile * CHUNK;
                         if (wide == 4) multiply(a, depth, b, to, 4);
                         else if (wide == 3) multiply(a, depth, b, to, 3);
                         else if (wide == 2) multiply(a, depth, b, to, 2);
@@ -326,14 +448,15 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
                     }
                 }
             for (long i = done; i < count; i++) {
-                const element *value = sums + i * CHUNK, *add = more ? more + (first + i) * outputs + chunk * CHUNK : 0;
-                element *to = out + (first + i) * outputs + chunk * CHUNK, floor = low, top = high;
+                long at = (first + i) * outputs + chunk * CHUNK;
                 long factors = levels ? levels[first + i] * outputs + chunk * CHUNK : 0;
-                for (long j = 0; j < some; j++) {
-                    element found = levels ? value[j] * scale[factors + j] + shift[factors + j] : value[j];
-                    if (add) found += add[j];
-                    found = found < floor ? floor : found;
-                    to[j] = found > top ? top : found;
+                for (long j = 0; j < some; j += LANES) {
+                    lane value = load_some_sums(sums + i * CHUNK + j, LANES);
+                    if (levels)
+                        value = value * load_some_sums(scale + factors + j, some - j) +
+                                load_some_sums(shift + factors + j, some - j);
+                    if (more) value += load_some(more + at + j, some - j);
+                    store_some(out + at + j, clamp(value, limits[0], limits[1]), some - j);
                 }
             }
         }
@@ -341,41 +464,29 @@ void SUFFIX(product)(const reading *in, const element *weight, const element *bi
 }
 #endif
 
-/* Of up to FEW rows, whose places and shares stay in registers; one without a share is not read. */
-static inline __attribute__((always_inline)) void mix_few(const element *const *from, const sum *shares, long channels, element *out, const int many) {
-    const element *rows[FEW];
-    lane each[FEW];
-    for (int i = 0; i < many; i++) rows[i] = from[i], each[i] = (lane){} + shares[i];
-    long start = 0;
-    for (; start + LANES <= channels; start += LANES) {
-        lane total = each[0] * load(rows[0] + start);
-        for (int i = 1; i < many; i++) total += each[i] * load(rows[i] + start);
-        store_some(out + start, total, LANES);
-    }
-    if (start < channels) {
-        lane total = each[0] * load_some(rows[0] + start, channels - start);
-        for (int i = 1; i < many; i++) total += each[i] * load_some(rows[i] + start, channels - start);
-        store_some(out + start, total, channels - start);
+/* `many` is a constant where this is inlined, so that places and shares stay in registers. */
+static inline __attribute__((always_inline)) void mix_known(
+    const element *const *from, const sum *share, long channels, element *out, const long many) {
+    for (long start = 0; start < channels; start += LANES) {
+        long some = channels - start;
+        lane total = {};
+        if (some >= LANES)
+            for (long i = 0; i < many; i++) total += share[i] * load(from[i] + start);
+        else
+            for (long i = 0; i < many; i++) total += share[i] * load_some(from[i] + start, some);
+        store_some(out + start, total, some);
     }
 }
 
 static inline void mix_row(const reading *in, const int32_t *entries, const sum *shares, long many, element *out) {
-    if (many <= FEW) {
-        const element *from[FEW];
-        sum known[FEW];
-        int used = 0;
-        for (long i = 0; i < many; i++)
-            if (shares[i] != 0) from[used] = row(in, entries[i]), known[used++] = shares[i];
-        if (used == 4) return mix_few(from, known, in->channels, out, 4);
-        if (used == 2) return mix_few(from, known, in->channels, out, 2);
-    }
-    for (long start = 0; start < in->channels; start += LANES) {
-        long some = in->channels - start;
-        lane total = {};
-        for (long i = 0; i < many; i++)
-            if (shares[i] != 0) total += shares[i] * load_some(row(in, entries[i]) + start, some);
-        store_some(out + start, total, some);
-    }
+    const element *from[many];
+    sum share[many];
+    long kept = 0;
+    for (long i = 0; i < many; i++)
+        if (shares[i] != 0) from[kept] = row(in, entries[i]), share[kept++] = shares[i];
+    if (kept == 4) mix_known(from, share, in->channels, out, 4);
+    else if (kept == 2) mix_known(from, share, in->channels, out, 2);
+    else mix_known(from, share, in->channels, out, kept);
 }
 
 /* Weighted sums of rows: out[i] = sum over `taps` of mix[i] times the rows its table names; out is (n, channels). */
@@ -476,9 +587,7 @@ void SUFFIX(fill)(const reading *in, const uint8_t *there, const int32_t *index,
                 if (floor) value += rest * load_some(floor + start, some);
             }
             if (more) value += load_some(more + i * channels + start, some);
-            value = choose(value < bottom, bottom, value);
-            value = choose(value > top, top, value);
-            store_some(out + i * channels + start, value, some);
+            store_some(out + i * channels + start, clamp(value, bottom, top), some);
         }
     }
 }

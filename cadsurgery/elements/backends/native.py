@@ -1,22 +1,13 @@
-"""`native.c` and its loader: gathering, grouped convolution and pooling on rows in compiled code.
+"""`native.c`: convolutions, pooling, interpolation and gathering on rows in compiled code.
 
-The file is compiled once per machine with the C compiler found there and kept in the user's cache folder. Without a
-compiler (or with CADSURGERY_NATIVE=0) `library()` is None and the callers use torch operations, slower for grouped
-convolutions and pooling.
+Where there is none, see `library`, the callers use torch operations, slower for grouped convolutions and pooling.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,35 +25,16 @@ from cadsurgery.elements.backends.choose import (
     Pooling,
     Work,
     every_row,
-    is_observed,
     mix,
     outside_of,
 )
+from cadsurgery.elements.backends.library import ELEMENTS, is_observed, library
+from cadsurgery.elements.backends.library import INTEGER_FORMS as INTEGER_FORMS
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.support.files import cache_folder, is_private, keep_whole
 from cadsurgery.support.pages import new_memory
 
-SOURCE, INTEGERS, WARP = (Path(__file__).with_name(f"{name}.c") for name in ("native", "integer", "warp"))
-_HASH = hashlib.sha256().digest_size
 LANE_BYTES, PRODUCT_LANES, MOST_TAPS, GROUPS = 64, 4, 128, (1, 2, 4, 8, 16)
-_WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-_FLAGS = ("-O3", "-march=native", *_WIDEST, "-ffp-contract=fast", "-fopenmp", "-fPIC", "-c")
-_ELEMENTS: dict[torch.dtype, tuple[str, ...]] = {
-    torch.float32: ("float32", "-DELEMENT=float"),
-    torch.float64: ("float64", "-DELEMENT=double", "-DWIDE"),
-    torch.bfloat16: ("bfloat16", "-DBF16"),
-    torch.uint8: ("uint8", "-DBYTES"),
-}
-# Of `warp.c`, whose loops become vectors where no root sets errno and no quotient is caught.
-WARP_ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
-_WARP_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
-# Forms of `integer.c`, by the instructions they need; a compiler or a processor that has none of them builds none.
-_PLAIN_FLAGS = ("-O3", "-mtune=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-c")
-INTEGER_FORMS = {
-    "vnni": ("-DVNNI", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", *_WIDEST),
-    "avx2": ("-mavx2", "-mfma"),
-}
 
 
 class Rows(NamedTuple):
@@ -107,12 +79,14 @@ class Native(Backend):
         weights, reads = work.weights, work.reads
         if weights.groups > 1:
             return has_grouped_form(weights.weight, weights.groups)
-        # Its weight has to be packed: worth it where that is kept. oneDNN is a little faster, but makes code for each
-        # number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the maps of
-        # the first few sizes where that number follows from the size of the image alone.
+        # Its weight has to be packed: worth it where that is kept. In float32 oneDNN is a little faster, but makes code
+        # for each number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the
+        # maps of the first few sizes where that number follows from the size of the image alone.
         same_type = work.rows.dtype == weights.weight.dtype
         if weights.forms is None or not same_type or not has_product(weights.weight):
             return False
+        if work.rows.dtype == torch.bfloat16:
+            return True
         uniform = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
         return not (uniform and weights.is_among_first(reads.target.count))  # type: ignore[union-attr]
 
@@ -127,8 +101,15 @@ class Native(Backend):
         else:
             source, table = Rows.of(work), work.reading.table
             shape = (len(table), outputs)
-        dtype, act, grouped = work.rows.dtype, weights.activation, weights.groups > 1
-        pack = group_weight if grouped else product_weight
+        dtype, act, size = work.rows.dtype, weights.activation, weights.weight.shape[1]
+        pack: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+        sizes: tuple[int, ...]
+        if weights.groups == 1:
+            name, pack, sizes = "product", product_weight, (outputs,)
+        elif size == 1 and has_pairs(dtype):
+            name, pack, sizes = "depthwise", pair_weight, ()
+        else:
+            name, pack, sizes = "grouped", group_weight, (size,)
         packed = weights.form(("native", dtype), lambda: pack(weights.weight.to(dtype), weights.bias))
         bounds = act.bounds if act is not None else None
         more = work.residual.contiguous() if work.residual is not None else None
@@ -139,8 +120,7 @@ class Native(Backend):
             assert isinstance(work.reads, Between)
             factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
             levels = (work.reads.target.level_of_rows, *factors)
-        name, size = ("grouped", packed[0].shape[1]) if grouped else ("product", outputs)
-        call(name, source, table, *packed, *levels, more, out, size, *limits)
+        call(name, source, table, *packed, *levels, more, out, *sizes, *limits)
         return out if bounds or act is None else act.apply_(out)
 
     def pool(self, work: Pooling) -> Tensor:
@@ -217,26 +197,34 @@ class _Reading(ctypes.Structure):
 def supports(rows: Tensor) -> bool:
     """Whether there is compiled code for these rows; not while torch observes what is called."""
     return (
-        not is_observed() and rows.device.type == "cpu" and rows.dtype in _ELEMENTS and library() is not None
+        not is_observed() and rows.device.type == "cpu" and rows.dtype in ELEMENTS and library() is not None
     )
 
 
+def has_pairs(dtype: torch.dtype) -> bool:
+    """Whether the processor has sums of products of two values of a type side by side, as AVX512-BF16 has."""
+    return dtype == torch.bfloat16 and hasattr(library(), "depthwise_bfloat16")
+
+
 def has_product(weight: Tensor) -> bool:
-    """Whether `product` has a form for a kernel (O, C, kh, kw): not in bfloat16, for which oneDNN has instructions."""
-    return weight.dtype in (torch.float32, torch.float64)
+    """Whether `product` has a form for a kernel (O, C, kh, kw); without `has_pairs` oneDNN's in bfloat16 is faster."""
+    return weight.dtype in (torch.float32, torch.float64) or has_pairs(weight.dtype)
 
 
 def product_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece."""
+    """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece; of
+    bfloat16 two channels side by side."""
     outputs, channels, height, width = weight.shape
-    chunk = PRODUCT_LANES * LANE_BYTES // weight.dtype.itemsize
+    dtype = _sum_type(weight.dtype)
+    chunk, side = PRODUCT_LANES * LANE_BYTES // dtype.itemsize, dtype.itemsize // weight.dtype.itemsize
     padded = -(-outputs // chunk) * chunk
-    kernel = weight.new_zeros(padded, height * width, channels)
-    kernel[:outputs] = weight.detach().flatten(2).transpose(1, 2)
-    offset = kernel.new_zeros(padded)
+    kernel = weight.new_zeros(padded, height * width, -(-channels // side) * side)
+    kernel[:outputs, :, :channels] = weight.detach().flatten(2).transpose(1, 2)
+    offset = kernel.new_zeros(padded, dtype=dtype)
     if bias is not None:
         offset[:outputs] = bias.detach()
-    return kernel.view(-1, chunk, height * width, channels).permute(0, 2, 3, 1).contiguous(), offset
+    parts = kernel.view(-1, chunk, height * width, kernel.shape[2] // side, side)
+    return parts.permute(0, 2, 3, 1, 4).contiguous(), offset
 
 
 def has_grouped_form(weight: Tensor, groups: int) -> bool:
@@ -260,6 +248,20 @@ def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return kernel, offset
 
 
+def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a depthwise convolution as `depthwise` reads them: two taps side by side, channels padded."""
+    channels, taps = weight.shape[0], weight[0, 0].numel()
+    many = LANE_BYTES // weight.dtype.itemsize
+    chunks, pairs = -(-channels // many), -(-taps // 2)
+    kernel = weight.new_zeros(chunks * many, 2 * pairs)
+    kernel[:channels, :taps] = weight.detach().flatten(1)
+    offset = kernel.new_zeros(chunks * many, dtype=_sum_type(weight.dtype))
+    if bias is not None:
+        offset[:channels] = bias.detach()
+    quarters = kernel.view(chunks, 4, 2, many // 8, pairs, 2)
+    return quarters.permute(0, 4, 2, 1, 3, 5).contiguous(), offset
+
+
 def call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> None:
     """A function of the library: tensors go as pointers, None as none."""
     rows, halo = source.rows.contiguous(), source.halo
@@ -269,7 +271,7 @@ def call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | N
         *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
         *(table.data_ptr(), rows.shape[0] if count is None else count, *table.shape, rows.shape[1]),
     )
-    function = getattr(library(), f"{name}_{_ELEMENTS[rows.dtype][0]}")
+    function = getattr(library(), f"{name}_{ELEMENTS[rows.dtype][0]}")
     function(ctypes.byref(reading), *map(_for_c, arguments))
 
 
@@ -283,79 +285,3 @@ def _for_c(value: Tensor | float | None) -> Any:
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.uint8) else dtype
-
-
-@cache
-def library() -> Any:
-    """The compiled code, or None."""
-    compiler = shutil.which(os.environ.get("CC", "") or "cc") or shutil.which("gcc")
-    if compiler is None or os.environ.get("CADSURGERY_NATIVE", "1") == "0" or platform.system() != "Linux":
-        return None
-    try:
-        folder = cache_folder()
-        if folder is None:
-            return None
-        target = folder / f"native-{_fingerprint(compiler)}.so"
-        compiled = _load(target)
-        if compiled is None:
-            _build(compiler, target)
-            compiled = _load(target)
-        return compiled
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _load(path: Path) -> Any:
-    """The library of a file, if it is this user's and whole: one that is cut off would end the process, and every
-    later one, when it is first used. None otherwise.
-
-    Its last bytes are the hash of all before them. What is loaded is the very file that was looked at, by its
-    descriptor, whatever its name stands for by then.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        data = file.read() if is_private(os.fstat(descriptor)) else b""
-        if hashlib.sha256(data[:-_HASH]).digest() != data[-_HASH:]:
-            return None
-        name = f"/proc/self/fd/{descriptor}"
-        # OpenMP's symbols are those of torch's own runtime: a second one would compete for the cores.
-        return ctypes.CDLL(name if os.path.exists(name) else str(path))
-
-
-def _build(compiler: str, target: Path) -> None:
-    with keep_whole(target) as folder:
-        objects = []
-        forms = [(SOURCE, form) for form in _ELEMENTS.values()]
-        forms += [(WARP, (*_ELEMENTS[dtype], *_WARP_FLAGS)) for dtype in WARP_ELEMENTS]
-        for source, (name, *flags) in forms:
-            objects.append(f"{folder}/{source.stem}_{name}.o")
-            suffix = f"-DSUFFIX(name)=name##_{name}"
-            command = [compiler, *_FLAGS, *flags, suffix, str(source), "-o", objects[-1]]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-        for name, needed in INTEGER_FORMS.items():
-            target_file, suffix = f"{folder}/{name}.o", f"-DSUFFIX(name)=name##_{name}"
-            command = [compiler, *_PLAIN_FLAGS, *needed, suffix, str(INTEGERS), "-o", target_file]
-            if subprocess.run(command, check=False, capture_output=True, timeout=120).returncode == 0:
-                objects.append(target_file)
-        whole = folder / "successor"
-        link = [compiler, "-shared", "-nostdlib", "-nostartfiles", *objects, "-o", str(whole)]
-        subprocess.run(link, check=True, capture_output=True, timeout=120)
-        with whole.open("ab") as file:
-            file.write(hashlib.sha256(whole.read_bytes()).digest())
-
-
-def _fingerprint(compiler: str) -> str:
-    """What the compiled code depends on, besides the machine: source, flags, compiler."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    flags = [
-        *_FLAGS,
-        *_WARP_FLAGS,
-        *_PLAIN_FLAGS,
-        *(flag for form in INTEGER_FORMS.values() for flag in form),
-    ]
-    sources = (source.read_bytes() for source in (SOURCE, INTEGERS, WARP))
-    parts = (*sources, " ".join(flags).encode(), version)
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

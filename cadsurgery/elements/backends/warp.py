@@ -7,8 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import is_observed
-from cadsurgery.elements.backends.native import WARP_ELEMENTS, library
+from cadsurgery.elements.backends.library import WARP_ELEMENTS, is_observed, library
 
 
 class _Warp(ctypes.Structure):

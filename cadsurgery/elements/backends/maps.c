@@ -1,0 +1,72 @@
+/* Kernel maps of windows whose taps all move the anchor by the same vector and read zero outside the map: what
+ * `_shift_taps` of kernel_map.py computes, entry by entry.
+ *
+ * Compiled once with -DSUFFIX(name)=... . All tensors are whole in memory.
+ */
+#include <stdint.h>
+
+typedef struct {
+    const int32_t *index;   /* (batch * height * width), the row of the cell that each pixel lies in */
+    const int64_t *anchors; /* (count), ascending pixel numbers of the source */
+    const int64_t *sides;   /* (batch * height * width), sides of those cells */
+    const int64_t *targets; /* (n), ascending pixel numbers of the target, of its own size */
+    const int64_t *down, *across;
+    int32_t *table;   /* (n, vertical * horizontal) */
+    int32_t *rank;    /* (batch * height * width), zeros; scratch */
+    int32_t *sources; /* (most, 4), the rows that each row of the halo mixes */
+    double *mix;      /* (most, 4), their shares */
+    long pixels, count, n, height, width, target_height, target_width, vertical, horizontal, has_halo;
+} map;
+
+/* Bilinear reading of a pixel: from its cell and the next ones to the right and below, at the border from its own. */
+static void interpolate(const map *m, long pixel, int32_t *sources, double *mix) {
+    long x = pixel % m->width, y = pixel / m->width % m->height, first = pixel - y * m->width - x, side = m->sides[pixel];
+    long top = y - y % side, left = x - x % side;
+    long bottom = top + side < m->height ? top + side : m->height - 1;
+    long right = left + side < m->width ? left + side : m->width - 1;
+    double down = (y - top) / (double)side, across = (x - left) / (double)side;
+    long corners[4] = {first + top * m->width + left, first + top * m->width + right, first + bottom * m->width + left,
+                       first + bottom * m->width + right};
+    double shares[4] = {(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across};
+    for (int i = 0; i < 4; i++) {
+        sources[i] = m->index[shares[i] > 0 ? corners[i] : corners[0]]; /* what weighs nothing is not read */
+        mix[i] = shares[i];
+    }
+}
+
+/* How many rows the halo has: one for every pixel that is read and is no anchor, in their order. */
+long SUFFIX(shift_taps)(const map *m) {
+    const long taps = m->vertical * m->horizontal;
+#pragma omp parallel for schedule(static)
+    for (long e = 0; e < m->n; e++) {
+        long x = m->targets[e] % m->target_width, line = m->targets[e] / m->target_width;
+        long y = line % m->target_height, image = line / m->target_height;
+        int32_t *entries = m->table + e * taps;
+        for (long v = 0; v < m->vertical; v++)
+            for (long h = 0; h < m->horizontal; h++) {
+                long row = y + m->down[v], column = x + m->across[h];
+                if (row < 0 || row >= m->height || column < 0 || column >= m->width) {
+                    *entries++ = m->count;
+                    continue;
+                }
+                long pixel = (image * m->height + row) * m->width + column;
+                int32_t cell = m->index[pixel];
+                if (m->has_halo && m->anchors[cell] != pixel) {
+                    cell = -1 - pixel; /* until its row is known */
+                    __atomic_store_n(m->rank + pixel, 1, __ATOMIC_RELAXED);
+                }
+                *entries++ = cell;
+            }
+    }
+    if (!m->has_halo) return 0;
+    long halo = 0;
+    for (long pixel = 0; pixel < m->pixels; pixel++)
+        if (m->rank[pixel]) {
+            interpolate(m, pixel, m->sources + 4 * halo, m->mix + 4 * halo);
+            m->rank[pixel] = m->count + ++halo;
+        }
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < m->n * taps; i++)
+        if (m->table[i] < 0) m->table[i] = m->rank[-1 - m->table[i]];
+    return halo;
+}

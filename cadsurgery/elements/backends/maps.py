@@ -1,0 +1,57 @@
+"""`maps.c`: kernel maps in compiled code, in two passes over their entries."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.backends.library import is_observed, library
+
+
+class _Map(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("index", "anchors", "sides", "targets", "down", "across")),
+        *((name, ctypes.c_void_p) for name in ("table", "rank", "sources", "mix")),
+        *((name, ctypes.c_long) for name in ("pixels", "count", "n", "height", "width")),
+        *((name, ctypes.c_long) for name in ("target_height", "target_width", "vertical", "horizontal")),
+        ("has_halo", ctypes.c_long),
+    )
+
+
+def supports(index: Tensor) -> bool:
+    """Whether there is compiled code for maps where this one lies; not while torch observes what is called."""
+    return index.device.type == "cpu" and not is_observed() and library() is not None
+
+
+def shift_taps(
+    cells: tuple[Tensor, Tensor, Tensor],
+    targets: Tensor,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    steps: tuple[list[int], list[int]],
+    has_halo: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A table (n, taps) int32, and of its halo the sources (M, 4) int32 and their shares (M, 4) float64.
+
+    Args:
+        cells: of the source the row of each pixel's cell (B*H*W,) int32, the anchors (N,) int64 and the side of each
+            pixel's cell (B*H*W,) int64.
+        targets: anchors (n,) int64 of what reads.
+        sizes: fine (height, width) of the source and of what reads.
+        steps: fine pixels from an anchor to its taps, down and across.
+        has_halo: whether points inside cells are mixed from several; else they are read from their cell.
+    """
+    index, anchors, sides = (one.contiguous() for one in cells)
+    targets, (down, across) = targets.contiguous(), (torch.tensor(axis) for axis in steps)
+    pixels, count, n, taps = len(index), len(anchors), len(targets), len(down) * len(across)
+    table = torch.empty(n, taps, dtype=torch.int32)
+    rank = torch.zeros(pixels if has_halo else 0, dtype=torch.int32)
+    most = min(pixels - count, n * taps) if has_halo else 0
+    sources, mix = torch.empty(most, 4, dtype=torch.int32), torch.empty(most, 4, dtype=torch.float64)
+    tensors = (index, anchors, sides, targets, down, across, table, rank, sources, mix)
+    numbers = (pixels, count, n, *sizes[0], *sizes[1], len(down), len(across), has_halo)
+    function = library().shift_taps_pixels
+    function.restype = ctypes.c_long
+    halo = function(ctypes.byref(_Map(*(one.data_ptr() for one in tensors), *numbers)))
+    return table, sources[:halo], mix[:halo]
