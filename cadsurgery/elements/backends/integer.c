@@ -397,3 +397,21 @@ void SUFFIX(dequantise)(const uint8_t *values, float *out, long length, double f
     for (long i = 0; i < length; i += LANES)
         store(out + i, (load_bytes(values + i, length - i) - all(zero)) * all(factor), length - i);
 }
+
+/* Maps of up to four channels, one after the other in memory, into the middle of pixels of four bytes side by side: out is
+ * (batch, height + 2 down, width + 2 across, 4). What is beside `channels` is zero. */
+void SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long down, long across) {
+#pragma omp parallel for schedule(static)
+    for (long line = 0; line < batch * height; line++) {
+        const long plane = height * width, which = line / height, y = line % height;
+        const uint8_t *first = image + which * channels * plane + y * width;
+        const uint8_t *second = channels > 1 ? first + plane : first, *third = channels > 2 ? first + 2 * plane : first;
+        const uint8_t *fourth = channels > 3 ? first + 3 * plane : first;
+        const uint32_t used[3] = {channels > 1 ? 0xff : 0, channels > 2 ? 0xff : 0, channels > 3 ? 0xff : 0};
+        uint8_t *to = out + 4 * ((which * (height + 2 * down) + y + down) * (width + 2 * across) + across);
+        for (long x = 0; x < width; x++) {
+            uint32_t pixel = first[x] | (second[x] & used[0]) << 8 | (third[x] & used[1]) << 16 | (fourth[x] & used[2]) << 24;
+            memcpy(to + 4 * x, &pixel, 4);
+        }
+    }
+}

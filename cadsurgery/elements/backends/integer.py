@@ -334,6 +334,18 @@ def _interleave(values: Tensor) -> Tensor:
     )
 
 
+def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
+    """A map (B, C, H, W) of up to four channels in 8 bits, as pixels of four bytes side by side, lines and columns of
+    padding around each image."""
+    form, (batch, channels, height, width) = None if is_observed() else form_here(), image.shape
+    if form is not None:
+        _run("lines", form, image.contiguous(), memory, *image.shape, *padding)
+        return
+    size = batch, height + 2 * padding[0], width + 2 * padding[1], 4
+    inner = memory[: math.prod(size)].view(size)[:, padding[0] :, padding[1] :]
+    inner[:, :height, :width, :channels] = image.permute(0, 2, 3, 1)
+
+
 def _is_exact_in_float(weights: IntegerWeights) -> bool:
     """Whether `native.c` has the kernel of a depthwise convolution, whose sums are whole numbers in float32, too."""
     few = weights.weight[0].numel() <= MOST_IN_FLOAT and has_grouped_form(weights.weight, weights.groups)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Pooling, compute
-from cadsurgery.elements.backends.integer import Grid, IntegerConvolution, IntegerWeights, convolve, form_here
+from cadsurgery.elements.backends.integer import (
+    Grid,
+    IntegerConvolution,
+    IntegerWeights,
+    convolve,
+    form_here,
+    to_lines,
+)
 from cadsurgery.elements.backends.weights import Pair
 from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.support.errors import InvalidInput
@@ -134,8 +141,7 @@ def _lines_of(image: Tensor, padding: Pair, weights: IntegerWeights) -> Tensor:
     wide, beyond = width + 2 * across, weights.weight.shape[3] - 1
     pixels = batch * (height + 2 * down) * wide
     memory = torch.full(((pixels + beyond) * _FOUR,), weights.source.zero, dtype=torch.uint8)
-    padded = memory[: pixels * _FOUR].view(batch, height + 2 * down, wide, _FOUR)
-    padded[:, down : down + height, across : across + width, :channels] = image.permute(0, 2, 3, 1)
+    to_lines(image, memory, padding)
     return memory.as_strided((pixels, (1 + beyond) * _FOUR), (_FOUR, 1))
 
 
