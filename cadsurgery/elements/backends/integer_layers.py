@@ -136,7 +136,7 @@ def _map_of(rows: Tensor, batch: int, size: Pair) -> Tensor:
 
 def _lines_of(image: Tensor, padding: Pair, weights: IntegerWeights) -> Tensor:
     """The pixels of a padded image, with four channels, as rows that overlap: each holds those behind it, too."""
-    batch, channels, height, width = image.shape
+    batch, _, height, width = image.shape
     down, across = padding
     wide, beyond = width + 2 * across, weights.weight.shape[3] - 1
     pixels = batch * (height + 2 * down) * wide
