@@ -341,10 +341,10 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     above, below, before, after = (most(0, step) for step in (-down[0], down[-1], -across[0], across[-1]))
     padding = (before, after, above, below)
     has_outside = not all(holds(length == 0) for length in padding)
-    if source.capacity is None and target.capacity is None and maps.supports(source.index):
-        cells = (source.index, source.anchors, source.side_map.flatten())
-        sizes = ((height, width), target.size)
-        found = maps.shift_taps(cells, target.anchors, sizes, (down, across), _has_halo(source))
+    if source.capacity is None and target.capacity is None and maps.supports(source.levels):
+        cells, sizes = (source.index, source.anchors, source.levels), (source.size, target.size)
+        sides, has_halo = source.geometry.sides, _has_halo(source)
+        found = maps.shift_taps(cells, sides, target.anchors, sizes, (down, across), has_halo)
         return Reading(*found, has_outside)
     outside = _OUTSIDE if source.is_open else source.count
     padded = F.pad(_rows_or_pixels(source).view(-1, height, width), padding, value=outside).flatten()

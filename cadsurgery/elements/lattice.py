@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.elements.backends import maps
 from cadsurgery.elements.bounds import Bounds
 from cadsurgery.elements.sizes import divide_up, holds, most
 from cadsurgery.support.errors import InvalidInput
@@ -370,6 +371,8 @@ class Lattice:
             )
             index = (is_there.cumsum(0) - 1).to(torch.int32)
             return is_there.nonzero().squeeze(1), index, is_there.view(self.batch, -1).sum(1)
+        if self.part is None and self.capacity is None and maps.supports(self.levels):
+            return maps.find_cells(self.levels, self.geometry.sides)
         y = torch.arange(height, device=device).view(1, -1, 1)
         x = torch.arange(width, device=device).view(1, 1, -1)
         image = torch.arange(self.batch, device=device).view(-1, 1, 1)

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
+from cadsurgery.elements.backends.library import is_observed
 from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.support.processes import count_together
+
+_BLOCK = 256  # rows that are widened at once
 
 
 @operation(reads="element")
@@ -196,8 +199,19 @@ def _change_channels(x: Elements, change: Callable[[Tensor], Tensor]) -> Element
 def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
     """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C)."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
-    values = without_padding(x).reshape(x.lattice.count, -1).to(share.dtype)
-    return _per_image((share @ values).to(x.rows.dtype), x, keepdim, layout)
+    values = without_padding(x).reshape(x.lattice.count, -1)
+    return _per_image(_multiply(share, values).to(x.rows.dtype), x, keepdim, layout)
+
+
+def _multiply(share: Tensor, values: Tensor) -> Tensor:
+    """`share @ values` in the type of the share, for (B, N) and (N, C): narrower values are widened block by block,
+    while they are in the cache; not where a gradient is asked for or a graph is made."""
+    if share.dtype == values.dtype or values.requires_grad or is_observed():
+        return share @ values.to(share.dtype)
+    total = share.new_zeros(share.shape[0], values.shape[1])
+    for weights, rows in zip(share.split(_BLOCK, 1), values.split(_BLOCK), strict=True):
+        total.addmm_(weights, rows.to(share.dtype))
+    return total
 
 
 @operation(reads="image", gives="vector")

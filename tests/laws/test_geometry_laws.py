@@ -290,16 +290,19 @@ def test_kernel_map_satisfies_its_defining_equation_in_both_directions(data: st.
 @pytest.mark.skipif(library() is None, reason="no C compiler here")
 @QUICK
 @given(st.data())
-def test_compiled_kernel_maps_are_those_of_torch(data: st.DataObject) -> None:
+def test_compiled_cells_and_kernel_maps_are_those_of_torch(data: st.DataObject) -> None:
     """Entry for entry, the rows of the halo in the same order, their shares to the last bit."""
     world = data.draw(worlds())
     step = data.draw(steps(world))
-    found = []
+    found, cells = [], []
     for is_compiled in (True, False):
         source = world.geometry.lattice(world.lattice.pyramid.levels).at(step.source)
         target = source.at(step.target, step.window.output_size(source.size))
-        with patch.object(maps, "supports", lambda index, answer=is_compiled: answer):
+        with patch.object(maps, "supports", lambda levels, answer=is_compiled: answer):
             found.append(kernel_map(source, target, step.window))
+            cells.append((source.anchors, source.index, source.counts))
+    for one, other in zip(*cells, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
     compiled, expected = found
     assert compiled.has_outside == expected.has_outside
     for name in ("table", "sources", "mix"):
@@ -626,6 +629,19 @@ def test_global_pooling_is_the_emulation(world: World, stage: int) -> None:
     assert_same(functional.global_mean(x), world.emulation.mean(feature), EXACT)
     assert_same(functional.global_mean(x, keepdim=False), world.emulation.mean(feature)[:, :, 0, 0], EXACT)
     assert_same(functional.global_max(x), world.emulation.maximum(feature), EXACT)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_of_many_elements_is_summed_in_single_precision(dtype: torch.dtype, gradient: bool) -> None:
+    """More of them than are widened at once, of two images; the result alone is rounded."""
+    levels = random_levels(2, (25, 31), (2, 2), max_level=2, patch="quadtree", split=0.6)
+    lattice = Geometry((2, 2)).lattice(levels).at(2)
+    rows = torch.randn(len(lattice), 5).to(dtype).requires_grad_(gradient)
+    found = functional.global_mean(Elements(rows, lattice), keepdim=False)
+    expected = lattice.membership @ rows.double()
+    assert found.dtype == dtype and found.requires_grad == gradient
+    assert_same(found.double(), expected.to(dtype).double(), 8 * torch.finfo(dtype).eps)
 
 
 @QUICK

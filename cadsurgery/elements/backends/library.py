@@ -48,6 +48,11 @@ def is_observed() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
+def has_pairs(dtype: torch.dtype) -> bool:
+    """Whether the processor has sums of products of two values of a type side by side, as AVX512-BF16 has."""
+    return dtype == torch.bfloat16 and hasattr(library(), "depthwise_bfloat16")
+
+
 @cache
 def library() -> Any:
     """The compiled code, or None."""

@@ -1,14 +1,37 @@
-/* Kernel maps of windows whose taps all move the anchor by the same vector and read zero outside the map: what
- * `_shift_taps` of kernel_map.py computes, entry by entry.
+/* Cells of level maps, and kernel maps of windows whose taps all move the anchor by the same vector and read zero outside
+ * the map: what `_cells` of lattice.py and `_shift_taps` of kernel_map.py compute, pixel by pixel and entry by entry.
  *
- * Compiled once with -DSUFFIX(name)=... . All tensors are whole in memory.
+ * Compiled once with -DSUFFIX(name)=... . All tensors are whole in memory; pixels are numbered image by image, line by line.
  */
 #include <stdint.h>
+
+/* The number of cells, their anchors (ascending), the row of each pixel's cell in index (pixels) and the number of cells
+ * of each image in counts. */
+long SUFFIX(find_cells)(const int8_t *levels, const int64_t *sides, long batch, long height, long width,
+                        int64_t *anchors, int32_t *index, int64_t *counts) {
+    long pixel = 0, count = 0;
+    for (long image = 0; image < batch; image++) {
+        counts[image] = -count;
+        for (long y = 0; y < height; y++)
+            for (long x = 0; x < width; x++, pixel++) {
+                long side = sides[levels[pixel]], up = y % side, back = x % side;
+                if (up || back) {
+                    index[pixel] = index[pixel - up * width - back];
+                } else {
+                    anchors[count] = pixel;
+                    index[pixel] = count++;
+                }
+            }
+        counts[image] += count;
+    }
+    return count;
+}
 
 typedef struct {
     const int32_t *index;   /* (batch * height * width), the row of the cell that each pixel lies in */
     const int64_t *anchors; /* (count), ascending pixel numbers of the source */
-    const int64_t *sides;   /* (batch * height * width), sides of those cells */
+    const int8_t *levels;   /* (batch * height * width), the level of that cell */
+    const int64_t *sides;   /* of cells of each level */
     const int64_t *targets; /* (n), ascending pixel numbers of the target, of its own size */
     const int64_t *down, *across;
     int32_t *table;   /* (n, vertical * horizontal) */
@@ -20,7 +43,7 @@ typedef struct {
 
 /* Bilinear reading of a pixel: from its cell and the next ones to the right and below, at the border from its own. */
 static void interpolate(const map *m, long pixel, int32_t *sources, double *mix) {
-    long x = pixel % m->width, y = pixel / m->width % m->height, first = pixel - y * m->width - x, side = m->sides[pixel];
+    long x = pixel % m->width, y = pixel / m->width % m->height, first = pixel - y * m->width - x, side = m->sides[m->levels[pixel]];
     long top = y - y % side, left = x - x % side;
     long bottom = top + side < m->height ? top + side : m->height - 1;
     long right = left + side < m->width ? left + side : m->width - 1;

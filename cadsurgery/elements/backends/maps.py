@@ -1,4 +1,4 @@
-"""`maps.c`: kernel maps in compiled code, in two passes over their entries."""
+"""`maps.c`: cells and kernel maps in compiled code, in one pass over pixels and two over entries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from cadsurgery.elements.backends.library import is_observed, library
 
 class _Map(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("index", "anchors", "sides", "targets", "down", "across")),
+        *((name, ctypes.c_void_p) for name in ("index", "anchors", "levels", "sides")),
+        *((name, ctypes.c_void_p) for name in ("targets", "down", "across")),
         *((name, ctypes.c_void_p) for name in ("table", "rank", "sources", "mix")),
         *((name, ctypes.c_long) for name in ("pixels", "count", "n", "height", "width")),
         *((name, ctypes.c_long) for name in ("target_height", "target_width", "vertical", "horizontal")),
@@ -20,13 +21,30 @@ class _Map(ctypes.Structure):
     )
 
 
-def supports(index: Tensor) -> bool:
+def supports(levels: Tensor) -> bool:
     """Whether there is compiled code for maps where this one lies; not while torch observes what is called."""
-    return index.device.type == "cpu" and not is_observed() and library() is not None
+    return levels.device.type == "cpu" and not is_observed() and library() is not None
+
+
+def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a level map (B, H, W) int8 the anchors (N,) int64 as pixel numbers, the row (B*H*W,) int32 of the cell that
+    each pixel lies in, and the number of cells of each image (B,) int64; `sides` are those of cells of each level."""
+    levels, side_of = levels.contiguous(), torch.tensor(sides)
+    anchors, index = (torch.empty(levels.numel(), dtype=dtype) for dtype in (torch.int64, torch.int32))
+    counts = torch.empty(levels.shape[0], dtype=torch.int64)
+    function = library().find_cells_pixels
+    function.restype = ctypes.c_long
+    before, after = (
+        [ctypes.c_void_p(one.data_ptr()) for one in some]
+        for some in ((levels, side_of), (anchors, index, counts))
+    )
+    count = function(*before, *map(ctypes.c_long, levels.shape), *after)
+    return anchors[:count].clone(), index, counts
 
 
 def shift_taps(
     cells: tuple[Tensor, Tensor, Tensor],
+    sides: tuple[int, ...],
     targets: Tensor,
     sizes: tuple[tuple[int, int], tuple[int, int]],
     steps: tuple[list[int], list[int]],
@@ -35,21 +53,22 @@ def shift_taps(
     """A table (n, taps) int32, and of its halo the sources (M, 4) int32 and their shares (M, 4) float64.
 
     Args:
-        cells: of the source the row of each pixel's cell (B*H*W,) int32, the anchors (N,) int64 and the side of each
-            pixel's cell (B*H*W,) int64.
+        cells: of the source the row of each pixel's cell (B*H*W,) int32, the anchors (N,) int64 and the level of each
+            pixel's cell (B, H, W) int8.
+        sides: of cells of each level.
         targets: anchors (n,) int64 of what reads.
         sizes: fine (height, width) of the source and of what reads.
         steps: fine pixels from an anchor to its taps, down and across.
         has_halo: whether points inside cells are mixed from several; else they are read from their cell.
     """
-    index, anchors, sides = (one.contiguous() for one in cells)
-    targets, (down, across) = targets.contiguous(), (torch.tensor(axis) for axis in steps)
+    index, anchors, levels = (one.contiguous() for one in cells)
+    targets, side_of, (down, across) = targets.contiguous(), torch.tensor(sides), map(torch.tensor, steps)
     pixels, count, n, taps = len(index), len(anchors), len(targets), len(down) * len(across)
     table = torch.empty(n, taps, dtype=torch.int32)
     rank = torch.zeros(pixels if has_halo else 0, dtype=torch.int32)
     most = min(pixels - count, n * taps) if has_halo else 0
     sources, mix = torch.empty(most, 4, dtype=torch.int32), torch.empty(most, 4, dtype=torch.float64)
-    tensors = (index, anchors, sides, targets, down, across, table, rank, sources, mix)
+    tensors = (index, anchors, levels, side_of, targets, down, across, table, rank, sources, mix)
     numbers = (pixels, count, n, *sizes[0], *sizes[1], len(down), len(across), has_halo)
     function = library().shift_taps_pixels
     function.restype = ctypes.c_long

@@ -125,6 +125,11 @@ static inline const element *row(const reading *in, int32_t entry) {
     return entry == in->count ? in->outside : in->halo + (entry - in->count - 1) * in->channels;
 }
 
+/* The row that a tap of row `at` of the result reads; itself where there is no table. */
+static inline const element *row_of_tap(const reading *in, long at, long tap) {
+    return in->table ? row(in, in->table[at * in->taps + tap]) : in->rows + at * in->channels;
+}
+
 /* Rows of all taps side by side: out is (n, taps, channels). */
 void SUFFIX(gather)(const reading *in, element *out) {
     long entries = in->n * in->taps, bytes = in->channels * sizeof(element);
@@ -401,7 +406,7 @@ static inline __attribute__((always_inline)) void multiply_once(
  * channels / 2, CHUNK, 2), a zero beside an odd one, and bias (chunks * CHUNK), outputs padded.
  *
  * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
- * weights for one chunk of outputs and DEPTH channels. */
+ * weights for one chunk of outputs and DEPTH channels. Without a table each row reads itself, with one tap. */
 void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
                      const sum *shift, const element *more, element *out, long outputs, double low, double high) {
     long channels = in->channels, chunks = (outputs + CHUNK - 1) / CHUNK, padded = (channels + SIDE - 1) / SIDE * SIDE;
@@ -418,7 +423,7 @@ void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, 
                 for (; done + ROWS <= count; done += ROWS) {
                     const element *a[ROWS], *b = weight + chunk * padded * CHUNK;
                     const sum *own = bias + chunk * CHUNK;
-                    for (int i = 0; i < ROWS; i++) a[i] = row(in, in->table[first + done + i]);
+                    for (int i = 0; i < ROWS; i++) a[i] = row_of_tap(in, first + done + i, 0);
                     long at = (first + done) * outputs + chunk * CHUNK;
                     const element *add = more ? more + at : 0;
                     by_level by = {0};
@@ -438,7 +443,7 @@ void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, 
                         const element *a[ROWS];
                         for (int i = 0; i < ROWS; i++) {
                             long e = first + (tile + i < count ? tile + i : count - 1);
-                            a[i] = row(in, in->table[e * in->taps + tap]) + part;
+                            a[i] = row_of_tap(in, e, tap) + part;
                         }
                         sum *to = sums + tile * CHUNK;
                         if (wide == 4) multiply(a, depth, b, to, 4);

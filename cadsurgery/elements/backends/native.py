@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,10 @@ from cadsurgery.elements.backends.choose import (
     Picking,
     Pooling,
     Work,
-    every_row,
     mix,
     outside_of,
 )
-from cadsurgery.elements.backends.library import ELEMENTS, is_observed, library
+from cadsurgery.elements.backends.library import ELEMENTS, has_pairs, is_observed, library
 from cadsurgery.elements.backends.library import INTEGER_FORMS as INTEGER_FORMS
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
@@ -93,13 +93,14 @@ class Native(Backend):
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, ..., O) = clamp((sum + bias) scale + shift + residual); scale and shift by level, if any."""
         weights, outputs = work.weights, work.weights.weight.shape[0]
+        table: Tensor | None
         if work.is_product:
             rows = work.of_target
             shape = (*rows.shape[:-1], outputs)
-            source = Rows(rows.reshape(-1, rows.shape[-1]))
-            table = every_row(len(source.rows), rows.device).table
+            source, table = Rows(rows.reshape(-1, rows.shape[-1])), None
         else:
-            source, table = Rows.of(work), work.reading.table
+            reading = work.reading
+            source, table = Rows(work.rows, halo_of(work.rows, reading), work.outside), reading.table
             shape = (len(table), outputs)
         dtype, act, size = work.rows.dtype, weights.activation, weights.weight.shape[1]
         pack: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -114,7 +115,7 @@ class Native(Backend):
         bounds = act.bounds if act is not None else None
         more = work.residual.contiguous() if work.residual is not None else None
         out = new_memory(work.rows, *shape)
-        limits = bounds or (-math.inf, math.inf)
+        limits = map(float, bounds or (-math.inf, math.inf))
         levels: tuple[Tensor | None, ...] = (None, None, None)
         if weights.levels is not None:
             assert isinstance(work.reads, Between)
@@ -167,7 +168,7 @@ class Native(Backend):
         side, bounds = work.weights.shape[0], act.bounds if act is not None else None
         table = work.target.anchors.int().unsqueeze(1)
         numbers = (side, height, width, work.least)
-        limits = bounds or (-math.inf, math.inf)
+        limits = map(float, bounds or (-math.inf, math.inf))
         weights = work.weights.to(dtype).contiguous()
         call("fill", Rows(rows), table, there, index, shares, weights, *numbers, floor, more, out, *limits)
         return out if bounds or act is None else act.apply_(out)
@@ -199,11 +200,6 @@ def supports(rows: Tensor) -> bool:
     return (
         not is_observed() and rows.device.type == "cpu" and rows.dtype in ELEMENTS and library() is not None
     )
-
-
-def has_pairs(dtype: torch.dtype) -> bool:
-    """Whether the processor has sums of products of two values of a type side by side, as AVX512-BF16 has."""
-    return dtype == torch.bfloat16 and hasattr(library(), "depthwise_bfloat16")
 
 
 def has_product(weight: Tensor) -> bool:
@@ -262,25 +258,43 @@ def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return quarters.permute(0, 4, 2, 1, 3, 5).contiguous(), offset
 
 
-def call(name: str, source: Rows, table: Tensor, *arguments: Any, count: int | None = None) -> None:
-    """A function of the library: tensors go as pointers, None as none."""
+def call(name: str, source: Rows, table: Tensor | None, *arguments: Any, count: int | None = None) -> None:
+    """A function of the library: tensors go as pointers, None as none. Without a table each row reads itself."""
     rows, halo = source.rows.contiguous(), source.halo
-    beyond = rows.new_full((rows.shape[1],), outside_of(rows, source.outside))
-    assert table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
+    beyond = _row_outside(rows.shape[1], rows.dtype, outside_of(rows, source.outside))
+    if table is not None:
+        assert table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
+    n, taps = (rows.shape[0], 1) if table is None else table.shape
     reading = _Reading(
-        *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
-        *(table.data_ptr(), rows.shape[0] if count is None else count, *table.shape, rows.shape[1]),
+        *(_for_c(one) for one in (rows, halo, beyond, table)),
+        *(rows.shape[0] if count is None else count, n, taps, rows.shape[1]),
     )
-    function = getattr(library(), f"{name}_{ELEMENTS[rows.dtype][0]}")
-    function(ctypes.byref(reading), *map(_for_c, arguments))
+    _function(f"{name}_{ELEMENTS[rows.dtype][0]}", arguments)(
+        ctypes.addressof(reading), *map(_for_c, arguments)
+    )
+
+
+_FUNCTIONS: dict[str, Any] = {}
+
+
+def _function(name: str, arguments: tuple[Any, ...]) -> Any:
+    """A function of the library, of arguments of these types."""
+    function = _FUNCTIONS.get(name)
+    if function is None:
+        kinds = {int: ctypes.c_long, float: ctypes.c_double}
+        function = getattr(library(), name)
+        function.argtypes = (ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments))
+        _FUNCTIONS[name] = function
+    return function
+
+
+@lru_cache(maxsize=64)
+def _row_outside(channels: int, dtype: torch.dtype, value: float) -> Tensor:
+    return torch.full((channels,), value, dtype=dtype)
 
 
 def _for_c(value: Tensor | float | None) -> Any:
-    if isinstance(value, int):
-        return ctypes.c_long(value)
-    if isinstance(value, float):
-        return ctypes.c_double(value)
-    return ctypes.c_void_p(value.data_ptr() if value is not None else None)
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:

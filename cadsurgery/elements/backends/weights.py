@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Convolution, compute, is_observed
+from cadsurgery.elements.backends.library import has_pairs
 from cadsurgery.elements.lattice import Lattice
 
 Pair = tuple[int, int]  # (vertical, horizontal)
@@ -227,14 +228,14 @@ class Weights:
         return self._onednn(image, weight, residual, (stride, padding, dilation), self.groups)
 
     def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
-        """A 1x1 convolution of a dense map as a product of rows: those of its memory; of the first few sizes in oneDNN,
-        see `native.Native`."""
+        """A 1x1 convolution of a dense map as a product of rows: those of its memory; of the first few sizes in oneDNN
+        where that is faster, see `native.Native`."""
 
         def rows(values: Tensor | None) -> Any:
             return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
 
         values, more = rows(image), rows(residual)
-        few = self.is_among_first(len(values))
+        few = not has_pairs(image.dtype) and self.is_among_first(len(values))
         out = self.on_rows(values, more) if few else compute(Convolution(values, self, None, residual=more))
         return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
 
