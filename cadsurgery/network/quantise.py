@@ -25,6 +25,7 @@ from cadsurgery.elements.backends.integer import (
     MOST_PRODUCTS,
     Grid,
     IntegerWeights,
+    can_apply,
     form_here,
 )
 from cadsurgery.elements.backends.integer_layers import (
@@ -392,11 +393,19 @@ class _Quantiser:
             for node, layer in self.layers.items()
             if node not in exact and layer.residual in self.layers and layer.residual not in exact
         }
+        averaged = {
+            node for node, layer in self.layers.items() if node not in exact and self._is_averaged(layer)
+        }
         return [
             group
             for group in groups.values()
-            if (read | added) & set(group) and not any(map(self._overwritten, group))
+            if (read | added | averaged) & set(group) and not any(map(self._overwritten, group))
         ]
+
+    def _is_averaged(self, layer: _Convolution) -> bool:
+        """Whether means over images are all that reads its values: they take bytes as they are."""
+        readers = [user for user in layer.node.users if not _is_neutral(user)]
+        return can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
 
     def _overwritten(self, node: fx.Node) -> bool:
         """Whether something changes a value in place that others may read."""
@@ -520,7 +529,7 @@ class _Rewritten:
             layer = work.layers.get(user)
             passes = user in grids and node in work.carried(user)
             takes = passes or (layer is not None and user not in exact)
-            if takes or user.target is getattr or user.target is functional.common_lattice:
+            if takes or _is_neutral(user):
                 in_bytes.add(copies[user])
         layer, carried = work.layers.get(node), work.carried(node)
         is_bytes = bool(carried) or (layer is not None and node not in exact)
@@ -533,6 +542,13 @@ class _Rewritten:
             here.replace_all_uses_with(pooled)
             self.graph.erase_node(here)
             here = copies[node] = pooled
+        if is_bytes:
+            for mean in [user for user in here.users if _is_mean(user)]:
+                with self.graph.inserting_after(mean):
+                    values = self.graph.call_function(from_bytes, (mean, *grid))
+                mean.replace_all_uses_with(values, lambda user, values=values: user is not values)  # type: ignore[misc]
+                in_bytes.add(mean)
+                copies.update((of, values) for of, copy in list(copies.items()) if copy is mean)
         readers = [user for user in here.users if (user in in_bytes) != is_bytes and not _is_neutral(user)]
         if not readers:
             return
@@ -557,6 +573,10 @@ class _Rewritten:
         for name, kernel in self.kernels.items():
             setattr(kernels, name, kernel)
         fast.adaptive_part._program = replace(self.program, graph=self.graph).on(fast)
+
+
+def _is_mean(user: fx.Node) -> bool:
+    return user.target is functional.global_mean
 
 
 def _is_neutral(user: fx.Node) -> bool:

@@ -23,7 +23,10 @@ from cadsurgery.elements.backends.integer import (
 )
 from cadsurgery.elements.backends.integer_layers import IntegerConv, IntegerLinear, max_pool_bytes
 from cadsurgery.elements.backends.weights import Activation
+from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Reading
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.elements.whole_image import global_mean
 
 TORCH: Any = BACKENDS[-1]
 NATIVE: Any = next(backend for backend in BACKENDS if backend.name == "native")
@@ -146,6 +149,18 @@ def test_what_is_pooled_and_read_between_bytes_is_of_their_values() -> None:
         pooled = backend.pool(Pooling(rows, reading, -torch.inf, largest=True))
         assert torch.equal(pooled, TORCH.pool(Pooling(rows, reading, -torch.inf, largest=True)))
         assert torch.equal(backend.pick(Picking(rows, reading)), TORCH.pick(Picking(rows, reading)))
+
+
+def test_a_mean_of_bytes_is_of_their_values() -> None:
+    grid, levels = (
+        Grid(0.03, 11),
+        torch.randint(0, 3, (2, 5, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2),
+    )
+    lattice = Geometry((2, 2)).lattice(levels[:, :19, :15]).at(2)
+    rows = bytes_of(len(lattice), 37)
+    found = global_mean(Elements(rows, lattice))
+    expected = global_mean(Elements(grid.dequantise(rows).double(), lattice))
+    torch.testing.assert_close(grid.dequantise(found).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gelu", "swish", "leaky_relu"])

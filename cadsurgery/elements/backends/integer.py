@@ -68,9 +68,9 @@ class Grid(NamedTuple):
         return out
 
     def dequantise(self, values: Tensor) -> Tensor:
-        """float32, in the memory layout of the values."""
+        """float32, in the memory layout of the values, which may be means of numbers of the grid, too."""
         form = None if is_observed() else form_here()
-        if form is None or not _is_dense(values):
+        if form is None or values.dtype != torch.uint8 or not _is_dense(values):
             return values.float().sub_(self.zero).mul_(_single(self.scale))
         out = torch.empty_like(values, dtype=torch.float32)
         _run("dequantise", form, values, out, values.numel(), self.scale, float(self.zero))
@@ -121,8 +121,7 @@ class IntegerWeights:
     @property
     def is_fused(self) -> bool:
         """Whether backends apply its activation."""
-        act = self.activation
-        return act is None or act.bounds is not None or act.name == "hardswish"
+        return can_apply(self.activation)
 
     @property
     def is_depthwise(self) -> bool:
@@ -332,6 +331,11 @@ def _interleave(values: Tensor) -> Tensor:
     return (
         padded.view(-1, 4, 4, 4, values.shape[1] // at_once, at_once).permute(0, 4, 2, 1, 3, 5).contiguous()
     )
+
+
+def can_apply(activation: Activation | None) -> bool:
+    """Whether backends apply an activation to sums while they are in registers."""
+    return activation is None or activation.bounds is not None or activation.name == "hardswish"
 
 
 def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
