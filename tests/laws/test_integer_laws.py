@@ -110,6 +110,8 @@ def test_the_largest_sums_are_exact(form: str) -> None:
     ("channels", "groups", "kernel", "stride", "padding", "dilation"),
     [
         (3, 1, (7, 7), (2, 2), (3, 3), (1, 1)),  # of an image: lines at once
+        (1, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+        (4, 1, (5, 3), (1, 2), (0, 2), (1, 1)),
         (3, 1, (3, 3), (1, 1), (1, 0), (2, 2)),
         (8, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
         (8, 1, (1, 1), (2, 2), (0, 0), (1, 1)),
@@ -137,7 +139,8 @@ def test_dense_maps_are_convolved_as_torch_does(
     sums = F.conv2d(exact, weights.weight.double(), None, stride, padding, dilation, groups)
     known = weights.constants
     expected = (sums * known.scale.double().view(-1, 1, 1) + known.bias.double().view(-1, 1, 1)).float()
-    assert torch.equal(layer(image), expected)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert torch.equal(layer(image.contiguous(memory_format=layout)), expected)
 
 
 def test_what_is_pooled_and_read_between_bytes_is_of_their_values() -> None:

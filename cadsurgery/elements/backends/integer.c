@@ -398,19 +398,22 @@ void SUFFIX(dequantise)(const uint8_t *values, float *out, long length, double f
         store(out + i, (load_bytes(values + i, length - i) - all(zero)) * all(factor), length - i);
 }
 
-/* Maps of up to four channels, one after the other in memory, into the middle of pixels of four bytes side by side: out is
- * (batch, height + 2 down, width + 2 across, 4). What is beside `channels` is zero. */
-void SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long down, long across) {
+/* Maps of up to four channels into the middle of pixels of four bytes side by side: out is (batch, height + 2 down,
+ * width + 2 across, 4), zeros beside the channels. Those of a pixel lie `apart` bytes from each other, and pixels `step`:
+ * in maps one after the other (1), or side by side (their number). */
+void SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long apart,
+                   long step, long down, long across) {
+    const uint32_t used[4] = {0xff, channels > 1 ? 0xff : 0, channels > 2 ? 0xff : 0, channels > 3 ? 0xff : 0};
 #pragma omp parallel for schedule(static)
     for (long line = 0; line < batch * height; line++) {
-        const long plane = height * width, which = line / height, y = line % height;
-        const uint8_t *first = image + which * channels * plane + y * width;
-        const uint8_t *second = channels > 1 ? first + plane : first, *third = channels > 2 ? first + 2 * plane : first;
-        const uint8_t *fourth = channels > 3 ? first + 3 * plane : first;
-        const uint32_t used[3] = {channels > 1 ? 0xff : 0, channels > 2 ? 0xff : 0, channels > 3 ? 0xff : 0};
+        const long which = line / height, y = line % height;
+        const uint8_t *first = image + which * channels * height * width + y * width * step;
+        const uint8_t *second = first + (channels > 1) * apart, *third = first + 2 * (channels > 2) * apart;
+        const uint8_t *fourth = first + 3 * (channels > 3) * apart;
         uint8_t *to = out + 4 * ((which * (height + 2 * down) + y + down) * (width + 2 * across) + across);
         for (long x = 0; x < width; x++) {
-            uint32_t pixel = first[x] | (second[x] & used[0]) << 8 | (third[x] & used[1]) << 16 | (fourth[x] & used[2]) << 24;
+            long at = step == 1 ? x : step == 3 ? 3 * x : step * x; /* a loop of its own for each */
+            uint32_t pixel = first[at] | (second[at] & used[1]) << 8 | (third[at] & used[2]) << 16 | (fourth[at] & used[3]) << 24;
             memcpy(to + 4 * x, &pixel, 4);
         }
     }

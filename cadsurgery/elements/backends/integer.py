@@ -343,7 +343,9 @@ def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
     padding around each image."""
     form, (batch, channels, height, width) = None if is_observed() else form_here(), image.shape
     if form is not None:
-        _run("lines", form, image.contiguous(), memory, *image.shape, *padding)
+        image = image if _is_dense(image) else image.contiguous()
+        apart, step = (height * width, 1) if image.is_contiguous() else (1, channels)
+        _run("lines", form, image, memory, *image.shape, apart, step, *padding)
         return
     size = batch, height + 2 * padding[0], width + 2 * padding[1], 4
     inner = memory[: math.prod(size)].view(size)[:, padding[0] :, padding[1] :]
