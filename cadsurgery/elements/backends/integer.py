@@ -71,7 +71,7 @@ class Grid(NamedTuple):
         """float32, in the memory layout of the values, which may be means of numbers of the grid, too."""
         form = None if is_observed() else form_here()
         if form is None or values.dtype != torch.uint8 or not _is_dense(values):
-            return values.float().sub_(self.zero).mul_(_single(self.scale))
+            return values.to(torch.float32, copy=True).sub_(self.zero).mul_(_single(self.scale))
         out = torch.empty_like(values, dtype=torch.float32)
         _run("dequantise", form, values, out, values.numel(), self.scale, float(self.zero))
         return out
