@@ -155,6 +155,33 @@ def test_depthwise(taps: int, dtype: torch.dtype) -> None:
     close(found, reference(rows, weight, table, **given, activation=ACTIVATIONS["silu"], groups=37))
 
 
+@pytest.mark.skipif(triton_kernels.INTERPRETED, reason="the interpreter has one precision")
+@pytest.mark.parametrize(("allowed", "tolerance"), [(False, 1e-4), (True, 1e-2)])
+def test_float32_is_multiplied_as_torch_may(
+    allowed: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within TF32's rounding where the user allows it, else to float32's."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    rows, weight, table = operands(COUNT, 256, 128, 9, torch.float32)
+    found, expected = gpu.gather_conv(rows, weight, table), reference(rows, weight, table)
+    assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(triton_kernels.INTERPRETED, reason="it takes ten gigabytes")
+@pytest.mark.parametrize("groups", [1, 64])
+def test_places_beyond_32_bits(groups: int) -> None:
+    """Rows, and results, of more than 2 ** 31 values."""
+    channels, count = 64, 2**25 + 700
+    rows = torch.randn(4096, channels, device=DEVICE, dtype=torch.bfloat16).repeat(-(-count // 4096), 1)[
+        :count
+    ]
+    weight = random(channels, channels if groups == 1 else 1, dtype=torch.bfloat16) / 8
+    table = torch.arange(count, device=DEVICE, dtype=torch.int32).flip(0).unsqueeze(1)
+    found = gpu.gather_conv(rows, weight, table, groups=groups)
+    for part in (slice(0, 100), slice(count - 100, count)):
+        close(found[part], reference(rows, weight, table[part], groups=groups))
+
+
 def test_no_outputs() -> None:
     for groups in (1, 5):
         rows, weight, _ = operands(3, 5, 5, 9, torch.float32, groups)

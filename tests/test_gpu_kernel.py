@@ -5,6 +5,7 @@ Triton decides at import whether it interprets, so the laws run in a process of 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,35 @@ def test_the_laws_hold(interpreted: str, which: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     print(done.stdout)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_benchmark_runs_whole_without_a_gpu(tmp_path: Path) -> None:
+    """In the interpreter, with a tiny network: what it prints then means nothing, but a minute of a GPU is dear."""
+    (tmp_path / "tiny.py").write_text(
+        "from torch import nn\n\n\ndef net():\n"
+        "    blocks = [(nn.Conv2d(3 if at == 0 else 8, 8, 3, 2, 1), nn.ReLU()) for at in range(5)]\n"
+        "    return nn.Sequential(*(part for block in blocks for part in block))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    sizes = "--channels 8 --count 60 --batches 1 --training-batch 1 --size 128 128 --rounds 1 --no-compile"
+    command = [sys.executable, "benchmarks/gpu_speed.py", "--device", "cpu", "--model", "tiny:net"]
+    lines = tmp_path / "lines.jsonl"
+    command += [*sizes.split(), "--json", str(lines)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert {line.get("part") for line in found} == {
+        None,
+        "kernels",
+        "maps",
+        "networks",
+        "training",
+        "profile",
+    }
+    assert not any("failed" in line for line in found)
 
 
 @needs_triton

@@ -197,10 +197,11 @@ def _change_channels(x: Elements, change: Callable[[Tensor], Tensor]) -> Element
 
 @operation(reads="image", gives="vector")
 def global_mean(x: Elements, keepdim: bool = True, layout: str = NCHW) -> Tensor:
-    """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C)."""
+    """Mean of each image, every element weighed by the area of its cell: (B, C, 1, 1) or (B, C); float32 of bytes."""
     share = x.lattice.membership.to(x.rows.device, torch.promote_types(x.rows.dtype, torch.float32))
     values = without_padding(x).reshape(x.lattice.count, -1)
-    return _per_image(_multiply(share, values).to(x.rows.dtype), x, keepdim, layout)
+    mean = _multiply(share, values)
+    return _per_image(mean.to(x.rows.dtype) if x.rows.is_floating_point() else mean, x, keepdim, layout)
 
 
 def _multiply(share: Tensor, values: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from cadsurgery.elements.backends.integer import (
     MOST_PRODUCTS,
     Grid,
     IntegerWeights,
+    can_apply,
     form_here,
 )
 from cadsurgery.elements.backends.integer_layers import (
@@ -44,10 +45,12 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
 from cadsurgery.surgery.hooks import child
 
-# Images whose layers are compared, values of each map of an image that grids are chosen by, and the share of the
-# squared errors of all layers that one may have before it stays in float32, if these errors are more than so much.
-_COMPARED, _SAMPLES, _SHARE, _HARMLESS = 2, 65536, 0.2, 0.03
-_WORTH = 1.2  # so much of the outputs' error has to be gained where layers stay in float32
+# Images whose layers are compared; values of each map of an image that grids are chosen by, and the share at either
+# end of which all are taken; the share of the squared errors of all layers that one may have before it stays in
+# float32, if these errors are more than so much.
+_COMPARED, _SAMPLES, _END, _SHARE, _HARMLESS = 2, 65536, 1e-3, 0.2, 0.03
+# So much of the outputs' error has to be gained where layers stay in float32, and nothing is worth it below so much.
+_WORTH, _SMALL = 1.2, 0.02
 _BEYOND, _STEPS = 1e-4, 24
 _FIRST = 4  # so many of the first layers stay in float32, then twice as many, until the error is as small as wanted
 _FEWEST_ROWS = 64  # fewer are multiplied faster than they are rounded
@@ -111,20 +114,31 @@ class Quantisation:
 
 @dataclass
 class _Values:
-    """What was seen of the values of a node: their ends, and some of them."""
+    """What was seen of the values of a node: their ends, some of them, and for how many each of these stands."""
 
     low: float = 0.0
     high: float = 0.0
     some: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
 
     def add(self, values: Tensor) -> None:
+        """Every so manieth value, and all that are beyond most of these: few, but most of what clipping changes."""
         values = values.detach()
         flat = (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(
             -1
         )  # as it lies in memory
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
         step = max(1, len(flat) // _SAMPLES) | 1  # odd: not the same channels of each pixel
-        self.some.append(flat[::step].clone())
+        some = flat[::step].clone()
+        if step > 1:
+            least, most = _ends(some, torch.ones_like(some), _END)
+            ends = flat[(flat < least) | (flat > most)]
+            some = some[(some >= least) & (some <= most)]
+            self.some += [some, ends]
+            self.counts += [torch.full_like(some, float(step)), torch.ones_like(ends)]
+        else:
+            self.some.append(some)
+            self.counts.append(torch.ones_like(some))
 
 
 @dataclass
@@ -205,7 +219,9 @@ def quantise(
 
         found = [one for method in _METHODS for one in tried(method)]
         least = min(error for error, *_ in found)
-        near = [one for one in found if one[0] <= _WORTH * least] or found  # or no numbers at all
+        near = [
+            one for one in found if one[0] <= max(_WORTH * least, _SMALL)
+        ] or found  # or no numbers at all
         error, method, rewritten = min(near, key=lambda one: (one[2].in_float, one[0]))
         if largest_error is not None:
             first = _FIRST
@@ -377,11 +393,19 @@ class _Quantiser:
             for node, layer in self.layers.items()
             if node not in exact and layer.residual in self.layers and layer.residual not in exact
         }
+        averaged = {
+            node for node, layer in self.layers.items() if node not in exact and self._is_averaged(layer)
+        }
         return [
             group
             for group in groups.values()
-            if (read | added) & set(group) and not any(map(self._overwritten, group))
+            if (read | added | averaged) & set(group) and not any(map(self._overwritten, group))
         ]
+
+    def _is_averaged(self, layer: _Convolution) -> bool:
+        """Whether means over images are all that reads its values: they take bytes as they are."""
+        readers = [user for user in layer.node.users if not _is_neutral(user)]
+        return can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
 
     def _overwritten(self, node: fx.Node) -> bool:
         """Whether something changes a value in place that others may read."""
@@ -404,7 +428,9 @@ class _Quantiser:
             makers = [node for node in group if not self.carried(node)]
             seen = [self.values[node] for node in makers]
             low, high = min(one.low for one in seen), max(one.high for one in seen)
-            grid = _choose_grid(low, high, torch.cat([part for one in seen for part in one.some]), method)
+            some = torch.cat([part for one in seen for part in one.some])
+            counts = torch.cat([part for one in seen for part in one.counts])
+            grid = _choose_grid(low, high, some, counts, method)
             grids |= dict.fromkeys(group, grid)
         return grids
 
@@ -503,7 +529,7 @@ class _Rewritten:
             layer = work.layers.get(user)
             passes = user in grids and node in work.carried(user)
             takes = passes or (layer is not None and user not in exact)
-            if takes or user.target is getattr or user.target is functional.common_lattice:
+            if takes or _is_neutral(user):
                 in_bytes.add(copies[user])
         layer, carried = work.layers.get(node), work.carried(node)
         is_bytes = bool(carried) or (layer is not None and node not in exact)
@@ -516,6 +542,13 @@ class _Rewritten:
             here.replace_all_uses_with(pooled)
             self.graph.erase_node(here)
             here = copies[node] = pooled
+        if is_bytes:
+            for mean in [user for user in here.users if _is_mean(user)]:
+                with self.graph.inserting_after(mean):
+                    values = self.graph.call_function(from_bytes, (mean, *grid))
+                mean.replace_all_uses_with(values, lambda user, values=values: user is not values)  # type: ignore[misc]
+                in_bytes.add(mean)
+                copies.update((of, values) for of, copy in list(copies.items()) if copy is mean)
         readers = [user for user in here.users if (user in in_bytes) != is_bytes and not _is_neutral(user)]
         if not readers:
             return
@@ -542,6 +575,10 @@ class _Rewritten:
         fast.adaptive_part._program = replace(self.program, graph=self.graph).on(fast)
 
 
+def _is_mean(user: fx.Node) -> bool:
+    return user.target is functional.global_mean
+
+
 def _is_neutral(user: fx.Node) -> bool:
     """Whether a node reads of elements only where they are."""
     return user.target is getattr or user.target is functional.common_lattice
@@ -565,23 +602,29 @@ def _integer_layer(
     return kind(weights, kernel.window)
 
 
-def _choose_grid(low: float, high: float, some: Tensor, method: str) -> Grid:
-    """The grid of values of which the ends and some are known."""
+def _choose_grid(low: float, high: float, some: Tensor, counts: Tensor, method: str) -> Grid:
+    """The grid of values of which the ends and some are known, and for how many each of these stands."""
     if method == "percentile":
-        least, most = (
-            float(some.kthvalue(max(1, min(len(some), round(p * len(some))))).values)
-            for p in (_BEYOND, 1 - _BEYOND)
-        )
+        least, most = _ends(some, counts, _BEYOND)
         return Grid.of_range(max(low, least), min(high, most))
     best, chosen = float("inf"), Grid.of_range(low, high)
     for step in range(_STEPS):
         share = 1 - 0.8 * step / _STEPS
         grid = Grid.of_range(share * low, share * high)
         rounded = (some / grid.scale).round_().clamp_(-grid.zero, 255 - grid.zero).mul_(grid.scale)
-        error = float((rounded - some).square().mean())
+        error = float((rounded - some).square() @ counts)
         if error < best:
             best, chosen = error, grid
     return chosen
+
+
+def _ends(some: Tensor, counts: Tensor, share: float) -> tuple[float, float]:
+    """Between which all but a share at either end lie of values that stand for so many each."""
+    ordered, places = some.sort()
+    below = counts[places].double().cumsum(0)
+    bounds = torch.tensor([share, 1 - share], dtype=torch.float64) * below[-1]
+    least, most = torch.searchsorted(below, bounds).clamp_(max=len(some) - 1).tolist()
+    return float(ordered[least]), float(ordered[most])
 
 
 def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -23,7 +23,10 @@ from cadsurgery.elements.backends.integer import (
 )
 from cadsurgery.elements.backends.integer_layers import IntegerConv, IntegerLinear, max_pool_bytes
 from cadsurgery.elements.backends.weights import Activation
+from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Reading
+from cadsurgery.elements.lattice import Geometry
+from cadsurgery.elements.whole_image import global_mean
 
 TORCH: Any = BACKENDS[-1]
 NATIVE: Any = next(backend for backend in BACKENDS if backend.name == "native")
@@ -42,6 +45,9 @@ SHAPES = {  # rows, channels, outputs, groups, taps
     "groups": (100, 24, 48, 4, 9),
     "depthwise": (100, 30, 30, 30, 9),
     "depthwise, whole vectors": (100, 64, 64, 64, 9),
+    "depthwise, half a vector left": (97, 96, 96, 96, 9),
+    "depthwise, more than half": (33, 110, 110, 110, 9),
+    "depthwise, many taps": (51, 80, 80, 80, 25),
     "no rows": (0, 8, 8, 1, 9),
 }
 ADDED = {"alone": None, "residual in 8 bits": Grid(0.02, 7), "residual": "float"}
@@ -78,7 +84,7 @@ def test_compiled_code_gives_the_bits_of_the_reference(
     form: str, shape: str, act: str, added: str, out: Any
 ) -> None:
     count, inputs, outputs, groups, taps = SHAPES[shape]
-    more, kernel = ADDED[added], (3, 3) if taps == 9 else (taps, 1)
+    more, kernel = ADDED[added], {9: (3, 3), 25: (5, 5)}.get(taps, (taps, 1))
     grid = more if isinstance(more, Grid) else None
     weights = weights_of(outputs, inputs, kernel, groups, activation=ACTIVATIONS[act], more=grid, out=out)
     residual = torch.randn(count, outputs) if more == "float" else None
@@ -104,6 +110,8 @@ def test_the_largest_sums_are_exact(form: str) -> None:
     ("channels", "groups", "kernel", "stride", "padding", "dilation"),
     [
         (3, 1, (7, 7), (2, 2), (3, 3), (1, 1)),  # of an image: lines at once
+        (1, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+        (4, 1, (5, 3), (1, 2), (0, 2), (1, 1)),
         (3, 1, (3, 3), (1, 1), (1, 0), (2, 2)),
         (8, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
         (8, 1, (1, 1), (2, 2), (0, 0), (1, 1)),
@@ -131,7 +139,8 @@ def test_dense_maps_are_convolved_as_torch_does(
     sums = F.conv2d(exact, weights.weight.double(), None, stride, padding, dilation, groups)
     known = weights.constants
     expected = (sums * known.scale.double().view(-1, 1, 1) + known.bias.double().view(-1, 1, 1)).float()
-    assert torch.equal(layer(image), expected)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert torch.equal(layer(image.contiguous(memory_format=layout)), expected)
 
 
 def test_what_is_pooled_and_read_between_bytes_is_of_their_values() -> None:
@@ -143,6 +152,18 @@ def test_what_is_pooled_and_read_between_bytes_is_of_their_values() -> None:
         pooled = backend.pool(Pooling(rows, reading, -torch.inf, largest=True))
         assert torch.equal(pooled, TORCH.pool(Pooling(rows, reading, -torch.inf, largest=True)))
         assert torch.equal(backend.pick(Picking(rows, reading)), TORCH.pick(Picking(rows, reading)))
+
+
+def test_a_mean_of_bytes_is_of_their_values() -> None:
+    grid, levels = (
+        Grid(0.03, 11),
+        torch.randint(0, 3, (2, 5, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2),
+    )
+    lattice = Geometry((2, 2)).lattice(levels[:, :19, :15]).at(2)
+    rows = bytes_of(len(lattice), 37)
+    found = global_mean(Elements(rows, lattice))
+    expected = global_mean(Elements(grid.dequantise(rows).double(), lattice))
+    torch.testing.assert_close(grid.dequantise(found).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gelu", "swish", "leaky_relu"])

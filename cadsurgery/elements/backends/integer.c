@@ -280,52 +280,105 @@ void SUFFIX(convolve)(const reading *in, const result *r, const int8_t *weight, 
 }
 
 #ifdef VNNI
-enum { MOST_TAPS = 64, MANY = 64 };
+enum { MOST_TAPS = 64, MANY = 64, HALF = 32, TOGETHER = 16 };
 
-/* The four bytes that taps a, b, c, d have of a channel side by side, of 64 channels: part k has, in each quarter of 16
- * channels, those from 4 k on. Packing restores their order. */
-static inline void interleave(const uint8_t *const *from, long start, __mmask64 which, __m512i part[4]) {
-    __m512i a = _mm512_maskz_loadu_epi8(which, from[0] + start), b = _mm512_maskz_loadu_epi8(which, from[1] + start);
-    __m512i c = _mm512_maskz_loadu_epi8(which, from[2] + start), d = _mm512_maskz_loadu_epi8(which, from[3] + start);
-    __m512i low = _mm512_unpacklo_epi8(a, b), high = _mm512_unpackhi_epi8(a, b);
-    __m512i more_low = _mm512_unpacklo_epi8(c, d), more_high = _mm512_unpackhi_epi8(c, d);
-    part[0] = _mm512_unpacklo_epi16(low, more_low), part[1] = _mm512_unpackhi_epi16(low, more_low);
-    part[2] = _mm512_unpacklo_epi16(high, more_high), part[3] = _mm512_unpackhi_epi16(high, more_high);
+/* Bytes of a row, or, of no more than HALF channels, of two rows one behind the other. */
+static inline __attribute__((always_inline)) __m512i load_rows(const uint8_t *one, const uint8_t *other, __mmask64 which, const int two) {
+    if (!two) return _mm512_maskz_loadu_epi8(which, one);
+    __m256i low = _mm256_maskz_loadu_epi8((__mmask32)which, one), high = _mm256_maskz_loadu_epi8((__mmask32)which, other);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-/* Depthwise convolution of up to MOST_TAPS taps, in 8 bits. weight is (chunks, taps / 4, 4, 16, 4): parts of `interleave`;
- * offset, scale and bias are (chunks, 4, 16), in their order. */
+/* Where `number` entries of the table from one on point. */
+static inline void find_rows(const reading *in, long first, long number, const uint8_t **found) {
+    const __m512i stride = _mm512_set1_epi64(in->stride), rows = _mm512_set1_epi64((long)in->rows);
+    const __m256i count = _mm256_set1_epi32((int)in->count);
+    for (long i = 0; i < number; i += 8) {
+        const __mmask8 which = number - i >= 8 ? 0xff : (1 << (number - i)) - 1;
+        const __m256i entries = _mm256_maskz_loadu_epi32(which, in->table + first + i);
+        _mm512_mask_storeu_epi64(found + i, which, _mm512_add_epi64(rows, _mm512_mul_epu32(_mm512_cvtepu32_epi64(entries), stride)));
+        for (unsigned others = _mm256_mask_cmpge_epi32_mask(which, entries, count); others; others &= others - 1) {
+            const long place = i + __builtin_ctz(others);
+            found[place] = row(in, 0, first + place);
+        }
+    }
+}
+
+/* Depthwise convolution of `many` rows of the result from row `at`, up to 64 channels from `start` on. from[i * taps + tap]
+ * is what a tap of row i reads. What four taps have of a channel is put side by side: part k has, in each quarter of 16
+ * channels, those from 4 k on, and packing restores their order. `two` rows at a time; `nine` taps have their weights in
+ * registers: both are constants where this is inlined. */
+static inline __attribute__((always_inline)) void convolve_channels(
+    const result *r, const int8_t *weight, const uint8_t *const *from, long taps, long at, long many, long channels,
+    long start, const int two, const int nine) {
+    const long left = channels - start;
+    const __mmask64 which = left >= MANY ? ~0ull : (1ull << left) - 1;
+    __m512i weights[12], offset[4];
+    lane scale[4], bias[4];
+    for (int k = 0; k < (nine ? 12 : 0); k++) weights[k] = _mm512_loadu_si512(weight + MANY * k);
+    for (int k = 0; k < 4; k++) {
+        offset[k] = _mm512_loadu_si512(r->offset + start + 16 * k);
+        scale[k] = load(r->scale + start + 16 * k, LANES), bias[k] = load(r->bias + start + 16 * k, LANES);
+    }
+    const __m512i low = _mm512_set1_epi8((char)(int)r->low), high = _mm512_set1_epi8((char)(int)r->high);
+    const long step = two ? 2 : 1;
+    for (long i = 0; i < many; i += step) {
+        const uint8_t *const *one = from + i * taps, *const *other = i + 1 < many ? one + taps : one;
+        uint8_t *out = (uint8_t *)r->out + (at + i) * channels + start;
+        __m512i sums[4] = {offset[0], offset[1], offset[2], offset[3]};
+#pragma GCC unroll 3
+        for (long tap = 0; tap < (nine ? 9 : taps); tap += 4) { /* behind the last tap are weights of zero */
+            __m512i values[4];
+#pragma GCC unroll 4
+            for (long j = 0; j < 4; j++) {
+                const long read = tap + j < (nine ? 9 : taps) ? tap + j : tap;
+                values[j] = read == tap && j ? values[0] : load_rows(one[read] + start, other[read] + start, which, two);
+            }
+            const __m512i a = values[0], b = values[1], c = values[2], d = values[3];
+            __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
+            __m512i more_ab = _mm512_unpackhi_epi8(a, b), more_cd = _mm512_unpackhi_epi8(c, d);
+            __m512i part[4] = {_mm512_unpacklo_epi16(ab, cd), _mm512_unpackhi_epi16(ab, cd),
+                               _mm512_unpacklo_epi16(more_ab, more_cd), _mm512_unpackhi_epi16(more_ab, more_cd)};
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++)
+                sums[k] = _mm512_dpbusd_epi32(sums[k], part[k], nine ? weights[tap + k] : _mm512_loadu_si512(weight + MANY * (tap + k)));
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            lane value = multiply_add((lane)_mm512_cvtepi32_ps(sums[k]), scale[k], bias[k]);
+            if (r->is_hardswish) {
+                value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f);
+                value = multiply_add(value, all(r->factor), all(r->zero));
+            }
+            sums[k] = _mm512_cvtps_epi32((__m512)value);
+        }
+        __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(sums[0], sums[1]), _mm512_packs_epi32(sums[2], sums[3]));
+        bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, low), high);
+        if (!two) _mm512_mask_storeu_epi8(out, which, bytes);
+        else {
+            _mm256_mask_storeu_epi8(out, (__mmask32)which, _mm512_castsi512_si256(bytes));
+            if (i + 1 < many) _mm256_mask_storeu_epi8(out + channels, (__mmask32)which, _mm512_extracti64x4_epi64(bytes, 1));
+        }
+    }
+}
+
+/* Depthwise convolution of up to MOST_TAPS taps, in 8 bits. weight is (chunks, taps / 4, 4, 16, 4): parts as above;
+ * offset, scale and bias are (chunks, 4, 16), in their order. A last chunk of no more than HALF channels has them twice. */
 void SUFFIX(depthwise)(const reading *in, const result *r, const int8_t *weight) {
-    long groups = (in->taps + 3) / 4, channels = in->channels;
+    const long span = (in->taps + 3) / 4 * 4, channels = in->channels;
     const result known = *r;
 #pragma omp parallel for schedule(static)
-    for (long at = 0; at < in->n; at++) {
-        const uint8_t *from[MOST_TAPS];
-        for (long tap = 0; tap < 4 * groups; tap++) from[tap] = row(in, at, tap < in->taps ? tap : 0);
-        const int8_t *w = weight;
+    for (long at = 0; at < in->n; at += TOGETHER) {
+        const uint8_t *from[TOGETHER * MOST_TAPS];
+        const long many = in->n - at < TOGETHER ? in->n - at : TOGETHER;
+        find_rows(in, at * in->taps, many * in->taps, from);
         for (long start = 0; start < channels; start += MANY) {
-            __mmask64 which = channels - start >= MANY ? ~0ull : (1ull << (channels - start)) - 1;
-            __m512i sums[4], part[4];
-            for (int k = 0; k < 4; k++) sums[k] = _mm512_loadu_si512(known.offset + start + 16 * k);
-            for (long group = 0; group < groups; group++, w += 4 * MANY) {
-                interleave(from + 4 * group, start, which, part);
-                for (int k = 0; k < 4; k++)
-                    sums[k] = _mm512_dpbusd_epi32(sums[k], part[k], _mm512_loadu_si512(w + MANY * k));
-            }
-            for (int k = 0; k < 4; k++) {
-                long place = start + 16 * k;
-                lane value = multiply_add((lane)_mm512_cvtepi32_ps(sums[k]), load(known.scale + place, LANES),
-                                          load(known.bias + place, LANES));
-                if (known.is_hardswish) {
-                    value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f);
-                    value = multiply_add(value, all(known.factor), all(known.zero));
-                }
-                part[k] = _mm512_cvtps_epi32((__m512)value);
-            }
-            __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(part[0], part[1]), _mm512_packs_epi32(part[2], part[3]));
-            bytes = _mm512_max_epu8(bytes, _mm512_set1_epi8((char)(int)known.low));
-            bytes = _mm512_min_epu8(bytes, _mm512_set1_epi8((char)(int)known.high));
-            _mm512_mask_storeu_epi8((uint8_t *)known.out + at * channels + start, which, bytes);
+            const int8_t *w = weight + start * span;
+            const int two = channels - start <= HALF, nine = in->taps == 9;
+            if (two && nine) convolve_channels(&known, w, from, in->taps, at, many, channels, start, 1, 1);
+            else if (two) convolve_channels(&known, w, from, in->taps, at, many, channels, start, 1, 0);
+            else if (nine) convolve_channels(&known, w, from, in->taps, at, many, channels, start, 0, 1);
+            else convolve_channels(&known, w, from, in->taps, at, many, channels, start, 0, 0);
         }
     }
 }
@@ -343,4 +396,25 @@ void SUFFIX(dequantise)(const uint8_t *values, float *out, long length, double f
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < length; i += LANES)
         store(out + i, (load_bytes(values + i, length - i) - all(zero)) * all(factor), length - i);
+}
+
+/* Maps of up to four channels into the middle of pixels of four bytes side by side: out is (batch, height + 2 down,
+ * width + 2 across, 4), zeros beside the channels. Those of a pixel lie `apart` bytes from each other, and pixels `step`:
+ * in maps one after the other (1), or side by side (their number). */
+void SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long apart,
+                   long step, long down, long across) {
+    const uint32_t used[4] = {0xff, channels > 1 ? 0xff : 0, channels > 2 ? 0xff : 0, channels > 3 ? 0xff : 0};
+#pragma omp parallel for schedule(static)
+    for (long line = 0; line < batch * height; line++) {
+        const long which = line / height, y = line % height;
+        const uint8_t *first = image + which * channels * height * width + y * width * step;
+        const uint8_t *second = first + (channels > 1) * apart, *third = first + 2 * (channels > 2) * apart;
+        const uint8_t *fourth = first + 3 * (channels > 3) * apart;
+        uint8_t *to = out + 4 * ((which * (height + 2 * down) + y + down) * (width + 2 * across) + across);
+        for (long x = 0; x < width; x++) {
+            long at = step == 1 ? x : step == 3 ? 3 * x : step * x; /* a loop of its own for each */
+            uint32_t pixel = first[at] | (second[at] & used[1]) << 8 | (third[at] & used[2]) << 16 | (fourth[at] & used[3]) << 24;
+            memcpy(to + 4 * x, &pixel, 4);
+        }
+    }
 }

@@ -68,10 +68,10 @@ class Grid(NamedTuple):
         return out
 
     def dequantise(self, values: Tensor) -> Tensor:
-        """float32, in the memory layout of the values."""
+        """float32, in the memory layout of the values, which may be means of numbers of the grid, too."""
         form = None if is_observed() else form_here()
-        if form is None or not _is_dense(values):
-            return values.float().sub_(self.zero).mul_(_single(self.scale))
+        if form is None or values.dtype != torch.uint8 or not _is_dense(values):
+            return values.to(torch.float32, copy=True).sub_(self.zero).mul_(_single(self.scale))
         out = torch.empty_like(values, dtype=torch.float32)
         _run("dequantise", form, values, out, values.numel(), self.scale, float(self.zero))
         return out
@@ -121,8 +121,7 @@ class IntegerWeights:
     @property
     def is_fused(self) -> bool:
         """Whether backends apply its activation."""
-        act = self.activation
-        return act is None or act.bounds is not None or act.name == "hardswish"
+        return can_apply(self.activation)
 
     @property
     def is_depthwise(self) -> bool:
@@ -218,19 +217,13 @@ class IntegerWeights:
         """Weight, offset, scale and bias of a depthwise convolution as `integer.c` reads them: of 64 channels four taps
         side by side, in the order in which processors interleave them: (16 channels, 4, 4) as (4, 16 channels, 4)."""
         if "by taps" not in self.forms:
-            channels, taps = self.weight.shape[0], self.weight[0].numel()
-            padded = self.weight.new_zeros(-(-channels // CHUNK) * CHUNK, -(-taps // 4) * 4)
-            padded[:channels, :taps] = self.weight.flatten(1)
-            parts = padded.view(-1, 4, 4, 4, padded.shape[1] // 4, 4).permute(0, 4, 2, 1, 3, 5)
-            rest = (self._pad_channels(value) for value in self.constants[:3])
-            self.forms["by taps"] = (parts.contiguous(), *rest)
+            taps = self.weight[0].numel()
+            padded = self.weight.new_zeros(len(self.weight), -(-taps // 4) * 4)
+            padded[:, :taps] = self.weight.flatten(1)
+            rest = [value.unsqueeze(1) for value in self.constants[:3]]
+            self.forms["by taps"] = tuple(map(_interleave, (padded, *rest)))
         forms: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["by taps"]
         return forms
-
-    def _pad_channels(self, values: Tensor) -> Tensor:
-        padded = values.new_zeros(-(-len(values) // CHUNK) * CHUNK)
-        padded[: len(values)] = values
-        return padded.view(-1, 4, 4, 4).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,6 +317,39 @@ class Integers(Backend):
         name, groups = ("depthwise", ()) if by_taps else ("convolve", (weights.groups,))
         _run(name, own_form, ctypes.byref(read), ctypes.byref(result), weight, *groups)
         return out
+
+
+def _interleave(values: Tensor) -> Tensor:
+    """Values (channels, taps or 1) by 64 channels, in the order of the vectors of `depthwise` in `integer.c`. No more
+    than half a vector of channels left are there twice: it takes two rows at once."""
+    channels, last = len(values), values[len(values) // CHUNK * CHUNK :]
+    padded = values.new_zeros(-(-channels // CHUNK) * CHUNK, values.shape[1])
+    padded[:channels] = values
+    if 0 < len(last) <= CHUNK // 2:
+        padded[-CHUNK // 2 :][: len(last)] = last
+    at_once = min(4, values.shape[1])
+    return (
+        padded.view(-1, 4, 4, 4, values.shape[1] // at_once, at_once).permute(0, 4, 2, 1, 3, 5).contiguous()
+    )
+
+
+def can_apply(activation: Activation | None) -> bool:
+    """Whether backends apply an activation to sums while they are in registers."""
+    return activation is None or activation.bounds is not None or activation.name == "hardswish"
+
+
+def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
+    """A map (B, C, H, W) of up to four channels in 8 bits, as pixels of four bytes side by side, lines and columns of
+    padding around each image."""
+    form, (batch, channels, height, width) = None if is_observed() else form_here(), image.shape
+    if form is not None:
+        image = image if _is_dense(image) else image.contiguous()
+        apart, step = (height * width, 1) if image.is_contiguous() else (1, channels)
+        _run("lines", form, image, memory, *image.shape, apart, step, *padding)
+        return
+    size = batch, height + 2 * padding[0], width + 2 * padding[1], 4
+    inner = memory[: math.prod(size)].view(size)[:, padding[0] :, padding[1] :]
+    inner[:, :height, :width, :channels] = image.permute(0, 2, 3, 1)
 
 
 def _is_exact_in_float(weights: IntegerWeights) -> bool:

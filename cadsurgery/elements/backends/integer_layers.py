@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Pooling, compute
-from cadsurgery.elements.backends.integer import Grid, IntegerConvolution, IntegerWeights, convolve, form_here
+from cadsurgery.elements.backends.integer import (
+    Grid,
+    IntegerConvolution,
+    IntegerWeights,
+    convolve,
+    form_here,
+    to_lines,
+)
 from cadsurgery.elements.backends.weights import Pair
 from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.support.errors import InvalidInput
@@ -129,13 +136,12 @@ def _map_of(rows: Tensor, batch: int, size: Pair) -> Tensor:
 
 def _lines_of(image: Tensor, padding: Pair, weights: IntegerWeights) -> Tensor:
     """The pixels of a padded image, with four channels, as rows that overlap: each holds those behind it, too."""
-    batch, channels, height, width = image.shape
+    batch, _, height, width = image.shape
     down, across = padding
     wide, beyond = width + 2 * across, weights.weight.shape[3] - 1
     pixels = batch * (height + 2 * down) * wide
     memory = torch.full(((pixels + beyond) * _FOUR,), weights.source.zero, dtype=torch.uint8)
-    padded = memory[: pixels * _FOUR].view(batch, height + 2 * down, wide, _FOUR)
-    padded[:, down : down + height, across : across + width, :channels] = image.permute(0, 2, 3, 1)
+    to_lines(image, memory, padding)
     return memory.as_strided((pixels, (1 + beyond) * _FOUR), (_FOUR, 1))
 
 

@@ -591,21 +591,29 @@ long SUFFIX(expand_depthwise)(const expansion *e) {
 }
 #endif
 
+/* `many` is a constant where this is inlined, so that places and shares stay in registers. */
+static inline __attribute__((always_inline)) void mix_known(
+    const element *const *from, const sum *share, long channels, element *out, const long many) {
+    for (long start = 0; start < channels; start += LANES) {
+        long some = channels - start;
+        lane total = {};
+        if (some >= LANES)
+            for (long i = 0; i < many; i++) total += share[i] * load(from[i] + start);
+        else
+            for (long i = 0; i < many; i++) total += share[i] * load_some(from[i] + start, some);
+        store_some(out + start, total, some);
+    }
+}
+
 static inline void mix_row(const reading *in, const int32_t *entries, const sum *shares, long many, element *out) {
     const element *from[many];
     sum share[many];
     long kept = 0;
     for (long i = 0; i < many; i++)
         if (shares[i] != 0) from[kept] = row(in, entries[i]), share[kept++] = shares[i];
-    for (long start = 0; start < in->channels; start += LANES) {
-        long some = in->channels - start;
-        lane total = {};
-        if (some >= LANES)
-            for (long i = 0; i < kept; i++) total += share[i] * load(from[i] + start);
-        else
-            for (long i = 0; i < kept; i++) total += share[i] * load_some(from[i] + start, some);
-        store_some(out + start, total, some);
-    }
+    if (kept == 4) mix_known(from, share, in->channels, out, 4);
+    else if (kept == 2) mix_known(from, share, in->channels, out, 2);
+    else mix_known(from, share, in->channels, out, kept);
 }
 
 /* Weighted sums of rows: out[i] = sum over `taps` of mix[i] times the rows its table names; out is (n, channels). */
