@@ -39,6 +39,7 @@ from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network import fuse
 from cadsurgery.network.dense_twin import dense_twin
 from cadsurgery.network.optimized import OptimizedModel
+from cadsurgery.support.errors import CadWarning
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
 # Plain, depthwise with ReLU6, grouped with squeeze-excite, linear layers with GELU, SiLU, dense joins, max-pooling.
@@ -850,6 +851,24 @@ def test_compiled_code_is_kept_and_can_be_switched_off(
         monkeypatch.setenv("CADSURGERY_NATIVE", "0")
         native.library.cache_clear()
         assert native.library() is None
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_said(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo 1.0\necho "no header here" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    try:
+        with pytest.warns(
+            CadWarning, match=r"could not be built: .* says no header here.*CADSURGERY_NATIVE=0"
+        ):
+            assert native.library() is None
     finally:
         monkeypatch.undo()
         native.library.cache_clear()

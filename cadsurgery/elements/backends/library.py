@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from cadsurgery.support.errors import CadWarning
 from cadsurgery.support.files import cache_folder, is_private, keep_whole
 
 NATIVE, INTEGERS, WARP, MAPS = (
@@ -55,7 +57,11 @@ def has_pairs(dtype: torch.dtype) -> bool:
 
 @cache
 def library() -> Any:
-    """The compiled code, or None."""
+    """The compiled code, or None.
+
+    Warns:
+        CadWarning: a compiler is there, but could not build it.
+    """
     compiler = shutil.which(os.environ.get("CC", "") or "cc") or shutil.which("gcc")
     if compiler is None or os.environ.get("CADSURGERY_NATIVE", "1") == "0" or platform.system() != "Linux":
         return None
@@ -69,6 +75,15 @@ def library() -> Any:
             _build(compiler, target)
             compiled = _load(target)
         return compiled
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        warnings.warn(
+            f"the compiled code could not be built: {compiler} says {said[0] if said else error}. Networks run by "
+            "torch's operations, slower. Give a C compiler that works (CC=gcc), or set CADSURGERY_NATIVE=0 to be told no more.",
+            CadWarning,
+            stacklevel=2,
+        )
+        return None
     except (OSError, subprocess.SubprocessError):
         return None
 
