@@ -79,7 +79,7 @@ def library() -> Any:
         said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
         warnings.warn(
             f"the compiled code could not be built: {compiler} says {said[0] if said else error}. Networks run by "
-            "torch's operations, slower. Give a C compiler that works (CC=gcc), or set CADSURGERY_NATIVE=0 to be told no more.",
+            "torch's operations, slower. Give a C compiler that works (CC=gcc), or set CADSURGERY_NATIVE=0.",
             CadWarning,
             stacklevel=2,
         )
