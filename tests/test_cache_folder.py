@@ -193,6 +193,17 @@ def test_a_library_that_is_not_whole_or_not_ours_is_not_loaded(
 
 
 @needs_compiler
+def test_what_is_loaded_is_the_file_and_no_other_that_had_its_number(library: Path, tmp_path: Path) -> None:
+    """Descriptors are used again, and what was loaded by one before may be damaged by now."""
+    other = Path(shutil.copy(library, tmp_path / "other.so"))
+    first = _load(other)
+    second = _load(library)
+    assert first._handle != second._handle
+    os.truncate(other, 0)
+    assert second.mix_float32 is not None
+
+
+@needs_compiler
 def test_a_library_of_somebody_else_is_not_loaded(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: library.stat().st_uid + 1)
     assert _load(library) is None

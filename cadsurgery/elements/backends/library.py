@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import warnings
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cadsurgery.support.files import cache_folder, is_private, keep_whole
 NATIVE, INTEGERS, WARP, MAPS = (
     Path(__file__).with_name(f"{name}.c") for name in ("native", "integer", "warp", "maps")
 )
+_LOADS = count()
 _HASH = hashlib.sha256().digest_size
 _WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 _FLAGS = ("-O3", "-march=native", *_WIDEST, "-ffp-contract=fast", "-fopenmp", "-fPIC", "-c")
@@ -103,7 +105,8 @@ def _load(path: Path) -> Any:
         data = file.read() if is_private(os.fstat(descriptor)) else b""
         if hashlib.sha256(data[:-_HASH]).digest() != data[-_HASH:]:
             return None
-        name = f"/proc/self/fd/{descriptor}"
+        # A name that was not loaded before: for one that was, the loader gives what it stood for then.
+        name = f"/proc/self/fd/{'./' * next(_LOADS)}{descriptor}"
         # OpenMP's symbols are those of torch's own runtime: a second one would compete for the cores.
         return ctypes.CDLL(name if os.path.exists(name) else str(path))
 
