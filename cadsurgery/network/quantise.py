@@ -75,6 +75,23 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What tuning did to a network in 8 bits, see `tune`.
+
+    Attributes:
+        steps: that were asked for.
+        kept: the step that came nearest; 0: none came nearer than the network as it was.
+        images: it was tuned by.
+        before: error on the other images, as of `Quantisation`, before the first step.
+    """
+
+    steps: int
+    kept: int
+    images: int
+    before: float
+
+
+@dataclass(frozen=True)
 class Quantisation:
     """What was done to a network, and what it cost on the images it was calibrated by.
 
@@ -84,6 +101,7 @@ class Quantisation:
         grids: how they were chosen, `mse` or `percentile`.
         form: of the compiled code, by its instructions; empty: torch.
         images: it was compared on.
+        tuning: what it was tuned by, if it was; it was then compared on other images than those.
     """
 
     layers: tuple[Layer, ...]
@@ -91,6 +109,7 @@ class Quantisation:
     grids: str
     form: str
     images: int
+    tuning: Tuning | None = None
 
     def __str__(self) -> str:
         """In a few lines."""
@@ -103,6 +122,11 @@ class Quantisation:
             f"{count - sum(map(len, exact.values()))} of {count} layers in 8 bits ({self.form or 'torch'}), "
             f"grids by {self.grids}; outputs differ by {self.error:.3g} of their size on {self.images} images"
         )
+        if (tuning := self.tuning) is not None:
+            head += (
+                f"\n  tuned by {tuning.images} images in {tuning.steps} steps, of which the first "
+                f"{tuning.kept} are kept: {tuning.before:.3g} before"
+            )
         several = {
             why: names[0] if len(names) == 1 else f"{len(names)} layers" for why, names in exact.items()
         }
@@ -188,18 +212,19 @@ def quantise(
         InvalidInput: another network, no images, or such that the network does not take.
         CannotConvert: no layer can be in 8 bits.
     """
-    batches = _batches(calibration)
+    batches = batches_of(calibration)
     program = fast.program
     with torch.no_grad():
         work = _Quantiser(fast, program)
         work.observe(batches)
-        expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
+        expected = [outputs_of(fast, batch) for batch in batches[:_COMPARED]]
         compared = batches[:_COMPARED]
 
         def tried(method: str, first: int = 0) -> Iterator[tuple[float, str, _Rewritten]]:
             for rewritten in work.rewrite(method, compared, first):
                 rewritten.apply(fast)
-                yield _difference((_outputs(fast, batch) for batch in compared), expected), method, rewritten
+                error = difference_of((outputs_of(fast, batch) for batch in compared), expected)
+                yield error, method, rewritten
                 fast.adaptive_part._program = program.on(fast)
                 work.restore()
 
@@ -584,7 +609,12 @@ def _choose_grid(low: float, high: float, some: Tensor, method: str) -> Grid:
     return chosen
 
 
-def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def batches_of(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Image batches to calibrate by.
+
+    Raises:
+        InvalidInput: there are none.
+    """
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     if not batches or not all(isinstance(batch, Tensor) and batch.dim() == 4 for batch in batches):
         raise InvalidInput(
@@ -594,17 +624,17 @@ def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
-    return [value.double() for value in tensors_of(fast(batch)) if value.is_floating_point()]
+def outputs_of(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
+    """What a network gives, in floating point."""
+    return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 
 
-def _difference(found: Iterable[list[Tensor]], expected: Sequence[list[Tensor]]) -> float:
-    """Root mean square relative to that of the outputs, of the output where it is largest."""
-    pairs = [list(zip(*both, strict=True)) for both in zip(found, expected, strict=False)]
-    errors = []
-    for place in range(len(pairs[0])):
-        less, whole = zip(*(pair[place] for pair in pairs), strict=True)
-        squares = sum(float((a - b).square().sum()) for a, b in zip(less, whole, strict=True))
-        size = sum(float(value.square().sum()) for value in whole)
-        errors.append((squares / size) ** 0.5 if size else 0.0)
-    return max(errors, default=0.0)
+def difference_of(found: Iterable[list[Tensor]], expected: Iterable[list[Tensor]]) -> float:
+    """Root mean square of the differences relative to that of the outputs, of the output where it is largest."""
+    sums: dict[int, tuple[float, float]] = {}
+    for less, whole in zip(found, expected, strict=False):
+        for place, (a, b) in enumerate(zip(less, whole, strict=True)):
+            squares, size = sums.get(place, (0.0, 0.0))
+            apart = (a.double() - b.double()).square().sum()
+            sums[place] = squares + float(apart), size + float(b.double().square().sum())
+    return max(((squares / size) ** 0.5 if size else 0.0 for squares, size in sums.values()), default=0.0)

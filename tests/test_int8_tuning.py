@@ -1,0 +1,164 @@
+"""Tuning of copies in 8 bits: the simulation is the copy; what is kept is nearer to the float copy, or as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, build, images, relative_error, slow
+from torch import Tensor, fx, nn
+
+import cadsurgery as cs
+from cadsurgery.elements.elements import Elements
+from cadsurgery.network import tune
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.optimized import OptimizedModel
+from cadsurgery.network.program import GraphInterpreter
+from cadsurgery.network.quantise import difference_of, quantise
+
+MIXED = "random:fraction=0.4,seed=3,block=3"
+CALIBRATION = [images(2, 65, 97), images(1, 64, 96), images(2, 65, 97).flip(3)]
+
+
+class Mixing(nn.Module):
+    """Convolutions, a pool of elements, a join, an addition of bytes, hardswish; one in groups and one depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.down = nn.Conv2d(32, 24, 3, stride=2, padding=1)
+        self.act, self.last = nn.Hardswish(), nn.Conv2d(24, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x).relu())
+        x = torch.cat([self.depthwise(x).relu(), x + self.grouped(x)], 1)
+        return self.last(self.act(self.down(x)))
+
+
+class Comparison(tune.Simulation):
+    """Shows each simulated operation what the copy itself computed before, and compares what they make of it."""
+
+    def __init__(self, program: Any, layers: Any, computed: dict[fx.Node, Any]) -> None:
+        super().__init__(program, layers)
+        self.computed, self.compared = computed, list[fx.Node]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        found, expected = super().run_node(n), self.computed[n]
+        rows, exact = (one.rows if isinstance(one, Elements) else one for one in (found, expected))
+        if not isinstance(exact, Tensor):
+            return found
+        if exact.dtype == torch.uint8:  # a tie may be rounded otherwise
+            apart = (rows - exact).abs()
+            assert apart.max() <= 1 and apart.mean() < 1e-3
+            self.compared.append(n)
+            return Elements(exact.float(), expected.lattice) if isinstance(found, Elements) else exact.float()
+        assert_same(rows, exact)
+        return expected
+
+
+def optimised(model: nn.Module, mask: str = MIXED) -> tuple[AdaptiveModel, AdaptiveModel]:
+    """A network's copies in float and in 8 bits."""
+    whole = OptimizedModel(cs.adaptify(model, mask, verify_laws=False), True)
+    fast = copy.deepcopy(whole)
+    fast.quantisation = quantise(fast, CALIBRATION)
+    return whole, fast
+
+
+@pytest.mark.parametrize(
+    "name", ["mixing", "resnet18", "mobilenet_v2", slow("densenet121"), slow("vgg11_bn")]
+)
+@pytest.mark.parametrize("mask", [MIXED, "all"])
+@torch.no_grad()
+def test_the_simulation_computes_what_the_copy_computes(name: str, mask: str) -> None:
+    whole, fast = optimised(Mixing().eval() if name == "mixing" else build(name, by=4))
+    x, computed, program = images(2, 65, 97), dict[fx.Node, Any](), fast.program
+
+    class Recorder(GraphInterpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            computed[n] = super().run_node(n)
+            return computed[n]
+
+    fast(x, mask=mask)
+    lattice = fast.lattice
+    Recorder(program, program.graph).run(lambda *_: lattice, x)
+    layers = tune.simulated_layers(fast, whole)
+    comparison = Comparison(program, layers, computed)
+    comparison.run(lambda *_: lattice, x)
+    assert len(comparison.compared) >= len(layers) - 1  # all but the last
+    assert relative_error(tune.simulate(program, layers, x, lattice), fast(x, mask=mask)) < 0.02
+
+
+def test_layers_that_were_not_trained_are_made_as_they_were() -> None:
+    whole, fast = optimised(Mixing().eval())
+    x = images(2, 65, 97)
+    before = fast(x)
+    for path, layer in tune.simulated_layers(fast, whole).items():
+        fast.set_submodule(path, layer.make())
+    assert_same(fast(x), before)
+
+
+@pytest.mark.parametrize("kind", ["mixing", "resnet18"])
+def test_a_tuned_copy_is_nearer_on_images_it_was_not_tuned_by(kind: str) -> None:
+    model = Mixing().eval() if kind == "mixing" else build("resnet18", by=4)
+    net = cs.adaptify(model, MIXED, verify_laws=False)
+    known: Any = {"precision": "int8", "calibration": CALIBRATION}
+    fast, tuned = net.optimize(**known), net.optimize(**known, tune=12)
+    told = tuned.quantisation
+    assert told is not None and told.tuning is not None and fast.quantisation is not None
+    assert told.layers == fast.quantisation.layers and told.images == 2 and told.tuning.images == 3
+    assert told.error < told.tuning.before and 0 < told.tuning.kept <= told.tuning.steps == 12
+    assert "tuned by 3 images in 12 steps" in str(told)
+    apart = (CALIBRATION[0][:1], CALIBRATION[2][1:])
+    float_copy = net.optimize()
+    errors = [
+        difference_of(([one(x)] for x in apart), ([float_copy(x)] for x in apart)) for one in (fast, tuned)
+    ]
+    assert errors == pytest.approx([told.tuning.before, told.error], rel=1e-6)
+    assert torch.equal(copy.deepcopy(tuned)(apart[0]), tuned(apart[0]))
+
+
+def test_where_no_step_comes_nearer_the_copy_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_RATE", 1e3)
+    net, x = cs.adaptify(Mixing().eval(), MIXED, verify_laws=False), images(2, 65, 97)
+    known: Any = {"precision": "int8", "calibration": CALIBRATION[0]}
+    fast, tuned = net.optimize(**known), net.optimize(**known, tune=2)
+    assert tuned.quantisation is not None and tuned.quantisation.tuning is not None
+    assert tuned.quantisation.tuning.kept == 0
+    assert tuned.quantisation.error == tuned.quantisation.tuning.before
+    assert torch.equal(tuned(x), fast(x))
+
+
+class Stepped(nn.Module):
+    """Whether features are positive, which has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 8, 3, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layers(x) > 0).float()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tune": 5}, "5 steps of tuning in precision float"),
+        ({"precision": "int8", "calibration": CALIBRATION, "tune": -1}, "-1 steps"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
+    net = cs.adaptify(Mixing().eval(), MIXED, verify_laws=False)
+    with pytest.raises(cs.InvalidInput, match=words):
+        net.optimize(**options)
+
+
+@pytest.mark.filterwarnings("ignore:no mask can improve")
+def test_a_network_without_gradients_is_not_tuned() -> None:
+    net = cs.adaptify(Stepped().eval(), MIXED, verify_laws=False)
+    with pytest.raises(cs.CannotConvert, match="no gradients"):
+        net.optimize(precision="int8", calibration=CALIBRATION, tune=1)
