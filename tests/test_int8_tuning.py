@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import cadsurgery as cs
 from cadsurgery.elements.elements import Elements
 from cadsurgery.network import tune
+from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.network.program import GraphInterpreter
@@ -97,8 +98,8 @@ def test_layers_that_were_not_trained_are_made_as_they_were() -> None:
     whole, fast = optimised(Mixing().eval())
     x = images(2, 65, 97)
     before = fast(x)
-    for path, layer in tune.simulated_layers(fast, whole).items():
-        fast.set_submodule(path, layer.make())
+    for name, layer in tune.simulated_layers(fast, whole).items():
+        fast.set_submodule(f"{KERNELS}.{name}", layer.make())
     assert_same(fast(x), before)
 
 
@@ -123,7 +124,7 @@ def test_a_tuned_copy_is_nearer_on_images_it_was_not_tuned_by(kind: str) -> None
 
 
 def test_where_no_step_comes_nearer_the_copy_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_RATE", 1e3)
+    monkeypatch.setattr(tune, "_RATES", {"weight": 1e3, "bias": 1e3})
     net, x = cs.adaptify(Mixing().eval(), MIXED, verify_laws=False), images(2, 65, 97)
     known: Any = {"precision": "int8", "calibration": CALIBRATION[0]}
     fast, tuned = net.optimize(**known), net.optimize(**known, tune=2)

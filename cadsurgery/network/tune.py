@@ -9,7 +9,7 @@ float gives for them, and the layers are made anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,9 +40,9 @@ from cadsurgery.network.quantise import Quantisation, Tuning, batches_of, differ
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert
 
-# Of Adam: its rate, in the units of `SimulatedLayer`, how it remembers, images of a step, and steps of warming up.
-_RATE, _MEMORY, _IMAGES, _WARM = 2e-4, (0.9, 0.99), 4, 5
-_APART, _MOST_APART = 4, 8  # every so many images is kept apart, up to so many
+# Of Adam: its rates, in the units of `SimulatedLayer`, how it remembers, and steps of warming up.
+_RATES, _MEMORY, _WARM = {"weight": 1e-4, "bias": 5e-4}, (0.9, 0.99), 5
+_APART, _MOST_APART = 4, 8  # one of so many images is kept apart, up to so many
 _CHECKS = 4  # so often what was tuned is compared on these
 _MIXING = (functional.to_dense, functional.max_pool2d)
 _PASSING = (functional.to_elements, rows_on, Elements, torch.cat)
@@ -123,7 +123,7 @@ class Simulation(GraphInterpreter):
     """Runs the graph of a copy in 8 bits with simulated layers: what are bytes there are whole numbers here."""
 
     def __init__(self, program: Program, layers: dict[str, SimulatedLayer]) -> None:
-        """Take the copy's program, and its layers by their paths."""
+        """Take the copy's program, and its layers by the names of their kernels."""
         super().__init__(program, program.graph)
         self.layers = layers
         self.mixed = {node for node in self._in_bytes(program.graph) if node.target in _MIXING}
@@ -133,7 +133,7 @@ class Simulation(GraphInterpreter):
         found = set[fx.Node]()
         for node in graph.nodes:
             holder: Any = node.args[1] if node.target is functional.fused_conv2d else node
-            layer = self.layers.get(str(holder.target)) if isinstance(holder, fx.Node) else None
+            layer = self._layer(str(holder.target)) if isinstance(holder, fx.Node) else None
             is_made = node.target in (to_bytes, max_pool_bytes)
             if layer is not None:
                 is_made = layer.known.out is not None and node.op != "get_attr"
@@ -143,7 +143,11 @@ class Simulation(GraphInterpreter):
 
     def fetch_attr(self, target: str) -> Any:
         """What the graph names, a simulated layer for one in 8 bits."""
-        return self.layers.get(target) or super().fetch_attr(target)
+        return self._layer(target) or super().fetch_attr(target)
+
+    def _layer(self, path: str) -> SimulatedLayer | None:
+        holder, _, name = path.partition(".")
+        return self.layers.get(name) if holder == KERNELS else None
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node; bytes that were mixed are rounded."""
@@ -172,10 +176,10 @@ def simulate(program: Program, layers: dict[str, SimulatedLayer], image: Tensor,
 
 
 def simulated_layers(fast: AdaptiveModel, whole: AdaptiveModel) -> dict[str, SimulatedLayer]:
-    """The layers of a copy in 8 bits by their paths, with the weights of the copy in float."""
+    """The layers of a copy in 8 bits by the names of their kernels, with the weights of the copy in float."""
     exact: Any = getattr(whole, KERNELS)
     return {
-        f"{KERNELS}.{name}": SimulatedLayer(kernel, getattr(exact, name).weight)
+        name: SimulatedLayer(kernel, getattr(exact, name).weight)
         for name, kernel in getattr(fast, KERNELS).named_children()
         if isinstance(kernel, IntegerConv)
     }
@@ -190,7 +194,7 @@ def tune_copy(fast: AdaptiveModel, whole: AdaptiveModel, calibration: Any, steps
         calibration: image batches (B, C, H, W), of which every fourth image, up to 8, is kept apart: on these the
             copy is compared, and left as it was at the step that came nearest. All are run with the network's own
             mask.
-        steps: of Adam, on four of the other images each.
+        steps: of Adam, on one of the other images each.
 
     Returns:
         What is known of the copy, with its error on the images that were kept apart.
@@ -198,14 +202,11 @@ def tune_copy(fast: AdaptiveModel, whole: AdaptiveModel, calibration: Any, steps
     Raises:
         CannotConvert: the outputs have no gradients.
     """
-    known: Quantisation = fast.quantisation
     images = [image for batch in batches_of(calibration) for image in batch.split(1)]
-    apart = images[:: max(_APART, math.ceil(len(images) / _MOST_APART))]
-    others = [image for image in images if not any(image is one for one in apart)] or images
-    layers = simulated_layers(fast, whole)
-    parameters = [one for layer in layers.values() for one in layer.parameters()]
-    adam = torch.optim.Adam(parameters, lr=_RATE, betas=_MEMORY)
-    kernels: Any = getattr(fast, KERNELS)
+    every = max(_APART, math.ceil(len(images) / _MOST_APART))
+    apart = images[::every]
+    others = [image for place, image in enumerate(images) if place % every] or images
+    layers, kernels = simulated_layers(fast, whole), getattr(fast, KERNELS)
 
     def install(made: dict[str, IntegerConv]) -> float:
         for name, kernel in made.items():
@@ -213,26 +214,42 @@ def tune_copy(fast: AdaptiveModel, whole: AdaptiveModel, calibration: Any, steps
         found, expected = (map(partial(outputs_of, net), apart) for net in (fast, whole))
         return difference_of(found, expected)
 
-    best = {path.rpartition(".")[2]: getattr(kernels, path.rpartition(".")[2]) for path in layers}
+    best, kept = {name: getattr(kernels, name) for name in layers}, 0
     before = error = install(best)
-    kept = 0
-    for step in range(1, steps + 1):
-        done = (step - 1) / steps
-        for group in adam.param_groups:
-            group["lr"] = _RATE * min(1.0, step / _WARM) * (1 + math.cos(math.pi * done)) / 2
-        adam.zero_grad()
-        for place in range(_IMAGES):
-            image = others[((step - 1) * _IMAGES + place) % len(others)]
-            _learn(fast.program, whole, layers, image)
-        adam.step()
-        if step % max(1, steps // _CHECKS) == 0 or step == steps:
-            made = {path.rpartition(".")[2]: layer.make() for path, layer in layers.items()}
-            found = install(made)
-            if found < error:
-                best, error, kept = made, found, step
+    for step in _train(fast, whole, layers, others, steps):
+        if step % max(1, steps // _CHECKS) and step < steps:
+            continue
+        made = {name: layer.make() for name, layer in layers.items()}
+        found = install(made)
+        if found < error:
+            best, error, kept = made, found, step
     install(best)
     tuning = Tuning(steps, kept, len(others), before)
-    return replace(known, error=error, images=len(apart), tuning=tuning)
+    return replace(fast.quantisation, error=error, images=len(apart), tuning=tuning)
+
+
+def _train(
+    fast: AdaptiveModel,
+    whole: AdaptiveModel,
+    layers: dict[str, SimulatedLayer],
+    images: Sequence[Tensor],
+    steps: int,
+) -> Iterator[int]:
+    """Train simulated layers, and tell the number of each step that was done."""
+    groups = [
+        {"params": [getattr(layer, name) for layer in layers.values()], "rate": rate}
+        for name, rate in _RATES.items()
+    ]
+    adam = torch.optim.Adam(groups, betas=_MEMORY)
+    for step in range(steps):
+        for group in adam.param_groups:
+            group["lr"] = (
+                group["rate"] * min(1.0, (step + 1) / _WARM) * math.cos(math.pi * step / steps / 2) ** 2
+            )
+        adam.zero_grad()
+        _learn(fast.program, whole, layers, images[step % len(images)])
+        adam.step()
+        yield step + 1
 
 
 def _learn(program: Program, whole: AdaptiveModel, layers: dict[str, SimulatedLayer], image: Tensor) -> None:
