@@ -1,7 +1,7 @@
 """What `net.optimize(precision="int8")` costs on trained networks: the copy in 8 bits and the float one, same masks.
 
     python benchmarks/int8_copies.py --data DATA [--network camvid voc imagenet] [--every 1] [--calibrate 32]
-                                     [--largest-error 0.05] [--tune 60]
+                                     [--largest-error 0.05] [--tune 30]
 
 DATA holds camvid, camvid_mobilenetv2_fcn, voc_deeplab, imagenet_sample and mobilenet_v2_imagenet. Copies are calibrated
 by images that are not among those they are measured on: training images of CamVid, unlabelled photographs, every tenth
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="images to measure on")
     parser.add_argument("--calibrate", type=int, default=32, help="images to calibrate by")
     parser.add_argument("--largest-error", type=float, help="of a third copy, see `AdaptiveModel.optimize`")
-    parser.add_argument("--tune", type=int, default=0, help="steps that another copy is tuned in, see there")
+    parser.add_argument("--tune", type=int, default=0, help="steps that copies of these are tuned in")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(describe_run(torch.device("cpu")), flush=True)
@@ -184,7 +184,10 @@ def main() -> None:
         if options.largest_error:
             wanted[f"int8, {options.largest_error:g}"] = {"largest_error": options.largest_error}
         if options.tune:
-            wanted["int8, tuned"] = {"tune": options.tune}
+            more = {
+                f"{kind}, tuned": {**asked, "tune": options.tune} for kind, asked in wanted.items() if asked
+            }
+            wanted |= more
         copies = {}
         for kind, asked in wanted.items():
             start = time.process_time()

@@ -827,7 +827,7 @@ def test_a_copy_in_8_bits_is_calibrated_by_a_folder(
         told = run(*command, "--largest-error", 0.1, "--json")
         assert told.code == 1 and "--precision int8" in told.json["next"]
         told = run(*command, "--tune", 5, "--json")
-        assert told.code == 1 and "--tune 200" in told.json["next"]
+        assert told.code == 1 and "--tune 30" in told.json["next"]
         told = run(*command, "--precision", "int7", "--json")
         assert told.code == 1 and "int7" in told.json["what"]
 

@@ -87,7 +87,7 @@ def test_the_simulation_computes_what_the_copy_computes(name: str, mask: str) ->
     fast(x, mask=mask)
     lattice = fast.lattice
     Recorder(program, program.graph).run(lambda *_: lattice, x)
-    layers = tune.simulated_layers(fast, whole)
+    layers = tune.simulated_layers(fast)
     comparison = Comparison(program, layers, computed)
     comparison.run(lambda *_: lattice, x)
     assert len(comparison.compared) >= len(layers) - 1  # all but the last
@@ -98,7 +98,7 @@ def test_layers_that_were_not_trained_are_made_as_they_were() -> None:
     whole, fast = optimised(Mixing().eval())
     x = images(2, 65, 97)
     before = fast(x)
-    for name, layer in tune.simulated_layers(fast, whole).items():
+    for name, layer in tune.simulated_layers(fast).items():
         fast.set_submodule(f"{KERNELS}.{name}", layer.make())
     assert_same(fast(x), before)
 
@@ -124,7 +124,7 @@ def test_a_tuned_copy_is_nearer_on_images_it_was_not_tuned_by(kind: str) -> None
 
 
 def test_where_no_step_comes_nearer_the_copy_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_RATES", {"weight": 1e3, "bias": 1e3})
+    monkeypatch.setattr(tune, "_RATE", 1e3)
     net, x = cs.adaptify(Mixing().eval(), MIXED, verify_laws=False), images(2, 65, 97)
     known: Any = {"precision": "int8", "calibration": CALIBRATION[0]}
     fast, tuned = net.optimize(**known), net.optimize(**known, tune=2)

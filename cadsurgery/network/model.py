@@ -371,9 +371,9 @@ class AdaptiveModel(nn.Module):
             largest_error: for `int8`, how far its outputs may be from those in float, as a share of their size (root
                 mean squares, over the first images): the first layers, by which most of the error comes in, stay in
                 float32, up to half of all, which costs time. By default only what harms by far the most does.
-            tune: for `int8`, so many steps in which its weights and biases are trained, without labels, so that its
-                outputs come nearer to those in float, on three quarters of the images, one in a step; what comes
-                nearest on the others is kept. Each step takes about as long as one of training.
+            tune: for `int8`, so many steps in which its biases are trained, without labels, so that its outputs come
+                nearer to those in float, on three quarters of the images, one in a step; what comes nearest on the
+                others is kept. Each step takes about as long as one of training.
 
         Raises:
             UnknownName: an unknown precision.

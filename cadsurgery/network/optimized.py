@@ -123,7 +123,7 @@ def in_precision(
         raise InvalidInput(
             f"{tune} steps of tuning in precision {precision}.",
             why="copies in 8 bits are tuned to those in float, for so many steps.",
-            next='leave tune out, or net.optimize(precision="int8", calibration=images, tune=200).',
+            next='leave tune out, or net.optimize(precision="int8", calibration=images, tune=30).',
         )
     if precision == FLOAT:
         return fast

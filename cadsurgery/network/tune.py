@@ -2,8 +2,8 @@
 
 What multiplies bytes is simulated by whole numbers in floating point, on the same grids and in the same order of steps,
 and rounding passes gradients on as they are (the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432). So
-the weights before they are rounded and the biases are trained on images without labels, against what the network in
-float gives for them, and the layers are made anew.
+the biases are trained on images without labels, end to end, against what the network in float gives for them: what
+rounding and the ends of grids shift on average, in all layers together, is put right.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from cadsurgery.network.quantise import Quantisation, Tuning, batches_of, differ
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert
 
-# Of Adam: its rates, in the units of `SimulatedLayer`, how it remembers, and steps of warming up.
-_RATES, _MEMORY, _WARM = {"weight": 1e-4, "bias": 5e-4}, (0.9, 0.99), 5
+# Of Adam: its rate, in the units of `SimulatedLayer`, how it remembers, and steps of warming up.
+_RATE, _MEMORY, _WARM = 5e-4, (0.9, 0.99), 5
 _APART, _MOST_APART = 4, 8  # one of so many images is kept apart, up to so many
 _CHECKS = 4  # so often what was tuned is compared on these
 _MIXING = (functional.to_dense, functional.max_pool2d)
@@ -51,38 +51,35 @@ _PASSING = (functional.to_elements, rows_on, Elements, torch.cat)
 class SimulatedLayer(nn.Module):
     """A layer in 8 bits on whole numbers in floating point, with gradients; called on a dense map, see `IntegerConv`.
 
-    Parameters are in units of which small steps of one size suit all: the weight in those of its scale, the bias in
-    those of the largest weight times a step of what the layer reads.
+    Attributes:
+        weight: (O, C / groups, kh, kw), whole numbers.
+        bias: (O,), what is trained, in units of which small steps of one size suit all: the largest weight times a step
+            of what the layer reads.
     """
 
-    def __init__(self, kernel: IntegerConv, exact: Tensor) -> None:
-        """Take the layer, and its weight before it was rounded."""
+    def __init__(self, kernel: IntegerConv) -> None:
+        """Take the layer."""
         super().__init__()
         known = kernel.weights
         assert known.bias is not None
         self.known, self.kind, self.window = known, type(kernel), kernel.window
-        self.unit = known.scale * known.source.scale * LARGEST_WEIGHT
-        self.weight = nn.Parameter((exact / known.scale.view(-1, 1, 1, 1)).contiguous())
+        self.scale = known.scale * known.source.scale  # of the sums
+        self.unit = self.scale * LARGEST_WEIGHT
+        self.weight = known.weight.float()
         self.bias = nn.Parameter(known.bias / self.unit)
-
-    @property
-    def rounded(self) -> Tensor:
-        """The weight (O, C / groups, kh, kw), whole numbers."""
-        return _round(self.weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
 
     @torch.no_grad()
     def make(self) -> IntegerConv:
         """The layer in 8 bits."""
-        weight, bias = self.rounded.to(torch.int8), self.bias * self.unit
-        return self.kind(replace(self.known, weight=weight, bias=bias, forms={}), self.window)
+        return self.kind(replace(self.known, bias=self.bias * self.unit, forms={}), self.window)
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
         """Of a dense map (B, C, H, W); of a linear layer values (..., C)."""
         centred = image - self.known.source.zero
         if issubclass(self.kind, IntegerLinear):
-            return self._finish(F.linear(centred, self.rounded.flatten(1)), residual, (-1,))
+            return self._finish(F.linear(centred, self.weight.flatten(1)), residual, (-1,))
         assert self.window is not None
-        sums = F.conv2d(centred, self.rounded, None, *self.window, self.known.groups)
+        sums = F.conv2d(centred, self.weight, None, *self.window, self.known.groups)
         return self._finish(sums, residual, (-1, 1, 1))
 
     def on_elements(
@@ -95,7 +92,7 @@ class SimulatedLayer(nn.Module):
     ) -> Elements:
         """Of elements, see `functional.fused_conv2d`."""
         window, target = target_of(x, window, x.lattice.stage if stage is None else stage, size)
-        weights, zero = Weights(self.rounded, None, self.known.groups), self.known.source.zero
+        weights, zero = Weights(self.weight, None, self.known.groups), self.known.source.zero
         if window.is_pointwise and weights.groups == 1:
             work = Convolution(select_rows(x.rows, x.lattice, target) - zero, weights, None)
         else:
@@ -111,7 +108,7 @@ class SimulatedLayer(nn.Module):
     def _finish(self, sums: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """What becomes of sums, see `IntegerWeights.finish`."""
         known = self.known
-        value = sums * (known.scale * known.source.scale).view(shape) + (self.bias * self.unit).view(shape)
+        value = sums * self.scale.view(shape) + (self.bias * self.unit).view(shape)
         if residual is not None:
             value = value + (residual if known.more is None else _values(residual, known.more))
         if known.activation is not None:
@@ -175,14 +172,10 @@ def simulate(program: Program, layers: dict[str, SimulatedLayer], image: Tensor,
     return program.contain(output)
 
 
-def simulated_layers(fast: AdaptiveModel, whole: AdaptiveModel) -> dict[str, SimulatedLayer]:
-    """The layers of a copy in 8 bits by the names of their kernels, with the weights of the copy in float."""
-    exact: Any = getattr(whole, KERNELS)
-    return {
-        name: SimulatedLayer(kernel, getattr(exact, name).weight)
-        for name, kernel in getattr(fast, KERNELS).named_children()
-        if isinstance(kernel, IntegerConv)
-    }
+def simulated_layers(fast: AdaptiveModel) -> dict[str, SimulatedLayer]:
+    """The layers of a copy in 8 bits by the names of their kernels."""
+    found = getattr(fast, KERNELS).named_children()
+    return {name: SimulatedLayer(kernel) for name, kernel in found if isinstance(kernel, IntegerConv)}
 
 
 def tune_copy(fast: AdaptiveModel, whole: AdaptiveModel, calibration: Any, steps: int) -> Quantisation:
@@ -206,7 +199,7 @@ def tune_copy(fast: AdaptiveModel, whole: AdaptiveModel, calibration: Any, steps
     every = max(_APART, math.ceil(len(images) / _MOST_APART))
     apart = images[::every]
     others = [image for place, image in enumerate(images) if place % every] or images
-    layers, kernels = simulated_layers(fast, whole), getattr(fast, KERNELS)
+    layers, kernels = simulated_layers(fast), getattr(fast, KERNELS)
 
     def install(made: dict[str, IntegerConv]) -> float:
         for name, kernel in made.items():
@@ -236,16 +229,10 @@ def _train(
     steps: int,
 ) -> Iterator[int]:
     """Train simulated layers, and tell the number of each step that was done."""
-    groups = [
-        {"params": [getattr(layer, name) for layer in layers.values()], "rate": rate}
-        for name, rate in _RATES.items()
-    ]
-    adam = torch.optim.Adam(groups, betas=_MEMORY)
+    adam = torch.optim.Adam([layer.bias for layer in layers.values()], betas=_MEMORY)
     for step in range(steps):
         for group in adam.param_groups:
-            group["lr"] = (
-                group["rate"] * min(1.0, (step + 1) / _WARM) * math.cos(math.pi * step / steps / 2) ** 2
-            )
+            group["lr"] = _RATE * min(1.0, (step + 1) / _WARM) * math.cos(math.pi * step / steps / 2) ** 2
         adam.zero_grad()
         _learn(fast.program, whole, layers, images[step % len(images)])
         adam.step()

@@ -231,7 +231,7 @@ def check_precision(
         raise InvalidInput(
             f"--tune {tune} with precision {precision}.",
             why="it is for how many steps a copy in 8 bits is tuned to that in float.",
-            next="--precision int8 --calibration FOLDER --tune 200.",
+            next="--precision int8 --calibration FOLDER --tune 30.",
         )
 
 
