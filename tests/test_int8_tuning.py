@@ -15,9 +15,8 @@ from cadsurgery.elements.elements import Elements
 from cadsurgery.network import tune
 from cadsurgery.network.fuse import KERNELS
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.optimized import OptimizedModel
 from cadsurgery.network.program import GraphInterpreter
-from cadsurgery.network.quantise import difference_of, quantise
+from cadsurgery.network.quantise import difference_of
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
 CALIBRATION = [images(2, 65, 97), images(1, 64, 96), images(2, 65, 97).flip(3)]
@@ -62,12 +61,9 @@ class Comparison(tune.Simulation):
         return expected
 
 
-def optimised(model: nn.Module, mask: str = MIXED) -> tuple[AdaptiveModel, AdaptiveModel]:
-    """A network's copies in float and in 8 bits."""
-    whole = OptimizedModel(cs.adaptify(model, mask, verify_laws=False), True)
-    fast = copy.deepcopy(whole)
-    fast.quantisation = quantise(fast, CALIBRATION)
-    return whole, fast
+def in_8_bits(model: nn.Module) -> AdaptiveModel:
+    """A network's copy."""
+    return cs.adaptify(model, MIXED, verify_laws=False).optimize(precision="int8", calibration=CALIBRATION)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +72,7 @@ def optimised(model: nn.Module, mask: str = MIXED) -> tuple[AdaptiveModel, Adapt
 @pytest.mark.parametrize("mask", [MIXED, "all"])
 @torch.no_grad()
 def test_the_simulation_computes_what_the_copy_computes(name: str, mask: str) -> None:
-    whole, fast = optimised(Mixing().eval() if name == "mixing" else build(name, by=4))
+    fast = in_8_bits(Mixing().eval() if name == "mixing" else build(name, by=4))
     x, computed, program = images(2, 65, 97), dict[fx.Node, Any](), fast.program
 
     class Recorder(GraphInterpreter):
@@ -95,7 +91,7 @@ def test_the_simulation_computes_what_the_copy_computes(name: str, mask: str) ->
 
 
 def test_layers_that_were_not_trained_are_made_as_they_were() -> None:
-    whole, fast = optimised(Mixing().eval())
+    fast = in_8_bits(Mixing().eval())
     x = images(2, 65, 97)
     before = fast(x)
     for name, layer in tune.simulated_layers(fast).items():
