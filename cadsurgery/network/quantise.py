@@ -4,8 +4,8 @@
 
 Convolutions and linear layers of the fused graph multiply 8-bit values (`elements.backends.integer`), and values stay
 in 8 bits from layer to layer: what pools, joins and moves values passes them on as they are, on a grid that all of
-them share. Grids are those that images show best, by mean square error or by percentiles, whichever leaves the network
-nearer to itself. What rounding shifts on average is put back into the biases. Layers that are hurt by far the most, and
+them share. Grids are those that images show best, by mean square error, by percentiles or from end to end, whichever leaves the
+network nearer to itself. What rounding shifts on average is put back into the biases. Layers that are hurt by far the most, and
 what no kernel is made for, stay in float32.
 """
 
@@ -52,7 +52,7 @@ _WORTH = 1.2  # so much of the outputs' error has to be gained where layers stay
 _BEYOND, _STEPS = 1e-4, 24
 _FIRST = 4  # so many of the first layers stay in float32, then twice as many, until the error is as small as wanted
 _FEWEST_ROWS = 64  # fewer are multiplied faster than they are rounded
-_METHODS = ("mse", "percentile")
+_METHODS = ("mse", "percentile", "range")
 _CACHED = 1 << 15  # so many weights are rounded again and again while they are near
 Exact = dict[fx.Node, str]  # layers that stay in float32, and why
 _CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, rows_on, Elements)
@@ -100,7 +100,7 @@ class Quantisation:
     Attributes:
         layers: in their order.
         error: root mean square of the differences of its outputs relative to that of the outputs, where it is largest.
-        grids: how they were chosen, `mse` or `percentile`.
+        grids: how they were chosen: `mse`, `percentile` or `range`, from the least to the largest value.
         form: of the compiled code, by its instructions; empty: torch.
         images: it was compared on.
         tuning: what it was tuned by, if it was; it was then compared on other images than those.
@@ -620,6 +620,8 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _choose_grid(low: float, high: float, some: Tensor, method: str) -> Grid:
     """The grid of values of which the ends and some are known."""
+    if method == "range":
+        return Grid.of_range(low, high)
     if method == "percentile":
         least, most = (
             float(some.kthvalue(max(1, min(len(some), round(p * len(some))))).values)
