@@ -4,9 +4,9 @@
 
 Convolutions and linear layers of the fused graph multiply 8-bit values (`elements.backends.integer`), and values stay
 in 8 bits from layer to layer: what pools, joins and moves values passes them on as they are, on a grid that all of
-them share. Grids are those that images show best, by mean square error, by percentiles or from end to end, whichever leaves the
-network nearer to itself. What rounding shifts on average is put back into the biases. Layers that are hurt by far the most, and
-what no kernel is made for, stay in float32.
+them share. Grids are those that images show best, by mean square error, by percentiles or from end to end, whichever
+leaves the network nearer to itself. What rounding shifts on average is put back into the biases. Layers that are hurt
+by far the most, and what no kernel is made for, stay in float32.
 """
 
 from __future__ import annotations
