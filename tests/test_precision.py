@@ -224,6 +224,30 @@ def test_what_cannot_be_done_says_what_can(float_and_int8: Any, tmp_path: Any) -
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 1, 3, 3), (5, 33, 1, 1), (3, 700, 7, 7)])
+def test_weights_that_were_in_8_bits_stay_what_they_are(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of one scale for all outputs, too, most of which then do not reach 127."""
+    numbers = torch.randint(-90, 91, shape) // torch.arange(1, shape[0] + 1).view(-1, 1, 1, 1)
+    numbers[-1] = 0
+    weight = 0.0123 * numbers.to(dtype)
+    whole, scale = quantise.round_weight(weight)
+    assert whole.dtype == torch.int8 and scale.dtype == torch.float32
+    assert_same(whole * scale.view(-1, 1, 1, 1), weight.float(), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 3, 3), (16, 33, 3, 3)])
+def test_no_weight_is_rounded_more_than_by_a_scale_of_its_largest(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape)
+    whole, scale = (one.double() for one in quantise.round_weight(weight))
+    rows, largest = weight.double().flatten(1), weight.double().flatten(1).abs().amax(1, keepdim=True)
+    plain = (rows * 127 / largest).round() * largest / 127
+    error, of_plain = (
+        (found - rows).square().sum(1) for found in (whole.flatten(1) * scale.unsqueeze(1), plain)
+    )
+    assert (error <= of_plain * (1 + 1e-5)).all() and (error < of_plain).float().mean() > 0.5
+
+
 @torch.no_grad()
 def test_first_layers_stay_in_float_until_outputs_differ_by_as_little_as_wanted() -> None:
     torch.manual_seed(0)

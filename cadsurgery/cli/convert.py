@@ -34,6 +34,7 @@ def convert(
     precision: options.Precision = "float",
     calibration: options.Calibration = None,
     largest_error: options.LargestError = None,
+    tune: options.Tune = 0,
     method: Annotated[
         str,
         typer.Option(
@@ -113,6 +114,7 @@ def run(
     precision: options.Precision = "float",
     calibration: options.Calibration = None,
     largest_error: options.LargestError = None,
+    tune: options.Tune = 0,
     until: Annotated[
         float,
         typer.Option(
@@ -138,6 +140,7 @@ def run(
             precision=precision,
             calibration=calibration,
             largest_error=largest_error,
+            tune=tune,
             until=until or None,
         )
     lines = [

@@ -4,9 +4,9 @@
 
 Convolutions and linear layers of the fused graph multiply 8-bit values (`elements.backends.integer`), and values stay
 in 8 bits from layer to layer: what pools, joins and moves values passes them on as they are, on a grid that all of
-them share. Grids are those that images show best, by mean square error or by percentiles, whichever leaves the network
-nearer to itself. What rounding shifts on average is put back into the biases. Layers that are hurt by far the most, and
-what no kernel is made for, stay in float32.
+them share. Grids are those that images show best, by mean square error, by percentiles or from end to end, whichever
+leaves the network nearer to itself. What rounding shifts on average is put back into the biases. Layers that are hurt
+by far the most, and what no kernel is made for, stay in float32.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ _WORTH, _SMALL = 1.2, 0.02
 _BEYOND, _STEPS = 1e-4, 24
 _FIRST = 4  # so many of the first layers stay in float32, then twice as many, until the error is as small as wanted
 _FEWEST_ROWS = 64  # fewer are multiplied faster than they are rounded
-_METHODS = ("mse", "percentile")
+_METHODS = ("mse", "percentile", "range")
+_CACHED = 1 << 15  # so many weights are rounded again and again while they are near
 Exact = dict[fx.Node, str]  # layers that stay in float32, and why
 _CARRIES = (functional.to_elements, functional.to_dense, functional.max_pool2d, rows_on, Elements)
 
@@ -78,15 +80,33 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What tuning did to a network in 8 bits, see `tune`.
+
+    Attributes:
+        steps: that were asked for.
+        kept: the step that came nearest; 0: none came nearer than the network as it was.
+        images: it was tuned by.
+        before: error on the other images, as of `Quantisation`, before the first step.
+    """
+
+    steps: int
+    kept: int
+    images: int
+    before: float
+
+
+@dataclass(frozen=True)
 class Quantisation:
     """What was done to a network, and what it cost on the images it was calibrated by.
 
     Attributes:
         layers: in their order.
         error: root mean square of the differences of its outputs relative to that of the outputs, where it is largest.
-        grids: how they were chosen, `mse` or `percentile`.
+        grids: how they were chosen: `mse`, `percentile` or `range`, from the least to the largest value.
         form: of the compiled code, by its instructions; empty: torch.
         images: it was compared on.
+        tuning: what it was tuned by, if it was; it was then compared on other images than those.
     """
 
     layers: tuple[Layer, ...]
@@ -94,6 +114,7 @@ class Quantisation:
     grids: str
     form: str
     images: int
+    tuning: Tuning | None = None
 
     def __str__(self) -> str:
         """In a few lines."""
@@ -106,6 +127,11 @@ class Quantisation:
             f"{count - sum(map(len, exact.values()))} of {count} layers in 8 bits ({self.form or 'torch'}), "
             f"grids by {self.grids}; outputs differ by {self.error:.3g} of their size on {self.images} images"
         )
+        if (tuning := self.tuning) is not None:
+            head += (
+                f"\n  tuned by {tuning.images} images in {tuning.steps} steps, of which the first "
+                f"{tuning.kept} are kept: {tuning.before:.3g} before"
+            )
         several = {
             why: names[0] if len(names) == 1 else f"{len(names)} layers" for why, names in exact.items()
         }
@@ -162,6 +188,11 @@ class _Convolution:
         place = 1 if self.node.op == "call_module" else 2
         return self.node.args[place] if len(self.node.args) > place else None  # type: ignore[return-value]
 
+    @cached_property
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """Its weight in 8 bits, see `round_weight`."""
+        return round_weight(self.kernel.weight)
+
     @property
     def error(self) -> float:
         """Relative to the deviation of its sums."""
@@ -202,18 +233,19 @@ def quantise(
         InvalidInput: another network, no images, or such that the network does not take.
         CannotConvert: no layer can be in 8 bits.
     """
-    batches = _batches(calibration)
+    batches = batches_of(calibration)
     program = fast.program
     with torch.no_grad():
         work = _Quantiser(fast, program)
         work.observe(batches)
-        expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
+        expected = [outputs_of(fast, batch) for batch in batches[:_COMPARED]]
         compared = batches[:_COMPARED]
 
         def tried(method: str, first: int = 0) -> Iterator[tuple[float, str, _Rewritten]]:
             for rewritten in work.rewrite(method, compared, first):
                 rewritten.apply(fast)
-                yield _difference((_outputs(fast, batch) for batch in compared), expected), method, rewritten
+                error = difference_of((outputs_of(fast, batch) for batch in compared), expected)
+                yield error, method, rewritten
                 fast.adaptive_part._program = program.on(fast)
                 work.restore()
 
@@ -588,22 +620,45 @@ def _integer_layer(
     layer: _Convolution, source: Grid, more: Grid | None, out: Grid | None, alone: bool = False
 ) -> IntegerConv:
     """A layer in 8 bits; `alone` its sums in float32, without what is done to them."""
-    kernel = layer.kernel
-    weight = kernel.weight.detach().double()
-    largest = weight.flatten(1).abs().amax(1)
-    scale = torch.where(largest > 0, largest / LARGEST_WEIGHT, 1.0)
-    whole = (weight / scale.view(-1, 1, 1, 1)).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).to(torch.int8)
-    bias = kernel.bias.detach().float() if kernel.bias is not None else torch.zeros(len(weight))
+    kernel, (whole, scale) = layer.kernel, layer.rounded
+    bias = kernel.bias.detach().float() if kernel.bias is not None else torch.zeros(len(whole))
     bias, act = bias + layer.shift, kernel.activation
-    weights = IntegerWeights(whole.contiguous(), scale.float(), bias, kernel.groups, None, source)
+    weights = IntegerWeights(whole, scale, bias, kernel.groups, None, source)
     if not alone:
         weights = replace(weights, activation=act, more=more, out=out)
     kind = IntegerLinear if isinstance(kernel, PackedLinear) else IntegerConv
     return kind(weights, kernel.window)
 
 
+def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (O, ...) as whole numbers of -127..127 and their scale (O,).
+
+    Of the scales of which the largest weight of an output is a whole number, 64 to 127, the one that rounding changes
+    the weights least with (in squares). With fewer taps and channels it is the nearer, and weights that were in 8 bits
+    before, whatever their scale was, stay what they are.
+    """
+    flat = weight.detach().flatten(1)
+    largest = flat.abs().amax(1)
+    largest = torch.where(largest > 0, largest, 1.0)
+    numbers = torch.empty_like(largest)
+    for rows, part, most in zip(
+        *(one.split(max(1, _CACHED // flat.shape[1])) for one in (numbers, flat, largest)), strict=True
+    ):
+        share, least = part / most.unsqueeze(1), torch.full_like(most, torch.inf)
+        for number in range(LARGEST_WEIGHT, LARGEST_WEIGHT // 2, -1):
+            values = share * number
+            error = values.sub_(values.round()).square_().sum(1).div_(number**2)
+            nearer = error < least
+            rows[nearer], least[nearer] = float(number), error[nearer]
+    scale = largest.double() / numbers
+    whole = (flat.double() / scale.unsqueeze(1)).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+    return whole.to(torch.int8).view(weight.shape).contiguous(), scale.float()
+
+
 def _choose_grid(low: float, high: float, some: Tensor, counts: Tensor, method: str) -> Grid:
     """The grid of values of which the ends and some are known, and for how many each of these stands."""
+    if method == "range":
+        return Grid.of_range(low, high)
     if method == "percentile":
         least, most = _ends(some, counts, _BEYOND)
         return Grid.of_range(max(low, least), min(high, most))
@@ -627,7 +682,12 @@ def _ends(some: Tensor, counts: Tensor, share: float) -> tuple[float, float]:
     return float(ordered[least]), float(ordered[most])
 
 
-def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def batches_of(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Image batches to calibrate by.
+
+    Raises:
+        InvalidInput: there are none.
+    """
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     if not batches or not all(isinstance(batch, Tensor) and batch.dim() == 4 for batch in batches):
         raise InvalidInput(
@@ -637,17 +697,17 @@ def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
-    return [value.double() for value in tensors_of(fast(batch)) if value.is_floating_point()]
+def outputs_of(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
+    """What a network gives, in floating point."""
+    return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 
 
-def _difference(found: Iterable[list[Tensor]], expected: Sequence[list[Tensor]]) -> float:
-    """Root mean square relative to that of the outputs, of the output where it is largest."""
-    pairs = [list(zip(*both, strict=True)) for both in zip(found, expected, strict=False)]
-    errors = []
-    for place in range(len(pairs[0])):
-        less, whole = zip(*(pair[place] for pair in pairs), strict=True)
-        squares = sum(float((a - b).square().sum()) for a, b in zip(less, whole, strict=True))
-        size = sum(float(value.square().sum()) for value in whole)
-        errors.append((squares / size) ** 0.5 if size else 0.0)
-    return max(errors, default=0.0)
+def difference_of(found: Iterable[list[Tensor]], expected: Iterable[list[Tensor]]) -> float:
+    """Root mean square of the differences relative to that of the outputs, of the output where it is largest."""
+    sums: dict[int, tuple[float, float]] = {}
+    for less, whole in zip(found, expected, strict=False):
+        for place, (a, b) in enumerate(zip(less, whole, strict=True)):
+            squares, size = sums.get(place, (0.0, 0.0))
+            apart = (a.double() - b.double()).square().sum()
+            sums[place] = squares + float(apart), size + float(b.double().square().sum())
+    return max(((squares / size) ** 0.5 if size else 0.0 for squares, size in sums.values()), default=0.0)

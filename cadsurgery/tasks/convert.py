@@ -71,6 +71,7 @@ def convert(
     precision: str = FLOAT,
     calibration: Path | None = None,
     largest_error: float | None = None,
+    tune: int = 0,
     method: str = "adaptive",
     exits: Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
@@ -96,7 +97,7 @@ def convert(
         given["fill"] = given.pop("gaps", None)
         return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
     resolve_mask(mask)  # a typo should not wait for the network to be built
-    check_precision(precision, calibration, largest_error)
+    check_precision(precision, calibration, largest_error, tune)
     where = find_device(device)
     output = output or Path(f"{re.sub('[:/]', '-', model)}-{mask.partition(':')[0]}.safetensors")
     check_folder(output)
@@ -121,7 +122,7 @@ def convert(
     copies = {"net.optimize()": fast}
     if precision != FLOAT:
         copies[f"net.optimize(), {precision}"] = net.optimize(
-            precision=precision, calibration=pictures, largest_error=largest_error
+            precision=precision, calibration=pictures, largest_error=largest_error, tune=tune
         )
     step("measuring")
     is_high = net.plan.identity_level == 0
@@ -203,12 +204,15 @@ def _refuse_precision(precision: str, network: str) -> None:
         )
 
 
-def check_precision(precision: str, calibration: Path | None, largest_error: float | None = None) -> None:
+def check_precision(
+    precision: str, calibration: Path | None, largest_error: float | None = None, tune: int = 0
+) -> None:
     """Refuse what `optimize` would, before anything is built.
 
     Raises:
         UnknownName: an unknown precision.
-        InvalidInput: images to calibrate by and nothing to calibrate, or the other way round; an error that cannot be.
+        InvalidInput: images to calibrate by and nothing to calibrate, or the other way round; an error or steps that
+            cannot be.
     """
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
@@ -222,6 +226,12 @@ def check_precision(precision: str, calibration: Path | None, largest_error: flo
             f"--largest-error {largest_error} with precision {precision}.",
             why="it is by how much outputs in 8 bits may differ, a share of their size.",
             next="--precision int8 --calibration FOLDER --largest-error 0.05.",
+        )
+    if tune < 0 or (tune and precision == FLOAT):
+        raise InvalidInput(
+            f"--tune {tune} with precision {precision}.",
+            why="it is for how many steps a copy in 8 bits is tuned to that in float.",
+            next="--precision int8 --calibration FOLDER --tune 30.",
         )
 
 
@@ -291,6 +301,7 @@ def predict(
     precision: str = FLOAT,
     calibration: Path | None = None,
     largest_error: float | None = None,
+    tune: int = 0,
     until: float | None = None,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Run a converted file on images; an unreadable image is reported and the others are done.
@@ -303,7 +314,7 @@ def predict(
     check_size(size)
     where = own_device(device)
     paths, lacking = find_images(images)
-    check_precision(precision, calibration, largest_error)
+    check_precision(precision, calibration, largest_error, tune)
     converted = load(file, mask=mask, trust=trust).to(where)
     if until is not None and not isinstance(converted, AnytimeModel):
         raise InvalidInput(
@@ -319,7 +330,9 @@ def predict(
         if calibration is not None:
             step("calibrating")
             shown = images_like(_first_image(calibration, size), source, calibration)
-        net = converted.optimize(precision=precision, calibration=shown, largest_error=largest_error)
+        net = converted.optimize(
+            precision=precision, calibration=shown, largest_error=largest_error, tune=tune
+        )
     make_folder(output)
 
     def draw(item: tuple[Path, Path]) -> dict[str, Any]:
