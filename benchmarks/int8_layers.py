@@ -51,7 +51,8 @@ class Timed(GraphInterpreter):
 
 def kind_of(net: AdaptiveModel, node: fx.Node) -> tuple[str, IntegerConv | PackedConv | None]:
     """What a node is, and its layer if it is one convolution, of a copy in 8 bits one of those."""
-    holders = [node.target, *(one.target for one in node.args if isinstance(one, fx.Node))]
+    attributes = [one for one in node.args if isinstance(one, fx.Node) and one.op == "get_attr"]
+    holders = [node.target, *(one.target for one in attributes)]
     paths = [path for path in holders if isinstance(path, str) and path.startswith(f"{KERNELS}.")]
     kernel = child(net, paths[0]) if paths and node.op != "get_attr" else None
     if isinstance(kernel, IntegerConv):

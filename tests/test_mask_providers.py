@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import covering
+from conftest import assert_same, covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from cadsurgery.masks import (
     labelled,
     resolve_mask,
 )
+from cadsurgery.masks.filters import GREY, grey_of
 from cadsurgery.masks.provider import PROVIDERS
 from cadsurgery.masks.saliency import spectral_residual
 
@@ -540,3 +541,17 @@ def test_a_file_with_a_mask_that_is_not_registered_says_so(tmp_path: Path) -> No
         cs.load(tmp_path / "net.safetensors", trunk())
     assert "register it first" in caught.value.next
     PROVIDERS["dark"] = provider
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 13, 17), (1, 1, 1), (1, 31, 8)])
+def test_the_grey_image_does_not_depend_on_the_layout(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    """Channels outside, side by side as pictures come, and a part of such a map."""
+    batch, height, width = size
+    whole = torch.randn(batch, height + 2, width + 3, 3).to(dtype).permute(0, 3, 1, 2)
+    weights = torch.tensor(GREY, dtype=dtype)
+    for image in (whole, whole.contiguous(), whole[:, :, 1:-1, :width], whole[:1]):
+        exact = torch.einsum("bchw,c->bhw", image.double(), weights.double())
+        found = grey_of(image)
+        assert found.dtype == dtype and found.shape == exact.shape
+        assert_same(found.double(), exact, 2 * torch.finfo(dtype).eps)
