@@ -1,7 +1,7 @@
 """What `net.optimize(precision="int8")` costs on trained networks: the copy in 8 bits and the float one, same masks.
 
     python benchmarks/int8_copies.py --data DATA [--network camvid voc imagenet] [--every 1] [--calibrate 32]
-                                     [--largest-error 0.05] [--tune 30]
+                                     [--largest-error 0.05]
 
 DATA holds camvid, camvid_mobilenetv2_fcn, voc_deeplab, imagenet_sample and mobilenet_v2_imagenet. Copies are calibrated
 by images that are not among those they are measured on: training images of CamVid, unlabelled photographs, every tenth
@@ -173,28 +173,21 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="images to measure on")
     parser.add_argument("--calibrate", type=int, default=32, help="images to calibrate by")
     parser.add_argument("--largest-error", type=float, help="of a third copy, see `AdaptiveModel.optimize`")
-    parser.add_argument("--tune", type=int, default=0, help="steps that copies of these are tuned in")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(describe_run(torch.device("cpu")), flush=True)
     for name in options.network:
         task = TASKS[name](options.data, options.every, options.calibrate)
         net = cs.adaptify(task.model, options.mask[-1], normalisation="raw", verify_laws=False)
-        wanted: dict[str, Any] = {"float": {}, "int8": {"tune": 0}}
+        copies = {
+            "float": net.optimize(),
+            "int8": net.optimize(precision="int8", calibration=task.calibration),
+        }
         if options.largest_error:
-            wanted[f"int8, {options.largest_error:g}"] = {"largest_error": options.largest_error}
-        if options.tune:
-            more = {
-                f"{kind}, tuned": {**asked, "tune": options.tune} for kind, asked in wanted.items() if asked
-            }
-            wanted |= more
-        copies = {}
-        for kind, asked in wanted.items():
-            start = time.process_time()
-            of_bytes = {"precision": "int8", "calibration": task.calibration, **asked} if asked else {}
-            copies[kind] = net.optimize(**of_bytes)
-            taken = f"made in {time.process_time() - start:.0f} s of the processor"
-            print(f"\n{name}, {kind}: {copies[kind].quantisation or ''} ({taken})\n", flush=True)
+            limited: Any = {"calibration": task.calibration, "largest_error": options.largest_error}
+            copies[f"int8, {options.largest_error:g}"] = net.optimize(precision="int8", **limited)
+        for kind, copy in copies.items():
+            print(f"\n{name}, {kind}: {copy.quantisation}\n", flush=True)
         spent = Counter[Any]()
         counters = {(mask, kind): task.counter() for mask in options.mask for kind in copies}
         for image, known in task.images():

@@ -34,7 +34,6 @@ def convert(
     precision: options.Precision = "float",
     calibration: options.Calibration = None,
     largest_error: options.LargestError = None,
-    tune: options.Tune = 0,
     method: Annotated[
         str,
         typer.Option(
@@ -114,7 +113,6 @@ def run(
     precision: options.Precision = "float",
     calibration: options.Calibration = None,
     largest_error: options.LargestError = None,
-    tune: options.Tune = 0,
     until: Annotated[
         float,
         typer.Option(
@@ -140,7 +138,6 @@ def run(
             precision=precision,
             calibration=calibration,
             largest_error=largest_error,
-            tune=tune,
             until=until or None,
         )
     lines = [

@@ -136,10 +136,6 @@ LargestError = Annotated[
         help="share of their size by which outputs in int8 may differ: the first layers stay in float until it is met"
     ),
 ]
-Tune = Annotated[
-    int,
-    typer.Option(help="steps in which int8 is trained on these images to give what float does; no labels"),
-]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 

@@ -125,14 +125,13 @@ class HostedModel(AdaptiveModel):
         precision: str = "float",
         calibration: Any = None,
         largest_error: float | None = None,
-        tune: int = 0,
     ) -> HostedModel:
         """A copy with the part optimised; see `AdaptiveModel.optimize`.
 
         Raises:
             InvalidInput: it is to be put into 8 bits: calibration runs a network as a whole.
         """
-        if precision != "float" or calibration is not None or largest_error is not None or tune:
+        if precision != "float" or calibration is not None or largest_error is not None:
             raise InvalidInput(
                 "a network that hosts its adaptive part is not put into another precision.",
                 why="images show the ranges of a network that is adaptive as a whole.",

@@ -352,7 +352,6 @@ class AdaptiveModel(nn.Module):
         precision: str = "float",
         calibration: Any = None,
         largest_error: float | None = None,
-        tune: int = 0,
     ) -> AdaptiveModel:
         """An inference copy: batch norm folded, residuals and activations fused, weights packed, fastest kernels.
 
@@ -371,20 +370,17 @@ class AdaptiveModel(nn.Module):
             largest_error: for `int8`, how far its outputs may be from those in float, as a share of their size (root
                 mean squares, over the first images): the first layers, by which most of the error comes in, stay in
                 float32, up to half of all, which costs time. By default only what harms by far the most does.
-            tune: for `int8`, so many steps in which its biases are trained, without labels, so that its outputs come
-                nearer to those in float, on three quarters of the images, one in a step; what comes nearest on the
-                others is kept. Each step takes about as long as one of training.
 
         Raises:
             UnknownName: an unknown precision.
-            InvalidInput: no images for `int8`; images, an error or steps without it, or such that cannot be; a network
-                not in float32 on the CPU.
-            CannotConvert: no layer can be in 8 bits, or what is to be tuned has no gradients.
+            InvalidInput: no images for `int8`; images or an error without it; an error that cannot be; a network not in
+                float32 on the CPU.
+            CannotConvert: no layer can be in 8 bits.
         """
         from cadsurgery.network.optimized import OptimizedModel, in_precision  # which are made of this class
 
         fast = OptimizedModel(self, fuse, pairs=precision == "float")
-        return in_precision(fast, precision, calibration, largest_error, tune)
+        return in_precision(fast, precision, calibration, largest_error)
 
     def __getattr__(self, name: str) -> Any:
         """Modules and parameters, and the original's data such as `num_classes`; not its methods, which would run it

@@ -17,7 +17,6 @@ from cadsurgery.network.macs import ghost
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.network.quantise import quantise
-from cadsurgery.network.tune import tune_copy
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
 from cadsurgery.surgery.hooks import Watched, child, settle, take_over
 
@@ -75,7 +74,6 @@ class OptimizedModel(AdaptiveModel):
         precision: str = "float",
         calibration: Any = None,
         largest_error: float | None = None,
-        tune: int = 0,
     ) -> OptimizedModel:
         """Itself: it is optimised.
 
@@ -106,7 +104,7 @@ class OptimizedModel(AdaptiveModel):
 
 
 def in_precision(
-    fast: OptimizedModel, precision: str, calibration: Any, largest_error: float | None, tune: int
+    fast: OptimizedModel, precision: str, calibration: Any, largest_error: float | None
 ) -> OptimizedModel:
     """The copy itself, in the precision that was asked for; see `AdaptiveModel.optimize`."""
     if precision not in PRECISIONS:
@@ -122,12 +120,6 @@ def in_precision(
             why="copies in float differ by rounding alone, those in 8 bits always.",
             next="leave largest_error out, or give int8 a share of the outputs' size: 0.05.",
         )
-    if tune < 0 or (tune and precision == FLOAT):
-        raise InvalidInput(
-            f"{tune} steps of tuning in precision {precision}.",
-            why="copies in 8 bits are tuned to those in float, for so many steps.",
-            next='leave tune out, or net.optimize(precision="int8", calibration=images, tune=30).',
-        )
     if precision == FLOAT:
         return fast
     if form_here() is None:
@@ -138,10 +130,7 @@ def in_precision(
             stacklevel=3,
         )
         return fast
-    whole = copy.deepcopy(fast) if tune else None
     fast.quantisation = quantise(fast, calibration, largest_error)
-    if whole is not None:
-        fast.quantisation = tune_copy(fast, whole, calibration, tune)
     return fast
 
 

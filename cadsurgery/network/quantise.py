@@ -80,23 +80,6 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """What tuning did to a network in 8 bits, see `tune`.
-
-    Attributes:
-        steps: that were asked for.
-        kept: the step that came nearest; 0: none came nearer than the network as it was.
-        images: it was tuned by.
-        before: error on the other images, as of `Quantisation`, before the first step.
-    """
-
-    steps: int
-    kept: int
-    images: int
-    before: float
-
-
-@dataclass(frozen=True)
 class Quantisation:
     """What was done to a network, and what it cost on the images it was calibrated by.
 
@@ -106,7 +89,6 @@ class Quantisation:
         grids: how they were chosen: `mse`, `percentile` or `range`, from the least to the largest value.
         form: of the compiled code, by its instructions; empty: torch.
         images: it was compared on.
-        tuning: what it was tuned by, if it was; it was then compared on other images than those.
     """
 
     layers: tuple[Layer, ...]
@@ -114,7 +96,6 @@ class Quantisation:
     grids: str
     form: str
     images: int
-    tuning: Tuning | None = None
 
     def __str__(self) -> str:
         """In a few lines."""
@@ -127,11 +108,6 @@ class Quantisation:
             f"{count - sum(map(len, exact.values()))} of {count} layers in 8 bits ({self.form or 'torch'}), "
             f"grids by {self.grids}; outputs differ by {self.error:.3g} of their size on {self.images} images"
         )
-        if (tuning := self.tuning) is not None:
-            head += (
-                f"\n  tuned by {tuning.images} images in {tuning.steps} steps, of which the first "
-                f"{tuning.kept} are kept: {tuning.before:.3g} before"
-            )
         several = {
             why: names[0] if len(names) == 1 else f"{len(names)} layers" for why, names in exact.items()
         }
@@ -233,18 +209,18 @@ def quantise(
         InvalidInput: another network, no images, or such that the network does not take.
         CannotConvert: no layer can be in 8 bits.
     """
-    batches = batches_of(calibration)
+    batches = _batches(calibration)
     program = fast.program
     with torch.no_grad():
         work = _Quantiser(fast, program)
         work.observe(batches)
-        expected = [outputs_of(fast, batch) for batch in batches[:_COMPARED]]
+        expected = [_outputs(fast, batch) for batch in batches[:_COMPARED]]
         compared = batches[:_COMPARED]
 
         def tried(method: str, first: int = 0) -> Iterator[tuple[float, str, _Rewritten]]:
             for rewritten in work.rewrite(method, compared, first):
                 rewritten.apply(fast)
-                error = difference_of((outputs_of(fast, batch) for batch in compared), expected)
+                error = _difference((_outputs(fast, batch) for batch in compared), expected)
                 yield error, method, rewritten
                 fast.adaptive_part._program = program.on(fast)
                 work.restore()
@@ -682,7 +658,7 @@ def _ends(some: Tensor, counts: Tensor, share: float) -> tuple[float, float]:
     return float(ordered[least]), float(ordered[most])
 
 
-def batches_of(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Image batches to calibrate by.
 
     Raises:
@@ -697,12 +673,12 @@ def batches_of(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def outputs_of(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
+def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
     """What a network gives, in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 
 
-def difference_of(found: Iterable[list[Tensor]], expected: Iterable[list[Tensor]]) -> float:
+def _difference(found: Iterable[list[Tensor]], expected: Iterable[list[Tensor]]) -> float:
     """Root mean square of the differences relative to that of the outputs, of the output where it is largest."""
     sums: dict[int, tuple[float, float]] = {}
     for less, whole in zip(found, expected, strict=False):

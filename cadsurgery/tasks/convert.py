@@ -71,7 +71,6 @@ def convert(
     precision: str = FLOAT,
     calibration: Path | None = None,
     largest_error: float | None = None,
-    tune: int = 0,
     method: str = "adaptive",
     exits: Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
@@ -97,7 +96,7 @@ def convert(
         given["fill"] = given.pop("gaps", None)
         return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
     resolve_mask(mask)  # a typo should not wait for the network to be built
-    check_precision(precision, calibration, largest_error, tune)
+    check_precision(precision, calibration, largest_error)
     where = find_device(device)
     output = output or Path(f"{re.sub('[:/]', '-', model)}-{mask.partition(':')[0]}.safetensors")
     check_folder(output)
@@ -122,7 +121,7 @@ def convert(
     copies = {"net.optimize()": fast}
     if precision != FLOAT:
         copies[f"net.optimize(), {precision}"] = net.optimize(
-            precision=precision, calibration=pictures, largest_error=largest_error, tune=tune
+            precision=precision, calibration=pictures, largest_error=largest_error
         )
     step("measuring")
     is_high = net.plan.identity_level == 0
@@ -204,15 +203,12 @@ def _refuse_precision(precision: str, network: str) -> None:
         )
 
 
-def check_precision(
-    precision: str, calibration: Path | None, largest_error: float | None = None, tune: int = 0
-) -> None:
+def check_precision(precision: str, calibration: Path | None, largest_error: float | None = None) -> None:
     """Refuse what `optimize` would, before anything is built.
 
     Raises:
         UnknownName: an unknown precision.
-        InvalidInput: images to calibrate by and nothing to calibrate, or the other way round; an error or steps that
-            cannot be.
+        InvalidInput: images to calibrate by and nothing to calibrate, or the other way round; an error that cannot be.
     """
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
@@ -226,12 +222,6 @@ def check_precision(
             f"--largest-error {largest_error} with precision {precision}.",
             why="it is by how much outputs in 8 bits may differ, a share of their size.",
             next="--precision int8 --calibration FOLDER --largest-error 0.05.",
-        )
-    if tune < 0 or (tune and precision == FLOAT):
-        raise InvalidInput(
-            f"--tune {tune} with precision {precision}.",
-            why="it is for how many steps a copy in 8 bits is tuned to that in float.",
-            next="--precision int8 --calibration FOLDER --tune 30.",
         )
 
 
@@ -301,7 +291,6 @@ def predict(
     precision: str = FLOAT,
     calibration: Path | None = None,
     largest_error: float | None = None,
-    tune: int = 0,
     until: float | None = None,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Run a converted file on images; an unreadable image is reported and the others are done.
@@ -314,7 +303,7 @@ def predict(
     check_size(size)
     where = own_device(device)
     paths, lacking = find_images(images)
-    check_precision(precision, calibration, largest_error, tune)
+    check_precision(precision, calibration, largest_error)
     converted = load(file, mask=mask, trust=trust).to(where)
     if until is not None and not isinstance(converted, AnytimeModel):
         raise InvalidInput(
@@ -330,9 +319,7 @@ def predict(
         if calibration is not None:
             step("calibrating")
             shown = images_like(_first_image(calibration, size), source, calibration)
-        net = converted.optimize(
-            precision=precision, calibration=shown, largest_error=largest_error, tune=tune
-        )
+        net = converted.optimize(precision=precision, calibration=shown, largest_error=largest_error)
     make_folder(output)
 
     def draw(item: tuple[Path, Path]) -> dict[str, Any]:
