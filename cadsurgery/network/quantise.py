@@ -413,7 +413,7 @@ class _Quantiser:
     def _is_averaged(self, layer: _Convolution) -> bool:
         """Whether means over images are all that reads its values: they take bytes as they are."""
         readers = [user for user in layer.node.users if not _is_neutral(user)]
-        return can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
+        return bool(readers) and can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
 
     def _overwritten(self, node: fx.Node) -> bool:
         """Whether something changes a value in place that others may read."""
@@ -589,7 +589,7 @@ def _is_mean(user: fx.Node) -> bool:
 
 def _is_neutral(user: fx.Node) -> bool:
     """Whether a node reads of elements only where they are."""
-    return user.target is getattr or user.target is functional.common_lattice
+    return user.target is functional.common_lattice or (user.target is getattr and user.args[1] == "lattice")
 
 
 def _integer_layer(
