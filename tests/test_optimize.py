@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
-from conftest import assert_same, build, covering, images, randomise, slow
+from conftest import assert_same, build, covering, images, randomise, relative_error, slow
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -872,3 +873,35 @@ def test_a_compiler_that_fails_is_said(tmp_path: Any, monkeypatch: pytest.Monkey
     finally:
         monkeypatch.undo()
         native.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenetv2_050", slow("efficientnet_b0"), slow("regnety_002"), slow("densenet121")]
+)
+@torch.no_grad()
+def test_norms_that_hold_their_activation_are_folded(name: str) -> None:
+    """Before the region and in it, with what they apply."""
+    net = cs.adaptify(
+        randomise(timm.create_model(name)), "random:fraction=0.4,seed=3,block=3", verify_laws=False
+    )
+    fast, x = net.double().optimize(), images(2, 65, 97, torch.float64)
+    targets = {str(node.target) for node in fast.program.graph.nodes if node.op == "call_module"}
+    acts = {
+        path
+        for path, module in net.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and "act" in module._modules
+    }
+    left = {target for target in targets if target.removesuffix(".norm").removesuffix(".act") in acts}
+    assert acts and (not left or name == "densenet121")  # whose norms come before its convolutions
+    for mask in (None, "all", "none"):
+        assert relative_error(fast(x, mask=mask), net(x, mask=mask)) < 1e-10
+
+
+def test_a_hooked_norm_is_not_taken_apart() -> None:
+    model, seen = timm.create_model("mobilenetv2_050").eval(), list[int]()
+    net = cs.adaptify(model, "all", verify_laws=False)
+    net.get_submodule("bn1").register_forward_hook(lambda *_: seen.append(1))
+    fast = net.optimize()
+    seen.clear()
+    fast(images(1, 64, 64))
+    assert seen == [1]

@@ -279,3 +279,20 @@ def test_of_a_host_its_part_is_to_be_converted() -> None:
     model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
     with pytest.raises(cs.CadError, match="hosts"):
         cs.adaptify(model, "all", verify_laws=False).optimize(precision="int8", calibration=CALIBRATION)
+
+
+@torch.no_grad()
+def test_rows_that_are_read_alone_are_values() -> None:
+    """An operation on rows that is no layer, before and behind ones in 8 bits."""
+
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.one(x).square()).abs()
+
+    net, x = cs.adaptify(Squared().eval(), MIXED, verify_laws=False), images(2, 65, 97)
+    fast = net.optimize(precision="int8", calibration=CALIBRATION)
+    assert relative_error(fast(x), net(x)) < 0.25

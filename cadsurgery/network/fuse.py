@@ -47,6 +47,7 @@ _IDENTITIES = (
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
 )
 _DROPS = ("torchvision.ops.stochastic_depth:StochasticDepth", "timm.layers.drop:DropPath")
+_NORMS_THAT_ACT = ("timm.layers.norm_act:BatchNormAct2d",)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE = (operator.iadd, operator.imul, "add_", "mul_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -465,7 +466,7 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
     copied.output(copied.graph_copy(graph, {}))
     for node in list(copied.nodes):
         module: Any = child(net, str(node.target)) if node.op == "call_module" else None
-        if module is None or not isinstance(module, nn.BatchNorm2d) or "act" not in module._modules:
+        if not _holds_activation(module) or _is_hooked(module):
             continue
         norm = nn.BatchNorm2d(module.num_features, module.eps, device="meta")
         norm._parameters, norm._buffers = dict(module._parameters), dict(module._buffers)
@@ -476,6 +477,11 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
         node.target = f"{node.target}.norm"
         acts[act.name] = node.name
     return copied, acts
+
+
+def _holds_activation(module: nn.Module | None) -> bool:
+    kinds = act_alike(type(module)) if module is not None else ()
+    return any(f"{kind.__module__}:{kind.__name__}" in _NORMS_THAT_ACT for kind in kinds)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

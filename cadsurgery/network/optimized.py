@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements.backends.integer import form_here
-from cadsurgery.network.fuse import KERNELS, fuse, join_pairs
+from cadsurgery.network.fuse import KERNELS, fuse, join_pairs, split_norms
 from cadsurgery.network.macs import ghost
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
@@ -40,7 +40,7 @@ class OptimizedModel(AdaptiveModel):
             vars(root)[kind].update(vars(source)[kind])
         for name in source._constants.keys() - source._parameters.keys():
             root.register_buffer(name, getattr(source.program.names(), name))
-        graph, kernels = fuse(source.graph, root, epilogues)
+        graph, kernels = fuse(split_norms(source.graph, root)[0], root, epilogues)
         if pairs:
             join_pairs(graph, kernels)
         root.add_module(KERNELS, kernels)

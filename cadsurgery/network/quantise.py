@@ -589,7 +589,7 @@ def _is_mean(user: fx.Node) -> bool:
 
 def _is_neutral(user: fx.Node) -> bool:
     """Whether a node reads of elements only where they are."""
-    return user.target is functional.common_lattice or (user.target is getattr and user.args[1] == "lattice")
+    return user.target is functional.common_lattice or (user.target is getattr and "lattice" in user.args)
 
 
 def _integer_layer(

@@ -232,8 +232,9 @@ class Rewriter:
             x = self.on_stage(source, stage)
             out = self.working[node] = self.call(function, x, **arguments)
             for path in treatment.then:
-                rows = self.graph.call_module(path, (self.call(getattr, out, "rows"),))
-                out = self.call(functional.Elements, rows, self.call(getattr, out, "lattice"))
+                lattice = self.call(getattr, out, "lattice")
+                rows = self.graph.call_module(path, (self.call(functional.rows_on, out, lattice),))
+                out = self.call(functional.Elements, rows, lattice)
         self.elements[node] = out
 
     def resize_to_dense(self, node: fx.Node, treatment: Treatment) -> fx.Node:
