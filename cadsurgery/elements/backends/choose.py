@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.library import is_observed as is_observed
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.elements.near import find_near

@@ -15,9 +15,9 @@ from cadsurgery.elements.backends.choose import (
     Pooling,
     Spreading,
     choose,
-    is_observed,
 )
 from cadsurgery.elements.backends.costs import Costs, best_time, costs
+from cadsurgery.elements.backends.library import is_observed
 from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Window

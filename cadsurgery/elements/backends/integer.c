@@ -86,6 +86,12 @@ static inline void store_bytes(uint8_t *to, lane value, long some) {
 
 static inline lane all(float value) { return (lane){} + value; }
 
+/* The activation that no clamping is, and the next grid. */
+static inline lane hardswish(const result *r, lane value) {
+    value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f);
+    return multiply_add(value, all(r->factor), all(r->zero));
+}
+
 /* `some` outputs of row `at` from output `first`, of their sums. */
 static inline __attribute__((always_inline)) void finish(const result *r, whole sums, long at, long first, long some) {
     lane value = multiply_add(__builtin_convertvector(sums, lane), load(r->scale + first, LANES), load(r->bias + first, LANES));
@@ -95,10 +101,7 @@ static inline __attribute__((always_inline)) void finish(const result *r, whole 
                                       : load((const float *)r->more + place, some);
         value = multiply_add(more, all(r->more_scale), value);
     }
-    if (r->is_hardswish) {
-        value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f);
-        value = multiply_add(value, all(r->factor), all(r->zero));
-    }
+    if (r->is_hardswish) value = hardswish(r, value);
     value = clamp(value, all(r->low), all(r->high));
     if (r->out_is_8_bits) store_bytes((uint8_t *)r->out + place, value, some);
     else store((float *)r->out + place, value, some);
@@ -346,10 +349,7 @@ static inline __attribute__((always_inline)) void convolve_channels(
 #pragma GCC unroll 4
         for (int k = 0; k < 4; k++) {
             lane value = multiply_add((lane)_mm512_cvtepi32_ps(sums[k]), scale[k], bias[k]);
-            if (r->is_hardswish) {
-                value = value * clamp(value + 3.0f, all(0), all(6)) * (1.0f / 6.0f);
-                value = multiply_add(value, all(r->factor), all(r->zero));
-            }
+            if (r->is_hardswish) value = hardswish(r, value);
             sums[k] = _mm512_cvtps_epi32((__m512)value);
         }
         __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(sums[0], sums[1]), _mm512_packs_epi32(sums[2], sums[3]));

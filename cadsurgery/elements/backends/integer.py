@@ -18,15 +18,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Backend, Between, Work, compute, every_row, is_observed
+from cadsurgery.elements.backends.choose import Backend, Between, Work, compute, every_row
+from cadsurgery.elements.backends.library import INTEGER_FORMS, is_observed, library
 from cadsurgery.elements.backends.native import (
-    INTEGER_FORMS,
     Rows,
     call,
     group_weight,
     halo_of,
     has_grouped_form,
-    library,
 )
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Reading, rows_of

@@ -29,7 +29,6 @@ from cadsurgery.elements.backends.choose import (
     outside_of,
 )
 from cadsurgery.elements.backends.library import ELEMENTS, has_pairs, is_observed, library
-from cadsurgery.elements.backends.library import INTEGER_FORMS as INTEGER_FORMS
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.support.pages import new_memory

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Convolution, compute, is_observed
-from cadsurgery.elements.backends.library import has_pairs
+from cadsurgery.elements.backends.choose import Convolution, compute
+from cadsurgery.elements.backends.library import has_pairs, is_observed
 from cadsurgery.elements.lattice import Lattice
 
 Pair = tuple[int, int]  # (vertical, horizontal)
