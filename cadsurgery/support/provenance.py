@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import platform
 import subprocess
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ import torch
 
 import cadsurgery
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.processor import in_words, instruction_sets, processor, processor_in_words
 
 _UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
 
@@ -39,9 +39,12 @@ def commit() -> str:
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
-    """What a report states of a result made here and now: `device` with threads, `versions`, `commit` and `date`."""
+    """The fields in which a report states what a result was made with, here and now: `device` with threads,
+    `processor`, `instruction_sets`, `versions`, `commit` and `date`."""
     return {
         "device": device_with_threads(device),
+        "processor": processor()._asdict(),
+        "instruction_sets": instruction_sets(),
         "versions": versions(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -82,19 +85,15 @@ def find_device(name: str) -> torch.device:
 
 
 def device_in_words(device: torch.device) -> str:
-    """The name of the device, as far as the system tells it."""
+    """The name of a GPU; of the CPU its model, family, caches and the instruction sets in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({platform.machine()} CPU)"
-    return f"{platform.machine()} CPU"
+    return f"{processor_in_words()}; {in_words(instruction_sets())}"
 
 
 def device_with_threads(device: torch.device) -> str:
-    """Its name, and how many threads torch uses beside it."""
-    return f"{device_in_words(device)}, {torch.get_num_threads()} threads"
+    """The device in words, and how many threads torch uses beside it."""
+    return f"{device_in_words(device)}; {torch.get_num_threads()} threads"
 
 
 def function_at(name: str, where: str, example: str) -> Any:

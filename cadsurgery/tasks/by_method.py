@@ -21,12 +21,12 @@ from cadsurgery.methods.storage import Converted, Made, load, save
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.errors import CadError, InvalidInput, describe_error
 from cadsurgery.support.files import check_folder
-from cadsurgery.support.provenance import device_with_threads, find_device
+from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.support.timing import interleaved
 from cadsurgery.tasks.convert_report import Side
 from cadsurgery.tasks.for_each import Failures, Step
 from cadsurgery.tasks.open import example_batch, is_file, original
-from cadsurgery.tasks.report import Column, MeasuredReport, Report, heading, number, table
+from cadsurgery.tasks.report import Column, MeasuredReport, RunReport, heading, number, table
 
 TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ Calls = Mapping[str, tuple[int, Callable[[Tensor], object]]]  # by name of a sid
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodReport(Report):
+class MethodReport(RunReport):
     """What `cadsurgery convert --method` tells: `sides` are the original and what was made of it."""
 
     model: str
@@ -43,7 +43,6 @@ class MethodReport(Report):
     plan: Any
     image: tuple[int, ...]
     sides: tuple[Side, ...]
-    device: str
     file: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +58,8 @@ class MethodReport(Report):
             Column("MACs", lambda side: f"{side.macs:.3e}"),
             Column("ms", lambda side: number(side.milliseconds)),
         ]
-        yield table(self.sides, columns, f"image of {self.image[2]}x{self.image[3]}, on {self.device}")
+        yield table(self.sides, columns, f"image of {self.image[2]}x{self.image[3]}")
+        yield self.run_with()
         if verified := self.verified():
             yield Text(f"verified: {verified}", style="green")
         if new := self.new():
@@ -202,6 +202,6 @@ class Conversion:
             **{"model": self.source.name, "weights": self.source.note, "plan": net.plan},
             **{"random": self.source.weights == "random", "image": tuple(self.batch.shape)},
             "sides": tuple(sides),
-            "device": f"{device_with_threads(self.batch.device)}, torch {torch.__version__}",
             "file": str(self.output),
+            **describe_run(self.batch.device),
         }

@@ -33,7 +33,7 @@ from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder, make_folder
 from cadsurgery.support.processes import own_device
-from cadsurgery.support.provenance import device_with_threads, find_device
+from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.support.timing import interleaved
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.by_method import TIMING_SECONDS
@@ -152,10 +152,10 @@ def convert(
         image=tuple(batch.shape),
         sides=tuple(sides),
         checks=net.checks,
-        device=f"{device_with_threads(where)}, torch {torch.__version__}",
         file=str(output),
         notes=_notes(net.plan, counted.active_fraction, sides, copies),
         costs=costs.record(),
+        **describe_run(where),
     )
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from cadsurgery.network.macs import LayerMacs, MacReport
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.verify import Check
-from cadsurgery.tasks.report import Column, Plain, Report, heading, number, ratio, table
+from cadsurgery.tasks.report import Column, Plain, RunReport, heading, number, ratio, table
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Side(Plain):
     milliseconds: float | None
 
 
-@dataclass(frozen=True)
-class ConversionReport(Report):
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport(RunReport):
     """What `cadsurgery convert` tells.
 
     `normalisation` is what the mask takes the input for, and where that is known from, `image` is the shape of the
@@ -44,7 +44,6 @@ class ConversionReport(Report):
     image: tuple[int, ...]
     sides: tuple[Side, ...]
     checks: tuple[Check, ...]
-    device: str
     file: str = ""
     notes: tuple[str, ...] = ()
     costs: dict[str, Any] = field(default_factory=dict)
@@ -73,8 +72,8 @@ class ConversionReport(Report):
             Column("ms", lambda side: number(side.milliseconds)),
             Column("of high", lambda side: ratio(side.milliseconds, high.milliseconds)),
         ]
-        title = f"{self.image[0]} image of {size}, mask {self.mask}, on {self.device}"
-        yield table(self.sides, columns, title)
+        yield table(self.sides, columns, f"{self.image[0]} image of {size}, mask {self.mask}")
+        yield self.run_with()
         yield Text(f"active fraction {self.active_fraction:.3f} (share of the fine map kept high)")
         yield Text(f"masks see {self.normalisation}", style="dim")
         for check in self.checks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -183,7 +183,33 @@ def add_times(rows: Sequence[Measured], sides: Sequence[Callable[[], object]], r
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredReport(Report):
+class RunReport(Report):
+    """A report of something that was run: the device, the software and the date, see `describe_run`.
+
+    Attributes:
+        device: in words, with the instruction sets and the number of threads.
+        processor: model, family and caches; empty in reports written before these were stated.
+        instruction_sets: of the compiled code and of torch, and the variables that cap them; empty likewise.
+        versions: of this package and its libraries.
+        commit: of this package; empty outside a checkout.
+        date: when it was done.
+    """
+
+    device: str
+    processor: dict[str, str] = field(default_factory=dict)
+    instruction_sets: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    date: str = ""
+
+    def run_with(self) -> Text:
+        """The device and the version of torch, in a line."""
+        torch = f", torch {self.versions['torch']}" if "torch" in self.versions else ""
+        return Text(f"on {self.device}{torch}", style="dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredReport(RunReport):
     """What a network does on data: where the figures come from.
 
     Attributes:
@@ -192,10 +218,6 @@ class MeasuredReport(Report):
         random: whether they are random.
         data: spec of the data, or its folder.
         rounds: of timing, 0 if not timed.
-        device: in words, with threads.
-        versions: of this package and its libraries.
-        commit: of this package; empty outside a checkout.
-        date: when it was done.
         normalisation: what masks take the network's input for, and where that is known from.
         failed: what could not be used, each an error as plain values.
     """
@@ -205,10 +227,6 @@ class MeasuredReport(Report):
     random: bool
     data: str
     rounds: int
-    device: str
-    versions: dict[str, str]
-    commit: str
-    date: str
     normalisation: str = ""
     failed: tuple[dict[str, str], ...] = ()
 
