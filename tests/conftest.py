@@ -19,6 +19,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     gc.disable()  # until all is imported and collected: that stays, and searching it takes seconds
 
 import pytest
+
+pytest.register_assert_rewrite("stand_ins")
+
 import torch
 import torchvision
 from _pytest.mark import ParameterSet

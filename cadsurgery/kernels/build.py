@@ -152,13 +152,12 @@ TABLE = (
 )
 # Never `-march=native`: the library may be used by other processors than the one that compiles it. Never `-fopenmp`:
 # the threads are those that torch has.
-_COMMON = (
-    *("-O3", "-fvisibility=default", "-fopenmp-simd", "-c"),
-    *(() if sys.platform == "win32" else ("-fPIC",)),
-)
+_COMMON = ("-O3", "-fPIC", "-fvisibility=default", "-fopenmp-simd", "-c")
 # The library takes memcpy and its like from the process, so that it depends on no version of a C library.
-_LINK = {"darwin": ("-dynamiclib", "-undefined", "dynamic_lookup"), "win32": ("-shared",)}.get(
-    sys.platform, ("-shared", "-nostdlib", "-nostartfiles")
+_LINK = (
+    ("-dynamiclib", "-undefined", "dynamic_lookup")
+    if sys.platform == "darwin"
+    else ("-shared", "-nostdlib", "-nostartfiles")
 )
 
 _MARK = b"cadsurgery_sources="
@@ -241,9 +240,14 @@ def is_whole(library: bytes) -> bool:
 
 
 def find_compiler() -> list[str] | None:
-    """The C compiler's command: that of the variable CC, else the first of cc, gcc and clang on the PATH, else None."""
+    """The C compiler's command: that of the variable CC, else the first of cc, gcc and clang on the PATH, else None.
+
+    On Windows None: GCC keeps vectors of 32 bytes at addresses there that the processor refuses (its bug 54412).
+    """
+    if sys.platform == "win32":
+        return None
     with contextlib.suppress(ValueError):  # a quotation that does not end
-        named = shlex.split(os.environ.get("CC", ""), posix=os.name == "posix")
+        named = shlex.split(os.environ.get("CC", ""))
         if named and (found := shutil.which(named[0])):
             return [found, *named[1:]]
     return next(([found] for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
@@ -452,10 +456,7 @@ def compile_library(
                 raise
         objects = [str(out) for task in tasks if (out := task.result())]
         whole, log = folder / "whole", folder / "link.log"
-        # Windows limits a command's length; every linker's driver reads its arguments from a file.
-        listed = folder / "objects.txt"
-        listed.write_text("\n".join(f'"{path}"'.replace("\\", "/") for path in objects))
-        if run([*compiler, *_LINK, f"@{listed}", "-o", str(whole)], log) != 0 or not whole.exists():
+        if run([*compiler, *_LINK, *objects, "-o", str(whole)], log) != 0 or not whole.exists():
             raise BuildError(_said(compiler, log, "the link of all files"))
         if sys.platform != "darwin":
             with whole.open("ab") as file:

@@ -91,7 +91,7 @@ def _of_package() -> ctypes.CDLL | None:
 def _is_stale(data: bytes) -> bool:
     """True if a library was made of other C files than those of the package; False if the package has none."""
     has_sources = (build.SOURCES / "processor.c").exists()
-    return has_sources and build.fingerprint_of(data) != build.fingerprint()
+    return has_sources and build.fingerprint_of(data) != build.fingerprint(build.SOURCES)
 
 
 def _of_cache() -> ctypes.CDLL | None:
@@ -105,7 +105,7 @@ def _of_cache() -> ctypes.CDLL | None:
         return _of_another_machine()
     reasons: list[str] = []
     advice = "Give a C compiler that works (CC=gcc), or set CADSURGERY_NATIVE=0."
-    name = f"kernels-{build.fingerprint()[:16]}-{_version(compiler, advice)}{build.LIBRARY.suffix}"
+    name = f"kernels-{build.fingerprint(build.SOURCES)[:16]}-{_version(compiler, advice)}{build.LIBRARY.suffix}"
     for folder in cache_folders("kernels"):
         if _forbids_execution(folder):
             reasons.append(f"{folder} is in a file system that forbids execution (noexec)")
@@ -134,7 +134,7 @@ def _of_cache() -> ctypes.CDLL | None:
 def _of_another_machine() -> ctypes.CDLL | None:
     """A library that a machine with a compiler left in the cache folder that they share."""
     with contextlib.suppress(OSError):
-        pattern = f"kernels-{build.fingerprint()[:16]}-*{build.LIBRARY.suffix}"
+        pattern = f"kernels-{build.fingerprint(build.SOURCES)[:16]}-*{build.LIBRARY.suffix}"
         for folder in cache_folders("kernels"):
             for path in sorted(folder.glob(pattern)):
                 with contextlib.suppress(OSError):
@@ -174,7 +174,7 @@ def _build_once(compiler: Sequence[str], target: Path) -> None:
             raise build.BuildError(failure.read_text(encoding="utf-8"))
         try:
             with keep_whole(target) as folder:
-                build.build(compiler, folder / "successor")
+                build.build(compiler, folder / "successor", sources=build.SOURCES)
         except build.BuildError as error:
             failure.write_text(str(error), encoding="utf-8")
             raise
@@ -221,7 +221,7 @@ def open_library(path: Path, is_own: bool) -> ctypes.CDLL:
         OSError: it cannot be read, or the loader refuses it.
     """
     # Not a link to a device or a queue, which would block.
-    flags = getattr(os, "O_NOFOLLOW", 0) * is_own | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags = getattr(os, "O_NOFOLLOW", 0) * is_own | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, os.O_RDONLY | flags)
     except OSError as error:

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -216,17 +215,12 @@ def only_one(path: Path, seconds: float) -> Iterator[None]:
 def _is_locked_by_another(file: IO[str]) -> bool:
     """False if this process has locked the file, or if no file can be locked there."""
     try:
-        if sys.platform == "win32":
-            import msvcrt
+        import fcntl
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
-    except OSError:
+    except (ImportError, OSError):
         return False
     return False
 
