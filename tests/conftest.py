@@ -19,9 +19,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     gc.disable()  # until all is imported and collected: that stays, and searching it takes seconds
 
 import pytest
-
-pytest.register_assert_rewrite("stand_ins")
-
 import torch
 import torchvision
 from _pytest.mark import ParameterSet
@@ -32,6 +29,8 @@ from torch import Tensor, nn
 
 from cadsurgery.cli import main, screen
 from cadsurgery.network.storage import checksum, seal
+
+pytest.register_assert_rewrite("stand_ins")  # before a test imports it
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

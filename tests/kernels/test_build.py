@@ -302,7 +302,11 @@ def test_a_wheel_runs_at_full_speed_where_there_is_no_compiler(tmp_path: Path) -
     environment = {"PATH": os.devnull, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
     code = RUN.format(folder=str(packages.resolve()))
     done = subprocess.run(
-        [str(python), "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True
+        [str(python), "-W", "error::UserWarning", "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "cache").iterdir())
