@@ -48,7 +48,8 @@ def sources(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of the stand-ins."""
-    assert COMPILER is not None
+    if COMPILER is None:
+        pytest.skip("there is no C compiler")
     folder = tmp_path_factory.mktemp("built")
     build.build(COMPILER, folder / "kernels.so", sources=write_stand_ins(folder / "c"))
     (folder / "kernels.so").chmod(0o600)

@@ -44,7 +44,7 @@ FEATURES = ("sse4", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "ne
 
 
 class InstructionSet(NamedTuple):
-    """What a form is compiled for.
+    """An instruction set that forms are compiled for.
 
     Attributes:
         name: the end of the names of its functions.
@@ -178,7 +178,7 @@ class Form(NamedTuple):
 
 
 class Built(NamedTuple):
-    """What a library holds: how many forms, and the instruction sets that the compiler does not know."""
+    """The result of a build: the number of forms, and the instruction sets that the compiler does not know."""
 
     forms: int
     left_out: tuple[str, ...]
@@ -321,7 +321,7 @@ def build(
 
 
 def _read_within(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """What a process prints until it closes its output; its input stays open meanwhile."""
+    """The output of a process until it closes it; its input stays open meanwhile."""
     parts: list[bytes] = []
 
     def read() -> None:
@@ -466,7 +466,7 @@ def compile_library(
 
 
 def _said(compiler: Sequence[str], log: Path, what: str) -> str:
-    """What a compiler says about its failure: its errors; where it marks none as such, its last lines."""
+    """A compiler's words about its failure: its errors, or its last lines where it marks none as errors."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     marked = [line for line in lines if re.search(r"\berror\b|\bundefined\b", line, re.IGNORECASE)]

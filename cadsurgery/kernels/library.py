@@ -105,7 +105,9 @@ def _of_cache() -> ctypes.CDLL | None:
         return _of_another_machine()
     reasons: list[str] = []
     advice = "Give a C compiler that works (CC=gcc), or set CADSURGERY_NATIVE=0."
-    name = f"kernels-{build.fingerprint(build.SOURCES)[:16]}-{_version(compiler, advice)}{build.LIBRARY.suffix}"
+    name = (
+        f"kernels-{build.fingerprint(build.SOURCES)[:16]}-{_version(compiler, advice)}{build.LIBRARY.suffix}"
+    )
     for folder in cache_folders("kernels"):
         if _forbids_execution(folder):
             reasons.append(f"{folder} is in a file system that forbids execution (noexec)")
@@ -220,7 +222,7 @@ def open_library(path: Path, is_own: bool) -> ctypes.CDLL:
         ValueError: it is not whole, or another's.
         OSError: it cannot be read, or the loader refuses it.
     """
-    # Not a link to a device or a queue, which would block.
+    # A queue in the place of the file would block without O_NONBLOCK.
     flags = getattr(os, "O_NOFOLLOW", 0) * is_own | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, os.O_RDONLY | flags)
