@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from cadsurgery.cli import main, screen
 from cadsurgery.network.storage import checksum, seal
 
+pytest.register_assert_rewrite("stand_ins")  # before a test imports it
+
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # `torch.manual_seed` looks for every kind of device, a millisecond each time.

@@ -132,13 +132,20 @@ def cache_folder() -> Path | None:
 
     A folder of somebody else, or that others can write to, is not used: what is in it may be run.
     """
+    return next(cache_folders(machine()), None)
+
+
+def cache_folders(name: str) -> Iterator[Path]:
+    """All folders of a name that can keep files: the one in the user's cache folder, then the temporary one.
+
+    They are this user's, can be written, and nobody else can write to them.
+    """
     for base in (_user_cache, _user_temporary):
         with contextlib.suppress(OSError, RuntimeError):  # no home, nothing temporary, no permission
-            folder = base()
+            folder = base(name)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if is_private(folder.lstat()) and os.access(folder, os.W_OK):
-                return folder
-    return None
+                yield folder
 
 
 def is_private(status: os.stat_result) -> bool:
@@ -147,14 +154,14 @@ def is_private(status: os.stat_result) -> bool:
     return mine and not stat.S_ISLNK(status.st_mode) and not (status.st_mode & 0o022 and os.name == "posix")
 
 
-def _user_cache() -> Path:
+def _user_cache(name: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".cache") / "cadsurgery" / machine()
+    return (base if base.is_absolute() else Path.home() / ".cache") / "cadsurgery" / name
 
 
-def _user_temporary() -> Path:
+def _user_temporary(name: str) -> Path:
     user = os.geteuid() if hasattr(os, "geteuid") else 0
-    return Path(tempfile.gettempdir()) / f"cadsurgery-{user}-{machine()}"
+    return Path(tempfile.gettempdir()) / f"cadsurgery-{user}-{name}"
 
 
 @contextlib.contextmanager
@@ -184,6 +191,38 @@ def _remove_if_left(folder: Path) -> None:
             with (folder / "lock").open("a") as lock:
                 if _try_lock(lock):
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_one(path: Path, seconds: float) -> Iterator[None]:
+    """Keep other processes out of such a block for the same lock file; they wait for their turn.
+
+    The lock ends with the block and with the process. In a file system that knows no locks nobody is kept out.
+
+    Raises:
+        TimeoutError: another process was in its block for all of `seconds`.
+        OSError: the lock file cannot be written.
+    """
+    end = time.monotonic() + seconds
+    with path.open("a") as file:
+        while _is_locked_by_another(file):
+            if time.monotonic() > end:
+                raise TimeoutError(f"another process kept {path} locked for {seconds:g} seconds")
+            time.sleep(0.1)
+        yield
+
+
+def _is_locked_by_another(file: IO[str]) -> bool:
+    """False if this process has locked the file, or if no file can be locked there."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
 
 
 def _try_lock(file: IO[str]) -> bool:

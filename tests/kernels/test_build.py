@@ -1,0 +1,327 @@
+"""The library of kernels: what it is compiled of, with which compilers, and what becomes of compilers that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from stand_ins import COMPILER, needs_compiler, posix, script
+
+from cadsurgery.kernels import build
+
+pytest_plugins = ["stand_ins"]
+pytestmark = [posix, needs_compiler]
+OPTIONAL = [one for one in build.instruction_sets() if one.example]
+# A compiler that never ends, nor does the process that it starts; both are known by their numbers.
+HANGS = '[ "$1" = --version ] && exec echo 1.0\nsleep 600 &\necho "$$ $!" >> {log}\nwait'
+
+
+def compiler() -> list[str]:
+    assert COMPILER is not None
+    return COMPILER
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for_end(log: Path) -> None:
+    """Until no process is left whose number is in a file."""
+    end = time.monotonic() + 20
+    while left := [number for number in map(int, log.read_text().split()) if is_running(number)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+# -- the table -----------------------------------------------------------------------------------------
+
+
+def test_every_source_is_in_the_table_and_every_name_in_it_is_known() -> None:
+    rows = {row.name for row in build.TABLE}
+    assert {file.stem for file in build.SOURCES.glob("*.c")} <= rows
+    names = {one.name for sets in build.INSTRUCTION_SETS.values() for one in sets}
+    assert {name for row in build.TABLE for name in row.sets} <= names
+    assert {name for row in build.TABLE for name in row.elements} <= set(build.ELEMENTS)
+    needs = {need for sets in build.INSTRUCTION_SETS.values() for one in sets for need in one.needs}
+    assert needs <= set(build.FEATURES)
+
+
+@pytest.mark.parametrize("of", [*build.INSTRUCTION_SETS, "riscv64"])
+def test_no_two_forms_have_the_same_names_and_every_architecture_has_a_scalar_form(of: str) -> None:
+    found = [(form.source, form.suffix) for form in build.forms(of=of)]
+    assert len(set(found)) == len(found)
+    assert all(
+        "-march=native" not in form.flags and "-fopenmp" not in form.flags for form in build.forms(of=of)
+    )
+    assert "scalar" in {one.name for one in build.instruction_sets(of)}
+
+
+# -- what is built -------------------------------------------------------------------------------------
+
+
+def test_a_library_holds_the_fingerprint_of_its_sources(built: Path) -> None:
+    data = built.read_bytes()
+    assert build.is_whole(data) and build.fingerprint_of(data) == build.fingerprint(built.parent / "c") != ""
+    assert not build.is_whole(data[:-1]) and build.fingerprint_of(b"") == ""
+
+
+@pytest.mark.parametrize("name", ["maps.c", "parallel.h", "vector.h"])
+def test_a_fingerprint_changes_with_every_file(sources: Path, name: str) -> None:
+    before = build.fingerprint(sources)
+    with (sources / name).open("a") as file:
+        file.write("\n")
+    assert build.fingerprint(sources) != before
+
+
+def test_a_fingerprint_changes_with_the_architecture(sources: Path) -> None:
+    assert len({build.fingerprint(sources, of) for of in ("x86-64", "aarch64", "riscv64")}) == 3
+
+
+def test_a_library_asks_for_nothing_but_functions_of_the_c_library(built: Path) -> None:
+    """And for no version of them, so that a wheel runs wherever torch's wheels do."""
+    if shutil.which("readelf") is None:
+        pytest.skip("there is no readelf")
+    command = ["readelf", "--dynamic", "--version-info", "--wide", str(built)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "NEEDED" not in said and "GLIBC" not in said
+
+
+def test_the_folder_of_the_target_has_nothing_else(sources: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "kernels.so"
+    target.parent.mkdir()
+    result = build.build(compiler(), target, sources=sources, jobs=2)
+    assert list(target.parent.iterdir()) == [target] and result.forms == len(build.forms(sources))
+
+
+def test_the_command_line_compiles(sources: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        build.__file__,
+        str(tmp_path / "kernels.so"),
+        "--sources",
+        str(sources),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["left_out"] == []
+    command[-1] = str(tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "there are no C files" in json.loads(done.stdout)["error"]
+
+
+@pytest.mark.parametrize("missing", OPTIONAL, ids=lambda one: one.name)
+def test_forms_whose_flags_the_compiler_does_not_know_are_left_out(
+    missing: build.InstructionSet, sources: Path, tmp_path: Path
+) -> None:
+    flag = missing.flags[-1]
+    old = script(
+        tmp_path / "old-cc",
+        f'case " $* " in *" {flag} "*) echo "error: unrecognized option {flag}" >&2; exit 1;; esac\n'
+        f'exec {compiler()[0]} "$@"',
+    )
+    result = build.build([str(old)], tmp_path / "kernels.so", sources=sources)
+    known = {form.set.name for form in build.forms(sources) if form.set}
+    assert missing.name in result.left_out or missing.name not in known
+    without = [form for form in build.forms(sources) if not form.set or form.set.name not in result.left_out]
+    assert result.forms == len(without)
+
+
+# -- compilers that fail -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["maps.c", "int8.c"])
+def test_a_compile_error_is_told_by_its_errors_not_by_warnings(
+    name: str, sources: Path, tmp_path: Path
+) -> None:
+    (sources / name).write_text("#warning first of all\nint SUFFIX(f)(void) { return nowhere; }\n")
+    with pytest.raises(build.BuildError, match=f"error: .*nowhere.*{name}") as caught:
+        build.build(compiler(), tmp_path / "kernels.so", sources=sources)
+    assert "first of all" not in str(caught.value) and not (tmp_path / "kernels.so").exists()
+    assert not list(tmp_path.glob(".objects-*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("exit 0", "gave no file"),
+        ("echo broken >&2; exit 3", "says broken"),
+        ("kill -9 $$", "gave no file and no reason"),
+    ],
+)
+def test_a_compiler_that_does_nothing_is_said(text: str, why: str, sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(build.BuildError, match=why):
+        build.build([str(script(tmp_path / "cc", text))], tmp_path / "kernels.so", sources=sources)
+
+
+def test_a_compiler_that_cannot_be_started_is_said(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(build.BuildError, match="could not be started"):
+        build.build([str(tmp_path / "none")], tmp_path / "kernels.so", sources=sources)
+
+
+def test_a_process_that_cannot_be_started_is_said(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
+    with pytest.raises(build.BuildError, match="could not be started"):
+        build.build(compiler(), tmp_path / "kernels.so", sources=sources)
+    monkeypatch.setattr(sys, "executable", str(script(tmp_path / "python", "echo no Python; exit 1")))
+    with pytest.raises(build.BuildError, match="ended early: no Python"):
+        build.build(compiler(), tmp_path / "kernels.so", sources=sources)
+
+
+def test_without_a_python_to_start_it_is_built_by_this_process(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that was frozen into one file would start itself again."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert build.build(compiler(), tmp_path / "kernels.so", sources=sources).forms > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_compiler_that_hangs_is_ended(sources: Path, tmp_path: Path) -> None:
+    log = tmp_path / "processes"
+    hangs = script(tmp_path / "cc", HANGS.format(log=log))
+    with pytest.raises(build.BuildError, match="did not end within"):
+        build.build([str(hangs)], tmp_path / "kernels.so", sources=sources, seconds=1)
+    wait_for_end(log)
+    assert not list(tmp_path.glob(".objects-*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("forks", [False, True], ids=["alone", "with a child that lives on"])
+def test_no_compiler_outlives_the_process_that_wanted_the_library(
+    how: signal.Signals, forks: bool, sources: Path, tmp_path: Path
+) -> None:
+    log, child = tmp_path / "processes", tmp_path / "child"
+    hangs = script(tmp_path / "cc", HANGS.format(log=log))
+    code = f"""
+import importlib.util, os, pathlib, sys, threading, time
+spec = importlib.util.spec_from_file_location("build", {build.__file__!r})
+build = sys.modules["build"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+def fork():
+    while not os.path.exists({str(log)!r}): time.sleep(.01)
+    number = os.fork()
+    if number == 0:
+        time.sleep(30)
+        os._exit(0)
+    pathlib.Path({str(child)!r}).write_text(str(number))
+if {forks}: threading.Thread(target=fork, daemon=True).start()
+build.build([{str(hangs)!r}], pathlib.Path({str(tmp_path / "kernels.so")!r}), sources=pathlib.Path({str(sources)!r}))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:
+        try:
+            end = time.monotonic() + 30
+            while not log.exists() or (forks and not child.exists()):
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(how)
+            process.wait(20)
+            wait_for_end(log)
+        finally:
+            process.kill()
+            if child.exists():
+                os.kill(int(child.read_text()), signal.SIGKILL)
+
+
+# -- wheels --------------------------------------------------------------------------------------------
+
+RUN = """
+import ctypes
+from cadsurgery.kernels import build, isa, load
+assert build.LIBRARY.is_file() and str(build.LIBRARY).startswith({folder!r}), build.LIBRARY
+assert build.find_compiler() is None and isa.used() == isa.here()[-1] != "", isa.in_words()
+Body, parts = ctypes.CFUNCTYPE(None, ctypes.c_long, ctypes.c_long, ctypes.c_void_p), []
+load.library().cadsurgery_share(
+    ctypes.c_long(10), ctypes.c_long(3), Body(lambda begin, end, _: parts.append((begin, end))), None
+)
+assert sorted(parts) == [(0, 3), (3, 6), (6, 9), (9, 10)], parts
+if (build.SOURCES / "maps.c").exists():
+    import torch
+    levels, sides = torch.zeros(1, 4, 4, dtype=torch.int8), torch.tensor([2])
+    anchors, index = torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int32)
+    counts, find = torch.zeros(1, dtype=torch.int64), load.function("find_cells")
+    find.restype = ctypes.c_long
+    pointers = [ctypes.c_void_p(one.data_ptr()) for one in (levels, sides, anchors, index, counts)]
+    sizes = [ctypes.c_long(size) for size in (1, 4, 4)]
+    assert find(*pointers[:2], *sizes, *pointers[2:]) == 4 and anchors[:4].tolist() == [0, 2, 8, 10]
+"""
+
+
+def copy_of_package(folder: Path) -> Path:
+    """The files that a wheel is made of, without the library that was compiled here."""
+    left_out = shutil.ignore_patterns("__pycache__", "lib")
+    shutil.copytree(ROOT / "cadsurgery", folder / "cadsurgery", ignore=left_out)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def make_wheel(folder: Path, **environment: str) -> Path:
+    pytest.importorskip("setuptools", "77")
+    command = [sys.executable, "-m", "pip", "wheel", str(folder), "--no-deps", "--no-build-isolation", "-v"]
+    done = subprocess.run(
+        [*command, "-w", str(folder / "wheels")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (folder / "wheels").glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_at_full_speed_where_there_is_no_compiler(tmp_path: Path) -> None:
+    wheel = make_wheel(copy_of_package(tmp_path / "copy"))
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    place = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    python = place / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    (packages,) = place.glob("lib/python*/site-packages")
+    outer = next(path for path in sys.path if (Path(path) / "torch" / "__init__.py").exists())
+    (packages / "outer.pth").write_text(outer)
+    (tmp_path / "cache").mkdir()
+    environment = {"PATH": os.devnull, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    code = RUN.format(folder=str(packages.resolve()))
+    done = subprocess.run(
+        [str(python), "-W", "error::UserWarning", "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["switched off", "an error"])
+def test_where_nothing_can_be_compiled_the_wheel_is_for_every_platform(how: str, tmp_path: Path) -> None:
+    folder = copy_of_package(tmp_path / "copy")
+    if how == "an error":
+        (folder / "cadsurgery" / "kernels" / "c" / "processor.c").write_text("#error no\n")
+        wheel = make_wheel(folder)
+    else:
+        wheel = make_wheel(folder, CADSURGERY_NATIVE="0")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "cadsurgery/kernels/c/processor.c" in names and "cadsurgery/kernels/c/parallel.h" in names
+    assert not [name for name in names if "kernels/lib/" in name]

@@ -1,0 +1,187 @@
+"""Instruction sets: those that the processor has, those that CADSURGERY_ISA leaves, and the forms that are chosen."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from stand_ins import needs_compiler
+
+from cadsurgery.kernels import build, isa, load
+from cadsurgery.support.errors import InvalidInput
+
+pytest_plugins = ["stand_ins"]
+NEEDS = {one.name: set(one.needs) for one in build.instruction_sets()}
+
+
+def test_the_cap_leaves_what_needs_no_more_than_it(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "here", lambda: isa.ISAS)
+    for cap in isa.ISAS:
+        monkeypatch.setenv("CADSURGERY_ISA", cap)
+        assert isa.allowed() == tuple(name for name in isa.ISAS if NEEDS[name] <= NEEDS[cap])
+        assert isa.used() == cap
+    monkeypatch.delenv("CADSURGERY_ISA")
+    assert isa.allowed() == isa.ISAS
+
+
+@pytest.mark.skipif(build.architecture() != "x86-64", reason="names of x86-64")
+@pytest.mark.parametrize(
+    ("cap", "left"),
+    [
+        ("scalar", ("scalar",)),
+        ("avx2", ("scalar", "sse4", "avx2")),
+        ("avxvnni", ("scalar", "sse4", "avx2", "avxvnni")),
+        ("avx512", ("scalar", "sse4", "avx2", "avx512")),
+        (" AVX512 ", ("scalar", "sse4", "avx2", "avx512")),
+    ],
+)
+def test_caps_by_name(cap: str, left: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "here", lambda: isa.ISAS)
+    monkeypatch.setenv("CADSURGERY_ISA", cap)
+    assert isa.allowed() == left
+
+
+@needs_compiler
+def test_a_wider_form_than_the_cap_is_never_chosen(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each choice is the widest that there is a form of."""
+    has = {"answer": "int8", "cells": "maps", "size": "warp"}
+    for cap in (*isa.here(), ""):
+        monkeypatch.setenv("CADSURGERY_ISA", cap)
+        for name, file in has.items():
+            sets = {one for row in build.TABLE if row.name == file for one in row.sets}
+            for element in ("float32", "float64") if name == "size" else ("",):
+                expected = [one for one in isa.allowed() if one in sets][-1]
+                assert load.isa_of(name, element) == expected
+                function = load.function(name, element)
+                assert function is not None and function.restype is None
+                assert function is load.function(name, element)
+                function.restype = ctypes.c_int
+                assert function() == {"float32": 4, "float64": 8, "": 42}[element]
+                function.restype = None
+
+
+@needs_compiler
+def test_a_function_that_there_is_no_form_of_is_none(packaged: Path) -> None:
+    assert load.function("nothing") is None and load.isa_of("nothing", "float32") == ""
+    assert load.function("size") is None and load.function("size", "uint8") is None
+
+
+@pytest.mark.parametrize("cap", ["avx3", "native", "avx2,avx512", "-"])
+def test_an_unknown_cap_is_refused_with_what_there_is(
+    cap: str, packaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CADSURGERY_ISA", cap)
+    for ask in (
+        isa.allowed,
+        isa.used,
+        isa.in_words,
+        lambda: load.function("answer"),
+        lambda: load.isa_of("answer"),
+    ):
+        with pytest.raises(InvalidInput, match="CADSURGERY_ISA") as caught:
+            ask()
+        assert repr(cap) in caught.value.what and "unset it" in caught.value.next
+        assert all(name in caught.value.why for name in isa.ISAS)
+        assert all(name in caught.value.next for name in isa.here())
+
+
+def test_a_cap_that_the_processor_lacks_is_refused_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "here", lambda: isa.ISAS[:1])
+    for cap in isa.ISAS[1:]:
+        monkeypatch.setenv("CADSURGERY_ISA", cap)
+        with pytest.raises(
+            InvalidInput, match=f"processor does not have the instruction set {cap}"
+        ) as caught:
+            isa.allowed()
+        assert isa.ISAS[0] in caught.value.why and isa.ISAS[0] in caught.value.next
+
+
+def test_without_a_library_there_is_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any known cap is met; an unknown one is refused."""
+    monkeypatch.setenv("CADSURGERY_NATIVE", "0")
+    for cap in ("", *isa.ISAS):
+        monkeypatch.setenv("CADSURGERY_ISA", cap)
+        assert isa.here() == isa.allowed() == () and isa.used() == ""
+        assert load.function("answer") is None and "torch operations" in isa.in_words()
+    monkeypatch.setenv("CADSURGERY_ISA", "avx3")
+    with pytest.raises(InvalidInput):
+        isa.allowed()
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux" or build.architecture() != "x86-64", reason="reads /proc/cpuinfo")
+def test_the_processor_has_what_the_system_says(packaged: Path) -> None:
+    flags = set(isa._cpuinfo()["flags"].split())
+    v2 = {"cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"}
+    v3 = v2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+    v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    needed = {
+        **{"scalar": set(), "sse4": v2, "avx2": v3, "avxvnni": v3 | {"avx_vnni"}, "avx512": v4},
+        "avx512vnni": v4 | {"avx512_vnni"},
+        "avx512bf16": v4 | {"avx512_vnni", "avx512_bf16"},
+    }
+    assert isa.here() == tuple(name for name in isa.ISAS if needed[name] <= flags)
+
+
+def test_the_order_is_from_narrow_to_wide() -> None:
+    for names in build.INSTRUCTION_SETS.values():
+        for k, one in enumerate(names):
+            assert not any(set(other.needs) < set(one.needs) for other in names[k + 1 :])
+
+
+def test_bits_of_features_are_names() -> None:
+    assert isa._names(0) == ("scalar",)
+    assert isa._names((1 << len(build.FEATURES)) - 1) == isa.ISAS
+
+
+# -- in words ------------------------------------------------------------------------------------------
+
+
+def test_caches_are_those_that_hold_data_in_readable_sizes(tmp_path: Path) -> None:
+    found = [
+        ("1", "Data", "48K"),
+        ("1", "Instruction", "32K"),
+        ("2", "Unified", "1280K"),
+        ("3", "Unified", "48M"),
+    ]
+    for k, values in enumerate([*found, ("4", "Unified", "none")]):
+        (tmp_path / f"index{k}").mkdir()
+        for name, value in zip(("level", "type", "size"), values, strict=True):
+            (tmp_path / f"index{k}" / name).write_text(f"{value}\n")
+    assert isa._caches(tmp_path) == "L1d 48 KiB, L2 1.25 MiB, L3 48 MiB"
+    assert isa._caches(tmp_path / "none") == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "family"),
+    [
+        (
+            {"vendor_id": "AuthenticAMD", "cpu family": "25", "model": "1"},
+            "AuthenticAMD family 25 model 1",
+        ),
+        ({"CPU implementer": "0x41", "CPU part": "0xd0c"}, "implementer 0x41 part 0xd0c"),
+        ({}, ""),
+    ],
+)
+def test_families_of_processors(said: dict[str, str], family: str) -> None:
+    assert isa._family(said) == family
+
+
+def test_a_processor_is_described_by_strings() -> None:
+    assert all(isinstance(part, str) for part in isa.processor())
+
+
+@needs_compiler
+def test_reports_name_what_is_used_and_the_caps(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    torch_s = torch.backends.cpu.get_cpu_capability()
+    assert isa.in_words() == f"kernels {isa.here()[-1]}; torch {torch_s}"
+    monkeypatch.setenv("CADSURGERY_ISA", "scalar")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert isa.in_words().startswith(
+        f"kernels scalar; torch {torch_s}; caps: CADSURGERY_ISA=scalar, ONEDNN_MAX_"
+    )
