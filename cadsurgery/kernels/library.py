@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -42,31 +43,50 @@ class Unusable(Exception):
         self.reason, self.next = reason, next
 
 
-@cache
+class Found(NamedTuple):
+    """The compiled kernels and where they came from: "package" or "cache"; without any, None and the reason."""
+
+    library: ctypes.CDLL | None
+    origin: str
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None: CADSURGERY_NATIVE=0, no compiler to build them with, or they cannot be used.
+
+    Warns:
+        CadWarning: see `find`.
+    """
+    return find().library
+
+
+@cache
+def find() -> Found:
+    """The compiled kernels, and where they came from.
 
     Warns:
         CadWarning: there are kernels or a compiler, but the kernels cannot be built or loaded.
     """
     if os.environ.get("CADSURGERY_NATIVE", "1") == "0":
-        return None
+        return Found(None, "CADSURGERY_NATIVE=0")
     try:
-        found = _of_package() or _of_cache()
+        found, origin = _of_package(), "package"
+        if found is None:
+            found, origin = _of_cache(), "cache"
     except Unusable as error:
         warnings.warn(
             f"the compiled kernels are not used: {error.reason}. Networks run by torch's operations, slower. "
             f"{error.next}",
             CadWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-        return None
-    if found is not None:
-        found.processor_features.restype = ctypes.c_ulong
-        found.use_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        found.use_threads.restype = None
-        found.use_threads(*_threads())
-    return found
+        return Found(None, error.reason)
+    if found is None:
+        return Found(None, "there is no C compiler")
+    found.processor_features.restype = ctypes.c_ulong
+    found.use_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    found.use_threads.restype = None
+    found.use_threads(*_threads())
+    return Found(found, origin)
 
 
 def _of_package() -> ctypes.CDLL | None:

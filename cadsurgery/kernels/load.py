@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cadsurgery.kernels import isa
-from cadsurgery.kernels.library import library
+from cadsurgery.kernels.library import find, library
 
 __all__ = ["forget", "function", "is_observed", "isa_of", "library"]
 
@@ -47,7 +47,7 @@ def isa_of(name: str, element: str = "") -> str:
 
 def forget() -> None:
     """Look for the library anew when it is next asked for: after a change of CADSURGERY_NATIVE, or of a file."""
-    library.cache_clear()
+    find.cache_clear()
     _form.cache_clear()
 
 

@@ -1,7 +1,6 @@
 """The processor of this machine and the instruction sets in use, for reports.
 
-The instruction sets of our own compiled code are known to the room `kernels`, which says them here when it is imported
-(`register_kernels`): this room imports none.
+The room of compiled code, which this one does not import, says here which instruction set it uses: `register_kernels`.
 """
 
 from __future__ import annotations
@@ -10,25 +9,24 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+# Variables that cap instruction sets: ours, torch's, oneDNN's (also of OpenVINO) and MKL's.
 CAPS = ("CADSURGERY_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-WITHOUT_KERNELS = "none"
-_CPUINFO = Path("/proc/cpuinfo")
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _KERNELS: list[Callable[[], str]] = []
 
 
 class Processor(NamedTuple):
-    """A processor as the system describes it; a text is empty where the system does not tell.
+    """A processor in words; empty strings where the operating system does not tell.
 
     Attributes:
-        model: its name, such as "Intel(R) Xeon(R) Processor @ 2.80GHz".
-        family: vendor, family and model as numbers, which tell apart processors of one name.
-        caches: of one core, such as "L1d 48 KiB, L2 1.25 MiB, L3 48 MiB".
+        model: its name, as "Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz".
+        family: its maker, family and model, as "GenuineIntel family 6 model 106".
+        caches: the sizes of the caches of a core, as "L1d 48 KiB, L2 1.25 MiB, L3 48 MiB".
     """
 
     model: str
@@ -39,81 +37,106 @@ class Processor(NamedTuple):
 @cache
 def processor() -> Processor:
     """The processor of this machine."""
-    if platform.system() == "Darwin":
-        sizes = ((name, _sysctl(key)) for name, key in _DARWIN_CACHES.items())
-        caches = ", ".join(f"{name} {_size(int(size))}" for name, size in sizes if size.isdigit())
-        return Processor(_sysctl("machdep.cpu.brand_string"), "", caches)
-    told = _cpuinfo()
-    vendor = told.get("vendor_id") or told.get("CPU implementer", "")
-    family, number = told.get("cpu family", ""), told.get("model") or told.get("CPU part", "")
-    parts = (vendor, family and f"family {family}", number and f"model {number}")
-    model = told.get("model name", "") or platform.processor()
-    return Processor(model, " ".join(part for part in parts if part), ", ".join(_linux_caches()))
+    if sys.platform == "darwin":
+        return _of_macos()
+    said = _cpuinfo()
+    return Processor(
+        said.get("model name") or said.get("Hardware") or platform.processor(), _family(said), _caches()
+    )
 
 
 def processor_in_words() -> str:
-    """The processor in one line, without the cache of the first level."""
+    """The processor in one line, with all caches but those of the first level."""
     model, family, caches = processor()
-    outer = ", ".join(cache for cache in caches.split(", ") if cache and not cache.startswith("L1"))
+    outer = [cache for cache in caches.split(", ") if not cache.startswith("L1")]
     named = f"{model} ({platform.machine()} CPU)" if model else f"{platform.machine()} CPU"
-    return ", ".join(part for part in (named, family, outer) if part)
+    return ", ".join(part for part in (named, family, *outer) if part)
 
 
 def register_kernels(used: Callable[[], str]) -> None:
-    """Let the room of compiled code say which instruction set it uses; "" where it runs no code of its own."""
+    """Take the function that names the instruction set of the compiled kernels; it gives "" if none run here."""
     _KERNELS[:] = [used]
 
 
 def instruction_sets() -> dict[str, str]:
-    """The instruction sets in use, of our compiled code (`kernels`) and of `torch`, and the variables that cap them."""
-    import torch  # this module is read by programs that do not wait for it
+    """The instruction sets of the compiled `kernels` and of `torch`, and the variables that cap them, if they are set.
+
+    Raises:
+        InvalidInput: CADSURGERY_ISA names an instruction set that there is not, or that the processor lacks.
+    """
+    import torch  # which programs that read this module need not wait for
 
     kernels = _KERNELS[0]() if _KERNELS else ""
     caps = {name: os.environ[name] for name in CAPS if os.environ.get(name)}
-    return {"kernels": kernels or WITHOUT_KERNELS, "torch": torch.backends.cpu.get_cpu_capability(), **caps}
+    return {
+        "kernels": kernels or "none (torch operations)",
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        **caps,
+    }
 
 
-def in_words(sets: dict[str, str]) -> str:
-    """Instruction sets in one line: "kernels avx2, torch AVX2, CADSURGERY_ISA=avx2"."""
-    return ", ".join(f"{name}={used}" if name in CAPS else f"{name} {used}" for name, used in sets.items())
+def sets_in_words(sets: Mapping[str, str]) -> str:
+    """Instruction sets in a line: "kernels avx2, torch AVX2, capped by CADSURGERY_ISA=avx2"."""
+    used = [f"{name} {value}" for name, value in sets.items() if name not in CAPS]
+    caps = [f"{name}={value}" for name, value in sets.items() if name in CAPS]
+    return ", ".join([*used, f"capped by {' '.join(caps)}"] if caps else used)
 
 
-# -- what the systems tell -----------------------------------------------------------------------------
-
-_DARWIN_CACHES = {
-    "L1d": "hw.perflevel0.l1dcachesize",
-    "L2": "hw.perflevel0.l2cachesize",
-    "L3": "hw.l3cachesize",
-}
+# -- what the operating systems tell -------------------------------------------------------------------
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The fields of the first processor in /proc/cpuinfo."""
-    told: dict[str, str] = {}
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            told.setdefault(name.strip(), value.strip())
-    return told
+    """The lines of /proc/cpuinfo about the first processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
-def _linux_caches() -> Iterator[str]:
-    """Data caches of the first core, each a name and a size."""
-    for folder in sorted(_CACHES.glob("index*")):
+def _family(said: dict[str, str]) -> str:
+    if "vendor_id" in said:
+        return f"{said['vendor_id']} family {said.get('cpu family', '?')} model {said.get('model', '?')}"
+    if "CPU implementer" in said:
+        return f"implementer {said['CPU implementer']} part {said.get('CPU part', '?')}"
+    return ""
+
+
+def _caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> str:
+    """The caches of the first core that hold data, by their level."""
+    found = []
+    for index in sorted(folder.glob("index[0-9]*")):
         with contextlib.suppress(OSError, ValueError):
-            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
             if kind != "Instruction":
-                yield f"L{level}{'d' if kind == 'Data' else ''} {_size(int(size.removesuffix('K')) << 10)}"
+                units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+                scale = units.get(size[-1:], 1)
+                bytes_ = int(size[:-1] if size[-1:] in units else size) * scale
+                found.append(f"L{level}{'d' if kind == 'Data' else ''} {_size(bytes_)}")
+    return ", ".join(found)
 
 
 def _size(count: int) -> str:
-    """A number of bytes in KiB or MiB."""
-    return f"{count / 2**20:g} MiB" if count >= 2**20 else f"{count / 2**10:g} KiB"
+    return f"{count / (1 << 20):g} MiB" if count >= 1 << 20 else f"{count / (1 << 10):g} KiB"
 
 
-def _sysctl(name: str) -> str:
-    """A value that macOS keeps under a name; empty if it keeps none."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ("sysctl", "-n", name)
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return ""
+def _of_macos() -> Processor:
+    asked = (
+        "machdep.cpu.brand_string",
+        "hw.cpufamily",
+        "hw.l1dcachesize",
+        "hw.l2cachesize",
+        "hw.l3cachesize",
+    )
+    said = dict.fromkeys(asked, "")
+    for name in asked:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=10
+            )
+            said[name] = done.stdout.strip()
+    sizes = {"L1d": said[asked[2]], "L2": said[asked[3]], "L3": said[asked[4]]}
+    caches = ", ".join(f"{name} {_size(int(size))}" for name, size in sizes.items() if size.isdigit())
+    family = f"family {int(said[asked[1]]):#x}" if said[asked[1]].lstrip("-").isdigit() else ""
+    return Processor(said[asked[0]] or platform.processor(), family, caches)

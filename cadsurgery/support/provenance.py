@@ -16,7 +16,7 @@ import torch
 
 import cadsurgery
 from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, first_line
-from cadsurgery.support.processor import in_words, instruction_sets, processor, processor_in_words
+from cadsurgery.support.processor import instruction_sets, processor, processor_in_words, sets_in_words
 
 _UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
 
@@ -88,7 +88,7 @@ def device_in_words(device: torch.device) -> str:
     """The name of a GPU; of the CPU its model, family, caches and the instruction sets in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_in_words()}; {in_words(instruction_sets())}"
+    return f"{processor_in_words()}; {sets_in_words(instruction_sets())}"
 
 
 def device_with_threads(device: torch.device) -> str:

@@ -11,6 +11,7 @@ import torch
 from stand_ins import needs_compiler
 
 from cadsurgery.kernels import build, isa, load
+from cadsurgery.support import processor
 from cadsurgery.support.errors import InvalidInput
 
 pytest_plugins = ["stand_ins"]
@@ -114,7 +115,7 @@ def test_without_a_library_there_is_none(home: Path, monkeypatch: pytest.MonkeyP
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux" or build.architecture() != "x86-64", reason="reads /proc/cpuinfo")
 def test_the_processor_has_what_the_system_says(packaged: Path) -> None:
-    flags = set(isa._cpuinfo()["flags"].split())
+    flags = set(processor._cpuinfo()["flags"].split())
     v2 = {"cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"}
     v3 = v2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
     v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -151,8 +152,8 @@ def test_caches_are_those_that_hold_data_in_readable_sizes(tmp_path: Path) -> No
         (tmp_path / f"index{k}").mkdir()
         for name, value in zip(("level", "type", "size"), values, strict=True):
             (tmp_path / f"index{k}" / name).write_text(f"{value}\n")
-    assert isa._caches(tmp_path) == "L1d 48 KiB, L2 1.25 MiB, L3 48 MiB"
-    assert isa._caches(tmp_path / "none") == ""
+    assert processor._caches(tmp_path) == "L1d 48 KiB, L2 1.25 MiB, L3 48 MiB"
+    assert processor._caches(tmp_path / "none") == ""
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_caches_are_those_that_hold_data_in_readable_sizes(tmp_path: Path) -> No
     ],
 )
 def test_families_of_processors(said: dict[str, str], family: str) -> None:
-    assert isa._family(said) == family
+    assert processor._family(said) == family
 
 
 def test_a_processor_is_described_by_strings() -> None:
@@ -179,9 +180,9 @@ def test_reports_name_what_is_used_and_the_caps(packaged: Path, monkeypatch: pyt
     for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
     torch_s = torch.backends.cpu.get_cpu_capability()
-    assert isa.in_words() == f"kernels {isa.here()[-1]}; torch {torch_s}"
+    assert isa.in_words() == f"kernels {isa.here()[-1]}, torch {torch_s}"
     monkeypatch.setenv("CADSURGERY_ISA", "scalar")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert isa.in_words().startswith(
-        f"kernels scalar; torch {torch_s}; caps: CADSURGERY_ISA=scalar, ONEDNN_MAX_"
+        f"kernels scalar, torch {torch_s}, capped by CADSURGERY_ISA=scalar ONEDNN_MAX_"
     )
