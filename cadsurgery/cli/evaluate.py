@@ -22,6 +22,7 @@ MEASURED = (
         "memory",
         "runtime",
         "against",
+        "isa",
         "calibration",
     ),
 )

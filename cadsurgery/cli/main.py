@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -27,12 +28,35 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
     )
+
+    @app.callback()
+    def common(
+        version: Annotated[
+            bool,
+            typer.Option(
+                "--version",
+                is_eager=True,
+                callback=_show_version,
+                help="print versions, processor and instruction sets, and where the compiled kernels came from",
+            ),
+        ] = False,
+    ) -> None:
+        pass
+
     names = [name for _, name, _ in pkgutil.iter_modules(cli.__path__) if name not in ("main", "__main__")]
     modules = [importlib.import_module(f"{cli.__name__}.{name}") for name in names]
     groups: list[typer.Typer] = [module.commands for module in modules if hasattr(module, "commands")]
     for group in sorted(groups, key=lambda group: isinstance(group.info.name, str)):
         app.add_typer(group)
     return app
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from cadsurgery.tasks.installation import describe_installation
+
+        typer.echo(describe_installation())
+        raise typer.Exit
 
 
 def main() -> None:

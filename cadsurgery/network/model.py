@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,6 +152,17 @@ class AdaptiveModel(nn.Module):
         part = self.adaptive_part
         part._overridden = True
         return masked(part, mask)
+
+    @contextmanager
+    def interpreted_by(self, make: Callable[[Program, fx.Graph], fx.Interpreter]) -> Iterator[None]:
+        """Run the graph node by node within, by interpreters made for its program; see `Program.interpreted_by`."""
+        part = self.adaptive_part
+        program = part._program
+        part._program = program.interpreted_by(make)
+        try:
+            yield
+        finally:
+            part._program = program
 
     def lay_out(self) -> None:
         """Lay out the weights of convolutions as rows of elements are: values and names stay the same.

@@ -19,7 +19,7 @@ from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.surgery.arguments import image_of
+from cadsurgery.surgery.arguments import image_of, in_order
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
@@ -75,6 +75,21 @@ class Program:
         """The same program on the modules of another network; the code of its graphs is shared."""
         program = object.__new__(Program)
         program.__dict__.update(self.__dict__, net=net, _watch=Watch(net, self.watched))
+        return program
+
+    def interpreted_by(self, make: Callable[[Program, fx.Graph], fx.Interpreter]) -> Program:
+        """The same program with its graphs run node by node, by interpreters made for it: for profiles."""
+        program = self.on(self.net)
+
+        def run_by(graph: fx.Graph) -> Callable[..., Any]:
+            def run(names: Names, *first: Any, **arguments: Any) -> Any:
+                return make(program, graph).run(*in_order(graph, arguments, *first))
+
+            return run
+
+        halves = run_by(self.halves.before), run_by(self.halves.after)
+        run_unchanged = run_by(self.unchanged) if self.unchanged is not None else None
+        program.__dict__.update(_run=run_by(self.graph), _run_halves=halves, _run_unchanged=run_unchanged)
         return program
 
     def __getstate__(self) -> dict[str, Any]:

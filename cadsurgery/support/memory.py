@@ -8,13 +8,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cadsurgery.support.errors import CadError
+from cadsurgery.support import alone
 
 PROCESS = Path("/proc/self")
 # From this many bytes on, glibc maps memory and gives it back when it is freed. By default the limit grows to 32 MiB
@@ -48,19 +45,8 @@ def run_alone(module: str, function: str, argument: str) -> str:
     Raises:
         CadError: the process failed.
     """
-    code = f"import sys; from {module} import {function}; {function}(sys.argv[1])"
-    path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
-    environment = {**os.environ, **_MAPPED, "PYTHONPATH": path}
-    command = [sys.executable, "-c", code, argument]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise CadError(
-            "a process that was to measure memory failed.",
-            why=done.stderr.strip().rpartition("\n")[2]
-            or f"it ended with {done.returncode}, perhaps killed.",
-            next="give a smaller size, or leave out memory.",
-        )
-    return done.stdout.splitlines()[-1]
+    advice = "give a smaller size, or leave out memory."
+    return alone.run_alone(module, function, argument, _MAPPED, task="measure memory", next=advice)
 
 
 def _peak_mib() -> float:

@@ -48,14 +48,15 @@ def interleaved(
             if turn > warmup and time.perf_counter() - begin > seconds:
                 break
             for name, run in sides.items():
-                start = _now(clock)
+                start = now(clock)
                 run()
                 if turn >= warmup:
-                    taken[name].append(1e3 * (_now(clock) - start))
+                    taken[name].append(1e3 * (now(clock) - start))
     return {name: Timing(min(times), median(times)) for name, times in taken.items()}
 
 
-def _now(clock: Callable[[], float]) -> float:
+def now(clock: Callable[[], float]) -> float:
+    """The time of a clock once the GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return clock()

@@ -16,13 +16,15 @@ import ast
 import contextlib
 import copy
 import json
+import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from cadsurgery.data.networks import Source
 from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.integer import form_here
+from cadsurgery.kernels import isa
 from cadsurgery.masks import Budget, resolve_mask
 from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.network.adaptify import adaptify, plan
@@ -54,6 +57,7 @@ from cadsurgery.support.files import append_lines, make_folder
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
 from cadsurgery.support.timing import Timing, interleaved
+from cadsurgery.tasks.bench_isa import bench_capped, check_caps, joined, read_caps
 from cadsurgery.tasks.bench_method import MethodBench, bench_method
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Rival, Twin
 from cadsurgery.tasks.by_method import open_any
@@ -62,6 +66,7 @@ from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import example_batch, original
 from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import check_outputs
+from cadsurgery.tasks.slowest import explain_slowness
 
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,8 +108,9 @@ def bench(
         step: called with what is being done.
         options: further ones of `adaptify`, and what networks are run on: `size`, height and width of the generated
             street scenes, their number `batch`, `dtype` and `device`, `threads`, `rounds` that count, `runtime`: the
-            engine, `against`: engines whose dense networks are timed in the same run, `calibration`: images for
-            int8, and `memory`: whether to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
+            engine, `against`: engines whose dense networks are timed in the same run, `isa`: names of instruction
+            sets, each measured in processes of its own (see `bench_isa`), `calibration`: images for int8, and `memory`:
+            whether to measure the peak of each side (Linux, CPU, names only). See `Benchmark`.
 
     Raises:
         InvalidInput: an impossible option.
@@ -118,16 +124,28 @@ def bench(
     for network in listed:
         if (made := open_any(network, trust)) is not None:
             return _alone(made, listed, fractions, setup, picture=picture, output=output, step=step)
+    caps = read_caps(setup.isa)
     setup = replace(setup, threads=setup.threads or torch.get_num_threads())
     _check(listed, mask, fractions, setup, fill)
+    check_caps(caps, listed, mask, setup)
     check_outputs(output, picture=picture)
-    if len(listed) > 1:  # a typo in the last name should not wait for the others to be measured
+    if len(listed) > 1 or caps:  # a typo in the last name should not wait for the others to be measured
         for network in listed:
             step(f"planning {_name(network)}")
             plan(original(network, "none")[0], setup.output_stride, setup.region)
+    budgets = list(dict.fromkeys(map(float, fractions)))
+    if caps:
+        told: dict[str, Any] = {"mask": mask, "fractions": budgets, "fill": list(fill), "trust": trust}
+        told["output"] = output and str(output)
+        runs = []
+        for network, cap in product(listed, caps):
+            step(f"measuring {_name(network)} with {cap}")
+            runs.append((cap, bench_capped(cap, setup, networks=network, **told)))
+        report = joined(runs, setup)
+        report.write(picture=picture)
+        return report
     setting = _setting(mask, setup)
     done: list[NetworkBench] = []
-    budgets = list(dict.fromkeys(map(float, fractions)))
     for network in listed:
         with _threads(setup.threads), tempfile.TemporaryDirectory() as folder:
             entries = _compare(network, mask, budgets, setup, fill, step, Path(folder))
@@ -216,6 +234,7 @@ def _compare(
         return Twin(macs, times[key].best, times[key].median, peaks.get(key))
 
     high, low = twin(HIGH, counted.high), twin(LOW, counted.low)
+    slow = {fill: _explain(fill, fractions, sides, times) for fill in nets}
     return [
         NetworkBench(
             model=name,
@@ -230,14 +249,35 @@ def _compare(
                 for fraction in fractions
                 for key in [_key(fill, fraction)]
             ),
-            notes=(*_notes(net, high, low), *notes),
+            notes=(*_notes(net, high, low), *notes, *slow[fill]),
             rivals=tuple(
                 Rival(engine, dtype, *(_pair(times[f"{engine} {dtype} {key}"]) for key in (HIGH, LOW)))
                 for engine, dtype in dict.fromkeys(key[:2] for key in rivals)
             ),
+            isa=os.environ.get(isa.VARIABLE, "").strip().lower(),
         )
         for fill, net in nets.items()
     ]
+
+
+def _explain(
+    fill: str,
+    fractions: Sequence[float],
+    sides: Mapping[str, Callable[[], object]],
+    times: Mapping[str, Timing],
+) -> list[str]:
+    """The operation that takes the time of the slowest budget, if that is slower than dense high.
+
+    Nothing is said of files in engines, whose operations cannot be seen.
+    """
+    fraction = max(fractions, key=lambda fraction: times[_key(fill, fraction)].best)
+    key = _key(fill, fraction)
+    net = getattr(sides[key], "func", None)  # of a partial call: the copy, or a file in an engine
+    if not isinstance(net, AdaptiveModel):
+        return []
+    name, high = f"fraction {fraction:g}", {HIGH: times[HIGH].best}
+    told = explain_slowness(name, times[key].best, high, net, sides[key])
+    return [told] if told else []
 
 
 def _pair(time: Timing) -> tuple[float, float]:

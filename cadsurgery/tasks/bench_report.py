@@ -12,9 +12,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cadsurgery.support.processor import sets_in_words
 from cadsurgery.tasks.report import Column, Plain, Report, number, panels, plain, ratio, table
-
-SLOWER = 1.03  # an entry counts as slower than dense high from this multiple of its time on
+from cadsurgery.tasks.slowest import SLOWER
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class NetworkBench:
     """A network with one fill: its dense twins, its budgets, and whether the law holds; `rivals` beside it.
 
     `band` is the multiple of the line that the law allows; `notes` are what a reader must know to judge the figures.
+    `isa` is the instruction set that CADSURGERY_ISA capped the run to; "" if nothing capped it.
     """
 
     model: str
@@ -99,6 +100,12 @@ class NetworkBench:
     rows: tuple[BenchRow, ...]
     notes: tuple[str, ...] = ()
     rivals: tuple[Rival, ...] = ()
+    isa: str = ""
+
+    @property
+    def label(self) -> str:
+        """The network, and the instruction set that the run was capped to."""
+        return f"{self.model} with {self.isa}" if self.isa else self.model
 
     @property
     def worst(self) -> BenchRow:
@@ -145,13 +152,19 @@ class NetworkBench:
         return [{**self._head(), **vars(row)} for row in self.rows]
 
     def _head(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in ("model", "weights", "fill", "output_stride", "band")}
+        values = {
+            name: getattr(self, name) for name in ("model", "isa", "weights", "fill", "output_stride", "band")
+        }
         return plain({**values, "dense_high": self.high, "dense_low": self.low})
 
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """What a measurement was made with; `commit` is empty outside a checkout."""
+    """What a measurement was made with; `commit` is empty outside a checkout.
+
+    `processor` and `instruction_sets` are those of `describe_run`; of several runs, each with instruction sets of its
+    own, see `BenchReport`.
+    """
 
     mask: str
     image: tuple[int, ...]
@@ -164,10 +177,13 @@ class BenchSetting:
     date: str
     runtime: str = "torch"
     clock: str = "wall"
+    processor: dict[str, str] = field(default_factory=dict)
+    instruction_sets: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; without the commit if there is none."""
-        return {name: plain(value) for name, value in vars(self).items() if name != "commit" or value}
+        """As plain values; without those that are not known here: commit, processor, instruction sets."""
+        optional = ("commit", "processor", "instruction_sets")
+        return {name: plain(value) for name, value in vars(self).items() if name not in optional or value}
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.image[2:]))
@@ -176,27 +192,40 @@ class BenchSetting:
         clock = ", processor time" if self.clock != "wall" else ""
         return (
             f"{self.image[0]} image{'s' * (self.image[0] > 1)} of {size}, {self.dtype}, mask {self.mask}, best and "
-            f"median of {self.rounds} interleaved rounds{clock}, runtime {self.runtime}\n{self.device}, {self.threads} "
+            f"median of {self.rounds} interleaved rounds{clock}, runtime {self.runtime}\n{self.device}; {self.threads} "
             f"threads; {numbers}{commit}; {self.date}"
         )
 
 
 @dataclass(frozen=True)
 class BenchReport(Report):
-    """What `cadsurgery bench` tells; `costs` are those of convolutions that decided, see `backends.costs.record`."""
+    """What `cadsurgery bench` tells.
+
+    Attributes:
+        setting: what all networks were measured with.
+        networks: a network with one fill each.
+        costs: of the convolutions that decided, see `backends.costs.record`; with `caps` those of each by its name.
+        caps: by the name of each instruction set that a run was capped to: the instruction sets of that run.
+        notes: what a reader must know of all figures.
+    """
 
     setting: BenchSetting
     networks: tuple[NetworkBench, ...]
     costs: dict[str, Any] = field(default_factory=dict)
+    caps: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
         networks = [network.to_dict() for network in self.networks]
-        return {**self.setting.to_dict(), "networks": networks, "costs": self.costs}
+        capped = {"caps": self.caps, "notes": list(self.notes)} if self.caps else {}
+        return {**self.setting.to_dict(), **capped, "networks": networks, "costs": self.costs}
 
     def parts(self) -> Iterator[RenderableType]:
         """What was measured with, then each network: its table, the law and notes."""
         yield Text(str(self.setting))
+        yield from (Text(f"{name}: {sets_in_words(sets)}") for name, sets in self.caps.items())
+        yield from (Text(note, style="yellow") for note in self.notes)
         for network in self.networks:
             yield _table(network)
             good = network.holds and not network.slower
@@ -246,7 +275,7 @@ def _table(network: NetworkBench) -> Table:
         ]
     budgets: list[Line] = [(f"budget {row.fraction:g}", row.active_fraction, row) for row in network.rows]
     strides = "{} to {}".format(*network.output_stride)
-    title = f"{network.model}, {network.weights}, output stride {strides}, fill {network.fill}"
+    title = f"{network.label}, {network.weights}, output stride {strides}, fill {network.fill}"
     return table([("dense high", 1.0, high), *budgets, ("dense low", 0.0, low)], columns, title)
 
 
@@ -263,7 +292,7 @@ def _table_of_rivals(network: NetworkBench) -> Table:
         Column("low ms", lambda rival: f"{rival.low[0]:.1f}"),
         *(Column(f"budget {row.fraction:g} of high", share(row)) for row in network.rows),
     ]
-    return table(list(network.rivals), columns, f"{network.model}, dense in other engines")
+    return table(list(network.rivals), columns, f"{network.label}, dense in other engines")
 
 
 def _draw(axis: Any, network: NetworkBench) -> None:
@@ -285,5 +314,5 @@ def _draw(axis: Any, network: NetworkBench) -> None:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("active fraction")
     axis.set_ylabel("ms")
-    axis.set_title(f"{network.model}, {network.fill}: law {'holds' if network.holds else 'MISSED'}")
+    axis.set_title(f"{network.label}, {network.fill}: law {'holds' if network.holds else 'MISSED'}")
     axis.legend(loc="lower right", fontsize=8)

@@ -45,6 +45,7 @@ from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
 from cadsurgery.tasks.gates import GatesReport, convert_gates
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
 from cadsurgery.tasks.samples import SamplingReport, convert_resampled
+from cadsurgery.tasks.slowest import explain_slowness
 
 METHODS = ("adaptive", "anytime", "sampling", "resampling")
 _KINDS: dict[type, str] = {
@@ -139,6 +140,20 @@ def convert(
     calls = {name: partial(run, batch) for name, _, run in compared}
     times = interleaved(calls, rounds, seconds=TIMING_SECONDS) if rounds else {}
     sides = [Side(name, macs, times[name].best if times else None) for name, macs, _ in compared]
+    step("looking for what is slow")
+    slow = [
+        explain_slowness(
+            name,
+            times[f"converted, {name}"].best,
+            {
+                "dense high": times[compared[not is_high][0]].best,
+                "the converted network": times["converted"].best,
+            },
+            copy,
+            calls[f"converted, {name}"],
+        )
+        for name, copy in (copies.items() if times else ())
+    ]
     step(f"writing {output}")
     save(net, output)
     return ConversionReport(
@@ -153,28 +168,20 @@ def convert(
         sides=tuple(sides),
         checks=net.checks,
         file=str(output),
-        notes=_notes(net.plan, counted.active_fraction, sides, copies),
+        notes=(*_notes(net.plan, counted.active_fraction, copies), *filter(None, slow)),
         costs=costs.record(),
         **describe_run(where),
     )
 
 
-def _notes(
-    plan: Plan, active_fraction: float, sides: Sequence[Side], copies: Mapping[str, AdaptiveModel]
-) -> tuple[str, ...]:
-    """What a user can act on, beside what `adaptify` warns of."""
+def _notes(plan: Plan, active_fraction: float, copies: Mapping[str, AdaptiveModel]) -> tuple[str, ...]:
+    """Notes that a user can act on, beside what `adaptify` warns of."""
     notes = []
     if active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
     if plan.dense_after > 0.25:
         notes.append(f"{plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
     notes += [str(copy.quantisation) for copy in copies.values() if copy.quantisation is not None]
-    high, optimized = (sides[at].milliseconds for at in (plan.identity_level != 0, -len(copies)))
-    if high is not None and optimized is not None and optimized > high:
-        notes.append(
-            "slower than dense high here even when optimised: building the lattice outweighs the work saved; "
-            "try a coarser high output stride, a larger network, or a mask that keeps less."
-        )
     return tuple(notes)
 
 

@@ -149,6 +149,13 @@ class Benchmark(Conversion):
         "also time the dense networks in these engines, in every precision they have: onnxruntime,openvino",
         metavar="ENGINES",
     )
+    isa: str | tuple[str, ...] = option(
+        "",
+        "measure with these instruction sets, e.g. avx2,avx512, each in processes of its own, in which torch, oneDNN "
+        "and MKL are capped alike",
+        metavar="ISAS",
+        read="words",
+    )
     calibration: str = option(
         "", "folder of images that int8 is calibrated by; default: the scenes it is measured on"
     )

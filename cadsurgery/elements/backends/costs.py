@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cadsurgery.kernels import isa
 from cadsurgery.support.errors import FileError, first_line
 from cadsurgery.support.files import cache_folder, is_private, keep_whole
 from cadsurgery.support.plain import read_as
@@ -112,14 +113,15 @@ def record() -> dict[str, Any]:
 
 
 def read(path: Path | str) -> dict[str, Costs]:
-    """The costs in a file: JSON with three numbers for each kind, or a report under whose `costs` they are.
+    """The costs in a file: JSON with three numbers for each kind, or a report under whose `costs` they are; of a report
+    by instruction set those of the one in use here.
 
     Raises:
         FileError: it cannot be read, or has no costs.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        for name in ("costs", "kinds"):
+        for name in ("costs", isa.used(), "kinds"):
             document = document.get(name, document) if isinstance(document, dict) else document
         if not isinstance(document, dict):
             raise ValueError("the file holds no object of JSON.")

@@ -1,0 +1,154 @@
+"""`bench` with capped instruction sets: for each, a run of a network in a process of its own.
+
+The caps of torch, oneDNN and MKL are set beside ours, before the process starts: libraries read them when they load.
+OpenVINO obeys oneDNN's cap: tried with OpenVINO 2026, its convolutions and fused loops are `brgconv_avx2` and `jit_avx2`
+with AVX2, in float32 and in 8 bits, and 8 bits take twice the time without VNNI. ONNX Runtime cannot be capped: its
+times are the same with every cap.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cadsurgery.kernels import isa
+from cadsurgery.kernels.library import find
+from cadsurgery.support.alone import run_alone
+from cadsurgery.support.errors import CadError, InvalidInput, UnknownName
+from cadsurgery.support.processor import processor_in_words
+from cadsurgery.tasks.bench_report import BenchReport
+from cadsurgery.tasks.options import Benchmark
+
+# By our names, those of ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS; MKL multiplies matrices of
+# float32 for torch, and has no regard for the others.
+_LIBRARIES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+_CAPS = {
+    "scalar": ("default", "SSE41", "SSE4_2"),
+    "sse4": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avxvnni": ("avx2", "AVX2_VNNI", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+    "avx512bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+}
+_ENGINES = {
+    "onnx": "ONNX Runtime runs with all instruction sets of the processor: it cannot be capped.",
+    "aoti": "AOTInductor is capped in part: not in loops that it compiles itself.",
+}
+
+
+def environment_of(cap: str) -> dict[str, str]:
+    """The variables that cap this package, torch, oneDNN and MKL alike; on other processors than x86 ours alone."""
+    return {isa.VARIABLE: cap, **dict(zip(_LIBRARIES, _CAPS.get(cap, ()), strict=False))}
+
+
+def read_caps(caps: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of instruction sets, each once, in order; as a sequence or between commas."""
+    listed = caps.split(",") if isinstance(caps, str) else caps
+    return tuple(dict.fromkeys(cap.strip() for cap in listed if cap.strip()))
+
+
+def check_caps(caps: Sequence[str], networks: Sequence[object], mask: object, setup: Benchmark) -> None:
+    """Refuse instruction sets that cannot be measured here, and networks that no other process can build.
+
+    Raises:
+        UnknownName: there is no such instruction set.
+        InvalidInput: the processor lacks it, or a network or the mask has no name.
+    """
+    if not caps:
+        return
+    for cap in caps:
+        if cap not in isa.ISAS:
+            raise UnknownName("instruction set", cap, isa.ISAS)
+    had = isa.here()
+    if not had:
+        raise InvalidInput(
+            "there are no compiled kernels here whose instruction set could be capped.",
+            why=f"{find().origin}.",
+            next="leave isa out, or install a C compiler.",
+        )
+    if lacking := [cap for cap in caps if cap not in had]:
+        raise InvalidInput(
+            f"this processor does not have the instruction set {lacking[0]}.",
+            why=f"{processor_in_words()} has {', '.join(had)}.",
+            next=f"give some of these: isa={','.join(had)}.",
+        )
+    if setup.device != "cpu":
+        raise InvalidInput(
+            f"instruction sets are those of the CPU, and the device is {setup.device}.",
+            next="leave isa out, or give device cpu.",
+        )
+    if not isinstance(mask, str) or not all(isinstance(network, str) for network in networks):
+        raise InvalidInput(
+            "a network or mask without a name cannot be measured with an instruction set.",
+            why="each runs in a process of its own, which builds it anew.",
+            next='give names, e.g. "resnet50" or "module:function", and a mask such as "edges".',
+        )
+
+
+def bench_capped(cap: str, setup: Benchmark, **told: Any) -> BenchReport:
+    """The report of `bench` from a process that is capped to an instruction set.
+
+    Args:
+        cap: the name of the instruction set.
+        setup: as of `bench`.
+        told: the other arguments of `bench`, by name: plain values.
+
+    Raises:
+        CadError: as of `bench`; or the process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report"
+        options = {**vars(setup), "isa": ""}
+        said = run_alone(
+            __name__,
+            write_report.__name__,
+            repr({"path": str(path), "bench": {**options, **told}}),
+            environment_of(cap),
+            task=f"measure with {cap}",
+            next="run it without isa to see the whole error.",
+        )
+        if error := json.loads(said):
+            raise CadError.from_dict(error)
+        report: BenchReport = pickle.loads(path.read_bytes())
+    return report
+
+
+def write_report(task: str) -> None:
+    """Run `bench` in this process and write its report to a file; print its error as JSON, or null."""
+    from cadsurgery.tasks.bench import bench  # which starts this process
+
+    told = ast.literal_eval(task)
+    given = told["bench"]
+    if given["output"] is not None:
+        given["output"] = Path(given["output"])
+    try:
+        Path(told["path"]).write_bytes(pickle.dumps(bench(**given)))
+        print("null")
+    except CadError as error:
+        print(json.dumps(error.to_dict()))
+
+
+def joined(reports: Sequence[tuple[str, BenchReport]], setup: Benchmark) -> BenchReport:
+    """One report of the runs with each instruction set; of each network, its runs stand together."""
+    first = reports[0][1].setting
+    setting = replace(first, device=processor_in_words(), instruction_sets={})
+    caps = {cap: report.setting.instruction_sets for cap, report in reports}
+    costs: dict[str, Mapping[str, Any]] = {}
+    for cap, report in reports:  # of several networks the kinds of all
+        kinds = {**costs.get(cap, {}).get("kinds", {}), **report.costs["kinds"]}
+        costs[cap] = {"kinds": kinds}
+    engines = {setup.runtime, *("onnx" if one == "onnxruntime" else one for one in setup.against.split(","))}
+    return BenchReport(
+        setting,
+        tuple(network for _, report in reports for network in report.networks),
+        costs,
+        caps,
+        tuple(told for engine, told in _ENGINES.items() if engine in engines),
+    )

@@ -1,0 +1,32 @@
+"""`cadsurgery --version`: the versions, the processor, the instruction sets, and where the compiled kernels came from."""
+
+from __future__ import annotations
+
+from cadsurgery.kernels import isa
+from cadsurgery.kernels.library import find
+from cadsurgery.support.processor import processor_in_words
+from cadsurgery.support.provenance import commit, versions
+
+_ORIGINS = {"package": "in the package", "cache": "compiled on this machine, in the user's cache folder"}
+
+
+def describe_installation() -> str:
+    """The installation in lines, for people who report how fast or how slow it is.
+
+    Raises:
+        InvalidInput: CADSURGERY_ISA names an instruction set that there is not, or that the processor lacks.
+    """
+    ours, *others = (f"{name} {number}" for name, number in versions().items())
+    at = f" (commit {commit()})" if commit() else ""
+    kernels, origin = find()
+    where = _ORIGINS[origin] if kernels is not None else f"none: {origin}; torch's operations take their place"
+    had = f"; the processor has {', '.join(isa.here())}" if kernels is not None else ""
+    return "\n".join(
+        (
+            f"{ours}{at}",
+            ", ".join(others),
+            f"processor: {processor_in_words()}",
+            f"instruction sets: {isa.in_words()}{had}",
+            f"compiled kernels: {where}",
+        )
+    )
