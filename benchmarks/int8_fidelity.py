@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 import cadsurgery as cs
 from cadsurgery.network.export.engines import OnnxRuntime
 from cadsurgery.network.export.int8 import measure, to_8_bits
+from cadsurgery.support.provenance import setting
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 
 ROOT = Path(__file__).parents[1]
@@ -47,12 +47,9 @@ def main() -> None:
             (kind, *compare(*files, pairs(options.data, "test", options.every)))
             for kind, files in sessions.items()
         ]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "onnxruntime"))
     print(
-        f"{commit.stdout.strip()}, {versions}, {rows[0][1].images} images, calibrated by {len(calibration)}\n"
+        f"{setting(torch.device('cpu'))}, onnxruntime {importlib.metadata.version('onnxruntime')}, "
+        f"{rows[0][1].images} images, calibrated by {len(calibration)}\n"
     )
     print("| network | mIoU, float | mIoU, 8 bits | relative error | pixels of the same class |")
     print("| --- | --- | --- | --- | --- |")

@@ -2,6 +2,8 @@
 
     python benchmarks/speed_report.py
 
+A report of `cadsurgery bench --isa avx2,avx512` gets a table for each instruction set, below its name and caps.
+
 Reads docs/bench/*.json and docs/bench/*.txt (what the other benchmarks print, their setting first), replaces
 what stands between `<!-- NAME -->` and `<!-- end -->` in docs/speed.md, where NAME is a file's, and leaves the rest.
 """
@@ -13,14 +15,37 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cadsurgery.support.processor import sets_in_words
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def table(report: dict[str, Any]) -> str:
-    """The setting in words, then one table with the networks below each other."""
+def tables(report: dict[str, Any]) -> str:
+    """The setting in words, then a table with the networks below each other; one for each instruction set."""
+    parts = [f"{setting(report)}."]
+    caps = report.get("caps") or {"": {}}
+    for name, sets in caps.items():
+        if name:
+            parts.append(f"**{name}**: {sets_in_words(sets)}.")
+        parts.append(table([one for one in report["networks"] if not name or one["isa"] == name]))
+    return "\n\n".join([*parts, *report.get("notes", ())])
+
+
+def setting(report: dict[str, Any]) -> str:
+    """What was measured, with which processor, instruction sets, threads and versions."""
     height, width = report["image"][2:]
     numbers = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    remembers = report["networks"][0]["dense_high"]["memory_mib"] is not None
+    return (
+        f"{height} x {width}, {report['dtype']}, mask `{report['mask']}`, "
+        f"best of {report['rounds']} interleaved rounds, "
+        f"{report['device']}; {report['threads']} threads; {numbers}; commit {report.get('commit', '')[:7]}, "
+        f"{report['date'][:10]}"
+    )
+
+
+def table(networks: list[dict[str, Any]]) -> str:
+    """One table with the networks below each other."""
+    remembers = networks[0]["dense_high"]["memory_mib"] is not None
     columns = [
         "network",
         "fill",
@@ -31,16 +56,8 @@ def table(report: dict[str, Any]) -> str:
         "MACs ratio realised",
     ]
     columns += ["faster than high", *(["memory, of high"] if remembers else [])]
-    lines = [
-        f"{height} x {width}, {report['dtype']}, mask `{report['mask']}`, "
-        f"best of {report['rounds']} interleaved rounds, "
-        f"{report['device']}, {report['threads']} threads; {numbers}; commit {report.get('commit', '')[:7]}, "
-        f"{report['date'][:10]}.",
-        "",
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
-    ]
-    for network in report["networks"]:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for network in networks:
         high, low = network["dense_high"], network["dense_low"]
         name = f"{network['model']} {network['output_stride'][0]} -> {network['output_stride'][1]}"
         twins = f"dense high {high['milliseconds']:.0f} ms, dense low {low['milliseconds']:.0f} ms"
@@ -66,9 +83,9 @@ def main() -> None:
     """Replace each table."""
     page = DOCS / "speed.md"
     text = page.read_text(encoding="utf-8")
-    for path in sorted((DOCS / "bench").glob("*.*")):
+    for path in sorted([*(DOCS / "bench").glob("*.json"), *(DOCS / "bench").glob("*.txt")]):
         told = path.read_text(encoding="utf-8")
-        made = table(json.loads(told)) if path.suffix == ".json" else f"```text\n{told.rstrip()}\n```"
+        made = tables(json.loads(told)) if path.suffix == ".json" else f"```text\n{told.rstrip()}\n```"
         pattern = re.compile(rf"(<!-- {path.stem} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
         if count != 1:

@@ -1,9 +1,9 @@
 """`bench` with capped instruction sets: for each, a run of a network in a process of its own.
 
 The caps of torch, oneDNN and MKL are set beside ours, before the process starts: libraries read them when they load.
-OpenVINO obeys oneDNN's cap: tried with OpenVINO 2026, its convolutions and fused loops are `brgconv_avx2` and `jit_avx2`
-with AVX2, in float32 and in 8 bits, and 8 bits take twice the time without VNNI. ONNX Runtime cannot be capped: its
-times are the same with every cap.
+OpenVINO obeys oneDNN's cap: in OpenVINO 2026 its convolutions are `brgconv_avx2` and its fused loops `jit_avx2`
+with AVX2, and convolutions in 8 bits take twice the time without VNNI. ONNX Runtime cannot be capped: its times are the
+same with every cap.
 """
 
 from __future__ import annotations

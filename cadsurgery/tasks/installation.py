@@ -1,4 +1,4 @@
-"""`cadsurgery --version`: the versions, the processor, the instruction sets, and where the compiled kernels came from."""
+"""`cadsurgery --version`: versions, processor, instruction sets, and where the compiled kernels are from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def describe_installation() -> str:
     ours, *others = (f"{name} {number}" for name, number in versions().items())
     at = f" (commit {commit()})" if commit() else ""
     kernels, origin = find()
-    where = _ORIGINS[origin] if kernels is not None else f"none: {origin}; torch's operations take their place"
+    where = (
+        _ORIGINS[origin] if kernels is not None else f"none: {origin}; torch's operations take their place"
+    )
     had = f"; the processor has {', '.join(isa.here())}" if kernels is not None else ""
     return "\n".join(
         (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ import torch
 from cadsurgery.data.networks import family_of
 from cadsurgery.support.errors import FileError, first_line
 from cadsurgery.support.files import check_folder, write_whole
-from cadsurgery.support.provenance import commit, versions
+from cadsurgery.support.provenance import commit, device_in_words, versions
 from cadsurgery.tasks.corpus import beside, subject
 from cadsurgery.tasks.network_check import Row, check_network
 
@@ -123,7 +122,10 @@ def summary(rows: Sequence[Row]) -> str:
 def _resume(path: Path) -> list[Row]:
     """The rows a file has already; a line that was cut off when a run was stopped is dropped."""
     check_folder(path)
-    header = {"versions": versions(), "machine": f"{platform.machine()} CPU, one thread per network"}
+    header = {
+        "versions": versions(),
+        "machine": f"{device_in_words(torch.device('cpu'))}; one thread per network",
+    }
     values: list[Row] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
