@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import sys
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.elements.backends import costs
+from cadsurgery.kernels import build, isa
 from cadsurgery.network.export.dense import dense_program, write_dense
 from cadsurgery.network.export.engines import Engine
 from cadsurgery.support import memory, provenance
 from cadsurgery.support.files import append_lines
+from cadsurgery.support.processor import CAPS as CAPPED
 from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks import bench as module
+from cadsurgery.tasks import bench_isa
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
 from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
 from cadsurgery.tasks.options import Benchmark
@@ -209,6 +213,9 @@ def test_a_report_says_what_it_was_made_with(report: BenchReport) -> None:
     assert values["image"] == [2, 3, *SIZE] and (values["threads"], values["rounds"]) == (1, 1)
     assert values["dtype"] == "float32" and "CPU" in values["device"] and values["date"].endswith("+00:00")
     assert values["mask"].startswith("edges:threshold=0.2,") and values["mask"].endswith("| budget")
+    assert values["processor"] == provenance.processor()._asdict()
+    assert values["instruction_sets"].keys() >= {"kernels", "torch"} and "caps" not in values
+    assert all(isa.in_words() in told for told in (values["device"], str(report.setting)))
     assert "random" in values["networks"][0]["weights"]
     for entry, result in zip(values["networks"], report.networks, strict=True):
         assert entry["rows"] == [vars(row) for row in result.rows]
@@ -250,7 +257,7 @@ def test_the_table_shows_every_side_and_the_verdict(report: BenchReport) -> None
         "2 images of 64x96",
     ):
         assert words in text
-    assert text.count("the law ") == 2 and "MiB" not in text
+    assert text.count("the law ") == 2 and "of high" not in text
 
 
 def test_the_picture_has_a_panel_for_each_entry(report: BenchReport, folder: Path) -> None:
@@ -313,6 +320,155 @@ def test_what_is_done_is_kept_when_a_later_network_fails(
     with pytest.raises(KeyboardInterrupt):
         bench([trunk(), trunk()], fractions=[0.5], size=SIZE, output=tmp_path / "rows.jsonl")
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+# -- instruction sets ----------------------------------------------------------------------------------
+
+CAPS = ("scalar", isa.ISAS[1] if len(isa.ISAS) > 1 else "scalar")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Runs with a cap are done here, and take no notice of it but for our own variable; what each is told is noted."""
+    told: list[dict[str, str]] = []
+
+    def run_here(
+        name: str, function: str, argument: str, environment: dict[str, str], task: str, next: str
+    ) -> str:
+        told.append(environment)
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            for variable, value in environment.items():
+                patch.setenv(variable, value)
+            getattr(sys.modules[name], function)(argument)
+        return printed.getvalue().splitlines()[-1]
+
+    monkeypatch.setattr(bench_isa, "run_alone", run_here)
+    monkeypatch.setattr(isa, "here", lambda: isa.ISAS)
+    return told
+
+
+def test_every_cap_has_a_run_of_its_own_and_all_are_in_one_report(
+    in_this_process: list[dict[str, str]], tmp_path: Path
+) -> None:
+    files = {"output": tmp_path / "rows.jsonl", "picture": tmp_path / "bench.png"}
+    names = [f"{__name__}:trunk", f"{__name__}:Gated"]
+    told: list[str] = []
+    found = bench(
+        names, "none", [0.5, 0.0], size=SIZE, rounds=1, fill=["linear"], isa=CAPS, step=told.append, **files
+    )
+    runs = [(name, cap) for name in names for cap in CAPS]
+    assert [(one.model, one.isa) for one in found.networks] == runs
+    assert [one["CADSURGERY_ISA"] for one in in_this_process] == [cap for _, cap in runs]
+    assert [step for step in told if "with" in step] == [f"measuring {name} with {cap}" for name, cap in runs]
+    values = found.to_dict()
+    assert json.loads(json.dumps(values)) == values and [entry["isa"] for entry in values["networks"]] == [
+        cap for _, cap in runs
+    ]
+    assert values["caps"].keys() == set(CAPS) and "instruction_sets" not in values
+    assert all(sets["CADSURGERY_ISA"] == cap for cap, sets in values["caps"].items())
+    assert all(
+        entry["fill"] == "linear" and entry["law"]["verdict"] and len(entry["rows"]) == 2
+        for entry in values["networks"]
+    )
+    assert "CADSURGERY" not in values["device"]
+    lines = [json.loads(line) for line in files["output"].read_text().splitlines()]
+    assert [line["isa"] for line in lines] == [cap for _, cap in runs for _ in range(2)]
+    assert all(line["instruction_sets"]["CADSURGERY_ISA"] == line["isa"] for line in lines)
+    with Image.open(files["picture"]) as picture:
+        assert picture.format == "PNG"
+    with (screen := Console(file=io.StringIO(), width=200)).capture() as shown:
+        screen.print(found.render())
+    assert all(f"{name} with {cap}," in shown.get() for name, cap in runs)
+    assert all(f"{cap}: kernels {cap}, torch " in shown.get() for cap in CAPS)
+
+
+def test_the_costs_of_a_report_by_cap_are_those_of_the_cap_here(
+    in_this_process: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = bench(f"{__name__}:trunk", "none", [0.5], size=SIZE, rounds=1, isa=CAPS)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(found.to_dict()))
+    for cap in CAPS:
+        monkeypatch.setattr(isa, "used", lambda cap=cap: cap)
+        assert {key: list(cost) for key, cost in costs.read(path).items()} == found.costs[cap]["kinds"]
+    monkeypatch.setattr(isa, "used", lambda: "avx9")
+    with pytest.raises(cs.FileError, match="costs of convolutions cannot be read"):
+        costs.read(path)
+
+
+def test_an_error_of_a_run_with_a_cap_is_raised_as_it_is(in_this_process: list[dict[str, str]]) -> None:
+    with pytest.raises(cs.InvalidInput, match="same work at both output strides") as caught:
+        bench(f"{__name__}:trunk", "none", [0.5], size=(1, 1), rounds=1, isa=CAPS[:1])
+    assert "larger size" in caught.value.next
+
+
+@pytest.mark.skipif(build.architecture() != "x86-64", reason="names of x86-64")
+def test_torch_onednn_and_mkl_are_capped_alike() -> None:
+    told = {cap: bench_isa.environment_of(cap) for cap in isa.ISAS}
+    assert all(one["CADSURGERY_ISA"] == cap and one.keys() == set(CAPPED) for cap, one in told.items())
+    assert told["avx2"]["ATEN_CPU_CAPABILITY"] == "avx2" and told["avx2"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert told["avx512vnni"]["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_VNNI"
+    assert told["scalar"]["ATEN_CPU_CAPABILITY"] == "default"
+
+
+def test_caps_are_read_from_a_list_or_a_text() -> None:
+    assert bench_isa.read_caps(" avx2, avx512,avx2,") == bench_isa.read_caps(("avx2", "avx512", "avx2"))
+    assert bench_isa.read_caps("") == bench_isa.read_caps(()) == ()
+
+
+def test_engines_that_cannot_be_capped_are_named() -> None:
+    setting = BenchSetting("edges", (1, 3, 8, 8), "float32", "CPU", 1, 1, {}, "", "today")
+    report = BenchReport(setting, (), {"kinds": {}})
+
+    def notes(**options: str) -> str:
+        return " ".join(bench_isa.joined([("avx2", report)], Benchmark(**options)).notes)
+
+    assert "ONNX Runtime" in notes(against="onnxruntime,openvino") and "ONNX Runtime" in notes(runtime="onnx")
+    assert notes() == notes(runtime="openvino") == "" and "AOTInductor" in notes(runtime="aoti")
+
+
+def test_a_cap_that_this_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "here", lambda: isa.ISAS[:1])
+    lacking = isa.ISAS[-1]
+    with pytest.raises(cs.InvalidInput, match=f"does not have the instruction set {lacking}") as caught:
+        bench("resnet18", size=SIZE, isa=lacking)
+    assert isa.ISAS[0] in caught.value.why and f"isa={isa.ISAS[0]}" in caught.value.next
+
+
+def test_without_kernels_nothing_can_be_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "here", lambda: ())
+    with pytest.raises(cs.InvalidInput, match="no compiled kernels") as caught:
+        bench("resnet18", size=SIZE, isa="scalar")
+    assert "leave isa out" in caught.value.next
+
+
+@pytest.mark.slow
+def test_a_cap_is_in_force_in_a_process_of_its_own() -> None:
+    caps = isa.here()[:2]
+    found = bench("resnet18", "none", [0.5], size=SIZE, rounds=1, threads=1, isa=caps)
+    assert [one.isa for one in found.networks] == list(caps)
+    assert [found.caps[cap]["kernels"] for cap in caps] == list(caps)
+    if build.architecture() == "x86-64":
+        assert {sets["torch"] for sets in found.caps.values()} == {"DEFAULT"}
+
+
+def test_a_budget_slower_than_dense_high_is_told_with_the_operation_that_takes_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = {"dense high": 8.0, "dense low": 4.0, "nearest 0.5": 12.0, "nearest 0.0": 5.0}
+
+    def measured(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+        return {key: Timing(times[key], times[key]) for key in sides}
+
+    monkeypatch.setattr(module, "interleaved", measured)
+    (found,) = bench(trunk(), "none", [0.5, 0.0], size=SIZE).networks
+    (note,) = [note for note in found.notes if "slower" in note]
+    assert note.startswith("fraction 0.5 is slower than dense high (1.50 times as long): ")
+    assert "of the time is in " in note
+    times["nearest 0.5"] = 7.0
+    (found,) = bench(trunk(), "none", [0.5, 0.0], size=SIZE).networks
+    assert not any("slower" in note for note in found.notes)
 
 
 # -- engines -------------------------------------------------------------------------------------------
@@ -500,6 +656,14 @@ WRONG: list[tuple[dict[str, Any], type[cs.CadError], str, str]] = [
     ({"runtime": "aoti", "dtype": "int8"}, cs.InvalidInput, "dtype=int8", "in torch"),
     ({"runtime": "onnx", "memory": True}, cs.InvalidInput, "memory=True", "in torch"),
     ({"runtime": "openvino", "mask": "edges | smooth"}, cs.InvalidInput, "smooth", "level_map"),
+    ({"isa": "avx9"}, cs.UnknownName, "avx9", "scalar"),
+    ({"isa": "scalar"}, cs.InvalidInput, "without a name", "module:function"),
+    (
+        {"isa": "scalar", "networks": "resnet18", "mask": torch.zeros(1)},
+        cs.InvalidInput,
+        "without a name",
+        "edges",
+    ),
     ({"device": "abacus"}, cs.InvalidInput, "abacus", "cpu"),
     ({"mask": "edgs"}, cs.UnknownName, "edgs", "edges"),
     ({"networks": "resnt18"}, cs.UnknownName, "resnt18", "resnet18"),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,10 +18,12 @@ from PIL import Image
 
 import cadsurgery as cs
 from cadsurgery import cli
+from cadsurgery.kernels import isa, load
 from cadsurgery.network.macs import dense_macs
+from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks import bench
+from cadsurgery.tasks import bench, convert
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 
 SIZE = (96, 128)
@@ -121,6 +124,31 @@ def test_help_starts_without_torch_and_names_the_commands() -> None:
         assert name.split()[0] in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported and "torch" not in imported
+
+
+def test_version_tells_versions_processor_instruction_sets_and_where_the_kernels_are_from(run: Run) -> None:
+    result = run("--version")
+    assert result.code == 0 and result.err == ""
+    first, libraries, processor, sets, kernels = result.out.splitlines()
+    assert first.startswith(f"cadsurgery {cs.__version__}") and f"torch {version('torch')}" in libraries
+    assert processor == f"processor: {processor_in_words()}"
+    assert sets.startswith(f"instruction sets: {isa.in_words()}")
+    assert kernels.removeprefix("compiled kernels: ").partition(" ")[0] in ("in", "compiled", "none:")
+
+
+def test_version_says_why_there_are_no_kernels(run: Run) -> None:
+    load.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CADSURGERY_NATIVE", "0")
+        told = run("--version").out
+    load.forget()
+    assert "compiled kernels: none: CADSURGERY_NATIVE=0" in told and "kernels none (torch operations)" in told
+
+
+def test_version_refuses_a_cap_that_there_is_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CADSURGERY_ISA", "avx9")
+    refused = run("--version")
+    assert refused.code == 1 and "avx9" in refused.err and "Next" in refused.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -658,18 +686,26 @@ def test_bench_takes_every_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
         "memory": True,
         "processor_time": True,
         "against": "openvino",
+        "isa": ("avx2", "avx512"),
         "calibration": "photos",
         "picture": Path("b.png"),
         "output": Path("rows.jsonl"),
     }
     given = "-m a -m b --mask random --fractions 1,0.25 --size 64x32 --batch 3 --output-stride 8,16 --dtype bfloat16 "
     given += "--region layer3,layer4 --fill linear --fill nearest --patch block --device cuda --threads 2 --rounds 4 "
-    given += "--memory --processor-time --against openvino --calibration photos --picture b.png "
+    given += (
+        "--memory --processor-time --against openvino --isa avx2,avx512 --calibration photos --picture b.png "
+    )
     given += "--output rows.jsonl --json"
     assert run("bench", *given.split()).code == 0
     assert {name: seen[name] for name in wanted} == wanted
     run("bench", "-m", "a", "--json")
-    assert seen["threads"] == 0 and seen["size"] == (512, 1024) and seen["fill"] == ["nearest"]
+    assert (
+        seen["isa"] == ()
+        and seen["threads"] == 0
+        and seen["size"] == (512, 1024)
+        and seen["fill"] == ["nearest"]
+    )
     assert tuple(seen["fractions"]) == bench.FRACTIONS
 
 
@@ -691,6 +727,9 @@ KEYS = {
     "device",
     "file",
     "notes",
+    "processor",
+    "instruction_sets",
+    "versions",
 }
 
 
@@ -719,6 +758,28 @@ def test_convert_says_in_words_what_a_user_can_act_on(run: Run, tmp_path: Path) 
     for words in ("output stride 8", "region ends", "MACs", "converted", "verified", "active fraction"):
         assert words in result.out
     assert (tmp_path / "usernets-segmenter-edges.safetensors").is_file()
+
+
+def test_convert_names_the_operation_that_makes_a_copy_slow(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured, and only if the copy is slower than dense high or than the converted network."""
+    of_copy = 9.0
+
+    def timed(sides: dict[str, Any], rounds: int, seconds: float) -> dict[str, Timing]:
+        return {key: Timing(of_copy if "optimize" in key else 6.0, 9.0) for key in sides}
+
+    monkeypatch.setattr(convert, "interleaved", timed)
+    arguments = ("convert", "--model", "usernets:segmenter", *options("--rounds", 1), "--no-verify")
+    (note,) = [note for note in run(*arguments, "--json").json["notes"] if "slower" in note]
+    assert note.startswith(
+        "net.optimize() is slower than dense high (1.50 times as long) and the converted network (1.50 times"
+    )
+    assert "of the time is in " in note
+    told = run(*arguments).out
+    assert note.partition(":")[0] in told and "of the time is in " in told
+    of_copy = 6.0
+    assert "slower" not in run(*arguments).out
 
 
 def test_convert_says_once_that_no_mask_has_an_effect(run: Run) -> None:
