@@ -56,11 +56,6 @@ def read_names(region: str) -> str | list[str]:
     return region if region in ("auto", "backbone") else [name.strip() for name in region.split(",")]
 
 
-def read_words(text: str) -> tuple[str, ...]:
-    """Words between commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
 def read_mean_and_std(text: str) -> tuple[list[float], list[float]] | str | None:
     """MEAN/STD, each a number or several between commas; or raw."""
     if not text or text == "raw":
@@ -78,7 +73,6 @@ _READERS: dict[str, Callable[[str], Any]] = {
     **{"pair": read_pair, "size": read_size, "names": read_names},
     "normalisation": read_mean_and_std,
     "threshold": read_threshold,
-    "words": read_words,
 }
 
 Network = Annotated[

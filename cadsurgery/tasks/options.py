@@ -154,7 +154,6 @@ class Benchmark(Conversion):
         "measure with these instruction sets, e.g. avx2,avx512, each in processes of its own, in which torch, oneDNN "
         "and MKL are capped alike",
         metavar="ISAS",
-        read="words",
     )
     calibration: str = option(
         "", "folder of images that int8 is calibrated by; default: the scenes it is measured on"
