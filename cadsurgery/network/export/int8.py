@@ -7,7 +7,9 @@ what stands between. Needs onnx, onnxscript and onnxruntime; imported where such
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,14 @@ class Fidelity:
         agreement: share of pixels (or images, of outputs (B, C)) whose largest class is the same; None where no output
             has a value for each class at each pixel of the image, or for each class.
         images: how many.
+        taken_in: the engine that ran both files, and the instruction sets of the processor that it ran on, such as
+            "ONNX Runtime 1.32.0 (AVX512, avx512_vnni)"; empty if the outputs are not those of a file.
     """
 
     error: float
     agreement: float | None
     images: int
+    taken_in: str = ""
 
 
 def to_8_bits(
@@ -98,7 +103,18 @@ def to_8_bits(
         run(*inputs)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     rounded.replace(path)
-    return fidelity
+    return replace(fidelity, taken_in=f"{engine.name} {version(engine.package)} ({_instruction_sets()})")
+
+
+@cache
+def _instruction_sets() -> str:
+    """The instruction sets of this machine's processor that decide how bytes are multiplied."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # another system than Linux
+        flags = set()
+    dot_products = [name for name in ("avx512_vnni", "avx_vnni", "asimddp") if name in flags]
+    return ", ".join((torch.backends.cpu.get_cpu_capability(), *dot_products))
 
 
 def quantise(
