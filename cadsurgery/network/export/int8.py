@@ -122,8 +122,8 @@ def quantise(
 ) -> tuple[str, ...]:
     """Write a float file in 8 bits: weights symmetric for each channel, features from least to largest value of a map.
 
-    The output `levels` stays exact: all that it depends on is kept in floating point, so that the same patches are chosen.
-    The file's integer sums are exact on every processor, with VNNI instructions or without: see `_round_weights`.
+    All that the output `levels` depends on stays in floating point, so that the same patches are chosen. The file's
+    integer sums are exact on every processor, with VNNI instructions or without: see `_round_weights`.
 
     Args:
         source: an ONNX file.
