@@ -610,8 +610,8 @@ def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tupl
     """A weight (O, ...) as whole numbers of -127..127 and their scale (O,).
 
     For each output, the scales considered are those that make its largest weight a whole number of 64 to 127; the one
-    with the smallest rounding error (in squares) is used. The error is smaller with fewer taps and channels, and weights
-    that were in 8 bits before, whatever their scale was, stay what they are.
+    with the smallest rounding error (in squares) is used. The error is smaller with fewer taps and channels, and
+    weights that were in 8 bits before, whatever their scale was, stay what they are.
 
     Args:
         weight: floating-point weights, outputs first.
