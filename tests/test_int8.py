@@ -246,7 +246,9 @@ def hiding(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs a C compiler")
     library = tmp_path_factory.mktemp("hiding") / "hide.so"
     source = Path(__file__).with_name("hide_instructions.c")
-    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # compilers handle faults
+    plain = {
+        name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+    }  # compilers handle faults
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source], check=True, env=plain)
     return library
 
