@@ -132,7 +132,7 @@ def test_geometry_loads_neither_libraries_of_networks_nor_surgery() -> None:
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     rooms = {name.split(".")[1] for name in ast.literal_eval(printed) if name.startswith("cadsurgery.")}
     assert not any(name.startswith(("torchvision", "timm")) for name in ast.literal_eval(printed))
-    assert rooms == {"support", "elements"}
+    assert rooms == {"support", "kernels", "elements"}
 
 
 def test_surgery_does_not_know_masks() -> None:

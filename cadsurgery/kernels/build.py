@@ -123,8 +123,8 @@ class Source(NamedTuple):
     flags: tuple[str, ...] = ("-ffp-contract=fast",)
 
 
-# In float32 there is a form for each width. The scalar form of other types has vectors as wide as those of SSE4; in float64,
-# which is for checks, 32 bytes are wide enough.
+# In float32 there is a form for each width. The scalar form of other types has vectors as wide as those of SSE4; in
+# float64, which is for checks, 32 bytes are wide enough.
 _VECTORS = {
     "float32": ("scalar", "sse4", "avx2", "avx512", "neon"),
     "float64": ("scalar", "avx2", "neon"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, import_package
 from cadsurgery.network.export.quiet import quietly
 from cadsurgery.network.quantise import round_weight
@@ -103,18 +103,12 @@ def to_8_bits(
         run(*inputs)
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     rounded.replace(path)
-    return replace(fidelity, taken_in=f"{engine.name} {version(engine.package)} ({_instruction_sets()})")
+    return replace(fidelity, taken_in=f"{engine.name} {version(engine.package)} ({_instruction_set()})")
 
 
-@cache
-def _instruction_sets() -> str:
-    """The instruction sets of this machine's processor that decide how bytes are multiplied."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:  # another system than Linux
-        flags = set()
-    dot_products = [name for name in ("avx512_vnni", "avx_vnni", "asimddp") if name in flags]
-    return ", ".join((torch.backends.cpu.get_cpu_capability(), *dot_products))
+def _instruction_set() -> str:
+    """The widest instruction set of this processor, which decides how an engine multiplies bytes."""
+    return next(reversed(isa.here()), torch.backends.cpu.get_cpu_capability())
 
 
 def quantise(
