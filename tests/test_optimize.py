@@ -803,9 +803,9 @@ def test_costs_are_pinned_by_an_argument_and_let_go(as_new: Path) -> None:
         ("[" * 100_000, "recursion"),
         ("[1, 2]", "no object"),
         ('{"costs": {"kinds": 3}}', "no object"),
-        ('{"a": [1, 2]}', "'a' has no three numbers"),
-        ('{"a": [1, 2, 3], "b": [1, 2, NaN]}', "'b' has no three numbers"),
-        ('{"a": [1, -2, 3]}', "'a' has no three numbers"),
+        ('{"a": [1, 2]}', "'a' has neither one nor three numbers"),
+        ('{"a": [1, 2, 3], "c": [1], "b": [1, 2, NaN]}', "'b' has neither one nor three numbers"),
+        ('{"a": [1, -2, 3]}', "'a' has neither one nor three numbers"),
     ],
     ids=lambda text: str(text)[:12],
 )

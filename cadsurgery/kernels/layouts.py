@@ -83,4 +83,6 @@ def integer_layout(isa: str) -> IntegerLayout:
 def _numbers(name: str, element: str, isa: str, count: int) -> tuple[int, ...]:
     """The numbers that a form of a kernel states."""
     symbol = "_".join(part for part in (name, element, isa) if part)
-    return tuple((ctypes.c_long * count).in_dll(library(), symbol))
+    compiled = library()
+    assert compiled is not None
+    return tuple((ctypes.c_long * count).in_dll(compiled, symbol))

@@ -323,8 +323,8 @@ class Integers(Backend):
 
 
 def _interleave(values: Tensor, layout: IntegerLayout) -> Tensor:
-    """Values (channels, taps or 1) by the channels of a vector, in the order of the vectors of `int8_depthwise.c`. If no
-    more than half a vector of channels is left, they are there twice: it reads two rows at once."""
+    """Values (channels, taps or 1) by the channels of a vector, in the order that `int8_depthwise.c` reads them in. A
+    last part of no more than half a vector is there twice, because two rows are read at once."""
     many, half = layout.many, layout.half
     channels, last = len(values), values[len(values) // many * many :]
     padded = values.new_zeros(-(-channels // many) * many, values.shape[1])

@@ -77,6 +77,7 @@ class Native(Backend):
     """Compiled kernels that read rows where they lie; the C files describe each function."""
 
     name = "native"
+    is_measured = True
 
     def applies(self, work: Work) -> bool:
         """Values alone, of rows that it has a form for."""
