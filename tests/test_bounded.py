@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends import native
 from cadsurgery.elements.backends.weights import MOST_FORMS, Weights
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
+from cadsurgery.kernels.load import library
 from cadsurgery.network import compile, points
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def test_calls_leave_no_tensors_whatever_their_sizes_and_masks(optimised: bool) 
     assert all(len(kept or ()) <= MOST_FORMS for kept in forms)
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+@pytest.mark.skipif(library() is None, reason="no C compiler here")
 @pytest.mark.parametrize("uniform", [False, True])
 @torch.no_grad()
 def test_products_keep_nothing_for_a_number_of_elements(uniform: bool) -> None:

@@ -20,7 +20,6 @@ from conftest import ROOT
 
 from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.costs import Costs
-from cadsurgery.elements.backends.library import _load
 from cadsurgery.support import files
 from cadsurgery.support.files import cache_folder, keep_whole
 
@@ -35,9 +34,9 @@ OLD = 10 * files._SECONDS_TO_LOCK
 # Loads the compiled code and calls it.
 USE = """
 import torch
-from cadsurgery.elements.backends import native
 from cadsurgery.elements.backends.choose import mix
-assert native.library() is not None
+from cadsurgery.kernels.load import library
+assert library() is not None
 rows = torch.arange(6.0).view(3, 2)
 out = mix(rows, torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([[0.5, 0.5]]))
 assert out.tolist() == [[2.0, 3.0]], out
@@ -53,22 +52,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose `cadsurgery` is a cache with the compiled code."""
-    folder = tmp_path_factory.mktemp("compiled")
-    run(USE, XDG_CACHE_HOME=str(folder))
-    return folder
-
-
-@pytest.fixture
-def library(home: Path, compiled: Path) -> Path:
-    """The compiled code in the user's cache."""
-    shutil.copytree(compiled / "cadsurgery", home / "cache" / "cadsurgery")
-    (found,) = home.glob("cache/cadsurgery/*/*.so")
-    return found
 
 
 def run(code: str, **changed: str | None) -> None:
@@ -147,80 +130,9 @@ def test_without_home_and_passwd_entry_everything_works(home: Path) -> None:
     nobody += "pathlib.Path.home = gone\n"
     run(nobody + USE, XDG_CACHE_HOME=None, HOME=None)
     nowhere = "import tempfile\ndef none(): raise FileNotFoundError\ntempfile.gettempdir = none\n"
-    use = "import torch\nfrom cadsurgery.elements.backends import costs, native\nassert native.library() is None\n"
+    use = "import torch\nfrom cadsurgery.elements.backends import costs\n"
     use += "assert costs.costs('a', lambda: costs.Costs(1.0, 2.0, 3.0)) == (1.0, 2.0, 3.0)\n"
     run(nobody + nowhere + use, XDG_CACHE_HOME=None, HOME=None)
-
-
-# -- the compiled code ---------------------------------------------------------------------------------
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, 4096)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def longer(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def shared(path: Path) -> None:
-    path.chmod(0o666)
-
-
-def linked(path: Path) -> None:
-    path.rename(path.with_name("other.so"))
-    path.symlink_to("other.so")
-
-
-@needs_compiler
-@pytest.mark.parametrize("damage", [cut, empty, flipped, longer, shared, linked])
-def test_a_library_that_is_not_whole_or_not_ours_is_not_loaded(
-    library: Path, damage: Callable[[Path], None]
-) -> None:
-    assert _load(library) is not None
-    damage(library)
-    assert _load(library) is None
-
-
-@needs_compiler
-def test_what_is_loaded_is_the_file_and_no_other_that_had_its_number(library: Path, tmp_path: Path) -> None:
-    """Descriptors are used again, and what was loaded by one before may be damaged by now."""
-    other = Path(shutil.copy(library, tmp_path / "other.so"))
-    first = _load(other)
-    second = _load(library)
-    assert first._handle != second._handle
-    os.truncate(other, 0)
-    assert second.mix_float32 is not None
-
-
-@needs_compiler
-def test_a_library_of_somebody_else_is_not_loaded(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: library.stat().st_uid + 1)
-    assert _load(library) is None
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_a_truncated_library_is_made_anew(library: Path) -> None:
-    """Loaded, it ended the process by SIGBUS, and every later one."""
-    whole = library.stat().st_size
-    cut(library)
-    run(USE)
-    assert library.stat().st_size == whole and [library] == list(library.parent.iterdir())
-    run(USE)
-
-
-# -- writing -------------------------------------------------------------------------------------------
 
 
 def test_a_file_appears_whole_on_the_disk_and_private(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +23,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 import cadsurgery as cs
+from cadsurgery.kernels import isa
 from cadsurgery.network.export.engines import Engine, OnnxRuntime, OpenVino
-from cadsurgery.network.export.int8 import measure, quantise, to_8_bits
+from cadsurgery.network.export.int8 import LARGEST_PAIR, measure, quantise, to_8_bits
+from cadsurgery.network.quantise import round_weight
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -107,6 +115,170 @@ def test_the_level_map_is_the_same_and_the_outputs_nearly(files: tuple[Path, Pat
         one, two = rounded(image), exact(image)
         assert torch.equal(one["levels"], two["levels"])
         assert 0 < relative(one["out"], two["out"]) < 0.05
+
+
+# Convolutions of every kind: plain, depthwise, of groups, and depthwise with two outputs for each input.
+CONVOLUTIONS = """
+<ir_version: 10, opset_import: ["": 20]>
+convolutions (float[1, 3, 8, 8] image) => (float[1, 16, 8, 8] out) {
+    first = Conv<pads = [1, 1, 1, 1]>(image, plain)
+    second = Conv<pads = [1, 1, 1, 1], group = 8>(first, depthwise)
+    third = Conv<pads = [1, 1, 1, 1], group = 2>(second, grouped)
+    out = Conv<pads = [1, 1, 1, 1], group = 8>(third, twice)
+}
+"""
+
+
+def convolutions() -> dict[str, np.ndarray[Any, Any]]:
+    """Weights that differ little in size, as saturation needs several large ones."""
+    random = np.random.default_rng(1)
+    shapes = {"plain": (8, 3), "depthwise": (8, 1), "grouped": (8, 4), "twice": (16, 1)}
+    return {
+        name: random.uniform(-1, 1, (*shape, 3, 3)).round(1).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def weights_of(path: Path) -> Iterator[tuple[Any, np.ndarray[Any, Any]]]:
+    """The products of a file in 8 bits, each with its weights as whole numbers (outputs, weights of one)."""
+    graph = onnx.load(path).graph
+    values = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    exact = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[0] in exact:
+            source, weight = exact[node.input[0]], exact[node.input[1]]
+            assert values[source.input[2]].dtype == np.uint8
+            whole = values[weight.input[0]]
+            axis = next(one.i for one in weight.attribute if one.name == "axis")
+            assert whole.dtype == np.int8 and values[weight.input[1]].shape == (whole.shape[axis],)
+            yield node, np.moveaxis(whole, axis, 0).reshape(whole.shape[axis], -1).astype(np.int64)
+
+
+def is_depthwise(node: Any, whole: np.ndarray[Any, Any]) -> bool:
+    """Both engines widen the products of these convolutions to 32 bits, which other kinds of groups do not get."""
+    groups = next((one.i for one in node.attribute if one.name == "group"), 1)
+    return bool(node.op_type == "Conv" and groups == len(whole) and whole.shape[1] == 9)
+
+
+def saturating_sum(features: np.ndarray[Any, Any], whole: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Sums of products as vpmaddubsw and vpmaddwd compute them: pairs of neighbours are added in 16 bits."""
+    products = np.pad(features * whole, ((0, 0), (0, whole.shape[1] % 2)))
+    pairs = products.reshape(len(whole), -1, 2).sum(2)
+    sums: np.ndarray[Any, Any] = pairs.clip(-(1 << 15), (1 << 15) - 1).sum(1)
+    return sums
+
+
+def can_saturate(whole: np.ndarray[Any, Any]) -> bool:
+    """Whether any order of the weights and any features make a sum wrong: it suffices to try sorted weights, and 255
+    for those of one sign."""
+    ordered = np.sort(whole, 1)
+    ends = ordered, ordered[:, ::-1]
+    worst = [(255 * (sign * one > 0), one) for one in ends for sign in (1, -1)]
+    return any((saturating_sum(*pair) != (pair[0] * pair[1]).sum(1)).any() for pair in worst)
+
+
+@pytest.mark.parametrize("products_by_convolution", [True, False])
+@pytest.mark.parametrize(
+    ("text", "make", "products"), [(GRAPH, constants, 3), (CONVOLUTIONS, convolutions, 4)]
+)
+def test_no_sum_of_two_products_exceeds_16_bits(
+    text: str, make: Any, products: int, products_by_convolution: bool, tmp_path: Path
+) -> None:
+    source, target = write(tmp_path / "float.onnx", text, **make()), tmp_path / "int8.onnx"
+    quantise(source, target, calls(*images(4, 8, 8).split(1)), products_by_convolution)
+    found = list(weights_of(target))
+    assert len(found) == products
+    assert sum(is_depthwise(node, whole) for node, whole in found) == (make is convolutions)
+    for node, whole in found:
+        assert np.abs(whole).max() <= 127
+        assert is_depthwise(node, whole) or not can_saturate(whole)
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (64, 2), (64, 9), (64, 64), (8, 3, 5, 5)])
+def test_weights_are_rounded_so_that_no_pair_saturates(shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(2)
+    spread = random.standard_t(2, shape)  # a few weights are much larger than the others
+    ties = random.integers(-255, 256, shape) / 255  # halves between two whole numbers in many scales
+    one_sign, none = np.abs(spread), np.zeros(shape)
+    for values in (spread, ties, one_sign, -one_sign, none):
+        weight = torch.from_numpy(values).float()
+        whole, scale = round_weight(weight, LARGEST_PAIR)
+        rows = whole.flatten(1).numpy().astype(np.int64)
+        assert not can_saturate(rows)
+        assert np.abs(rows).max() <= 127 and ((np.abs(rows).max(1) >= 64) | (values is none)).all()
+        error = (weight - whole * scale.view(-1, *[1] * (len(shape) - 1))).abs()
+        assert (error.flatten(1).amax(1) <= 0.501 * scale).all()
+
+
+def test_weights_of_all_8_bits_saturate() -> None:
+    """The form of these files before, and why: the largest weight of every output was 127."""
+    weight = torch.from_numpy(convolutions()["grouped"])
+    whole = (weight / weight.abs().amax((1, 2, 3), keepdim=True) * 127).round()
+    assert can_saturate(whole.flatten(1).numpy().astype(np.int64))
+    assert can_saturate(round_weight(weight)[0].flatten(1).numpy().astype(np.int64))
+
+
+RUN = """
+import sys
+import numpy as np
+engine, inputs, *files = sys.argv[1:]
+images = np.load(inputs)
+for file in files:
+    if engine == "onnxruntime":
+        import onnxruntime
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        run = lambda image: session.run(["out"], {"image": image})[0]
+    else:
+        import openvino
+        model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        run = lambda image: model([image])["out"].copy()
+    np.save(file + ".npy", np.stack([run(image[None]) for image in images]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hiding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that hides instruction sets from a process, see its source."""
+    info = Path("/proc/cpuinfo")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if platform.machine() != "x86_64" or not info.exists() or "cpuid_fault" not in info.read_text().split():
+        pytest.skip("instruction sets can be hidden on Linux on x86-64 processors with cpuid_fault alone")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("hiding") / "hide.so"
+    source = Path(__file__).with_name("hide_instructions.c")
+    plain = {
+        name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+    }  # compilers handle faults
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source], check=True, env=plain)
+    return library
+
+
+@pytest.mark.parametrize("hidden", ["vnni", "avx512"])
+@pytest.mark.parametrize("engine", [OnnxRuntime, OpenVino])
+def test_a_file_is_the_same_on_processors_without_vnni(
+    engine: type[Engine], hidden: str, hiding: Path, tmp_path: Path
+) -> None:
+    """On a processor that has VNNI: on another, both runs are alike."""
+    pytest.importorskip(engine.package)
+    batches, inputs = images(4, 8, 8), tmp_path / "images.npy"
+    np.save(inputs, batches.numpy())
+    files = []
+    for text, make in ((GRAPH, constants), (CONVOLUTIONS, convolutions)):
+        source = write(tmp_path / f"{make.__name__}.onnx", text, **make())
+        target = source.with_name(f"{make.__name__}_8.onnx")
+        quantise(source, target, calls(*batches.split(1)), engine is OnnxRuntime)
+        files += [source, target]
+
+    def run(**environment: str) -> list[Tensor]:
+        command = [sys.executable, "-c", RUN, engine.package, inputs, *files]
+        subprocess.run(command, check=True, env={**os.environ, **environment})
+        return [torch.from_numpy(np.load(f"{file}.npy")) for file in files]
+
+    here, there = run(), run(HIDE=hidden, LD_PRELOAD=str(hiding))
+    for exact, rounded, other in zip(here[::2], here[1::2], there[1::2], strict=True):
+        # Sums of integers are equal; what is done to them in floating point may depend on the processor.
+        assert relative(other, rounded) < 0.05 * relative(rounded, exact)
 
 
 def test_products_and_gathered_rows_are_in_8_bits_and_the_mask_is_not(files: tuple[Path, Path]) -> None:
@@ -210,6 +382,10 @@ def test_the_same_file_in_8_bits_in_every_engine(tmp_path: Path) -> None:
         products = {node.op_type for node in onnx.load(path).graph.node} & {"Gemm", "MatMul"}
         assert bool(products) == (engine is OpenVino)
     assert all(0 < one.error < 0.05 and one.images == 2 for one in found)
+    assert [one.taken_in.split(" (")[0] for one in found] == [
+        f"{engine.name} {version(engine.package)}" for engine in (OnnxRuntime, OpenVino)
+    ]
+    assert all((isa.here() or ("",))[-1] in one.taken_in for one in found)
 
 
 @pytest.mark.parametrize("engine", [OnnxRuntime, OpenVino])

@@ -50,5 +50,5 @@ def export(
         text += f"; in 8 bits {fidelity['error']:.1%} from that"
         if fidelity["agreement"] is not None:
             text += f", {fidelity['agreement']:.2%} of the pixels of the same class"
-        text += f", on {fidelity['images']} images"
+        text += f", on {fidelity['images']} images in {fidelity['taken_in']}"
     screen.show(exported, text, as_json)

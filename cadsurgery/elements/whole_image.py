@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.axes import NCHW, image_dims
-from cadsurgery.elements.backends.library import is_observed
 from cadsurgery.elements.elements import Elements, native_shape, no_autocast, own_image, rows_on
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
 from cadsurgery.elements.sizes import divide_up
+from cadsurgery.kernels.load import is_observed
 from cadsurgery.support.processes import count_together
 
 _BLOCK = 256  # rows that are widened at once

@@ -123,31 +123,40 @@ class Source(NamedTuple):
     flags: tuple[str, ...] = ("-ffp-contract=fast",)
 
 
-_VECTORS = ("scalar", "sse4", "avx2", "avx512", "neon")
-_SOLVING = ("scalar", "avx2", "avx512", "neon")
+# In float32 there is a form for each width. The scalar form of other types has vectors as wide as those of SSE4; in
+# float64, which is for checks, 32 bytes are wide enough.
+_VECTORS = {
+    "float32": ("scalar", "sse4", "avx2", "avx512", "neon"),
+    "float64": ("scalar", "avx2", "neon"),
+    "bfloat16": ("scalar", "avx2", "avx512", "neon"),
+    "uint8": ("scalar", "avx2", "avx512", "neon"),
+}
 _BYTES = ("scalar", "sse4", "avx2", "avxvnni", "avx512vnni", "neon", "dotprod")
-_EXACT = ("-ffp-contract=off",)  # one rounding for each operation, as torch does
 _FLOATS = ("float32", "float64", "bfloat16")
+_EXACT = ("-ffp-contract=off",)  # one rounding for each operation, as torch does
+# Loops become vectors where no root sets errno and no quotient is caught.
+_SOLVING = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+
+
+def _by_width(name: str, *elements: str) -> tuple[Source, ...]:
+    """The rows of a file whose forms are those of `_VECTORS`."""
+    return tuple(Source(name, (element,), _VECTORS[element]) for element in elements)
+
+
 # The files that take longest are first, so that none of them is left over when the others are done.
 TABLE = (
-    Source("product", _FLOATS, _VECTORS),
+    *_by_width("product", *_FLOATS),
     Source("product", ("bfloat16",), ("avx512bf16",)),
-    Source("grouped", tuple(ELEMENTS), _VECTORS),
+    *_by_width("grouped", *ELEMENTS),
     Source("grouped", ("bfloat16",), ("avx512bf16",)),
     Source("expand", ("bfloat16",), ("avx512bf16",)),
     Source("int8", (), _BYTES, _EXACT),
-    Source("int8_depthwise", (), _BYTES, _EXACT),
-    # Loops become vectors where no root sets errno and no quotient is caught.
-    Source(
-        "warp",
-        ("float32", "float64"),
-        _SOLVING,
-        ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    ),
-    Source("move", tuple(ELEMENTS), _VECTORS),
-    Source("pool", tuple(ELEMENTS), _VECTORS),
-    Source("fill", tuple(ELEMENTS), _VECTORS),
-    Source("maps", (), _SOLVING),
+    Source("int8_depthwise", (), ("sse4", "avx2", "avxvnni", "avx512vnni"), _EXACT),
+    Source("warp", ("float32", "float64"), ("scalar", "avx2", "neon"), _SOLVING),
+    *_by_width("move", *ELEMENTS),
+    *_by_width("pool", *ELEMENTS),
+    *_by_width("fill", *_FLOATS),
+    Source("maps", (), ("scalar",)),
     Source("processor"),
 )
 # Never `-march=native`: the library may be used by other processors than the one that compiles it. Never `-fopenmp`:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from cadsurgery.kernels import isa
 from cadsurgery.kernels.library import find, library
 
-__all__ = ["forget", "function", "is_observed", "isa_of", "library"]
+__all__ = ["forget", "function", "has_bf16_dot", "is_observed", "isa_of", "library"]
 
 
 def is_observed() -> bool:
@@ -43,6 +43,15 @@ def isa_of(name: str, element: str = "") -> str:
         InvalidInput: see `function`.
     """
     return _form(name, element, os.environ.get(isa.VARIABLE, ""))[0]
+
+
+def has_bf16_dot(dtype: torch.dtype) -> bool:
+    """True if the processor multiplies pairs of values of a type and sums them in one instruction, as AVX512-BF16.
+
+    Raises:
+        InvalidInput: see `function`.
+    """
+    return dtype == torch.bfloat16 and bool(isa_of("depthwise", "bfloat16"))
 
 
 def forget() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.library import has_pairs, is_observed
+from cadsurgery.kernels.load import has_bf16_dot, is_observed
 from cadsurgery.masks.provider import Grid
 
 GREY = (0.299, 0.587, 0.114)
@@ -19,7 +19,12 @@ def grey_of(image: Tensor) -> Tensor:
     if image.shape[1] != 3:
         return image.mean(1)
     weights = torch.tensor(GREY, dtype=image.dtype, device=image.device)
-    if image.device.type == "cpu" and image.stride(1) == 1 and not is_observed() and has_pairs(image.dtype):
+    if (
+        image.device.type == "cpu"
+        and image.stride(1) == 1
+        and not is_observed()
+        and has_bf16_dot(image.dtype)
+    ):
         rows = image.permute(0, 2, 3, 1)  # of which the product has half the time as a convolution
         pixels = rows.flatten(0, 2).view(rows.shape).permute(0, 3, 1, 2)  # whose strides tell their layout
         return F.conv2d(pixels, weights.view(1, 3, 1, 1)).squeeze(1)

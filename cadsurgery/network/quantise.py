@@ -606,25 +606,35 @@ def _integer_layer(
     return kind(weights, kernel.window)
 
 
-def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tuple[Tensor, Tensor]:
     """A weight (O, ...) as whole numbers of -127..127 and their scale (O,).
 
-    Of the scales of which the largest weight of an output is a whole number, 64 to 127, the one that rounding changes
-    the weights least with (in squares). With fewer taps and channels it is the nearer, and weights that were in 8 bits
-    before, whatever their scale was, stay what they are.
+    For each output, the scales considered are those that make its largest weight a whole number of 64 to 127; the one
+    with the smallest rounding error (in squares) is used. The error is smaller with fewer taps and channels, and
+    weights that were in 8 bits before, whatever their scale was, stay what they are.
+
+    Args:
+        weight: floating-point weights, outputs first.
+        largest_pair: no two whole numbers of an output sum to more than this, or to less than its negative; at least
+            128, so that a largest weight of 64 is always possible.
     """
     flat = weight.detach().flatten(1)
     largest = flat.abs().amax(1)
     largest = torch.where(largest > 0, largest, 1.0)
+    # Rounding keeps the order, so the two largest and the two smallest weights stay so in every scale.
+    pairs = torch.stack([flat.topk(min(2, flat.shape[1]), largest=end).values for end in (True, False)], 1)
     numbers = torch.empty_like(largest)
-    for rows, part, most in zip(
-        *(one.split(max(1, _CACHED // flat.shape[1])) for one in (numbers, flat, largest)), strict=True
+    for rows, part, most, ends in zip(
+        *(one.split(max(1, _CACHED // flat.shape[1])) for one in (numbers, flat, largest, pairs)), strict=True
     ):
         share, least = part / most.unsqueeze(1), torch.full_like(most, torch.inf)
         for number in range(LARGEST_WEIGHT, LARGEST_WEIGHT // 2, -1):
             values = share * number
             error = values.sub_(values.round()).square_().sum(1).div_(number**2)
-            nearer = error < least
+            # Divided as the weights are below: a tie that is rounded the other way would exceed the limit.
+            ends_in_scale = ends.double() / (most.double() / number).view(-1, 1, 1)
+            fits = ends_in_scale.round().sum(2).abs().amax(1) <= largest_pair
+            nearer = (error < least) & fits
             rows[nearer], least[nearer] = float(number), error[nearer]
     scale = largest.double() / numbers
     whole = (flat.double() / scale.unsqueeze(1)).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)

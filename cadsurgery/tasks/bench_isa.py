@@ -12,11 +12,12 @@ import ast
 import json
 import pickle
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cadsurgery.elements.backends import costs
 from cadsurgery.kernels import isa
 from cadsurgery.kernels.library import find
 from cadsurgery.support.alone import run_alone
@@ -140,15 +141,13 @@ def joined(reports: Sequence[tuple[str, BenchReport]], setup: Benchmark) -> Benc
     first = reports[0][1].setting
     setting = replace(first, device=processor_in_words(), instruction_sets={})
     caps = {cap: report.setting.instruction_sets for cap, report in reports}
-    costs: dict[str, Mapping[str, Any]] = {}
-    for cap, report in reports:  # of several networks the kinds of all
-        kinds = {**costs.get(cap, {}).get("kinds", {}), **report.costs["kinds"]}
-        costs[cap] = {"kinds": kinds}
+    # Their keys name the instruction sets.
+    kinds = {key: cost for _, report in reports for key, cost in report.costs["kinds"].items()}
     engines = {setup.runtime, *("onnx" if one == "onnxruntime" else one for one in setup.against.split(","))}
     return BenchReport(
         setting,
         tuple(network for _, report in reports for network in report.networks),
-        costs,
+        costs.as_record(kinds),
         caps,
         tuple(told for engine, told in _ENGINES.items() if engine in engines),
     )

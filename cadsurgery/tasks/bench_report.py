@@ -204,7 +204,7 @@ class BenchReport(Report):
     Attributes:
         setting: what all networks were measured with.
         networks: a network with one fill each.
-        costs: of the convolutions that decided, see `backends.costs.record`; with `caps` those of each by its name.
+        costs: those that decided, see `backends.costs.record`; with `caps` those of all runs.
         caps: by the name of each instruction set that a run was capped to: the instruction sets of that run.
         notes: what a reader must know of all figures.
     """

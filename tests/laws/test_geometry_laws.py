@@ -27,10 +27,10 @@ from torchvision.ops import StochasticDepth
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends import maps
-from cadsurgery.elements.backends.library import library
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window, kernel_map
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.kernels.load import library
 from cadsurgery.support.errors import CadError
 
 EXACT = 1e-9

@@ -1,3 +1,1 @@
 """Backends: what computes the operations on elements, on the CPU in C and oneDNN, on the GPU in Triton."""
-
-from cadsurgery.kernels import isa  # reports name its instruction sets

@@ -1,4 +1,5 @@
-"""What is to be computed, what computes it, and the choice: the first backend of the table that applies.
+"""What is to be computed, what computes it, and the choice: the first backend of the table that applies, or, where
+several can do a kind of work equally well, the fastest of them by measurement on this machine.
 
 A work is a value: operands, where they are read, what is asked of the result. A backend has a method for each task it
 carries out, and says of a work whether it applies. The table (`table.py`) is asked in its order; torch is last, takes
@@ -7,20 +8,31 @@ every work, and is what the others are held against (`tests/laws/test_backend_la
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from cadsurgery.elements.backends.costs import fastest
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.elements.near import find_near
 from cadsurgery.elements.sizes import holds
+from cadsurgery.kernels.load import is_observed
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Activation, Weights
+
+
+_SAMPLE_WORK = 1 << 23  # multiply-accumulates of a sample
+
+
+def size_class(size: int, least: int = 16, most: int = 512) -> int:
+    """The power of two that a size is rounded up to, within bounds: sizes of a class are taken for alike."""
+    return max(least, min(most, 1 << max(0, size - 1).bit_length()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +87,15 @@ class Work:
         """Neither gradients nor graphs: values alone."""
         return not (self.gradient or self.graph)
 
+    @property
+    def kind(self) -> tuple[Hashable, ...] | None:
+        """All that the time of a backend depends on, in classes; None if backends are not measured for this work."""
+        return None
+
+    def sample(self) -> Work:
+        """A work of this kind that is the same for all of it, to measure backends by."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Work):
@@ -111,6 +132,35 @@ class Convolution(Work):
         return self.reads is None or (at_element and self.weights.groups == 1)
 
     @property
+    def kind(self) -> tuple[Hashable, ...] | None:
+        """Groups, taps, channels and type, where packed weights are kept: in inference in earnest."""
+        weights = self.weights
+        if weights.forms is None:
+            return None
+        outputs, group, height, width = weights.weight.shape
+        taps = 0 if self.is_product else height * width
+        if weights.groups > 1:
+            of_group = "depthwise" if group == 1 else f"groups of {group}"
+            return "convolve", of_group, taps, size_class(outputs), self.rows.dtype
+        return "convolve", "plain", taps, size_class(group), size_class(outputs), self.rows.dtype
+
+    def sample(self) -> Convolution:
+        """A convolution of ordinary rows with as many channels as the class has at most."""
+        weight = self.weights.weight
+        outputs, group = size_class(weight.shape[0]), weight.shape[1]
+        groups = 1 if self.weights.groups == 1 else max(1, outputs // group)
+        inner = size_class(group) if groups == 1 and self.weights.groups == 1 else group
+        outputs = outputs if self.weights.groups == 1 else groups * group
+        kernel = weight.new_ones(outputs, inner, *weight.shape[2:])
+        count = max(96, min(4096, _SAMPLE_WORK // kernel.numel()))
+        weights = replace(self.weights, weight=kernel, bias=None, groups=groups, activation=None, forms={})
+        weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={})
+        rows = self.rows.new_ones(count, inner * groups)
+        return Convolution(
+            rows, weights, None if self.is_product else _sample_reading(count, weight[0, 0].numel())
+        )
+
+    @property
     def of_target(self) -> Tensor:
         """The rows of a product, those of the target alone."""
         if not isinstance(self.reads, Between):
@@ -140,6 +190,20 @@ class Pooling(Work):
         """Where it reads."""
         return self.reads.reading
 
+    @property
+    def kind(self) -> tuple[Hashable, ...] | None:
+        """Which value, taps, channels and type."""
+        if not isinstance(self.reads, Between) or self.rows.dtype == torch.uint8:
+            return None
+        value = "largest" if self.largest else "sum"
+        return "pool", value, self.reads.window.taps, size_class(self.rows.shape[1]), self.rows.dtype
+
+    def sample(self) -> Pooling:
+        """Ordinary rows with as many channels as the class has at most."""
+        assert isinstance(self.reads, Between)
+        rows = self.rows.new_ones(1024, size_class(self.rows.shape[1]))
+        return Pooling(rows, _sample_reading(1024, self.reads.window.taps), 0.0, self.largest)
+
 
 @dataclass(frozen=True, eq=False)
 class Mixing(Work):
@@ -148,6 +212,18 @@ class Mixing(Work):
     sources: Tensor
     shares: Tensor
     task: ClassVar[str] = "mix"
+
+    @property
+    def kind(self) -> tuple[Hashable, ...] | None:
+        """How many rows are mixed, channels and types."""
+        types = self.rows.dtype, self.shares.dtype
+        return "mix", size_class(self.sources.shape[1], 1), size_class(self.rows.shape[1]), *types
+
+    def sample(self) -> Mixing:
+        """Ordinary rows with as many channels as the class has at most."""
+        rows = self.rows.new_ones(1024, size_class(self.rows.shape[1]))
+        table = _sample_reading(1024, size_class(self.sources.shape[1], 1)).table
+        return Mixing(rows, table.to(self.sources), self.shares.new_full(table.shape, 0.25))
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
@@ -247,6 +323,8 @@ class Backend:
     """A way to compute works: a method named by the task of each kind that it carries out."""
 
     name: str
+    # True if it is chosen before others that are so only where it is the faster one, see `choose`.
+    is_measured = False
 
     def applies(self, work: Any) -> bool:
         """Whether it computes this work, of a task it has, by device, type, groups, gradient and graph."""
@@ -258,13 +336,39 @@ BACKENDS: list[Backend] = []
 
 
 def choose(work: Work, after: Backend | None = None) -> Backend:
-    """The first backend that applies; of those behind another where one asks for what else there is."""
+    """The first backend that applies; of those behind another where one asks for what else there is.
+
+    If that is a measured one, and others that are measured apply too, it is the fastest of them for this kind of work.
+    """
     passed = after is None
-    for backend in BACKENDS:
-        if passed and hasattr(backend, work.task) and backend.applies(work):
-            return backend
+    for at, backend in enumerate(BACKENDS):
+        if passed and _can(backend, work):
+            others = _others(work, BACKENDS[at + 1 :]) if backend.is_measured else []
+            return _fastest(work, [backend, *others]) if others else backend
         passed = passed or backend is after
     raise AssertionError("torch, the last of the table, takes every work")
+
+
+def _can(backend: Backend, work: Work) -> bool:
+    return hasattr(backend, work.task) and backend.applies(work)
+
+
+def _others(work: Work, backends: Sequence[Backend]) -> list[Backend]:
+    """The measured backends among some that could do a work, too; none where work is not measured."""
+    if work.rows.device.type != "cpu" or not work.is_inference or is_observed() or work.kind is None:
+        return []
+    return [backend for backend in backends if backend.is_measured and _can(backend, work)]
+
+
+def _fastest(work: Work, backends: Sequence[Backend]) -> Backend:
+    kind, by_name = work.kind, {backend.name: backend for backend in backends}
+    assert kind is not None
+    sample = cache(work.sample)  # made only where something has to be measured
+    runs = {
+        name: lambda backend=backend: getattr(backend, work.task)(sample())
+        for name, backend in by_name.items()
+    }
+    return by_name[fastest(kind, runs)]
 
 
 def compute(work: Work, backend: Backend | None = None) -> Any:
@@ -296,6 +400,12 @@ def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     if not no_halo:
         parts.append(mix(rows, reading.sources, reading.mix))
     return torch.cat(parts)
+
+
+def _sample_reading(count: int, taps: int) -> Reading:
+    """Rows that each read their next ones, as those of a line do."""
+    first = torch.arange(count, dtype=torch.int32).unsqueeze(1)
+    return read_rows(((first + torch.arange(taps, dtype=torch.int32)) % count).contiguous())
 
 
 def every_row(count: int, device: torch.device) -> Reading:

@@ -1,11 +1,12 @@
-"""What a convolution costs here, dense and on elements: a value that is measured, kept, recorded or pinned.
+"""Measured costs: of a convolution on a dense map and on elements, and of each backend that can do a kind of work.
 
-On elements a convolution does less work, but at a lower rate where there is no compiled code for it (other groups,
-other types, no compiler). Where the whole fine map is cheaper, the same result is computed on that.
+On elements a convolution does less work, but at a lower rate where there is no kernel for it. Where the whole fine map
+is cheaper, the same result is computed on that. Where several backends can do a kind of work, the fastest does it.
 
-Costs are measured once per machine and kept in the user's cache folder. Both ways round differently: so that the same
-program gives the same bits wherever the costs are not those of this machine's cache, they are pinned, by `pin` or by
-the environment variable CADSURGERY_COSTS, to those of a file: a report that recorded them, or a cache's `costs.json`.
+Costs are measured once for each machine and each setting of its instruction sets, and kept in the user's cache folder.
+Each way rounds differently: so that the same program gives the same bits wherever the costs are not those of this
+machine's cache, they are pinned, by `pin` or by the environment variable CADSURGERY_COSTS, to those of a file: a report
+that recorded them, or a cache's `costs.json`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from cadsurgery.kernels import isa
 from cadsurgery.support.errors import FileError, first_line
@@ -32,12 +32,17 @@ from cadsurgery.support.plain import read_as
 
 _FILE = "costs.json"
 _ROUNDS, _MOST_ROUNDS, _NANOSECONDS = 7, 50, 100_000_000
+_NANOSECONDS_OF_A_CANDIDATE = 10_000_000
 _LOCK = threading.Lock()
+_MEASURING = threading.local()  # `on`: this thread measures for another, which holds the lock
+# The three numbers of `Costs`, or the nanoseconds of a backend for a piece of a kind of work.
+Numbers = tuple[float, ...]
 _VARIABLE = "CADSURGERY_COSTS"
 # The costs that decided so far, by kind; and those that alone may: by `pin`, or of the file that the variable names.
-_KNOWN: dict[str, Costs] = {}
-_PINNED: Mapping[str, Costs] | None = None
-_OF_FILE: dict[str, Mapping[str, Costs]] = {}
+_KNOWN: dict[str, Numbers] = {}
+_PINNED: Mapping[str, Numbers] | None = None
+_OF_FILE: dict[str, Mapping[str, Numbers]] = {}
+_FASTEST: dict[tuple[Hashable, ...], str] = {}
 
 
 class Costs(NamedTuple):
@@ -79,19 +84,59 @@ def costs(key: str, measure: Callable[[], Costs]) -> Costs:
     Raises:
         FileError: see `read`.
     """
-    key = f"{key}, torch {torch.__version__}"
-    if key not in _KNOWN:
-        with _LOCK:
-            if key not in _KNOWN:
-                pinned = _pinned_costs()
-                if pinned is None:
-                    _KNOWN[key] = _cost_of(_all_kept().get(key)) or _measure_and_keep(key, measure)
-                else:
-                    _KNOWN[key] = pinned.get(key, _NEVER_DENSE)
-    return _KNOWN[key]
+    return Costs(*(_numbers(key, measure, _NEVER_DENSE) or _NEVER_DENSE))
 
 
-def pin(source: Path | str | Mapping[str, Costs] | None) -> None:
+def fastest(kind: tuple[Hashable, ...], candidates: Mapping[str, Callable[[], object]]) -> str:
+    """The name of the candidate that takes the least time for a kind of work, measured when the kind is first met.
+
+    If costs are pinned and one of the candidates is not among them, the first one serves.
+
+    Args:
+        kind: all that their times depend on but the machine.
+        candidates: for each name the work of a sample of the kind, the same for all.
+
+    Raises:
+        FileError: see `read`.
+    """
+    key = (*kind, *candidates, os.environ.get(isa.VARIABLE))
+    if key not in _FASTEST:
+        times: dict[str, float] = {}
+        for name, run in candidates.items():
+            numbers = _numbers(f"{', '.join(map(str, kind))}, {name}", lambda run=run: (_time_of(run),))  # type: ignore[misc]
+            if numbers is None:
+                break
+            times[name] = numbers[0]
+        is_whole = len(times) == len(candidates)
+        _FASTEST[key] = min(times, key=times.__getitem__) if is_whole else next(iter(candidates))
+    return _FASTEST[key]
+
+
+def _time_of(run: Callable[[], object]) -> float:
+    run()  # packs weights
+    return best_time(run, _NANOSECONDS_OF_A_CANDIDATE)
+
+
+def _numbers(key: str, measure: Callable[[], Numbers], otherwise: Numbers | None = None) -> Numbers | None:
+    """The numbers kept under a key, or measured now; if costs are pinned and lack it, what is said `otherwise`."""
+    of_torch = f"{key}, torch {torch.__version__}"
+    key = f"{of_torch}, {isa.in_words()}"
+    is_inner = getattr(_MEASURING, "on", False)
+    with contextlib.nullcontext() if is_inner else _LOCK:
+        if key not in _KNOWN:
+            pinned = _pinned_costs()
+            found: Numbers | None
+            if pinned is None:
+                found = _numbers_of(_all_kept().get(key)) or _measure_and_keep(key, measure)
+            else:  # older files do not name instruction sets
+                found = pinned.get(key) or pinned.get(of_torch) or otherwise
+            if found is None:
+                return None
+            _KNOWN[key] = found
+        return _KNOWN[key]
+
+
+def pin(source: Path | str | Mapping[str, Numbers] | None) -> None:
     """Decide by these costs alone from now on, of a file or as `record` gives them; None: by those of the file that
     CADSURGERY_COSTS names, or as measured.
 
@@ -103,31 +148,36 @@ def pin(source: Path | str | Mapping[str, Costs] | None) -> None:
     with _LOCK:
         _PINNED = pinned
         _KNOWN.clear()
+        _FASTEST.clear()
 
 
 def record() -> dict[str, Any]:
     """The costs that decided in this process until now, for a report: plain values that `read` takes, and a digest that
     is the same where they are."""
-    kinds = {key: list(cost) for key, cost in sorted(_KNOWN.copy().items())}
+    return as_record({key: list(cost) for key, cost in _KNOWN.copy().items()})
+
+
+def as_record(kinds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Numbers by kind and their digest, as `record` gives those of this process."""
+    kinds = dict(sorted(kinds.items()))
     return {"digest": hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:12], "kinds": kinds}
 
 
-def read(path: Path | str) -> dict[str, Costs]:
-    """The costs in a file: JSON with three numbers for each kind, or a report under whose `costs` they are; of a report
-    by instruction set those of the one in use here.
+def read(path: Path | str) -> dict[str, Numbers]:
+    """The costs in a file: JSON with numbers for each kind, see `Numbers`, or a report under whose `costs` they are.
 
     Raises:
         FileError: it cannot be read, or has no costs.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        for name in ("costs", isa.used(), "kinds"):
+        for name in ("costs", "kinds"):
             document = document.get(name, document) if isinstance(document, dict) else document
         if not isinstance(document, dict):
             raise ValueError("the file holds no object of JSON.")
-        table = {key: cost for key, value in document.items() if (cost := _cost_of(value)) is not None}
+        table = {key: cost for key, value in document.items() if (cost := _numbers_of(value)) is not None}
         if wrong := [key for key in document if key not in table]:
-            raise ValueError(f"{wrong[0]!r:.60} has no three numbers from zero up.")
+            raise ValueError(f"{wrong[0]!r:.60} has neither one nor three numbers from zero up.")
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(
             "costs of convolutions cannot be read.",
@@ -138,7 +188,7 @@ def read(path: Path | str) -> dict[str, Costs]:
     return table
 
 
-def _pinned_costs() -> Mapping[str, Costs] | None:
+def _pinned_costs() -> Mapping[str, Numbers] | None:
     path = os.environ.get(_VARIABLE, "")
     if _PINNED is not None or not path:
         return _PINNED
@@ -147,20 +197,24 @@ def _pinned_costs() -> Mapping[str, Costs] | None:
     return _OF_FILE[path]
 
 
-def _cost_of(value: object) -> Costs | None:
-    """Three plain numbers as costs, None for anything else."""
+def _numbers_of(value: object) -> Numbers | None:
+    """One or three plain numbers, None for anything else."""
     try:
-        numbers = read_as(tuple[float, float, float], value, "a measurement")
+        numbers = read_as(tuple[float, ...], value, "a measurement")
     except ValueError:
         return None
-    return Costs(*map(float, numbers)) if all(0 <= cost < math.inf for cost in numbers) else None
+    return (
+        tuple(map(float, numbers))
+        if len(numbers) in (1, 3) and all(0 <= one < math.inf for one in numbers)
+        else None
+    )
 
 
-def best_time(run: Callable[[], Tensor]) -> float:
+def best_time(run: Callable[[], object], nanoseconds: int = _NANOSECONDS) -> float:
     """Nanoseconds of the best of many calls: other processes only ever add to it, often to several in a row."""
     begin, taken = time.perf_counter_ns(), list[int]()
     while len(taken) < _ROUNDS or (
-        time.perf_counter_ns() - begin < _NANOSECONDS and len(taken) < _MOST_ROUNDS
+        time.perf_counter_ns() - begin < nanoseconds and len(taken) < _MOST_ROUNDS
     ):
         start = time.perf_counter_ns()
         run()
@@ -177,7 +231,7 @@ def _all_kept() -> dict[str, Any]:
     return {}
 
 
-def _measure_and_keep(key: str, measure: Callable[[], Costs]) -> Costs:
+def _measure_and_keep(key: str, measure: Callable[[], Numbers]) -> Numbers:
     with ThreadPoolExecutor(1) as alone:
         cost = alone.submit(_on_one_core, measure).result()
     path = _path()
@@ -188,11 +242,12 @@ def _measure_and_keep(key: str, measure: Callable[[], Costs]) -> Costs:
     return cost
 
 
-def _on_one_core(measure: Callable[[], Costs]) -> Costs:
+def _on_one_core(measure: Callable[[], Numbers]) -> Numbers:
     """What is measured in a thread of its own with one thread of torch: waiting for other cores would be counted,
     and the costs relative to each other are those of many. The caller's number of threads stays as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    _MEASURING.on = True
     try:
         with torch.no_grad():
             return measure()

@@ -17,11 +17,11 @@ from cadsurgery.elements.backends.choose import (
     choose,
 )
 from cadsurgery.elements.backends.costs import Costs, best_time, costs
-from cadsurgery.elements.backends.library import is_observed
 from cadsurgery.elements.backends.weights import Weights
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.kernels.load import is_observed
 
 
 class _Dense(NamedTuple):

@@ -1,9 +1,8 @@
 """Convolutions in 8 bits: unsigned features on a grid each, signed weights, sums of 32 bits, which are exact.
 
 A value v is kept as q, v = (q - zero) scale, of a `Grid` that calibration chose; weights have a scale for each output.
-What becomes of the sums, residual, activation and the next grid, is done while they are in registers. `integer.c` has
-the products for processors with AVX512-VNNI and with AVX2, `native.c` depthwise convolutions; torch is their reference,
-bit for bit.
+What becomes of the sums, residual, activation and the next grid, is done while they are in registers. The kernels
+(`kernels/c/int8.c`, `int8_depthwise.c`) sum exactly on every processor; torch is their reference, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,31 +10,27 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Backend, Between, Work, compute, every_row
-from cadsurgery.elements.backends.library import INTEGER_FORMS, is_observed, library
 from cadsurgery.elements.backends.native import (
     Rows,
     call,
     group_weight,
     halo_of,
-    has_grouped_form,
 )
 from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Reading, rows_of
+from cadsurgery.kernels import isa
+from cadsurgery.kernels.layouts import IntegerLayout, grouped_layout, integer_layout
+from cadsurgery.kernels.load import is_observed, isa_of, library
 
-CHUNK, MOST_TAPS, MOST, LARGEST_WEIGHT = 64, 64, 255, 127
+MOST_TAPS, MOST, LARGEST_WEIGHT = 64, 255, 127
 # So many products of the largest values fit into sums of 32 bits, and are whole numbers in float32.
 MOST_PRODUCTS, MOST_IN_FLOAT = 2**31 // (MOST * (LARGEST_WEIGHT + 1)), 2**24 // (MOST * LARGEST_WEIGHT)
-# What processors call the instructions that a form needs, the fastest form first.
-_NEEDS = {"vnni": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}, "avx2": {"avx2", "fma"}}
-assert _NEEDS.keys() == INTEGER_FORMS.keys()
 
 
 class Grid(NamedTuple):
@@ -115,7 +110,7 @@ class IntegerWeights:
     source: Grid
     more: Grid | None = None
     out: Grid | None = None
-    forms: dict[str, Any] = field(default_factory=dict)
+    forms: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def is_fused(self) -> bool:
@@ -184,45 +179,51 @@ class IntegerWeights:
         value = value.clamp_(known.low, known.high)
         return value if self.out is None else value.round_().to(torch.uint8)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weight, offset, scale and bias as `integer.c` reads them: padded to whole chunks of outputs of each group,
-        four channels of an output side by side."""
-        if "packed" not in self.forms:
+    def packed(self, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, offset, scale and bias as a form of `int8.c` reads them: padded to whole chunks of outputs of each
+        group, channels of an output side by side."""
+        if ("packed", form) not in self.forms:
+            layout = integer_layout(form)
+            chunk, side = layout.chunk, layout.side
             outputs, channels = self.weight.shape[0] // self.groups, self.weight.shape[1]
-            quads, chunks = -(-channels // 4), -(-outputs // CHUNK)
-            taps = self.weight[0, 0].numel()
-            whole = self.weight.new_zeros(self.groups, chunks * CHUNK, taps, 4 * quads)
+            parts, chunks, taps = -(-channels // side), -(-outputs // chunk), self.weight[0, 0].numel()
+            dtype = {1: torch.int8, 2: torch.int16}[layout.bytes]
+            whole = self.weight.new_zeros(self.groups, chunks * chunk, taps, side * parts, dtype=dtype)
             by_tap = self.weight.flatten(2).transpose(1, 2).unflatten(0, (self.groups, outputs))
             whole[:, :outputs, :, :channels] = by_tap
-            whole = whole.view(self.groups, chunks, CHUNK, taps, quads, 4).permute(0, 1, 3, 4, 2, 5)
-            self.forms["packed"] = (whole.contiguous(), *map(self._pad, self.constants[:3]))
-        parts: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["packed"]
-        return parts
+            whole = whole.view(self.groups, chunks, chunk, taps, parts, side).permute(0, 1, 3, 4, 2, 5)
+            offset, scale, bias = self.constants[:3]
+            offset = offset + layout.shift * self.weight.flatten(1).sum(1, dtype=torch.int32)
+            rest = (self._pad(value, chunk) for value in (offset, scale, bias))
+            self.forms["packed", form] = (whole.contiguous(), *rest)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["packed", form]
+        return found
 
-    def _pad(self, values: Tensor) -> Tensor:
+    def _pad(self, values: Tensor, chunk: int) -> Tensor:
         outputs = self.weight.shape[0] // self.groups
-        padded = values.new_zeros(self.groups, -(-outputs // CHUNK) * CHUNK)
+        padded = values.new_zeros(self.groups, -(-outputs // chunk) * chunk)
         padded[:, :outputs] = values.view(self.groups, outputs)
         return padded
 
     def by_channel(self) -> tuple[Tensor, Tensor]:
-        """Weight and offset of a depthwise convolution as `native.c` reads them: whole numbers in float32."""
+        """Weight and offset of a depthwise convolution as `grouped.c` reads them: whole numbers in float32."""
         if "by channel" not in self.forms:
             self.forms["by channel"] = group_weight(self.weight.float(), self.constants.offset.float())
         parts: tuple[Tensor, Tensor] = self.forms["by channel"]
         return parts
 
-    def by_taps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weight, offset, scale and bias of a depthwise convolution as `integer.c` reads them: of 64 channels four taps
-        side by side, in the order in which processors interleave them: (16 channels, 4, 4) as (4, 16 channels, 4)."""
-        if "by taps" not in self.forms:
-            taps = self.weight[0].numel()
+    def by_taps(self, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, offset, scale and bias of a depthwise convolution as a form of `int8_depthwise.c` reads them: of the
+        channels of a vector four taps side by side, in the order in which processors interleave them: (16 channels, 4,
+        4) as (4, 16 channels, 4)."""
+        if ("by taps", form) not in self.forms:
+            layout, taps = integer_layout(form), self.weight[0].numel()
             padded = self.weight.new_zeros(len(self.weight), -(-taps // 4) * 4)
             padded[:, :taps] = self.weight.flatten(1)
             rest = [value.unsqueeze(1) for value in self.constants[:3]]
-            self.forms["by taps"] = tuple(map(_interleave, (padded, *rest)))
-        forms: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["by taps"]
-        return forms
+            self.forms["by taps", form] = tuple(_interleave(value, layout) for value in (padded, *rest))
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["by taps", form]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,8 +281,9 @@ class Integers(Backend):
         dtype = torch.float32 if weights.out is None else torch.uint8
         out = torch.empty(size[0], outputs, dtype=dtype)
         residual = work.residual.contiguous() if work.residual is not None else None
-        own_form = form or form_here()
-        by_taps = weights.is_depthwise and residual is None and own_form == "vnni" and size[1] <= MOST_TAPS
+        own_form = form or form_here() or ""
+        has_taps = weights.is_depthwise and residual is None and size[1] <= MOST_TAPS
+        by_taps = has_taps and _has(f"depthwise_{own_form}")
         if (
             reading is not None
             and not by_taps
@@ -300,7 +302,7 @@ class Integers(Backend):
         rows = work.rows if work.rows.stride(1) == 1 else work.rows.contiguous()  # rows may overlap
         halo = halo_of(rows, reading) if reading is not None else None
         beyond = rows.new_full((rows.shape[1],), weights.source.zero)
-        weight, offset, scale, bias = weights.by_taps() if by_taps else weights.packed()
+        weight, offset, scale, bias = weights.by_taps(own_form) if by_taps else weights.packed(own_form)
         read = _Reading(
             *(rows.data_ptr(), halo.data_ptr() if halo is not None else None, beyond.data_ptr()),
             reading.table.data_ptr() if reading is not None else None,
@@ -313,23 +315,25 @@ class Integers(Backend):
             weights.activation is not None and weights.activation.bounds is None,
             *known[3:],
         )
-        name, groups = ("depthwise", ()) if by_taps else ("convolve", (weights.groups,))
-        _run(name, own_form, ctypes.byref(read), ctypes.byref(result), weight, *groups)
+        if by_taps:
+            _run("depthwise", own_form, ctypes.byref(read), ctypes.byref(result), weight)
+        elif not _run("convolve", own_form, ctypes.byref(read), ctypes.byref(result), weight, weights.groups):
+            raise MemoryError("no memory for a few rows of a convolution in 8 bits.")
         return out
 
 
-def _interleave(values: Tensor) -> Tensor:
-    """Values (channels, taps or 1) by 64 channels, in the order of the vectors of `depthwise` in `integer.c`. No more
-    than half a vector of channels left are there twice: it takes two rows at once."""
-    channels, last = len(values), values[len(values) // CHUNK * CHUNK :]
-    padded = values.new_zeros(-(-channels // CHUNK) * CHUNK, values.shape[1])
+def _interleave(values: Tensor, layout: IntegerLayout) -> Tensor:
+    """Values (channels, taps or 1) by the channels of a vector, in the order that `int8_depthwise.c` reads them in. A
+    last part of no more than half a vector is there twice, because two rows are read at once."""
+    many, half = layout.many, layout.half
+    channels, last = len(values), values[len(values) // many * many :]
+    padded = values.new_zeros(-(-channels // many) * many, values.shape[1])
     padded[:channels] = values
-    if 0 < len(last) <= CHUNK // 2:
-        padded[-CHUNK // 2 :][: len(last)] = last
+    if 0 < len(last) <= half:
+        padded[-half:][: len(last)] = last
     at_once = min(4, values.shape[1])
-    return (
-        padded.view(-1, 4, 4, 4, values.shape[1] // at_once, at_once).permute(0, 4, 2, 1, 3, 5).contiguous()
-    )
+    parts = padded.view(-1, many // 16, 4, 4, values.shape[1] // at_once, at_once)
+    return parts.permute(0, 4, 2, 1, 3, 5).contiguous()
 
 
 def can_apply(activation: Activation | None) -> bool:
@@ -352,8 +356,8 @@ def to_lines(image: Tensor, memory: Tensor, padding: tuple[int, int]) -> None:
 
 
 def _is_exact_in_float(weights: IntegerWeights) -> bool:
-    """Whether `native.c` has the kernel of a depthwise convolution, whose sums are whole numbers in float32, too."""
-    few = weights.weight[0].numel() <= MOST_IN_FLOAT and has_grouped_form(weights.weight, weights.groups)
+    """True if `grouped.c` computes a depthwise convolution, whose sums are whole numbers in float32, too."""
+    few = weights.weight[0].numel() <= min(MOST_IN_FLOAT, grouped_layout("uint8").taps)
     return (
         weights.is_depthwise and few and (weights.activation is None or weights.activation.bounds is not None)
     )
@@ -375,30 +379,25 @@ class _Result(ctypes.Structure):
 
 
 def forms_here() -> tuple[str, ...]:
-    """The forms of the compiled code that this processor has the instructions for, the fastest first."""
-    compiled, flags = library(), _processor_flags()
-    return tuple(
-        form for form, needs in _NEEDS.items() if needs <= flags and hasattr(compiled, f"convolve_{form}")
-    )
+    """The instruction sets, widest first, that the kernels for 8 bits can use on this processor."""
+    return tuple(name for name in reversed(isa.allowed()) if _has(f"convolve_{name}"))
 
 
-@cache
 def form_here() -> str | None:
-    """The fastest of them, or None."""
-    return next(iter(forms_here()), None)
+    """The widest of them, or None."""
+    return isa_of("convolve") or None
 
 
-def _processor_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
+def _has(symbol: str) -> bool:
+    compiled = library()
+    return compiled is not None and hasattr(compiled, symbol)
 
 
-def _run(name: str, form: str | None, *arguments: Any) -> None:
-    """A function of `integer.c`."""
-    getattr(library(), f"{name}_{form}")(*map(_for_c, arguments))
+def _run(name: str, form: str | None, *arguments: Any) -> int:
+    """Call a form of a kernel for 8 bits; the result of those that return one."""
+    kernel = getattr(library(), f"{name}_{form}")
+    kernel.restype = ctypes.c_long
+    return int(kernel(*map(_for_c, arguments)))
 
 
 def _for_c(value: Any) -> Any:

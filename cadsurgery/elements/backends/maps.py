@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.library import is_observed, library
+from cadsurgery.kernels.load import function, is_observed
 
 
 class _Map(ctypes.Structure):
@@ -22,8 +22,8 @@ class _Map(ctypes.Structure):
 
 
 def supports(levels: Tensor) -> bool:
-    """Whether there is compiled code for maps where this one lies; not while torch observes what is called."""
-    return levels.device.type == "cpu" and not is_observed() and library() is not None
+    """True if there are kernels for maps where this one lies; not while torch observes what is called."""
+    return levels.device.type == "cpu" and not is_observed() and function("find_cells") is not None
 
 
 def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,13 +32,14 @@ def find_cells(levels: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, 
     levels, side_of = levels.contiguous(), torch.tensor(sides)
     anchors, index = (torch.empty(levels.numel(), dtype=dtype) for dtype in (torch.int64, torch.int32))
     counts = torch.empty(levels.shape[0], dtype=torch.int64)
-    function = library().find_cells_pixels
-    function.restype = ctypes.c_long
+    find = function("find_cells")
+    assert find is not None
+    find.restype = ctypes.c_long
     before, after = (
         [ctypes.c_void_p(one.data_ptr()) for one in some]
         for some in ((levels, side_of), (anchors, index, counts))
     )
-    count = function(*before, *map(ctypes.c_long, levels.shape), *after)
+    count = find(*before, *map(ctypes.c_long, levels.shape), *after)
     return anchors[:count].clone(), index, counts
 
 
@@ -70,7 +71,8 @@ def shift_taps(
     sources, mix = torch.empty(most, 4, dtype=torch.int32), torch.empty(most, 4, dtype=torch.float64)
     tensors = (index, anchors, levels, side_of, targets, down, across, table, rank, sources, mix)
     numbers = (pixels, count, n, *sizes[0], *sizes[1], len(down), len(across), has_halo)
-    function = library().shift_taps_pixels
-    function.restype = ctypes.c_long
-    halo = function(ctypes.byref(_Map(*(one.data_ptr() for one in tensors), *numbers)))
+    shift = function("shift_taps")
+    assert shift is not None
+    shift.restype = ctypes.c_long
+    halo = shift(ctypes.byref(_Map(*(one.data_ptr() for one in tensors), *numbers)))
     return table, sources[:halo], mix[:halo]

@@ -1,6 +1,6 @@
-"""`native.c`: convolutions, pooling, interpolation and gathering on rows in compiled code.
+"""Convolutions, pooling, interpolation and gathering on rows by the compiled kernels (`kernels/c`).
 
-Where there is none, see `library`, the callers use torch operations, slower for grouped convolutions and pooling.
+Where there are none, see `kernels.load`, the callers use torch operations, slower for grouped convolutions and pooling.
 """
 
 from __future__ import annotations
@@ -28,15 +28,24 @@ from cadsurgery.elements.backends.choose import (
     mix,
     outside_of,
 )
-from cadsurgery.elements.backends.library import ELEMENTS, has_pairs, is_observed, library
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.kernels.layouts import depthwise_width, grouped_layout, product_layout
+from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of
 from cadsurgery.support.pages import new_memory
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Pair, Weights
 
-LANE_BYTES, PRODUCT_LANES, PRODUCT_ROWS, MOST_TAPS, GROUPS = 64, 4, 6, 128, (1, 2, 4, 8, 16)
+# The types of elements that kernels are compiled for.
+ELEMENTS = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.uint8: "uint8",
+}
+# Groups of at least so many channels, in and out, are products of their own.
+_LEAST_GROUP = 4
 
 
 class Rows(NamedTuple):
@@ -65,9 +74,10 @@ def halo_of(rows: Tensor, reading: Reading) -> Tensor | None:
 
 
 class Native(Backend):
-    """Compiled code that reads rows where they lie; `native.c` says what each function does."""
+    """Compiled kernels that read rows where they lie; the C files describe each function."""
 
     name = "native"
+    is_measured = True
 
     def applies(self, work: Work) -> bool:
         """Values alone, of rows that it has a form for."""
@@ -84,10 +94,13 @@ class Native(Backend):
         # Its weight has to be packed: worth it where that is kept. In float32 oneDNN is a little faster, but makes code
         # for each number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the
         # maps of the first few sizes where that number follows from the size of the image alone.
-        same_type = work.rows.dtype == weights.weight.dtype
-        if weights.forms is None or not same_type or not has_product(weights.weight):
+        if (
+            weights.forms is None
+            or work.rows.dtype != weights.weight.dtype
+            or not isa_of("product", ELEMENTS[work.rows.dtype])
+        ):
             return False
-        if work.rows.dtype == torch.bfloat16:
+        if has_bf16_dot(work.rows.dtype):
             return True
         uniform = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
         return not (uniform and weights.is_among_first(reads.target.count))  # type: ignore[union-attr]
@@ -107,13 +120,16 @@ class Native(Backend):
         dtype, act, size = work.rows.dtype, weights.activation, weights.weight.shape[1]
         pack: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
         sizes: tuple[int, ...]
-        if weights.groups == 1:
-            name, pack, sizes = "product", product_weight, (outputs,)
-        elif size == 1 and has_pairs(dtype):
+        groups = 1
+        if is_product_of_groups(weights.weight, weights.groups):
+            groups = weights.groups
+            name, pack, sizes = "product", partial(product_weight, groups=groups), (groups, outputs // groups)
+        elif size == 1 and has_bf16_dot(dtype):
             name, pack, sizes = "depthwise", pair_weight, ()
         else:
             name, pack, sizes = "grouped", group_weight, (size,)
-        packed = weights.form(("native", dtype), lambda: pack(weights.weight.to(dtype), weights.bias))
+        key = (name, isa_of(name, ELEMENTS[dtype]), dtype)
+        packed = weights.form(key, lambda: pack(weights.weight.to(dtype), weights.bias))
         bounds = act.bounds if act is not None else None
         more = work.residual.contiguous() if work.residual is not None else None
         out = new_memory(work.rows, *shape)
@@ -123,7 +139,7 @@ class Native(Backend):
             assert isinstance(work.reads, Between)
             factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
             levels = (work.reads.target.level_of_rows, *factors)
-        call(name, source, table, *packed, *levels, more, out, *sizes, *limits)
+        call(name, source, table, *packed, *levels, more, out, *sizes, *limits, groups=groups)
         return out if bounds or act is None else act.apply_(out)
 
     def pool(self, work: Pooling) -> Tensor:
@@ -193,50 +209,58 @@ def _of_one_resolution(*lattices: Lattice) -> bool:
 class _Reading(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "halo", "outside", "table")),
-        *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels")),
+        *((name, ctypes.c_long) for name in ("count", "n", "taps", "channels", "stride")),
     )
 
 
 def supports(rows: Tensor) -> bool:
-    """Whether there is compiled code for these rows; not while torch observes what is called."""
+    """True if there are kernels for these rows; not while torch observes what is called."""
     return (
-        not is_observed() and rows.device.type == "cpu" and rows.dtype in ELEMENTS and library() is not None
+        not is_observed()
+        and rows.device.type == "cpu"
+        and rows.dtype in ELEMENTS
+        and function("gather", ELEMENTS[rows.dtype]) is not None
     )
 
 
-def has_product(weight: Tensor) -> bool:
-    """Whether `product` has a form for a kernel (O, C, kh, kw); without `has_pairs` oneDNN's in bfloat16 is faster."""
-    return weight.dtype in (torch.float32, torch.float64) or has_pairs(weight.dtype)
+def is_product_of_groups(weight: Tensor, groups: int) -> bool:
+    """True if `product` computes a kernel (O, C / groups, kh, kw) rather than `grouped`: groups of many channels."""
+    group = weight.shape[1]
+    in_vector = group <= grouped_layout(ELEMENTS[weight.dtype]).most_group and group & (group - 1) == 0
+    return groups == 1 or not (in_vector and weight.shape[0] == group * groups)
 
 
-def product_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece; of
-    bfloat16 two channels side by side."""
-    outputs, channels, height, width = weight.shape
-    dtype = _sum_type(weight.dtype)
-    chunk, side = PRODUCT_LANES * LANE_BYTES // dtype.itemsize, dtype.itemsize // weight.dtype.itemsize
-    padded = -(-outputs // chunk) * chunk
-    kernel = weight.new_zeros(padded, height * width, -(-channels // side) * side)
-    kernel[:outputs, :, :channels] = weight.detach().flatten(2).transpose(1, 2)
-    offset = kernel.new_zeros(padded, dtype=dtype)
+def product_weight(weight: Tensor, bias: Tensor | None, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution as `product` reads them: chunks of outputs outermost, each tap in one piece; in
+    some forms two channels side by side."""
+    layout = product_layout(ELEMENTS[weight.dtype])
+    outputs, channels, taps = weight.shape[0] // groups, weight.shape[1], weight[0, 0].numel()
+    padded = -(-outputs // layout.chunk) * layout.chunk
+    kernel = weight.new_zeros(groups, padded, taps, -(-channels // layout.side) * layout.side)
+    by_tap = weight.detach().flatten(2).transpose(1, 2)
+    kernel[:, :outputs, :, :channels] = by_tap.unflatten(0, (groups, outputs))
+    offset = kernel.new_zeros(groups, padded, dtype=_sum_type(weight.dtype))
     if bias is not None:
-        offset[:outputs] = bias.detach()
-    parts = kernel.view(-1, chunk, height * width, kernel.shape[2] // side, side)
-    return parts.permute(0, 2, 3, 1, 4).contiguous(), offset
+        offset[:, :outputs] = bias.detach().view(groups, outputs)
+    parts = kernel.view(groups, -1, layout.chunk, taps, kernel.shape[3] // layout.side, layout.side)
+    return parts.permute(0, 1, 3, 4, 2, 5).contiguous(), offset
 
 
 def has_grouped_form(weight: Tensor, groups: int) -> bool:
-    """Whether `grouped` has a form for a kernel (O, C / groups, kh, kw)."""
+    """True if there is a kernel for a grouped convolution (O, C / groups, kh, kw)."""
     out, group, height, width = weight.shape
-    lanes = LANE_BYTES // _sum_type(weight.dtype).itemsize
-    return out == group * groups and group in GROUPS and group <= lanes and 0 < height * width <= MOST_TAPS
+    if weight.dtype not in ELEMENTS:
+        return False
+    if is_product_of_groups(weight, groups):
+        return min(group, out // groups) >= _LEAST_GROUP and bool(isa_of("product", ELEMENTS[weight.dtype]))
+    return 0 < height * width <= grouped_layout(ELEMENTS[weight.dtype]).taps
 
 
 def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a grouped convolution as `grouped` reads them: taps outermost, channels padded."""
     out, group = weight.shape[:2]
     dtype = _sum_type(weight.dtype)
-    lanes = LANE_BYTES // dtype.itemsize
+    lanes = grouped_layout(ELEMENTS[weight.dtype]).lanes
     padded = -(-out // lanes) * lanes
     kernel = weight.new_zeros(weight[0, 0].numel(), group, padded, dtype=dtype)
     kernel[:, :, :out] = weight.detach().flatten(2).permute(2, 1, 0)
@@ -249,7 +273,7 @@ def group_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 def pair_weight(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a depthwise convolution as `depthwise` reads them: two taps side by side, channels padded."""
     channels, taps = weight.shape[0], weight[0, 0].numel()
-    many = LANE_BYTES // weight.dtype.itemsize
+    many = depthwise_width(ELEMENTS[weight.dtype])
     chunks, pairs = -(-channels // many), -(-taps // 2)
     kernel = weight.new_zeros(chunks * many, 2 * pairs)
     kernel[:channels, :taps] = weight.detach().flatten(1)
@@ -282,7 +306,11 @@ def can_expand(first: Weights, then: Weights, stride: Pair, dilation: Pair) -> b
     outputs, group = then.weight.shape[:2]
     is_depthwise = then.groups == outputs == first.weight.shape[0] and group == 1 and then.levels is None
     is_plain = then.activation is None or then.activation.bounds is not None
-    fits = then.weight[0, 0].numel() <= MOST_TAPS and stride[0] == stride[1] and dilation == (1, 1)
+    fits = (
+        then.weight[0, 0].numel() <= grouped_layout("bfloat16").taps
+        and stride[0] == stride[1]
+        and dilation == (1, 1)
+    )
     return is_point(first) and is_depthwise and is_plain and fits
 
 
@@ -296,7 +324,7 @@ def expand_depthwise(
     residual: Tensor | None = None,
 ) -> Tensor:
     """A depthwise convolution of the result of a 1x1 convolution, see `can_expand`: (B, O, H', W') from (B, C, H, W) in
-    bfloat16, for which the processor `has_pairs`; with a last 1x1 convolution and a residual of its result that of
+    bfloat16, for which the processor `has_bf16_dot`; with a last 1x1 convolution and a residual of its result that of
     those. What is between them stays in the cache.
 
     Raises:
@@ -316,7 +344,8 @@ def expand_depthwise(
             packed.append((None, None))
         else:
             make = partial(pack, one.weight.to(dtype), one.bias)
-            packed.append(one.form(("native", dtype), make))
+            name = "product" if pack is product_weight else "depthwise"
+            packed.append(one.form((name, isa_of(name, ELEMENTS[dtype]), dtype), make))
     bounds = [
         one.activation.bounds if one is not None and one.activation is not None else None
         for one in (first, then, last)
@@ -327,9 +356,9 @@ def expand_depthwise(
         *(batch, height, width, channels, middle, outputs, lines, columns, tall, wide, stride[0], *padding),
         *(end for pair in bounds for end in pair or (-math.inf, math.inf)),
     )
-    function = library().expand_depthwise_bfloat16
-    function.restype = ctypes.c_long
-    if not function(ctypes.byref(work)):
+    expand = _typed("expand_depthwise", ELEMENTS[dtype], ())
+    expand.restype = ctypes.c_long
+    if not expand(ctypes.addressof(work)):
         raise MemoryError("no memory for a few lines of a map between two convolutions.")
     return out.permute(0, 3, 1, 2)
 
@@ -343,8 +372,10 @@ def map_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
     return lines, columns
 
 
-def call(name: str, source: Rows, table: Tensor | None, *arguments: Any, count: int | None = None) -> None:
-    """A function of the library: tensors go as pointers, None as none. Without a table each row reads itself."""
+def call(
+    name: str, source: Rows, table: Tensor | None, *arguments: Any, count: int | None = None, groups: int = 1
+) -> None:
+    """Call a kernel: tensors go as pointers, None as none. Without a table each row reads itself."""
     rows, halo = source.rows.contiguous(), source.halo
     beyond = _row_outside(rows.shape[1], rows.dtype, outside_of(rows, source.outside))
     if table is not None:
@@ -352,25 +383,19 @@ def call(name: str, source: Rows, table: Tensor | None, *arguments: Any, count: 
     n, taps = (rows.shape[0], 1) if table is None else table.shape
     reading = _Reading(
         *(_for_c(one) for one in (rows, halo, beyond, table)),
-        *(rows.shape[0] if count is None else count, n, taps, rows.shape[1]),
+        *(rows.shape[0] if count is None else count, n, taps, rows.shape[1] // groups, rows.shape[1]),
     )
-    _function(f"{name}_{ELEMENTS[rows.dtype][0]}", arguments)(
-        ctypes.addressof(reading), *map(_for_c, arguments)
-    )
+    _typed(name, ELEMENTS[rows.dtype], arguments)(ctypes.addressof(reading), *map(_for_c, arguments))
 
 
-_FUNCTIONS: dict[str, Any] = {}
-
-
-def _function(name: str, arguments: tuple[Any, ...]) -> Any:
-    """A function of the library, of arguments of these types."""
-    function = _FUNCTIONS.get(name)
-    if function is None:
+def _typed(name: str, element: str, arguments: tuple[Any, ...]) -> Any:
+    """A kernel, told once that it takes arguments of these types behind a structure."""
+    kernel = function(name, element)
+    assert kernel is not None, name
+    if kernel.argtypes is None:
         kinds = {int: ctypes.c_long, float: ctypes.c_double}
-        function = getattr(library(), name)
-        function.argtypes = (ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments))
-        _FUNCTIONS[name] = function
-    return function
+        kernel.argtypes = (ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments))
+    return kernel
 
 
 @lru_cache(maxsize=64)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, compute
-from cadsurgery.elements.backends.library import has_pairs
 from cadsurgery.elements.backends.native import (
-    PRODUCT_ROWS,
+    ELEMENTS,
     can_expand,
     expand_depthwise,
     is_point,
@@ -18,6 +17,8 @@ from cadsurgery.elements.backends.native import (
     supports,
 )
 from cadsurgery.elements.backends.weights import Activation, Factors, Pair, Weights
+from cadsurgery.kernels.layouts import product_layout
+from cadsurgery.kernels.load import has_bf16_dot
 
 
 class PackedConv(nn.Module):
@@ -126,7 +127,7 @@ class PackedPair(nn.Module):
         first, then, last = self.first, self.then, self.last
         assert then.window is not None
         stride, padding, _ = then.window
-        if not supports(image) or not has_pairs(image.dtype) or not image.numel():
+        if not supports(image) or not has_bf16_dot(image.dtype) or not image.numel():
             return self._one_by_one(image, residual)
         if last is None:
             return expand_depthwise(image, first.weights, then.weights, stride, padding)
@@ -134,7 +135,7 @@ class PackedPair(nn.Module):
         kernel = then.weight.shape[2], then.weight.shape[3]
         size = map_size((height, width), kernel, stride, padding)
         fits = residual is None or residual.shape == (image.shape[0], last.weight.shape[0], *size)
-        if size[1] < PRODUCT_ROWS or not fits:
+        if size[1] < product_layout(ELEMENTS[image.dtype]).rows or not fits:
             return self._one_by_one(image, residual)
         return expand_depthwise(image, first.weights, then.weights, stride, padding, last.weights, residual)
 

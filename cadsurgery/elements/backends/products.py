@@ -17,6 +17,7 @@ class Products(Backend):
     """Matrix products by torch and oneDNN."""
 
     name = "products"
+    is_measured = True
 
     def applies(self, work: Convolution) -> bool:
         """One tap at the element itself; for inference, any ungrouped convolution."""

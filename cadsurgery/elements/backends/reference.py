@@ -42,6 +42,7 @@ class Torch(Backend):
     """Takes every work there is."""
 
     name = "torch"
+    is_measured = True
 
     def applies(self, work: Work) -> bool:
         """Always."""

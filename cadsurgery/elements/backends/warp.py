@@ -7,7 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.library import WARP_ELEMENTS, is_observed, library
+from cadsurgery.kernels.load import function, is_observed
+
+_ELEMENTS = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class _Warp(ctypes.Structure):
@@ -21,9 +23,10 @@ class _Warp(ctypes.Structure):
 
 
 def supports(points: Tensor) -> bool:
-    """Whether there is compiled code for points of this kind; not while torch observes what is called."""
-    kind = points.device.type == "cpu" and points.dtype in WARP_ELEMENTS
-    return kind and not is_observed() and library() is not None
+    """True if there is a kernel for points of this kind; not while torch observes what is called."""
+    if points.device.type != "cpu" or points.dtype not in _ELEMENTS or is_observed():
+        return False
+    return function("invert", _ELEMENTS[points.dtype]) is not None
 
 
 def invert(
@@ -46,5 +49,7 @@ def invert(
     found = grid.new_empty(2, batch, *size)
     pointers = (one.data_ptr() for one in (grid, samples, boxes, *bent, found))
     work = _Warp(*pointers, batch, n, m, h, w, *size)
-    getattr(library(), f"invert_{WARP_ELEMENTS[grid.dtype]}")(ctypes.byref(work), ctypes.c_double(enough))
+    kernel = function("invert", _ELEMENTS[grid.dtype])
+    assert kernel is not None
+    kernel(ctypes.byref(work), ctypes.c_double(enough))
     return found

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Convolution, compute
-from cadsurgery.elements.backends.library import has_pairs, is_observed
 from cadsurgery.elements.lattice import Lattice
+from cadsurgery.kernels.load import has_bf16_dot, is_observed
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 _ONEDNN = (torch.float32, torch.bfloat16)
@@ -235,7 +235,7 @@ class Weights:
             return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
 
         values, more = rows(image), rows(residual)
-        few = not has_pairs(image.dtype) and self.is_among_first(len(values))
+        few = not has_bf16_dot(image.dtype) and self.is_among_first(len(values))
         out = self.on_rows(values, more) if few else compute(Convolution(values, self, None, residual=more))
         return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
 

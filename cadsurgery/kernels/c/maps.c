@@ -5,6 +5,8 @@
  */
 #include <stdint.h>
 
+#include "parallel.h"
+
 /* The number of cells, their anchors (ascending), the row of each pixel's cell in index (pixels) and the number of cells
  * of each image in counts. */
 long SUFFIX(find_cells)(const int8_t *levels, const int64_t *sides, long batch, long height, long width,
@@ -57,11 +59,10 @@ static void interpolate(const map *m, long pixel, int32_t *sources, double *mix)
     }
 }
 
-/* How many rows the halo has: one for every pixel that is read and is no anchor, in their order. */
-long SUFFIX(shift_taps)(const map *m) {
+static void read_taps(long begin, long end, void *work) {
+    const map *m = work;
     const long taps = m->vertical * m->horizontal;
-#pragma omp parallel for schedule(static)
-    for (long e = 0; e < m->n; e++) {
+    for (long e = begin; e < end; e++) {
         long x = m->targets[e] % m->target_width, line = m->targets[e] / m->target_width;
         long y = line % m->target_height, image = line / m->target_height;
         int32_t *entries = m->table + e * taps;
@@ -81,6 +82,18 @@ long SUFFIX(shift_taps)(const map *m) {
                 *entries++ = cell;
             }
     }
+}
+
+static void name_halo(long begin, long end, void *work) {
+    const map *m = work;
+    for (long i = begin; i < end; i++)
+        if (m->table[i] < 0) m->table[i] = m->rank[-1 - m->table[i]];
+}
+
+/* How many rows the halo has: one for every pixel that is read and is no anchor, in their order. */
+long SUFFIX(shift_taps)(const map *m) {
+    const long taps = m->vertical * m->horizontal;
+    cadsurgery_share(m->n, 65536 / taps + 1, read_taps, (void *)m);
     if (!m->has_halo) return 0;
     long halo = 0;
     for (long pixel = 0; pixel < m->pixels; pixel++)
@@ -88,8 +101,6 @@ long SUFFIX(shift_taps)(const map *m) {
             interpolate(m, pixel, m->sources + 4 * halo, m->mix + 4 * halo);
             m->rank[pixel] = m->count + ++halo;
         }
-#pragma omp parallel for schedule(static)
-    for (long i = 0; i < m->n * taps; i++)
-        if (m->table[i] < 0) m->table[i] = m->rank[-1 - m->table[i]];
+    cadsurgery_share(m->n * taps, 65536, name_halo, (void *)m);
     return halo;
 }

@@ -5,6 +5,8 @@
  */
 #include <stdint.h>
 
+#include "parallel.h"
+
 typedef ELEMENT element;
 
 enum { BLOCK = 256, STEPS = 8 };
@@ -74,12 +76,18 @@ static void polish(const warp *one, const element *samples, element y, element x
     }
 }
 
-/* Each pixel of an image has a place; `enough` is what it may miss by, in pixels. */
-void SUFFIX(invert)(const warp *one, double enough) {
+typedef struct {
+    const warp *one;
+    element enough;
+} inverting;
+
+static void invert_lines(long begin, long end, void *work) {
+    const inverting *job = work;
+    const warp *one = job->one;
+    const element enough = job->enough;
     const long cells = (one->n - 1) * (one->m - 1), rows = one->batch * one->height;
     const element per_row = (element)(one->h - 1) / (one->n - 1), per_column = (element)(one->w - 1) / (one->m - 1);
-#pragma omp parallel for schedule(static)
-    for (long at = 0; at < rows; at++) {
+    for (long at = begin; at < end; at++) {
         const long image = at / one->height, y = at % one->height;
         const element *grid = one->grid + image * one->n * one->m * 2, *samples = one->samples + image * one->h * one->w * 2;
         for (long start = 0; start < one->width; start += BLOCK) {
@@ -105,4 +113,10 @@ void SUFFIX(invert)(const warp *one, double enough) {
             }
         }
     }
+}
+
+/* Each pixel of an image has a place; `enough` is what it may miss by, in pixels. */
+void SUFFIX(invert)(const warp *one, double enough) {
+    inverting job = {one, (element)enough};
+    cadsurgery_share(one->batch * one->height, 1, invert_lines, &job);
 }

@@ -1,0 +1,186 @@
+/* Convolutions in groups of fewer channels than a vector has, depthwise ones among them. */
+#include "pairs.h"
+#include "parallel.h"
+
+enum { TILE = 4, MOST_GROUP = VECTOR / 8 };
+
+/* Lanes of a vector, how many channels a group may have, and how many taps there may be. */
+const long SUFFIX(grouped_layout)[] = {LANES, MOST_GROUP, TAPS};
+
+typedef struct {
+    const reading *in;
+    const sum *weight, *bias; /* (taps, group, padded) and (padded), padded = channels up to a whole vector */
+    by_level by;
+    const element *more;
+    element *out;
+    sum low, high;
+} grouped;
+
+/* What follows the sums of some channels of element `at`, those from `start`. */
+INLINE lane follow(const grouped *g, lane value, long at, long start, long channels, long some) {
+    if (g->by.scale) {
+        const long own = (g->by.levels ? g->by.levels[at] * channels : 0) + start;
+        value = value * load_some_sums(g->by.scale + own, some) + load_some_sums(g->by.shift + own, some);
+    }
+    if (g->more) value += load_some(g->more + at * channels + start, some);
+    return clamp(value, all_lanes(g->low), all_lanes(g->high));
+}
+
+INLINE lane permute(lane value, mask which) {
+#if VECTOR == 64 && defined(WIDE)
+    return (lane)_mm512_permutexvar_pd((__m512i)which, (__m512d)value);
+#elif VECTOR == 64
+    return (lane)_mm512_permutexvar_ps((__m512i)which, (__m512)value);
+#elif VECTOR == 32 && !defined(WIDE)
+    return (lane)_mm256_permutevar8x32_ps((__m256)value, (__m256i)which);
+#elif defined(__clang__)
+    lane result;
+    for (int l = 0; l < LANES; l++) result[l] = value[which[l]];
+    return result;
+#else
+    return __builtin_shuffle(value, which);
+#endif
+}
+
+/* One tile of elements, `wide` vectors of channels from `start`. `group` (channels of a group), `wide` and `whole` (no
+ * vector reaches beyond the last channel) are constants where this is inlined, so that the sums stay in registers. */
+INLINE void convolve(const grouped *g, const mask *spread, const element *const (*from)[TAPS], long tile, long start,
+                     const long group, const int wide, const int whole) {
+    const reading *in = g->in;
+    const long channels = in->channels, padded = (channels + LANES - 1) / LANES * LANES;
+    lane result[TILE][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++) memcpy(&result[i][v], g->bias + start + v * LANES, sizeof(lane));
+    for (long tap = 0; tap < in->taps; tap++) {
+        const sum *w = g->weight + tap * group * padded + start;
+        lane read[TILE][2];
+#pragma GCC unroll 4
+        for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < wide; v++) {
+                const element *source = from[i][tap] + start + v * LANES;
+                read[i][v] = whole ? load(source) : load_some(source, channels - start);
+            }
+        for (long input = 0; input < group; input++) {
+#pragma GCC unroll 2
+            for (int v = 0; v < wide; v++) {
+                lane by;
+                memcpy(&by, w + input * padded + v * LANES, sizeof by);
+#pragma GCC unroll 4
+                for (int i = 0; i < TILE; i++)
+                    result[i][v] += by * (group == 1 ? read[i][v] : permute(read[i][v], spread[input]));
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < wide; v++) {
+            const long at = tile + i, first = start + v * LANES, some = whole ? LANES : channels - start;
+            if (at < in->n)
+                store_some(g->out + at * channels + first, follow(g, result[i][v], at, first, channels, some), some);
+        }
+}
+
+INLINE void convolve_tiles(const grouped *g, long begin, long end, const long group) {
+    const reading *in = g->in;
+    const long channels = in->channels;
+    mask spread[LANES]; /* lane l takes this input of its own group */
+    for (long input = 0; input < LANES; input++)
+        for (long l = 0; l < LANES; l++) spread[input][l] = l / group * group + input;
+    for (long tile = begin * TILE; tile < end * TILE && tile < in->n; tile += TILE) {
+        const element *from[TILE][TAPS];
+        for (int i = 0; i < TILE; i++) {
+            const int32_t *entries = in->table + (tile + i < in->n ? tile + i : in->n - 1) * in->taps;
+            for (long tap = 0; tap < in->taps; tap++) from[i][tap] = row(in, entries[tap]);
+        }
+        long start = 0;
+        /* two vectors at once where nothing is shuffled: enough independent sums to hide the latency */
+        if (group == 1)
+            for (; start + 2 * LANES <= channels; start += 2 * LANES) convolve(g, spread, from, tile, start, group, 2, 1);
+        for (; start + LANES <= channels; start += LANES) convolve(g, spread, from, tile, start, group, 1, 1);
+        if (start < channels) convolve(g, spread, from, tile, start, group, 1, 0);
+    }
+}
+
+#define TILES_OF(group)                                                                  \
+    static void tiles_of_##group(long begin, long end, void *work) { convolve_tiles(work, begin, end, group); }
+TILES_OF(1)
+TILES_OF(2)
+#if VECTOR > 16
+TILES_OF(4)
+#endif
+#if VECTOR > 32
+TILES_OF(8)
+#endif
+
+/* Convolution in groups of `group` channels in and out (a power of two of at most VECTOR / 8, above which `product` serves),
+ * clamped to low..high; out is (n, channels) and `more`, if any, is added before clamping. See `by_level`. taps <= TAPS. */
+void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, const int32_t *levels, const sum *scale,
+                     const sum *shift, const element *more, element *out, long group, double low, double high) {
+    grouped g = {in, weight, bias, {levels, scale, shift}, more, out, (sum)low, (sum)high};
+    share_body body = group == 1 ? tiles_of_1 : tiles_of_2;
+#if VECTOR > 16
+    if (group == 4) body = tiles_of_4;
+#endif
+#if VECTOR > 32
+    if (group == 8) body = tiles_of_8;
+#endif
+    const long tiles = (in->n + TILE - 1) / TILE;
+    cadsurgery_share(tiles, rows_at_once(TILE * in->taps * in->channels * sizeof(element)), body, &g);
+}
+
+#ifdef PAIRS
+enum { NEAR = 1152 };
+
+/* Channels that `depthwise` reads at once. */
+const long SUFFIX(depthwise_layout)[] = {MANY};
+
+typedef struct {
+    const reading *in;
+    const element *weight, *more;
+    const sum *bias;
+    by_level by;
+    element *out;
+    lane least, most;
+} depthwise;
+
+static void convolve_near(long from_block, long to_block, void *work) {
+    const depthwise *d = work;
+    const reading *in = d->in;
+    const long channels = in->channels, taps = in->taps, block = NEAR / taps, step = (taps + 1) / 2 * 2 * MANY;
+    const int plain = !d->by.scale && !d->more;
+    for (long begin = from_block * block; begin < to_block * block && begin < in->n; begin += block) {
+        const element *from[NEAR];
+        const int32_t *entries = in->table + begin * taps;
+        const long many = in->n - begin < block ? in->n - begin : block;
+        for (long i = 0; i < many * taps; i++) from[i] = row(in, entries[i]);
+        for (long start = 0; start < channels; start += MANY) {
+            const element *w = d->weight + start / MANY * step;
+#define PAIRS_OF(taps, whole, plain)                                                                                    \
+    convolve_pairs(d->by, d->more, d->out, d->least, d->most, d->bias, w, from, begin, many, channels, channels, start, \
+                   taps, taps, 0, whole, plain)
+            const int whole = channels - start >= MANY;
+            if (whole && taps == 9 && plain) PAIRS_OF(9, 1, 1);
+            else if (whole && taps == 9) PAIRS_OF(9, 1, 0);
+            else if (whole && plain) PAIRS_OF(taps, 1, 1);
+            else if (whole) PAIRS_OF(taps, 1, 0);
+            else PAIRS_OF(taps, 0, 0);
+        }
+    }
+}
+
+/* `grouped` of groups of one channel, two taps of MANY channels at once. weight is (chunks of channels, pairs of taps, 2,
+ * MANY / 2, 2) in the order of `convolve_pairs`, zeros behind the last tap and channel; bias is (chunks * MANY).
+ *
+ * Of a few elements a chunk of channels is finished before the next is begun: what several of them read of it stays in
+ * the first cache. */
+void SUFFIX(depthwise)(const reading *in, const element *weight, const sum *bias, const int32_t *levels,
+                       const sum *scale, const sum *shift, const element *more, element *out, double low, double high) {
+    depthwise d = {in, weight, more, bias, {levels, scale, shift}, out, all_lanes((sum)low), all_lanes((sum)high)};
+    const long block = NEAR / in->taps;
+    cadsurgery_share((in->n + block - 1) / block, 1, convolve_near, &d);
+}
+#endif

@@ -1,0 +1,369 @@
+/* Convolutions of rows of 8-bit values: unsigned features times signed weights, summed exactly in 32 bits. */
+#include "int8.h"
+
+/* 24 sums of 32 registers, or 12 of 16. */
+#if REGISTERS == 32
+enum { COLUMNS = 4 };
+#else
+enum { COLUMNS = 2 };
+#endif
+#ifdef QUADS
+enum { SIDE = 4 };
+typedef int8_t weight;
+#else
+enum { SIDE = 2 };
+typedef int16_t weight;
+#endif
+enum { ROWS = 6, CHUNK = COLUMNS * LANES, BLOCK = 32 * ROWS };
+
+#if VECTOR >= 32
+enum { HALF = VECTOR / 2 };
+#else
+enum { HALF = 0 };
+#endif
+#ifdef SIGNED
+enum { SHIFT = 128 };
+#else
+enum { SHIFT = 0 };
+#endif
+
+/* Rows of a tile, outputs of a chunk, channels side by side and bytes of a weight, as `convolve` reads packed weights, and
+ * what is taken off each value of a row before it is multiplied; channels that `depthwise` reads at once, and how many of a
+ * last part it takes from two rows. */
+const long SUFFIX(int8_layout)[] = {ROWS, CHUNK, SIDE, sizeof(weight), SHIFT, VECTOR, HALF};
+
+typedef struct {
+    const reading *in;
+    const result *r;
+    const weight *weight;
+    long groups;
+    long is_done;
+} convolution;
+
+/* The result of a group of channels from the first on: what belongs to its outputs. */
+INLINE result of_group(const result *r, long group, long outputs, long padded) {
+    result own = *r;
+    const long place = group * outputs;
+    own.offset += group * padded, own.scale += group * padded, own.bias += group * padded;
+    own.out = (char *)r->out + place * (r->out_is_8_bits ? 1 : sizeof(float));
+    if (r->more) own.more = (const char *)r->more + place * (r->more_is_8_bits ? 1 : sizeof(float));
+    return own;
+}
+
+#if VECTOR >= 32
+/* `finish` of CHUNK outputs of a row where all is in 8 bits. */
+INLINE void finish_chunk(const result *r, const whole *sums, long at, long first, const int has_more) {
+    const uint8_t *more = (const uint8_t *)r->more + at * r->outputs + first;
+    uint8_t *out = (uint8_t *)r->out + at * r->outputs + first;
+    whole part[COLUMNS];
+#pragma GCC unroll 4
+    for (int j = 0; j < COLUMNS; j++) {
+        const long place = first + j * LANES;
+        lane value = __builtin_convertvector(sums[j], lane);
+        value = multiply_add(value, load(r->scale + place, LANES), load(r->bias + place, LANES));
+        if (has_more) value = multiply_add(load_bytes(more + j * LANES, LANES), all(r->more_scale), value);
+        part[j] = to_whole(clamp(value, all(r->low), all(r->high)));
+    }
+#if VECTOR == 64
+    __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32((__m512i)part[0], (__m512i)part[1]),
+                                        _mm512_packs_epi32((__m512i)part[2], (__m512i)part[3]));
+    bytes = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+    _mm512_storeu_si512(out, bytes);
+#else
+    const __m256i pairs = _mm256_packs_epi32((__m256i)part[0], (__m256i)part[1]);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(pairs, pairs), _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+    _mm_storeu_si128((__m128i *)out, _mm256_castsi256_si128(bytes));
+#endif
+}
+#endif
+
+/* The sums of up to ROWS rows leave the registers. */
+INLINE void finish_tile(const result *r, whole sums[ROWS][COLUMNS], long at, long many, long first, long last, const int wide) {
+#if VECTOR >= 32
+    if (wide == COLUMNS && last - first >= CHUNK && r->out_is_8_bits && !r->is_hardswish && (!r->more || r->more_is_8_bits)) {
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+            if (i < many) {
+                if (r->more) finish_chunk(r, sums[i], at + i, first, 1);
+                else finish_chunk(r, sums[i], at + i, first, 0);
+            }
+        return;
+    }
+#endif
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++)
+            if (i < many) finish(r, sums[i][j], at + i, first + j * LANES, last - first - j * LANES);
+}
+
+INLINE void begin_tile(const result *r, whole sums[ROWS][COLUMNS], long first, const int wide) {
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) memcpy(&sums[i][j], r->offset + first + j * LANES, sizeof(whole));
+}
+
+#ifdef QUADS
+INLINE whole add_products(whole sums, int32_t four, const int8_t *weights) {
+#if VECTOR == 64
+    return (whole)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(four), _mm512_loadu_si512(weights));
+#elif VECTOR == 32
+    return (whole)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(four), _mm256_loadu_si256((const __m256i *)weights));
+#else
+    const int8x16_t value = vreinterpretq_s8_u32(vdupq_n_u32((uint32_t)four ^ 0x80808080u));
+    return (whole)vdotq_s32((int32x4_t)sums, value, vld1q_s8(weights));
+#endif
+}
+
+INLINE int32_t four(const uint8_t *from) {
+    int32_t value;
+    memcpy(&value, from, 4);
+    return value;
+}
+
+/* ROWS rows of the result from row `at`, `wide` vectors of outputs from `first` on, of which the last whose values exist is
+ * before `last`: all there is to sum, in registers. `wide` is a constant where this is inlined. b is (taps, quads, CHUNK, 4)
+ * from those outputs on; channels are read from `shift` on. */
+INLINE void multiply(const reading *in, const result *r, const int8_t *b, long shift, long at, long many, long first, long last,
+                     const int wide) {
+    whole sums[ROWS][COLUMNS];
+    const long whole_quads = in->channels / 4, rest = in->channels % 4;
+    begin_tile(r, sums, first, wide);
+    for (long tap = 0; tap < in->taps; tap++) {
+        const uint8_t *a[ROWS];
+        for (int i = 0; i < ROWS; i++) a[i] = row(in, at + (i < many ? i : many - 1), tap) + shift;
+        if (!first && in->channels >= 64 && tap + 1 < in->taps) /* rows of elements lie where no processor expects them */
+            for (int i = 0; i < ROWS; i++) {
+                const uint8_t *next = row(in, at + (i < many ? i : many - 1), tap + 1) + shift;
+                for (long line = 0; line < in->channels; line += 64) __builtin_prefetch(next + line);
+            }
+        const uint8_t *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
+        for (long q = 0; q < whole_quads; q++, b += 4 * CHUNK) {
+            const int32_t values[ROWS] = {four(a0 + 4 * q), four(a1 + 4 * q), four(a2 + 4 * q),
+                                          four(a3 + 4 * q), four(a4 + 4 * q), four(a5 + 4 * q)};
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < wide; j++) sums[i][j] = add_products(sums[i][j], values[i], b + j * 4 * LANES);
+        }
+        if (rest) {
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; i++) {
+                const int32_t value = (int32_t)some_of_eight(a[i] + 4 * whole_quads, rest);
+#pragma GCC unroll 4
+                for (int j = 0; j < wide; j++) sums[i][j] = add_products(sums[i][j], value, b + j * 4 * LANES);
+            }
+            b += 4 * CHUNK;
+        }
+    }
+    finish_tile(r, sums, at, many, first, last, wide);
+}
+
+static void convolve_blocks(long from, long to, void *work) {
+    convolution *c = work;
+    const reading *in = c->in;
+    const long quads = (in->channels + 3) / 4, outputs = c->r->outputs / c->groups, chunks = (outputs + CHUNK - 1) / CHUNK;
+    for (long begin = from * BLOCK; begin < to * BLOCK && begin < in->n; begin += BLOCK) {
+        const long end = begin + BLOCK < in->n ? begin + BLOCK : in->n;
+        for (long part = 0; part < c->groups * chunks; part++) {
+            const int8_t *b = c->weight + part * in->taps * quads * 4 * CHUNK;
+            const long group = part / chunks, first = part % chunks * CHUNK, shift = group * in->channels;
+            const result own = of_group(c->r, group, outputs, chunks * CHUNK);
+            const long wide = (outputs - first + LANES - 1) / LANES;
+            for (long at = begin; at < end; at += ROWS) {
+                const long many = end - at;
+#if REGISTERS == 32
+                if (wide >= 4) multiply(in, &own, b, shift, at, many, first, outputs, 4);
+                else if (wide == 3) multiply(in, &own, b, shift, at, many, first, outputs, 3);
+                else
+#endif
+                if (wide >= 2) multiply(in, &own, b, shift, at, many, first, outputs, 2);
+                else multiply(in, &own, b, shift, at, many, first, outputs, 1);
+            }
+        }
+    }
+}
+#else
+void *malloc(size_t);
+void free(void *);
+
+/* Two channels of a row with the weights of both of every output of a vector. */
+INLINE whole add_products(whole sums, int32_t two, const int16_t *weights) {
+#if VECTOR == 32
+    return (whole)_mm256_add_epi32((__m256i)sums,
+                                   _mm256_madd_epi16(_mm256_set1_epi32(two), _mm256_loadu_si256((const __m256i *)weights)));
+#elif VECTOR == 64
+    return (whole)_mm512_add_epi32((__m512i)sums, _mm512_madd_epi16(_mm512_set1_epi32(two), _mm512_loadu_si512(weights)));
+#elif defined(SSE4)
+    return (whole)_mm_add_epi32((__m128i)sums, _mm_madd_epi16(_mm_set1_epi32(two), _mm_loadu_si128((const __m128i *)weights)));
+#elif defined(NEON)
+    const int16x8_t value = vreinterpretq_s16_s32(vdupq_n_s32(two)), by = vld1q_s16(weights);
+    const int32x4_t low = vmull_s16(vget_low_s16(value), vget_low_s16(by)), high = vmull_high_s16(value, by);
+    return (whole)vaddq_s32((int32x4_t)sums, vpaddq_s32(low, high));
+#else
+    whole by;
+    memcpy(&by, weights, sizeof by);
+    return sums + (int32_t)(int16_t)two * ((by << 16) >> 16) + (two >> 16) * (by >> 16);
+#endif
+}
+
+/* Bytes as numbers of 16 bits, up to an even number of them. */
+static inline void widen(const uint8_t *from, int16_t *to, long many) {
+    long i = 0;
+    for (; i + 8 <= many; i += 8) {
+        uint64_t eight;
+        memcpy(&eight, from + i, 8);
+#if VECTOR >= 32 || defined(SSE4)
+        _mm_storeu_si128((__m128i *)(to + i), _mm_cvtepu8_epi16(_mm_cvtsi64_si128((long long)eight)));
+#else
+        for (int k = 0; k < 8; k++) to[i + k] = eight >> 8 * k & 255;
+#endif
+    }
+    for (; i < many; i++) to[i] = from[i];
+    if (many % 2) to[many] = 0;
+}
+
+/* ROWS rows of the result, from row `at`, of values (rows, pairs, 2) with b (pairs, CHUNK, 2). */
+INLINE void multiply(const result *r, const int16_t *a, const int16_t *b, long pairs, long at, long many, long first, long last,
+                     const int wide) {
+    whole sums[ROWS][COLUMNS];
+    const int16_t *a0 = a, *a1 = a0 + 2 * pairs, *a2 = a1 + 2 * pairs, *a3 = a2 + 2 * pairs, *a4 = a3 + 2 * pairs,
+                  *a5 = a4 + 2 * pairs;
+    begin_tile(r, sums, first, wide);
+    for (long q = 0; q < pairs; q++, b += 2 * CHUNK) {
+        int32_t values[ROWS];
+        memcpy(values, a0 + 2 * q, 4), memcpy(values + 1, a1 + 2 * q, 4), memcpy(values + 2, a2 + 2 * q, 4);
+        memcpy(values + 3, a3 + 2 * q, 4), memcpy(values + 4, a4 + 2 * q, 4), memcpy(values + 5, a5 + 2 * q, 4);
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < wide; j++) sums[i][j] = add_products(sums[i][j], values[i], b + j * 2 * LANES);
+    }
+    finish_tile(r, sums, at, many, first, last, wide);
+}
+
+/* Rows that are widened at once, of so many pairs: as fit into the second cache beside weights. */
+static inline long rows_of_panel(long pairs) {
+    const long fit = (1 << 17) / (4 * pairs) / ROWS * ROWS;
+    return fit < ROWS ? ROWS : fit > BLOCK ? BLOCK : fit;
+}
+
+static void convolve_blocks(long from, long to, void *work) {
+    convolution *c = work;
+    const reading *in = c->in;
+    const long half = (in->channels + 1) / 2, pairs = in->taps * half, block = rows_of_panel(pairs);
+    const long outputs = c->r->outputs / c->groups, chunks = (outputs + CHUNK - 1) / CHUNK;
+    int16_t *panel = malloc((size_t)block * pairs * 4);
+    if (!panel) {
+        __atomic_store_n(&c->is_done, 0, __ATOMIC_RELAXED);
+        return;
+    }
+    for (long begin = from * block; begin < to * block && begin < in->n; begin += block) {
+        const long end = begin + block < in->n ? begin + block : in->n;
+        for (long group = 0; group < c->groups; group++) {
+            const result own = of_group(c->r, group, outputs, chunks * CHUNK);
+            for (long at = begin; at < begin + (end - begin + ROWS - 1) / ROWS * ROWS; at++) /* some once more */
+                for (long tap = 0; tap < in->taps; tap++)
+                    widen(row(in, at < end ? at : end - 1, tap) + group * in->channels,
+                          panel + ((at - begin) * pairs + tap * half) * 2, in->channels);
+            for (long chunk = 0; chunk < chunks; chunk++) {
+                const int16_t *b = c->weight + (group * chunks + chunk) * pairs * 2 * CHUNK;
+                const long first = chunk * CHUNK, wide = (outputs - first + LANES - 1) / LANES;
+                for (long at = begin; at < end; at += ROWS) {
+                    const int16_t *a = panel + (at - begin) * pairs * 2;
+#if REGISTERS == 32
+                    if (wide >= 4) multiply(&own, a, b, pairs, at, end - at, first, outputs, 4);
+                    else if (wide == 3) multiply(&own, a, b, pairs, at, end - at, first, outputs, 3);
+                    else
+#endif
+                    if (wide >= 2) multiply(&own, a, b, pairs, at, end - at, first, outputs, 2);
+                    else multiply(&own, a, b, pairs, at, end - at, first, outputs, 1);
+                }
+            }
+        }
+    }
+    free(panel);
+}
+#endif
+
+/* Convolution in groups of `channels`. weight is (groups, chunks, taps, channels / SIDE, CHUNK, SIDE): channels of an output
+ * side by side, zeros behind the last; offset, scale and bias are (groups, chunks * CHUNK). Returns 0 if there is no memory
+ * for a block of widened rows, else 1. */
+long SUFFIX(convolve)(const reading *in, const result *r, const weight *weights, long groups) {
+    convolution c = {in, r, weights, groups, 1};
+#ifdef QUADS
+    const long block = BLOCK;
+#else
+    const long block = rows_of_panel(in->taps * ((in->channels + 1) / 2));
+#endif
+    cadsurgery_share((in->n + block - 1) / block, 1, convolve_blocks, &c);
+    return c.is_done;
+}
+
+typedef struct {
+    const void *values;
+    void *out;
+    long length;
+    float factor, zero;
+} conversion;
+
+enum { AT_ONCE = 1 << 14 };
+
+static void quantise_some(long begin, long end, void *work) {
+    const conversion *c = work;
+    for (long i = begin; i < end; i += LANES) {
+        const lane value = multiply_add(load((const float *)c->values + i, c->length - i), all(c->factor), all(c->zero));
+        store_bytes((uint8_t *)c->out + i, clamp(value, all(0), all(255)), c->length - i);
+    }
+}
+
+static void dequantise_some(long begin, long end, void *work) {
+    const conversion *c = work;
+    for (long i = begin; i < end; i += LANES)
+        store((float *)c->out + i, (load_bytes((const uint8_t *)c->values + i, c->length - i) - all(c->zero)) * all(c->factor),
+              c->length - i);
+}
+
+/* `length` values in 8 bits: round(value factor + zero), and back: (value - zero) factor. */
+void SUFFIX(quantise)(const float *values, uint8_t *out, long length, double factor, double zero) {
+    conversion c = {values, out, length, (float)factor, (float)zero};
+    cadsurgery_share(length, AT_ONCE, quantise_some, &c);
+}
+void SUFFIX(dequantise)(const uint8_t *values, float *out, long length, double factor, double zero) {
+    conversion c = {values, out, length, (float)factor, (float)zero};
+    cadsurgery_share(length, AT_ONCE, dequantise_some, &c);
+}
+
+typedef struct {
+    const uint8_t *image;
+    uint8_t *out;
+    long channels, height, width, apart, step, down, across;
+} pixels;
+
+static void write_lines(long begin, long end, void *work) {
+    const pixels *p = work;
+    const long channels = p->channels, height = p->height, width = p->width, apart = p->apart, step = p->step;
+    const uint32_t used[4] = {0xff, channels > 1 ? 0xff : 0, channels > 2 ? 0xff : 0, channels > 3 ? 0xff : 0};
+    for (long line = begin; line < end; line++) {
+        const long which = line / height, y = line % height;
+        const uint8_t *first = p->image + which * channels * height * width + y * width * step;
+        const uint8_t *second = first + (channels > 1) * apart, *third = first + 2 * (channels > 2) * apart;
+        const uint8_t *fourth = first + 3 * (channels > 3) * apart;
+        uint8_t *to = p->out + 4 * ((which * (height + 2 * p->down) + y + p->down) * (width + 2 * p->across) + p->across);
+        for (long x = 0; x < width; x++) {
+            const long at = step == 1 ? x : step == 3 ? 3 * x : step * x; /* a loop of its own for each */
+            const uint32_t pixel = first[at] | (second[at] & used[1]) << 8 | (third[at] & used[2]) << 16 | (fourth[at] & used[3]) << 24;
+            memcpy(to + 4 * x, &pixel, 4);
+        }
+    }
+}
+
+/* Maps of up to four channels into the middle of pixels of four bytes side by side: out is (batch, height + 2 down,
+ * width + 2 across, 4), zeros beside the channels. Those of a pixel lie `apart` bytes from each other, and pixels `step`:
+ * in maps one after the other (1), or side by side (their number). */
+void SUFFIX(lines)(const uint8_t *image, uint8_t *out, long batch, long channels, long height, long width, long apart,
+                   long step, long down, long across) {
+    pixels p = {image, out, channels, height, width, apart, step, down, across};
+    cadsurgery_share(batch * height, 16, write_lines, &p);
+}

@@ -1,0 +1,80 @@
+/* Convolutions as products of rows, which are read where they lie: nothing is gathered.
+ *
+ * The block and the layout of packed weights are XNNPACK's indirect convolution: pointers to rows instead of a copy of them.
+ */
+#include "parallel.h"
+#include "product.h"
+
+enum { BLOCK = 16 * ROWS, DEPTH = 512 * SIDE };
+
+/* Rows of a tile, outputs of a chunk, channels side by side, as `product` reads packed weights. */
+const long SUFFIX(product_layout)[] = {ROWS, CHUNK, SIDE};
+
+typedef struct {
+    const reading *in;
+    const element *weight, *more;
+    const sum *bias;
+    by_level by;
+    element *out;
+    long groups, outputs; /* of a group */
+    sum low, high;
+} product;
+
+/* Blocks of rows from `begin` on, all groups and outputs. */
+static void multiply_blocks(long begin, long end, void *work) {
+    const product *p = work;
+    const reading *in = p->in;
+    const long channels = in->channels, padded = (channels + SIDE - 1) / SIDE * SIDE, all = p->groups * p->outputs;
+    const long chunks = (p->outputs + CHUNK - 1) / CHUNK;
+    sum sums[BLOCK * CHUNK] __attribute__((aligned(64)));
+    for (long first = begin * BLOCK; first < end * BLOCK && first < in->n; first += BLOCK) {
+        const long count = in->n - first < BLOCK ? in->n - first : BLOCK;
+        for (long part = 0; part < p->groups * chunks; part++) {
+            const long group = part / chunks, chunk = part % chunks, shift = group * channels;
+            const long some = p->outputs - chunk * CHUNK < CHUNK ? p->outputs - chunk * CHUNK : CHUNK;
+            const long wide = (some + LANES - 1) / LANES, place = group * p->outputs + chunk * CHUNK;
+            const element *weight = p->weight + part * in->taps * padded * CHUNK;
+            const sum *bias = p->bias + part * CHUNK;
+            finish f = {p->by, p->more, p->out + first * all + place, all, all_lanes(p->low), all_lanes(p->high)};
+            if (f.more) f.more += first * all + place;
+            if (f.by.levels) f.by.levels += first, f.by.scale += place, f.by.shift += place;
+            long done = 0; /* rows of the block */
+            if (in->taps == 1 && channels <= DEPTH)
+                for (; done + ROWS <= count; done += ROWS) {
+                    const element *a[ROWS];
+                    for (int i = 0; i < ROWS; i++) a[i] = row_of_tap(in, first + done + i, 0) + shift;
+                    multiply_once(a, channels, weight, bias, &f, done, some);
+                }
+            for (long i = done; i < (count + ROWS - 1) / ROWS * ROWS; i++)
+                memcpy(sums + i * CHUNK, bias, CHUNK * sizeof(sum));
+            for (long from = 0; from < channels; from += DEPTH)
+                for (long tap = 0; tap < in->taps; tap++) {
+                    const long depth = channels - from < DEPTH ? channels - from : DEPTH;
+                    const element *b = weight + (tap * padded + from) * CHUNK;
+                    for (long tile = done; tile < count; tile += ROWS) {
+                        const element *a[ROWS];
+                        for (int i = 0; i < ROWS; i++) {
+                            const long at = first + (tile + i < count ? tile + i : count - 1);
+                            a[i] = row_of_tap(in, at, tap) + shift + from;
+                        }
+                        multiply(a, depth, b, sums + tile * CHUNK, wide);
+                    }
+                }
+            for (long i = done; i < count; i++)
+                for (long j = 0; j < some; j += LANES)
+                    finish_some(&f, load_some_sums(sums + i * CHUNK + j, LANES), i, j, some - j);
+        }
+    }
+}
+
+/* Convolution in groups of `in->channels` channels: out (n, groups * outputs) is clamped to low..high after `more`, if
+ * any, is added; see `by_level`. weight is (groups, chunks, taps, channels, CHUNK), or of pairs of channels (groups, chunks,
+ * taps, channels / 2, CHUNK, 2), a zero beside an odd one, and bias (groups, chunks * CHUNK), outputs of a group padded.
+ *
+ * A block of rows is finished before the next is begun, so that what its taps read stays in the cache beside one tap's
+ * weights for one chunk of outputs and DEPTH channels. Without a table each row reads itself, with one tap. */
+void SUFFIX(product)(const reading *in, const element *weight, const sum *bias, const int32_t *levels, const sum *scale,
+                     const sum *shift, const element *more, element *out, long groups, long outputs, double low, double high) {
+    product p = {in, weight, more, bias, {levels, scale, shift}, out, groups, outputs, (sum)low, (sum)high};
+    cadsurgery_share((in->n + BLOCK - 1) / BLOCK, 1, multiply_blocks, &p);
+}
