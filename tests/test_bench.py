@@ -386,14 +386,12 @@ def test_every_cap_has_a_run_of_its_own_and_all_are_in_one_report(
 def test_the_costs_of_all_caps_are_in_the_report(
     in_this_process: list[dict[str, str]], tmp_path: Path
 ) -> None:
-    found = bench(f"{__name__}:trunk", "none", [0.5], size=SIZE, rounds=1, isa=CAPS, output=tmp_path / "rows")
+    found = bench(f"{__name__}:trunk", "none", [0.5], size=SIZE, rounds=1, isa=CAPS)
     path = tmp_path / "report.json"
     path.write_text(json.dumps(found.to_dict()))
     kinds = {key: list(cost) for key, cost in costs.read(path).items()}
     assert kinds == found.costs["kinds"] and found.costs["digest"]
     assert all(any(f"CADSURGERY_ISA={cap}" in key for key in kinds) for cap in CAPS)
-    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    assert len({row["costs"] for row in rows} | {found.costs["digest"]}) > 1
 
 
 def test_an_error_of_a_run_with_a_cap_is_raised_as_it_is(in_this_process: list[dict[str, str]]) -> None:
