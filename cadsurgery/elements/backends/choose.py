@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -96,6 +97,10 @@ class Work:
         """A work of this kind that is the same for all of it, to measure backends by."""
         raise NotImplementedError
 
+    def shortened(self, rows: int) -> Work:
+        """A sample with so many rows less, if some backend makes code for each number of rows; else itself."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Convolution(Work):
@@ -133,9 +138,10 @@ class Convolution(Work):
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
-        """Groups, taps, channels and type, where packed weights are kept: in inference in earnest."""
+        """Groups, taps, channels and type, where packed weights are kept: in inference in earnest. Rows of dense maps are
+        not measured: there may be a single one."""
         weights = self.weights
-        if weights.forms is None:
+        if weights.forms is None or self.reads is None:
             return None
         outputs, group, height, width = weights.weight.shape
         taps = 0 if self.is_product else height * width
@@ -152,12 +158,12 @@ class Convolution(Work):
         inner = size_class(group) if groups == 1 and self.weights.groups == 1 else group
         outputs = outputs if self.weights.groups == 1 else groups * group
         kernel = weight.new_ones(outputs, inner, *weight.shape[2:])
-        count = max(96, min(4096, _SAMPLE_WORK // kernel.numel()))
+        number = max(512, min(4096, _SAMPLE_WORK // kernel.numel()))
         weights = replace(self.weights, weight=kernel, bias=None, groups=groups, activation=None, forms={})
         weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={})
-        rows = self.rows.new_ones(count, inner * groups)
+        rows = self.rows.new_ones(number, inner * groups)
         return Convolution(
-            rows, weights, None if self.is_product else _sample_reading(count, weight[0, 0].numel())
+            rows, weights, None if self.is_product else _sample_reading(number, weight[0, 0].numel())
         )
 
     @property
@@ -363,9 +369,9 @@ def _others(work: Work, backends: Sequence[Backend]) -> list[Backend]:
 def _fastest(work: Work, backends: Sequence[Backend]) -> Backend:
     kind, by_name = work.kind, {backend.name: backend for backend in backends}
     assert kind is not None
-    sample = cache(work.sample)  # made only where something has to be measured
+    sample, calls = cache(work.sample), count()  # made only where something has to be measured
     runs = {
-        name: lambda backend=backend: getattr(backend, work.task)(sample())
+        name: lambda backend=backend: getattr(backend, work.task)(sample().shortened(next(calls)))
         for name, backend in by_name.items()
     }
     return by_name[fastest(kind, runs)]

@@ -188,25 +188,38 @@ static void convolve_blocks(long from, long to, void *work) {
 void *malloc(size_t);
 void free(void *);
 
-/* Two channels of a row with the weights of both of every output of a vector. */
-INLINE whole add_products(whole sums, int32_t two, const int16_t *weights) {
+/* Weights of two channels of every output of a vector, and their products with two channels of a row. */
 #if VECTOR == 32
-    return (whole)_mm256_add_epi32((__m256i)sums,
-                                   _mm256_madd_epi16(_mm256_set1_epi32(two), _mm256_loadu_si256((const __m256i *)weights)));
-#elif VECTOR == 64
-    return (whole)_mm512_add_epi32((__m512i)sums, _mm512_madd_epi16(_mm512_set1_epi32(two), _mm512_loadu_si512(weights)));
+typedef __m256i factors;
+INLINE factors load_weights(const int16_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+INLINE whole add_products(whole sums, int32_t two, factors by) {
+    return (whole)_mm256_add_epi32((__m256i)sums, _mm256_madd_epi16(_mm256_set1_epi32(two), by));
+}
 #elif defined(SSE4)
-    return (whole)_mm_add_epi32((__m128i)sums, _mm_madd_epi16(_mm_set1_epi32(two), _mm_loadu_si128((const __m128i *)weights)));
+typedef __m128i factors;
+INLINE factors load_weights(const int16_t *from) { return _mm_loadu_si128((const __m128i *)from); }
+INLINE whole add_products(whole sums, int32_t two, factors by) {
+    return (whole)_mm_add_epi32((__m128i)sums, _mm_madd_epi16(_mm_set1_epi32(two), by));
+}
 #elif defined(NEON)
-    const int16x8_t value = vreinterpretq_s16_s32(vdupq_n_s32(two)), by = vld1q_s16(weights);
+typedef int16x8_t factors;
+INLINE factors load_weights(const int16_t *from) { return vld1q_s16(from); }
+INLINE whole add_products(whole sums, int32_t two, factors by) {
+    const int16x8_t value = vreinterpretq_s16_s32(vdupq_n_s32(two));
     const int32x4_t low = vmull_s16(vget_low_s16(value), vget_low_s16(by)), high = vmull_high_s16(value, by);
     return (whole)vaddq_s32((int32x4_t)sums, vpaddq_s32(low, high));
-#else
-    whole by;
-    memcpy(&by, weights, sizeof by);
-    return sums + (int32_t)(int16_t)two * ((by << 16) >> 16) + (two >> 16) * (by >> 16);
-#endif
 }
+#else
+typedef whole factors;
+INLINE factors load_weights(const int16_t *from) {
+    whole by;
+    memcpy(&by, from, sizeof by);
+    return by;
+}
+INLINE whole add_products(whole sums, int32_t two, factors by) {
+    return sums + (int32_t)(int16_t)two * ((by << 16) >> 16) + (two >> 16) * (by >> 16);
+}
+#endif
 
 /* Bytes as numbers of 16 bits, up to an even number of them. */
 static inline void widen(const uint8_t *from, int16_t *to, long many) {
@@ -235,10 +248,13 @@ INLINE void multiply(const result *r, const int16_t *a, const int16_t *b, long p
         int32_t values[ROWS];
         memcpy(values, a0 + 2 * q, 4), memcpy(values + 1, a1 + 2 * q, 4), memcpy(values + 2, a2 + 2 * q, 4);
         memcpy(values + 3, a3 + 2 * q, 4), memcpy(values + 4, a4 + 2 * q, 4), memcpy(values + 5, a5 + 2 * q, 4);
+        factors by[COLUMNS];
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) by[j] = load_weights(b + j * 2 * LANES);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < wide; j++) sums[i][j] = add_products(sums[i][j], values[i], b + j * 2 * LANES);
+            for (int j = 0; j < wide; j++) sums[i][j] = add_products(sums[i][j], values[i], by[j]);
     }
     finish_tile(r, sums, at, many, first, last, wide);
 }
