@@ -138,8 +138,8 @@ class Convolution(Work):
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
-        """Groups, taps, channels and type, where packed weights are kept: in inference in earnest. Rows of dense maps are
-        not measured: there may be a single one."""
+        """Groups, taps, channels and type, where packed weights are kept: in inference in earnest. Rows of dense maps
+        are not measured: there may be a single one."""
         weights = self.weights
         if weights.forms is None or self.reads is None:
             return None
@@ -159,7 +159,7 @@ class Convolution(Work):
         outputs = outputs if self.weights.groups == 1 else groups * group
         kernel = weight.new_ones(outputs, inner, *weight.shape[2:])
         number = max(512, min(4096, _SAMPLE_WORK // kernel.numel()))
-        weights = replace(self.weights, weight=kernel, bias=None, groups=groups, activation=None, forms={})
+        weights = replace(self.weights, weight=kernel, bias=weight.new_zeros(outputs), groups=groups, forms={})
         weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={})
         rows = self.rows.new_ones(number, inner * groups)
         return Convolution(
@@ -363,7 +363,8 @@ def _others(work: Work, backends: Sequence[Backend]) -> list[Backend]:
     """The measured backends among some that could do a work, too; none where work is not measured."""
     if work.rows.device.type != "cpu" or not work.is_inference or is_observed() or work.kind is None:
         return []
-    return [backend for backend in backends if backend.is_measured and _can(backend, work)]
+    others = [backend for backend in backends if backend.is_measured and _can(backend, work)]
+    return others[:-1] or others  # the last is the reference, of which the others are faster forms
 
 
 def _fastest(work: Work, backends: Sequence[Backend]) -> Backend:

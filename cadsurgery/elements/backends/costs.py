@@ -91,8 +91,8 @@ def costs(key: str, measure: Callable[[], Costs]) -> Costs:
 def fastest(kind: tuple[Hashable, ...], candidates: Mapping[str, Callable[[], object]]) -> str:
     """The name of the candidate that takes the least time for a kind of work, measured when the kind is first met.
 
-    The first one serves where no other is faster by more than measurements differ, and where costs are pinned and one of
-    the candidates is not among them.
+    The first one serves where no other is faster by more than measurements differ, and where costs are pinned and one
+    of the candidates is not among them.
 
     Args:
         kind: all that their times depend on but the machine.
