@@ -1,0 +1,130 @@
+"""Of backends that can do the same work the fastest serves: measured once, kept, pinned by the files that pin costs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cadsurgery.elements.backends import choose, costs
+from cadsurgery.elements.backends.choose import Backend, Between, Convolution, Pooling
+from cadsurgery.elements.backends.reference import Torch
+from cadsurgery.elements.backends.weights import Activation, Weights
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.lattice import Geometry
+
+
+class Timed(Backend):
+    """The reference, some milliseconds later."""
+
+    is_measured = True
+
+    def __init__(self, name: str, milliseconds: float) -> None:
+        self.name, self.milliseconds, self.calls = name, milliseconds, 0
+
+    def applies(self, work: Any) -> bool:
+        return True
+
+    def convolve(self, work: Convolution) -> Tensor:
+        self.calls += 1
+        time.sleep(self.milliseconds / 1e3)
+        return Torch().convolve(work)
+
+    def pool(self, work: Pooling) -> Tensor:
+        self.calls += 1
+        time.sleep(self.milliseconds / 1e3)
+        return Torch().pool(work)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
+    """A slow backend before a fast one, the reference behind them, in a process that knows no costs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CADSURGERY_COSTS", raising=False)
+    for name, empty in (("_KNOWN", {}), ("_FASTEST", {}), ("_PINNED", None), ("_OF_FILE", {})):
+        monkeypatch.setattr(costs, name, empty)
+    backends = [Timed("slow", 20.0), Timed("fast", 0.0), Torch()]
+    monkeypatch.setattr(choose, "BACKENDS", backends)
+    return backends
+
+
+def work(channels: int = 20, groups: int = 1, keeps: bool = True, taps: int = 3) -> Convolution:
+    """A convolution on a lattice of two levels; with packed weights it is one of inference in earnest."""
+    blocks = (torch.arange(32).view(1, 4, 8) % 2).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    lattice = Geometry((2,)).lattice(blocks).at(1)
+    pad = taps // 2
+    window = Window((taps, taps), 1, (1, 1), (pad, pad, pad, pad), spacing=2)
+    weight = torch.randn(channels, channels // groups, taps, taps)
+    weights = Weights(weight, torch.randn(channels), groups, Activation("relu"), {} if keeps else None)
+    return Convolution(torch.randn(lattice.count, channels), weights, Between(lattice, lattice, window))
+
+
+@pytest.mark.parametrize(("groups", "taps"), [(1, 3), (1, 1), (4, 3), (20, 3)])
+@torch.no_grad()
+def test_the_fastest_backend_serves(table: list[Backend], groups: int, taps: int) -> None:
+    assert choose.choose(work(groups=groups, taps=taps)).name == "fast"
+
+
+@torch.no_grad()
+def test_pools_are_measured_too(table: list[Backend]) -> None:
+    convolution = work()
+    assert choose.choose(Pooling(convolution.rows, convolution.reads, 0.0, True)).name == "fast"  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_kind_is_measured_once_and_kept_for_other_processes(
+    table: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose.choose(work()).name == "fast"
+    measured = table[0].calls
+    assert measured > 0
+    for size in (20, 31):  # of one class
+        assert choose.choose(work(size)).name == "fast" and table[0].calls == measured
+    monkeypatch.setattr(costs, "_KNOWN", {})
+    monkeypatch.setattr(costs, "_FASTEST", {})
+    assert choose.choose(work()).name == "fast" and table[0].calls == measured
+    assert choose.choose(work(200)).name == "fast" and table[0].calls > measured
+
+
+@torch.no_grad()
+def test_pinned_costs_choose_and_the_first_of_the_table_serves_without_them(table: list[Any]) -> None:
+    costs.pin({})
+    assert choose.choose(work()).name == "slow" and table[0].calls == table[1].calls == 0
+    costs.pin(None)
+    assert choose.choose(work()).name == "fast"
+    recorded = dict(costs._KNOWN)
+    turned = {key: (1.0,) if ", slow, " in key else (2.0,) for key in recorded}
+    costs.pin(turned)
+    assert choose.choose(work()).name == "slow"
+    costs.pin(None)
+
+
+@torch.no_grad()
+def test_what_is_not_faster_than_measurements_differ_is_not_chosen(table: list[Any]) -> None:
+    choose.choose(work())
+    keys = list(costs._KNOWN)
+    for share, name in ((0.99, "slow"), (0.5, "fast")):
+        costs.pin({key: (1.0 if ", slow, " in key else share,) for key in keys})
+        assert choose.choose(work()).name == name
+    costs.pin(None)
+
+
+@torch.no_grad()
+def test_works_that_keep_no_packed_weights_are_not_measured(table: list[Any]) -> None:
+    assert choose.choose(work(keeps=False)).name == "slow" and table[0].calls == 0
+
+
+@torch.no_grad()
+def test_a_sample_is_of_the_kind_that_it_stands_for() -> None:
+    for one in (work(), work(taps=1), work(groups=4), work(groups=20), work(70)):
+        sample = one.sample()
+        table = sample.reading.table
+        assert sample.weights.groups == 1 or sample.rows.shape[1] % sample.weights.groups == 0
+        assert (table.shape[1] if one.kind[2] else 1) == max(1, one.kind[2])  # type: ignore[index,call-overload]
+        outputs = sample.weights.weight.shape[0]
+        assert choose.size_class(outputs) == choose.size_class(one.weights.weight.shape[0])
+        assert Torch().convolve(sample).shape == (len(sample.rows), outputs)
