@@ -256,7 +256,7 @@ def open_library(path: Path, is_own: bool) -> ctypes.CDLL:
         if not build.is_whole(file.read()):
             raise ValueError(f"{path} is damaged")
         # A name that was not loaded before: for one that was, the loader gives what it stood for then.
-        name = f"/proc/{os.getpid()}/fd/{'./' * next(_LOADS)}{descriptor}"
+        name = f"/proc/self/fd/{'./' * next(_LOADS)}{descriptor}"
         return ctypes.CDLL(name if os.path.exists(name) else str(path))
 
 
