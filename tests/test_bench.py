@@ -499,7 +499,7 @@ def test_copies_in_8_bits_are_measured_and_say_what_is_in_8_bits() -> None:
 
 def test_without_instructions_for_8_bits_they_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "form_here", lambda: None)
-    with pytest.raises(cs.InvalidInput, match="no compiled code for int8"):
+    with pytest.raises(cs.InvalidInput, match="no compiled kernels for int8"):
         bench(trunk(), size=SIZE, dtype="int8")
 
 

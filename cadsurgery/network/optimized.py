@@ -124,8 +124,8 @@ def in_precision(
         return fast
     if form_here() is None:
         warnings.warn(
-            "this copy is not in 8 bits: there is no compiled code for it here (AVX512-VNNI or AVX2, Linux, a C "
-            "compiler). It stays in float; .to(torch.bfloat16) is faster where the processor has bfloat16.",
+            "this copy is not in 8 bits: there are no compiled kernels here (cadsurgery --version says why). It stays "
+            "in float; .to(torch.bfloat16) is faster where the processor has bfloat16.",
             CadWarning,
             stacklevel=3,
         )

@@ -481,8 +481,8 @@ def _check(
         raise UnknownName("dtype", setup.dtype, (*DTYPES, INT8))
     if setup.runtime == TORCH and setup.dtype == INT8 and form_here() is None:
         raise InvalidInput(
-            "there is no compiled code for int8 here.",
-            why="it takes AVX512-VNNI or AVX2, Linux and a C compiler.",
+            "there are no compiled kernels for int8 here.",
+            why="cadsurgery --version says why there are none.",
             next="measure files in onnx or openvino: runtime.",
         )
     if setup.calibration and (setup.dtype, setup.runtime) != (INT8, TORCH):
