@@ -21,12 +21,13 @@ from cadsurgery.elements.lattice import Geometry
 class Timed(Backend):
     """The reference, some milliseconds later."""
 
-    is_measured = True
-
     def __init__(self, name: str, milliseconds: float) -> None:
         self.name, self.milliseconds, self.calls = name, milliseconds, 0
 
     def applies(self, work: Any) -> bool:
+        return True
+
+    def is_measured(self, work: Any) -> bool:
         return True
 
     def convolve(self, work: Convolution) -> Tensor:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _SAMPLE_WORK = 1 << 23  # multiply-accumulates of a sample
+_SAMPLE_CELLS = 48  # height and width of one that is a map
 
 
 def size_class(size: int, least: int = 16, most: int = 512) -> int:
@@ -57,6 +58,15 @@ class Between:
                 return every_row(self.target.count, self.target.levels.device)
             return read_rows(rows.unsqueeze(1))
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
+
+    def smaller(self, cells: int) -> Between:
+        """The same between maps that are uniform, of so many cells in height and width."""
+        side, level = self.source.uniform_side, self.source.uniform_level
+        assert level is not None
+        size = (cells * side, cells * side)
+        source = self.source.geometry.uniform(level, 1, size).at(self.source.stage)
+        target = source.at(self.target.stage, self.window.output_size(size))
+        return Between(source, target, self.window, self.drop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,31 +150,63 @@ class Convolution(Work):
     def kind(self) -> tuple[Hashable, ...] | None:
         """Groups, taps, channels and type, where packed weights are kept: in inference in earnest. Rows of dense maps
         are not measured: there may be a single one."""
-        weights = self.weights
-        if weights.forms is None or self.reads is None:
-            return None
+        weights, uniform = self.weights, self._of_uniform
+        if (
+            weights.forms is None
+            or self.reads is None
+            or (uniform and weights.groups == 1 and not self.is_product)
+        ):
+            return None  # of ordinary convolutions of uniform maps none is faster than a dense one
         outputs, group, height, width = weights.weight.shape
         taps = 0 if self.is_product else height * width
-        if weights.groups > 1:
-            of_group = "depthwise" if group == 1 else f"groups of {group}"
-            return "convolve", of_group, taps, size_class(outputs), self.rows.dtype
-        return "convolve", "plain", taps, size_class(group), size_class(outputs), self.rows.dtype
+        if weights.groups == 1:
+            return "convolve", "plain", taps, size_class(group), size_class(outputs), self.rows.dtype
+        of_group = "depthwise" if group == 1 else f"groups of {group}"
+        where = tuple(f"{name} {value}" for name, value in (uniform or {}).items())
+        return "convolve", of_group, taps, size_class(outputs), self.rows.dtype, *where
+
+    @property
+    def _of_uniform(self) -> dict[str, object] | None:
+        """Where a window reads if both maps have one level each: steps and sides of cells in fine pixels; else None."""
+        if not isinstance(self.reads, Between):
+            return None
+        source, target, window = self.reads.source, self.reads.target, self.reads.window
+        if source.uniform_level is None or target.uniform_level is None:
+            return None
+        steps = tuple(step * window.spacing for step in window.dilation)
+        return {
+            "kernel": window.kernel,
+            "steps": steps,
+            "cells": source.uniform_side,
+            "to": target.uniform_side,
+        }
 
     def sample(self) -> Convolution:
-        """A convolution of ordinary rows with as many channels as the class has at most."""
+        """A convolution of ordinary rows, or of a small uniform map, with as many channels as the class has at most."""
         weight = self.weights.weight
-        outputs, group = size_class(weight.shape[0]), weight.shape[1]
-        groups = 1 if self.weights.groups == 1 else max(1, outputs // group)
-        inner = size_class(group) if groups == 1 and self.weights.groups == 1 else group
-        outputs = outputs if self.weights.groups == 1 else groups * group
-        kernel = weight.new_ones(outputs, inner, *weight.shape[2:])
-        number = max(512, min(4096, _SAMPLE_WORK // kernel.numel()))
-        weights = replace(self.weights, weight=kernel, bias=weight.new_zeros(outputs), groups=groups, forms={})
-        weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={})
-        rows = self.rows.new_ones(number, inner * groups)
-        return Convolution(
-            rows, weights, None if self.is_product else _sample_reading(number, weight[0, 0].numel())
+        outputs, group, groups = size_class(weight.shape[0]), weight.shape[1], 1
+        if self.weights.groups == 1:
+            group = size_class(group)
+        else:
+            groups = max(1, outputs // group)
+            outputs = groups * group
+        kernel = weight.new_ones(outputs, group, *weight.shape[2:])
+        weights = replace(
+            self.weights, weight=kernel, bias=weight.new_zeros(outputs), groups=groups, forms={}
         )
+        weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={})
+        if self.weights.groups > 1 and self._of_uniform is not None:
+            assert isinstance(self.reads, Between)
+            reads = self.reads.smaller(_SAMPLE_CELLS)
+            return Convolution(self.rows.new_ones(reads.source.count, group * groups), weights, reads)
+        number = max(512, min(4096, _SAMPLE_WORK // kernel.numel()))
+        rows = self.rows.new_ones(number, group * groups)
+        reading = None if self.is_product else _sample_reading(number, weight[0, 0].numel())
+        return Convolution(rows, weights, reading)
+
+    def shortened(self, rows: int) -> Convolution:
+        """A mask keeps another number of elements of every image: a product has other rows in every call."""
+        return replace(self, rows=self.rows[: len(self.rows) - rows]) if self.reads is None else self
 
     @property
     def of_target(self) -> Tensor:
@@ -329,12 +371,14 @@ class Backend:
     """A way to compute works: a method named by the task of each kind that it carries out."""
 
     name: str
-    # True if it is chosen before others that are so only where it is the faster one, see `choose`.
-    is_measured = False
 
     def applies(self, work: Any) -> bool:
         """Whether it computes this work, of a task it has, by device, type, groups, gradient and graph."""
         raise NotImplementedError
+
+    def is_measured(self, work: Any) -> bool:
+        """True if it does this work only where it is faster than others that are measured for it, see `choose`."""
+        return False
 
 
 # The table, see `table.py`. A backend of a user's own is put into it as into any list.
@@ -349,7 +393,7 @@ def choose(work: Work, after: Backend | None = None) -> Backend:
     passed = after is None
     for at, backend in enumerate(BACKENDS):
         if passed and _can(backend, work):
-            others = _others(work, BACKENDS[at + 1 :]) if backend.is_measured else []
+            others = _others(work, BACKENDS[at + 1 :]) if backend.is_measured(work) else []
             return _fastest(work, [backend, *others]) if others else backend
         passed = passed or backend is after
     raise AssertionError("torch, the last of the table, takes every work")
@@ -363,8 +407,7 @@ def _others(work: Work, backends: Sequence[Backend]) -> list[Backend]:
     """The measured backends among some that could do a work, too; none where work is not measured."""
     if work.rows.device.type != "cpu" or not work.is_inference or is_observed() or work.kind is None:
         return []
-    others = [backend for backend in backends if backend.is_measured and _can(backend, work)]
-    return others[:-1] or others  # the last is the reference, of which the others are faster forms
+    return [backend for backend in backends if backend.is_measured(work) and _can(backend, work)]
 
 
 def _fastest(work: Work, backends: Sequence[Backend]) -> Backend:

@@ -14,6 +14,7 @@ from cadsurgery.elements.backends.choose import (
     Convolution,
     Pooling,
     Spreading,
+    Work,
     choose,
 )
 from cadsurgery.elements.backends.costs import Costs, best_time, costs
@@ -127,6 +128,10 @@ class Uniform(Backend):
             return has_form and _dense(work.reads) is not None
         has_packed = work.is_product and work.is_inference and not is_observed()
         return not has_packed and _dense(work.reads) is not None
+
+    def is_measured(self, work: Work) -> bool:
+        """Grouped convolutions: some engines have no fast form of those that are dilated."""
+        return isinstance(work, Convolution) and work.weights.groups > 1
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""

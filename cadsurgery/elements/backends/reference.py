@@ -42,11 +42,14 @@ class Torch(Backend):
     """Takes every work there is."""
 
     name = "torch"
-    is_measured = True
 
     def applies(self, work: Work) -> bool:
         """Always."""
         return True
+
+    def is_measured(self, work: Work) -> bool:
+        """Where no other backend calls torch's operations: ungrouped convolutions have products."""
+        return not isinstance(work, Convolution) or work.weights.groups > 1
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""

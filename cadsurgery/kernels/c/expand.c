@@ -23,7 +23,8 @@ static void expand_line(const expansion *e, const element *image, long first, lo
         for (long x = 0; x < e->width; x += ROWS) {
             const element *a[ROWS];
             for (int i = 0; i < ROWS; i++) a[i] = image + (x + i < e->width ? x + i : e->width - 1) * e->channels;
-            multiply_once(a, e->channels, weight, e->bias + chunk, &f, x, last - chunk);
+            const factors by = {a, weight, 1, e->channels, 0};
+            multiply_once(&by, e->bias + chunk, &f, x, last - chunk);
         }
     }
     memset(to + e->width * pitch, 0, (e->wide + ROWS) * pitch * sizeof(element)); /* what was written too much, too */
@@ -39,7 +40,8 @@ static void project_line(const expansion *e, const element *line, long at) {
             const element *a[ROWS], *weight = e->last + chunk * ((e->middle + 1) / 2 * 2);
             const long begin = x + ROWS <= e->columns ? x : e->columns - ROWS; /* some once more */
             for (int i = 0; i < ROWS; i++) a[i] = line + (begin + i) * e->middle;
-            multiply_once(a, e->middle, weight, e->last_bias + chunk, &f, begin, e->outputs - chunk);
+            const factors by = {a, weight, 1, e->middle, 0};
+            multiply_once(&by, e->last_bias + chunk, &f, begin, e->outputs - chunk);
         }
     }
 }

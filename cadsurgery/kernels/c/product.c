@@ -39,11 +39,13 @@ static void multiply_blocks(long begin, long end, void *work) {
             if (f.more) f.more += first * all + place;
             if (f.by.levels) f.by.levels += first, f.by.scale += place, f.by.shift += place;
             long done = 0; /* rows of the block */
-            if (in->taps == 1 && channels <= DEPTH)
+            if (in->taps <= TAPS && in->taps * channels <= DEPTH)
                 for (; done + ROWS <= count; done += ROWS) {
-                    const element *a[ROWS];
-                    for (int i = 0; i < ROWS; i++) a[i] = row_of_tap(in, first + done + i, 0) + shift;
-                    multiply_once(a, channels, weight, bias, &f, done, some);
+                    const element *a[TAPS * ROWS];
+                    const factors x = {a, weight, in->taps, channels, padded};
+                    for (long tap = 0; tap < in->taps; tap++)
+                        for (int i = 0; i < ROWS; i++) a[tap * ROWS + i] = row_of_tap(in, first + done + i, tap) + shift;
+                    multiply_once(&x, bias, &f, done, some);
                 }
             for (long i = done; i < (count + ROWS - 1) / ROWS * ROWS; i++)
                 memcpy(sums + i * CHUNK, bias, CHUNK * sizeof(sum));

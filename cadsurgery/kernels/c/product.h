@@ -131,15 +131,23 @@ INLINE void finish_some(const finish *f, lane value, long at, long start, long s
     store_some(f->out + place, clamp(value, f->least, f->most), some);
 }
 
+/* Rows and weights of a tile: what the taps of ROWS rows of the result read, (taps, ROWS), and weights (taps, depth, CHUNK)
+ * from which `channels` are read. */
+typedef struct {
+    const element *const *a;
+    const element *b;
+    long taps, channels, depth;
+} factors;
+
 /* All there is to sum, from the bias on: the sums of ROWS rows from row `at` leave for the result from the registers. */
-INLINE void multiply_to(const element *const *a, long channels, const element *b, const sum *bias, const finish *f, long at,
-                        const int wide) {
+INLINE void multiply_to(const factors *x, const sum *bias, const finish *f, long at, const int wide) {
     lane total[ROWS][COLUMNS];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < wide; j++) total[i][j] = load_some_sums(bias + j * LANES, LANES);
-    accumulate(total, a, channels, b, wide);
+    for (long tap = 0; tap < x->taps; tap++)
+        accumulate(total, x->a + tap * ROWS, x->channels, x->b + tap * x->depth * CHUNK, wide);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
@@ -147,18 +155,18 @@ INLINE void multiply_to(const element *const *a, long channels, const element *b
 }
 
 /* `multiply_to` of whole vectors; a last one that is not takes its way through memory. */
-static __attribute__((unused)) void multiply_once(const element *const *a, long channels, const element *b, const sum *bias,
-                                                  const finish *f, long at, long some) {
+static __attribute__((unused)) void multiply_once(const factors *x, const sum *bias, const finish *f, long at, long some) {
     const long wide = some >= CHUNK ? COLUMNS : (some + LANES - 1) / LANES;
     if (some >= wide * LANES) {
-#define WHOLE(wide) multiply_to(a, channels, b, bias, f, at, wide)
+#define WHOLE(wide) multiply_to(x, bias, f, at, wide)
         BY_WIDTH(wide, WHOLE);
 #undef WHOLE
         return;
     }
     sum sums[ROWS * CHUNK] __attribute__((aligned(64)));
     for (int i = 0; i < ROWS; i++) memcpy(sums + i * CHUNK, bias, CHUNK * sizeof(sum));
-    multiply(a, channels, b, sums, wide);
+    for (long tap = 0; tap < x->taps; tap++)
+        multiply(x->a + tap * ROWS, x->channels, x->b + tap * x->depth * CHUNK, sums, wide);
     for (int i = 0; i < ROWS; i++)
         for (long j = 0; j < some; j += LANES) finish_some(f, load_some_sums(sums + i * CHUNK + j, LANES), at + i, j, some - j);
 }
