@@ -41,6 +41,13 @@ class Timed(Backend):
         return Torch().pool(work)
 
 
+class Last(Torch):
+    """The reference, which takes what no other backend does."""
+
+    def is_measured(self, work: Any) -> bool:
+        return False
+
+
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
     """A slow backend before a fast one, the reference behind them, in a process that knows no costs."""
@@ -48,7 +55,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
     monkeypatch.delenv("CADSURGERY_COSTS", raising=False)
     for name, empty in (("_KNOWN", {}), ("_FASTEST", {}), ("_PINNED", None), ("_OF_FILE", {})):
         monkeypatch.setattr(costs, name, empty)
-    backends = [Timed("slow", 20.0), Timed("fast", 0.0), Torch()]
+    backends = [Timed("slow", 20.0), Timed("fast", 0.0), Last()]
     monkeypatch.setattr(choose, "BACKENDS", backends)
     return backends
 

@@ -184,7 +184,7 @@ def test_points_are_read_as_everything_is_computed(float_and_int8: Any) -> None:
 def test_where_there_are_no_instructions_it_says_so_and_stays_float(monkeypatch: pytest.MonkeyPatch) -> None:
     net = cs.adaptify(build("resnet18", by=4), MIXED, verify_laws=False)
     monkeypatch.setattr(optimized, "form_here", lambda: None)
-    with pytest.warns(CadWarning, match="no compiled code"):
+    with pytest.warns(CadWarning, match="no compiled kernels"):
         fast = net.optimize(precision="int8", calibration=CALIBRATION)
     x = images(1, 65, 97)
     assert fast.quantisation is None
