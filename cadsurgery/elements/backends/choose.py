@@ -393,8 +393,8 @@ def choose(work: Work, after: Backend | None = None) -> Backend:
     passed = after is None
     for at, backend in enumerate(BACKENDS):
         if passed and _can(backend, work):
-            others = _others(work, BACKENDS[at + 1 :]) if backend.is_measured(work) else []
-            return _fastest(work, [backend, *others]) if others else backend
+            kind = _kind_to_measure(work) if backend.is_measured(work) else None
+            return backend if kind is None else _fastest(kind, work, [backend, *BACKENDS[at + 1 :]])
         passed = passed or backend is after
     raise AssertionError("torch, the last of the table, takes every work")
 
@@ -403,16 +403,20 @@ def _can(backend: Backend, work: Work) -> bool:
     return hasattr(backend, work.task) and backend.applies(work)
 
 
-def _others(work: Work, backends: Sequence[Backend]) -> list[Backend]:
-    """The measured backends among some that could do a work, too; none where work is not measured."""
-    if work.rows.device.type != "cpu" or not work.is_inference or is_observed() or work.kind is None:
-        return []
-    return [backend for backend in backends if backend.is_measured(work) and _can(backend, work)]
+def _kind_to_measure(work: Work) -> tuple[Hashable, ...] | None:
+    """The kind of a work for which backends are measured: of values alone, on the CPU; else None."""
+    if work.rows.device.type != "cpu" or not work.is_inference or is_observed():
+        return None
+    return work.kind
 
 
-def _fastest(work: Work, backends: Sequence[Backend]) -> Backend:
-    kind, by_name = work.kind, {backend.name: backend for backend in backends}
-    assert kind is not None
+def _fastest(kind: tuple[Hashable, ...], work: Work, backends: Sequence[Backend]) -> Backend:
+    """The fastest of those backends that are measured and can do a work, of which the first is one."""
+    first, *others = backends
+    able = [backend for backend in others if backend.is_measured(work) and _can(backend, work)]
+    if not able:
+        return first
+    by_name = {backend.name: backend for backend in (first, *able)}
     sample, calls = cache(work.sample), count()  # made only where something has to be measured
     runs = {
         name: lambda backend=backend: getattr(backend, work.task)(sample().shortened(next(calls)))
