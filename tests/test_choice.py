@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends import choose, costs
-from cadsurgery.elements.backends.choose import Backend, Between, Convolution, Pooling
+from cadsurgery.elements.backends.choose import Backend, Between, Convolution, Mixing, Picking
+from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.reference import Torch
 from cadsurgery.elements.backends.weights import Activation, Weights
-from cadsurgery.elements.kernel_map import Window
+from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Geometry
 
 
@@ -34,11 +35,6 @@ class Timed(Backend):
         self.calls += 1
         time.sleep(self.milliseconds / 1e3)
         return Torch().convolve(work)
-
-    def pool(self, work: Pooling) -> Tensor:
-        self.calls += 1
-        time.sleep(self.milliseconds / 1e3)
-        return Torch().pool(work)
 
 
 class Last(Torch):
@@ -78,9 +74,18 @@ def test_the_fastest_backend_serves(table: list[Backend], groups: int, taps: int
 
 
 @torch.no_grad()
-def test_pools_are_measured_too(table: list[Backend]) -> None:
-    convolution = work()
-    assert choose.choose(Pooling(convolution.rows, convolution.reads, 0.0, True)).name == "fast"  # type: ignore[arg-type]
+def test_rows_are_mixed_alike_wherever_they_are_read(
+    table: list[Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interpolated into a halo or read one by one: a choice for one of both alone would round them differently."""
+    monkeypatch.setattr(choose, "BACKENDS", [Native(), *table])
+    rows = torch.randn(40, 20).bfloat16()
+    sources, shares = torch.randint(0, 40, (30, 4), dtype=torch.int32), torch.rand(30, 4)
+    places = 41 + torch.arange(30, dtype=torch.int32).view(-1, 1, 1)
+    mixed = choose.compute(Mixing(rows, sources, shares))
+    picked = choose.compute(Picking(rows, Reading(places, sources, shares, False)))
+    assert torch.equal(mixed, picked)
+    assert costs._KNOWN == {}
 
 
 @torch.no_grad()

@@ -100,7 +100,8 @@ class Work:
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
-        """All that the time of a backend depends on, in classes; None if backends are not measured for this work."""
+        """All that the time of a backend depends on, in classes; None if backends are not measured for this work: so
+        that rows that are mixed or pooled have the same bits whichever work reads them."""
         return None
 
     def sample(self) -> Work:
@@ -238,20 +239,6 @@ class Pooling(Work):
         """Where it reads."""
         return self.reads.reading
 
-    @property
-    def kind(self) -> tuple[Hashable, ...] | None:
-        """Which value, taps, channels and type."""
-        if not isinstance(self.reads, Between) or self.rows.dtype == torch.uint8:
-            return None
-        value = "largest" if self.largest else "sum"
-        return "pool", value, self.reads.window.taps, size_class(self.rows.shape[1]), self.rows.dtype
-
-    def sample(self) -> Pooling:
-        """Ordinary rows with as many channels as the class has at most."""
-        assert isinstance(self.reads, Between)
-        rows = self.rows.new_ones(1024, size_class(self.rows.shape[1]))
-        return Pooling(rows, _sample_reading(1024, self.reads.window.taps), 0.0, self.largest)
-
 
 @dataclass(frozen=True, eq=False)
 class Mixing(Work):
@@ -260,18 +247,6 @@ class Mixing(Work):
     sources: Tensor
     shares: Tensor
     task: ClassVar[str] = "mix"
-
-    @property
-    def kind(self) -> tuple[Hashable, ...] | None:
-        """How many rows are mixed, channels and types."""
-        types = self.rows.dtype, self.shares.dtype
-        return "mix", size_class(self.sources.shape[1], 1), size_class(self.rows.shape[1]), *types
-
-    def sample(self) -> Mixing:
-        """Ordinary rows with as many channels as the class has at most."""
-        rows = self.rows.new_ones(1024, size_class(self.rows.shape[1]))
-        table = _sample_reading(1024, size_class(self.sources.shape[1], 1)).table
-        return Mixing(rows, table.to(self.sources), self.shares.new_full(table.shape, 0.25))
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
