@@ -42,6 +42,8 @@ class Decision:
         cost: MACs of a node that ends the region and of all that runs dense because of it.
         layout: axes of its output if it is a map, e.g. `bchw`; see `cadsurgery.layout`.
         after: whether it runs dense because what it reads has left the region.
+        again: the operation of the region that reads its samples again, where it runs dense between two parts of the
+            region: at every level they stay at its own output stride. Else "".
         source: line of the network's own code, e.g. `resnet.py:148`, where the region ends.
     """
 
@@ -59,6 +61,7 @@ class Decision:
     cost: int = 0
     layout: str = ""
     after: bool = False
+    again: str = ""
     source: str = field(default="", compare=False)
 
     @property
@@ -182,6 +185,11 @@ class Plan:
         return self.chosen("exit", "barrier")
 
     @property
+    def between(self) -> list[Decision]:
+        """The decisions whose dense values are read again in the region."""
+        return [decision for decision in self.decisions if decision.again]
+
+    @property
     def dense_after(self) -> float:
         """Share of the network's MACs that run dense after the region."""
         after = (d for d in self.decisions if d.action in ("exit", "barrier") or d.after)
@@ -254,6 +262,12 @@ class Plan:
         for reason, names in ends.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"region ends at {', '.join(names[:3])}{more}: {reason}")
+        for decision in self.between:
+            lines.append(
+                f"dense between two parts of the region: {decision.node}, read again by {decision.again}; at every "
+                "level its values stay at its own output stride, so what depends on them is not wholly the dense "
+                "network at a finer one"
+            )
         for output, native, stride, how in self.standing():
             if stride < native:
                 lines.append(

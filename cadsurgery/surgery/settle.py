@@ -88,15 +88,23 @@ def _last_resizes(flow: Flow) -> dict[fx.Node, Barrier]:
 
 def _mere_tails(flow: Flow) -> dict[fx.Node, Barrier]:
     """Strided operations at the end of a network with several outputs that are hardly any of its work, such as
-    the coarsest levels of a feature pyramid: with a stage of their own they would be its lowest output stride."""
+    the coarsest levels of a feature pyramid: with a stage of their own they would be its lowest output stride. What
+    comes back to a finer map is no end: left out, it would be missing there at every other level."""
     facts = flow.facts
     several = sum(flow.role[node] is Role.MAP for node in facts.outputs) > 1
     total = sum(facts.macs.values())
-    tails = {}
+    shares: dict[fx.Node, float] = {}
     for node in facts.graph.nodes if several else ():
         window = flow.treatments[node].window
         if window is not None and window.stride > 1 and node not in flow.barriers:
-            share = sum(facts.macs[after] for after in and_after(node)) / max(1, total)
-            if share < MERE_TAIL:
-                tails[node] = Barrier(f"only {share:.1%} of the MACs come from here on", Cause.END)
-    return tails
+            after = and_after(node)
+            if all(flow.grid.get(later, flow.grid[node]) >= flow.grid[node] for later in after):
+                shares[node] = sum(facts.macs[later] for later in after) / max(1, total)
+    tails = [node for node, share in shares.items() if share < MERE_TAIL]
+    rest = flow.grid.keys() - and_after(*tails)
+    coarsest = max((flow.spacing[node] for node in rest), default=0)
+    return {
+        node: Barrier(f"only {shares[node]:.1%} of the MACs come from here on", Cause.END)
+        for node in tails
+        if flow.spacing[node] > coarsest
+    }

@@ -123,13 +123,14 @@ def _uniform_checks(
     watched = _watched(adapted, plan)
     as_it_was = _values(model, original, plan, None, call, watched)
     checks = []
+    but_for = f", with {', '.join(d.node for d in plan.between)} as it was" if plan.between else ""
     for level in _levels(plan, geometry, adapted):
         ours = _values(model, adapted, plan, _uniform(mapped, level), call, watched)
         own = level == plan.identity_level
         if own:
             law, expected = "the network as it was", as_it_was
         else:
-            law = f"the dense network at output stride {plan.strides[level]}"
+            law = f"the dense network at output stride {plan.strides[level]}{but_for}"
             expected = _values(model, adapted, plan, _uniform(geometry, level), call, watched)
         check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
         size = (image.shape[2], image.shape[3])

@@ -1,0 +1,266 @@
+"""Law 2 for every output: everything at one level is the network dilated by hand to that level's output stride.
+
+The dilated network is written out here, tap by tap, and is told nothing of the plan: so what the plan leaves dense
+without need, between two parts of a region or behind one of several outputs, shows as a difference.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images, slow
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+HIGH = 4
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map with a sample every `at` pixels, where the network has one every `own`: at <= own."""
+
+    data: Tensor
+    own: int
+    at: int
+
+
+class ByHand:
+    """The operations of a network, with no stride beyond an output stride of `most`: windows dilated instead."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def window(self, x: Map, layer: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> Map:
+        (kernel, stride, padding) = (
+            value if isinstance(value, tuple) else (value, value)
+            for value in (layer.kernel_size, layer.stride, layer.padding)
+        )
+        mode = getattr(layer, "padding_mode", "zeros")
+        dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
+        apart, own = x.own // x.at, x.own * stride[0]
+        at = min(own, max(x.at, self.most))
+        # Samples of the network itself are every `apart` here; each of the grids in between is padded as they are.
+        taps, inside = [], []
+        data, height, width = x.data, *x.data.shape[2:]
+        rows, columns = (torch.arange(0, n, at // x.at) for n in (height, width))
+        ends = [
+            ((-(-n // apart) + 2 * p - d * (k - 1) - 1) // s + 1) * (own // at)
+            for n, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
+        ]
+        rows, columns = rows[: ends[0]], columns[: ends[1]]
+        least = -torch.inf if isinstance(layer, nn.MaxPool2d) else 0.0
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
+                y, inside_y = self._places(rows, (i * dilation[0] - padding[0]) * apart, height, apart, mode)
+                z, inside_z = self._places(
+                    columns, (j * dilation[1] - padding[1]) * apart, width, apart, mode
+                )
+                tap = data[:, :, y][:, :, :, z]
+                inside.append(inside_y[:, None] & inside_z)
+                taps.append(torch.where(inside[-1], tap, torch.full_like(tap, least)))
+        stacked = torch.stack(taps, 2)  # (B, C, taps, H, W)
+        if isinstance(layer, nn.MaxPool2d):
+            out = stacked.amax(2)
+        elif isinstance(layer, nn.AvgPool2d):
+            out = stacked.sum(2) / torch.stack(inside).sum(0)  # a mean of what there is
+        else:
+            weight = layer.weight.flatten(2)
+            out = torch.einsum("bcthw,oct->bohw", stacked, weight)
+            out = out if layer.bias is None else out + layer.bias[:, None, None]
+        return Map(out, own, at)
+
+    @staticmethod
+    def _places(at: Tensor, step: int, length: int, apart: int, mode: str) -> tuple[Tensor, Tensor]:
+        place = at + step
+        if mode == "replicate":
+            phase = place % apart
+            last = phase + (length - 1 - phase) // apart * apart
+            place = torch.minimum(torch.maximum(place, phase), last)
+        return place.clamp(0, length - 1), (place >= 0) & (place < length)
+
+    def like(self, x: Map, like: Map) -> Map:
+        """Resized to the nearest sample, to the network's grid of another map; what is there at full resolution is
+        taken over."""
+        if x.own == like.own:
+            return x
+        factor = x.own // like.own
+        data = x.data
+        if x.at > like.at:
+            data = data.repeat_interleave(x.at // like.at, 2).repeat_interleave(x.at // like.at, 3)
+        assert factor > 1
+        height, width = like.data.shape[2:]
+        return Map(data[:, :, :height, :width], like.own, like.at)
+
+
+class Straight:
+    """The same operations as the network has them."""
+
+    def window(self, x: Any, layer: nn.Module) -> Any:
+        return layer(x)
+
+    def like(self, x: Any, like: Any) -> Any:
+        return F.interpolate(x, size=like.shape[-2:])
+
+
+class Drawn(nn.Module):
+    """A random graph of windows, sums and nearest resizes with several outputs, all of which are read twice or more.
+
+    Every window keeps or halves its map; sums join maps of one grid of the network.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        self.stem = nn.Conv2d(3, 6, 3, HIGH, 1)
+        self.layers = nn.ModuleList()
+        self.steps: list[tuple[str, int, int]] = []  # what, of which value, with which layer or other value
+        grids = [HIGH]
+        while len(self.steps) < 9 or grids[-1] == HIGH:
+            source = draw.randrange(max(0, len(grids) - 4), len(grids))
+            halves = grids[source] < 16 and draw.random() < 0.5
+            alike = [k for k, grid in enumerate(grids) if grid == grids[source] and k != source]
+            finer = [k for k, grid in enumerate(grids) if grid < grids[source]]
+            kind = draw.choice(["window", "window", "sum", "like"])
+            if kind == "window":
+                self.layers.append(self.layer(draw, halves))
+                self.steps.append(("window", source, len(self.layers) - 1))
+                grids.append(grids[source] * (2 if halves else 1))
+            elif kind == "sum" and alike:
+                self.steps.append(("sum", source, draw.choice(alike)))
+                grids.append(grids[source])
+            elif kind == "like" and finer:
+                other = draw.choice(finer)
+                self.steps.append(("like", source, other))
+                grids.append(grids[other])
+        read = {k for what, a, b in self.steps for k in ((a,) if what == "window" else (a, b))}
+        ends = [k for k in range(1, len(grids)) if k not in read]
+        self.outputs = sorted({*ends, draw.randrange(1, len(grids))})
+
+    @staticmethod
+    def layer(draw: random.Random, halves: bool) -> nn.Module:
+        if halves:
+            return draw.choice(
+                [
+                    nn.Conv2d(6, 6, 3, 2, 1),
+                    nn.Conv2d(6, 6, 2, 2),
+                    nn.MaxPool2d(2, 2),
+                    nn.MaxPool2d(3, 2, 1),
+                    nn.AvgPool2d(2, 2, count_include_pad=False),
+                    nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+                    nn.Conv2d(6, 6, 1, 2),
+                ]
+            )
+        mode = draw.choice(["zeros", "replicate"])
+        return draw.choice(
+            [
+                nn.Conv2d(6, 6, 1),
+                nn.Conv2d(6, 6, 3, 1, 1, padding_mode=mode),
+                nn.Conv2d(6, 6, (5, 1), padding=(2, 0), padding_mode=mode),
+            ]
+        )
+
+    def run(self, x: Any, by: Any) -> list[Any]:
+        values = [x]
+        for what, a, b in self.steps:
+            if what == "window":
+                values.append(by.window(values[a], self.layers[b]))
+            elif what == "like":
+                values.append(by.like(values[a], values[b]))
+            else:
+                first, second = values[a], values[b]
+                plain = isinstance(first, Tensor)
+                values.append(first + second if plain else Map(first.data + second.data, first.own, first.at))
+        return [values[k] for k in self.outputs]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.run(self.stem(x), Straight())
+
+
+@pytest.mark.parametrize("seed", [seed if seed < 8 else slow(seed) for seed in range(150)])
+@torch.no_grad()
+def test_every_output_at_every_level_is_the_network_dilated_by_hand(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Drawn(seed).double().eval()
+    x = images(2, 128, 160).double()
+    example = images(1, 64, 96).double()
+    try:
+        possible = cs.plan(model, example_input=example).possible
+        pair = max((pair for pair in possible if pair[0] == HIGH), default=None)
+        net = cs.adaptify(model, "none", output_stride=pair, example_input=example, fill="nearest")
+    except cs.CannotConvert:
+        pytest.skip("everything is read at the network's own size")
+    if pair is None:
+        pytest.skip("its region begins at the image")
+    fine = tuple(n // HIGH for n in x.shape[2:])
+    for level, stride in enumerate(net.plan.strides):
+        found = net(x, mask=torch.full((2, *fine), level))
+        expected = model.run(Map(model.stem(x), HIGH, HIGH), ByHand(stride))
+        for ours, theirs in zip(found, expected, strict=True):
+            returned = (
+                x.shape[2] // ours.shape[2]
+            )  # pixels between samples: fewer than they were computed at, or more
+            common = max(returned, theirs.at)
+            here, there = common // returned, common // theirs.at
+            assert_same(ours[:, :, ::here, ::here], theirs.data[:, :, ::there, ::there], 1e-9)
+
+
+class TwoOutputs(nn.Module):
+    """The second output reads again, downsampled, what the first one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.d, self.p = nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 1)
+        self.r = nn.Conv2d(8, 8, (5, 1), padding=(2, 0), padding_mode="replicate")
+        self.e = nn.Conv2d(8, 8, 3, padding=1)
+
+    def run(self, u: Any, by: Any, add: Any) -> tuple[Any, Any]:
+        v = by.window(u, self.b)
+        w = add(by.like(by.window(v, self.p), u), by.window(u, self.r))
+        return by.window(w, self.e), add(by.window(w, self.d), v)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.run(self.a(x), Straight(), torch.add)
+
+
+@torch.no_grad()
+def test_a_second_output_does_not_make_the_first_another() -> None:
+    model, x = TwoOutputs().double().eval(), images(2, 96, 64).double()
+    net = cs.adaptify(model, "all", output_stride=(4, 8), fill="nearest")
+    assert not net.plan.between
+
+    def add(one: Map, other: Map) -> Map:
+        return Map(one.data + other.data, one.own, one.at)
+
+    for ours, theirs in zip(net(x), model.run(Map(model.a(x), 4, 4), ByHand(4), add), strict=True):
+        assert_same(ours, theirs.data, 1e-9)
+
+
+class Opaque(nn.Module):
+    """An operation without a rule between two parts of a region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.pool, self.last = nn.LPPool2d(2, 3, 2), nn.Conv2d(8, 8, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.stem(x)
+        return self.last(self.down(fine) + self.pool(F.pad(fine, (1, 1, 1, 1))))
+
+
+@torch.no_grad()
+def test_what_stays_dense_between_two_parts_of_a_region_is_said() -> None:
+    model = Opaque().double().eval()
+    net = cs.adaptify(model, "none", output_stride=(4, 8))
+    (between,) = net.plan.between
+    assert between.node == "pool" and between.again == "add" and between.action == "dense" and between.reason
+    assert "dense between two parts of the region: pool" in net.plan.summary()
+    assert any("with pool as it was" in check.law for check in net.checks)
+    assert cs.Plan.from_json(net.plan.to_json()) == net.plan
