@@ -284,6 +284,19 @@ def rows_of(dense: Tensor, points: list[Tensor], stride: int) -> list[Tensor]:
     return found
 
 
+@cache
+def rows_are_alike() -> bool:
+    """Whether torch's products give a row the same bits however many there are: MKL's with AVX2 alone do not."""
+    rows, weight = torch.randn(80, 144), torch.randn(32, 144)
+    many = F.linear(rows, weight)
+    return all(torch.equal(F.linear(rows[:count], weight), many[:count]) for count in range(1, 80))
+
+
+def limit(reach: str) -> float:
+    """How much rows may differ from those of the dense output, see `read_at`."""
+    return 0.0 if reach == "all" or rows_are_alike() else 1e-5
+
+
 def assert_rows(found: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -> None:
     """Equal, or up to this share of the largest value."""
     assert len(found) == len(expected)
@@ -330,7 +343,7 @@ def test_rows_are_those_of_the_published_geometry_too(name: str, options: dict[s
     x, points = images(2, *SIZE), points_in(SIZE, 3, 7)
     levels = levels_of(net, x)
     expected = rows_of(net(x, mask=levels), points, 2)
-    assert_rows(cs.read_at(net, x, points, mask=levels, reach=reach), expected)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach=reach), expected, limit(reach))
 
 
 @pytest.mark.parametrize("name", [name if name in FEW else slow(name) for name in BUILDERS])
@@ -355,8 +368,8 @@ def test_every_pixel_has_the_row_of_its_sample(reach: Any) -> None:
     every = torch.stack((column.flatten(), y.flatten()), 1)
     dense = net(x, mask=levels)
     wanted = dense.repeat_interleave(2, 2).repeat_interleave(2, 3)[0, :, : size[0], : size[1]]
-    (rows,) = cs.read_at(net, x, [every], mask=levels, reach=reach)
-    assert torch.equal(rows, wanted.flatten(1).T)
+    rows = cs.read_at(net, x, [every], mask=levels, reach=reach)
+    assert_rows(rows, [wanted.flatten(1).T], limit(reach))
 
 
 @pytest.mark.parametrize(
@@ -382,8 +395,8 @@ def test_corners_are_aligned_as_published(name: str, size: Size, reach: Any) -> 
     for image, part, rows in zip(dense, points, found, strict=True):
         for (place_x, place_y), row in zip(part.tolist(), rows, strict=True):
             y, column = round(place_y * (height - 1) / (tall - 1)), round(place_x * (width - 1) / (wide - 1))
-            assert torch.equal(row, image[:, y, column])
-    assert torch.equal(found[1][0], dense[1, :, 0, 0]) and torch.equal(found[1][1], dense[1, :, -1, -1])
+            assert_rows([row], [image[:, y, column]], limit(reach))
+    assert_rows([*found[1][:2]], [dense[1, :, 0, 0], dense[1, :, -1, -1]], limit(reach))
 
 
 @REACHES
@@ -444,7 +457,7 @@ def test_only_what_is_needed_gives_the_same_bits(name: str, seed: int) -> None:
     x, points = images(batch, *size), points_in(size, 1 + counts[0], *counts[1:])
     levels = levels_of(net, x)
     expected = cs.read_at(net, x, points, mask=levels)
-    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, limit("receptive"))
 
 
 @pytest.mark.parametrize(
@@ -474,7 +487,7 @@ def test_the_bits_do_not_depend_on_how_many_rows_there_are(
     points[0][0] = torch.tensor([SIZE[1] - 1, SIZE[0] - 1])  # the last row
     levels = levels_of(net, x)
     few, many = (cs.read_at(net, x, points, mask=levels, reach=reach) for reach in ("receptive", "all"))
-    assert_rows(few, many, 0.0 if exact else 1e-5)
+    assert_rows(few, many, limit("receptive") if exact else 1e-5)
 
 
 @pytest.mark.parametrize(("name", "mask"), covering([*BUILDERS], ["all", "none", "level 1"]))
@@ -750,7 +763,8 @@ def test_the_keypoints_mask_is_given_the_points_that_are_read() -> None:
         dense = net(x, mask=mask)
     levels = net.levels.clone()
     for reach in ("all", "receptive"):
-        assert_rows(cs.read_at(net, x, points, mask=mask, reach=reach), rows_of(dense, points, 2))
+        rows = cs.read_at(net, x, points, mask=mask, reach=reach)
+        assert_rows(rows, rows_of(dense, points, 2), limit(reach))
         assert torch.equal(net.levels, levels)
     for part, map_ in zip(points, levels, strict=True):
         for point in part:
@@ -771,7 +785,7 @@ def test_a_mask_that_looks_ahead_is_asked_once_and_right(reach: Any) -> None:
     dense = net(x, mask=mask)["descriptors"]
     assert 0 < net.active_fraction < 1
     rows = cs.read_at(net, x, points, mask=mask, output="descriptors", reach=reach)
-    assert_rows(rows, rows_of(dense, points, 2))
+    assert_rows(rows, rows_of(dense, points, 2), limit(reach))
 
 
 @torch.no_grad()
@@ -808,7 +822,7 @@ def test_several_values_may_enter_at_once() -> None:
     levels = levels_of(net, x)
     expected = rows_of(net(x, mask=levels), points, 2)
     assert_rows(cs.read_at(net, x, points, mask=levels), expected)
-    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected)
+    assert_rows(cs.read_at(net, x, points, mask=levels, reach="receptive"), expected, limit("receptive"))
 
 
 class Flattened(nn.Module):

@@ -72,8 +72,9 @@ def read_at(
         points: of each image, (n, 2) x and y in image pixels; n may differ, and may be 0.
         mask: for this call only; it may be `keypoints`, which is given these points.
         reach: `"receptive"` computes nothing that the points do not depend on. The rows are the same bit for bit in
-            float32 wherever the network itself works by elements, with convolutions of 16 channels or more and ReLU;
-            to rounding in other types, with fewer channels, with activations whose last values torch computes
+            float32 wherever the network itself works by elements, with convolutions of 16 channels or more and ReLU,
+            and torch's products give a row the same bits however many there are, as with AVX-512; to rounding with
+            AVX2 alone, in other types, with fewer channels, with activations whose last values torch computes
             otherwise (SiLU, GELU), and of a uniform map, which otherwise runs as ordinary convolutions.
         output: key or place of the map among several outputs.
         align: which sample of the fine map a point lies in: `"cell"`, the one that covers it, or `"corners"`, the one
