@@ -603,7 +603,9 @@ def _integer_layer(
     if not alone:
         weights = replace(weights, activation=act, more=more, out=out)
     kind = IntegerLinear if isinstance(kernel, PackedLinear) else IntegerConv
-    return kind(weights, kernel.window)
+    made = kind(weights, kernel.window)
+    made.origin = kernel.origin  # type: ignore[assignment]
+    return made
 
 
 def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tuple[Tensor, Tensor]:

@@ -85,20 +85,44 @@ def find_slowest(net: AdaptiveModel, call: Callable[[], object]) -> Slowest:
         net: whose graph is timed node by node.
         call: runs the network once.
     """
+    total, taken = _node_times(net, call, _ROUNDS)
+    node = max(taken, key=taken.__getitem__)
+    seen: list[Any] = []
+    with torch.inference_mode(), net.interpreted_by(partial(_Profiled, node, seen)):
+        call()
+    return Slowest(_layer_of(net, node), _operation_of(seen), taken[node] / total)
+
+
+def layer_times(
+    net: AdaptiveModel, call: Callable[[], object], rounds: int = _ROUNDS
+) -> tuple[float, dict[str, float]]:
+    """Seconds of a call, the best of some rounds, and of each layer in it, by path, or name in the graph.
+
+    Args:
+        net: whose graph is timed node by node.
+        call: runs the network once.
+        rounds: how often.
+    """
+    total, taken = _node_times(net, call, rounds)
+    of_layers: dict[str, float] = {}
+    for node, seconds in taken.items():
+        layer = _layer_of(net, node)
+        of_layers[layer] = of_layers.get(layer, 0.0) + seconds
+    return total, of_layers
+
+
+def _node_times(
+    net: AdaptiveModel, call: Callable[[], object], rounds: int
+) -> tuple[float, dict[fx.Node, float]]:
     best: tuple[float, dict[fx.Node, float]] = (float("inf"), {})
     with torch.inference_mode():
-        for _ in range(_ROUNDS):
+        for _ in range(rounds):
             taken: dict[fx.Node, float] = {}
             with net.interpreted_by(partial(_Timed, taken)):
                 start = now(time.perf_counter)
                 call()
                 best = min(best, (now(time.perf_counter) - start, taken), key=lambda pair: pair[0])
-        total, taken = best
-        node = max(taken, key=taken.__getitem__)
-        seen: list[Any] = []
-        with net.interpreted_by(partial(_Profiled, node, seen)):
-            call()
-    return Slowest(_layer_of(net, node), _operation_of(seen), taken[node] / total)
+    return best
 
 
 class _Timed(GraphInterpreter):

@@ -1,0 +1,98 @@
+"""Where the time of an optimised network goes, by kind of layer, against the fastest product of matrices here.
+
+    python benchmarks/layer_profile.py [--model resnet50 ...] [--size 256x512] [--fraction 0.34] [--int8] [--threads 1]
+
+The rate of a kind is the MACs that run on the mask's elements by the time of its layers; what else a layer does (its
+norm, activation, residual, requantisation) is in that time. The fastest product is torch.mm of 1024 x 1024 matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+import cadsurgery as cs
+from cadsurgery.data.images import normalise, street_scene
+from cadsurgery.support.provenance import describe_run
+from cadsurgery.tasks.slowest import layer_times
+
+MODELS = ("resnet50", "deeplabv3_resnet101", "mobilenet_v2", "convnext_tiny")
+
+
+def fastest_product(size: int = 1024) -> float:
+    """GMAC/s of torch.mm."""
+    a, b = torch.randn(2, size, size)
+    taken = []
+    for _ in range(12):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        taken.append(time.perf_counter() - start)
+    return size**3 / min(taken) / 1e9
+
+
+def kind_of(module: nn.Module | None, layer: str) -> str:
+    """The kind of a layer, for the table."""
+    if isinstance(module, nn.Conv2d):
+        side = "x".join(map(str, module.kernel_size))
+        if module.groups == 1:
+            return side
+        return f"{side} depthwise" if module.groups == module.in_channels else f"{side} in groups"
+    if isinstance(module, nn.Linear):
+        return "1x1"
+    return layer if layer.startswith("the mask") else "all else"
+
+
+@torch.inference_mode()
+def profile(name: str, size: tuple[int, int], fraction: float, int8: bool) -> None:
+    """Print the table of one network."""
+    model = cs.build_model(name, "none")
+    image = normalise(street_scene(*size), model.cad_source)[None]
+    mask = f"edges:threshold=0.35,dilation=11 | budget:fraction={fraction}"
+    net = cs.adaptify(model, mask, output_stride=(8, 32), verify_laws=False)
+    fast = net.optimize(precision="int8", calibration=[image]) if int8 else net.optimize()
+    for _ in range(3):
+        fast(image)
+    total, layers = layer_times(fast, lambda: fast(image), rounds=8)
+    macs: dict[str, int] = defaultdict(int)
+    decisions = {decision.node: decision for decision in net.plan.decisions}
+    for layer in net.macs(image).layers:
+        decision = decisions.get(layer.layer)
+        macs[decision.path if decision is not None else layer.layer] += layer.mask
+    modules = dict(model.named_modules())
+    seconds: dict[str, float] = defaultdict(float)
+    work: dict[str, int] = defaultdict(int)
+    for layer, taken in layers.items():
+        kind = kind_of(modules.get(layer), layer)
+        seconds[kind] += taken
+        work[kind] += macs.get(layer, 0)
+    print(f"\n{name} in {'int8' if int8 else 'float32'}, {size[0]}x{size[1]}, fraction {fraction}: {total * 1e3:.1f} ms")
+    print("| kind of layer | ms | of all | GMAC/s |\n|---|---|---|---|")
+    for kind, taken in sorted(seconds.items(), key=lambda pair: -pair[1]):
+        rate = f"{work[kind] / taken / 1e9:.1f}" if work[kind] else ""
+        print(f"| {kind} | {taken * 1e3:.1f} | {taken / total:.0%} | {rate} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append")
+    parser.add_argument("--size", default="256x512")
+    parser.add_argument("--fraction", type=float, default=0.34)
+    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    height, width = map(int, args.size.split("x"))
+    print(describe_run(torch.device("cpu")))
+    print(f"fastest product of matrices: {fastest_product():.1f} GMAC/s with {args.threads} thread(s)")
+    for name in args.model or MODELS:
+        profile(name, (height, width), args.fraction, args.int8)
+
+
+if __name__ == "__main__":
+    main()
