@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cadsurgery.functional import gaussian_fill
-from conftest import assert_same, build, images, randomise, thin
+from conftest import assert_same, build, covering, images, randomise, slow, thin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -239,8 +239,9 @@ def whole(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
 # -- what is computed ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("size", "falls"), [((64, 64), 0.0), ((61, 83), 0.2)])
+@pytest.mark.parametrize(
+    ("name", "size", "falls"), [("parallel", (61, 83), 0.2), slow("chain", (64, 64), 0.0)]
+)
 def test_every_exit_is_the_published_formula(name: str, size: tuple[int, int], falls: float) -> None:
     net, x = anytime(name), images(2, *size, torch.float64)
     if falls:  # a threshold of each exit
@@ -253,10 +254,10 @@ def test_every_exit_is_the_published_formula(name: str, size: tuple[int, int], f
             assert_same(one, other)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("head", ["redesigned", "plain"])
-@pytest.mark.parametrize("fill", ["gaussian", "interpolated", "zeros"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "head", "fill"),
+    covering([*NETWORKS], TYPES, ["redesigned", "plain"], ["gaussian", "interpolated", "zeros"]),
+)
 def test_rows_where_they_are_needed_are_those_of_whole_maps(
     name: str, dtype: torch.dtype, head: str, fill: str
 ) -> None:
@@ -377,8 +378,7 @@ def test_steps_compute_no_more_than_is_taken(monkeypatch: pytest.MonkeyPatch) ->
 # -- counting ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("fill", ["gaussian", "interpolated"])
+@pytest.mark.parametrize(("name", "fill"), covering([*NETWORKS], ["gaussian", "interpolated"]))
 def test_macs_are_those_that_torch_sees_being_executed(name: str, fill: str) -> None:
     net, x = anytime(name, fill=fill), images(2, 61, 83, torch.float64)
     report = net.macs(x)
@@ -402,7 +402,7 @@ def test_on_the_meta_device_everything_counts() -> None:
 # -- training ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fill", ["gaussian", "interpolated"])
+@pytest.mark.parametrize("fill", ["gaussian", slow("interpolated")])
 def test_gradients_are_those_of_whole_maps_and_reach_the_widths(fill: str) -> None:
     net, x = anytime("parallel", fill=fill), images(2, 45, 70, torch.float64)
     gradients = []
@@ -437,6 +437,7 @@ def test_the_original_is_left_as_it_is_and_its_state_dict_loads() -> None:
         net.load_state_dict({name: value for name, value in other.items() if "stem" not in name})
 
 
+@pytest.mark.slow
 def test_exits_are_found_after_stages_and_said_in_the_plan() -> None:
     net = cs.anytime(network())
     assert net.options["exits"] == ["stage1", "stage2", "stage3"]
@@ -452,8 +453,7 @@ def test_exits_are_found_after_stages_and_said_in_the_plan() -> None:
     assert parallel.options["exits"] == ["stage1", "stage2"] and len(parallel.plan.exits[1].branches) == 2
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("fill", ["gaussian", "interpolated"])
+@pytest.mark.parametrize(("name", "fill"), covering([*NETWORKS], ["gaussian", "interpolated"]))
 def test_an_optimised_copy_gives_the_same(name: str, fill: str) -> None:
     net, x = anytime(name, fill=fill), images(2, 61, 83, torch.float64)
     fast = net.optimize()
@@ -467,7 +467,7 @@ def test_an_optimised_copy_gives_the_same(name: str, fill: str) -> None:
         fast.train()
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+@pytest.mark.parametrize("duplicate", [slow(copy.deepcopy), lambda net: pickle.loads(pickle.dumps(net))])
 def test_a_copy_is_the_same_network_and_shares_nothing(duplicate: Any) -> None:
     net, x = anytime(), images(1, 48, 64, torch.float64)
     expected, clone = net(x), duplicate(net)
@@ -497,6 +497,7 @@ def test_a_saved_network_is_the_same_after_loading(threshold: Any, tmp_path: Pat
         cs.save(net.optimize(), tmp_path / "fast.safetensors")
 
 
+@pytest.mark.slow
 def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
     model = cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4)
     net = cs.anytime(model, threshold=0.3)
@@ -506,7 +507,7 @@ def test_a_network_by_name_is_built_again_from_its_file(tmp_path: Path) -> None:
         assert all(torch.equal(one, other) for one, other in zip(again(x), net(x), strict=True))
 
 
-@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize("optimized", [slow(False), True])
 def test_torch_compile_leaves_it_as_it_is(optimized: bool) -> None:
     net, x = anytime(dtype=torch.float32), images(2, 48, 64)
     net = net.optimize() if optimized else net

@@ -531,6 +531,7 @@ def test_a_dense_twin_for_engines_is_written_as_anyone_would(level: int) -> None
         assert_same(program.module()(image), net(image, mask="none" if level else "all"), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_not_measured(tmp_path: Path) -> None:
     class Wrong(Engine):
         format = "onnx"
@@ -613,7 +614,8 @@ def test_each_side_has_the_memory_that_a_run_of_its_own_prints(
     assert found.rows[0].memory_ratio == pytest.approx(2 / 3) and not memories
 
 
-@pytest.mark.parametrize("process", ["first", pytest.param("second", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("process", ["first", "second"])
 def test_what_is_freed_is_not_in_the_peak(process: str) -> None:
     """Only what is in use at once, however often memory was taken before, and the same in every process."""
     peak = float(memory.run_alone("peaks", "print_peak_among_holes", "16"))

@@ -50,7 +50,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [slow(name) if name in ("channels last", "several maps") else name for name in NETWORKS]
+    "name", [name if name in ("basic blocks", "in place") else slow(name) for name in NETWORKS]
 )
 def test_the_body_of_the_stems_outputs_is_the_network(name: str) -> None:
     """Bit for bit, under any mask, as often as one likes; its levels and its optimised copy too."""

@@ -553,6 +553,7 @@ def test_compared_masks_stand_side_by_side_with_what_they_cost(run: Run, tmp_pat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [slow("usernets:segmenter"), "net.safetensors"])
 def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: str) -> None:
     network = ("--model", model, "--trust")
@@ -566,6 +567,7 @@ def test_compared_masks_of_a_network_tell_its_macs(run: Run, file: Path, model: 
 LOOKING = ("confidence | budget:fraction=0.25", "learned:channels=8/6/4", "detail")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [slow("usernets:segmenter"), "net.safetensors"])
 def test_masks_that_look_at_a_network_count_what_they_look_at(run: Run, file: Path, model: str) -> None:
     given = [part for mask in LOOKING for part in ("--mask", mask)]
@@ -578,6 +580,7 @@ def test_masks_that_look_at_a_network_count_what_they_look_at(run: Run, file: Pa
     assert run("mask", *options(*network, "--mask", LOOKING[0])).code == 0
 
 
+@pytest.mark.slow
 def test_a_file_shows_its_own_mask_with_what_it_has_learned(run: Run, tmp_path: Path) -> None:
     net = cs.adaptify(cs.build_model("usernets:segmenter"), "learned:channels=8/6/4", verify_laws=False)
     net(torch.zeros(1, 3, 64, 64))

@@ -63,7 +63,7 @@ SAMPLE = {
 }
 KNOWN = {name: why for name, why in SAMPLE.items() if name in cs.list_models()}
 # Their operations one by one: `laws/test_rule_laws.py`.
-QUICK = ("fasternet_t0", "lcnet_050", "squeezenet1_1")
+QUICK = ("lcnet_050", "squeezenet1_1")
 
 
 def test_the_sample_exists() -> None:
@@ -101,6 +101,7 @@ def test_what_does_not_convert_says_why(name: str, words: str) -> None:
     assert row["where"] and row["next"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "operation"),
     [
@@ -132,6 +133,7 @@ def test_settling_leaves_no_dead_branch_and_keeps_values_moderate() -> None:
 # -- many networks, a process each ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_line_each_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path, seen = tmp_path / "zoo.jsonl", []
     check_networks(["lcnet_050", "no_such_network"], path, on_row=seen.append)
@@ -171,6 +173,7 @@ def test_a_network_that_cannot_be_built_is_a_row() -> None:
     assert outlook(row).startswith("not built: ")
 
 
+@pytest.mark.slow
 def test_an_inexact_network_is_a_broken_row_not_a_converted_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A law that does not hold after conversion is told, whatever the conversion itself verified."""
     monkeypatch.setattr(network_check, "_batch_error", lambda net, arguments: 0.5)

@@ -142,6 +142,7 @@ def test_masks_differ_in_their_predictions(report: EvaluationReport) -> None:
     assert len({row.pixel_accuracy for row in report.rows if row.output_stride == (8, 32)}) > 2
 
 
+@pytest.mark.slow
 def test_batches_and_dictionaries_change_nothing(report: EvaluationReport) -> None:
     options: dict[str, Any] = {"output_stride": [(8, 32), (4, 32)], "rounds": 0}
     together = cs.evaluate(segmenter(as_dictionary=True), DATA, [EDGES, GRADED], batch=2, **options)
@@ -354,6 +355,7 @@ def test_the_command_prints_and_writes(run: Run, tmp_path: Path) -> None:
     assert refused.code == 1 and json.loads(refused.out)["error"] == "UnknownName"
 
 
+@pytest.mark.slow
 def test_a_converted_file_is_evaluated_as_it_is_or_at_other_strides(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:

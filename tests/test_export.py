@@ -84,6 +84,7 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.AdaptiveModel,
     return model, path, cs.export(model, picture(1, 96, 128), path, dynamic=True)
 
 
+@pytest.mark.slow
 def test_a_dynamic_file_takes_any_size_and_batch(dynamic: Any) -> None:
     model, path, report = dynamic
     run = File(path)
@@ -99,6 +100,7 @@ def test_a_dynamic_file_takes_any_size_and_batch(dynamic: Any) -> None:
     assert len({shape[2:] for shape in report.compared}) > 2
 
 
+@pytest.mark.slow
 def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
     model, path, _ = dynamic
     said = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
@@ -108,6 +110,7 @@ def test_a_file_says_what_it_was_made_of(dynamic: Any) -> None:
     assert json.loads(said["cadsurgery.options"]) == {"fill": "linear", "dynamic": True}
 
 
+@pytest.mark.slow
 def test_a_file_has_standard_operations_alone(dynamic: Any) -> None:
     _, path, _ = dynamic
     model = onnx.load(str(path))

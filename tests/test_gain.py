@@ -145,6 +145,7 @@ def fitted() -> tuple[cs.AdaptiveModel, GainFit]:
     return net, fit_gain(net, Photos(), balance=0)
 
 
+@pytest.mark.slow
 def test_it_finds_more_of_what_is_lost_than_detail(fitted: tuple[cs.AdaptiveModel, GainFit]) -> None:
     """On images it was not fitted to; nothing finds more than the loss itself."""
     fit = fitted[1]

@@ -106,6 +106,7 @@ def test_a_network_by_name_needs_nothing_else(hub: Hub, tmp_path: Path) -> None:
     assert torch.equal(cs.load(HOME)(image), net(image))
 
 
+@pytest.mark.slow
 def test_the_file_of_another_method_is_uploaded_as_it_is(hub: Hub, command_line: Run, tmp_path: Path) -> None:
     net = cs.anytime(cs.build_model("lraspp_mobilenet_v3_large", "none", num_classes=4), threshold=0.3).eval()
     cs.save(net, tmp_path / FILE)

@@ -380,6 +380,7 @@ def test_sequences_that_are_none_are_refused_with_the_layout(sequences: Path, tm
 EVAL = ("keypoints", "eval", "usernets:describer", "--output-stride", "1,4", "--count", 100, "--rounds", 1)
 
 
+@pytest.mark.slow
 def test_matching_is_evaluated_for_several_masks_in_one_run(
     run: Run, sequences: Path, tmp_path: Path
 ) -> None:

@@ -315,6 +315,7 @@ def test_a_budget_of_fractions_keeps_nested_shares(
     assert counts == Budget("random", fractions, per_batch).kept_patches(grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "patch"), covering([slow((96, 128)), (97, 129)], [slow("block"), "quadtree"])
 )

@@ -197,6 +197,7 @@ def test_what_cannot_be_done_says_what_can(small: cs.AdaptiveModel, tmp_path: An
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hosted_part_is_optimised() -> None:
     torch.manual_seed(0)
@@ -581,7 +582,7 @@ def test_compiled_convolutions_scale_by_level(dtype: torch.dtype, group: int, ch
         (16, 96, (33, 70), ((3, 3), 2, (1, 1))),
         (17, 72, (40, 5), ((5, 4), 2, (2, 0))),
         (4, 130, (67, 3), ((3, 3), 1, (0, 0))),
-        (3, 800, (6, 1100), ((2, 2), 2, (0, 0))),
+        slow(3, 800, (6, 1100), ((2, 2), 2, (0, 0))),
     ],
 )
 @torch.no_grad()
@@ -832,6 +833,7 @@ def test_the_cheaper_way_is_preferred() -> None:
     assert not found._replace(moved=10.0).prefer_dense(100, 40, 100, (8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["mobilenetv2_050", slow("efficientnet_b0"), slow("regnety_002"), slow("densenet121")]
 )

@@ -118,6 +118,7 @@ def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
 # -- fidelity ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fidelity_is_accuracy_where_the_dense_prediction_stands_for_labels(photos: Path) -> None:
     """By the labelled evaluation, of the same images with these labels."""
     report = cs.evaluate(segmenter(), f"images:{photos}", [MASK], **STRIDES)
@@ -146,6 +147,7 @@ def test_fidelity_is_accuracy_where_the_dense_prediction_stands_for_labels(photo
     assert 0 < mask.divergence < low.divergence and mask.pixel_accuracy < 1
 
 
+@pytest.mark.slow
 def test_each_pair_of_strides_is_compared_with_its_own_dense_network(photos: Path) -> None:
     data = cs.open_data(f"images:{photos}", "test").first(2)
     both = cs.evaluate(segmenter(), data, [], output_stride=[(8, 16), (4, 16)], rounds=0).rows
@@ -296,6 +298,7 @@ def test_a_network_learns_from_itself(tmp_path: Path, photos: Path, source: str,
     assert "classifier.1.weight" in changed
 
 
+@pytest.mark.slow
 def test_training_brings_the_network_nearer_to_what_it_was(tmp_path: Path) -> None:
     settings = replace(QUICK, steps=40, lr=0.02)
     outcome = fit(converted("none"), Alone(), settings, output=tmp_path, validation=Alone(), device="cpu")

@@ -32,7 +32,7 @@ def float_and_int8() -> tuple[AdaptiveModel, AdaptiveModel]:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v2", slow("densenet121"), slow("convnext_tiny"), "vgg11_bn"]
+    "name", ["resnet18", slow("mobilenet_v2"), slow("densenet121"), slow("convnext_tiny"), "vgg11_bn"]
 )
 @torch.no_grad()
 def test_it_gives_nearly_what_the_network_gives(name: str) -> None:
@@ -248,6 +248,7 @@ def test_no_weight_is_rounded_more_than_by_a_scale_of_its_largest(shape: tuple[i
     assert (error <= of_plain * (1 + 1e-5)).all() and (error < of_plain).float().mean() > 0.5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_first_layers_stay_in_float_until_outputs_differ_by_as_little_as_wanted() -> None:
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 
-QUICK, ALL = 9, 300
+QUICK, ALL = 3, 300
 
 
 def told(plan: cs.Plan) -> dict[str, Told]:

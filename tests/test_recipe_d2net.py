@@ -447,6 +447,7 @@ def test_the_published_detector_is_a_detector_of_the_mask() -> None:
 # -- tables --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_recipe_prints_and_writes_its_tables(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

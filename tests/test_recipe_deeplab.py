@@ -215,6 +215,7 @@ def fine_size() -> tuple[int, int]:
 # -- the published checkpoints -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [slow(1), 2])
 def test_an_edge_checkpoint_gives_what_the_published_rule_gives(top: int) -> None:
     """Any map in 4 x 4 blocks of levels 0 and `top`, batch of two, float64."""
@@ -257,6 +258,7 @@ def test_a_dense_checkpoint_gives_the_uniform_map_of_its_output_stride(name: str
             assert_same(net(x)["out"], reference(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [slow("os16"), *list(FORMATS)[1:]])
 def test_every_tensor_of_a_file_is_read_once_and_can_be_written_back_bit_for_bit(name: str) -> None:
     state = tensors_of(name)
@@ -304,6 +306,7 @@ def test_a_score_pickled_by_an_old_numpy_is_read(tmp_path: Path) -> None:
     assert load_published(old, "os8").net is not None
 
 
+@pytest.mark.slow
 def test_edge_maps_of_a_published_run_are_in_whole_blocks_of_its_levels() -> None:
     state, x = tensors_of(EDGES), torch.zeros(2, 3, *SIZE)
     x[0, :, 17, 50] = x[1, :, 60:, 90] = 5.0
@@ -328,6 +331,7 @@ def published_estimator(state: State) -> nn.Module:
     return layers
 
 
+@pytest.mark.slow
 def test_the_mask_estimator_is_handed_to_the_learned_mask() -> None:
     """The mask of the run takes every tensor, and gives the levels that the published layers give."""
     state, x = tensors_of("learned-0.5"), images(2, *SIZE)
@@ -349,6 +353,7 @@ def test_the_mask_estimator_is_handed_to_the_learned_mask() -> None:
     assert net.active_fraction == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 def test_another_mask_cannot_take_the_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
     given = replace(RUNS["learned-0.5"], mask="learned:channels=8/6/4")
     monkeypatch.setitem(RUNS, "learned-0.5", given)
@@ -426,6 +431,7 @@ def script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     checkpoints.main()
 
 
+@pytest.mark.slow
 def test_the_script_converts_the_published_files_of_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -544,6 +550,7 @@ def variant(name: str) -> tuple[nn.Module, dict[str, Any]]:
     return randomise(model), {**recipe.PUBLISHED, "region": region}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "low"), covering((slow("fcn"), slow("plus"), "deformable", "softpool"), (16, 32))
 )
@@ -579,6 +586,7 @@ def test_backbones_of_variants_on_mixed_maps_are_the_dense_emulation(name: str) 
         assert_same(found["out"], emulator.run(Feature(x, None))["out"].data)
 
 
+@pytest.mark.slow
 def test_the_deformable_block_ends_the_region_and_says_so() -> None:
     model, options = variant("deformable")
     net = cs.adaptify(model, output_stride=(8, 32), **options)

@@ -43,6 +43,7 @@ def test_cost_falls_with_the_density() -> None:
     assert totals == sorted(totals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet101", "resnet50"])
 def test_cost_is_that_of_the_network(name: str, net: cs.SampledModel, deep: cs.SampledModel) -> None:
     net = net if name == "resnet50" else deep
@@ -146,6 +147,7 @@ def small() -> torch.nn.Module:
     return cs.build_model("mobilenet_v2", "none").eval()
 
 
+@pytest.mark.slow
 def test_gates_of_a_classifier_are_trained_alone_and_run_with_noise(
     small: torch.nn.Module, tmp_path: Path
 ) -> None:

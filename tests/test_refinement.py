@@ -180,6 +180,7 @@ class Photos:
         return street_scene(64 + index % 2, 80, seed=index)
 
 
+@pytest.mark.slow
 def test_fitting_brings_it_nearer_to_full_resolution_and_is_the_same_twice() -> None:
     fits, nets = [], []
     for _ in range(2):

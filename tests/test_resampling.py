@@ -22,7 +22,7 @@ from cadsurgery.resampling import (
     target_locations,
     uniform_locations,
 )
-from conftest import TOLERANCE, assert_same, build, images, randomise, slow
+from conftest import TOLERANCE, assert_same, build, covering, images, randomise, slow
 from test_anytime import Chain, Classifier
 from torch import Tensor, nn
 
@@ -432,9 +432,9 @@ def test_an_untrained_sampler_gives_the_uniform_grid() -> None:
 COUNTS = [  # of the published notebook, and true: seed 3.7
     (0.25, 2, 8, 64, 17_600_064, 18_341_376),
     (1.0, 19, 16, 128, 161_547_264, 162_791_424),
-    (1.0, 19, 16, 160, 252_371_520, 254_315_520),
-    (1.0, 19, 16, 192, 363_378_944, 366_178_304),
-    (1.0, 19, 16, 224, 494_569_536, 498_379_776),
+    slow(1.0, 19, 16, 160, 252_371_520, 254_315_520),
+    slow(1.0, 19, 16, 192, 363_378_944, 366_178_304),
+    slow(1.0, 19, 16, 224, 494_569_536, 498_379_776),
     (1.0, 2, 4, 32, 124_646_464, 128_290_816),
 ]
 
@@ -473,9 +473,7 @@ def resampled(sampler: object = "uniform", size: Any = 32, model: type[Chain] = 
     return net.eval()
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("back", METHODS)
-@pytest.mark.parametrize("size", [(61, 83), (48, 64)], ids=str)
+@pytest.mark.parametrize(("dtype", "back", "size"), covering(TYPES, [*METHODS], [(61, 83), (48, 64)]))
 def test_the_uniform_grid_at_the_size_of_the_image_is_the_original(
     dtype: torch.dtype, back: str, size: tuple[int, int]
 ) -> None:
@@ -511,7 +509,7 @@ def test_an_image_is_the_same_in_any_batch(sampler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "size"), [((5, 6), 32), ((3, 2), (9, 12)), ((40, 30), 64), ((200, 31), 16)], ids=str
+    ("image", "size"), [slow((5, 6), 32), ((3, 2), (9, 12)), slow((40, 30), 64), ((200, 31), 16)], ids=str
 )
 def test_small_images_and_large_samples_have_results(image: tuple[int, int], size: Any) -> None:
     for sampler in ("uniform", "learned", "edges"):
@@ -549,6 +547,7 @@ def test_the_places_a_mask_scores_highest_take_the_place_of_boundaries() -> None
     assert torch.equal(flat.sampler(x)[0], uniform_locations(8))
 
 
+@pytest.mark.slow
 def test_masks_inside_see_the_labels_of_what_is_sampled() -> None:
     model = build("fcn_resnet50", by=8, num_classes=4)
     net = cs.resample(cs.adaptify(model, "trimap:width=1", verify_laws=False), "uniform", (64, 64))
@@ -562,6 +561,7 @@ def test_masks_inside_see_the_labels_of_what_is_sampled() -> None:
     assert torch.equal(inside.levels, levels) and inside.active_fraction > 0
 
 
+@pytest.mark.slow
 def test_the_sampled_image_goes_through_an_adaptive_network() -> None:
     model, x = build("fcn_resnet50", by=8, num_classes=4), images(2, 97, 131)
     adaptive = cs.adaptify(model, "edges", verify_laws=False)
@@ -597,6 +597,7 @@ def test_the_original_is_not_changed_and_its_state_dict_loads() -> None:
     assert pickle.loads(pickle.dumps(net)).plan == net.plan == again.plan
 
 
+@pytest.mark.slow
 def test_multiply_accumulates_are_those_of_sampler_and_network() -> None:
     net, x = resampled("learned", 32), images(2, 61, 83)
     found = net.macs(x)
@@ -611,7 +612,7 @@ def test_multiply_accumulates_are_those_of_sampler_and_network() -> None:
     assert (one[0], "learned") == (18_341_376, net.plan.sampler) and "32 x 32" in str(net.plan)
 
 
-@pytest.mark.parametrize("sampler", ["learned", "edges"])
+@pytest.mark.parametrize("sampler", [slow("learned"), "edges"])
 def test_an_inference_copy_gives_the_same(sampler: str) -> None:
     net, x = resampled(sampler, 48), images(2, 61, 83)
     fast = net.optimize()
@@ -633,7 +634,7 @@ MADE: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["learned", "mask", "adaptive", slow("labels"), slow("exits")])
+@pytest.mark.parametrize("kind", ["mask", slow("learned"), slow("adaptive"), slow("labels"), slow("exits")])
 def test_a_saved_network_is_the_same_after_loading(kind: str, tmp_path: Path) -> None:
     net, x = MADE[kind](randomise(Chain()).eval()), images(2, 61, 83)
     with torch.no_grad():

@@ -83,6 +83,7 @@ def test_the_oracle_is_validated_on_its_labels(tmp_path: Path) -> None:
     assert 0 <= outcome.after["miou"] <= 1
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_trained_so_is_refused(tmp_path: Path) -> None:
     inputs, _ = batch()
     for name in ("locations", "sampled"):
@@ -172,6 +173,7 @@ def test_the_commands_convert_train_evaluate_and_run(command_line: Run, tmp_path
     assert refused.code == 1 and "no masks" in refused.json["what"]
 
 
+@pytest.mark.slow
 def test_the_recipe_has_the_published_cost() -> None:
     table = table_of_macs()
     assert "| sampler | 17,600,064 | 18,341,376 |" in table

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, build, images, randomise, thin
+from conftest import assert_same, build, covering, images, randomise, slow, thin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
@@ -45,6 +45,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "timm convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)),
     "timm efficientnet (padded as TensorFlow)": lambda: timm.create_model("tf_efficientnet_b0"),
 }
+
+QUICK = ("resnet18", "mobilenet_v2", "convnext", "timm resnetv2")
 
 
 def small(kind: type = Bottleneck, dtype: torch.dtype = torch.float32) -> ResNet:
@@ -116,7 +118,7 @@ class Published:
 # -- open gates: the original ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NETWORKS])
 def test_open_gates_leave_the_original_bit_for_bit(name: str) -> None:
     model = randomise(NETWORKS[name]())
     net, x = cs.sample(model), images(2, 75, 101)
@@ -137,6 +139,7 @@ def test_open_gates_leave_the_original_in_double_and_while_training_bit_for_bit(
     assert not torch.equal(net(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_detector_with_open_gates_is_the_original_bit_for_bit() -> None:
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     kept = {"rpn_pre_nms_top_n_test": 60, "rpn_post_nms_top_n_test": 30}
@@ -178,9 +181,7 @@ def test_the_argument_stays_as_it_is_and_its_weights_load() -> None:
 # -- the published formulas ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("noise", (False, True))
-@pytest.mark.parametrize("kind", (BasicBlock, Bottleneck))
+@pytest.mark.parametrize(("dtype", "noise", "kind"), covering(TYPES, (False, True), (BasicBlock, Bottleneck)))
 def test_evaluation_is_what_is_published(kind: type, noise: bool, dtype: torch.dtype) -> None:
     model = small(kind, dtype)
     net, x = half_open(cs.sample(model, grid=3, noise=noise)), images(2, 67, 99, dtype)
@@ -209,7 +210,7 @@ def test_training_is_what_is_published(kind: type, dtype: torch.dtype) -> None:
     assert_same(net.sparse_loss(), torch.stack(means).mean())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NETWORKS])
 def test_chosen_positions_give_what_whole_maps_give(name: str) -> None:
     model = randomise(NETWORKS[name]()).double()
     net, x = half_open(cs.sample(model, grid=7), 0.5), images(2, 75, 101, torch.float64)

@@ -393,6 +393,7 @@ def test_another_size_is_another_graph_and_other_weights_are_the_same() -> None:
         assert seen.frame_count == count
 
 
+@pytest.mark.slow
 @MODELS
 @pytest.mark.parametrize("mask", ["all", slow("none")])
 def test_uniform_masks_compile_to_the_dense_networks(mask: str, make: Callable[[], nn.Module]) -> None:
@@ -403,6 +404,7 @@ def test_uniform_masks_compile_to_the_dense_networks(mask: str, make: Callable[[
     assert not any("product_by_table" in name for name in names)
 
 
+@pytest.mark.slow
 @MODELS
 def test_a_mask_of_a_call_is_compiled_too(make: Callable[[], nn.Module]) -> None:
     net, x, mask = converted(make(), "edges"), images(1, 64, 96), cs.Budget("edges", 0.5)
@@ -554,6 +556,7 @@ def test_strict_export_is_torch_operations_too() -> None:
     assert not any("cadsurgery" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.slow
 def test_export_leaves_the_network_and_its_last_call_alone(tmp_path: Path) -> None:
     net, x = converted(trunk()), images(1, 64, 96)
     with torch.no_grad():
@@ -563,6 +566,7 @@ def test_export_leaves_the_network_and_its_last_call_alone(tmp_path: Path) -> No
         assert torch.equal(net(x), before)
 
 
+@pytest.mark.slow
 def test_export_refuses_with_a_next_step_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -623,7 +627,8 @@ def retinanet() -> nn.Module:
     return get_model("retinanet_resnet50_fpn", weights=None, **options)
 
 
-@pytest.mark.parametrize("make", [Host, pytest.param(retinanet, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [Host, retinanet])
 def test_a_detector_runs_uncompiled_and_its_part_compiled(make: Callable[[], nn.Module]) -> None:
     net = cs.adaptify(make().eval(), BUDGET, verify_laws=False)
     x, seen = [images(1, 64, 96)[0]], graphs()

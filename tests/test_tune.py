@@ -106,6 +106,7 @@ def test_a_run_goes_on_where_it_was_and_gives_the_same(
         assert refused.code == 1 and "holds another run" in refused.json["what"]
 
 
+@pytest.mark.slow
 def test_what_no_budget_keeps_is_said(run: Run) -> None:
     result = run(*ARGUMENTS, "-o", "run", "--keep", "1", "--fractions", "0.1")
     assert (

@@ -33,13 +33,13 @@ from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
-from cadsurgery.surgery.plan import Outputs, Plan
+from cadsurgery.surgery.plan import SMALL_EFFECT, Outputs, Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
 from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import CannotFollow
-from cadsurgery.surgery.verify import verify
+from cadsurgery.surgery.verify import measure_effect, verify
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -142,7 +142,7 @@ def adaptify(
     chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
     if strict:
         _refuse_barriers(chosen)
-    if not chosen.matters:
+    if not chosen.matters and not verify_laws:
         _say_without_effect(chosen, strict)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     program = _carry_out(chosen, flow, geometry)
@@ -152,6 +152,12 @@ def adaptify(
     take_over(net, facts.model)
     if verify_laws:
         net.checks = verify(facts.model, facts.graph, program.graph, chosen, geometry, facts.arguments)
+        chosen = chosen.measured(
+            measure_effect(facts.model, program.graph, chosen, geometry, facts.arguments)
+        )
+        net.restate(chosen)
+        if not chosen.matters or (chosen.effect or 0.0) < SMALL_EFFECT:
+            _say_without_effect(chosen, strict and not chosen.matters)
     return HostedModel(whole, path, net) if path else net
 
 
@@ -290,8 +296,12 @@ def copy_network(model: object) -> nn.Module:
 
 
 def _say_without_effect(plan: Plan, strict: bool) -> None:
-    """A conversion after which every mask gives the same is announced; it is refused if strict."""
+    """A conversion after which every mask gives the same, or nearly, is announced; it is refused if strict."""
     what = "no mask can improve what this network returns: everything leaves the region at its native size."
+    if plan.effect:
+        what = f"masks hardly change what this network returns: {plan.effect_in_words}."
+    elif plan.finest < plan.output_stride[1]:
+        what = f"no mask can improve what this network returns: {plan.effect_in_words}."
     ends = plan.region_end[0].place if plan.region_end else ""
     why = 'keeping more high costs work; mask="none", the network itself, is as good and cheaper.'
     finer = ', return the maps finer with outputs="fine"' * (plan.returned == "native" and not plan.part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -163,6 +163,10 @@ class AdaptiveModel(nn.Module):
             yield
         finally:
             part._program = program
+
+    def restate(self, plan: Plan) -> None:
+        """Carry a plan that says more of the same decisions."""
+        self._program = replace(self._program, plan=plan).on(self)
 
     def lay_out(self) -> None:
         """Lay out the weights of convolutions as rows of elements are: values and names stay the same.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -14,6 +14,9 @@ from cadsurgery.support.plain import read_as
 
 # What the reason of such nodes was in files that do not say `after` yet.
 _AFTER = "after the region"
+
+# An effect of masks below this share of the spread of what is returned is said.
+SMALL_EFFECT = 1e-3
 
 Outputs = Literal["fine", "native"]
 Leaves = Literal["", "fine", "native", "resized"]
@@ -115,6 +118,9 @@ class Plan:
         outputs: node and output stride of each map that is returned.
         matters: whether keeping resolution can improve what comes out; it cannot where everything leaves at its
             native size and no operation of the region, a mean over the image or a resize, brings finer values there.
+            Of a converted network whose laws were verified, as measured: whether it has an effect.
+        effect: by how much what is returned differs between everything high and everything low, on the example: rms,
+            of the spread (standard deviation) of the output where that is most; 0 up to rounding; None: not measured.
         finest: the finest output stride that can improve what comes out.
         returned: size at which maps that leave the region as they are are returned, `fine` or `native`.
         part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
@@ -130,12 +136,17 @@ class Plan:
     possible: tuple[tuple[int, int], ...]
     example_shape: tuple[int, ...]
     outputs: tuple[tuple[str, int], ...] = ()
-    matters: bool = True
+    matters: bool = field(default=True, compare=False)
     finest: int = 0
     returned: Outputs = "fine"
     part: str = ""
     call: str = ""
     considered: tuple[Considered, ...] = field(default=(), compare=False)
+    effect: float | None = field(default=None, compare=False)
+
+    def measured(self, effect: float | None) -> Plan:
+        """The plan with the effect that was measured, see `effect`."""
+        return self if effect is None else replace(self, effect=effect, matters=effect > 0)
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
@@ -276,7 +287,10 @@ class Plan:
                 )
             elif len(self.outputs) > 1:
                 lines.append(f"output {output} (output stride {native}): {how}, at output stride {stride}")
-        if not self.matters:
+        if self.effect is not None and self.effect < SMALL_EFFECT:
+            gain = "little" if self.effect else "nothing"
+            lines.append(f"{self.effect_in_words}: keeping more high costs work and gains {gain}")
+        elif not self.matters:
             lines.append(
                 "what leaves the region does so at its native size, where every mask gives the same up to the "
                 "approximation of merged cells: keeping more high costs work and gains nothing"
@@ -292,6 +306,13 @@ class Plan:
         if self.dense_after > 0:
             lines.append(f"{self.dense_after:.0%} of the MACs run dense after the region")
         return "\n".join(lines)
+
+    @property
+    def effect_in_words(self) -> str:
+        """What was measured, see `effect`."""
+        if not self.effect:
+            return "on the example everything high and everything low return the same, up to rounding"
+        return f"on the example everything high and everything low differ by {self.effect:.1e} of the output's spread"
 
     def _extremes(self) -> list[Considered]:
         """Of the readings that were considered: that planned first, that with most strides removed, that with none."""

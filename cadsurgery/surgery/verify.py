@@ -26,7 +26,7 @@ from cadsurgery.support.errors import CadError, CannotConvert, first_line
 from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order, run_forward, widen
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import copying
-from cadsurgery.surgery.plan import Decision, Plan
+from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
 from cadsurgery.surgery.trace import evaluating
 
@@ -105,6 +105,47 @@ def verify(
             next=_REPORT,
         )
     return tuple(checks)
+
+
+def measure_effect(
+    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+) -> float:
+    """By how much what is returned differs between everything high and everything low, see `Plan.effect`.
+
+    Args:
+        model, adapted, plan, geometry, call: see `verify`; the laws hold.
+    """
+    effect = 0.0
+    if image_of(call).dtype in (torch.float32, torch.float64):
+        effect = _difference(model, adapted, plan, geometry, call)
+        if image_of(call).dtype == torch.float64 or effect >= SMALL_EFFECT:
+            return effect if effect > TOLERANCE[torch.float64] else 0.0
+    wide = copy.deepcopy(model, copying(model)).double()  # where it may be rounding
+    effect = _difference(wide, adapted, plan, geometry, widen(call))
+    return effect if effect > TOLERANCE[torch.float64] else 0.0
+
+
+def _difference(
+    model: nn.Module, adapted: fx.Graph, plan: Plan, geometry: Geometry, call: Arguments
+) -> float:
+    def outputs(level: int) -> dict[str, Tensor]:
+        masking = _uniform(replace(geometry, patch="quadtree"), level)
+        return _named(fx.Interpreter(model, graph=adapted).run(*in_order(adapted, call, masking))[0])
+
+    with torch.no_grad(), evaluating(model), _no_dead_branches(model):
+        high, low = outputs(0), outputs(plan.max_level)
+    differences = [0.0]
+    for name, value in high.items():
+        if value.shape != low[name].shape:
+            return float("inf")
+        if not value.is_floating_point():
+            differences.append(float((value != low[name]).double().mean()) if value.numel() else 0.0)
+        elif value.numel():
+            there = value.isfinite() & low[name].isfinite()
+            difference = (value - low[name])[there].double()
+            spread = value[there].double().std(correction=0).clamp(min=torch.finfo(torch.float64).tiny)
+            differences.append(float(difference.square().mean().sqrt() / spread) if len(difference) else 0.0)
+    return max(differences)
 
 
 def _all_checks(model: nn.Module, *rest: Any) -> list[Check]:

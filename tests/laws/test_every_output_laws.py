@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -264,3 +265,75 @@ def test_what_stays_dense_between_two_parts_of_a_region_is_said() -> None:
     assert "dense between two parts of the region: pool" in net.plan.summary()
     assert any("with pool as it was" in check.law for check in net.checks)
     assert cs.Plan.from_json(net.plan.to_json()) == net.plan
+
+
+# -- whether a mask has an effect ------------------------------------------------------------------------
+
+
+def stage(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, 1, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2, 2, ceil_mode=True)
+    )
+
+
+class Cropped(nn.Module):
+    """After FCN-8s: scores of three stages joined by transposed convolutions and crops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 40), nn.ReLU(), nn.MaxPool2d(2, 2, ceil_mode=True))
+        self.second, self.third, self.fourth = stage(8, 8), stage(8, 8), stage(8, 8)
+        self.scores, self.of_third = nn.Conv2d(8, 4, 3), nn.Conv2d(8, 4, 1)
+        self.up, self.last = nn.ConvTranspose2d(4, 4, 4, 2), nn.ConvTranspose2d(4, 4, 16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        third = self.third(self.second(self.first(x)))
+        y = self.up(self.scores(self.fourth(third)))
+        skip = self.of_third(third)[:, :, 2 : 2 + y.size(2), 2 : 2 + y.size(3)]
+        return self.last(y + skip)[:, :, 31 : 31 + x.size(2), 31 : 31 + x.size(3)].contiguous()
+
+
+class Faint(nn.Module):
+    """A resize brings finer values to the output, scaled to next to nothing beside what there is anyway."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.deep, self.share = nn.Conv2d(8, 8, 3, 1, 1), share
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.stem(x)
+        deep = F.interpolate(self.deep(self.down(fine)), size=fine.shape[2:], mode="bilinear")
+        return fine + self.share * deep
+
+
+def effect(net: cs.AdaptiveModel, x: Tensor) -> float:
+    """Of a mask, on other images than it was measured on."""
+    with torch.no_grad():
+        high, low = net(x, mask="all"), net(x, mask="none")
+    return float((high - low).square().mean().sqrt() / high.std(correction=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_decoder_that_no_mask_reaches_says_so(dtype: torch.dtype) -> None:
+    model, example = Cropped().to(dtype).eval(), images(1, 48, 64, dtype)
+    with pytest.warns(cs.CadWarning, match="no mask can improve what this network returns"):
+        net = cs.adaptify(model, "none", example_input=example)
+    assert not net.plan.matters and net.plan.effect == 0 and "gains nothing" in net.plan.summary()
+    assert effect(net, images(2, 64, 96, dtype)) < (1e-9 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_effect_is_measured_as_it_is_and_a_small_one_is_said(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = images(1, 48, 64, dtype)
+    plain = cs.adaptify(Faint(1.0).to(dtype).eval(), "none", output_stride=(2, 4), example_input=example)
+    assert plain.plan.matters and plain.plan.effect is not None and plain.plan.effect > 1e-2
+    if dtype != torch.bfloat16:
+        assert effect(plain, images(2, 67, 97, dtype)) == pytest.approx(plain.plan.effect, rel=0.5)
+    with pytest.warns(cs.CadWarning, match="masks hardly change what this network returns"):
+        net = cs.adaptify(Faint(1e-4).to(dtype).eval(), "none", output_stride=(2, 4), example_input=example)
+    assert net.plan.matters and 0 < (net.plan.effect or 0) < 1e-3 and "gains little" in net.plan.summary()
+    cs.save(net, tmp_path / "net.safetensors")
+    assert cs.load(tmp_path / "net.safetensors", Faint(1e-4).to(dtype)).plan.effect == net.plan.effect
+    assert cs.Plan.from_json(net.plan.to_json()).effect == net.plan.effect

@@ -108,6 +108,7 @@ def test_a_mask_for_one_call_and_what_the_call_tells(hosted: cs.AdaptiveModel) -
     assert report.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_it_trains_copies_pickles_and_is_saved_like_any_other(
     hosted: cs.AdaptiveModel, tmp_path: Path
 ) -> None:
