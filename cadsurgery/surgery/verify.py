@@ -166,13 +166,13 @@ def _uniform_checks(
     checks = []
     but_for = f", with {', '.join(d.node for d in plan.between)} as it was" if plan.between else ""
     for level in _levels(plan, geometry, adapted):
-        ours = _values(model, adapted, plan, _uniform(mapped, level), call, watched)
         own = level == plan.identity_level
+        ours = _values(model, adapted, plan, _uniform(mapped, level), call, watched, every=not own)
         if own:
             law, expected = "the network as it was", as_it_was
         else:
             law = f"the dense network at output stride {plan.strides[level]}{but_for}"
-            expected = _values(model, adapted, plan, _uniform(geometry, level), call, watched)
+            expected = _values(model, adapted, plan, _uniform(geometry, level), call, watched, every=True)
         check = _compare(f"everything at level {level} is {law}", ours, expected, tolerance)
         size = (image.shape[2], image.shape[3])
         checks.append(replace(check, number=1 if own else 2, size=size))
@@ -300,8 +300,9 @@ def _values(
     masking: Masking | None,
     call: Arguments,
     watched: dict[str, Decision],
+    every: bool = False,
 ) -> dict[str, Tensor]:
-    """Watched values and outputs on the network's own grid."""
+    """Watched values on the network's own grid, and outputs there or, with `every`, at all positions."""
     values: dict[str, Tensor] = {}
 
     class Collect(fx.Interpreter):
@@ -317,7 +318,9 @@ def _values(
 
     first = [] if masking is None else [masking]
     output = Collect(model, graph=graph).run(*in_order(graph, call, *first))
-    return values | _named(output if masking is None else at_own_samples(output[0], graph, plan))
+    if masking is not None:
+        output = output[0] if every else at_own_samples(output[0], graph, plan)
+    return values | _named(output)
 
 
 def _compare(law: str, ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> Check:
