@@ -98,6 +98,12 @@ INSTRUCTION_SETS: dict[str, tuple[InstructionSet, ...]] = {
         InstructionSet(
             "dotprod", ("neon", "dotprod"), ("-march=armv8.2-a+dotprod",), "sdot v0.4s, v1.16b, v2.16b"
         ),
+        InstructionSet(
+            "bf16",
+            ("neon", "dotprod", "bf16"),
+            ("-march=armv8.2-a+dotprod+bf16",),
+            "bfdot v0.4s, v1.8h, v2.8h",
+        ),
     ),
 }
 _ANY = (InstructionSet("scalar", (), ("-DSCALAR",)),)
@@ -146,7 +152,7 @@ def _by_width(name: str, *elements: str) -> tuple[Source, ...]:
 # The files that take longest are first, so that none of them is left over when the others are done.
 TABLE = (
     *_by_width("product", *_FLOATS),
-    Source("product", ("bfloat16",), ("avx512bf16",)),
+    Source("product", ("bfloat16",), ("avx512bf16", "bf16")),
     *_by_width("grouped", *ELEMENTS),
     Source("grouped", ("bfloat16",), ("avx512bf16",)),
     Source("expand", ("bfloat16",), ("avx512bf16",)),

@@ -132,7 +132,7 @@ void SUFFIX(grouped)(const reading *in, const sum *weight, const sum *bias, cons
     cadsurgery_share(tiles, rows_at_once(TILE * in->taps * in->channels * sizeof(element)), body, &g);
 }
 
-#ifdef PAIRS
+#if defined(PAIRS) && VECTOR == 64
 enum { NEAR = 1152 };
 
 /* Channels that `depthwise` reads at once. */

@@ -4,7 +4,7 @@
 
 #include "product.h"
 
-#ifdef PAIRS
+#if defined(PAIRS) && VECTOR == 64
 enum { MANY = 2 * LANES };
 
 INLINE __m512i load_many(const element *from, __mmask32 which, const int whole) {

@@ -6,6 +6,18 @@
 
 #ifdef PAIRS
 enum { SIDE = 2 }; /* channels of an output side by side */
+
+#if VECTOR == 64
+typedef __m512bh pairs;
+INLINE pairs load_pairs(const element *from) { return (pairs)_mm512_loadu_si512(from); }
+INLINE pairs all_pairs(int32_t two) { return (pairs)_mm512_set1_epi32(two); }
+INLINE lane add_products(lane total, pairs a, pairs b) { return (lane)_mm512_dpbf16_ps((__m512)total, a, b); }
+#else
+typedef bfloat16x8_t pairs;
+INLINE pairs load_pairs(const element *from) { return vreinterpretq_bf16_u16(vld1q_u16(from)); }
+INLINE pairs all_pairs(int32_t two) { return vreinterpretq_bf16_s32(vdupq_n_s32(two)); }
+INLINE lane add_products(lane total, pairs a, pairs b) { return (lane)vbfdotq_f32((float32x4_t)total, a, b); }
+#endif
 #else
 enum { SIDE = 1 };
 #endif
@@ -55,25 +67,24 @@ INLINE void accumulate(lane total[ROWS][COLUMNS], const element *const *a, long 
     const element *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
     long c = 0;
     for (; c + 1 < channels; c += 2) {
-        __m512bh by[COLUMNS];
+        pairs by[COLUMNS];
         int32_t value[ROWS];
         memcpy(value, a0 + c, 4), memcpy(value + 1, a1 + c, 4), memcpy(value + 2, a2 + c, 4);
         memcpy(value + 3, a3 + c, 4), memcpy(value + 4, a4 + c, 4), memcpy(value + 5, a5 + c, 4);
 #pragma GCC unroll 4
-        for (int j = 0; j < wide; j++) by[j] = (__m512bh)_mm512_loadu_si512(b + c * CHUNK + 2 * j * LANES);
+        for (int j = 0; j < wide; j++) by[j] = load_pairs(b + c * CHUNK + 2 * j * LANES);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < wide; j++)
-                total[i][j] = (lane)_mm512_dpbf16_ps((__m512)total[i][j], (__m512bh)_mm512_set1_epi32(value[i]), by[j]);
+            for (int j = 0; j < wide; j++) total[i][j] = add_products(total[i][j], all_pairs(value[i]), by[j]);
     }
     if (c < channels)
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
             for (int j = 0; j < wide; j++)
-                total[i][j] = (lane)_mm512_dpbf16_ps((__m512)total[i][j], (__m512bh)_mm512_set1_epi32(a[i][c]),
-                                                     (__m512bh)_mm512_loadu_si512(b + c * CHUNK + 2 * j * LANES));
+                total[i][j] =
+                    add_products(total[i][j], all_pairs(a[i][c]), load_pairs(b + c * CHUNK + 2 * j * LANES));
 #elif defined(WIDENED)
     sum part[ROWS][PART];
     for (long start = 0; start < channels; start += PART) {

@@ -66,7 +66,8 @@ typedef ELEMENT sum;
 
 READING(element);
 
-#if defined(BF16) && defined(__AVX512BF16__) && !defined(SCALAR)
+#if defined(BF16) && !defined(SCALAR) && \
+    (defined(__AVX512BF16__) || (defined(NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)))
 #define PAIRS /* sums of products of two values side by side in one instruction */
 #endif
 
@@ -148,7 +149,7 @@ INLINE lane load_some(const element *from, long some) {
 }
 
 INLINE void store_some(element *to, lane value, long some) {
-#ifdef PAIRS
+#if defined(PAIRS) && VECTOR == 64
     __m256i part = (__m256i)_mm512_cvtneps_pbh((__m512)value); /* below the least normal number: 0 */
 #elif defined(BF16)
     words bits = (words)value;
