@@ -473,7 +473,8 @@ class AnytimeModel(ConvertedModel):
             counted = [macs[rule == "published"] for macs in run.macs]
             own = list(accumulate(counted + [0] * (len(dense) - len(counted))))
         rows = zip((exit.name for exit in self.plan.exits), own, dense, strict=True)
-        return AnytimeMacs(tuple(ExitMacs(*row) for row in rows), rule, tuple(image_of(run.arguments).shape))
+        shape, left = tuple(image_of(run.arguments).shape), tuple(run.shapes.not_counted)
+        return AnytimeMacs(tuple(ExitMacs(*row) for row in rows), rule, shape, left)
 
     def optimize(self) -> AnytimeModel:
         """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
