@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def check_size(size: tuple[int, int] | None) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
     """The only picture of a file; what goes wrong within is said of the file."""
     if not files.exists(path):
@@ -163,16 +163,15 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
 
 def _images_inside(folder: str) -> list[str]:
     """Images in a folder and those within, by their paths from there, folder by folder in the order of their names."""
-    found = []
-    for place, _, names in os.walk(folder):
-        inside = os.path.relpath(place, folder)
-        parts = () if inside == os.curdir else tuple(inside.split(os.sep))
-        found += [
-            (*parts, name)
-            for name in names
-            if _split(name)[1].lower() in SUFFIXES and files.is_file(os.path.join(place, name))
-        ]
-    return [os.path.join(*parts) for parts in sorted(found)]
+    found, waiting = list[tuple[str, ...]](), list[tuple[str, ...]]([()])
+    for parts in waiting:
+        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, *parts)) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((*parts, entry.name))
+                elif _split(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+                    found.append((*parts, entry.name))
+    return [os.sep.join(parts) for parts in sorted(found)]
 
 
 class _Targets:
