@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import images
+from conftest import Run, images
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 from torchvision.ops import DeformConv2d, ps_roi_align, roi_align
@@ -225,6 +226,26 @@ def test_reports_of_macs_name_what_they_leave_out() -> None:
     assert net.macs(image, rule="published").not_counted == ()
 
 
+def spectral() -> nn.Module:
+    """Named on the command line."""
+    return Spectral().eval()
+
+
+def test_the_command_line_names_what_counts_leave_out(run: Run, tmp_path: Path) -> None:
+    name, size = ("--model", "test_counting:spectral"), ("--size", "64x96")
+    for more in ((), ("--dense",)):
+        shown = " ".join(run("macs", *name, *size, *more).output.split())
+        assert LEFT_OUT in shown
+        assert run("macs", *name, *size, *more, "--json").json["not_counted"] == [
+            "aten._fft_c2r",
+            "aten._fft_r2c",
+        ]
+    file = ("--output", str(tmp_path / "net.safetensors"))
+    told = run("convert", *name, *size, *file, "--rounds", "0", "--no-verify", "--json").json
+    assert LEFT_OUT in told["notes"]
+    assert "not counted" in run("plan", *name).output
+
+
 def test_a_plan_names_what_it_does_not_count_and_is_read_back() -> None:
     plan = cs.plan(Spectral().eval())
     assert LEFT_OUT in plan.summary()
@@ -249,7 +270,9 @@ def test_plans_that_differ_in_their_counts_alone_are_equal() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("resnet18", "mobilenet_v3_small", "lraspp_mobilenet_v3_large"),
+        "resnet18",
+        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
+        pytest.param("lraspp_mobilenet_v3_large", marks=pytest.mark.slow),
         pytest.param("swin_t", marks=pytest.mark.slow),
         pytest.param("timm:vit_tiny_patch16_224", marks=pytest.mark.slow),
         pytest.param("timm:convnext_atto", marks=pytest.mark.slow),
