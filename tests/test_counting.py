@@ -226,24 +226,32 @@ def test_reports_of_macs_name_what_they_leave_out() -> None:
     assert net.macs(image, rule="published").not_counted == ()
 
 
-def spectral() -> nn.Module:
-    """Named on the command line."""
-    return Spectral().eval()
+CODE = """
+import torch
+from torch import nn
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.fft.irfft2(torch.fft.rfft2(x), s=x.shape[2:]))
+"""
 
 
-def test_the_command_line_names_what_counts_leave_out(run: Run, tmp_path: Path) -> None:
-    name, size = ("--model", "test_counting:spectral"), ("--size", "64x96")
+def test_the_command_line_names_what_counts_leave_out(command_line: Run, tmp_path: Path) -> None:
+    (tmp_path / "usernets.py").write_text(CODE, encoding="utf-8")
+    name, size = ("--model", "usernets:Spectral"), ("--size", "64x96")
     for more in ((), ("--dense",)):
-        shown = " ".join(run("macs", *name, *size, *more).output.split())
-        assert LEFT_OUT in shown
-        assert run("macs", *name, *size, *more, "--json").json["not_counted"] == [
-            "aten._fft_c2r",
-            "aten._fft_r2c",
-        ]
-    file = ("--output", str(tmp_path / "net.safetensors"))
-    told = run("convert", *name, *size, *file, "--rounds", "0", "--no-verify", "--json").json
+        assert LEFT_OUT in " ".join(command_line("macs", *name, *size, *more).out.split())
+        values = command_line("macs", *name, *size, *more, "--json").json
+        assert values["not_counted"] == ["aten._fft_c2r", "aten._fft_r2c"]
+    told = command_line("convert", *name, *size, "--rounds", 0, "--no-verify", "--json").json
     assert LEFT_OUT in told["notes"]
-    assert "not counted" in run("plan", *name).output
+    assert "not counted" in command_line("plan", *name).out
 
 
 def test_a_plan_names_what_it_does_not_count_and_is_read_back() -> None:
