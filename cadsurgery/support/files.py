@@ -80,17 +80,19 @@ def check_writable(path: Path) -> Path:
     except (OSError, ValueError) as error:  # a name too long, a NUL byte, a link to itself
         raise _unwritable(path, error) from error
     if stat.S_ISDIR(status.st_mode):
-        raise FileError(f"{path} is a folder.", next="name a file in it.")
+        raise FileError(f"{path} cannot be written.", why="it is a folder.", next="name a file in it.")
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in _KINDS if test(status.st_mode)), "no file")
         raise FileError(
-            f"{path} is {kind}.",
-            why="a file that is written takes the place of what was there, and this is no file.",
+            f"{path} cannot be written.",
+            why=f"it is {kind}, and a file that is written takes the place of what was there.",
             next="choose another path.",
         )
     if not status.st_mode & 0o222 or not os.access(target, os.W_OK):
         raise FileError(
-            f"{path} is read-only.", next=f"choose another path, or allow writing: chmod u+w {path}."
+            f"{path} cannot be written.",
+            why="it is read-only.",
+            next=f"choose another path, or allow writing: chmod u+w {path}.",
         )
     return target
 
