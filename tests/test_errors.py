@@ -324,8 +324,25 @@ def test_a_network_that_scales_pictures_itself_takes_them(mask: str) -> None:
         found = one(picture), one.levels
         assert_same(found[0], one(picture.float()))
         assert torch.equal(found[1], one.levels)
-    with refused(cs.InvalidInput, "does not run", "uint8", "got 1 channels", "float32 on cpu"):
+    with refused(cs.InvalidInput, "1 channel, the network takes 3", "image.expand(-1, 3, -1, -1)"):
         net(picture[:, :1])
+
+
+class OfOneHeight(TakesPictures):
+    """Scales pictures, and brightens each row by a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(97, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(x.float() / 255 + self.rows)
+
+
+def test_what_a_network_says_of_pictures_that_it_changes_first_is_told() -> None:
+    net = cs.adaptify(OfOneHeight(), "all", verify_laws=False)
+    with refused(cs.InvalidInput, "does not run", "uint8", "must match the size", "float32 on cpu"):
+        net(torch.zeros(2, 3, 65, 129, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("optimised", [False, True])

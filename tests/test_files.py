@@ -411,6 +411,73 @@ def test_an_example_that_is_none_or_too_large_is_refused_before_it_is_made(
         cs.load(rewritten(saved, change), trunk())
 
 
+class Two(nn.Module):
+    """Takes an image and a second tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = trunk()
+
+    def forward(self, image: Tensor, shift: Tensor) -> Tensor:
+        return self.trunk(image) + shift.mean()
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        ({"shift": {"tensor": [20_000, 40_000], "dtype": "float32"}}, "800003072 values is too large"),
+        (
+            {"shift": {"list": [{"tensor": [2**13, 2**11], "dtype": "int8"}] * 3}},
+            "50334720 values is too large",
+        ),
+        ({"shift": {"tensor": [2**62, 2**62], "dtype": "float32"}}, "damaged"),
+        ({"shift": {"tensor": [4], "dtype": "Tensor"}}, "damaged"),
+        ({"shift": {"nothing": [4]}}, "damaged"),
+    ],
+)
+def test_arguments_of_a_call_that_are_none_or_too_large_are_refused_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: dict[str, Any], why: str
+) -> None:
+    path, model = tmp_path / "net.safetensors", Two().eval()
+    example = {"image": torch.zeros(1, 3, 32, 32), "shift": torch.zeros(2)}
+    cs.save(cs.adaptify(model, "none", verify_laws=False, example_input=example), path)
+
+    def change(metadata: dict[str, Any]) -> None:
+        plan = json.loads(metadata["plan"])
+        metadata["plan"] = json.dumps({**plan, "call": json.dumps({**json.loads(plan["call"]), **call})})
+
+    made, zeros = [], torch.zeros
+
+    def note(*args: Any, **options: Any) -> Tensor:
+        made.extend([args] if options.get("device") != "meta" else [])
+        return zeros(*args, **options)
+
+    monkeypatch.setattr(torch, "zeros", note)
+    with pytest.raises(cs.FileError, match=why):
+        cs.load(rewritten(path, change), model)
+    assert not made
+
+
+@pytest.mark.parametrize("option", ["hidden", "classes"])
+def test_heads_wider_than_all_tensors_of_the_file_are_not_made(tmp_path: Path, option: str) -> None:
+    path, model = tmp_path / "net.safetensors", deep_trunk()
+    cs.save(cs.anytime(model, classes=2, example_input=torch.zeros(1, 3, 64, 64)), path)
+
+    def change(metadata: dict[str, Any]) -> None:
+        metadata["options"][option] = 2**40
+
+    with pytest.raises(cs.FileError, match=f"layers of {2**40} channels"):
+        cs.load(rewritten(path, change), model)
+
+
+def deep_trunk() -> nn.Module:
+    """A trunk with enough steps for exits."""
+    layers: list[nn.Module] = []
+    for number in range(4):
+        layers += [nn.Conv2d(3 if number == 0 else 4, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()]
+    return randomise(nn.Sequential(*layers, nn.Conv2d(4, 2, 1)))
+
+
 def test_integers_in_place_of_numbers_are_refused(saved: Path) -> None:
     tensors, header = parts_of(saved)
     save_file({**tensors, "1.running_var": torch.ones(4, dtype=torch.int64)}, saved, header)

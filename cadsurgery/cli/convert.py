@@ -180,6 +180,7 @@ def macs(
     Of a file of another method: up to each exit, of each gate, or of sampler and network, on the image, which is run.
     """
     from cadsurgery.network.macs import MacReport
+    from cadsurgery.support.counting import describe_not_counted
     from cadsurgery.tasks.convert import count, count_dense
     from cadsurgery.tasks.convert_report import render_macs
 
@@ -188,7 +189,9 @@ def macs(
         if dense:
             counted = count_dense(model, image, size, rule)
             shape, whole = "x".join(map(str, counted["shape"])), counted["macs"]["dense"]
-            screen.show(counted, f"MACs on {shape} ({rule} rule): {whole:.5e}", as_json)
+            left = describe_not_counted(tuple(counted["not_counted"]))
+            told = "\n".join(filter(None, (f"MACs on {shape} ({rule} rule): {whole:.5e}", left)))
+            screen.show(counted, told, as_json)
             return
         report = count(model, mask, conversion, image, size, rule, trust)
     values = report.to_dict(layers=not total) if isinstance(report, MacReport) else report.to_dict()

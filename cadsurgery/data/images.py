@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
+from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.files import check_folder, write_whole
 
 if TYPE_CHECKING:
     from cadsurgery.data.networks import Source
 
+_SIDE = 2**14
+MOST_PIXELS = _SIDE**2  # of an image that is generated or resized: 3 GiB as float32
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # What a picture can be written as.
 FORMATS = {
@@ -53,18 +57,26 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool
 
 
 def check_size(size: tuple[int, int] | None) -> None:
-    """Refuse a size of images without pixels.
+    """Refuse a size of images without pixels, or with more than `MOST_PIXELS`.
 
     Raises:
-        InvalidInput: a side is not positive.
+        InvalidInput: it is such a size.
     """
     if size is not None and min(size) < 1:
         raise InvalidInput(f"an image of {size[0]}x{size[1]} has no pixels.", next="give a positive size.")
+    if size is not None and size[0] * size[1] > MOST_PIXELS:
+        raise InvalidInput(
+            f"an image of {size[0]}x{size[1]} is too large.",
+            why=f"at most {MOST_PIXELS} pixels are made, e.g. {_SIDE}x{_SIDE}.",
+            next="give a smaller size, or cut the image into tiles.",
+        )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
     """The only picture of a file; what goes wrong within is said of the file."""
+    if not files.exists(path):
+        raise files.absent(path)
     try:
         with Image.open(path) as file:
             count = getattr(file, "n_frames", 1)
@@ -124,22 +136,21 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
     """
     places: dict[Path, Path] = {}
     vain: dict[Path, FileError] = {}
+    targets = _Targets()
     for path in paths:
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+        is_folder = files.is_folder(path)
+        if is_folder:
+            inside = _images_inside(str(path))
             refusal = FileError(f"there are no images in {path}.", next=f"accepted: {', '.join(SUFFIXES)}.")
         else:
-            inside = [path] if path.exists() else []
-            refusal = FileError(f"there is no file or folder {path}.", next="check the path.")
+            inside = [path.name] if files.exists(path) else []
+            refusal = files.absent(path, "file or folder")
         if not inside:
             vain[path] = refusal
-        for image in inside:
-            place = image.relative_to(path) if path.is_dir() else Path(image.name)
-            target, count = place.with_suffix(".png"), 1
-            while target in places.values():
-                count += 1
-                target = place.with_name(f"{place.stem}_{place.suffix[1:]}{'' if count == 2 else count}.png")
-            places.setdefault(image, target)
+        for place in inside:
+            image = path / place if is_folder else path
+            if image not in places:
+                places[image] = Path(targets.of(place))
     if not places and not vain:
         raise FileError("no images were given.", next="name files or folders.")
     if not places:
@@ -148,6 +159,49 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[Path, Path], list[dict[str,
         why = f"neither is there anything in {also}." if others else ""
         raise FileError(refusal.what, why=why, next=refusal.next)
     return places, [{"image": str(path), **refusal.to_dict()} for path, refusal in vain.items()]
+
+
+def _images_inside(folder: str) -> list[str]:
+    """Images in a folder and those within, by their paths from there, folder by folder in the order of their names."""
+    found, waiting = list[tuple[str, ...]](), list[tuple[str, ...]]([()])
+    for parts in waiting:
+        with contextlib.suppress(OSError), os.scandir(os.path.join(folder, *parts)) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((*parts, entry.name))
+                elif _split(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+                    found.append((*parts, entry.name))
+    return [os.sep.join(parts) for parts in sorted(found)]
+
+
+class _Targets:
+    """Places below an output folder, each given once: images that differ in their ending only keep it."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+        self.tried: dict[
+            str, int
+        ] = {}  # by how they begin, so that many of one name are not counted anew each time
+
+    def of(self, place: str) -> str:
+        """Where the image of a path from its own folder belongs."""
+        stem, ending = _split(place)
+        target = f"{stem}.png"
+        if target in self.used:
+            base = f"{stem}_{ending[1:]}"
+            count = self.tried.get(base, 2)
+            while (target := f"{base}{'' if count == 2 else count}.png") in self.used:
+                count += 1
+            self.tried[base] = count + 1
+        self.used.add(target)
+        return target
+
+
+def _split(place: str) -> tuple[str, str]:
+    """A path without its ending, and the ending, as `Path.suffix` has it."""
+    start = place.rfind(os.sep) + 1
+    dot = place.rfind(".")
+    return (place[:dot], place[dot:]) if start < dot < len(place) - 1 else (place, "")
 
 
 def normalise(image: Tensor, source: Source | None) -> Tensor:
@@ -169,7 +223,12 @@ def street_scene(height: int = 512, width: int = 1024, seed: int = 0) -> Tensor:
 
 
 def labelled_scene(height: int = 512, width: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A generated street scene and its labels (H, W), int64 indices into `SCENE_CLASSES`."""
+    """A generated street scene and its labels (H, W), int64 indices into `SCENE_CLASSES`.
+
+    Raises:
+        InvalidInput: see `check_size`.
+    """
+    check_size((height, width))
     random = np.random.default_rng(seed)
     rows = np.linspace(0, 1, height)[:, None, None]
     sky = np.array([150, 185, 225]) * (1 - rows) + np.array([225, 232, 238]) * rows

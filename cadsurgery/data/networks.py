@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cadsurgery.data.hub import offline_without_network
+from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
     FileError,
@@ -113,7 +114,7 @@ def build_model(
     builders = {"torchvision": _torchvision_builder, "timm": _timm_builder}
     build = builders[library](rest) if library in builders else _function_builder(library, rest)
     path = Path(weights)
-    if weights not in ("auto", "none") and (path.suffix in WEIGHTS or path.exists()):
+    if weights not in ("auto", "none") and (path.suffix in WEIGHTS or files.exists(path)):
         model, source = build(
             "none", kwargs if num_classes is None else {**kwargs, "num_classes": num_classes}
         )
@@ -455,8 +456,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         FileError: missing, unreadable, or not a state dict.
     """
-    if not path.is_file():
-        raise FileError(f"there is no file {path}.", next="check the path.")
+    if not files.is_file(path):
+        raise files.absent(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cadsurgery.data.datasets import IGNORED, SegmentationData, identity_table
 from cadsurgery.data.images import SCENE_CLASSES, SUFFIXES, find_images, labelled_scene, read_image
+from cadsurgery.support import files
 from cadsurgery.support.errors import (
     FileError,
     InvalidInput,
@@ -68,10 +69,10 @@ def _read_files(images: Sequence[Path], labels: Sequence[Path], position: int) -
 
 def _folder(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     kind, root = KINDS["folder"], Path(place)
-    if not root.is_dir():
+    if not files.is_folder(root):
         raise missing(kind, place, "the folder does not exist.")
-    folder = root if split == "all" and not (root / split).is_dir() else root / split
-    if not (folder / "images").is_dir() or not (folder / "labels").is_dir():
+    folder = root if split == "all" and not files.is_folder(root / split) else root / split
+    if not files.is_folder(folder / "images") or not files.is_folder(folder / "labels"):
         splits = sorted(path.name for path in root.iterdir() if (path / "images").is_dir())
         hint = f"there are the splits {', '.join(splits)}." if splits else "it has no splits."
         if (root / "images").is_dir():
@@ -119,11 +120,11 @@ def _read_alone(images: Sequence[Path], position: int) -> tuple[Tensor, None]:
 
 def _images(place: str, split: str, options: Mapping[str, str], spec: str) -> SegmentationData:
     root = Path(place)
-    there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    there = [name for name in ("train", "val", "test") if files.is_folder(root / name)]
     if there and split not in (*there, "all"):
         raise missing(KINDS["images"], place, f"it has no {split}; there are the splits {', '.join(there)}.")
     folders = [root / name for name in there if split in (name, "all")] or [root]
-    inside = [folder / "images" if (folder / "images").is_dir() else folder for folder in folders]
+    inside = [folder / "images" if files.is_folder(folder / "images") else folder for folder in folders]
     images = list(find_images(inside)[0])
     if not there and split in ("train", "val") and len(images) > 1:
         held_out = images[::HELD_OUT]

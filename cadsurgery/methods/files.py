@@ -5,7 +5,6 @@ Safetensors for tensors, JSON metadata for everything else; nothing that a file 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.network.storage import (
     FORMAT,
     KEY,
-    LONGEST,
     METHOD,
     OTHER_MODEL,
+    check_example,
     check_tensors,
     check_types,
     checksum,
@@ -123,20 +122,10 @@ def read(
         source = Source.from_dict(fields["source"]) if fields["source"] is not None else None
         stored = plan.from_json(fields["plan"])
     check_tensors(path, fields["tensors"], tensors)
-    check_length(path, math.prod(stored.example_shape), trust)
+    check_example(path, stored, trust)
     if source is not None and not trust:
         source = replace(source, untrusted=str(path))
     return Stored(fields, checked, stored, source)
-
-
-def check_length(path: str | Path, longest: int, trust: bool) -> None:
-    """Refuse to make tensors of so many values on the word of a file."""
-    if longest > LONGEST and not trust:
-        raise FileError(
-            f"the metadata of {path} is damaged.",
-            why=f"an example of {longest} values is too large to be made on the word of a file.",
-            next="if you know the file, pass trust=True (--trust).",
-        )
 
 
 def example_of(stored: Stored, network: nn.Module) -> Tensor:

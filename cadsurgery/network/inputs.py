@@ -17,7 +17,9 @@ from cadsurgery.surgery.hooks import parameter
 from cadsurgery.surgery.rewrite import ask_mask
 
 
-def misfit(net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception) -> InvalidInput | None:
+def misfit(
+    net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception, channels: int
+) -> InvalidInput | None:
     """Why a network cannot take an image batch: its device, type or number of channels; None if these are right.
 
     Args:
@@ -25,6 +27,7 @@ def misfit(net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception) -> 
         graph: its rewritten graph, which tells what the image is.
         image: what it was called with.
         error: what came of it.
+        channels: of the images that it was converted with: one that checks them itself takes no others.
     """
     read = list(_readers(net, graph))
     for weight, groups in read:
@@ -39,6 +42,8 @@ def misfit(net: nn.Module, graph: fx.Graph, image: Tensor, error: Exception) -> 
             return _wrong_channels(image, weight.shape[1] * groups)
     values = (value for value in chain(net.parameters(), net.buffers()) if value.is_floating_point())
     first = next(values, None)
+    if image.shape[1] != channels:
+        return _wrong_channels(image, channels)
     if read or first is None or (image.dtype == first.dtype and image.device == first.device):
         return None
     return InvalidInput(

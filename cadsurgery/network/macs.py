@@ -2,7 +2,7 @@
 
 The network is run on meta tensors, so that every operation yields shapes and no values, with the real
 lattice of the image's mask. Convolutions on elements count `output elements x weight entries`; dense
-operations are counted by torch's FlopCounterMode. Interpolated halo rows are memory traffic, not MACs.
+operations are counted by the rules of `support.counting`. Interpolated halo rows are memory traffic, not MACs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
@@ -28,6 +27,7 @@ from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
 from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.hooks import copying
@@ -62,12 +62,15 @@ class MacReport:
         active_fraction: of the mask.
         rule: how they were counted.
         shape: of the image batch.
+        not_counted: operations that may multiply and are in none of these numbers, because no rule says how much; by
+            the rule `published`, which says itself what it counts, none.
     """
 
     layers: tuple[LayerMacs, ...]
     active_fraction: float
     rule: str
     shape: tuple[int, ...]
+    not_counted: tuple[str, ...] = ()
 
     @property
     def mask(self) -> int:
@@ -96,15 +99,17 @@ class MacReport:
             "rule": self.rule,
             "active_fraction": self.active_fraction,
             "macs": {"mask": self.mask, "high": self.high, "low": self.low},
+            "not_counted": list(self.not_counted),
         }
         return {**values, "layers": [vars(layer) for layer in self.layers]} if layers else values
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
-        return (
+        counts = (
             f"MACs on {size} ({self.rule} rule): {self.mask:.4e} with this mask "
             f"(active fraction {self.active_fraction:.3f}), {self.high:.4e} dense high, {self.low:.4e} dense low"
         )
+        return "\n".join(filter(None, (counts, describe_not_counted(self.not_counted))))
 
 
 def count_macs(
@@ -117,10 +122,13 @@ def count_macs(
     if provider.sees_features or provider.looks_ahead:
         program.find_lattice(asked, *args, **kwargs)
 
+    not_counted = asked.not_counted
+
     def count(masking: Any) -> dict[str, int]:
         counter = Counter(counted, rule)
-        with torch.no_grad(), counter.flops:
+        with torch.no_grad(), counter.counter:
             program.check_and_run(partial(counter.count, masking), *args, **kwargs)
+        not_counted.update(counter.not_counted)
         return counter.counts
 
     lowest = program.geometry.max_level
@@ -141,7 +149,8 @@ def count_macs(
         if work:
             layers.append(LayerMacs(name, provider.name, work, 0, 0))
     assert asked.lattice is not None
-    return MacReport(tuple(layers), asked.lattice.active_fraction, rule, tuple(image.shape))
+    left = () if rule == "published" else tuple(sorted(not_counted))
+    return MacReport(tuple(layers), asked.lattice.active_fraction, rule, tuple(image.shape), left)
 
 
 # See `MacReport.of_mask`.
@@ -156,6 +165,7 @@ class _Asked:
     image: Tensor
     lattice: Lattice | None = None
     macs: int = 0
+    not_counted: set[str] = field(default_factory=set)
 
     @property
     def provider(self) -> MaskProvider:
@@ -167,9 +177,10 @@ class _Asked:
         if self.lattice is None:
             if features.is_meta:  # the mask looks at the image alone
                 image, features = self.image, torch.empty(features.shape, device=self.image.device)
-            with FlopCounterMode(display=False) as flops:
+            with MacCounter() as counter:
                 self.lattice = self.masking(image, features)
-            self.macs = flops.get_total_flops() // 2
+            self.macs = counter.macs
+            self.not_counted.update(counter.not_counted)
         return self.lattice
 
 
@@ -207,7 +218,7 @@ def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | Non
         return None
     high, low = (Counter(counted, "conv") for _ in range(2))
     for counter, level in ((high, 0), (low, counted.geometry.max_level)):
-        with torch.no_grad(), counter.flops:
+        with torch.no_grad(), counter.counter:
             lattice = counter.count(counted.uniform(level), counted.bind(image))
     layers = tuple(
         LayerWork(
@@ -220,13 +231,26 @@ def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | Non
     return layers if {layer.layer: layer.on(lattice) for layer in layers} == low.counts else None
 
 
+@dataclass(frozen=True)
+class NetworkMacs:
+    """MACs of a network as it is, and the operations that are not among them; see `MacReport.not_counted`."""
+
+    macs: int
+    not_counted: tuple[str, ...] = ()
+
+
 def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
+    """The multiply-accumulates of `count_network` alone."""
+    return count_network(model, *args, rule=rule).macs
+
+
+def count_network(model: nn.Module, *args: Any, rule: str = "conv") -> NetworkMacs:
     """Multiply-accumulates of any network on an image as it is; not run.
 
     Args:
         model: the network.
         args: as for a call.
-        rule: `"conv"`, what torch's FlopCounterMode counts, or `"published"`, see `AdaptiveModel.macs`: of its
+        rule: `"conv"`, all that there is a rule for, or `"published"`, see `AdaptiveModel.macs`: of its
             backbone, if it names one.
 
     Raises:
@@ -243,7 +267,7 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
     for module in counted.get_submodule(backbone).modules() if rule == "published" else ():
         if isinstance(module, _COUNTED):
             module.register_forward_hook(count)
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+    with torch.no_grad(), MacCounter() as counter:
         try:
             counted(*(to_meta(value) for value in args))
         except Exception as error:  # the network decides what it takes
@@ -252,7 +276,9 @@ def dense_macs(model: nn.Module, *args: Any, rule: str = "conv") -> int:
                 why=first_line(error),
                 next="give an image batch that it takes.",
             ) from error
-    return counts[0] if rule == "published" else flops.get_total_flops() // 2
+    if rule == "published":
+        return NetworkMacs(counts[0])
+    return NetworkMacs(counter.macs, tuple(sorted(counter.not_counted)))
 
 
 _COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
@@ -294,7 +320,8 @@ class Counter(GraphInterpreter):
         parts: Mapping[str, Lattice] | None = None,
     ) -> None:
         super().__init__(program, graph or program.graph, parts)
-        self.flops = FlopCounterMode(display=False)
+        self.counter = MacCounter()
+        self.not_counted: set[str] = set()
         self.published = rule == "published"
         backbone = next((name for name in BACKBONE_NAMES if name in program.net._modules), None)
         self.prefix = f"{backbone}." if backbone and self.published else ""
@@ -310,13 +337,14 @@ class Counter(GraphInterpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and count it."""
-        before = self.flops.get_total_flops()
+        before = self.counter.macs
+        self.counter.not_counted.clear()
         value = super().run_node(n)
         if n.op in ("call_function", "call_method"):
             value = to_meta(value)  # maps that the network makes of a size, too, are shapes alone
         origin, path = n.meta.get(WORK, ("", ""))
         if origin and path.startswith(self.prefix):
-            executed = (self.flops.get_total_flops() - before) // 2
+            executed = self.counter.macs - before
             count = self._published(n, value) if self.published else self._executed(n, value, executed)
             place, number = None, 1
             if isinstance(value, Elements):
@@ -329,8 +357,10 @@ class Counter(GraphInterpreter):
     def _executed(self, n: fx.Node, value: Any, executed: int) -> int:
         operation = operation_of(n.target)
         if operation is None:
+            self.not_counted.update(self.counter.not_counted)
             return 0 if isinstance(value, Elements) else executed
         if operation.macs is None:
+            self.not_counted.update(self.counter.not_counted)
             return executed
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return operation.macs(value, *args, **kwargs)

@@ -237,7 +237,7 @@ class _Run:
         """MACs behind the place where the mask is asked for, and rows that operations with taps compute; of a network
         with shapes and no values."""
         counter = Counter(self.program, "conv", self.exit.graph, parts)
-        with counter.flops:
+        with counter.counter:
             counter.run(lambda *_: self.lattice, *self.values)
         return sum(counter.counts.values()), counter.rows
 

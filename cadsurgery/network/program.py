@@ -20,6 +20,7 @@ from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.surgery.arguments import image_of, in_order
+from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
@@ -228,10 +229,12 @@ class Program:
             return run(arguments)
         try:
             return run(arguments)
-        except CadError:
-            raise
         except Exception as error:  # the network decides what it takes: ask why only once it has refused
-            refusal = misfit(self.net, self.graph, image, error)
+            channels = self.plan.example_shape[1]
+            checks_channels = isinstance(error, AnotherWay) and image.shape[1] != channels
+            if isinstance(error, CadError) and not checks_channels:
+                raise
+            refusal = misfit(self.net, self.graph, image, error, channels)
             if refusal is None:
                 raise
             raise refusal from error

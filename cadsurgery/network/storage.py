@@ -26,11 +26,12 @@ from cadsurgery.network.adapters import LEVELS, REFINEMENTS, kind_of
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.support import files
 from cadsurgery.support.errors import CadError, CadWarning, FileError, InvalidInput, first_line
 from cadsurgery.support.files import write_whole
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import import_nothing, versions
-from cadsurgery.surgery.arguments import example_of
+from cadsurgery.surgery.arguments import example_of, values_of
 from cadsurgery.surgery.plan import Plan
 
 FORMAT = 3  # 1: no checksums; 2: no normalisation, masks see the input as it comes
@@ -180,12 +181,7 @@ def unpack(
     source, stored = stated.source, stated.plan
     if source is not None and not trust:
         source = replace(source, untrusted=str(path))
-    if math.prod(stored.example_shape) > LONGEST and not trust:
-        raise FileError(
-            f"the metadata of {path} is damaged.",
-            why=f"an example of shape {stored.example_shape} is too large to be made on the word of a file.",
-            next="if you know the file, pass trust=True (--trust).",
-        )
+    check_example(path, stored, trust)
     if model is None:
         model = build_stated(path, source, tensors)
     options = {**stated.options, "output_stride": stored.output_stride}
@@ -278,11 +274,52 @@ def check_tensors(path: str | Path, stated: str, tensors: Mapping[str, Tensor]) 
         )
 
 
+def check_example(path: str | Path, plan: Any, trust: bool) -> None:
+    """Refuse a plan of any method whose example, an image or the arguments of a call, is too large to be made.
+
+    Raises:
+        FileError: it is, and the file is not trusted; or its arguments are none.
+    """
+    check_size(path, math.prod(plan.example_shape), trust)
+    if call := getattr(plan, "call", ""):
+        with refuse(f"the metadata of {path} is damaged.", _AGAIN):
+            check_size(path, values_of(call), trust)
+
+
+def check_size(path: str | Path, values: int, trust: bool) -> None:
+    """Refuse to make tensors of so many values on the word of a file.
+
+    Raises:
+        FileError: they are too many, and the file is not trusted.
+    """
+    if values > LONGEST and not trust:
+        raise FileError(
+            f"the metadata of {path} is damaged.",
+            why=f"an example of {values} values is too large to be made on the word of a file.",
+            next="if you know the file, pass trust=True (--trust).",
+        )
+
+
+def check_width(path: str | Path, width: int, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to make layers with more channels than any tensor of the file has.
+
+    Raises:
+        FileError: they would have more.
+    """
+    largest = max((side for value in tensors.values() for side in value.shape), default=0)
+    if width > largest:
+        raise FileError(
+            f"the metadata of {path} is damaged.",
+            why=f"it asks for layers of {width} channels, and no tensor in it has more than {largest}.",
+            next=_AGAIN,
+        )
+
+
 def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors as they lie in the file."""
     place = fetch(str(path)) if is_address(path) else Path(path)
-    if not place.is_file():
-        raise FileError(f"there is no file {path}.", next="check the path.")
+    if not files.is_file(place):
+        raise files.absent(path)
     try:
         with safe_open(place, framework="pt") as file:
             header = file.metadata() or {}
@@ -380,7 +417,9 @@ def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, 
         raise FileError(
             f"{path} does not say how to build its network.",
             why="the network was converted from a module, not by name.",
-            next="pass the original architecture: cs.load(path, model=...).",
+            next="pass the original architecture: cs.load(path, model=...). On the command line a file needs a name: "
+            "convert the network as module:function (cadsurgery convert module:function), and read the file with "
+            "--trust.",
         )
     next = "pass the architecture it was converted from: cs.load(path, model=...)."
     with refuse(f"the network that {path} names cannot be built.", next, f"{source.name:.200}"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from cadsurgery.support.errors import FileError
+from cadsurgery.support.errors import FileError, closest
 
 _MAKING = ".making-"  # begins the names of folders in the cache in which something is being made
 _SECONDS_TO_LOCK = 1.0  # between making such a folder and locking it
@@ -26,10 +27,11 @@ def write_whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block succeeds, and is removed when not.
 
     Raises:
-        FileError: the path cannot be written.
+        FileError: the path cannot be written, see `check_writable`.
     """
+    target = check_writable(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_temporary(target))
         os.close(handle)
         temporary = Path(name)
         try:
@@ -37,7 +39,7 @@ def write_whole(path: Path) -> Iterator[Path]:
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)  # as an ordinary new file; temporary ones are private
-            temporary.replace(path)
+            temporary.replace(check_writable(path))
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -50,35 +52,133 @@ def write_together(path: Path) -> Iterator[Path]:
     beside `path` when it succeeds, the file of that name last.
 
     Raises:
-        FileError: the files cannot be written.
+        FileError: the files cannot be written, see `check_writable`.
     """
+    check_writable(path)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_temporary(path)) as folder:
             yield Path(folder) / path.name
-            for one in sorted(Path(folder).iterdir(), key=lambda one: one.name == path.name):
-                one.replace(path.parent / one.name)
+            made = sorted(Path(folder).iterdir(), key=lambda one: one.name == path.name)
+            targets = [check_writable(path.parent / one.name) for one in made]
+            for one, target in zip(made, targets, strict=True):
+                shutil.move(one, target)  # a link may point to another file system
     except OSError as error:
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> FileError:
+def check_writable(path: Path) -> Path:
+    """The file that writing to a path replaces or makes: the path itself, or where the link leads that it is.
+
+    Raises:
+        FileError: there is a folder, device, FIFO or socket; a file that is read-only; or no file can have this name.
+    """
+    try:
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        status = target.stat()
+    except FileNotFoundError:
+        return target
+    except (OSError, ValueError) as error:  # a name too long, a NUL byte, a link to itself
+        raise _unwritable(path, error) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise FileError(f"{path} cannot be written.", why="it is a folder.", next="name a file in it.")
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for test, name in _KINDS if test(status.st_mode)), "no file")
+        raise FileError(
+            f"{path} cannot be written.",
+            why=f"it is {kind}, and a file that is written takes the place of what was there.",
+            next="choose another path.",
+        )
+    if not status.st_mode & 0o222 or not os.access(target, os.W_OK):
+        raise FileError(
+            f"{path} cannot be written.",
+            why="it is read-only.",
+            next=f"choose another path, or allow writing: chmod u+w {path}.",
+        )
+    return target
+
+
+_KINDS = (
+    *((stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket")),
+    *((stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device")),
+)
+
+
+def _temporary(path: Path) -> str:
+    """How a temporary name beside a file begins; short enough where the file's own name is as long as names may be."""
+    return f".{path.name[:40]}."
+
+
+def _unwritable(path: Path, error: OSError | ValueError) -> FileError:
     return FileError(
-        f"{path} cannot be written.",
-        why=f"{type(error).__name__}: {error.strerror or error}",
+        f"{str(path)!r:.80} cannot be written."
+        if isinstance(error, ValueError)
+        else f"{path} cannot be written.",
+        why=f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}",
         next="choose an existing folder you may write to.",
     )
 
 
+def is_file(path: Path | str) -> bool:
+    """True if there is such a file; a path that no file can have, too long or with a NUL byte, is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(path).is_file()
+    return False
+
+
+def is_folder(path: Path | str) -> bool:
+    """True if there is such a folder; a path that none can have is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(path).is_dir()
+    return False
+
+
+def exists(path: Path | str) -> bool:
+    """True if there is anything of that name; a path that nothing can have is nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(path).exists()
+    return False
+
+
+def absent(path: Path | str, what: str = "file") -> FileError:
+    """The refusal of a path where nothing is; it names the closest names of its folder, or what is there."""
+    path = Path(path)
+    shown = (
+        str(path) if len(str(path)) <= _SHOWN and str(path).isprintable() else f"{str(path)[:_SHOWN]!r}..."
+    )
+    refusal = f"there is no {what} {shown}."
+    folder = path.parent
+    if not is_folder(folder):
+        return FileError(refusal, next="check the path: there is no folder of that name either.")
+    names: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        names = [entry.name for entry in itertools.islice(entries, _LOOKED_AT) if entry.name[0] != "."]
+    alike = [name for name in names if Path(name).suffix.lower() == path.suffix.lower()] or names
+    if close := closest(path.name[:_SHOWN], names):
+        hint = f"did you mean {', '.join(str(folder / name) for name in close)}?"
+    elif alike:
+        more = f" and {len(alike) - 3} more" if len(alike) > 3 else ""
+        hint = (
+            f"check the path; there are {', '.join(str(folder / name) for name in sorted(alike)[:3])}{more}."
+        )
+    else:
+        hint = f"check the path; {folder.absolute()} is empty."
+    return FileError(refusal, next=hint)
+
+
+_SHOWN, _LOOKED_AT = 200, 1000  # characters of a path in a message; names that are compared
+
+
 def check_folder(path: Path, option: str = "--output") -> None:
-    """Refuse a file in a folder that does not exist, or a folder in place of a file, before work is done for it.
+    """Refuse a file in a folder that does not exist, or a path that cannot be written, before work is done for it.
 
     Raises:
-        FileError: there is no such folder, or the path is one.
+        FileError: there is no such folder, the path is one, or see `check_writable`.
     """
-    if path.is_dir():
+    if is_folder(path):
         raise FileError(f"{path} is a folder.", next=f"name a file in it: another {option}.")
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise FileError(f"there is no folder {path.parent}.", next=f"create it or choose another {option}.")
+    check_writable(path)
 
 
 def make_folder(path: Path | str) -> Path:
@@ -90,7 +190,7 @@ def make_folder(path: Path | str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL byte
         raise FileError(
             f"{folder} cannot be created.", why=str(error), next="choose another --output."
         ) from error
@@ -101,8 +201,9 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Append lines to a file, all or none; it is made if it does not exist.
 
     Raises:
-        FileError: it cannot be read as text, or cannot be written.
+        FileError: it cannot be read as text, or cannot be written, see `check_writable`.
     """
+    check_writable(path)
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, ValueError) as error:

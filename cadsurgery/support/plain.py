@@ -76,15 +76,21 @@ def split_options(text: str, known: Mapping[str, Any], of: str, *, next: str = "
 
     Raises:
         UnknownName: no such option.
-        InvalidInput: one has no value.
+        InvalidInput: one has no value, or is given twice.
     """
-    values = {}
+    values = dict[str, str]()
     for part in filter(None, map(str.strip, text.split(","))):
         option, _, value = map(str.strip, part.partition("="))
         if option not in known:
             raise UnknownName(f"option of {of}", option, known, next=next)
         if not value:
             raise InvalidInput(f"option {option!r} of {of} has no value.", next=f"write {option}=VALUE.")
+        if option in values:
+            raise InvalidInput(
+                f"option {option!r} of {of} is given twice.",
+                why=f"it is {values[option]} first and {value} then.",
+                next=f"leave one of them out, e.g. {option}={value}.",
+            )
         values[option] = value
     return values
 

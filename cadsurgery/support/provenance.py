@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import cadsurgery
-from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, first_line
+from cadsurgery.support.errors import FileError, InvalidInput, UnknownName, closest, first_line
 from cadsurgery.support.processor import instruction_sets, processor, processor_in_words, sets_in_words
 
 _UNTRUSTED: ContextVar[str] = ContextVar("file that is not trusted", default="")
@@ -159,11 +159,22 @@ def find_function(module: str, function: str) -> Any:
     """
     if file := _UNTRUSTED.get():
         code = f"import of {module}, for its {function}"
-        raise untrusted(file, f"{code:.400}", "another mask: cs.load(path, mask=...)")
+        raise untrusted(file, f"{code:.400}", "another mask: cs.load(path, mask=...), --mask")
     try:
         imported = importlib.import_module(module)
     except (ImportError, ValueError) as error:
-        raise UnknownName("module", module, [], next=f"it cannot be imported: {error}.") from error
+        known = [path.stem for path in Path().glob("*.py")] if getattr(error, "name", "") == module else []
+        raise UnknownName(
+            "module", module, closest(module, known), next=f"it cannot be imported: {error}."
+        ) from error
     if not hasattr(imported, function):
-        raise UnknownName(f"function in {module}", function, dir(imported))
+        own = [
+            name
+            for name, value in vars(imported).items()
+            if callable(value)
+            and name[0] != "_"
+            and getattr(value, "__module__", module) == imported.__name__
+        ]
+        there = f"it has {', '.join(own[:12])}{', ...' * (len(own) > 12)}." if own else "it has no functions."
+        raise UnknownName(f"function in {module}", function, own, next="" if 0 < len(own) <= 12 else there)
     return getattr(imported, function)

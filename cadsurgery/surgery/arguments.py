@@ -151,24 +151,34 @@ def _plain(value: Any) -> Any:
     return {"value": value}
 
 
-def example_of(description: str) -> Arguments:
-    """Arguments that are described so, with zeros for values.
+def example_of(description: str, device: str = "cpu") -> Arguments:
+    """Arguments that are described so, with zeros for values; on the meta device without any.
 
     Raises:
         Exception: of several kinds, for a text that describes none.
     """
-    return {name: _from_plain(part) for name, part in json.loads(description).items()}
+    return {name: _from_plain(part, device) for name, part in json.loads(description).items()}
 
 
-def _from_plain(part: Any) -> Any:
+def values_of(description: str) -> int:
+    """How many values the tensors of `example_of` have in all, known before they are made.
+
+    Raises:
+        Exception: as there.
+    """
+    tensors = tree_leaves(example_of(description, "meta"))
+    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def _from_plain(part: Any, device: str) -> Any:
     if "tensor" in part:
         dtype = getattr(torch, part["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"a type {part['dtype']!r:.60}")
-        return torch.zeros([int(length) for length in part["tensor"]], dtype=dtype)
+        return torch.zeros([int(length) for length in part["tensor"]], dtype=dtype, device=device)
     if "dict" in part:
-        return {name: _from_plain(value) for name, value in part["dict"].items()}
+        return {name: _from_plain(value, device) for name, value in part["dict"].items()}
     if "list" in part or "tuple" in part:
-        values = [_from_plain(value) for value in part.get("list", part.get("tuple"))]
+        values = [_from_plain(value, device) for value in part.get("list", part.get("tuple"))]
         return values if "list" in part else tuple(values)
     return part["value"]

@@ -82,6 +82,7 @@ def make_plan(
         part=part,
         call=describe_call(facts.model, facts.arguments),
         considered=consider(readings, sum(facts.macs.values())),
+        not_counted=tuple(facts.not_counted),
     )
     return plan, flow
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert, describe_error, first_line
 from cadsurgery.surgery.arguments import Arguments, image_of, in_order, run_forward, take_image
@@ -30,7 +30,8 @@ class Facts:
         example: the image it was observed on, (B, C, H, W).
         shapes: shape of each node that is a tensor.
         floating: the nodes that are tensors of real numbers.
-        macs: multiply-accumulates of each node on the example, as torch counts them.
+        macs: multiply-accumulates of each node on the example.
+        not_counted: operations that are not among them, because no rule says what they multiply.
         container: type of the output if it is a kind of dictionary, or a dataclass, for which a graph has a plain one.
         layouts: axes of each value that is a map. These three are those of a forward pass, see `flow.Flow.facts`.
         images: height and width, on the example, of each such map on its own grid.
@@ -46,6 +47,7 @@ class Facts:
     shapes: dict[fx.Node, torch.Size] = field(default_factory=dict)
     floating: set[fx.Node] = field(default_factory=set)
     macs: dict[fx.Node, int] = field(default_factory=dict)
+    not_counted: list[str] = field(default_factory=list)
     container: type = dict
     numbers: dict[fx.Node, Any] = field(default_factory=dict)
     layouts: dict[fx.Node, str] = field(default_factory=dict)
@@ -99,13 +101,13 @@ class _Observer(fx.Interpreter):
     def __init__(self, facts: Facts) -> None:
         super().__init__(facts.model, garbage_collect_values=True, graph=facts.graph)
         self.facts = facts
-        self.counter = FlopCounterMode(display=False)
+        self.counter = MacCounter()
         self.tensors = tensors_of(facts.arguments)
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
+        before = self.counter.macs
         value = super().run_node(n)
-        self.facts.macs[n] = (self.counter.get_total_flops() - before) // 2
+        self.facts.macs[n] = self.counter.macs - before
         if isinstance(value, Tensor):
             self.facts.shapes[n] = value.shape
             self.facts.floating.update([n] if value.is_floating_point() else [])
@@ -143,6 +145,7 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
             try:
                 with observer.counter:
                     traced = observer.run(*values)
+                facts.not_counted.extend(sorted(observer.counter.not_counted))
             except Exception as error:  # on the way that was traced some sizes do not fit
                 raise _other_function(model, f"it does not run: {first_line(error)}") from error
         if not same(traced, expected):

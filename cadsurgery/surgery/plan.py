@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Literal
 
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import UnknownName
 from cadsurgery.support.plain import read_as
 
@@ -42,7 +43,8 @@ class Decision:
             or "".
         macs: multiply-accumulates on the example, in the network as it is.
         shape: of its output on the example, in the network as it is.
-        cost: MACs of a node that ends the region and of all that runs dense because of it.
+        cost: MACs of a node that ends the region and of all that runs dense because of it. Neither number decides
+            anything: plans that differ in them alone are equal, as when a later version counts more operations.
         layout: axes of its output if it is a map, e.g. `bchw`; see `cadsurgery.layout`.
         after: whether it runs dense because what it reads has left the region.
         again: the operation of the region that reads its samples again, where it runs dense between two parts of the
@@ -59,9 +61,9 @@ class Decision:
     window: Window | None = None
     grid: int = 1
     leaves: Leaves = ""
-    macs: int = 0
+    macs: int = field(default=0, compare=False)
     shape: tuple[int, ...] = ()
-    cost: int = 0
+    cost: int = field(default=0, compare=False)
     layout: str = ""
     after: bool = False
     again: str = ""
@@ -126,6 +128,7 @@ class Plan:
         part: the part of the network that is converted, where torch.fx cannot follow the whole; else "".
         call: the arguments it was made on as JSON, without their values, where they are more than an image; else "".
         considered: the ways to read the network's dilations, that which is planned first; empty where there is one.
+        not_counted: operations that may multiply and are in no number of MACs, because no rule says how much.
     """
 
     decisions: tuple[Decision, ...]
@@ -142,6 +145,7 @@ class Plan:
     part: str = ""
     call: str = ""
     considered: tuple[Considered, ...] = field(default=(), compare=False)
+    not_counted: tuple[str, ...] = field(default=(), compare=False)
     effect: float | None = field(default=None, compare=False)
 
     def measured(self, effect: float | None) -> Plan:
@@ -305,6 +309,7 @@ class Plan:
             lines.insert(0, f"converted: {self.part}, inside a network that torch.fx cannot follow whole")
         if self.dense_after > 0:
             lines.append(f"{self.dense_after:.0%} of the MACs run dense after the region")
+        lines += filter(None, [describe_not_counted(self.not_counted)])
         return "\n".join(lines)
 
     @property

@@ -52,6 +52,7 @@ from cadsurgery.network.export.engines import (
 from cadsurgery.network.export.int8 import to_8_bits
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.files import append_lines, make_folder
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
@@ -249,7 +250,7 @@ def _compare(
                 for fraction in fractions
                 for key in [_key(fill, fraction)]
             ),
-            notes=(*_notes(net, high, low), *notes, *slow[fill]),
+            notes=(*_notes(net, counted, high, low), *notes, *slow[fill]),
             rivals=tuple(
                 Rival(engine, dtype, *(_pair(times[f"{engine} {dtype} {key}"]) for key in (HIGH, LOW)))
                 for engine, dtype in dict.fromkeys(key[:2] for key in rivals)
@@ -303,11 +304,12 @@ def _row(
     )
 
 
-def _notes(net: AdaptiveModel, high: Twin, low: Twin) -> tuple[str, ...]:
+def _notes(net: AdaptiveModel, counted: MacReport, high: Twin, low: Twin) -> tuple[str, ...]:
     """What a reader must know to judge the figures."""
     notes = []
     if net.plan.part:
         notes.append(f"MACs are those of the {net.plan.part}, times those of the whole network.")
+    notes += filter(None, [describe_not_counted(counted.not_counted)])
     if high.milliseconds <= low.milliseconds:
         notes.append(
             "dense high is not slower than dense low at this size: the law says little; give a larger one."

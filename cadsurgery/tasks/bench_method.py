@@ -29,6 +29,7 @@ from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.sampling.opened import Opened
+from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import append_lines
 from cadsurgery.support.provenance import find_device
@@ -82,12 +83,14 @@ class MethodBench(MeasuredReport):
         clock: `wall`, or `processor`.
         rows: what was run in turn.
         part: of the network whose MACs these are; empty: all of it.
+        not_counted: operations that are not among the MACs, because no rule says how much they multiply.
     """
 
     image: tuple[int, ...]
     clock: str
     rows: tuple[SideRow, ...]
     part: str = ""
+    not_counted: tuple[str, ...] = ()
 
     def subject(self) -> str:
         """Images, device, and what was timed."""
@@ -120,6 +123,8 @@ class MethodBench(MeasuredReport):
         if self.part:
             told = f"MACs are those of the {self.part}, times those of the whole network."
             yield Text(told, style="yellow")
+        if left := describe_not_counted(self.not_counted):
+            yield Text(left, style="yellow")
 
     def lines(self) -> list[dict[str, Any]]:
         """Each row as plain values that stand alone, for JSON Lines."""
@@ -176,7 +181,7 @@ def bench_method(
     step("counting multiply-accumulates")
     empty = torch.zeros(len(images), *images.shape[2:], dtype=torch.int64, device=where)
     with labelled(empty):  # for a sampler that asks for labels
-        calls = _calls(net, images, fractions)
+        calls, not_counted = _calls(net, images, fractions)
         step("measuring")
         clock = time.process_time if setup.processor_time else time.perf_counter
         runs = {name: partial(run, images) for name, (_, run) in calls.items()}
@@ -199,6 +204,7 @@ def bench_method(
         rounds=setup.rounds,
         rows=tuple(rows),
         part=getattr(net.plan, "part", ""),
+        not_counted=not_counted,
         **provenance(network or net, source, where),
     )
     if output is not None:
@@ -232,8 +238,8 @@ def _check(fractions: Sequence[float], setup: Benchmark) -> None:
 # -- what is timed of each method ----------------------------------------------------------------------
 
 
-def _calls(net: ConvertedModel, images: Tensor, fractions: Sequence[float]) -> Calls:
-    """By name: MACs, and what is timed; the network it was made from first."""
+def _calls(net: ConvertedModel, images: Tensor, fractions: Sequence[float]) -> tuple[Calls, tuple[str, ...]]:
+    """By name: MACs, and what is timed; the network it was made from first. And the operations not among the MACs."""
     if isinstance(net, SampledModel):
         return _of_gates(net, images, fractions)
     if isinstance(net, AnytimeModel):
@@ -242,7 +248,7 @@ def _calls(net: ConvertedModel, images: Tensor, fractions: Sequence[float]) -> C
     return _of_samples(net, images)
 
 
-def _of_gates(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Calls:
+def _of_gates(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> tuple[Calls, tuple[str, ...]]:
     fast = net.optimize()
     counted = fast.macs(images)
     calls: dict[str, tuple[int, Callable[[Tensor], object]]] = {
@@ -255,7 +261,7 @@ def _of_gates(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> 
         with _forced(fast, opened):
             macs = fast.macs(images).total
         calls[name] = (macs, partial(_run_forced, fast, opened))
-    return calls
+    return calls, counted.not_counted
 
 
 @contextlib.contextmanager
@@ -273,18 +279,18 @@ def _run_forced(net: SampledModel, opened: Opened, images: Tensor) -> object:
         return net(images)
 
 
-def _of_exits(net: AnytimeModel, images: Tensor) -> Calls:
+def _of_exits(net: AnytimeModel, images: Tensor) -> tuple[Calls, tuple[str, ...]]:
     fast = net.optimize()
     counted = net.macs(images)
     return {
         "all exits, everything computed": (counted[-1].dense, partial(fast, threshold=net.everything)),
         f"all exits, threshold {in_words(net.threshold)}": (counted[-1].macs, fast),
-    }
+    }, counted.not_counted
 
 
-def _of_samples(net: ResampledModel, images: Tensor) -> Calls:
+def _of_samples(net: ResampledModel, images: Tensor) -> tuple[Calls, tuple[str, ...]]:
     fast, counted = net.optimize(), net.macs(images)
     return {
         f"{WHOLE}, optimised": (counted.original, fast.network),
         f"sampled by {net.sampler.spec()}": (counted.total, fast),
-    }
+    }, counted.not_counted

@@ -19,6 +19,7 @@ from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
 from cadsurgery.methods.storage import Converted, Made, load, save
 from cadsurgery.network.storage import read_method
+from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadError, InvalidInput, describe_error
 from cadsurgery.support.files import check_folder
 from cadsurgery.support.provenance import describe_run, find_device
@@ -35,7 +36,8 @@ Calls = Mapping[str, tuple[int, Callable[[Tensor], object]]]  # by name of a sid
 
 @dataclass(frozen=True, kw_only=True)
 class MethodReport(RunReport):
-    """What `cadsurgery convert --method` tells: `sides` are the original and what was made of it."""
+    """What `cadsurgery convert --method` tells: `sides` are the original and what was made of it; `not_counted` are
+    operations that are not among its MACs, because no rule says how much they multiply."""
 
     model: str
     weights: str
@@ -44,6 +46,7 @@ class MethodReport(RunReport):
     image: tuple[int, ...]
     sides: tuple[Side, ...]
     file: str
+    not_counted: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -60,6 +63,8 @@ class MethodReport(RunReport):
         ]
         yield table(self.sides, columns, f"image of {self.image[2]}x{self.image[3]}")
         yield self.run_with()
+        if left := describe_not_counted(self.not_counted):
+            yield Text(left, style="yellow")
         if verified := self.verified():
             yield Text(f"verified: {verified}", style="green")
         if new := self.new():
@@ -190,7 +195,7 @@ class Conversion:
         torch.manual_seed(0)
         return cls(before.to(where), source, batch, output, rounds, step)
 
-    def end(self, net: Converted, calls: Calls) -> dict[str, Any]:
+    def end(self, net: Converted, calls: Calls, not_counted: tuple[str, ...]) -> dict[str, Any]:
         """Measure the sides, write the file, and give what every report tells."""
         self.step("measuring")
         runs = {name: partial(run, self.batch) for name, (_, run) in calls.items()}
@@ -203,5 +208,6 @@ class Conversion:
             **{"random": self.source.weights == "random", "image": tuple(self.batch.shape)},
             "sides": tuple(sides),
             "file": str(self.output),
+            "not_counted": not_counted,
             **describe_run(self.batch.device),
         }

@@ -25,10 +25,11 @@ from cadsurgery.methods.sampling.macs import SampledMacs
 from cadsurgery.methods.storage import AnyPlan, Converted, load, read_plan
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
-from cadsurgery.network.macs import MacReport, dense_macs
+from cadsurgery.network.macs import MacReport, count_network, dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT, PRECISIONS
 from cadsurgery.network.storage import read_method, save
+from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
 from cadsurgery.support.files import check_folder, make_folder
@@ -168,19 +169,20 @@ def convert(
         sides=tuple(sides),
         checks=net.checks,
         file=str(output),
-        notes=(*_notes(net.plan, counted.active_fraction, copies), *filter(None, slow)),
+        notes=(*_notes(net.plan, counted, copies), *filter(None, slow)),
         costs=costs.record(),
         **describe_run(where),
     )
 
 
-def _notes(plan: Plan, active_fraction: float, copies: Mapping[str, AdaptiveModel]) -> tuple[str, ...]:
+def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) -> tuple[str, ...]:
     """Notes that a user can act on, beside what `adaptify` warns of."""
     notes = []
-    if active_fraction > 0.9:
+    if counted.active_fraction > 0.9:
         notes.append("the mask keeps nearly everything high here: little is saved; raise its threshold.")
     if plan.dense_after > 0.25:
         notes.append(f"{plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
+    notes += filter(None, [describe_not_counted(counted.not_counted)])
     notes += [str(copy.quantisation) for copy in copies.values() if copy.quantisation is not None]
     return tuple(notes)
 
@@ -283,7 +285,9 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
         )
     net, source = original(model, "none")
     batch = example_batch(source, image, size)
-    return {"shape": list(batch.shape), "rule": rule, "macs": {"dense": dense_macs(net, batch, rule=rule)}}
+    counted = count_network(net, batch, rule=rule)
+    values = {"shape": list(batch.shape), "rule": rule, "macs": {"dense": counted.macs}}
+    return {**values, "not_counted": list(counted.not_counted)}
 
 
 def predict(

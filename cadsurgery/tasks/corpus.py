@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import build_model, family_of
+from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, UnknownName, describe_error
 
 Builder = Callable[[], nn.Module]
@@ -134,7 +135,7 @@ def find_corpus(argument: str) -> tuple[Path, str]:
         FileError: there is no such file, or this is no checkout, which has a corpus.
     """
     for path in (Path(argument), CHECKOUT / argument):
-        if argument not in ("", "*") and path.exists():
+        if argument not in ("", "*") and files.exists(path):
             return path, "*"
     if argument.endswith(".py") or "/" in argument or not CHECKOUT.is_dir():
         raise FileError(
@@ -147,7 +148,7 @@ def find_corpus(argument: str) -> tuple[Path, str]:
 
 
 def _files(corpus: Path) -> list[Path]:
-    if not corpus.exists():
+    if not files.exists(corpus):
         raise FileError(f"there is no {corpus}.", next="name a file or folder of networks.")
     return sorted(corpus.glob("*.py")) if corpus.is_dir() else [corpus]
 

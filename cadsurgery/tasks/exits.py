@@ -298,7 +298,9 @@ def convert_exits(*, options: Mapping[str, Any], verify: bool, **told: Any) -> E
         "all exits, everything computed": (counted[-1].dense, partial(fast, threshold=net.everything)),
         f"all exits, threshold {in_words(net.threshold)}": (counted[-1].macs, fast),
     }
-    return ExitsReport(**conversion.end(net, calls), threshold=net.threshold, error=error)
+    return ExitsReport(
+        **conversion.end(net, calls, counted.not_counted), threshold=net.threshold, error=error
+    )
 
 
 def _difference(before: nn.Module, net: AnytimeModel, batch: Tensor) -> float | None:

@@ -246,7 +246,7 @@ def convert_gates(*, options: Mapping[str, Any], verify: bool, **told: Any) -> G
         "gates open, net.optimize()": (counted.total, fast),
         "all closed but the grid, net.optimize()": (least.total, closed),
     }
-    return GatesReport(**conversion.end(net, calls), is_verified=verify)
+    return GatesReport(**conversion.end(net, calls, counted.not_counted), is_verified=verify)
 
 
 def _check_open(before: nn.Module, net: SampledModel, batch: Tensor) -> None:

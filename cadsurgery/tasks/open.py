@@ -16,6 +16,7 @@ from cadsurgery.data.networks import WEIGHTS, Source, build_again, build_model, 
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load
+from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.tasks.options import Conversion
@@ -28,7 +29,7 @@ def is_file(network: object) -> bool:
     """Whether a network is meant as a converted file, here or on the Hub, not as a name."""
     if not isinstance(network, str):
         return False
-    return is_address(network) or network.endswith(".safetensors") or Path(network).is_file()
+    return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
 
 
 def original(
@@ -48,10 +49,9 @@ def original(
     if isinstance(network, nn.Module):
         return network, source_of(network)
     if is_address(network) or Path(network).suffix in WEIGHTS:
-        if not is_address(network) and not Path(network).is_file():
-            raise FileError(
-                f"there is no file {network}.", next="check the path, or give the name of a network."
-            )
+        if not is_address(network) and not files.is_file(network):
+            refusal = files.absent(network)
+            raise FileError(refusal.what, next=f"{refusal.next} Or give the name of a network.")
         raise InvalidInput(
             f"{network} is a file, not the name of a network.",
             why="what is converted is a network by name, with weights from a file if you like.",

@@ -294,4 +294,4 @@ def convert_resampled(*, options: Mapping[str, Any], verify: bool, **told: Any) 
             f"sampled by {net.sampler.spec()}": (counted.total, net),
             "sampled, net.optimize()": (counted.total, fast),
         }
-        return SamplingReport(**conversion.end(net, calls), error=error)
+        return SamplingReport(**conversion.end(net, calls, counted.not_counted), error=error)

@@ -21,7 +21,7 @@ import torch
 
 from cadsurgery.data.networks import family_of
 from cadsurgery.support.errors import FileError, first_line
-from cadsurgery.support.files import check_folder, write_whole
+from cadsurgery.support.files import check_folder, check_writable, write_whole
 from cadsurgery.support.provenance import commit, device_in_words, versions
 from cadsurgery.tasks.corpus import beside, subject
 from cadsurgery.tasks.network_check import Row, check_network
@@ -66,7 +66,7 @@ def check_networks(
         FileError: the file cannot be read or written, or is of other versions.
     """
     rows = {row["model"]: row for row in _resume(path)}
-    with path.open("a", encoding="utf-8") as file:
+    with check_writable(path).open("a", encoding="utf-8") as file:
         here = commit()
         for row in _in_processes([name for name in names if name not in rows], corpus, workers, limits):
             row["commit"] = here

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cadsurgery.support.counting import describe_not_counted
+
 RULES = ("conv", "published")
 
 
@@ -34,11 +36,13 @@ class AnytimeMacs:
             which adds 49 for each channel of a convolution, by the share that is computed and the share that is not,
             for filling.
         shape: of the image batch.
+        not_counted: operations that may multiply and are in none of these numbers, because no rule says how much.
     """
 
     exits: tuple[ExitMacs, ...]
     rule: str
     shape: tuple[int, ...]
+    not_counted: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[ExitMacs]:
         return iter(self.exits)
@@ -64,4 +68,5 @@ class AnytimeMacs:
             f"  {exit.exit}: {exit.macs:.4e}, {exit.macs / exit.dense:.3f} of {exit.dense:.4e}"
             for exit in self.exits
         ]
-        return "\n".join([f"MACs on {size} ({self.rule} rule), up to each exit; mean {self.mean:.4e}", *rows])
+        title = f"MACs on {size} ({self.rule} rule), up to each exit; mean {self.mean:.4e}"
+        return "\n".join(filter(None, [title, *rows, describe_not_counted(self.not_counted)]))

@@ -367,10 +367,16 @@ class AnytimeModel(ConvertedModel):
             threshold: one number, or one of each; default: the network's own.
 
         Raises:
-            InvalidInput: no numbers, or not as many.
+            InvalidInput: no numbers, negative ones, or not as many.
         """
         given, count = self.threshold if threshold is None else threshold, len(self.program.logits) - 1
         each = tuple(given) if isinstance(given, Sequence) else (given,) * count
+        if any(isinstance(one, Real) and one < 0 for one in each):
+            raise InvalidInput(
+                f"threshold={given!r:.60} is negative.",
+                why="probabilities and entropies are not.",
+                next=f"give a number from 0 on; {self.everything:g} computes everything.",
+            )
         if len(each) != count or not all(isinstance(one, Real) and one == one for one in each):
             raise InvalidInput(
                 f"threshold={given!r:.60} of a network with {count} exits before the last.",
@@ -473,7 +479,8 @@ class AnytimeModel(ConvertedModel):
             counted = [macs[rule == "published"] for macs in run.macs]
             own = list(accumulate(counted + [0] * (len(dense) - len(counted))))
         rows = zip((exit.name for exit in self.plan.exits), own, dense, strict=True)
-        return AnytimeMacs(tuple(ExitMacs(*row) for row in rows), rule, tuple(image_of(run.arguments).shape))
+        shape, left = tuple(image_of(run.arguments).shape), tuple(run.shapes.not_counted)
+        return AnytimeMacs(tuple(ExitMacs(*row) for row in rows), rule, shape, left)
 
     def optimize(self) -> AnytimeModel:
         """An inference copy: batch norm folded, residuals and activations fused, weights packed."""

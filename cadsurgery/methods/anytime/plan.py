@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from cadsurgery.support.plain import read_as
 
@@ -26,9 +26,9 @@ class ExitPlan:
     branches: tuple[str, ...]
     channels: int
     head: str
-    macs: int
+    macs: int = field(compare=False)
     chosen: int
-    share: float
+    share: float = field(compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.methods.anytime.program import Program
 from cadsurgery.methods.steps import call
 from cadsurgery.network.macs import to_meta
+from cadsurgery.support.counting import MacCounter
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,26 @@ class Shapes:
         numbers: values that are sizes, by step.
         macs: multiply-accumulates of each step where everything is computed.
         channels: of each map.
+        not_counted: operations that are not among the multiply-accumulates, because no rule says how much.
     """
 
     sizes: dict[str, tuple[int, int]]
     numbers: dict[str, Any]
     macs: dict[str, int]
     channels: dict[str, int]
+    not_counted: list[str]
 
 
 def shapes_of(program: Program, ghost: nn.Module, arguments: dict[str, Any]) -> Shapes:
     """What a call with such arguments makes, on a network without values."""
-    found, env = Shapes({}, {}, {}, {}), dict[str, Any]()
+    found, env = Shapes({}, {}, {}, {}, []), dict[str, Any]()
     arguments = tree_map(to_meta, arguments)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), MacCounter() as counter:
         for step in (step for segment in program.segments for step in segment):
-            before = counter.get_total_flops()
+            before = counter.macs
             value = to_meta(call(ghost, step, env.__getitem__, arguments))
             env[step.name] = value
-            found.macs[step.name] = (counter.get_total_flops() - before) // 2
+            found.macs[step.name] = counter.macs - before
             if isinstance(value, Tensor) and value.dim() == 4:
                 found.sizes[step.name] = (value.shape[2], value.shape[3])
                 found.channels[step.name] = value.shape[1]
@@ -50,6 +51,7 @@ def shapes_of(program: Program, ghost: nn.Module, arguments: dict[str, Any]) -> 
                 found.numbers[step.name] = value
             for name in step.frees:
                 del env[name]
+    found.not_counted.extend(sorted(counter.not_counted))
     return found
 
 

@@ -12,7 +12,7 @@ from cadsurgery.methods.anytime.heads import HeadKind
 from cadsurgery.methods.anytime.model import AnytimeModel, Confidence, Fill, anytime, is_own
 from cadsurgery.methods.anytime.plan import AnytimePlan
 from cadsurgery.network.candidates import check_network
-from cadsurgery.network.storage import OTHER_MODEL, build_stated, refuse
+from cadsurgery.network.storage import OTHER_MODEL, build_stated, check_width, refuse
 
 NAME = "anytime"
 _OPTIONS: dict[str, Any] = {
@@ -69,6 +69,7 @@ def load_anytime(
         FileError: a damaged file, or one that does not fit the model.
     """
     stored = files.read(path, values, tensors, _OPTIONS, AnytimePlan, trust)
+    check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
     if model is None:
         of_model = {name: value for name, value in tensors.items() if not is_own(name)}
         model = build_stated(path, stored.source, of_model)

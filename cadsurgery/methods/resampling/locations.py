@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadsurgery.data.images import MOST_PIXELS
 from cadsurgery.elements.lattice import describe
 from cadsurgery.support.errors import InvalidInput
 
@@ -162,14 +163,17 @@ def upsample(locations: Tensor, size: tuple[int, int]) -> Tensor:
     return normalise(maps.permute(0, 2, 3, 1))
 
 
+_MOST = 1024  # locations on a side
+
+
 def check_grid(grid: object) -> None:
     """Refuse what is no number of locations on a side.
 
     Raises:
-        InvalidInput: no integer of at least 2.
+        InvalidInput: no integer of at least 2, or more than a computer can compare with each other.
     """
-    if not isinstance(grid, int) or isinstance(grid, bool) or grid < 2:
-        raise InvalidInput(f"grid={grid!r}.", next="give an integer of at least 2: locations on a side.")
+    if not isinstance(grid, int) or isinstance(grid, bool) or not 2 <= grid <= _MOST:
+        raise InvalidInput(f"grid={grid!r}.", next=f"give an integer of 2 to {_MOST}: locations on a side.")
 
 
 def check_locations(locations: object, batch: int) -> Tensor:
@@ -208,5 +212,11 @@ def check_size(size: object, name: str = "size", least: int = 2) -> tuple[int, i
     if not isinstance(pair, (tuple, list)) or not numbers or min(pair) < least:
         raise InvalidInput(
             f"{name}={size!r}.", next=f"give an integer of at least {least}, or (height, width)."
+        )
+    if pair[0] * pair[1] > MOST_PIXELS:
+        raise InvalidInput(
+            f"{name}={size!r} is too large.",
+            why=f"at most {MOST_PIXELS} pixels are made.",
+            next="give a smaller size, or cut the image into tiles.",
         )
     return (pair[0], pair[1])

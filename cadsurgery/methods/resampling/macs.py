@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from cadsurgery.network.macs import ghost, to_meta
+from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import check_name
 
 RULES = ("conv", "published")
@@ -26,6 +27,7 @@ class ResampledMacs:
         rule: how they were counted: `conv`, or `published`, see `conv_macs`.
         shape: of the image batch.
         size: (height, width) of the sampled image.
+        not_counted: operations that may multiply and are in none of these numbers, because no rule says how much.
     """
 
     sampler: int
@@ -34,6 +36,7 @@ class ResampledMacs:
     rule: str
     shape: tuple[int, ...]
     size: tuple[int, int]
+    not_counted: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -46,10 +49,11 @@ class ResampledMacs:
 
     def __str__(self) -> str:
         shape, size = "x".join(map(str, self.shape)), "x".join(map(str, self.size))
-        return (
+        counts = (
             f"MACs on {shape}, sampled at {size} ({self.rule} rule): {self.total:.4e}, of them {self.sampler:.4e} the "
             f"sampler's; {self.original:.4e} without sampling, {self.total / max(self.original, 1):.3f} of it"
         )
+        return "\n".join(filter(None, [counts, describe_not_counted(self.not_counted)]))
 
 
 def conv_macs(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -> int:

@@ -24,7 +24,7 @@ from cadsurgery.methods.resampling.plan import ResampledPlan
 from cadsurgery.methods.resampling.samplers import LearnedSampler, Sampler, SamplerOptions, resolve_sampler
 from cadsurgery.methods.resampling.sampling import Mode, sample
 from cadsurgery.network.adaptify import adaptify, copy_network
-from cadsurgery.network.macs import dense_macs
+from cadsurgery.network.macs import count_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import resize
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput, check_name, first_line
@@ -271,13 +271,13 @@ class ResampledModel(ConvertedModel):
     def _count(self, image: Tensor, locations: Tensor | None, rule: str) -> ResampledMacs:
         """With masks inside at some locations; of shapes alone where there are none."""
         sampler = self.sampler.macs(image, rule)
-        original = _macs_of(self.network, image, rule)
+        original, not_counted = _macs_of(self.network, image, rule)
         if locations is None:
-            network = _macs_of(self.network, image.new_empty((*image.shape[:2], *self.size)), rule)
+            network, _ = _macs_of(self.network, image.new_empty((*image.shape[:2], *self.size)), rule)
         else:
             with self._labels_sampled(image, locations):
-                network = _macs_of(self.network, sample(image, locations, self.size, self.mode), rule)
-        return ResampledMacs(sampler, network, original, rule, tuple(image.shape), self.size)
+                network, _ = _macs_of(self.network, sample(image, locations, self.size, self.mode), rule)
+        return ResampledMacs(sampler, network, original, rule, tuple(image.shape), self.size, not_counted)
 
     @property
     def is_optimized(self) -> bool:
@@ -298,16 +298,20 @@ class ResampledModel(ConvertedModel):
         return net
 
 
-def _macs_of(network: nn.Module, image: Tensor, rule: str) -> int:
-    """MACs of a network of any kind on an image."""
+def _macs_of(network: nn.Module, image: Tensor, rule: str) -> tuple[int, tuple[str, ...]]:
+    """MACs of a network of any kind on an image, and the operations that are not among them."""
     if not hasattr(network, "macs"):
-        return dense_macs(network, image) if rule == "conv" else conv_macs(network, image, rule=rule)
+        if rule != "conv":
+            return conv_macs(network, image, rule=rule), ()
+        dense = count_network(network, image)
+        return dense.macs, dense.not_counted
     if rule != "conv":
         raise InvalidInput(
             f"rule {rule!r} does not count a {type(network).__name__}.", next='count with rule="conv".'
         )
     counted: Any = network.macs(image)  # type: ignore[operator]
-    return int(counted.mask) if isinstance(network, AdaptiveModel) else int(counted[-1].macs)
+    macs = int(counted.mask) if isinstance(network, AdaptiveModel) else int(counted[-1].macs)
+    return macs, counted.not_counted
 
 
 def _optimized(network: nn.Module) -> nn.Module:

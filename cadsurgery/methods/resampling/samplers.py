@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.elements.lattice import describe
 from cadsurgery.elements.sizes import divide_up
@@ -28,6 +27,7 @@ from cadsurgery.methods.resampling.locations import (
 )
 from cadsurgery.methods.resampling.macs import conv_macs
 from cadsurgery.methods.resampling.shifts import ShiftNet
+from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.errors import InvalidInput, UnknownName
 
 _STRIDE = 4  # image pixels per score of a mask
@@ -172,9 +172,9 @@ class MaskSampler(Sampler):
     def macs(self, image: Tensor, rule: str = "conv") -> int:
         """Of what the mask convolves."""
         image = torch.zeros(image.shape, dtype=image.dtype) if image.is_meta else image
-        with FlopCounterMode(display=False) as flops:
+        with MacCounter() as counter:
             self._scores(image)
-        return flops.get_total_flops() // 2
+        return counter.macs
 
     def spec(self) -> str:
         """That of the mask."""

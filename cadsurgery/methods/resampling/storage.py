@@ -105,7 +105,7 @@ def load_resampled(
         unit = fields["normalisation"]
         known = (tuple(unit["mean"]), tuple(unit["std"]), unit["origin"]) if unit is not None else None
         normalisation = Normalisation(*known) if known is not None else None
-    files.check_length(path, max(math.prod(options["size"]), options["grid"] ** 4), trust)
+    storage.check_size(path, max(math.prod(options["size"]), options["grid"] ** 4), trust)
     own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}
     network: nn.Module
     if fields["inside"] == "adaptive":

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from cadsurgery.methods.sampling.branches import CHANNELS_FIRST
 from cadsurgery.methods.sampling.program import Program, Segment
 from cadsurgery.methods.steps import call
 from cadsurgery.network.macs import to_meta
+from cadsurgery.support.counting import MacCounter, describe_not_counted
 
 RULES = ("conv", "published")
 _TAPS = 49  # of the Gaussian
@@ -54,12 +54,14 @@ class SampledMacs:
             position of what they read; or `published`, the counting of the reference code: gates at the positions of
             what they decide of, and 49 for each channel that is filled, by the share that is computed and that is not.
         shape: of the image batch.
+        not_counted: operations that may multiply and are in none of these numbers, because no rule says how much.
     """
 
     gates: tuple[GateMacs, ...]
     rest: int
     rule: str
     shape: tuple[int, ...]
+    not_counted: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[GateMacs]:
         return iter(self.gates)
@@ -94,7 +96,7 @@ class SampledMacs:
         lines += [
             f"  {gate.conv}: {gate.density:.3f} of its positions, {gate.macs:.3e}" for gate in self.gates
         ]
-        return "\n".join(lines)
+        return "\n".join(filter(None, [*lines, describe_not_counted(self.not_counted)]))
 
 
 @dataclass(frozen=True)
@@ -104,27 +106,29 @@ class Work:
     Attributes:
         steps: multiply-accumulates by step.
         shapes: of the values of each step that are tensors.
+        not_counted: operations that are not among the multiply-accumulates, because no rule says how much.
     """
 
     steps: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
+    not_counted: list[str]
 
 
 def work_of(program: Program, ghost: nn.Module, arguments: dict[str, Any]) -> Work:
     """What a call with such arguments costs, on a network without values."""
-    found, env = Work({}, {}), dict[str, Any]()
+    found, env = Work({}, {}, []), dict[str, Any]()
     arguments = tree_map(to_meta, arguments)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), MacCounter() as counter:
         for item in program.items:
             for step in item.run.steps if isinstance(item.run, Segment) else (item.run,):
-                before = counter.get_total_flops()
+                before = counter.macs
                 env[step.name] = value = to_meta(call(ghost, step, env.__getitem__, arguments))
-                found.steps[step.name] = (counter.get_total_flops() - before) // 2
+                found.steps[step.name] = counter.macs - before
                 if isinstance(value, Tensor):
                     found.shapes[step.name] = tuple(value.shape)
             for name in item.frees:
                 del env[name]
+    found.not_counted.extend(sorted(counter.not_counted))
     return found
 
 
@@ -152,4 +156,5 @@ def count(
             program.gates[gate].path, density, round(dense * density), dense, own, round(filling)
         )
     rest = sum(macs for name, macs in work.steps.items() if name not in inside)
-    return SampledMacs(tuple(rows[gate] for gate in sorted(rows)), rest, rule, shape)
+    gates = tuple(rows[gate] for gate in sorted(rows))
+    return SampledMacs(gates, rest, rule, shape, tuple(work.not_counted))

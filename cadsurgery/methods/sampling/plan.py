@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from cadsurgery.support.plain import read_as
 
@@ -22,7 +22,7 @@ class GatePlan:
     conv: str
     stride: int
     follows: tuple[str, ...]
-    macs: int
+    macs: int = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class SamplingPlan:
     """
 
     branches: tuple[BranchPlan, ...]
-    macs: int
-    gate_macs: int
+    macs: int = field(compare=False)
+    gate_macs: int = field(compare=False)
     example_shape: tuple[int, ...]
     part: str = ""
 

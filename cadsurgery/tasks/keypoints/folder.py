@@ -14,6 +14,7 @@ from torch import nn
 
 from cadsurgery.data.images import find_images, read_image
 from cadsurgery.masks import resolve_mask
+from cadsurgery.support import files
 from cadsurgery.support.errors import (
     CadError,
     FileError,
@@ -88,7 +89,7 @@ def extract(
     def describe(item: tuple[Path, Path]) -> dict[str, Any]:
         path, place = item
         target = folder / place.with_suffix(f".{form}")
-        is_there = target.is_file()
+        is_there = files.is_file(target)
         if is_there:
             features = read_features(target)
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cadsurgery.data.images import SUFFIXES, find_images, read_image
 from cadsurgery.masks.detectors import opencv
 from cadsurgery.support.errors import FileError
+from cadsurgery.support.files import is_folder
 
 # Sequences of HPatches that the published protocol leaves out for their size (D2-Net's evaluation: 108 of 116 stay).
 LEFT_OUT = frozenset(
@@ -130,7 +131,7 @@ def find_sequences(folder: Path, *, everything: bool = False) -> tuple[list[Imag
     Raises:
         FileError: no such folder, no sequence in it, an image that is missing, or a homography that cannot be read.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise FileError(f"there is no folder {folder}.", next=_LAYOUT)
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     folders = {path: files for path in candidates if (files := _homographies(path))}

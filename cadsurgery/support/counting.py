@@ -1,0 +1,423 @@
+"""The package's counter of multiply-accumulates: by rule, and with the names of operations that have none.
+
+torch's formulas are the rules where torch has them. Further ones stand here for operations that multiply and that torch
+counts as nothing in silence. An operation without a rule either only moves, compares, adds or scales values one by one
+(pointwise operations, reductions, norms, pooling, resizing, indexing, copies), which is no multiply-accumulate, or its
+name is noted in `MacCounter.not_counted`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_COND = torch.ops.higher_order.cond
+
+
+class MacCounter:
+    """Counts the multiply-accumulates of all that runs in its `with` block, with values or, on meta tensors, without.
+
+    Attributes:
+        macs: multiply-accumulates so far.
+        not_counted: calls of each operation that may multiply and has no rule, by its name.
+    """
+
+    def __init__(self) -> None:
+        self.macs = 0
+        self.not_counted: Counter[str] = Counter()
+        self._modes = (_CountingMode(self), _ShortcutMode())
+
+    def __enter__(self) -> MacCounter:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*failure)
+
+
+def describe_not_counted(names: tuple[str, ...]) -> str:
+    """A sentence that names the operations that a count leaves out; empty if there are none."""
+    return f"not counted, for want of a rule: {', '.join(names)}" if names else ""
+
+
+# -- what is counted -----------------------------------------------------------------------------------
+
+
+class _CountingMode(TorchDispatchMode):
+    """Sees every operation that torch runs."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, counter: MacCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _COND:
+            return self._larger_branch(*args, **kwargs)
+        kind = func if isinstance(func, HigherOrderOperator) else func._overloadpacket
+        rule, is_free = _torch_rule(kind), False
+        if rule is None:
+            rule, is_free = _find_rule(kind)
+        if rule is None and isinstance(func, OpOverload):
+            with self:  # in inference mode torch hands over operations that are made of others
+                value = func.decompose(*args, **kwargs)
+            if value is not NotImplemented:
+                return value
+        value = func(*args, **kwargs)
+        count = rule(args, kwargs, value) if rule is not None else None
+        if count is not None:
+            self.counter.macs += count
+        elif not is_free:
+            self.counter.not_counted[str(kind)] += 1
+        return value
+
+    def _larger_branch(
+        self, wanted: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()
+    ) -> Any:
+        """Runs both branches of `torch.cond`, and counts the one that multiplies more: shapes do not decide."""
+        before, values, counts = self.counter.macs, [], []
+        for branch in (if_true, if_false):
+            with self:
+                values.append(branch(*operands))
+            counts.append(self.counter.macs - before)
+            self.counter.macs = before
+        self.counter.macs += max(counts)
+        is_known = not isinstance(wanted, Tensor) or not wanted.is_meta
+        return values[0] if not is_known or bool(wanted) else values[1]
+
+
+Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int | None]  # of arguments and the result
+
+
+def _torch_rule(kind: Any) -> Rule | None:
+    """The rule that torch or `torch.utils.flop_counter.register_flop_formula` gives an operation."""
+    formula = flop_registry.get(kind)
+    if formula is None:
+        return None
+    return lambda args, kwargs, value: formula(*args, **kwargs, out_val=value) // 2
+
+
+@cache
+def _find_rule(kind: Any) -> tuple[Rule | None, bool]:
+    """The rule of another operation, if it has one, and whether it needs none."""
+    if isinstance(kind, HigherOrderOperator):
+        return None, False
+    library, _, name = str(kind).partition(".")
+    outside = name.removesuffix("_")  # of an operation in place
+    rule = _RULES.get((library, name)) or _RULES.get((library, outside))
+    if rule is not None:
+        return (lambda args, kwargs, value: rule(*args, value=value, **kwargs)), False
+    if library == "aten" and (of_torch := _torch_rule(getattr(torch.ops.aten, outside, None))) is not None:
+        return of_torch, False
+    return None, _is_free(kind, library, name)
+
+
+def _is_free(kind: Any, library: str, name: str) -> bool:
+    """True if the operation is known not to multiply and accumulate."""
+    if _is_tagged(kind):
+        return True
+    if library == "prims":
+        return not name.startswith(("fft", "svd"))
+    if library == "torchvision":
+        return name in ("nms", "roi_pool", "ps_roi_pool")
+    base = _FORM.sub("", name.strip("_"))
+    is_known = _FREE.fullmatch(base) is not None or _is_tagged(getattr(torch.ops.aten, base, None))
+    return library == "aten" and is_known
+
+
+def _is_tagged(kind: Any) -> bool:
+    """True if torch calls the operation pointwise, a reduction or a view."""
+    overloads = [getattr(kind, overload) for overload in kind.overloads()] if kind is not None else []
+    free = {torch.Tag.pointwise, torch.Tag.reduction}
+    return any(free & set(one.tags) or one.is_view for one in overloads)
+
+
+# What is added to the name of an operation for another form of it, and its gradient.
+_FORM = re.compile(
+    r"^foreach_|(_copy|_functional|_forward|_helper|_impl|_forward_only|_data|_backward|_backward_data"
+    r"|_backward_reduce|_backward_elemt|_jvp)$"
+)
+# Operations of torch without the tags of pointwise operations and reductions that do not multiply and accumulate.
+_FREE = re.compile(
+    "|".join(
+        (
+            r"\w*pool\w*|upsample_\w+|pixel_(un)?shuffle|channel_shuffle",
+            r"\w*(batch|layer|group|rms|instance)_norm\w*|(native_|embedding_re|re)?norm|weight_norm_interface",
+            r"\w*softmax\w*|log_sigmoid|glu|hardswish|leaky_relu|rrelu_with_noise|add_relu|prelu_kernel|thnn_fused_\w+",
+            r"elu|hardshrink|hardsigmoid|hardtanh|softplus|softshrink|\w*loss\w*|binary_cross_entropy\w*",
+            r"(log)?cum\w+|dist|trace|linalg_cross|floor_divide|aminmax|polar|complex|masked_scale",
+            r"(unsafe_)?(masked_)?index\w*|masked_\w+|gather|scatter\w*|\w+_scatter|select\w*|slice\w*|diagonal|take|put",
+            r"embedding\w*|nonzero\w*|searchsorted|bucketize|isin|segment_reduce|sort|topk|kthvalue|(nan)?median|mode",
+            r"unique\w*|histc|histogram\w*|bincount|hash_tensor",
+            r"cat|stack|chunk_cat|block_diag|diag_embed|flip|roll|rot90|repeat\w*|(constant|reflection|replication)_pad\w*",
+            r"im2col|col2im|unfold|tril\w*|triu\w*|unsafe_(split\w*|view)|reshape\w*|resize\w*|mkldnn_(reshape|transpose)",
+            r"(new_)?(empty|full|zero|zeros|ones|fill|rand|randn|randint|randperm|random|eye|arange|range|linspace|logspace)",
+            r"(new_)?(empty|full|zeros|ones|rand|randn|randint)_\w+|scalar_tensor|\w+_window|efficientzerotensor|from_file",
+            r"bernoulli|binomial|cauchy|exponential|geometric|(log_)?normal|multinomial|poisson|uniform|philox\w*",
+            r"standard_gamma|sample_dirichlet|(native|fused)_dropout|fft_r?fftfreq|transform_bias_rescale_qkv",
+            r"to(_\w+)?|dequantize|quantize_per\w+|fake_quantize\w*|int_repr|q_\w+|qscheme|copy\w*|lift|convert_\w+|pin_memory",
+            r"lazy_clone|set|shallow_copy_data|assert\w*|functional_(assert|sym)\w*|local_scalar_dense|is_\w+|allclose",
+            r"has_\w+|use_\w+|linalg_check_errors|pack_padded_sequence|fused_sdp_choice|dense_dim|sparse_dim|nnz|dim[IV]|record_stream|nested_\w+|new_zeros\w*",
+        )
+    )
+)
+
+_RULES: dict[tuple[str, str], Callable[..., int | None]] = {}
+
+
+def _counts(*names: str, library: str = "aten") -> Callable[[Any], Any]:
+    """Declares the rule of operations: MACs from the arguments and `value`, the result; None if they do not tell."""
+
+    def declare(rule: Any) -> Any:
+        _RULES.update({(library, name): rule for name in names})
+        return rule
+
+    return declare
+
+
+@_counts("mv", "dot", "vdot")
+def _vectors(a: Tensor, b: Tensor, **_: Any) -> int:
+    return a.numel()
+
+
+@_counts("addmv")
+def _added_vector(bias: Tensor, a: Tensor, *_: Any, **__: Any) -> int:
+    return a.numel()
+
+
+@_counts("addr")
+def _outer(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
+    return a.numel() * b.numel()
+
+
+@_counts("addbmm", "_addmm_activation")
+def _added_product(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> int:
+    return a.numel() * b.shape[-1]
+
+
+@_counts("_int_mm", "_weight_int8pack_mm", "mkldnn_linear")
+def _product(a: Tensor, b: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
+    return value.numel() * a.shape[-1]
+
+
+@_counts("_trilinear")
+def _product_of_three(
+    a: Tensor, b: Tensor, c: Tensor, of_a: list[int], of_b: list[int], of_c: list[int], *_: Any, **__: Any
+) -> int:
+    shapes = []
+    for tensor, places in ((a, of_a), (b, of_b), (c, of_c)):
+        shape = list(tensor.shape)
+        for place in places:
+            shape.insert(place, 1)
+        shapes.append(shape)
+    return 2 * math.prod(torch.broadcast_shapes(*shapes))
+
+
+@_counts(
+    "mkldnn_convolution",
+    "_nnpack_spatial_convolution",
+    "cudnn_convolution_relu",
+    "cudnn_convolution_add_relu",
+)
+@_counts(
+    "_conv_depthwise2d",
+    "conv_depthwise3d",
+    "slow_conv_dilated2d",
+    "slow_conv_dilated3d",
+    "slow_conv3d_forward",
+)
+def _convolution(x: Tensor, weight: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
+    return value.shape[0] * math.prod(value.shape[2:]) * weight.numel()
+
+
+@_counts("cudnn_convolution_transpose", "slow_conv_transpose2d", "slow_conv_transpose3d")
+def _transposed_convolution(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return x.shape[0] * math.prod(x.shape[2:]) * weight.numel()
+
+
+@_counts("conv_tbc")
+def _convolution_of_sequences(x: Tensor, weight: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
+    return value.shape[0] * value.shape[1] * weight.numel()
+
+
+_BILINEAR = 4  # values that are read for one, each multiplied
+
+
+@_counts("deform_conv2d", library="torchvision")
+def _deformable_convolution(x: Tensor, weight: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
+    positions = value.shape[0] * math.prod(value.shape[2:])
+    return positions * (weight.numel() + _BILINEAR * x.shape[1] * math.prod(weight.shape[2:]))
+
+
+@_counts("roi_align", "ps_roi_align", library="torchvision")
+def _aligned_regions(
+    x: Tensor,
+    boxes: Tensor,
+    scale: float,
+    height: int,
+    width: int,
+    samples: int,
+    *_: Any,
+    value: Any,
+    **__: Any,
+) -> int | None:
+    pooled = value[0] if isinstance(value, tuple) else value
+    return (
+        int(pooled.numel()) * samples**2 * _BILINEAR if samples > 0 else None
+    )  # else the boxes' sizes decide
+
+
+_BY_MODE = {0: _BILINEAR, 1: 0, 2: 20}  # bilinear; nearest; bicubic, 4 weighted sums of 4 and one of these
+
+
+@_counts("grid_sampler_2d", "_grid_sampler_2d_cpu_fallback")
+def _sampled(x: Tensor, grid: Tensor, mode: int = 0, *_: Any, value: Tensor, **__: Any) -> int:
+    return value.numel() * _BY_MODE[mode]
+
+
+@_counts("grid_sampler_3d")
+def _sampled_volume(x: Tensor, grid: Tensor, mode: int = 0, *_: Any, value: Tensor, **__: Any) -> int:
+    return value.numel() * (2 * _BILINEAR if mode == 0 else 0)
+
+
+@_counts("cudnn_grid_sampler")
+def _sampled_bilinearly(x: Tensor, grid: Tensor, *, value: Tensor, **_: Any) -> int:
+    return value.numel() * _BILINEAR
+
+
+@_counts("affine_grid_generator", "cudnn_affine_grid_generator")
+def _affine_grid(theta: Tensor, *_: Any, value: Tensor, **__: Any) -> int:
+    return value.numel() * theta.shape[-1]
+
+
+@_counts("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math_for_mps")
+def _attention(query: Tensor, key: Tensor, value_: Tensor, *_: Any, **__: Any) -> int:
+    return query.numel() * key.shape[-2] + math.prod(query.shape[:-1]) * key.shape[-2] * value_.shape[-1]
+
+
+@_counts("_native_multi_head_attention")
+def _multi_head_attention(
+    query: Tensor, key: Tensor, value_: Tensor, width: int, *_: Any, **__: Any
+) -> int | None:
+    if query.is_nested:
+        return None
+    projections = (2 * query.numel() + key.numel() + value_.numel()) * width
+    return projections + 2 * query.numel() * key.shape[1]
+
+
+@_counts("_transformer_encoder_layer_fwd")
+def _encoder_layer(x: Tensor, width: int, *rest: Any, value: Any, **options: Any) -> int | None:
+    if x.is_nested:
+        return None
+    wide, narrow = rest[12], rest[14]  # the weights of the two products behind the attention
+    of_attention = _multi_head_attention(x, x, x, width)
+    return int(of_attention) + x.numel() // width * (wide.numel() + narrow.numel())
+
+
+@_counts("mkldnn_rnn_layer")
+def _recurrent_layer(x: Tensor, of_input: Tensor, of_state: Tensor, *_: Any, **__: Any) -> int:
+    return x.shape[0] * x.shape[1] * (of_input.numel() + of_state.numel())
+
+
+# -- what is answered at once --------------------------------------------------------------------------
+
+
+class _ShortcutMode(TorchFunctionMode):
+    """Answers operations on meta tensors that are not counted by their shapes alone.
+
+    On meta tensors torch runs norms and pointwise operations through slow Python decompositions. Anything unusual
+    (gradients, training, other types or memory layouts, parameters of a wrong size) is left to torch.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        shortcut = _SHORTCUTS.get(func)
+        if shortcut is not None and args and _is_plain(args[0]) and not torch.is_grad_enabled():
+            value = shortcut(*args, **(kwargs or {}))
+            if value is not None:
+                return value
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(x: Any) -> bool:
+    """True for a meta tensor of real numbers in a usual memory layout."""
+    return type(x) is Tensor and x.is_meta and x.is_floating_point() and _layout(x) is not None
+
+
+def _layout(x: Tensor) -> torch.memory_format | None:
+    if x.is_contiguous():
+        return torch.contiguous_format
+    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else None
+
+
+def _pointwise(x: Tensor, *_: Any, inplace: bool = False, **options: Any) -> Tensor | None:
+    if "out" in options or (_ and isinstance(_[-1], bool)):  # `inplace` by its place
+        return None
+    return x if inplace else torch.empty_like(x)
+
+
+def _in_place(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _sum(x: Tensor, y: Any, **options: Any) -> Tensor | None:
+    alike = type(y) is Tensor and y.is_meta and y.shape == x.shape and y.dtype == x.dtype
+    return torch.empty_like(x) if alike and not options and y.stride() == x.stride() else None
+
+
+def _batch_norm(
+    x: Tensor,
+    mean: Any,
+    variance: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    of_channel = [value for value in (mean, variance, weight, bias) if value is not None]
+    if training or mean is None or variance is None or x.dim() < 2:
+        return None
+    fits = all(value.is_meta and value.shape == x.shape[1:2] for value in of_channel)
+    return torch.empty_like(x) if fits else None
+
+
+def _layer_norm(
+    x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor | None:
+    shape = tuple(shape)
+    fits = x.is_contiguous() and len(shape) > 0 and tuple(x.shape[-len(shape) :]) == shape
+    fits = fits and all(value is None or (value.is_meta and value.shape == shape) for value in (weight, bias))
+    return torch.empty_like(x) if fits else None
+
+
+_SHORTCUTS: dict[Any, Callable[..., Tensor | None]] = {
+    **dict.fromkeys((F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish, F.gelu), _pointwise),
+    **dict.fromkeys(
+        (torch.relu, torch.sigmoid, torch.tanh, Tensor.relu, Tensor.sigmoid, Tensor.tanh), _pointwise
+    ),
+    **dict.fromkeys((torch.relu_, Tensor.relu_, Tensor.sigmoid_, Tensor.tanh_), _in_place),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, torch.mul, Tensor.mul, Tensor.__mul__), _sum),
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+}
