@@ -80,6 +80,7 @@ def profile(name: str, size: tuple[int, int], fraction: float, int8: bool) -> No
 
 
 def main() -> None:
+    """Print the table of each network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append")
     parser.add_argument("--size", default="256x512")

@@ -684,7 +684,7 @@ def _integer_layer(
         weights = replace(weights, activation=act, more=more, out=out)
     kind = IntegerLinear if isinstance(kernel, PackedLinear) else IntegerConv
     made = kind(weights, kernel.window)
-    made.origin = kernel.origin  # type: ignore[assignment]
+    made.origin = kernel.origin
     return made
 
 
