@@ -189,34 +189,6 @@ class Large(nn.Module):
         return self.rest(x)
 
 
-class Halving(nn.Module):
-    """Goes on at half the size where maps are even, at the same strides of the region: another level is its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.down, self.wide = block(3, 8, 2), block(8, 8, 2), nn.Conv2d(8, 32, 1)
-        self.rest = nn.Sequential(
-            nn.Conv2d(8, 8, 2, padding="same"), nn.Conv2d(8, 8, 3, 1, 2, 2), nn.Conv2d(8, 8, 1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.rest(self.stem(x))
-        y = F.pixel_shuffle(self.wide(self.down(x)), 2)
-        if x.shape != y.shape:
-            y = y[..., : x.shape[-2], : x.shape[-1]]
-        return x + y
-
-
-@torch.no_grad()
-def test_another_way_is_the_network_at_its_own_level_or_refused() -> None:
-    model = Halving().double().eval()
-    net = cs.adaptify(model, "none", example_input=images(2, 48, 64).double(), outputs="native")
-    even, odd = images(2, 48, 32).double(), images(2, 50, 37).double()
-    assert_same(net(even), model(even), EXACT)
-    with pytest.raises(cs.InvalidInput, match="another way"):
-        net(odd)
-
-
 def test_another_way_names_the_line_and_the_sizes() -> None:
     """Where it cannot be followed: its strides are others."""
     net = cs.adaptify(Deeper().eval(), "none", outputs="native")

@@ -33,13 +33,14 @@ import cadsurgery as cs
 from cadsurgery.support.errors import CannotConvert
 from cadsurgery.surgery.guards import AnotherWay
 
-QUICK, ALL, TOGETHER = 6, 2000, 25
+# 70: another way through the network, which is itself at another level.
+QUICK, ALL, TOGETHER = (1, 2, 3, 4, 5, 70), 2000, 25
 MOST_REFUSED = 4  # of those together: where what ends the region stands in front of all strides
 
 
 def groups() -> list[list[int]]:
     """The seeds of the slow suite, so many in a test."""
-    return [list(range(first, min(first + TOGETHER, ALL))) for first in range(QUICK, ALL, TOGETHER)]
+    return [list(range(first, min(first + TOGETHER, ALL))) for first in range(0, ALL, TOGETHER)]
 
 
 def span(seeds: list[int]) -> str:
@@ -186,7 +187,7 @@ def again(seed: int, error: str) -> str:
     return notes + run
 
 
-@pytest.mark.parametrize("seeds", [*([seed] for seed in range(QUICK)), *map(slow, groups())], ids=span)
+@pytest.mark.parametrize("seeds", [*([seed] for seed in QUICK), *map(slow, groups())], ids=span)
 def test_a_random_network_is_its_emulation(seeds: list[int], tmp_path: Path) -> None:
     """Few of them are refused, though some hold operations that end the region."""
     failed = check_all(seeds, Path(os.environ.get("CADSURGERY_FAILURES") or tmp_path))
