@@ -5,7 +5,8 @@
 An optimised, a plain converted and the dense network, each in a process of its own, side by side; they see the same
 images. Prints the memory in use as time goes on and writes it as JSON. With random weights, in float32, on the CPU.
 
-It ends with code 1 where the heap of a side grew by more than --most MiB from the second quarter of the time to the last.
+It ends with code 1 where the heap of a side grew by more than --most MiB from the second quarter of the time to the
+last.
 
 resident: of the whole process. heap: what is allocated in it, as the C library knows it; the rest of a growth is memory
 that was freed and not given back. tensors: how many Python sees.
