@@ -5,6 +5,9 @@
 An optimised, a plain converted and the dense network, each in a process of its own, side by side; they see the same
 images. Prints the memory in use as time goes on and writes it as JSON. With random weights, in float32, on the CPU.
 
+It ends with code 1 where the heap of a side grew by more than --most MiB from the second quarter of the time to the
+last.
+
 resident: of the whole process. heap: what is allocated in it, as the C library knows it; the rest of a growth is memory
 that was freed and not given back. tensors: how many Python sees.
 """
@@ -19,8 +22,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -100,6 +104,18 @@ def soak(side: str, options: argparse.Namespace) -> None:
             run(image, mask)
 
 
+def growth(rows: Sequence[Mapping[str, Any]]) -> float:
+    """MiB by which the heap grew from the second quarter of the measurements to the last, by their medians: what is
+    kept for reuse is there by then. 0 for fewer than 8."""
+    quarter = len(rows) // 4
+    if quarter < 2:
+        return 0.0
+    second, last = (
+        median(row["heap"] for row in part) for part in (rows[quarter : 2 * quarter], rows[-quarter:])
+    )
+    return max(0.0, last - second)
+
+
 def watch(side: str, found: list[dict[str, Any]]) -> None:
     """Run one side in a process of its own and print what it tells."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
@@ -122,6 +138,7 @@ def main() -> None:
     parser.add_argument(
         "--calls", type=int, default=0, help="so many calls of each side, however long they take"
     )
+    parser.add_argument("--most", type=float, default=16, help="MiB that the heap of a side may grow by")
     parser.add_argument("--every", type=int, default=100, help="calls between two measurements")
     parser.add_argument("--network", default="mobilenet_v2")
     parser.add_argument(
@@ -144,6 +161,9 @@ def main() -> None:
     made = {"network": options.network, **numbers, "setting": setting(torch.device("cpu")), "sides": found}
     options.output.write_text(json.dumps(made, indent=1) + "\n")
     print(made["setting"])
+    grown = {side: growth(rows) for side, rows in found.items()}
+    if over := [f"{side} by {mib:.0f} MiB" for side, mib in grown.items() if mib > options.most]:
+        raise SystemExit(f"memory is not flat: the heap grew: {', '.join(over)}.")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cadsurgery.cli import main, screen
+from cadsurgery.kernels import isa
 from cadsurgery.network.storage import checksum, seal
+from cadsurgery.support.processor import processor_in_words
 
 pytest.register_assert_rewrite("stand_ins")  # before a test imports it
 
@@ -47,6 +49,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(cores, memory // MEMORY.get(config.option.markexpr, MEMORY["slow"])))
+
+
+def pytest_report_header() -> str:
+    """On what the tests run."""
+    return f"processor: {processor_in_words() or 'unknown'}; {isa.in_words()}"
 
 
 def pytest_collection_finish() -> None:

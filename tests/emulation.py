@@ -528,9 +528,12 @@ class Emulation:
 
         Where a cell is as large as the one it lies in, that one's value. Else between cells of the size R of that one:
         at its place (y + side / 2) ratio - R / 2 (y ratio with align_corners) fine pixels from the border, in steps of
-        R; ratio is one where the sizes divide.
+        R; ratio is one where the sizes divide. A map that stays on its grid and is stretched by a sample or so is read
+        between cells of every size.
         """
         before, after = spacings
+        samples_before = tuple(-(-length // before) for length in x.size)
+        stretched = before == after and samples_before != tuple(samples)
         size = tuple(min(count * after, most) for count, most in zip(samples, whole, strict=True))
         target = self.side(stage, whole)[:, : size[0], : size[1]]
         source = self.side(self.stage_of(x), x.size)
@@ -550,9 +553,10 @@ class Emulation:
                 place = at * ratio
             else:
                 place = (at + target / 2) * ratio - cell / 2
-            place = torch.where(cell == target, at, place).clamp(min=0)
+            same = (cell == target) & (not stretched)
+            place = torch.where(same, at, place).clamp(min=0)
             low = (place / cell + 1e-9).floor()
-            share = torch.where(cell == target, 0.0, (place / cell - low).clamp(min=0)).to(x.data.dtype)
+            share = torch.where(same, 0.0, (place / cell - low).clamp(min=0)).to(x.data.dtype)
             first = (low * cell).long().clamp(max=most)
             ends.append(((first, 1 - share), ((first + cell).clamp(max=most), share)))
         data = sum((v * h)[:, None] * pick(x.data, at, c) for at, v in ends[0] for c, h in ends[1])

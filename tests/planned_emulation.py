@@ -18,6 +18,10 @@ from torch import Tensor, fx, nn
 NCHW = "bchw"
 
 
+class NotFollowed(Exception):
+    """An operation on cells, or a network, that is not written out here."""
+
+
 class Told(NamedTuple):
     """What a plan says of a node.
 
@@ -121,7 +125,12 @@ class PlannedEmulator(fx.Interpreter):
     def __init__(
         self, model: nn.Module, emulation: Emulation, told: Mapping[str, Told], guide: str = ""
     ) -> None:
-        traced = fx.symbolic_trace(model)
+        try:
+            traced = fx.symbolic_trace(model)
+        except (fx.proxy.TraceError, TypeError) as error:
+            raise NotFollowed(f"torch.fx alone cannot trace it: {error}") from error
+        if unknown := [node.name for node in traced.graph.nodes if node.name not in told]:
+            raise NotFollowed(f"its plan was made of another trace, without {unknown[0]}")
         explicit(traced)
         super().__init__(traced, garbage_collect_values=False)
         self.emulation, self.told, self.guiding = emulation, told, guide
@@ -211,7 +220,9 @@ class PlannedEmulator(fx.Interpreter):
         if isinstance(module, nn.ConstantPad2d | nn.ReflectionPad2d | nn.ReplicationPad2d):
             left, right, top, bottom = module.padding
             value = float(getattr(module, "value", 0.0))
-            return replace(x, pad=((top, bottom, left, right), PADS.get(type(module), "zeros"), value))
+            return self.padded(x, (top, bottom, left, right), PADS.get(type(module), "zeros"), value)
+        if isinstance(module, nn.PixelShuffle | nn.CircularPad2d):
+            raise NotFollowed(f"no emulation of {type(module).__name__}")
         if isinstance(module, nn.ConvTranspose2d):
             names = ("stride", "padding", "output_padding", "groups", "dilation")
             given = {name: getattr(module, name) for name in names}
@@ -301,8 +312,8 @@ class PlannedEmulator(fx.Interpreter):
         if name == "pad":
             pads, mode, value = [*args[1], 0, 0][:4], "constant", 0.0
             mode, value = kwargs.get("mode", mode), kwargs.get("value") or value
-            given = ((pads[2], pads[3], pads[0], pads[1]), "zeros" if mode == "constant" else mode, value)
-            return replace(x, pad=given)
+            mode = "zeros" if mode == "constant" else mode
+            return self.padded(x, (pads[2], pads[3], pads[0], pads[1]), mode, value)
         if name in ("view", "reshape"):
             return self.viewed(x, args[1:])
         if name == "flatten":
@@ -323,7 +334,9 @@ class PlannedEmulator(fx.Interpreter):
             return replace(x, data=x.data.permute(dims), layout=layout)
         if name in GLOBAL:
             return self.reduced(name, function, x, args[1:], kwargs)
-        assert name in ALONE or name == "getitem", f"no emulation of {name}"
+        cut = (name == "getitem" and _cuts(x, args[1])) or (name == "narrow" and x.layout[args[1]] in "hw")
+        if name not in ALONE | {"getitem"} or cut:
+            raise NotFollowed(f"no emulation of {name}")
         made = function(x.data, *args[1:], **kwargs)
         if isinstance(made, tuple):
             return tuple(self.coarse(replace(x, data=part), self.here.stage) for part in made)
@@ -341,6 +354,13 @@ class PlannedEmulator(fx.Interpreter):
         x = self.coarse(x, self.here.stage)
         return replace(x, data=self.emulation.group_norm(x, groups, weight, bias, eps).data)
 
+    @staticmethod
+    def padded(x: Cells, padding: Padding, mode: str, value: float) -> Cells:
+        """A map whose padding the window that reads it takes over."""
+        if min(padding) < 0 or mode == "circular":
+            raise NotFollowed(f"no emulation of padding {padding}, {mode}")
+        return replace(x, pad=(padding, mode, value))
+
     def window(self, x: Cells, kind: str, **given: Any) -> Cells:
         """A window, with the padding of the map it reads."""
         padding, mode, options = (0, 0, 0, 0), "zeros", {}
@@ -354,6 +374,8 @@ class PlannedEmulator(fx.Interpreter):
                 given["count_include_pad"] = True
         else:
             mode = own_mode
+        if mode == "circular":
+            raise NotFollowed("no emulation of circular padding")
         common = {"stage": self.here.stage, "spacing": x.stride, **given}
         plain = Feature(x.data, x.stage, x.stride)
         if kind == "unshuffle":
@@ -580,6 +602,16 @@ def _called(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
         }
     pool = nn.MaxPool2d if name == "max_pool2d" else nn.AvgPool2d
     return _written(pool(*args[1:], **kwargs))
+
+
+def _cuts(x: Cells, index: Any) -> bool:
+    """Whether an index takes a part of the image."""
+    places = index if isinstance(index, tuple | list) else (index,)
+    whole = slice(None)
+    if Ellipsis in [place for place in places if not isinstance(place, slice)]:
+        return True
+    axes = iter(x.layout)
+    return any(place is not None and next(axes, "h") in "hw" and place != whole for place in places)
 
 
 def _two(value: Any) -> tuple[Any, Any]:

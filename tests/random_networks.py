@@ -2,7 +2,8 @@
 
 What a seed draws: a stem and two or three strided (or dilated) stages of blocks, windows of all kinds, norms,
 activations in place or not, residuals, branches, shuffles, gates, a neck that comes back to finer stages, and heads
-that return one map, several, or vectors, as a tensor, list, tuple or dictionary.
+that return one map, several, or vectors, as a tensor, list, tuple or dictionary. Some unpool, grow maps by transposed
+convolutions or pixel shuffles, pad in every mode, crop, ask `if` of shapes, or take another input beside the image.
 """
 
 from __future__ import annotations
@@ -34,12 +35,23 @@ class Case:
         image: (B, 3, H, W), B > 1.
         example: what it is converted with; None for the package's own.
         per_image: whether the images of a batch do not depend on each other.
+        more: what it is called with besides, for each image of the batch.
+        more_of_example: the same of the example.
     """
 
     model: nn.Module
     image: Tensor
     example: Tensor | None
     per_image: bool
+    more: tuple[Tensor, ...] = ()
+    more_of_example: tuple[Tensor, ...] = ()
+
+    @property
+    def given(self) -> Any:
+        """What it is converted with, as `adaptify` takes it."""
+        if self.example is None or not self.more_of_example:
+            return self.example
+        return (self.example, *self.more_of_example)
 
 
 # -- norms and activations -----------------------------------------------------------------------------------
@@ -121,6 +133,14 @@ class PadThen(nn.Module):
         return self.then(F.pad(x, self.pads, mode=self.mode))
 
 
+PADS: dict[str, Callable[[int], nn.Module]] = {
+    "constant": nn.ZeroPad2d,
+    "reflect": nn.ReflectionPad2d,
+    "replicate": nn.ReplicationPad2d,
+    "circular": nn.CircularPad2d,
+}
+
+
 def keeping(style: Style, c_in: int, c_out: int, dilation: int = 1, groups: int = 1) -> nn.Module:
     """A convolution that keeps the size of its map."""
     draw, bias = style.draw, style.draw.chance(0.5)
@@ -133,15 +153,14 @@ def keeping(style: Style, c_in: int, c_out: int, dilation: int = 1, groups: int 
     if kind == "even" and d == 1:
         return nn.Conv2d(c_in, c_out, 2, padding="same", **common)
     if kind == "mode":
-        mode = draw.choice(["reflect", "replicate"])
+        mode = draw.choice(["reflect", "replicate", "circular"])
         return nn.Conv2d(c_in, c_out, 3, padding=d, padding_mode=mode, **common)
     if kind == "padded":
         conv = nn.Conv2d(c_in, c_out, 3, **common)
-        mode = draw.choice(["constant", "reflect", "replicate"])
+        mode = draw.choice(["constant", "reflect", "replicate", "circular"])
         if draw.chance(0.5):
             return PadThen([d] * 4, mode, conv)
-        layers = {"constant": nn.ZeroPad2d, "reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d}
-        return nn.Sequential(layers[mode](d), conv)
+        return nn.Sequential(PADS[mode](d), conv)
     if kind == "asymmetric" and groups == 1:
         k = draw.choice([3, 5, 7]) if d == 1 else 3
         across = nn.Conv2d(c_in, c_out, (1, k), padding=(0, d * (k // 2)), bias=bias, dilation=d)
@@ -177,7 +196,8 @@ def halving(style: Style, c_in: int, c_out: int) -> nn.Module:
     elif kind == "blur":
         pool = Blur(c_in)
     else:
-        pad: nn.Module = draw.choice([nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.ConstantPad2d(1, 0.5)])
+        pads = [nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.ConstantPad2d(1, 0.5), nn.CircularPad2d(1)]
+        pad: nn.Module = draw.choice(pads)
         pool = nn.Sequential(pad, draw.choice([nn.MaxPool2d(3, 2), nn.AvgPool2d(3, 2)]))
     return nn.Sequential(pool, nn.Conv2d(c_in, c_out, 1))
 
@@ -592,6 +612,122 @@ class Standardised(nn.Module):
         return x + F.silu(y, inplace=True)
 
 
+class Unpooled(nn.Module):
+    """As SegNet: pooled with indices, changed, and put back where it came from."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, return_indices=True, ceil_mode=style.draw.chance(0.3))
+        self.unpool = nn.MaxUnpool2d(2)
+        self.conv1 = nn.Conv2d(channels, channels, 1)
+        self.conv2 = keeping(style, channels, channels)
+        self.how = style.draw.choice(["size", "module", "function"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, indices = self.pool(F.relu(x))
+        y = F.relu(self.conv1(y))
+        if self.how == "module":
+            y = self.unpool(y, indices, output_size=x.shape[-2:])
+        elif self.how == "size":
+            y = self.unpool(y, indices, x.size())
+        else:
+            y = F.max_unpool2d(y, indices, 2, output_size=x.shape[-2:])
+        return x + self.conv2(y)
+
+
+class Regrown(nn.Module):
+    """Halved, and grown by a transposed convolution with output padding; what is too much is cut off."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels, 3, 2, 1)
+        k, p, more = style.draw.choice([(3, 1, 1), (2, 0, 0), (4, 1, 0), (5, 2, 1), (3, 0, 0)])
+        self.up = nn.ConvTranspose2d(channels, channels, k, 2, p, more)
+        self.how = style.draw.choice(["crop", "if", "size", "resize"])
+        self.act = style.activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.down(x))
+        if self.how == "size" and self.up.kernel_size[0] - 2 * self.up.padding[0] == 1:
+            return x + self.act(self.up(y, output_size=x.shape[-2:]))
+        y = self.up(y)
+        if self.how == "crop":
+            y = y[:, :, : x.shape[2], : x.shape[3]]
+        elif self.how == "if":
+            if y.shape[-2:] != x.shape[-2:]:
+                y = F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        else:
+            y = F.interpolate(y, size=x.shape[-2:], mode="nearest")
+        return x + self.act(y)
+
+
+class Cropped(nn.Module):
+    """Unpadded convolutions and a skip that is cropped at its centre, and padded again."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3)
+        self.how = style.draw.choice(["slices", "centre", "pad", "narrow", "negative"])
+        self.mode = style.draw.choice(["constant", "replicate"])  # maps may be a sample wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.how == "slices":
+            skip = x[:, :, 1:-1, 1:-1]
+        elif self.how == "centre":
+            top, left = (x.shape[2] - y.shape[2]) // 2, (x.shape[3] - y.shape[3]) // 2
+            skip = x[:, :, top : top + y.shape[2], left : left + y.shape[3]]
+        elif self.how == "pad":
+            return x + F.pad(y, [1] * 4, mode=self.mode)
+        elif self.how == "narrow":
+            skip = x.narrow(2, 1, y.size(2)).narrow(3, 1, y.size(3))
+        else:
+            skip = F.pad(x, (-1, -1, -1, -1))
+        return F.pad(F.relu(skip + y), (1, 1, 1, 1), mode=self.mode)
+
+
+class Shuffled(nn.Module):
+    """Pixels into channels and back."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels, 3, 2, 1)
+        self.wide = nn.Conv2d(channels, 4 * channels, style.draw.choice([1, 3]), padding="same")
+        self.shuffle = nn.PixelShuffle(2)
+        self.function = style.draw.chance(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(F.relu(self.down(x)))
+        y = F.pixel_shuffle(y, 2) if self.function else self.shuffle(y)
+        if x.shape != y.shape:
+            y = y[..., : x.shape[-2], : x.shape[-1]]
+        return x + y
+
+
+class Asked(nn.Module):
+    """Asks of shapes what to do: pads odd maps, resizes what does not fit, goes back to its size."""
+
+    def __init__(self, style: Style, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2)
+        self.conv = keeping(style, channels, channels)
+        self.how = style.draw.choice(["odd", "fit", "large"])
+        self.mode = style.draw.choice(["constant", "reflect", "replicate", "circular"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        y = x
+        if self.how == "odd":
+            if height % 2 or width % 2:
+                y = F.pad(y, (0, width % 2, 0, height % 2), mode=self.mode)
+        elif self.how == "large" and height * width > 64:
+            y = F.relu(y)
+        y = self.conv(self.pool(y))
+        if x.shape[-2:] != y.shape[-2:]:
+            y = F.interpolate(y, x.shape[-2:])
+        return x + y
+
+
 class Strange(nn.Module):
     """What no lattice passes, but for bins: the region ends here."""
 
@@ -633,6 +769,7 @@ BLOCKS: list[Any] = [
 ]
 BLOCKS += [Hierarchical, SpatialGate, PoolMixer, Partial, Pyramid, Steps, PooledPyramid, Gated, Arithmetic]
 BLOCKS += [PreactivatedInPlace, PartsInPlace, Standardised, Residual, Inverted]
+BLOCKS += [Unpooled, Regrown, Cropped, Shuffled, Asked]
 
 
 class Halved(nn.Module):
@@ -640,7 +777,7 @@ class Halved(nn.Module):
 
     def __init__(self, style: Style, c_in: int, c_out: int) -> None:
         super().__init__()
-        mode = style.draw.choice(["zeros", "zeros", "reflect"])
+        mode = style.draw.choice(["zeros", "zeros", "zeros", "reflect", "circular"])
         self.conv1 = nn.Conv2d(c_in, c_out, 3, 2, 1, padding_mode=mode, bias=False)
         self.norm1, self.norm2 = style.norm_of(c_out), style.norm_of(c_out)
         self.conv2 = keeping(style, c_out, c_out)
@@ -836,8 +973,62 @@ class Transposed(nn.Module):
         return self.last(F.relu(self.up(self.conv(maps[-1]))))
 
 
+class Grown(nn.Module):
+    """Transposed convolutions with output padding up to a stage's size, its map added, cropped where one is larger."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(widths[-1], widths[-2], 3, 2, 1, output_padding=1)
+        self.conv = unit(style, widths[-2], 8)
+        self.last = nn.ConvTranspose2d(8, 3, 5, 2, 2, output_padding=1)
+        self.both = style.draw.chance(0.5)
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Any:
+        y, skip = self.up(F.relu(maps[-1])), maps[-2]
+        height, width = min(y.shape[2], skip.shape[2]), min(y.shape[3], skip.shape[3])
+        y = self.conv(y[:, :, :height, :width] + skip[:, :, :height, :width])
+        return (self.last(y), y) if self.both else self.last(y)
+
+
+class SubPixels(nn.Module):
+    """As ESPCN: pixels of the result are channels of the last map."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__()
+        self.conv, self.last = unit(style, widths[-1], 8), nn.Conv2d(8, 3 * 16, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(style.draw.choice([2, 4]))
+        self.cut = style.draw.chance(0.3)
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Tensor:
+        y = self.shuffle(self.last(self.conv(maps[-1])))
+        return y[:, :, 2:-2, 2:-2] if self.cut else y
+
+
+class Fitted(nn.Module):
+    """A pyramid that resizes only what does not fit."""
+
+    def __init__(self, style: Style, widths: list[int]) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList([nn.Conv2d(width, 8, 1) for width in widths])
+        self.last = nn.Conv2d(8, 4, 3, padding=1, padding_mode=style.draw.choice(["zeros", "circular"]))
+        self.named = style.draw.chance(0.5)
+
+    def forward(self, maps: list[Tensor], image: Tensor) -> Any:
+        y = self.lateral[-1](maps[-1])
+        for lateral, x in zip(self.lateral[-2::-1], maps[-2::-1], strict=True):
+            side = lateral(x)
+            if y.shape[-2:] != side.shape[-2:]:
+                y = F.interpolate(y, side.shape[-2:])
+            y = F.relu(y + side)
+        y = self.last(y)
+        if self.named:
+            return {"map": y, "mean": y.mean((2, 3)), "deep": maps[-1]}
+        return [y, (maps[-1], y.mean((2, 3)))]
+
+
 ENDINGS: list[Any] = [Resized, Resized, TwoResized, Skips, AllStages]
 HEADS: list[Any] = [Plain, Plain, Several, Several, Classify, TopDown, TopDown, Transposed, *ENDINGS]
+HEADS += [Grown, SubPixels, Fitted]
 
 
 class Network(nn.Module):
@@ -891,17 +1082,40 @@ class Network(nn.Module):
         return self.head(maps, image)
 
 
+class Conditioned(Network):
+    """Takes another input besides: a second image, a map of one channel, or a vector for each image."""
+
+    def __init__(self, draw: Draw) -> None:
+        super().__init__(draw)
+        self.kind, self.join = draw.choice(["image", "map", "vector"]), nn.Conv2d(3, 3, 1)
+        if self.kind == "image":
+            self.other: nn.Module = nn.Conv2d(3, 3, 3, padding=1)
+        else:
+            self.other = nn.Conv2d(1, 3, 3, padding=1) if self.kind == "map" else nn.Linear(4, 3)
+
+    def more(self, image: Tensor) -> Tensor:
+        """What it is called with besides an image batch."""
+        shapes = {"image": image.shape, "map": (len(image), 1, *image.shape[2:]), "vector": (len(image), 4)}
+        return torch.randn(shapes[self.kind], dtype=image.dtype)
+
+    def forward(self, image: Tensor, more: Tensor) -> Any:
+        more = self.other(more)
+        if self.kind == "vector":
+            more = more[:, :, None, None]
+        return super().forward(self.join(image) + more)
+
+
 # -- a seed -------------------------------------------------------------------------------------------------
 
 
-def settled(model: nn.Module, image: Tensor, draw: Draw) -> nn.Module:
+def settled(model: nn.Module, image: Tensor, draw: Draw, *more: Tensor) -> nn.Module:
     """Batch norms with the statistics of an image, disturbed, and random affine parts; in evaluation mode."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     model.train()
     for norm in norms:
         norm.momentum = None
     with torch.no_grad():
-        model(image)
+        model(image, *more)
     for norm in norms:
         norm.momentum = 0.1
         if norm.running_mean is not None and norm.running_var is not None:
@@ -919,7 +1133,7 @@ def random_case(seed: int) -> Case:
     """The network, images and example of a seed."""
     draw = Draw(seed)
     torch.manual_seed(seed)
-    model = Network(draw).double()
+    model = (Conditioned if draw.chance(0.15) else Network)(draw).double()
     least, step = 3 * model.low + 10, model.step
 
     def length() -> int:
@@ -929,11 +1143,13 @@ def random_case(seed: int) -> Case:
     image = torch.randn(batch, 3, length(), length(), dtype=torch.float64)
     image += F.interpolate(torch.randn(batch, 3, 4, 5, dtype=torch.float64), image.shape[2:], mode="bicubic")
     example = torch.randn(draw.choice([1, 2]), 3, length(), length(), dtype=torch.float64)
-    settled(model, image, draw)
+    more = (model.more(image),) if isinstance(model, Conditioned) else ()
+    more_of_example = (model.more(example),) if isinstance(model, Conditioned) else ()
+    settled(model, image, draw, *more)
     if own_memory:
         image = image.contiguous(memory_format=torch.channels_last)
     per_image = not any(
         isinstance(module, nn.BatchNorm2d) and module.running_mean is None for module in model.modules()
     )
-    own = step == 1 and draw.chance(0.1)
-    return Case(model, image, None if own else example, per_image)
+    own = step == 1 and draw.chance(0.1) and not more
+    return Case(model, image, None if own else example, per_image, more, more_of_example)

@@ -303,6 +303,28 @@ def test_refusals_name_the_way_round_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_copy_in_8_bits_is_refused_and_names_the_network_it_was_made_from(tmp_path: Path) -> None:
+    model, image = net(), picture(1, 72, 104)
+    copy = model.optimize(precision="int8", calibration=[image])
+    if copy.quantisation is None:
+        pytest.skip("no kernels in 8 bits here")
+    for name, options in (("net.onnx", {"dynamic": True}), ("net.onnx", {}), ("net.pt2", {})):
+        with pytest.raises(cs.InvalidInput, match=r"int8(.|\n)*int8=images"):
+            cs.export(copy, image, tmp_path / name, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 96), (96, 3)])
+def test_an_example_of_any_size_has_more_than_one_sample_along_a_side(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        cs.InvalidInput, match=f"{size[0]} x {size[1]} pixels is too small(.|\n)*dynamic=False"
+    ):
+        cs.export(net("edges", output_stride=(4, 8)), images(1, *size), tmp_path / "net.onnx", dynamic=True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_file_that_is_wrong_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cadsurgery.network.export.onnx.difference", lambda *values: 0.5)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_same, build, images, relative_error, slow
 from torch import Tensor, nn
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
@@ -260,7 +261,9 @@ def test_first_layers_stay_in_float_until_outputs_differ_by_as_little_as_wanted(
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
     net, x = cs.adaptify(model, MIXED, verify_laws=False), images(1, 65, 97)
     known: dict[str, Any] = {"precision": "int8", "calibration": CALIBRATION}
-    fast, nearer = net.optimize(**known), net.optimize(**known, largest_error=0.02)
+    with pytest.warns(CadWarning, match=r"comes in at 16 \(from "):
+        fast = net.optimize(**known)
+    nearer = net.optimize(**known, largest_error=0.02)
     assert fast.quantisation.error > 0.02 >= nearer.quantisation.error
     first = [layer for layer in nearer.quantisation.layers if layer.why]
     assert first == list(nearer.quantisation.layers[:4]) and all(
@@ -297,3 +300,46 @@ def test_rows_that_are_read_alone_are_values() -> None:
     net, x = cs.adaptify(Squared().eval(), MIXED, verify_laws=False), images(2, 65, 97)
     fast = net.optimize(precision="int8", calibration=CALIBRATION)
     assert relative_error(fast(x), net(x)) < 0.25
+
+
+class Unpools(nn.Module):
+    """As SegNet: where values in 8 bits are largest in another place, unpooling puts them there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
+        self.pool, self.deep = nn.MaxPool2d(2, return_indices=True), nn.Conv2d(16, 16, 3, 1, 1)
+        self.unpool, self.last = nn.MaxUnpool2d(2), nn.Conv2d(16, 16, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.two(F.relu(self.one(x))))
+        z, indices = self.pool(y)
+        return self.last(self.unpool(F.relu(self.deep(z)), indices, y.size()))
+
+
+def unpools(shift: float = 0.0) -> AdaptiveModel:
+    torch.manual_seed(0)
+    model = Unpools().eval()
+    with torch.no_grad():
+        model.last.bias.fill_(shift)
+    return cs.adaptify(model, MIXED, verify_laws=False)
+
+
+def test_a_copy_in_8_bits_that_cannot_be_good_says_by_how_much_and_where_it_comes_in() -> None:
+    with pytest.warns(CadWarning, match="differ from those in float") as said:
+        fast = unpools().optimize(precision="int8", calibration=CALIBRATION)
+    (message,) = (str(one.message) for one in said)
+    error = fast.quantisation.error
+    assert error > 0.01 and f"by {100 * error:.2g} % of their size" in message
+    assert "comes in at unpool (from " in message and "largest_error=0.01" in message
+    assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize("options", [{"largest_error": 0.5}, {}], ids=["asked for", "near"])
+def test_a_copy_in_8_bits_that_is_as_good_as_asked_for_says_nothing(
+    options: dict[str, float], recwarn: pytest.WarningsRecorder
+) -> None:
+    net = unpools(0.0 if options else 10.0)
+    fast = net.optimize(precision="int8", calibration=CALIBRATION, **options)
+    assert (fast.quantisation.error > 0.01) == bool(options)
+    assert not [one for one in recwarn if issubclass(one.category, CadWarning)]

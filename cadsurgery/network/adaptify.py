@@ -206,7 +206,8 @@ def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) ->
         refusal: what its own program said.
 
     Raises:
-        AnotherWay: the refusal, where that way cannot be converted with the same strides, or is not exact.
+        AnotherWay: the refusal, where that way cannot be converted with the same strides and the same level of its own,
+            or is not exact.
     """
     model, plan = net._original[0], net.plan
     for kind in ("_parameters", "_buffers"):  # the network may have been moved
@@ -216,8 +217,8 @@ def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) ->
     try:
         facts = _read(model, call, exactly=True)
         chosen, flow = make_plan(facts, plan.output_stride, plan.region, plan.part, plan.returned)
-        if chosen.strides != plan.strides:
-            raise refusal
+        if (chosen.strides, chosen.identity_level) != (plan.strides, plan.identity_level):
+            raise refusal  # the same level map would mean another network
         program = _carry_out(chosen, flow, net.geometry)
         verify(facts.model, facts.graph, program.graph, chosen, net.geometry, facts.arguments)
     except CadError as error:

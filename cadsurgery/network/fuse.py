@@ -24,6 +24,7 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child
+from cadsurgery.surgery.rewrite import WORK
 from cadsurgery.surgery.treatment import has_rule
 
 # Where the fused convolutions are found in the network that runs the graph.
@@ -553,3 +554,22 @@ def _fold_convolution(module: nn.Conv2d | nn.ConvTranspose2d, fusion: _Fusion) -
 
 def _detach(value: Tensor | None) -> Tensor | None:
     return value.detach() if value is not None else None
+
+
+def path_of(net: nn.Module, written: fx.Graph, node: fx.Node) -> str:
+    """The path of the module whose work a node of a fused graph does, or its name; of a fused convolution that of the
+    convolution.
+
+    Args:
+        net: the optimised network.
+        written: the graph before it was fused.
+        node: of the fused graph.
+    """
+    notes = node.meta.get(WORK)
+    for read in (node, *node.all_input_nodes):
+        if read.op in ("call_module", "get_attr") and str(read.target).startswith(f"{KERNELS}."):
+            kernel: Any = child(net, str(read.target))
+            origin = getattr(getattr(kernel, "first", kernel), "origin", "")
+            notes = next((one.meta.get(WORK) for one in written.nodes if one.name == origin), notes)
+    name, path = notes or (node.name, "")
+    return path or name

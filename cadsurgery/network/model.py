@@ -391,6 +391,10 @@ class AdaptiveModel(nn.Module):
             InvalidInput: no images for `int8`; images or an error without it; an error that cannot be; a network not in
                 float32 on the CPU.
             CannotConvert: no layer can be in 8 bits.
+
+        Warns:
+            CadWarning: a copy in 8 bits cannot be made here, or its outputs differ from those in float by more than
+                `largest_error`, by default by more than 1 % of their size: by how much, and where it comes in.
         """
         from cadsurgery.network.optimized import OptimizedModel, in_precision  # which are made of this class
 

@@ -12,10 +12,10 @@ by far the most, and what no kernel is made for, stay in float32.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,7 +39,7 @@ from cadsurgery.elements.backends.integer_layers import (
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.network.fuse import KERNELS
+from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.divergence import tensors_of
@@ -52,6 +52,8 @@ from cadsurgery.surgery.hooks import child
 _COMPARED, _SAMPLES, _END, _SHARE, _HARMLESS = 2, 65536, 1e-3, 0.2, 0.03
 # So much of the outputs' error has to be gained where layers stay in float32, and nothing is worth it below so much.
 _WORTH, _SMALL = 1.2, 0.02
+# Outputs that differ by more are warned of; so many places that it comes from are named, of at least so much of it.
+_UNSAID, _NAMED, _PART = 0.01, 3, 0.05
 _BEYOND, _STEPS = 1e-4, 24
 _FIRST = 4  # so many of the first layers stay in float32, then twice as many, until the error is as small as wanted
 _FEWEST_ROWS = 64  # fewer are multiplied faster than they are rounded
@@ -112,6 +114,19 @@ class Quantisation:
             why: names[0] if len(names) == 1 else f"{len(names)} layers" for why, names in exact.items()
         }
         return "\n".join((head, *(f"  {names} in float32: {why}" for why, names in several.items())))
+
+
+class Growth(NamedTuple):
+    """By how much what is computed at a place differs from float, as a share of its size: what it reads, and it."""
+
+    path: str
+    before: float
+    behind: float
+
+    @property
+    def amount(self) -> float:
+        """What comes in there; errors of one place and another add up by their squares."""
+        return self.behind**2 - self.before**2
 
 
 @dataclass
@@ -203,7 +218,8 @@ def quantise(
         largest_error: of its outputs, as of `Quantisation`; the first layers stay in float32 until it is met.
 
     Warns:
-        CadWarning: the outputs differ by more even with up to half of the layers in float32.
+        CadWarning: the outputs differ by more even with up to half of the layers in float32; without `largest_error`,
+            they differ by more than 1 % of their size.
 
     Raises:
         InvalidInput: another network, no images, or such that the network does not take.
@@ -252,6 +268,15 @@ def quantise(
                 next="give other images to calibrate by.",
             )
         rewritten.apply(fast)
+        if largest_error is None and error > _UNSAID:
+            warnings.warn(
+                f"the outputs of the copy in 8 bits differ from those in float by {100 * error:.2g} % of their size on "
+                f"the calibration images.{_told(work.find_growth(rewritten, compared[0][:1]))} "
+                f"net.optimize(..., largest_error={_UNSAID:g}) keeps the first layers in float32 until they differ by "
+                "no more; net.optimize() keeps all.",
+                CadWarning,
+                stacklevel=4,
+            )
     return Quantisation(tuple(rewritten.layers), error, method, form_here() or "", len(expected))
 
 
@@ -327,7 +352,7 @@ class _Quantiser:
                 if more.shape != values.shape:
                     layer.why = layer.why or "what is added has another shape"
 
-        self._run(batches, look)
+        self._run(batches, look, self.program)
         for layer in self.layers.values():
             if layer.node not in self.kinds or layer.source not in self.kinds:
                 layer.why = layer.why or "its values are no rows in float32"
@@ -340,8 +365,8 @@ class _Quantiser:
                 next="leave out precision.",
             )
 
-    def _run(self, batches: Iterable[Tensor], look: Callable[..., None]) -> None:
-        program, provider = self.program, self.fast.mask
+    def _run(self, batches: Iterable[Tensor], look: Callable[..., None], program: Program) -> None:
+        provider = self.fast.mask
         for batch in batches:
             lattice = program.find_lattice(program.masking(provider), batch)
             arguments = program.bind(batch)
@@ -477,7 +502,7 @@ class _Quantiser:
             error = (less + shift - whole).square().sum(dtype=torch.float64)
             layer.squares += torch.stack((error, (whole - whole.mean(0)).square().sum(dtype=torch.float64)))
 
-        self._run(batches, look)
+        self._run(batches, look, self.program)
 
     def _sensitive(self, exact: Exact) -> set[fx.Node]:
         """The layers that have by far the most of the error."""
@@ -491,6 +516,34 @@ class _Quantiser:
             chosen.add(worst)
             del left[worst]
         return chosen
+
+    def find_growth(self, rewritten: _Rewritten, image: Tensor) -> list[Growth]:
+        """Where values in 8 bits come apart from those in float on an image, most first; `rewritten` is applied."""
+        exact, found = dict[str, Tensor](), dict[fx.Node, float]()
+        growth = list[Growth]()
+
+        def keep(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
+            if (values := _values_of(value)) is not None:
+                exact[node.name] = values.clone()  # what comes later may change them in place
+
+        def compare(node: fx.Node, read: Callable[[fx.Node], Any], value: Any) -> None:
+            own, values = rewritten.own.get(node), _values_of(value)
+            if own is None or values is None or own.target in _CARRIES:  # which counts where it is read
+                return
+            expected = exact.pop(own.name, values[:0])
+            if values.shape != expected.shape:  # the mask saw other features
+                return
+            values = rewritten.grids[own].dequantise(values) if values.dtype == torch.uint8 else values
+            apart = _difference([[values]], [[expected]])
+            before = max((found[one] for one in _nearest(own, found)), default=0.0)
+            found[own] = apart
+            growth.append(Growth(path_of(self.fast, self.fast.counted.graph, own), before, apart))
+
+        self.restore()
+        self._run([image], keep, self.program)
+        rewritten.apply(self.fast)
+        self._run([image], compare, self.fast.program)
+        return sorted(growth, key=lambda one: one.amount, reverse=True)
 
     def restore(self) -> None:
         """The kernels as they were."""
@@ -520,6 +573,7 @@ class _Rewritten:
         self.graph.output(self.graph.graph_copy(work.program.graph, copies))
         for node, grid in grids.items():
             self._convert(work, node, grid, exact, grids, copies)
+        self.grids, self.own = grids, {copy: node for node, copy in copies.items()}
         self.graph.lint()
 
     def _convert(
@@ -581,6 +635,32 @@ class _Rewritten:
         for name, kernel in self.kernels.items():
             setattr(kernels, name, kernel)
         fast.adaptive_part._program = replace(self.program, graph=self.graph).on(fast)
+
+
+def _values_of(value: Any) -> Tensor | None:
+    """The numbers of a map or of elements, in floating point or in 8 bits."""
+    values = value.rows if isinstance(value, Elements) else value
+    is_number = isinstance(values, Tensor) and (values.is_floating_point() or values.dtype == torch.uint8)
+    return values if is_number else None
+
+
+def _nearest(node: fx.Node, found: Mapping[fx.Node, float]) -> Iterator[fx.Node]:
+    """What a node reads of what was found, be it by others."""
+    waiting, seen = list(node.all_input_nodes), set[fx.Node]()
+    while waiting:
+        source = waiting.pop()
+        if source in found:
+            yield source
+        elif source not in seen:
+            seen.add(source)
+            waiting += source.all_input_nodes
+
+
+def _told(growth: Sequence[Growth]) -> str:
+    """The places where most of it comes in."""
+    most = [one for one in growth[:_NAMED] if one.amount > _PART * growth[0].amount]
+    places = (f"{one.path} (from {100 * one.before:.2g} to {100 * one.behind:.2g} %)" for one in most)
+    return f" Most of it comes in at {', '.join(places)}." if most else ""
 
 
 def _is_mean(user: fx.Node) -> bool:

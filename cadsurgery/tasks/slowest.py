@@ -19,12 +19,11 @@ from torch import fx
 from torch.profiler import ProfilerActivity, profile
 
 from cadsurgery.kernels import isa
-from cadsurgery.network.fuse import KERNELS
+from cadsurgery.network.fuse import path_of
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.timing import now
-from cadsurgery.surgery.hooks import child
-from cadsurgery.surgery.rewrite import WORK, ask_mask
+from cadsurgery.surgery.rewrite import ask_mask
 
 SLOWER = 1.03  # a side counts as slower than another from this multiple of its time on
 _ROUNDS = 3
@@ -187,13 +186,5 @@ def _layer_of(net: AdaptiveModel, node: fx.Node) -> str:
     """The path of the module whose work a node does, or its name; of a fused convolution that of the convolution."""
     if node.target is ask_mask:
         return "the mask and its lattice"
-    part, notes = net.adaptive_part, node.meta.get(WORK)
-    for read in (node, *node.all_input_nodes):
-        if read.op in ("call_module", "get_attr") and str(read.target).startswith(f"{KERNELS}."):
-            kernel: Any = child(part, str(read.target))
-            origin = getattr(getattr(kernel, "first", kernel), "origin", "")
-            notes = next(
-                (one.meta.get(WORK) for one in part.counted.graph.nodes if one.name == origin), notes
-            )
-    name, path = notes or (node.name, "")
-    return path or name
+    part = net.adaptive_part
+    return path_of(part, part.counted.graph, node)

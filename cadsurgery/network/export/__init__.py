@@ -95,8 +95,8 @@ def export(
             the form that is fastest there.
 
     Raises:
-        InvalidInput: as `check_mask`; the network is in training mode, the image is none, or an option is of another
-            format.
+        InvalidInput: as `check_mask`; the network is in training mode or a copy in 8 bits, the image is none or too
+            small an example of any size, or an option is of another format.
         CannotConvert: torch or the engine cannot follow the network or its mask, or the file gives something else.
         FileError: the file cannot be written.
         CadError: a package that the format needs is not installed.
@@ -128,7 +128,16 @@ def export(
     whole_program(net, "cannot be exported", part)
     if net.training:
         raise InvalidInput("the network is in training mode.", next="call net.eval() first.")
+    if net.quantisation is not None:
+        raise InvalidInput(
+            f"a copy in int8 cannot be written as a file of format {kind}.",
+            why="its layers run in this package's own kernels, of which no other engine knows.",
+            next="export the network it was made from, and let the file be in 8 bits: "
+            'cs.export(net, image, "net.onnx", int8=images), cadsurgery export ... --int8 FOLDER.',
+        )
     check_mask(net.mask, kind, dynamic, level_map)
+    if dynamic:
+        _check_example(net, image)
     check_folder(file, "path")
     net.normalise_by(image)  # a graph cannot look at what it is made of
     writers: dict[str, Callable[[Path], tuple[Comparison, tuple[int | None, ...]]]] = {
@@ -142,6 +151,22 @@ def export(
         compared, shape = writers[kind](temporary)
         size = sum(one.stat().st_size for one in temporary.parent.iterdir())
     return Exported(str(file), kind, size, shape, **vars(compared))
+
+
+def _check_example(net: AdaptiveModel, image: Tensor) -> None:
+    """Refuse an image of which torch would not learn that sizes differ: it takes a length of one as fixed.
+
+    Raises:
+        InvalidInput: it is too small.
+    """
+    stride = net.plan.strides[0]
+    if min(image.shape[2:]) <= stride:
+        raise InvalidInput(
+            f"an image of {image.shape[2]} x {image.shape[3]} pixels is too small an example of any size.",
+            why=f"it holds one sample of output stride {stride} along a side, and what is one is one in the file.",
+            next="give a larger image, such as those that the network is for, or write a file for this one size: "
+            "dynamic=False.",
+        )
 
 
 def _to_calibrate(int8: Any, image: Tensor, dynamic: bool) -> list[Tensor]:
