@@ -70,7 +70,9 @@ def profile(name: str, size: tuple[int, int], fraction: float, int8: bool) -> No
         kind = kind_of(modules.get(layer), layer)
         seconds[kind] += taken
         work[kind] += macs.get(layer, 0)
-    print(f"\n{name} in {'int8' if int8 else 'float32'}, {size[0]}x{size[1]}, fraction {fraction}: {total * 1e3:.1f} ms")
+    print(
+        f"\n{name} in {'int8' if int8 else 'float32'}, {size[0]}x{size[1]}, fraction {fraction}: {total * 1e3:.1f} ms"
+    )
     print("| kind of layer | ms | of all | GMAC/s |\n|---|---|---|---|")
     for kind, taken in sorted(seconds.items(), key=lambda pair: -pair[1]):
         rate = f"{work[kind] / taken / 1e9:.1f}" if work[kind] else ""
@@ -78,6 +80,7 @@ def profile(name: str, size: tuple[int, int], fraction: float, int8: bool) -> No
 
 
 def main() -> None:
+    """As the first lines say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append")
     parser.add_argument("--size", default="256x512")

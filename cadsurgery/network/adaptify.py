@@ -209,14 +209,31 @@ def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) ->
     call = {name: value for name, value in arguments.items() if value is not defaults[name]}
     try:
         facts = _read(model, call, exactly=True)
-        chosen, flow = make_plan(facts, plan.output_stride, plan.region, plan.part, plan.returned)
-        if chosen.strides != plan.strides:
+        chosen, flow = _plan_like(plan, facts)
+        exact = chosen.identity_level is not None or plan.identity_level is None
+        if not exact or chosen.strides != plan.strides[: len(chosen.strides)]:
             raise refusal
         program = _carry_out(chosen, flow, net.geometry)
         verify(facts.model, facts.graph, program.graph, chosen, net.geometry, facts.arguments)
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
     return program.on(net)
+
+
+def _plan_like(plan: Plan, facts: Facts) -> tuple[Plan, Flow]:
+    """The plan of another way through a network, on cells of the same sizes as far as it has them."""
+    rest = (plan.region, plan.part, plan.returned)
+    with contextlib.suppress(InvalidInput):
+        chosen, flow = make_plan(facts, plan.output_stride, *rest)
+        if chosen.strides == plan.strides:
+            return chosen, flow
+    high, coarsest = plan.output_stride[0], plan.output_stride[0]
+    own = sorted(low for first, low in make_plan(facts, None, *rest)[0].possible if first == high)
+    for ours, theirs in zip(plan.strides[1:], own, strict=False):
+        if ours != theirs:
+            break
+        coarsest = ours
+    return make_plan(facts, (high, min(coarsest, plan.output_stride[1])), *rest, coarsest=coarsest)
 
 
 def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:

@@ -107,9 +107,9 @@ def _drop_moot_guards(facts: Facts) -> int:
 
 
 def _of_other_sizes(call: Arguments) -> Iterator[Arguments]:
-    """A call with its image a little larger: by a few pixels, and up to multiples of the usual strides."""
+    """A call with its image a little larger: by a few pixels, up to multiples of the usual strides, and in one axis."""
     height, width = image_of(call).shape[2:]
-    sizes = {(height + by, width + by) for by in (1, 2, 3)}
+    sizes = {(height + by, width + by) for by in (1, 2, 3)} | {(height + 32, width)}
     sizes |= {(-(-height // step) * step, -(-width // step) * step) for step in (4, 8, 16, 32)}
     for tall, wide in sorted(sizes - {(height, width)}):
         if tall * wide <= _MOST_PIXELS:
