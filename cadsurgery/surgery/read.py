@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.support.errors import CannotConvert
-from cadsurgery.surgery.arguments import Arguments, change_images, crop, image_of, in_order, run_forward
+from cadsurgery.surgery.arguments import (
+    AnyLayout,
+    Arguments,
+    change_images,
+    crop,
+    image_of,
+    in_order,
+    run_forward,
+)
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
 from cadsurgery.surgery.guards import AnotherWay, drop_dead_code, is_guard
 from cadsurgery.surgery.trace import CannotFollow, Functions, evaluating, trace
@@ -85,7 +93,7 @@ def _drop_moot_guards(facts: Facts) -> int:
     if not any(map(is_guard, graph.nodes)):
         return 0
     unserved, moot = 0, set[fx.Node]()
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), AnyLayout():
         for call in _of_other_sizes(facts.arguments):
             run, outputs = _Unguarded(model, graph=graph), None
             with contextlib.suppress(Exception):  # on this way some sizes do not fit

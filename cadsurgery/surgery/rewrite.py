@@ -54,7 +54,8 @@ class Rewriter:
         decisions = {decision.node: decision for decision in self.plan.decisions}
         nodes = list(self.facts.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
-        for node in sorted(inputs, key=lambda node: len(node.args)):  # as Python wants it: defaults last
+        # As Python wants it: defaults last, and what takes all other names behind them.
+        for node in sorted(inputs, key=lambda node: (str(node.target).startswith("**"), len(node.args))):
             self.dense[node] = self.graph.node_copy(node)
         with self.graph.inserting_before():
             self.masking = self.graph.placeholder(MASKING)
@@ -163,7 +164,9 @@ class Rewriter:
             return
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source  # a vector per image, or a small map
-        self.dense[node] = self.graph.node_copy(node, self.as_dense)
+        self.dense[node] = copied = self.graph.node_copy(node, self.as_dense)
+        if copied.target == "view" and not isinstance(copied.args[1], torch.dtype):
+            copied.target = "reshape"  # our maps lie otherwise in memory
         module = self.facts.module(node) if node.op == "call_module" else None
         parts = module.modules() if module is not None else ()
         if any(isinstance(part, nn.InstanceNorm2d) for part in parts) or node.target in (

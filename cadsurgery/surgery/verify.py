@@ -23,7 +23,15 @@ from cadsurgery.elements.lattice import Geometry, Lattice
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadError, CannotConvert, first_line
-from cadsurgery.surgery.arguments import Arguments, change_images, image_of, in_order, run_forward, widen
+from cadsurgery.surgery.arguments import (
+    AnyLayout,
+    Arguments,
+    change_images,
+    image_of,
+    in_order,
+    run_forward,
+    widen,
+)
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import Decision, Plan
@@ -108,7 +116,7 @@ def verify(
 
 
 def _all_checks(model: nn.Module, *rest: Any) -> list[Check]:
-    with torch.no_grad(), evaluating(model), _no_dead_branches(model):
+    with torch.no_grad(), evaluating(model), _no_dead_branches(model), AnyLayout():
         return _uniform_checks(model, *rest)
 
 

@@ -1,0 +1,157 @@
+"""Python of plain networks that tracing used to refuse: further arguments, types, item assignment, batches in shuffles."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, images, randomise
+from torch import Tensor, nn
+
+import cadsurgery as cs
+
+EXACT = 1e-4
+SIZES = ((64, 96), (71, 85))
+pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")
+
+
+def block(inputs: int, outputs: int, stride: int = 2) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rest, self.head = (
+            block(3, 8),
+            nn.Sequential(block(8, 8), block(8, 8)),
+            nn.Conv2d(8, 5, 1),
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.rest(self.stem(x))
+
+
+class FurtherArguments(Encoder):
+    def forward(self, imgs: Tensor, **kw: Any) -> dict[str, Tensor]:
+        res = {"features": self.encode(imgs)}
+        res = dict(res, scores=self.head(res["features"]), **kw)
+        return dict(res, **{"half": res["scores"] / 2})
+
+
+def checked(x: Any) -> Any:
+    """A function that the network's module imports, as it were: it asks for types, too."""
+    if type(x) in (tuple, list):
+        raise TypeError("several")
+    assert type(x) is Tensor and isinstance(x, Tensor), "a tensor is expected"
+    return x
+
+
+class Types(Encoder):
+    def forward(self, x: Any) -> Tensor:
+        if not torch.is_tensor(x) or type(x) is list:
+            x = x[0]
+        y = checked(self.encode(x))
+        return self.head(y) if type(y) is torch.Tensor and not issubclass(type(y), nn.Parameter) else y
+
+
+class PixelDifferences(Encoder):
+    """Kernels of 5x5 built of weights of 3x3 (Su et al. 2021): radial differences of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.weight.shape
+        weights = self.weight.view(shape[0], shape[1], -1)
+        buffer = torch.zeros(shape[0], shape[1], 5 * 5).to(weights)
+        buffer[:, :, [0, 2, 4, 10, 14, 20, 22, 24]] = weights[:, :, 1:]
+        buffer[:, :, [6, 7, 8, 11, 13, 16, 17, 18]] = -weights[:, :, 1:]
+        buffer[:, :, 12] = 0
+        return self.head(F.conv2d(self.encode(x), buffer.view(shape[0], shape[1], 5, 5), stride=2, padding=2))
+
+
+class Boxes(Encoder):
+    """Numbers of each position, changed in place: by assignment, by operators and by methods of slices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes = self.head(self.encode(x)).flatten(2).permute(0, 2, 1).contiguous()
+        boxes[:, :, 0] = torch.clamp(boxes[:, :, 0], 0, 0.1)
+        boxes[..., 1:3] = boxes[..., 1:3].exp() * 2
+        boxes[:, :, 3] += boxes[:, :, 0]
+        boxes[:, :, 0::2].clamp_(max=0.05)
+        return boxes
+
+
+class InTheMiddle(Encoder):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rest[0](self.stem(x)).clone()
+        x[:, 0] = 0.5
+        x[:, 1:3] = torch.tanh(x[:, 1:3])
+        x[:, 3:5].mul_(2)
+        return self.head(self.rest[1](x))
+
+
+NETWORKS = {
+    "further arguments": FurtherArguments,
+    "types": Types,
+    "pixel differences": PixelDifferences,
+    "boxes": Boxes,
+    "in the middle": InTheMiddle,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_it_converts_and_is_the_network(name: str) -> None:
+    """With other weights than those of the conversion, at other sizes and batches; copies and pickles of it too."""
+    net = cs.adaptify(randomise(NETWORKS[name]()).eval(), "none", outputs="native")
+    assert net.plan.share("adapt", "keep") > 0.1
+    torch.manual_seed(1)
+    model = randomise(NETWORKS[name]()).eval()
+    net.load_state_dict(model.state_dict())
+    for batch, size in enumerate(SIZES, 2):
+        x = images(batch, *size)
+        for each in (net, net.optimize(), copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert_same(each(x), model(x), EXACT)
+    levels = torch.ones_like(net.levels)
+    assert_same(net(x[:1], mask=levels[:1]), _first(net(x, mask=levels)), EXACT)
+
+
+def _first(output: Any) -> Any:
+    return {k: v[:1] for k, v in output.items()} if isinstance(output, dict) else output[:1]
+
+
+def test_further_arguments_are_none_or_refused() -> None:
+    net, x = cs.adaptify(FurtherArguments().eval(), "none", outputs="native"), images(1, 64, 64)
+    for one in (net, net.optimize()):
+        with pytest.raises(cs.InvalidInput, match=r"(?s)path, scale is not what .*\*\*kw.*leave it out"):
+            one(x, path="image.png", scale=2.0)
+
+
+def test_assigned_weights_have_the_gradients_of_the_original() -> None:
+    model = randomise(PixelDifferences()).double().eval()
+    net, x = cs.adaptify(copy.deepcopy(model), "none", outputs="native"), images(2, 64, 70, torch.float64)
+    for each in (model, net):
+        each(x).square().sum().backward()
+    assert_same(net.weight.grad, model.weight.grad, 1e-9)
+
+
+class Aliased(Encoder):
+    """Changes a value behind the back of another name of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.encode(x))
+        rows = y.permute(0, 2, 3, 1)
+        rows[..., 0] = 3.0
+        return y
+
+
+def test_a_value_that_changes_under_another_name_is_refused() -> None:
+    with pytest.raises(cs.CannotConvert, match="behind its back"):
+        cs.adaptify(Aliased().eval())
