@@ -1,4 +1,4 @@
-"""Python of plain networks that tracing used to refuse: further arguments, types, item assignment, batches in shuffles."""
+"""Python of plain networks: further arguments, types, item assignment, channels shuffled together with the batch."""
 
 from __future__ import annotations
 
@@ -155,3 +155,26 @@ class Aliased(Encoder):
 def test_a_value_that_changes_under_another_name_is_refused() -> None:
     with pytest.raises(cs.CannotConvert, match="behind its back"):
         cs.adaptify(Aliased().eval())
+
+
+class DecidesByValues(nn.Module):
+    """A plain network in the middle of decisions by values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.net = nn.Conv2d(3, 3, 1), Encoder()
+        self.net.forward = self.net.encode  # type: ignore[method-assign]
+        self.wrapped = nn.ModuleDict({"trunk": nn.Sequential(block(3, 8), block(8, 32), block(32, 32))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if float(self.small(x).mean()) > 0 else self.wrapped["trunk"](x)
+
+
+def test_a_refusal_names_the_largest_part_that_can_be_converted() -> None:
+    model = DecidesByValues().eval()
+    with pytest.raises(cs.CannotConvert) as refusal:
+        cs.adaptify(model)
+    assert "model.wrapped.trunk = cs.adaptify(model.wrapped.trunk" in str(refusal.value)
+    net = cs.adaptify(model.wrapped.trunk, "none", outputs="native")
+    x = images(2, 65, 70)
+    assert_same(net(x), model.wrapped.trunk(x), EXACT)

@@ -41,6 +41,8 @@ from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import CannotFollow
 from cadsurgery.surgery.verify import verify
 
+_MOST_PARTS = 12  # of a network that cannot be traced, so many are tried
+
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -261,7 +263,30 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
                 with contextlib.suppress(CannotFollow, OtherFunction):
                     return name, _read(part, example and take_image(part, image_of(example)))
         parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
+        if name := _largest_part(model):
+            parts["next"] = (
+                f'convert its {name} and put it back: model.{name} = cs.adaptify(model.{name}, outputs="native"), '
+                f"or {parts['next'].partition(' or ')[2]}"
+            )
         raise CannotConvert(refusal.what, **parts) from refusal
+
+
+def _largest_part(model: nn.Module) -> str:
+    """Name of the module with most parameters within a network that is convolutional, strided and can be traced; ""."""
+    parts = [
+        (sum(p.numel() for p in part.parameters()), name) for name, part in model.named_modules() if name
+    ]
+    for _, name in sorted(parts, key=lambda pair: -pair[0])[:_MOST_PARTS]:
+        part = model.get_submodule(name)
+        strided = [
+            module for module in part.modules() if isinstance(module, nn.Conv2d) and max(module.stride) > 1
+        ]
+        is_container = isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict))
+        if len(strided) > 1 and not is_container:
+            with contextlib.suppress(CadError):
+                make_plan(_read(part, None))
+                return name
+    return ""
 
 
 def _read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> Facts:

@@ -350,7 +350,7 @@ _PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
 
 
 def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
-    """Those of the modules of Python that a network's classes are written in, and of what these import functions from."""
+    """Those of the modules of Python that a network's classes are written in, and that these import functions from."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
     waiting = [
         vars(sys.modules[kind.__module__])
