@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, images, randomise
+from conftest import assert_same, images, random_levels, randomise
 from torch import Tensor, nn
 
 import cadsurgery as cs
@@ -97,12 +97,51 @@ class InTheMiddle(Encoder):
         return self.head(self.rest[1](x))
 
 
+class Shuffle(nn.Module):
+    """Channels in two halves that are shuffled, by reshapes in which the batch is part of an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.rest = (
+            nn.Sequential(block(3, 8), block(8, 8)),
+            block(4, 4, 1),
+            block(8, 16),
+        )
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def shuffle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, c, h, w = x.data.size()
+        x = x.reshape(b * c // 2, 2, h * w).permute(1, 0, 2).reshape(2, -1, c // 2, h, w)
+        return x[0], x[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.shuffle(self.stem(x))
+        return self.head(self.rest(torch.cat([self.left(left), right], 1)))
+
+
+class ShuffleByViews(Shuffle):
+    """Groups by way of the batch, one after another, and views of maps that need not lie as torch's do."""
+
+    def shuffle(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, c, h, w = x.shape
+        x = (
+            x.view(b * 2, c // 2, h * w)
+            .view(b, 2, c // 2, h, w)
+            .transpose(1, 2)
+            .contiguous()
+            .view(b, c, h, w)
+        )
+        return x[:, : c // 2], x[:, c // 2 :]
+
+
 NETWORKS = {
     "further arguments": FurtherArguments,
     "types": Types,
     "pixel differences": PixelDifferences,
     "boxes": Boxes,
     "in the middle": InTheMiddle,
+    "shuffle": Shuffle,
+    "shuffle by views": ShuffleByViews,
 }
 
 
@@ -121,6 +160,22 @@ def test_it_converts_and_is_the_network(name: str) -> None:
             assert_same(each(x), model(x), EXACT)
     levels = torch.ones_like(net.levels)
     assert_same(net(x[:1], mask=levels[:1]), _first(net(x, mask=levels)), EXACT)
+
+
+@pytest.mark.parametrize("network", [Shuffle, ShuffleByViews])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@torch.no_grad()
+def test_a_shuffle_that_takes_the_batch_with_it_is_in_the_region(network: type[Shuffle], batch: int) -> None:
+    """Whatever batch it is converted on; in mixed resolution a batch is its images."""
+    model = randomise(network()).eval()
+    net = cs.adaptify(model, "none", output_stride=(2, 8), example_input=images(batch, 64, 80))
+    assert not any(decision.reason for decision in net.plan.chosen("barrier"))
+    x = images(2, 66, 71)
+    net(x)
+    levels = random_levels(2, tuple(net.levels.shape[1:]), net.plan.stage_strides)
+    each = [net(x[i : i + 1], mask=levels[i : i + 1]) for i in range(2)]
+    assert_same(net(x, mask=levels), torch.cat(each), EXACT)
+    assert_same(net(x)[..., ::4, ::4], model(x), EXACT)
 
 
 def _first(output: Any) -> Any:

@@ -27,6 +27,7 @@ from cadsurgery.surgery.arguments import (
 )
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
 from cadsurgery.surgery.guards import AnotherWay, drop_dead_code, is_guard
+from cadsurgery.surgery.shuffles import write_without_batch
 from cadsurgery.surgery.trace import CannotFollow, Functions, evaluating, trace
 
 # Larger images are not tried: what one size costs, several cost several times.
@@ -52,9 +53,15 @@ def read(
     Raises:
         CannotConvert: no front end can follow it, or it does not run on the example.
     """
+    facts: Facts | None = None
     with contextlib.suppress(CannotFollow, OtherFunction):
-        return observe(model, trace(model, is_operation, functions, given=frozenset(example or ())), example)
-    return _read_on_example(model, example, lambda call: trace(model, is_operation, functions, call), exactly)
+        facts = observe(model, trace(model, is_operation, functions, given=frozenset(example or ())), example)
+    if facts is None:
+        trace_on = partial(trace, model, is_operation, functions)
+        facts = _read_on_example(model, example, trace_on, exactly)
+    if write_without_batch(facts):
+        facts = observe(model, facts.graph, facts.arguments)
+    return facts
 
 
 def _read_on_example(
