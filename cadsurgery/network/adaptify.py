@@ -41,6 +41,8 @@ from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import CannotFollow
 from cadsurgery.surgery.verify import measure_effect, verify
 
+_MOST_PARTS = 12  # of a network that cannot be traced, so many are tried
+
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -216,14 +218,33 @@ def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) ->
     call = {name: value for name, value in arguments.items() if value is not defaults[name]}
     try:
         facts = _read(model, call, exactly=True)
-        chosen, flow = make_plan(facts, plan.output_stride, plan.region, plan.part, plan.returned)
-        if (chosen.strides, chosen.identity_level) != (plan.strides, plan.identity_level):
+        chosen, flow = _plan_like(plan, facts)
+        if chosen.strides != plan.strides[: len(chosen.strides)]:
+            raise refusal
+        own = plan.identity_level
+        if own is not None and chosen.identity_level != min(own, chosen.max_level):
             raise refusal  # the same level map would mean another network
         program = _carry_out(chosen, flow, net.geometry)
         verify(facts.model, facts.graph, program.graph, chosen, net.geometry, facts.arguments)
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
     return program.on(net)
+
+
+def _plan_like(plan: Plan, facts: Facts) -> tuple[Plan, Flow]:
+    """The plan of another way through a network, on cells of the same sizes as far as it has them."""
+    rest = (plan.region, plan.part, plan.returned)
+    with contextlib.suppress(InvalidInput):
+        chosen, flow = make_plan(facts, plan.output_stride, *rest)
+        if chosen.strides == plan.strides:
+            return chosen, flow
+    high, coarsest = plan.output_stride[0], plan.output_stride[0]
+    own = sorted(low for first, low in make_plan(facts, None, *rest)[0].possible if first == high)
+    for ours, theirs in zip(plan.strides[1:], own, strict=False):
+        if ours != theirs:
+            break
+        coarsest = ours
+    return make_plan(facts, (high, min(coarsest, plan.output_stride[1])), *rest, coarsest=coarsest)
 
 
 def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:
@@ -251,7 +272,30 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
                 with contextlib.suppress(CannotFollow, OtherFunction):
                     return name, _read(part, example and take_image(part, image_of(example)))
         parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
+        if name := _largest_part(model):
+            parts["next"] = (
+                f'convert its {name} and put it back: model.{name} = cs.adaptify(model.{name}, outputs="native"), '
+                f"or {parts['next'].partition(' or ')[2]}"
+            )
         raise CannotConvert(refusal.what, **parts) from refusal
+
+
+def _largest_part(model: nn.Module) -> str:
+    """Name of the module with most parameters within a network that is convolutional, strided and can be traced; ""."""
+    parts = [
+        (sum(p.numel() for p in part.parameters()), name) for name, part in model.named_modules() if name
+    ]
+    for _, name in sorted(parts, key=lambda pair: -pair[0])[:_MOST_PARTS]:
+        part = model.get_submodule(name)
+        strided = [
+            module for module in part.modules() if isinstance(module, nn.Conv2d) and max(module.stride) > 1
+        ]
+        is_container = isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict))
+        if len(strided) > 1 and not is_container:
+            with contextlib.suppress(CadError):
+                make_plan(_read(part, None))
+                return name
+    return ""
 
 
 def _read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> Facts:

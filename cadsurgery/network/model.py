@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import acts_as, child, copying
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
+
+# Tracing a way changes functions of torch for a while: one thread at a time, and one that waits finds the way made.
+_FOLLOWING = RLock()
 
 
 class AdaptiveModel(nn.Module):
@@ -107,7 +111,7 @@ class AdaptiveModel(nn.Module):
         self, run: Callable[[Program, dict[str, Any]], Masked], arguments: dict[str, Any]
     ) -> Masked:
         """Run the network, on a graph of its own where Python decides otherwise than when it was converted."""
-        if torch.compiler.is_compiling() or self._program.is_fused:
+        if torch.compiler.is_compiling():
             return run(self._program, arguments)
         call = _kind_of(arguments) if self._ways else ()
         try:
@@ -115,13 +119,24 @@ class AdaptiveModel(nn.Module):
         except AnotherWay as refusal:
             if call in self._ways:
                 raise
-            from cadsurgery.network.adaptify import follow_way  # which makes such networks
+            return run(self._way_of(arguments, refusal), arguments)
 
-            program = follow_way(self, arguments, refusal)
-            if self.adapters is not None:
-                program = with_adapters(program, set(self.adapters)).on(self)
-            self._ways[_kind_of(arguments)] = program
-            return run(program, arguments)
+    def _way_of(self, arguments: dict[str, Any], refusal: AnotherWay) -> Program:
+        """The program for calls of this kind, which its own refuses: made once."""
+        call = _kind_of(arguments)
+        with _FOLLOWING:
+            if call not in self._ways:
+                self._ways[call] = self._follow(arguments, refusal)
+            return self._ways[call]
+
+    def _follow(self, arguments: dict[str, Any], refusal: AnotherWay) -> Program:
+        """A program for calls that take another way."""
+        from cadsurgery.network.adaptify import follow_way  # which makes such networks
+
+        program = follow_way(self, arguments, refusal)
+        if self.adapters is not None:
+            program = with_adapters(program, set(self.adapters)).on(self)
+        return program
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run with another masking, a callable (image, fine map) -> Lattice: for verification and tools. Where a part
@@ -353,12 +368,21 @@ class AdaptiveModel(nn.Module):
         """
         if mask is not None and "mask" in self.program.signature.parameters:  # the network's own
             kwargs["mask"], mask = mask, None
-        return count_macs(self.program, self.counted, self.mask if mask is None else mask, args, kwargs, rule)
+        provider = self.mask if mask is None else mask
+        try:
+            return count_macs(self.program, self.counted, provider, args, kwargs, rule)
+        except AnotherWay as refusal:
+            way = self._way_of(self.program.bind(*args, **kwargs), refusal)
+            return count_macs(way, self._counted_on(way), provider, args, kwargs, rule)
 
     @property
     def counted(self) -> Program:
         """What its operations are counted on: shapes without values."""
         return ghost(self).program
+
+    def _counted_on(self, way: Program) -> Program:
+        """What the operations of calls that take another way are counted on."""
+        return way.on(ghost(self))
 
     def optimize(
         self,

@@ -18,6 +18,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.network.quantise import quantise
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
+from cadsurgery.surgery.guards import AnotherWay, is_guard
 from cadsurgery.surgery.hooks import Watched, child, settle, take_over
 
 PRECISIONS = (FLOAT := "float", "int8")
@@ -50,6 +51,12 @@ class OptimizedModel(AdaptiveModel):
         program = replace(source.program, graph=graph, unchanged=None, watched=watched, is_fused=True)
         super().__init__(fused, program, source.mask)
         take_over(self, source)
+        # Calls that take another way need its weights as they were before they were folded.
+        self._unfused: tuple[AdaptiveModel, ...] = ()
+        if any(map(is_guard, graph.nodes)):
+            self._unfused = (copy.deepcopy(net).eval().requires_grad_(False),)
+        self._epilogues = epilogues
+        self.register_load_state_dict_post_hook(_forget_other_ways)
         data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
         self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
         self._counted = (ghost(net),)
@@ -66,6 +73,35 @@ class OptimizedModel(AdaptiveModel):
     def counted(self) -> Program:
         """That of the network it was made from."""
         return self._counted[0].program
+
+    def _counted_on(self, way: Program) -> Program:
+        counted: Program = way.net.counted
+        return counted
+
+    def _follow(self, arguments: dict[str, Any], refusal: AnotherWay) -> Program:
+        """A program for calls that take another way, on kernels of its own; in float, whatever this copy is in."""
+        if not self._unfused:
+            raise refusal
+        source = copy.copy(self._unfused[0])
+        source._program = source._follow(arguments, refusal)
+        if self.quantisation is not None:
+            warnings.warn(
+                "this image takes another way through the network than those this copy was calibrated by: it runs in "
+                f"float there. {refusal.where}",
+                CadWarning,
+                stacklevel=2,
+            )
+        way = OptimizedModel(source, self._epilogues)
+        way._unfused, way._unit = (), self._unit
+        return way.program
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
+        """As torch moves modules to a device or type: the weights that other ways are made of, too."""
+        self._ways = {}
+        for source in self._unfused:
+            source._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def optimize(
         self,
@@ -132,6 +168,12 @@ def in_precision(
         return fast
     fast.quantisation = quantise(fast, calibration, largest_error)
     return fast
+
+
+def _forget_other_ways(model: nn.Module, keys: Any) -> None:
+    """Weights that were loaded are folded already: there are none that another way could be made of."""
+    assert isinstance(model, OptimizedModel)
+    model._unfused, model._ways = (), {}
 
 
 def _is_data(name: str, value: Any) -> bool:

@@ -66,11 +66,21 @@ class Program:
         # At once: a compiler that follows a call could not make them.
         run_unchanged = runnable(self.unchanged) if self.unchanged is not None else None
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        absent = tuple(str(node.target) for node in inputs if node.args == (None,) and not node.users)
+        absent = tuple(
+            str(node.target).lstrip("*")
+            for node in inputs
+            if (node.args == (None,) or str(node.target).startswith("**")) and not node.users
+        )
         shown: Any = next(node.args[1] for node in self.graph.nodes if node.target is ask_mask)
         image = str(shown.target) if shown.op == "placeholder" else ""  # a part of a list or a dictionary
         run = runnable(self.graph)
         self.__dict__.update(_run=run, _run_unchanged=run_unchanged, _absent=absent, _image=image)
+
+    @cached_property
+    def _further(self) -> tuple[str, ...]:
+        """What the original calls the dictionary of its further arguments, if it takes any."""
+        every = self.signature.parameters.values()
+        return tuple(one.name for one in every if one.kind is one.VAR_KEYWORD)
 
     def on(self, net: Any) -> Program:
         """The same program on the modules of another network; the code of its graphs is shared."""
@@ -217,9 +227,16 @@ class Program:
         """
         arguments = self.bind(*args, **kwargs)
         for name in self._absent:
-            if arguments.get(name) is not None:
+            value = arguments.get(name)
+            if isinstance(value, dict) and value and name in self._further:
                 raise InvalidInput(
-                    f"{name}={describe(arguments[name])} is not what the network was converted with.",
+                    f"{', '.join(value)} is not what the network was converted with.",
+                    why=f"Python may do anything with further arguments (**{name}); the graph is that of none.",
+                    next="leave it out.",
+                )
+            if value is not None and name not in self._further:
+                raise InvalidInput(
+                    f"{name}={describe(value)} is not what the network was converted with.",
                     why="Python asks whether it is None; the graph is that of None.",
                     next=f"leave {name} out, or convert with it: example_input= takes the arguments of a call.",
                 )

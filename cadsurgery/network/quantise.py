@@ -40,10 +40,12 @@ from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
 from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.fuse import KERNELS, path_of
+from cadsurgery.network.macs import Counter
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
+from cadsurgery.surgery.guards import AnotherWay, is_guard
 from cadsurgery.surgery.hooks import child
 
 # Images whose layers are compared; values of each map of an image that grids are chosen by, and the share at either
@@ -225,8 +227,8 @@ def quantise(
         InvalidInput: another network, no images, or such that the network does not take.
         CannotConvert: no layer can be in 8 bits.
     """
-    batches = _batches(calibration)
     program = fast.program
+    batches = _on_own_way(fast, _batches(calibration))
     with torch.no_grad():
         work = _Quantiser(fast, program)
         work.observe(batches)
@@ -763,6 +765,33 @@ def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
             next="give image batches (B, C, H, W), prepared as the network takes them: some 8 to 100 images.",
         )
     return batches
+
+
+def _on_own_way(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
+    """Those image batches that take the way through a network that it was converted on: other ways stay in float.
+
+    Raises:
+        AnotherWay: none of them does.
+    """
+    program, refusal, fitting = fast.counted, None, []
+    for batch in batches if any(map(is_guard, program.graph.nodes)) else ():
+        try:
+            with torch.no_grad():
+                Counter(program).count(program.uniform(program.geometry.max_level), program.bind(batch))
+            fitting.append(batch)
+        except AnotherWay as error:
+            refusal = refusal or error
+    if refusal is None:
+        return batches
+    if not fitting:
+        raise refusal
+    warnings.warn(
+        f"{len(batches) - len(fitting)} of {len(batches)} image batches take another way through the network than the "
+        f"one it was converted on: they say nothing of its layers in 8 bits, and run in float. {refusal.where}",
+        CadWarning,
+        stacklevel=5,
+    )
+    return fitting
 
 
 def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:

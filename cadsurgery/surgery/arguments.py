@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cadsurgery.support.errors import InvalidInput, first_line
@@ -111,11 +112,22 @@ def widen(arguments: Arguments) -> Arguments:
     return dict(tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments))
 
 
+class AnyLayout(TorchFunctionMode):
+    """Within it `view` reshapes: weights that lie as rows of elements do give maps that it would refuse."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        if func is Tensor.view and len(args) > 1 and not isinstance(args[1], torch.dtype):
+            func = Tensor.reshape
+        return func(*args, **(kwargs or {}))
+
+
 def run_forward(model: nn.Module, arguments: Arguments) -> Any:
     """What a network makes of them, without hooks on the whole, which are no part of its graph."""
     bound = inspect.signature(model.forward).bind_partial()
     bound.arguments.update(tree_map_only(Tensor, Tensor.clone, arguments))
-    return model.forward(*bound.args, **bound.kwargs)
+    with AnyLayout():
+        return model.forward(*bound.args, **bound.kwargs)
 
 
 def in_order(graph: fx.Graph, arguments: Arguments, *first: Any) -> list[Any]:

@@ -8,12 +8,12 @@ graph gets a guard (`guards.decided`). Decisions by the values of pixels are ref
 
 from __future__ import annotations
 
-import builtins
 import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -23,9 +23,9 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 from cadsurgery.support.divergence import tensors_of
-from cadsurgery.surgery.arguments import Arguments
+from cadsurgery.surgery.arguments import AnyLayout, Arguments
 from cadsurgery.surgery.guards import compared, decided, user_line
-from cadsurgery.surgery.trace import Tracer
+from cadsurgery.surgery.trace import Tracer, assign
 
 # What is asked of a map without looking at its values.
 _ASKS = frozenset(
@@ -60,6 +60,10 @@ class Symbol(fx.Proxy):
         if name == "is_cuda":  # which no dense twin of elements has
             return self.device.type == "cuda"
         return _Attribute(self, name)
+
+    def __setitem__(self, index: Any, part: Any) -> None:
+        """What Python calls so from here on is another value."""
+        self.node = self.tracer.call(assign, self, index, part).node
 
     def __len__(self) -> int:
         return self.tracer.decide(self, len)
@@ -148,7 +152,7 @@ class Carrier(Tracer):
         interpreter.env = self.values
         self._is_running = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), AnyLayout():
                 for node in list(self.graph.nodes)[self._run_so_far :]:
                     if node.op == "placeholder":
                         default = node.args[0] if node.args else None
@@ -321,6 +325,19 @@ class _NumberType(type):
         return hash(cls.number)
 
 
+class _TypeOf(_NumberType):
+    """`type` of a module that is traced: of a symbol, that of what it is on the example."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args and issubclass(type(args[0]), Symbol) and not args[1:]:
+            return type(args[0].tracer.value(args[0]))
+        return type(*args, **kwargs)
+
+
+class _Type(metaclass=_TypeOf):
+    number = type
+
+
 class _Int(metaclass=_NumberType):
     number = int
 
@@ -329,28 +346,47 @@ class _Float(metaclass=_NumberType):
     number = float
 
 
+_PYTHON = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "cadsurgery"}
+
+
+def _name_spaces(model: nn.Module) -> list[dict[str, Any]]:
+    """Those of the modules of Python that a network's classes are written in, and that these import functions from."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    waiting = [
+        vars(sys.modules[kind.__module__])
+        for kind in kinds
+        if kind.__module__ in sys.modules and kind.__module__.partition(".")[0] not in ("torch", "builtins")
+    ]
+    spaces = {id(space): space for space in waiting}
+    for space in waiting:
+        functions = [value for value in space.values() if isinstance(value, FunctionType)]
+        for function in functions:
+            other, package = function.__globals__, str(function.__module__).partition(".")[0]
+            if id(other) not in spaces and package not in _PYTHON:
+                spaces[id(other)] = other
+                waiting.append(other)
+    return list(spaces.values())
+
+
 @contextmanager
 def symbols_in_python(model: nn.Module) -> Iterator[None]:
-    """While a network is traced on an example: factories of torch, and isinstance, int, float, max and min as the
-    modules of the network call them, become nodes where they are given symbols."""
+    """While a network is traced on an example: factories of torch, and isinstance, type, int, float, max and min as the
+    modules of the network call them, and functions that they import, become nodes where they are given symbols."""
     shadows = {
         "isinstance": _is_instance,
+        "type": _Type,
         "int": _Int,
         "float": _Float,
         "max": _recording(max),
         "min": _recording(min),
     }
-    spaces = {}
-    for kind in {base for module in model.modules() for base in type(module).__mro__}:
-        space = vars(sys.modules.get(kind.__module__, builtins))
-        if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
-            spaces[id(space)] = space
+    spaces = _name_spaces(model)
     with ExitStack() as stack:
         is_tensor = functools.partial(_is_instance, kinds=Tensor)
         factories: Any = {name: _recording(getattr(torch, name)) for name in _FACTORIES}
         stack.enter_context(mock.patch.multiple(torch, is_tensor=is_tensor, **factories))
         stack.enter_context(mock.patch.object(torch.jit, "isinstance", _is_instance))
-        for space in spaces.values():
+        for space in spaces:
             free = {name: value for name, value in shadows.items() if name not in space}
             free |= {name: unscripted for name, value in space.items() if (unscripted := _unscripted(value))}
             stack.enter_context(mock.patch.dict(space, free))

@@ -11,12 +11,13 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import describe_call
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, and_after
+from cadsurgery.surgery.flow import Flow, Role, and_after, flow_forward
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
 from cadsurgery.surgery.readings import Reading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
 from cadsurgery.surgery.region import Region, readers, region_of
-from cadsurgery.surgery.treatment import Treatment, operation_name
+from cadsurgery.surgery.settle import Refusal
+from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, operation_name
 
 
 def make_plan(
@@ -25,6 +26,7 @@ def make_plan(
     region: RegionOption = "auto",
     part: str = "",
     outputs: Outputs = "fine",
+    coarsest: int | None = None,
 ) -> tuple[Plan, Flow]:
     """Decide for every node of a traced network; the flow says how. Pure: neither network nor facts are changed.
 
@@ -36,6 +38,7 @@ def make_plan(
         part: where the traced network is a part of another one, its name there: what it returns then keeps its
             native size, which the rest of that network relies on.
         outputs: size at which maps that leave the region as they are are returned, `fine` or `native`.
+        coarsest: output stride beyond which nothing is in the region; None leaves that to the network.
 
     Raises:
         CannotConvert: nothing can be made adaptive.
@@ -47,7 +50,10 @@ def make_plan(
             f"outputs={outputs!r} is not a choice.", next=f"use one of {', '.join(get_args(Outputs))}."
         )
     returned: Outputs = "native" if part else outputs
-    readings = read_dilations(facts, asked_region(facts, region), named=not isinstance(region, str))
+    asked = asked_region(facts, region)
+    if coarsest is not None:
+        asked = _up_to(coarsest, asked, flow_forward(facts, asked))
+    readings = read_dilations(facts, asked, named=not isinstance(region, str))
     if not any(reading.possible for reading in readings):
         raise nothing_to_convert(readings[0].settled.flow)
     reading, (high, low) = _choose(readings, output_stride)
@@ -85,6 +91,18 @@ def make_plan(
         not_counted=tuple(facts.not_counted),
     )
     return plan, flow
+
+
+def _up_to(coarsest: int, asked: Refusal, flow: Flow) -> Refusal:
+    """Why the region asked for leaves a node out, if it goes no further than an output stride."""
+    beyond = {node for node, spacing in flow.spacing.items() if spacing > coarsest}
+
+    def refused(node: fx.Node, maps: Sequence[fx.Node]) -> Barrier | None:
+        if node in beyond:
+            return Barrier(f"its output stride is {flow.spacing[node]}, beyond {coarsest}", Cause.ASKED)
+        return asked(node, maps)
+
+    return refused
 
 
 def _possible(readings: Sequence[Reading]) -> tuple[tuple[int, int], ...]:

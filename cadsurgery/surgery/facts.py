@@ -13,7 +13,7 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CannotConvert, describe_error, first_line
-from cadsurgery.surgery.arguments import Arguments, image_of, in_order, run_forward, take_image
+from cadsurgery.surgery.arguments import AnyLayout, Arguments, image_of, in_order, run_forward, take_image
 from cadsurgery.surgery.trace import evaluating
 
 # Odd, non-square and small: what a conversion relies on must not depend on a convenient size.
@@ -143,14 +143,14 @@ def observe(model: nn.Module, graph: fx.Graph, example: Arguments | None = None)
                 failure = failure or error
                 continue
             try:
-                with observer.counter:
+                with observer.counter, AnyLayout():
                     traced = observer.run(*values)
                 facts.not_counted.extend(sorted(observer.counter.not_counted))
             except Exception as error:  # on the way that was traced some sizes do not fit
                 raise _other_function(model, f"it does not run: {first_line(error)}") from error
         if not same(traced, expected):
             # While torch counts it takes some operations apart, and rounds otherwise: ties of nearest-exact, say.
-            with torch.no_grad(), evaluating(model):
+            with torch.no_grad(), evaluating(model), AnyLayout():
                 traced = fx.Interpreter(model, graph=graph).run(*values)
             if not same(traced, expected):
                 why = "its forward does what torch.fx does not see, e.g. changes a value behind its back."

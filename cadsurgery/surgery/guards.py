@@ -10,6 +10,7 @@ import linecache
 import operator
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,6 +56,12 @@ def decided(
         next="convert with example_input= of this size, or resize or pad the images to sizes of one kind, "
         "e.g. multiples of the network's lowest output stride.",
     )
+
+
+def is_whole(window: Any, size: Sequence[int]) -> bool:
+    """Whether a window, one length or two, is as large as a map of a size (B, C, H, W)."""
+    lengths = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    return lengths == tuple(size[2:])
 
 
 def _words(operands: tuple[Any, ...]) -> str:

@@ -16,9 +16,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from cadsurgery.support.errors import CannotConvert
-from cadsurgery.surgery.arguments import Arguments, change_images, crop, image_of, in_order, run_forward
+from cadsurgery.surgery.arguments import (
+    AnyLayout,
+    Arguments,
+    change_images,
+    crop,
+    image_of,
+    in_order,
+    run_forward,
+)
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
 from cadsurgery.surgery.guards import AnotherWay, drop_dead_code, is_guard
+from cadsurgery.surgery.shuffles import write_without_batch
 from cadsurgery.surgery.trace import CannotFollow, Functions, evaluating, trace
 
 # Larger images are not tried: what one size costs, several cost several times.
@@ -44,9 +53,15 @@ def read(
     Raises:
         CannotConvert: no front end can follow it, or it does not run on the example.
     """
+    facts: Facts | None = None
     with contextlib.suppress(CannotFollow, OtherFunction):
-        return observe(model, trace(model, is_operation, functions, given=frozenset(example or ())), example)
-    return _read_on_example(model, example, lambda call: trace(model, is_operation, functions, call), exactly)
+        facts = observe(model, trace(model, is_operation, functions, given=frozenset(example or ())), example)
+    if facts is None:
+        trace_on = partial(trace, model, is_operation, functions)
+        facts = _read_on_example(model, example, trace_on, exactly)
+    if write_without_batch(facts):
+        facts = observe(model, facts.graph, facts.arguments)
+    return facts
 
 
 def _read_on_example(
@@ -85,7 +100,7 @@ def _drop_moot_guards(facts: Facts) -> int:
     if not any(map(is_guard, graph.nodes)):
         return 0
     unserved, moot = 0, set[fx.Node]()
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), AnyLayout():
         for call in _of_other_sizes(facts.arguments):
             run, outputs = _Unguarded(model, graph=graph), None
             with contextlib.suppress(Exception):  # on this way some sizes do not fit
@@ -107,9 +122,9 @@ def _drop_moot_guards(facts: Facts) -> int:
 
 
 def _of_other_sizes(call: Arguments) -> Iterator[Arguments]:
-    """A call with its image a little larger: by a few pixels, and up to multiples of the usual strides."""
+    """A call with its image a little larger: by a few pixels, up to multiples of the usual strides, and in one axis."""
     height, width = image_of(call).shape[2:]
-    sizes = {(height + by, width + by) for by in (1, 2, 3)}
+    sizes = {(height + by, width + by) for by in (1, 2, 3)} | {(height + 32, width)}
     sizes |= {(-(-height // step) * step, -(-width // step) * step) for step in (4, 8, 16, 32)}
     for tall, wide in sorted(sizes - {(height, width)}):
         if tall * wide <= _MOST_PIXELS:

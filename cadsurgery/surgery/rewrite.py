@@ -16,7 +16,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, is_filled
-from cadsurgery.surgery.guards import drop_dead_code
+from cadsurgery.surgery.guards import decided, drop_dead_code, is_whole
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment
@@ -54,7 +54,8 @@ class Rewriter:
         decisions = {decision.node: decision for decision in self.plan.decisions}
         nodes = list(self.facts.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
-        for node in sorted(inputs, key=lambda node: len(node.args)):  # as Python wants it: defaults last
+        # As Python wants it: defaults last, and what takes all other names behind them.
+        for node in sorted(inputs, key=lambda node: (str(node.target).startswith("**"), len(node.args))):
             self.dense[node] = self.graph.node_copy(node)
         with self.graph.inserting_before():
             self.masking = self.graph.placeholder(MASKING)
@@ -163,7 +164,9 @@ class Rewriter:
             return
         if treatment.kind == "broadcast" and source is not None:
             self.sources[node] = source  # a vector per image, or a small map
-        self.dense[node] = self.graph.node_copy(node, self.as_dense)
+        self.dense[node] = copied = self.graph.node_copy(node, self.as_dense)
+        if copied.target == "view" and not isinstance(copied.args[1], torch.dtype):
+            copied.target = "reshape"  # our maps lie otherwise in memory
         module = self.facts.module(node) if node.op == "call_module" else None
         parts = module.modules() if module is not None else ()
         if any(isinstance(part, nn.InstanceNorm2d) for part in parts) or node.target in (
@@ -260,6 +263,10 @@ class Rewriter:
             arguments["spacing"] = self.plan[source.name].grid
         if self.facts.layouts[source] != NCHW:
             arguments["layout"] = self.facts.layouts[source]
+        if treatment.covers is not None:
+            size = self.call(functional.native_shape, self.as_elements(source), self.plan[source.name].grid)
+            covers = self.call(is_whole, self.argument(treatment.covers, {}), size)
+            self.call(decided, covers, True, f"{node.name}, whose window was the whole map")
         return self.call(treatment.call, self.on_stage(source, stage), **arguments)
 
     def on_stage(self, node: fx.Node, stage: int) -> fx.Node:

@@ -102,7 +102,8 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
         window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
         return _treat_window(functional.max_pool2d_with_indices, window)
     if _covers_image(given, node, facts):
-        return Treatment("global", "The maximum over the whole image.", call=functional.global_max)
+        why, covers = "The maximum over the whole image.", _unless_own_size(given["kernel_size"], node)
+        return Treatment("global", why, call=functional.global_max, covers=covers)
     window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
     return _treat_window(functional.max_pool2d, window)
 
@@ -120,7 +121,11 @@ def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
     given = _pooling(node, facts)
     if _covers_image(given, node, facts):
-        return Treatment("global", "The mean over the image, weighed by area.", call=functional.global_mean)
+        why, covers = (
+            "The mean over the image, weighed by area.",
+            _unless_own_size(given["kernel_size"], node),
+        )
+        return Treatment("global", why, call=functional.global_mean, covers=covers)
     window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
     kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
     return _treat_window(functional.avg_pool2d, window, **kept)
@@ -969,6 +974,35 @@ def _covers_image(given: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
     if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(given["padding"])):
         return False
     return _pair(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
+
+
+def _unless_own_size(kernel: Any, node: fx.Node) -> Any:
+    """The window of a pooling, unless it is the size of the map it reads by the way it is computed."""
+    if isinstance(kernel, fx.Node) and kernel.target is operator.getitem:
+        whole, part = kernel.args
+        is_own = part in (slice(2, None), slice(-2, None)) and _is_size_of(whole, node.args[0])
+    else:
+        axes = kernel if isinstance(kernel, (tuple, list)) else ()
+        is_own = len(axes) == 2 and all(_is_length_of(node.args[0], *pair) for pair in enumerate(axes, 2))
+    return None if is_own else kernel
+
+
+def _is_size_of(value: Any, source: Any) -> bool:
+    """Whether a node asks for the size of a map."""
+    asks = isinstance(value, fx.Node) and (
+        (value.target == "size" and len(value.args) == 1) or value.args[1:] == ("shape",)
+    )
+    return asks and value.args[0] is source
+
+
+def _is_length_of(source: Any, axis: int, value: Any) -> bool:
+    """Whether a node asks for the length of an axis of a map with four."""
+    while isinstance(value, fx.Node) and value.target is int:
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or value.args[1:] not in ((axis,), (axis - 4,)):
+        return False
+    by_call = value.op == "call_method" and value.target == "size" and value.args[0] is source
+    return by_call or (value.target is operator.getitem and _is_size_of(value.args[0], source))
 
 
 def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:

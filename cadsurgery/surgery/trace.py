@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.surgery.arguments import Arguments
@@ -48,9 +50,16 @@ class Tracer(fx.Tracer):
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """An argument that is None by default and not given is so here: Python asks `is None`, of which no graph
-        knows."""
+        knows. Named ones of no parameter's own are none, too."""
         function, values = super().create_args_for_root(*args, **kwargs)
-        return function, [None if self._is_left_out(value) else value for value in values]
+        return function, [self._known(value) for value in values]
+
+    def _known(self, value: Any) -> Any:
+        """An input, or what it is where it is not given."""
+        if self._is_left_out(value):
+            return None
+        name = str(value.node.target) if isinstance(value, fx.Proxy) else ""
+        return {} if name.startswith("**") and name.lstrip("*") not in self._given else value
 
     def _is_left_out(self, value: Any) -> bool:
         """Whether an input is not given and is None by default."""
@@ -170,13 +179,38 @@ def _open_dataclass(graph: fx.Graph) -> None:
         graph.erase_node(made)
 
 
+def assign(values: Any, index: Any, part: Any) -> Any:
+    """What `values[index] = part` leaves, as a value of its own; the values stay as they are."""
+    changed = values.clone() if isinstance(values, Tensor) else copy.copy(values)
+    changed[index] = part
+    return changed
+
+
 def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
     order = {node: position for position, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
+
+    def read_instead(value: fx.Node, after: fx.Node, changed: fx.Node) -> None:
+        for user in list(value.users):
+            if order.get(user, -1) > order[after]:
+                user.replace_input_with(value, changed)
+
+    for node in list(graph.nodes):
         if node.args and isinstance(node.args[0], fx.Node) and _is_in_place(model, node):
-            for user in list(node.args[0].users):
-                if order[user] > order[node]:
-                    user.replace_input_with(node.args[0], node)
+            part = node.args[0]
+            read_instead(part, node, node)
+            if _is_view(part):  # of a whole that is changed with it
+                whole: Any = part.args[0]
+                with graph.inserting_after(node):
+                    changed = graph.call_function(assign, (whole, part.args[1], node))
+                read_instead(whole, node, changed)
+                if not changed.users:
+                    graph.erase_node(changed)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node is a part of a tensor that shares its memory: one taken by numbers and slices, several of them."""
+    index = node.args[1] if node.target is operator.getitem else None
+    return isinstance(index, tuple) and all(isinstance(one, (int, slice, type(...))) for one in index)
 
 
 def _is_in_place(model: nn.Module, node: fx.Node) -> bool:

@@ -92,6 +92,7 @@ class Treatment:
         spaced: whether `call` takes the spacing of the network's own grid.
         reads: the map that `call` reads, where it is not the first argument.
         leaves_by: what gives its dense map on the network's own grid, where that is not `to_dense`.
+        covers: a window that the network computes, which has to be as large as the map in every call; None for none.
         cause: of a barrier.
     """
 
@@ -109,6 +110,7 @@ class Treatment:
     spaced: bool = False
     reads: fx.Node | None = None
     leaves_by: Callable[..., Any] | None = None
+    covers: Any = None
     cause: Cause = Cause.OPERATION
 
     def __post_init__(self) -> None:

@@ -1,0 +1,156 @@
+"""Reshapes that take the batch with them, written without it: as some networks shuffle channels.
+
+`x.view(b * c // 2, 2, h * w).permute(1, 0, 2).reshape(2, -1, c // 2, h, w)` is `x.reshape(b, c // 2, 2, h, w)` with its
+axes permuted. On elements an image is no axis, so only the second form has a meaning there. Such a chain is followed by
+the factors that its axes are made of; where none of them holds the batch or the image together with channels any more,
+what it gives is made in the second form.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from cadsurgery.surgery.facts import Facts
+
+_RESHAPES = ("view", "reshape", "flatten", "unflatten")
+_SWAPS = ("transpose", "swapaxes")
+_SAME = ("contiguous", "clone")
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """A factor of an axis: all of the batch, height or width, or a part of the channels, every so many-th."""
+
+    kind: str
+    size: int
+    step: int = 1
+
+
+Axes = list[list[_Factor]]
+
+
+def write_without_batch(facts: Facts) -> bool:
+    """Rewrite such chains in the graph of a network, in place; whether there were any."""
+    chains: dict[fx.Node, tuple[fx.Node, Axes]] = {}
+    changed = False
+    for node in list(facts.graph.nodes):
+        source: Any = node.args[0] if node.args else None
+        if node.op != "call_method" or source not in facts.shapes or node not in facts.shapes:
+            continue
+        start, axes = chains.get(source) or (source, _axes_of(source, facts))
+        after = _follow(node, axes, facts) if axes else None
+        if after is None:
+            continue
+        if not _is_mixed(after):
+            if source in chains:
+                node.replace_all_uses_with(_emit(node, start, after))
+                chains[node] = (start, after)
+                changed = True
+        elif source in chains or node.target in _RESHAPES:
+            chains[node] = (start, after)
+    for node in reversed(list(chains) if changed else ()):
+        if not node.users:
+            facts.graph.erase_node(node)
+    return changed
+
+
+def _axes_of(node: fx.Node, facts: Facts) -> Axes:
+    """Those of a map of four axes, as a convolution gives it; nothing for anything else."""
+    shape = tuple(facts.shapes[node])
+    if len(shape) != 4 or shape[0] != len(facts.example) or node not in facts.floating:
+        return []
+    return [[_Factor(kind, size)] for kind, size in zip("bchw", shape, strict=True)]
+
+
+def _is_mixed(axes: Axes) -> bool:
+    """Whether an axis holds the batch or the image together with something else."""
+    kinds = ["".join(factor.kind for factor in axis) for axis in axes]
+    return any(len(set(kind)) > 1 and kind != "hw" for kind in kinds)
+
+
+def _follow(node: fx.Node, axes: Axes, facts: Facts) -> Axes | None:
+    """The axes after one operation of a chain; None if it is none."""
+    if node.target in _SAME:
+        return axes
+    if node.target in _RESHAPES:
+        return _regroup([factor for axis in axes for factor in axis], tuple(facts.shapes[node]))
+    given: Any = node.args[1:] or tuple(node.kwargs.values())
+    if node.target in _SWAPS and len(given) == 2 and all(isinstance(axis, int) for axis in given):
+        order = list(range(len(axes)))
+        first, second = (axis % len(axes) for axis in given)
+        order[first], order[second] = order[second], order[first]
+    elif node.target == "permute":
+        order = list(given[0] if isinstance(given[0], (tuple, list)) else given)
+        if not all(isinstance(axis, int) for axis in order):
+            return None
+    else:
+        return None
+    return [axes[axis] for axis in order]
+
+
+def _regroup(factors: list[_Factor], shape: tuple[int, ...]) -> Axes | None:
+    """The factors as axes of a shape, channels split where that is needed; None if something else would be."""
+    waiting, axes = list(factors), list[list[_Factor]]()
+    for size in shape:
+        axis, filled = list[_Factor](), 1
+        if size == 1 and waiting and waiting[0].size == 1:
+            axis.append(waiting.pop(0))
+        while filled < size:
+            if not waiting:
+                return None
+            factor, room = waiting.pop(0), size // filled
+            if factor.size > room:
+                if factor.kind != "c" or factor.size % room:
+                    return None
+                inner = _Factor("c", factor.size // room, factor.step)
+                waiting.insert(0, inner)
+                factor = _Factor("c", room, inner.step * inner.size)
+            filled *= factor.size
+            axis.append(factor)
+        if filled != size:
+            return None
+        axes.append(axis)
+    return None if waiting else axes
+
+
+def _emit(node: fx.Node, start: fx.Node, axes: Axes) -> fx.Node:
+    """What a chain gives, made of the map it starts from: channels apart, axes permuted, channels together again."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        lengths: dict[str, Any] = {
+            kind: graph.call_method("size", (start, axis)) for kind, axis in _SIZES.items()
+        }
+        wanted = [factor for axis in axes for factor in axis]
+        channels = sorted((f for f in wanted if f.kind == "c"), key=lambda f: -f.step)
+        order = [_Factor("b", 0), *channels, _Factor("h", 0), _Factor("w", 0)]
+        apart = (lengths["b"], *(factor.size for factor in channels), lengths["h"], lengths["w"])
+        made = graph.call_method("reshape", (start, *apart))
+        places = [channels.index(f) + 1 if f.kind == "c" else _place(f.kind, order) for f in wanted]
+        if places != sorted(places):
+            made = graph.call_method("permute", (made, *places))
+        if any(len(axis) != 1 for axis in axes):
+            shape = []
+            for axis in axes:
+                length: Any = math.prod(factor.size for factor in axis if factor.kind == "c")
+                for factor in axis:
+                    if factor.kind != "c":
+                        known = lengths[factor.kind]
+                        length = known if length == 1 else graph.call_function(operator.mul, (length, known))
+                shape.append(length)
+            made = graph.call_method("reshape", (made, *shape))
+    for new in (made, *made.all_input_nodes):
+        if new is not start:
+            new.meta.update(node.meta)
+    return made
+
+
+_SIZES = {"b": 0, "h": 2, "w": 3}
+
+
+def _place(kind: str, order: list[_Factor]) -> int:
+    return next(place for place, factor in enumerate(order) if factor.kind == kind)
