@@ -76,7 +76,8 @@ def check_size(size: tuple[int, int] | None) -> None:
 def _open(path: Path, what: str, next: str) -> Iterator[Image.Image]:
     """The only picture of a file; what goes wrong within is said of the file."""
     if not files.exists(path):
-        raise files.absent(path)
+        refusal = files.absent(path)
+        raise FileError(refusal.what, next=f"{refusal.next} Then {next}")
     try:
         with Image.open(path) as file:
             count = getattr(file, "n_frames", 1)

@@ -153,8 +153,9 @@ def absent(path: Path | str, what: str = "file") -> FileError:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in itertools.islice(entries, _LOOKED_AT) if entry.name[0] != "."]
     alike = [name for name in names if Path(name).suffix.lower() == path.suffix.lower()] or names
-    if close := closest(path.name[:_SHOWN], names):
-        hint = f"did you mean {', '.join(str(folder / name) for name in close)}?"
+    close = closest(path.stem[:_SHOWN], {Path(name).stem for name in names})  # endings alone are not alike
+    if meant := [name for name in names if Path(name).stem in close]:
+        hint = f"did you mean {', '.join(str(folder / name) for name in sorted(meant)[:3])}?"
     elif alike:
         more = f" and {len(alike) - 3} more" if len(alike) > 3 else ""
         hint = (
