@@ -694,7 +694,7 @@ IMAGE, PLACES, SCORES = (
         (lambda: boundaries(torch.rand(3, 4)), cs.InvalidInput, "a class for every pixel"),
         (lambda: target_locations(torch.rand(3, 4)), cs.InvalidInput, "bool map"),  # type: ignore[arg-type]
         (lambda: target_locations(torch.ones(1, 4, dtype=torch.bool)), cs.InvalidInput, "2 x 2"),
-        (lambda: target_locations(torch.ones(3, 4, dtype=torch.bool), 1), cs.InvalidInput, "at least 2"),
+        (lambda: target_locations(torch.ones(3, 4, dtype=torch.bool), 1), cs.InvalidInput, "integer of 2 to"),
         (lambda: target_locations(torch.ones(3, 4, dtype=torch.bool), 8, -1.0), cs.InvalidInput, "0 or more"),
         (
             lambda: target_locations(torch.ones(3, 4, dtype=torch.bool), 8, math.nan),

@@ -168,13 +168,9 @@ def find_function(module: str, function: str) -> Any:
             "module", module, closest(module, known), next=f"it cannot be imported: {error}."
         ) from error
     if not hasattr(imported, function):
-        own = [
-            name
-            for name, value in vars(imported).items()
-            if callable(value)
-            and name[0] != "_"
-            and getattr(value, "__module__", module) == imported.__name__
-        ]
+        public = {name: one for name, one in vars(imported).items() if callable(one) and name[0] != "_"}
+        of_module = [n for n, one in public.items() if getattr(one, "__module__", "") == imported.__name__]
+        own = of_module or [*public]  # what it took from other modules may be meant, too
         there = f"it has {', '.join(own[:12])}{', ...' * (len(own) > 12)}." if own else "it has no functions."
         raise UnknownName(f"function in {module}", function, own, next="" if 0 < len(own) <= 12 else there)
     return getattr(imported, function)
