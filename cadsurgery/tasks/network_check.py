@@ -24,6 +24,7 @@ from cadsurgery.support.errors import (
     describe_error,
     first_line,
 )
+from cadsurgery.surgery.arguments import run_forward
 from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale
 from cadsurgery.surgery.flow import flow_forward
 from cadsurgery.surgery.guards import AnotherWay
@@ -128,7 +129,7 @@ def settle(model: nn.Module, row: Row | None = None, example: Any = None) -> Non
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
-        _call(facts.model, facts.arguments)
+        run_forward(facts.model, facts.arguments)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         if norm.running_var is not None and norm.running_mean is not None:
