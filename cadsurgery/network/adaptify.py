@@ -33,7 +33,7 @@ from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.flow import Flow
 from cadsurgery.surgery.guards import AnotherWay
 from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
-from cadsurgery.surgery.plan import SMALL_EFFECT, Outputs, Plan
+from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
@@ -144,8 +144,6 @@ def adaptify(
     chosen, flow = make_plan(facts, output_stride, _within(path, region), path, outputs)
     if strict:
         _refuse_barriers(chosen)
-    if not chosen.matters and not verify_laws:
-        _say_without_effect(chosen, strict)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
     program = _carry_out(chosen, flow, geometry)
     net = AdaptiveModel(facts.model, program, provider)
@@ -158,8 +156,8 @@ def adaptify(
             measure_effect(facts.model, program.graph, chosen, geometry, facts.arguments)
         )
         net.restate(chosen)
-        if not chosen.matters or (chosen.effect or 0.0) < SMALL_EFFECT:
-            _say_without_effect(chosen, strict and not chosen.matters)
+    if chosen.hardly_matters:
+        _say_without_effect(chosen, strict and not chosen.matters)
     return HostedModel(whole, path, net) if path else net
 
 

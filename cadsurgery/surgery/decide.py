@@ -164,8 +164,9 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
     after = set().union(*map(and_after, ends)) - ends - on_elements
 
     again = {
-        node: next((user for user in node.users if user in staged), None) if node in region.outside else None
-        for node in facts.graph.nodes
+        node: next(user for user in node.users if user in staged)
+        for node in region.outside
+        if not staged.isdisjoint(node.users)
     }
 
     def judge(node: fx.Node) -> tuple[Action, str]:
@@ -183,7 +184,7 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
             return "exit" if natural else "barrier", reason
         if node in region.needed and any(user in staged for user in node.users):
             return "enter", "one element per sample of this map"
-        if again[node] is not None or (node in region.outside and node not in after):
+        if node in region.outside and (node in again or node not in after):
             barrier = flow.barriers.get(node)
             return "dense", barrier.why if barrier is not None else "reads what is outside the region"
         return "dense", "after the region" if node in after else ""
@@ -210,7 +211,7 @@ def _decide(flow: Flow, region: Region, fine_outputs: bool) -> list[Decision]:
                 layout=facts.layout(node),
                 source=source_line(node) if node in ends else "",
                 after=action == "dense" and node in after,
-                again=user.name if (user := again[node]) is not None else "",
+                again=again[node].name if node in again else "",
                 macs=facts.macs[node],
                 shape=tuple(facts.shapes.get(node, ())),
                 cost=sum(facts.macs[later] for later in and_after(node, without=on_elements))

@@ -291,7 +291,7 @@ class Plan:
                 )
             elif len(self.outputs) > 1:
                 lines.append(f"output {output} (output stride {native}): {how}, at output stride {stride}")
-        if self.effect is not None and self.effect < SMALL_EFFECT:
+        if self.effect is not None and self.hardly_matters:
             gain = "little" if self.effect else "nothing"
             lines.append(f"{self.effect_in_words}: keeping more high costs work and gains {gain}")
         elif not self.matters:
@@ -311,6 +311,11 @@ class Plan:
             lines.append(f"{self.dense_after:.0%} of the MACs run dense after the region")
         lines += filter(None, [describe_not_counted(self.not_counted)])
         return "\n".join(lines)
+
+    @property
+    def hardly_matters(self) -> bool:
+        """True if masks change nothing of what is returned, or less than `SMALL_EFFECT` of its spread."""
+        return not self.matters or (self.effect is not None and self.effect < SMALL_EFFECT)
 
     @property
     def effect_in_words(self) -> str:

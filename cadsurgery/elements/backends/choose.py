@@ -100,8 +100,10 @@ class Work:
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
-        """All that the time of a backend depends on, in classes; None if backends are not measured for this work: so
-        that rows that are mixed or pooled have the same bits whichever work reads them."""
+        """All that the time of a backend depends on, in classes; None if backends are not measured for this work.
+
+        They are not for mixing and pooling, so that a row has the same bits whichever work reads it.
+        """
         return None
 
     def sample(self) -> Work:
