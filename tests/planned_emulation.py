@@ -450,7 +450,7 @@ class PlannedEmulator(fx.Interpreter):
         plain, common = Feature(x.data, x.stage, x.stride), {"samples": samples, "mode": mode}
         common["align_corners"] = bool(align_corners)
         assert self.fine is not None
-        if self.here.leaves == "resized" or round(samples[0] / native[0]) > x.stride:
+        if self.here.leaves == "resized":
             return self.emulation.resize_to_dense(
                 plain, spacing=x.stride, scales=scales, guide=self.guide, **common
             )
