@@ -101,7 +101,7 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float 
     target = lattice.resample(lattice.stage, fine)
     if all(holds(length <= before) for length, before in zip(fine, lattice.size, strict=True)):
         return Elements(select_rows(x.rows, lattice, target), target)
-    key = ("border", lattice.key, target.key, spacing)
+    key = ("border", target.key, spacing)
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:
         image, y, column = target.coordinates
@@ -112,7 +112,7 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float 
         column = column - (column - width + spacing).clamp(min=0) // spacing * spacing
         return lattice.index[lattice.pixels(image, y, column)].long(), inside
 
-    places, inside = lattice.pyramid.derive(key, build)
+    places, inside = lattice.derive(key, build)
     rows = x.rows.index_select(0, places.to(x.rows.device))
     if value is None:
         return Elements(rows, target)

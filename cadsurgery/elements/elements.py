@@ -105,7 +105,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
         pixels = torch.arange(lattice.batch * height * width, device=lattice.levels.device)
         return read_points(lattice, pixels.view(lattice.batch, height, width)[:, ::spacing, ::spacing])
 
-    reading = lattice.pyramid.derive(("to_dense", lattice.key, spacing), build)
+    reading = lattice.derive(("to_dense", spacing), build)
     flat = x.rows.reshape(lattice.count, -1)
     if guide is not None and spacing == 1 and not holds(reading.sources.shape[0] == 0):
         pixels = torch.arange(reading.table.numel(), device=reading.table.device)
@@ -173,9 +173,9 @@ class SmallMap:
         """(N, C): at the centres of the cells as torch resizes to samples there, which on the network's own grid are
         its own; with aligned corners at the anchors, and by `nearest` of the sample that the cell lies in. Of a map
         that is not resized at the anchors, or of that sample where nothing is read inside cells."""
-        key = ("small map", lattice.key, tuple(self.values.shape[2:]), self.spacing, self.size)
+        key = ("small map", tuple(self.values.shape[2:]), self.spacing, self.size)
         build = partial(self._corners, lattice)
-        sources, shares = lattice.pyramid.derive((*key, self.mode, self.align_corners), build)
+        sources, shares = lattice.derive((*key, self.mode, self.align_corners), build)
         if self.values.shape[0] > 1:
             image = lattice.coordinates[0].unsqueeze(1) * self.values[0, 0].numel()
             sources = sources + image.to(sources)

@@ -214,7 +214,7 @@ def _rows_or_pixels(lattice: Lattice) -> Tensor:
         return torch.where(at_anchor, lattice.index, -1 - pixels)
 
     return (
-        lattice.pyramid.derive(("rows or pixels", lattice.key), build)
+        lattice.derive("rows or pixels", build)
         if _has_halo(lattice)
         else lattice.index
     )
@@ -290,7 +290,7 @@ def kernel_map(source: Lattice, target: Lattice, window: Window, *, drop: bool =
         points, inside, _ = _taps(source, target, window, drop)
         return read_points(source, points, inside)
 
-    return source.pyramid.derive(("kernel_map", source.key, target.key, window, drop), build)
+    return source.derive(("kernel_map", target.key, window, drop), build)
 
 
 def rows_of(source: Lattice, target: Lattice) -> Tensor | None:
@@ -319,13 +319,13 @@ def divisors(
     source: Lattice, target: Lattice, window: Window, *, drop: bool = False, padding: bool = True
 ) -> Tensor:
     """(N_target,) how many taps of each element lie in the map or, if `padding` counts, in its padding."""
-    key = ("divisors", source.key, target.key, window, drop, padding)
+    key = ("divisors", target.key, window, drop, padding)
 
     def build() -> Tensor:
         _, inside, counted = _taps(source, target, window, drop)
         return (counted if padding else inside).sum(1)
 
-    return source.pyramid.derive(key, build)
+    return source.derive(key, build)
 
 
 def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
@@ -422,7 +422,7 @@ def phases(source: Lattice, target: Lattice, window: Window) -> tuple[list[Phase
             place, joined = torch.where(is_of, at, place), joined + rows.shape[0]
         return every, place
 
-    return target.pyramid.derive(("phases", source.key, target.key, window), build)
+    return target.derive(("phases", source.key, window), build)
 
 
 def _pixels_of(lattice: Lattice, window: Window, first: tuple[int, int]) -> int:

@@ -101,7 +101,7 @@ class Geometry:
             )
         levels = as_levels(levels, self.max_level)
         pyramid = Pyramid(legalise(levels, self), self, bounds)
-        return Lattice(pyramid, len(self.strides), (levels.shape[1], levels.shape[2]))
+        return pyramid.lattice(len(self.strides), (levels.shape[1], levels.shape[2]))
 
     def uniform(
         self, level: int, batch: int, size: tuple[int, int], device: torch.device | str = "cpu"
@@ -173,7 +173,8 @@ def _block_minimum(levels: Tensor, side: int) -> Tensor:
 class Pyramid:
     """A legal level map with everything computed from it: cells, areas, kernel maps.
 
-    It lives as long as the lattices of one forward pass and holds values only, keyed by all their inputs.
+    It lives as long as the lattices of one forward pass. What it holds must not lead back to them: a circle would stay
+    in memory until the garbage collector runs.
 
     Attributes:
         levels: (B, H, W) int8, legal.
@@ -184,14 +185,12 @@ class Pyramid:
     levels: Tensor
     geometry: Geometry
     bounds: Bounds | None = None
-    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    _derived: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict, repr=False)
 
-    def derive(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` returns, computed once per key."""
-        key = _hashable(key)
-        if key not in self._derived:
-            self._derived[key] = build()
-        return self._derived[key]
+    def lattice(self, stage: int, size: tuple[int, int], part: Part | None = None) -> Lattice:
+        """Return the lattice after a stage, cut to the fine size (height, width), with all cells or a part of them."""
+        key = _hashable((stage, size, part))
+        return Lattice(self, stage, size, part, key, self._derived.setdefault(key, {}))
 
 
 def _cover(count: int, length: int, spacing: int) -> int:
@@ -203,15 +202,19 @@ def _cover(count: int, length: int, spacing: int) -> int:
 
 
 def _hashable(key: Hashable) -> Hashable:
-    """A key; with symbols for sizes, which have no hash, what they are called."""
+    """A key; while a graph is made its text, as symbols for sizes have no hash."""
     return str(key) if torch.compiler.is_compiling() else key
 
 
 def _derive(build: Callable[[Lattice], T]) -> property:
     """A property of a lattice that is computed once."""
+    name = build.__name__
 
     def get(self: Lattice) -> T:
-        return self.pyramid.derive((build.__name__, *self.key), lambda: build(self))
+        derived = self._derived
+        if name not in derived:
+            derived[name] = build(self)
+        return derived[name]
 
     return property(get, doc=build.__doc__)
 
@@ -227,39 +230,42 @@ class Part:
     pixels: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lattice:
     """The cells of a batch after one stage. Rows of an `Elements` value are in its order.
 
     The order is raster order of the anchors, image after image, so a uniform lattice is exactly the
     memory of a dense channels_last map and batch is only an offset. Two lattices are equal if they are
-    cut from the same level map at the same stage and size, and have the same cells.
+    cut from the same level map at the same stage and size, and have the same cells: they share what is
+    computed of them, once. `Pyramid.lattice` makes them.
 
     Attributes:
         pyramid: the level map all stages share.
         stage: number of adaptive stages passed; levels are capped at it.
         size: fine size (height, width).
         part: the cells that are there; None for all. Windows read cells that are not there as what is outside the map.
+        key: what tells it from others of its level map.
     """
 
     pyramid: Pyramid
     stage: int
     size: tuple[int, int]
-    part: Part | None = None
-
-    @property
-    def key(self) -> tuple[Hashable, ...]:
-        """What tells it from others of its level map."""
-        return self.stage, self.size, self.part
+    part: Part | None
+    key: Hashable
+    _derived: dict[Hashable, Any] = field(repr=False)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Lattice) or self.pyramid is not other.pyramid:
-            return False
-        same = (holds(one == two) for one, two in zip(self.size, other.size, strict=True))
-        return self.stage == other.stage and self.part is other.part and all(same)
+        return isinstance(other, Lattice) and self._derived is other._derived
 
     def __hash__(self) -> int:
-        return hash((id(self.pyramid), self.stage))
+        return id(self._derived)
+
+    def derive(self, key: Hashable, build: Callable[[], T]) -> T:
+        """Return what `build` returns, computed once for this lattice and key."""
+        key = _hashable(key)
+        if key not in self._derived:
+            self._derived[key] = build()
+        return self._derived[key]
 
     @property
     def is_open(self) -> bool:
@@ -275,11 +281,11 @@ class Lattice:
     @property
     def whole(self) -> Lattice:
         """The same with all cells there."""
-        return Lattice(self.pyramid, self.stage, self.size)
+        return self.pyramid.lattice(self.stage, self.size)
 
     def choose(self, pixels: Tensor) -> Lattice:
         """The part of a lattice whose anchors are among some fine pixels (B, H, W) bool."""
-        return Lattice(self.pyramid, self.stage, self.size, Part(pixels.flatten()))
+        return self.pyramid.lattice(self.stage, self.size, Part(pixels.flatten()))
 
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
@@ -289,14 +295,14 @@ class Lattice:
                 f"a lattice of {self.size[0]}x{self.size[1]} fine pixels cannot grow to {size[0]}x{size[1]}.",
                 next="convert with a region that ends before this operation.",
             )
-        return Lattice(self.pyramid, stage, size)
+        return self.pyramid.lattice(stage, size)
 
     def resample(self, stage: int, size: tuple[int, int]) -> Lattice:
         """The lattice of the same level map at any stage and any fine size up to `most_size`.
 
         Beyond the level map its border goes on: there the cells lie that stick out of it, whole.
         """
-        return Lattice(self.pyramid, stage, self.most_size).at(stage, size)
+        return self.pyramid.lattice(stage, self.most_size).at(stage, size)
 
     @property
     def geometry(self) -> Geometry:

@@ -61,4 +61,4 @@ def find_near(source: Lattice, target: Lattice, reach: int, shares: Tensor | Non
 
     if shares is not None:
         return build()
-    return source.pyramid.derive(("near", source.key, target.key, reach), build)
+    return source.derive(("near", target.key, reach), build)

@@ -60,11 +60,11 @@ def resize(
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
     target = x.lattice.resample(stage, fine)
-    key = ("resize", x.lattice.key, target.key, spacings, before, after, mode, align_corners)
+    key = ("resize", target.key, spacings, before, after, mode, align_corners)
     ratios = _ratios(before, after, spacings, bool(align_corners))
     stretched = scale == 1 and not all(holds(one == two) for one, two in zip(before, after, strict=True))
     build = partial(_between_cells, x.lattice, target, ratios, mode, bool(align_corners), stretched)
-    return Elements(mix(x.rows, *x.lattice.pyramid.derive(key, build)), target)
+    return Elements(mix(x.rows, *x.lattice.derive(key, build)), target)
 
 
 @operation(reads="image", gives="dense", exit_of=resize)

@@ -153,7 +153,7 @@ class Cone:
         whole = self._lattice(node)
         if bool(needed[whole.anchors].all()):
             return whole
-        return Lattice(whole.pyramid, whole.stage, whole.size, Part(needed))
+        return whole.pyramid.lattice(whole.stage, whole.size, Part(needed))
 
 
 def _move(pixels: Tensor, size: Size, to: Size, batch: int) -> Tensor:

@@ -75,7 +75,7 @@ class Spread:
     def emulated(self, levels: Tensor, x: Elements, stage: int, spacing: int) -> Tensor:
         geometry = x.lattice.geometry
         emulation = Emulation(levels, geometry.strides, geometry.fill)
-        nearest = Elements(x.rows, Lattice(x.lattice.pyramid, x.lattice.stage, x.lattice.size))
+        nearest = Elements(x.rows, x.lattice.pyramid.lattice(x.lattice.stage, x.lattice.size))
         index = nearest.lattice.index.view(len(levels), *x.lattice.size).long()
         feature = Feature(x.rows[index].permute(0, 3, 1, 2), x.lattice.stage)
         pads = (self.padding, self.padding), (self.more, self.more)

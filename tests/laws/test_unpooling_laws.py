@@ -89,7 +89,7 @@ def test_on_a_mixed_map_it_is_its_definition(how: Any, size: tuple[int, int], fi
     levels = random_levels(2, size, strides)
     x = entering(size, levels, strides, before, fill=fill)
     emulation = Emulation(levels, strides, fill)
-    cells = Lattice(x.lattice.pyramid, before, size).index.view(2, *size).long()
+    cells = x.lattice.pyramid.lattice(before, size).index.view(2, *size).long()
     feature = Feature(x.rows[cells].permute(0, 3, 1, 2), before)
     shape = {"kernel": (side, side), "stride": side}
     largest = emulation.max_pool(feature, **shape, stage=after, spacing=spacing, ceil_mode=True)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ class Triton(Backend):
         """Rows (N, O)."""
         assert isinstance(work.reads, Between)
         rows, weights, source, reading = work.rows, work.weights, work.reads.source, work.reading
-        derive, key = source.pyramid.derive, (source.key, work.reads.target.key, work.reads.window)
+        derive, key = source.derive, (work.reads.target.key, work.reads.window)
         if reading.sources.shape[0] or work.outside:
             rows, table = extend(rows, reading, work.outside), reading.table
         else:  # padding is read as a negative entry: no copy of the rows with a row of zeros behind them

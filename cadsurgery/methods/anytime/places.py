@@ -198,14 +198,14 @@ class Sites:
                 else Geometry((stride,), fill="nearest").uniform(1, self.batch, size, device).at(0)
             )
         whole: Lattice = self._known[key]
-        return whole if places is None else Lattice(whole.pyramid, 0, size, places.part)
+        return whole if places is None else whole.pyramid.lattice(0, size, places.part)
 
     def between(self, size: Size, source: Places | None, window: Window, target: Places) -> Between:
         """What a convolution reads for some positions of its output, from some of a map of a size."""
         window = window.fit(size)
         before = self.lattice(size, source, window.stride)
         if window.stride == 1:
-            return Between(before, Lattice(before.pyramid, 0, target.size, target.part), window)
+            return Between(before, before.pyramid.lattice(0, target.size, target.part), window)
         fine = window.output_size(size)
 
         def build() -> Part:
@@ -216,7 +216,7 @@ class Sites:
         key = ("anchors", id(target), window.stride, fine)
         if key not in self._known:
             self._known[key] = (build(), target)
-        return Between(before, Lattice(before.pyramid, 1, fine, self._known[key][0]), window)
+        return Between(before, before.pyramid.lattice(1, fine, self._known[key][0]), window)
 
 
 def _spread(mask: Tensor, axis: int, length: int, before: int, window: Window) -> Tensor:
