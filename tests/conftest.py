@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, product
 from operator import mul
 from pathlib import Path
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cadsurgery.cli import main, screen
-from cadsurgery.kernels import isa
+from cadsurgery.kernels import isa, load
 from cadsurgery.network.storage import checksum, seal
 from cadsurgery.support.processor import processor_in_words
 
@@ -71,6 +72,18 @@ def pytest_sessionfinish() -> None:
 def fixed_seed() -> None:
     """Every test draws the same random numbers, whatever ran before it."""
     SEED(0)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """What is called within runs by torch's operations, as where there is no compiler."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CADSURGERY_NATIVE", "0")
+            load.forget()
+            yield
+    finally:
+        load.forget()
 
 
 class Result(NamedTuple):

@@ -70,7 +70,7 @@ def work(channels: int = 20, groups: int = 1, keeps: bool = True, taps: int = 3)
 @pytest.mark.parametrize(("groups", "taps"), [(1, 3), (1, 1), (4, 3), (20, 3)])
 @torch.no_grad()
 def test_the_fastest_backend_serves(table: list[Backend], groups: int, taps: int) -> None:
-    assert choose.choose(work(groups=groups, taps=taps)).name == "fast"
+    assert choose.choose(work(groups=groups, taps=taps)).backend.name == "fast"
 
 
 @torch.no_grad()
@@ -92,27 +92,27 @@ def test_rows_are_mixed_alike_wherever_they_are_read(
 def test_a_kind_is_measured_once_and_kept_for_other_processes(
     table: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert choose.choose(work()).name == "fast"
+    assert choose.choose(work()).backend.name == "fast"
     measured = table[0].calls
     assert measured > 0
     for size in (20, 31):  # of one class
-        assert choose.choose(work(size)).name == "fast" and table[0].calls == measured
+        assert choose.choose(work(size)).backend.name == "fast" and table[0].calls == measured
     monkeypatch.setattr(costs, "_KNOWN", {})
     monkeypatch.setattr(costs, "_FASTEST", {})
-    assert choose.choose(work()).name == "fast" and table[0].calls == measured
-    assert choose.choose(work(200)).name == "fast" and table[0].calls > measured
+    assert choose.choose(work()).backend.name == "fast" and table[0].calls == measured
+    assert choose.choose(work(200)).backend.name == "fast" and table[0].calls > measured
 
 
 @torch.no_grad()
 def test_pinned_costs_choose_and_the_first_of_the_table_serves_without_them(table: list[Any]) -> None:
     costs.pin({})
-    assert choose.choose(work()).name == "slow" and table[0].calls == table[1].calls == 0
+    assert choose.choose(work()).backend.name == "slow" and table[0].calls == table[1].calls == 0
     costs.pin(None)
-    assert choose.choose(work()).name == "fast"
+    assert choose.choose(work()).backend.name == "fast"
     recorded = dict(costs._KNOWN)
     turned = {key: (1.0,) if ", slow, " in key else (2.0,) for key in recorded}
     costs.pin(turned)
-    assert choose.choose(work()).name == "slow"
+    assert choose.choose(work()).backend.name == "slow"
     costs.pin(None)
 
 
@@ -122,13 +122,13 @@ def test_what_is_not_faster_than_measurements_differ_is_not_chosen(table: list[A
     keys = list(costs._KNOWN)
     for share, name in ((0.99, "slow"), (0.5, "fast")):
         costs.pin({key: (1.0 if ", slow, " in key else share,) for key in keys})
-        assert choose.choose(work()).name == name
+        assert choose.choose(work()).backend.name == name
     costs.pin(None)
 
 
 @torch.no_grad()
 def test_works_that_keep_no_packed_weights_are_not_measured(table: list[Any]) -> None:
-    assert choose.choose(work(keeps=False)).name == "slow" and table[0].calls == 0
+    assert choose.choose(work(keeps=False)).backend.name == "slow" and table[0].calls == 0
 
 
 @torch.no_grad()

@@ -213,11 +213,7 @@ def _rows_or_pixels(lattice: Lattice) -> Tensor:
         at_anchor[lattice.anchors] = True
         return torch.where(at_anchor, lattice.index, -1 - pixels)
 
-    return (
-        lattice.derive("rows or pixels", build)
-        if _has_halo(lattice)
-        else lattice.index
-    )
+    return lattice.derive("rows or pixels", build) if _has_halo(lattice) else lattice.index
 
 
 def _with_halo(lattice: Lattice, table: Tensor, has_outside: bool) -> Reading:

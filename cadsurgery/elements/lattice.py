@@ -100,7 +100,7 @@ class Geometry:
                 next="give 0 where the high output stride is kept and 1, 2, ... where it is downsampled.",
             )
         levels = as_levels(levels, self.max_level)
-        pyramid = Pyramid(legalise(levels, self), self, bounds)
+        pyramid = Pyramid(legalise(levels, self), self, bounds, torch.compiler.is_compiling())
         return pyramid.lattice(len(self.strides), (levels.shape[1], levels.shape[2]))
 
     def uniform(
@@ -180,16 +180,19 @@ class Pyramid:
         levels: (B, H, W) int8, legal.
         geometry: the choices it is read with.
         bounds: of the numbers of elements, if shapes must not depend on the map.
+        in_graph: True if it was made while a graph is: sizes may be symbols then.
     """
 
     levels: Tensor
     geometry: Geometry
     bounds: Bounds | None = None
+    in_graph: bool = False
     _derived: dict[Hashable, dict[Hashable, Any]] = field(default_factory=dict, repr=False)
 
     def lattice(self, stage: int, size: tuple[int, int], part: Part | None = None) -> Lattice:
         """Return the lattice after a stage, cut to the fine size (height, width), with all cells or a part of them."""
-        key = _hashable((stage, size, part))
+        key: Hashable = (stage, size, part)
+        key = str(key) if self.in_graph else key  # symbols for sizes have no hash
         return Lattice(self, stage, size, part, key, self._derived.setdefault(key, {}))
 
 
@@ -199,11 +202,6 @@ def _cover(count: int, length: int, spacing: int) -> int:
     all_of_it = divide_up(length, spacing)
     is_all = most(0, 1 - most(count - all_of_it, all_of_it - count))
     return count * spacing - (all_of_it * spacing - length) * is_all
-
-
-def _hashable(key: Hashable) -> Hashable:
-    """A key; while a graph is made its text, as symbols for sizes have no hash."""
-    return str(key) if torch.compiler.is_compiling() else key
 
 
 def _derive(build: Callable[[Lattice], T]) -> property:
@@ -262,7 +260,7 @@ class Lattice:
 
     def derive(self, key: Hashable, build: Callable[[], T]) -> T:
         """Return what `build` returns, computed once for this lattice and key."""
-        key = _hashable(key)
+        key = str(key) if self.pyramid.in_graph else key
         if key not in self._derived:
             self._derived[key] = build()
         return self._derived[key]
@@ -270,7 +268,7 @@ class Lattice:
     @property
     def is_open(self) -> bool:
         """Whether a graph is made in which the number of its elements is what the level map says, whatever that is."""
-        return self.pyramid.bounds is None and torch.compiler.is_compiling()
+        return self.pyramid.in_graph and self.pyramid.bounds is None
 
     @property
     def has_known_counts(self) -> bool:
@@ -290,7 +288,7 @@ class Lattice:
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
         size = size or self.size
-        if any(holds(new > length) for new, length in zip(size, self.size, strict=True)):
+        if size is not self.size and (holds(size[0] > self.size[0]) or holds(size[1] > self.size[1])):
             raise InvalidInput(
                 f"a lattice of {self.size[0]}x{self.size[1]} fine pixels cannot grow to {size[0]}x{size[1]}.",
                 next="convert with a region that ends before this operation.",

@@ -244,9 +244,7 @@ def pool_to_bins(x: Elements, size: tuple[int, int], largest: bool = False, spac
         spacing: fine pixels between the samples of the network's own grid.
     """
     lattice = x.lattice
-    shares = lattice.derive(
-        ("bins", size, spacing), lambda: _shares_of_bins(lattice, size, spacing)
-    )
+    shares = lattice.derive(("bins", size, spacing), lambda: _shares_of_bins(lattice, size, spacing))
     if largest:
         inside = (shares > 0).to(x.rows.device).unsqueeze(2).unbind(1)
         return torch.stack(

@@ -266,11 +266,18 @@ def target_of(
     x: Elements, window: Window, stage: int | Lattice, samples: Sequence[int] | None = None
 ) -> tuple[Window, Lattice]:
     """The window with its padding known, and the lattice of its output, if only its stage is given."""
-    window = window.fit(x.lattice.size)
+    lattice = x.lattice
     if isinstance(stage, Lattice):
-        return window, stage
-    if window.finer > 1:
-        counts = window.finer_samples(x.lattice.size) if samples is None else samples[-2:]
-        size = x.lattice.holding(counts, window.output_spacing)
-        return window, x.lattice.resample(stage, size)
-    return window, x.lattice.at(stage, window.output_size(x.lattice.size))
+        return window.fit(lattice.size), stage
+    if window.finer == 1:  # which most are: looked up rather than computed
+        window, size = lattice.derive(("target", window), lambda: _fit(window, lattice.size))
+        return window, lattice.at(stage, size)
+    window = window.fit(lattice.size)
+    counts = window.finer_samples(lattice.size) if samples is None else samples[-2:]
+    return window, lattice.resample(stage, lattice.holding(counts, window.output_spacing))
+
+
+def _fit(window: Window, size: tuple[int, int]) -> tuple[Window, tuple[int, int]]:
+    """The window with its padding known, and the fine size of its output."""
+    window = window.fit(size)
+    return window, window.output_size(size)

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from cadsurgery.kernels import isa
 from cadsurgery.kernels.library import find, library
 
-__all__ = ["forget", "function", "has_bf16_dot", "is_observed", "isa_of", "library"]
+__all__ = ["forget", "function", "has_bf16_dot", "is_observed", "isa_of", "library", "setting"]
+
+_forgotten = 0
 
 
 def is_observed() -> bool:
@@ -54,8 +56,15 @@ def has_bf16_dot(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(isa_of("depthwise", "bfloat16"))
 
 
+def setting() -> tuple[str, int]:
+    """Return what decides which forms are used: the value of CADSURGERY_ISA, and how often `forget` was called."""
+    return os.environ.get(isa.VARIABLE, ""), _forgotten
+
+
 def forget() -> None:
     """Look for the library anew when it is next asked for: after a change of CADSURGERY_NATIVE, or of a file."""
+    global _forgotten
+    _forgotten += 1
     find.cache_clear()
     _form.cache_clear()
 

@@ -22,7 +22,7 @@ import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window, kernel_map, phases
-from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.lattice import Geometry
 from cadsurgery.network.macs import dense_macs, layer_work
 
 # See `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.

@@ -21,7 +21,7 @@ import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.elements.lattice import Geometry, Lattice
+from cadsurgery.elements.lattice import Geometry
 
 # See `test_a_decoder_back_to_the_high_stride_is_the_network_whatever_the_mask`.
 pytestmark = pytest.mark.filterwarnings("ignore:no mask can improve")

@@ -18,7 +18,7 @@ def convolve_by_level(work: Convolution) -> Tensor:
     weights, reads = work.weights, work.reads
     assert weights.levels is not None and isinstance(reads, Between)
     sums = replace(work, weights=replace(weights, levels=None, activation=None), residual=None)
-    backend = choose(sums)
-    does_the_rest = isinstance(backend, Native)
-    rows: Tensor = compute(work if does_the_rest else sums, backend)
+    choice = choose(sums)
+    does_the_rest = isinstance(choice.backend, Native)
+    rows: Tensor = compute(work if does_the_rest else sums, choice)
     return rows if does_the_rest else weights.finish(weights.levels.apply(rows, reads.target), work.residual)

@@ -1,9 +1,12 @@
-"""What is to be computed, what computes it, and the choice: the first backend of the table that applies, or, where
-several can do a kind of work equally well, the fastest of them by measurement on this machine.
+"""Choose the backend of each work: the first of the table that applies, or, where several can do a kind of work equally
+well, the fastest of them by measurement on this machine.
 
 A work is a value: operands, where they are read, what is asked of the result. A backend has a method for each task it
 carries out, and says of a work whether it applies. The table (`table.py`) is asked in its order; torch is last, takes
 every work, and is what the others are held against (`tests/laws/test_backend_laws.py`).
+
+The choice is made once for each layer and each kind of lattices that it reads, see `Work.case`, and kept with the
+layer's weights.
 """
 
 from __future__ import annotations
@@ -12,17 +15,18 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from cadsurgery.elements.backends.costs import fastest
+from cadsurgery.elements.backends import costs
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.elements.near import find_near
 from cadsurgery.elements.sizes import holds
-from cadsurgery.kernels.load import is_observed
+from cadsurgery.kernels.load import is_observed, setting
 
 if TYPE_CHECKING:
     from cadsurgery.elements.backends.weights import Activation, Weights
@@ -48,6 +52,17 @@ class Between:
     target: Lattice
     window: Window
     drop: bool = False
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """What backends ask of the lattices and the window: all but the numbers and places of elements."""
+        return self.source.derive(("case", self.target.key, self.window, self.drop), self._make_case)
+
+    def _make_case(self) -> tuple[Hashable, ...]:
+        source, target = self.source, self.target
+        geometry, levels = source.geometry, (source.uniform_level, target.uniform_level)
+        parts = (source.part is None, target.part is None, source.has_known_counts, target.has_known_counts)
+        return self.window, self.drop, levels, parts, geometry, self.window.is_pointwise
 
     @property
     def reading(self) -> Reading:
@@ -97,6 +112,16 @@ class Work:
     def is_inference(self) -> bool:
         """Neither gradients nor graphs: values alone."""
         return not (self.gradient or self.graph)
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """All that the choice of a backend may depend on, but for what `Backend.condition` asks of a single work."""
+        return self.task, self.rows.dtype, self.rows.device.type
+
+    @property
+    def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
+        """Where the choice is kept."""
+        return _CHOICES
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
@@ -150,6 +175,38 @@ class Convolution(Work):
         return self.reads is None or (at_element and self.weights.groups == 1)
 
     @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The lattices and the window and, unless the layer keeps its choices, the weight."""
+        weights, reads, rows = self.weights, self.reads, self.rows
+        where: Hashable = reads.case if isinstance(reads, Between) else reads is None
+        case: tuple[Hashable, ...] = (
+            self.task,
+            rows.dtype,
+            rows.device.type,
+            rows.dim(),
+            not self.outside,
+            where,
+        )
+        if weights.forms is None:
+            return *case, weights.weight.dtype, weights.weight.shape, weights.groups
+        return *case, self.is_recurring
+
+    @property
+    def is_recurring(self) -> bool:
+        """True for a product whose number of rows follows from the image's size alone, of one of the first sizes."""
+        reads, weights = self.reads, self.weights
+        if reads is None:
+            return weights.dense and weights.is_among_first(len(self.rows))
+        if not isinstance(reads, Between) or weights.groups > 1 or not reads.window.is_pointwise:
+            return False
+        return reads.target.uniform_level is not None and weights.is_among_first(reads.target.count)
+
+    @property
+    def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
+        """Those of the layer, if it is one that keeps them."""
+        return _CHOICES if self.weights.forms is None else self.weights.choices
+
+    @property
     def kind(self) -> tuple[Hashable, ...] | None:
         """Groups, taps, channels and type, where packed weights are kept: in inference in earnest. Rows of dense maps
         are not measured: there may be a single one."""
@@ -197,7 +254,7 @@ class Convolution(Work):
         weights = replace(
             self.weights, weight=kernel, bias=weight.new_zeros(outputs), groups=groups, forms={}
         )
-        weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={})
+        weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={}, choices={})
         if self.weights.groups > 1 and self._of_uniform is not None:
             assert isinstance(self.reads, Between)
             reads = self.reads.smaller(_SAMPLE_CELLS)
@@ -235,6 +292,12 @@ class Pooling(Work):
     outside: float
     largest: bool
     task: ClassVar[str] = "pool"
+
+    @property
+    def case(self) -> tuple[Hashable, ...]:
+        """The lattices and the window."""
+        where = self.reads.case if isinstance(self.reads, Between) else Reading
+        return self.task, self.rows.dtype, self.rows.device.type, self.rows.dim(), self.largest, where
 
     @property
     def reading(self) -> Reading:
@@ -312,6 +375,13 @@ class Filling(Work):
         return self.rows, self.weights, self.floor, self.shares, self.residual
 
     @property
+    def case(self) -> tuple[Hashable, ...]:
+        """Whether there are cells of more than one size, and whether their numbers are known."""
+        lattices = (self.source, self.target)
+        kinds = tuple((one.geometry.strides == (), one.has_known_counts) for one in lattices)
+        return self.task, self.rows.dtype, self.rows.device.type, kinds
+
+    @property
     def picking(self) -> Picking:
         """The same as rows that are picked, those filled as mixed ones."""
         rows, near = self.rows, find_near(self.source, self.target, self.weights.shape[0] // 2, self.shares)
@@ -350,30 +420,82 @@ class Backend:
     name: str
 
     def applies(self, work: Any) -> bool:
-        """Whether it computes this work, of a task it has, by device, type, groups, gradient and graph."""
+        """Return True if it computes works of this case (`Work.case`), of a task it has.
+
+        By device, type, groups, gradient, graph and the kind of lattices; it is asked once for each case.
+        """
         raise NotImplementedError
 
     def is_measured(self, work: Any) -> bool:
-        """True if it does this work only where it is faster than others that are measured for it, see `choose`."""
+        """Return True if it does this work only where it is faster than others that are measured for it."""
         return False
+
+    def condition(self, work: Any) -> Callable[[Any], bool] | None:
+        """Return what must hold of a single work of this case, too, such as that it is large enough; or None."""
+        return None
+
+    def prepare(self, work: Any) -> Callable[[Any], Any]:
+        """Return the function of works of this case; what follows from the case alone is done here, once."""
+        run: Callable[[Any], Any] = getattr(self, work.task)
+        return run
+
+
+class Choice(NamedTuple):
+    """A backend that computes works of a case, where a condition holds of them."""
+
+    backend: Backend
+    run: Callable[[Any], Any]
+    condition: Callable[[Any], bool] | None = None
 
 
 # The table, see `table.py`. A backend of a user's own is put into it as into any list.
 BACKENDS: list[Backend] = []
 
+# Choices for works of no layer that keeps them.
+_CHOICES: dict[Hashable, tuple[Choice, ...]] = {}
+_MOST_CHOICES = 1024
 
-def choose(work: Work, after: Backend | None = None) -> Backend:
-    """The first backend that applies; of those behind another where one asks for what else there is.
+
+def choose(work: Work) -> Choice:
+    """Return the first choice for a work: the first backend that applies and whose condition holds.
 
     If that is a measured one, and others that are measured apply too, it is the fastest of them for this kind of work.
     """
-    passed = after is None
-    for at, backend in enumerate(BACKENDS):
-        if passed and _can(backend, work):
-            kind = _kind_to_measure(work) if backend.is_measured(work) else None
-            return backend if kind is None else _fastest(kind, work, [backend, *BACKENDS[at + 1 :]])
-        passed = passed or backend is after
+    if torch.compiler.is_compiling():
+        return next(choice for choice in _choices(work) if choice.condition is None or choice.condition(work))
+    gradient, is_counted = torch.is_grad_enabled() and work.gradient, _get_current_dispatch_mode() is not None
+    key = (work.case, gradient, is_counted, setting(), costs.pins, *BACKENDS)
+    choices = work.choices
+    able = choices.get(key)
+    if able is None:
+        if len(choices) >= _MOST_CHOICES:
+            choices.clear()
+        able = choices[key] = _choices(work)
+    for choice in able:
+        if choice.condition is None or choice.condition(work):
+            return choice
     raise AssertionError("torch, the last of the table, takes every work")
+
+
+def choose_after(work: Work, backend: Backend) -> Choice:
+    """Return the choice for a work among the backends behind one, in the table's order."""
+    able = _choices(work, after=backend)
+    return next(choice for choice in able if choice.condition is None or choice.condition(work))
+
+
+def _choices(work: Work, after: Backend | None = None) -> tuple[Choice, ...]:
+    """The backends that apply to works of a case, up to the first one without a condition."""
+    found: list[Choice] = []
+    first = 0 if after is None else BACKENDS.index(after) + 1
+    for at, backend in enumerate(BACKENDS[first:], first):
+        if not _can(backend, work):
+            continue
+        kind = _kind_to_measure(work) if backend.is_measured(work) else None
+        chosen = backend if kind is None else _fastest(kind, work, [backend, *BACKENDS[at + 1 :]])
+        found.append(Choice(chosen, chosen.prepare(work), chosen.condition(work)))
+        if found[-1].condition is None:
+            break
+    return tuple(found)
 
 
 def _can(backend: Backend, work: Work) -> bool:
@@ -399,17 +521,16 @@ def _fastest(kind: tuple[Hashable, ...], work: Work, backends: Sequence[Backend]
         name: lambda backend=backend: getattr(backend, work.task)(sample().shortened(next(calls)))
         for name, backend in by_name.items()
     }
-    return by_name[fastest(kind, runs)]
+    return by_name[costs.fastest(kind, runs)]
 
 
-def compute(work: Work, backend: Backend | None = None) -> Any:
-    """What a work gives, by the backend of the choice, or one chosen before; a profile shows its name."""
-    backend = backend or choose(work)
-    run: Callable[[Work], Any] = getattr(backend, work.task)
+def compute(work: Work, choice: Choice | None = None) -> Any:
+    """Compute a work by the backend of the choice, or by one chosen before; a profile shows the backend's name."""
+    chosen = choice or choose(work)
     if not work.graph and torch.autograd._profiler_enabled():
-        with torch.profiler.record_function(f"{work.task} ({backend.name})"):
-            return run(work)
-    return run(work)
+        with torch.profiler.record_function(f"{work.task} ({chosen.backend.name})"):
+            return chosen.run(work)
+    return chosen.run(work)
 
 
 def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ _KNOWN: dict[str, Numbers] = {}
 _PINNED: Mapping[str, Numbers] | None = None
 _OF_FILE: dict[str, Mapping[str, Numbers]] = {}
 _FASTEST: dict[tuple[Hashable, ...], str] = {}
+# How often costs were pinned: choices made before are made anew.
+pins = 0
 
 
 class Costs(NamedTuple):
@@ -163,10 +165,10 @@ def pin(source: Path | str | Mapping[str, Numbers] | None) -> None:
     Raises:
         FileError: see `read`.
     """
-    global _PINNED
+    global _PINNED, pins
     pinned = read(source) if isinstance(source, Path | str) else source
     with _LOCK:
-        _PINNED = pinned
+        _PINNED, pins = pinned, pins + 1
         _KNOWN.clear()
         _FASTEST.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from cadsurgery.elements.backends.choose import (
     Pooling,
     Spreading,
     Work,
-    choose,
+    choose_after,
 )
 from cadsurgery.elements.backends.costs import Costs, best_time, costs
 from cadsurgery.elements.backends.weights import Weights
@@ -207,22 +208,29 @@ class WholeMap(Backend):
     name = "whole map"
 
     def applies(self, work: Convolution) -> bool:
-        """Where the costs measured on this machine say that it is cheaper than what else applies."""
+        """Return True for windows that lie in a whole map."""
         weights, reads = work.weights, work.reads
         if not work.is_inference or weights.forms is None or work.is_product or is_observed():
             return False
         if not isinstance(reads, Between) or work.rows.device.type != "cpu" or work.outside:
             return False
-        if reads.source.part or reads.target.part or not _has_whole_map(reads):
-            return False
-        outputs, group = weights.weight.shape[:2]
-        kind = "plain" if weights.groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
-        other = choose(work, after=self)
-        key = f"{kind}, {reads.window.taps} taps, {work.rows.dtype}, {other.name}"
+        return not (reads.source.part or reads.target.part) and _has_whole_map(reads)
+
+    def condition(self, work: Convolution) -> Callable[[Convolution], bool]:
+        """Where the costs measured on this machine say that it is cheaper than what else applies."""
+        outputs, group, height, width = work.weights.weight.shape
+        groups, work_of_element = work.weights.groups, outputs * group * height * width
+        kind = "plain" if groups == 1 else "depthwise" if group == 1 else f"groups of {group}"
+        other = choose_after(work, self).backend
+        key = f"{kind}, {height * width} taps, {work.rows.dtype}, {other.name}"
         measured = costs(key, lambda: _measure(work, other))
-        target, work_of_element = reads.target, weights.weight[0].numel() * outputs
-        pixels = target.batch * target.size[0] * target.size[1]
-        return measured.prefer_dense(work_of_element, target.count, pixels, (work.rows.shape[1], outputs))
+
+        def is_cheaper(work: Convolution) -> bool:
+            target = work.reads.target  # type: ignore[union-attr]
+            pixels = target.batch * target.size[0] * target.size[1]
+            return measured.prefer_dense(work_of_element, target.count, pixels, (group * groups, outputs))
+
+        return is_cheaper
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""

@@ -26,7 +26,6 @@ from cadsurgery.elements.backends.choose import (
     Pooling,
     Work,
     mix,
-    outside_of,
 )
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
@@ -44,6 +43,7 @@ ELEMENTS = {
     torch.bfloat16: "bfloat16",
     torch.uint8: "uint8",
 }
+_UNBOUNDED = (-math.inf, math.inf)
 # Groups of at least so many channels, in and out, are products of their own.
 _LEAST_GROUP = 4
 
@@ -91,7 +91,7 @@ class Native(Backend):
         return True
 
     def _has_form(self, work: Convolution) -> bool:
-        weights, reads = work.weights, work.reads
+        weights = work.weights
         if weights.groups > 1:
             return has_grouped_form(weights.weight, weights.groups)
         # Its weight has to be packed: worth it where that is kept. In float32 oneDNN is a little faster, but makes code
@@ -103,24 +103,22 @@ class Native(Backend):
             or not isa_of("product", ELEMENTS[work.rows.dtype])
         ):
             return False
-        if has_bf16_dot(work.rows.dtype):
-            return True
-        uniform = work.is_product and isinstance(reads, Between) and reads.target.uniform_level is not None
-        return not (uniform and weights.is_among_first(reads.target.count))  # type: ignore[union-attr]
+        return has_bf16_dot(work.rows.dtype) or not work.is_recurring
+
+    def prepare(self, work: Work) -> Callable[[Any], Any]:
+        """Return the function of works of this case."""
+        return self._prepare_convolution(work) if isinstance(work, Convolution) else super().prepare(work)
 
     def convolve(self, work: Convolution) -> Tensor:
-        """Rows (N, ..., O) = clamp((sum + bias) scale + shift + residual); scale and shift by level, if any."""
-        weights, outputs = work.weights, work.weights.weight.shape[0]
-        table: Tensor | None
-        if work.is_product:
-            rows = work.of_target
-            shape = (*rows.shape[:-1], outputs)
-            source, table = Rows(rows.reshape(-1, rows.shape[-1])), None
-        else:
-            reading = work.reading
-            source, table = Rows(work.rows, halo_of(work.rows, reading), work.outside), reading.table
-            shape = (len(table), outputs)
-        dtype, act, size = work.rows.dtype, weights.activation, weights.weight.shape[1]
+        """Rows (N, ..., O)."""
+        out: Tensor = self._prepare_convolution(work)(work)
+        return out
+
+    def _prepare_convolution(self, work: Convolution) -> Callable[[Convolution], Tensor]:
+        """The function of rows (N, ..., O) = clamp((sum + bias) scale + shift + residual); scale and shift by level, if
+        any."""
+        weights, dtype, is_product = work.weights, work.rows.dtype, work.is_product
+        outputs, size = weights.weight.shape[:2]
         pack: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
         sizes: tuple[int, ...]
         groups = 1
@@ -131,19 +129,33 @@ class Native(Backend):
             name, pack, sizes = "depthwise", pair_weight, ()
         else:
             name, pack, sizes = "grouped", group_weight, (size,)
-        key = (name, isa_of(name, ELEMENTS[dtype]), dtype)
-        packed = weights.form(key, lambda: pack(weights.weight.to(dtype), weights.bias))
-        bounds = act.bounds if act is not None else None
-        more = work.residual.contiguous() if work.residual is not None else None
-        out = new_memory(work.rows, *shape)
-        limits = map(float, bounds or (-math.inf, math.inf))
-        levels: tuple[Tensor | None, ...] = (None, None, None)
-        if weights.levels is not None:
-            assert isinstance(work.reads, Between)
-            factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
-            levels = (work.reads.target.level_of_rows, *factors)
-        call(name, source, table, *packed, *levels, more, out, *sizes, *limits, groups=groups)
-        return out if bounds or act is None else act.apply_(out)
+        kernel, key = function(name, ELEMENTS[dtype]), (name, isa_of(name, ELEMENTS[dtype]), dtype)
+
+        def run(work: Convolution) -> Tensor:
+            weights, more = work.weights, work.residual
+            if is_product:
+                rows, table = work.of_target, None
+                out = new_memory(rows, *rows.shape[:-1], outputs)
+                source = Rows(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]))
+            else:
+                reading = work.reading
+                source, table = Rows(work.rows, halo_of(work.rows, reading), work.outside), reading.table
+                out = new_memory(work.rows, len(table), outputs)
+            packed = weights.form(key, lambda: pack(weights.weight.to(dtype), weights.bias))
+            levels: tuple[Tensor | None, ...] = (None, None, None)
+            if weights.levels is not None:
+                assert isinstance(work.reads, Between)
+                factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
+                levels = (work.reads.target.level_of_rows, *factors)
+            act = weights.activation
+            bounds = act.bounds if act is not None else None
+            low, high = bounds or _UNBOUNDED
+            more = more.contiguous() if more is not None else None
+            arguments = (*packed, *levels, more, out, *sizes, low, high)
+            _call(kernel, source, table, arguments, groups=groups)
+            return out if bounds or act is None else act.apply_(out)
+
+        return run
 
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C)."""
@@ -189,7 +201,7 @@ class Native(Backend):
         side, bounds = work.weights.shape[0], act.bounds if act is not None else None
         table = work.target.anchors.int().unsqueeze(1)
         numbers = (side, height, width, work.least)
-        limits = map(float, bounds or (-math.inf, math.inf))
+        limits = bounds or _UNBOUNDED
         weights = work.weights.to(dtype).contiguous()
         call("fill", Rows(rows), table, there, index, shares, weights, *numbers, floor, more, out, *limits)
         return out if bounds or act is None else act.apply_(out)
@@ -355,11 +367,12 @@ def expand_depthwise(
     ]
     weights, biases = zip(*packed, strict=True)
     work = _Expansion(
-        *map(_for_c, (image, *weights, *biases, more, out)),
+        *(value.data_ptr() if value is not None else None for value in (image, *weights, *biases, more, out)),
         *(batch, height, width, channels, middle, outputs, lines, columns, tall, wide, stride[0], *padding),
         *(end for pair in bounds for end in pair or (-math.inf, math.inf)),
     )
-    expand = _typed("expand_depthwise", ELEMENTS[dtype], ())
+    expand = function("expand_depthwise", ELEMENTS[dtype])
+    assert expand is not None
     expand.restype = ctypes.c_long
     if not expand(ctypes.addressof(work)):
         raise MemoryError("no memory for a few lines of a map between two convolutions.")
@@ -379,35 +392,46 @@ def call(
     name: str, source: Rows, table: Tensor | None, *arguments: Any, count: int | None = None, groups: int = 1
 ) -> None:
     """Call a kernel: tensors go as pointers, None as none. Without a table each row reads itself."""
+    _call(function(name, ELEMENTS[source.rows.dtype]), source, table, arguments, count, groups)
+
+
+def _call(
+    kernel: Any,
+    source: Rows,
+    table: Tensor | None,
+    arguments: tuple[Any, ...],
+    count: int | None = None,
+    groups: int = 1,
+) -> None:
     rows, halo = source.rows.contiguous(), source.halo
-    beyond = _row_outside(rows.shape[1], rows.dtype, outside_of(rows, source.outside))
+    total, channels = rows.shape
+    beyond = _row_outside(channels, rows.dtype, source.outside)
     if table is not None:
         assert table.dim() == 2 and table.is_contiguous() and table.dtype == torch.int32
-    n, taps = (rows.shape[0], 1) if table is None else table.shape
+    n, taps = (total, 1) if table is None else table.shape
     reading = _Reading(
-        *(_for_c(one) for one in (rows, halo, beyond, table)),
-        *(rows.shape[0] if count is None else count, n, taps, rows.shape[1] // groups, rows.shape[1]),
+        rows.data_ptr(),
+        halo.data_ptr() if halo is not None else None,
+        beyond.data_ptr(),
+        table.data_ptr() if table is not None else None,
+        *(total if count is None else count, n, taps, channels // groups, channels),
     )
-    _typed(name, ELEMENTS[rows.dtype], arguments)(ctypes.addressof(reading), *map(_for_c, arguments))
+    _set_types(kernel, arguments)
+    for_c = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
+    kernel(ctypes.addressof(reading), *for_c)
 
 
-def _typed(name: str, element: str, arguments: tuple[Any, ...]) -> Any:
-    """A kernel, told once that it takes arguments of these types behind a structure."""
-    kernel = function(name, element)
-    assert kernel is not None, name
+def _set_types(kernel: Any, arguments: tuple[Any, ...]) -> None:
+    """Tell a kernel once that it takes arguments of these types behind a structure."""
     if kernel.argtypes is None:
         kinds = {int: ctypes.c_long, float: ctypes.c_double}
         kernel.argtypes = (ctypes.c_void_p, *(kinds.get(type(one), ctypes.c_void_p) for one in arguments))
-    return kernel
 
 
 @lru_cache(maxsize=64)
-def _row_outside(channels: int, dtype: torch.dtype, value: float) -> Tensor:
+def _row_outside(channels: int, dtype: torch.dtype, outside: float) -> Tensor:
+    value = max(outside, 0.0) if dtype == torch.uint8 else outside  # bytes have no lower value
     return torch.full((channels,), value, dtype=dtype)
-
-
-def _for_c(value: Tensor | float | None) -> Any:
-    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:

@@ -32,7 +32,9 @@ class Products(Backend):
         if work.is_product:
             rows, outputs = work.of_target, weights.weight.shape[0]
             more = residual.reshape(-1, outputs) if residual is not None else None
-            out = weights.on_elements(rows.reshape(-1, rows.shape[-1]), more)
+            # A row of elements must not depend on how many there are; of a dense map there are as many as pixels.
+            multiply = weights.on_rows if work.reads is None else weights.on_elements
+            out = multiply(rows.reshape(-1, rows.shape[-1]), more)
             return out.view(*rows.shape[:-1], outputs)
         reading, rows = work.reading, work.rows
         table = reading.table.to(rows.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.kernels.load import has_bf16_dot, is_observed
+from cadsurgery.kernels.load import is_observed
 
 Pair = tuple[int, int]  # (vertical, horizontal)
 _ONEDNN = (torch.float32, torch.bfloat16)
@@ -112,6 +112,7 @@ class Weights:
             those of this package keep it, but those of torch are another pass.
         levels: scale and shift of each level, done to the sum and its bias.
         of_levels: the weights of single levels, if their packed forms are kept.
+        choices: the backends chosen so far, see `choose`, if packed forms are kept.
     """
 
     weight: Tensor
@@ -125,6 +126,7 @@ class Weights:
     phases: dict[tuple[int, int], Weights] = field(default_factory=dict)
     levels: Factors | None = None
     of_levels: dict[int, Weights] = field(default_factory=dict)
+    choices: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def is_among_first(self, count: int) -> bool:
         """Whether so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
@@ -143,7 +145,7 @@ class Weights:
             return replace(self, weight=self.weight[:, :, first[0] :: finer, first[1] :: finer])
         if first not in self.phases:
             part = self.weight[:, :, first[0] :: finer, first[1] :: finer]
-            self.phases[first] = replace(self, weight=part, forms={}, counts=set(), phases={})
+            self.phases[first] = replace(self, weight=part, forms={}, counts=set(), phases={}, choices={})
         return replace(self.phases[first], activation=self.activation)
 
     def at_level(self, level: int) -> Weights:
@@ -156,7 +158,7 @@ class Weights:
             weight = self.weight.double() * scale.view(-1, 1, 1, 1)
             folded = replace(self, weight=weight.to(self.weight), bias=bias.to(self.weight), levels=None)
             self.of_levels[level] = replace(
-                folded, forms=None if self.forms is None else {}, counts=set(), phases={}
+                folded, forms=None if self.forms is None else {}, counts=set(), phases={}, choices={}
             )
         return replace(self.of_levels[level], activation=self.activation)
 
@@ -228,15 +230,12 @@ class Weights:
         return self._onednn(image, weight, residual, (stride, padding, dilation), self.groups)
 
     def _on_pixels(self, image: Tensor, residual: Tensor | None) -> Tensor:
-        """A 1x1 convolution of a dense map as a product of rows: those of its memory; of the first few sizes in oneDNN
-        where that is faster, see `native.Native`."""
+        """A 1x1 convolution of a dense map as a product of rows: those of its memory."""
 
         def rows(values: Tensor | None) -> Any:
             return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]) if values is not None else None
 
-        values, more = rows(image), rows(residual)
-        few = not has_bf16_dot(image.dtype) and self.is_among_first(len(values))
-        out = self.on_rows(values, more) if few else compute(Convolution(values, self, None, residual=more))
+        out = compute(Convolution(rows(image), self, None, residual=rows(residual)))
         return out.view(image.shape[0], *image.shape[2:], -1).permute(0, 3, 1, 2)
 
     def finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
