@@ -361,6 +361,17 @@ def _say_without_effect(plan: Plan, strict: bool) -> None:
             "use the network as it is, or one whose decoder interpolates (nn.Upsample and a convolution); "
             "see decoders in docs/guide.md."
         )
+    if plan.effect:  # it was measured, and there is one
+        why = (
+            "on the example what is computed in the region hardly reaches the output, as in networks whose weights are "
+            "not trained; keeping more high costs work."
+        )
+        step = (
+            "convert it with its trained weights, and give an image of yours: example_input=image. If it stays so, "
+            'use the network as it is, or mask="none".'
+        )
+    elif plan.effect is not None:
+        step = f"{step} Weights that are not trained can hide an effect: convert with trained ones to be sure."
     refusal = CannotConvert(what, where=ends, why=why, next=step)
     if strict:
         raise refusal

@@ -170,14 +170,15 @@ def _alone(name: str, corpus: Path | None, limits: Limits, context: Any) -> Row:
         with contextlib.suppress(EOFError):  # the process has ended without a row
             row = receiver.recv()
         process.join(10)
-    signal = -(process.exitcode or 0)
+    code = process.exitcode or 0
     process.kill()
     process.join()
     if row is not None:
         return row
     result, why = "not checked", f"took more than {limits.seconds:.0f} s"
-    if in_time and signal > 0:
-        result, why = "broken", f"its process was ended by signal {signal}"
+    if in_time and code:
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        result, why = "broken", f"its process {ended}"
     elif in_time:
         why = f"needed more than {limits.memory_gib:g} GiB"
     family = name.partition(":")[0] if corpus else family_of(name)
