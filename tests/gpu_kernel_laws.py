@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cadsurgery.elements.backends import gpu, triton_kernels
-from cadsurgery.elements.backends.weights import Activation, Weights
+from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements, conv2d, fused_conv2d
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
@@ -290,7 +290,7 @@ def test_fused_convolutions_use_it(activation: Activation | None) -> None:
     window = Window((3, 3), 1, (1, 1), (1, 1, 1, 1), spacing=2)
 
     def run(dtype: torch.dtype) -> Tensor:
-        weights = Weights(weight.to(dtype), None, 1, activation)
+        weights = FusedConv(weight.to(dtype), None, 1, activation)
         residual = Elements(more.to(dtype), lattice)
         return fused_conv2d(Elements(rows.to(dtype), lattice), weights, residual, window=window, stage=1).rows
 

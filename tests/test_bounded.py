@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.weights import MOST_FORMS, Weights
+from cadsurgery.elements.backends.weights import MOST_FORMS, FusedConv
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry
@@ -75,7 +75,7 @@ def test_calls_leave_no_tensors_whatever_their_sizes_and_masks(optimised: bool) 
 
     first = several(10)
     assert several(25) == first
-    forms = [weights.forms for weights in gc.get_objects() if type(weights) is Weights]
+    forms = [weights.packed_cache for weights in gc.get_objects() if type(weights) is FusedConv]
     assert all(len(kept or ()) <= MOST_FORMS for kept in forms)
 
 
@@ -86,7 +86,7 @@ def test_products_keep_nothing_for_a_number_of_elements(uniform: bool) -> None:
     """oneDNN makes code for each number, and keeps it: 16 MiB here, without bound to speak of. It is given uniform maps
     of the first few sizes alone."""
     heap = heap_in_use()
-    every = [Weights(torch.randn(outputs, 64, 1, 1), None, 1, None, {}) for outputs in (64, 24)]
+    every = [FusedConv(torch.randn(outputs, 64, 1, 1), None, 1, None, {}) for outputs in (64, 24)]
     geometry, window = Geometry((2,)), Window((1, 1))
 
     def several(count: int, seed: int) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends import choose, costs
-from cadsurgery.elements.backends.choose import Backend, Between, Convolution, Mixing, Picking
+from cadsurgery.elements.backends.choose import Backend, Convolution, Mixing, Picking, WindowRead
 from cadsurgery.elements.backends.native import Native
 from cadsurgery.elements.backends.reference import Torch
-from cadsurgery.elements.backends.weights import Activation, Weights
+from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Geometry
 
@@ -63,8 +63,8 @@ def work(channels: int = 20, groups: int = 1, keeps: bool = True, taps: int = 3)
     pad = taps // 2
     window = Window((taps, taps), 1, (1, 1), (pad, pad, pad, pad), spacing=2)
     weight = torch.randn(channels, channels // groups, taps, taps)
-    weights = Weights(weight, torch.randn(channels), groups, Activation("relu"), {} if keeps else None)
-    return Convolution(torch.randn(lattice.count, channels), weights, Between(lattice, lattice, window))
+    weights = FusedConv(weight, torch.randn(channels), groups, Activation("relu"), {} if keeps else None)
+    return Convolution(torch.randn(lattice.count, channels), weights, WindowRead(lattice, lattice, window))
 
 
 @pytest.mark.parametrize(("groups", "taps"), [(1, 3), (1, 1), (4, 3), (20, 3)])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.elements.backends import native
 from cadsurgery.elements.backends.choose import Convolution, Pooling, every_row
-from cadsurgery.elements.backends.weights import Activation, Weights
+from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.kernels.load import library
 
 ACTIVATIONS = {
@@ -39,7 +39,7 @@ def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
     weight, bias = torch.randn(64, 64 // groups, 3, 3, dtype=dtype), torch.randn(64, dtype=dtype)
     if groups == 1:
         point = weight[:, :, :1, :1].contiguous()
-        kernels = [Weights(point, bias, 1, ACTIVATIONS[name], {}, True, meets) for meets in (True, False)]
+        kernels = [FusedConv(point, bias, 1, ACTIVATIONS[name], {}, True, meets) for meets in (True, False)]
         rows, more = torch.randn(count, 64, dtype=dtype), torch.randn(count, 64, dtype=dtype)
         found = [kernel.on_rows(rows, more if with_residual else None) for kernel in kernels]
         torch.testing.assert_close(*found)
@@ -47,7 +47,7 @@ def test_kernels_keep_nan(dtype, name, groups, count, with_residual):
         found[0] = kernels[0].on_rows(rows, more if with_residual else None)
         assert found[0][3].isnan().all()
         assert found[0].isnan().sum() == 64
-    kernel = Weights(weight, bias, groups, ACTIVATIONS[name], {}, True, True)
+    kernel = FusedConv(weight, bias, groups, ACTIVATIONS[name], {}, True, True)
     if library() is not None:
         rows, more = torch.randn(40, 64, dtype=dtype), torch.randn(count, 64, dtype=dtype)
         table = torch.randint(0, 30, (count, 9), dtype=torch.int32)

@@ -25,16 +25,16 @@ import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.backends import choose, costs, dense, native
 from cadsurgery.elements.backends.choose import (
-    Between,
     Convolution,
     Gathering,
     Mixing,
     Picking,
     Pooling,
+    WindowRead,
 )
 from cadsurgery.elements.backends.costs import Costs
-from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, PackedPair
-from cadsurgery.elements.backends.weights import Activation, Factors, Weights
+from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, PackedLinear
+from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv
 from cadsurgery.elements.functional import Elements, conv2d
 from cadsurgery.elements.kernel_map import Reading, Window
 from cadsurgery.elements.lattice import Geometry
@@ -97,7 +97,7 @@ def test_every_batch_norm_and_activation_is_part_of_a_convolution(name: str) -> 
     assert len(convolutional) <= after_linear
     fused = [n for n in fast.graph.nodes if n.target is functional.fused_conv2d]
     dense = [m for m in modules_of(fast) if isinstance(m, PackedConv) and not isinstance(m, PackedLinear)]
-    joined = [2 + (m.last is not None) for m in modules_of(fast) if isinstance(m, PackedPair)]
+    joined = [2 + (m.last is not None) for m in modules_of(fast) if isinstance(m, FusedBottleneck)]
     assert len(fused) + len(dense) + sum(joined) == NETWORKS[name]
     assert not any(n.target in (functional.conv2d, functional.batch_norm) for n in fast.graph.nodes)
 
@@ -346,7 +346,7 @@ def test_a_residual_smaller_than_the_product() -> None:
     less = lattice.at(0, (10, 12))
     residual = Elements(torch.randn(len(less), 4), less)
     found = functional.fused_conv2d(
-        x, Weights(kernel, None, 1, Activation("relu")), residual, window=window, stage=0
+        x, FusedConv(kernel, None, 1, Activation("relu")), residual, window=window, stage=0
     )
     whole = conv2d(x, kernel, None, window, 0)
     assert found.lattice == less
@@ -408,7 +408,7 @@ def test_packed_weights_are_few_and_right(channels: int, side: int) -> None:
             x = torch.randn(2, 8, height, 9).to(dtype)
             expected = nn.functional.conv2d(x, conv.weight.to(dtype), None, 1, 1, groups=conv.groups)
             assert_same(conv(x).float(), expected.float(), 1e-5 if dtype == torch.float32 else 2e-2)
-    assert 0 < len(conv.weights.forms or ()) <= 4
+    assert 0 < len(conv.weights.packed_cache or ()) <= 4
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -431,7 +431,7 @@ def test_a_residual_and_relu_in_bfloat16(
 ) -> None:
     """torch refused it in groups and for maps of a single pixel: "Unsupported datatype for add_relu"."""
     weight = torch.randn(outputs, channels // groups, 3, 3)
-    weights = Weights(weight.bfloat16(), None, groups, Activation("relu"), {}, packed)
+    weights = FusedConv(weight.bfloat16(), None, groups, Activation("relu"), {}, packed)
     image, more = torch.randn(2, channels, *size).bfloat16(), torch.randn(2, outputs, *size).bfloat16()
     found = weights.on_image(image, (1, 1), (1, 1), (1, 1), more)
     expected = nn.functional.conv2d(image.float(), weights.weight.float(), None, 1, 1, 1, groups) + more
@@ -467,7 +467,7 @@ def test_compiled_grouped_convolution(dtype: torch.dtype, group: int, channels: 
     weight, bias = torch.randn(channels, group, 1, taps).to(dtype), torch.randn(channels).to(dtype)
     assert native.has_grouped_form(weight, channels // group)
     more = torch.randn(37, channels).to(dtype)
-    weights = Weights(weight, bias, channels // group, CLAMP)
+    weights = FusedConv(weight, bias, channels // group, CLAMP)
     found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
     gathered = whole.double()[reading.table.long()].view(37, taps, channels // group, group)
     by_group = weight.double().view(channels // group, group, group, taps)
@@ -534,7 +534,7 @@ def test_compiled_products(dtype: torch.dtype, channels: int, outputs: int, taps
     rows, reading, whole = read(dtype, channels, taps)
     weight, bias = torch.randn(outputs, channels, 1, taps).to(dtype), torch.randn(outputs).to(dtype)
     more = torch.randn(37, outputs).to(dtype)
-    weights = Weights(weight, bias, 1, CLAMP)
+    weights = FusedConv(weight, bias, 1, CLAMP)
     found = native.Native().convolve(Convolution(rows, weights, reading, -0.5, more))
     gathered = whole.double()[reading.table.long()]
     expected = torch.einsum("ntc,oct->no", gathered, weight.double()[:, :, 0])
@@ -560,11 +560,11 @@ def test_compiled_convolutions_scale_by_level(dtype: torch.dtype, group: int, ch
         inner = group or channels
         weight = torch.randn(channels, inner, side, side).to(dtype)
         factors = Factors(*torch.randn(2, 3, channels).to(dtype)) if by == "level" else None
-        weights = Weights(
+        weights = FusedConv(
             weight, torch.randn(channels).to(dtype), channels // inner, CLAMP, {}, levels=factors
         )
         window = Window((side, side), 1, (1, 1), (1, 1, 1, 1), spacing=4)
-        work = Convolution(rows, weights, Between(lattice, lattice, window))
+        work = Convolution(rows, weights, WindowRead(lattice, lattice, window))
         found = native.Native().convolve(work)
         exact = replace(weights, weight=weight.double(), bias=weights.bias.double(), forms=None)
         sums = replace(work, rows=rows.double(), weights=replace(exact, activation=None, levels=None))
@@ -605,8 +605,8 @@ def test_pairs_of_convolutions_are_one_after_the_other(
         PackedConv(one.weight, one.bias, one.groups, act, (one.stride, one.padding, (1, 1)))
         for one, act in ((first, CLAMP), (then, CLAMP), (last, None))
     ]
-    pair = PackedPair(*parts[:2])
-    assert PackedPair.joins(*parts[:2]) and pair.joins_last(parts[2])
+    pair = FusedBottleneck(*parts[:2])
+    assert FusedBottleneck.joins(*parts[:2]) and pair.joins_last(parts[2])
     image = torch.randn(2, channels, *size).to(dtype)
     middle = first.double()(image.double()).clamp(0, 6).to(dtype).double()
     expected = then.double()(middle).clamp(0, 6)
@@ -617,10 +617,12 @@ def test_pairs_of_convolutions_are_one_after_the_other(
         assert_same(found.double(), expected, tolerance)
         expected = last.double()(expected.to(dtype).double())
         more = torch.randn(expected.shape).to(dtype)
-        assert_same(PackedPair(*parts)(image).double(), expected, tolerance)
-        assert_same(PackedPair(*parts)(image, more).double(), expected + more.double(), tolerance)
+        assert_same(FusedBottleneck(*parts)(image).double(), expected, tolerance)
+        assert_same(FusedBottleneck(*parts)(image, more).double(), expected + more.double(), tolerance)
         by_channel = more[:1, :, :1, :1]
-        assert_same(PackedPair(*parts)(image, by_channel).double(), expected + by_channel.double(), tolerance)
+        assert_same(
+            FusedBottleneck(*parts)(image, by_channel).double(), expected + by_channel.double(), tolerance
+        )
 
 
 @pytest.mark.parametrize(
@@ -647,7 +649,7 @@ def test_pairs_are_joined_where_there_is_a_form_for_them(first: dict, then: dict
         nn.Sequential(stem, body).eval(), MIXED, output_stride=(high, 2 * high), verify_laws=False
     )
     fast = net.optimize()
-    pairs = [module for module in fast.modules() if isinstance(module, PackedPair)]
+    pairs = [module for module in fast.modules() if isinstance(module, FusedBottleneck)]
     assert bool(pairs) == joins
     image = images(1, 65, 97)
     assert_same(fast(image), net(image), 1e-4)
@@ -672,7 +674,9 @@ def test_on_the_whole_map_a_convolution_is_the_same(
     shape = Window((side, side), stride, (1, 1), (padding,) * 4, spacing=2)
     lattice = Geometry((2, 2), fill=fill).lattice(torch.randint(0, 3, (2, 13, 15))).at(1)
     x = Elements(torch.randn(len(lattice), 6), lattice)
-    weights = Weights(torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {})
+    weights = FusedConv(
+        torch.randn(6, 6 // groups, side, side), torch.randn(6), groups, Activation("relu"), {}
+    )
     results = []
     for found in (Costs(0.0, 1.0, 0.0), Costs(1.0, 0.0, 1.0)):
         monkeypatch.setattr(dense, "costs", lambda key, measure, found=found: found)
@@ -694,7 +698,7 @@ def test_nothing_is_measured_while_torch_counts(monkeypatch: pytest.MonkeyPatch)
         Elements(torch.randn(len(lattice), 6), lattice),
         Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
     )
-    weights = Weights(torch.randn(4, 6, 3, 3), None, 1, None, {})
+    weights = FusedConv(torch.randn(4, 6, 3, 3), None, 1, None, {})
     expected = functional.fused_conv2d(x, weights, window=window, stage=1).rows
     monkeypatch.setattr(dense, "costs", refuse)
     with FlopCounterMode(display=False) as counter:
@@ -718,13 +722,13 @@ def test_costs_are_those_of_the_code_that_runs(
         Elements(torch.randn(len(lattice), 6), lattice),
         Window((3, 3), 1, (1, 1), (1,) * 4, spacing=2),
     )
-    weights = Weights(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
+    weights = FusedConv(torch.randn(outputs, 6 // groups, 3, 3), None, groups, None, {})
     calls, convolve = [], native.Native.convolve
     monkeypatch.setattr(
         native.Native, "convolve", lambda self, work: calls.append(work) or convolve(self, work)
     )
     monkeypatch.setattr(dense, "costs", lambda key, measure: measure())
-    work = Convolution(x.rows, weights, Between(lattice, lattice, window))
+    work = Convolution(x.rows, weights, WindowRead(lattice, lattice, window))
     whole_map = next(one for one in choose.BACKENDS if one.name == "whole map")
     whole_map.condition(work)
     measured = len(calls)

@@ -198,7 +198,7 @@ class Decoding(nn.Module):
         return self.last(raised + skipped)
 
 
-class Spreading(Decoding):
+class TransposedConvolution(Decoding):
     """The same by a transposed convolution."""
 
     def __init__(self) -> None:
@@ -222,7 +222,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "channels last": channels_last,
     "split": split,
     "decoding": Decoding,
-    "spreading": Spreading,
+    "spreading": TransposedConvolution,
 }
 FEW = ("squeezed", "channels last", "spreading")
 

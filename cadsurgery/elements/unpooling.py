@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Between, extend, select_rows
+from cadsurgery.elements.backends.choose import WindowRead, extend, select_rows
 from cadsurgery.elements.backends.reference import gather_blocks
 from cadsurgery.elements.elements import Elements, common_lattice
 from cadsurgery.elements.kernel_map import Window, kernel_map, phases
@@ -50,7 +50,7 @@ def max_pool2d_with_indices(x: Elements, window: Window, stage: int | Lattice) -
     Of equal values the first tap counts, as in torch.
     """
     window, target = target_of(x, window, stage)
-    reading = Between(x.lattice, target, window, drops(target, window)).reading
+    reading = WindowRead(x.lattice, target, window, drops(target, window)).reading
     rows = extend(x.rows, reading, -torch.inf if window.outside is None else window.outside)
     largest = [block.max(1) for block in gather_blocks(rows, reading.table)]
     taps = torch.cat([block.indices.to(torch.int16) for block in largest])

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.by_level import convolve_by_level
 from cadsurgery.elements.backends.choose import (
-    Between,
     Convolution,
     Pooling,
-    Spreading,
+    TransposedConvolution,
+    WindowRead,
     compute,
     extend,
 )
@@ -24,7 +24,7 @@ from cadsurgery.elements.backends.integer import convolve as convolve_integers
 from cadsurgery.elements.backends.integer_layers import IntegerConv
 from cadsurgery.elements.backends.packed import PackedConv
 from cadsurgery.elements.backends.reference import gather_blocks
-from cadsurgery.elements.backends.weights import Weights
+from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements, autocast, common_lattice, own_image, rows_on
 from cadsurgery.elements.kernel_map import Window, divisors, kernel_map, phases, read_rows
 from cadsurgery.elements.lattice import Lattice
@@ -37,7 +37,7 @@ def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **op
     window: Window = options["window"]
     if window.finer == 1:
         return out.lattice.count * weight.numel()
-    spread = spread_of(Between(x.lattice, out.lattice, window))
+    spread = spread_of(WindowRead(x.lattice, out.lattice, window))
     if spread is not None:
         return x.lattice.batch * spread.shifts**2 * math.prod(spread.samples) * weight.numel()
     every, _ = phases(x.lattice, out.lattice, window)
@@ -45,7 +45,7 @@ def _macs_of_weight(out: Elements, x: Elements, weight: Tensor, *rest: Any, **op
 
 
 def _macs_of_weights(
-    out: Elements, x: Elements, weights: Weights | PackedConv | IntegerConv, *rest: Any, **options: Any
+    out: Elements, x: Elements, weights: FusedConv | PackedConv | IntegerConv, *rest: Any, **options: Any
 ) -> int:
     return _macs_of_weight(out, x, weights.weight, **options)
 
@@ -85,11 +85,13 @@ def conv2d(
     rows, weight, bias = autocast(x.rows, weight, bias)
     if rows.dtype != weight.dtype:  # backends would convert the weight, and answer in the wrong type
         raise TypeError(f"the elements are {rows.dtype}, the weight is {weight.dtype}")
-    return _convolve(rows, Weights(weight, bias, groups), Between(x.lattice, target, window))
+    return _convolve(rows, FusedConv(weight, bias, groups), WindowRead(x.lattice, target, window))
 
 
-def _convolve(rows: Tensor, weights: Weights, reads: Between, residual: Tensor | None = None) -> Elements:
-    work = Spreading if reads.window.finer > 1 else Convolution
+def _convolve(
+    rows: Tensor, weights: FusedConv, reads: WindowRead, residual: Tensor | None = None
+) -> Elements:
+    work = TransposedConvolution if reads.window.finer > 1 else Convolution
     run = compute if weights.levels is None else convolve_by_level
     return Elements(run(work(rows, weights, reads, reads.window.outside or 0.0, residual)), reads.target)
 
@@ -106,7 +108,7 @@ def transpose_weight(weight: Tensor, groups: int, turned: bool = False) -> Tenso
 @operation(reads="window", macs=_macs_of_weights)
 def fused_conv2d(
     x: Elements,
-    weights: Weights | PackedConv | IntegerConv,
+    weights: FusedConv | PackedConv | IntegerConv,
     residual: Elements | None = None,
     *,
     window: Window,
@@ -133,22 +135,22 @@ def fused_conv2d(
         weights = weights if level is None else weights.at_level(level)
     rows = autocast(x.rows)[0]
     if residual is not None and not _is_of(residual, target, (*rows.shape[1:-1], weights.weight.shape[0])):
-        plain = fused_conv2d(x, weights.alone, window=window, stage=target)
+        plain = fused_conv2d(x, weights.without_activation, window=window, stage=target)
         target = common_lattice(target.stage if target.part is None else target, plain, residual)
         return Elements(weights.finish(rows_on(plain, target), rows_on(residual, target)), target)
     more = rows_on(residual, target).to(rows.dtype) if residual is not None else None
-    return _convolve(rows, weights, Between(x.lattice, target, window), more)
+    return _convolve(rows, weights, WindowRead(x.lattice, target, window), more)
 
 
 def _convolve_integers(
     x: Elements, weights: IntegerWeights, residual: Elements | None, window: Window, target: Lattice
 ) -> Elements:
     """`fused_conv2d` of elements in 8 bits."""
-    reads = Between(x.lattice, target, window)
+    reads = WindowRead(x.lattice, target, window)
     if residual is None or _is_of(residual, target, (weights.weight.shape[0],)):
         more = rows_on(residual, target) if residual is not None else None
         return Elements(convolve_integers(IntegerConvolution(x.rows, weights, reads, more)), target)
-    plain = Elements(convolve_integers(IntegerConvolution(x.rows, weights.alone, reads)), target)
+    plain = Elements(convolve_integers(IntegerConvolution(x.rows, weights.without_activation, reads)), target)
     target = common_lattice(target.stage if target.part is None else target, plain, residual)
     return Elements(weights.add(rows_on(plain, target), rows_on(residual, target)), target)
 
@@ -185,14 +187,14 @@ def conv2d_per_image(
     window, target = target_of(x, window, stage)
     weights = (mix @ weight).view(-1, *shape)
     biases = mix @ bias if bias is not None else [None] * len(weights)
-    reading = Between(x.lattice, target, window).reading
+    reading = WindowRead(x.lattice, target, window).reading
     rows, table = extend(x.rows, reading, window.outside or 0.0), reading.table
     is_split = target.has_known_counts
     tables = table.split(target.counts.tolist()) if is_split else [table] * target.batch
     parts = []
     for mixture, offset, entries in zip(weights, biases, tables, strict=True):
         values, mixture, offset = autocast(rows, mixture, offset)
-        parts.append(compute(Convolution(values, Weights(mixture, offset, groups), read_rows(entries))))
+        parts.append(compute(Convolution(values, FusedConv(mixture, offset, groups), read_rows(entries))))
     return Elements(torch.cat(parts) if is_split else own_image(torch.stack(parts), target), target)
 
 
@@ -207,7 +209,7 @@ def max_pool2d(x: Elements, window: Window, stage: int | Lattice) -> Elements:
     if window.is_pointwise:
         return Elements(_subsample(x, target), target)
     outside = -torch.inf if window.outside is None else window.outside
-    reads = Between(x.lattice, target, window, drops(target, window))
+    reads = WindowRead(x.lattice, target, window, drops(target, window))
     return Elements(compute(Pooling(x.rows, reads, outside, largest=True)), target)
 
 
@@ -233,7 +235,7 @@ def avg_pool2d(
         rows = _subsample(x, target)
         return Elements(rows if divisor is None else rows / divisor, target)
     drop = drops(target, window)
-    reads = Between(x.lattice, target, window, drop)
+    reads = WindowRead(x.lattice, target, window, drop)
     total = compute(Pooling(x.rows, reads, window.outside or 0.0, largest=False))
     if divisor is not None:
         return Elements(total / divisor, target)

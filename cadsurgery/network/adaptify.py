@@ -371,7 +371,9 @@ def _say_without_effect(plan: Plan, strict: bool) -> None:
             'use the network as it is, or mask="none".'
         )
     elif plan.effect is not None:
-        step = f"{step} Weights that are not trained can hide an effect: convert with trained ones to be sure."
+        step = (
+            f"{step} Weights that are not trained can hide an effect: convert with trained ones to be sure."
+        )
     refusal = CannotConvert(what, where=ends, why=why, next=step)
     if strict:
         raise refusal

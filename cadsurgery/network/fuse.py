@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
-from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, PackedPair
+from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, PackedLinear
 from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
@@ -437,12 +437,12 @@ def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
         earlier, kernel = _packed(before, kernels), _packed(node, kernels)
         if earlier is None or not isinstance(kernel, PackedConv) or len(before.users) != 1:
             continue
-        joined: PackedPair | None = None
-        if isinstance(earlier, PackedPair):
+        joined: FusedBottleneck | None = None
+        if isinstance(earlier, FusedBottleneck):
             if earlier.joins_last(kernel):
-                joined = PackedPair(earlier.first, earlier.then, kernel)
-        elif len(before.args) == len(node.args) == 1 and PackedPair.joins(earlier, kernel):
-            joined = PackedPair(earlier, kernel)
+                joined = FusedBottleneck(earlier.first, earlier.then, kernel)
+        elif len(before.args) == len(node.args) == 1 and FusedBottleneck.joins(earlier, kernel):
+            joined = FusedBottleneck(earlier, kernel)
         if joined is not None:
             kernels.add_module(str(node.target).partition(".")[2], joined)
             delattr(kernels, before.target.partition(".")[2])
@@ -450,13 +450,13 @@ def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
             graph.erase_node(before)
 
 
-def _packed(node: Any, kernels: nn.Module) -> PackedConv | PackedPair | None:
+def _packed(node: Any, kernels: nn.Module) -> PackedConv | FusedBottleneck | None:
     """The fused convolution, or two, that a node calls."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     first, _, name = str(node.target).partition(".")
     kernel = getattr(kernels, name, None) if first == KERNELS else None
-    is_conv = isinstance(kernel, PackedConv | PackedPair) and not isinstance(kernel, PackedLinear)
+    is_conv = isinstance(kernel, PackedConv | FusedBottleneck) and not isinstance(kernel, PackedLinear)
     return kernel if is_conv else None
 
 

@@ -29,7 +29,7 @@ class OptimizedModel(AdaptiveModel):
 
     def __init__(self, net: AdaptiveModel, epilogues: bool, pairs: bool = True) -> None:
         """Fuse the graph of `net` and copy what is left of its modules; `pairs`: also convolutions with each other, see
-        `PackedPair`."""
+        `FusedBottleneck`."""
         source = copy.deepcopy(net).eval().requires_grad_(False)
         used = (str(node.target) for node in source.graph.nodes if node.op in ("call_module", "get_attr"))
         settle(source, {"", *used})

@@ -487,10 +487,10 @@ class _Quantiser:
             rounded = grids[layer.source].quantise(x.rows if is_elements else x)
             if is_elements:
                 options: Any = node.kwargs
-                whole = functional.fused_conv2d(x, layer.kernel.weights.alone, **options).rows
+                whole = functional.fused_conv2d(x, layer.kernel.weights.without_activation, **options).rows
                 less = functional.fused_conv2d(Elements(rounded, x.lattice), tested[node], **options).rows
             else:
-                plain = layer.kernel.weights.alone
+                plain = layer.kernel.weights.without_activation
                 if isinstance(layer.kernel, PackedLinear):
                     whole = plain.on_rows(x.reshape(-1, x.shape[-1]))
                     less = tested[node](rounded).reshape(whole.shape)

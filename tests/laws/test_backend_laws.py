@@ -25,7 +25,6 @@ from cadsurgery.elements import BACKENDS, functional
 from cadsurgery.elements.backends import dense, triton_kernels
 from cadsurgery.elements.backends.choose import (
     Backend,
-    Between,
     Convolution,
     Filling,
     Gathering,
@@ -33,10 +32,11 @@ from cadsurgery.elements.backends.choose import (
     MixingLines,
     Picking,
     Pooling,
+    WindowRead,
     Work,
 )
 from cadsurgery.elements.backends.costs import Costs
-from cadsurgery.elements.backends.weights import Activation, Weights
+from cadsurgery.elements.backends.weights import Activation, FusedConv
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.gaps import resolution
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map
@@ -136,9 +136,9 @@ def work_of(case: Case, packed: bool) -> Convolution:
     activation, residual = FINISHES[case.finish], None
     if activation is not None:
         residual = values(len(target), outer, seed=3, dtype=case.dtype)
-    weights = Weights(weight, bias, case.groups, activation, {} if packed else None)
+    weights = FusedConv(weight, bias, case.groups, activation, {} if packed else None)
     rows = values(len(source), inner, seed=4, dtype=case.dtype)
-    return Convolution(rows, weights, Between(source, target, window), 0.0, residual)
+    return Convolution(rows, weights, WindowRead(source, target, window), 0.0, residual)
 
 
 def exactly(work: Convolution) -> Convolution:
@@ -201,7 +201,7 @@ def test_a_part_of_a_lattice_is_that_of_the_reference(name: str) -> None:
     work = replace(
         work,
         rows=work.rows[: len(source)],
-        reads=Between(source, source, Window((1, 1))),
+        reads=WindowRead(source, source, Window((1, 1))),
         residual=work.residual[: len(source)],
     )
     assert named(name).applies(work)
@@ -297,7 +297,7 @@ def other_works(task: str, dtype: torch.dtype) -> list[Work]:
         even = lattice("uniform")
         uniform = values(len(even), 5, seed=0, dtype=dtype)
         return [
-            Pooling(some, Between(one, one.at(2), window._replace(stride=2)), outside, outside < 0)
+            Pooling(some, WindowRead(one, one.at(2), window._replace(stride=2)), outside, outside < 0)
             for some, one in ((rows, source), (uniform, even))
             for outside in (0.0, -torch.inf)
         ]

@@ -171,7 +171,7 @@ def test_an_activation_that_is_not_fused_comes_after(name: str) -> None:
     weights = weights_of(20, 16, (1, 1), activation=act, more=Grid(0.02, 7), out=Grid(0.05, 30))
     residual = bytes_of(90, 20)
     found = convolve(IntegerConvolution(rows := bytes_of(90, 16), weights, None, residual))
-    product = convolve(IntegerConvolution(rows, weights.alone, None))
+    product = convolve(IntegerConvolution(rows, weights.without_activation, None))
     values = act.apply_(product + Grid(0.02, 7).dequantise(residual))
     assert torch.equal(found, Grid(0.05, 30).quantise(values))
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cadsurgery as cs
 from cadsurgery.elements import functional
 from cadsurgery.elements.adapters import LevelAdapter
-from cadsurgery.elements.backends.weights import Weights
+from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import common_lattice, to_dense, to_elements
 from cadsurgery.elements.kernel_map import Window, kernel_map
@@ -67,7 +67,7 @@ def adapter() -> LevelAdapter:
 WINDOWED = {"window": KERNEL, "stage": 2}
 EXAMPLES: dict[str, Example] = {
     "conv2d": Example((numbers(6, C, 3, 3), None), WINDOWED),
-    "fused_conv2d": Example((Weights(numbers(6, C, 3, 3), None),), WINDOWED),
+    "fused_conv2d": Example((FusedConv(numbers(6, C, 3, 3), None),), WINDOWED),
     "conv2d_per_image": Example(
         (numbers(2, 3), numbers(3, 6 * C * 9), None), {**WINDOWED, "shape": (6, C, 3, 3)}
     ),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Between, Convolution, choose, compute
+from cadsurgery.elements.backends.choose import Convolution, WindowRead, choose, compute
 from cadsurgery.elements.backends.native import Native
 
 
@@ -16,7 +16,7 @@ def convolve_by_level(work: Convolution) -> Tensor:
     Compiled code does the rest too, while the sums are in its registers; so it costs next to nothing.
     """
     weights, reads = work.weights, work.reads
-    assert weights.levels is not None and isinstance(reads, Between)
+    assert weights.levels is not None and isinstance(reads, WindowRead)
     sums = replace(work, weights=replace(weights, levels=None, activation=None), residual=None)
     choice = choose(sums)
     does_the_rest = isinstance(choice.backend, Native)

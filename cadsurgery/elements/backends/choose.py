@@ -29,7 +29,7 @@ from cadsurgery.elements.sizes import holds
 from cadsurgery.kernels.load import is_observed, setting
 
 if TYPE_CHECKING:
-    from cadsurgery.elements.backends.weights import Activation, Weights
+    from cadsurgery.elements.backends.weights import Activation, FusedConv
 
 
 _SAMPLE_WORK = 1 << 23  # multiply-accumulates of a sample
@@ -42,7 +42,7 @@ def size_class(size: int, least: int = 16, most: int = 512) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Between:
+class WindowRead:
     """From where to where a window reads: the lattices before and after, the window with its padding known.
 
     With `drop`, cells that are not downsampled here read only themselves, see `kernel_map`.
@@ -74,14 +74,14 @@ class Between:
             return read_rows(rows.unsqueeze(1))
         return kernel_map(self.source, self.target, self.window, drop=self.drop)
 
-    def smaller(self, cells: int) -> Between:
+    def smaller(self, cells: int) -> WindowRead:
         """The same between maps that are uniform, of so many cells in height and width."""
         side, level = self.source.uniform_side, self.source.uniform_level
         assert level is not None
         size = (cells * side, cells * side)
         source = self.source.geometry.uniform(level, 1, size).at(self.source.stage)
         target = source.at(self.target.stage, self.window.output_size(size))
-        return Between(source, target, self.window, self.drop)
+        return WindowRead(source, target, self.window, self.drop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +152,8 @@ class Convolution(Work):
         residual: rows of the result's shape, or None.
     """
 
-    weights: Weights
-    reads: Between | Reading | None
+    weights: FusedConv
+    reads: WindowRead | Reading | None
     outside: float = 0.0
     residual: Tensor | None = None
     task: ClassVar[str] = "convolve"
@@ -171,14 +171,14 @@ class Convolution(Work):
     @property
     def is_product(self) -> bool:
         """One tap at the element itself, ungrouped: a product of rows with a matrix."""
-        at_element = isinstance(self.reads, Between) and self.reads.window.is_pointwise
+        at_element = isinstance(self.reads, WindowRead) and self.reads.window.is_pointwise
         return self.reads is None or (at_element and self.weights.groups == 1)
 
     @property
     def case(self) -> tuple[Hashable, ...]:
         """The lattices and the window and, unless the layer keeps its choices, the weight."""
         weights, reads, rows = self.weights, self.reads, self.rows
-        where: Hashable = reads.case if isinstance(reads, Between) else reads is None
+        where: Hashable = reads.case if isinstance(reads, WindowRead) else reads is None
         case: tuple[Hashable, ...] = (
             self.task,
             rows.dtype,
@@ -187,7 +187,7 @@ class Convolution(Work):
             not self.outside,
             where,
         )
-        if weights.forms is None:
+        if weights.packed_cache is None:
             return *case, weights.weight.dtype, weights.weight.shape, weights.groups
         return *case, self.is_recurring
 
@@ -196,15 +196,15 @@ class Convolution(Work):
         """True for a product whose number of rows follows from the image's size alone, of one of the first sizes."""
         reads, weights = self.reads, self.weights
         if reads is None:
-            return weights.dense and weights.is_among_first(len(self.rows))
-        if not isinstance(reads, Between) or weights.groups > 1 or not reads.window.is_pointwise:
+            return weights.dense and weights.is_recurring_row_count(len(self.rows))
+        if not isinstance(reads, WindowRead) or weights.groups > 1 or not reads.window.is_pointwise:
             return False
-        return reads.target.uniform_level is not None and weights.is_among_first(reads.target.count)
+        return reads.target.uniform_level is not None and weights.is_recurring_row_count(reads.target.count)
 
     @property
     def choices(self) -> dict[Hashable, tuple[Choice, ...]]:
         """Those of the layer, if it is one that keeps them."""
-        return _CHOICES if self.weights.forms is None else self.weights.choices
+        return _CHOICES if self.weights.packed_cache is None else self.weights.choices
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
@@ -212,7 +212,7 @@ class Convolution(Work):
         are not measured: there may be a single one."""
         weights, uniform = self.weights, self._of_uniform
         if (
-            weights.forms is None
+            weights.packed_cache is None
             or self.reads is None
             or (uniform and weights.groups == 1 and not self.is_product)
         ):
@@ -228,7 +228,7 @@ class Convolution(Work):
     @property
     def _of_uniform(self) -> dict[str, object] | None:
         """Where a window reads if both maps have one level each: steps and sides of cells in fine pixels; else None."""
-        if not isinstance(self.reads, Between):
+        if not isinstance(self.reads, WindowRead):
             return None
         source, target, window = self.reads.source, self.reads.target, self.reads.window
         if source.uniform_level is None or target.uniform_level is None:
@@ -252,11 +252,11 @@ class Convolution(Work):
             outputs = groups * group
         kernel = weight.new_ones(outputs, group, *weight.shape[2:])
         weights = replace(
-            self.weights, weight=kernel, bias=weight.new_zeros(outputs), groups=groups, forms={}
+            self.weights, weight=kernel, bias=weight.new_zeros(outputs), groups=groups, packed_cache={}
         )
         weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={}, choices={})
         if self.weights.groups > 1 and self._of_uniform is not None:
-            assert isinstance(self.reads, Between)
+            assert isinstance(self.reads, WindowRead)
             reads = self.reads.smaller(_SAMPLE_CELLS)
             return Convolution(self.rows.new_ones(reads.source.count, group * groups), weights, reads)
         number = max(512, min(4096, _SAMPLE_WORK // kernel.numel()))
@@ -271,16 +271,16 @@ class Convolution(Work):
     @property
     def of_target(self) -> Tensor:
         """The rows of a product, those of the target alone."""
-        if not isinstance(self.reads, Between):
+        if not isinstance(self.reads, WindowRead):
             return self.rows
         return select_rows(self.rows, self.reads.source, self.reads.target)
 
 
 @dataclass(frozen=True, eq=False)
-class Spreading(Convolution):
+class TransposedConvolution(Convolution):
     """A transposed convolution: with the taps of each element's own phase, see `kernel_map`."""
 
-    reads: Between
+    reads: WindowRead
     task: ClassVar[str] = "spread"
 
 
@@ -288,7 +288,7 @@ class Spreading(Convolution):
 class Pooling(Work):
     """The largest value, or the sum, over the taps of each element: rows (N_target, C)."""
 
-    reads: Between | Reading
+    reads: WindowRead | Reading
     outside: float
     largest: bool
     task: ClassVar[str] = "pool"
@@ -296,7 +296,7 @@ class Pooling(Work):
     @property
     def case(self) -> tuple[Hashable, ...]:
         """The lattices and the window."""
-        where = self.reads.case if isinstance(self.reads, Between) else Reading
+        where = self.reads.case if isinstance(self.reads, WindowRead) else Reading
         return self.task, self.rows.dtype, self.rows.device.type, self.rows.dim(), self.largest, where
 
     @property

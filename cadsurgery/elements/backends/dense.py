@@ -11,15 +11,15 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import (
     Backend,
-    Between,
     Convolution,
     Pooling,
-    Spreading,
+    TransposedConvolution,
+    WindowRead,
     Work,
     choose_after,
 )
 from cadsurgery.elements.backends.costs import Costs, best_time, costs
-from cadsurgery.elements.backends.weights import Weights
+from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Geometry, Lattice
@@ -35,7 +35,7 @@ class _Dense(NamedTuple):
     dilation: tuple[int, int]
 
 
-def _dense(reads: Between) -> _Dense | None:
+def _dense(reads: WindowRead) -> _Dense | None:
     """The dense operation that does the same where both lattices are uniform; else None."""
     window, sides = reads.window, _sides(reads)
     if sides is None or any(step * window.spacing % sides[0] for step in (*window.dilation, *window.padding)):
@@ -43,7 +43,7 @@ def _dense(reads: Between) -> _Dense | None:
     return _on_samples(reads, *sides)
 
 
-def _on_samples(reads: Between, before: int, after: int) -> _Dense:
+def _on_samples(reads: WindowRead, before: int, after: int) -> _Dense:
     """The operation on a map with a sample on every `before`-th fine pixel, its outputs on every `after`-th."""
     window = reads.window
     down, across, top, _, left, _ = (
@@ -74,7 +74,7 @@ class _Spread(NamedTuple):
     wanted: tuple[int, int]
 
 
-def spread_of(reads: Between) -> _Spread | None:
+def spread_of(reads: WindowRead) -> _Spread | None:
     """The dense operation that a transposed convolution is where both lattices are uniform; else None."""
     window, sides = reads.window, _sides(reads)
     if sides is None:
@@ -88,14 +88,14 @@ def spread_of(reads: Between) -> _Spread | None:
     return _Spread(window.spacing // before, shifts, after // before, samples, wanted)
 
 
-def _sides(reads: Between) -> tuple[int, int] | None:
+def _sides(reads: WindowRead) -> tuple[int, int] | None:
     """The sides of the cells of both lattices, if the same can be computed on a dense map, and may be; else None."""
     if not _has_whole_map(reads) or not reads.source.uniform_side or not reads.target.uniform_side:
         return None
     return reads.source.uniform_side, reads.target.uniform_side
 
 
-def _has_whole_map(reads: Between) -> bool:
+def _has_whole_map(reads: WindowRead) -> bool:
     """Whether the same can be computed on a dense map, and may be, if the lattices are uniform."""
     geometry = reads.source.geometry
     plain = geometry.anchor == "corner" and reads.window.mode == "zeros" and not reads.drop
@@ -118,11 +118,11 @@ class Uniform(Backend):
 
     name = "uniform"
 
-    def applies(self, work: Convolution | Spreading | Pooling) -> bool:
+    def applies(self, work: Convolution | TransposedConvolution | Pooling) -> bool:
         """Where both lattices are uniform and all steps are whole cells."""
-        if not isinstance(work.reads, Between) or work.rows.dim() != 2:
+        if not isinstance(work.reads, WindowRead) or work.rows.dim() != 2:
             return False
-        if isinstance(work, Spreading):
+        if isinstance(work, TransposedConvolution):
             return spread_of(work.reads) is not None
         if isinstance(work, Pooling):
             has_form = work.largest and work.rows.dtype != torch.uint8
@@ -137,12 +137,12 @@ class Uniform(Backend):
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
         image, operation, padding = self._pad(work, 0.0)
-        assert isinstance(work.reads, Between)
+        assert isinstance(work.reads, WindowRead)
         more = _image_of(work.residual, work.reads.target) if work.residual is not None else None
         stride = (operation.stride, operation.stride)
         return _rows_of(work.weights.on_image(image, stride, padding, operation.dilation, more))
 
-    def spread(self, work: Spreading) -> Tensor:
+    def spread(self, work: TransposedConvolution) -> Tensor:
         """Rows (N, O)."""
         window, weights, spread = work.reads.window, work.weights, spread_of(work.reads)
         assert spread is not None
@@ -179,14 +179,14 @@ class Uniform(Backend):
     def pool(self, work: Pooling) -> Tensor:
         """Rows (N, C) of a maximum."""
         image, operation, padding = self._pad(work, -torch.inf)
-        assert isinstance(work.reads, Between)
+        assert isinstance(work.reads, WindowRead)
         kernel = work.reads.window.kernel
         return _rows_of(F.max_pool2d(image, kernel, operation.stride, padding, operation.dilation))
 
     def _pad(self, work: Convolution | Pooling, filled: float) -> tuple[Tensor, _Dense, tuple[int, int]]:
         """The map, the operation and what that pads: nothing where it would fill in another value than `filled`, pads
         more at one side than its stride explains, or cannot pad so far; the map is padded here then."""
-        assert isinstance(work.reads, Between)
+        assert isinstance(work.reads, WindowRead)
         operation, image = _dense(work.reads), _image_of(work.rows, work.reads.source)
         assert operation is not None
         left, right, top, bottom = operation.padding
@@ -210,9 +210,9 @@ class WholeMap(Backend):
     def applies(self, work: Convolution) -> bool:
         """Return True for windows that lie in a whole map."""
         weights, reads = work.weights, work.reads
-        if not work.is_inference or weights.forms is None or work.is_product or is_observed():
+        if not work.is_inference or weights.packed_cache is None or work.is_product or is_observed():
             return False
-        if not isinstance(reads, Between) or work.rows.device.type != "cpu" or work.outside:
+        if not isinstance(reads, WindowRead) or work.rows.device.type != "cpu" or work.outside:
             return False
         return not (reads.source.part or reads.target.part) and _has_whole_map(reads)
 
@@ -234,10 +234,10 @@ class WholeMap(Backend):
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
-        assert isinstance(work.reads, Between)
+        assert isinstance(work.reads, WindowRead)
         _, padding, dilation = _on_samples(work.reads, 1, 1)
         image = F.pad(to_dense(Elements(work.rows, work.reads.source)), padding)
-        plain = Weights(work.weights.weight, work.weights.bias, work.weights.groups)
+        plain = FusedConv(work.weights.weight, work.weights.bias, work.weights.groups)
         rows = _rows_of(plain.on_image(image, (1, 1), (0, 0), dilation))
         return work.weights.finish(rows.index_select(0, work.reads.target.anchors), work.residual)
 
@@ -249,7 +249,7 @@ def _measure(work: Convolution, other: Backend) -> Costs:
     channels = 128 if work.weights.groups == 1 else max(1, 128 // group) * group
     inner = channels if work.weights.groups == 1 else group
     weight = work.weights.weight.new_ones(channels, inner, height, width)
-    weights = Weights(weight, None, channels // inner, forms={})
+    weights = FusedConv(weight, None, channels // inner, packed_cache={})
     blocks = torch.arange(16 * 32).view(1, 16, 32) % 2
     lattice = Geometry((2,)).lattice(blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)).at(1)
     sample = Elements(work.rows.new_ones(lattice.count, channels), lattice)
@@ -258,7 +258,7 @@ def _measure(work: Convolution, other: Backend) -> Costs:
     target = lattice.at(1, window.output_size(lattice.size))
     image, work_of_element = to_dense(sample), weight[0].numel() * channels
     dense = best_time(lambda: weights.on_image(image, (1, 1), (height // 2, width // 2), (1, 1)))
-    on_elements = Convolution(sample.rows, weights, Between(lattice, target, window))
+    on_elements = Convolution(sample.rows, weights, WindowRead(lattice, target, window))
     sparse = best_time(lambda: other.convolve(on_elements))  # type: ignore[attr-defined]
     moved = best_time(lambda: to_dense(sample))
     pixels = image.shape[2] * image.shape[3]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cadsurgery.elements.backends import triton_kernels
-from cadsurgery.elements.backends.choose import Backend, Between, Convolution, extend
+from cadsurgery.elements.backends.choose import Backend, Convolution, WindowRead, extend
 from cadsurgery.elements.backends.weights import Activation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,13 +49,13 @@ class Triton(Backend):
 
     def applies(self, work: Convolution) -> bool:
         """Ungrouped and depthwise convolutions of rows on such a device, but no products of rows as they are."""
-        if work.graph or work.is_product or not isinstance(work.reads, Between):
+        if work.graph or work.is_product or not isinstance(work.reads, WindowRead):
             return False
         return supports(work.rows, work.weights.weight, work.weights.groups)
 
     def convolve(self, work: Convolution) -> Tensor:
         """Rows (N, O)."""
-        assert isinstance(work.reads, Between)
+        assert isinstance(work.reads, WindowRead)
         rows, weights, source, reading = work.rows, work.weights, work.reads.source, work.reading
         derive, key = source.derive, (work.reads.target.key, work.reads.window)
         if reading.sources.shape[0] or work.outside:

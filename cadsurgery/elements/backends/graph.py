@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Backend, Convolution, compute
-from cadsurgery.elements.backends.weights import Weights, product
+from cadsurgery.elements.backends.weights import FusedConv, product
 from cadsurgery.elements.kernel_map import Reading
 
 
@@ -68,7 +68,7 @@ def _product_by_table(
     if used is not None:
         sources, mix = sources[: int(used)], mix[: int(used)]
     reading = Reading(table.contiguous(), sources, mix, has_outside)
-    return compute(Convolution(rows, Weights(weight, bias, groups), reading, outside))
+    return compute(Convolution(rows, FusedConv(weight, bias, groups), reading, outside))
 
 
 _OPERATIONS.impl("product_by_table", _product_by_table, "CPU")

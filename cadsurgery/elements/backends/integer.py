@@ -15,9 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Backend, Between, Work, compute, every_row
+from cadsurgery.elements.backends.choose import Backend, WindowRead, Work, compute, every_row
 from cadsurgery.elements.backends.native import (
-    Rows,
+    RowSource,
     call,
     group_weight,
     halo_of,
@@ -99,7 +99,7 @@ class IntegerWeights:
         source: grid of the rows.
         more: grid of a residual in 8 bits; None of one in float32.
         out: grid of the result; None: float32.
-        forms: packed weights and constants made so far.
+        packed_cache: packed weights and constants made so far.
     """
 
     weight: Tensor
@@ -110,7 +110,7 @@ class IntegerWeights:
     source: Grid
     more: Grid | None = None
     out: Grid | None = None
-    forms: dict[Any, Any] = field(default_factory=dict)
+    packed_cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def is_fused(self) -> bool:
@@ -125,9 +125,9 @@ class IntegerWeights:
     @property
     def constants(self) -> Finish:
         """What becomes of its sums."""
-        if "constants" not in self.forms:
-            self.forms["constants"] = self._make_constants()
-        finish: Finish = self.forms["constants"]
+        if "constants" not in self.packed_cache:
+            self.packed_cache["constants"] = self._make_constants()
+        finish: Finish = self.packed_cache["constants"]
         return finish
 
     def _make_constants(self) -> Finish:
@@ -152,11 +152,11 @@ class IntegerWeights:
         return Finish(offset, scale.float(), bias.float(), _single(more), _single(factor), shift, low, high)
 
     @property
-    def alone(self) -> IntegerWeights:
+    def without_activation(self) -> IntegerWeights:
         """The product alone, in float32."""
-        if "alone" not in self.forms:
-            self.forms["alone"] = replace(self, activation=None, more=None, out=None, forms={})
-        weights: IntegerWeights = self.forms["alone"]
+        if "alone" not in self.packed_cache:
+            self.packed_cache["alone"] = replace(self, activation=None, more=None, out=None, packed_cache={})
+        weights: IntegerWeights = self.packed_cache["alone"]
         return weights
 
     def add(self, product: Tensor, residual: Tensor | None) -> Tensor:
@@ -182,7 +182,7 @@ class IntegerWeights:
     def packed(self, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight, offset, scale and bias as a form of `int8.c` reads them: padded to whole chunks of outputs of each
         group, channels of an output side by side."""
-        if ("packed", form) not in self.forms:
+        if ("packed", form) not in self.packed_cache:
             layout = integer_layout(form)
             chunk, side = layout.chunk, layout.side
             outputs, channels = self.weight.shape[0] // self.groups, self.weight.shape[1]
@@ -195,8 +195,8 @@ class IntegerWeights:
             offset, scale, bias = self.constants[:3]
             offset = offset + layout.shift * self.weight.flatten(1).sum(1, dtype=torch.int32)
             rest = (self._pad(value, chunk) for value in (offset, scale, bias))
-            self.forms["packed", form] = (whole.contiguous(), *rest)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["packed", form]
+            self.packed_cache["packed", form] = (whole.contiguous(), *rest)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.packed_cache["packed", form]
         return found
 
     def _pad(self, values: Tensor, chunk: int) -> Tensor:
@@ -207,22 +207,24 @@ class IntegerWeights:
 
     def by_channel(self) -> tuple[Tensor, Tensor]:
         """Weight and offset of a depthwise convolution as `grouped.c` reads them: whole numbers in float32."""
-        if "by channel" not in self.forms:
-            self.forms["by channel"] = group_weight(self.weight.float(), self.constants.offset.float())
-        parts: tuple[Tensor, Tensor] = self.forms["by channel"]
+        if "by channel" not in self.packed_cache:
+            self.packed_cache["by channel"] = group_weight(self.weight.float(), self.constants.offset.float())
+        parts: tuple[Tensor, Tensor] = self.packed_cache["by channel"]
         return parts
 
     def by_taps(self, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight, offset, scale and bias of a depthwise convolution as a form of `int8_depthwise.c` reads them: of the
         channels of a vector four taps side by side, in the order in which processors interleave them: (16 channels, 4,
         4) as (4, 16 channels, 4)."""
-        if ("by taps", form) not in self.forms:
+        if ("by taps", form) not in self.packed_cache:
             layout, taps = integer_layout(form), self.weight[0].numel()
             padded = self.weight.new_zeros(len(self.weight), -(-taps // 4) * 4)
             padded[:, :taps] = self.weight.flatten(1)
             rest = [value.unsqueeze(1) for value in self.constants[:3]]
-            self.forms["by taps", form] = tuple(_interleave(value, layout) for value in (padded, *rest))
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.forms["by taps", form]
+            self.packed_cache["by taps", form] = tuple(
+                _interleave(value, layout) for value in (padded, *rest)
+            )
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = self.packed_cache["by taps", form]
         return found
 
 
@@ -237,14 +239,14 @@ class IntegerConvolution(Work):
     """
 
     weights: IntegerWeights
-    reads: Between | Reading | None
+    reads: WindowRead | Reading | None
     residual: Tensor | None = None
     task: ClassVar[str] = "convolve_integers"
 
     @property
     def is_product(self) -> bool:
         """Whether it reads one tap, the rows as they are."""
-        if not isinstance(self.reads, Between):
+        if not isinstance(self.reads, WindowRead):
             return self.reads is None
         return self.reads.window.is_pointwise and rows_of(self.reads.source, self.reads.target) is None
 
@@ -258,7 +260,7 @@ def convolve(work: IntegerConvolution) -> Tensor:
     """Rows (N, O); an activation that backends do not apply is another pass, in float32."""
     if work.weights.is_fused:
         return compute(work)
-    product = compute(replace(work, weights=work.weights.alone, residual=None))
+    product = compute(replace(work, weights=work.weights.without_activation, residual=None))
     return work.weights.add(product, work.residual)
 
 
@@ -293,7 +295,7 @@ class Integers(Backend):
         ):
             table, read_rows = (
                 reading.table,
-                Rows(work.rows, halo_of(work.rows, reading), weights.source.zero),
+                RowSource(work.rows, halo_of(work.rows, reading), weights.source.zero),
             )
             levels = (None, known.scale, known.bias)
             packed = weights.by_channel()

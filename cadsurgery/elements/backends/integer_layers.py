@@ -64,14 +64,14 @@ class IntegerConv(nn.Module):
     @property
     def _by_line(self) -> IntegerWeights:
         """Of an image of up to four channels: what a tap reads are all pixels of a line of the window."""
-        if "by line" not in self.weights.forms:
+        if "by line" not in self.weights.packed_cache:
             weight = self.weight.new_zeros(
                 self.weight.shape[0], *self.weight.shape[2:], _FOUR
             )  # (O, kh, kw, 4)
             weight[..., : self.weight.shape[1]] = self.weight.permute(0, 2, 3, 1)
             by_line = weight.flatten(2).transpose(1, 2).unsqueeze(3).contiguous()
-            self.weights.forms["by line"] = replace(self.weights, weight=by_line, forms={})
-        weights: IntegerWeights = self.weights.forms["by line"]
+            self.weights.packed_cache["by line"] = replace(self.weights, weight=by_line, packed_cache={})
+        weights: IntegerWeights = self.weights.packed_cache["by line"]
         return weights
 
     def extra_repr(self) -> str:
@@ -91,7 +91,7 @@ class IntegerConv(nn.Module):
         return super()._apply(function, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "weights": replace(self.weights, forms={})}
+        return {**super().__getstate__(), "weights": replace(self.weights, packed_cache={})}
 
 
 class IntegerLinear(IntegerConv):

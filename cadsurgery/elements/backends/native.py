@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cadsurgery.elements.backends.choose import (
     Backend,
-    Between,
     Convolution,
     Filling,
     Gathering,
@@ -24,6 +23,7 @@ from cadsurgery.elements.backends.choose import (
     MixingLines,
     Picking,
     Pooling,
+    WindowRead,
     Work,
     mix,
 )
@@ -34,7 +34,7 @@ from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of
 from cadsurgery.support.pages import new_memory
 
 if TYPE_CHECKING:
-    from cadsurgery.elements.backends.weights import Pair, Weights
+    from cadsurgery.elements.backends.weights import FusedConv, Pair
 
 # The types of elements that kernels are compiled for.
 ELEMENTS = {
@@ -48,7 +48,7 @@ _UNBOUNDED = (-math.inf, math.inf)
 _LEAST_GROUP = 4
 
 
-class Rows(NamedTuple):
+class RowSource(NamedTuple):
     """Rows that a kernel map's table points into, without ever being put into one tensor.
 
     Attributes:
@@ -62,7 +62,7 @@ class Rows(NamedTuple):
     outside: float = 0.0
 
     @classmethod
-    def of(cls, work: Convolution | Pooling | Gathering) -> Rows:
+    def of(cls, work: Convolution | Pooling | Gathering) -> RowSource:
         """What a work reads."""
         reading = work.reading
         return cls(work.rows, halo_of(work.rows, reading), work.outside)
@@ -98,7 +98,7 @@ class Native(Backend):
         # for each number of rows, which takes a millisecond and half a megabyte that stays in its caches: it gets the
         # maps of the first few sizes where that number follows from the size of the image alone.
         if (
-            weights.forms is None
+            weights.packed_cache is None
             or work.rows.dtype != weights.weight.dtype
             or not isa_of("product", ELEMENTS[work.rows.dtype])
         ):
@@ -136,15 +136,15 @@ class Native(Backend):
             if is_product:
                 rows, table = work.of_target, None
                 out = new_memory(rows, *rows.shape[:-1], outputs)
-                source = Rows(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]))
+                source = RowSource(rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1]))
             else:
                 reading = work.reading
-                source, table = Rows(work.rows, halo_of(work.rows, reading), work.outside), reading.table
+                source, table = RowSource(work.rows, halo_of(work.rows, reading), work.outside), reading.table
                 out = new_memory(work.rows, len(table), outputs)
             packed = weights.form(key, lambda: pack(weights.weight.to(dtype), weights.bias))
             levels: tuple[Tensor | None, ...] = (None, None, None)
             if weights.levels is not None:
-                assert isinstance(work.reads, Between)
+                assert isinstance(work.reads, WindowRead)
                 factors = (value.to(packed[1].dtype).contiguous() for value in weights.levels)
                 levels = (work.reads.target.level_of_rows, *factors)
             act = weights.activation
@@ -161,14 +161,14 @@ class Native(Backend):
         """Rows (N, C)."""
         table = work.reading.table
         out = new_memory(work.rows, table.shape[0], work.rows.shape[1])
-        call("pool", Rows.of(work), table, out, int(work.largest))
+        call("pool", RowSource.of(work), table, out, int(work.largest))
         return out
 
     def mix(self, work: Mixing) -> Tensor:
         """Rows (M, C)."""
         out = new_memory(work.rows, work.sources.shape[0], work.rows.shape[1])
         shares = work.shares.to(_sum_type(work.rows.dtype)).contiguous()
-        call("mix", Rows(work.rows), work.sources.contiguous(), shares, out)
+        call("mix", RowSource(work.rows), work.sources.contiguous(), shares, out)
         return out
 
     def mix_lines(self, work: MixingLines) -> Tensor:
@@ -177,7 +177,7 @@ class Native(Backend):
         out = new_memory(work.rows, lines, len(work.share), channels)
         sources = torch.stack((work.first, work.second), 1).int()
         shares = torch.stack((1 - work.share, work.share), 1).to(_sum_type(out.dtype))
-        rows = Rows(work.rows.reshape(lines * width, channels))
+        rows = RowSource(work.rows.reshape(lines * width, channels))
         call("mix_lines", rows, sources, shares, lines, out, count=width)
         return out
 
@@ -186,7 +186,7 @@ class Native(Backend):
         table, sources = work.reading.table.reshape(-1, 1), work.reading.sources.contiguous()
         shares = work.reading.mix.to(_sum_type(work.rows.dtype)).contiguous()
         out = new_memory(work.rows, len(table), work.rows.shape[1])
-        call("gather_mixing", Rows(work.rows), table, sources, shares, sources.shape[1], out)
+        call("gather_mixing", RowSource(work.rows), table, sources, shares, sources.shape[1], out)
         return out
 
     def fill(self, work: Filling) -> Tensor:
@@ -203,12 +203,14 @@ class Native(Backend):
         numbers = (side, height, width, work.least)
         limits = bounds or _UNBOUNDED
         weights = work.weights.to(dtype).contiguous()
-        call("fill", Rows(rows), table, there, index, shares, weights, *numbers, floor, more, out, *limits)
+        call(
+            "fill", RowSource(rows), table, there, index, shares, weights, *numbers, floor, more, out, *limits
+        )
         return out if bounds or act is None else act.apply_(out)
 
     def gather(self, work: Gathering) -> Callable[[Tensor, Tensor], None]:
         """The function of entries (n, taps) and memory (n * taps, C)."""
-        source = Rows.of(work)
+        source = RowSource.of(work)
 
         def fill(entries: Tensor, out: Tensor) -> None:
             call("gather", source, entries, out)
@@ -310,13 +312,13 @@ class _Expansion(ctypes.Structure):
     )
 
 
-def is_point(weights: Weights) -> bool:
+def is_point(weights: FusedConv) -> bool:
     """Whether `expand_depthwise` has a form for a 1x1 convolution."""
     plain = weights.activation is None or weights.activation.bounds is not None
     return plain and weights.groups == 1 and weights.weight.shape[2:] == (1, 1) and weights.levels is None
 
 
-def can_expand(first: Weights, then: Weights, stride: Pair, dilation: Pair) -> bool:
+def can_expand(first: FusedConv, then: FusedConv, stride: Pair, dilation: Pair) -> bool:
     """Whether `expand_depthwise` has a form for a 1x1 convolution and the depthwise one that follows, of dense maps."""
     outputs, group = then.weight.shape[:2]
     is_depthwise = then.groups == outputs == first.weight.shape[0] and group == 1 and then.levels is None
@@ -331,11 +333,11 @@ def can_expand(first: Weights, then: Weights, stride: Pair, dilation: Pair) -> b
 
 def expand_depthwise(
     image: Tensor,
-    first: Weights,
-    then: Weights,
+    first: FusedConv,
+    then: FusedConv,
     stride: Pair,
     padding: Pair,
-    last: Weights | None = None,
+    last: FusedConv | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """A depthwise convolution of the result of a 1x1 convolution, see `can_expand`: (B, O, H', W') from (B, C, H, W) in
@@ -389,7 +391,12 @@ def map_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair) -> Pair:
 
 
 def call(
-    name: str, source: Rows, table: Tensor | None, *arguments: Any, count: int | None = None, groups: int = 1
+    name: str,
+    source: RowSource,
+    table: Tensor | None,
+    *arguments: Any,
+    count: int | None = None,
+    groups: int = 1,
 ) -> None:
     """Call a kernel: tensors go as pointers, None as none. Without a table each row reads itself."""
     _call(function(name, ELEMENTS[source.rows.dtype]), source, table, arguments, count, groups)
@@ -397,7 +404,7 @@ def call(
 
 def _call(
     kernel: Any,
-    source: Rows,
+    source: RowSource,
     table: Tensor | None,
     arguments: tuple[Any, ...],
     count: int | None = None,

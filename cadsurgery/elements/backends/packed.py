@@ -16,7 +16,7 @@ from cadsurgery.elements.backends.native import (
     map_size,
     supports,
 )
-from cadsurgery.elements.backends.weights import Activation, Factors, Pair, Weights
+from cadsurgery.elements.backends.weights import Activation, Factors, FusedConv, Pair
 from cadsurgery.kernels.layouts import product_layout
 from cadsurgery.kernels.load import has_bf16_dot
 
@@ -50,18 +50,18 @@ class PackedConv(nn.Module):
         self.scale: Tensor | None
         self.shift: Tensor | None
         self.groups, self.activation, self.window = groups, activation, window
-        self.meets_nan = False  # see `Weights`
-        self._packed: Weights | None = None
+        self.meets_nan = False  # see `FusedConv`
+        self._packed: FusedConv | None = None
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> FusedConv:
         """The weight with its packed forms."""
         if self._packed is None:
             dense = self.window is not None
             parts = (self.weight, self.bias, self.groups, self.activation)
             by_level = self.scale is not None and self.shift is not None
             levels = Factors(self.scale, self.shift) if by_level else None  # type: ignore[arg-type]
-            self._packed = Weights(*parts, {}, dense, self.meets_nan, levels=levels)
+            self._packed = FusedConv(*parts, {}, dense, self.meets_nan, levels=levels)
         return self._packed
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -94,13 +94,13 @@ class PackedLinear(PackedConv):
         shape = (*values.shape[:-1], self.weight.shape[0])
         rows = values.reshape(-1, values.shape[-1])
         if residual is not None and residual.shape != shape:
-            plain = compute(Convolution(rows, self.weights.alone, None))
+            plain = compute(Convolution(rows, self.weights.without_activation, None))
             return self.weights.finish(plain.view(shape), residual)
         more = residual.reshape(-1, shape[-1]) if residual is not None else None
         return compute(Convolution(rows, self.weights, None, residual=more)).view(shape)
 
 
-class PackedPair(nn.Module):
+class FusedBottleneck(nn.Module):
     """A 1x1 convolution of a dense map and the depthwise one that alone reads its result; and maybe the 1x1 convolution
     that alone reads that one's. Where there is compiled code for them at once what is between them, the largest maps of
     many networks, is never in memory as a whole."""

@@ -23,7 +23,7 @@ from cadsurgery.elements.backends.choose import (
     MixingLines,
     Picking,
     Pooling,
-    Spreading,
+    TransposedConvolution,
     Work,
     compute,
     extend,
@@ -67,7 +67,7 @@ class Torch(Backend):
         sums = torch.cat([_apply_taps(block, matrix, None, groups) for block in blocks])
         return weights.finish(sums.round().to(torch.int32), work.residual)
 
-    def spread(self, work: Spreading) -> Tensor:
+    def spread(self, work: TransposedConvolution) -> Tensor:
         """Rows (N, O): of each phase by an ordinary convolution, which is chosen anew."""
         source, target, window = work.reads.source, work.reads.target, work.reads.window
         rows, reading = work.rows, work.reading
@@ -75,7 +75,7 @@ class Torch(Backend):
         has_outside = reading.has_outside and holds(reading.sources.shape[0] == 0)
         if not has_outside:  # the halo is mixed once for all phases
             rows = extend(rows, reading, 0.0)
-        weights = work.weights if work.residual is None else work.weights.alone
+        weights = work.weights if work.residual is None else work.weights.without_activation
         parts = []
         for phase in every:
             own = weights.of_phase(phase.first, window.finer)

@@ -1,6 +1,6 @@
 """A convolution's weight, its products with rows and dense maps, and what is done to those before they leave the cache.
 
-`Weights` are a weight with its bias, groups and activation. In oneDNN rows are multiplied as by a linear layer, whose
+`FusedConv` are a weight with its bias, groups and activation. In oneDNN rows are multiplied as by a linear layer, whose
 packed weight serves any number of rows, dense maps by weights packed for their shapes; residual and activation are
 taken along. Each backend packs the weight its own way; packed forms are kept where the weights are those of inference.
 """
@@ -96,7 +96,7 @@ class Factors(NamedTuple):
 
 
 @dataclass
-class Weights:
+class FusedConv:
     """Weight (O, C / groups, kh, kw), bias and activation of a convolution.
 
     Attributes:
@@ -104,7 +104,7 @@ class Weights:
         bias: (O,) or None.
         groups: channel groups.
         activation: applied last, after the residual.
-        forms: packed forms of the weight made so far; None if they are not worth keeping.
+        packed_cache: packed forms of the weight made so far; None if they are not worth keeping.
         dense: whether its weight is also worth packing for the shape of a dense map.
         counts: numbers of rows of the first uniform maps that were multiplied.
         phases: of a transposed convolution the weights of each phase, if their packed forms are kept.
@@ -119,36 +119,38 @@ class Weights:
     bias: Tensor | None
     groups: int = 1
     activation: Activation | None = None
-    forms: dict[Hashable, Any] | None = None
+    packed_cache: dict[Hashable, Any] | None = None
     dense: bool = False
     meets_nan: bool = False
     counts: set[int] = field(default_factory=set)
-    phases: dict[tuple[int, int], Weights] = field(default_factory=dict)
+    phases: dict[tuple[int, int], FusedConv] = field(default_factory=dict)
     levels: Factors | None = None
-    of_levels: dict[int, Weights] = field(default_factory=dict)
+    of_levels: dict[int, FusedConv] = field(default_factory=dict)
     choices: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
-    def is_among_first(self, count: int) -> bool:
+    def is_recurring_row_count(self, count: int) -> bool:
         """Whether so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
         if len(self.counts) < MOST_FORMS:
             self.counts.add(count)
         return count in self.counts
 
     @property
-    def alone(self) -> Weights:
+    def without_activation(self) -> FusedConv:
         """The product alone, without the activation; packed weights are shared."""
         return replace(self, activation=None)
 
-    def of_phase(self, first: tuple[int, int], finer: int) -> Weights:
+    def of_phase(self, first: tuple[int, int], finer: int) -> FusedConv:
         """Of a transposed convolution the taps of one phase, see `kernel_map`; packed weights are kept with these."""
-        if self.forms is None:
+        if self.packed_cache is None:
             return replace(self, weight=self.weight[:, :, first[0] :: finer, first[1] :: finer])
         if first not in self.phases:
             part = self.weight[:, :, first[0] :: finer, first[1] :: finer]
-            self.phases[first] = replace(self, weight=part, forms={}, counts=set(), phases={}, choices={})
+            self.phases[first] = replace(
+                self, weight=part, packed_cache={}, counts=set(), phases={}, choices={}
+            )
         return replace(self.phases[first], activation=self.activation)
 
-    def at_level(self, level: int) -> Weights:
+    def at_level(self, level: int) -> FusedConv:
         """Where all rows are at one level: scale and shift folded in."""
         if self.levels is None or level == 0:
             return replace(self, levels=None)
@@ -158,7 +160,11 @@ class Weights:
             weight = self.weight.double() * scale.view(-1, 1, 1, 1)
             folded = replace(self, weight=weight.to(self.weight), bias=bias.to(self.weight), levels=None)
             self.of_levels[level] = replace(
-                folded, forms=None if self.forms is None else {}, counts=set(), phases={}, choices={}
+                folded,
+                packed_cache=None if self.packed_cache is None else {},
+                counts=set(),
+                phases={},
+                choices={},
             )
         return replace(self.of_levels[level], activation=self.activation)
 
@@ -167,8 +173,8 @@ class Weights:
 
         `residual` (n, O) is added before the activation.
         """
-        if self.forms is None or not _has_onednn(rows) or not rows.numel():
-            multiply = product if self.forms is None and rows.numel() else F.linear
+        if self.packed_cache is None or not _has_onednn(rows) or not rows.numel():
+            multiply = product if self.packed_cache is None and rows.numel() else F.linear
             return self.finish(multiply(rows, self.matrix(rows.dtype), self.bias_as(rows.dtype)), residual)
         # As a linear layer, whose packed weight serves any number of rows. That of a convolution serves those it
         # was packed for: with others it is reordered in every call, which is far slower.
@@ -199,7 +205,7 @@ class Weights:
     def on_elements(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
         """`on_rows`, where the product of a row must not depend on how many there are."""
         count, fewest = rows.shape[0], _fewest(rows)
-        if self.forms is None or not fewest or not 0 < count < fewest:
+        if self.packed_cache is None or not fewest or not 0 < count < fewest:
             return self.on_rows(rows, residual)
         more = _fill(residual, fewest) if residual is not None else None
         return self.on_rows(_fill(rows, fewest), more)[:count]
@@ -212,7 +218,7 @@ class Weights:
         `residual` is added before the activation; it may be any tensor that broadcasts to the result.
         """
         if residual is not None and residual.shape != self._shape(image, stride, padding, dilation):
-            return self.finish(self.alone.on_image(image, stride, padding, dilation), residual)
+            return self.finish(self.without_activation.on_image(image, stride, padding, dilation), residual)
         weight, bias = self.weight.to(image.dtype), self.bias_as(image.dtype)
         is_pointwise = self.groups == 1 and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
         if self.dense and is_pointwise and not torch.compiler.is_compiling():
@@ -255,7 +261,7 @@ class Weights:
     ) -> Tensor:
         bias, act, (stride, padding, dilation) = self.bias_as(image.dtype), self.activation, window
         numbers = (padding, stride, dilation, groups)
-        if residual is None and act is None and self.forms is None:
+        if residual is None and act is None and self.packed_cache is None:
             return F.conv2d(image, weight, bias, *window, groups)
         if residual is None:
             return self._rest(_POINTWISE(image, weight, bias, *numbers, *self._fused))
@@ -309,17 +315,17 @@ class Weights:
 
     def form(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once if forms are kept; any thread may ask. The oldest of too many goes."""
-        if self.forms is None:
+        if self.packed_cache is None:
             return make()
-        form = self.forms.get(key)
+        form = self.packed_cache.get(key)
         if form is None:
             with _PACKING:
-                form = self.forms.get(key)
+                form = self.packed_cache.get(key)
                 if form is None:
                     form = make()
-                    if len(self.forms) >= MOST_FORMS:
-                        del self.forms[next(iter(self.forms))]
-                    self.forms[key] = form
+                    if len(self.packed_cache) >= MOST_FORMS:
+                        del self.packed_cache[next(iter(self.packed_cache))]
+                    self.packed_cache[key] = form
         return form
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cadsurgery.elements.backends.choose import Between
+from cadsurgery.elements.backends.choose import WindowRead
 from cadsurgery.elements.gaps import REACH, resolution
 from cadsurgery.elements.kernel_map import Reading, Window, read_rows
 from cadsurgery.elements.lattice import Geometry, Lattice, Part
@@ -200,12 +200,12 @@ class Sites:
         whole: Lattice = self._known[key]
         return whole if places is None else whole.pyramid.lattice(0, size, places.part)
 
-    def between(self, size: Size, source: Places | None, window: Window, target: Places) -> Between:
+    def between(self, size: Size, source: Places | None, window: Window, target: Places) -> WindowRead:
         """What a convolution reads for some positions of its output, from some of a map of a size."""
         window = window.fit(size)
         before = self.lattice(size, source, window.stride)
         if window.stride == 1:
-            return Between(before, before.pyramid.lattice(0, target.size, target.part), window)
+            return WindowRead(before, before.pyramid.lattice(0, target.size, target.part), window)
         fine = window.output_size(size)
 
         def build() -> Part:
@@ -216,7 +216,7 @@ class Sites:
         key = ("anchors", id(target), window.stride, fine)
         if key not in self._known:
             self._known[key] = (build(), target)
-        return Between(before, before.pyramid.lattice(1, fine, self._known[key][0]), window)
+        return WindowRead(before, before.pyramid.lattice(1, fine, self._known[key][0]), window)
 
 
 def _spread(mask: Tensor, axis: int, length: int, before: int, window: Window) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.elements.backends.choose import Between, Convolution, compute
+from cadsurgery.elements.backends.choose import Convolution, WindowRead, compute
 from cadsurgery.elements.backends.packed import PackedConv
-from cadsurgery.elements.backends.weights import Weights
+from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import Reading
@@ -209,8 +209,8 @@ class Run:
         before, places = self.env[source]
         of_source = self.shapes.sizes[source]
         kernel = module if isinstance(module, PackedConv) else None
-        weights = Weights(module.weight, module.bias, module.groups) if kernel is None else kernel.weights
-        reads: Between | Reading
+        weights = FusedConv(module.weight, module.bias, module.groups) if kernel is None else kernel.weights
+        reads: WindowRead | Reading
         if step.manner.window.is_pointwise and of_source == size and weights.groups == 1:
             rows = _as_rows(before) if places is None else before  # a product, of rows where they lie
             reads = (places or sites.everywhere(size)).reading_of(computed)
@@ -221,7 +221,7 @@ class Run:
         residual = None if len(step.reads) < 2 else self._at(step.reads[1], every)
         if every is computed:
             return Value(compute(Convolution(rows, weights, reads, residual=residual)), every)
-        out = compute(Convolution(rows, weights.alone, reads))
+        out = compute(Convolution(rows, weights.without_activation, reads))
         width = getattr(kernel or module, "width", None)
         floor: Any = getattr(kernel, "floor", None)
         some = Elements(out, sites.lattice(size, computed))

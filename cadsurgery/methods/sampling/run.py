@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
-from cadsurgery.elements.backends.weights import Weights
+from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.gaps import resolution
@@ -191,7 +191,7 @@ class Run:
             kernel = child(self.net, step.target) if step.op == "call_module" else None
             if isinstance(kernel, PackedConv) and len(step.reads) > 1:
                 layout = CHANNELS_LAST if isinstance(kernel, PackedLinear) else CHANNELS_FIRST
-                product = Convolution(_rows(value, layout), kernel.weights.alone, None)
+                product = Convolution(_rows(value, layout), kernel.weights.without_activation, None)
                 value = _column(compute(product), layout)
             else:
                 value = self._step(step, **{before.name: value})
@@ -208,7 +208,7 @@ class Run:
         else:
             weight, bias = parameter(module, "weight"), parameter(module, "bias")
             wide = weight if weight.dim() == 4 else weight[:, :, None, None]
-            weights = Weights(wide, bias, getattr(module, "groups", 1))
+            weights = FusedConv(wide, bias, getattr(module, "groups", 1))
         return compute(Convolution(x.flatten(0, 2), weights, reading))
 
     def _is_linear(self, step: Step) -> bool:
