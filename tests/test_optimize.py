@@ -566,7 +566,7 @@ def test_compiled_convolutions_scale_by_level(dtype: torch.dtype, group: int, ch
         window = Window((side, side), 1, (1, 1), (1, 1, 1, 1), spacing=4)
         work = Convolution(rows, weights, WindowRead(lattice, lattice, window))
         found = native.Native().convolve(work)
-        exact = replace(weights, weight=weight.double(), bias=weights.bias.double(), forms=None)
+        exact = replace(weights, weight=weight.double(), bias=weights.bias.double(), packed_cache=None)
         sums = replace(work, rows=rows.double(), weights=replace(exact, activation=None, levels=None))
         expected = choose.BACKENDS[-1].convolve(sums)  # type: ignore[attr-defined]
         if factors is not None:

@@ -144,7 +144,7 @@ def work_of(case: Case, packed: bool) -> Convolution:
 def exactly(work: Convolution) -> Convolution:
     """The same in float64, for the reference."""
     weights = replace(
-        work.weights, weight=work.weights.weight.double(), bias=work.weights.bias.double(), forms=None
+        work.weights, weight=work.weights.weight.double(), bias=work.weights.bias.double(), packed_cache=None
     )
     residual = work.residual.double() if work.residual is not None else None
     return replace(work, rows=work.rows.double(), weights=weights, residual=residual)
