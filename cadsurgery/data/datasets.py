@@ -78,7 +78,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def is_labelled(self) -> bool:
-        """Whether the images have labels."""
+        """True if the images have labels."""
         return bool(self.classes)
 
     def first(self, count: int | None) -> SegmentationData:
@@ -111,7 +111,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
 
 def is_labelled(data: Any) -> bool:
-    """Whether the samples of a dataset come with labels: it says so itself, or its first is more than an image."""
+    """True if the samples of a dataset come with labels: it says so itself, or its first is more than an image."""
     known = getattr(data, "is_labelled", None)
     return bool(known) if known is not None else not isinstance(data[0], Tensor)
 

@@ -41,12 +41,12 @@ class Address(NamedTuple):
 
 
 def is_address(name: object) -> bool:
-    """Whether a file is named by its address on the Hub."""
+    """True if a file is named by its address on the Hub."""
     return isinstance(name, (str, os.PathLike)) and str(name).startswith(PREFIX)
 
 
 def read_address(text: str) -> Address:
-    """What `hf:owner/name@revision` says; `hf:` may be left out.
+    """Parse `hf:owner/name@revision`; `hf:` may be left out.
 
     Raises:
         InvalidInput: it is none.
@@ -157,7 +157,7 @@ def _reason(error: Exception, address: Address) -> tuple[str, str]:
 
 
 def _said(error: Exception) -> str:
-    """What the server said, in a line."""
+    """Return the server's message in one line."""
     return first_line(getattr(error, "server_message", "") or " ".join(str(error).split()))
 
 

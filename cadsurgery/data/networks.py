@@ -162,7 +162,7 @@ def _call(source: Source) -> str:
 
 
 def _is_small(value: Any, largest: int) -> bool:
-    """Whether an argument is a plain value, or a short list of them, that asks for nothing large."""
+    """True if an argument is a plain value, or a short list of them, that asks for nothing large."""
     if isinstance(value, list):
         return len(value) <= 64 and not any(isinstance(v, list) or not _is_small(v, largest) for v in value)
     if isinstance(value, str):

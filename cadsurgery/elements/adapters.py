@@ -45,7 +45,7 @@ def adapt(x: Elements, adapter: LevelAdapter) -> Elements:
 
 @operation(reads="image", gives="vector")
 def adapt_vector(x: Elements, vector: Tensor, adapter: LevelAdapter) -> Tensor:
-    """What a layer makes of a mean over the elements x, (B, C, ...) with nothing in the image axes, scaled and shifted
+    """Apply a layer to a mean over the elements x, (B, C, ...) with nothing in the image axes, scaled and shifted
     by the share of the image that is at each level: a mean over fewer samples is another one. All at level 0 as it is.
     """
     if x.lattice.stage == 0 or x.lattice.uniform_level == 0:

@@ -91,7 +91,7 @@ def regroup_axes(
 
 
 def is_flat(shape: Sequence[int], layout: str) -> bool:
-    """Whether a tensor of `shape`, broadcast against a map of `layout`, has no extent in the image."""
+    """True if a tensor of `shape`, broadcast against a map of `layout`, has no extent in the image."""
     if len(shape) > len(layout):
         return False
     return all(size == 1 for size, axis in zip(shape[::-1], layout[::-1], strict=False) if axis in _IMAGE)

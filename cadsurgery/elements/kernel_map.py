@@ -74,7 +74,7 @@ class Window(NamedTuple):
 
     @property
     def has_equal_phases(self) -> bool:
-        """Whether every element reads as many taps."""
+        """True if every element reads as many taps."""
         return not any(taps % self.finer for taps in self.kernel)
 
     @property
@@ -199,7 +199,7 @@ def _numbers(values: list[int], like: Tensor) -> Tensor:
 
 
 def _has_halo(lattice: Lattice) -> bool:
-    """Whether points inside its cells are mixed from several elements."""
+    """True if points inside its cells are mixed from several elements."""
     return lattice.geometry.interpolates and lattice.uniform_level != 0
 
 

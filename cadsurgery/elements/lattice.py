@@ -81,7 +81,7 @@ class Geometry:
 
     @property
     def interpolates(self) -> bool:
-        """Whether points inside a cell are read from more than the cell."""
+        """True if points inside a cell are read from more than the cell."""
         return self.fill != "nearest"
 
     @property
@@ -267,12 +267,12 @@ class Lattice:
 
     @property
     def is_open(self) -> bool:
-        """Whether a graph is made in which the number of its elements is what the level map says, whatever that is."""
+        """True if a graph is made in which the number of its elements is what the level map says, whatever that is."""
         return self.pyramid.in_graph and self.pyramid.bounds is None
 
     @property
     def has_known_counts(self) -> bool:
-        """Whether `counts` are numbers, so that rows can be split into images: not while a graph is made, and not with
+        """True if `counts` are numbers, so that rows can be split into images: not while a graph is made, and not with
         bounds alone."""
         return self.pyramid.bounds is None and not self.is_open
 
@@ -501,5 +501,5 @@ def describe(value: object) -> str:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export makes a graph; torch's own function says yes in torch.compile too, before torch 2.15."""
+    """True if torch.export makes a graph; torch's own function says yes in torch.compile too, before torch 2.15."""
     return torch.compiler._is_exporting_flag

@@ -1,4 +1,4 @@
-"""What is around a position of a map of one resolution, among those that were computed."""
+"""Computed neighbours of the positions of a map of one resolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each operation on elements is, stated where it is defined, and asked by every pass.
+"""Facts about the operations on elements, stated where each is defined and asked by every pass.
 
 Planning asks whether an operation brings values from other places, verification whether it mixes resolutions, the
 dependency cone what it reads, counting what it multiplies, fusion whether its value is elements. An operation of a
@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Operation:
-    """What a function on elements is.
+    """Facts about a function on elements.
 
     Attributes:
         call: the function. With a window it takes `window=` and `stage=`.
@@ -51,7 +51,7 @@ class Operation:
 
     @property
     def mixes(self) -> bool:
-        """Whether the value at one place depends on the resolution elsewhere."""
+        """True if the value at one place depends on the resolution elsewhere."""
         return self.reads in ("image", "batch")
 
 
@@ -103,5 +103,5 @@ def operations() -> Mapping[Callable[..., Any], Operation]:
 
 
 def operation_of(target: Any) -> Operation | None:
-    """What the target of a node is, if it is an operation on elements."""
+    """Return the facts about a node's target, if it is an operation on elements."""
     return _OPERATIONS.get(target) if callable(target) else None

@@ -94,8 +94,8 @@ def refine_resized(
     guide: Tensor | None = None,
     **scaling: Any,
 ) -> Tensor:
-    """What `resize_to_dense` gave of elements x with these arguments, refined: what `refine` adds to their fine map is
-    read at the same places."""
+    """Refine the result of `resize_to_dense` for elements x with these arguments: the correction that `refine` adds to
+    their fine map is read at the same places."""
     if lattice.uniform_level == 0:
         return resized
     fine = to_dense(x, 1, guide=guide)

@@ -203,7 +203,7 @@ class Scaling:
         return (number + (0.5 if self.mode == "nearest-exact" else 0.0)) * ratio
 
     def _formula(self, count: int, axis: int, dtype: torch.dtype) -> Tensor:
-        """What torch says of a map of any size that holds the numbers of its samples along an axis."""
+        """Positions of samples along an axis as torch computes them, for a map of any size."""
         if self.size is not None:
             length = _along(self.size, axis, 1)[0]
         else:

@@ -156,7 +156,7 @@ def _convolve_integers(
 
 
 def _is_of(residual: Elements, target: Lattice, channels: tuple[int, ...]) -> bool:
-    """Whether a residual has the product's size and channels; rarely not, and the sum is a step of its own then."""
+    """True if a residual has the product's size and channels; rarely not, and the sum is a step of its own then."""
     large = all(a >= b for a, b in zip(residual.lattice.size, target.size, strict=True))
     return large and residual.rows.shape[1:] == channels
 
@@ -254,7 +254,7 @@ def pixel_unshuffle(x: Elements, window: Window, stage: int | Lattice) -> Elemen
 
 
 def drops(target: Lattice, window: Window) -> bool:
-    """Whether cells that are not downsampled here pass as they are."""
+    """True if cells that are not downsampled here pass as they are."""
     return target.geometry.pool == "drop" and window.stride > 1
 
 

@@ -101,7 +101,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def identity_of(net: nn.Module, data: Any, augment: Any, settings: Settings, processes: int) -> Identity:
-    """What must be the same when a run is resumed, as plain values: settings, network, data, processes."""
+    """Return the plain values that must be the same when a run is resumed: settings, network, data, processes."""
     shapes = {
         name: [list(p.shape), str(p.dtype)] for name, p in (*net.named_parameters(), *net.named_buffers())
     }

@@ -1,4 +1,4 @@
-"""What `cadsurgery finetune` does: from names and paths to a trained file and a short report."""
+"""Carry out `cadsurgery finetune`: from names and paths to a trained file and a short report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from cadsurgery.tasks.report import Report
 
 @dataclass(frozen=True)
 class TrainingReport(Report):
-    """What a run gave."""
+    """Result of the command."""
 
     model: str
     mask: str
@@ -133,7 +133,7 @@ def finetune(
 
 
 def _seen_by(net: AdaptiveModel | AnytimeModel | ResampledModel | SampledModel) -> str:
-    """What decides where a network computes."""
+    """Return the module that decides where a network computes."""
     if isinstance(net, AdaptiveModel):
         return net.mask.spec()
     if isinstance(net, ResampledModel):
@@ -150,7 +150,7 @@ class _Seen(NamedTuple):
 
 
 def _run_stem(net: AdaptiveModel, data: _Seen, settings: Settings, device: str) -> _Seen:
-    """What the stem gives for the data."""
+    """Return the stem's outputs for the data."""
     if settings.scale != (1.0, 1.0):
         raise InvalidInput(
             f"--cache with scale={settings.scale}.",

@@ -34,7 +34,7 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the patches that `tolerances` are told
 
 @dataclass(frozen=True)
 class GainFit:
-    """What a fit has seen and reached.
+    """Progress of a fit.
 
     Attributes:
         images: that were measured, the held out ones among them.

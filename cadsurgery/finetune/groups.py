@@ -191,7 +191,7 @@ IsFixed = Callable[[str], bool]
 
 
 def stem_of(net: nn.Module) -> IsFixed:
-    """Whether a module or parameter of an adaptive network, by its name, is used before the region only.
+    """True if a module or parameter of an adaptive network, by its name, is used before the region only.
 
     Raises:
         InvalidInput: the network is not adaptive, so it has no region.

@@ -1,4 +1,4 @@
-"""What training minimises: modules that run the network on a batch and return its loss.
+"""Objectives of training: modules that run the network on a batch and return its loss.
 
 An objective owns the network (`net`) so that a distributed wrapper around it sees every parameter it uses.
 A new one is a subclass under `@objective(name)`; the options of its constructor are those of the settings.
@@ -294,7 +294,7 @@ class DrawnBlocks(MaskProvider):
 
 
 def _ranker(mask: MaskProvider) -> MaskProvider:
-    """What gives the scores of a mask: inside its budgets."""
+    """Return the provider of a mask's scores: the one inside its budgets."""
     return _ranker(mask.mask) if isinstance(mask, Budget) else mask
 
 
@@ -489,7 +489,7 @@ def adapters_of(net: nn.Module) -> set[nn.Parameter]:
 
 
 def dense_high(net: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """What a network gives with everything kept high, in evaluation mode, without gradients: what is distilled from."""
+    """Return the teacher's outputs: everything kept high, in evaluation mode, without gradients."""
     with torch.no_grad(), evaluating(net):
         return net(*inputs, mask="all")
 

@@ -34,7 +34,7 @@ _LEAST, _MOST = 0.05, 0.25  # budgets that are drawn
 
 @dataclass(frozen=True)
 class RefinementFit:
-    """What a fit has seen and reached.
+    """Progress of a fit.
 
     Attributes:
         images: that the network was run on, mirrored ones and the held out ones among them.
@@ -271,7 +271,7 @@ class _Scales:
         )
 
     def refine(self, refinement: Refinement, x: Tensor, features: Tensor, places: Tensor) -> Tensor:
-        """What the refinement will give once the scales are folded into it."""
+        """Return the refinement with its scales folded in."""
         seen = (x - self.centre) / self.spread
         return x + self.added * (refinement(seen, features / self.features, places) - seen)
 

@@ -1,4 +1,4 @@
-"""What a run leaves: its outcome, its folder, the files of its networks."""
+"""Outcome, folder and network files of a training run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAINED = "fine-tuned"  # what the source of a network says of its weights then
 
 @dataclass(frozen=True)
 class Outcome(Plain):
-    """What a run gave.
+    """Result of a training run.
 
     Attributes:
         steps: done in all.

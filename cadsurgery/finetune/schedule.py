@@ -1,4 +1,4 @@
-"""What a step does, as functions of the seed and the step alone: learning rate, samples, random numbers.
+"""Learning rate, samples and random numbers of a step, as functions of the seed and the step alone.
 
 Because nothing is carried from step to step, a run resumed at any step goes on as if it had never stopped.
 """

@@ -1,4 +1,4 @@
-"""What `cadsurgery tune` does: fits a network's masks and levels to photos without labels, and says what is kept at
+"""Fit a network's masks and levels to photos without labels (`cadsurgery tune`), and report what is kept at
 which cost."""
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ TRAINING = Settings(
 
 @dataclass(frozen=True)
 class TuningReport(Report):
-    """What tuning gave.
+    """Result of a tuning run.
 
     Attributes:
         calibrated: layers that read a mean over the image, and were calibrated.
@@ -282,7 +282,7 @@ class _Run:
             temporary.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")
 
     def _restore(self, name: str, part: nn.Module) -> bool:
-        """Whether a file of an earlier call holds the tensors of a part, which it then gets."""
+        """True if a file of an earlier call holds the tensors of a part, which it then gets."""
         path = self.folder / name
         if not path.is_file():
             return False
@@ -343,7 +343,7 @@ class _Run:
         return RefinementFit(**self._read()["refinement"])
 
     def _cache(self) -> CachedStem:
-        """What the stem gives for as many photos as memory is for, evenly spread, each mirrored too."""
+        """Return the stem's outputs for as many photos as memory allows, evenly spread, each mirrored too."""
         of_one = CachedStem(self.net, _select(self.photos, [0]), flip=True).bytes
         step = -(-len(self.photos) * of_one // _MEMORY)
         return CachedStem(self.net, _select(self.photos, range(0, len(self.photos), step)), flip=True)

@@ -78,7 +78,7 @@ class RandomMask(MaskProvider):
 
 
 def name_of(function: object) -> str:
-    """What a message calls a function."""
+    """Return the name of a function for messages."""
     return getattr(function, "__name__", type(function).__name__)
 
 
@@ -102,7 +102,7 @@ class FixedMask(MaskProvider):
         return self.levels.to(features.device)
 
     def spec(self) -> str:
-        """What stands for a tensor in the string form of what is made from it."""
+        """Return the text that stands for a tensor in the string form of a mask."""
         return TENSOR
 
 
@@ -117,5 +117,5 @@ class FunctionMask(MaskProvider):
         self.name = name_of(function)  # type: ignore[misc]
 
     def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """What the function returns for the image."""
+        """Return what the function returns for the image."""
         return self.function(image)

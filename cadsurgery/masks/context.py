@@ -1,4 +1,4 @@
-"""What a call gives the masks asked within it, besides image and features: one value, for this thread or async task."""
+"""Inputs of masks besides image and features: one value for each call, for this thread or async task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cadsurgery.support.errors import InvalidInput
 
 @dataclass(frozen=True, eq=False)
 class CallContext:
-    """What is given to the masks that are asked now.
+    """Inputs of the masks that are asked now.
 
     Attributes:
         labels: (B, H, W) integers, one per image pixel; see `labelled`.
@@ -35,7 +35,7 @@ _CONTEXT: ContextVar[CallContext] = ContextVar("cadsurgery", default=CallContext
 
 
 def call_context() -> CallContext:
-    """What was given last, in this thread or task."""
+    """Return the inputs given last, in this thread or task."""
     return _CONTEXT.get()
 
 
@@ -88,12 +88,12 @@ def keypoints_at(points: Sequence[Tensor]) -> AbstractContextManager[None]:
 
 
 def first_passes(outputs: Mapping[int, Any]) -> AbstractContextManager[None]:
-    """What the network gave with everything at a level, by level, for the masks asked within, in this thread."""
+    """Keep the network's outputs with everything at a level, by level, for the masks asked within, in this thread."""
     return _within(first_passes=outputs)
 
 
 def first_pass_outputs(where: str) -> dict[int, Any]:
-    """What the network gave in first passes, by level, the finest first.
+    """Return the outputs of first passes by level, the finest first.
 
     Raises:
         InvalidInput: there was none.
@@ -110,7 +110,7 @@ def first_pass_outputs(where: str) -> dict[int, Any]:
 
 
 def first_pass_output(where: str) -> Any:
-    """What the network gave in the first pass at the lowest level.
+    """Return the output of the first pass at the lowest level.
 
     Raises:
         InvalidInput: there was none.

@@ -84,7 +84,7 @@ def in_pixels(places: Tensor, scores: Tensor, image: Tensor) -> Tensor:
 
 
 def points_of(returned: Any, image: Tensor, count: int, where: str) -> list[Tensor]:
-    """What a detector returned as points (n, 2), x and y in pixels of the images (B, C, H, W), on their device.
+    """Return the result of a detector as points (n, 2), x and y in pixels of the images (B, C, H, W), on their device.
 
     Args:
         returned: a sequence of point tensors or arrays, one for each image, one tensor of all (B, n, 2), or a score map

@@ -42,7 +42,7 @@ class LossMask(MaskProvider):
         return on_samples(((losses <= self.tolerance) * levels).amax(1), grid.patch, grid.size)
 
     def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
-        """What each patch loses at the lowest level."""
+        """Return the loss of each patch at the lowest level."""
         losses = self.smooth(self.losses(image, features, grid), grid)
         return on_samples(losses[:, -1], grid.patch, grid.size)
 

@@ -109,7 +109,7 @@ class KeypointMask(SteppedMask):
 
     @property
     def sees_image(self) -> bool:
-        """Whether the points are found in the picture."""
+        """True if the points are found in the picture."""
         return self._kind not in (GIVEN, OWN)
 
     def first_passes(self, lowest: int) -> frozenset[int]:
@@ -166,7 +166,7 @@ def sift_of_normalised(image: Tensor, count: int) -> list[Tensor]:
 
 
 def named_outputs(output: Any) -> dict[Any, Any]:
-    """What a network gives, by key or place; a single output under the empty name."""
+    """Return the outputs of a network by key or place; a single output under the empty name."""
     if isinstance(output, (tuple, list)):
         return dict(enumerate(output))
     return output if isinstance(output, dict) else {"": output}

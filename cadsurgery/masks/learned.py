@@ -229,7 +229,7 @@ class LearnedMask(EstimatedMask):
         return high + 1e-5 * reach  # clear of the place where a cell changes, whatever is rounded later
 
     def estimate(self, features: Tensor, grid: Grid) -> Tensor:
-        """What the estimator gives: (B, levels, ceil(h / side), ceil(w / side)).
+        """Return the scores of the estimator: (B, levels, ceil(h / side), ceil(w / side)).
 
         Raises:
             InvalidInput: features with other channels, or a network with other levels, than it was made for.

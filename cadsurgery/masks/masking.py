@@ -59,7 +59,7 @@ class Masking:
         return geometry.lattice(check_levels(levels, grid, self.provider.name), bounds)
 
     def grid(self, features: Tensor) -> Grid:
-        """What the mask is told of the fine map `features` (B, C, h, w)."""
+        """Return what the mask needs to know of the fine map `features` (B, C, h, w)."""
         size = (features.shape[2], features.shape[3])
         return Grid.of(self.geometry, features.shape[0], size, self.output_stride)
 

@@ -64,7 +64,7 @@ def several(value: N | Sequence[N]) -> tuple[N, ...]:
 
 
 class Allowed(NamedTuple):
-    """What each value of an option may be: a test, what is said of others, what to write instead."""
+    """Values that an option may have: a test, the message for others, an example."""
 
     holds: Callable[[Any], bool]
     refusal: str

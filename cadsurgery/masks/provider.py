@@ -87,7 +87,7 @@ class MaskProvider(nn.Module):
 
     @property
     def static(self) -> bool:
-        """Whether `kept_patches` gives numbers and a compiled graph can hold the mask."""
+        """True if `kept_patches` gives numbers and a compiled graph can hold the mask."""
         return type(self).kept_patches is not MaskProvider.kept_patches and not self.dependence
 
     @property
@@ -97,7 +97,7 @@ class MaskProvider(nn.Module):
 
     @property
     def sees_features(self) -> bool:
-        """Whether it, or a mask it is made from, looks at the features that enter the region."""
+        """True if it, or a mask it is made from, looks at the features that enter the region."""
         return not self.image_only or any(part.sees_features for part in self.parts)
 
     def first_passes(self, lowest: int) -> frozenset[int]:
@@ -107,22 +107,22 @@ class MaskProvider(nn.Module):
 
     @property
     def sees_image(self) -> bool:
-        """Whether it, or a mask it is made from, looks at the picture."""
+        """True if it, or a mask it is made from, looks at the picture."""
         return not self.ignores_image or any(part.sees_image for part in self.parts)
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether it wants a first pass of the network at all."""
+        """True if it wants a first pass of the network at all."""
         return bool(self.first_passes(1))
 
     @property
     def dependence(self) -> str:
-        """What it or the first mask it is made from needs besides image and features; empty for nothing."""
+        """Name of the input that it, or the first mask it is made from, needs besides image and features; or empty."""
         return self.needs or next((part.dependence for part in self.parts if part.dependence), "")
 
     @property
     def storable(self) -> bool:
-        """Whether `spec()` says everything that makes it, learned tensors apart."""
+        """True if `spec()` says everything that makes it, learned tensors apart."""
         is_known = PROVIDERS.get(self.name) is type(self) and not self.has_own_function
         return is_known and all(part.storable for part in self.parts)
 

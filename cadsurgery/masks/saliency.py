@@ -1,4 +1,4 @@
-"""What stands out of an image: a function that files and users name, `cadsurgery.masks.saliency:spectral_residual`."""
+"""Saliency of an image: a function that files and users name, `cadsurgery.masks.saliency:spectral_residual`."""
 
 from __future__ import annotations
 

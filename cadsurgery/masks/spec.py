@@ -92,14 +92,14 @@ class _Reader:
         return self.pieces[0] if self.pieces else _END
 
     def took(self, mark: str) -> bool:
-        """Whether the mark comes next; then it is passed."""
+        """True if the mark comes next; then it is passed."""
         follows = self.next() == mark
         if follows:
             self.pieces.pop(0)
         return follows
 
     def words(self) -> str:
-        """What comes before the next mark."""
+        """Return the text before the next mark."""
         return self.pieces.pop(0) if self.next() not in (_END, PIPE, PLUS, "(", ")") else ""
 
     def mask(self) -> MaskProvider:

@@ -91,7 +91,7 @@ def _for_channels(values: Sequence[float], channels: int) -> list[float]:
 
 
 def read_normalisation(value: object, channels: int, origin: str = "given") -> Normalisation:
-    """What a user gives as (mean, std), each a number or one for each channel; or "raw"; or one that was read.
+    """Return a user's unit as (mean, std), each a number or one for each channel; or "raw"; or one that was read.
 
     Raises:
         InvalidInput: it is something else, of another number of channels, not finite, or a deviation is not above 0.
@@ -132,7 +132,7 @@ _RANGES: tuple[tuple[float, float, str, tuple[float, ...], tuple[float, ...]], .
 
 
 def estimate(image: Tensor) -> Normalisation | None:
-    """What an input (B, C, H, W) is like, by the range of its values; of an unusual range each channel's mean and
+    """Guess the unit of an input (B, C, H, W) from the range of its values; of an unusual range each channel's mean and
     deviation are set to those of the unit. None of what is no picture: constant, or noise."""
     values = image.detach().float()
     if not _is_picture(values):
@@ -151,7 +151,7 @@ def estimate(image: Tensor) -> Normalisation | None:
 
 
 def _is_picture(values: Tensor) -> bool:
-    """Whether neighbours are more alike than places far apart."""
+    """True if neighbours are more alike than places far apart."""
     if min(values.shape[2:]) < 2 or not bool(values.isfinite().all()):
         return False
     near = [(values.narrow(axis, 1, values.shape[axis] - 1) - values.narrow(axis, 0, values.shape[axis] - 1)).abs()
@@ -171,7 +171,7 @@ def _say_unknown() -> None:
 
 
 class Unit:
-    """From what a network is given to what its masks see; settled by the first picture at the latest.
+    """From what a network is given to what its masks see; set by the first picture at the latest.
 
     Copies of a network share it: what their input is like is the same.
     """
@@ -185,10 +185,10 @@ class Unit:
         if self.normalisation is None and torch.compiler.is_compiling():
             _say_unknown()  # a graph made now holds the input as it comes; a compiled one is made again later
         elif self.normalisation is None and not image.is_meta:
-            self.settle(estimate(image))
+            self.set_once(estimate(image))
         return image if self.normalisation is None else self.normalisation.in_unit(image)
 
-    def settle(self, normalisation: Normalisation | None) -> None:
+    def set_once(self, normalisation: Normalisation | None) -> None:
         """Take a normalisation, unless one is known: the first that comes, whatever thread it comes in."""
         with _SETTLING:
             if self.normalisation is None:

@@ -61,7 +61,7 @@ def divergence(high: Any, low: Any, kind: Kind = "auto", temperature: float = 1.
 
 
 def kind_of(output: Any) -> Kind:
-    """Whether an output is class scores or other values, by what it is.
+    """Tell class scores from other values, by what an output is.
 
     Class scores are one map, alone or as `out`, of several channels which are probabilities, or have both signs and
     no common length: not depth or disparity (one channel), descriptors and normals (vectors of length 1), maps of
@@ -136,5 +136,5 @@ def _kullback_leibler(high: Tensor, low: Tensor, temperature: float) -> Tensor:
 
 
 def _is_distribution(values: Tensor) -> bool:
-    """Whether the channels (B, C, h, w) are probabilities: none below 0, their sum 1."""
+    """True if the channels (B, C, h, w) are probabilities: none below 0, their sum 1."""
     return bool((values >= 0).all() and ((values.sum(1) - 1).abs() < _NEAR_ONE).all())

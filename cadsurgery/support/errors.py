@@ -80,7 +80,7 @@ class FileError(CadError):
 
 
 class CadWarning(UserWarning):
-    """What a user should know although the work goes on; the CLI prints it as a line."""
+    """Warning to the user; the work goes on, and the CLI prints it as a line."""
 
 
 class TrainingStopped(CadError):

@@ -251,7 +251,7 @@ def cache_folders(name: str) -> Iterator[Path]:
 
 
 def is_private(status: os.stat_result) -> bool:
-    """Whether a file or folder, and no link, is this user's and nobody else can write to it."""
+    """True if a file or folder, and no link, is this user's and nobody else can write to it."""
     mine = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
     return mine and not stat.S_ISLNK(status.st_mode) and not (status.st_mode & 0o022 and os.name == "posix")
 

@@ -21,7 +21,7 @@ _MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def is_measurable() -> bool:
-    """Whether this system tells a process its own peak."""
+    """True if this system tells a process its own peak."""
     return (PROCESS / "status").exists()
 
 

@@ -66,7 +66,7 @@ def check_fields(values: object, hints: Mapping[str, Any], what: str) -> dict[st
 
 
 def split_options(text: str, known: Mapping[str, Any], of: str, *, next: str = "") -> dict[str, str]:
-    """What a text `option=value,...` says, by option.
+    """Parse a text `option=value,...` into values by option.
 
     Args:
         text: as above, or nothing.
@@ -96,7 +96,7 @@ def split_options(text: str, known: Mapping[str, Any], of: str, *, next: str = "
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that holds no others is of a type."""
+    """True if a value that holds no others is of a type."""
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if hint is float and type(value) is float:

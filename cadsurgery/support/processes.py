@@ -29,12 +29,12 @@ class World(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """True if this is the process that prints and writes."""
         return self.rank == 0
 
 
 def world() -> World:
-    """What the launcher says, by the environment variables of torchrun or MPI; (0, 1, 0) without one.
+    """Return rank, size and local rank from the environment variables of torchrun or MPI; (0, 1, 0) without a launcher.
 
     Raises:
         InvalidInput: `accelerate launch --cpu` was asked for several processes: it starts one, and leaves the others
@@ -61,7 +61,7 @@ def shard(items: Sequence[T]) -> list[tuple[int, T]]:
 
 
 def gather(share: T, device: torch.device) -> list[T]:
-    """What every process has, in order of rank, in every process; all must call it.
+    """Gather a value of every process, in order of rank, in every process; all must call it.
 
     Args:
         share: of this process; anything that can be pickled.

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, commit, device. Reports and files state it."""
+"""Versions, commit and device that a result was made with. Reports and files state them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def device_with_threads(device: torch.device) -> str:
 
 
 def function_at(name: str, where: str, example: str) -> Any:
-    """What `module:function` names.
+    """Return the object that `module:function` names.
 
     Args:
         name: as written.
@@ -141,7 +141,7 @@ def untrusted(file: str, code: str, instead: str) -> FileError:
 
 
 def same_place(one: Any, other: Any) -> bool:
-    """Whether two classes or functions have one name in one module: the same piece of code, run again, as in a
+    """True if two classes or functions have one name in one module: the same piece of code, run again, as in a
     notebook."""
     places = [
         (getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")) for thing in (one, other)
@@ -151,7 +151,7 @@ def same_place(one: Any, other: Any) -> bool:
 
 
 def find_function(module: str, function: str) -> Any:
-    """What a module of the user's has under a name.
+    """Return the object that a user's module has under a name.
 
     Raises:
         UnknownName: no such module, or nothing of that name in it.

@@ -55,7 +55,7 @@ class WindowRead:
 
     @property
     def case(self) -> tuple[Hashable, ...]:
-        """What backends ask of the lattices and the window: all but the numbers and places of elements."""
+        """Facts about the lattices and the window that backends ask for: all but the numbers and places of elements."""
         return self.source.derive(("case", self.target.key, self.window, self.drop), self._make_case)
 
     def _make_case(self) -> tuple[Hashable, ...]:
@@ -93,12 +93,12 @@ class Work:
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked of."""
+        """Tensors that a gradient may be asked for."""
         return (self.rows,)
 
     @property
     def gradient(self) -> bool:
-        """Whether a gradient with respect to an operand will be asked for."""
+        """True if a gradient with respect to an operand will be asked for."""
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.operands)
 
     @property
@@ -160,7 +160,7 @@ class Convolution(Work):
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked of."""
+        """Tensors that a gradient may be asked for."""
         return self.rows, self.weights.weight, self.weights.bias
 
     @property
@@ -315,7 +315,7 @@ class Mixing(Work):
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked of."""
+        """Tensors that a gradient may be asked for."""
         return self.rows, self.shares
 
 
@@ -338,7 +338,7 @@ class Picking(Work):
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked of."""
+        """Tensors that a gradient may be asked for."""
         return self.rows, self.reading.mix
 
 
@@ -371,12 +371,12 @@ class Filling(Work):
 
     @property
     def operands(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked of."""
+        """Tensors that a gradient may be asked for."""
         return self.rows, self.weights, self.floor, self.shares, self.residual
 
     @property
     def case(self) -> tuple[Hashable, ...]:
-        """Whether there are cells of more than one size, and whether their numbers are known."""
+        """Facts about the lattices: if every position is a cell of its own, and if their numbers are known."""
         lattices = (self.source, self.target)
         kinds = tuple((one.geometry.strides == (), one.has_known_counts) for one in lattices)
         return self.task, self.rows.dtype, self.rows.device.type, kinds
@@ -539,7 +539,7 @@ def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
 
 
 def outside_of(rows: Tensor, outside: float) -> float:
-    """What rows hold outside the map; of bytes, which have no lower value, zero for minus infinity."""
+    """Value of rows outside the map: zero for minus infinity in bytes, which have no lower value."""
     return max(outside, 0.0) if rows.dtype == torch.uint8 else outside
 
 

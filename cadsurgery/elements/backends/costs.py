@@ -62,7 +62,7 @@ class Costs(NamedTuple):
     moved: float
 
     def prefer_dense(self, work: int, elements: int, pixels: int, channels: tuple[int, int]) -> bool:
-        """Whether the whole map is cheaper.
+        """True if the whole map is cheaper.
 
         Args:
             work: multiply-accumulates per element.
@@ -245,7 +245,7 @@ def best_time(run: Callable[[], object]) -> float:
 
 
 def _all_kept() -> dict[str, Any]:
-    """What the file holds; nothing if there is none, it is damaged, or somebody else may have written it."""
+    """Return the file's content; nothing if there is none, it is damaged, or somebody else may have written it."""
     path = _path()
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         if path is not None and is_private(path.lstat()):
@@ -265,7 +265,7 @@ def _measure_and_keep(key: str, measure: Callable[[], Numbers]) -> Numbers:
 
 
 def _on_one_core(measure: Callable[[], Numbers]) -> Numbers:
-    """What is measured in a thread of its own with one thread of torch: waiting for other cores would be counted,
+    """Measure in a thread of its own with one thread of torch: waiting for other cores would be counted,
     and the costs relative to each other are those of many. The caller's number of threads stays as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -96,7 +96,7 @@ def _sides(reads: WindowRead) -> tuple[int, int] | None:
 
 
 def _has_whole_map(reads: WindowRead) -> bool:
-    """Whether the same can be computed on a dense map, and may be, if the lattices are uniform."""
+    """True if the same can be computed on a dense map, and may be, if the lattices are uniform."""
     geometry = reads.source.geometry
     plain = geometry.anchor == "corner" and reads.window.mode == "zeros" and not reads.drop
     return geometry.dense_shortcut and plain

@@ -90,7 +90,7 @@ class ReversedMap(NamedTuple):
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
+    """True if the kernels run on this device: NVIDIA from Ampere on (bfloat16, tf32, asynchronous copies)."""
     if not triton_kernels.INSTALLED or triton_kernels.INTERPRETED:
         return triton_kernels.INTERPRETED and device.type == "cpu"
     is_nvidia = device.type == "cuda" and torch.version.hip is None
@@ -98,7 +98,7 @@ def available(device: torch.device) -> bool:
 
 
 def supports(rows: Tensor, weight: Tensor, groups: int = 1) -> bool:
-    """Whether `gather_conv` takes these operands: one of the three types, ungrouped or depthwise."""
+    """True if `gather_conv` takes these operands: one of the three types, ungrouped or depthwise."""
     grouping = groups == 1 or groups == rows.shape[1] == weight.shape[0]
     return grouping and rows.dtype == weight.dtype and rows.dtype in DTYPES and available(rows.device)
 

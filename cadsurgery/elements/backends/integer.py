@@ -72,7 +72,7 @@ class Grid(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """What becomes of exact sums, in single precision and its steps in this order: times scale, plus bias, plus the
+    """Steps from exact sums to results, in single precision and in this order: times scale, plus bias, plus the
     residual times more; the activation; times factor plus zero, where that is not folded into what is before; clamped.
     """
 
@@ -114,17 +114,17 @@ class IntegerWeights:
 
     @property
     def is_fused(self) -> bool:
-        """Whether backends apply its activation."""
+        """True if backends apply its activation."""
         return can_apply(self.activation)
 
     @property
     def is_depthwise(self) -> bool:
-        """Whether each output has one input, and the result is in 8 bits."""
+        """True if each output has one input, and the result is in 8 bits."""
         return self.groups > 1 and self.weight.shape[:2] == (self.groups, 1) and self.out is not None
 
     @property
     def constants(self) -> Finish:
-        """What becomes of its sums."""
+        """Constants of the steps from its sums to results."""
         if "constants" not in self.packed_cache:
             self.packed_cache["constants"] = self._make_constants()
         finish: Finish = self.packed_cache["constants"]
@@ -245,7 +245,7 @@ class IntegerConvolution(Work):
 
     @property
     def is_product(self) -> bool:
-        """Whether it reads one tap, the rows as they are."""
+        """True if it reads one tap, the rows as they are."""
         if not isinstance(self.reads, WindowRead):
             return self.reads is None
         return self.reads.window.is_pointwise and rows_of(self.reads.source, self.reads.target) is None
@@ -339,7 +339,7 @@ def _interleave(values: Tensor, layout: IntegerLayout) -> Tensor:
 
 
 def can_apply(activation: Activation | None) -> bool:
-    """Whether backends apply an activation to sums while they are in registers."""
+    """True if backends apply an activation to sums while they are in registers."""
     return activation is None or activation.bounds is not None or activation.name == "hardswish"
 
 
@@ -422,5 +422,5 @@ def _multiply_add(value: Tensor, factor: Tensor | float, shift: Tensor | float) 
 
 
 def _is_dense(values: Tensor) -> bool:
-    """Whether values lie one after another in memory, in whatever order of their axes."""
+    """True if values lie one after another in memory, in whatever order of their axes."""
     return values.is_contiguous() or values.is_contiguous(memory_format=torch.channels_last)

@@ -63,7 +63,7 @@ class RowSource(NamedTuple):
 
     @classmethod
     def of(cls, work: Convolution | Pooling | Gathering) -> RowSource:
-        """What a work reads."""
+        """Return the rows that a work reads."""
         reading = work.reading
         return cls(work.rows, halo_of(work.rows, reading), work.outside)
 
@@ -219,7 +219,7 @@ class Native(Backend):
 
 
 def _of_one_resolution(*lattices: Lattice) -> bool:
-    """Whether every position of lattices is a cell of its own, of as many as there are known."""
+    """True if every position of lattices is a cell of its own, of as many as there are known."""
     return all(not one.geometry.strides and one.has_known_counts for one in lattices)
 
 
@@ -313,13 +313,13 @@ class _Expansion(ctypes.Structure):
 
 
 def is_point(weights: FusedConv) -> bool:
-    """Whether `expand_depthwise` has a form for a 1x1 convolution."""
+    """True if `expand_depthwise` has a form for a 1x1 convolution."""
     plain = weights.activation is None or weights.activation.bounds is not None
     return plain and weights.groups == 1 and weights.weight.shape[2:] == (1, 1) and weights.levels is None
 
 
 def can_expand(first: FusedConv, then: FusedConv, stride: Pair, dilation: Pair) -> bool:
-    """Whether `expand_depthwise` has a form for a 1x1 convolution and the depthwise one that follows, of dense maps."""
+    """True if `expand_depthwise` has a form for a 1x1 convolution and the depthwise one that follows, of dense maps."""
     outputs, group = then.weight.shape[:2]
     is_depthwise = then.groups == outputs == first.weight.shape[0] and group == 1 and then.levels is None
     is_plain = then.activation is None or then.activation.bounds is not None

@@ -112,14 +112,14 @@ class FusedBottleneck(nn.Module):
 
     @staticmethod
     def joins(first: PackedConv, then: PackedConv) -> bool:
-        """Whether there may be compiled code for the two."""
+        """True if there may be compiled code for the two."""
         if not _is_point(first) or then.window is None:
             return False
         stride, _, dilation = then.window
         return can_expand(first.weights, then.weights, stride, dilation)
 
     def joins_last(self, last: PackedConv) -> bool:
-        """Whether there may be compiled code for another one, too."""
+        """True if there may be compiled code for another one, too."""
         return self.last is None and _is_point(last) and is_point(last.weights)
 
     def forward(self, image: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -129,7 +129,7 @@ class FusedConv:
     choices: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def is_recurring_row_count(self, count: int) -> bool:
-        """Whether so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
+        """True if so many rows are those of one of the first few sizes of uniform maps; it stays what it is."""
         if len(self.counts) < MOST_FORMS:
             self.counts.add(count)
         return count in self.counts
@@ -306,15 +306,15 @@ class FusedConv:
 
     @property
     def _is_apart(self) -> bool:
-        """Whether the activation must not be fused into an operation of oneDNN."""
+        """True if the activation must not be fused into an operation of oneDNN."""
         return self.meets_nan and self.activation is not None and self.activation.bounds is not None
 
     def _rest(self, out: Tensor) -> Tensor:
-        """What was not fused."""
+        """Apply the activation, if it was not fused."""
         return self.activation.apply_(out) if self._is_apart and self.activation is not None else out
 
     def form(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once if forms are kept; any thread may ask. The oldest of too many goes."""
+        """Return a packed form, made once if they are kept; any thread may ask. The oldest of too many goes."""
         if self.packed_cache is None:
             return make()
         form = self.packed_cache.get(key)
@@ -356,7 +356,7 @@ def _image(rows: Tensor | None) -> Any:
 
 
 def _has_onednn(values: Tensor) -> bool:
-    """Whether oneDNN's fused operations, which have no gradients and which torch does not count, can be used."""
+    """True if oneDNN's fused operations, which have no gradients and which torch does not count, can be used."""
     return (
         _POINTWISE is not None
         and values.device.type == "cpu"
