@@ -179,7 +179,7 @@ def _settle(
         known = Normalisation(*stated)
     elif has_example:
         known = estimate(image_of(facts.arguments))
-    net._unit.settle(known)
+    net._unit.set_once(known)
 
 
 def _carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:

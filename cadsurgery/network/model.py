@@ -484,7 +484,7 @@ def pictures_for(net: nn.Module) -> Source:
     them for is settled by that."""
     source = source_of(net)
     if isinstance(net, AdaptiveModel) and not net.hosts_part:
-        net._unit.settle(Normalisation(source.mean, source.std, "as pictures are prepared for it"))
+        net._unit.set_once(Normalisation(source.mean, source.std, "as pictures are prepared for it"))
     return source
 
 

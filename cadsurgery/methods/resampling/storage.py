@@ -126,6 +126,6 @@ def load_resampled(
     if fields["inside"] == "network":
         files.fill(path, net.network, tensors)
     if isinstance(net.sampler, MaskSampler):
-        net.sampler.unit.settle(normalisation)
+        net.sampler.unit.set_once(normalisation)
     net.source = stored.source or net.source
     return net
