@@ -77,7 +77,7 @@ def bench(
 
 
 @commands.command("eval")
-@options.task("cadsurgery.tasks.segmentation.evaluation:evaluate")
+@options.task("cadsurgery.tasks.evaluation:evaluate")
 def eval_command(
     *,
     network: options.Network,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
 from cadsurgery.data.networks import WEIGHTS, Source, build_again, build_model, source_of
+from cadsurgery.methods.storage import Made
+from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.network.storage import load
+from cadsurgery.network.storage import load, read_method
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.provenance import describe_run
@@ -30,6 +32,20 @@ def is_file(network: object) -> bool:
     if not isinstance(network, str):
         return False
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
+
+
+def open_any(network: object, trust: bool = False) -> Made | None:
+    """A network that any method made, or that of a file; None if it is neither.
+
+    Args:
+        network: anything that names a network, or one.
+        trust: see `cadsurgery.load`.
+    """
+    if isinstance(network, Made):
+        return network
+    if not isinstance(network, str) or not is_file(network) or not read_method(network):
+        return None
+    return cast(Made, load_any(network, trust=trust))
 
 
 def original(
