@@ -1,4 +1,4 @@
-"""What the command line prints: results on the output stream, progress on the error stream."""
+"""Output of the command line: results on the output stream, progress on the error stream."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def show(values: Any, renderable: Any, as_json: bool) -> None:
 
 
 def show_report(report: Report, as_json: bool) -> None:
-    """What a task tells.
+    """The report of a task.
 
     Raises:
         Exit: with 1, if something could not be done.
@@ -120,7 +120,7 @@ def show_report(report: Report, as_json: bool) -> None:
 def show_rows(
     rows: Sequence[Mapping[str, Any]], failures: Sequence[Failure], text: str, as_json: bool
 ) -> None:
-    """What was done with each of several files, and what could not be done, on the error stream; with --json both are
+    """The results for several files, and on the error stream the failures; with --json both are
     in the result.
 
     Raises:

@@ -338,7 +338,7 @@ def _row(fraction: float, counted: MacReport, measured: Row, peak: float | None,
 
 
 def _notes(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> tuple[str, ...]:
-    """What a reader must know to judge the figures."""
+    """Facts that a reader needs to judge the figures."""
     notes = []
     if net.plan.part:
         notes.append(f"MACs are those of the {net.plan.part}, times those of the whole network.")
@@ -516,7 +516,7 @@ def _peak_memory(network: str, mask: object, setup: Benchmark, key: str) -> floa
 
 
 def print_peak(task: str) -> None:
-    """What the process for one side does: build it, run it, print MiB."""
+    """Build one side, run it, and print MiB; a process of its own does nothing else."""
     told = ast.literal_eval(task)
     setup, key = Benchmark(**told["setup"]), told["key"]
     torch.set_num_threads(setup.threads)

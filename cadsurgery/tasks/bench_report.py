@@ -1,4 +1,4 @@
-"""What `cadsurgery bench` tells: times, work, the law and whether it holds, as values, lines and tables."""
+"""The report of `cadsurgery bench`: times, work, and the verdict on the law, as values, lines and tables."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class NetworkBench:
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """What a measurement was made with; `commit` is empty outside a checkout.
+    """The setting of a measurement; `commit` is empty outside a checkout.
 
     `processor` and `instruction_sets` are those of `describe_run`; of several runs, each with instruction sets of its
     own, see `BenchReport`.
@@ -190,14 +190,14 @@ class BenchSetting:
 
 @dataclass(frozen=True)
 class BenchReport(Report):
-    """What `cadsurgery bench` tells.
+    """The report of `cadsurgery bench`.
 
     Attributes:
-        setting: what all networks were measured with.
+        setting: of all measurements.
         networks: a network with one fill each.
         costs: those that decided, see `backends.costs.record`; with `caps` those of all runs.
         caps: by the name of each instruction set that a run was capped to: the instruction sets of that run.
-        notes: what a reader must know of all figures.
+        notes: facts that a reader needs to judge all figures.
     """
 
     setting: BenchSetting
@@ -213,7 +213,7 @@ class BenchReport(Report):
         return {**self.setting.to_dict(), **capped, "networks": networks, "costs": self.costs}
 
     def parts(self) -> Iterator[RenderableType]:
-        """What was measured with, then each network: its table, the law and notes."""
+        """The setting, then each network: its table, the law and notes."""
         yield Text(str(self.setting))
         yield from (Text(f"{name}: {sets_in_words(sets)}") for name, sets in self.caps.items())
         yield from (Text(note, style="yellow") for note in self.notes)
@@ -245,7 +245,7 @@ class MethodBench(MeasuredReport):
     Attributes:
         image: (B, 3, H, W) of the images.
         clock: `wall`, or `processor`.
-        rows: what was run in turn.
+        rows: of the sides, which were run in turn.
         part: of the network whose MACs these are; empty: all of it.
         not_counted: operations that are not among the MACs, because no rule says how much they multiply.
     """

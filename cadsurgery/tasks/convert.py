@@ -1,4 +1,4 @@
-"""What the commands do: from names and paths to networks, reports and files."""
+"""Conversion and its commands: from names and paths to networks, reports and files."""
 
 from __future__ import annotations
 
@@ -364,7 +364,7 @@ def predict(
 
 
 def _noted(net: Any) -> dict[str, Any]:
-    """What is told of the last call of a network."""
+    """Fields of the report on the last call of a network."""
     if isinstance(net, SampledModel):
         densities = net.densities.values()
         return {"density": sum(densities) / len(densities)}

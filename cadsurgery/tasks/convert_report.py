@@ -1,4 +1,4 @@
-"""What `cadsurgery convert`, `plan` and `macs` tell: plans, MACs, times and checks."""
+"""The reports of `cadsurgery convert`, `plan` and `macs`: plans, MACs, times and checks."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from cadsurgery.tasks.side import Conversion
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport(RunReport):
-    """What `cadsurgery convert` tells, of any method.
+    """The report of `cadsurgery convert`, for any method.
 
     Rows of sides have their `name` and the `macs` of a call. Of an adaptive network the fields besides are the `mask`,
-    the `normalisation`, what the mask takes the input for, the `active_fraction`, what the plan comes to, the `checks`
-    of laws, empty if none was verified, and `costs`, those of convolutions that decided (see `backends.costs.record`).
+    the `normalisation`, the range that the mask takes the input for, the `active_fraction`, results of the plan, the
+    `checks` of laws, empty if none was verified, and `costs`, those of convolutions that decided (see
+    `backends.costs.record`).
     Of others they are `not_counted`, operations that no rule says the multiply-accumulates of; and `threshold` and
     `error`, the relative error of the last exit where everything is computed; or `is_verified`; or `error` with equal
     distances at the size of the image.
@@ -44,7 +45,7 @@ class ConversionReport(RunReport):
         image: shape of the batch.
         sides: the network as it was, and what was made of it.
         file: that was written.
-        made: what the method made.
+        made: the network that the method made, with its part of the report.
         notes: that a user can act on.
     """
 

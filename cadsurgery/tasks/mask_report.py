@@ -81,7 +81,7 @@ class MaskRow:
 
 @dataclass(frozen=True)
 class MaskReport(Report):
-    """What `cadsurgery mask` tells: a row for each mask, and the picture."""
+    """The report of `cadsurgery mask`: a row for each mask, and the picture."""
 
     rows: tuple[MaskRow, ...]
     file: str

@@ -1,4 +1,4 @@
-"""What users name, opened: a network by file, name, `module:function` or as it is, and the images it is tried on."""
+"""Networks that users name, by file, name, `module:function` or as they are, opened; and images to try them on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LIBRARIES = ("torchvision", "timm")
 
 
 def is_file(network: object) -> bool:
-    """Whether a network is meant as a converted file, here or on the Hub, not as a name."""
+    """True if a network is meant as a converted file, here or on the Hub, not as a name."""
     if not isinstance(network, str):
         return False
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
@@ -183,7 +183,7 @@ def weights_in_words(network: object, source: Source) -> str:
 
 
 def provenance(network: object, source: Source, device: torch.device) -> dict[str, Any]:
-    """What a report of a network states of itself, made here and now: `model`, `weights`, whether they are `random`,
+    """The provenance of a report on a network, made here and now: `model`, `weights`, if they are `random`,
     and what `describe_run` gives."""
     words = weights_in_words(network, source)
     return {

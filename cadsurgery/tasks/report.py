@@ -50,12 +50,12 @@ class Plain:
 
 
 class Report(Plain):
-    """What a task tells; `failed` is what could not be done, each an error as plain values."""
+    """The report of a task; `failed` are the items that could not be done, each an error as plain values."""
 
     failed: tuple[dict[str, str], ...] = ()
 
     def parts(self) -> Iterable[RenderableType]:
-        """What is printed, from top to bottom."""
+        """The printed parts, from top to bottom."""
         raise NotImplementedError
 
     def render(self) -> RenderableType:
@@ -245,16 +245,16 @@ class RunReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredReport(RunReport):
-    """What a network does on data: where the figures come from.
+    """A report on a network and data: where the figures come from.
 
     Attributes:
         model: source of the network.
         weights: which it has, in words.
-        random: whether they are random.
+        random: True if they are random.
         data: spec of the data, or its folder.
         rounds: of timing, 0 if not timed.
-        normalisation: what masks take the network's input for, and where that is known from.
-        failed: what could not be used, each an error as plain values.
+        normalisation: the range that masks take the network's input for, and where that is known from.
+        failed: items that could not be used, each an error as plain values.
     """
 
     model: str

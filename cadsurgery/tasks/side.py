@@ -1,4 +1,4 @@
-"""What is compared, whatever it is: sides, each with a name, a call, its multiply-accumulates and what it measures.
+"""Sides of comparisons: each has a name, a call, its multiply-accumulates, and the metrics that judge its outputs.
 
 Evaluation, bench and conversion take a list of sides. A new kind of side is a file in `tasks/sides`.
 """
@@ -142,10 +142,11 @@ class Comparison:
         sides: in the order of the rows.
         columns: of the table of a report.
         key: field of a row in which its side is named.
-        accuracy: what is drawn against work: words by field of the rows, dots for the first, triangles for the second.
-        images_in_words: what the report says of the images after their number.
+        accuracy: fields of the rows that are drawn against work, with their names in words; the first as dots, the
+            second as triangles.
+        images_in_words: follows the number of images in the report.
         has_classes: True if the IoU of each class is printed too.
-        normalisation: what masks take the input for, in words.
+        normalisation: the range that masks take the input for, in words.
         more: fields of the report besides.
     """
 
@@ -162,7 +163,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Request:
-    """What a network is to be converted to, and how.
+    """A network that is to be converted, and how.
 
     Attributes:
         before: the network as it was built, on the device.
@@ -183,7 +184,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a method made of a network, and what the report says of it.
+    """The network that a method made, and its part of the report.
 
     Attributes:
         net: with its plan.

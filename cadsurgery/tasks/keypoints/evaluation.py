@@ -131,7 +131,7 @@ def evaluate_matching(
 
 
 class _Part(NamedTuple):
-    """What an extractor did on a sequence: its pairs, its work on the first image, the keypoints of each image."""
+    """The results of an extractor on a sequence: pairs, work on the first image, keypoints of each image."""
 
     pairs: list[Pair]
     macs: int

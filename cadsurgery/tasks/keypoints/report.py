@@ -1,4 +1,4 @@
-"""What `cadsurgery keypoints eval` tells: matching accuracy beside work and time for each mask."""
+"""The report of `cadsurgery keypoints eval`: matching accuracy beside work and time for each mask."""
 
 from __future__ import annotations
 

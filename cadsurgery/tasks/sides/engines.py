@@ -27,7 +27,7 @@ from cadsurgery.tasks.side import Side
 Call = Callable[[Tensor], object]
 HIGH, LOW = "dense high", "dense low"
 INT8 = "int8"
-# What the dense networks are timed in besides, by package and type; both written in float32 first.
+# Engines in which the dense networks are timed besides, by package and type; all are written in float32 first.
 RIVALS: dict[str, dict[str, type[Engine]]] = {
     "onnxruntime": {"float32": OnnxRuntime, INT8: OnnxRuntime},
     "openvino": {"float32": OpenVino, "bfloat16": OpenVinoInBfloat16, INT8: OpenVino},
@@ -35,7 +35,7 @@ RIVALS: dict[str, dict[str, type[Engine]]] = {
 
 
 class Runs(Protocol):
-    """What makes the calls that are timed."""
+    """Maker of the calls that are timed."""
 
     def dense(self, name: str) -> Call:
         """The dense network, `HIGH` or `LOW`."""
@@ -130,7 +130,7 @@ def level_of(net: AdaptiveModel, name: str) -> int:
 
 
 def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
-    """What makes the calls of a network, in torch or in the engine that is asked for."""
+    """The maker of the calls of a network, in torch or in the engine that is asked for."""
     if setup.runtime not in ENGINES:
         return InTorch(net, image, setup)
     return InEngine(net, image, ENGINES[setup.runtime], setup, folder, step)
