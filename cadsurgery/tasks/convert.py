@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,15 +12,11 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
 from cadsurgery.data.networks import Source
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.anytime.macs import AnytimeMacs
-from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.resampling.macs import ResampledMacs
-from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.sampling.macs import SampledMacs
 from cadsurgery.methods.storage import AnyPlan, Converted, load, read_plan, save
 from cadsurgery.network.adaptify import adaptify
@@ -32,20 +26,17 @@ from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT, PRECISIONS
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
-from cadsurgery.support.files import check_folder, make_folder
-from cadsurgery.support.processes import own_device
+from cadsurgery.support.files import check_folder
 from cadsurgery.support.provenance import describe_run, find_device
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.export import images_like
-from cadsurgery.tasks.figures import class_picture
-from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
+from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
 from cadsurgery.tasks.report import Row
 from cadsurgery.tasks.side import Conversion, Request, Side, measure
-from cadsurgery.tasks.sides import KINDS, kind_of
+from cadsurgery.tasks.sides import KINDS
 from cadsurgery.tasks.slowest import explain_slowness
 
 ADAPTIVE = "adaptive"
@@ -77,7 +68,7 @@ def convert(
     methods = {kind.method: kind for kind in KINDS}
     check_name("method", method, (ADAPTIVE, *methods))
     if kind := methods.get(method):
-        _refuse_precision(precision, kind.words)
+        refuse_precision(precision, kind.words)
         make, suffix = kind.convert, method
         told = {"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {}
     else:
@@ -210,8 +201,12 @@ def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) 
     return notes
 
 
-def _refuse_precision(precision: str, network: str) -> None:
-    """Of a network that runs in the precision of its weights."""
+def refuse_precision(precision: str, network: str) -> None:
+    """Refuse another precision than that of the weights, of a network that a method made.
+
+    Raises:
+        InvalidInput: another one is asked for.
+    """
     if precision != FLOAT:
         raise InvalidInput(
             f"--precision {precision} for a network {network}.",
@@ -240,12 +235,6 @@ def check_precision(precision: str, calibration: Path | None, largest_error: flo
             why="it is by how much outputs in 8 bits may differ, a share of their size.",
             next="--precision int8 --calibration FOLDER --largest-error 0.05.",
         )
-
-
-def _first_image(folder: Path, size: tuple[int, int] | None) -> Tensor:
-    """An image batch of the size that a folder is read in."""
-    found, _ = find_images([folder])
-    return read_image(next(iter(found)), size).unsqueeze(0)
 
 
 def make_or_read_plan(
@@ -296,98 +285,3 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
     counted = count_network(net, batch, rule=rule)
     values = {"shape": list(batch.shape), "rule": rule, "macs": {"dense": counted.macs}}
     return {**values, "not_counted": list(counted.not_counted)}
-
-
-def predict(
-    file: str | Path,
-    images: Sequence[Path],
-    output: Path,
-    mask: str | None,
-    size: tuple[int, int] | None,
-    device: str,
-    step: Step,
-    trust: bool = False,
-    precision: str = FLOAT,
-    calibration: Path | None = None,
-    largest_error: float | None = None,
-    until: float | None = None,
-) -> tuple[list[dict[str, Any]], list[Failure]]:
-    """Run a converted file on images; an unreadable image is reported and the others are done.
-
-    In `int8` the images of the folder `calibration` show the ranges, in the size of the first of them or in `size`. A
-    network with exits is run until so many milliseconds, if they are said, see `AnytimeModel.until`.
-
-    Under a launcher each process takes its share of the images; every one returns the rows of all.
-    """
-    check_size(size)
-    where = own_device(device)
-    paths, lacking = find_images(images)
-    check_precision(precision, calibration, largest_error)
-    converted = load(file, mask=mask, trust=trust).to(where)
-    if until is not None and not isinstance(converted, AnytimeModel):
-        raise InvalidInput(
-            "--until needs a network with exits, and this file holds none.",
-            next="convert one with cadsurgery convert --method anytime, and train its heads.",
-        )
-    source, shown = pictures_for(converted), None
-    net: Any
-    if (kind := kind_of(converted)) is not None:
-        _refuse_precision(precision, kind.words)
-        net = converted.optimize()
-    else:
-        if calibration is not None:
-            step("calibrating")
-            shown = images_like(_first_image(calibration, size), source, calibration)
-        assert isinstance(converted, AdaptiveModel)
-        net = converted.optimize(precision=precision, calibration=shown, largest_error=largest_error)
-    make_folder(output)
-
-    def draw(item: tuple[Path, Path]) -> dict[str, Any]:
-        path, place = item
-        batch = normalise(read_image(path, size), source).unsqueeze(0).to(where)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            if isinstance(net, AnytimeModel):
-                prediction, exit = net.until(batch, milliseconds=math.inf if until is None else until)
-                noted: dict[str, Any] = {"exit": exit}
-            else:
-                prediction = _first_tensor(net(batch))
-                noted = _noted(net)
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        target = output / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_picture(class_picture(_classes(prediction), prediction.shape[1]), target)
-        return {"image": str(path), "output": str(target), **noted, "milliseconds": milliseconds}
-
-    failures = Failures("image", lacking)
-    return for_each(list(paths.items()), draw, failures, where, name=lambda item: str(item[0]), step=step)
-
-
-def _noted(net: Any) -> dict[str, Any]:
-    """Fields of the report on the last call of a network."""
-    if isinstance(net, SampledModel):
-        densities = net.densities.values()
-        return {"density": sum(densities) / len(densities)}
-    if isinstance(net, ResampledModel):
-        return {"sampled": "x".join(map(str, net.size))}
-    return {"active_fraction": net.active_fraction}
-
-
-def _first_tensor(output: Any) -> Tensor:
-    tensors = tensors_of(output)
-    if not tensors or tensors[0].dim() != 4:
-        shape = tuple(tensors[0].shape) if tensors else ()
-        raise InvalidInput(
-            f"the network's output {shape} is no map, so there is nothing to draw.",
-            next="use cs.load in Python for classifiers, or convert a segmentation network.",
-        )
-    return tensors[0]
-
-
-def _classes(prediction: Tensor) -> Tensor:
-    """(H, W) class numbers: the strongest channel, or for one channel its value in 256 steps."""
-    scores = prediction[0].float()
-    if scores.shape[0] > 1:
-        return scores.argmax(0)
-    low, high = scores.aminmax()
-    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * 255).round()

@@ -58,6 +58,10 @@ class Report(Plain):
         """The printed parts, from top to bottom."""
         raise NotImplementedError
 
+    def apart(self) -> Iterable[str]:
+        """Lines for the error stream."""
+        return ()
+
     def render(self) -> RenderableType:
         """The report for a terminal."""
         return Group(*self.parts())
@@ -77,6 +81,29 @@ class Report(Plain):
                 temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         if picture is not None:
             write_picture(figure_picture(self.figure()), picture)
+
+
+@dataclass(frozen=True)
+class FilesReport(Report):
+    """The results for several images, each a row of plain values, and in words; failures go to the error stream."""
+
+    rows: tuple[dict[str, Any], ...]
+    told: str
+    failed: tuple[dict[str, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        return {"images": list(self.rows), "failed": list(self.failed)}
+
+    def parts(self) -> Iterable[RenderableType]:
+        """The words."""
+        return [Text(self.told)]
+
+    def apart(self) -> Iterator[str]:
+        """A line for each failure."""
+        for failure in self.failed:
+            image, what = failure["image"], failure["what"]
+            yield f"[red]{'' if image in what else f'{image}: '}{what}[/red] {failure.get('why', '')}"
 
 
 def check_outputs(output: Path | None, **pictures: Path | None) -> None:

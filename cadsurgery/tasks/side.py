@@ -228,6 +228,7 @@ class Kind(NamedTuple):
         convert: makes one.
         compare: its sides in an evaluation, of the network on its device, the data and further arguments.
         time: its sides in a bench, of the network, the images, and shares of what is computed.
+        run: its optimised copy on a batch, within so many milliseconds if it can: the output, and fields of the report.
         has_thresholds: True if `compare` takes thresholds.
     """
 
@@ -237,4 +238,5 @@ class Kind(NamedTuple):
     convert: Callable[[Request], Conversion]
     compare: Callable[[Any, SegmentationData, Sequence[Any]], Comparison]
     time: Callable[[Any, Tensor, Sequence[float]], Timed]
+    run: Callable[[Any, Tensor, float], tuple[Any, dict[str, Any]]]
     has_thresholds: bool = False

@@ -142,4 +142,9 @@ def _options(told: dict[str, Any]) -> dict[str, Any]:
     return {**told, "size": size, "targets": chosen}
 
 
-KIND = Kind(NAME, ResampledModel, "whose input is sampled", convert, compare, time)
+def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dict[str, Any]]:
+    """The output, and the size of the sampled image."""
+    return net(batch), {"sampled": "x".join(map(str, net.size))}
+
+
+KIND = Kind(NAME, ResampledModel, "whose input is sampled", convert, compare, time, run)
