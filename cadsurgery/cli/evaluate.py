@@ -12,19 +12,8 @@ from cadsurgery.tasks.options import Benchmark, Conversion
 
 commands = typer.Typer()
 MEASURED = (
-    *("size", "batch", "output_stride", "region", "patch"),
-    *(
-        "dtype",
-        "device",
-        "threads",
-        "rounds",
-        "processor_time",
-        "memory",
-        "runtime",
-        "against",
-        "isa",
-        "calibration",
-    ),
+    *("size", "batch", "output_stride", "region", "patch", "dtype", "device", "threads", "rounds"),
+    *("processor_time", "memory", "runtime", "against", "isa", "calibration"),
 )
 
 

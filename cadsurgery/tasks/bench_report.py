@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,7 +18,6 @@ from cadsurgery.tasks.report import (
     COLOURS,
     Column,
     MeasuredReport,
-    Plain,
     Report,
     Row,
     against_macs,
@@ -35,16 +34,9 @@ from cadsurgery.tasks.report import (
 from cadsurgery.tasks.slowest import SLOWER
 
 
-@dataclass(frozen=True)
-class Rival(Plain):
-    """The dense networks in another engine.
-
-    Attributes:
-        engine: its name.
-        dtype: of its weights and features.
-        high: milliseconds, best and median, at the high output stride.
-        low: and at the low one.
-    """
+class Rival(NamedTuple):
+    """The dense networks in another engine: its name, the type of weights and features, and milliseconds, best and
+    median, at the high output stride and at the low one."""
 
     engine: str
     dtype: str
@@ -133,7 +125,7 @@ class NetworkBench:
                 "slower_than_high": [row.fraction for row in self.slower],
                 "verdict": self.verdict(),
             },
-            "against": plain(self.rivals),
+            "against": [plain(rival._asdict()) for rival in self.rivals],
             **({"sides": plain(self.sides)} if self.sides else {}),
             "notes": list(self.notes),
         }

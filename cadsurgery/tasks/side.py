@@ -47,6 +47,19 @@ def mean_work(counts: Counts, figures: Figures) -> dict[str, Any]:
     return {"macs": counts["macs"] / counts["images"]}
 
 
+def once_per_batch(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A function of images whose last result is kept: sides that share a run call it for the same batch one after the
+    other."""
+    last: list[Any] = [None, None]
+
+    def call(images: Tensor) -> Any:
+        if last[0] is not images:
+            last[:] = images, function(images)
+        return last[1]
+
+    return call
+
+
 @dataclass(frozen=True)
 class Side:
     """Something that is compared with others: a network, a mask, an exit, an engine, a size of the image.

@@ -18,7 +18,17 @@ from cadsurgery.methods.anytime.storage import NAME
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.divergence import maps_of
 from cadsurgery.tasks.report import Column, Row, accuracy_columns, time_columns
-from cadsurgery.tasks.side import Comparison, Conversion, Counts, Figures, Kind, Request, Side, Timed
+from cadsurgery.tasks.side import (
+    Comparison,
+    Conversion,
+    Counts,
+    Figures,
+    Kind,
+    Request,
+    Side,
+    Timed,
+    once_per_batch,
+)
 
 EVERYTHING = "all computed"
 
@@ -33,35 +43,35 @@ def in_words(threshold: float | Sequence[float] | None) -> str:
 # -- evaluating ----------------------------------------------------------------------------------------
 
 
-class _Pass:
-    """The predictions and the work of all exits at a threshold; the exits of a batch share one run."""
+def _sides(net: AnytimeModel, threshold: Any) -> Iterator[Side]:
+    """All exits at a threshold (None: everything is computed); those of a batch share one run."""
+    reached: Threshold = net.everything if threshold is None else threshold
+    run = once_per_batch(partial(net.predict_and_count, threshold=reached))
 
-    def __init__(self, net: AnytimeModel, threshold: Threshold) -> None:
-        self.net, self.threshold = net, threshold
-        self._images: Tensor | None = None
-        self._found: Any = None
+    def predict(exit: int, images: Tensor) -> Any:
+        return run(images)[0][exit]
 
-    def _run(self, images: Tensor) -> Any:
-        if self._images is not images:
-            self._images = images
-            self._found = self.net.predict_and_count(images, threshold=self.threshold)
-        return self._found
-
-    def predict(self, exit: int, images: Tensor) -> Tensor:
-        """The prediction of an exit."""
-        prediction: Tensor = self._run(images)[0][exit]
-        return prediction
-
-    def count(self, exit: int, images: Tensor) -> Counts:
-        """The work up to it, and up to the last exit with everything computed."""
-        exits = self._run(images)[1]
+    def count(exit: int, images: Tensor) -> Counts:
+        exits = run(images)[1]
         return {"macs": exits[exit].macs, "whole": exits[-1].dense}
 
-    def run_until(self, exit: int, images: Tensor) -> None:
-        """Run the network until the prediction of an exit is there."""
-        steps = self.net.steps(images, threshold=self.threshold)
+    def run_until(exit: int, images: Tensor) -> None:
+        steps = net.steps(images, threshold=reached)
         for _ in range(exit + 1):
             next(steps)
+
+    words = in_words(threshold)
+    for exit, one in enumerate(net.plan.exits):
+        yield Side(
+            f"exit {exit + 1}",
+            partial(predict, exit),
+            partial(count, exit),
+            about={"threshold": threshold, "exit": exit + 1, "name": one.name, "setting": words},
+            timed=partial(run_until, exit),
+            summary=_work,
+            anchor=threshold is None,
+            curve=words,
+        )
 
 
 def _work(counts: Counts, figures: Figures) -> dict[str, Any]:
@@ -81,23 +91,8 @@ def compare(net: AnytimeModel, data: SegmentationData, thresholds: Sequence[Any]
     """
     fast = net.optimize()
     given = [tuple(one) if isinstance(one, Sequence) else one for one in thresholds or (net.threshold,)]
-    sides = []
-    for threshold in (None, *(one for one in given if not net.asks_everything(one))):
-        run = _Pass(fast, net.everything if threshold is None else threshold)
-        words = in_words(threshold)
-        sides += [
-            Side(
-                f"exit {exit + 1}",
-                partial(run.predict, exit),
-                partial(run.count, exit),
-                about={"threshold": threshold, "exit": exit + 1, "name": one.name, "setting": words},
-                timed=partial(run.run_until, exit),
-                summary=_work,
-                anchor=threshold is None,
-                curve=words,
-            )
-            for exit, one in enumerate(net.plan.exits)
-        ]
+    others = [one for one in given if not net.asks_everything(one)]
+    sides = [side for threshold in (None, *others) for side in _sides(fast, threshold)]
     return Comparison(source_of(net), sides, _columns, "setting")
 
 

@@ -19,7 +19,17 @@ from cadsurgery.methods.sampling.storage import NAME
 from cadsurgery.support.divergence import maps_of, tensors_of
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.tasks.report import Column, Row, accuracy_columns, macs_columns, time_columns
-from cadsurgery.tasks.side import Comparison, Conversion, Counts, Figures, Kind, Request, Side, Timed
+from cadsurgery.tasks.side import (
+    Comparison,
+    Conversion,
+    Counts,
+    Figures,
+    Kind,
+    Request,
+    Side,
+    Timed,
+    once_per_batch,
+)
 
 DENSE, GATES = "dense", "its gates"
 CLOSED, OPEN = "all closed but the grid", "all open"
@@ -39,13 +49,14 @@ def compare(net: SampledModel, data: SegmentationData, thresholds: Sequence[Any]
     include those of the gates.
     """
     fast = net.optimize()
+    macs_of = once_per_batch(fast.macs)
 
     def count(images: Tensor) -> Counts:
-        counted = fast.macs(images)
+        counted = macs_of(images)
         return {"macs": counted.total, "density": counted.density * len(images)}
 
     def count_dense(images: Tensor) -> Counts:
-        return {"macs": fast.macs(images).dense, "density": len(images)}
+        return {"macs": macs_of(images).dense, "density": len(images)}
 
     sides = [
         Side(DENSE, lambda x: maps_of(fast.dense(x))[-1], count_dense, summary=_work, anchor=True),
