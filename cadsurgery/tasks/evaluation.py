@@ -441,7 +441,7 @@ def _draw(axis: Axes, rows: Sequence[Row], work: str, accuracy: str, marker: str
     for curve in dict.fromkeys(row.curve or row.label for row in known):
         members = [row for row in known if (row.curve or row.label) == curve]
         colour = "#222222" if members[0].anchor else COLOURS[curves.index(curve) % len(COLOURS)]
-        style = f"{'s' if members[0].anchor else marker}{'-' if members[0].curve else ''}"
+        style = f"{'s' if members[0].anchor and marker == 'o' else marker}{'-' if members[0].curve else ''}"
         # The dense network of two pairs of output strides is one network: it is drawn and named once.
         named = {(row.label, round(points[id(row)][1], 3)): points[id(row)] for row in members}
         axis.plot(

@@ -70,7 +70,7 @@ def _sides(net: AnytimeModel, threshold: Any) -> Iterator[Side]:
             timed=partial(run_until, exit),
             summary=_work,
             anchor=threshold is None,
-            curve=words,
+            curve=words if threshold is None else f"threshold {words}",
         )
 
 

@@ -62,7 +62,7 @@ def compare(net: ResampledModel, data: SegmentationData, thresholds: Sequence[An
         [*sides, side(WHOLE, net, fast.network)],
         _columns,
         "sampler",
-        {"miou": "mean IoU of all classes", "of_targets": "of the targets"},
+        {"miou": "mean IoU of all classes (dots)", "of_targets": "of the targets (triangles)"},
         f" sampled at {'x'.join(map(str, net.size))}",
         more={"size": net.size, "targets": tuple(data.classes[place] for place in targets)},
     )
