@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,16 @@ def test_a_side_of_ones_own_is_evaluated_and_timed_beside_the_others(tmp_path: P
     assert {"at scale 1", "at scale 0.5"} <= texts_of(report.figure())
     with Image.open(picture) as drawn:
         assert min(drawn.size) > 300
+
+
+def test_a_report_keeps_no_network_in_memory() -> None:
+    model = segmenter()
+    side = at_scale(model, 1.0)
+    kept = [weakref.ref(model), weakref.ref(side)]
+    report = cs.evaluate(model, DATA, sides=[side], output_stride=[(8, 32)], limit=1, rounds=1)
+    del model, side
+    gc.collect()
+    assert [one() for one in kept] == [None, None] and len(report.rows) == 4
 
 
 @pytest.mark.parametrize("make", [with_exits, with_gates, with_sampler])

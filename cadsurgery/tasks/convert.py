@@ -99,7 +99,7 @@ def convert(
         image=tuple(made.batch.shape),
         sides=tuple(rows),
         file=str(output),
-        made=made,
+        made=made.without_network(),
         notes=tuple(notes),
         **describe_run(where),
     )

@@ -45,7 +45,7 @@ class ConversionReport(RunReport):
         image: shape of the batch.
         sides: the network as it was, and what was made of it.
         file: that was written.
-        made: the network that the method made, with its part of the report.
+        made: the method's part of the report.
         notes: that a user can act on.
     """
 

@@ -149,7 +149,7 @@ def evaluate(
         normalisation=compared.normalisation,
         rows=tuple(rows),
         failed=tuple(failed),
-        compared=compared,
+        compared=replace(compared, sides=()),  # a report keeps no networks
         **provenance(network, compared.source, where),
     )
     if world().is_main:
@@ -365,7 +365,7 @@ class EvaluationReport(MeasuredReport):
         image: (3, H, W) of the image that was timed.
         processes: that shared the images.
         rows: in the order asked for.
-        compared: the sides, and how they are shown.
+        compared: how the sides are shown.
     """
 
     split: str

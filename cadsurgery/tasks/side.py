@@ -221,6 +221,10 @@ class Conversion:
     whole: int | None = None
     notes: Callable[[Sequence[Row]], Sequence[str]] = lambda rows: ()
 
+    def without_network(self) -> Conversion:
+        """The part of the report alone, which keeps no network in memory."""
+        return replace(self, net=None, sides=(), notes=lambda rows: ())
+
 
 class Timed(NamedTuple):
     """The sides that `bench` times, the network as it was first; the names of those at which the straight line of time
