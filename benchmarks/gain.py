@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from cadsurgery.data.networks import source_of  # noqa: E402
 from cadsurgery.finetune import calibrate_adapters, fit_gain, fit_refinement  # noqa: E402
 from cadsurgery.masks import Budget, resolve_mask  # noqa: E402
 from cadsurgery.support.divergence import divergence  # noqa: E402
-from cadsurgery.tasks.segmentation.evaluation import Setting  # noqa: E402
+from cadsurgery.tasks.sides.masks import Masked  # noqa: E402
 from recipes.camvid_mobilenetv2 import network as camvid  # noqa: E402
 from recipes.voc_deeplab import network as voc  # noqa: E402
 
@@ -106,12 +106,12 @@ class Sums:
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
 
     def add(
-        self, scores: Tensor, high: Tensor, labels: Tensor, restored: Tensor, macs: dict[str, int]
+        self, scores: Tensor, high: Tensor, labels: Tensor, restored: Tensor, macs: Mapping[str, float]
     ) -> None:
         """Add an image."""
         same = (scores.argmax(1) == high.argmax(1)).double().mean()
         figures = {"images": 1, "divergence": float(divergence(high, scores, "classes").mean())}
-        for name, value in (figures | {"agreement": float(same)} | macs).items():
+        for name, value in (figures | {"agreement": float(same), **macs}).items():
             self.counts[name] = self.counts.get(name, 0) + value
         known, classes = labels != 255, len(self.confusion)
         pairs = classes * labels[known] + restored.argmax(1)[0][known]
@@ -135,7 +135,7 @@ def measure(net: cs.AdaptiveModel, masks: dict[str, Any], shown: Sequence[Shown]
     """A row for everything high, each mask and everything low; every image is seen once."""
     fast, work = net.optimize(), dict[tuple[int, ...], Any]()
     settings = {
-        name: Setting(net, fast, resolve_mask(mask), work)
+        name: Masked(net, fast, resolve_mask(mask), work)
         for name, mask in {"everything high": "all", **masks, "everything low": "none"}.items()
     }
     sums: dict[str, Sums] = {}
@@ -143,10 +143,10 @@ def measure(net: cs.AdaptiveModel, masks: dict[str, Any], shown: Sequence[Shown]
         image, labels, restore = shown[number]
         x, high = normalise(image, source_of(net))[None], None
         for name, setting in settings.items():
-            scores = setting(x, None)
+            scores = setting(x)
             high = scores if high is None else high
             total = sums.setdefault(name, Sums(scores.shape[1]))
-            total.add(scores, high, labels, restore(scores), setting.macs(x, None))
+            total.add(scores, high, labels, restore(scores), setting.count(x))
     return [{"mask": name, **total.row()} for name, total in sums.items()]
 
 

@@ -43,9 +43,8 @@ _NAMES = {
     "network.points": ("macs_at", "read_at"),
     "network.stem": ("CachedStem", "body_of", "stem_outputs"),
     "network.publish": ("push_to_hub",),
-    "tasks.segmentation.evaluation": ("evaluate",),
+    "tasks.evaluation": ("EvaluationReport", "evaluate"),
     "tasks.segmentation.metrics": ("SegmentationMetrics",),
-    "tasks.segmentation.report": ("EvaluationReport",),
 }
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -81,7 +80,7 @@ _MODULES = {
     "api": "network.adaptify",
     "coverage": "tasks.zoo_check",
     "bench": "tasks.bench",
-    "evaluation": "tasks.segmentation.evaluation",
+    "evaluation": "tasks.evaluation",
     "metrics": "tasks.segmentation.metrics",
     "viz": "tasks.figures",
     "matching": "tasks.keypoints.matching",
@@ -119,9 +118,8 @@ if TYPE_CHECKING:
     )
     from cadsurgery.surgery.plan import Plan
     from cadsurgery.surgery.rules import Call, Treatment, rule
-    from cadsurgery.tasks.segmentation.evaluation import evaluate
+    from cadsurgery.tasks.evaluation import EvaluationReport, evaluate
     from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
-    from cadsurgery.tasks.segmentation.report import EvaluationReport
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.finetune.schedule import Draw
-from cadsurgery.tasks.exits import ExitReport
+from cadsurgery.tasks.evaluation import EvaluationReport
 
 QUICK: dict[str, Any] = {
     **{"steps": 2, "batch": 2, "crop": 0, "jitter": 0.0, "flip": False, "workers": 0, "validate_every": 2},
@@ -115,7 +115,9 @@ def test_training_writes_a_network_with_exits(train: str, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[cs.AnytimeModel, ExitReport, Path]]:
+def report(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[cs.AnytimeModel, EvaluationReport, Path]]:
     folder, net = tmp_path_factory.mktemp("report"), network()
     told = cs.evaluate(
         net,
@@ -125,12 +127,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[cs.Anytim
         output=folder / "report.json",
         picture=folder / "curve.png",
     )
-    assert isinstance(told, ExitReport)
+    assert isinstance(told, EvaluationReport)
     yield net, told, folder
 
 
 def test_every_exit_has_a_row_with_accuracy_work_and_time(
-    report: tuple[cs.AnytimeModel, ExitReport, Path],
+    report: tuple[cs.AnytimeModel, EvaluationReport, Path],
 ) -> None:
     net, told, folder = report
     assert [(row.threshold, row.exit) for row in told.rows] == [

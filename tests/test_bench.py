@@ -33,10 +33,12 @@ from cadsurgery.support.files import append_lines
 from cadsurgery.support.processor import CAPS as CAPPED
 from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks import bench as module
-from cadsurgery.tasks import bench_isa
+from cadsurgery.tasks import bench_isa, side
 from cadsurgery.tasks.bench import BAND, GROUPED, LINEAR, band, bench, law
-from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Twin
+from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, NetworkBench
 from cadsurgery.tasks.options import Benchmark
+from cadsurgery.tasks.report import Row
+from cadsurgery.tasks.sides.engines import InTorch
 
 SIZE, FRACTIONS = (64, 96), (1.0, 0.5, 0.0)
 
@@ -128,12 +130,12 @@ def test_both_fills_are_measured_against_the_same_twins(report: BenchReport) -> 
 def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
-    def counted(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    def counted(sides: dict[str, Callable[[], object]], rounds: int, **_: Any) -> dict[str, Timing]:
         seen.append(list(sides))
         assert rounds == 3
         return {key: Timing(1.0 + position, 2.0 + position) for position, key in enumerate(sides)}
 
-    monkeypatch.setattr(module, "interleaved", counted)
+    monkeypatch.setattr(side, "interleaved", counted)
     (network,) = bench(trunk(), fractions=FRACTIONS, size=SIZE, rounds=3).networks
     assert seen == [["dense high", "dense low", "nearest 1.0", "nearest 0.5", "nearest 0.0"]]
     assert [row.milliseconds for row in network.rows] == [3.0, 4.0, 5.0]
@@ -144,12 +146,15 @@ def test_each_side_is_run_once_a_round_and_warmed_up(monkeypatch: pytest.MonkeyP
 def test_the_twins_are_uniform_and_stop_at_the_low_output_stride() -> None:
     net = cs.adaptify(trunk(), output_stride=(8, 16), verify_laws=False)
     image = torch.randn(2, 3, *SIZE)
-    sides = module._sides(net, image, "edges", "nearest", (0.5,), False, Benchmark(), [])
-    masks = {"dense high": "all", "dense low": "none", "nearest 0.5": cs.Budget("edges", 0.5)}
-    assert sides.keys() == masks.keys()
+    runs, budget = InTorch(net, image, Benchmark()), cs.Budget("edges", 0.5)
+    sides = [
+        (runs.dense("dense high"), "all"),
+        (runs.dense("dense low"), "none"),
+        (runs.under(budget), budget),
+    ]
     with torch.no_grad():
-        for key, mask in masks.items():
-            assert_same(sides[key](image), net(image, mask=mask), 1e-4)
+        for run, mask in sides:
+            assert_same(run(image), net(image, mask=mask), 1e-4)
 
 
 def test_interpolating_fills_and_grouped_convolutions_are_granted_more() -> None:
@@ -169,19 +174,21 @@ def test_interpolating_fills_and_grouped_convolutions_are_granted_more() -> None
 
 
 def test_the_law_is_the_straight_line_between_the_twins() -> None:
-    high, low = Twin(100, 50.0, 51.0), Twin(20, 10.0, 11.0)
+    high, low = twin(100, 50.0), twin(20, 10.0)
     assert [law(macs, high, low) for macs in (100, 60, 20)] == [50.0, 30.0, 10.0]
+
+
+def twin(macs: int, milliseconds: float) -> Row:
+    return Row("dense", {"macs": macs}, milliseconds=milliseconds, milliseconds_median=milliseconds + 1)
 
 
 def network(ratios: dict[float, float], high: float = 50.0) -> NetworkBench:
     """A result with these ratios to the law by fraction."""
     rows = [
-        BenchRow(fraction, fraction, 60, 30 * ratio, 31 * ratio, 30.0, ratio, 1.0, high / (30 * ratio))
+        Row("", {"fraction": fraction, "law_ratio": ratio}, milliseconds=30 * ratio)
         for fraction, ratio in ratios.items()
     ]
-    return NetworkBench(
-        "net", "random", "nearest", (8, 32), 1.06, Twin(100, high, high), Twin(20, 10, 11), tuple(rows)
-    )
+    return NetworkBench("net", "random", "nearest", (8, 32), 1.06, twin(100, high), twin(20, 10), tuple(rows))
 
 
 def test_a_verdict_says_whether_the_law_holds_and_where_it_is_worst() -> None:
@@ -220,7 +227,7 @@ def test_a_report_says_what_it_was_made_with(report: BenchReport) -> None:
     assert all(isa.in_words() in told for told in (values["device"], str(report.setting)))
     assert "random" in values["networks"][0]["weights"]
     for entry, result in zip(values["networks"], report.networks, strict=True):
-        assert entry["rows"] == [vars(row) for row in result.rows]
+        assert entry["rows"] == [row.to_dict() for row in result.rows]
         assert entry["law"]["holds"] is result.holds and entry["law"]["verdict"] == result.verdict()
         assert entry["law"]["worst_ratio"] == max(row["law_ratio"] for row in entry["rows"])
 
@@ -313,12 +320,12 @@ def test_lines_are_appended_whole(tmp_path: Path) -> None:
 def test_what_is_done_is_kept_when_a_later_network_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def counted(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    def counted(sides: dict[str, Callable[[], object]], rounds: int, **_: Any) -> dict[str, Timing]:
         if (tmp_path / "rows.jsonl").exists():
             raise KeyboardInterrupt
         return dict.fromkeys(sides, Timing(1.0, 1.0))
 
-    monkeypatch.setattr(module, "interleaved", counted)
+    monkeypatch.setattr(side, "interleaved", counted)
     with pytest.raises(KeyboardInterrupt):
         bench([trunk(), trunk()], fractions=[0.5], size=SIZE, output=tmp_path / "rows.jsonl")
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
@@ -457,10 +464,10 @@ def test_a_budget_slower_than_dense_high_is_told_with_the_operation_that_takes_i
 ) -> None:
     times = {"dense high": 8.0, "dense low": 4.0, "nearest 0.5": 12.0, "nearest 0.0": 5.0}
 
-    def measured(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    def measured(sides: dict[str, Callable[[], object]], rounds: int, **_: Any) -> dict[str, Timing]:
         return {key: Timing(times[key], times[key]) for key in sides}
 
-    monkeypatch.setattr(module, "interleaved", measured)
+    monkeypatch.setattr(side, "interleaved", measured)
     (found,) = bench(trunk(), "none", [0.5, 0.0], size=SIZE).networks
     (note,) = [note for note in found.notes if "slower" in note]
     assert note.startswith("fraction 0.5 is slower than dense high (1.50 times as long): ")

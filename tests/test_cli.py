@@ -23,7 +23,7 @@ from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.processor import processor_in_words
 from cadsurgery.support.timing import Timing
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks import bench, convert
+from cadsurgery.tasks import bench, side
 from cadsurgery.tasks.bench_report import BenchReport, BenchSetting
 
 SIZE = (96, 128)
@@ -453,8 +453,8 @@ def test_macs_counts_layers_and_totals(run: Run, rule: str) -> None:
     assert result.code == 0 and result.json["rule"] == rule and result.json["shape"] == [1, 3, *SIZE]
     totals, layers = result.json["macs"], result.json["layers"]
     assert totals["low"] < totals["mask"] <= totals["high"]
-    for side, total in totals.items():
-        assert sum(layer[side] for layer in layers) == total
+    for name, total in totals.items():
+        assert sum(layer[name] for layer in layers) == total
     assert all(layer.keys() == {"layer", "operation", "mask", "high", "low"} for layer in layers)
     assert 0 < result.json["active_fraction"] <= 1
 
@@ -648,10 +648,10 @@ def test_labels_are_read_as_classes_and_cut_to_size(run: Run, folder: Path) -> N
 def test_bench_prints_and_writes_its_figures_and_exits_with_0_whatever_the_law_says(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slower(sides: dict[str, Any], rounds: int) -> dict[str, Timing]:
+    def slower(sides: dict[str, Any], rounds: int, **_: Any) -> dict[str, Timing]:
         return {key: Timing(8.0 if "dense" in key else 9.0, 9.0) for key in sides}
 
-    monkeypatch.setattr(bench, "interleaved", slower)
+    monkeypatch.setattr(side, "interleaved", slower)
     arguments = options("--model", "usernets:segmenter", "--fractions", "0.5,0")
     files = ("--picture", "b.png", "--output", "rows.jsonl")
     result = run("bench", *arguments, *files, "--fill", "both", "--json")
@@ -769,10 +769,10 @@ def test_convert_names_the_operation_that_makes_a_copy_slow(
     """Measured, and only if the copy is slower than dense high or than the converted network."""
     of_copy = 9.0
 
-    def timed(sides: dict[str, Any], rounds: int, seconds: float) -> dict[str, Timing]:
+    def timed(sides: dict[str, Any], rounds: int, **_: Any) -> dict[str, Timing]:
         return {key: Timing(of_copy if "optimize" in key else 6.0, 9.0) for key in sides}
 
-    monkeypatch.setattr(convert, "interleaved", timed)
+    monkeypatch.setattr(side, "interleaved", timed)
     arguments = ("convert", "--model", "usernets:segmenter", *options("--rounds", 1), "--no-verify")
     (note,) = [note for note in run(*arguments, "--json").json["notes"] if "slower" in note]
     assert note.startswith(

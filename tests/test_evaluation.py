@@ -22,11 +22,10 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.data.networks import Source, source_of
 from cadsurgery.network.macs import layer_work
+from cadsurgery.tasks import evaluation
+from cadsurgery.tasks.evaluation import EvaluationReport, scores_of
 from cadsurgery.tasks.figures import evaluation_figure
 from cadsurgery.tasks.open import weights_in_words
-from cadsurgery.tasks.segmentation import evaluation
-from cadsurgery.tasks.segmentation.evaluation import scores_of
-from cadsurgery.tasks.segmentation.report import EvaluationReport
 
 DATA = "scene:5,height=48,width=80"
 EDGES, GRADED = "edges:threshold=0.15,dilation=3", "edges:threshold=0.95/0.1,dilation=3/9"
@@ -423,7 +422,7 @@ def test_two_processes_predict_what_one_predicts(run: Run, folder: Path, tmp_pat
 
 def test_the_plot_joins_the_dense_networks_and_names_every_point(report: EvaluationReport) -> None:
     figure = evaluation_figure(report)
-    (axes,) = figure.axes
+    axes = figure.axes[0]
     line = axes.lines[0]
     xs = list(line.get_xdata())
     anchors = {(row.macs, 100 * row.miou) for row in report.rows if row.anchor}

@@ -22,7 +22,7 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
-from cadsurgery.tasks.samples import WHOLE, SampleReport
+from cadsurgery.tasks.sides.samples import WHOLE
 from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
 
 TARGETS = (4, 5)
@@ -106,7 +106,6 @@ def test_a_network_that_cannot_be_trained_so_is_refused(tmp_path: Path) -> None:
 def test_a_sampled_input_is_evaluated_beside_equal_distances_and_the_whole_image(tmp_path: Path) -> None:
     net = network("labels")
     told = cs.evaluate(net, DATA, rounds=1, output=tmp_path / "report.json", picture=tmp_path / "curve.png")
-    assert isinstance(told, SampleReport)
     assert [row.sampler for row in told.rows] == ["labels", "uniform", WHOLE]
     data = cs.open_data(DATA, "test")
     for row, other in zip(told.rows, (net, network("uniform"), Segmenter().eval()), strict=True):
@@ -118,7 +117,7 @@ def test_a_sampled_input_is_evaluated_beside_equal_distances_and_the_whole_image
                 metrics.update(other(normalise(image[None], source_of(net))).argmax(1), labels[None])
         assert abs(metrics.compute()["miou"] - (row.miou or 0)) < 1e-3
         assert row.milliseconds and row.macs > 0
-    assert told.rows[0].macs == told.rows[1].macs and told.targets == ("pole", "car")
+    assert told.rows[0].macs == told.rows[1].macs and told.compared.more["targets"] == ("pole", "car")
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["sampler"] == "labels"
     assert (tmp_path / "curve.png").stat().st_size > 1000
     with pytest.raises(cs.InvalidInput, match="no masks and no thresholds"):

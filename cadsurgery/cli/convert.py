@@ -98,7 +98,9 @@ def mask_command(
 
 
 @commands.command()
+@options.task("cadsurgery.tasks.run:predict")
 def run(
+    *,
     file: Annotated[str, typer.Argument(help="a converted file, or hf:owner/name")],
     images: Annotated[list[Path], typer.Argument(help="image files or folders")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the predictions")] = Path(
@@ -123,37 +125,6 @@ def run(
     as_json: options.Json = False,
 ) -> None:
     """Run a converted file on images: predictions as PNG, active fraction or exit, and time of each."""
-    from cadsurgery.tasks.convert import predict
-
-    with screen.steps(as_json) as step:
-        rows, failures = predict(
-            file,
-            images,
-            output,
-            mask or None,
-            size,
-            device,
-            step,
-            trust,
-            precision=precision,
-            calibration=calibration,
-            largest_error=largest_error,
-            until=until or None,
-        )
-    lines = [
-        f"{row['image']}: {_computed(row)}, {row['milliseconds']:.0f} ms -> {row['output']}" for row in rows
-    ]
-    screen.show_rows(
-        rows, failures, "\n".join([*lines, f"{len(rows)} done, {len(failures)} failed"]), as_json
-    )
-
-
-def _computed(row: dict[str, Any]) -> str:
-    if "sampled" in row:
-        return f"sampled at {row['sampled']}"
-    if "density" in row:
-        return f"density {row['density']:.3f}"
-    return f"exit {row['exit']}" if "exit" in row else f"active fraction {row['active_fraction']:.3f}"
 
 
 @commands.command()

@@ -12,19 +12,8 @@ from cadsurgery.tasks.options import Benchmark, Conversion
 
 commands = typer.Typer()
 MEASURED = (
-    *("size", "batch", "output_stride", "region", "patch"),
-    *(
-        "dtype",
-        "device",
-        "threads",
-        "rounds",
-        "processor_time",
-        "memory",
-        "runtime",
-        "against",
-        "isa",
-        "calibration",
-    ),
+    *("size", "batch", "output_stride", "region", "patch", "dtype", "device", "threads", "rounds"),
+    *("processor_time", "memory", "runtime", "against", "isa", "calibration"),
 )
 
 
@@ -77,7 +66,7 @@ def bench(
 
 
 @commands.command("eval")
-@options.task("cadsurgery.tasks.segmentation.evaluation:evaluate")
+@options.task("cadsurgery.tasks.evaluation:evaluate")
 def eval_command(
     *,
     network: options.Network,

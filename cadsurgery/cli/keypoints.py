@@ -44,6 +44,7 @@ def extract_command(
     are done, and the exit code is 1. Runs under accelerate launch and torchrun.
     """
     from cadsurgery.tasks.keypoints import extract
+    from cadsurgery.tasks.report import FilesReport
 
     with screen.steps(as_json) as step:
         rows, failures = extract(
@@ -60,7 +61,7 @@ def extract_command(
         f"{count} keypoints of {len(rows)} images in {output} ({len(rows) - before} new, {before} there already), "
         f"{len(failures)} failed"
     )
-    screen.show_rows(rows, failures, text, as_json)
+    screen.show_report(FilesReport(tuple(rows), text, tuple(failures)), as_json)
 
 
 @commands.command("eval")

@@ -1,11 +1,11 @@
-"""What the command line prints: results on the output stream, progress on the error stream."""
+"""Output of the command line: results on the output stream, progress on the error stream."""
 
 from __future__ import annotations
 
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from cadsurgery.support.errors import CadWarning
 if TYPE_CHECKING:
     from rich.progress import Task
 
-    from cadsurgery.tasks.for_each import Failure
     from cadsurgery.tasks.report import Report
 
 # A terminal knows its width; a pipe or file gets lines that need not wrap.
@@ -107,32 +106,16 @@ def show(values: Any, renderable: Any, as_json: bool) -> None:
 
 
 def show_report(report: Report, as_json: bool) -> None:
-    """What a task tells.
+    """The report of a task.
 
     Raises:
         Exit: with 1, if something could not be done.
     """
     show(report.to_dict(), report.render(), as_json)
-    if report.failed:
-        raise typer.Exit(1)
-
-
-def show_rows(
-    rows: Sequence[Mapping[str, Any]], failures: Sequence[Failure], text: str, as_json: bool
-) -> None:
-    """What was done with each of several files, and what could not be done, on the error stream; with --json both are
-    in the result.
-
-    Raises:
-        Exit: with 1, if there is such.
-    """
-    show({"images": rows, "failed": failures}, text, as_json)
     if not as_json and is_first_process():
-        for failure in failures:
-            what, where = failure["what"], f"{failure['image']}: "
-            where = "" if failure["image"] in what else where
-            err.print(f"[red]{where}{what}[/red] {failure.get('why', '')}", highlight=False)
-    if failures:
+        for line in report.apart():
+            err.print(line, highlight=False)
+    if report.failed:
         raise typer.Exit(1)
 
 

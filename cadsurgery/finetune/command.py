@@ -26,9 +26,8 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.processes import own_device, world
-from cadsurgery.tasks.by_method import open_any
 from cadsurgery.tasks.for_each import Step
-from cadsurgery.tasks.open import open_converted
+from cadsurgery.tasks.open import open_any, open_converted
 from cadsurgery.tasks.report import Report
 
 

@@ -35,11 +35,10 @@ from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.network.storage import checksum, write_tensors
 from cadsurgery.support.errors import FileError, InvalidInput, first_line
 from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.tasks.evaluation import EvaluationReport, evaluate
 from cadsurgery.tasks.for_each import Step, silent
 from cadsurgery.tasks.open import open_converted
-from cadsurgery.tasks.report import Report
-from cadsurgery.tasks.segmentation.evaluation import evaluate
-from cadsurgery.tasks.segmentation.report import EvaluationReport, EvaluationRow, percent
+from cadsurgery.tasks.report import Report, Row, percent
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 RANKINGS = ("gain", "detail")
@@ -216,9 +215,8 @@ def tune(
         for fraction in fractions
     }
     evaluation = evaluate(net, held_out, list(masks.values()), rounds=rounds, step=step, trust=trust)
-    assert isinstance(evaluation, EvaluationReport)  # no network with exits
     names = iter(masks)  # without options that are the defaults
-    named = tuple(row if row.anchor else replace(row, mask=next(names)) for row in evaluation.rows)
+    named = tuple(row if row.anchor else _renamed(row, next(names)) for row in evaluation.rows)
     evaluation = replace(evaluation, rows=named)
     rows = [row for row in named if not row.anchor]
     enough = [row for row in rows if _share(row) >= keep]
@@ -383,8 +381,14 @@ def _fate(is_better: bool) -> str:
     return "kept" if is_better else "left out: no better on photos held out"
 
 
-def _share(row: EvaluationRow) -> float:
+def _renamed(row: Row, mask: str) -> Row:
+    high, low = row.output_stride
+    return row.with_values(f"{mask} {high}->{low}", mask=mask)
+
+
+def _share(row: Row) -> float:
     """Of what the dense network gives that is kept."""
-    if row.pixel_accuracy is not None:
-        return row.pixel_accuracy
+    accuracy: float | None = row.pixel_accuracy
+    if accuracy is not None:
+        return accuracy
     return 1 - row.relative_error if row.relative_error is not None else 0.0

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import json
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,55 +29,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cadsurgery.data.networks import Source
+from cadsurgery.data.networks import Source, source_of
 from cadsurgery.elements.backends import costs
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.kernels import isa
-from cadsurgery.masks import Budget, resolve_mask
-from cadsurgery.methods.converted import ConvertedModel
+from cadsurgery.masks import Budget, labelled, resolve_mask
 from cadsurgery.network.adaptify import adaptify, plan
-from cadsurgery.network.dense_twin import dense_twin
-from cadsurgery.network.export import check_mask, export
-from cadsurgery.network.export.dense import write_dense
-from cadsurgery.network.export.engines import (
-    ENGINES,
-    Engine,
-    OnnxRuntime,
-    OpenVino,
-    OpenVinoInBfloat16,
-    import_package,
-)
-from cadsurgery.network.export.int8 import to_8_bits
+from cadsurgery.network.export import check_mask
+from cadsurgery.network.export.engines import ENGINES, import_package
 from cadsurgery.network.macs import MacReport
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import InvalidInput, UnknownName
-from cadsurgery.support.files import append_lines, make_folder
+from cadsurgery.support.files import append_lines
 from cadsurgery.support.memory import is_measurable, peak_raised_by, run_alone
 from cadsurgery.support.provenance import describe_run, device_in_words, find_device
-from cadsurgery.support.timing import Timing, interleaved
 from cadsurgery.tasks.bench_isa import bench_capped, check_caps, joined, read_caps
-from cadsurgery.tasks.bench_method import MethodBench, bench_method
-from cadsurgery.tasks.bench_report import BenchReport, BenchRow, BenchSetting, NetworkBench, Rival, Twin
-from cadsurgery.tasks.by_method import open_any
-from cadsurgery.tasks.export import images_like
+from cadsurgery.tasks.bench_report import BenchReport, BenchSetting, MethodBench, NetworkBench, Rival
 from cadsurgery.tasks.for_each import Step, silent
-from cadsurgery.tasks.open import example_batch, original
+from cadsurgery.tasks.open import example_batch, open_any, original, provenance
 from cadsurgery.tasks.options import Benchmark, Conversion
-from cadsurgery.tasks.report import check_outputs
+from cadsurgery.tasks.report import Row, check_outputs
+from cadsurgery.tasks.side import Side, measure
+from cadsurgery.tasks.sides import kind_of
+from cadsurgery.tasks.sides.engines import HIGH, INT8, LOW, RIVALS, InTorch, rival_sides, runs_of
 from cadsurgery.tasks.slowest import explain_slowness
 
 FRACTIONS = (1.0, 0.5, 0.34, 0.25, 0.1, 0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BAND, LINEAR, GROUPED = 1.06, 0.08, 1.2
-HIGH, LOW = "dense high", "dense low"
 TORCH = "torch"  # the runtime that needs no files
-INT8 = "int8"
-# What the dense networks are timed in besides, by package and type; both written in float32 first.
-RIVALS: dict[str, dict[str, type[Engine]]] = {
-    "onnxruntime": {"float32": OnnxRuntime, INT8: OnnxRuntime},
-    "openvino": {"float32": OpenVino, "bfloat16": OpenVinoInBfloat16, INT8: OpenVino},
-}
+# Options that the bench of a network that a method made takes.
+OF_METHODS = ("size", "batch", "device", "threads", "rounds", "processor_time")
 
 
 def bench(
@@ -90,13 +71,16 @@ def bench(
     fill: Sequence[str] = ("nearest",),
     picture: Path | None = None,
     output: Path | None = None,
+    sides: Sequence[Side] = (),
     trust: bool = False,
     step: Step = silent,
     **options: Any,
 ) -> BenchReport | MethodBench:
     """Measure networks with random weights under budgets, and compare their times with the law.
 
-    A network that a method made, or its file, is measured alone, as it is: see `bench_method`.
+    A network that a method made, or its file, is measured alone, as it is, beside the network it was made from. One
+    with gates is measured at shares of open positions, too: the straight line in multiply-accumulates between all
+    closed (but the grid) and all open is the time it would take if time followed work.
 
     Args:
         networks: names, or modules, which keep their weights.
@@ -105,6 +89,7 @@ def bench(
         fill: one or more of "nearest", "linear" and "guided"; each gives an entry of its own, against the same twins.
         picture: PNG to write.
         output: JSON Lines to append the rows of each network to as soon as it is done.
+        sides: of your own, timed in the same rounds on the same images; see `cadsurgery.tasks.side.Side`.
         trust: run code that a file names; see `cadsurgery.load`.
         step: called with what is being done.
         options: further ones of `adaptify`, and what networks are run on: `size`, height and width of the generated
@@ -124,11 +109,18 @@ def bench(
     setup = Benchmark(**options)
     for network in listed:
         if (made := open_any(network, trust)) is not None:
-            return _alone(made, listed, fractions, setup, picture=picture, output=output, step=step)
+            _check_alone(listed, setup)
+            check_outputs(output, picture=picture)
+            with _threads(setup.threads or torch.get_num_threads()):
+                alone = _bench_made(made, listed[0], fractions, setup, sides, step)
+            if output is not None:
+                append_lines(output, map(json.dumps, alone.lines()))
+            alone.write(picture=picture)
+            return alone
     caps = read_caps(setup.isa)
     setup = replace(setup, threads=setup.threads or torch.get_num_threads())
     _check(listed, mask, fractions, setup, fill)
-    check_caps(caps, listed, mask, setup)
+    check_caps(caps, [*listed, *sides], mask, setup)
     check_outputs(output, picture=picture)
     if len(listed) > 1 or caps:  # a typo in the last name should not wait for the others to be measured
         for network in listed:
@@ -149,7 +141,7 @@ def bench(
     done: list[NetworkBench] = []
     for network in listed:
         with _threads(setup.threads), tempfile.TemporaryDirectory() as folder:
-            entries = _compare(network, mask, budgets, setup, fill, step, Path(folder))
+            entries = _compare(network, mask, budgets, setup, fill, sides, step, Path(folder))
         if output is not None:
             provenance = {**setting.to_dict(), "costs": costs.record()["digest"]}
             rows = [{**provenance, **row} for entry in entries for row in entry.lines()]
@@ -160,29 +152,64 @@ def bench(
     return report
 
 
-def _alone(
-    net: ConvertedModel,
-    listed: list[str | nn.Module],
-    fractions: Sequence[float],
-    setup: Benchmark,
-    **told: Any,
+def law(macs: float, high: Row, low: Row) -> float:
+    """Milliseconds on the straight line between two rows, usually of the dense twins."""
+    share = (macs - low.macs) / max(high.macs - low.macs, 1)
+    ends = [row.milliseconds or 0.0 for row in (low, high)]
+    return float(ends[0] + share * (ends[1] - ends[0]))
+
+
+# -- what a method made --------------------------------------------------------------------------------
+
+
+def _bench_made(
+    net: Any, network: object, fractions: Sequence[float], setup: Benchmark, sides: Sequence[Side], step: Step
 ) -> MethodBench:
-    """What a method made, without others beside it."""
+    """Time and work of a network that a method made, and of what it was made from, both optimised."""
+    kind, where, source = kind_of(net), find_device(setup.device), source_of(net)
+    assert kind is not None
+    net = net.eval().to(where)
+    images = _scenes(source, setup).to(where).contiguous(memory_format=torch.channels_last)
+    step("counting multiply-accumulates")
+    empty = torch.zeros(len(images), *images.shape[2:], dtype=torch.int64, device=where)
+    with labelled(empty):  # for a sampler that asks for labels
+        timed = kind.time(net, images, fractions)
+        step("measuring")
+        rows = measure([*timed.sides, *sides], images, setup.rounds, is_processor_time=setup.processor_time)
+    ends = [row for row in rows if timed.ends and row.label in timed.ends]
+    lines = [law(row.macs, ends[1], ends[0]) if ends and not row.anchor else None for row in rows]
+    return MethodBench(
+        data="street scenes",
+        image=tuple(images.shape),
+        clock="processor" if setup.processor_time else "wall",
+        rounds=setup.rounds,
+        rows=tuple(row.with_values(row.label, line=line) for row, line in zip(rows, lines, strict=True)),
+        part=getattr(net.plan, "part", ""),
+        not_counted=timed.not_counted,
+        **provenance(network, source, where),
+    )
+
+
+def _check_alone(listed: Sequence[object], setup: Benchmark) -> None:
+    """Refuse what would be left out silently, or fail later, of a network that a method made."""
     if len(listed) > 1:
         raise InvalidInput(
             f"{len(listed)} networks are to be measured, one of which a method made.",
             why="it is compared with what it was made from, not under budgets of a mask.",
             next="measure it in a run of its own.",
         )
+    plain = Benchmark()
+    others = [one.name for one in fields(Benchmark) if one.name not in OF_METHODS]
+    if changed := [name for name in others if getattr(setup, name) != getattr(plain, name)]:
+        raise InvalidInput(
+            f"a network that a method made is measured without {', '.join(changed)}.",
+            why="these are of networks with masks, or of other engines.",
+            next=f"leave them out; it takes {', '.join(OF_METHODS)}.",
+        )
     _check_run(setup)
-    with _threads(setup.threads or torch.get_num_threads()):
-        return bench_method(net, fractions, setup, network=listed[0], **told)
 
 
-def law(macs: int, high: Twin, low: Twin) -> float:
-    """Milliseconds on the straight line between the dense twins."""
-    share = (macs - low.macs) / (high.macs - low.macs)
-    return low.milliseconds + share * (high.milliseconds - low.milliseconds)
+# -- a network under budgets ---------------------------------------------------------------------------
 
 
 def _compare(
@@ -191,51 +218,57 @@ def _compare(
     fractions: Sequence[float],
     setup: Benchmark,
     fills: Sequence[str],
+    own: Sequence[Side],
     step: Step,
     folder: Path,
 ) -> list[NetworkBench]:
-    """One interleaved run of a network with every fill, and what it says; files of an engine are made in a folder."""
+    """One interleaved run of a network with every fill, and what it says; files of an engine are made in a folder.
+
+    Uniform maps are read without filling: the dense twins of the first fill serve all.
+    """
     name = _name(network)
     nets: dict[str, AdaptiveModel] = {}
-    sides: dict[str, Callable[[], object]] = {}
-    fill_of: dict[str, str] = {}
+    counts: dict[str, dict[float, MacReport]] = {}  # by fill and fraction
+    sides: list[Side] = []
     notes: list[str] = []
     for fill in dict.fromkeys(fills):
         step(f"converting {name}, fill {fill}")
-        nets[fill], image, weights = _convert(network, mask, replace(setup, fill=fill))
-        make: Callable[..., dict[str, Callable[[Tensor], object]]] = partial(_sides, setup=setup, notes=notes)
-        if setup.runtime != TORCH:
-            make = partial(_files, setup=setup, folder=folder, step=step)
-        for key, run in make(nets[fill], image, mask, fill, fractions, has_twins=bool(sides)).items():
-            sides[key], fill_of[key] = partial(run, image), fill
-    step(f"counting the multiply-accumulates of {name}")
-    counts = {
-        _key(fill, fraction): net.macs(image, mask=Budget(mask, fraction))
-        for fill, net in nets.items()
-        for fraction in fractions
-    }
-    counted = next(iter(counts.values()))
-    if counted.high == counted.low:
-        raise InvalidInput(
-            f"{name} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
-            next="give a larger size.",
-        )
-    rivals = _rivals(next(iter(nets.values())), setup, folder, step)
+        net, image, weights = _convert(network, mask, replace(setup, fill=fill))
+        counted = {one: net.macs(image, mask=Budget(mask, one)) for one in fractions}
+        dense = counted[fractions[0]]
+        if dense.high == dense.low:
+            raise InvalidInput(
+                f"{name} does the same work at both output strides on {setup.size[0]}x{setup.size[1]} pixels.",
+                next="give a larger size.",
+            )
+        runs = runs_of(net, image, setup, folder / fill, step)
+        twins = {} if sides else {HIGH: dense.high, LOW: dense.low}
+        sides += [Side(key, runs.dense(key), macs) for key, macs in twins.items()]
+        sides += [
+            Side(_key(fill, one), runs.under(Budget(mask, one)), count.mask) for one, count in counted.items()
+        ]
+        if twins and isinstance(runs, InTorch) and (quantised := runs.quantisation):
+            notes.append(f"dense high and low are the copy in 8 bits with one level: {quantised}")
+        nets[fill], counts[fill] = net, counted
+    first = next(iter(nets.values()))
+    rivals = rival_sides(first, image.float().contiguous(), setup, folder, step)
     step(f"measuring {name}")
-    batch = image.float().contiguous()
-    beside = {" ".join(key): partial(run, batch) for key, run in rivals.items()}
-    measure = partial(interleaved, clock=time.process_time) if setup.processor_time else interleaved
-    times = measure({**sides, **beside}, setup.rounds)
+    measured = measure([*sides, *rivals, *own], image, setup.rounds, is_processor_time=setup.processor_time)
+    owned = measured[len(measured) - len(own) :]
+    rows = {row.label: row for row in measured[: len(measured) - len(own)]}
     peaks: dict[str, float] = {}
-    for key, fill in fill_of.items() if setup.memory else ():
-        step(f"measuring the memory of {name}, {key}")
-        peaks[key] = _peak_memory(name, mask, replace(setup, fill=fill), key)
+    for side in sides if setup.memory else ():
+        step(f"measuring the memory of {name}, {side.name}")
+        fill = side.name.partition(" ")[0]
+        changed = replace(setup, fill=fill) if fill in nets else replace(setup, fill=next(iter(nets)))
+        peaks[side.name] = _peak_memory(name, mask, changed, side.name)
 
-    def twin(key: str, macs: int) -> Twin:
-        return Twin(macs, times[key].best, times[key].median, peaks.get(key))
+    def twin(key: str, active_fraction: float) -> Row:
+        values = {"active_fraction": active_fraction, "macs": rows[key].macs}
+        return replace(rows[key], values={**values, "memory_mib": peaks.get(key)})
 
-    high, low = twin(HIGH, counted.high), twin(LOW, counted.low)
-    slow = {fill: _explain(fill, fractions, sides, times) for fill in nets}
+    high, low = twin(HIGH, 1.0), twin(LOW, 0.0)
+    timed = [rows[side.name] for side in rivals]
     return [
         NetworkBench(
             model=name,
@@ -246,71 +279,71 @@ def _compare(
             high=high,
             low=low,
             rows=tuple(
-                _row(fraction, counts[key], times[key], peaks.get(key), high, low)
-                for fraction in fractions
-                for key in [_key(fill, fraction)]
+                _row(one, counts[fill][one], rows[_key(fill, one)], peaks.get(_key(fill, one)), high, low)
+                for one in fractions
             ),
-            notes=(*_notes(net, counted, high, low), *notes, *slow[fill]),
+            notes=(
+                *_notes(net, counts[fill][fractions[0]], high, low),
+                *notes,
+                *_explain(fill, {side.name: side for side in sides}, image, rows),
+            ),
             rivals=tuple(
-                Rival(engine, dtype, *(_pair(times[f"{engine} {dtype} {key}"]) for key in (HIGH, LOW)))
-                for engine, dtype in dict.fromkeys(key[:2] for key in rivals)
+                Rival(at_high.engine, at_high.dtype, _pair(at_high), _pair(at_low))
+                for at_high, at_low in zip(timed[::2], timed[1::2], strict=True)
             ),
+            sides=tuple(owned),
             isa=os.environ.get(isa.VARIABLE, "").strip().lower(),
         )
         for fill, net in nets.items()
     ]
 
 
-def _explain(
-    fill: str,
-    fractions: Sequence[float],
-    sides: Mapping[str, Callable[[], object]],
-    times: Mapping[str, Timing],
-) -> list[str]:
+def _explain(fill: str, sides: Mapping[str, Side], image: Tensor, rows: Mapping[str, Row]) -> list[str]:
     """The operation that takes the time of the slowest budget, if that is slower than dense high.
 
     Nothing is said of files in engines, whose operations cannot be seen.
     """
-    fraction = max(fractions, key=lambda fraction: times[_key(fill, fraction)].best)
-    key = _key(fill, fraction)
-    net = getattr(sides[key], "func", None)  # of a partial call: the copy, or a file in an engine
+    keys = [key for key in sides if key.startswith(f"{fill} ")]
+    key = max(keys, key=lambda key: rows[key].milliseconds or 0.0)
+    net = getattr(sides[key].call, "func", None)  # of a partial call: the copy, or a file in an engine
     if not isinstance(net, AdaptiveModel):
         return []
-    name, high = f"fraction {fraction:g}", {HIGH: times[HIGH].best}
-    told = explain_slowness(name, times[key].best, high, net, sides[key])
+    name, high = f"fraction {_fraction_of(key):g}", {HIGH: rows[HIGH].milliseconds or 0.0}
+    told = explain_slowness(name, rows[key].milliseconds or 0.0, high, net, partial(sides[key].call, image))
     return [told] if told else []
 
 
-def _pair(time: Timing) -> tuple[float, float]:
-    return time.best, time.median
+def _pair(row: Row) -> tuple[float, float]:
+    return row.milliseconds or 0.0, row.milliseconds_median or 0.0
 
 
-def _row(
-    fraction: float, counted: MacReport, time: Timing, peak: float | None, high: Twin, low: Twin
-) -> BenchRow:
-    line, speedup = law(counted.mask, high, low), high.milliseconds / time.best
-    return BenchRow(
-        fraction=fraction,
-        active_fraction=counted.active_fraction,
-        macs=counted.mask,
-        milliseconds=time.best,
-        milliseconds_median=time.median,
-        law_milliseconds=line,
-        law_ratio=time.best / line,
-        realised=speedup / (high.macs / counted.mask),
-        speedup=speedup,
-        memory_mib=peak,
-        memory_ratio=peak / high.memory_mib if peak is not None and high.memory_mib else None,
+def _row(fraction: float, counted: MacReport, measured: Row, peak: float | None, high: Row, low: Row) -> Row:
+    milliseconds, whole = measured.milliseconds or 0.0, high.milliseconds or 0.0
+    line, speedup = law(counted.mask, high, low), whole / milliseconds
+    return replace(
+        measured,
+        label=f"budget {fraction:g}",
+        values={
+            "fraction": fraction,
+            "active_fraction": counted.active_fraction,
+            "macs": counted.mask,
+            "law_milliseconds": line,
+            "law_ratio": milliseconds / line,
+            "realised": speedup / (high.macs / counted.mask),
+            "speedup": speedup,
+            "memory_mib": peak,
+            "memory_ratio": peak / high.memory_mib if peak is not None and high.memory_mib else None,
+        },
     )
 
 
-def _notes(net: AdaptiveModel, counted: MacReport, high: Twin, low: Twin) -> tuple[str, ...]:
-    """What a reader must know to judge the figures."""
+def _notes(net: AdaptiveModel, counted: MacReport, high: Row, low: Row) -> tuple[str, ...]:
+    """Facts that a reader needs to judge the figures."""
     notes = []
     if net.plan.part:
         notes.append(f"MACs are those of the {net.plan.part}, times those of the whole network.")
     notes += filter(None, [describe_not_counted(counted.not_counted)])
-    if high.milliseconds <= low.milliseconds:
+    if (high.milliseconds or 0.0) <= (low.milliseconds or 0.0):
         notes.append(
             "dense high is not slower than dense low at this size: the law says little; give a larger one."
         )
@@ -337,98 +370,12 @@ def _scenes(source: Source, setup: Benchmark) -> Tensor:
     return torch.cat([example_batch(source, None, setup.size, seed) for seed in range(setup.batch)])
 
 
-def _sides(
-    net: AdaptiveModel,
-    image: Tensor,
-    mask: object,
-    fill: str,
-    fractions: Sequence[float],
-    has_twins: bool,
-    setup: Benchmark,
-    notes: list[str],
-) -> dict[str, Callable[[Tensor], object]]:
-    """What is compared, by key, each a call on images: the dense twins, and the network under each budget.
-
-    Uniform maps are read without filling: where there are twins already, of another fill, they serve all. In 8 bits the
-    twins are the copy itself, which has dense maps as rows, too.
-    """
-    fast, levels = _optimize(net, image, setup), {} if has_twins else {HIGH: 0, LOW: net.geometry.max_level}
-    twins: dict[str, Callable[[Tensor], object]] = {}
-    for key, level in levels.items():
-        if setup.dtype == INT8:
-            twins[key] = partial(fast, mask="all" if level == 0 else "none")
-        else:
-            twins[key] = dense_twin(net, level, image)
-    if setup.dtype == INT8 and fast.quantisation is not None:
-        notes.append(f"dense high and low are the copy in 8 bits with one level: {fast.quantisation}")
-    budgets = {_key(fill, fraction): Budget(mask, fraction) for fraction in fractions}
-    return {**twins, **{key: partial(fast, mask=budget) for key, budget in budgets.items()}}
-
-
-def _optimize(net: AdaptiveModel, image: Tensor, setup: Benchmark) -> AdaptiveModel:
-    """The copy that is measured."""
-    if setup.dtype != INT8:
-        return net.optimize()
-    folder = setup.calibration
-    images = images_like(image, pictures_for(net), Path(folder)) if folder else image.split(1)
-    return net.optimize(precision=INT8, calibration=list(images))
-
-
-def _rivals(
-    net: AdaptiveModel, setup: Benchmark, folder: Path, step: Step
-) -> dict[tuple[str, str, str], Callable[[Tensor], object]]:
-    """The dense networks in other engines, by engine, type and side, each compared with the network before."""
-    rivals: dict[tuple[str, str, str], Callable[[Tensor], object]] = {}
-    if not setup.against:
-        return rivals
-    net = copy.deepcopy(net).float()
-    image = _scenes(pictures_for(net), setup)
-    for package in setup.against.split(","):
-        for dtype, engine in RIVALS[package].items():
-            for key, level in ((HIGH, 0), (LOW, net.geometry.max_level)):
-                step(f"exporting {key} to {engine.name}, {dtype}")
-                path = make_folder(folder / package / key) / f"{dtype}.onnx"
-                write_dense(net, level, image, path, RIVALS[package]["float32"])
-                if dtype == INT8:
-                    to_8_bits(path, engine, [(image,)])
-                rivals[engine.name, dtype, key] = engine(path, setup.threads)
-    return rivals
-
-
-def _files(
-    net: AdaptiveModel,
-    image: Tensor,
-    mask: object,
-    fill: str,
-    fractions: Sequence[float],
-    has_twins: bool,
-    setup: Benchmark,
-    folder: Path,
-    step: Step,
-) -> dict[str, Callable[[Tensor], object]]:
-    """The same as files in an engine, each compared with the network before it is measured; see `_sides`."""
-    engine, name = ENGINES[setup.runtime], "net.pt2" if setup.runtime == "aoti" else "net.onnx"
-    levels = {} if has_twins else {HIGH: 0, LOW: net.geometry.max_level}
-    budgets = {_key(fill, fraction): Budget(mask, fraction) for fraction in fractions}
-    sides: dict[str, Callable[[Tensor], object]] = {}
-    for key in (*levels, *budgets):
-        step(f"exporting {key}")
-        path = make_folder(folder / key) / name
-        if key in levels:
-            write_dense(net, levels[key], image, path, engine)
-            if setup.dtype == INT8:
-                to_8_bits(path, engine, [(image,)])
-        else:
-            net.mask = budgets[key]
-            check_in = setup.runtime if engine.format == "onnx" else "onnx"
-            calibration = image if setup.dtype == INT8 else None
-            export(net, image, path, to=engine.format, check_in=check_in, int8=calibration)
-        sides[key] = engine(path, setup.threads)
-    return sides
-
-
 def _key(fill: str, fraction: float) -> str:
     return f"{fill} {fraction!r}"
+
+
+def _fraction_of(key: str) -> float:
+    return float(key.rpartition(" ")[2])
 
 
 def band(net: AdaptiveModel) -> float:
@@ -569,20 +516,14 @@ def _peak_memory(network: str, mask: object, setup: Benchmark, key: str) -> floa
 
 
 def print_peak(task: str) -> None:
-    """What the process for one side does: build it, run it, print MiB."""
+    """Build one side, run it, and print MiB; a process of its own does nothing else."""
     told = ast.literal_eval(task)
     setup, key = Benchmark(**told["setup"]), told["key"]
     torch.set_num_threads(setup.threads)
     net, image, _ = _convert(told["network"], told["mask"], setup)
-    if key in (HIGH, LOW) and setup.dtype == INT8:
-        run: Callable[..., object] = partial(
-            _optimize(net, image, setup), mask="all" if key == HIGH else "none"
-        )
-    elif key in (HIGH, LOW):
-        run = dense_twin(net, 0 if key == HIGH else net.geometry.max_level, image)
-    else:
-        run = partial(_optimize(net, image, setup), mask=Budget(told["mask"], float(key.rpartition(" ")[2])))
-    del net
+    runs = InTorch(net, image, setup)
+    run = runs.dense(key) if key in (HIGH, LOW) else runs.under(Budget(told["mask"], _fraction_of(key)))
+    del net, runs
     with torch.inference_mode():
         run(image)  # what is made once: packed weights, measured costs, the libraries' own memory
         print(peak_raised_by(lambda: run(image)))

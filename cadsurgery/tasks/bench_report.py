@@ -1,10 +1,10 @@
-"""What `cadsurgery bench` tells: times, work, the law and whether it holds, as values, lines and tables."""
+"""The report of `cadsurgery bench`: times, work, and the verdict on the law, as values, lines and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,69 +12,31 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.processor import sets_in_words
-from cadsurgery.tasks.report import Column, Plain, Report, number, panels, plain, ratio, table
+from cadsurgery.tasks.report import (
+    COLOURS,
+    Column,
+    MeasuredReport,
+    Report,
+    Row,
+    against_macs,
+    canvas,
+    heading,
+    macs_columns,
+    panels,
+    plain,
+    ratio,
+    strides_in_words,
+    table,
+    time_columns,
+)
 from cadsurgery.tasks.slowest import SLOWER
 
 
-@dataclass(frozen=True)
-class Twin(Plain):
-    """A dense twin: the network with one level everywhere.
-
-    Attributes:
-        macs: of one call.
-        milliseconds: the best round.
-        milliseconds_median: the usual round.
-        memory_mib: by which a call raises the peak of the resident set; None if not measured.
-    """
-
-    macs: int
-    milliseconds: float
-    milliseconds_median: float
-    memory_mib: float | None = None
-
-
-@dataclass(frozen=True)
-class BenchRow(Plain):
-    """A network under one budget.
-
-    Attributes:
-        fraction: of the patches, asked for.
-        active_fraction: share of the fine map kept high, measured.
-        macs: of one call.
-        milliseconds: the best round, the mask included.
-        milliseconds_median: the usual round.
-        law_milliseconds: the straight line between the dense twins at these MACs.
-        law_ratio: time over that line.
-        realised: share of the MACs ratio to dense high that became time: (t_high / t) / (M_high / M).
-        speedup: t_high / t.
-        memory_mib: as for a twin.
-        memory_ratio: to dense high.
-    """
-
-    fraction: float
-    active_fraction: float
-    macs: int
-    milliseconds: float
-    milliseconds_median: float
-    law_milliseconds: float
-    law_ratio: float
-    realised: float
-    speedup: float
-    memory_mib: float | None = None
-    memory_ratio: float | None = None
-
-
-@dataclass(frozen=True)
-class Rival(Plain):
-    """The dense networks in another engine.
-
-    Attributes:
-        engine: its name.
-        dtype: of its weights and features.
-        high: milliseconds, best and median, at the high output stride.
-        low: and at the low one.
-    """
+class Rival(NamedTuple):
+    """The dense networks in another engine: its name, the type of weights and features, and milliseconds, best and
+    median, at the high output stride and at the low one."""
 
     engine: str
     dtype: str
@@ -84,10 +46,28 @@ class Rival(Plain):
 
 @dataclass(frozen=True)
 class NetworkBench:
-    """A network with one fill: its dense twins, its budgets, and whether the law holds; `rivals` beside it.
+    """A network with one fill: its dense twins, its budgets, and whether the law holds.
 
-    `band` is the multiple of the line that the law allows; `notes` are what a reader must know to judge the figures.
-    `isa` is the instruction set that CADSURGERY_ISA capped the run to; "" if nothing capped it.
+    Rows have the `macs` of a call, `memory_mib`, by which a call raises the peak of the resident set (None if it was
+    not measured), the `active_fraction` of the fine map, and those of budgets, the mask included,
+
+    - `fraction`: of the patches, asked for;
+    - `law_milliseconds`: the straight line between the dense twins at these MACs; `law_ratio`: time over that line;
+    - `realised`: share of the MACs ratio to dense high that became time: (t_high / t) / (M_high / M);
+    - `speedup`: t_high / t; `memory_ratio`: to dense high.
+
+    Attributes:
+        model: name of the network.
+        weights: in words.
+        fill: how its maps are read.
+        output_stride: (high, low).
+        band: multiple of the line that the law allows.
+        high, low: the dense twins, networks with one level everywhere.
+        rows: budgets.
+        notes: facts that a reader needs to judge the figures.
+        rivals: the dense networks in other engines.
+        sides: of the user's own.
+        isa: the instruction set that CADSURGERY_ISA capped the run to; "" if nothing capped it.
     """
 
     model: str
@@ -95,11 +75,12 @@ class NetworkBench:
     fill: str
     output_stride: tuple[int, int]
     band: float
-    high: Twin
-    low: Twin
-    rows: tuple[BenchRow, ...]
+    high: Row
+    low: Row
+    rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     rivals: tuple[Rival, ...] = ()
+    sides: tuple[Row, ...] = ()
     isa: str = ""
 
     @property
@@ -108,22 +89,23 @@ class NetworkBench:
         return f"{self.model} with {self.isa}" if self.isa else self.model
 
     @property
-    def worst(self) -> BenchRow:
+    def worst(self) -> Row:
         """The row farthest above the line."""
         return max(self.rows, key=lambda row: row.law_ratio)
 
     @property
     def holds(self) -> bool:
-        """Whether every row is within the band."""
-        return self.worst.law_ratio <= self.band
+        """True if every row is within the band."""
+        return bool(self.worst.law_ratio <= self.band)
 
     @property
-    def slower(self) -> tuple[BenchRow, ...]:
+    def slower(self) -> tuple[Row, ...]:
         """Rows slower than dense high by more than 3 %."""
-        return tuple(row for row in self.rows if row.milliseconds > SLOWER * self.high.milliseconds)
+        limit = SLOWER * (self.high.milliseconds or 0.0)
+        return tuple(row for row in self.rows if (row.milliseconds or 0.0) > limit)
 
     def verdict(self) -> str:
-        """Whether the law holds, in words."""
+        """The law in words: held or missed, and where it is worst."""
         worst = f"fraction {self.worst.fraction:g} takes {self.worst.law_ratio:.3f} of the line"
         law = "holds" if self.holds else "is MISSED"
         told = f"the law {law}: at worst {worst} between the dense twins, {self.band:.2f} are allowed"
@@ -143,13 +125,14 @@ class NetworkBench:
                 "slower_than_high": [row.fraction for row in self.slower],
                 "verdict": self.verdict(),
             },
-            "against": plain(self.rivals),
+            "against": [plain(rival._asdict()) for rival in self.rivals],
+            **({"sides": plain(self.sides)} if self.sides else {}),
             "notes": list(self.notes),
         }
 
     def lines(self) -> list[dict[str, Any]]:
         """Each row as plain values that stand alone, for JSON Lines."""
-        return [{**self._head(), **vars(row)} for row in self.rows]
+        return [{**self._head(), **row.to_dict()} for row in self.rows]
 
     def _head(self) -> dict[str, Any]:
         values = {
@@ -160,7 +143,7 @@ class NetworkBench:
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """What a measurement was made with; `commit` is empty outside a checkout.
+    """The setting of a measurement; `commit` is empty outside a checkout.
 
     `processor` and `instruction_sets` are those of `describe_run`; of several runs, each with instruction sets of its
     own, see `BenchReport`.
@@ -199,14 +182,14 @@ class BenchSetting:
 
 @dataclass(frozen=True)
 class BenchReport(Report):
-    """What `cadsurgery bench` tells.
+    """The report of `cadsurgery bench`.
 
     Attributes:
-        setting: what all networks were measured with.
+        setting: of all measurements.
         networks: a network with one fill each.
         costs: those that decided, see `backends.costs.record`; with `caps` those of all runs.
         caps: by the name of each instruction set that a run was capped to: the instruction sets of that run.
-        notes: what a reader must know of all figures.
+        notes: facts that a reader needs to judge all figures.
     """
 
     setting: BenchSetting
@@ -222,7 +205,7 @@ class BenchReport(Report):
         return {**self.setting.to_dict(), **capped, "networks": networks, "costs": self.costs}
 
     def parts(self) -> Iterator[RenderableType]:
-        """What was measured with, then each network: its table, the law and notes."""
+        """The setting, then each network: its table, the law and notes."""
         yield Text(str(self.setting))
         yield from (Text(f"{name}: {sets_in_words(sets)}") for name, sets in self.caps.items())
         yield from (Text(note, style="yellow") for note in self.notes)
@@ -244,46 +227,108 @@ class BenchReport(Report):
         return figure
 
 
-Line = tuple[str, float, Twin | BenchRow]  # side, active fraction, what it took
+@dataclass(frozen=True, kw_only=True)
+class MethodBench(MeasuredReport):
+    """Time against work of a network that a method made; the first row is the network it was made from.
+
+    Rows have their `side`, the `macs` of a call, and the `line`: milliseconds of the straight line between the ends at
+    these MACs, None where there are no ends.
+
+    Attributes:
+        image: (B, 3, H, W) of the images.
+        clock: `wall`, or `processor`.
+        rows: of the sides, which were run in turn.
+        part: of the network whose MACs these are; empty: all of it.
+        not_counted: operations that are not among the MACs, because no rule says how much they multiply.
+    """
+
+    image: tuple[int, ...]
+    clock: str
+    rows: tuple[Row, ...]
+    part: str = ""
+    not_counted: tuple[str, ...] = ()
+
+    def subject(self) -> str:
+        """Images, device, and what was timed."""
+        clock = "processor time" if self.clock == "processor" else "time"
+        return (
+            f"{self.data} {'x'.join(map(str, self.image))}, on {self.device}; best and median {clock} of {self.rounds} "
+            f"interleaved rounds; commit {self.commit or 'unknown'}"
+        )
+
+    def tables(self) -> Iterator[Table]:
+        """A row for each side."""
+        whole = self.rows[0]
+        columns: list[Column[Row]] = [
+            Column("side", "side", False),
+            *macs_columns("dense", lambda row: whole, ".3f"),
+            *time_columns("dense", lambda row: whole, ".1f", has_median=True),
+        ]
+        if any(row.line is not None for row in self.rows):
+            columns.append(Column("of line", lambda row: ratio(row.milliseconds, row.line)))
+        yield table(self.rows, columns)
+
+    def parts(self) -> Iterator[RenderableType]:
+        """Network, images, the rows, and whose MACs these are."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(self.subject(), style="dim")
+        yield from self.tables()
+        if self.part:
+            told = f"MACs are those of the {self.part}, times those of the whole network."
+            yield Text(told, style="yellow")
+        if left := describe_not_counted(self.not_counted):
+            yield Text(left, style="yellow")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Each row as plain values that stand alone, for JSON Lines."""
+        values = self.to_dict()
+        rows = values.pop("rows")
+        return [{**values, **row} for row in rows]
+
+    def figure(self) -> Figure:
+        """Time against MACs, and the line."""
+        figure = canvas(5.5, 4)
+        axes = figure.subplots()
+        for row, colour in zip(self.rows, ("#222222", *COLOURS * len(self.rows)), strict=False):
+            axes.plot([row.macs], [row.milliseconds or 0.0], "o", color=colour, label=row.label)
+        ends = sorted((row.macs, row.line) for row in self.rows if row.line is not None)
+        axes.plot([macs for macs, _ in ends], [line for _, line in ends], color="#a6bddb", zorder=1)
+        axes.set_ylim(bottom=0)
+        against_macs(axes, "MACs", "milliseconds")
+        figure.suptitle(self.model, fontsize=10)
+        return figure
 
 
 def _table(network: NetworkBench) -> Table:
-    """Twins and budgets of a network; the law's column is time over the line between the twins."""
-
-    def of_budget(form: Callable[[BenchRow], str]) -> Callable[[Line], str]:
-        return lambda line: form(line[2]) if isinstance(line[2], BenchRow) else ""
-
-    def speedup(line: Line) -> str:
-        return "" if line[2] is high else f"{high.milliseconds / line[2].milliseconds:.2f}"
-
+    """Twins and budgets of a network, and sides of the user's own; the law's column is time over the line between the
+    twins."""
     high, low = network.high, network.low
-    columns: list[Column[Line]] = [
-        Column("side", lambda line: line[0], False),
-        Column("active", lambda line: f"{line[1]:.3f}"),
-        Column("MACs", lambda line: f"{line[2].macs:.3e}"),
-        Column("ms", lambda line: f"{line[2].milliseconds:.1f}"),
-        Column("median", lambda line: f"{line[2].milliseconds_median:.1f}"),
-        Column("law ms", of_budget(lambda row: f"{row.law_milliseconds:.1f}")),
-        Column("of law", of_budget(lambda row: f"{row.law_ratio:.3f}")),
-        Column("realised", of_budget(lambda row: f"{row.realised:.2f}")),
-        Column("speed-up", speedup),
+    columns: list[Column[Row]] = [
+        Column("side", "label", False),
+        Column("active", "active_fraction", form=".3f"),
+        Column("MACs", "macs", form=".3e"),
+        Column("ms", "milliseconds", form=".1f"),
+        Column("median", "milliseconds_median", form=".1f"),
+        Column("law ms", "law_milliseconds", form=".1f"),
+        Column("of law", "law_ratio", form=".3f"),
+        Column("realised", "realised", form=".2f"),
+        Column("speed-up", lambda row: "" if row is high else ratio(high.milliseconds, row.milliseconds)),
     ]
     if (whole := high.memory_mib) is not None:
         columns += [
-            Column("MiB", lambda line: number(line[2].memory_mib)),
-            Column("of high", lambda line: ratio(line[2].memory_mib, whole)),
+            Column("MiB", "memory_mib", form=".0f"),
+            Column("of high", lambda row: ratio(row.get("memory_mib"), whole)),
         ]
-    budgets: list[Line] = [(f"budget {row.fraction:g}", row.active_fraction, row) for row in network.rows]
-    strides = "{} to {}".format(*network.output_stride)
+    strides = strides_in_words(network.output_stride)
     title = f"{network.label}, {network.weights}, output stride {strides}, fill {network.fill}"
-    return table([("dense high", 1.0, high), *budgets, ("dense low", 0.0, low)], columns, title)
+    return table([high, *network.rows, low, *network.sides], columns, title)
 
 
 def _table_of_rivals(network: NetworkBench) -> Table:
     """The dense networks in other engines, and each budget relative to their dense high."""
 
-    def share(row: BenchRow) -> Callable[[Rival], str]:
-        return lambda rival: f"{row.milliseconds / rival.high[0]:.2f}"
+    def share(row: Row) -> Callable[[Rival], str]:
+        return lambda rival: ratio(row.milliseconds, rival.high[0])
 
     columns: list[Column[Rival]] = [
         Column("dense in", lambda rival: f"{rival.engine}, {rival.dtype}", False),
@@ -300,17 +345,20 @@ def _draw(axis: Any, network: NetworkBench) -> None:
     high, low = network.high, network.low
     rows = sorted(network.rows, key=lambda row: row.active_fraction)
     active = [0.0, *(row.active_fraction for row in rows), 1.0]
-    law = np.array([low.milliseconds, *(row.law_milliseconds for row in rows), high.milliseconds])
+    twins = [low.milliseconds or 0.0, high.milliseconds or 0.0]
+    law = np.array([twins[0], *(row.law_milliseconds for row in rows), twins[1]])
     label = f"law: 1.00 to {network.band:.2f}"
     axis.fill_between(active, law, network.band * law, color="#a6bddb", alpha=0.6, label=label)
     axis.plot(active, law, color="#2b8cbe", linewidth=1)
-    places, best = active[1:-1], [row.milliseconds for row in rows]
-    median = [row.milliseconds_median for row in rows]
+    places, best = active[1:-1], [row.milliseconds or 0.0 for row in rows]
+    median = [row.milliseconds_median or 0.0 for row in rows]
     axis.vlines(places, best, median, color="#d7301f", linewidth=1)
     axis.plot(places, median, "_", color="#d7301f", markersize=9, label="median")
     axis.plot(places, best, "o", color="#d7301f", markersize=5, label="best")
-    twins = [low.milliseconds, high.milliseconds]
     axis.plot([0, 1], twins, "s", color="#222222", markersize=6, zorder=1.9, label="dense low, high")
+    for place, side in enumerate(network.sides):  # where the work is that of their share
+        share = (side.macs - low.macs) / (high.macs - low.macs)
+        axis.plot([share], [side.milliseconds], "^", color=COLOURS[1 + place % 4], label=side.label)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("active fraction")
     axis.set_ylabel("ms")

@@ -1,60 +1,46 @@
-"""What the commands do: from names and paths to networks, reports and files."""
+"""Conversion and its commands: from names and paths to networks, reports and files."""
 
 from __future__ import annotations
 
-import math
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor
 
-from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
+from cadsurgery.data.networks import Source
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.anytime.macs import AnytimeMacs
-from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.resampling.macs import ResampledMacs
-from cadsurgery.methods.sampling import SampledModel
 from cadsurgery.methods.sampling.macs import SampledMacs
-from cadsurgery.methods.storage import AnyPlan, Converted, load, read_plan
+from cadsurgery.methods.storage import AnyPlan, Converted, load, read_plan, save
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan
 from cadsurgery.network.macs import MacReport, count_network, dense_macs
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.optimized import FLOAT, PRECISIONS
-from cadsurgery.network.storage import read_method, save
+from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
-from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
-from cadsurgery.support.files import check_folder, make_folder
-from cadsurgery.support.processes import own_device
+from cadsurgery.support.files import check_folder
 from cadsurgery.support.provenance import describe_run, find_device
-from cadsurgery.support.timing import interleaved
 from cadsurgery.surgery.plan import Plan
-from cadsurgery.tasks.by_method import TIMING_SECONDS
-from cadsurgery.tasks.convert_report import ConversionReport, Side
-from cadsurgery.tasks.exits import ExitsReport, convert_exits
+from cadsurgery.tasks.convert_report import ConversionReport
 from cadsurgery.tasks.export import images_like
-from cadsurgery.tasks.figures import class_picture
-from cadsurgery.tasks.for_each import Failure, Failures, Step, for_each
-from cadsurgery.tasks.gates import GatesReport, convert_gates
+from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import check_options, example_batch, is_file, open_converted, original
-from cadsurgery.tasks.samples import SamplingReport, convert_resampled
+from cadsurgery.tasks.report import Row
+from cadsurgery.tasks.side import Conversion, Request, Side, measure
+from cadsurgery.tasks.sides import KINDS
 from cadsurgery.tasks.slowest import explain_slowness
 
-METHODS = ("adaptive", "anytime", "sampling", "resampling")
-_KINDS: dict[type, str] = {
-    AnytimeModel: "with exits",
-    SampledModel: "with gates",
-    ResampledModel: "whose input is sampled",
-}
-EXPORTED_MASK = "edges | budget:fraction=0.3"
+ADAPTIVE = "adaptive"
+TIMING_SECONDS = 15.0  # large networks on slow machines get fewer rounds
 
 
 def convert(
@@ -73,109 +59,137 @@ def convert(
     precision: str = FLOAT,
     calibration: Path | None = None,
     largest_error: float | None = None,
-    method: str = "adaptive",
+    method: str = ADAPTIVE,
     exits: Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
     sampling: Mapping[str, Any] | None = None,
-) -> ConversionReport | ExitsReport | GatesReport | SamplingReport:
+) -> ConversionReport:
     """Build, convert, verify, measure and save; see `cadsurgery convert --help`."""
-    check_name("method", method, METHODS)
-    told: Any = {"image": image, "size": size, "output": output, "device": device, "verify": verify_laws}
-    if method == "resampling":
-        _refuse_precision(precision, _KINDS[ResampledModel])
-        given = _sampling(sampling or {})
-        return convert_resampled(
-            model=model, weights=weights, options=given, rounds=rounds, step=step, **told
-        )
-    if method == "sampling":
-        _refuse_precision(precision, _KINDS[SampledModel])
-        return convert_gates(
-            model=model, weights=weights, options=gates or {}, rounds=rounds, step=step, **told
-        )
-    if method == "anytime":
-        _refuse_precision(precision, _KINDS[AnytimeModel])
-        given = {name: value or None for name, value in (exits or {}).items()}
-        given["fill"] = given.pop("gaps", None)
-        return convert_exits(model=model, weights=weights, options=given, rounds=rounds, step=step, **told)
-    resolve_mask(mask)  # a typo should not wait for the network to be built
-    check_precision(precision, calibration, largest_error)
+    methods = {kind.method: kind for kind in KINDS}
+    check_name("method", method, (ADAPTIVE, *methods))
+    if kind := methods.get(method):
+        refuse_precision(precision, kind.words)
+        make, suffix = kind.convert, method
+        told = {"anytime": exits, "sampling": gates, "resampling": sampling}[method] or {}
+    else:
+        resolve_mask(mask)  # a typo should not wait for the network to be built
+        check_precision(precision, calibration, largest_error)
+        of_copy = {"precision": precision, "calibration": calibration, "largest_error": largest_error}
+        told, make, suffix = options, partial(_adapt, mask, of_copy), mask.partition(":")[0]
     where = find_device(device)
-    output = output or Path(f"{re.sub('[:/]', '-', model)}-{mask.partition(':')[0]}.safetensors")
+    output = output or Path(f"{re.sub('[:/]', '-', model)}-{suffix}.safetensors")
     check_folder(output)
     step(f"building {model}")
     before, source = original(model, weights)
-    step("converting and verifying" if verify_laws else "converting")
-    net = adaptify(before, mask, **options, verify_laws=verify_laws)
-    batch = example_batch(pictures_for(net), image, size)
-    batch = batch.to(where).contiguous(memory_format=torch.channels_last)
-    before.to(where).to(memory_format=torch.channels_last)
-    net.to(where)
-    step("counting multiply-accumulates")
-    counted = net.macs(batch)
-    if net.hosts_part:  # the part alone: the rest decides by values, which counting does not have
-        of_original = counted.low if net.plan.identity_level == net.plan.max_level else counted.high
-    else:
-        of_original = dense_macs(before, batch)
-    pictures = images_like(batch, pictures_for(net), calibration) if calibration is not None else None
-    if pictures is not None:
-        step(f"calibrating by {len(pictures)} images")
-    fast = net.optimize()
-    copies = {"net.optimize()": fast}
-    if precision != FLOAT:
-        copies[f"net.optimize(), {precision}"] = net.optimize(
-            precision=precision, calibration=pictures, largest_error=largest_error
-        )
+
+    def example(source: Source) -> Tensor:
+        return example_batch(source, image, size).to(where)
+
+    torch.manual_seed(0)  # what a method makes anew is the same in every run
+    made = make(Request(before.to(where), source, example, told, verify_laws, step))
     step("measuring")
-    is_high = net.plan.identity_level == 0
-    dense = (
-        f"dense high (output stride {net.plan.output_stride[0]})",
-        counted.high,
-        partial(net, mask="all"),
-    )
-    compared: list[tuple[str, int, Callable[[Tensor], object]]] = [
-        ("original = dense high" if is_high else "original", of_original, before),
-        *(() if is_high else (dense,)),
-        ("converted", counted.mask, net),
-        *((f"converted, {name}", counted.mask, copy) for name, copy in copies.items()),
-    ]
-    calls = {name: partial(run, batch) for name, _, run in compared}
-    times = interleaved(calls, rounds, seconds=TIMING_SECONDS) if rounds else {}
-    sides = [Side(name, macs, times[name].best if times else None) for name, macs, _ in compared]
-    step("looking for what is slow")
-    slow = [
-        explain_slowness(
-            name,
-            times[f"converted, {name}"].best,
-            {
-                "dense high": times[compared[not is_high][0]].best,
-                "the converted network": times["converted"].best,
-            },
-            copy,
-            calls[f"converted, {name}"],
-        )
-        for name, copy in (copies.items() if times else ())
-    ]
+    rows = measure(made.sides, made.batch, rounds, "name", seconds=TIMING_SECONDS)
+    notes = made.notes(rows)
     step(f"writing {output}")
-    save(net, output)
+    save(made.net, output)
     return ConversionReport(
         model=source.name,
         weights=source.note,
         random=source.weights == "random",
-        mask=net.mask.spec(),
-        normalisation=str(net.normalisation or "the input as it comes, until a picture has come"),
-        plan=net.plan,
-        active_fraction=counted.active_fraction,
-        image=tuple(batch.shape),
-        sides=tuple(sides),
-        checks=net.checks,
+        image=tuple(made.batch.shape),
+        sides=tuple(rows),
         file=str(output),
-        notes=(*_notes(net.plan, counted, copies), *filter(None, slow)),
-        costs=costs.record(),
+        made=made.without_network(),
+        notes=tuple(notes),
         **describe_run(where),
     )
 
 
-def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) -> tuple[str, ...]:
+def _adapt(mask: str, of_copy: Mapping[str, Any], request: Request) -> Conversion:
+    """Make a network adaptive. The sides are the network as it was if it is not dense high, then always dense high,
+    converted, optimised, and in 8 bits if that is asked for."""
+    before, step, precision, folder = (
+        request.before,
+        request.step,
+        of_copy["precision"],
+        of_copy["calibration"],
+    )
+    step("converting and verifying" if request.verify else "converting")
+    net = adaptify(before, mask, **request.options, verify_laws=request.verify)
+    batch = request.batch(pictures_for(net)).contiguous(memory_format=torch.channels_last)
+    before.to(memory_format=torch.channels_last)
+    net.to(batch.device)
+    step("counting multiply-accumulates")
+    counted, plan = net.macs(batch), net.plan
+    if net.hosts_part:  # the part alone: the rest decides by values, which counting does not have
+        of_original = counted.low if plan.identity_level == plan.max_level else counted.high
+    else:
+        of_original = dense_macs(before, batch)
+    copies = {"net.optimize()": net.optimize()}
+    if precision != FLOAT:
+        pictures = images_like(batch, pictures_for(net), folder)
+        step(f"calibrating by {len(pictures)} images")
+        limit = of_copy["largest_error"]
+        quantised = net.optimize(precision=precision, calibration=pictures, largest_error=limit)
+        copies[f"net.optimize(), {precision}"] = quantised
+    is_high = plan.identity_level == 0
+    dense = f"dense high (output stride {plan.output_stride[0]})"
+    sides = [
+        Side("original = dense high" if is_high else "original", before, of_original),
+        *([] if is_high else [Side(dense, partial(net, mask="all"), counted.high)]),
+        Side("converted", net, counted.mask),
+        *(Side(f"converted, {name}", copy, counted.mask) for name, copy in copies.items()),
+    ]
+
+    def notes(rows: Sequence[Row]) -> list[str]:
+        found = _notes(plan, counted, copies)
+        high, converted = rows[not is_high].milliseconds, rows[-1 - len(copies)].milliseconds
+        if high is None or converted is None:
+            return found
+        step("looking for what is slow")
+        others = {"dense high": high, "the converted network": converted}
+        slow = [
+            explain_slowness(name, row.milliseconds or 0.0, others, copy, partial(copy, batch))
+            for (name, copy), row in zip(copies.items(), rows[-len(copies) :], strict=True)
+        ]
+        return [*found, *filter(None, slow)]
+
+    adapted = [decision.node for decision in plan.chosen("adapt")]
+    spec, seen = net.mask.spec(), str(net.normalisation or "the input as it comes, until a picture has come")
+    fraction = f"active fraction {counted.active_fraction:.3f} (share of the fine map kept high)"
+    checks = [
+        Text(f"verified: {check.law} (error {check.error:.1e}, allowed {check.tolerance:.0e})", style="green")
+        for check in net.checks
+    ]
+    more = {
+        "mask": spec,
+        "normalisation": seen,
+        "active_fraction": counted.active_fraction,
+        "output_stride": plan.output_stride,
+        "region_ends": [f"{decision.node}: {decision.reason}" for decision in plan.region_end],
+        "adapted": adapted,
+        "share_of_macs_in_region": plan.share("adapt", "keep"),
+        "checks": [{**vars(check), "passed": check.passed} for check in net.checks],
+        "costs": costs.record(),
+    }
+    return Conversion(
+        net,
+        batch,
+        sides,
+        more,
+        Text.assemble(plan.summary(), (f"\nadapted: {', '.join(adapted)}", "dim")),
+        [
+            Text(fraction),
+            Text(f"masks see {seen}", style="dim"),
+            *(checks or [Text("not verified", style="yellow")]),
+        ],
+        f"{batch.shape[0]} image of {batch.shape[2]}x{batch.shape[3]}, mask {spec}",
+        whole=int(not is_high),
+        notes=notes,
+    )
+
+
+def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) -> list[str]:
     """Notes that a user can act on, beside what `adaptify` warns of."""
     notes = []
     if counted.active_fraction > 0.9:
@@ -184,26 +198,15 @@ def _notes(plan: Plan, counted: MacReport, copies: Mapping[str, AdaptiveModel]) 
         notes.append(f"{plan.dense_after:.0%} of the MACs run dense after the region and limit the gain.")
     notes += filter(None, [describe_not_counted(counted.not_counted)])
     notes += [str(copy.quantisation) for copy in copies.values() if copy.quantisation is not None]
-    return tuple(notes)
+    return notes
 
 
-def _sampling(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `cadsurgery.resample` from those of the command."""
-    options = dict(told)
-    targets = options.pop("targets", "")
-    try:
-        chosen = [int(part) for part in targets.split(",")] if targets.strip() else None
-    except ValueError:
-        raise InvalidInput(
-            f"--targets {targets} is not a list of numbers.",
-            next="write numbers of classes such as 11,12,13.",
-        ) from None
-    size = options.pop("sample_size", (224, 224))
-    return {**options, "size": size, "targets": chosen}
+def refuse_precision(precision: str, network: str) -> None:
+    """Refuse another precision than that of the weights, of a network that a method made.
 
-
-def _refuse_precision(precision: str, network: str) -> None:
-    """Of a network that runs in the precision of its weights."""
+    Raises:
+        InvalidInput: another one is asked for.
+    """
     if precision != FLOAT:
         raise InvalidInput(
             f"--precision {precision} for a network {network}.",
@@ -232,12 +235,6 @@ def check_precision(precision: str, calibration: Path | None, largest_error: flo
             why="it is by how much outputs in 8 bits may differ, a share of their size.",
             next="--precision int8 --calibration FOLDER --largest-error 0.05.",
         )
-
-
-def _first_image(folder: Path, size: tuple[int, int] | None) -> Tensor:
-    """An image batch of the size that a folder is read in."""
-    found, _ = find_images([folder])
-    return read_image(next(iter(found)), size).unsqueeze(0)
 
 
 def make_or_read_plan(
@@ -288,97 +285,3 @@ def count_dense(model: str, image: Path | None, size: tuple[int, int] | None, ru
     counted = count_network(net, batch, rule=rule)
     values = {"shape": list(batch.shape), "rule": rule, "macs": {"dense": counted.macs}}
     return {**values, "not_counted": list(counted.not_counted)}
-
-
-def predict(
-    file: str | Path,
-    images: Sequence[Path],
-    output: Path,
-    mask: str | None,
-    size: tuple[int, int] | None,
-    device: str,
-    step: Step,
-    trust: bool = False,
-    precision: str = FLOAT,
-    calibration: Path | None = None,
-    largest_error: float | None = None,
-    until: float | None = None,
-) -> tuple[list[dict[str, Any]], list[Failure]]:
-    """Run a converted file on images; an unreadable image is reported and the others are done.
-
-    In `int8` the images of the folder `calibration` show the ranges, in the size of the first of them or in `size`. A
-    network with exits is run until so many milliseconds, if they are said, see `AnytimeModel.until`.
-
-    Under a launcher each process takes its share of the images; every one returns the rows of all.
-    """
-    check_size(size)
-    where = own_device(device)
-    paths, lacking = find_images(images)
-    check_precision(precision, calibration, largest_error)
-    converted = load(file, mask=mask, trust=trust).to(where)
-    if until is not None and not isinstance(converted, AnytimeModel):
-        raise InvalidInput(
-            "--until needs a network with exits, and this file holds none.",
-            next="convert one with cadsurgery convert --method anytime, and train its heads.",
-        )
-    source, shown = pictures_for(converted), None
-    net: Any
-    if isinstance(converted, (AnytimeModel, ResampledModel, SampledModel)):
-        _refuse_precision(precision, _KINDS[type(converted)])
-        net = converted.optimize()
-    else:
-        if calibration is not None:
-            step("calibrating")
-            shown = images_like(_first_image(calibration, size), source, calibration)
-        net = converted.optimize(precision=precision, calibration=shown, largest_error=largest_error)
-    make_folder(output)
-
-    def draw(item: tuple[Path, Path]) -> dict[str, Any]:
-        path, place = item
-        batch = normalise(read_image(path, size), source).unsqueeze(0).to(where)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            if isinstance(net, AnytimeModel):
-                prediction, exit = net.until(batch, milliseconds=math.inf if until is None else until)
-                noted: dict[str, Any] = {"exit": exit}
-            else:
-                prediction = _first_tensor(net(batch))
-                noted = _noted(net)
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        target = output / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_picture(class_picture(_classes(prediction), prediction.shape[1]), target)
-        return {"image": str(path), "output": str(target), **noted, "milliseconds": milliseconds}
-
-    failures = Failures("image", lacking)
-    return for_each(list(paths.items()), draw, failures, where, name=lambda item: str(item[0]), step=step)
-
-
-def _noted(net: Any) -> dict[str, Any]:
-    """What is told of the last call of a network."""
-    if isinstance(net, SampledModel):
-        densities = net.densities.values()
-        return {"density": sum(densities) / len(densities)}
-    if isinstance(net, ResampledModel):
-        return {"sampled": "x".join(map(str, net.size))}
-    return {"active_fraction": net.active_fraction}
-
-
-def _first_tensor(output: Any) -> Tensor:
-    tensors = tensors_of(output)
-    if not tensors or tensors[0].dim() != 4:
-        shape = tuple(tensors[0].shape) if tensors else ()
-        raise InvalidInput(
-            f"the network's output {shape} is no map, so there is nothing to draw.",
-            next="use cs.load in Python for classifiers, or convert a segmentation network.",
-        )
-    return tensors[0]
-
-
-def _classes(prediction: Tensor) -> Tensor:
-    """(H, W) class numbers: the strongest channel, or for one channel its value in 256 steps."""
-    scores = prediction[0].float()
-    if scores.shape[0] > 1:
-        return scores.argmax(0)
-    low, high = scores.aminmax()
-    return ((scores[0] - low) / (high - low).clamp(min=1e-12) * 255).round()

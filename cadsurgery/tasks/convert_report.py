@@ -1,89 +1,89 @@
-"""What `cadsurgery convert`, `plan` and `macs` tell: plans, MACs, times and checks."""
+"""The reports of `cadsurgery convert`, `plan` and `macs`: plans, MACs, times and checks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from cadsurgery.network.macs import LayerMacs, MacReport
+from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.surgery.plan import Decision, Plan
-from cadsurgery.surgery.verify import Check
-from cadsurgery.tasks.report import Column, Plain, RunReport, heading, number, ratio, table
-
-
-@dataclass(frozen=True)
-class Side(Plain):
-    """One line of a comparison: a network, its MACs and its time."""
-
-    name: str
-    macs: int
-    milliseconds: float | None
+from cadsurgery.tasks.report import (
+    Column,
+    Row,
+    RunReport,
+    heading,
+    macs_columns,
+    plain,
+    ratio,
+    table,
+    time_columns,
+)
+from cadsurgery.tasks.side import Conversion
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport(RunReport):
-    """What `cadsurgery convert` tells.
+    """The report of `cadsurgery convert`, for any method.
 
-    `normalisation` is what the mask takes the input for, and where that is known from, `image` is the shape of the
-    batch, `sides` are the original if it is not dense high, then always dense high, converted, optimised, and in 8 bits
-    if that was asked for; `checks` is empty if no law was verified. `costs` are those of convolutions that decided, see
-    `backends.costs.record`.
+    Rows of sides have their `name` and the `macs` of a call. Of an adaptive network the fields besides are the `mask`,
+    the `normalisation`, the range that the mask takes the input for, the `active_fraction`, results of the plan, the
+    `checks` of laws, empty if none was verified, and `costs`, those of convolutions that decided (see
+    `backends.costs.record`).
+    Of others they are `not_counted`, operations that no rule says the multiply-accumulates of; and `threshold` and
+    `error`, the relative error of the last exit where everything is computed; or `is_verified`; or `error` with equal
+    distances at the size of the image.
+
+    Attributes:
+        model: source of the network.
+        weights: in words.
+        random: True if they are random.
+        image: shape of the batch.
+        sides: the network as it was, and what was made of it.
+        file: that was written.
+        made: the method's part of the report.
+        notes: that a user can act on.
     """
 
     model: str
     weights: str
     random: bool
-    mask: str
-    normalisation: str
-    plan: Plan
-    active_fraction: float
     image: tuple[int, ...]
-    sides: tuple[Side, ...]
-    checks: tuple[Check, ...]
-    file: str = ""
+    sides: tuple[Row, ...]
+    file: str
+    made: Conversion
     notes: tuple[str, ...] = ()
-    costs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`: of the plan what it comes to, and of each check whether it was passed."""
-        return {
-            **{name: value for name, value in super().to_dict().items() if name != "plan"},
-            "output_stride": list(self.plan.output_stride),
-            "region_ends": [f"{d.node}: {d.reason}" for d in self.plan.region_end],
-            "adapted": [d.node for d in self.plan.chosen("adapt")],
-            "share_of_macs_in_region": self.plan.share("adapt", "keep"),
-            "checks": [{**vars(check), "passed": check.passed} for check in self.checks],
-        }
+        """As plain values, for `--json`."""
+        values = super().to_dict()
+        del values["made"]
+        return {**values, "plan": self.made.summary.plain, **plain(self.made.more)}
 
     def parts(self) -> Iterator[RenderableType]:
-        """Network, plan, the sides beside each other, laws and notes."""
+        """Network, plan, the sides beside each other, what was verified, and what a user can act on."""
+        made = self.made
         yield heading(self.model, self.weights, self.random)
-        yield Text(self.plan.summary())
-        yield Text(f"adapted: {', '.join(d.node for d in self.plan.chosen('adapt'))}", style="dim")
-        size, high = f"{self.image[2]}x{self.image[3]}", self.sides[self.plan.identity_level != 0]
-        columns: list[Column[Side]] = [
-            Column("network", lambda side: side.name, False),
-            Column("MACs", lambda side: f"{side.macs:.3e}"),
-            Column("of high", lambda side: f"{side.macs / high.macs:.2f}"),
-            Column("ms", lambda side: number(side.milliseconds)),
-            Column("of high", lambda side: ratio(side.milliseconds, high.milliseconds)),
-        ]
-        yield table(self.sides, columns, f"{self.image[0]} image of {size}, mask {self.mask}")
+        yield made.summary
+        title = made.title or f"image of {self.image[2]}x{self.image[3]}"
+        columns: list[Column[Row]] = [Column("network", "name", False)]
+        if made.whole is None:
+            columns += [Column("MACs", "macs", form=".3e"), Column("ms", "milliseconds", form=".0f")]
+        else:
+            whole = self.sides[made.whole]
+            columns += macs_columns("high", lambda row: whole)
+            columns += time_columns("high", lambda row: whole)
+        yield table(self.sides, columns, title)
         yield self.run_with()
-        yield Text(f"active fraction {self.active_fraction:.3f} (share of the fine map kept high)")
-        yield Text(f"masks see {self.normalisation}", style="dim")
-        for check in self.checks:
-            allowed = f"error {check.error:.1e}, allowed {check.tolerance:.0e}"
-            yield Text(f"verified: {check.law} ({allowed})", style="green")
-        if not self.checks:
-            yield Text("not verified", style="yellow")
+        if left := describe_not_counted(made.more.get("not_counted", ())):
+            yield Text(left, style="yellow")
+        yield from made.lines
         yield from (Text(note, style="yellow") for note in self.notes)
-        if self.file:
-            yield Text(f"wrote {self.file}", style="bold green")
+        yield Text(f"wrote {self.file}", style="bold green")
 
 
 _STYLES = {"adapt": "bold green", "keep": "green", "barrier": "bold red", "exit": "yellow", "enter": "cyan"}

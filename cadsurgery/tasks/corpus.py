@@ -1,4 +1,4 @@
-"""What is checked: networks that the libraries have by name, and those of a corpus.
+"""Networks that are checked: those that the libraries have by name, and those of a corpus.
 
 A corpus is a folder of Python files, or one file, in which `network` declares what builds them:
 
@@ -39,7 +39,7 @@ class Subject:
         name: of the row, `file:builder` for one of a corpus.
         family: library and module, or the file.
         build: makes it, with random weights.
-        idioms: what it stands for.
+        idioms: that it stands for.
         about: the same in words.
         call: from an image batch to what the network is called with, as `adaptify(example_input=)` takes it: a tensor,
             a tuple of arguments or a dictionary of keywords; None: the image alone.
@@ -55,7 +55,7 @@ class Subject:
     size: tuple[int, int] | None = None
 
     def arguments(self, image: Tensor) -> Any:
-        """What the network is called with for an image batch."""
+        """The arguments of the network for an image batch."""
         return image if self.call is None else self.call(image)
 
 
@@ -73,7 +73,7 @@ def network(
     """Declare a class or function that builds a network of a corpus; its docstring tells about it.
 
     Args:
-        idioms: what it stands for, in the words of the corpus.
+        idioms: that it stands for, in the words of the corpus.
         call: see `Subject`.
         name: if it is not that of the class or function.
         size: of the image it is converted on, if it does not run on the built-in ones.

@@ -22,7 +22,7 @@ def silent(text: str) -> None:
 
 
 class Failures:
-    """What could not be done in this process.
+    """Items that could not be done in this process.
 
     Attributes:
         kind: of the items, e.g. `image`: the key of an item's name in a failure.
@@ -56,7 +56,7 @@ def each(
     name: Callable[[Item], str] = str,
     step: Step = silent,
 ) -> Iterator[tuple[int, Result]]:
-    """What the work gives for the items of this process's share, each with its position among all.
+    """Results of the work on the items of this process's share, each with its position among all.
 
     Args:
         items: of all processes.

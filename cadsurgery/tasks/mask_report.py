@@ -24,7 +24,7 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.figures import comparison_figure, mask_figure
 from cadsurgery.tasks.for_each import Step
 from cadsurgery.tasks.open import example_image, is_file, open_converted
-from cadsurgery.tasks.report import Column, Report, figure_picture, table
+from cadsurgery.tasks.report import Column, Report, Row, figure_picture, plain, table
 
 COMPARED = (
     "edges",
@@ -38,60 +38,37 @@ COMPARED_WITH_LABELS = ("trimap:width=9/25",)
 Look = Callable[[MaskProvider], tuple[Lattice, tuple[int, int, int] | None]]
 
 
-@dataclass(frozen=True)
-class MaskRow:
-    """One mask on one image: as the user wrote it, and its spec; elements after the last stage, and fine pixels, which
-    are the elements of dense high; MACs with this mask, dense high and dense low, None without a network."""
+def _row(asked: str, mask: str, lattice: Lattice, macs: tuple[int, int, int] | None) -> Row:
+    """One mask on one image, labelled as the user wrote it: elements after the last stage, and fine pixels, which are
+    the elements of dense high; in a network, MACs with this mask, dense high and dense low."""
+    fine = lattice.size[0] * lattice.size[1]
+    values = {"mask": mask, "active_fraction": lattice.active_fraction, "elements": lattice.count}
+    values |= {"fine_pixels": fine, "share_of_elements": lattice.count / fine}
+    if macs is not None:
+        values["macs"] = dict(zip(("mask", "high", "low"), macs, strict=True))
+        values["of_high"] = macs[0] / macs[1] if macs[1] else None
+    return Row(asked, values)
 
-    asked: str
-    mask: str
-    active_fraction: float
-    elements: int
-    fine_pixels: int
-    macs: tuple[int, int, int] | None = None
 
-    @property
-    def share(self) -> float:
-        """Elements relative to dense high."""
-        return self.elements / self.fine_pixels
-
-    @property
-    def of_high(self) -> float | None:
-        """MACs relative to dense high; None without a network."""
-        return self.macs[0] / self.macs[1] if self.macs and self.macs[1] else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for `--json`."""
-        values: dict[str, Any] = {
-            "mask": self.mask,
-            **{name: getattr(self, name) for name in ("active_fraction", "elements", "fine_pixels")},
-            "share_of_elements": self.share,
-        }
-        if self.macs:
-            values["macs"] = dict(zip(("mask", "high", "low"), self.macs, strict=True))
-            values["of_high"] = self.of_high
-        return values
-
-    def title(self, width: int = 52) -> str:
-        """For a picture: the mask, its active fraction and its cost, each part in few words."""
-        cost = "" if self.of_high is None else f", MACs {self.of_high:.2f} of high"
-        name = textwrap.fill(self.asked, width, break_on_hyphens=False)
-        return f"{name}\nactive {self.active_fraction:.2f}, elements {self.share:.2f}{cost}"
+def _title(row: Row, width: int = 52) -> str:
+    """The mask, its active fraction and its cost, each in few words."""
+    cost = "" if row.get("of_high") is None else f", MACs {row.of_high:.2f} of high"
+    name = textwrap.fill(row.label, width, break_on_hyphens=False)
+    return f"{name}\nactive {row.active_fraction:.2f}, elements {row.share_of_elements:.2f}{cost}"
 
 
 @dataclass(frozen=True)
 class MaskReport(Report):
-    """What `cadsurgery mask` tells: a row for each mask, and the picture."""
+    """The report of `cadsurgery mask`: a row for each mask, and the picture."""
 
-    rows: tuple[MaskRow, ...]
+    rows: tuple[Row, ...]
     file: str
     compared: bool
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`: of one mask its row, of several a list."""
-        if self.compared:
-            return {"masks": [row.to_dict() for row in self.rows], "file": self.file}
-        return {**self.rows[0].to_dict(), "file": self.file}
+        rows = [plain(row.values) for row in self.rows]
+        return {"masks": rows, "file": self.file} if self.compared else {**rows[0], "file": self.file}
 
     def parts(self) -> Iterator[RenderableType]:
         """One mask in a line, several as a table."""
@@ -100,17 +77,15 @@ class MaskReport(Report):
             elements = f"{row.elements} elements for {row.fine_pixels} fine pixels"
             yield Text(f"active fraction {row.active_fraction:.3f}, {elements}; wrote {self.file}")
             return
-        columns: list[Column[MaskRow]] = [
-            Column("mask", lambda row: Text(row.asked), False),
-            Column("active fraction", lambda row: f"{row.active_fraction:.3f}"),
-            Column("elements", lambda row: str(row.elements)),
-            Column("of high", lambda row: f"{row.share:.2f}"),
+        columns: list[Column[Row]] = [
+            Column("mask", lambda row: Text(row.label), False),
+            Column("active fraction", "active_fraction", form=".3f"),
+            Column("elements", "elements"),
+            Column("of high", "share_of_elements", form=".2f"),
         ]
-        if row.macs:
-            columns += [
-                Column("MACs", lambda row: f"{row.macs[0]:.3e}" if row.macs else ""),
-                Column("of high", lambda row: f"{row.of_high or 0:.2f}"),
-            ]
+        if row.get("macs"):
+            columns.append(Column("MACs", lambda row: f"{row.macs['mask']:.3e}"))
+            columns.append(Column("of high", lambda row: f"{row.of_high or 0:.2f}"))
         yield table(self.rows, columns, f"masks on {row.fine_pixels} fine pixels")
         yield Text(f"wrote {self.file}", style="bold green")
 
@@ -160,11 +135,10 @@ def draw_masks(
             # A file's own mask brings what it has learned.
             provider = of_file if of_file is not None and of_file.spec() == mask.spec() else mask
             lattice, macs = look(provider)
-            fine = lattice.size[0] * lattice.size[1]
-            rows.append(MaskRow(text, provider.spec(), lattice.active_fraction, lattice.count, fine, macs))
+            rows.append(_row(text, provider.spec(), lattice, macs))
             lattices.append(lattice)
     if compare:
-        figure = comparison_figure(picture, lattices, [row.title() for row in rows], stride, model)
+        figure = comparison_figure(picture, lattices, [_title(row) for row in rows], stride, model)
     else:
         figure = mask_figure(picture, lattices[0], stride, title=rows[0].mask)
     write_picture(figure_picture(figure), output)

@@ -85,7 +85,7 @@ def check_network(subject: Subject) -> Row:
 
 
 def _check_memory(error: BaseException | None) -> None:
-    """What came from a lack of memory is no result; torch has no type of its own for that on the CPU."""
+    """Raise errors that come from a lack of memory, which are no result; torch has no type for them on the CPU."""
     while error is not None:
         if isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError) and "allocate memory" in str(error)
@@ -152,7 +152,7 @@ def _timing(row: Row, what: str) -> Iterator[None]:
 
 
 def _example(subject: Subject, model: nn.Module) -> Any:
-    """What it is converted on: None, the built-in images, unless it is called with more or is given another size."""
+    """The example for the conversion: None, the built-in images, unless the call has more arguments or another size."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None or (subject.call is None and subject.size is None):
         return None
@@ -167,7 +167,7 @@ def _example(subject: Subject, model: nn.Module) -> Any:
 
 
 def _takes(model: nn.Module, arguments: Any) -> bool:
-    """Whether a network runs on an image batch; it says in its own way what it takes."""
+    """True if a network runs on an image batch; networks refuse sizes in ways of their own."""
     with contextlib.suppress(Exception), torch.no_grad(), evaluating(model):
         _call(model, arguments)
         return True
@@ -213,7 +213,7 @@ def _convert_and_compare(subject: Subject, model: nn.Module, example: Any, row: 
 
 
 def _has_effect(chosen: Plan) -> bool:
-    """Whether keeping resolution changes what comes out, and enough runs on elements to be worth it."""
+    """True if keeping resolution changes the outputs, and enough runs on elements to be worth it."""
     return chosen.matters and chosen.share("adapt", "keep") >= LEAST_SHARE
 
 
@@ -272,7 +272,7 @@ def _compare(subject: Subject, model: nn.Module, net: AdaptiveModel) -> Row:
     }
 
 
-# What a comparison that fails means.
+# The meaning of a comparison that fails.
 _BROKEN = {
     "1": "law 1 does not hold",
     "2": "law 2 does not hold",

@@ -1,11 +1,11 @@
-"""What users name, opened: a network by file, name, `module:function` or as it is, and the images it is tried on."""
+"""Networks that users name, by file, name, `module:function` or as they are, opened; and images to try them on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
 from cadsurgery.data.networks import WEIGHTS, Source, build_again, build_model, source_of
+from cadsurgery.methods.storage import Made
+from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.network.storage import load
+from cadsurgery.network.storage import load, read_method
 from cadsurgery.support import files
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.provenance import describe_run
@@ -26,10 +28,24 @@ _LIBRARIES = ("torchvision", "timm")
 
 
 def is_file(network: object) -> bool:
-    """Whether a network is meant as a converted file, here or on the Hub, not as a name."""
+    """True if a network is meant as a converted file, here or on the Hub, not as a name."""
     if not isinstance(network, str):
         return False
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
+
+
+def open_any(network: object, trust: bool = False) -> Made | None:
+    """A network that any method made, or that of a file; None if it is neither.
+
+    Args:
+        network: anything that names a network, or one.
+        trust: see `cadsurgery.load`.
+    """
+    if isinstance(network, Made):
+        return network
+    if not isinstance(network, str) or not is_file(network) or not read_method(network):
+        return None
+    return cast(Made, load_any(network, trust=trust))
 
 
 def original(
@@ -167,7 +183,7 @@ def weights_in_words(network: object, source: Source) -> str:
 
 
 def provenance(network: object, source: Source, device: torch.device) -> dict[str, Any]:
-    """What a report of a network states of itself, made here and now: `model`, `weights`, whether they are `random`,
+    """The provenance of a report on a network, made here and now: `model`, `weights`, if they are `random`,
     and what `describe_run` gives."""
     words = weights_in_words(network, source)
     return {

@@ -20,7 +20,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
     Args:
         default: of the field, and of the option.
         help: of the option; `{default}` stands for the default.
-        more: what the option has besides: `min`, its `metavar`, another `name` than the field's, `read`, the kind of
+        more: of the option: `min`, its `metavar`, another `name` than the field's, `read`, the kind of
             text that its value is written as.
     """
     return field(default=default, metadata={"help": help.replace("{default}", str(default)), **more})
@@ -111,7 +111,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Exporting:
-    """What kind of file a network is exported to; see `cadsurgery.export`."""
+    """The kind of file that a network is exported to; see `cadsurgery.export`."""
 
     to: str = option("", "pt2, onnx or aoti; default: onnx for a file that ends so, else pt2")
     dynamic: bool = option(False, "ONNX for images of any size and number, and any mask")

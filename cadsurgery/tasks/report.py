@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,12 +24,10 @@ from rich.text import Text
 
 from cadsurgery.data.images import check_picture, write_picture
 from cadsurgery.support.files import check_folder, write_whole
-from cadsurgery.support.timing import interleaved
 
 COLOURS = ("#d7301f", "#2b8cbe", "#238b45", "#88419d", "#cc7a00")  # of lines and points in figures
 
-Row = TypeVar("Row")
-Measured = TypeVar("Measured", bound="TimedRow")
+Shown = TypeVar("Shown")  # whatever a table has rows of
 
 
 def plain(value: Any) -> Any:
@@ -52,13 +50,17 @@ class Plain:
 
 
 class Report(Plain):
-    """What a task tells; `failed` is what could not be done, each an error as plain values."""
+    """The report of a task; `failed` are the items that could not be done, each an error as plain values."""
 
     failed: tuple[dict[str, str], ...] = ()
 
     def parts(self) -> Iterable[RenderableType]:
-        """What is printed, from top to bottom."""
+        """The printed parts, from top to bottom."""
         raise NotImplementedError
+
+    def apart(self) -> Iterable[str]:
+        """Lines for the error stream."""
+        return ()
 
     def render(self) -> RenderableType:
         """The report for a terminal."""
@@ -81,6 +83,29 @@ class Report(Plain):
             write_picture(figure_picture(self.figure()), picture)
 
 
+@dataclass(frozen=True)
+class FilesReport(Report):
+    """The results for several images, each a row of plain values, and in words; failures go to the error stream."""
+
+    rows: tuple[dict[str, Any], ...]
+    told: str
+    failed: tuple[dict[str, str], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        return {"images": list(self.rows), "failed": list(self.failed)}
+
+    def parts(self) -> Iterable[RenderableType]:
+        """The words."""
+        return [Text(self.told)]
+
+    def apart(self) -> Iterator[str]:
+        """A line for each failure."""
+        for failure in self.failed:
+            image, what = failure["image"], failure["what"]
+            yield f"[red]{'' if image in what else f'{image}: '}{what}[/red] {failure.get('why', '')}"
+
+
 def check_outputs(output: Path | None, **pictures: Path | None) -> None:
     """Refuse files that cannot be written before work is done for them; pictures by the name of their option.
 
@@ -94,27 +119,82 @@ def check_outputs(output: Path | None, **pictures: Path | None) -> None:
             check_picture(path, f"--{option}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row(Plain):
+    """A side as measured: values by name, which are attributes too, and fields of the JSON.
+
+    Attributes:
+        label: a short name, for pictures.
+        values: by name.
+        milliseconds: of the first image, the best round; None if not measured.
+        milliseconds_median: the usual round.
+        curve: rows of one curve are joined in pictures; empty: of none.
+    """
+
+    label: str = field(kw_only=False)
+    values: Mapping[str, Any] = field(kw_only=False)
+    milliseconds: float | None = None
+    milliseconds_median: float | None = None
+    curve: str = ""
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("values", {})  # there are none yet while a row is copied
+        if name in values:
+            return values[name]
+        raise AttributeError(f"a row of {', '.join(values)} has no {name}.")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value; the default if it has none of this name."""
+        return self.values.get(name, default)
+
+    def with_values(self, label: str, **values: Any) -> Self:
+        """The row under another label and with other values."""
+        return replace(self, label=label, values={**self.values, **values})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        taken = {name: getattr(self, name) for name in ("milliseconds", "milliseconds_median")}
+        return {name: plain(value) for name, value in {**self.values, **taken}.items()}
+
+
 @dataclass(frozen=True)
-class Column(Generic[Row]):
-    """A column of a table: its title, what it shows of a row, and whether that is a number."""
+class Column(Generic[Shown]):
+    """A column of a table.
+
+    Attributes:
+        title: above it.
+        show: a function of a row; or the name of a value of it: empty where a row does not have it, "-" if it is None.
+        is_number: True if it stands to the right.
+        form: of a value by name: as of `format`, or a function.
+    """
 
     title: str
-    show: Callable[[Row], str | Text]
+    show: str | Callable[[Shown], str | Text]
     is_number: bool = True
+    form: str | Callable[[Any], str] = ""
+
+    def cell(self, row: Shown) -> str | Text:
+        """The text of a row in this column."""
+        if not isinstance(self.show, str):
+            return self.show(row)
+        value = getattr(row, self.show, "")
+        if value is None or value == "":
+            return "-" if value is None else ""
+        return format(value, self.form) if isinstance(self.form, str) else self.form(value)
 
 
 def table(
-    rows: Iterable[Row],
-    columns: Sequence[Column[Row]],
+    rows: Iterable[Shown],
+    columns: Iterable[Column[Shown]],
     title: str = "",
-    style: Callable[[Row], str] = lambda row: "",
+    style: Callable[[Shown], str] = lambda row: "",
 ) -> Table:
     """Rows under columns, numbers to the right."""
-    shown = Table(title=title or None, title_justify="left")
+    shown, columns = Table(title=title or None, title_justify="left"), list(columns)
     for column in columns:
         shown.add_column(column.title, justify="right" if column.is_number else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(column.show(row) for column in columns), style=style(row))
+        shown.add_row(*(column.cell(row) for column in columns), style=style(row))
     return shown
 
 
@@ -123,63 +203,45 @@ def number(value: float | None, form: str = ".0f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def ratio(value: float | None, whole: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share as a percentage with two digits; "-" if there is none."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def ratio(value: float | None, whole: float | None, form: str = ".2f") -> str:
     """One number over another; "-" if one is missing or the other is 0."""
-    return "-" if value is None or not whole else f"{value / whole:.2f}"
+    return "-" if value is None or not whole else format(value / whole, form)
+
+
+def strides_in_words(pair: tuple[int, int]) -> str:
+    """A pair of output strides."""
+    return "{} to {}".format(*pair)
+
+
+def accuracy_columns(pixels: str = "pixels") -> tuple[Column[Row], Column[Row]]:
+    """Mean IoU, and the share of right pixels under a title."""
+    return Column("mIoU", "miou", form=percent), Column(pixels, "pixel_accuracy", form=percent)
+
+
+def macs_columns(of: str, whole: Callable[[Row], Row], form: str = ".2f") -> Iterator[Column[Row]]:
+    """Multiply-accumulates, and their ratio to those of another row, which is called `of` so."""
+    yield Column("MACs", "macs", form=".3e")
+    yield Column(f"of {of}", lambda row: ratio(row.macs, whole(row).macs, form))
+
+
+def time_columns(
+    of: str, whole: Callable[[Row], Row], form: str = ".0f", has_median: bool = False
+) -> Iterator[Column[Row]]:
+    """Milliseconds, the median if it is asked for, and the ratio to those of another row, which is called `of` so."""
+    yield Column("ms", "milliseconds", form=form)
+    if has_median:
+        yield Column("median", "milliseconds_median", form=form)
+    yield Column(f"of {of}", lambda row: ratio(row.milliseconds, whole(row).milliseconds))
 
 
 def heading(model: str, weights: str, random: bool) -> Text:
     """A network and its weights; random ones stand out."""
     return Text(f"{model}, {weights}", style="bold red" if random else "bold")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimedRow(Plain):
-    """What was timed.
-
-    Attributes:
-        milliseconds: of the first image, the best round; None if not measured.
-        milliseconds_median: the usual round.
-    """
-
-    milliseconds: float | None = None
-    milliseconds_median: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasuredRow(TimedRow):
-    """One mask at one pair of output strides, as measured.
-
-    Attributes:
-        mask: its spec.
-        output_stride: (high, low).
-        active_fraction: share of the fine maps kept high.
-        macs: multiply-accumulates of one image, mean over images; the whole network.
-    """
-
-    mask: str
-    output_stride: tuple[int, int]
-    active_fraction: float
-    macs: float
-
-    @property
-    def label(self) -> str:
-        """A short name."""
-        return f"{self.mask} {self.output_stride[0]}->{self.output_stride[1]}"
-
-    @property
-    def strides(self) -> str:
-        """The pair of output strides in words."""
-        return "{} to {}".format(*self.output_stride)
-
-
-def add_times(rows: Sequence[Measured], sides: Sequence[Callable[[], object]], rounds: int) -> list[Measured]:
-    """The rows with the times of what each is about, measured in turn."""
-    times = interleaved({str(place): side for place, side in enumerate(sides)}, rounds).values()
-    return [
-        replace(row, milliseconds=time.best, milliseconds_median=time.median)
-        for row, time in zip(rows, times, strict=True)
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,16 +272,16 @@ class RunReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredReport(RunReport):
-    """What a network does on data: where the figures come from.
+    """A report on a network and data: where the figures come from.
 
     Attributes:
         model: source of the network.
         weights: which it has, in words.
-        random: whether they are random.
+        random: True if they are random.
         data: spec of the data, or its folder.
         rounds: of timing, 0 if not timed.
-        normalisation: what masks take the network's input for, and where that is known from.
-        failed: what could not be used, each an error as plain values.
+        normalisation: the range that masks take the network's input for, and where that is known from.
+        failed: items that could not be used, each an error as plain values.
     """
 
     model: str
@@ -265,7 +327,8 @@ def against_macs(axes: Axes, across: str, up: str) -> None:
     axes.set_ylabel(up)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def panels(

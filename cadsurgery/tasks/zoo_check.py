@@ -31,7 +31,7 @@ RECORDED = Path(__file__).with_name("zoo.jsonl")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one network may use."""
+    """Limits of time and memory for one network."""
 
     seconds: float = 600.0
     memory_gib: float = 10.0
@@ -100,7 +100,7 @@ def recorded() -> dict[str, Row]:
 
 
 def outlook(row: Row) -> str:
-    """What a row says, in a line."""
+    """A row in a line."""
     if row["result"] != "converts":
         why = row.get("why") or row.get("what", "")
         return f"{row['result']}{': ' if why else ''}{why}"

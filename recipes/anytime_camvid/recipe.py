@@ -29,13 +29,13 @@ from cadsurgery.cli.options import read_threshold
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import source_of
 from cadsurgery.support.timing import interleaved
-from cadsurgery.tasks.exits import ExitReport, evaluate_exits, in_words
+from cadsurgery.tasks.sides.exits import in_words
 from recipes.camvid_mobilenetv2.network import build, images
 
 THRESHOLDS = (0.85, 0.9, 0.95, (0.9, 0.85, 0.9), (0.9, 0.85, 0.95), (0.9, 0.9, 0.95))
 
 
-def table(report: ExitReport, times: Mapping[str, float]) -> str:
+def table(report: cs.EvaluationReport, times: Mapping[str, float]) -> str:
     """Rows in Markdown: mIoU in per cent, MACs, and milliseconds until the last prediction is there."""
     lines = [
         "| threshold | exit | mIoU | MACs | of whole | CPU ms | of whole |",
@@ -96,14 +96,13 @@ def main() -> None:
         read, step = found.read, options.every
         names = found.names[::step]
         found = dataclasses.replace(found, names=names, read=lambda place: read(place * step))
-    report = evaluate_exits(
-        net, found, options.thresholds, network=options.net.name, rounds=0, picture=options.picture
-    )
+    report = cs.evaluate(net, found, thresholds=options.thresholds, rounds=0, picture=options.picture)
     timed = [found.read(place * len(found.names) // options.timed)[0] for place in range(options.timed)]
     batches = [normalise(image.unsqueeze(0), source_of(net)) for image in timed]
     times = cpu_times(net, batches, options.thresholds, options.rounds) if batches else {}
     if options.output:
-        values = {**report.to_dict(), "cpu_milliseconds": times, "images_timed": len(batches)}
+        told = {"weights": f"weights in {options.net.name}", "images_timed": len(batches)}
+        values = {**report.to_dict(), **told, "cpu_milliseconds": times}
         options.output.write_text(json.dumps(values, indent=1) + "\n")
     print(table(report, times))
 

@@ -22,7 +22,8 @@ from cadsurgery.tasks.keypoints.matching import corner_error, match_errors, matc
 from cadsurgery.tasks.keypoints.report import CORNERS, THRESHOLDS, MatchingReport, MatchingRow, Pair
 from cadsurgery.tasks.keypoints.sequences import ImageSequence, Photo, open_sequences
 from cadsurgery.tasks.open import at_strides, provenance
-from cadsurgery.tasks.report import add_times, check_outputs
+from cadsurgery.tasks.report import check_outputs
+from cadsurgery.tasks.side import Side, time_sides
 
 
 def evaluate_matching(
@@ -102,7 +103,8 @@ def evaluate_matching(
         size = (seen.batch.shape[2], seen.batch.shape[3])
         if rounds:
             step("measuring")
-            rows = add_times(rows, [partial(extractor.features, seen) for extractor in extractors], rounds)
+            sides = [Side(one.mask, partial(_describe, one, seen)) for one in extractors]
+            rows = time_sides(sides, rows, seen.batch, rounds)
         if matches is not None:
             step("drawing")
             other = usable.read(1)
@@ -129,12 +131,16 @@ def evaluate_matching(
 
 
 class _Part(NamedTuple):
-    """What an extractor did on a sequence: its pairs, its work on the first image, the keypoints of each image."""
+    """The results of an extractor on a sequence: pairs, work on the first image, keypoints of each image."""
 
     pairs: list[Pair]
     macs: int
     active_fraction: float
     keypoints: tuple[int, ...]
+
+
+def _describe(extractor: Extractor, seen: Seen, images: Tensor) -> Features:
+    return extractor.features(seen)
 
 
 def _match_all(
@@ -183,13 +189,15 @@ def _draw_matches(
 def _row(extractor: Extractor, parts: Sequence[_Part]) -> MatchingRow:
     pairs = tuple(pair for part in parts for pair in part.pairs)
     counts = [count for part in parts for count in part.keypoints]
-    return MatchingRow(
-        mask=extractor.mask,
-        output_stride=extractor.net.plan.output_stride,
-        reads="elements" if extractor.reads_elements else "dense map",
-        pairs=pairs,
-        keypoints=sum(counts) / max(len(counts), 1),
-        active_fraction=sum(part.active_fraction for part in parts) / len(parts),
-        macs=sum(part.macs for part in parts) / len(parts),
-        homography={limit: sum(p.corner_error <= limit for p in pairs) / len(pairs) for limit in CORNERS},
-    )
+    high, low = extractor.net.plan.output_stride
+    values = {
+        "mask": extractor.mask,
+        "output_stride": (high, low),
+        "reads": "elements" if extractor.reads_elements else "dense map",
+        "pairs": pairs,
+        "keypoints": sum(counts) / max(len(counts), 1),
+        "active_fraction": sum(part.active_fraction for part in parts) / len(parts),
+        "macs": sum(part.macs for part in parts) / len(parts),
+        "homography": {limit: sum(p.corner_error <= limit for p in pairs) / len(pairs) for limit in CORNERS},
+    }
+    return MatchingRow(f"{extractor.mask} {high}->{low}", values)

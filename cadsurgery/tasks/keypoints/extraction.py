@@ -95,7 +95,7 @@ class Extractor:
 
     @cached_property
     def reads_elements(self) -> bool:
-        """Whether descriptors are read from elements; otherwise the map leaves the network whole."""
+        """True if descriptors are read from elements; otherwise the map leaves the network whole."""
         return self.settings.detector != OWN and readable(self.net, self._output)
 
     def __call__(self, image: Tensor) -> Features:

@@ -1,4 +1,4 @@
-"""What `cadsurgery keypoints eval` tells: matching accuracy beside work and time for each mask."""
+"""The report of `cadsurgery keypoints eval`: matching accuracy beside work and time for each mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
-from cadsurgery.tasks.report import COLOURS, Column, MeasuredReport, MeasuredRow, canvas, number, table
+from cadsurgery.tasks.report import COLOURS, Column, MeasuredReport, Row, canvas, strides_in_words, table
 
 THRESHOLDS = tuple(range(1, 16))  # pixels
 CORNERS = (1, 3, 5)  # pixels, of homography accuracy
@@ -37,22 +37,14 @@ class Pair(NamedTuple):
     corner_error: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class MatchingRow(MeasuredRow):
+class MatchingRow(Row):
     """One mask at one pair of output strides. Work is that of the first images of the sequences; times are those to
     describe one, with detector `own` to detect too.
 
-    Attributes:
-        reads: where descriptors are read: `elements`, or `dense map`.
-        pairs: all of them.
-        keypoints: of an image, mean.
-        homography: share of pairs whose corner error is at most so many pixels.
+    Rows have the `mask`, the `output_stride`, the `active_fraction` of the fine maps, the `macs` of an image, where
+    descriptors are read (`reads`: `elements`, or `dense map`), all `pairs`, the mean number of `keypoints` of an image,
+    and as `homography` the share of pairs whose corner error is at most so many pixels.
     """
-
-    reads: str
-    pairs: tuple[Pair, ...]
-    keypoints: float
-    homography: dict[int, float]
 
     def mma(self, kind: str = "") -> list[float] | None:
         """Mean matching accuracy at each of `THRESHOLDS`, of pairs of a kind or of all; None if there are none."""
@@ -72,10 +64,7 @@ class MatchingRow(MeasuredRow):
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for `--json`."""
         pairs = [
-            {
-                **pair._asdict(),
-                "corner_error": pair.corner_error if math.isfinite(pair.corner_error) else None,
-            }
+            {**pair._asdict(), "corner_error": error if math.isfinite(error := pair.corner_error) else None}
             for pair in self.pairs
         ]
         return {
@@ -132,15 +121,15 @@ class MatchingReport(MeasuredReport):
 
         kinds = [kind for kind in ("illumination", "viewpoint") if self.rows[0].mma(kind)]
         columns: list[Column[MatchingRow]] = [
-            Column("mask", lambda row: row.mask, False),
-            Column("strides", lambda row: row.strides, False),
+            Column("mask", "mask", False),
+            Column("strides", "output_stride", False, strides_in_words),
             *(Column(f"@{limit}", at(limit)) for limit in (1, 3, 5, 10)),
             *(Column(f"@3 {kind[:6]}.", at(3, kind)) for kind in kinds),
             Column("homogr.", lambda row: f"{row.homography[3]:.3f}"),
-            Column("matches", lambda row: f"{row.matches:.1f}"),
-            Column("active", lambda row: f"{row.active_fraction:.3f}"),
-            Column("MACs", lambda row: f"{row.macs:.3e}"),
-            Column("ms", lambda row: number(row.milliseconds)),
+            Column("matches", "matches", form=".1f"),
+            Column("active", "active_fraction", form=".3f"),
+            Column("MACs", "macs", form=".3e"),
+            Column("ms", "milliseconds", form=".0f"),
         ]
         title = "matching accuracy (MMA) at pixels; homography: corners within 3 pixels"
         yield table(self.rows, columns, title)

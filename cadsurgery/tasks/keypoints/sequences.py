@@ -107,7 +107,7 @@ class Photo:
 def open_sequences(
     place: str, *, everything: bool = False
 ) -> tuple[Sequence[ImageSequence | Photo], list[str]]:
-    """What `find_sequences` gives for a folder, or, of `images:FOLDER`, every image in it with its views.
+    """The sequences of a folder, see `find_sequences`; of `images:FOLDER`, every image in it with its views.
 
     Raises:
         FileError: there is none, or as `find_sequences`.

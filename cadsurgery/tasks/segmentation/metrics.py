@@ -135,12 +135,12 @@ class SegmentationMetrics:
 
 
 def near_change(values: Tensor, distance: int, *, border: bool = False) -> Tensor:
-    """(B, H, W) bool: whether another value lies within `distance` pixels, in a square around each pixel.
+    """(B, H, W) bool: True where another value lies within `distance` pixels, in a square around the pixel.
 
     Args:
         values: (B, H, W) integers below 2^15.
         distance: in pixels.
-        border: whether what is outside of the image counts as another value.
+        border: True if the outside of the image counts as another value.
     """
     shown = values.to(torch.int16)  # minima and maxima of these are several times faster than max-pooling
     if border:  # one ring is enough: a window that leaves the image crosses it
@@ -154,7 +154,7 @@ def _over_window(values: Tensor, distance: int, better: Callable[[Tensor, Tensor
     """Maximum or minimum of the square of side 2 distance + 1 around each pixel, one axis after the other."""
     for axis in (1, 2):
         length, side, width = values.shape[axis], 2 * distance + 1, 1
-        # What is repeated at the ends lies in their windows anyway.
+        # The values that are repeated at the ends lie in their windows anyway.
         places = torch.arange(-distance, length + distance, device=values.device).clamp(0, length - 1)
         values = values.index_select(axis, places)
         while width < side:  # windows of twice the width from two that overlap or touch

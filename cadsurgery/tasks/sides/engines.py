@@ -1,0 +1,155 @@
+"""A network as `bench` times it: dense, and under budgets; as copies in torch, or as files in another engine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from cadsurgery.masks import Budget
+from cadsurgery.network.dense_twin import dense_twin
+from cadsurgery.network.export import export
+from cadsurgery.network.export.dense import write_dense
+from cadsurgery.network.export.engines import ENGINES, Engine, OnnxRuntime, OpenVino, OpenVinoInBfloat16
+from cadsurgery.network.export.int8 import to_8_bits
+from cadsurgery.network.model import AdaptiveModel, pictures_for
+from cadsurgery.support.files import make_folder
+from cadsurgery.tasks.export import images_like
+from cadsurgery.tasks.for_each import Step
+from cadsurgery.tasks.options import Benchmark
+from cadsurgery.tasks.side import Side
+
+Call = Callable[[Tensor], object]
+HIGH, LOW = "dense high", "dense low"
+INT8 = "int8"
+# Engines in which the dense networks are timed besides, by package and type; all are written in float32 first.
+RIVALS: dict[str, dict[str, type[Engine]]] = {
+    "onnxruntime": {"float32": OnnxRuntime, INT8: OnnxRuntime},
+    "openvino": {"float32": OpenVino, "bfloat16": OpenVinoInBfloat16, INT8: OpenVino},
+}
+
+
+class Runs(Protocol):
+    """Maker of the calls that are timed."""
+
+    def dense(self, name: str) -> Call:
+        """The dense network, `HIGH` or `LOW`."""
+
+    def under(self, budget: Budget) -> Call:
+        """The network under a budget."""
+
+
+@dataclass(frozen=True)
+class InTorch:
+    """Copies in torch. In 8 bits the dense networks are the copy itself, whose uniform maps are rows too."""
+
+    net: AdaptiveModel
+    image: Tensor
+    setup: Benchmark
+
+    @cached_property
+    def fast(self) -> AdaptiveModel:
+        """The copy that is timed under budgets."""
+        if self.setup.dtype != INT8:
+            return self.net.optimize()
+        folder = self.setup.calibration
+        images = (
+            images_like(self.image, pictures_for(self.net), Path(folder)) if folder else self.image.split(1)
+        )
+        return self.net.optimize(precision=INT8, calibration=list(images))
+
+    @property
+    def quantisation(self) -> Any:
+        """The layers in 8 bits; None of a copy in another precision."""
+        return self.fast.quantisation if self.setup.dtype == INT8 else None
+
+    def dense(self, name: str) -> Call:
+        """The dense network, `HIGH` or `LOW`."""
+        if self.setup.dtype == INT8:
+            return partial(self.fast, mask={HIGH: "all", LOW: "none"}[name])
+        return dense_twin(self.net, level_of(self.net, name), self.image)
+
+    def under(self, budget: Budget) -> Call:
+        """The optimised copy under a budget."""
+        return partial(self.fast, mask=budget)
+
+
+@dataclass(frozen=True)
+class InEngine:
+    """Files in an engine, each compared with the network before it is timed.
+
+    Attributes:
+        net: that is written.
+        image: it is written for; files in 8 bits are calibrated by it.
+        engine: that runs the files.
+        setup: says the type and the number of threads.
+        folder: for the files.
+        step: called with what is being written.
+        writer: engine that a file is compared in, if it is not the one that runs it.
+    """
+
+    net: AdaptiveModel
+    image: Tensor
+    engine: type[Engine]
+    setup: Benchmark
+    folder: Path
+    step: Step
+    writer: type[Engine] | None = None
+
+    def _path(self, name: str) -> Path:
+        self.step(f"exporting {name} to {self.engine.name}")
+        ending = "onnx" if self.engine.format == "onnx" else "pt2"
+        return make_folder(self.folder / name) / f"net.{ending}"
+
+    def dense(self, name: str) -> Call:
+        """The dense network, `HIGH` or `LOW`, as anyone would write it."""
+        path = self._path(name)
+        write_dense(self.net, level_of(self.net, name), self.image, path, self.writer or self.engine)
+        if self.setup.dtype == INT8:
+            to_8_bits(path, self.engine, [(self.image,)])
+        return self.engine(path, self.setup.threads)
+
+    def under(self, budget: Budget) -> Call:
+        """The network under a budget, with its mask and lattice in the file."""
+        path, format = self._path(f"budget {budget.fraction!r}"), self.engine.format
+        self.net.mask = budget
+        options: dict[str, Any] = {"int8": self.image if self.setup.dtype == INT8 else None}
+        check_in = self.setup.runtime if format == "onnx" else "onnx"
+        export(self.net, self.image, path, to=format, check_in=check_in, **options)
+        return self.engine(path, self.setup.threads)
+
+
+def level_of(net: AdaptiveModel, name: str) -> int:
+    """The level of a dense network, `HIGH` or `LOW`."""
+    return {HIGH: 0, LOW: net.geometry.max_level}[name]
+
+
+def runs_of(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> Runs:
+    """The maker of the calls of a network, in torch or in the engine that is asked for."""
+    if setup.runtime not in ENGINES:
+        return InTorch(net, image, setup)
+    return InEngine(net, image, ENGINES[setup.runtime], setup, folder, step)
+
+
+def _run_on(run: Call, image: Tensor, _: Tensor) -> object:
+    return run(image)
+
+
+def rival_sides(net: AdaptiveModel, image: Tensor, setup: Benchmark, folder: Path, step: Step) -> list[Side]:
+    """The dense networks in other engines, in every type that they have: for each, high and low one after the other."""
+    if not setup.against:
+        return []
+    net, sides = copy.deepcopy(net).float(), []
+    for package in setup.against.split(","):
+        for dtype, engine in RIVALS[package].items():
+            told, place = replace(setup, dtype=dtype), folder / package / dtype
+            files = InEngine(net, image, engine, told, place, step, RIVALS[package]["float32"])
+            for name in (HIGH, LOW):
+                run, about = files.dense(name), {"engine": engine.name, "dtype": dtype, "dense": name}
+                sides.append(Side(f"{engine.name} {dtype} {name}", partial(_run_on, run, image), about=about))
+    return sides

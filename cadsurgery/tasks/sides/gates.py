@@ -1,0 +1,173 @@
+"""Sides of a network with gates: the dense network, and the gates as they are or opened at shares of positions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor, nn
+
+from cadsurgery.data import SegmentationData
+from cadsurgery.data.networks import source_of
+from cadsurgery.methods.sampling import SampledModel, sample
+from cadsurgery.methods.sampling.opened import Opened
+from cadsurgery.methods.sampling.storage import NAME
+from cadsurgery.support.divergence import maps_of, tensors_of
+from cadsurgery.support.errors import CannotConvert, InvalidInput
+from cadsurgery.tasks.report import Column, Row, accuracy_columns, macs_columns, time_columns
+from cadsurgery.tasks.side import (
+    Comparison,
+    Conversion,
+    Counts,
+    Figures,
+    Kind,
+    Request,
+    Side,
+    Timed,
+    once_per_batch,
+)
+
+DENSE, GATES = "dense", "its gates"
+CLOSED, OPEN = "all closed but the grid", "all open"
+
+
+# -- evaluating ----------------------------------------------------------------------------------------
+
+
+def _work(counts: Counts, figures: Figures) -> dict[str, Any]:
+    return {name: counts[name] / counts["images"] for name in ("macs", "density")}
+
+
+def compare(net: SampledModel, data: SegmentationData, thresholds: Sequence[Any] = ()) -> Comparison:
+    """The dense network, and the one with its gates.
+
+    Rows have the `density`, the share of positions that are computed, by the work at each, mean over images. MACs
+    include those of the gates.
+    """
+    fast = net.optimize()
+    macs_of = once_per_batch(fast.macs)
+
+    def count(images: Tensor) -> Counts:
+        counted = macs_of(images)
+        return {"macs": counted.total, "density": counted.density * len(images)}
+
+    def count_dense(images: Tensor) -> Counts:
+        return {"macs": macs_of(images).dense, "density": len(images)}
+
+    sides = [
+        Side(DENSE, lambda x: maps_of(fast.dense(x))[-1], count_dense, summary=_work, anchor=True),
+        Side(GATES, lambda x: maps_of(fast(x))[-1], count, summary=_work),
+    ]
+    return Comparison(source_of(net), sides, _columns, "setting")
+
+
+def _columns(report: Any) -> Iterator[Column[Row]]:
+    dense = report.rows[0]
+    yield Column("network", "setting", False)
+    yield Column("open", "density", form=".3f")
+    yield from accuracy_columns()
+    yield from macs_columns("dense", lambda row: dense, ".3f")
+    yield from time_columns("dense", lambda row: dense)
+
+
+# -- timing --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _forced(net: SampledModel, opened: Opened) -> Iterator[None]:
+    """Gates opened at a share of their positions within."""
+    net.instead = opened
+    try:
+        yield
+    finally:
+        net.instead = None
+
+
+def _run_forced(net: SampledModel, opened: Opened, images: Tensor) -> object:
+    with _forced(net, opened):
+        return net(images)
+
+
+def time(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> Timed:
+    """The dense network, the gates as they are, and gates opened at shares of their positions, from none to all.
+
+    Raises:
+        InvalidInput: a share below 0 or above 1.
+    """
+    if not all(0 <= fraction <= 1 for fraction in fractions):
+        raise InvalidInput(
+            f"the fractions are {', '.join(f'{fraction:g}' for fraction in fractions)}.",
+            next="give shares of open positions from 0 to 1, e.g. 0.5,0.3.",
+        )
+    fast = net.optimize()
+    counted = fast.macs(images)
+    sides = [
+        Side("as it was, optimised", fast.dense, counted.dense, anchor=True),
+        Side("its own gates", fast, counted.total),
+    ]
+    for share in sorted({0.0, *map(float, fractions), 1.0}):
+        name, opened = {0.0: CLOSED, 1.0: OPEN}.get(share, f"{share:g} open, in areas"), Opened(share)
+        with _forced(fast, opened):
+            macs = fast.macs(images).total
+        sides.append(Side(name, partial(_run_forced, fast, opened), macs))
+    return Timed(sides, counted.not_counted, (CLOSED, OPEN))
+
+
+# -- converting ----------------------------------------------------------------------------------------
+
+
+def convert(request: Request) -> Conversion:
+    """Add gates. They start open, and the network is then the one as it was, bit for bit.
+
+    The sides are the network as it was and with open gates, as they are and optimised, and the optimised copy with
+    everything closed but the grid: training ends between the two.
+
+    Raises:
+        CannotConvert: with open gates the network is not the original.
+    """
+    before, batch = request.before, request.batch(request.source)
+    request.step("adding gates")
+    net = sample(before, **request.options)
+    if request.verify:
+        _check_open(before, net, batch)
+    fast, closed = net.optimize(), net.optimize()
+    for gate in closed.gates:
+        gate.bias.data.neg_()
+    counted, least = net.macs(batch), closed.macs(batch)
+    sides = [
+        Side("original", before, counted.dense),
+        Side("gates open", net, counted.total),
+        Side("original, optimised", fast.dense, counted.dense),
+        Side("gates open, net.optimize()", fast, counted.total),
+        Side("all closed but the grid, net.optimize()", closed, least.total),
+    ]
+    told = Text("verified: with open gates it is the original, bit for bit", style="green")
+    new = Text("gates start open: train them with cadsurgery finetune --train gates", style="yellow")
+    more = {"is_verified": request.verify, "not_counted": counted.not_counted}
+    return Conversion(net, batch, sides, more, Text(str(net.plan)), [*[told] * request.verify, new])
+
+
+def _check_open(before: nn.Module, net: SampledModel, batch: Tensor) -> None:
+    with torch.inference_mode():
+        found, expected = tensors_of(net(batch)), tensors_of(before(batch))
+    same = len(found) == len(expected) and all(map(torch.equal, found, expected))
+    if not same:
+        raise CannotConvert(
+            "with all gates open the network is not the original.",
+            where=net.plan.branches[0].name,
+            why="what it returns on the image differs.",
+            next="report it, with the network; --no-verify converts all the same.",
+        )
+
+
+def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dict[str, Any]]:
+    """The output, and the share of positions that were computed."""
+    output, densities = net(batch), net.densities.values()
+    return output, {"density": sum(densities) / len(densities)}
+
+
+KIND = Kind(NAME, SampledModel, "with gates", convert, compare, time, run)

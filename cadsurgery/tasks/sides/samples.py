@@ -1,0 +1,150 @@
+"""Sides of a network whose input is sampled: by its sampler, at equal distances, and the network on the whole image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor, nn
+
+from cadsurgery.data import SegmentationData
+from cadsurgery.data.networks import source_of
+from cadsurgery.masks import labelled
+from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
+from cadsurgery.methods.resampling.storage import NAME
+from cadsurgery.support.divergence import maps_of, resize
+from cadsurgery.support.errors import InvalidInput
+from cadsurgery.tasks.report import Column, Row, accuracy_columns, macs_columns, percent, time_columns
+from cadsurgery.tasks.side import Comparison, Conversion, Counts, Figures, Kind, Request, Side, Timed
+
+WHOLE = "the whole image"
+
+
+# -- evaluating ----------------------------------------------------------------------------------------
+
+
+def compare(net: ResampledModel, data: SegmentationData, thresholds: Sequence[Any] = ()) -> Comparison:
+    """The network's own sampler, equal distances at the same size, and the whole image.
+
+    Rows have `of_targets`, the mean IoU of the classes whose boundaries matter (None where none of them is in the
+    data), and `macs_of_sampler`, which `macs` include.
+    """
+    fast, options = net.optimize(), net.sampler.options
+    uniform = copy.deepcopy(net)
+    uniform.location_sampler = UniformSampler(options)
+    of_uniform = copy.copy(fast)
+    of_uniform._modules = {**fast._modules, "location_sampler": uniform.sampler}
+    chosen = range(len(data.classes)) if options.targets is None else options.targets
+    targets = [place for place in chosen if place < len(data.classes)]
+
+    def work(counts: Counts, figures: Figures) -> dict[str, Any]:
+        known = [value for place in targets if (value := figures["iou"][place]) is not None]
+        of_images = {name: counts[name] / counts["images"] for name in ("macs", "macs_of_sampler")}
+        return {**of_images, "of_targets": sum(known) / len(known) if known else None}
+
+    def side(name: str, counted: ResampledModel, run: nn.Module) -> Side:
+        def count(images: Tensor) -> Counts:
+            found = counted.macs(images)
+            if name == WHOLE:
+                return {"macs": found.original, "macs_of_sampler": 0}
+            return {"macs": found.total, "macs_of_sampler": found.sampler}
+
+        return Side(name, lambda x: maps_of(run(x))[-1], count, summary=work, anchor=name == WHOLE)
+
+    sides = [side(net.sampler.spec(), net, fast)]
+    if not isinstance(net.sampler, UniformSampler):
+        sides.append(side("uniform", uniform, of_uniform))
+    return Comparison(
+        source_of(net),
+        [*sides, side(WHOLE, net, fast.network)],
+        _columns,
+        "sampler",
+        {"miou": "mean IoU of all classes (dots)", "of_targets": "of the targets (triangles)"},
+        f" sampled at {'x'.join(map(str, net.size))}",
+        more={"size": net.size, "targets": tuple(data.classes[place] for place in targets)},
+    )
+
+
+def _columns(report: Any) -> Iterator[Column[Row]]:
+    whole = next(row for row in report.rows if row.anchor)
+    yield Column("sampled by", "sampler", False)
+    accuracy, *others = accuracy_columns()
+    yield from (accuracy, Column("targets", "of_targets", form=percent), *others)
+    yield from macs_columns("whole", lambda row: whole, ".3f")
+    yield from time_columns("whole", lambda row: whole)
+
+
+# -- timing --------------------------------------------------------------------------------------------
+
+
+def time(net: ResampledModel, images: Tensor, fractions: Sequence[float]) -> Timed:
+    """The network on the whole image, and on the sampled one."""
+    fast, counted = net.optimize(), net.macs(images)
+    sides = [
+        Side(f"{WHOLE}, optimised", fast.network, counted.original, anchor=True),
+        Side(f"sampled by {net.sampler.spec()}", fast, counted.total),
+    ]
+    return Timed(sides, counted.not_counted)
+
+
+# -- converting ----------------------------------------------------------------------------------------
+
+
+def convert(request: Request) -> Conversion:
+    """Put a sampler before the network. With equal distances at the size of the image it is compared with the network.
+
+    Raises:
+        InvalidInput: `targets` are no numbers of classes.
+    """
+    before, batch, options = request.before, request.batch(request.source), _options(dict(request.options))
+    net = resample(before, **options)
+    error = None
+    if request.verify:
+        request.step("verifying")
+        same = resample(before, "uniform", (batch.shape[2], batch.shape[3]), example_input=batch)
+        with torch.inference_mode():
+            found, expected = (maps_of(one(batch))[0] for one in (same, before))
+            expected = resize(expected, batch.shape[2:])
+        error = float((found - expected).abs().max() / expected.abs().max())
+    nothing = torch.zeros(batch.shape[0], *batch.shape[2:], dtype=torch.int64, device=batch.device)
+    with labelled(nothing):  # for a sampler that asks for labels
+        counted = net.macs(batch)
+    sides = [
+        Side(WHOLE, before, counted.original),
+        Side(f"sampled by {net.sampler.spec()}", net, counted.total),
+        Side("sampled, net.optimize()", net.optimize(), counted.total),
+    ]
+    lines = []
+    if error is not None:
+        told = f"verified: uniform at the image's size it is the original (relative error {error:.1e})"
+        lines.append(Text(told, style="green"))
+    if net.plan.sampler == "learned":
+        new = "the sampler is new: train it with cadsurgery finetune --objective locations"
+        lines.append(Text(new, style="yellow"))
+    more = {"error": error, "not_counted": counted.not_counted}
+    return Conversion(net, batch, sides, more, Text(str(net.plan)), lines)
+
+
+def _options(told: dict[str, Any]) -> dict[str, Any]:
+    """Options of `cadsurgery.resample` from those of the command."""
+    targets = told.pop("targets", "")
+    try:
+        chosen = [int(part) for part in targets.split(",")] if targets.strip() else None
+    except ValueError:
+        raise InvalidInput(
+            f"--targets {targets} is not a list of numbers.",
+            next="write numbers of classes such as 11,12,13.",
+        ) from None
+    size = told.pop("sample_size", (224, 224))
+    return {**told, "size": size, "targets": chosen}
+
+
+def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dict[str, Any]]:
+    """The output, and the size of the sampled image."""
+    return net(batch), {"sampled": "x".join(map(str, net.size))}
+
+
+KIND = Kind(NAME, ResampledModel, "whose input is sampled", convert, compare, time, run)
