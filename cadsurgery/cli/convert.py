@@ -54,7 +54,9 @@ def convert(
 def plan(
     *,
     model: options.Model,
-    conversion: Annotated[dict[str, Any], options.Of(Conversion, ("output_stride", "region", "outputs"))],
+    conversion: Annotated[
+        dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "region", "outputs"))
+    ],
     all_nodes: Annotated[bool, typer.Option("--all", help="list dense nodes before the region too")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -88,7 +90,7 @@ def mask_command(
         str, typer.Option("--model", "-m", help="take strides, normalisation and MACs from this network")
     ] = "",
     options: Annotated[
-        dict[str, Any], options.Of(Conversion, ("output_stride", "patch"), defaults=("8,32",))
+        dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "patch"), defaults=("8,32",))
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write")] = Path("mask.png"),
     trust: options.Trust = False,
@@ -134,7 +136,7 @@ def macs(
     model: options.Model,
     mask: options.Mask = "",
     conversion: Annotated[
-        dict[str, Any], options.Of(Conversion, ("output_stride", "region", "patch", "normalisation"))
+        dict[str, Any], options.OptionsFrom(Conversion, ("output_stride", "region", "patch", "normalisation"))
     ],
     image: options.ImageOption = None,
     size: options.Size = None,

@@ -47,7 +47,9 @@ def bench(
             callback=lambda fills: ["nearest", "linear"] if "both" in fills else fills,
         ),
     ] = ["nearest"],  # noqa: B006
-    benchmark: Annotated[dict[str, Any], options.Of(Benchmark, MEASURED, defaults=("512x1024",), apart=True)],
+    benchmark: Annotated[
+        dict[str, Any], options.OptionsFrom(Benchmark, MEASURED, defaults=("512x1024",), apart=True)
+    ],
     picture: Annotated[Path | None, typer.Option(help="PNG to draw")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON Lines to append each row to")
@@ -87,7 +89,8 @@ def eval_command(
     output_stride: options.Strides = [],  # noqa: B006
     weights: options.Weights = "auto",
     options: Annotated[
-        dict[str, Any], options.Of(Conversion, ("region", "fill", "patch", "anchor", "pool", "normalisation"))
+        dict[str, Any],
+        options.OptionsFrom(Conversion, ("region", "fill", "patch", "anchor", "pool", "normalisation")),
     ],
     limit: Annotated[
         int,

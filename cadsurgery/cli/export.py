@@ -28,7 +28,7 @@ def export(
     conversion: options.Converted,
     size: options.Size = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write")] = Path("network.pt2"),
-    kind: Annotated[Exporting, options.Of(Exporting)],
+    kind: Annotated[Exporting, options.OptionsFrom(Exporting)],
     trust: options.Trust = False,
     as_json: options.Json = False,
 ) -> None:

@@ -33,7 +33,7 @@ def finetune(
     mask: Annotated[str, typer.Option(help="default: the file's, or edges")] = "",
     weights: options.Weights = "auto",
     conversion: options.Converted,
-    objective: Annotated[dict[str, Any], options.Of(Settings, ("objective",), given=True)],
+    objective: Annotated[dict[str, Any], options.OptionsFrom(Settings, ("objective",), given=True)],
     objective_option: Annotated[
         list[str], typer.Option(help="NAME=VALUE for the objective, e.g. teacher=self; repeatable")
     ] = [],  # noqa: B006
@@ -45,7 +45,7 @@ def finetune(
             "places, mirrored too; colours are not jittered",
         ),
     ] = False,
-    settings: Annotated[dict[str, Any], options.Of(Settings, SETTINGS, given=True)],
+    settings: Annotated[dict[str, Any], options.OptionsFrom(Settings, SETTINGS, given=True)],
     config: Annotated[
         Path | None, typer.Option(help="JSON file of settings; options given here come first")
     ] = None,

@@ -27,12 +27,14 @@ def extract_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the features")] = Path(
         "features"
     ),
-    settings: Annotated[Extraction, options.Of(Extraction, ("mask", *FOUND))],
+    settings: Annotated[Extraction, options.OptionsFrom(Extraction, ("mask", *FOUND))],
     form: Annotated[str, typer.Option(help="npz (as D2-Net writes it) or h5 (as hloc reads it)")] = "npz",
     weights: options.Weights = "auto",
     conversion: Annotated[
         dict[str, Any],
-        options.Of(Conversion, ("output_stride", "region", "fill", "anchor", "pool", "normalisation")),
+        options.OptionsFrom(
+            Conversion, ("output_stride", "region", "fill", "anchor", "pool", "normalisation")
+        ),
     ],
     device: options.Device = "cpu",
     trust: options.Trust = False,
@@ -79,10 +81,10 @@ def matching_command(
     ],
     masks: Annotated[list[str], typer.Option("--mask", help="repeatable")] = [Extraction.mask],  # noqa: B006
     output_stride: options.Strides = [],  # noqa: B006
-    settings: Annotated[Extraction, options.Of(Extraction, FOUND)],
+    settings: Annotated[Extraction, options.OptionsFrom(Extraction, FOUND)],
     weights: options.Weights = "auto",
     options: Annotated[
-        dict[str, Any], options.Of(Conversion, ("region", "fill", "anchor", "pool", "normalisation"))
+        dict[str, Any], options.OptionsFrom(Conversion, ("region", "fill", "anchor", "pool", "normalisation"))
     ],
     everything: Annotated[
         bool, typer.Option("--all-sequences", help="also the eight of HPatches that the protocol leaves out")

@@ -140,7 +140,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @dataclass(frozen=True)
-class Of:
+class OptionsFrom:
     """Marks a parameter of a command that stands for options: fields of a dataclass.
 
     It gets their values by name or, if it is annotated with the dataclass, one of those.
@@ -189,19 +189,21 @@ class Of:
         return {name: value for name, value in values.items() if value is not None or not self.given}
 
 
-Converted = Annotated[dict[str, Any], Of(Conversion)]
-WithExits = Annotated[dict[str, Any], Of(Exits)]
-Sampled = Annotated[dict[str, Any], Of(Sampling, defaults=("learned", "224x224"))]
-WithGates = Annotated[dict[str, Any], Of(Gates)]
+Converted = Annotated[dict[str, Any], OptionsFrom(Conversion)]
+WithExits = Annotated[dict[str, Any], OptionsFrom(Exits)]
+Sampled = Annotated[dict[str, Any], OptionsFrom(Sampling, defaults=("learned", "224x224"))]
+WithGates = Annotated[dict[str, Any], OptionsFrom(Gates)]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A function of keyword arguments as typer takes it: each parameter marked with `Of` replaced by its options."""
+    """A function of keyword arguments as typer takes it: each parameter marked with `OptionsFrom` replaced by its options."""
     hints = get_type_hints(function, include_extras=True)
-    marks: dict[str, Of] = {}
+    marks: dict[str, OptionsFrom] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
-        mark = next((mark for mark in getattr(hints[name], "__metadata__", ()) if isinstance(mark, Of)), None)
+        mark = next(
+            (mark for mark in getattr(hints[name], "__metadata__", ()) if isinstance(mark, OptionsFrom)), None
+        )
         if mark is None:
             parameters.append(parameter.replace(annotation=hints[name]))
         else:
