@@ -177,8 +177,8 @@ class Greeting:
 def greet(
     *,
     name: Annotated[str, typer.Argument(help="of whom")],
-    greeting: Annotated[dict[str, Any], options.Of(Greeting)],
-    given: Annotated[dict[str, Any], options.Of(options.Conversion, ("fill", "region"), given=True)],
+    greeting: Annotated[dict[str, Any], options.OptionsFrom(Greeting)],
+    given: Annotated[dict[str, Any], options.OptionsFrom(options.Conversion, ("fill", "region"), given=True)],
     as_json: options.Json = False,
 ) -> None:
     """Say something."""

@@ -196,7 +196,7 @@ WithGates = Annotated[dict[str, Any], OptionsFrom(Gates)]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A function of keyword arguments as typer takes it: each parameter marked with `OptionsFrom` replaced by its options."""
+    """Make a function of keyword arguments one that typer takes: `OptionsFrom` parameters become their options."""
     hints = get_type_hints(function, include_extras=True)
     marks: dict[str, OptionsFrom] = {}
     parameters: list[inspect.Parameter] = []
