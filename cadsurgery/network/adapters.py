@@ -14,7 +14,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.adapters import LevelAdapter
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.refinement import Refinement
-from cadsurgery.network.macs import Counter, ghost
+from cadsurgery.network.macs import Counter, meta_copy
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.surgery.arguments import example_of
 from cadsurgery.surgery.hooks import acts_as
@@ -127,7 +127,7 @@ class _Map:
 def _refined(program: Program) -> dict[str, _Map]:
     """The last maps of the fine size that are made of what the region gives, and resizes that leave it for another
     size, by names in order."""
-    counter = _Shapes(program.on(ghost(program.net)))
+    counter = _Shapes(program.bind_to(meta_copy(program.net)))
     plan = program.plan
     dtype = next((p.dtype for p in program.net.parameters()), torch.float32)
     arguments = (

@@ -31,7 +31,7 @@ from cadsurgery.surgery.arguments import Arguments, bind_example, image_of, take
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
 from cadsurgery.surgery.flow import Flow
-from cadsurgery.surgery.guards import AnotherWay
+from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
@@ -197,7 +197,7 @@ def _carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
     )
 
 
-def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) -> Program:
+def convert_for_call(net: AdaptiveModel, arguments: Arguments, refusal: GuardFailed) -> Program:
     """The program for calls that take another way through a network than the one it was converted on, verified.
 
     Args:
@@ -206,8 +206,8 @@ def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) ->
         refusal: what its own program said.
 
     Raises:
-        AnotherWay: the refusal, where that way cannot be converted with the same strides and the same level of its own,
-            or is not exact.
+        GuardFailed: the refusal, where that way is not exact, or cannot be converted with the same strides and the same
+            level of its own.
     """
     model, plan = net._original[0], net.plan
     for kind in ("_parameters", "_buffers"):  # the network may have been moved
@@ -226,7 +226,7 @@ def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) ->
         verify(facts.model, facts.graph, program.graph, chosen, net.geometry, facts.arguments)
     except CadError as error:
         raise refusal from (error if error is not refusal else None)
-    return program.on(net)
+    return program.bind_to(net)
 
 
 def _plan_like(plan: Plan, facts: Facts) -> tuple[Plan, Flow]:

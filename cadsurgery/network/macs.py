@@ -258,7 +258,7 @@ def count_network(model: nn.Module, *args: Any, rule: str = "conv") -> NetworkMa
         InvalidInput: it does not run on them.
     """
     check_name("counting rule", rule, RULES)
-    counted, counts = ghost(model), [0]
+    counted, counts = meta_copy(model), [0]
     backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -301,7 +301,7 @@ def to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def ghost(net: M) -> M:
+def meta_copy(net: M) -> M:
     """A copy of a network with shapes and no values, in evaluation mode."""
     memo = copying(net)
     memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}

@@ -31,10 +31,10 @@ from cadsurgery.network.adapters import (
     make_refinements,
     with_adapters,
 )
-from cadsurgery.network.macs import MacReport, count_macs, ghost
+from cadsurgery.network.macs import MacReport, count_macs, meta_copy
 from cadsurgery.network.program import Masked, Program
 from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.guards import AnotherWay
+from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import acts_as, child, copying
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
@@ -60,7 +60,7 @@ class AdaptiveModel(nn.Module):
             getattr(self, kind).update(getattr(model, kind))
         self._original = (model,)  # for its data; a tuple, because its modules are this network's own
         self._constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
-        self._program = program.on(self)
+        self._program = program.bind_to(self)
         self._last = _Last()
         self._ways: dict[
             tuple[Any, ...], Program
@@ -73,7 +73,7 @@ class AdaptiveModel(nn.Module):
         self.training = model.training
         self.register_state_dict_post_hook(_without_own)
         self.register_load_state_dict_post_hook(_own_not_missing)
-        self.lay_out()
+        self.use_channels_last()
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called.
@@ -103,7 +103,7 @@ class AdaptiveModel(nn.Module):
                 if level == program.plan.identity_level:
                     return program.as_it_was(level, arguments)
             masking = program.masking(provider)
-            return (program.twice if provider.looks_ahead else program)(masking, arguments)
+            return (program.run_after_first_pass if provider.looks_ahead else program)(masking, arguments)
 
         return self.finish(*self._program.check_and_run(partial(self._find_way, run), *args, **kwargs))
 
@@ -116,12 +116,12 @@ class AdaptiveModel(nn.Module):
         call = _kind_of(arguments) if self._ways else ()
         try:
             return run(self._ways.get(call, self._program), arguments)
-        except AnotherWay as refusal:
+        except GuardFailed as refusal:
             if call in self._ways:
                 raise
             return run(self._way_of(arguments, refusal), arguments)
 
-    def _way_of(self, arguments: dict[str, Any], refusal: AnotherWay) -> Program:
+    def _way_of(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """The program for calls of this kind, which its own refuses: made once."""
         call = _kind_of(arguments)
         with _FOLLOWING:
@@ -129,13 +129,13 @@ class AdaptiveModel(nn.Module):
                 self._ways[call] = self._follow(arguments, refusal)
             return self._ways[call]
 
-    def _follow(self, arguments: dict[str, Any], refusal: AnotherWay) -> Program:
+    def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """A program for calls that take another way."""
-        from cadsurgery.network.adaptify import follow_way  # which makes such networks
+        from cadsurgery.network.adaptify import convert_for_call  # which makes such networks
 
-        program = follow_way(self, arguments, refusal)
+        program = convert_for_call(self, arguments, refusal)
         if self.adapters is not None:
-            program = with_adapters(program, set(self.adapters)).on(self)
+            program = with_adapters(program, set(self.adapters)).bind_to(self)
         return program
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -181,9 +181,9 @@ class AdaptiveModel(nn.Module):
 
     def restate(self, plan: Plan) -> None:
         """Carry a plan that says more of the same decisions."""
-        self._program = replace(self._program, plan=plan).on(self)
+        self._program = replace(self._program, plan=plan).bind_to(self)
 
-    def lay_out(self) -> None:
+    def use_channels_last(self) -> None:
         """Lay out the weights of convolutions as rows of elements are: values and names stay the same.
 
         Not where the network's own graph is run too: dense convolutions round differently in another layout. Nor where
@@ -332,7 +332,7 @@ class AdaptiveModel(nn.Module):
             )
         adapters.update(dict(made.items()))
         part.add_module(ADAPTERS, adapters)
-        part._program = with_adapters(part.program, set(made)).on(part)
+        part._program = with_adapters(part.program, set(made)).bind_to(part)
         part._ways = {}
         return adapters
 
@@ -371,18 +371,18 @@ class AdaptiveModel(nn.Module):
         provider = self.mask if mask is None else mask
         try:
             return count_macs(self.program, self.counted, provider, args, kwargs, rule)
-        except AnotherWay as refusal:
+        except GuardFailed as refusal:
             way = self._way_of(self.program.bind(*args, **kwargs), refusal)
             return count_macs(way, self._counted_on(way), provider, args, kwargs, rule)
 
     @property
     def counted(self) -> Program:
         """What its operations are counted on: shapes without values."""
-        return ghost(self).program
+        return meta_copy(self).program
 
     def _counted_on(self, way: Program) -> Program:
         """What the operations of calls that take another way are counted on."""
-        return way.on(ghost(self))
+        return way.bind_to(meta_copy(self))
 
     def optimize(
         self,
@@ -446,7 +446,7 @@ class AdaptiveModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._program, self._ways = self._program.on(self), {}
+        self._program, self._ways = self._program.bind_to(self), {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
@@ -455,7 +455,7 @@ class AdaptiveModel(nn.Module):
             memo.update({**copying(module), **memo})
         state = {key: value for key, value in vars(self).items() if key not in ("_program", "_ways", "_last")}
         clone.__dict__.update(
-            copy.deepcopy(state, memo), _program=self._program.on(clone), _ways={}, _last=_Last()
+            copy.deepcopy(state, memo), _program=self._program.bind_to(clone), _ways={}, _last=_Last()
         )
         return clone
 

@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 
 from cadsurgery.elements.backends.integer import form_here
 from cadsurgery.network.fuse import KERNELS, fuse, join_pairs, split_norms
-from cadsurgery.network.macs import ghost
+from cadsurgery.network.macs import meta_copy
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import Program
 from cadsurgery.network.quantise import quantise
 from cadsurgery.support.errors import CadWarning, InvalidInput, UnknownName
-from cadsurgery.surgery.guards import AnotherWay, is_guard
-from cadsurgery.surgery.hooks import Watched, child, settle, take_over
+from cadsurgery.surgery.guards import GuardFailed, is_guard
+from cadsurgery.surgery.hooks import Watched, child, freeze_computed_weights, take_over
 
 PRECISIONS = (FLOAT := "float", "int8")
 
@@ -32,7 +32,7 @@ class OptimizedModel(AdaptiveModel):
         `PackedPair`."""
         source = copy.deepcopy(net).eval().requires_grad_(False)
         used = (str(node.target) for node in source.graph.nodes if node.op in ("call_module", "get_attr"))
-        settle(source, {"", *used})
+        freeze_computed_weights(source, {"", *used})
         for module in source.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
@@ -59,7 +59,7 @@ class OptimizedModel(AdaptiveModel):
         self.register_load_state_dict_post_hook(_forget_other_ways)
         data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
         self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
-        self._counted = (ghost(net),)
+        self._counted = (meta_copy(net),)
         self.checks, self.source, self._unit = net.checks, net.source, net._unit
         self.training = False
 
@@ -78,7 +78,7 @@ class OptimizedModel(AdaptiveModel):
         counted: Program = way.net.counted
         return counted
 
-    def _follow(self, arguments: dict[str, Any], refusal: AnotherWay) -> Program:
+    def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """A program for calls that take another way, on kernels of its own; in float, whatever this copy is in."""
         if not self._unfused:
             raise refusal

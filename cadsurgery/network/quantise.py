@@ -45,7 +45,7 @@ from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
-from cadsurgery.surgery.guards import AnotherWay, is_guard
+from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
 
 # Images whose layers are compared; values of each map of an image that grids are chosen by, and the share at either
@@ -240,7 +240,7 @@ def quantise(
                 rewritten.apply(fast)
                 error = _difference((_outputs(fast, batch) for batch in compared), expected)
                 yield error, method, rewritten
-                fast.adaptive_part._program = program.on(fast)
+                fast.adaptive_part._program = program.bind_to(fast)
                 work.restore()
 
         found = [one for method in _METHODS for one in tried(method)]
@@ -636,7 +636,7 @@ class _Rewritten:
         kernels: Any = getattr(fast, KERNELS)
         for name, kernel in self.kernels.items():
             setattr(kernels, name, kernel)
-        fast.adaptive_part._program = replace(self.program, graph=self.graph).on(fast)
+        fast.adaptive_part._program = replace(self.program, graph=self.graph).bind_to(fast)
 
 
 def _values_of(value: Any) -> Tensor | None:
@@ -771,7 +771,7 @@ def _on_own_way(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
     """Those image batches that take the way through a network that it was converted on: other ways stay in float.
 
     Raises:
-        AnotherWay: none of them does.
+        GuardFailed: none of them does.
     """
     program, refusal, fitting = fast.counted, None, []
     for batch in batches if any(map(is_guard, program.graph.nodes)) else ():
@@ -779,7 +779,7 @@ def _on_own_way(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
             with torch.no_grad():
                 Counter(program).count(program.uniform(program.geometry.max_level), program.bind(batch))
             fitting.append(batch)
-        except AnotherWay as error:
+        except GuardFailed as error:
             refusal = refusal or error
     if refusal is None:
         return batches

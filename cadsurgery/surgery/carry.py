@@ -3,7 +3,7 @@
 torch.fx cannot follow `if x.shape[2] != skip.shape[2]:`, `int(x.size(2) / 2)` or `torch.zeros(n, c, h, w)`: its symbols
 have no values. Here the graph so far is run on an example as soon as a value is asked for. What is computed from sizes
 stays an operation of the graph; only where Python needs a plain number or a truth is it taken from the example, and the
-graph gets a guard (`guards.decided`). Decisions by the values of pixels are refused.
+graph gets a guard (`guards.check_branch`). Decisions by the values of pixels are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.surgery.arguments import AnyLayout, Arguments
-from cadsurgery.surgery.guards import compared, decided, user_line
+from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.trace import Tracer, assign
 
 # What is asked of a map without looking at its values.
@@ -182,7 +182,7 @@ class Carrier(Tracer):
             before = tuple(tuple(part) if isinstance(part, torch.Size) else part for part in before)
             plain = all(isinstance(part, (int, float, tuple)) for part in before)
             shown = (operands, before) if plain else ((), ())
-            self.create_node("call_function", decided, (asked, outcome, user_line(), *shown), {})
+            self.create_node("call_function", check_branch, (asked, outcome, user_line(), *shown), {})
         return outcome
 
     def to_bool(self, obj: fx.Proxy) -> bool:

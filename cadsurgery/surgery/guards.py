@@ -26,11 +26,11 @@ _LIBRARIES = tuple(
 )
 
 
-class AnotherWay(InvalidInput):
+class GuardFailed(InvalidInput):
     """An image that takes another way through the network than the one that was converted."""
 
 
-def decided(
+def check_branch(
     value: Any, outcome: Any, where: str, operands: tuple[Any, ...] = (), before: tuple[Any, ...] = ()
 ) -> None:
     """Check that Python would decide as it did when the network was traced.
@@ -43,13 +43,13 @@ def decided(
         before: the operands as they were then.
 
     Raises:
-        AnotherWay: it decides otherwise.
+        GuardFailed: it decides otherwise.
     """
     now = type(outcome)(value)
     if now == outcome:
         return
     was = f"{_words(before)} ({outcome})" if before else str(outcome)
-    raise AnotherWay(
+    raise GuardFailed(
         "this image takes another way through the network than the one that was converted.",
         where=where,
         why=f"there it was {was}, for this image it is {f'{_words(operands)} ({now})' if operands else now}.",
@@ -78,7 +78,7 @@ def compared(node: fx.Node) -> tuple[Any, ...]:
 
 def is_guard(node: fx.Node) -> bool:
     """Whether a node is there for what it checks, not for a value."""
-    return node.target is decided
+    return node.target is check_branch
 
 
 def drop_dead_code(graph: fx.Graph) -> None:

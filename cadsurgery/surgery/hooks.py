@@ -172,7 +172,7 @@ def child(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def settle(model: nn.Module, paths: Iterable[str]) -> None:
+def freeze_computed_weights(model: nn.Module, paths: Iterable[str]) -> None:
     """Replace the computed weights of the modules of these names by what they are now."""
     for path in paths:
         module = child(model, path)

@@ -26,7 +26,7 @@ from cadsurgery.surgery.arguments import (
     run_forward,
 )
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
-from cadsurgery.surgery.guards import AnotherWay, drop_dead_code, is_guard
+from cadsurgery.surgery.guards import GuardFailed, drop_dead_code, is_guard
 from cadsurgery.surgery.shuffles import write_without_batch
 from cadsurgery.surgery.trace import CannotFollow, Functions, evaluating, trace
 
@@ -145,6 +145,6 @@ class _Unguarded(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         try:
             return super().run_node(n)
-        except AnotherWay:
+        except GuardFailed:
             self.otherwise.add(n)
             return None

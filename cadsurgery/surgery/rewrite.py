@@ -16,7 +16,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, is_filled
-from cadsurgery.surgery.guards import decided, drop_dead_code, is_whole
+from cadsurgery.surgery.guards import check_branch, drop_dead_code, is_whole
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment
@@ -266,7 +266,7 @@ class Rewriter:
         if treatment.covers is not None:
             size = self.call(functional.native_shape, self.as_elements(source), self.plan[source.name].grid)
             covers = self.call(is_whole, self.argument(treatment.covers, {}), size)
-            self.call(decided, covers, True, f"{node.name}, whose window was the whole map")
+            self.call(check_branch, covers, True, f"{node.name}, whose window was the whole map")
         return self.call(treatment.call, self.on_stage(source, stage), **arguments)
 
     def on_stage(self, node: fx.Node, stage: int) -> fx.Node:

@@ -55,56 +55,58 @@ __all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "rul
 @rule(nn.Conv2d)
 def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
-    given = _options(node, facts)
-    shape = (given["kernel_size"], given["stride"], given["padding"], given["dilation"])
-    return _treat_window(functional.conv2d, _window(*shape, given["padding_mode"]), **_weights(given))
+    options = _options(node, facts)
+    shape = (options["kernel_size"], options["stride"], options["padding"], options["dilation"])
+    return _treat_window(functional.conv2d, _window(*shape, options["padding_mode"]), **_weights(options))
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
 def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
-    given = _options(node, facts)
-    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
-    return _treat_window(functional.conv2d, window, **_weights(given))
+    options = _options(node, facts)
+    window = _window(options["kernel_size"], options["stride"], 0, options["dilation"], same=True)
+    return _treat_window(functional.conv2d, window, **_weights(options))
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
 def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """A convolution with a kernel for each image, mixed from experts; its taps are those of any convolution."""
     conv: Any = facts.module(node)
-    given = _arguments(node, "x", "routing_weights")
+    options = _arguments(node, "x", "routing_weights")
     padding = 0 if conv.dynamic_padding else conv.padding
     window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-    mixed = {"mix": given["routing_weights"], **_weights(_options(node, facts)), "shape": shape}
+    mixed = {"mix": options["routing_weights"], **_weights(_options(node, facts)), "shape": shape}
     return _treat_window(functional.conv2d_per_image, window, **mixed)
 
 
 @rule(F.conv2d, torch.conv2d)
 def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, whatever its weight is computed from."""
-    given = _arguments(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
-    weight = given["weight"]
+    options = _arguments(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
+    weight = options["weight"]
     if weight not in facts.shapes or facts.layout(weight):
         return barrier("its weight is not a tensor of known shape")
-    window = _window(tuple(facts.shapes[weight][2:]), given["stride"], given["padding"], given["dilation"])
-    return _treat_window(functional.conv2d, window, **_weights(given))
+    window = _window(
+        tuple(facts.shapes[weight][2:]), options["stride"], options["padding"], options["dilation"]
+    )
+    return _treat_window(functional.conv2d, window, **_weights(options))
 
 
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
 def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
-    given = _pooling(node, facts)
-    kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
-    if given["return_indices"]:
+    options = _pooling(node, facts)
+    kernel, stride, dilation = options["kernel_size"], options["stride"], options["dilation"]
+    if options["return_indices"]:
         if any(user.target is not operator.getitem for user in node.users):
             return barrier("its values and its indices are read as one")
-        window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
+        window = _window(kernel, stride, options["padding"], dilation, ceil_mode=options["ceil_mode"])
         return _treat_window(functional.max_pool2d_with_indices, window)
-    if _covers_image(given, node, facts):
-        why, covers = "The maximum over the whole image.", _unless_own_size(given["kernel_size"], node)
+    if _covers_image(options, node, facts):
+        why, covers = "The maximum over the whole image.", _unless_own_size(options["kernel_size"], node)
         return Treatment("global", why, call=functional.global_max, covers=covers)
-    window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
+    window = _window(kernel, stride, options["padding"], dilation, ceil_mode=options["ceil_mode"])
     return _treat_window(functional.max_pool2d, window)
 
 
@@ -119,31 +121,33 @@ def _pools_with_indices(node: Any, facts: Facts) -> bool:
 @rule(nn.AvgPool2d, F.avg_pool2d)
 def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
-    given = _pooling(node, facts)
-    if _covers_image(given, node, facts):
+    options = _pooling(node, facts)
+    if _covers_image(options, node, facts):
         why, covers = (
             "The mean over the image, weighed by area.",
-            _unless_own_size(given["kernel_size"], node),
+            _unless_own_size(options["kernel_size"], node),
         )
         return Treatment("global", why, call=functional.global_mean, covers=covers)
-    window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
-    kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
-    return _treat_window(functional.avg_pool2d, window, **kept)
+    window = _window(
+        options["kernel_size"], options["stride"], options["padding"], 1, ceil_mode=options["ceil_mode"]
+    )
+    kwargs = {"count_include_pad": options["count_include_pad"], "divisor": options["divisor_override"]}
+    return _treat_window(functional.avg_pool2d, window, **kwargs)
 
 
 @rule("timm.layers.pool2d_same:MaxPool2dSame")
 def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions, after the padding the map's own size asks for."""
-    given = _pooling(node, facts)
-    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    options = _pooling(node, facts)
+    window = _window(options["kernel_size"], options["stride"], 0, options["dilation"], same=True)
     return _treat_window(functional.max_pool2d, window)
 
 
 @rule("timm.layers.pool2d_same:AvgPool2dSame")
 def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions and the padding the map's own size asks for."""
-    given = _pooling(node, facts)
-    window = _window(given["kernel_size"], given["stride"], 0, 1, same=True)
+    options = _pooling(node, facts)
+    window = _window(options["kernel_size"], options["stride"], 0, 1, same=True)
     return _treat_window(functional.avg_pool2d, window)
 
 
@@ -164,9 +168,9 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
         mode = next((mode for kind, mode in modes.items() if isinstance(module, kind)), "zeros")
         value = getattr(module, "value", 0.0)
     else:
-        given = _arguments(node, "input", "pad", mode="constant", value=None)
-        pads, value = given["pad"], given["value"] or 0.0
-        mode = "zeros" if given["mode"] == "constant" else given["mode"]
+        options = _arguments(node, "input", "pad", mode="constant", value=None)
+        pads, value = options["pad"], options["value"] or 0.0
+        mode = "zeros" if options["mode"] == "constant" else options["mode"]
     layout = facts.layout(node.args[0])
     known = facts.number(pads)
     if not isinstance(known, tuple) or not all(isinstance(pad, int) for pad in known):
@@ -213,14 +217,14 @@ def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
     known = rule_of(user, facts)
     if known not in (convolution, convolution_function, max_pooling, average_pooling):
         return None
-    given = _options(user, facts, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+    options = _options(user, facts, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
     if known is convolution_function:
-        given["kernel_size"] = tuple(facts.shapes.get(given["weight"], ())[2:])
+        options["kernel_size"] = tuple(facts.shapes.get(options["weight"], ())[2:])
     elif user.op != "call_module":
         return None
-    if not given["kernel_size"] or given["padding"] == "same" or any(_pair(given["padding"])):
+    if not options["kernel_size"] or options["padding"] == "same" or any(_pair(options["padding"])):
         return None
-    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    window = _window(options["kernel_size"], options["stride"], 0, options["dilation"], same=True)
     return window if isinstance(window, Window) else None
 
 
@@ -262,11 +266,11 @@ def _pad_channels(
 @rule("timm.layers.padding:pad_same")
 def padding_same(node: fx.Node, facts: Facts) -> Treatment:
     """Padding that depends on the map's size; it belongs to the window that reads it."""
-    given = _arguments(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
-    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    options = _arguments(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
+    window = _window(options["kernel_size"], options["stride"], 0, options["dilation"], same=True)
     if isinstance(window, str):
         return barrier(window)
-    return Treatment("pad", window=window._replace(outside=float(given["value"])))
+    return Treatment("pad", window=window._replace(outside=float(options["value"])))
 
 
 # -- the image as a whole ------------------------------------------------------------------------------
@@ -285,13 +289,13 @@ def adaptive_max_pooling(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _pooling_to_bins(node: fx.Node, facts: Facts, largest: bool) -> Treatment:
-    given = _options(node, facts, "x", "output_size", return_indices=False)
-    size = _pair(given["output_size"])
+    options = _options(node, facts, "x", "output_size", return_indices=False)
+    size = _pair(options["output_size"])
     if size == (1, 1):
         return Treatment("global", call=functional.global_max if largest else functional.global_mean)
     if not all(isinstance(bins, int) for bins in size):
         return barrier("how many bins it has follows from the size of the map")
-    if given["return_indices"] or facts.layout(node.args[0]) != NCHW:
+    if options["return_indices"] or facts.layout(node.args[0]) != NCHW:
         return barrier("its indices, or its axes, are those of a dense map")
     arguments = (("size", size), ("largest", largest))
     return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
@@ -303,43 +307,43 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
     """Over the image: means weighed by area, sums scaled to the network's own grid. Over channels: row by row."""
     how = operation_name(node, facts).removeprefix("Tensor.").removeprefix("vector_").removeprefix("linalg_")
     names = ("x", *(("p",) if how == "norm" else ()), "dim", "keepdim")
-    given = {"p": 2, "ord": 2, "dim": None, "keepdim": False, "correction": 1, **_arguments(node, *names)}
-    if how in ("var", "std") and isinstance(given.get("keepdim"), bool) and "unbiased" in node.kwargs:
-        given["correction"] = int(bool(node.kwargs["unbiased"]))
+    options = {"p": 2, "ord": 2, "dim": None, "keepdim": False, "correction": 1, **_arguments(node, *names)}
+    if how in ("var", "std") and isinstance(options.get("keepdim"), bool) and "unbiased" in node.kwargs:
+        options["correction"] = int(bool(node.kwargs["unbiased"]))
     layout = facts.layout(node.args[0])
-    dims = _dims(given["dim"], layout)
-    if dims is None or (how == "norm" and (given["p"], given["ord"]) not in ((2, 2), (2.0, 2))):
-        return barrier(f"a {how} over {given['dim']} that no lattice has")
+    dims = _dims(options["dim"], layout)
+    if dims is None or (how == "norm" and (options["p"], options["ord"]) not in ((2, 2), (2.0, 2))):
+        return barrier(f"a {how} over {options['dim']} that no lattice has")
     over_image = set(dims) & set(image_dims(layout))
     if not over_image:
-        return _over_channels(node, facts, dims, bool(given["keepdim"]))
+        return _over_channels(node, facts, dims, bool(options["keepdim"]))
     if over_image != set(image_dims(layout)) or layout.index("b") in dims:
-        return barrier(f"{how} over {given['dim']} joins some positions of the image and not others")
-    arguments = {"how": how, "dims": dims, "keepdim": bool(given["keepdim"])}
-    arguments["correction"] = given["correction"]
+        return barrier(f"{how} over {options['dim']} joins some positions of the image and not others")
+    arguments = {"how": how, "dims": dims, "keepdim": bool(options["keepdim"])}
+    arguments["correction"] = options["correction"]
     return Treatment("global", call=functional.global_reduce, arguments=tuple(arguments.items()), spaced=True)
 
 
 @rule(nn.GroupNorm, F.group_norm)
 def group_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and group, over elements weighed by area; then affine."""
-    given = _options(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
-    return _normalise_groups(given, given["num_groups"])
+    options = _options(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
+    return _normalise_groups(options, options["num_groups"])
 
 
 @rule(nn.InstanceNorm2d, F.instance_norm)
 def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and channel, over elements weighed by area; then affine."""
     usual: dict[str, Any] = {"running_mean": None, "running_var": None, "weight": None, "bias": None}
-    given = _options(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
-    of_call = given["use_input_stats"] and given["running_mean"] is None
-    if given.get("track_running_stats") or not of_call:
+    options = _options(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
+    of_call = options["use_input_stats"] and options["running_mean"] is None
+    if options.get("track_running_stats") or not of_call:
         return barrier("it has running statistics of single images")
-    return _normalise_groups(given, facts.shapes[node][1])
+    return _normalise_groups(options, facts.shapes[node][1])
 
 
-def _normalise_groups(given: dict[str, Any], groups: int) -> Treatment:
-    arguments = {name: given[name] for name in ("weight", "bias", "eps")}
+def _normalise_groups(options: dict[str, Any], groups: int) -> Treatment:
+    arguments = {name: options[name] for name in ("weight", "bias", "eps")}
     return Treatment(
         "pointwise", call=functional.group_norm, arguments=(*arguments.items(), ("groups", groups))
     )
@@ -348,9 +352,9 @@ def _normalise_groups(given: dict[str, Any], groups: int) -> Treatment:
 @rule("timm.layers.evo_norm:group_std")
 def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
     """The standard deviation of each image and group, over elements weighed by area, on every element."""
-    given = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
-    kept = {name: given[name] for name in ("groups", "eps")}
-    return Treatment("pointwise", call=functional.group_deviation, arguments=tuple(kept.items()))
+    options = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
+    kwargs = {name: options[name] for name in ("groups", "eps")}
+    return Treatment("pointwise", call=functional.group_deviation, arguments=tuple(kwargs.items()))
 
 
 # -- normalisation and dropout -------------------------------------------------------------------------
@@ -380,8 +384,8 @@ def _batch_norm_call(node: fx.Node, facts: Facts) -> Callable[..., Any]:
 @rule(F.batch_norm)
 def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
     """An affine map per channel with fixed statistics."""
-    given = _arguments(node, "input", "mean", "var", weight=None, bias=None, training=False)
-    if given["training"] or facts.layout(node.args[0])[1] != "c":
+    options = _arguments(node, "input", "mean", "var", weight=None, bias=None, training=False)
+    if options["training"] or facts.layout(node.args[0])[1] != "c":
         return barrier("it takes its statistics from a dense batch")
     return Treatment("pointwise")
 
@@ -410,8 +414,8 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
     """Changes whole channels or whole images, wherever their elements are."""
     default = node.target is not F.feature_alpha_dropout  # where it is False
-    given = _arguments(node, "input", p=0.5, training=default)
-    arguments = (("how", operation_name(node, facts)), ("p", given["p"]), ("training", given["training"]))
+    options = _arguments(node, "input", p=0.5, training=default)
+    arguments = (("how", operation_name(node, facts)), ("p", options["p"]), ("training", options["training"]))
     return Treatment("pointwise", call=functional.drop_channels, arguments=arguments)
 
 
@@ -476,9 +480,9 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     names = ("x", "p", "dim") if node.target is F.normalize else ("x", "dim")
     default = {"normalize": 1, "glu": -1}.get(operation_name(node, facts))
-    given = {"dim": default, **_arguments(node, *names)}
+    options = {"dim": default, **_arguments(node, *names)}
     module: Any = facts.module(node) if node.op == "call_module" else None
-    dim: Any = module.dim if module is not None else given["dim"]
+    dim: Any = module.dim if module is not None else options["dim"]
     layout = facts.layout(node.args[0])
     if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
         return Treatment("join", "combines the values of one cell")
@@ -496,7 +500,9 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     if module is not None:
         call = Call(function, (node.args[0], row_dim(layout, dim)))
         return Treatment("pointwise", rows=call)
-    keepdim = bool(given.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False))
+    keepdim = bool(
+        options.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False)
+    )
     reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
     after = layout[: dim % len(layout)] + layout[dim % len(layout) + 1 :] if reduced else layout
     return Treatment("pointwise", rows=_redirect(node, names, layout), layout=after)
@@ -527,9 +533,9 @@ def permutation(node: fx.Node, facts: Facts) -> Treatment:
     """Orders the axes of the map: the channels of a row stay in the row."""
     source, layout = node.args[0], facts.layout(node.args[0])
     order: Any = list(range(len(layout)))
-    given: Any = node.kwargs.get("dims", node.args[1:])
+    dims: Any = node.kwargs.get("dims", node.args[1:])
     if "permute" in str(node.target):
-        order = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+        order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
     elif node.target in ("movedim", "t"):
         return barrier("its axes are not written out")
     else:
@@ -546,8 +552,8 @@ def permutation(node: fx.Node, facts: Facts) -> Treatment:
 def split(node: fx.Node, facts: Facts) -> Treatment:
     """Parts of the channels of each element."""
     layout = facts.layout(node.args[0])
-    given = _arguments(node, "x", "sections", dim=0)
-    if row_dim(layout, given["dim"]) is None:
+    options = _arguments(node, "x", "sections", dim=0)
+    if row_dim(layout, options["dim"]) is None:
         return barrier("it cuts the image or the batch into parts")
     names = ("x", "sections", "dim")
     return Treatment("pointwise", rows=_redirect(node, names, layout, dim=0))
@@ -557,10 +563,10 @@ def split(node: fx.Node, facts: Facts) -> Treatment:
 def selection(node: fx.Node, facts: Facts) -> Treatment:
     """Some channels of each element."""
     layout = facts.layout(node.args[0])
-    given = _arguments(node, "x", dim=0)
-    if row_dim(layout, given["dim"]) is None:
+    options = _arguments(node, "x", dim=0)
+    if row_dim(layout, options["dim"]) is None:
         return barrier("it takes parts of the image or the batch")
-    dim = given["dim"] % len(layout)
+    dim = options["dim"] % len(layout)
     after = layout if "narrow" in str(node.target) else layout[:dim] + layout[dim + 1 :]
     call = _redirect(node, ("x", "dim"), layout, dim=0)
     return Treatment("pointwise", rows=call, layout=after)
@@ -569,12 +575,12 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
 @rule(operator.getitem)
 def indexing(node: fx.Node, facts: Facts) -> Treatment:
     """One of several values, some channels of each element, or a crop that moves no anchor."""
-    source, given = node.args
+    source, asked = node.args
     if source not in facts.shapes:  # a part of what was split, or of what a pooling gives
-        is_index = given == 1 and _pools_with_indices(source, facts)
+        is_index = asked == 1 and _pools_with_indices(source, facts)
         return Treatment("pointwise", leaves_by=functional.dense_indices if is_index else None)
     layout = facts.layout(source)
-    index: list[Any] = list(given) if isinstance(given, tuple) else [given]
+    index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
     if any(part is Ellipsis for part in index):
         at = next(i for i, part in enumerate(index) if part is Ellipsis)
         used = sum(part is not None for part in index) - 1
@@ -617,22 +623,22 @@ def _is_crop(part: Any, facts: Facts) -> bool:
 @rule(torch.cat, torch.concat, torch.concatenate)
 def concatenation(node: fx.Node, facts: Facts) -> Treatment:
     """Channels side by side, cell by cell."""
-    given = _arguments(node, "tensors", dim=0)
-    dim, first = given.get("axis", given["dim"]), _first_map(node, facts)
+    options = _arguments(node, "tensors", dim=0)
+    dim, first = options.get("axis", options["dim"]), _first_map(node, facts)
     row = row_dim(facts.layout(first), dim)
     if row is None:
         return barrier("it puts images or batches side by side")
-    return Treatment("join", rows=Call(torch.cat, (given["tensors"], row)))
+    return Treatment("join", rows=Call(torch.cat, (options["tensors"], row)))
 
 
 @rule(torch.stack)
 def stacking(node: fx.Node, facts: Facts) -> Treatment:
     """Values of one cell along a new channel axis."""
-    given = _arguments(node, "tensors", dim=0)
+    options = _arguments(node, "tensors", dim=0)
     layout = facts.layout(_first_map(node, facts))
-    dim = given["dim"] % (len(layout) + 1)
+    dim = options["dim"] % (len(layout) + 1)
     row = 1 + layout[:dim].count("c")
-    call = Call(torch.stack, (given["tensors"], row))
+    call = Call(torch.stack, (options["tensors"], row))
     return Treatment("join", rows=call, layout=f"{layout[:dim]}c{layout[dim:]}")
 
 
@@ -646,31 +652,33 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     source: Any = node.args[0] if node.args else node.kwargs["input"]
     usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
     usual |= {"recompute_scale_factor": None, "antialias": False}
-    given = _options(node, facts, "x", **usual)
+    options = _options(node, facts, "x", **usual)
     if not facts.layout(source):
-        return _resize_small(node, facts, source, given)
-    if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
-        return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
-    if (stride := _whole_division(given)) is not None and not given["align_corners"]:
-        return _subsampling(given["mode"], stride)
+        return _resize_small(node, facts, source, options)
+    if options["mode"] not in ("nearest", "nearest-exact", "bilinear") or options["antialias"]:
+        return barrier(f"its mode {options['mode']!r} reads more than the neighbours")
+    if (stride := _whole_division(options)) is not None and not options["align_corners"]:
+        return _subsampling(options["mode"], stride)
     arguments = tuple(
-        (name, given[name]) for name in usual if name != "antialias" and given[name] is not None
+        (name, options[name]) for name in usual if name != "antialias" and options[name] is not None
     )
     scale = _scale(facts.shapes[source][2:], facts.shapes[node][2:])
     last_only = "" if scale else "it resizes the map by no whole factor"
-    if given["mode"] == "nearest-exact":
+    if options["mode"] == "nearest-exact":
         last_only = "its mode 'nearest-exact' reads another cell than the one a sample lies in"
     return Treatment(
         "resize", call=functional.resize, arguments=arguments, scale=scale or 1, last_only=last_only
     )
 
 
-def _whole_division(given: dict[str, Any]) -> int | None:
+def _whole_division(options: dict[str, Any]) -> int | None:
     """How many times coarser the result of a resize is, if its factor says so; None else."""
-    factor, other = _pair(given["scale_factor"])
+    factor, other = _pair(options["scale_factor"])
     fits = isinstance(factor, float) and factor == other and 0 < factor < 1 and (1 / factor).is_integer()
     return (
-        round(1 / factor) if fits and given["size"] is None and not given["recompute_scale_factor"] else None
+        round(1 / factor)
+        if fits and options["size"] is None and not options["recompute_scale_factor"]
+        else None
     )
 
 
@@ -699,10 +707,10 @@ def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
 def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the value of the window it lies in, if it is the tap of it that was the largest, or zero."""
     names = ("indices", "output_size") if node.op == "call_module" else ("indices", "kernel_size", "stride")
-    given = _arguments(
+    options = _arguments(
         node, "input", *names, **({} if len(names) == 2 else {"padding": 0, "output_size": None})
     )
-    indices, size = given["indices"], given.get("output_size")
+    indices, size = options["indices"], options.get("output_size")
     pooling: Any = indices.args[0] if indices.target is operator.getitem else None
     if not _pools_with_indices(pooling, facts):
         return barrier("its indices are not those of a max pooling as they are")
@@ -724,22 +732,22 @@ def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
 def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
     """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
     usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-    given = _options(node, facts, "input", "weight", **usual)
+    options = _options(node, facts, "input", "weight", **usual)
     if node.op == "call_module":
-        kernel, size = given["kernel_size"], _arguments(node, "input", output_size=None)["output_size"]
-    elif given["weight"] not in facts.shapes or facts.layout(given["weight"]):
+        kernel, size = options["kernel_size"], _arguments(node, "input", output_size=None)["output_size"]
+    elif options["weight"] not in facts.shapes or facts.layout(options["weight"]):
         return barrier("its weight is not a tensor of known shape")
     else:
-        kernel, size = tuple(facts.shapes[given["weight"]][2:]), None
+        kernel, size = tuple(facts.shapes[options["weight"]][2:]), None
     window = _transposed_window(
-        kernel, *(given[name] for name in ("stride", "padding", "output_padding", "dilation"))
+        kernel, *(options[name] for name in ("stride", "padding", "output_padding", "dilation"))
     )
     if isinstance(window, str):
         return barrier(window)
-    groups, ordinary = given["groups"], window.finer == 1
+    groups, ordinary = options["groups"], window.finer == 1
     arguments = {
-        "weight": Call(functional.transpose_weight, (given["weight"], groups, ordinary)),
-        "bias": given["bias"],
+        "weight": Call(functional.transpose_weight, (options["weight"], groups, ordinary)),
+        "bias": options["bias"],
         "groups": groups,
     }
     if ordinary:
@@ -779,13 +787,13 @@ def broadcast(node: fx.Node, facts: Facts) -> Treatment:
     return _broadcast(node, facts, node.args[0])
 
 
-def _resize_small(node: fx.Node, facts: Facts, source: Any, given: dict[str, Any]) -> Treatment:
+def _resize_small(node: fx.Node, facts: Facts, source: Any, options: dict[str, Any]) -> Treatment:
     """Of a value that is no map of the region: one vector per image, or a small map that its elements are read from."""
-    is_small = facts.is_map(node) and source in facts.shapes and given["size"] is not None
-    plain = given["mode"] in ("nearest", "bilinear") and not given["antialias"]
+    is_small = facts.is_map(node) and source in facts.shapes and options["size"] is not None
+    plain = options["mode"] in ("nearest", "bilinear") and not options["antialias"]
     if is_flat(facts.shapes.get(source, ()), NCHW) or not (is_small and plain):
         return _broadcast(node, facts, source)
-    arguments = tuple((name, given[name]) for name in ("size", "mode", "align_corners"))
+    arguments = tuple((name, options[name]) for name in ("size", "mode", "align_corners"))
     return Treatment(
         "broadcast", "every element reads it at its place, as torch resizes", arguments=arguments
     )
@@ -870,9 +878,9 @@ def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[
     return {**defaults, **vars(module), **dict.fromkeys(held), **weights}
 
 
-def _weights(given: dict[str, Any]) -> dict[str, Any]:
+def _weights(options: dict[str, Any]) -> dict[str, Any]:
     """What a convolution is given besides its window."""
-    return {name: given[name] for name in ("weight", "bias", "groups")}
+    return {name: options[name] for name in ("weight", "bias", "groups")}
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -910,11 +918,11 @@ def _redirect(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: An
     args, kwargs = list(node.args), dict(node.kwargs)
     place = names.index("dim")
     usual = {"normalize": 1, "glu": -1}.get(str(getattr(node.target, "__name__", "")), defaults.get("dim"))
-    given: Any = args[place] if len(args) > place else kwargs.get("dim", usual)
+    dim: Any = args[place] if len(args) > place else kwargs.get("dim", usual)
     if len(args) > place:
-        args[place] = row_dim(layout, given)
+        args[place] = row_dim(layout, dim)
     else:
-        kwargs["dim"] = row_dim(layout, given)
+        kwargs["dim"] = row_dim(layout, dim)
     return Call(node.target, tuple(args), kwargs)
 
 
@@ -925,14 +933,14 @@ def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: 
         return barrier("it joins the images of the batch")
     rows = tuple(row_dim(layout, dim) for dim in dims)
     place = 2 if "norm" in operation_name(node, facts) else 1
-    kept = {key: value for key, value in node.kwargs.items() if key != "dim"}
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "dim"}
     args = [*node.args]
     if len(args) > place:
         args[place] = rows
     else:
-        kept["dim"] = rows
+        kwargs["dim"] = rows
     after = layout if keepdim else "".join(axis for dim, axis in enumerate(layout) if dim not in dims)
-    return Treatment("pointwise", rows=Call(node.target, tuple(args), kept), layout=after)
+    return Treatment("pointwise", rows=Call(node.target, tuple(args), kwargs), layout=after)
 
 
 def _window(
@@ -968,10 +976,10 @@ def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: A
     return Treatment("window", call=call, arguments=tuple(arguments.items()), window=window)
 
 
-def _covers_image(given: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
+def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
     """Whether a pooling window is computed from the size of the map, and is all of it."""
-    kernel, layout = given["kernel_size"], facts.layout(node.args[0])
-    if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(given["padding"])):
+    kernel, layout = options["kernel_size"], facts.layout(node.args[0])
+    if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(options["padding"])):
         return False
     return _pair(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
 
@@ -1010,7 +1018,7 @@ def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
     of_mean = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None}
     of_max = {"dilation": 1, "ceil_mode": False, "return_indices": False}
     in_order = of_mean if node.target is F.avg_pool2d else of_max
-    given = {**of_mean, **of_max, **_options(node, facts, "input", "kernel_size", **usual, **in_order)}
-    given["return_indices"] = given["return_indices"] or node.target is F.max_pool2d_with_indices
-    given["stride"] = given["kernel_size"] if given["stride"] in (None, []) else given["stride"]
-    return given
+    options = {**of_mean, **of_max, **_options(node, facts, "input", "kernel_size", **usual, **in_order)}
+    options["return_indices"] = options["return_indices"] or node.target is F.max_pool2d_with_indices
+    options["stride"] = options["kernel_size"] if options["stride"] in (None, []) else options["stride"]
+    return options
