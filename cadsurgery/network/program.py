@@ -265,6 +265,34 @@ class Program:
         return lattice
 
 
+class RunsProgram(nn.Module):
+    """A network that runs a program: what the tools of this room need of an `AdaptiveModel`, which is one.
+
+    Attributes:
+        hosts_part: it runs as it was, with a part of it adaptive; see `HostedModel`.
+        mask: its mask provider.
+    """
+
+    hosts_part = False
+    mask: Any
+    _program: Program
+    _constants: dict[str, Tensor]
+
+    @property
+    def program(self) -> Program:
+        """What it runs."""
+        raise NotImplementedError
+
+    @property
+    def counted(self) -> Program:
+        """What its operations are counted on: shapes without values."""
+        raise NotImplementedError
+
+    def use_program(self, program: Program) -> None:
+        """Run another program from now on, with the modules of this network."""
+        self._program = program.bind_to(self)
+
+
 def clone_values(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """What the first half gave, to be used more than once: the region may work in place on what enters it."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)

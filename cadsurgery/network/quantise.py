@@ -41,8 +41,7 @@ from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
-from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
 from cadsurgery.surgery.guards import GuardFailed, is_guard
@@ -209,7 +208,7 @@ class _Observer(GraphInterpreter):
 
 
 def quantise(
-    fast: AdaptiveModel, calibration: Tensor | Sequence[Tensor], largest_error: float | None = None
+    fast: RunsProgram, calibration: Tensor | Sequence[Tensor], largest_error: float | None = None
 ) -> Quantisation:
     """Put an optimised network into 8 bits, in place.
 
@@ -240,7 +239,7 @@ def quantise(
                 rewritten.apply(fast)
                 error = _difference((_outputs(fast, batch) for batch in compared), expected)
                 yield error, method, rewritten
-                fast.adaptive_part._program = program.bind_to(fast)
+                fast.use_program(program)
                 work.restore()
 
         found = [one for method in _METHODS for one in tried(method)]
@@ -285,7 +284,7 @@ def quantise(
 class _Quantiser:
     """What is known of a network that is to be put into 8 bits."""
 
-    def __init__(self, fast: AdaptiveModel, program: Program) -> None:
+    def __init__(self, fast: RunsProgram, program: Program) -> None:
         self.fast, self.program = fast, program
         self.kernels: Any = getattr(fast, KERNELS)
         found = (self._layer(node) for node in program.graph.nodes)
@@ -631,12 +630,12 @@ class _Rewritten:
         for user in readers:
             user.replace_input_with(here, changed)
 
-    def apply(self, fast: AdaptiveModel) -> None:
+    def apply(self, fast: RunsProgram) -> None:
         """Let a network run it."""
         kernels: Any = getattr(fast, KERNELS)
         for name, kernel in self.kernels.items():
             setattr(kernels, name, kernel)
-        fast.adaptive_part._program = replace(self.program, graph=self.graph).bind_to(fast)
+        fast.use_program(replace(self.program, graph=self.graph))
 
 
 def _values_of(value: Any) -> Tensor | None:
@@ -767,7 +766,7 @@ def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _on_own_way(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
+def _on_own_way(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]:
     """Those image batches that take the way through a network that it was converted on: other ways stay in float.
 
     Raises:
@@ -794,7 +793,7 @@ def _on_own_way(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
     return fitting
 
 
-def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
+def _outputs(fast: RunsProgram, batch: Tensor) -> list[Tensor]:
     """What a network gives, in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 

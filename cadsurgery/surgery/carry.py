@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.surgery.arguments import AnyLayout, Arguments
 from cadsurgery.surgery.guards import check_branch, compared, user_line
-from cadsurgery.surgery.trace import Tracer, assign
+from cadsurgery.surgery.tracer import Tracer, assign
 
 # What is asked of a map without looking at its values.
 _ASKS = frozenset(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -14,71 +13,19 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
 from cadsurgery.surgery.arguments import Arguments
+from cadsurgery.surgery.carry import Carrier, symbols_in_python
 from cadsurgery.surgery.guards import line_of
+from cadsurgery.surgery.tracer import Functions, Tracer, assign
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
-Functions = tuple[Callable[..., Any], ...]
-
-
 class CannotFollow(CannotConvert):
     """A network whose Python tracing cannot follow."""
-
-
-class Tracer(fx.Tracer):
-    """torch's tracer, with other leaves: what has a rule, and what timm declares and torch.fx cannot follow."""
-
-    def __init__(
-        self,
-        is_operation: Callable[[nn.Module], bool],
-        functions: Functions,
-        declared: frozenset[type],
-        names_buffers: bool = True,
-        given: frozenset[str] = frozenset(),
-    ) -> None:
-        super().__init__(autowrap_functions=functions)
-        self._is_operation, self._functions, self._declared = is_operation, functions, declared
-        self._given = given
-        self.record_stack_traces = True
-        # What is computed from buffers, as by norms with frozen statistics, is computed in every call, not once here.
-        self.proxy_buffer_attributes = names_buffers
-
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """An argument that is None by default and not given is so here: Python asks `is None`, of which no graph
-        knows. Named ones of no parameter's own are none, too."""
-        function, values = super().create_args_for_root(*args, **kwargs)
-        return function, [self._known(value) for value in values]
-
-    def _known(self, value: Any) -> Any:
-        """An input, or what it is where it is not given."""
-        if self._is_left_out(value):
-            return None
-        name = str(value.node.target) if isinstance(value, fx.Proxy) else ""
-        return {} if name.startswith("**") and name.lstrip("*") not in self._given else value
-
-    def _is_left_out(self, value: Any) -> bool:
-        """Whether an input is not given and is None by default."""
-        is_none = isinstance(value, fx.Proxy) and value.node.args == (None,)
-        return is_none and value.node.target not in self._given
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is one node of the graph."""
-        if self._is_operation(m) or (type(m) in self._declared and not self._can_follow(m)):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def _can_follow(self, module: nn.Module) -> bool:
-        """Whether a module that is declared a leaf can be traced all the same: its parts are worth knowing."""
-        try:
-            Tracer(self._is_operation, self._functions, self._declared).trace(module)
-        except Exception:  # tracing runs foreign code, which can raise anything
-            return False
-        return True
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:
@@ -156,8 +103,6 @@ def trace(
 def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
     if example is None:
         return Tracer(*options, **more).trace(model)
-    from cadsurgery.surgery.carry import Carrier, symbols_in_python  # which is made of this tracer
-
     more["given"] = frozenset(example)
     with symbols_in_python(model):
         return Carrier(*options, example=example, **more).trace(model)
@@ -177,13 +122,6 @@ def _open_dataclass(graph: fx.Graph) -> None:
         names = [one.name for one in fields(made.target) if one.init]
         output.update_arg(0, {**dict(zip(names, made.args, strict=False)), **made.kwargs})
         graph.erase_node(made)
-
-
-def assign(values: Any, index: Any, part: Any) -> Any:
-    """What `values[index] = part` leaves, as a value of its own; the values stay as they are."""
-    changed = values.clone() if isinstance(values, Tensor) else copy.copy(values)
-    changed[index] = part
-    return changed
 
 
 def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
