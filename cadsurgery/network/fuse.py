@@ -7,14 +7,11 @@ is in the cache. Every step is exact in evaluation mode. What matches no pattern
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
@@ -22,6 +19,8 @@ from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, Packed
 from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.support.torch_operations import asks, is_in_place, may_make_nan
+from cadsurgery.support.torch_operations import operation_of as torch_operation_of
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.rewrite import WORK
@@ -30,36 +29,22 @@ from cadsurgery.surgery.treatment import has_rule
 # Where the fused convolutions are found in the network that runs the graph.
 KERNELS = "cadsurgery_kernels"
 
-# By class of modules, function and name of method; functions of what has options of its own.
-_ACTIVATIONS: dict[Any, Activation | Callable[[Any], Activation]] = {
-    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"), Activation("relu")),
-    **dict.fromkeys((nn.ReLU6, F.relu6), Activation("hardtanh", (0.0, 6.0))),
-    **dict.fromkeys((nn.SiLU, F.silu), Activation("swish")),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), Activation("hardswish")),
-    **dict.fromkeys((nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
-    **dict.fromkeys((nn.Tanh, F.tanh, torch.tanh, "tanh"), Activation("tanh")),
-    nn.Hardtanh: lambda module: Activation("hardtanh", (module.min_val, module.max_val)),
-    nn.LeakyReLU: lambda module: Activation("leaky_relu", (module.negative_slope,)),
-    nn.GELU: lambda module: Activation("gelu", (), module.approximate),
-    F.gelu: lambda call: Activation("gelu", (), call.kwargs.get("approximate", "none")),
+# By the name of the operation; functions of the options of a module or a call.
+_ACTIVATIONS: dict[str, Activation | Callable[[Any], Activation]] = {
+    "relu": Activation("relu"),
+    "relu6": Activation("hardtanh", (0.0, 6.0)),
+    "silu": Activation("swish"),
+    "hardswish": Activation("hardswish"),
+    "sigmoid": Activation("sigmoid"),
+    "tanh": Activation("tanh"),
+    "hardtanh": lambda options: Activation(
+        "hardtanh", (options.get("min_val", -1.0), options.get("max_val", 1.0))
+    ),
+    "leaky_relu": lambda options: Activation("leaky_relu", (options.get("negative_slope", 0.01),)),
+    "gelu": lambda options: Activation("gelu", (), options.get("approximate", "none")),
 }
-_IDENTITIES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
-_DROPS = ("torchvision.ops.stochastic_depth:StochasticDepth", "timm.layers.drop:DropPath")
 _NORMS_THAT_ACT = ("timm.layers.norm_act:BatchNormAct2d",)
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_IN_PLACE = (operator.iadd, operator.imul, "add_", "mul_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _POINT = Window((1, 1))
-_MAKES_NAN = frozenset(
-    (
-        *("truediv", "itruediv", "div", "true_divide", "divide", "fmod", "remainder"),
-        *("log", "log2", "log10", "log1p", "exp", "expm1", "exp2", "sqrt", "rsqrt", "pow", "reciprocal"),
-        *("acos", "asin", "acosh", "atanh", "erfinv", "logit", "tan", "var", "std", "var_mean", "std_mean"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -133,12 +118,12 @@ class _Consumer(NamedTuple):
 
     @property
     def other(self) -> fx.Node | None:
-        """The second operand of an operation on two, as a whole value, none of which it overwrites but the first."""
+        """The second operand of an operation on two, as a whole value; None if the operation overwrites it."""
         args = self.node.args
         if len(args) != 2 or self.node.kwargs or not all(isinstance(part, fx.Node) for part in args):
             return None
         first, second = args
-        if first is second or (self.node.target in _IN_PLACE and first is not self.value):
+        if first is second or (is_in_place(self.node.target) and first is not self.value):
             return None
         other: Any = second if first is self.value else first
         if self.lattice is None:
@@ -169,22 +154,21 @@ class Fuser:
         return not numbers or any(map(self.may_make_nan, self.graph.nodes))
 
     def may_make_nan(self, node: fx.Node) -> bool:
-        """Whether an operation may make NaN or infinity of moderate numbers; what is not known may."""
-        if node.op == "call_module":
-            module = self.module(node)
-            return (
-                module is not None
-                and not type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
-                and not has_rule(module)
-            )
-        name = str(getattr(node.target, "__name__", node.target)).strip("_")
-        known = str(getattr(node.target, "__module__", "")).startswith(
-            ("torch", "_operator", "cadsurgery", "math")
-        )
-        foreign = (
-            node.op == "call_function" and not known and not isinstance(node.target, BuiltinFunctionType)
-        )
-        return name in _MAKES_NAN or foreign
+        """True if an operation may make NaN or infinity of moderate numbers; what is not known may."""
+        module = self.module(node)
+        if module is not None:
+            ours = type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
+            return not ours and not has_rule(module, of_package=True)
+        is_call = node.op in ("call_function", "call_method")
+        return is_call and may_make_nan(node.target) and not self.gives_number(node)
+
+    def gives_number(self, node: fx.Node) -> bool:
+        """True if a node is computed from sizes alone."""
+        known = operation_of(node.target)
+        if asks(node) or (known is not None and known.reads == "nothing"):
+            return True
+        sources = node.all_input_nodes
+        return bool(sources) and node.op.startswith("call") and all(map(self.gives_number, sources))
 
     def run(self) -> None:
         """Remove what does nothing, then fuse every convolution and linear layer."""
@@ -335,12 +319,12 @@ class Fuser:
             return None
         if acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm) and following.lattice is None:
             return _fold_norm(fusion, operation, module)
-        target = operation.target if module is None else None  # a module may have the name of a method
-        if target in _PRODUCTS and fusion.is_linear:
+        known = torch_operation_of(operation.target if module is None else module)
+        if known is not None and known.multiplies and fusion.is_linear:
             return self.with_factor(fusion, following)
         if fusion.activation is not None or not self.takes_in_more(node):
             return None
-        if target in _ADDITIONS and fusion.residual is None and fusion.leaves is None:
+        if known is not None and known.adds and fusion.residual is None and fusion.leaves is None:
             return self.with_residual(node, fusion, following)
         activation = activation_of(operation, module)
         only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
@@ -514,20 +498,21 @@ def _is_hooked(module: nn.Module | None) -> bool:
 
 
 def leaves_values(module: nn.Module | None) -> bool:
-    """Whether a module leaves values as they are in evaluation mode."""
-    return any(
-        kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
-        for kind in act_alike(type(module))
-    )
+    """True if a module leaves values as they are in evaluation mode."""
+    known = (torch_operation_of(kind) for kind in act_alike(type(module)))
+    return any(one is not None and one.keeps_values for one in known)
 
 
 def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | None:
     """The activation that an operation is, applied to its first argument."""
-    if len(operation.args) != 1 or not set(operation.kwargs) <= {"inplace", "approximate"}:
+    options = vars(module) if module is not None else operation.kwargs
+    stated = {"inplace", "approximate", "negative_slope", "min_val", "max_val"}
+    if len(operation.args) != 1 or not set(operation.kwargs) <= stated:
         return None
     kinds = act_alike(type(module)) if module is not None else (operation.target,)
-    entry = next((_ACTIVATIONS[kind] for kind in kinds if kind in _ACTIVATIONS), None)
-    return entry(operation if module is None else module) if callable(entry) else entry
+    names = (known.name for kind in kinds if (known := torch_operation_of(kind)) is not None)
+    entry = next((_ACTIVATIONS[name] for name in names if name in _ACTIVATIONS), None)
+    return entry(options) if callable(entry) else entry
 
 
 def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:

@@ -44,6 +44,7 @@ from cadsurgery.network.macs import Counter
 from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
+from cadsurgery.support.torch_operations import is_in_place
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
 
@@ -442,19 +443,16 @@ class _Quantiser:
         return bool(readers) and can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
 
     def _overwritten(self, node: fx.Node) -> bool:
-        """Whether something changes a value in place that others may read."""
-        for user in node.users:
-            module = child(self.fast, str(user.target)) if user.op == "call_module" else None
-            name = str(getattr(user.target, "__name__", user.target))
-            in_place = name.endswith("_") and not name.endswith("__")
-            if (
-                getattr(module, "inplace", False)
-                or user.kwargs.get("inplace")
-                or in_place
-                or name in ("iadd", "imul")
-            ):
-                return True
-        return False
+        """True if something changes a value in place that others may read."""
+        return any(
+            is_in_place(self._called(user), user.args, user.kwargs)
+            for user in node.users
+            if user.args and user.args[0] is node
+        )
+
+    def _called(self, node: fx.Node) -> Any:
+        """The module or function that a node calls, or the name of the method."""
+        return child(self.fast, str(node.target)) if node.op == "call_module" else node.target
 
     def _grids(self, method: str, exact: Exact) -> dict[fx.Node, Grid]:
         grids = dict[fx.Node, Grid]()

@@ -23,18 +23,11 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 from cadsurgery.support.divergence import tensors_of
+from cadsurgery.support.torch_operations import asks, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Arguments
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.tracer import Tracer, assign
 
-# What is asked of a map without looking at its values.
-_ASKS = frozenset(
-    ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "element_size")
-)
-_ATTRIBUTES = frozenset(
-    ("shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad", "itemsize")
-)
-_OF_RANK = frozenset(("dim", "ndimension", "ndim", "requires_grad", "is_contiguous", "stride", "layout"))
 # Results whose very size depends on values.
 _SELECTIONS = frozenset(
     ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nms", "batched_nms")
@@ -210,7 +203,7 @@ class Carrier(Tracer):
             seen.add(node)
             if _selects(node):
                 return True
-            if _asks(node):
+            if asks(node):
                 source: Any = node.args[0]
                 pending.extend(part for part in self._maps_behind(source) if _selects(part))
             elif node.op == "placeholder" and tensors_of(self.values.get(node)):
@@ -231,21 +224,15 @@ class Carrier(Tracer):
     def _is_of_rank(self, node: fx.Node) -> bool:
         """Whether a value depends on numbers of dimensions alone, which no image changes, or on what changes no value,
         such as how a map lies in memory."""
-        if _asks(node):
-            return str(node.args[1] if node.target is getattr else node.target) in _OF_RANK
+        if asks(node):
+            return asks(node, of_rank=True)
         sources = node.all_input_nodes
         return bool(sources) and all(self._is_of_rank(source) for source in sources)
 
 
-def _asks(node: fx.Node) -> bool:
-    """Whether a node asks for a size or a kind, and for no values."""
-    by_attribute = node.target is getattr and node.args[1] in _ATTRIBUTES
-    return by_attribute or (node.op == "call_method" and node.target in _ASKS) or node.target is len
-
-
 def _selects(node: fx.Node) -> bool:
     """Whether the size of a result depends on values."""
-    name = str(getattr(node.target, "__name__", node.target))
+    name = name_of(node.target)
     if name in _SELECTIONS or (name == "where" and len(node.args) == 1):
         return True
     if node.target is not operator.getitem or len(node.args) < 2:
@@ -256,7 +243,7 @@ def _selects(node: fx.Node) -> bool:
 
 def _gives_number(node: fx.Node) -> bool:
     """Whether a node is computed from sizes alone."""
-    if _asks(node):
+    if asks(node):
         return True
     sources = node.all_input_nodes
     return bool(sources) and node.op != "placeholder" and all(map(_gives_number, sources))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
-import torch
 from torch import fx
 
 from cadsurgery.elements.axes import NCHW, is_flat
+from cadsurgery.support.torch_operations import is_in_place, is_kind
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, why_whole
@@ -291,18 +291,17 @@ def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, fact
     return filled or treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
 
 
-_FILLS = (torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full")
-_MOVES = ("to", "cuda", "cpu", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous")
-
-
 def is_filled(node: fx.Node) -> bool:
-    """Whether a value is one number throughout, such as the zeros that are put beside a map for new channels."""
-    changed = any(user.target is operator.setitem or str(user.target).endswith("_") for user in node.users)
+    """True if a value is one number throughout, such as the zeros that are put beside a map for new channels."""
+    writes = (one for one in node.users if one.args and one.args[0] is node and one.op != "call_module")
+    changed = any(
+        one.target is operator.setitem or is_in_place(one.target, one.args, one.kwargs) for one in writes
+    )
     if changed or node.op not in ("call_function", "call_method"):
         return False
     source = node.args[0] if node.args else None
-    moved = node.target in _MOVES and isinstance(source, fx.Node) and is_filled(source)
-    return moved or node.target in _FILLS
+    copies = is_kind(node.target, "copies") and isinstance(source, fx.Node) and is_filled(source)
+    return copies or is_kind(node.target, "fills")
 
 
 def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozenset[fx.Node]) -> None:

@@ -27,6 +27,7 @@ from cadsurgery.elements.axes import (
     row_dim,
 )
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.support.torch_operations import name_of, spellings
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.treatment import (
@@ -38,7 +39,6 @@ from cadsurgery.surgery.treatment import (
     first_line,
     growing,
     has_rule,
-    joins_positions,
     operation_name,
     rule,
     rule_of,
@@ -422,26 +422,13 @@ def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
 # -- each element alone --------------------------------------------------------------------------------
 
 
-@rule(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU)
-@rule(nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus)
-@rule(nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout)
-@rule(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish)
-@rule(F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.dropout, F.prelu)
-@rule(F.alpha_dropout)
-@rule(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.abs, torch.neg)
-@rule(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow, torch.erf)
-@rule("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow")
-@rule("clamp", "clamp_", "clamp_min", "clip", "contiguous", "clone", "detach", "float", "half", "double")
-@rule("type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin)
-@rule("timm.layers.activations_me:SwishMe", "timm.layers.activations_me:MishMe")
-@rule("timm.layers.activations_me:HardSigmoidMe", "timm.layers.activations_me:HardSwishMe")
-@rule("timm.layers.activations_me:HardMishMe")
+@rule(*spellings("value", "drops"))
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise")
 
 
-@rule("to", "type_as", torch.as_tensor)
+@rule(*spellings("copies"))
 def conversion(node: fx.Node, facts: Facts) -> Treatment:
     """Another type or device for each value."""
     return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
@@ -453,10 +440,7 @@ def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("shape")
 
 
-@rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
-@rule(operator.truediv, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div, torch.maximum)
-@rule(torch.minimum, "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum")
-@rule(torch.addcmul, "addcmul", "addcmul_", torch.lerp, "lerp", torch.where, torch.subtract, torch.multiply)
+@rule(*spellings("values"))
 def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
     return Treatment("join")
@@ -511,8 +495,7 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
 # -- axes: the same rows under another name ------------------------------------------------------------
 
 
-@rule("view", "reshape", torch.reshape, "flatten", torch.flatten, nn.Flatten, "unflatten", nn.Unflatten)
-@rule(torch.unflatten, "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze, "reshape_as", "view_as")
+@rule(*spellings("reshapes"))
 def reshaping(node: fx.Node, facts: Facts) -> Treatment:
     """Regroups channels, or flattens the image: the rows keep their order, only their shape changes."""
     source: Any = node.args[0]
@@ -527,28 +510,28 @@ def reshaping(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise", rows=call, layout=after)
 
 
-@rule("permute", torch.permute, "transpose", torch.transpose, "swapaxes", torch.swapaxes, "movedim")
-@rule("t", "swapdims")
+@rule(*spellings("permutes"))
 def permutation(node: fx.Node, facts: Facts) -> Treatment:
     """Orders the axes of the map: the channels of a row stay in the row."""
     source, layout = node.args[0], facts.layout(node.args[0])
     order: Any = list(range(len(layout)))
-    dims: Any = node.kwargs.get("dims", node.args[1:])
-    if "permute" in str(node.target):
-        order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-    elif node.target in ("movedim", "t"):
-        return barrier("its axes are not written out")
-    else:
+    stated: Any = node.kwargs.get("dims", node.args[1:])
+    how = name_of(node.target)
+    if how == "permute":
+        order = stated[0] if len(stated) == 1 and isinstance(stated[0], (tuple, list)) else stated
+    elif how in ("transpose", "swapaxes", "swapdims"):
         swapped: Any = (*node.args[1:], *node.kwargs.values())
         first, second = swapped[:2]
         order[first], order[second] = order[second], order[first]
+    else:
+        return barrier("its axes are not written out")
     after, rows = permute_axes(layout, order)
     moved = list(rows) != sorted(rows)
     call = Call(torch.permute, (source, rows)) if moved else Call(None, (source,))
     return Treatment("pointwise", rows=call, layout=after)
 
 
-@rule(torch.split, "split", torch.chunk, "chunk", "tensor_split", torch.tensor_split)
+@rule(*spellings("splits"))
 def split(node: fx.Node, facts: Facts) -> Treatment:
     """Parts of the channels of each element."""
     layout = facts.layout(node.args[0])
@@ -559,7 +542,7 @@ def split(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise", rows=_redirect(node, names, layout, dim=0))
 
 
-@rule(torch.unbind, "unbind", "select", torch.select, "narrow", torch.narrow)
+@rule(*spellings("selects"))
 def selection(node: fx.Node, facts: Facts) -> Treatment:
     """Some channels of each element."""
     layout = facts.layout(node.args[0])
@@ -852,12 +835,6 @@ def matrix_product(node: fx.Node, facts: Facts) -> Treatment:
 def attention(node: fx.Node, facts: Facts) -> Treatment:
     """Every position looks at every other, so all would need one resolution."""
     return barrier("attention mixes all positions of the map")
-
-
-joins_positions(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
-joins_positions(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", nn.LSTM, nn.GRU, F.grid_sample)
-joins_positions(torch.cumsum, "cumsum", torch.roll, "roll", F.unfold, "unfold", nn.Unfold)
-joins_positions(torch.fft.fft2, torch.fft.rfft2)
 
 
 # -- helpers -------------------------------------------------------------------------------------------

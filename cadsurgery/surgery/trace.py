@@ -12,16 +12,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
+from cadsurgery.support.torch_operations import is_in_place, is_kind
 from cadsurgery.surgery.arguments import Arguments
 from cadsurgery.surgery.carry import Carrier, symbols_in_python
 from cadsurgery.surgery.guards import line_of
 from cadsurgery.surgery.tracer import Functions, Tracer, assign
-
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 class CannotFollow(CannotConvert):
@@ -133,7 +131,10 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
                 user.replace_input_with(value, changed)
 
     for node in list(graph.nodes):
-        if node.args and isinstance(node.args[0], fx.Node) and _is_in_place(model, node):
+        target: Any = node.target
+        if node.op == "call_module":
+            target = model.get_submodule(str(node.target))
+        if node.args and isinstance(node.args[0], fx.Node) and is_in_place(target, node.args, node.kwargs):
             part = node.args[0]
             read_instead(part, node, node)
             if _is_view(part):  # of a whole that is changed with it
@@ -151,21 +152,9 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(index, tuple) and all(isinstance(one, (int, slice, type(...))) for one in index)
 
 
-def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
-    in_place_operator = name in {"iadd", "isub", "imul", "itruediv"} or (
-        name.endswith("_") and name[0] != "_"
-    )
-    return node.op == "call_function" and (bool(node.kwargs.get("inplace")) or in_place_operator)
-
-
 def _follow_training_flag(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        if node.target not in _DROPOUTS:
+        if not is_kind(node.target, "drops", "drops channels"):
             continue
         with graph.inserting_before(node):
             if isinstance(node.kwargs.get("training"), bool):
