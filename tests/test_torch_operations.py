@@ -133,6 +133,7 @@ def every_function() -> Iterator[tuple[Any, tuple[Tensor, ...]]]:
                     yield function, args
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_makes_nan_of_moderate_numbers_is_stated() -> None:
     """Every function of torch that is given moderate numbers and makes NaN or infinity of them."""

@@ -19,8 +19,7 @@ from cadsurgery.elements.backends.packed import PackedConv, PackedLinear, Packed
 from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
-from cadsurgery.support.torch_operations import asks, is_in_place, may_make_nan
-from cadsurgery.support.torch_operations import operation_of as torch_operation_of
+from cadsurgery.support import torch_operations
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.rewrite import WORK
@@ -123,7 +122,7 @@ class _Consumer(NamedTuple):
         if len(args) != 2 or self.node.kwargs or not all(isinstance(part, fx.Node) for part in args):
             return None
         first, second = args
-        if first is second or (is_in_place(self.node.target) and first is not self.value):
+        if first is second or (torch_operations.is_in_place(self.node.target) and first is not self.value):
             return None
         other: Any = second if first is self.value else first
         if self.lattice is None:
@@ -160,12 +159,12 @@ class Fuser:
             ours = type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
             return not ours and not has_rule(module, of_package=True)
         is_call = node.op in ("call_function", "call_method")
-        return is_call and may_make_nan(node.target) and not self.gives_number(node)
+        return is_call and torch_operations.may_make_nan(node.target) and not self.gives_number(node)
 
     def gives_number(self, node: fx.Node) -> bool:
         """True if a node is computed from sizes alone."""
         known = operation_of(node.target)
-        if asks(node) or (known is not None and known.reads == "nothing"):
+        if torch_operations.asks(node) or (known is not None and known.reads == "nothing"):
             return True
         sources = node.all_input_nodes
         return bool(sources) and node.op.startswith("call") and all(map(self.gives_number, sources))
@@ -319,7 +318,7 @@ class Fuser:
             return None
         if acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm) and following.lattice is None:
             return _fold_norm(fusion, operation, module)
-        known = torch_operation_of(operation.target if module is None else module)
+        known = torch_operations.operation_of(operation.target if module is None else module)
         if known is not None and known.multiplies and fusion.is_linear:
             return self.with_factor(fusion, following)
         if fusion.activation is not None or not self.takes_in_more(node):
@@ -499,7 +498,7 @@ def _is_hooked(module: nn.Module | None) -> bool:
 
 def leaves_values(module: nn.Module | None) -> bool:
     """True if a module leaves values as they are in evaluation mode."""
-    known = (torch_operation_of(kind) for kind in act_alike(type(module)))
+    known = (torch_operations.operation_of(kind) for kind in act_alike(type(module)))
     return any(one is not None and one.keeps_values for one in known)
 
 
@@ -510,7 +509,7 @@ def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | 
     if len(operation.args) != 1 or not set(operation.kwargs) <= stated:
         return None
     kinds = act_alike(type(module)) if module is not None else (operation.target,)
-    names = (known.name for kind in kinds if (known := torch_operation_of(kind)) is not None)
+    names = (known.name for kind in kinds if (known := torch_operations.operation_of(kind)) is not None)
     entry = next((_ACTIVATIONS[name] for name in names if name in _ACTIVATIONS), None)
     return entry(options) if callable(entry) else entry
 
