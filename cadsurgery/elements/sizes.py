@@ -13,7 +13,7 @@ import torch
 
 
 def is_statically_true(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition holds; of symbols, whether it is known to hold for all sizes."""
+    """True if a condition holds; of symbols, whether it is known to hold for all sizes."""
     if isinstance(condition, bool):
         return condition
     return bool(condition.node.statically_known_true(__file__, 0))
@@ -35,5 +35,5 @@ def most(one: int, other: int) -> int:
 
 
 def is_for_any_size(shape: Iterable[int]) -> bool:
-    """Whether a shape has symbols in it."""
+    """True if a shape has symbols in it."""
     return any(isinstance(length, torch.SymInt) for length in shape)

@@ -173,7 +173,7 @@ class _Shapes(Counter):
         return value
 
     def is_like(self, node: fx.Node, features: Tensor) -> bool:
-        """Whether a node gives a map of the size of the features."""
+        """True if a node gives a map of the size of the features."""
         found = self.maps.get(node)
         return found is not None and found.shape[2:] == features.shape[2:] and len(found) == len(features)
 

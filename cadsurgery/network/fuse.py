@@ -74,7 +74,7 @@ class _Fusion:
 
     @property
     def is_linear(self) -> bool:
-        """Whether factors can still be folded in."""
+        """True if factors can still be folded in."""
         return self.residual is None and self.activation is None
 
     def scale(self, tail: fx.Node, scale: Tensor, shift: Tensor | None = None) -> _Fusion:
@@ -147,7 +147,7 @@ class Fuser:
         self.interpreter = fx.Interpreter(model, graph=graph)
 
     def meets_nan(self) -> bool:
-        """Whether values may be NaN though the image holds numbers; those that overflow are not foreseen."""
+        """True if values may be NaN though the image holds numbers; those that overflow are not foreseen."""
         tensors = (*self.model.state_dict().values(), *self.kernels.state_dict().values())
         numbers = all(bool(value.isfinite().all()) for value in tensors if value.is_floating_point())
         return not numbers or any(map(self.may_make_nan, self.graph.nodes))
@@ -268,7 +268,7 @@ class Fuser:
         fusion.tail.replace_all_uses_with(fused)
 
     def takes_in_more(self, node: fx.Node) -> bool:
-        """Whether a convolution can take in more than norms and factors: torch has no transposed one that does."""
+        """True if a convolution can take in more than norms and factors: torch has no transposed one that does."""
         return self.epilogues and not acts_as(self.module(node), nn.ConvTranspose2d)
 
     def start(self, node: fx.Node) -> _Fusion | None:
@@ -294,7 +294,7 @@ class Fuser:
         return None
 
     def reads_rows(self, node: fx.Node) -> bool:
-        """Whether a linear layer acts on the rows of elements."""
+        """True if a linear layer acts on the rows of elements."""
         rows: Any = node.args[0]
         result = _only_user(node)
         if not isinstance(rows, fx.Node) or rows.target is not functional.rows_on or result is None:
@@ -473,7 +473,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_elements(node: Any) -> bool:
-    """Whether a node's value is elements."""
+    """True if a node's value is elements."""
     if not isinstance(node, fx.Node):
         return False
     operation = operation_of(node.target)
@@ -485,14 +485,14 @@ def _is_own_lattice(node: Any, elements: Any) -> bool:
 
 
 def _is_fine_map_of(node: fx.Node, convolution: fx.Node) -> bool:
-    """Whether a node reads the elements of a convolution of stage 0, each a pixel, as the fine map: what follows may be
+    """True if a node reads the elements of a convolution of stage 0, each a pixel, as the fine map: what follows may be
     done to them before."""
     of_pixels = convolution.target is functional.conv2d and bool(convolution.kwargs.get("stage") == 0)
     return of_pixels and node.target is functional.to_dense and tuple(node.args[1:]) in ((), (1,))
 
 
 def _is_hooked(module: nn.Module | None) -> bool:
-    """Whether hooks may see or make what fusion would skip, such as a weight."""
+    """True if hooks may see or make what fusion would skip, such as a weight."""
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 

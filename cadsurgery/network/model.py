@@ -622,5 +622,5 @@ def _forget_other_ways(model: nn.Module, keys: Any) -> None:
 
 
 def _is_data(name: str, value: Any) -> bool:
-    """Whether an attribute of a network is plain data, no module and no tensor."""
+    """True if an attribute of a network is plain data, no module and no tensor."""
     return not name.startswith("_") and not isinstance(value, (nn.Module, Tensor))

@@ -118,7 +118,7 @@ def macs_at(
 
 
 def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
-    """Whether `read_at` can read an output of a network: it leaves the adaptive region as it is."""
+    """True if `read_at` can read an output of a network: it leaves the adaptive region as it is."""
     try:
         _exit(_program(net, "all"), output)
     except (InvalidInput, UnknownName):

@@ -43,7 +43,7 @@ class Program:
         unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
             a network whose discrete decisions (detections) must not depend on rounding.
         watched: modules that stand for what was rewritten.
-        is_fused: whether weights are folded and packed for inference, which then convert themselves to any type.
+        is_fused: true if weights are folded and packed for inference, which then convert themselves to any type.
         net: the `AdaptiveModel` whose modules and parameters the graphs name; see `bind_to`.
     """
 

@@ -438,7 +438,7 @@ class _Quantiser:
         ]
 
     def _is_averaged(self, layer: _Convolution) -> bool:
-        """Whether means over images are all that reads its values: they take bytes as they are."""
+        """True if means over images are all that reads its values: they take bytes as they are."""
         readers = [user for user in layer.node.users if not _is_neutral(user)]
         return bool(readers) and can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
 
@@ -667,7 +667,7 @@ def _is_mean(user: fx.Node) -> bool:
 
 
 def _is_neutral(user: fx.Node) -> bool:
-    """Whether a node reads of elements only where they are."""
+    """True if a node reads of elements only where they are."""
     return user.target is functional.common_lattice or (user.target is getattr and "lattice" in user.args)
 
 

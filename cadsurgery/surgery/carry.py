@@ -194,7 +194,7 @@ class Carrier(Tracer):
         return list(self.value(obj).keys())
 
     def _reads_values(self, node: fx.Node) -> bool:
-        """Whether a value is computed from pixels, rather than from sizes and weights."""
+        """True if a value is computed from pixels, rather than from sizes and weights."""
         seen, pending = set(), [node]
         while pending:
             node = pending.pop()
@@ -222,7 +222,7 @@ class Carrier(Tracer):
         return seen
 
     def _is_of_rank(self, node: fx.Node) -> bool:
-        """Whether a value depends on numbers of dimensions alone, which no image changes, or on what changes no value,
+        """True if a value depends on numbers of dimensions alone, which no image changes, or on what changes no value,
         such as how a map lies in memory."""
         if asks(node):
             return asks(node, of_rank=True)
@@ -231,7 +231,7 @@ class Carrier(Tracer):
 
 
 def _selects(node: fx.Node) -> bool:
-    """Whether the size of a result depends on values."""
+    """True if the size of a result depends on values."""
     name = name_of(node.target)
     if name in _SELECTIONS or (name == "where" and len(node.args) == 1):
         return True
@@ -242,7 +242,7 @@ def _selects(node: fx.Node) -> bool:
 
 
 def _gives_number(node: fx.Node) -> bool:
-    """Whether a node is computed from sizes alone."""
+    """True if a node is computed from sizes alone."""
     if asks(node):
         return True
     sources = node.all_input_nodes

@@ -66,7 +66,7 @@ class Flow:
         return [source for source in node.all_input_nodes if self.role[source] is Role.MAP]
 
     def at_exit(self, node: fx.Node) -> bool:
-        """Whether a resize has a form that reads elements at arbitrary points and gives a dense map."""
+        """True if a resize has a form that reads elements at arbitrary points and gives a dense map."""
         operation = self.treatments[node].operation
         return (
             self.treatments[node].kind == "resize" and operation is not None and operation.at_exit is not None
@@ -74,11 +74,11 @@ class Flow:
 
     @cached_property
     def has_attention(self) -> bool:
-        """Whether something joins all positions of the image; to be asked for when the pass is done."""
+        """True if something joins all positions of the image; to be asked for when the pass is done."""
         return bool(position_mixers(self))
 
     def comes_back(self, node: fx.Node, high: int) -> bool:
-        """Whether a map that is computed dense can be joined with those of the region: one of real numbers on a grid
+        """True if a map that is computed dense can be joined with those of the region: one of real numbers on a grid
         of its own. What attention yields stays outside, and so does all that it is joined with."""
         shape = self.facts.shapes.get(node, ())
         is_plain = len(shape) == 4 and self.facts.layout(node) == NCHW and node in self.facts.floating
@@ -283,7 +283,7 @@ def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
 
 
 def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, facts: Facts) -> bool:
-    """Whether a value has no extent in the image, a number, a parameter, one vector per image, or is resized to it."""
+    """True if a value has no extent in the image, a number, a parameter, one vector per image, or is resized to it."""
     treatment = flow.treatments[source]
     if treatment.kind == "broadcast" and treatment.arguments:
         return layout == NCHW and tuple(facts.shapes[source][2:]) == facts.images[maps[0]]
@@ -332,7 +332,7 @@ def position_mixers(flow: Flow) -> list[fx.Node]:
 
 
 def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
-    """Whether a node is a module of a library that tracing does not look into: it may do anything."""
+    """True if a node is a module of a library that tracing does not look into: it may do anything."""
     made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
     foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
     return foreign and not why_whole(node, facts)
@@ -349,7 +349,7 @@ def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node
 
 
 def _is_last(node: fx.Node, flow: Flow) -> bool:
-    """Whether nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
+    """True if nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
     is there at its own size anyway."""
     after = and_after(node)
     if {flow.treatments[user].kind for user in after - {node}} & {"window", "global", "resize"}:
@@ -359,7 +359,7 @@ def _is_last(node: fx.Node, flow: Flow) -> bool:
 
 
 def _is_made_of_resizes(node: fx.Node, flow: Flow) -> bool:
-    """Whether a map is computed from resized maps, element by element."""
+    """True if a map is computed from resized maps, element by element."""
     kind, sources = flow.treatments[node].kind, flow.maps(node)
     if kind == "resize":
         return flow.treatments[node].window is None

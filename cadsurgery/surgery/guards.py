@@ -59,7 +59,7 @@ def check_branch(
 
 
 def is_whole(window: Any, size: Sequence[int]) -> bool:
-    """Whether a window, one length or two, is as large as a map of a size (B, C, H, W)."""
+    """True if a window, one length or two, is as large as a map of a size (B, C, H, W)."""
     lengths = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
     return lengths == tuple(size[2:])
 
@@ -77,7 +77,7 @@ def compared(node: fx.Node) -> tuple[Any, ...]:
 
 
 def is_guard(node: fx.Node) -> bool:
-    """Whether a node is there for what it checks, not for a value."""
+    """True if a node is there for what it checks, not for a value."""
     return node.target is check_branch
 
 
@@ -97,7 +97,7 @@ def user_line() -> str:
 
 
 def is_of_library(file: str) -> bool:
-    """Whether a file of code is torch's, ours or Python's own, rather than the network's."""
+    """True if a file of code is torch's, ours or Python's own, rather than the network's."""
     return file.startswith(_LIBRARIES) or file.startswith("<frozen")
 
 

@@ -111,7 +111,7 @@ def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _pools_with_indices(node: Any, facts: Facts) -> bool:
-    """Whether a node is a max pooling that returns values and indices."""
+    """True if a node is a max pooling that returns values and indices."""
     if not isinstance(node, fx.Node):
         return False
     by_module = node.op == "call_module" and acts_as(facts.module(node), nn.MaxPool2d)
@@ -229,7 +229,7 @@ def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
 
 
 def _makes_sizes_fit(node: fx.Node, facts: Facts) -> bool:
-    """Whether a map is padded for nothing but joins with maps that are not, and thus as large as it is then."""
+    """True if a map is padded for nothing but joins with maps that are not, and thus as large as it is then."""
     joins = [user for user in node.users if rule_of(user, facts) in (arithmetic, concatenation)]
     return len(joins) == len(node.users) and all(
         any(facts.is_map(other) and rule_of(other, facts) is not padding for other in user.all_input_nodes)
@@ -596,7 +596,7 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _is_crop(part: Any, facts: Facts) -> bool:
-    """Whether a slice takes the first rows or columns of a map, but not all for certain."""
+    """True if a slice takes the first rows or columns of a map, but not all for certain."""
     if not isinstance(part, slice) or part.step not in (None, 1) or part.stop is None:
         return False
     start, stop = facts.number(part.start), facts.number(part.stop)
@@ -954,7 +954,7 @@ def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: A
 
 
 def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
-    """Whether a pooling window is computed from the size of the map, and is all of it."""
+    """True if a pooling window is computed from the size of the map, and is all of it."""
     kernel, layout = options["kernel_size"], facts.layout(node.args[0])
     if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(options["padding"])):
         return False
@@ -973,7 +973,7 @@ def _unless_own_size(kernel: Any, node: fx.Node) -> Any:
 
 
 def _is_size_of(value: Any, source: Any) -> bool:
-    """Whether a node asks for the size of a map."""
+    """True if a node asks for the size of a map."""
     asks = isinstance(value, fx.Node) and (
         (value.target == "size" and len(value.args) == 1) or value.args[1:] == ("shape",)
     )
@@ -981,7 +981,7 @@ def _is_size_of(value: Any, source: Any) -> bool:
 
 
 def _is_length_of(source: Any, axis: int, value: Any) -> bool:
-    """Whether a node asks for the length of an axis of a map with four."""
+    """True if a node asks for the length of an axis of a map with four."""
     while isinstance(value, fx.Node) and value.target is int:
         value = value.args[0]
     if not isinstance(value, fx.Node) or value.args[1:] not in ((axis,), (axis - 4,)):

@@ -37,7 +37,7 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
     Args:
         facts: of the network.
         asked: why the region asked for leaves out a node that reads these maps.
-        named: whether a region names its operations: it has them, however little work that is.
+        named: true if a region names its operations: it has them, however little work that is.
         coarsest: the largest spacing in pixels that a dilation may stand for; None is any.
     """
     by_design: frozenset[fx.Node] = frozenset()

@@ -68,7 +68,7 @@ def trace(
 
     Args:
         model: the network.
-        is_operation: whether a module is one node of the graph; torch's own modules are in any case.
+        is_operation: true if a module is one node of the graph; torch's own modules are in any case.
         functions: Python functions that are one node of the graph.
         example: arguments of a call whose sizes Python may ask for, see `carry`; by default it may not.
         given: names of arguments that are given in every call, whatever their default is; those of `example` are.
@@ -147,7 +147,7 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether a node is a part of a tensor that shares its memory: one taken by numbers and slices, several of them."""
+    """True if a node is a part of a tensor that shares its memory: one taken by numbers and slices, several of them."""
     index = node.args[1] if node.target is operator.getitem else None
     return isinstance(index, tuple) and all(isinstance(one, (int, slice, type(...))) for one in index)
 

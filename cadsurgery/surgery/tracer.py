@@ -43,18 +43,18 @@ class Tracer(fx.Tracer):
         return {} if name.startswith("**") and name.lstrip("*") not in self._given else value
 
     def _is_left_out(self, value: Any) -> bool:
-        """Whether an input is not given and is None by default."""
+        """True if an input is not given and is None by default."""
         is_none = isinstance(value, fx.Proxy) and value.node.args == (None,)
         return is_none and value.node.target not in self._given
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is one node of the graph."""
+        """True if a module is one node of the graph."""
         if self._is_operation(m) or (type(m) in self._declared and not self._can_follow(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
     def _can_follow(self, module: nn.Module) -> bool:
-        """Whether a module that is declared a leaf can be traced all the same: its parts are worth knowing."""
+        """True if a module that is declared a leaf can be traced all the same: its parts are worth knowing."""
         try:
             Tracer(self._is_operation, self._functions, self._declared).trace(module)
         except Exception:  # tracing runs foreign code, which can raise anything

@@ -90,7 +90,7 @@ class Treatment:
         scale: how many times finer the result of a resize is.
         last_only: why a resize can only be carried out where it leaves the region for good, or "".
         axes: the layout `call` needs of the map; "" for any.
-        spaced: whether `call` takes the spacing of the network's own grid.
+        spaced: true if `call` takes the spacing of the network's own grid.
         reads: the map that `call` reads, where it is not the first argument.
         leaves_by: what gives its dense map on the network's own grid, where that is not `to_dense`.
         covers: a window that the network computes, which has to be as large as the map in every call; None for none.
