@@ -151,7 +151,9 @@ def test_what_makes_nan_of_moderate_numbers_is_stated() -> None:
     }
 
 
-@pytest.mark.parametrize("spelling", calls_of("copies", "reshapes", "permutes", "splits", "selects"))
+@pytest.mark.parametrize(
+    "spelling", calls_of("copies", "converts", "reshapes", "permutes", "splits", "selects")
+)
 def test_what_only_moves_values_makes_none(spelling: Any) -> None:
     name = operation_of(spelling).name
     x = torch.randn(2, 6, 11, 1).float()
@@ -176,7 +178,7 @@ def test_dropout_keeps_values_in_evaluation(spelling: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", calls_of("value", "values", "copies", "reshapes", "permutes", "splits", "selects")
+    "spelling", calls_of("value", "values", "copies", "converts", "reshapes", "permutes", "splits", "selects")
 )
 def test_what_is_stated_multiplies_and_accumulates_nothing(spelling: Any) -> None:
     """The count is torch's own, and no operation of the table is left out of it for want of a rule."""

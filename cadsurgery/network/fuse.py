@@ -20,6 +20,7 @@ from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.support import torch_operations
+from cadsurgery.surgery.graphs import Constants, copy_graph, only_user
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.rewrite import WORK
@@ -137,14 +138,7 @@ class Fuser:
     def __init__(self, graph: fx.Graph, model: nn.Module, epilogues: bool) -> None:
         self.graph, self.model, self.epilogues = graph, model, epilogues
         self.kernels = nn.Module()
-        self.fixed: set[fx.Node] = set()  # what is made of parameters alone
-        for node in graph.nodes:
-            sources = node.all_input_nodes
-            call = node.op in ("call_function", "call_method") and sources
-            if node.op == "get_attr" or (call and self.fixed.issuperset(sources)):
-                self.fixed.add(node)
-        self.values: dict[fx.Node, Any] = {}
-        self.interpreter = fx.Interpreter(model, graph=graph)
+        self.constants = Constants(fx.Interpreter(model, graph=graph))
 
     def meets_nan(self) -> bool:
         """True if values may be NaN though the image holds numbers; those that overflow are not foreseen."""
@@ -197,25 +191,10 @@ class Fuser:
             )
         return None
 
-    def constant(self, node: Any) -> Any:
-        """The value of a node made of parameters alone, else None; so is that of a call with other values than tensors
-        and modules."""
-        if node not in self.fixed:
-            return None
-        if node not in self.values:
-            known = {source: self.constant(source) for source in node.all_input_nodes}
-            value = None
-            if all(isinstance(part, (Tensor, nn.Module)) for part in known.values()):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-                with torch.no_grad():
-                    value = getattr(self.interpreter, node.op)(node.target, args, kwargs)
-            self.values[node] = _detach(value) if isinstance(value, Tensor) else value
-        return self.values[node]
-
     def consumer(self, node: fx.Node) -> _Consumer | None:
         """The only operation that reads the value of a node."""
         if not _is_elements(node):
-            user = _only_user(node)
+            user = only_user(node)
             return _Consumer(user, node, user) if user is not None else None
         rows = [user for user in node.users if user.target is functional.rows_on and user.args[0] is node]
         lattices = [
@@ -227,8 +206,8 @@ class Fuser:
         if len(rows) != 1 or len(lattices) != 1 or len(node.users) != 2:
             return None
         (read,), (lattice,) = rows, lattices
-        operation: Any = _only_user(read)
-        result: Any = operation and _only_user(operation)
+        operation: Any = only_user(read)
+        result: Any = operation and only_user(operation)
         same = result and result.target is functional.Elements and result.args == (operation, lattice)
         return _Consumer(operation, read, result, lattice) if same and read.args[1] is lattice else None
 
@@ -275,7 +254,7 @@ class Fuser:
         """A convolution or linear layer alone, if its weight is known."""
         module: Any = self.module(node)
         if node.target is functional.conv2d:
-            weight, bias = self.constant(node.args[1]), self.constant(node.args[2])
+            weight, bias = self.constants.get(node.args[1]), self.constants.get(node.args[2])
             groups: Any = node.kwargs.get("groups", 1)
             known = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
             return _Fusion(node, weight, bias, groups) if known else None
@@ -296,16 +275,16 @@ class Fuser:
     def reads_rows(self, node: fx.Node) -> bool:
         """True if a linear layer acts on the rows of elements."""
         rows: Any = node.args[0]
-        result = _only_user(node)
+        result = only_user(node)
         if not isinstance(rows, fx.Node) or rows.target is not functional.rows_on or result is None:
             return False
         return result.target is functional.Elements and _is_own_lattice(rows.args[1], rows.args[0])
 
     def extend(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
         """With the next operation taken in, if it can be."""
-        user = _only_user(fusion.tail)
+        user = only_user(fusion.tail)
         if user is not None and user.target is functional.batch_norm:
-            return _fold_norm(fusion, user, self.constant(user.kwargs.get("norm", user.args[-1])))
+            return _fold_norm(fusion, user, self.constants.get(user.kwargs.get("norm", user.args[-1])))
         if user is not None and user.target is functional.adapt:
             return self.with_levels(node, fusion, user)
         if user is not None and _is_fine_map_of(user, node):
@@ -333,7 +312,7 @@ class Fuser:
 
     def with_factor(self, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """A factor per channel, such as layer scale."""
-        factor = self.constant(following.other)
+        factor = self.constants.get(following.other)
         channels = fusion.weight.shape[0]
         # On a dense map the channels' place is unknown unless the other axes are there to tell.
         shapes = [(channels,), (channels, 1, 1), (1, channels, 1, 1), (1, 1, 1, channels)]
@@ -348,14 +327,14 @@ class Fuser:
         """Scale and shift by level; a transposed convolution has none, and leaves them to torch."""
         window = node.kwargs.get("window", _POINT)
         fits = self.epilogues and fusion.is_linear and fusion.levels is None and window.finer == 1  # type: ignore[union-attr]
-        adapter = self.constant(user.args[1])
+        adapter = self.constants.get(user.args[1])
         return replace(fusion, tail=user, levels=adapter.factors) if fits else None
 
     def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """Another map of the same lattice."""
         other, lattice, stage = following.other, following.lattice, node.kwargs.get("stage")
         if lattice is None:
-            fits = other is not None and self.constant(other) is None
+            fits = other is not None and self.constants.get(other) is None
         else:
             coarser = lattice.target is functional.common_lattice and lattice.args[0] != stage is not None
             fits = _is_elements(other) and not coarser
@@ -405,11 +384,9 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
         model: whose modules and parameters it uses.
         epilogues: fuse residuals and activations and use packed weights; else fold batch norm and factors only.
     """
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    fuser = Fuser(copied, model, epilogues)
+    fuser = Fuser(copy_graph(graph)[0], model, epilogues)
     fuser.run()
-    return copied, fuser.kernels
+    return fuser.graph, fuser.kernels
 
 
 def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
@@ -446,8 +423,7 @@ def _packed(node: Any, kernels: nn.Module) -> PackedConv | PackedPair | None:
 def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
     """The graph with norms that hold their activation taken apart, so that both can be fused, as they are in `net`, a
     copy in evaluation mode; and names of the nodes of those activations, with those of their norms."""
-    copied, acts = fx.Graph(), dict[str, str]()
-    copied.output(copied.graph_copy(graph, {}))
+    copied, acts = copy_graph(graph)[0], dict[str, str]()
     for node in list(copied.nodes):
         module: Any = child(net, str(node.target)) if node.op == "call_module" else None
         if not _holds_activation(module) or _is_hooked(module):
@@ -466,10 +442,6 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
 def _holds_activation(module: nn.Module | None) -> bool:
     kinds = act_alike(type(module)) if module is not None else ()
     return any(f"{kind.__module__}:{kind.__name__}" in _NORMS_THAT_ACT for kind in kinds)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_elements(node: Any) -> bool:

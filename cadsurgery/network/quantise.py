@@ -12,7 +12,7 @@ by far the most, and what no kernel is made for, stay in float32.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
 from cadsurgery.support.torch_operations import is_in_place
+from cadsurgery.surgery.graphs import copy_graph, upwards
 from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
 
@@ -534,7 +535,7 @@ class _Quantiser:
                 return
             values = rewritten.grids[own].dequantise(values) if values.dtype == torch.uint8 else values
             apart = _difference([[values]], [[expected]])
-            before = max((found[one] for one in _nearest(own, found)), default=0.0)
+            before = max((found[one] for one in upwards(own, until=found) if one in found), default=0.0)
             found[own] = apart
             growth.append(Growth(path_of(self.fast, self.fast.counted.graph, own), before, apart))
 
@@ -567,9 +568,7 @@ class _Rewritten:
             if not why:
                 more = grids.get(layer.residual) if layer.residual is not None else None
                 self.kernels[layer.name] = _integer_layer(layer, grids[layer.source], more, grids.get(node))
-        self.graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        self.graph.output(self.graph.graph_copy(work.program.graph, copies))
+        self.graph, copies = copy_graph(work.program.graph)
         for node, grid in grids.items():
             self._convert(work, node, grid, exact, grids, copies)
         self.grids, self.own = grids, {copy: node for node, copy in copies.items()}
@@ -641,18 +640,6 @@ def _values_of(value: Any) -> Tensor | None:
     values = value.rows if isinstance(value, Elements) else value
     is_number = isinstance(values, Tensor) and (values.is_floating_point() or values.dtype == torch.uint8)
     return values if is_number else None
-
-
-def _nearest(node: fx.Node, found: Mapping[fx.Node, float]) -> Iterator[fx.Node]:
-    """What a node reads of what was found, be it by others."""
-    waiting, seen = list(node.all_input_nodes), set[fx.Node]()
-    while waiting:
-        source = waiting.pop()
-        if source in found:
-            yield source
-        elif source not in seen:
-            seen.add(source)
-            waiting += source.all_input_nodes
 
 
 def _told(growth: Sequence[Growth]) -> str:

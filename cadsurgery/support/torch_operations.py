@@ -26,6 +26,7 @@ Kind = Literal[
     "value",  # computed from each value alone, whatever constants it takes
     "values",  # computed from the values of several tensors at one place
     "copies",  # the same values: in another type, on another device, in other memory
+    "converts",  # the same values, of a type and on a device that another argument may be the example of
     "reshapes",  # the same values in the same order, in other axes
     "permutes",  # the same values, axes in another order
     "splits",  # parts along an axis, as several tensors
@@ -152,7 +153,8 @@ _state_each("values", "maximum minimum addcmul lerp where")
 
 # -- the same values -----------------------------------------------------------------------------------
 
-_state_each("copies", "contiguous clone detach float half double bfloat16 type type_as to as_tensor cpu cuda")
+_state_each("copies", "contiguous clone detach float half double bfloat16 type cpu cuda")
+_state_each("converts", "to type_as as_tensor")
 _state("reshapes", "flatten", nn.Flatten)
 _state("reshapes", "unflatten", nn.Unflatten)
 _state_each("reshapes", "view reshape squeeze unsqueeze reshape_as view_as")

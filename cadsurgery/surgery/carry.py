@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.torch_operations import asks, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Arguments
+from cadsurgery.surgery.graphs import upwards
 from cadsurgery.surgery.guards import check_branch, compared, user_line
 from cadsurgery.surgery.tracer import Tracer, assign
 
@@ -205,21 +206,12 @@ class Carrier(Tracer):
                 return True
             if asks(node):
                 source: Any = node.args[0]
-                pending.extend(part for part in self._maps_behind(source) if _selects(part))
+                pending.extend(part for part in upwards(source) if _selects(part))
             elif node.op == "placeholder" and tensors_of(self.values.get(node)):
                 return True
             else:
                 pending.extend(node.all_input_nodes)
         return False
-
-    def _maps_behind(self, node: fx.Node) -> Iterable[fx.Node]:
-        """A node and everything it is computed from."""
-        seen, pending = dict[fx.Node, None](), [node]
-        while pending:
-            if (last := pending.pop()) not in seen:
-                seen[last] = None
-                pending.extend(last.all_input_nodes)
-        return seen
 
     def _is_of_rank(self, node: fx.Node) -> bool:
         """True if a value depends on numbers of dimensions alone, which no image changes, or on what changes no value,

@@ -11,7 +11,8 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import describe_call
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, and_after, flow_forward
+from cadsurgery.surgery.flow import Flow, Role, flow_forward
+from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
 from cadsurgery.surgery.readings import Reading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line

@@ -7,7 +7,7 @@ strides are put back: where the dilation of a chain doubles, a stride was remove
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -17,6 +17,7 @@ from torch import fx
 from cadsurgery.elements.axes import NCHW, is_flat
 from cadsurgery.support.torch_operations import is_in_place, is_kind
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, why_whole
 
@@ -300,7 +301,7 @@ def is_filled(node: fx.Node) -> bool:
     if changed or node.op not in ("call_function", "call_method"):
         return False
     source = node.args[0] if node.args else None
-    copies = is_kind(node.target, "copies") and isinstance(source, fx.Node) and is_filled(source)
+    copies = is_kind(node.target, "copies", "converts") and isinstance(source, fx.Node) and is_filled(source)
     return copies or is_kind(node.target, "fills")
 
 
@@ -336,16 +337,6 @@ def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
     made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
     foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
     return foreign and not why_whole(node, facts)
-
-
-def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Some nodes and all that depends on them, otherwise than by way of those that are left out."""
-    reached, pending = set[fx.Node](), list(nodes)
-    while pending:
-        if (last := pending.pop()) not in reached and last not in without:
-            reached.add(last)
-            pending.extend(last.users)
-    return reached
 
 
 def _is_last(node: fx.Node, flow: Flow) -> bool:

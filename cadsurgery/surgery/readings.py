@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, and_after
+from cadsurgery.surgery.flow import Flow, Role
+from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Considered
 from cadsurgery.surgery.region import Region, readers, region_of
 from cadsurgery.surgery.settle import MERE_TAIL, Refusal, Settled, settle_flow

@@ -422,13 +422,13 @@ def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
 # -- each element alone --------------------------------------------------------------------------------
 
 
-@rule(*spellings("value", "drops"))
+@rule(*spellings("value", "copies", "drops"))
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise")
 
 
-@rule(*spellings("copies"))
+@rule(*spellings("converts"))
 def conversion(node: fx.Node, facts: Facts) -> Treatment:
     """Another type or device for each value."""
     return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import fx
 
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, and_after, flow_forward
+from cadsurgery.surgery.flow import Flow, Role, flow_forward
+from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.region import dilated_by_design, region_of
 from cadsurgery.surgery.treatment import Barrier, Cause, operation_name
 
