@@ -56,28 +56,25 @@ __all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "rul
 def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
     options = _options(node, facts)
-    shape = (options["kernel_size"], options["stride"], options["padding"], options["dilation"])
-    return _treat_window(functional.conv2d, _window(*shape, options["padding_mode"]), **_weights(options))
+    return _treat_window(functional.conv2d, _window(options), **_weights(options))
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
 def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
     options = _options(node, facts)
-    window = _window(options["kernel_size"], options["stride"], 0, options["dilation"], same=True)
-    return _treat_window(functional.conv2d, window, **_weights(options))
+    return _treat_window(functional.conv2d, _window(options, same=True), **_weights(options))
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
 def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """A convolution with a kernel for each image, mixed from experts; its taps are those of any convolution."""
     conv: Any = facts.module(node)
-    options = _arguments(node, "x", "routing_weights")
-    padding = 0 if conv.dynamic_padding else conv.padding
-    window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
+    options = _options(node, facts)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-    mixed = {"mix": options["routing_weights"], **_weights(_options(node, facts)), "shape": shape}
-    return _treat_window(functional.conv2d_per_image, window, **mixed)
+    mixed = {"mix": _arguments(node, "x", "routing_weights")["routing_weights"], **_weights(options)}
+    window = _window(options, same=conv.dynamic_padding)
+    return _treat_window(functional.conv2d_per_image, window, **mixed, shape=shape)
 
 
 @rule(F.conv2d, torch.conv2d)
@@ -87,9 +84,7 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
     weight = options["weight"]
     if weight not in facts.shapes or facts.layout(weight):
         return barrier("its weight is not a tensor of known shape")
-    window = _window(
-        tuple(facts.shapes[weight][2:]), options["stride"], options["padding"], options["dilation"]
-    )
+    window = _window({**options, "kernel_size": tuple(facts.shapes[weight][2:])})
     return _treat_window(functional.conv2d, window, **_weights(options))
 
 
@@ -97,17 +92,13 @@ def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
 def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
     options = _pooling(node, facts)
-    kernel, stride, dilation = options["kernel_size"], options["stride"], options["dilation"]
     if options["return_indices"]:
         if any(user.target is not operator.getitem for user in node.users):
             return barrier("its values and its indices are read as one")
-        window = _window(kernel, stride, options["padding"], dilation, ceil_mode=options["ceil_mode"])
-        return _treat_window(functional.max_pool2d_with_indices, window)
+        return _treat_window(functional.max_pool2d_with_indices, _window(options))
     if _covers_image(options, node, facts):
-        why, covers = "The maximum over the whole image.", _unless_own_size(options["kernel_size"], node)
-        return Treatment("global", why, call=functional.global_max, covers=covers)
-    window = _window(kernel, stride, options["padding"], dilation, ceil_mode=options["ceil_mode"])
-    return _treat_window(functional.max_pool2d, window)
+        return _pool_image(functional.global_max, "The maximum over the whole image.", options, node)
+    return _treat_window(functional.max_pool2d, _window(options))
 
 
 def _pools_with_indices(node: Any, facts: Facts) -> bool:
@@ -123,39 +114,28 @@ def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
     options = _pooling(node, facts)
     if _covers_image(options, node, facts):
-        why, covers = (
-            "The mean over the image, weighed by area.",
-            _unless_own_size(options["kernel_size"], node),
-        )
-        return Treatment("global", why, call=functional.global_mean, covers=covers)
-    window = _window(
-        options["kernel_size"], options["stride"], options["padding"], 1, ceil_mode=options["ceil_mode"]
-    )
+        return _pool_image(functional.global_mean, "The mean over the image, weighed by area.", options, node)
     kwargs = {"count_include_pad": options["count_include_pad"], "divisor": options["divisor_override"]}
-    return _treat_window(functional.avg_pool2d, window, **kwargs)
+    return _treat_window(functional.avg_pool2d, _window(options), **kwargs)
 
 
 @rule("timm.layers.pool2d_same:MaxPool2dSame")
 def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions, after the padding the map's own size asks for."""
-    options = _pooling(node, facts)
-    window = _window(options["kernel_size"], options["stride"], 0, options["dilation"], same=True)
-    return _treat_window(functional.max_pool2d, window)
+    return _treat_window(functional.max_pool2d, _window(_pooling(node, facts), same=True))
 
 
 @rule("timm.layers.pool2d_same:AvgPool2dSame")
 def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions and the padding the map's own size asks for."""
-    options = _pooling(node, facts)
-    window = _window(options["kernel_size"], options["stride"], 0, 1, same=True)
-    return _treat_window(functional.avg_pool2d, window)
+    return _treat_window(functional.avg_pool2d, _window(_pooling(node, facts), same=True))
 
 
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
     factor = _options(node, facts, "x", "downscale_factor")["downscale_factor"]
-    return _treat_window(functional.pixel_unshuffle, _window(factor, factor, 0, 1))
+    return _treat_window(functional.pixel_unshuffle, _window({"kernel_size": factor, "stride": factor}))
 
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.pad)
@@ -224,7 +204,7 @@ def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
         return None
     if not options["kernel_size"] or options["padding"] == "same" or any(_pair(options["padding"])):
         return None
-    window = _window(options["kernel_size"], options["stride"], 0, options["dilation"], same=True)
+    window = _window(options, same=True)
     return window if isinstance(window, Window) else None
 
 
@@ -267,7 +247,7 @@ def _pad_channels(
 def padding_same(node: fx.Node, facts: Facts) -> Treatment:
     """Padding that depends on the map's size; it belongs to the window that reads it."""
     options = _arguments(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
-    window = _window(options["kernel_size"], options["stride"], 0, options["dilation"], same=True)
+    window = _window(options, same=True)
     if isinstance(window, str):
         return barrier(window)
     return Treatment("pad", window=window._replace(outside=float(options["value"])))
@@ -672,7 +652,10 @@ def _subsampling(mode: str, stride: int) -> Treatment:
         window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
         why = "It takes every so many-th sample, as a stride does."
     elif mode == "bilinear" and stride == 2:
-        window, why = _window(2, 2, 0, 1), "Half way between two samples in both axes: the mean of four."
+        window, why = (
+            _window({"kernel_size": 2, "stride": 2}),
+            "Half way between two samples in both axes: the mean of four.",
+        )
     else:
         return barrier(f"it resizes the map to a {stride}-th in mode {mode!r}")
     treatment = _treat_window(functional.max_pool2d if mode == "nearest" else functional.avg_pool2d, window)
@@ -920,17 +903,12 @@ def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: 
     return Treatment("pointwise", rows=Call(node.target, tuple(args), kwargs), layout=after)
 
 
-def _window(
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    mode: str = "zeros",
-    ceil_mode: bool = False,
-    same: bool = False,
-) -> Window | str:
-    """The window, or why there is none."""
-    kernel, stride, dilation = _pair(kernel), _pair(stride), _pair(dilation)
+def _window(options: dict[str, Any], same: bool = False) -> Window | str:
+    """The window that the options of a convolution or a pooling describe, or why there is none; with `same` its padding
+    is what the map's own size asks for."""
+    kernel, stride = _pair(options["kernel_size"]), _pair(options["stride"])
+    dilation, padding = _pair(options.get("dilation", 1)), 0 if same else options.get("padding", 0)
+    mode = "zeros" if same else options.get("padding_mode", "zeros")
     if not all(isinstance(value, int) for value in (*kernel, *stride, *dilation)):
         return "its window is computed while the network runs"
     if stride[0] != stride[1]:
@@ -943,6 +921,7 @@ def _window(
     else:
         vertical, horizontal = (0, 0) if padding == "valid" else _pair(padding)
         pads = (vertical, vertical, horizontal, horizontal)
+    ceil_mode = not same and options.get("ceil_mode", False)
     window = Window(kernel, stride[0], dilation, pads, mode, ceil_mode, same=same)
     return growing(window) or window
 
@@ -951,6 +930,11 @@ def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: A
     if isinstance(window, str):
         return barrier(window)
     return Treatment("window", call=call, arguments=tuple(arguments.items()), window=window)
+
+
+def _pool_image(call: Callable[..., Any], why: str, options: dict[str, Any], node: fx.Node) -> Treatment:
+    """A pooling over the whole image, whose window is checked in every call unless it is the map's own size."""
+    return Treatment("global", why, call=call, covers=_unless_own_size(options["kernel_size"], node))
 
 
 def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
