@@ -139,6 +139,7 @@ class Fuser:
         self.graph, self.model, self.epilogues = graph, model, epilogues
         self.kernels = nn.Module()
         self.constants = Constants(fx.Interpreter(model, graph=graph))
+        self.numbers = _find_numbers(graph)
 
     def meets_nan(self) -> bool:
         """True if values may be NaN though the image holds numbers; those that overflow are not foreseen."""
@@ -153,15 +154,7 @@ class Fuser:
             ours = type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
             return not ours and not has_rule(module, of_package=True)
         is_call = node.op in ("call_function", "call_method")
-        return is_call and torch_operations.may_make_nan(node.target) and not self.gives_number(node)
-
-    def gives_number(self, node: fx.Node) -> bool:
-        """True if a node is computed from sizes alone."""
-        known = operation_of(node.target)
-        if torch_operations.asks(node) or (known is not None and known.reads == "nothing"):
-            return True
-        sources = node.all_input_nodes
-        return bool(sources) and node.op.startswith("call") and all(map(self.gives_number, sources))
+        return is_call and torch_operations.may_make_nan(node.target) and node not in self.numbers
 
     def run(self) -> None:
         """Remove what does nothing, then fuse every convolution and linear layer."""
@@ -442,6 +435,17 @@ def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, st
 def _holds_activation(module: nn.Module | None) -> bool:
     kinds = act_alike(type(module)) if module is not None else ()
     return any(f"{kind.__module__}:{kind.__name__}" in _NORMS_THAT_ACT for kind in kinds)
+
+
+def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that are computed from sizes alone."""
+    numbers = set[fx.Node]()
+    for node in graph.nodes:
+        known, sources = operation_of(node.target), node.all_input_nodes
+        computed = sources and node.op.startswith("call") and numbers.issuperset(sources)
+        if computed or torch_operations.asks(node) or (known is not None and known.reads == "nothing"):
+            numbers.add(node)
+    return numbers
 
 
 def _is_elements(node: Any) -> bool:
