@@ -64,7 +64,8 @@ def calls_of(*kinds: Any) -> list[Any]:
         for one in spellings(*kinds)
         if not isinstance(one, type) and "layers" not in str(one) and "ops." not in str(one)
     ]
-    return [pytest.param(one, id=f"{operation_of(one).name}-{one}"[:60]) for one in found]
+    named = ((one, str(getattr(one, "__qualname__", one))) for one in found)  # the same in every process
+    return [pytest.param(one, id=f"{operation_of(one).name}-{name}") for one, name in named]
 
 
 def run(spelling: Any, *args: Any, **kwargs: Any) -> Any:
