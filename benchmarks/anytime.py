@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cadsurgery.images import normalise, street_scene
 from torch import Tensor
+
+from cadsurgery.images import normalise, street_scene
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from cadsurgery.methods.resampling.back import _triangulate
+from cadsurgery.methods.resampling.locations import upsample
 from cadsurgery.resampling import (
     PUBLISHED_SMOOTHNESS,
     boundaries,
@@ -24,10 +28,6 @@ from cadsurgery.resampling import (
     inverse_warp,
     target_locations,
 )
-from torch import Tensor
-
-from cadsurgery.methods.resampling.back import _triangulate
-from cadsurgery.methods.resampling.locations import upsample
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from cadsurgery.images import normalise, street_scene
 
 import cadsurgery as cs
+from cadsurgery.images import normalise, street_scene
 from cadsurgery.methods.sampling import run
 from cadsurgery.methods.sampling.opened import PATTERNS, Opened
 from cadsurgery.support.provenance import describe_run

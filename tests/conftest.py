@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cadsurgery.cli import main, screen
 from cadsurgery.kernels import isa, load
-from cadsurgery.network.storage import checksum, seal
+from cadsurgery.network.storage import checksum, encode_with_checksum
 from cadsurgery.support.processor import processor_in_words
 
 pytest.register_assert_rewrite("stand_ins")  # before a test imports it
@@ -173,7 +173,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     metadata["tensors"] = checksum(tensors)
     change(metadata)
     del metadata["sha256"]
-    save_file(tensors, path, {"cadsurgery": seal(metadata)})
+    save_file(tensors, path, {"cadsurgery": encode_with_checksum(metadata)})
     return path
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cadsurgery.functional import gaussian_fill
 from conftest import assert_same, build, covering, images, randomise, slow, thin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
+from cadsurgery.functional import gaussian_fill
 from cadsurgery.methods.anytime.run import Run
 
 TYPES = (torch.float32, torch.float64)

@@ -27,7 +27,7 @@ import cadsurgery as cs
 import cadsurgery.support.provenance
 from cadsurgery.data.networks import Source
 from cadsurgery.masks.spec import parse
-from cadsurgery.network.storage import checksum, read_metadata, seal
+from cadsurgery.network.storage import checksum, encode_with_checksum, read_metadata
 from cadsurgery.surgery.plan import Plan
 
 
@@ -663,7 +663,7 @@ def damaged_bytes(draw: random.Random, path: Path) -> None:
 
 def signed(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     metadata.pop("sha256", None)
-    save_file(tensors, path, {"cadsurgery": seal(metadata)})
+    save_file(tensors, path, {"cadsurgery": encode_with_checksum(metadata)})
 
 
 def malicious_metadata(draw: random.Random, path: Path) -> None:

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cadsurgery.functional import gaussian_fill
 from conftest import assert_same, images
 from torch import Tensor
 from torch.testing import assert_close
 
 import cadsurgery as cs
+from cadsurgery.functional import gaussian_fill
 
 TYPES = (torch.float32, torch.float64)
 

@@ -41,7 +41,7 @@ from cadsurgery.elements.lattice import Geometry
 from cadsurgery.kernels.load import library
 from cadsurgery.network import fuse
 from cadsurgery.network.dense_twin import dense_twin
-from cadsurgery.network.optimized import OptimizedModel
+from cadsurgery.network.model import OptimizedModel
 
 MIXED = "random:fraction=0.4,seed=3,block=3"
 # Plain, depthwise with ReLU6, grouped with squeeze-excite, linear layers with GELU, SiLU, dense joins, max-pooling.

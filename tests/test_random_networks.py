@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import cadsurgery as cs
 from cadsurgery.support.errors import CannotConvert
-from cadsurgery.surgery.guards import AnotherWay
+from cadsurgery.surgery.guards import GuardFailed
 
 # 70: another way through the network, which is itself at another level.
 QUICK, TOGETHER = (1, 3, 70), 25
@@ -88,7 +88,7 @@ def compare(case: Case, draw: Draw) -> cs.AdaptiveModel:
         original = case.model(x.clone(), *more)
         try:
             levels = draw_levels(net, draw, x, *more)
-        except AnotherWay:  # with other strides
+        except GuardFailed:  # with other strides
             net = convert(of_this_size, draw)
             levels = draw_levels(net, draw, x, *more)
         plan = net.plan
@@ -114,7 +114,7 @@ def compare(case: Case, draw: Draw) -> cs.AdaptiveModel:
             return net
         try:
             same(net.optimize()(x, *more, mask=levels), found, 1e-8)
-        except AnotherWay:  # a copy has the one way of the example
+        except GuardFailed:  # a copy has the one way of the example
             net = convert(of_this_size, draw)
             levels = draw_levels(net, draw, x, *more)
             same(net.optimize()(x, *more, mask=levels), net(x, *more, mask=levels), 1e-8)

@@ -13,15 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cadsurgery.resampling import (
-    PUBLISHED_SMOOTHNESS,
-    boundaries,
-    interpolate_back,
-    inverse_warp,
-    sample,
-    target_locations,
-    uniform_locations,
-)
 from conftest import TOLERANCE, assert_same, build, covering, images, randomise, slow
 from test_anytime import Chain, Classifier
 from torch import Tensor, nn
@@ -32,6 +23,15 @@ from cadsurgery.elements.backends import warp
 from cadsurgery.masks import MaskProvider, labelled
 from cadsurgery.methods.resampling.locations import normalise, upsample
 from cadsurgery.methods.resampling.shifts import ShiftNet
+from cadsurgery.resampling import (
+    PUBLISHED_SMOOTHNESS,
+    boundaries,
+    interpolate_back,
+    inverse_warp,
+    sample,
+    target_locations,
+    uniform_locations,
+)
 
 TYPES = (torch.float32, torch.float64)
 SMOOTHNESS = (1.0, PUBLISHED_SMOOTHNESS)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cadsurgery.resampling import boundaries, sample, target_locations
 from conftest import ROOT, Run
 from finetune_nets import Scenes, Segmenter
 from PIL import Image
@@ -22,6 +21,7 @@ from cadsurgery.data.networks import source_of
 from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.masks import labelled
+from cadsurgery.resampling import boundaries, sample, target_locations
 from cadsurgery.tasks.sides.samples import WHOLE
 from recipes.resampling_mobilenetv2.recipe import Knowing, evaluate, table_of_macs
 

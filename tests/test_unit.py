@@ -19,7 +19,7 @@ from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, source_of, sta
 from cadsurgery.masks import Grid, MaskProvider, Normalisation
 from cadsurgery.masks.unit import estimate
 from cadsurgery.network.model import pictures_for
-from cadsurgery.network.storage import read_metadata, seal
+from cadsurgery.network.storage import encode_with_checksum, read_metadata
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 CONVENTIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -364,7 +364,7 @@ def test_masks_of_an_older_file_see_the_input_as_when_it_was_written(tmp_path: P
     cs.save(net, path)
     metadata = read_metadata(path)
     del metadata["normalisation"]
-    save_file(load_file(path), path, {"cadsurgery": seal({**metadata, "format": 2})})
+    save_file(load_file(path), path, {"cadsurgery": encode_with_checksum({**metadata, "format": 2})})
     loaded = cs.load(path, Folded(*CONVENTIONS["-1..1"]))
     assert loaded.normalisation is not None and "format 2" in loaded.normalisation.origin
     image = shown(scenes(), "-1..1")
@@ -381,7 +381,7 @@ def test_a_file_with_an_impossible_normalisation_is_damaged(tmp_path: Path) -> N
         {"mean": ["a"], "std": [1.0]},
         3,
     ):
-        save_file(tensors, path, {"cadsurgery": seal({**metadata, "normalisation": wrong})})
+        save_file(tensors, path, {"cadsurgery": encode_with_checksum({**metadata, "normalisation": wrong})})
         with pytest.raises(cs.FileError, match="damaged"):
             cs.load(path, Folded(*CONVENTIONS["-1..1"]))
 

@@ -10,7 +10,7 @@ from cadsurgery.elements.backends.choose import select_rows
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import holds, least, most
+from cadsurgery.elements.sizes import is_statically_true, least, most
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -32,7 +32,11 @@ def crop(x: Elements, starts: Sequence[int | None], stops: Sequence[int | None],
         if slice(start, None).indices(count)[0]:
             raise _shifts(f"a crop from sample {start} on")
     kept = [
-        count if stop is None else most(count + stop, 0) if holds(stop < 0) else least(count, stop)
+        count
+        if stop is None
+        else most(count + stop, 0)
+        if is_statically_true(stop < 0)
+        else least(count, stop)
         for count, stop in zip(counts, stops, strict=True)
     ]
     return _with_border(x, kept, spacing, 0.0)
@@ -89,17 +93,19 @@ def _with_border(x: Elements, counts: Sequence[int], spacing: int, value: float 
     of the last samples."""
     lattice = x.lattice
     fine = lattice.holding(counts, spacing)
-    beyond = any(holds(length > room) for length, room in zip(fine, lattice.most_size, strict=True))
-    if beyond or any(holds(count < 1) for count in counts):
+    beyond = any(
+        is_statically_true(length > room) for length, room in zip(fine, lattice.most_size, strict=True)
+    )
+    if beyond or any(is_statically_true(count < 1) for count in counts):
         raise InvalidInput(
             f"a map of {counts[0]}x{counts[1]} samples is {'larger than its image' if beyond else 'empty'}.",
             why=f"it was {'x'.join(map(str, x.lattice.samples(spacing)))} before it was cropped or padded.",
             next="pad or resize the image to a multiple of the lowest output stride.",
         )
-    if all(holds(one == two) for one, two in zip(counts, lattice.samples(spacing), strict=True)):
+    if all(is_statically_true(one == two) for one, two in zip(counts, lattice.samples(spacing), strict=True)):
         return x
     target = lattice.resample(lattice.stage, fine)
-    if all(holds(length <= before) for length, before in zip(fine, lattice.size, strict=True)):
+    if all(is_statically_true(length <= before) for length, before in zip(fine, lattice.size, strict=True)):
         return Elements(select_rows(x.rows, lattice, target), target)
     key = ("border", target.key, spacing)
 

@@ -17,7 +17,7 @@ from cadsurgery.elements.backends.choose import Picking, compute, mix, select_ro
 from cadsurgery.elements.kernel_map import Reading, read_points
 from cadsurgery.elements.lattice import Lattice, describe
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import holds, least
+from cadsurgery.elements.sizes import is_statically_true, least
 from cadsurgery.support.errors import InvalidInput
 
 # Devices with torch.autocast; asked for here, because compilers before torch 2.15 cannot.
@@ -107,7 +107,7 @@ def _by_pixel(x: Elements, spacing: int, guide: Tensor | None) -> Tensor:
 
     reading = lattice.derive(("to_dense", spacing), build)
     flat = x.rows.reshape(lattice.count, -1)
-    if guide is not None and spacing == 1 and not holds(reading.sources.shape[0] == 0):
+    if guide is not None and spacing == 1 and not is_statically_true(reading.sources.shape[0] == 0):
         pixels = torch.arange(reading.table.numel(), device=reading.table.device)
         reading = guided(reading, pixels.view(reading.table.shape), lattice, guide)
     rows = compute(Picking(flat, reading))
@@ -131,7 +131,7 @@ def guided(reading: Reading, pixels: Tensor, lattice: Lattice, guide: Tensor) ->
     guide = guide[:, :, :height, :width]
     beyond = (0, width - guide.shape[3], 0, height - guide.shape[2])
     if not all(
-        holds(length == 0) for length in beyond
+        is_statically_true(length == 0) for length in beyond
     ):  # a map that was made finer may end beyond the image, where its border goes on
         guide = F.pad(guide, beyond, mode="replicate")
     rows = guide.permute(0, 2, 3, 1).flatten(0, 2)
@@ -257,7 +257,7 @@ def own_image(every: Tensor, lattice: Lattice) -> Tensor:
     Where an image's rows end is not known while a graph is made. Costs the batch size times the work; nothing more
     for one image.
     """
-    if holds(lattice.batch == 1):
+    if is_statically_true(lattice.batch == 1):
         return every[0]
     image = lattice.coordinates[0].to(every.device)
     return every[image, torch.arange(lattice.count, device=image.device)]

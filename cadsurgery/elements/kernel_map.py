@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.lattice import Lattice
-from cadsurgery.elements.sizes import divide_up, holds, least, most
+from cadsurgery.elements.sizes import divide_up, is_statically_true, least, most
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -114,7 +114,7 @@ class Window(NamedTuple):
             (count - 1) * self.finer + kernel - pad
             for count, kernel, pad in zip(samples, self.kernel, pads, strict=True)
         )
-        if holds(least(height, width) < 1):
+        if is_statically_true(least(height, width) < 1):
             raise InvalidInput(
                 f"a transposed convolution of {samples[0]}x{samples[1]} samples has no output.",
                 why="the image is too small for this network.",
@@ -132,7 +132,7 @@ class Window(NamedTuple):
         count = (divide_up(room, self.stride) if self.ceil_mode else room // self.stride) + 1
         if self.ceil_mode:  # torch: a window must start inside the map or its left padding
             count = least(count, (samples + before - 1) // self.stride + 1)
-        if holds(room < 0) or holds(count < 1):
+        if is_statically_true(room < 0) or is_statically_true(count < 1):
             raise InvalidInput(
                 f"a {self.kernel[0]}x{self.kernel[1]} window does not fit into {samples} samples.",
                 why="the image is too small for this network.",
@@ -336,7 +336,7 @@ def _shift_taps(source: Lattice, target: Lattice, window: Window) -> Reading:
     across = [window.spacing * (window.dilation[1] * tap - left) for tap in range(window.kernel[1])]
     above, below, before, after = (most(0, step) for step in (-down[0], down[-1], -across[0], across[-1]))
     padding = (before, after, above, below)
-    has_outside = not all(holds(length == 0) for length in padding)
+    has_outside = not all(is_statically_true(length == 0) for length in padding)
     if source.capacity is None and target.capacity is None and maps.supports(source.levels):
         cells, sizes = (source.index, source.anchors, source.levels), (source.size, target.size)
         sides, has_halo = source.geometry.sides, _has_halo(source)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cadsurgery.elements.backends import maps
 from cadsurgery.elements.bounds import Bounds
-from cadsurgery.elements.sizes import divide_up, holds, most
+from cadsurgery.elements.sizes import divide_up, is_statically_true, most
 from cadsurgery.support.errors import InvalidInput
 
 Fill = Literal["linear", "nearest", "guided"]
@@ -288,7 +288,9 @@ class Lattice:
     def at(self, stage: int, size: tuple[int, int] | None = None) -> Lattice:
         """The lattice of the same level map after `stage`, cut to the fine size (height, width), all cells there."""
         size = size or self.size
-        if size is not self.size and (holds(size[0] > self.size[0]) or holds(size[1] > self.size[1])):
+        if size is not self.size and (
+            is_statically_true(size[0] > self.size[0]) or is_statically_true(size[1] > self.size[1])
+        ):
             raise InvalidInput(
                 f"a lattice of {self.size[0]}x{self.size[1]} fine pixels cannot grow to {size[0]}x{size[1]}.",
                 next="convert with a region that ends before this operation.",
@@ -331,7 +333,9 @@ class Lattice:
         """Fine size of a map with this many samples, `spacing` fine pixels apart: as large as the level map where that
         has no more of them."""
         height, width = (
-            length if holds(count == divide_up(length, spacing)) else _cover(count, length, spacing)
+            length
+            if is_statically_true(count == divide_up(length, spacing))
+            else _cover(count, length, spacing)
             for count, length in zip(counts, self.whole_size, strict=True)
         )
         return height, width
@@ -346,7 +350,7 @@ class Lattice:
         """(B, H, W) int8: level of the cell each fine pixel lies in."""
         levels = self.pyramid.levels[:, : self.size[0], : self.size[1]]
         for axis, (length, whole) in enumerate(zip(self.size, self.whole_size, strict=True), 1):
-            if not holds(length <= whole):
+            if not is_statically_true(length <= whole):
                 pixels = torch.arange(length, device=levels.device).clamp(max=whole - 1)
                 levels = levels.index_select(axis, pixels)
         return levels.clamp(max=self.stage)

@@ -33,10 +33,10 @@ class Operation:
             its place, a `window` around it, its whole `image`, or the whole `batch`.
         gives: `elements`, a `vector` per image, a `dense` map, with which the region is left, or something `other`.
         outside: what a window reads beyond the border of the map.
-        drops: whether cells that are not downsampled pass as they are where the geometry says `pool="drop"`.
+        drops: true if cells that are not downsampled pass as they are where the geometry says `pool="drop"`.
         macs: multiply-accumulates of a call, from its value and its arguments; None for what torch counts of it while
             it runs. Moving and interpolating values is no such work: 0.
-        trains_only: whether it gives back what it reads in evaluation mode.
+        trains_only: true if it gives back what it reads in evaluation mode.
         at_exit: what takes its place where nothing in the region reads the result, and which gives a dense map.
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.resizing import read_as_resized
-from cadsurgery.elements.sizes import holds
+from cadsurgery.elements.sizes import is_statically_true
 from cadsurgery.support.errors import InvalidInput
 
 REACH = 2  # fine pixels that two 3x3 convolutions see to each side
@@ -74,7 +74,9 @@ def refine(x: Tensor, features: Tensor, lattice: Lattice, refinement: Refinement
     """
     if lattice.uniform_level == 0:
         return x
-    if not all(holds(one == two) for one, two in zip(x.shape[2:], features.shape[2:], strict=True)):
+    if not all(
+        is_statically_true(one == two) for one, two in zip(x.shape[2:], features.shape[2:], strict=True)
+    ):
         raise InvalidInput(
             f"a map of {tuple(x.shape[2:])} is to be refined by features of {tuple(features.shape[2:])}.",
             why="where the refinement was put, both were of one size; the image is not divisible by the strides.",

@@ -16,7 +16,7 @@ from cadsurgery.elements.elements import Elements, to_dense
 from cadsurgery.elements.kernel_map import read_points
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation
-from cadsurgery.elements.sizes import divide_up, holds, is_for_any_size
+from cadsurgery.elements.sizes import divide_up, is_for_any_size, is_statically_true
 from cadsurgery.support.errors import InvalidInput
 
 
@@ -53,7 +53,7 @@ def resize(
     wanted = (size, size) if isinstance(size, int) else size
     after = tuple(wanted) if wanted is not None else tuple(count * scale for count in before)
     fine, room = x.lattice.holding(after, spacings[1]), x.lattice.most_size
-    if any(holds(length > most) for length, most in zip(fine, room, strict=True)):
+    if any(is_statically_true(length > most) for length, most in zip(fine, room, strict=True)):
         raise InvalidInput(
             f"upsampling to {after[0]}x{after[1]} samples gives more than the network's own maps have.",
             why="the image is not divisible by the network's strides.",
@@ -62,7 +62,9 @@ def resize(
     target = x.lattice.resample(stage, fine)
     key = ("resize", target.key, spacings, before, after, mode, align_corners)
     ratios = _ratios(before, after, spacings, bool(align_corners))
-    stretched = scale == 1 and not all(holds(one == two) for one, two in zip(before, after, strict=True))
+    stretched = scale == 1 and not all(
+        is_statically_true(one == two) for one, two in zip(before, after, strict=True)
+    )
     build = partial(_between_cells, x.lattice, target, ratios, mode, bool(align_corners), stretched)
     return Elements(mix(x.rows, *x.lattice.derive(key, build)), target)
 

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 
-def holds(condition: bool | torch.SymBool) -> bool:
+def is_statically_true(condition: bool | torch.SymBool) -> bool:
     """True if a condition holds; for symbols, if it is known to hold for all sizes."""
     if isinstance(condition, bool):
         return condition

@@ -39,8 +39,7 @@ from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.network.model import AdaptiveModel, pictures_for
-from cadsurgery.network.optimized import OptimizedModel
+from cadsurgery.network.model import AdaptiveModel, OptimizedModel, pictures_for
 from cadsurgery.support.errors import FileError, InvalidInput, TrainingStopped
 from cadsurgery.support.files import make_folder
 from cadsurgery.surgery.trace import evaluating

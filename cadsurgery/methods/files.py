@@ -19,12 +19,12 @@ from cadsurgery.network.storage import (
     KEY,
     METHOD,
     OTHER_MODEL,
+    as_file_error,
     check_example,
     check_tensors,
     check_types,
     checksum,
-    refuse,
-    seal,
+    encode_with_checksum,
     write_tensors,
 )
 from cadsurgery.support.errors import FileError, InvalidInput
@@ -90,7 +90,7 @@ def describe(
 
 def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write a file; it appears whole or not at all."""
-    write_tensors(Path(path), tensors, {KEY: seal(metadata)})
+    write_tensors(Path(path), tensors, {KEY: encode_with_checksum(metadata)})
 
 
 def read(
@@ -116,7 +116,7 @@ def read(
     Raises:
         FileError: a damaged file, or an example too large to be made.
     """
-    with refuse(f"the metadata of {path} is damaged.", AGAIN):
+    with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
         fields = check_fields(values, {**_IN_FILE, **more}, "it")
         checked = check_fields(fields["options"], options, "options")
         source = Source.from_dict(fields["source"]) if fields["source"] is not None else None
@@ -150,7 +150,7 @@ def fill(path: str | Path, network: nn.Module, tensors: dict[str, Tensor]) -> No
         FileError: they are not its own.
     """
     check_types(path, tensors, network.state_dict())
-    with refuse(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
+    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
         missing = [name for name in network.state_dict() if name not in tensors]
         if missing:
             raise ValueError(f"{missing[0]} is missing")

@@ -105,7 +105,7 @@ def read_plan(path: str | Path) -> AnyPlan:
     method, values = _method_of(path), storage.check_metadata(path, storage.open_file(path, False)[0])
     if method is None:
         values = storage.read_metadata(path)
-    with storage.refuse(f"the metadata of {path} is damaged.", AGAIN):
+    with storage.as_file_error(f"the metadata of {path} is damaged.", AGAIN):
         plan: AnyPlan = (method.plan if method else Plan).from_json(values["plan"])
     return plan
 

@@ -14,9 +14,10 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.adapters import LevelAdapter
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.refinement import Refinement
-from cadsurgery.network.macs import Counter, ghost
+from cadsurgery.network.macs import Counter, meta_copy
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.surgery.arguments import example_of
+from cadsurgery.surgery.graphs import Constants, copy_graph, only_user, upwards
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.rewrite import WORK, ask_mask
 
@@ -65,9 +66,7 @@ def make_refinements(program: Program, hidden: int) -> nn.ModuleDict:
 def with_adapters(program: Program, names: set[str]) -> Program:
     """The program with a call of each adapter and refinement of these names where it belongs; of another way through
     the network those it has."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, Any] = {}
-    graph.output(graph.graph_copy(program.graph, copies))
+    graph, copies = copy_graph(program.graph)
     kinds = {kind_of(name) for name in names}
     for name, place in _named(program).items() if LEVELS in kinds else ():
         if name in names:
@@ -85,7 +84,7 @@ def with_adapters(program: Program, names: set[str]) -> Program:
                 )
             else:
                 refined = _insert(graph, name, behind, functional.refine, (), seen)
-            refined.meta[WORK] = next(node.meta[WORK] for node in _upwards(found.behind) if WORK in node.meta)
+            refined.meta[WORK] = next(node.meta[WORK] for node in upwards(found.behind) if WORK in node.meta)
     graph.lint()
     return replace(program, graph=graph)
 
@@ -127,7 +126,7 @@ class _Map:
 def _refined(program: Program) -> dict[str, _Map]:
     """The last maps of the fine size that are made of what the region gives, and resizes that leave it for another
     size, by names in order."""
-    counter = _Shapes(program.on(ghost(program.net)))
+    counter = _Shapes(program.bind_to(meta_copy(program.net)))
     plan = program.plan
     dtype = next((p.dtype for p in program.net.parameters()), torch.float32)
     arguments = (
@@ -150,7 +149,7 @@ def _refined(program: Program) -> dict[str, _Map]:
         if (node in behind and node.op != "output" and counter.is_like(node, features))
         or node.target is functional.resize_to_dense
     ]
-    before = {source for node in fine for source in _upwards(node) if source is not node}
+    before = {source for node in fine for source in upwards(node) if source is not node}
     last = [node for node in fine if node not in before]
     return {
         f"{_REFINEMENT}{number}": _Map(node, counter.maps[node].shape[1], features.shape[1])
@@ -173,18 +172,9 @@ class _Shapes(Counter):
         return value
 
     def is_like(self, node: fx.Node, features: Tensor) -> bool:
-        """Whether a node gives a map of the size of the features."""
+        """True if a node gives a map of the size of the features."""
         found = self.maps.get(node)
         return found is not None and found.shape[2:] == features.shape[2:] and len(found) == len(features)
-
-
-def _upwards(node: fx.Node) -> Iterator[fx.Node]:
-    """A node and what it is made of, nearest first."""
-    waiting, seen = [node], {node}
-    for one in waiting:
-        yield one
-        waiting += (new := [source for source in one.all_input_nodes if source not in seen])
-        seen.update(new)
 
 
 def _named(program: Program) -> dict[str, _Place]:
@@ -200,12 +190,12 @@ def _named(program: Program) -> dict[str, _Place]:
 def _places(program: Program) -> Iterator[_Place]:
     """Behind convolutions below the finest stage and linear layers on rows, or the batch norm that alone follows; and
     behind layers that read a mean over the elements of an image."""
-    constants = _constants(program)
+    constants = Constants(GraphInterpreter(program, program.graph))
     for node in program.graph.nodes:
         if node.target is functional.conv2d and node.kwargs.get("stage") != 0:
             weight, behind = constants.get(node.args[1]), node
             if isinstance(weight, Tensor):
-                while len(behind.users) == 1 and _is_norm(user := next(iter(behind.users))):
+                while (user := only_user(behind)) is not None and user.target is functional.batch_norm:
                     behind = user
                 yield _Place(behind, _path_of(node.args[1]), weight)
         elif node.op == "call_module" and node.args and isinstance(source := node.args[0], fx.Node):
@@ -220,23 +210,6 @@ def _places(program: Program) -> Iterator[_Place]:
                 users = list(node.users)
                 if len(users) == 1 and users[0].target is functional.Elements:
                     yield _Place(users[0], str(node.target), module.weight)
-
-
-def _is_norm(node: fx.Node) -> bool:
-    return node.target is functional.batch_norm
-
-
-def _constants(program: Program) -> dict[fx.Node, Any]:
-    """The values of nodes that are made of modules and parameters alone."""
-    interpreter, values = GraphInterpreter(program, program.graph), dict[fx.Node, Any]()
-    for node in program.graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "get_attr" or (
-            sources and node.op.startswith("call") and values.keys() >= set(sources)
-        ):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-    return values
 
 
 def _path_of(node: Any) -> str:

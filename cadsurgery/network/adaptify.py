@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +16,9 @@ from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.masks.unit import Normalisation, estimate, read_normalisation
 from cadsurgery.network.candidates import check_network
+from cadsurgery.network.convert import carry_out
 from cadsurgery.network.hosted import HostedModel, check_used
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.program import Program
 from cadsurgery.support.errors import (
     CadError,
     CadWarning,
@@ -27,17 +26,13 @@ from cadsurgery.support.errors import (
     InvalidInput,
     describe_error,
 )
-from cadsurgery.surgery.arguments import Arguments, bind_example, image_of, take_image
+from cadsurgery.surgery.arguments import bind_example, image_of, take_image
 from cadsurgery.surgery.decide import make_plan
 from cadsurgery.surgery.facts import Facts, OtherFunction
-from cadsurgery.surgery.flow import Flow
-from cadsurgery.surgery.guards import AnotherWay
-from cadsurgery.surgery.hooks import Watched, copying, find_watched, is_apart, take_over, why_not_copied
+from cadsurgery.surgery.hooks import copying, take_over, why_not_copied
 from cadsurgery.surgery.plan import Outputs, Plan
 from cadsurgery.surgery.read import read
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
-from cadsurgery.surgery.rewrite import rewrite, unchanged_graph
-from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.trace import CannotFollow
 from cadsurgery.surgery.verify import measure_effect, verify
 
@@ -145,7 +140,7 @@ def adaptify(
     if strict:
         _refuse_barriers(chosen)
     geometry = Geometry(chosen.stage_strides, chosen.max_level, fill, anchor, pool, patch, statistics)
-    program = _carry_out(chosen, flow, geometry)
+    program = carry_out(chosen, flow, geometry)
     net = AdaptiveModel(facts.model, program, provider)
     net.source = getattr(model, "cad_source", None)
     _settle(net, whole if path else model, path, normalisation, example_input is not None, facts)
@@ -182,69 +177,6 @@ def _settle(
     net._unit.set_once(known)
 
 
-def _carry_out(plan: Plan, flow: Flow, geometry: Geometry) -> Program:
-    """What a plan makes of a network."""
-    facts = flow.facts
-    as_it_was = unchanged_graph(facts, plan) if plan.part and plan.identity_level is not None else None
-    return Program(
-        rewrite(flow, plan, guided=geometry.fill == "guided"),
-        plan,
-        geometry,
-        inspect.signature(facts.model.forward),
-        facts.container,
-        as_it_was,
-        _relied_on(facts, plan),
-    )
-
-
-def follow_way(net: AdaptiveModel, arguments: Arguments, refusal: AnotherWay) -> Program:
-    """The program for calls that take another way through a network than the one it was converted on, verified.
-
-    Args:
-        net: the network.
-        arguments: of such a call, by name.
-        refusal: what its own program said.
-
-    Raises:
-        AnotherWay: the refusal, where that way cannot be converted with the same strides and the same level of its own,
-            or is not exact.
-    """
-    model, plan = net._original[0], net.plan
-    for kind in ("_parameters", "_buffers"):  # the network may have been moved
-        vars(model)[kind].update({name: vars(net)[kind][name] for name in vars(model)[kind]})
-    defaults = {name: one.default for name, one in net.program.signature.parameters.items()}
-    call = {name: value for name, value in arguments.items() if value is not defaults[name]}
-    try:
-        facts = _read(model, call, exactly=True)
-        chosen, flow = _plan_like(plan, facts)
-        if chosen.strides != plan.strides[: len(chosen.strides)]:
-            raise refusal
-        own = plan.identity_level
-        if own is not None and chosen.identity_level != min(own, chosen.max_level):
-            raise refusal  # the same level map would mean another network
-        program = _carry_out(chosen, flow, net.geometry)
-        verify(facts.model, facts.graph, program.graph, chosen, net.geometry, facts.arguments)
-    except CadError as error:
-        raise refusal from (error if error is not refusal else None)
-    return program.on(net)
-
-
-def _plan_like(plan: Plan, facts: Facts) -> tuple[Plan, Flow]:
-    """The plan of another way through a network, on cells of the same sizes as far as it has them."""
-    rest = (plan.region, plan.part, plan.returned)
-    with contextlib.suppress(InvalidInput):
-        chosen, flow = make_plan(facts, plan.output_stride, *rest)
-        if chosen.strides == plan.strides:
-            return chosen, flow
-    high, coarsest = plan.output_stride[0], plan.output_stride[0]
-    own = sorted(low for first, low in make_plan(facts, None, *rest)[0].possible if first == high)
-    for ours, theirs in zip(plan.strides[1:], own, strict=False):
-        if ours != theirs:
-            break
-        coarsest = ours
-    return make_plan(facts, (high, min(coarsest, plan.output_stride[1])), *rest, coarsest=coarsest)
-
-
 def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str, Facts]:
     """Name and facts of the part of a model that torch.fx can follow: itself ("") or its backbone.
 
@@ -262,13 +194,13 @@ def traceable_part(model: nn.Module, example_input: Example | None) -> tuple[str
                 "example_input has no values: it is on the meta device.", next="give an image."
             )
     try:
-        return "", _read(model, example)
+        return "", read(model, example)
     except (CannotFollow, OtherFunction) as refusal:
         for name in BACKBONE_NAMES:
             part = getattr(model, name, None)
             if isinstance(part, nn.Module):
                 with contextlib.suppress(CannotFollow, OtherFunction):
-                    return name, _read(part, example and take_image(part, image_of(example)))
+                    return name, read(part, example and take_image(part, image_of(example)))
         parts = {name: getattr(refusal, name) for name in ("where", "why", "next")}
         if name := _largest_part(model):
             parts["next"] = (
@@ -291,28 +223,9 @@ def _largest_part(model: nn.Module) -> str:
         is_container = isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict))
         if len(strided) > 1 and not is_container:
             with contextlib.suppress(CadError):
-                make_plan(_read(part, None))
+                make_plan(read(part, None))
                 return name
     return ""
-
-
-def _read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> Facts:
-    """Graph and facts; its nodes are operations with rules, and modules that have to be called as a whole."""
-    return read(
-        model,
-        example,
-        lambda module: has_rule(module) or is_apart(module, model),
-        ruled_functions(),
-        exactly,
-    )
-
-
-def _relied_on(facts: Facts, plan: Plan) -> tuple[Watched, ...]:
-    """The modules that stand for what was rewritten."""
-    used = [node for node in facts.graph.nodes if node.op in ("call_module", "get_attr")]
-    inside = {decision.node for decision in plan.decisions if decision.action in ("adapt", "keep")}
-    operations = [str(node.target) for node in used if node.op == "call_module" and node.name in inside]
-    return find_watched(facts.model, operations, [str(node.target) for node in used])
 
 
 def _within(path: str, region: str | Sequence[str]) -> str | Sequence[str]:

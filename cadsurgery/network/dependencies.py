@@ -32,7 +32,7 @@ def places_of(
     """Where each node of a graph that gives elements, their rows or a lattice has them, by its name.
 
     Args:
-        program: on shapes without values, see `macs.ghost`.
+        program: on shapes without values, see `macs.meta_copy`.
         graph: behind the place where the mask is asked for.
         lattice: any of the fine map's size.
         values: what enters the graph, as meta tensors.

@@ -7,14 +7,11 @@ is in the cache. Every step is exact in evaluation mode. What matches no pattern
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cadsurgery.elements import functional
@@ -22,6 +19,8 @@ from cadsurgery.elements.backends.packed import FusedBottleneck, PackedConv, Pac
 from cadsurgery.elements.backends.weights import Activation, Factors
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import operation_of
+from cadsurgery.support import torch_operations
+from cadsurgery.surgery.graphs import Constants, copy_graph, only_user
 from cadsurgery.surgery.guards import drop_dead_code
 from cadsurgery.surgery.hooks import act_alike, acts_as, child
 from cadsurgery.surgery.rewrite import WORK
@@ -30,36 +29,22 @@ from cadsurgery.surgery.treatment import has_rule
 # Where the fused convolutions are found in the network that runs the graph.
 KERNELS = "cadsurgery_kernels"
 
-# By class of modules, function and name of method; functions of what has options of its own.
-_ACTIVATIONS: dict[Any, Activation | Callable[[Any], Activation]] = {
-    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, "relu", F.relu_, torch.relu_, "relu_"), Activation("relu")),
-    **dict.fromkeys((nn.ReLU6, F.relu6), Activation("hardtanh", (0.0, 6.0))),
-    **dict.fromkeys((nn.SiLU, F.silu), Activation("swish")),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), Activation("hardswish")),
-    **dict.fromkeys((nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid"), Activation("sigmoid")),
-    **dict.fromkeys((nn.Tanh, F.tanh, torch.tanh, "tanh"), Activation("tanh")),
-    nn.Hardtanh: lambda module: Activation("hardtanh", (module.min_val, module.max_val)),
-    nn.LeakyReLU: lambda module: Activation("leaky_relu", (module.negative_slope,)),
-    nn.GELU: lambda module: Activation("gelu", (), module.approximate),
-    F.gelu: lambda call: Activation("gelu", (), call.kwargs.get("approximate", "none")),
+# By the name of the operation; functions of the options of a module or a call.
+_ACTIVATIONS: dict[str, Activation | Callable[[Any], Activation]] = {
+    "relu": Activation("relu"),
+    "relu6": Activation("hardtanh", (0.0, 6.0)),
+    "silu": Activation("swish"),
+    "hardswish": Activation("hardswish"),
+    "sigmoid": Activation("sigmoid"),
+    "tanh": Activation("tanh"),
+    "hardtanh": lambda options: Activation(
+        "hardtanh", (options.get("min_val", -1.0), options.get("max_val", 1.0))
+    ),
+    "leaky_relu": lambda options: Activation("leaky_relu", (options.get("negative_slope", 0.01),)),
+    "gelu": lambda options: Activation("gelu", (), options.get("approximate", "none")),
 }
-_IDENTITIES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
-_DROPS = ("torchvision.ops.stochastic_depth:StochasticDepth", "timm.layers.drop:DropPath")
 _NORMS_THAT_ACT = ("timm.layers.norm_act:BatchNormAct2d",)
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_IN_PLACE = (operator.iadd, operator.imul, "add_", "mul_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _POINT = Window((1, 1))
-_MAKES_NAN = frozenset(
-    (
-        *("truediv", "itruediv", "div", "true_divide", "divide", "fmod", "remainder"),
-        *("log", "log2", "log10", "log1p", "exp", "expm1", "exp2", "sqrt", "rsqrt", "pow", "reciprocal"),
-        *("acos", "asin", "acosh", "atanh", "erfinv", "logit", "tan", "var", "std", "var_mean", "std_mean"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,7 @@ class _Fusion:
 
     @property
     def is_linear(self) -> bool:
-        """Whether factors can still be folded in."""
+        """True if factors can still be folded in."""
         return self.residual is None and self.activation is None
 
     def scale(self, tail: fx.Node, scale: Tensor, shift: Tensor | None = None) -> _Fusion:
@@ -133,12 +118,12 @@ class _Consumer(NamedTuple):
 
     @property
     def other(self) -> fx.Node | None:
-        """The second operand of an operation on two, as a whole value, none of which it overwrites but the first."""
+        """The second operand of an operation on two, as a whole value; None if the operation overwrites it."""
         args = self.node.args
         if len(args) != 2 or self.node.kwargs or not all(isinstance(part, fx.Node) for part in args):
             return None
         first, second = args
-        if first is second or (self.node.target in _IN_PLACE and first is not self.value):
+        if first is second or (torch_operations.is_in_place(self.node.target) and first is not self.value):
             return None
         other: Any = second if first is self.value else first
         if self.lattice is None:
@@ -153,38 +138,23 @@ class Fuser:
     def __init__(self, graph: fx.Graph, model: nn.Module, epilogues: bool) -> None:
         self.graph, self.model, self.epilogues = graph, model, epilogues
         self.kernels = nn.Module()
-        self.fixed: set[fx.Node] = set()  # what is made of parameters alone
-        for node in graph.nodes:
-            sources = node.all_input_nodes
-            call = node.op in ("call_function", "call_method") and sources
-            if node.op == "get_attr" or (call and self.fixed.issuperset(sources)):
-                self.fixed.add(node)
-        self.values: dict[fx.Node, Any] = {}
-        self.interpreter = fx.Interpreter(model, graph=graph)
+        self.constants = Constants(fx.Interpreter(model, graph=graph))
+        self.numbers = _find_numbers(graph)
 
     def meets_nan(self) -> bool:
-        """Whether values may be NaN though the image holds numbers; those that overflow are not foreseen."""
+        """True if values may be NaN though the image holds numbers; those that overflow are not foreseen."""
         tensors = (*self.model.state_dict().values(), *self.kernels.state_dict().values())
         numbers = all(bool(value.isfinite().all()) for value in tensors if value.is_floating_point())
         return not numbers or any(map(self.may_make_nan, self.graph.nodes))
 
     def may_make_nan(self, node: fx.Node) -> bool:
-        """Whether an operation may make NaN or infinity of moderate numbers; what is not known may."""
-        if node.op == "call_module":
-            module = self.module(node)
-            return (
-                module is not None
-                and not type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
-                and not has_rule(module)
-            )
-        name = str(getattr(node.target, "__name__", node.target)).strip("_")
-        known = str(getattr(node.target, "__module__", "")).startswith(
-            ("torch", "_operator", "cadsurgery", "math")
-        )
-        foreign = (
-            node.op == "call_function" and not known and not isinstance(node.target, BuiltinFunctionType)
-        )
-        return name in _MAKES_NAN or foreign
+        """True if an operation may make NaN or infinity of moderate numbers; what is not known may."""
+        module = self.module(node)
+        if module is not None:
+            ours = type(module).__module__.startswith(("torch.nn.", "cadsurgery."))
+            return not ours and not has_rule(module, of_package=True)
+        is_call = node.op in ("call_function", "call_method")
+        return is_call and torch_operations.may_make_nan(node.target) and node not in self.numbers
 
     def run(self) -> None:
         """Remove what does nothing, then fuse every convolution and linear layer."""
@@ -214,25 +184,10 @@ class Fuser:
             )
         return None
 
-    def constant(self, node: Any) -> Any:
-        """The value of a node made of parameters alone, else None; so is that of a call with other values than tensors
-        and modules."""
-        if node not in self.fixed:
-            return None
-        if node not in self.values:
-            known = {source: self.constant(source) for source in node.all_input_nodes}
-            value = None
-            if all(isinstance(part, (Tensor, nn.Module)) for part in known.values()):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-                with torch.no_grad():
-                    value = getattr(self.interpreter, node.op)(node.target, args, kwargs)
-            self.values[node] = _detach(value) if isinstance(value, Tensor) else value
-        return self.values[node]
-
     def consumer(self, node: fx.Node) -> _Consumer | None:
         """The only operation that reads the value of a node."""
         if not _is_elements(node):
-            user = _only_user(node)
+            user = only_user(node)
             return _Consumer(user, node, user) if user is not None else None
         rows = [user for user in node.users if user.target is functional.rows_on and user.args[0] is node]
         lattices = [
@@ -244,8 +199,8 @@ class Fuser:
         if len(rows) != 1 or len(lattices) != 1 or len(node.users) != 2:
             return None
         (read,), (lattice,) = rows, lattices
-        operation: Any = _only_user(read)
-        result: Any = operation and _only_user(operation)
+        operation: Any = only_user(read)
+        result: Any = operation and only_user(operation)
         same = result and result.target is functional.Elements and result.args == (operation, lattice)
         return _Consumer(operation, read, result, lattice) if same and read.args[1] is lattice else None
 
@@ -285,14 +240,14 @@ class Fuser:
         fusion.tail.replace_all_uses_with(fused)
 
     def takes_in_more(self, node: fx.Node) -> bool:
-        """Whether a convolution can take in more than norms and factors: torch has no transposed one that does."""
+        """True if a convolution can take in more than norms and factors: torch has no transposed one that does."""
         return self.epilogues and not acts_as(self.module(node), nn.ConvTranspose2d)
 
     def start(self, node: fx.Node) -> _Fusion | None:
         """A convolution or linear layer alone, if its weight is known."""
         module: Any = self.module(node)
         if node.target is functional.conv2d:
-            weight, bias = self.constant(node.args[1]), self.constant(node.args[2])
+            weight, bias = self.constants.get(node.args[1]), self.constants.get(node.args[2])
             groups: Any = node.kwargs.get("groups", 1)
             known = isinstance(weight, Tensor) and (bias is not None or node.args[2] is None)
             return _Fusion(node, weight, bias, groups) if known else None
@@ -311,18 +266,18 @@ class Fuser:
         return None
 
     def reads_rows(self, node: fx.Node) -> bool:
-        """Whether a linear layer acts on the rows of elements."""
+        """True if a linear layer acts on the rows of elements."""
         rows: Any = node.args[0]
-        result = _only_user(node)
+        result = only_user(node)
         if not isinstance(rows, fx.Node) or rows.target is not functional.rows_on or result is None:
             return False
         return result.target is functional.Elements and _is_own_lattice(rows.args[1], rows.args[0])
 
     def extend(self, node: fx.Node, fusion: _Fusion) -> _Fusion | None:
         """With the next operation taken in, if it can be."""
-        user = _only_user(fusion.tail)
+        user = only_user(fusion.tail)
         if user is not None and user.target is functional.batch_norm:
-            return _fold_norm(fusion, user, self.constant(user.kwargs.get("norm", user.args[-1])))
+            return _fold_norm(fusion, user, self.constants.get(user.kwargs.get("norm", user.args[-1])))
         if user is not None and user.target is functional.adapt:
             return self.with_levels(node, fusion, user)
         if user is not None and _is_fine_map_of(user, node):
@@ -335,12 +290,12 @@ class Fuser:
             return None
         if acts_as(module, nn.BatchNorm2d, nn.SyncBatchNorm) and following.lattice is None:
             return _fold_norm(fusion, operation, module)
-        target = operation.target if module is None else None  # a module may have the name of a method
-        if target in _PRODUCTS and fusion.is_linear:
+        known = torch_operations.operation_of(operation.target if module is None else module)
+        if known is not None and known.multiplies and fusion.is_linear:
             return self.with_factor(fusion, following)
         if fusion.activation is not None or not self.takes_in_more(node):
             return None
-        if target in _ADDITIONS and fusion.residual is None and fusion.leaves is None:
+        if known is not None and known.adds and fusion.residual is None and fusion.leaves is None:
             return self.with_residual(node, fusion, following)
         activation = activation_of(operation, module)
         only = operation.args[:1] == (following.value,) and len(operation.all_input_nodes) == 1
@@ -350,7 +305,7 @@ class Fuser:
 
     def with_factor(self, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """A factor per channel, such as layer scale."""
-        factor = self.constant(following.other)
+        factor = self.constants.get(following.other)
         channels = fusion.weight.shape[0]
         # On a dense map the channels' place is unknown unless the other axes are there to tell.
         shapes = [(channels,), (channels, 1, 1), (1, channels, 1, 1), (1, 1, 1, channels)]
@@ -365,14 +320,14 @@ class Fuser:
         """Scale and shift by level; a transposed convolution has none, and leaves them to torch."""
         window = node.kwargs.get("window", _POINT)
         fits = self.epilogues and fusion.is_linear and fusion.levels is None and window.finer == 1  # type: ignore[union-attr]
-        adapter = self.constant(user.args[1])
+        adapter = self.constants.get(user.args[1])
         return replace(fusion, tail=user, levels=adapter.factors) if fits else None
 
     def with_residual(self, node: fx.Node, fusion: _Fusion, following: _Consumer) -> _Fusion | None:
         """Another map of the same lattice."""
         other, lattice, stage = following.other, following.lattice, node.kwargs.get("stage")
         if lattice is None:
-            fits = other is not None and self.constant(other) is None
+            fits = other is not None and self.constants.get(other) is None
         else:
             coarser = lattice.target is functional.common_lattice and lattice.args[0] != stage is not None
             fits = _is_elements(other) and not coarser
@@ -422,11 +377,9 @@ def fuse(graph: fx.Graph, model: nn.Module, epilogues: bool = True) -> tuple[fx.
         model: whose modules and parameters it uses.
         epilogues: fuse residuals and activations and use packed weights; else fold batch norm and factors only.
     """
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    fuser = Fuser(copied, model, epilogues)
+    fuser = Fuser(copy_graph(graph)[0], model, epilogues)
     fuser.run()
-    return copied, fuser.kernels
+    return fuser.graph, fuser.kernels
 
 
 def join_pairs(graph: fx.Graph, kernels: nn.Module) -> None:
@@ -463,8 +416,7 @@ def _packed(node: Any, kernels: nn.Module) -> PackedConv | FusedBottleneck | Non
 def split_norms(graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
     """The graph with norms that hold their activation taken apart, so that both can be fused, as they are in `net`, a
     copy in evaluation mode; and names of the nodes of those activations, with those of their norms."""
-    copied, acts = fx.Graph(), dict[str, str]()
-    copied.output(copied.graph_copy(graph, {}))
+    copied, acts = copy_graph(graph)[0], dict[str, str]()
     for node in list(copied.nodes):
         module: Any = child(net, str(node.target)) if node.op == "call_module" else None
         if not _holds_activation(module) or _is_hooked(module):
@@ -485,12 +437,19 @@ def _holds_activation(module: nn.Module | None) -> bool:
     return any(f"{kind.__module__}:{kind.__name__}" in _NORMS_THAT_ACT for kind in kinds)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def _find_numbers(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that are computed from sizes alone."""
+    numbers = set[fx.Node]()
+    for node in graph.nodes:
+        known, sources = operation_of(node.target), node.all_input_nodes
+        computed = sources and node.op.startswith("call") and numbers.issuperset(sources)
+        if computed or torch_operations.asks(node) or (known is not None and known.reads == "nothing"):
+            numbers.add(node)
+    return numbers
 
 
 def _is_elements(node: Any) -> bool:
-    """Whether a node's value is elements."""
+    """True if a node's value is elements."""
     if not isinstance(node, fx.Node):
         return False
     operation = operation_of(node.target)
@@ -502,32 +461,33 @@ def _is_own_lattice(node: Any, elements: Any) -> bool:
 
 
 def _is_fine_map_of(node: fx.Node, convolution: fx.Node) -> bool:
-    """Whether a node reads the elements of a convolution of stage 0, each a pixel, as the fine map: what follows may be
+    """True if a node reads the elements of a convolution of stage 0, each a pixel, as the fine map: what follows may be
     done to them before."""
     of_pixels = convolution.target is functional.conv2d and bool(convolution.kwargs.get("stage") == 0)
     return of_pixels and node.target is functional.to_dense and tuple(node.args[1:]) in ((), (1,))
 
 
 def _is_hooked(module: nn.Module | None) -> bool:
-    """Whether hooks may see or make what fusion would skip, such as a weight."""
+    """True if hooks may see or make what fusion would skip, such as a weight."""
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def leaves_values(module: nn.Module | None) -> bool:
-    """Whether a module leaves values as they are in evaluation mode."""
-    return any(
-        kind in _IDENTITIES or f"{kind.__module__}:{kind.__name__}" in _DROPS
-        for kind in act_alike(type(module))
-    )
+    """True if a module leaves values as they are in evaluation mode."""
+    known = (torch_operations.operation_of(kind) for kind in act_alike(type(module)))
+    return any(one is not None and one.keeps_values for one in known)
 
 
 def activation_of(operation: fx.Node, module: nn.Module | None) -> Activation | None:
     """The activation that an operation is, applied to its first argument."""
-    if len(operation.args) != 1 or not set(operation.kwargs) <= {"inplace", "approximate"}:
+    options = vars(module) if module is not None else operation.kwargs
+    stated = {"inplace", "approximate", "negative_slope", "min_val", "max_val"}
+    if len(operation.args) != 1 or not set(operation.kwargs) <= stated:
         return None
     kinds = act_alike(type(module)) if module is not None else (operation.target,)
-    entry = next((_ACTIVATIONS[kind] for kind in kinds if kind in _ACTIVATIONS), None)
-    return entry(operation if module is None else module) if callable(entry) else entry
+    names = (known.name for kind in kinds if (known := torch_operations.operation_of(kind)) is not None)
+    entry = next((_ACTIVATIONS[name] for name in names if name in _ACTIVATIONS), None)
+    return entry(options) if callable(entry) else entry
 
 
 def _fold_norm(fusion: _Fusion, tail: fx.Node, norm: Any) -> _Fusion | None:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,16 +26,13 @@ from cadsurgery.elements.operations import operation_of
 from cadsurgery.masks.masking import Masking
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.masks.spec import resolve_mask
-from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
 from cadsurgery.support.counting import MacCounter, describe_not_counted
 from cadsurgery.support.errors import InvalidInput, check_name, first_line
 from cadsurgery.surgery.arguments import in_order
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
 from cadsurgery.surgery.rewrite import WORK
-
-if TYPE_CHECKING:
-    from cadsurgery.network.model import AdaptiveModel
 
 RULES = ("conv", "published")
 Place = tuple[int, tuple[int, int]] | None  # stage and fine size of a lattice
@@ -204,7 +201,7 @@ class LayerWork:
         return dense + sum(work * lattice.resample(*place).count for place, work in self.places)
 
 
-def layer_work(net: AdaptiveModel, image: Tensor) -> tuple[LayerWork, ...] | None:
+def layer_work(net: RunsProgram, image: Tensor) -> tuple[LayerWork, ...] | None:
     """What turns the lattice of each further run on such a batch into exactly the MACs that `net.macs` counts.
 
     MACs are linear in the numbers of elements after each stage, so one count serves all masks. None if they are not: a
@@ -258,7 +255,7 @@ def count_network(model: nn.Module, *args: Any, rule: str = "conv") -> NetworkMa
         InvalidInput: it does not run on them.
     """
     check_name("counting rule", rule, RULES)
-    counted, counts = ghost(model), [0]
+    counted, counts = meta_copy(model), [0]
     backbone = next((name for name in BACKBONE_NAMES if hasattr(counted, name)), "")
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -301,7 +298,7 @@ def to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def ghost(net: M) -> M:
+def meta_copy(net: M) -> M:
     """A copy of a network with shapes and no values, in evaluation mode."""
     memo = copying(net)
     memo |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}

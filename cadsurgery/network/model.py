@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import RLock
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,11 +33,14 @@ from cadsurgery.network.adapters import (
     make_refinements,
     with_adapters,
 )
-from cadsurgery.network.macs import MacReport, count_macs, ghost
-from cadsurgery.network.program import Masked, Program
-from cadsurgery.support.errors import InvalidInput
-from cadsurgery.surgery.guards import AnotherWay
-from cadsurgery.surgery.hooks import acts_as, child, copying
+from cadsurgery.network.convert import convert_for_call
+from cadsurgery.network.macs import MacReport, count_macs, meta_copy
+from cadsurgery.network.optimized import FLOAT, fuse_network, put_in_precision
+from cadsurgery.network.program import Masked, Program, RunsProgram
+from cadsurgery.network.quantise import Quantisation
+from cadsurgery.support.errors import CadWarning, InvalidInput
+from cadsurgery.surgery.guards import GuardFailed, is_guard
+from cadsurgery.surgery.hooks import acts_as, child, copying, take_over
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.verify import Check
 
@@ -43,15 +48,14 @@ from cadsurgery.surgery.verify import Check
 _FOLLOWING = RLock()
 
 
-class AdaptiveModel(nn.Module):
+class AdaptiveModel(RunsProgram):
     """A network with content-adaptive downsampling: same call, same output structure, same state dict.
 
     Calling it with `mask=` overrides the mask for that call. After a call `levels` and
     `active_fraction` tell what was kept; `checks` holds the laws verified when it was made.
     """
 
-    quantisation: Any = None  # what an optimised copy has in 8 bits, see `quantise.Quantisation`
-    hosts_part = False  # whether it runs as it was, with a part of it adaptive; see `HostedModel`
+    quantisation: Quantisation | None = None  # of an optimised copy in 8 bits
 
     def __init__(self, model: nn.Module, program: Program, mask: object) -> None:
         """Take over the modules of `model`; use `cadsurgery.adaptify` to get one."""
@@ -60,7 +64,7 @@ class AdaptiveModel(nn.Module):
             getattr(self, kind).update(getattr(model, kind))
         self._original = (model,)  # for its data; a tuple, because its modules are this network's own
         self._constants = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
-        self._program = program.on(self)
+        self.use_program(program)
         self._last = _Last()
         self._ways: dict[
             tuple[Any, ...], Program
@@ -73,7 +77,7 @@ class AdaptiveModel(nn.Module):
         self.training = model.training
         self.register_state_dict_post_hook(_without_own)
         self.register_load_state_dict_post_hook(_own_not_missing)
-        self.lay_out()
+        self.use_channels_last()
 
     def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
         """Run the network as the original is called.
@@ -103,7 +107,7 @@ class AdaptiveModel(nn.Module):
                 if level == program.plan.identity_level:
                     return program.as_it_was(level, arguments)
             masking = program.masking(provider)
-            return (program.twice if provider.looks_ahead else program)(masking, arguments)
+            return (program.run_after_first_pass if provider.looks_ahead else program)(masking, arguments)
 
         return self.finish(*self._program.check_and_run(partial(self._find_way, run), *args, **kwargs))
 
@@ -116,12 +120,12 @@ class AdaptiveModel(nn.Module):
         call = _kind_of(arguments) if self._ways else ()
         try:
             return run(self._ways.get(call, self._program), arguments)
-        except AnotherWay as refusal:
+        except GuardFailed as refusal:
             if call in self._ways:
                 raise
             return run(self._way_of(arguments, refusal), arguments)
 
-    def _way_of(self, arguments: dict[str, Any], refusal: AnotherWay) -> Program:
+    def _way_of(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """The program for calls of this kind, which its own refuses: made once."""
         call = _kind_of(arguments)
         with _FOLLOWING:
@@ -129,13 +133,11 @@ class AdaptiveModel(nn.Module):
                 self._ways[call] = self._follow(arguments, refusal)
             return self._ways[call]
 
-    def _follow(self, arguments: dict[str, Any], refusal: AnotherWay) -> Program:
+    def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
         """A program for calls that take another way."""
-        from cadsurgery.network.adaptify import follow_way  # which makes such networks
-
-        program = follow_way(self, arguments, refusal)
+        program = convert_for_call(self._original[0], self._program, arguments, refusal)
         if self.adapters is not None:
-            program = with_adapters(program, set(self.adapters)).on(self)
+            program = with_adapters(program, set(self.adapters)).bind_to(self)
         return program
 
     def run(self, masking: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -181,9 +183,9 @@ class AdaptiveModel(nn.Module):
 
     def restate(self, plan: Plan) -> None:
         """Carry a plan that says more of the same decisions."""
-        self._program = replace(self._program, plan=plan).on(self)
+        self.use_program(replace(self._program, plan=plan))
 
-    def lay_out(self) -> None:
+    def use_channels_last(self) -> None:
         """Lay out the weights of convolutions as rows of elements are: values and names stay the same.
 
         Not where the network's own graph is run too: dense convolutions round differently in another layout. Nor where
@@ -208,7 +210,7 @@ class AdaptiveModel(nn.Module):
 
     @property
     def program(self) -> Program:
-        """What runs on elements, as tools take it."""
+        """The program of the adaptive part, as tools take it."""
         return self.adaptive_part._program
 
     @property
@@ -332,7 +334,7 @@ class AdaptiveModel(nn.Module):
             )
         adapters.update(dict(made.items()))
         part.add_module(ADAPTERS, adapters)
-        part._program = with_adapters(part.program, set(made)).on(part)
+        part.use_program(with_adapters(part.program, set(made)))
         part._ways = {}
         return adapters
 
@@ -371,18 +373,18 @@ class AdaptiveModel(nn.Module):
         provider = self.mask if mask is None else mask
         try:
             return count_macs(self.program, self.counted, provider, args, kwargs, rule)
-        except AnotherWay as refusal:
+        except GuardFailed as refusal:
             way = self._way_of(self.program.bind(*args, **kwargs), refusal)
             return count_macs(way, self._counted_on(way), provider, args, kwargs, rule)
 
     @property
     def counted(self) -> Program:
         """What its operations are counted on: shapes without values."""
-        return ghost(self).program
+        return meta_copy(self).program
 
     def _counted_on(self, way: Program) -> Program:
         """What the operations of calls that take another way are counted on."""
-        return way.on(ghost(self))
+        return way.bind_to(meta_copy(self))
 
     def optimize(
         self,
@@ -420,10 +422,9 @@ class AdaptiveModel(nn.Module):
             CadWarning: a copy in 8 bits cannot be made here, or its outputs differ from those in float by more than
                 `largest_error`, by default by more than 1 % of their size: by how much, and where it comes in.
         """
-        from cadsurgery.network.optimized import OptimizedModel, in_precision  # which are made of this class
-
-        fast = OptimizedModel(self, fuse, pairs=precision == "float")
-        return in_precision(fast, precision, calibration, largest_error)
+        fast = OptimizedModel(self, fuse, pairs=precision == FLOAT)
+        fast.quantisation = put_in_precision(fast, precision, calibration, largest_error)
+        return fast
 
     def __getattr__(self, name: str) -> Any:
         """Modules and parameters, and the original's data such as `num_classes`; not its methods, which would run it
@@ -446,7 +447,7 @@ class AdaptiveModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._program, self._ways = self._program.on(self), {}
+        self._program, self._ways = self._program.bind_to(self), {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveModel:
         clone = type(self).__new__(type(self))
@@ -455,9 +456,105 @@ class AdaptiveModel(nn.Module):
             memo.update({**copying(module), **memo})
         state = {key: value for key, value in vars(self).items() if key not in ("_program", "_ways", "_last")}
         clone.__dict__.update(
-            copy.deepcopy(state, memo), _program=self._program.on(clone), _ways={}, _last=_Last()
+            copy.deepcopy(state, memo), _program=self._program.bind_to(clone), _ways={}, _last=_Last()
         )
         return clone
+
+
+class OptimizedModel(AdaptiveModel):
+    """An adaptive network for inference only; see `AdaptiveModel.optimize`. Any number of threads may call it."""
+
+    def __init__(self, net: AdaptiveModel, epilogues: bool, pairs: bool = True) -> None:
+        """Fuse the graph of `net` and copy what is left of its modules; see `fuse_network` for the options."""
+        source = copy.deepcopy(net).eval().requires_grad_(False)
+        super().__init__(*fuse_network(source, epilogues, pairs), source.mask)
+        take_over(self, source)
+        # Calls that take another way need its weights as they were before they were folded.
+        self._unfused: tuple[AdaptiveModel, ...] = ()
+        if any(map(is_guard, self.graph.nodes)):
+            self._unfused = (copy.deepcopy(net).eval().requires_grad_(False),)
+        self._epilogues = epilogues
+        self.register_load_state_dict_post_hook(_forget_other_ways)
+        data = {name: value for name, value in vars(net._original[0]).items() if _is_data(name, value)}
+        self._original = (SimpleNamespace(**data),)  # type: ignore[assignment]
+        self._counted = (meta_copy(net),)
+        self.checks, self.source, self._unit = net.checks, net.source, net._unit
+        self.training = False
+
+    @torch.compiler.disable(reason="an optimised network is not compiled: compile the one it was made from")
+    def forward(self, *args: Any, mask: object = None, **kwargs: Any) -> Any:
+        """Run the network as the original is called; see `AdaptiveModel.forward`. torch.compile leaves it as it is."""
+        with torch.no_grad():
+            return super().forward(*args, mask=mask, **kwargs)
+
+    @property
+    def counted(self) -> Program:
+        """That of the network it was made from."""
+        return self._counted[0].program
+
+    def _counted_on(self, way: Program) -> Program:
+        counted: Program = way.net.counted
+        return counted
+
+    def _follow(self, arguments: dict[str, Any], refusal: GuardFailed) -> Program:
+        """A program for calls that take another way, on kernels of its own; in float, whatever this copy is in."""
+        if not self._unfused:
+            raise refusal
+        source = copy.copy(self._unfused[0])
+        source._program = source._follow(arguments, refusal)
+        if self.quantisation is not None:
+            warnings.warn(
+                "this image takes another way through the network than those this copy was calibrated by: it runs in "
+                f"float there. {refusal.where}",
+                CadWarning,
+                stacklevel=2,
+            )
+        way = OptimizedModel(source, self._epilogues)
+        way._unfused, way._unit = (), self._unit
+        return way.program
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedModel:
+        """As torch moves modules to a device or type: the weights that other ways are made of, too."""
+        self._ways = {}
+        for source in self._unfused:
+            source._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def optimize(
+        self,
+        fuse: bool = True,
+        *,
+        precision: str = "float",
+        calibration: Any = None,
+        largest_error: float | None = None,
+    ) -> OptimizedModel:
+        """Itself: it is optimised.
+
+        Raises:
+            InvalidInput: another precision is asked for.
+        """
+        if precision != FLOAT:
+            raise InvalidInput(
+                f"an optimised network is not put into {precision}.",
+                next="ask the network it was made from: net.optimize(precision=..., calibration=images).",
+            )
+        return self
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        """Refused: its batch norms are folded.
+
+        Raises:
+            InvalidInput: mode is True.
+        """
+        if mode:
+            raise InvalidInput(
+                "an optimised network cannot be trained.",
+                why="its batch norms are folded into its convolutions.",
+                next="train the network it was made from, and call optimize() again.",
+            )
+        super().train(False)
+        return self
 
 
 def whole_program(net: object, refusal: str, next: str = "pass what cs.adaptify(...) gave.") -> Program:
@@ -516,3 +613,14 @@ def _without_own(model: nn.Module, state: dict[str, Any], prefix: str, metadata:
 
 def _own_not_missing(model: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if not any(part in name for part in _OWN)]
+
+
+def _forget_other_ways(model: nn.Module, keys: Any) -> None:
+    """Weights that were loaded are folded already: there are none that another way could be made of."""
+    assert isinstance(model, OptimizedModel)
+    model._unfused, model._ways = (), {}
+
+
+def _is_data(name: str, value: Any) -> bool:
+    """True if an attribute of a network is plain data, no module and no tensor."""
+    return not name.startswith("_") and not isinstance(value, (nn.Module, Tensor))

@@ -128,7 +128,7 @@ class _Runner(GraphInterpreter):
             self.left.add(node)
 
     def _in_region(self, node: fx.Node, value: Any) -> bool:
-        """Whether a value has elements."""
+        """True if a value has elements."""
         return isinstance(value, _Paths) and (node in self.rows or not isinstance(value.values[0], Tensor))
 
     def _norms(self, node: fx.Node, inputs: Iterable[Any]) -> list[_BatchNorm]:
@@ -187,7 +187,7 @@ class _Runner(GraphInterpreter):
 
 
 def _leaves(node: fx.Node) -> bool:
-    """Whether the region is left here."""
+    """True if the region is left here."""
     operation = operation_of(node.target)
     return operation is not None and operation.gives == "dense"
 

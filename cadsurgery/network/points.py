@@ -26,7 +26,7 @@ from cadsurgery.masks.context import keypoints_at
 from cadsurgery.masks.detectors import points_of
 from cadsurgery.masks.spec import resolve_mask
 from cadsurgery.network.dependencies import Cone, Place, places_of, reached
-from cadsurgery.network.macs import Counter, ghost, to_meta
+from cadsurgery.network.macs import Counter, meta_copy, to_meta
 from cadsurgery.network.model import AdaptiveModel, whole_program
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput, UnknownName, check_name
@@ -118,7 +118,7 @@ def macs_at(
 
 
 def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
-    """Whether `read_at` can read an output of a network: it leaves the adaptive region as it is."""
+    """True if `read_at` can read an output of a network: it leaves the adaptive region as it is."""
     try:
         _exit(_program(net, "all"), output)
     except (InvalidInput, UnknownName):
@@ -263,7 +263,7 @@ class _Run:
         key = tuple(leaf.shape if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(values))
         places = self.exit.places.pop(key, None)
         if places is None:
-            lattice, program = self.lattice, ghost(self.program.net).program
+            lattice, program = self.lattice, meta_copy(self.program.net).program
             low = program.geometry.uniform(program.geometry.max_level, lattice.batch, lattice.whole_size)
             with torch.no_grad():
                 places = places_of(program, self.exit.graph, low, values)

@@ -20,7 +20,7 @@ from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.surgery.arguments import image_of, in_order
-from cadsurgery.surgery.guards import AnotherWay
+from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.rewrite import Halves, ask_mask, halves, pack_graph, unpack_graph
@@ -43,8 +43,8 @@ class Program:
         unchanged: the network's own graph, run instead where a mask leaves everything on its own grid; for a part of
             a network whose discrete decisions (detections) must not depend on rounding.
         watched: modules that stand for what was rewritten.
-        is_fused: whether weights are folded and packed for inference, which then convert themselves to any type.
-        net: the `AdaptiveModel` whose modules and parameters the graphs name; see `on`.
+        is_fused: true if weights are folded and packed for inference, which then convert themselves to any type.
+        net: the `AdaptiveModel` whose modules and parameters the graphs name; see `bind_to`.
     """
 
     graph: fx.Graph
@@ -82,7 +82,7 @@ class Program:
         every = self.signature.parameters.values()
         return tuple(one.name for one in every if one.kind is one.VAR_KEYWORD)
 
-    def on(self, net: Any) -> Program:
+    def bind_to(self, net: Any) -> Program:
         """The same program on the modules of another network; the code of its graphs is shared."""
         program = object.__new__(Program)
         program.__dict__.update(self.__dict__, net=net, _watch=Watch(net, self.watched))
@@ -90,7 +90,7 @@ class Program:
 
     def interpreted_by(self, make: Callable[[Program, fx.Graph], fx.Interpreter]) -> Program:
         """The same program with its graphs run node by node, by interpreters made for it: for profiles."""
-        program = self.on(self.net)
+        program = self.bind_to(self.net)
 
         def run_by(graph: fx.Graph) -> Callable[..., Any]:
             def run(names: Names, *first: Any, **arguments: Any) -> Any:
@@ -200,7 +200,7 @@ class Program:
         """The masking with everything at a level."""
         return lambda image, features: self.geometry.uniform_like(features, level)
 
-    def twice(self, masking: Masking, arguments: dict[str, Any]) -> Masked:
+    def run_after_first_pass(self, masking: Masking, arguments: dict[str, Any]) -> Masked:
         """Output and lattice for a mask that looks at what the network gives with everything at a level."""
         values = self.before(arguments)
         with self.ahead(masking.provider, values):
@@ -248,7 +248,7 @@ class Program:
             return run(arguments)
         except Exception as error:  # the network decides what it takes: ask why only once it has refused
             channels = self.plan.example_shape[1]
-            checks_channels = isinstance(error, AnotherWay) and image.shape[1] != channels
+            checks_channels = isinstance(error, GuardFailed) and image.shape[1] != channels
             if isinstance(error, CadError) and not checks_channels:
                 raise
             refusal = misfit(self.net, self.graph, image, error, channels)
@@ -263,6 +263,34 @@ class Program:
                 lambda arguments: self.ask(masking, self.before(arguments)), *args, **kwargs
             )
         return lattice
+
+
+class RunsProgram(nn.Module):
+    """A network that runs a program: what the tools of this room need of an `AdaptiveModel`, which is one.
+
+    Attributes:
+        hosts_part: it runs as it was, with a part of it adaptive; see `HostedModel`.
+        mask: its mask provider.
+    """
+
+    hosts_part = False
+    mask: Any
+    _program: Program
+    _constants: dict[str, Tensor]
+
+    @property
+    def program(self) -> Program:
+        """What it runs."""
+        raise NotImplementedError
+
+    @property
+    def counted(self) -> Program:
+        """What its operations are counted on: shapes without values."""
+        raise NotImplementedError
+
+    def use_program(self, program: Program) -> None:
+        """Run another program from now on, with the modules of this network."""
+        self._program = program.bind_to(self)
 
 
 def clone_values(values: tuple[Any, ...]) -> tuple[Any, ...]:

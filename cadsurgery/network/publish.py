@@ -29,7 +29,7 @@ class Pushed:
         address: of this very commit: what `load` takes.
         page: of the repository.
         commit: its hash.
-        private: whether the repository is seen by its owner only.
+        private: true if the repository is seen by its owner only.
         bytes: size of the file.
     """
 
@@ -61,7 +61,7 @@ def push_to_hub(
         repository: `owner/name`, made if there is none, or `owner/name@branch`, likewise.
         license: under which others may use it, in the Hub's words: `"apache-2.0"`, `"mit"`, `"cc-by-nc-4.0"`,
             `"other"`. Yours to choose, within that of its weights: there is no default.
-        private: whether only you, or your organisation, see it; default: as it is, or as the Hub does with new ones.
+        private: true if only you, or your organisation, see it; default: as it is, or as the Hub does with new ones.
         message: of the commit.
         pipeline: the task it is listed under, such as `"depth-estimation"`; default: by what comes out, segmentation
             for a map of the image's size, classification for scores, else features.

@@ -12,7 +12,7 @@ by far the most, and what no kernel is made for, stay in float32.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -41,11 +41,12 @@ from cadsurgery.elements.elements import Elements, rows_on
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.network.fuse import KERNELS, path_of
 from cadsurgery.network.macs import Counter
-from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.program import GraphInterpreter, Program
+from cadsurgery.network.program import GraphInterpreter, Program, RunsProgram
 from cadsurgery.support.divergence import tensors_of
 from cadsurgery.support.errors import CadWarning, CannotConvert, InvalidInput
-from cadsurgery.surgery.guards import AnotherWay, is_guard
+from cadsurgery.support.torch_operations import is_in_place
+from cadsurgery.surgery.graphs import copy_graph, upwards
+from cadsurgery.surgery.guards import GuardFailed, is_guard
 from cadsurgery.surgery.hooks import child
 
 # Images whose layers are compared; values of each map of an image that grids are chosen by, and the share at either
@@ -209,7 +210,7 @@ class _Observer(GraphInterpreter):
 
 
 def quantise(
-    fast: AdaptiveModel, calibration: Tensor | Sequence[Tensor], largest_error: float | None = None
+    fast: RunsProgram, calibration: Tensor | Sequence[Tensor], largest_error: float | None = None
 ) -> Quantisation:
     """Put an optimised network into 8 bits, in place.
 
@@ -240,7 +241,7 @@ def quantise(
                 rewritten.apply(fast)
                 error = _difference((_outputs(fast, batch) for batch in compared), expected)
                 yield error, method, rewritten
-                fast.adaptive_part._program = program.on(fast)
+                fast.use_program(program)
                 work.restore()
 
         found = [one for method in _METHODS for one in tried(method)]
@@ -285,7 +286,7 @@ def quantise(
 class _Quantiser:
     """What is known of a network that is to be put into 8 bits."""
 
-    def __init__(self, fast: AdaptiveModel, program: Program) -> None:
+    def __init__(self, fast: RunsProgram, program: Program) -> None:
         self.fast, self.program = fast, program
         self.kernels: Any = getattr(fast, KERNELS)
         found = (self._layer(node) for node in program.graph.nodes)
@@ -438,24 +439,21 @@ class _Quantiser:
         ]
 
     def _is_averaged(self, layer: _Convolution) -> bool:
-        """Whether means over images are all that reads its values: they take bytes as they are."""
+        """True if means over images are all that reads its values: they take bytes as they are."""
         readers = [user for user in layer.node.users if not _is_neutral(user)]
         return bool(readers) and can_apply(layer.kernel.activation) and all(map(_is_mean, readers))
 
     def _overwritten(self, node: fx.Node) -> bool:
-        """Whether something changes a value in place that others may read."""
-        for user in node.users:
-            module = child(self.fast, str(user.target)) if user.op == "call_module" else None
-            name = str(getattr(user.target, "__name__", user.target))
-            in_place = name.endswith("_") and not name.endswith("__")
-            if (
-                getattr(module, "inplace", False)
-                or user.kwargs.get("inplace")
-                or in_place
-                or name in ("iadd", "imul")
-            ):
-                return True
-        return False
+        """True if something changes a value in place that others may read."""
+        return any(
+            is_in_place(self._called(user), user.args, user.kwargs)
+            for user in node.users
+            if user.args and user.args[0] is node
+        )
+
+    def _called(self, node: fx.Node) -> Any:
+        """The module or function that a node calls, or the name of the method."""
+        return child(self.fast, str(node.target)) if node.op == "call_module" else node.target
 
     def _grids(self, method: str, exact: Exact) -> dict[fx.Node, Grid]:
         grids = dict[fx.Node, Grid]()
@@ -537,7 +535,7 @@ class _Quantiser:
                 return
             values = rewritten.grids[own].dequantise(values) if values.dtype == torch.uint8 else values
             apart = _difference([[values]], [[expected]])
-            before = max((found[one] for one in _nearest(own, found)), default=0.0)
+            before = max((found[one] for one in upwards(own, until=found) if one in found), default=0.0)
             found[own] = apart
             growth.append(Growth(path_of(self.fast, self.fast.counted.graph, own), before, apart))
 
@@ -570,9 +568,7 @@ class _Rewritten:
             if not why:
                 more = grids.get(layer.residual) if layer.residual is not None else None
                 self.kernels[layer.name] = _integer_layer(layer, grids[layer.source], more, grids.get(node))
-        self.graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        self.graph.output(self.graph.graph_copy(work.program.graph, copies))
+        self.graph, copies = copy_graph(work.program.graph)
         for node, grid in grids.items():
             self._convert(work, node, grid, exact, grids, copies)
         self.grids, self.own = grids, {copy: node for node, copy in copies.items()}
@@ -631,12 +627,12 @@ class _Rewritten:
         for user in readers:
             user.replace_input_with(here, changed)
 
-    def apply(self, fast: AdaptiveModel) -> None:
+    def apply(self, fast: RunsProgram) -> None:
         """Let a network run it."""
         kernels: Any = getattr(fast, KERNELS)
         for name, kernel in self.kernels.items():
             setattr(kernels, name, kernel)
-        fast.adaptive_part._program = replace(self.program, graph=self.graph).on(fast)
+        fast.use_program(replace(self.program, graph=self.graph))
 
 
 def _values_of(value: Any) -> Tensor | None:
@@ -644,18 +640,6 @@ def _values_of(value: Any) -> Tensor | None:
     values = value.rows if isinstance(value, Elements) else value
     is_number = isinstance(values, Tensor) and (values.is_floating_point() or values.dtype == torch.uint8)
     return values if is_number else None
-
-
-def _nearest(node: fx.Node, found: Mapping[fx.Node, float]) -> Iterator[fx.Node]:
-    """What a node reads of what was found, be it by others."""
-    waiting, seen = list(node.all_input_nodes), set[fx.Node]()
-    while waiting:
-        source = waiting.pop()
-        if source in found:
-            yield source
-        elif source not in seen:
-            seen.add(source)
-            waiting += source.all_input_nodes
 
 
 def _told(growth: Sequence[Growth]) -> str:
@@ -670,7 +654,7 @@ def _is_mean(user: fx.Node) -> bool:
 
 
 def _is_neutral(user: fx.Node) -> bool:
-    """Whether a node reads of elements only where they are."""
+    """True if a node reads of elements only where they are."""
     return user.target is functional.common_lattice or (user.target is getattr and "lattice" in user.args)
 
 
@@ -767,11 +751,11 @@ def _batches(calibration: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _on_own_way(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
+def _on_own_way(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]:
     """Those image batches that take the way through a network that it was converted on: other ways stay in float.
 
     Raises:
-        AnotherWay: none of them does.
+        GuardFailed: none of them does.
     """
     program, refusal, fitting = fast.counted, None, []
     for batch in batches if any(map(is_guard, program.graph.nodes)) else ():
@@ -779,7 +763,7 @@ def _on_own_way(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
             with torch.no_grad():
                 Counter(program).count(program.uniform(program.geometry.max_level), program.bind(batch))
             fitting.append(batch)
-        except AnotherWay as error:
+        except GuardFailed as error:
             refusal = refusal or error
     if refusal is None:
         return batches
@@ -794,7 +778,7 @@ def _on_own_way(fast: AdaptiveModel, batches: list[Tensor]) -> list[Tensor]:
     return fitting
 
 
-def _outputs(fast: AdaptiveModel, batch: Tensor) -> list[Tensor]:
+def _outputs(fast: RunsProgram, batch: Tensor) -> list[Tensor]:
     """What a network gives, in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 

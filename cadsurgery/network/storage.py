@@ -64,7 +64,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
         InvalidInput: the network is not converted, or an optimised copy.
     """
     tensors, metadata = pack(net)
-    write_tensors(Path(path), tensors, {KEY: seal(metadata)})
+    write_tensors(Path(path), tensors, {KEY: encode_with_checksum(metadata)})
 
 
 def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -185,7 +185,7 @@ def unpack(
     if model is None:
         model = build_stated(path, source, tensors)
     options = {**stated.options, "output_stride": stored.output_stride}
-    with refuse(f"{path} does not fit this model.", OTHER_MODEL):
+    with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
         example: Any = torch.zeros(stored.example_shape, dtype=dtype)
         if stored.call:
@@ -201,14 +201,14 @@ def unpack(
         )
     net.adaptive_part.restate(net.plan.measured(stored.effect))
     check_types(path, tensors, net.state_dict())
-    with refuse(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
+    with as_file_error(f"the parameters in {path} do not fit the model.", OTHER_MODEL):
         net.load_state_dict(tensors, assign=True)  # the stored types, e.g. bfloat16
     if of_adapters:
-        with refuse(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
+        with as_file_error(f"the adapters in {path} do not fit the model.", OTHER_MODEL):
             adapters = _add(net, of_adapters)
             check_types(path, of_adapters, adapters.state_dict())
             adapters.load_state_dict(of_adapters, assign=True)
-    net.adaptive_part.lay_out()
+    net.adaptive_part.use_channels_last()
     net.source = source
     if stated.normalisation is not None:
         net.adaptive_part._unit = Unit(stated.normalisation)
@@ -235,7 +235,7 @@ def read_method(path: str | Path) -> str:
     return str(check_metadata(path, open_file(path, False)[0]).get(METHOD, ""))
 
 
-def seal(metadata: Mapping[str, Any]) -> str:
+def encode_with_checksum(metadata: Mapping[str, Any]) -> str:
     """Metadata as text, with their checksum as one more of them: a file's order of several texts is left to chance."""
     return json.dumps({**metadata, _CHECKSUM: _hash(metadata)})
 
@@ -244,7 +244,7 @@ def _hash(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
 
 
-class _Stated(NamedTuple):
+class FileMetadata(NamedTuple):
     """The metadata of a file, every value of its type."""
 
     format: int
@@ -257,7 +257,7 @@ class _Stated(NamedTuple):
     normalisation: Normalisation | None = None
 
 
-_IN_FILE = {**get_type_hints(_Stated), "source": dict[str, Any] | None, "plan": str}
+_IN_FILE = {**get_type_hints(FileMetadata), "source": dict[str, Any] | None, "plan": str}
 
 
 def check_tensors(path: str | Path, stated: str, tensors: Mapping[str, Tensor]) -> None:
@@ -282,7 +282,7 @@ def check_example(path: str | Path, plan: Any, trust: bool) -> None:
     """
     check_size(path, math.prod(plan.example_shape), trust)
     if call := getattr(plan, "call", ""):
-        with refuse(f"the metadata of {path} is damaged.", _AGAIN):
+        with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
             check_size(path, values_of(call), trust)
 
 
@@ -341,9 +341,9 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
     return header, values
 
 
-def _state(path: str | Path, values: Mapping[str, Any]) -> _Stated:
+def _state(path: str | Path, values: Mapping[str, Any]) -> FileMetadata:
     """What the metadata say, once every value is known to be of its type."""
-    with refuse(f"the metadata of {path} is damaged.", _AGAIN):
+    with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
         if METHOD in values:
             raise FileError(
                 f"{path} holds a network of another method, {values[METHOD]!r:.60}.",
@@ -358,7 +358,7 @@ def _state(path: str | Path, values: Mapping[str, Any]) -> _Stated:
             fields["normalisation"] = Normalisation(
                 origin=f"as when its file was written, of format {fields['format']}"
             )
-        return _Stated(**fields)
+        return FileMetadata(**fields)
 
 
 def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any]:
@@ -368,7 +368,7 @@ def check_metadata(path: str | Path, header: Mapping[str, str]) -> dict[str, Any
         FileError: they are not, or were written by a later version.
     """
     text = header[KEY]
-    with refuse(f"the metadata of {path} is damaged.", _AGAIN):
+    with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
         if len(text) > LONGEST:
             raise ValueError(f"it has {len(text)} characters.")
         values = json.loads(text)
@@ -396,7 +396,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def refuse(what: str, next: str, where: str = "") -> Iterator[None]:
+def as_file_error(what: str, next: str, where: str = "") -> Iterator[None]:
     """Errors in what is made as a file says, of whatever kind, are the file's."""
     try:
         yield
@@ -422,7 +422,7 @@ def build_stated(path: str | Path, source: Source | None, tensors: Mapping[str, 
             "--trust.",
         )
     next = "pass the architecture it was converted from: cs.load(path, model=...)."
-    with refuse(f"the network that {path} names cannot be built.", next, f"{source.name:.200}"):
+    with as_file_error(f"the network that {path} names cannot be built.", next, f"{source.name:.200}"):
         return build_again(source, tensors)
 
 
@@ -431,7 +431,7 @@ def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: 
     other = 'give another mask: cs.load(path, mask="edges")'
     with contextlib.nullcontext() if trust else import_nothing(str(path)):
         next = f"register it first if it is one of your own, or {other}."
-        with refuse(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
+        with as_file_error(f"the mask in {path} cannot be made.", next, f"{spec:.200}"):
             mask = parse(spec, tensors=True)
     for name, part in mask.named_modules():
         if isinstance(part, FixedMask):
@@ -448,7 +448,7 @@ def stored_mask(path: str | Path, spec: str, tensors: dict[str, Tensor], trust: 
             part.levels = tensors[key]
     check_types(path, tensors, mask.state_dict())
     next = f"write the file again with cs.save, or {other}."
-    with refuse(f"the tensors of mask {spec:.200} in {path} do not fit it.", next):
+    with as_file_error(f"the tensors of mask {spec:.200} in {path} do not fit it.", next):
         mask.load_state_dict(tensors, assign=True)  # the stored types
     return mask
 

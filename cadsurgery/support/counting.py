@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from cadsurgery.support.torch_operations import is_free, is_in_place, spellings
+
 _COND = torch.ops.higher_order.cond
 
 
@@ -139,7 +141,8 @@ def _is_free(kind: Any, library: str, name: str) -> bool:
     if library == "torchvision":
         return name in ("nms", "roi_pool", "ps_roi_pool")
     base = _FORM.sub("", name.strip("_"))
-    is_known = _FREE.fullmatch(base) is not None or _is_tagged(getattr(torch.ops.aten, base, None))
+    is_known = is_free(base) or _FREE.fullmatch(base) is not None
+    is_known = is_known or _is_tagged(getattr(torch.ops.aten, base, None))
     return library == "aten" and is_known
 
 
@@ -155,14 +158,15 @@ _FORM = re.compile(
     r"^foreach_|(_copy|_functional|_forward|_helper|_impl|_forward_only|_data|_backward|_backward_data"
     r"|_backward_reduce|_backward_elemt|_jvp)$"
 )
-# Operations of torch without the tags of pointwise operations and reductions that do not multiply and accumulate.
+# Further operations that multiply and accumulate nothing: torch calls them neither pointwise nor a reduction nor a
+# view, and they are not in `torch_operations`.
 _FREE = re.compile(
     "|".join(
         (
             r"\w*pool\w*|upsample_\w+|pixel_(un)?shuffle|channel_shuffle",
             r"\w*(batch|layer|group|rms|instance)_norm\w*|(native_|embedding_re|re)?norm|weight_norm_interface",
-            r"\w*softmax\w*|log_sigmoid|glu|hardswish|leaky_relu|rrelu_with_noise|add_relu|prelu_kernel|thnn_fused_\w+",
-            r"elu|hardshrink|hardsigmoid|hardtanh|softplus|softshrink|\w*loss\w*|binary_cross_entropy\w*",
+            r"\w*softmax\w*|log_sigmoid|glu|rrelu_with_noise|add_relu|prelu_kernel|thnn_fused_\w+",
+            r"\w*loss\w*|binary_cross_entropy\w*",
             r"(log)?cum\w+|dist|trace|linalg_cross|floor_divide|aminmax|polar|complex|masked_scale",
             r"(unsafe_)?(masked_)?index\w*|masked_\w+|gather|scatter\w*|\w+_scatter|select\w*|slice\w*|diagonal|take|put",
             r"embedding\w*|nonzero\w*|searchsorted|bucketize|isin|segment_reduce|sort|topk|kthvalue|(nan)?median|mode",
@@ -373,6 +377,8 @@ def _layout(x: Tensor) -> torch.memory_format | None:
 def _pointwise(x: Tensor, *_: Any, inplace: bool = False, **options: Any) -> Tensor | None:
     if "out" in options or (_ and isinstance(_[-1], bool)):  # `inplace` by its place
         return None
+    if any(isinstance(value, Tensor) for value in (*_, *options.values())):  # it may be of another shape
+        return None
     return x if inplace else torch.empty_like(x)
 
 
@@ -412,11 +418,11 @@ def _layer_norm(
 
 
 _SHORTCUTS: dict[Any, Callable[..., Tensor | None]] = {
-    **dict.fromkeys((F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish, F.gelu), _pointwise),
-    **dict.fromkeys(
-        (torch.relu, torch.sigmoid, torch.tanh, Tensor.relu, Tensor.sigmoid, Tensor.tanh), _pointwise
-    ),
-    **dict.fromkeys((torch.relu_, Tensor.relu_, Tensor.sigmoid_, Tensor.tanh_), _in_place),
+    **{
+        spelling: _in_place if is_in_place(spelling) else _pointwise
+        for spelling in spellings("value")
+        if callable(spelling) and not isinstance(spelling, type)
+    },
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, torch.mul, Tensor.mul, Tensor.__mul__), _sum),
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,

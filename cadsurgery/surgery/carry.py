@@ -3,7 +3,7 @@
 torch.fx cannot follow `if x.shape[2] != skip.shape[2]:`, `int(x.size(2) / 2)` or `torch.zeros(n, c, h, w)`: its symbols
 have no values. Here the graph so far is run on an example as soon as a value is asked for. What is computed from sizes
 stays an operation of the graph; only where Python needs a plain number or a truth is it taken from the example, and the
-graph gets a guard (`guards.decided`). Decisions by the values of pixels are refused.
+graph gets a guard (`guards.check_branch`). Decisions by the values of pixels are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
@@ -23,18 +23,12 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 from cadsurgery.support.divergence import tensors_of
+from cadsurgery.support.torch_operations import asks, name_of
 from cadsurgery.surgery.arguments import AnyLayout, Arguments
-from cadsurgery.surgery.guards import compared, decided, user_line
-from cadsurgery.surgery.trace import Tracer, assign
+from cadsurgery.surgery.graphs import upwards
+from cadsurgery.surgery.guards import check_branch, compared, user_line
+from cadsurgery.surgery.tracer import Tracer, assign
 
-# What is asked of a map without looking at its values.
-_ASKS = frozenset(
-    ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "element_size")
-)
-_ATTRIBUTES = frozenset(
-    ("shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad", "itemsize")
-)
-_OF_RANK = frozenset(("dim", "ndimension", "ndim", "requires_grad", "is_contiguous", "stride", "layout"))
 # Results whose very size depends on values.
 _SELECTIONS = frozenset(
     ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nms", "batched_nms")
@@ -182,7 +176,7 @@ class Carrier(Tracer):
             before = tuple(tuple(part) if isinstance(part, torch.Size) else part for part in before)
             plain = all(isinstance(part, (int, float, tuple)) for part in before)
             shown = (operands, before) if plain else ((), ())
-            self.create_node("call_function", decided, (asked, outcome, user_line(), *shown), {})
+            self.create_node("call_function", check_branch, (asked, outcome, user_line(), *shown), {})
         return outcome
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -201,7 +195,7 @@ class Carrier(Tracer):
         return list(self.value(obj).keys())
 
     def _reads_values(self, node: fx.Node) -> bool:
-        """Whether a value is computed from pixels, rather than from sizes and weights."""
+        """True if a value is computed from pixels, rather than from sizes and weights."""
         seen, pending = set(), [node]
         while pending:
             node = pending.pop()
@@ -210,42 +204,27 @@ class Carrier(Tracer):
             seen.add(node)
             if _selects(node):
                 return True
-            if _asks(node):
+            if asks(node):
                 source: Any = node.args[0]
-                pending.extend(part for part in self._maps_behind(source) if _selects(part))
+                pending.extend(part for part in upwards(source) if _selects(part))
             elif node.op == "placeholder" and tensors_of(self.values.get(node)):
                 return True
             else:
                 pending.extend(node.all_input_nodes)
         return False
 
-    def _maps_behind(self, node: fx.Node) -> Iterable[fx.Node]:
-        """A node and everything it is computed from."""
-        seen, pending = dict[fx.Node, None](), [node]
-        while pending:
-            if (last := pending.pop()) not in seen:
-                seen[last] = None
-                pending.extend(last.all_input_nodes)
-        return seen
-
     def _is_of_rank(self, node: fx.Node) -> bool:
-        """Whether a value depends on numbers of dimensions alone, which no image changes, or on what changes no value,
+        """True if a value depends on numbers of dimensions alone, which no image changes, or on what changes no value,
         such as how a map lies in memory."""
-        if _asks(node):
-            return str(node.args[1] if node.target is getattr else node.target) in _OF_RANK
+        if asks(node):
+            return asks(node, of_rank=True)
         sources = node.all_input_nodes
         return bool(sources) and all(self._is_of_rank(source) for source in sources)
 
 
-def _asks(node: fx.Node) -> bool:
-    """Whether a node asks for a size or a kind, and for no values."""
-    by_attribute = node.target is getattr and node.args[1] in _ATTRIBUTES
-    return by_attribute or (node.op == "call_method" and node.target in _ASKS) or node.target is len
-
-
 def _selects(node: fx.Node) -> bool:
-    """Whether the size of a result depends on values."""
-    name = str(getattr(node.target, "__name__", node.target))
+    """True if the size of a result depends on values."""
+    name = name_of(node.target)
     if name in _SELECTIONS or (name == "where" and len(node.args) == 1):
         return True
     if node.target is not operator.getitem or len(node.args) < 2:
@@ -255,8 +234,8 @@ def _selects(node: fx.Node) -> bool:
 
 
 def _gives_number(node: fx.Node) -> bool:
-    """Whether a node is computed from sizes alone."""
-    if _asks(node):
+    """True if a node is computed from sizes alone."""
+    if asks(node):
         return True
     sources = node.all_input_nodes
     return bool(sources) and node.op != "placeholder" and all(map(_gives_number, sources))

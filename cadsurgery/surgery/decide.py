@@ -11,7 +11,8 @@ from cadsurgery.elements.axes import NCHW
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import describe_call
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, and_after, flow_forward
+from cadsurgery.surgery.flow import Flow, Role, flow_forward
+from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Action, Decision, Leaves, Outputs, Plan
 from cadsurgery.surgery.readings import Reading, consider, read_dilations
 from cadsurgery.surgery.refusals import RegionOption, asked_region, nothing_to_convert, source_line
@@ -129,13 +130,13 @@ def _choose(readings: Sequence[Reading], asked: tuple[int, int] | None) -> tuple
 
 
 def _works(node: fx.Node, flow: Flow) -> bool:
-    """Whether an operation looks beyond a single element."""
+    """True if an operation looks beyond a single element."""
     window = flow.treatments[node].window
     return _joins(node, flow) or (window is not None and not window.is_pointwise)
 
 
 def _joins(node: fx.Node, flow: Flow) -> bool:
-    """Whether an operation brings finer values from one position to another."""
+    """True if an operation brings finer values from one position to another."""
     operation = flow.treatments[node].operation
     return operation is not None and operation.mixes
 
@@ -234,7 +235,7 @@ def _why_it_ends(node: fx.Node, flow: Flow, region: Region) -> str:
 
 
 def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Region) -> bool:
-    """Whether a node reads elements and yields what needs none: one vector per image, or a map as fine as the
+    """True if a node reads elements and yields what needs none: one vector per image, or a map as fine as the
     fine map or finer."""
     if not sources or node in flow.barriers or not region.outside.isdisjoint(flow.maps(node)):
         return False
@@ -247,7 +248,7 @@ def _reads_last(node: fx.Node, sources: list[fx.Node], flow: Flow, region: Regio
 
 
 def _only_asks(node: fx.Node, flow: Flow) -> bool:
-    """Whether a node that reads a map wants its size only."""
+    """True if a node that reads a map wants its size only."""
     return (flow.treatments[node].kind == "shape" and node.op != "output") or flow.role[node] is Role.VECTOR
 
 

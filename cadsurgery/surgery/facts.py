@@ -83,11 +83,11 @@ class Facts:
         return next(node for node in self.graph.nodes if node.op == "output").all_input_nodes
 
     def is_map(self, node: fx.Node) -> bool:
-        """Whether a node's value has four dimensions."""
+        """True if a node's value has four dimensions."""
         return len(self.shapes.get(node, ())) == 4
 
     def is_image(self, node: fx.Node) -> bool:
-        """Whether a node is the image of the call, or another input of its height and width."""
+        """True if a node is the image of the call, or another input of its height and width."""
         shape = self.shapes.get(node, ())
         alike = len(shape) == 4 and shape[0] == len(self.example) and shape[2:] == self.example.shape[2:]
         return alike and node in self.given
@@ -175,7 +175,7 @@ def _other_function(model: nn.Module, why: str) -> OtherFunction:
 
 
 def same(traced: Any, expected: Any) -> bool:
-    """Whether two structures hold the same tensors, to rounding."""
+    """True if two structures hold the same tensors, to rounding."""
     leaves = [tensors_of(value) for value in (traced, expected)]
     return len(leaves[0]) == len(leaves[1]) and all(
         ours.shape == theirs.shape

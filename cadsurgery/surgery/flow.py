@@ -7,16 +7,17 @@ strides are put back: where the dilation of a chain doubles, a stride was remove
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
-import torch
 from torch import fx
 
 from cadsurgery.elements.axes import NCHW, is_flat
+from cadsurgery.support.torch_operations import is_in_place, is_kind
 from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.rules import treat
 from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, why_whole
 
@@ -66,7 +67,7 @@ class Flow:
         return [source for source in node.all_input_nodes if self.role[source] is Role.MAP]
 
     def at_exit(self, node: fx.Node) -> bool:
-        """Whether a resize has a form that reads elements at arbitrary points and gives a dense map."""
+        """True if a resize has a form that reads elements at arbitrary points and gives a dense map."""
         operation = self.treatments[node].operation
         return (
             self.treatments[node].kind == "resize" and operation is not None and operation.at_exit is not None
@@ -74,11 +75,11 @@ class Flow:
 
     @cached_property
     def has_attention(self) -> bool:
-        """Whether something joins all positions of the image; to be asked for when the pass is done."""
+        """True if something joins all positions of the image; to be asked for when the pass is done."""
         return bool(position_mixers(self))
 
     def comes_back(self, node: fx.Node, high: int) -> bool:
-        """Whether a map that is computed dense can be joined with those of the region: one of real numbers on a grid
+        """True if a map that is computed dense can be joined with those of the region: one of real numbers on a grid
         of its own. What attention yields stays outside, and so does all that it is joined with."""
         shape = self.facts.shapes.get(node, ())
         is_plain = len(shape) == 4 and self.facts.layout(node) == NCHW and node in self.facts.floating
@@ -283,7 +284,7 @@ def _reads_inside_cells(node: fx.Node, maps: list[fx.Node], flow: Flow) -> str:
 
 
 def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, facts: Facts) -> bool:
-    """Whether a value has no extent in the image, a number, a parameter, one vector per image, or is resized to it."""
+    """True if a value has no extent in the image, a number, a parameter, one vector per image, or is resized to it."""
     treatment = flow.treatments[source]
     if treatment.kind == "broadcast" and treatment.arguments:
         return layout == NCHW and tuple(facts.shapes[source][2:]) == facts.images[maps[0]]
@@ -291,18 +292,17 @@ def _is_flat(source: fx.Node, layout: str, maps: list[fx.Node], flow: Flow, fact
     return filled or treatment.kind == "broadcast" or is_flat(facts.shapes.get(source, ()), layout)
 
 
-_FILLS = (torch.zeros, torch.ones, torch.full, "new_zeros", "new_ones", "new_full")
-_MOVES = ("to", "cuda", "cpu", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous")
-
-
 def is_filled(node: fx.Node) -> bool:
-    """Whether a value is one number throughout, such as the zeros that are put beside a map for new channels."""
-    changed = any(user.target is operator.setitem or str(user.target).endswith("_") for user in node.users)
+    """True if a value is one number throughout, such as the zeros that are put beside a map for new channels."""
+    writes = (one for one in node.users if one.args and one.args[0] is node and one.op != "call_module")
+    changed = any(
+        one.target is operator.setitem or is_in_place(one.target, one.args, one.kwargs) for one in writes
+    )
     if changed or node.op not in ("call_function", "call_method"):
         return False
     source = node.args[0] if node.args else None
-    moved = node.target in _MOVES and isinstance(source, fx.Node) and is_filled(source)
-    return moved or node.target in _FILLS
+    copies = is_kind(node.target, "copies", "converts") and isinstance(source, fx.Node) and is_filled(source)
+    return copies or is_kind(node.target, "fills")
 
 
 def _advance(node: fx.Node, maps: list[fx.Node], flow: Flow, by_design: frozenset[fx.Node]) -> None:
@@ -333,24 +333,14 @@ def position_mixers(flow: Flow) -> list[fx.Node]:
 
 
 def _is_foreign_leaf(node: fx.Node, facts: Facts) -> bool:
-    """Whether a node is a module of a library that tracing does not look into: it may do anything."""
+    """True if a node is a module of a library that tracing does not look into: it may do anything."""
     made_of = node.op == "call_module" and any(True for _ in facts.module(node).children())
     foreign = made_of and not type(facts.module(node)).__module__.startswith("torch.")
     return foreign and not why_whole(node, facts)
 
 
-def and_after(*nodes: fx.Node, without: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Some nodes and all that depends on them, otherwise than by way of those that are left out."""
-    reached, pending = set[fx.Node](), list(nodes)
-    while pending:
-        if (last := pending.pop()) not in reached and last not in without:
-            reached.add(last)
-            pending.extend(last.users)
-    return reached
-
-
 def _is_last(node: fx.Node, flow: Flow) -> bool:
-    """Whether nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
+    """True if nothing that reads neighbours or mixes channels comes after a node, and nothing joins it with a map that
     is there at its own size anyway."""
     after = and_after(node)
     if {flow.treatments[user].kind for user in after - {node}} & {"window", "global", "resize"}:
@@ -360,7 +350,7 @@ def _is_last(node: fx.Node, flow: Flow) -> bool:
 
 
 def _is_made_of_resizes(node: fx.Node, flow: Flow) -> bool:
-    """Whether a map is computed from resized maps, element by element."""
+    """True if a map is computed from resized maps, element by element."""
     kind, sources = flow.treatments[node].kind, flow.maps(node)
     if kind == "resize":
         return flow.treatments[node].window is None

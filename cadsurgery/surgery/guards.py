@@ -26,11 +26,11 @@ _LIBRARIES = tuple(
 )
 
 
-class AnotherWay(InvalidInput):
+class GuardFailed(InvalidInput):
     """An image that takes another way through the network than the one that was converted."""
 
 
-def decided(
+def check_branch(
     value: Any, outcome: Any, where: str, operands: tuple[Any, ...] = (), before: tuple[Any, ...] = ()
 ) -> None:
     """Check that Python would decide as it did when the network was traced.
@@ -43,13 +43,13 @@ def decided(
         before: the operands as they were then.
 
     Raises:
-        AnotherWay: it decides otherwise.
+        GuardFailed: it decides otherwise.
     """
     now = type(outcome)(value)
     if now == outcome:
         return
     was = f"{_words(before)} ({outcome})" if before else str(outcome)
-    raise AnotherWay(
+    raise GuardFailed(
         "this image takes another way through the network than the one that was converted.",
         where=where,
         why=f"there it was {was}, for this image it is {f'{_words(operands)} ({now})' if operands else now}.",
@@ -59,7 +59,7 @@ def decided(
 
 
 def is_whole(window: Any, size: Sequence[int]) -> bool:
-    """Whether a window, one length or two, is as large as a map of a size (B, C, H, W)."""
+    """True if a window, one length or two, is as large as a map of a size (B, C, H, W)."""
     lengths = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
     return lengths == tuple(size[2:])
 
@@ -77,8 +77,8 @@ def compared(node: fx.Node) -> tuple[Any, ...]:
 
 
 def is_guard(node: fx.Node) -> bool:
-    """Whether a node is there for what it checks, not for a value."""
-    return node.target is decided
+    """True if a node is there for what it checks, not for a value."""
+    return node.target is check_branch
 
 
 def drop_dead_code(graph: fx.Graph) -> None:
@@ -97,7 +97,7 @@ def user_line() -> str:
 
 
 def is_of_library(file: str) -> bool:
-    """Whether a file of code is torch's, ours or Python's own, rather than the network's."""
+    """True if a file of code is torch's, ours or Python's own, rather than the network's."""
     return file.startswith(_LIBRARIES) or file.startswith("<frozen")
 
 

@@ -65,7 +65,7 @@ def stays_whole(module: nn.Module) -> str:
 
 
 def is_apart(module: nn.Module, model: nn.Module) -> bool:
-    """Whether a module must be called as a whole, because of hooks that tracing through it would lose.
+    """True if a module must be called as a whole, because of hooks that tracing through it would lose.
 
     Hooks that belong to the network itself, such as those that collect its features, are part of its forward.
     """
@@ -74,12 +74,12 @@ def is_apart(module: nn.Module, model: nn.Module) -> bool:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether a module has a forward of its own, other than that of its class."""
+    """True if a module has a forward of its own, other than that of its class."""
     return "forward" in vars(module)
 
 
 def _is_own(hook: Any, model: nn.Module) -> bool:
-    """Whether a hook computes a weight, or is a method of a network or of something that one of its modules holds."""
+    """True if a hook computes a weight, or is a method of a network or of something that one of its modules holds."""
     if isinstance(hook, _COMPUTING):
         return True
     while isinstance(hook, functools.partial):
@@ -172,7 +172,7 @@ def child(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def settle(model: nn.Module, paths: Iterable[str]) -> None:
+def freeze_computed_weights(model: nn.Module, paths: Iterable[str]) -> None:
     """Replace the computed weights of the modules of these names by what they are now."""
     for path in paths:
         module = child(model, path)
@@ -210,8 +210,8 @@ class Watched:
         path: its name.
         kind: its class, as `package.module:Name`.
         hooks: how many were traced with it.
-        is_replaced: whether it had a forward of its own.
-        is_called: whether it is an operation of the region; else it holds others and is looked into.
+        is_replaced: true if it had a forward of its own.
+        is_called: true if it is an operation of the region; else it holds others and is looked into.
     """
 
     path: str
@@ -325,7 +325,7 @@ class _Order:
         self._hooks = [hooks for state in self._states for hooks in map(state.__getitem__, _KINDS)]
 
     def holds(self) -> bool:
-        """Whether these are the network's modules as they were, without a hook or a forward of their own."""
+        """True if these are the network's modules as they were, without a hook or a forward of their own."""
         return not (
             any(self._hooks)
             or list(map(dict.get, self._siblings, self._names)) != self._modules
@@ -400,7 +400,7 @@ def act_alike(kind: type) -> tuple[type, ...]:
 
 
 def _is_run(parent: type, before: tuple[type, ...]) -> bool:
-    """Whether a call runs what a class says, and nothing of those before it in the order of its children."""
+    """True if a call runs what a class says, and nothing of those before it in the order of its children."""
     if parent is nn.Module or not issubclass(parent, nn.Module):
         return False
     annotated = {name for base in parent.__mro__ for name in vars(base).get("__annotations__", ())}
@@ -413,7 +413,7 @@ def _is_run(parent: type, before: tuple[type, ...]) -> bool:
 
 
 def acts_as(module: nn.Module | None, *kinds: type) -> bool:
-    """Whether a module does in a call what those of a class do."""
+    """True if a module does in a call what those of a class do."""
     return any(kind in kinds for kind in act_alike(type(module)))
 
 

@@ -46,7 +46,7 @@ class Decision:
         cost: MACs of a node that ends the region and of all that runs dense because of it. Neither number decides
             anything: plans that differ in them alone are equal, as when a later version counts more operations.
         layout: axes of its output if it is a map, e.g. `bchw`; see `cadsurgery.layout`.
-        after: whether it runs dense because what it reads has left the region.
+        after: true if it runs dense because what it reads has left the region.
         again: the operation of the region that reads its samples again, where it runs dense between two parts of the
             region: at every level they stay at its own output stride. Else "".
         source: line of the network's own code, e.g. `resnet.py:148`, where the region ends.
@@ -85,7 +85,7 @@ class Considered:
         output_stride: the (high, low) it would have; None if nothing could be made adaptive.
         removed: the output strides that dilations stand for, read so; empty where all are the network's design.
         share: of the network's MACs, what would be in the region.
-        evident: whether the network is built like one that these strides were removed from.
+        evident: true if the network is built like one that these strides were removed from.
     """
 
     output_stride: tuple[int, int] | None
@@ -118,7 +118,7 @@ class Plan:
         possible: possible (high, low) pairs.
         example_shape: shape of the image the plan was made on.
         outputs: node and output stride of each map that is returned.
-        matters: whether keeping resolution can improve what comes out; it cannot where everything leaves at its
+        matters: true if keeping resolution can improve what comes out; it cannot where everything leaves at its
             native size and no operation of the region, a mean over the image or a resize, brings finer values there.
             Of a converted network whose laws were verified, as measured: whether it has an effect.
         effect: by how much what is returned differs between everything high and everything low, on the example: rms,

@@ -26,38 +26,36 @@ from cadsurgery.surgery.arguments import (
     run_forward,
 )
 from cadsurgery.surgery.facts import Facts, OtherFunction, default_examples, observe, same
-from cadsurgery.surgery.guards import AnotherWay, drop_dead_code, is_guard
+from cadsurgery.surgery.guards import GuardFailed, drop_dead_code, is_guard
+from cadsurgery.surgery.hooks import is_apart
+from cadsurgery.surgery.rules import has_rule, ruled_functions
 from cadsurgery.surgery.shuffles import write_without_batch
-from cadsurgery.surgery.trace import CannotFollow, Functions, evaluating, trace
+from cadsurgery.surgery.trace import CannotFollow, evaluating, trace
 
 # Larger images are not tried: what one size costs, several cost several times.
 _MOST_PIXELS = 320 * 320
 
 
-def read(
-    model: nn.Module,
-    example: Arguments | None,
-    is_operation: Callable[[nn.Module], bool],
-    functions: Functions,
-    exactly: bool = False,
-) -> Facts:
-    """Graph and facts of a network.
+def read(model: nn.Module, example: Arguments | None, exactly: bool = False) -> Facts:
+    """Graph and facts of a network: its nodes are operations with rules, and modules that are called as a whole.
 
     Args:
         model: the network.
         example: arguments of a call; by default small random images of several sizes are tried.
-        is_operation: whether a module is one node of the graph.
-        functions: Python functions that are one node of the graph.
         exactly: trace on the example itself, not on parts of it that may serve more sizes.
 
     Raises:
         CannotConvert: no front end can follow it, or it does not run on the example.
     """
+
+    def is_operation(module: nn.Module) -> bool:
+        return has_rule(module) or is_apart(module, model)
+
     facts: Facts | None = None
+    trace_on = partial(trace, model, is_operation, ruled_functions())
     with contextlib.suppress(CannotFollow, OtherFunction):
-        facts = observe(model, trace(model, is_operation, functions, given=frozenset(example or ())), example)
+        facts = observe(model, trace_on(given=frozenset(example or ())), example)
     if facts is None:
-        trace_on = partial(trace, model, is_operation, functions)
         facts = _read_on_example(model, example, trace_on, exactly)
     if write_without_batch(facts):
         facts = observe(model, facts.graph, facts.arguments)
@@ -145,6 +143,6 @@ class _Unguarded(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         try:
             return super().run_node(n)
-        except AnotherWay:
+        except GuardFailed:
             self.otherwise.add(n)
             return None

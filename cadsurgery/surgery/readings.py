@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, and_after
+from cadsurgery.surgery.flow import Flow, Role
+from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.plan import Considered
 from cadsurgery.surgery.region import Region, readers, region_of
 from cadsurgery.surgery.settle import MERE_TAIL, Refusal, Settled, settle_flow
@@ -37,7 +38,7 @@ class Reading:
         possible: (high, low) pairs.
         usual: that pair of them which is taken where none is asked for; None if there is none.
         work: multiply-accumulates in the region of that pair.
-        is_evident: whether the network is built as one from which these strides were removed.
+        is_evident: true if the network is built as one from which these strides were removed.
     """
 
     settled: Settled
@@ -59,7 +60,7 @@ def read_dilations(facts: Facts, asked: Refusal, named: bool) -> tuple[Reading, 
     Args:
         facts: of the network.
         asked: why the region asked for leaves out a node that reads these maps.
-        named: whether a region names its operations.
+        named: true if a region names its operations.
     """
     settled = settle_flow(facts, asked, named)
     in_stages = _is_in_stages(settled.flow)
@@ -116,7 +117,7 @@ def _read(settled: Settled, in_stages: bool) -> Reading:
 
 
 def _is_consistent(flow: Flow) -> bool:
-    """Whether at most half of the work behind the strides that dilations stand for reads finer than the cells then are,
+    """True if at most half of the work behind the strides that dilations stand for reads finer than the cells then are,
     up to where something else ends the region."""
     behind, finer = _behind(flow)
     macs = flow.facts.macs
@@ -124,7 +125,7 @@ def _is_consistent(flow: Flow) -> bool:
 
 
 def _is_in_stages(flow: Flow) -> bool:
-    """Whether dilations grow from one stage to the next: where they double three times or more, with hardly any window
+    """True if dilations grow from one stage to the next: where they double three times or more, with hardly any window
     in between, it is a context module."""
     behind, finer = _behind(flow)
     steps = {flow.grown[node] for node in (behind - finer) & flow.grown.keys()}
@@ -141,7 +142,7 @@ def _behind(flow: Flow) -> tuple[set[fx.Node], set[fx.Node]]:
 
 
 def _reads_neighbours(node: fx.Node, flow: Flow) -> bool:
-    """Whether a dilated window of the network is an undilated one on the cells that it reads."""
+    """True if a dilated window of the network is an undilated one on the cells that it reads."""
     treatment, maps = flow.treatments[node], flow.maps(node)
     if treatment.kind != "window" or treatment.window is None or treatment.window.is_pointwise:
         return False
@@ -177,7 +178,7 @@ def _choose_strides(
 
 
 def _comes_back(node: fx.Node, flow: Flow) -> bool:
-    """Whether a map is finer than the one it is made of, and not only to be returned so."""
+    """True if a map is finer than the one it is made of, and not only to be returned so."""
     finer = any(flow.grid[node] < flow.grid[source] for source in flow.maps(node))
     return finer and node not in flow.last
 

@@ -79,7 +79,7 @@ def region_of(flow: Flow, high: int) -> Region:
 
 
 def _reads_outside(node: fx.Node, flow: Flow, high: int, outside: Collection[fx.Node]) -> bool:
-    """Whether a node reads maps that left the region otherwise than beside one that did not, on their grid."""
+    """True if a node reads maps that left the region otherwise than beside one that did not, on their grid."""
     left = [source for source in flow.maps(node) if source in outside]
     joins = flow.treatments[node].kind == "join" and len(left) < len(flow.maps(node))
     return bool(left) and not (joins and all(flow.comes_back(source, high) for source in left))

@@ -14,9 +14,10 @@ from torch.fx.node import map_aggregate
 
 from cadsurgery.elements import functional
 from cadsurgery.elements.axes import NCHW
+from cadsurgery.support.torch_operations import asks
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.flow import Flow, is_filled
-from cadsurgery.surgery.guards import decided, drop_dead_code, is_whole
+from cadsurgery.surgery.guards import check_branch, drop_dead_code, is_whole
 from cadsurgery.surgery.hooks import parameter, prepare_weights
 from cadsurgery.surgery.plan import Decision, Plan
 from cadsurgery.surgery.treatment import Attribute, Call, Treatment
@@ -266,7 +267,7 @@ class Rewriter:
         if treatment.covers is not None:
             size = self.call(functional.native_shape, self.as_elements(source), self.plan[source.name].grid)
             covers = self.call(is_whole, self.argument(treatment.covers, {}), size)
-            self.call(decided, covers, True, f"{node.name}, whose window was the whole map")
+            self.call(check_branch, covers, True, f"{node.name}, whose window was the whole map")
         return self.call(treatment.call, self.on_stage(source, stage), **arguments)
 
     def on_stage(self, node: fx.Node, stage: int) -> fx.Node:
@@ -379,11 +380,9 @@ def _made_again(nodes: list[fx.Node]) -> set[fx.Node]:
     """Weights, sizes, dtypes and devices, and what is computed from such alone: no values of the image."""
     again: set[fx.Node] = set()
     for node in nodes:
-        asks = node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
-        asks |= node.op == "call_method" and node.target in ("size", "dim")
         inputs = set(node.all_input_nodes)
         computed = inputs and inputs <= again and node.op in ("call_function", "call_method")
-        if asks or node.op == "get_attr" or computed:
+        if asks(node) or node.op == "get_attr" or computed:
             again.add(node)
     return again
 

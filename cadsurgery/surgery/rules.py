@@ -27,6 +27,7 @@ from cadsurgery.elements.axes import (
     row_dim,
 )
 from cadsurgery.elements.kernel_map import Window
+from cadsurgery.support.torch_operations import name_of, spellings
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import acts_as
 from cadsurgery.surgery.treatment import (
@@ -38,7 +39,6 @@ from cadsurgery.surgery.treatment import (
     first_line,
     growing,
     has_rule,
-    joins_positions,
     operation_name,
     rule,
     rule_of,
@@ -55,61 +55,54 @@ __all__ = ["Attribute", "Call", "Treatment", "barrier", "has_rule", "rule", "rul
 @rule(nn.Conv2d)
 def convolution(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, so each element sees the dense receptive field."""
-    given = _options(node, facts)
-    shape = (given["kernel_size"], given["stride"], given["padding"], given["dilation"])
-    return _treat_window(functional.conv2d, _window(*shape, given["padding_mode"]), **_weights(given))
+    options = _options(node, facts)
+    return _treat_window(functional.conv2d, _window(options), **_weights(options))
 
 
 @rule("timm.layers.conv2d_same:Conv2dSame")
 def convolution_same(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, after the padding the map's own size asks for."""
-    given = _options(node, facts)
-    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
-    return _treat_window(functional.conv2d, window, **_weights(given))
+    options = _options(node, facts)
+    return _treat_window(functional.conv2d, _window(options, same=True), **_weights(options))
 
 
 @rule("timm.layers.cond_conv2d:CondConv2d")
 def convolution_per_image(node: fx.Node, facts: Facts) -> Treatment:
     """A convolution with a kernel for each image, mixed from experts; its taps are those of any convolution."""
     conv: Any = facts.module(node)
-    given = _arguments(node, "x", "routing_weights")
-    padding = 0 if conv.dynamic_padding else conv.padding
-    window = _window(conv.kernel_size, conv.stride, padding, conv.dilation, same=conv.dynamic_padding)
+    options = _options(node, facts)
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-    mixed = {"mix": given["routing_weights"], **_weights(_options(node, facts)), "shape": shape}
-    return _treat_window(functional.conv2d_per_image, window, **mixed)
+    mixed = {"mix": _arguments(node, "x", "routing_weights")["routing_weights"], **_weights(options)}
+    window = _window(options, same=conv.dynamic_padding)
+    return _treat_window(functional.conv2d_per_image, window, **mixed, shape=shape)
 
 
 @rule(F.conv2d, torch.conv2d)
 def convolution_function(node: fx.Node, facts: Facts) -> Treatment:
     """Its taps read the cells at their fine positions, whatever its weight is computed from."""
-    given = _arguments(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
-    weight = given["weight"]
+    options = _arguments(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
+    weight = options["weight"]
     if weight not in facts.shapes or facts.layout(weight):
         return barrier("its weight is not a tensor of known shape")
-    window = _window(tuple(facts.shapes[weight][2:]), given["stride"], given["padding"], given["dilation"])
-    return _treat_window(functional.conv2d, window, **_weights(given))
+    window = _window({**options, "kernel_size": tuple(facts.shapes[weight][2:])})
+    return _treat_window(functional.conv2d, window, **_weights(options))
 
 
 @rule(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)
 def max_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions; what is outside the map is never the largest."""
-    given = _pooling(node, facts)
-    kernel, stride, dilation = given["kernel_size"], given["stride"], given["dilation"]
-    if given["return_indices"]:
+    options = _pooling(node, facts)
+    if options["return_indices"]:
         if any(user.target is not operator.getitem for user in node.users):
             return barrier("its values and its indices are read as one")
-        window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
-        return _treat_window(functional.max_pool2d_with_indices, window)
-    if _covers_image(given, node, facts):
-        why, covers = "The maximum over the whole image.", _unless_own_size(given["kernel_size"], node)
-        return Treatment("global", why, call=functional.global_max, covers=covers)
-    window = _window(kernel, stride, given["padding"], dilation, ceil_mode=given["ceil_mode"])
-    return _treat_window(functional.max_pool2d, window)
+        return _treat_window(functional.max_pool2d_with_indices, _window(options))
+    if _covers_image(options, node, facts):
+        return _pool_image(functional.global_max, "The maximum over the whole image.", options, node)
+    return _treat_window(functional.max_pool2d, _window(options))
 
 
 def _pools_with_indices(node: Any, facts: Facts) -> bool:
-    """Whether a node is a max pooling that returns values and indices."""
+    """True if a node is a max pooling that returns values and indices."""
     if not isinstance(node, fx.Node):
         return False
     by_module = node.op == "call_module" and acts_as(facts.module(node), nn.MaxPool2d)
@@ -119,39 +112,30 @@ def _pools_with_indices(node: Any, facts: Facts) -> bool:
 @rule(nn.AvgPool2d, F.avg_pool2d)
 def average_pooling(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions, divided as torch divides at the border."""
-    given = _pooling(node, facts)
-    if _covers_image(given, node, facts):
-        why, covers = (
-            "The mean over the image, weighed by area.",
-            _unless_own_size(given["kernel_size"], node),
-        )
-        return Treatment("global", why, call=functional.global_mean, covers=covers)
-    window = _window(given["kernel_size"], given["stride"], given["padding"], 1, ceil_mode=given["ceil_mode"])
-    kept = {"count_include_pad": given["count_include_pad"], "divisor": given["divisor_override"]}
-    return _treat_window(functional.avg_pool2d, window, **kept)
+    options = _pooling(node, facts)
+    if _covers_image(options, node, facts):
+        return _pool_image(functional.global_mean, "The mean over the image, weighed by area.", options, node)
+    kwargs = {"count_include_pad": options["count_include_pad"], "divisor": options["divisor_override"]}
+    return _treat_window(functional.avg_pool2d, _window(options), **kwargs)
 
 
 @rule("timm.layers.pool2d_same:MaxPool2dSame")
 def max_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A maximum over taps at fine positions, after the padding the map's own size asks for."""
-    given = _pooling(node, facts)
-    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
-    return _treat_window(functional.max_pool2d, window)
+    return _treat_window(functional.max_pool2d, _window(_pooling(node, facts), same=True))
 
 
 @rule("timm.layers.pool2d_same:AvgPool2dSame")
 def average_pooling_same(node: fx.Node, facts: Facts) -> Treatment:
     """A mean over taps at fine positions and the padding the map's own size asks for."""
-    given = _pooling(node, facts)
-    window = _window(given["kernel_size"], given["stride"], 0, 1, same=True)
-    return _treat_window(functional.avg_pool2d, window)
+    return _treat_window(functional.avg_pool2d, _window(_pooling(node, facts), same=True))
 
 
 @rule(nn.PixelUnshuffle, F.pixel_unshuffle)
 def space_to_depth(node: fx.Node, facts: Facts) -> Treatment:
     """The values under a window side by side: taps at fine positions, like a convolution's."""
     factor = _options(node, facts, "x", "downscale_factor")["downscale_factor"]
-    return _treat_window(functional.pixel_unshuffle, _window(factor, factor, 0, 1))
+    return _treat_window(functional.pixel_unshuffle, _window({"kernel_size": factor, "stride": factor}))
 
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.pad)
@@ -164,9 +148,9 @@ def padding(node: fx.Node, facts: Facts) -> Treatment:
         mode = next((mode for kind, mode in modes.items() if isinstance(module, kind)), "zeros")
         value = getattr(module, "value", 0.0)
     else:
-        given = _arguments(node, "input", "pad", mode="constant", value=None)
-        pads, value = given["pad"], given["value"] or 0.0
-        mode = "zeros" if given["mode"] == "constant" else given["mode"]
+        options = _arguments(node, "input", "pad", mode="constant", value=None)
+        pads, value = options["pad"], options["value"] or 0.0
+        mode = "zeros" if options["mode"] == "constant" else options["mode"]
     layout = facts.layout(node.args[0])
     known = facts.number(pads)
     if not isinstance(known, tuple) or not all(isinstance(pad, int) for pad in known):
@@ -213,19 +197,19 @@ def _reader_window(user: fx.Node, facts: Facts) -> Window | None:
     known = rule_of(user, facts)
     if known not in (convolution, convolution_function, max_pooling, average_pooling):
         return None
-    given = _options(user, facts, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
+    options = _options(user, facts, "input", "weight", bias=None, stride=1, padding=0, dilation=1)
     if known is convolution_function:
-        given["kernel_size"] = tuple(facts.shapes.get(given["weight"], ())[2:])
+        options["kernel_size"] = tuple(facts.shapes.get(options["weight"], ())[2:])
     elif user.op != "call_module":
         return None
-    if not given["kernel_size"] or given["padding"] == "same" or any(_pair(given["padding"])):
+    if not options["kernel_size"] or options["padding"] == "same" or any(_pair(options["padding"])):
         return None
-    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    window = _window(options, same=True)
     return window if isinstance(window, Window) else None
 
 
 def _makes_sizes_fit(node: fx.Node, facts: Facts) -> bool:
-    """Whether a map is padded for nothing but joins with maps that are not, and thus as large as it is then."""
+    """True if a map is padded for nothing but joins with maps that are not, and thus as large as it is then."""
     joins = [user for user in node.users if rule_of(user, facts) in (arithmetic, concatenation)]
     return len(joins) == len(node.users) and all(
         any(facts.is_map(other) and rule_of(other, facts) is not padding for other in user.all_input_nodes)
@@ -262,11 +246,11 @@ def _pad_channels(
 @rule("timm.layers.padding:pad_same")
 def padding_same(node: fx.Node, facts: Facts) -> Treatment:
     """Padding that depends on the map's size; it belongs to the window that reads it."""
-    given = _arguments(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
-    window = _window(given["kernel_size"], given["stride"], 0, given["dilation"], same=True)
+    options = _arguments(node, "x", "kernel_size", "stride", dilation=(1, 1), value=0.0)
+    window = _window(options, same=True)
     if isinstance(window, str):
         return barrier(window)
-    return Treatment("pad", window=window._replace(outside=float(given["value"])))
+    return Treatment("pad", window=window._replace(outside=float(options["value"])))
 
 
 # -- the image as a whole ------------------------------------------------------------------------------
@@ -285,13 +269,13 @@ def adaptive_max_pooling(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _pooling_to_bins(node: fx.Node, facts: Facts, largest: bool) -> Treatment:
-    given = _options(node, facts, "x", "output_size", return_indices=False)
-    size = _pair(given["output_size"])
+    options = _options(node, facts, "x", "output_size", return_indices=False)
+    size = _pair(options["output_size"])
     if size == (1, 1):
         return Treatment("global", call=functional.global_max if largest else functional.global_mean)
     if not all(isinstance(bins, int) for bins in size):
         return barrier("how many bins it has follows from the size of the map")
-    if given["return_indices"] or facts.layout(node.args[0]) != NCHW:
+    if options["return_indices"] or facts.layout(node.args[0]) != NCHW:
         return barrier("its indices, or its axes, are those of a dense map")
     arguments = (("size", size), ("largest", largest))
     return Treatment("global", call=functional.pool_to_bins, arguments=arguments, spaced=True)
@@ -303,43 +287,43 @@ def reduction(node: fx.Node, facts: Facts) -> Treatment:
     """Over the image: means weighed by area, sums scaled to the network's own grid. Over channels: row by row."""
     how = operation_name(node, facts).removeprefix("Tensor.").removeprefix("vector_").removeprefix("linalg_")
     names = ("x", *(("p",) if how == "norm" else ()), "dim", "keepdim")
-    given = {"p": 2, "ord": 2, "dim": None, "keepdim": False, "correction": 1, **_arguments(node, *names)}
-    if how in ("var", "std") and isinstance(given.get("keepdim"), bool) and "unbiased" in node.kwargs:
-        given["correction"] = int(bool(node.kwargs["unbiased"]))
+    options = {"p": 2, "ord": 2, "dim": None, "keepdim": False, "correction": 1, **_arguments(node, *names)}
+    if how in ("var", "std") and isinstance(options.get("keepdim"), bool) and "unbiased" in node.kwargs:
+        options["correction"] = int(bool(node.kwargs["unbiased"]))
     layout = facts.layout(node.args[0])
-    dims = _dims(given["dim"], layout)
-    if dims is None or (how == "norm" and (given["p"], given["ord"]) not in ((2, 2), (2.0, 2))):
-        return barrier(f"a {how} over {given['dim']} that no lattice has")
+    dims = _dims(options["dim"], layout)
+    if dims is None or (how == "norm" and (options["p"], options["ord"]) not in ((2, 2), (2.0, 2))):
+        return barrier(f"a {how} over {options['dim']} that no lattice has")
     over_image = set(dims) & set(image_dims(layout))
     if not over_image:
-        return _over_channels(node, facts, dims, bool(given["keepdim"]))
+        return _over_channels(node, facts, dims, bool(options["keepdim"]))
     if over_image != set(image_dims(layout)) or layout.index("b") in dims:
-        return barrier(f"{how} over {given['dim']} joins some positions of the image and not others")
-    arguments = {"how": how, "dims": dims, "keepdim": bool(given["keepdim"])}
-    arguments["correction"] = given["correction"]
+        return barrier(f"{how} over {options['dim']} joins some positions of the image and not others")
+    arguments = {"how": how, "dims": dims, "keepdim": bool(options["keepdim"])}
+    arguments["correction"] = options["correction"]
     return Treatment("global", call=functional.global_reduce, arguments=tuple(arguments.items()), spaced=True)
 
 
 @rule(nn.GroupNorm, F.group_norm)
 def group_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and group, over elements weighed by area; then affine."""
-    given = _options(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
-    return _normalise_groups(given, given["num_groups"])
+    options = _options(node, facts, "input", "num_groups", weight=None, bias=None, eps=1e-5)
+    return _normalise_groups(options, options["num_groups"])
 
 
 @rule(nn.InstanceNorm2d, F.instance_norm)
 def instance_norm(node: fx.Node, facts: Facts) -> Treatment:
     """Mean and variance of each image and channel, over elements weighed by area; then affine."""
     usual: dict[str, Any] = {"running_mean": None, "running_var": None, "weight": None, "bias": None}
-    given = _options(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
-    of_call = given["use_input_stats"] and given["running_mean"] is None
-    if given.get("track_running_stats") or not of_call:
+    options = _options(node, facts, "input", **usual, use_input_stats=True, momentum=0.1, eps=1e-5)
+    of_call = options["use_input_stats"] and options["running_mean"] is None
+    if options.get("track_running_stats") or not of_call:
         return barrier("it has running statistics of single images")
-    return _normalise_groups(given, facts.shapes[node][1])
+    return _normalise_groups(options, facts.shapes[node][1])
 
 
-def _normalise_groups(given: dict[str, Any], groups: int) -> Treatment:
-    arguments = {name: given[name] for name in ("weight", "bias", "eps")}
+def _normalise_groups(options: dict[str, Any], groups: int) -> Treatment:
+    arguments = {name: options[name] for name in ("weight", "bias", "eps")}
     return Treatment(
         "pointwise", call=functional.group_norm, arguments=(*arguments.items(), ("groups", groups))
     )
@@ -348,9 +332,9 @@ def _normalise_groups(given: dict[str, Any], groups: int) -> Treatment:
 @rule("timm.layers.evo_norm:group_std")
 def group_deviation(node: fx.Node, facts: Facts) -> Treatment:
     """The standard deviation of each image and group, over elements weighed by area, on every element."""
-    given = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
-    kept = {name: given[name] for name in ("groups", "eps")}
-    return Treatment("pointwise", call=functional.group_deviation, arguments=tuple(kept.items()))
+    options = _arguments(node, "x", groups=32, eps=1e-5, flatten=False)
+    kwargs = {name: options[name] for name in ("groups", "eps")}
+    return Treatment("pointwise", call=functional.group_deviation, arguments=tuple(kwargs.items()))
 
 
 # -- normalisation and dropout -------------------------------------------------------------------------
@@ -380,8 +364,8 @@ def _batch_norm_call(node: fx.Node, facts: Facts) -> Callable[..., Any]:
 @rule(F.batch_norm)
 def batch_norm_function(node: fx.Node, facts: Facts) -> Treatment:
     """An affine map per channel with fixed statistics."""
-    given = _arguments(node, "input", "mean", "var", weight=None, bias=None, training=False)
-    if given["training"] or facts.layout(node.args[0])[1] != "c":
+    options = _arguments(node, "input", "mean", "var", weight=None, bias=None, training=False)
+    if options["training"] or facts.layout(node.args[0])[1] != "c":
         return barrier("it takes its statistics from a dense batch")
     return Treatment("pointwise")
 
@@ -410,34 +394,21 @@ def dropout_per_image(node: fx.Node, facts: Facts) -> Treatment:
 def dropout_function(node: fx.Node, facts: Facts) -> Treatment:
     """Changes whole channels or whole images, wherever their elements are."""
     default = node.target is not F.feature_alpha_dropout  # where it is False
-    given = _arguments(node, "input", p=0.5, training=default)
-    arguments = (("how", operation_name(node, facts)), ("p", given["p"]), ("training", given["training"]))
+    options = _arguments(node, "input", p=0.5, training=default)
+    arguments = (("how", operation_name(node, facts)), ("p", options["p"]), ("training", options["training"]))
     return Treatment("pointwise", call=functional.drop_channels, arguments=arguments)
 
 
 # -- each element alone --------------------------------------------------------------------------------
 
 
-@rule(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU)
-@rule(nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus)
-@rule(nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.AlphaDropout)
-@rule(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish)
-@rule(F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.dropout, F.prelu)
-@rule(F.alpha_dropout)
-@rule(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.abs, torch.neg)
-@rule(torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, operator.neg, operator.pow, torch.erf)
-@rule("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "neg", "sqrt", "rsqrt", "square", "pow")
-@rule("clamp", "clamp_", "clamp_min", "clip", "contiguous", "clone", "detach", "float", "half", "double")
-@rule("type", "bfloat16", "reciprocal", torch.reciprocal, torch.clone, torch.log1p, torch.sin)
-@rule("timm.layers.activations_me:SwishMe", "timm.layers.activations_me:MishMe")
-@rule("timm.layers.activations_me:HardSigmoidMe", "timm.layers.activations_me:HardSwishMe")
-@rule("timm.layers.activations_me:HardMishMe")
+@rule(*spellings("value", "copies", "drops"))
 def pointwise(node: fx.Node, facts: Facts) -> Treatment:
     """Acts on each value alone, so it is valid on any lattice."""
     return Treatment("pointwise")
 
 
-@rule("to", "type_as", torch.as_tensor)
+@rule(*spellings("converts"))
 def conversion(node: fx.Node, facts: Facts) -> Treatment:
     """Another type or device for each value."""
     return Treatment("pointwise" if facts.layout(node.args[0]) else "shape")
@@ -449,10 +420,7 @@ def like_a_map(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("shape")
 
 
-@rule(operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul)
-@rule(operator.truediv, operator.itruediv, torch.add, torch.sub, torch.mul, torch.div, torch.maximum)
-@rule(torch.minimum, "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum", "minimum")
-@rule(torch.addcmul, "addcmul", "addcmul_", torch.lerp, "lerp", torch.where, torch.subtract, torch.multiply)
+@rule(*spellings("values"))
 def arithmetic(node: fx.Node, facts: Facts) -> Treatment:
     """Combines the values of one cell; operands of an earlier stage are subsampled first."""
     return Treatment("join")
@@ -466,7 +434,7 @@ def linear(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise")
 
 
-_OVER_IMAGE = {"softmax": functional.softmax_over_image, "normalize": functional.normalize_over_image}
+_OVER_IMAGE = {"softmax": "softmax_over_image", "normalize": "normalize_over_image"}
 
 
 @rule(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
@@ -476,9 +444,9 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     """Over the channels of each element, which are the columns of its row."""
     names = ("x", "p", "dim") if node.target is F.normalize else ("x", "dim")
     default = {"normalize": 1, "glu": -1}.get(operation_name(node, facts))
-    given = {"dim": default, **_arguments(node, *names)}
+    options = {"dim": default, **_arguments(node, *names)}
     module: Any = facts.module(node) if node.op == "call_module" else None
-    dim: Any = module.dim if module is not None else given["dim"]
+    dim: Any = module.dim if module is not None else options["dim"]
     layout = facts.layout(node.args[0])
     if isinstance(dim, fx.Node) and facts.layout(dim):  # the larger of two maps
         return Treatment("join", "combines the values of one cell")
@@ -496,7 +464,9 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
     if module is not None:
         call = Call(function, (node.args[0], row_dim(layout, dim)))
         return Treatment("pointwise", rows=call)
-    keepdim = bool(given.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False))
+    keepdim = bool(
+        options.get("keepdim", node.args[2] if len(node.args) > 2 and names[-1] == "dim" else False)
+    )
     reduced = len(facts.shapes.get(node, layout)) < len(layout) or (node not in facts.shapes and not keepdim)
     after = layout[: dim % len(layout)] + layout[dim % len(layout) + 1 :] if reduced else layout
     return Treatment("pointwise", rows=_redirect(node, names, layout), layout=after)
@@ -505,8 +475,7 @@ def along_channels(node: fx.Node, facts: Facts) -> Treatment:
 # -- axes: the same rows under another name ------------------------------------------------------------
 
 
-@rule("view", "reshape", torch.reshape, "flatten", torch.flatten, nn.Flatten, "unflatten", nn.Unflatten)
-@rule(torch.unflatten, "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze, "reshape_as", "view_as")
+@rule(*spellings("reshapes"))
 def reshaping(node: fx.Node, facts: Facts) -> Treatment:
     """Regroups channels, or flattens the image: the rows keep their order, only their shape changes."""
     source: Any = node.args[0]
@@ -521,46 +490,46 @@ def reshaping(node: fx.Node, facts: Facts) -> Treatment:
     return Treatment("pointwise", rows=call, layout=after)
 
 
-@rule("permute", torch.permute, "transpose", torch.transpose, "swapaxes", torch.swapaxes, "movedim")
-@rule("t", "swapdims")
+@rule(*spellings("permutes"))
 def permutation(node: fx.Node, facts: Facts) -> Treatment:
     """Orders the axes of the map: the channels of a row stay in the row."""
     source, layout = node.args[0], facts.layout(node.args[0])
     order: Any = list(range(len(layout)))
-    given: Any = node.kwargs.get("dims", node.args[1:])
-    if "permute" in str(node.target):
-        order = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
-    elif node.target in ("movedim", "t"):
-        return barrier("its axes are not written out")
-    else:
+    stated: Any = node.kwargs.get("dims", node.args[1:])
+    how = name_of(node.target)
+    if how == "permute":
+        order = stated[0] if len(stated) == 1 and isinstance(stated[0], (tuple, list)) else stated
+    elif how in ("transpose", "swapaxes", "swapdims"):
         swapped: Any = (*node.args[1:], *node.kwargs.values())
         first, second = swapped[:2]
         order[first], order[second] = order[second], order[first]
+    else:
+        return barrier("its axes are not written out")
     after, rows = permute_axes(layout, order)
     moved = list(rows) != sorted(rows)
     call = Call(torch.permute, (source, rows)) if moved else Call(None, (source,))
     return Treatment("pointwise", rows=call, layout=after)
 
 
-@rule(torch.split, "split", torch.chunk, "chunk", "tensor_split", torch.tensor_split)
+@rule(*spellings("splits"))
 def split(node: fx.Node, facts: Facts) -> Treatment:
     """Parts of the channels of each element."""
     layout = facts.layout(node.args[0])
-    given = _arguments(node, "x", "sections", dim=0)
-    if row_dim(layout, given["dim"]) is None:
+    options = _arguments(node, "x", "sections", dim=0)
+    if row_dim(layout, options["dim"]) is None:
         return barrier("it cuts the image or the batch into parts")
     names = ("x", "sections", "dim")
     return Treatment("pointwise", rows=_redirect(node, names, layout, dim=0))
 
 
-@rule(torch.unbind, "unbind", "select", torch.select, "narrow", torch.narrow)
+@rule(*spellings("selects"))
 def selection(node: fx.Node, facts: Facts) -> Treatment:
     """Some channels of each element."""
     layout = facts.layout(node.args[0])
-    given = _arguments(node, "x", dim=0)
-    if row_dim(layout, given["dim"]) is None:
+    options = _arguments(node, "x", dim=0)
+    if row_dim(layout, options["dim"]) is None:
         return barrier("it takes parts of the image or the batch")
-    dim = given["dim"] % len(layout)
+    dim = options["dim"] % len(layout)
     after = layout if "narrow" in str(node.target) else layout[:dim] + layout[dim + 1 :]
     call = _redirect(node, ("x", "dim"), layout, dim=0)
     return Treatment("pointwise", rows=call, layout=after)
@@ -569,12 +538,12 @@ def selection(node: fx.Node, facts: Facts) -> Treatment:
 @rule(operator.getitem)
 def indexing(node: fx.Node, facts: Facts) -> Treatment:
     """One of several values, some channels of each element, or a crop that moves no anchor."""
-    source, given = node.args
+    source, asked = node.args
     if source not in facts.shapes:  # a part of what was split, or of what a pooling gives
-        is_index = given == 1 and _pools_with_indices(source, facts)
+        is_index = asked == 1 and _pools_with_indices(source, facts)
         return Treatment("pointwise", leaves_by=functional.dense_indices if is_index else None)
     layout = facts.layout(source)
-    index: list[Any] = list(given) if isinstance(given, tuple) else [given]
+    index: list[Any] = list(asked) if isinstance(asked, tuple) else [asked]
     if any(part is Ellipsis for part in index):
         at = next(i for i, part in enumerate(index) if part is Ellipsis)
         used = sum(part is not None for part in index) - 1
@@ -607,7 +576,7 @@ def indexing(node: fx.Node, facts: Facts) -> Treatment:
 
 
 def _is_crop(part: Any, facts: Facts) -> bool:
-    """Whether a slice takes the first rows or columns of a map, but not all for certain."""
+    """True if a slice takes the first rows or columns of a map, but not all for certain."""
     if not isinstance(part, slice) or part.step not in (None, 1) or part.stop is None:
         return False
     start, stop = facts.number(part.start), facts.number(part.stop)
@@ -617,22 +586,22 @@ def _is_crop(part: Any, facts: Facts) -> bool:
 @rule(torch.cat, torch.concat, torch.concatenate)
 def concatenation(node: fx.Node, facts: Facts) -> Treatment:
     """Channels side by side, cell by cell."""
-    given = _arguments(node, "tensors", dim=0)
-    dim, first = given.get("axis", given["dim"]), _first_map(node, facts)
+    options = _arguments(node, "tensors", dim=0)
+    dim, first = options.get("axis", options["dim"]), _first_map(node, facts)
     row = row_dim(facts.layout(first), dim)
     if row is None:
         return barrier("it puts images or batches side by side")
-    return Treatment("join", rows=Call(torch.cat, (given["tensors"], row)))
+    return Treatment("join", rows=Call(torch.cat, (options["tensors"], row)))
 
 
 @rule(torch.stack)
 def stacking(node: fx.Node, facts: Facts) -> Treatment:
     """Values of one cell along a new channel axis."""
-    given = _arguments(node, "tensors", dim=0)
+    options = _arguments(node, "tensors", dim=0)
     layout = facts.layout(_first_map(node, facts))
-    dim = given["dim"] % (len(layout) + 1)
+    dim = options["dim"] % (len(layout) + 1)
     row = 1 + layout[:dim].count("c")
-    call = Call(torch.stack, (given["tensors"], row))
+    call = Call(torch.stack, (options["tensors"], row))
     return Treatment("join", rows=call, layout=f"{layout[:dim]}c{layout[dim:]}")
 
 
@@ -646,31 +615,33 @@ def resizing(node: fx.Node, facts: Facts) -> Treatment:
     source: Any = node.args[0] if node.args else node.kwargs["input"]
     usual: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
     usual |= {"recompute_scale_factor": None, "antialias": False}
-    given = _options(node, facts, "x", **usual)
+    options = _options(node, facts, "x", **usual)
     if not facts.layout(source):
-        return _resize_small(node, facts, source, given)
-    if given["mode"] not in ("nearest", "nearest-exact", "bilinear") or given["antialias"]:
-        return barrier(f"its mode {given['mode']!r} reads more than the neighbours")
-    if (stride := _whole_division(given)) is not None and not given["align_corners"]:
-        return _subsampling(given["mode"], stride)
+        return _resize_small(node, facts, source, options)
+    if options["mode"] not in ("nearest", "nearest-exact", "bilinear") or options["antialias"]:
+        return barrier(f"its mode {options['mode']!r} reads more than the neighbours")
+    if (stride := _whole_division(options)) is not None and not options["align_corners"]:
+        return _subsampling(options["mode"], stride)
     arguments = tuple(
-        (name, given[name]) for name in usual if name != "antialias" and given[name] is not None
+        (name, options[name]) for name in usual if name != "antialias" and options[name] is not None
     )
     scale = _scale(facts.shapes[source][2:], facts.shapes[node][2:])
     last_only = "" if scale else "it resizes the map by no whole factor"
-    if given["mode"] == "nearest-exact":
+    if options["mode"] == "nearest-exact":
         last_only = "its mode 'nearest-exact' reads another cell than the one a sample lies in"
     return Treatment(
         "resize", call=functional.resize, arguments=arguments, scale=scale or 1, last_only=last_only
     )
 
 
-def _whole_division(given: dict[str, Any]) -> int | None:
+def _whole_division(options: dict[str, Any]) -> int | None:
     """How many times coarser the result of a resize is, if its factor says so; None else."""
-    factor, other = _pair(given["scale_factor"])
+    factor, other = _pair(options["scale_factor"])
     fits = isinstance(factor, float) and factor == other and 0 < factor < 1 and (1 / factor).is_integer()
     return (
-        round(1 / factor) if fits and given["size"] is None and not given["recompute_scale_factor"] else None
+        round(1 / factor)
+        if fits and options["size"] is None and not options["recompute_scale_factor"]
+        else None
     )
 
 
@@ -681,7 +652,10 @@ def _subsampling(mode: str, stride: int) -> Treatment:
         window: Any = Window((1, 1), stride, padding=(0, rest, 0, rest))
         why = "It takes every so many-th sample, as a stride does."
     elif mode == "bilinear" and stride == 2:
-        window, why = _window(2, 2, 0, 1), "Half way between two samples in both axes: the mean of four."
+        window, why = (
+            _window({"kernel_size": 2, "stride": 2}),
+            "Half way between two samples in both axes: the mean of four.",
+        )
     else:
         return barrier(f"it resizes the map to a {stride}-th in mode {mode!r}")
     treatment = _treat_window(functional.max_pool2d if mode == "nearest" else functional.avg_pool2d, window)
@@ -699,10 +673,10 @@ def depth_to_space(node: fx.Node, facts: Facts) -> Treatment:
 def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
     """An element takes the value of the window it lies in, if it is the tap of it that was the largest, or zero."""
     names = ("indices", "output_size") if node.op == "call_module" else ("indices", "kernel_size", "stride")
-    given = _arguments(
+    options = _arguments(
         node, "input", *names, **({} if len(names) == 2 else {"padding": 0, "output_size": None})
     )
-    indices, size = given["indices"], given.get("output_size")
+    indices, size = options["indices"], options.get("output_size")
     pooling: Any = indices.args[0] if indices.target is operator.getitem else None
     if not _pools_with_indices(pooling, facts):
         return barrier("its indices are not those of a max pooling as they are")
@@ -724,22 +698,22 @@ def max_unpooling(node: fx.Node, facts: Facts) -> Treatment:
 def transposed_convolution(node: fx.Node, facts: Facts) -> Treatment:
     """An element reads the taps of its own phase on the output's own grid, at their fine positions."""
     usual = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
-    given = _options(node, facts, "input", "weight", **usual)
+    options = _options(node, facts, "input", "weight", **usual)
     if node.op == "call_module":
-        kernel, size = given["kernel_size"], _arguments(node, "input", output_size=None)["output_size"]
-    elif given["weight"] not in facts.shapes or facts.layout(given["weight"]):
+        kernel, size = options["kernel_size"], _arguments(node, "input", output_size=None)["output_size"]
+    elif options["weight"] not in facts.shapes or facts.layout(options["weight"]):
         return barrier("its weight is not a tensor of known shape")
     else:
-        kernel, size = tuple(facts.shapes[given["weight"]][2:]), None
+        kernel, size = tuple(facts.shapes[options["weight"]][2:]), None
     window = _transposed_window(
-        kernel, *(given[name] for name in ("stride", "padding", "output_padding", "dilation"))
+        kernel, *(options[name] for name in ("stride", "padding", "output_padding", "dilation"))
     )
     if isinstance(window, str):
         return barrier(window)
-    groups, ordinary = given["groups"], window.finer == 1
+    groups, ordinary = options["groups"], window.finer == 1
     arguments = {
-        "weight": Call(functional.transpose_weight, (given["weight"], groups, ordinary)),
-        "bias": given["bias"],
+        "weight": Call(functional.transpose_weight, (options["weight"], groups, ordinary)),
+        "bias": options["bias"],
         "groups": groups,
     }
     if ordinary:
@@ -779,13 +753,13 @@ def broadcast(node: fx.Node, facts: Facts) -> Treatment:
     return _broadcast(node, facts, node.args[0])
 
 
-def _resize_small(node: fx.Node, facts: Facts, source: Any, given: dict[str, Any]) -> Treatment:
+def _resize_small(node: fx.Node, facts: Facts, source: Any, options: dict[str, Any]) -> Treatment:
     """Of a value that is no map of the region: one vector per image, or a small map that its elements are read from."""
-    is_small = facts.is_map(node) and source in facts.shapes and given["size"] is not None
-    plain = given["mode"] in ("nearest", "bilinear") and not given["antialias"]
+    is_small = facts.is_map(node) and source in facts.shapes and options["size"] is not None
+    plain = options["mode"] in ("nearest", "bilinear") and not options["antialias"]
     if is_flat(facts.shapes.get(source, ()), NCHW) or not (is_small and plain):
         return _broadcast(node, facts, source)
-    arguments = tuple((name, given[name]) for name in ("size", "mode", "align_corners"))
+    arguments = tuple((name, options[name]) for name in ("size", "mode", "align_corners"))
     return Treatment(
         "broadcast", "every element reads it at its place, as torch resizes", arguments=arguments
     )
@@ -846,12 +820,6 @@ def attention(node: fx.Node, facts: Facts) -> Treatment:
     return barrier("attention mixes all positions of the map")
 
 
-joins_positions(F.scaled_dot_product_attention, nn.MultiheadAttention, torch.baddbmm, "baddbmm", torch.einsum)
-joins_positions(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", nn.LSTM, nn.GRU, F.grid_sample)
-joins_positions(torch.cumsum, "cumsum", torch.roll, "roll", F.unfold, "unfold", nn.Unfold)
-joins_positions(torch.fft.fft2, torch.fft.rfft2)
-
-
 # -- helpers -------------------------------------------------------------------------------------------
 
 
@@ -870,9 +838,9 @@ def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[
     return {**defaults, **vars(module), **dict.fromkeys(held), **weights}
 
 
-def _weights(given: dict[str, Any]) -> dict[str, Any]:
+def _weights(options: dict[str, Any]) -> dict[str, Any]:
     """What a convolution is given besides its window."""
-    return {name: given[name] for name in ("weight", "bias", "groups")}
+    return {name: options[name] for name in ("weight", "bias", "groups")}
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -910,11 +878,11 @@ def _redirect(node: fx.Node, names: tuple[str, ...], layout: str, **defaults: An
     args, kwargs = list(node.args), dict(node.kwargs)
     place = names.index("dim")
     usual = {"normalize": 1, "glu": -1}.get(str(getattr(node.target, "__name__", "")), defaults.get("dim"))
-    given: Any = args[place] if len(args) > place else kwargs.get("dim", usual)
+    dim: Any = args[place] if len(args) > place else kwargs.get("dim", usual)
     if len(args) > place:
-        args[place] = row_dim(layout, given)
+        args[place] = row_dim(layout, dim)
     else:
-        kwargs["dim"] = row_dim(layout, given)
+        kwargs["dim"] = row_dim(layout, dim)
     return Call(node.target, tuple(args), kwargs)
 
 
@@ -925,27 +893,22 @@ def _over_channels(node: fx.Node, facts: Facts, dims: tuple[int, ...], keepdim: 
         return barrier("it joins the images of the batch")
     rows = tuple(row_dim(layout, dim) for dim in dims)
     place = 2 if "norm" in operation_name(node, facts) else 1
-    kept = {key: value for key, value in node.kwargs.items() if key != "dim"}
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "dim"}
     args = [*node.args]
     if len(args) > place:
         args[place] = rows
     else:
-        kept["dim"] = rows
+        kwargs["dim"] = rows
     after = layout if keepdim else "".join(axis for dim, axis in enumerate(layout) if dim not in dims)
-    return Treatment("pointwise", rows=Call(node.target, tuple(args), kept), layout=after)
+    return Treatment("pointwise", rows=Call(node.target, tuple(args), kwargs), layout=after)
 
 
-def _window(
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    mode: str = "zeros",
-    ceil_mode: bool = False,
-    same: bool = False,
-) -> Window | str:
-    """The window, or why there is none."""
-    kernel, stride, dilation = _pair(kernel), _pair(stride), _pair(dilation)
+def _window(options: dict[str, Any], same: bool = False) -> Window | str:
+    """The window that the options of a convolution or a pooling describe, or why there is none; with `same` its padding
+    is what the map's own size asks for."""
+    kernel, stride = _pair(options["kernel_size"]), _pair(options["stride"])
+    dilation, padding = _pair(options.get("dilation", 1)), 0 if same else options.get("padding", 0)
+    mode = "zeros" if same else options.get("padding_mode", "zeros")
     if not all(isinstance(value, int) for value in (*kernel, *stride, *dilation)):
         return "its window is computed while the network runs"
     if stride[0] != stride[1]:
@@ -958,6 +921,7 @@ def _window(
     else:
         vertical, horizontal = (0, 0) if padding == "valid" else _pair(padding)
         pads = (vertical, vertical, horizontal, horizontal)
+    ceil_mode = not same and options.get("ceil_mode", False)
     window = Window(kernel, stride[0], dilation, pads, mode, ceil_mode, same=same)
     return growing(window) or window
 
@@ -968,10 +932,15 @@ def _treat_window(call: Callable[..., Any], window: Window | str, **arguments: A
     return Treatment("window", call=call, arguments=tuple(arguments.items()), window=window)
 
 
-def _covers_image(given: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
-    """Whether a pooling window is computed from the size of the map, and is all of it."""
-    kernel, layout = given["kernel_size"], facts.layout(node.args[0])
-    if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(given["padding"])):
+def _pool_image(call: Callable[..., Any], why: str, options: dict[str, Any], node: fx.Node) -> Treatment:
+    """A pooling over the whole image, whose window is checked in every call unless it is the map's own size."""
+    return Treatment("global", why, call=call, covers=_unless_own_size(options["kernel_size"], node))
+
+
+def _covers_image(options: dict[str, Any], node: fx.Node, facts: Facts) -> bool:
+    """True if a pooling window is computed from the size of the map, and is all of it."""
+    kernel, layout = options["kernel_size"], facts.layout(node.args[0])
+    if layout != NCHW or _pair(kernel) == _pair(facts.number(kernel)) or any(_pair(options["padding"])):
         return False
     return _pair(facts.number(kernel)) == tuple(facts.shapes[node.args[0]][2:])  # type: ignore[index]
 
@@ -988,7 +957,7 @@ def _unless_own_size(kernel: Any, node: fx.Node) -> Any:
 
 
 def _is_size_of(value: Any, source: Any) -> bool:
-    """Whether a node asks for the size of a map."""
+    """True if a node asks for the size of a map."""
     asks = isinstance(value, fx.Node) and (
         (value.target == "size" and len(value.args) == 1) or value.args[1:] == ("shape",)
     )
@@ -996,7 +965,7 @@ def _is_size_of(value: Any, source: Any) -> bool:
 
 
 def _is_length_of(source: Any, axis: int, value: Any) -> bool:
-    """Whether a node asks for the length of an axis of a map with four."""
+    """True if a node asks for the length of an axis of a map with four."""
     while isinstance(value, fx.Node) and value.target is int:
         value = value.args[0]
     if not isinstance(value, fx.Node) or value.args[1:] not in ((axis,), (axis - 4,)):
@@ -1010,7 +979,7 @@ def _pooling(node: fx.Node, facts: Facts) -> dict[str, Any]:
     of_mean = {"ceil_mode": False, "count_include_pad": True, "divisor_override": None}
     of_max = {"dilation": 1, "ceil_mode": False, "return_indices": False}
     in_order = of_mean if node.target is F.avg_pool2d else of_max
-    given = {**of_mean, **of_max, **_options(node, facts, "input", "kernel_size", **usual, **in_order)}
-    given["return_indices"] = given["return_indices"] or node.target is F.max_pool2d_with_indices
-    given["stride"] = given["kernel_size"] if given["stride"] in (None, []) else given["stride"]
-    return given
+    options = {**of_mean, **of_max, **_options(node, facts, "input", "kernel_size", **usual, **in_order)}
+    options["return_indices"] = options["return_indices"] or node.target is F.max_pool2d_with_indices
+    options["stride"] = options["kernel_size"] if options["stride"] in (None, []) else options["stride"]
+    return options

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import fx
 
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.flow import Flow, Role, and_after, flow_forward
+from cadsurgery.surgery.flow import Flow, Role, flow_forward
+from cadsurgery.surgery.graphs import and_after
 from cadsurgery.surgery.region import dilated_by_design, region_of
 from cadsurgery.surgery.treatment import Barrier, Cause, operation_name
 
@@ -37,7 +38,7 @@ def settle_flow(facts: Facts, asked: Refusal, named: bool, coarsest: int | None 
     Args:
         facts: of the network.
         asked: why the region asked for leaves out a node that reads these maps.
-        named: whether a region names its operations: it has them, however little work that is.
+        named: true if a region names its operations: it has them, however little work that is.
         coarsest: the largest spacing in pixels that a dilation may stand for; None is any.
     """
     by_design: frozenset[fx.Node] = frozenset()

@@ -68,7 +68,7 @@ def _axes_of(node: fx.Node, facts: Facts) -> Axes:
 
 
 def _is_mixed(axes: Axes) -> bool:
-    """Whether an axis holds the batch or the image together with something else."""
+    """True if an axis holds the batch or the image together with something else."""
     kinds = ["".join(factor.kind for factor in axis) for axis in axes]
     return any(len(set(kind)) > 1 and kind != "hw" for kind in kinds)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -13,72 +12,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from cadsurgery.support.errors import CannotConvert, describe_error
+from cadsurgery.support.torch_operations import is_in_place, is_kind
 from cadsurgery.surgery.arguments import Arguments
+from cadsurgery.surgery.carry import Carrier, symbols_in_python
 from cadsurgery.surgery.guards import line_of
-
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-
-
-Functions = tuple[Callable[..., Any], ...]
+from cadsurgery.surgery.tracer import Functions, Tracer, assign
 
 
 class CannotFollow(CannotConvert):
     """A network whose Python tracing cannot follow."""
-
-
-class Tracer(fx.Tracer):
-    """torch's tracer, with other leaves: what has a rule, and what timm declares and torch.fx cannot follow."""
-
-    def __init__(
-        self,
-        is_operation: Callable[[nn.Module], bool],
-        functions: Functions,
-        declared: frozenset[type],
-        names_buffers: bool = True,
-        given: frozenset[str] = frozenset(),
-    ) -> None:
-        super().__init__(autowrap_functions=functions)
-        self._is_operation, self._functions, self._declared = is_operation, functions, declared
-        self._given = given
-        self.record_stack_traces = True
-        # What is computed from buffers, as by norms with frozen statistics, is computed in every call, not once here.
-        self.proxy_buffer_attributes = names_buffers
-
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """An argument that is None by default and not given is so here: Python asks `is None`, of which no graph
-        knows. Named ones of no parameter's own are none, too."""
-        function, values = super().create_args_for_root(*args, **kwargs)
-        return function, [self._known(value) for value in values]
-
-    def _known(self, value: Any) -> Any:
-        """An input, or what it is where it is not given."""
-        if self._is_left_out(value):
-            return None
-        name = str(value.node.target) if isinstance(value, fx.Proxy) else ""
-        return {} if name.startswith("**") and name.lstrip("*") not in self._given else value
-
-    def _is_left_out(self, value: Any) -> bool:
-        """Whether an input is not given and is None by default."""
-        is_none = isinstance(value, fx.Proxy) and value.node.args == (None,)
-        return is_none and value.node.target not in self._given
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is one node of the graph."""
-        if self._is_operation(m) or (type(m) in self._declared and not self._can_follow(m)):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def _can_follow(self, module: nn.Module) -> bool:
-        """Whether a module that is declared a leaf can be traced all the same: its parts are worth knowing."""
-        try:
-            Tracer(self._is_operation, self._functions, self._declared).trace(module)
-        except Exception:  # tracing runs foreign code, which can raise anything
-            return False
-        return True
 
 
 def _timm_leaves() -> tuple[frozenset[type], Functions]:
@@ -123,7 +68,7 @@ def trace(
 
     Args:
         model: the network.
-        is_operation: whether a module is one node of the graph; torch's own modules are in any case.
+        is_operation: true if a module is one node of the graph; torch's own modules are in any case.
         functions: Python functions that are one node of the graph.
         example: arguments of a call whose sizes Python may ask for, see `carry`; by default it may not.
         given: names of arguments that are given in every call, whatever their default is; those of `example` are.
@@ -156,8 +101,6 @@ def trace(
 def _trace(model: nn.Module, options: Any, example: Arguments | None, **more: Any) -> fx.Graph:
     if example is None:
         return Tracer(*options, **more).trace(model)
-    from cadsurgery.surgery.carry import Carrier, symbols_in_python  # which is made of this tracer
-
     more["given"] = frozenset(example)
     with symbols_in_python(model):
         return Carrier(*options, example=example, **more).trace(model)
@@ -179,13 +122,6 @@ def _open_dataclass(graph: fx.Graph) -> None:
         graph.erase_node(made)
 
 
-def assign(values: Any, index: Any, part: Any) -> Any:
-    """What `values[index] = part` leaves, as a value of its own; the values stay as they are."""
-    changed = values.clone() if isinstance(values, Tensor) else copy.copy(values)
-    changed[index] = part
-    return changed
-
-
 def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
     order = {node: position for position, node in enumerate(graph.nodes)}
 
@@ -195,7 +131,10 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
                 user.replace_input_with(value, changed)
 
     for node in list(graph.nodes):
-        if node.args and isinstance(node.args[0], fx.Node) and _is_in_place(model, node):
+        target: Any = node.target
+        if node.op == "call_module":
+            target = model.get_submodule(str(node.target))
+        if node.args and isinstance(node.args[0], fx.Node) and is_in_place(target, node.args, node.kwargs):
             part = node.args[0]
             read_instead(part, node, node)
             if _is_view(part):  # of a whole that is changed with it
@@ -208,26 +147,14 @@ def _make_in_place_explicit(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether a node is a part of a tensor that shares its memory: one taken by numbers and slices, several of them."""
+    """True if a node is a part of a tensor that shares its memory: one taken by numbers and slices, several of them."""
     index = node.args[1] if node.target is operator.getitem else None
     return isinstance(index, tuple) and all(isinstance(one, (int, slice, type(...))) for one in index)
 
 
-def _is_in_place(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
-    in_place_operator = name in {"iadd", "isub", "imul", "itruediv"} or (
-        name.endswith("_") and name[0] != "_"
-    )
-    return node.op == "call_function" and (bool(node.kwargs.get("inplace")) or in_place_operator)
-
-
 def _follow_training_flag(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        if node.target not in _DROPOUTS:
+        if not is_kind(node.target, "drops", "drops channels"):
             continue
         with graph.inserting_before(node):
             if isinstance(node.kwargs.get("training"), bool):

@@ -22,6 +22,7 @@ from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.operations import Operation, operation_of
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import same_place
+from cadsurgery.support.torch_operations import is_kind
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.hooks import act_alike, own_class, stays_whole
 
@@ -89,7 +90,7 @@ class Treatment:
         scale: how many times finer the result of a resize is.
         last_only: why a resize can only be carried out where it leaves the region for good, or "".
         axes: the layout `call` needs of the map; "" for any.
-        spaced: whether `call` takes the spacing of the network's own grid.
+        spaced: true if `call` takes the spacing of the network's own grid.
         reads: the map that `call` reads, where it is not the first argument.
         leaves_by: what gives its dense map on the network's own grid, where that is not `to_dense`.
         covers: a window that the network computes, which has to be as large as the map in every call; None for none.
@@ -140,7 +141,6 @@ class Treatment:
 Rule = Callable[[fx.Node, Facts], Treatment]
 _RULES: dict[object, Rule] = {}
 _OF_VECTORS: set[Rule] = set()
-_MIXERS: set[object] = set()
 
 
 def rule(*operations: object, of_vectors: bool = False) -> Callable[[Rule], Rule]:
@@ -186,21 +186,49 @@ def barrier(why: str, cause: Cause = Cause.OPERATION) -> Treatment:
     return Treatment("barrier", why, cause=cause)
 
 
-def joins_positions(*operations: object) -> None:
-    """Declare what joins all positions of the image on values of more than two axes, whether it has a rule or not: it
-    tells transformers and recurrent networks from convolutional ones."""
-    _MIXERS.update(operations)
-
-
 def is_mixer(node: fx.Node, facts: Facts) -> bool:
-    """Whether a node's operation is one of those on values of more than two axes."""
-    mixes = any(key in _MIXERS for key in _operation_keys(node, facts))
+    """True if a node's operation joins all positions of the image, whether it has a rule or not: it tells transformers
+    and recurrent networks from convolutional ones."""
+    mixes = any(is_kind(key, "mixes") for key in _operation_keys(node, facts))
     return mixes and len(facts.shapes.get(node, "any")) > 2
 
 
-def has_rule(module: nn.Module) -> bool:
-    """Whether a module is an operation of its own, rather than made of others."""
-    return any(key in _RULES for key in _module_keys(module))
+def is_pointwise(node: fx.Node, facts: Facts, layout: str = NCHW) -> bool:
+    """True if each position of a node's result is computed from that position of its maps alone, in evaluation mode.
+
+    A rule says so, a user's like ours, by the treatment it returns.
+
+    Args:
+        node: an operation that may read maps.
+        facts: of the network; the axes of its maps need not be known.
+        layout: axes of the values with four dimensions that the node reads.
+    """
+    maps = {
+        source: layout for source in node.all_input_nodes if facts.is_map(source) and source.op != "get_attr"
+    }
+    known = rule_of(node, facts)
+    if known is None or not maps or why_whole(node, facts):
+        return False
+    treatment = known(
+        node, replace(facts, layouts={**maps, **facts.layouts}, images=facts.images | _images_of(maps, facts))
+    )
+    reads = treatment.operation.reads if treatment.operation is not None else "element"
+    same = treatment.kind in ("pointwise", "join") and (treatment.layout or layout) == layout
+    return same and reads == "element" and not treatment.spaced
+
+
+def _images_of(maps: dict[fx.Node, str], facts: Facts) -> dict[fx.Node, tuple[int, int]]:
+    return {
+        node: (facts.shapes[node][axes.index("h")], facts.shapes[node][axes.index("w")])
+        for node, axes in maps.items()
+    }
+
+
+def has_rule(module: nn.Module, *, of_package: bool = False) -> bool:
+    """True if a module is an operation of its own, rather than made of others; `of_package`: by a rule of this package,
+    which knows what the module does to values."""
+    known = next((_RULES[key] for key in _module_keys(module) if key in _RULES), None)
+    return known is not None and (not of_package or known.__module__.startswith("cadsurgery."))
 
 
 def ruled_functions() -> tuple[Callable[..., Any], ...]:

@@ -32,7 +32,7 @@ from cadsurgery.surgery.arguments import (
     run_forward,
     widen,
 )
-from cadsurgery.surgery.guards import AnotherWay
+from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.plan import SMALL_EFFECT, Decision, Plan
 from cadsurgery.surgery.rewrite import ORIGIN
@@ -70,7 +70,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
+        """True if the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
 
 
@@ -226,7 +226,7 @@ def _at_another_size(
     masking = _uniform(geometry, plan.identity_level or 0)
     try:
         ours, _ = fx.Interpreter(model, graph=adapted).run(*in_order(adapted, smaller, masking))
-    except AnotherWay:  # which every call says too
+    except GuardFailed:  # which every call says too
         return []
     law = "the outputs at another size are the network's as it was"
     check = _compare(law, _named(at_own_samples(ours, adapted, plan)), _named(expected), tolerance)

@@ -27,7 +27,7 @@ from cadsurgery.support.errors import (
 from cadsurgery.surgery.arguments import run_forward
 from cadsurgery.surgery.facts import EXAMPLE_SIZES, scale
 from cadsurgery.surgery.flow import flow_forward
-from cadsurgery.surgery.guards import AnotherWay
+from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.plan import Plan
 from cadsurgery.surgery.refusals import position_mixers
 from cadsurgery.surgery.trace import evaluating
@@ -344,7 +344,7 @@ def _optimized_error(net: AdaptiveModel, batches: list[Any]) -> float:
     torch.manual_seed(3)
     optimized = net.optimize()
     for arguments in batches:
-        with torch.no_grad(), contextlib.suppress(AnotherWay):
+        with torch.no_grad(), contextlib.suppress(GuardFailed):
             expected = _call(net, arguments, mask="random")
             return _largest_error(_call(optimized, arguments, mask=net.levels), expected)
     return float("inf")

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cadsurgery.resampling import conv_macs, interpolate_back, sample
 from torch import Tensor, nn
+
+from cadsurgery.resampling import conv_macs, interpolate_back, sample
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

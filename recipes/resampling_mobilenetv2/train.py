@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cadsurgery.resampling import PUBLISHED_SMOOTHNESS, Sampler, SamplerOptions
 from torch import Tensor, nn
+
+from cadsurgery.resampling import PUBLISHED_SMOOTHNESS, Sampler, SamplerOptions
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

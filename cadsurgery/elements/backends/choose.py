@@ -25,7 +25,7 @@ from cadsurgery.elements.backends import costs
 from cadsurgery.elements.kernel_map import Reading, Window, kernel_map, read_rows, rows_of
 from cadsurgery.elements.lattice import Lattice, is_exporting
 from cadsurgery.elements.near import find_near
-from cadsurgery.elements.sizes import holds
+from cadsurgery.elements.sizes import is_statically_true
 from cadsurgery.kernels.load import is_observed, setting
 
 if TYPE_CHECKING:
@@ -545,7 +545,7 @@ def outside_of(rows: Tensor, outside: float) -> float:
 
 def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     """The rows a reading's table points into: the elements, one row of what is outside, the halo."""
-    no_halo = holds(reading.sources.shape[0] == 0)
+    no_halo = is_statically_true(reading.sources.shape[0] == 0)
     if no_halo and not reading.has_outside:
         return rows
     parts = [rows, rows.new_full((1, rows.shape[1]), outside_of(rows, outside))]

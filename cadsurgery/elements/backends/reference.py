@@ -31,7 +31,7 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.backends.integer import IntegerConvolution
 from cadsurgery.elements.backends.weights import product
 from cadsurgery.elements.kernel_map import phases, read_rows
-from cadsurgery.elements.sizes import holds
+from cadsurgery.elements.sizes import is_statically_true
 
 # Gathered rows are multiplied in blocks of about this size: small enough to stay near the cache and far
 # below a dense network's activations, large enough for the matrix product to run at full speed.
@@ -72,7 +72,7 @@ class Torch(Backend):
         source, target, window = work.reads.source, work.reads.target, work.reads.window
         rows, reading = work.rows, work.reading
         every, place = phases(source, target, window)
-        has_outside = reading.has_outside and holds(reading.sources.shape[0] == 0)
+        has_outside = reading.has_outside and is_statically_true(reading.sources.shape[0] == 0)
         if not has_outside:  # the halo is mixed once for all phases
             rows = extend(rows, reading, 0.0)
         weights = work.weights if work.residual is None else work.weights.without_activation

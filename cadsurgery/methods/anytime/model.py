@@ -26,11 +26,11 @@ from cadsurgery.methods.anytime.shapes import Shapes, shapes_of
 from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
-from cadsurgery.network.macs import ghost
+from cadsurgery.network.macs import meta_copy
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.hooks import child, settle
+from cadsurgery.surgery.hooks import child, freeze_computed_weights
 from cadsurgery.surgery.rules import (
     adaptive_average_pooling,
     adaptive_max_pooling,
@@ -138,7 +138,7 @@ def anytime(
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
     signature = inspect.signature(whole.forward)
     shapes = shapes_of(
-        Program(graph, {}, signature), ghost(whole), _with_defaults(signature, facts.arguments)
+        Program(graph, {}, signature), meta_copy(whole), _with_defaults(signature, facts.arguments)
     )
     manners, apart = _find_manners(facts, graph, logits, shapes.sizes)
     if fill in _WIDTHS:
@@ -486,7 +486,7 @@ class AnytimeModel(ConvertedModel):
         """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
         source = copy.deepcopy(self).eval().requires_grad_(False)
         graph = self.program.graph
-        settle(
+        freeze_computed_weights(
             source,
             {"", *(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))},
         )
@@ -568,7 +568,7 @@ class AnytimeModel(ConvertedModel):
         )
         if key not in self._shapes:
             if not self._ghost:
-                self._ghost = (ghost(self),)
+                self._ghost = (meta_copy(self),)
             while len(self._shapes) >= _REMEMBERED:
                 del self._shapes[next(iter(self._shapes))]
             self._shapes[key] = shapes_of(self.program, self._ghost[0], arguments)

@@ -12,7 +12,7 @@ from cadsurgery.methods.anytime.heads import HeadKind
 from cadsurgery.methods.anytime.model import AnytimeModel, Confidence, Fill, anytime, is_own
 from cadsurgery.methods.anytime.plan import AnytimePlan
 from cadsurgery.network.candidates import check_network
-from cadsurgery.network.storage import OTHER_MODEL, build_stated, check_width, refuse
+from cadsurgery.network.storage import OTHER_MODEL, as_file_error, build_stated, check_width
 
 NAME = "anytime"
 _OPTIONS: dict[str, Any] = {
@@ -73,7 +73,7 @@ def load_anytime(
     if model is None:
         of_model = {name: value for name, value in tensors.items() if not is_own(name)}
         model = build_stated(path, stored.source, of_model)
-    with refuse(f"{path} does not fit this model.", OTHER_MODEL):
+    with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
         example = files.example_of(stored, check_network(model))
         net = anytime(model, **stored.options, example_input=example).eval()
     files.check_plan(path, net.plan, stored.plan)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from cadsurgery.network.macs import ghost, to_meta
+from cadsurgery.network.macs import meta_copy, to_meta
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import check_name
 
@@ -69,7 +69,7 @@ def conv_macs(model: nn.Module, *args: Any, rule: str = "conv", **kwargs: Any) -
         UnknownName: no such rule.
     """
     check_name("counting rule", rule, RULES)
-    counted, counts = ghost(model), [0]
+    counted, counts = meta_copy(model), [0]
 
     def add(module: nn.Conv2d, inputs: tuple[Any, ...], output: Tensor) -> None:
         height, width = output.shape[2:]

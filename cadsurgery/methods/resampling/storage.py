@@ -25,7 +25,7 @@ from cadsurgery.methods.resampling.samplers import (
 from cadsurgery.methods.resampling.sampling import Mode
 from cadsurgery.network import storage
 from cadsurgery.network.model import AdaptiveModel
-from cadsurgery.network.storage import OTHER_MODEL, build_stated, refuse
+from cadsurgery.network.storage import OTHER_MODEL, as_file_error, build_stated
 from cadsurgery.support.errors import InvalidInput
 
 NAME = "resampling"
@@ -101,7 +101,7 @@ def load_resampled(
     """
     stored = files.read(path, values, tensors, _OPTIONS, ResampledPlan, trust, **_MORE)
     fields, options = stored.fields, stored.options
-    with refuse(f"the metadata of {path} is damaged.", files.AGAIN):
+    with as_file_error(f"the metadata of {path} is damaged.", files.AGAIN):
         unit = fields["normalisation"]
         known = (tuple(unit["mean"]), tuple(unit["std"]), unit["origin"]) if unit is not None else None
         normalisation = Normalisation(*known) if known is not None else None
@@ -118,7 +118,7 @@ def load_resampled(
     if sampler not in (LearnedSampler.name, LabelSampler.name, UniformSampler.name):
         of_mask = {name[len(_MASK) :]: value for name, value in own.items()}
         sampler = storage.stored_mask(path, fields["sampler"], of_mask, trust)
-    with refuse(f"{path} does not fit this model.", OTHER_MODEL):
+    with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
         example = files.example_of(stored, network)
         net = resample(network, sampler, **options, example_input=example).eval()
     files.check_plan(path, replace(net.plan, macs=stored.plan.macs), stored.plan)

@@ -24,11 +24,11 @@ from cadsurgery.methods.sampling.run import Deciding, Run
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.hosted import check_used, reach
-from cadsurgery.network.macs import ghost
+from cadsurgery.network.macs import meta_copy
 from cadsurgery.support.errors import InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.hooks import copying, settle
+from cadsurgery.surgery.hooks import copying, freeze_computed_weights
 from cadsurgery.surgery.trace import evaluating
 
 GATES = "sampling_gates"  # the child that holds them
@@ -309,7 +309,7 @@ class SampledModel(ConvertedModel):
             (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
             for name, value in arguments.items()
         )
-        return self._remember(("work", key), lambda: work_of(self.program, ghost(self), arguments))
+        return self._remember(("work", key), lambda: work_of(self.program, meta_copy(self), arguments))
 
     # -- other forms -------------------------------------------------------------------------------
 
@@ -317,7 +317,7 @@ class SampledModel(ConvertedModel):
         """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
         source = copy.deepcopy(self, copying(self)).eval().requires_grad_(False)
         graph = self.program.graph
-        settle(
+        freeze_computed_weights(
             source,
             {"", *(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))},
         )

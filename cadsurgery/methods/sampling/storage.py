@@ -11,7 +11,7 @@ from cadsurgery.methods import files
 from cadsurgery.methods.sampling.model import SampledModel, is_own, sample
 from cadsurgery.methods.sampling.plan import SamplingPlan
 from cadsurgery.network.candidates import check_network
-from cadsurgery.network.storage import OTHER_MODEL, build_stated, refuse
+from cadsurgery.network.storage import OTHER_MODEL, as_file_error, build_stated
 
 NAME = "sampling"
 _OPTIONS: dict[str, Any] = {
@@ -58,7 +58,7 @@ def load_sampled(
     if model is None:
         of_model = {name: value for name, value in tensors.items() if not is_own(name)}
         model = build_stated(path, stored.source, of_model)
-    with refuse(f"{path} does not fit this model.", OTHER_MODEL):
+    with as_file_error(f"{path} does not fit this model.", OTHER_MODEL):
         example = files.example_of(stored, check_network(model))
         seed = stored.options.pop("seed")
         net = sample(model, **stored.options, example_input=example).eval()

@@ -1,4 +1,4 @@
-"""Whether a file gives what the network gives."""
+"""True if a file gives what the network gives."""
 
 from __future__ import annotations
 

@@ -329,7 +329,7 @@ def _share_scales(file: Path, tensors: dict[str, str]) -> None:
 
 
 def _has_weights(node: Any) -> bool:
-    """Whether it is a product with weights that engines have in 8 bits; those of groups of rows they have not."""
+    """True if it is a product with weights that engines have in 8 bits; those of groups of rows they have not."""
     return (
         node.op_type in _PRODUCTS
         and all(value is None or value.is_initializer() for value in node.inputs[1:])

@@ -163,7 +163,7 @@ class Exportable(nn.Module):
             image=image,
             levels=levels,
         )
-        run = program.twice if self.mask.looks_ahead and levels is None else program
+        run = program.run_after_first_pass if self.mask.looks_ahead and levels is None else program
         output, lattice = run(masking, program.bind(image.half() if self.float16 else image))
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         shown = (leaf.to(image.dtype) if leaf.is_floating_point() else leaf for leaf in tensors)
@@ -186,7 +186,7 @@ def _count_in_symbols(program: Program) -> Program:
             takes = 2 if node.target in (max, min) else 1
             if len(node.args) == takes and not node.kwargs:
                 node.target = _OF_SYMBOLS[node.target]
-    return replace(program).on(program.net)
+    return replace(program).bind_to(program.net)
 
 
 @dataclass(frozen=True, eq=False)

@@ -156,4 +156,4 @@ def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, 
     return prediction, {"exit": exit}
 
 
-KIND = Kind(NAME, AnytimeModel, "with exits", convert, compare, time, run, has_thresholds=True)
+KIND: Kind = Kind(NAME, AnytimeModel, "with exits", convert, compare, time, run, has_thresholds=True)

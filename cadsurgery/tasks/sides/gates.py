@@ -170,4 +170,4 @@ def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dic
     return output, {"density": sum(densities) / len(densities)}
 
 
-KIND = Kind(NAME, SampledModel, "with gates", convert, compare, time, run)
+KIND: Kind = Kind(NAME, SampledModel, "with gates", convert, compare, time, run)

@@ -147,4 +147,4 @@ def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, d
     return net(batch), {"sampled": "x".join(map(str, net.size))}
 
 
-KIND = Kind(NAME, ResampledModel, "whose input is sampled", convert, compare, time, run)
+KIND: Kind = Kind(NAME, ResampledModel, "whose input is sampled", convert, compare, time, run)

@@ -1,0 +1,3 @@
+"""Figures of segmentation: the public names of `cadsurgery.tasks.segmentation.metrics`."""
+
+from cadsurgery.tasks.segmentation.metrics import *  # noqa: F403

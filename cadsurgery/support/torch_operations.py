@@ -1,0 +1,294 @@
+"""The facts of torch's operations, stated once for all spellings of an operation; every pass asks here.
+
+    operation_of(torch.relu_).name == operation_of("relu").name == operation_of(nn.ReLU()).name == "relu"
+
+A spelling is a module class, a function of torch or of `operator`, or the name of a method. In-place spellings, such as
+`relu_` and `operator.iadd`, follow from the name. Only operations of kind "mixes" multiply and accumulate: how much is
+stated in `support/counting.py`. What an operation means on elements is stated by its rule
+(`surgery/rules.py`), which is registered for all operations of a kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import BuiltinFunctionType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+Kind = Literal[
+    "value",  # computed from each value alone, whatever constants it takes
+    "values",  # computed from the values of several tensors at one place
+    "copies",  # the same values: in another type, on another device, in other memory
+    "converts",  # the same values, of a type and on a device that another argument may be the example of
+    "reshapes",  # the same values in the same order, in other axes
+    "permutes",  # the same values, axes in another order
+    "splits",  # parts along an axis, as several tensors
+    "selects",  # one part along an axis
+    "drops",  # values at random while a network is trained, all of them in evaluation mode
+    "drops channels",  # the same of whole channels or whole images
+    "fills",  # one number throughout
+    "asks",  # a size, type or device, for which no value is read
+    "asks rank",  # what no image changes: the number of axes, the layout in memory
+    "mixes",  # positions of the image with each other, on values of more than two axes
+    "other",
+]
+
+
+@dataclass(frozen=True)
+class TorchOperation:
+    """The facts of one operation.
+
+    Attributes:
+        name: as torch spells it.
+        kind: how its result depends on what it reads, see `Kind`.
+        adds: it is the sum of its two operands.
+        multiplies: it is the product of its two operands.
+        makes_nan: it may make NaN or infinity of moderate numbers.
+        keeps_values: in evaluation mode its result is its input.
+    """
+
+    name: str
+    kind: Kind
+    adds: bool = False
+    multiplies: bool = False
+    makes_nan: bool = False
+    keeps_values: bool = False
+
+
+_SPELLINGS: dict[object, TorchOperation] = {}
+_NAMED: dict[str, TorchOperation] = {}
+_SPACES: tuple[Any, ...] = (F, torch, torch.linalg, torch.special, torch.fft, operator)
+
+
+def _state(kind: Kind, names: str, *modules: type[nn.Module] | str, **facts: bool) -> None:
+    """State the facts of one operation under all its names, the first of which is its own, and module classes."""
+    name, *others = names.split()
+    stated = TorchOperation(name, kind, **facts)
+    _NAMED.update(dict.fromkeys((name, *others), stated))
+    for spelled in (name, *others):
+        _SPELLINGS.update(dict.fromkeys(_functions_named(spelled), stated))
+        _SPELLINGS.update({method: stated for method in _methods_named(spelled) if hasattr(Tensor, method)})
+    _SPELLINGS.update(dict.fromkeys(modules, stated))
+
+
+def _functions_named(name: str) -> list[Any]:
+    """The functions of a name, those that work in place among them."""
+    found = [getattr(space, spelled, None) for space in _SPACES for spelled in (name, f"{name}_")]
+    found += [getattr(operator, f"i{name}", None)] if hasattr(operator, name) else []
+    found += [getattr(Tensor, spelled, None) for spelled in _methods_named(name)]
+    return [function for function in found if callable(function)]
+
+
+def _methods_named(name: str) -> tuple[str, ...]:
+    """The names that a method may have, those of Python's operators among them."""
+    written = (f"__{name}__", f"__r{name}__", f"__i{name}__") if hasattr(operator, name) else ()
+    return (name, f"{name}_", *written)
+
+
+def _state_each(kind: Kind, names: str, **facts: bool) -> None:
+    """State the same facts of several operations, each under its one name."""
+    for name in names.split():
+        _state(kind, name, **facts)
+
+
+# -- each value alone ----------------------------------------------------------------------------------
+
+_state("value", "identity", nn.Identity, keeps_values=True)
+_state("value", "relu", nn.ReLU)
+_state("value", "relu6", nn.ReLU6)
+_state("value", "leaky_relu", nn.LeakyReLU)
+_state("value", "prelu", nn.PReLU)
+_state("value", "elu", nn.ELU)
+_state("value", "celu", nn.CELU)
+_state("value", "selu", nn.SELU)
+_state("value", "gelu", nn.GELU)
+_state("value", "silu", nn.SiLU, "timm.layers.activations_me:SwishMe")
+_state("value", "mish", nn.Mish, "timm.layers.activations_me:MishMe")
+_state("value", "hardswish", nn.Hardswish, "timm.layers.activations_me:HardSwishMe")
+_state("value", "hardsigmoid", nn.Hardsigmoid, "timm.layers.activations_me:HardSigmoidMe")
+_state("value", "hardmish", "timm.layers.activations_me:HardMishMe")
+_state("value", "hardtanh", nn.Hardtanh)
+_state("value", "sigmoid expit", nn.Sigmoid)
+_state("value", "logsigmoid", nn.LogSigmoid)
+_state("value", "tanh", nn.Tanh)
+_state("value", "softplus", nn.Softplus)
+_state("value", "softsign", nn.Softsign)
+_state("value", "hardshrink", nn.Hardshrink)
+_state("value", "softshrink", nn.Softshrink)
+_state("value", "tanhshrink", nn.Tanhshrink)
+_state("value", "threshold", nn.Threshold)
+_state("value", "abs absolute fabs")
+_state("value", "neg negative")
+_state("value", "sign sgn")
+_state("value", "trunc fix")
+_state("value", "clamp clip")
+_state("value", "erf")
+_state_each("value", "clamp_min clamp_max square sin cos atan asinh erfc sinc ceil floor round frac")
+_state("value", "positive pos")
+_state_each("value", "deg2rad rad2deg nan_to_num")
+_state_each("value", "exp expm1 exp2 log log2 log10 log1p sqrt rsqrt pow reciprocal", makes_nan=True)
+_state_each("value", "tan sinh cosh erfinv logit erfcx entr ndtri i0 i1", makes_nan=True)
+_state("value", "lgamma gammaln", makes_nan=True)
+_state("value", "digamma psi", makes_nan=True)
+_state("value", "acos arccos", makes_nan=True)
+_state("value", "asin arcsin", makes_nan=True)
+_state("value", "acosh arccosh", makes_nan=True)
+_state("value", "atanh arctanh", makes_nan=True)
+
+# -- the values of several tensors at one place --------------------------------------------------------
+
+_state("values", "add", adds=True)
+_state("values", "mul multiply", multiplies=True)
+_state("values", "sub subtract")
+_state("values", "div divide true_divide truediv __div__ __rdiv__ __idiv__", makes_nan=True)
+_state("values", "addcdiv", makes_nan=True)
+_state_each("values", "maximum minimum addcmul lerp where")
+
+# -- the same values -----------------------------------------------------------------------------------
+
+_state_each("copies", "contiguous clone detach float half double bfloat16 type cpu cuda")
+_state_each("converts", "to type_as as_tensor")
+_state("reshapes", "flatten", nn.Flatten)
+_state("reshapes", "unflatten", nn.Unflatten)
+_state_each("reshapes", "view reshape squeeze unsqueeze reshape_as view_as")
+_state("permutes", "permute")
+_state("permutes", "transpose swapaxes swapdims")
+_state("permutes", "movedim moveaxis")
+_state("permutes", "t")
+_state_each("splits", "split chunk tensor_split")
+_state_each("selects", "unbind select narrow")
+_state("drops", "dropout", nn.Dropout, keeps_values=True)
+_state("drops", "alpha_dropout", nn.AlphaDropout, keeps_values=True)
+_state("drops channels", "dropout1d", nn.Dropout1d, keeps_values=True)
+_state("drops channels", "dropout2d", nn.Dropout2d, keeps_values=True)
+_state("drops channels", "dropout3d", nn.Dropout3d, keeps_values=True)
+_state("drops channels", "feature_alpha_dropout", nn.FeatureAlphaDropout, keeps_values=True)
+_state(
+    *("drops channels", "drop_path", "timm.layers.drop:DropPath"),
+    "torchvision.ops.stochastic_depth:StochasticDepth",
+    keeps_values=True,
+)
+
+# -- no values of what is read -------------------------------------------------------------------------
+
+_state_each("fills", "zeros ones full new_zeros new_ones new_full")
+_state_each("asks", "size numel nelement element_size")
+_state_each("asks rank", "dim ndimension stride is_contiguous")
+_ATTRIBUTES: dict[str, Kind] = {
+    **dict.fromkeys(("shape", "dtype", "device", "is_cuda", "itemsize"), "asks"),
+    **dict.fromkeys(("ndim", "requires_grad", "layout"), "asks rank"),
+}
+
+# -- more than one place -------------------------------------------------------------------------------
+
+_state("mixes", "scaled_dot_product_attention", nn.MultiheadAttention)
+_state("mixes", "matmul __matmul__")
+_state("mixes", "unfold", nn.Unfold)
+_state("mixes", "lstm", nn.LSTM)
+_state("mixes", "gru", nn.GRU)
+_state_each("mixes", "baddbmm einsum bmm grid_sample cumsum roll fft2 rfft2")
+_state_each("other", "fmod remainder floor_divide floordiv mod xlogy xlog1py float_power", makes_nan=True)
+_state_each("other", "igamma igammac gammainc gammaincc polygamma mvlgamma multigammaln zeta", makes_nan=True)
+_state_each("other", "var std var_mean std_mean inv inverse pinv", makes_nan=True)
+
+
+def operation_of(target: Any) -> TorchOperation | None:
+    """The operation of a module, a module class, a function or the name of a method; None if nothing is stated."""
+    if isinstance(target, nn.Module):
+        target = type(target)
+    if isinstance(target, type):
+        named = f"{target.__module__}:{target.__name__}"
+        return _SPELLINGS.get(target) or _SPELLINGS.get(named)
+    try:
+        return _SPELLINGS.get(target)
+    except TypeError:  # a callable that has no hash
+        return None
+
+
+def is_free(name: str) -> bool:
+    """True if an operation of this name, as torch's dispatcher spells it, multiplies and accumulates nothing."""
+    return name in _NAMED and _NAMED[name].kind not in ("mixes", "other")
+
+
+def is_kind(target: Any, *kinds: Kind) -> bool:
+    """True if an operation is stated to be of one of these kinds."""
+    known = operation_of(target)
+    return known is not None and known.kind in kinds
+
+
+def operations() -> Mapping[object, TorchOperation]:
+    """All stated operations by their spellings."""
+    return dict(_SPELLINGS)
+
+
+def spellings(*kinds: Kind) -> tuple[object, ...]:
+    """All spellings of the operations of these kinds, as `@rule` takes them."""
+    return tuple(spelling for spelling, known in _SPELLINGS.items() if known.kind in kinds)
+
+
+def name_of(target: Any) -> str:
+    """The name of a function or method."""
+    return str(getattr(target, "__name__", target))
+
+
+def is_in_place(target: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+    """True if a call writes its result into its first argument.
+
+    Args:
+        target: a module, a function or the name of a method.
+        args, kwargs: of the call, which may say `inplace`.
+    """
+    if isinstance(target, nn.Module):
+        return bool(getattr(target, "inplace", False))
+    name = name_of(target)
+    if name.startswith("__"):  # `x.__iadd__(y)`, beside which there is `x.__add__(y)`
+        return name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")
+    if name.endswith("_") and not name.startswith("_"):
+        return True
+    if not callable(target):
+        return False
+    place = _place_of_inplace(target)
+    flag = args[place] if place is not None and len(args) > place else (kwargs or {}).get("inplace")
+    return target in _IN_PLACE_OPERATORS or bool(flag)
+
+
+_IN_PLACE_NAMES = {f"i{name}" for name in dir(operator)} & set(dir(operator))
+_IN_PLACE_OPERATORS = frozenset(getattr(operator, name) for name in _IN_PLACE_NAMES if name.isidentifier())
+
+
+@cache
+def _place_of_inplace(function: Any) -> int | None:
+    """The position of the parameter `inplace` of a function of torch; None if it has none."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # compiled code states none
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def may_make_nan(target: Any) -> bool:
+    """True if a function or method may make NaN or infinity of moderate numbers, or is of a library not known here."""
+    known = operation_of(target)
+    if known is not None:
+        return known.makes_nan
+    origin = str(getattr(target, "__module__", "") or "")
+    is_known = isinstance(target, (str, BuiltinFunctionType)) or origin.startswith(
+        ("torch", "_operator", "cadsurgery", "math", "builtins")
+    )
+    return not is_known
+
+
+def asks(node: fx.Node, *, of_rank: bool = False) -> bool:
+    """True if a node asks for a size, a type or a device, for which no value is read; `of_rank`: for what no image
+    changes."""
+    kind = _ATTRIBUTES.get(str(node.args[1])) if node.target is getattr else None
+    if node.op == "call_method" and (known := operation_of(node.target)) is not None:
+        kind = known.kind
+    return kind == "asks rank" or (not of_rank and (kind == "asks" or node.target is len))
