@@ -28,7 +28,7 @@ from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.methods.sampling.opened import Opened
+from cadsurgery.methods.sampling.gates import Opened
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.files import append_lines
@@ -267,11 +267,11 @@ def _of_gates(net: SampledModel, images: Tensor, fractions: Sequence[float]) -> 
 @contextlib.contextmanager
 def _forced(net: SampledModel, opened: Opened) -> Iterator[None]:
     """Gates opened at a share of their positions within."""
-    net.instead = opened
+    net.score_override = opened
     try:
         yield
     finally:
-        net.instead = None
+        net.score_override = None
 
 
 def _run_forced(net: SampledModel, opened: Opened, images: Tensor) -> object:

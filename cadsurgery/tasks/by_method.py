@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.images import normalise
 from cadsurgery.data.networks import Source
-from cadsurgery.methods.storage import Converted, Made, load, save
+from cadsurgery.methods.storage import Converted, SiblingModel, load, save
 from cadsurgery.network.storage import read_method
 from cadsurgery.support.counting import describe_not_counted
 from cadsurgery.support.errors import CadError, InvalidInput, describe_error
@@ -80,18 +80,18 @@ class MethodReport(RunReport):
         return ""
 
 
-def open_any(network: object, trust: bool = False) -> Made | None:
+def open_any(network: object, trust: bool = False) -> SiblingModel | None:
     """A network that any method made, or that of a file; None if it is no such.
 
     Args:
         network: anything that names a network, or one.
         trust: see `cadsurgery.load`.
     """
-    if isinstance(network, Made):
+    if isinstance(network, SiblingModel):
         return network
     if not isinstance(network, str) or not is_file(network) or not read_method(network):
         return None
-    return cast(Made, load(network, trust=trust))
+    return cast(SiblingModel, load(network, trust=trust))
 
 
 @dataclass(frozen=True, kw_only=True)

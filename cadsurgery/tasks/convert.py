@@ -16,12 +16,9 @@ from torch import Tensor
 from cadsurgery.data.images import check_size, find_images, normalise, read_image, write_picture
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.anytime import AnytimeModel
-from cadsurgery.methods.anytime.macs import AnytimeMacs
-from cadsurgery.methods.resampling import ResampledModel
-from cadsurgery.methods.resampling.macs import ResampledMacs
-from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.methods.sampling.macs import SampledMacs
+from cadsurgery.methods.anytime import AnytimeMacs, AnytimeModel
+from cadsurgery.methods.resampling import ResampledMacs, ResampledModel
+from cadsurgery.methods.sampling import SampledMacs, SampledModel
 from cadsurgery.methods.storage import AnyPlan, Converted, load, read_plan
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan

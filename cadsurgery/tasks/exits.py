@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
-from cadsurgery.methods.anytime import AnytimeModel, anytime
-from cadsurgery.methods.anytime.model import Threshold
-from cadsurgery.methods.anytime.storage import NAME
+from cadsurgery.methods.anytime import AnytimeModel, Threshold, anytime
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.divergence import maps_of
 from cadsurgery.support.errors import CadError, InvalidInput
@@ -287,7 +285,7 @@ def convert_exits(*, options: Mapping[str, Any], verify: bool, **told: Any) -> E
         verify: whether the original is compared.
         told: of `Conversion.begin`.
     """
-    conversion = Conversion.begin(NAME, **told)
+    conversion = Conversion.begin(AnytimeModel.method, **told)
     before, batch = conversion.before, conversion.batch
     conversion.step("adding exits")
     net = anytime(before, **{name: value for name, value in options.items() if value is not None})

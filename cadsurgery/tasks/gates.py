@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.sampling import SampledModel, sample
-from cadsurgery.methods.sampling.storage import NAME
 from cadsurgery.support.divergence import maps_of, resize, tensors_of
 from cadsurgery.support.errors import CadError, CannotConvert, InvalidInput
 from cadsurgery.tasks.by_method import (
@@ -229,7 +228,7 @@ def convert_gates(*, options: Mapping[str, Any], verify: bool, **told: Any) -> G
     Raises:
         CannotConvert: with open gates the network is not the original.
     """
-    conversion = Conversion.begin(NAME, **told)
+    conversion = Conversion.begin(SampledModel.method, **told)
     before, batch = conversion.before, conversion.batch
     conversion.step("adding gates")
     net = sample(before, **options)

@@ -18,7 +18,6 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
-from cadsurgery.methods.resampling.storage import NAME
 from cadsurgery.support.divergence import maps_of, resize
 from cadsurgery.support.errors import CadError, InvalidInput
 from cadsurgery.tasks.by_method import (
@@ -275,7 +274,7 @@ def convert_resampled(*, options: Mapping[str, Any], verify: bool, **told: Any) 
         verify: whether the original is compared.
         told: of `Conversion.begin`.
     """
-    conversion = Conversion.begin(NAME, **told)
+    conversion = Conversion.begin(ResampledModel.method, **told)
     before, batch = conversion.before, conversion.batch
     net = resample(before, **options)
     error = None

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from cadsurgery.methods.program import ancestors
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -87,17 +88,6 @@ def _before_resizing(node: fx.Node, facts: Facts) -> fx.Node:
     while rule_of(node, facts) is resizing and node.all_input_nodes and facts.is_map(node.all_input_nodes[0]):
         node = node.all_input_nodes[0]
     return node
-
-
-def ancestors(*ends: fx.Node) -> set[fx.Node]:
-    """Some nodes and all they are computed from."""
-    found, pending = set[fx.Node](), list(ends)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
 
 
 def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list[Exit]:

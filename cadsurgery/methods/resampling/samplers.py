@@ -25,7 +25,7 @@ from cadsurgery.methods.resampling.locations import (
     target_locations,
     uniform_locations,
 )
-from cadsurgery.methods.resampling.macs import conv_macs
+from cadsurgery.methods.resampling.report import conv_macs
 from cadsurgery.methods.resampling.shifts import ShiftNet
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.errors import InvalidInput, UnknownName
@@ -218,7 +218,7 @@ class LearnedSampler(Sampler):
         )
 
 
-_SAMPLERS: dict[str, type[Sampler]] = {
+SAMPLERS: dict[str, type[Sampler]] = {
     kind.name: kind for kind in (UniformSampler, LabelSampler, LearnedSampler)
 }
 
@@ -243,14 +243,14 @@ def resolve_sampler(
         return sampler
     if sampler == LearnedSampler.name:
         return LearnedSampler(options, channels)
-    if isinstance(sampler, str) and sampler in _SAMPLERS:
-        return _SAMPLERS[sampler](options)
+    if isinstance(sampler, str) and sampler in SAMPLERS:
+        return SAMPLERS[sampler](options)
     try:
         mask = resolve_mask(sampler)
     except UnknownName as error:
-        known = f"a sampler is {', '.join(sorted(_SAMPLERS))}, or a mask."
+        known = f"a sampler is {', '.join(sorted(SAMPLERS))}, or a mask."
         raise (
-            UnknownName("sampler", str(sampler), [*_SAMPLERS, "edges"], next=known)
+            UnknownName("sampler", str(sampler), [*SAMPLERS, "edges"], next=known)
             if ":" not in str(sampler)
             else error
         ) from None

@@ -22,7 +22,7 @@ from cadsurgery.data.images import normalise
 from cadsurgery.masks import MaskProvider, labelled, resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.methods.storage import Made
+from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.macs import MASK_LAYERS, LayerWork, layer_work
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.divergence import KINDS, Kind
@@ -172,7 +172,7 @@ def evaluate(
 
 
 def _evaluate_made(
-    net: Made, samples: SegmentationData, has_masks: bool, thresholds: Sequence[Any], **told: Any
+    net: SiblingModel, samples: SegmentationData, has_masks: bool, thresholds: Sequence[Any], **told: Any
 ) -> ExitReport | GateReport | SampleReport:
     """What a method made, as it is evaluated."""
     if isinstance(net, AnytimeModel):
