@@ -94,12 +94,18 @@ class Maps:
             return Geometry((stride,), fill="nearest").uniform(1, self.batch, size, self.device).at(0)
 
         whole: Lattice = self._once(("lattice", size, stride), build)
-        return whole if places is None else Lattice(whole.pyramid, 0, size, places.part)
+        if places is None:
+            return whole
+        key, part = ("lattice", size, stride, id(places)), places.part
+        lattice: Lattice = self._once(key, lambda: Lattice(whole.pyramid, 0, size, part), places)
+        return lattice
 
     def reading(self, size: Size, source: Places | None, window: Window, target: Places) -> Between:
         """What a convolution reads for some positions of its output, from all or some of a map of a size."""
         window = window.fit(size)
         before = self.lattice(size, source, window.stride)
+        if window.stride == 1 and target.size == size:
+            return Between(before, self.lattice(size, target), window)
         if window.stride == 1:
             return Between(before, Lattice(before.pyramid, 0, target.size, target.part), window)
         fine = window.output_size(size)

@@ -91,6 +91,7 @@ class Run:
         self.shares: dict[int, Tensor] = {}
         self.open: dict[int, Tensor] = {}
         self.places: dict[int, Places] = {}  # of gates that are open at some positions
+        self.maps: dict[int, Maps] = {}  # by batch
 
     def __call__(self) -> Any:
         """What the network returns."""
@@ -124,6 +125,7 @@ class Run:
             is_open[0, 0, 0] = True
         if count < WHOLE_FROM * is_open.numel():
             self.places[number] = Places(is_open)
+            self.maps.setdefault(len(is_open), Maps(len(is_open), is_open.device))
 
     def _is_settled(self, number: int) -> bool:
         """True if all modules of a chain are in evaluation mode: else they do not act on each position alone."""
@@ -157,7 +159,7 @@ class Run:
         if window.is_pointwise and size == places.size:
             reads: Any = read_rows(places.pixels.int().unsqueeze(1))
         else:
-            reads = Maps(len(x), x.device).reading(size, None, window, places)
+            reads = self.maps[len(x)].reading(size, None, window, places)
         weights = weights_of(child(self.net, step.target))
         return Rows(compute(Convolution(x.flatten(0, 2), weights, reads)), number, gated.is_linear)
 
@@ -195,7 +197,7 @@ class Run:
         places, share = self.places[x.gate], self.shares[x.gate]
         if more is not None:
             more = by_position(more, x.is_last).expand(*share.shape, x.rows.shape[1]).flatten(0, 2)
-        maps, some = Maps(len(share), share.device), share.flatten()[places.pixels]
+        maps, some = self.maps[len(share)], share.flatten()[places.pixels]
         filled = fill_gaps(
             Elements(x.rows, maps.lattice(places.size, places)),
             maps.lattice(places.size),
