@@ -134,12 +134,9 @@ class ConvertedModel(nn.Module):
         return net
 
     @property
-    def stored_options(self) -> dict[str, Any]:
-        """The options that a file holds: as they were given, or attributes as they are now."""
-        return {
-            name: self.options[name] if name in self.options else getattr(self, name)
-            for name in self.option_types
-        }
+    def settings(self) -> dict[str, Any]:
+        """The options that are attributes, as they are now: those a file holds beside `options`."""
+        return {name: getattr(self, name) for name in self.option_types if name not in self.options}
 
     @classmethod
     def refuse_again(cls, model: object) -> None:
@@ -211,10 +208,18 @@ class Fused(NamedTuple):
 class GraphModel(ConvertedModel):
     """A network that is run as steps of a graph, on modules that are its own, under their names."""
 
+    program: Any
     _transient: ClassVar[dict[str, Any]] = {"_known": {}}
 
-    def __init__(self, model: nn.Module, program: Program, options: dict[str, Any]) -> None:
-        """Take over the modules, parameters and buffers of a network."""
+    def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
+        """Take over the modules, parameters and buffers of a network.
+
+        Args:
+            model: the network, with what the method added.
+            program: what is run.
+            options: of `convert` that stay as they are.
+            settings: attributes.
+        """
         super().__init__()
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             getattr(self, kind).update(getattr(model, kind))
@@ -222,6 +227,8 @@ class GraphModel(ConvertedModel):
         self.training = model.training
         self.program, self.options = program, options
         self._known: dict[Any, Any] = {}
+        for name, value in settings.items():
+            setattr(self, name, value)
 
     @property
     def is_optimized(self) -> bool:
@@ -284,3 +291,9 @@ class GraphModel(ConvertedModel):
             if (kernel := fused.kernel(node)) is not None:
                 origins[node.name] = kernel.origin
         return fused
+
+    def inference_copy(self, fused: Fused, program: Program) -> Self:
+        """A network of its kind that runs a program on the modules of `fused`."""
+        net = type(self)(fused.module, program, self.options, **self.settings)
+        net.plan, net.source = self.plan, self.source
+        return net.eval()

@@ -72,7 +72,11 @@ def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         **{METHOD: net.method, "format": FORMAT, "versions": versions()},
         **{"source": net.source.to_dict() if is_named and net.source else None, **more},
-        **{"options": net.stored_options, "plan": net.plan.to_json(), "tensors": checksum(tensors)},
+        **{
+            "options": {**net.options, **net.settings},
+            "plan": net.plan.to_json(),
+            "tensors": checksum(tensors),
+        },
     }
 
 

@@ -129,7 +129,8 @@ def anytime(
         "hidden": hidden,
         "fill": fill,
     }
-    net = AnytimeModel(whole, cut(graph, spatial, signature), options, threshold, confidence)
+    program = cut(graph, spatial, signature)
+    net = AnytimeModel(whole, program, options, confidence=confidence, threshold=threshold)
     net.plan, net.source = _make_plan(net, found, work, apart, facts.example), source_of(model)
     return net
 
@@ -156,7 +157,6 @@ def _count_classes(facts: Facts, outlet: Outlet, asked: int | None) -> int:
 def _add_heads(
     facts: Facts, outlet: Outlet, exits: list[Exit], kind: HeadKind, classes: int, hidden: int | None
 ) -> tuple[nn.ModuleList, fx.Graph, list[fx.Node]]:
-    """The heads, the graph with them, and the nodes of all class scores."""
     graph, heads, logits = facts.graph, nn.ModuleList(), []
     order = {node: place for place, node in enumerate(graph.nodes)}
     places: list[tuple[HeadKind, int, tuple[fx.Node, ...]]] = [
@@ -254,24 +254,12 @@ class AnytimeModel(GraphModel):
         "classes": int,
         "hidden": int | None,
         "fill": Fill,
-        "threshold": float | tuple[float, ...],
         "confidence": Confidence,
+        "threshold": float | tuple[float, ...],
     }
     plan: AnytimePlan
     program: AnytimeProgram
-
-    def __init__(
-        self,
-        model: nn.Module,
-        program: AnytimeProgram,
-        options: dict[str, Any],
-        threshold: Threshold,
-        confidence: Confidence,
-    ) -> None:
-        """Take over the modules of `model`, the heads among them; use `cadsurgery.anytime` to get one."""
-        super().__init__(model, program, options)
-        self.confidence = confidence
-        self.threshold = threshold
+    confidence: Confidence
 
     @classmethod
     def is_own(cls, name: str) -> bool:
@@ -429,7 +417,6 @@ class AnytimeModel(GraphModel):
         return run.prediction(logits), number
 
     def _dense_macs(self, work: Work) -> list[int]:
-        """Multiply-accumulates up to each exit where everything is computed."""
         return list(
             accumulate(sum(work.macs[step.name] for step in steps) for steps in self.program.segments)
         )
@@ -458,10 +445,7 @@ class AnytimeModel(GraphModel):
             if kernel is not None:
                 width = getattr(child(self, paths[origin]), WIDTH_NAME, None) if kind.kind == "conv" else None
                 kernel.register_buffer(WIDTH_NAME, None if width is None else width.detach().clone())
-        program = cut(fused.graph, spatial, self.program.signature, is_fused=True)
-        net = AnytimeModel(fused.module, program, self.options, self.threshold, self.confidence)
-        net.plan, net.source = self.plan, self.source
-        return net.eval()
+        return self.inference_copy(fused, cut(fused.graph, spatial, self.program.signature, is_fused=True))
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -482,10 +466,10 @@ class AnytimeModel(GraphModel):
         arguments = self.bind(args, kwargs, rule)
         training = self.training if is_training is None else is_training
         work = None if training else self.work(arguments)
-        return Run(self, self.program, arguments, work, is_normalised=self._grid > 0)
+        return Run(self, arguments, work)
 
     @property
-    def _grid(self) -> int:
+    def grid(self) -> int:
         """How far apart positions are that are computed all the same; 0: none are."""
         return _GRID if self.options["fill"] == "interpolated" else 0
 
@@ -499,7 +483,7 @@ class AnytimeModel(GraphModel):
         logits: Tensor | None = None
         for number in range(len(self.program.segments)):
             if logits is not None and not self._is_never(thresholds[number - 1]):
-                sites = Sites(self.undecided_mask(logits, thresholds, number), sites, self._grid)
+                sites = Sites(self.undecided_mask(logits, thresholds, number), sites, self.grid)
             if sites is None or not sites.is_nothing or self.training:
                 run.segment(number, sites)
                 logits = run.logits(number, sites, logits)

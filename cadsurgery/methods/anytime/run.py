@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Between, Convolution, compute
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.methods.anytime.heads import resize, resize_like
-from cadsurgery.methods.anytime.program import AnytimeProgram
 from cadsurgery.methods.positions import Places, Sites, Size
 from cadsurgery.methods.program import Step, Work, as_column, as_map, as_rows, call, weights_of
 from cadsurgery.methods.report import TAPS
 from cadsurgery.surgery.hooks import child
+
+if TYPE_CHECKING:
+    from cadsurgery.methods.anytime.model import AnytimeModel
 
 Needs = Mapping[str, Places | None]  # where the value of a step is needed; None: everywhere
 
@@ -40,21 +42,19 @@ class Run:
     """The values of one call.
 
     Attributes:
-        net: whose modules the program names.
-        program: what is run.
+        net: what is run.
         arguments: of the call, by name.
         work: what is known of the call before; None where all is computed and filled as a whole, as in training.
-        is_normalised: gaps are filled by the weights of what is there rather than over a constant.
         macs: multiply-accumulates of each segment that ran, and what the reference code counts.
     """
 
-    net: nn.Module
-    program: AnytimeProgram
+    net: AnytimeModel
     arguments: dict[str, Any]
     work: Work | None
-    is_normalised: bool = False
 
     def __post_init__(self) -> None:
+        self.program = self.net.program
+        self.is_normalised = self.net.grid > 0  # by the weights of what is there rather than over a constant
         self.env: dict[str, Value] = {}
         self._computed: dict[str, Places] = {}  # of convolutions, where they are
         self.macs: list[tuple[int, int]] = []
@@ -224,7 +224,6 @@ class Run:
     # -- values in the form that is wanted ---------------------------------------------------------
 
     def _at(self, name: str, places: Places | None) -> Tensor:
-        """The rows of a value at some places, or all."""
         value, have = self.env[name]
         return as_rows(self._dense(name)) if places is None else _pick(value, have, places)
 

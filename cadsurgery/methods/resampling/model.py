@@ -105,7 +105,6 @@ def resample(
 
 
 def _copy(model: object) -> nn.Module:
-    """A copy of a network, or of one that another method made."""
     ResampledModel.refuse_again(model)
     is_made = isinstance(model, (AdaptiveModel, ConvertedModel))
     return copy.deepcopy(model) if is_made and isinstance(model, nn.Module) else copy_network(model)
@@ -128,7 +127,6 @@ def _normalisation(network: nn.Module) -> Normalisation | None:
 
 
 def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
-    """What an example shows."""
     labels = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.int64)  # for masks that ask for some
     with torch.no_grad(), evaluating(net), labelled(labels):
         uniform = uniform_locations(2).expand(image.shape[0], -1, -1, -1)
@@ -435,7 +433,6 @@ def _optimized(network: nn.Module) -> nn.Module:
 
 
 def _as_the_original(net: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The network's values have the names they have in the original."""
     for name in [name for name in state if name.startswith(f"{prefix}{_PREFIX}")]:
         state[prefix + name[len(prefix) + len(_PREFIX) :]] = state.pop(name)
 

@@ -160,7 +160,6 @@ class MaskSampler(Sampler):
 
     @torch.no_grad()
     def _scores(self, image: Tensor) -> Tensor:
-        """(B, h, w)."""
         stride = _STRIDE if min(image.shape[2:]) > _STRIDE else 1
         size = (divide_up(image.shape[2], stride), divide_up(image.shape[3], stride))
         grid = Grid(image.shape[0], size, stride, _LEVELS, 2**_LEVELS, 2**_LEVELS)

@@ -105,7 +105,6 @@ def find_branches(spatial: Spatial, where: str | Sequence[str] = "auto") -> list
 
 
 def _named(name: str, spatial: Spatial, found: Iterable[Branch]) -> list[Branch]:
-    """The branches within a module, or one convolution."""
     facts = spatial.facts
     known = {path for path, _ in facts.model.named_modules() if path}
     if name not in known:

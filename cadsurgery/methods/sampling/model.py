@@ -18,7 +18,7 @@ from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate
 from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
 from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
-from cadsurgery.methods.sampling.run import Deciding, Run
+from cadsurgery.methods.sampling.run import Run
 from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
 from cadsurgery.network.hosted import check_used, reach
@@ -78,13 +78,12 @@ def sample(
     permutes = frozenset(node.name for node in facts.graph.nodes if spatial.kind(node).kind == "permute")
     program = _add_gates(facts, branches, permutes)
     options = {"where": where if isinstance(where, str) else list(where)}
-    net = SampledModel(facts.model, program, options, grid, temperature, noise)
+    net = SampledModel(facts.model, program, options, grid=grid, temperature=temperature, noise=noise)
     net.plan, net.source = _make_plan(net, branches, facts, path), source_of(model)
     return HostedSampled(whole, path, net) if path else net
 
 
 def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str]) -> SampledProgram:
-    """The graph with gates, which the network gets."""
     graph, gates, gated, blocks = facts.graph, nn.ModuleList(), list[Gated](), list[Block]()
     like = next(facts.model.parameters())
     filled = dict[fx.Node, fx.Node]()
@@ -156,22 +155,20 @@ class SampledModel(GraphModel):
     hosts_part = False
     _transient: ClassVar[dict[str, Any]] = {**GraphModel._transient, "_last": None}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        program: SampledProgram,
-        options: dict[str, Any],
-        grid: int,
-        temperature: float,
-        noise: bool,
-    ) -> None:
+    grid: int
+    temperature: float
+    noise: bool
+    seed: int
+    step: int
+    decay: float
+    score_override: Callable[[int, Tensor], Tensor] | None
+    _is_dense = False
+    _last: Run | None = None
+
+    def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
         """Take over the modules of `model`, the gates among them; use `cadsurgery.sample` to get one."""
-        super().__init__(model, program, options)
-        self.grid, self.temperature, self.noise = grid, temperature, noise
-        self.seed, self.step, self.decay = 0, 0, DECAY
-        self.score_override: Callable[[int, Tensor], Tensor] | None = None
-        self._is_dense = False
-        self._last: Run | None = None
+        of_its_own = {"seed": 0, "step": 0, "decay": DECAY, "score_override": None}
+        super().__init__(model, program, options, **{**of_its_own, **settings})
 
     @classmethod
     def is_own(cls, name: str) -> bool:
@@ -200,13 +197,8 @@ class SampledModel(GraphModel):
         Raises:
             InvalidInput: what is no image batch.
         """
-        noise = (self.seed, self.step) if self.training or self.noise else None
-        temperature = None if self.training else self.temperature
-        deciding = Deciding(temperature, noise, self.grid, self.score_override)
-        arguments = self.bind(args, kwargs)
-        run = Run(self, self.gates, self.program, arguments, None if self._is_dense else deciding)
+        run = Run(self, self.bind(args, kwargs), self._is_dense)
         output = run()
-        run.env.clear()
         if self._is_dense:
             return output
         if self.training:
@@ -297,10 +289,9 @@ class SampledModel(GraphModel):
         """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
         fused, known = self.fused(GATES), self.program
         parts = (known.gates, known.blocks, known.permutes, known.signature, known.container)
-        program = gather(fused.graph, *parts, fused.origins)
-        net = SampledModel(fused.module, program, self.options, self.grid, self.temperature, self.noise)
-        net.plan, net.source, net.seed, net.step = self.plan, self.source, self.seed, self.step
-        return net.eval()
+        net = self.inference_copy(fused, gather(fused.graph, *parts, fused.origins))
+        net.step = self.step
+        return net
 
     @property
     def is_optimized(self) -> bool:

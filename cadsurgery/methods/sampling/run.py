@@ -8,11 +8,10 @@ computed, and each position counts by its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Convolution, compute
 from cadsurgery.elements.backends.packed import PackedConv
@@ -22,30 +21,16 @@ from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import read_rows
 from cadsurgery.methods.positions import Maps, Places
 from cadsurgery.methods.program import Step, as_column, as_map, as_rows, by_position, call, weights_of
-from cadsurgery.methods.sampling.gates import Gate, hard_shares, scores, shares, uniform
-from cadsurgery.methods.sampling.program import SampledProgram, reconstruct
+from cadsurgery.methods.sampling.gates import hard_shares, scores, shares, uniform
+from cadsurgery.methods.sampling.program import reconstruct
 from cadsurgery.surgery.hooks import child
+
+if TYPE_CHECKING:
+    from cadsurgery.methods.sampling.model import SampledModel
 
 # From this share of open positions on the whole map is computed, and filled in place: where both took as long
 # (`python benchmarks/sampling.py --choice`) in MobileNetV2; in ResNet-50 chosen positions were a little faster there.
 WHOLE_FROM = 0.95
-
-
-@dataclass(frozen=True)
-class Deciding:
-    """How gates decide in a call.
-
-    Attributes:
-        temperature: None: each gate's own, as in training.
-        noise: numbers that it depends on, such as seed and step; None for no noise.
-        grid: distance of the positions that are always computed; 0 for none.
-        score_override: gives the score (B, h, w) of a gate in place of its own, by its number; None: nothing does.
-    """
-
-    temperature: float | None
-    noise: tuple[int, ...] | None
-    grid: int
-    score_override: Callable[[int, Tensor], Tensor] | None = None
 
 
 class Rows(NamedTuple):
@@ -71,22 +56,19 @@ class Run:
     """The values of one call.
 
     Attributes:
-        net: whose modules the program names.
-        gates: of the program.
-        program: what is run.
+        net: what is run, and how its gates decide.
         arguments: of the call, by name.
-        deciding: how its gates decide; None: they are not asked, and everything is computed.
+        is_dense: True if gates are not asked, and everything is computed.
         shares: (B, h, w) of each gate.
         open: the mean probability of each gate.
     """
 
-    net: nn.Module
-    gates: tuple[Gate, ...]
-    program: SampledProgram
+    net: SampledModel
     arguments: dict[str, Any]
-    deciding: Deciding | None
+    is_dense: bool = False
 
     def __post_init__(self) -> None:
+        self.program, self.gates = self.net.program, self.net.gates
         self.env: dict[str, Any] = {}
         self.shares: dict[int, Tensor] = {}
         self.open: dict[int, Tensor] = {}
@@ -97,25 +79,27 @@ class Run:
         """What the network returns."""
         for step in self.program.steps:
             self.env[step.name] = self._run(step)
-            if step.name in self.program.readers and self.deciding is not None:
-                self._ask(self.program.readers[step.name], self._dense(step.name), self.deciding)
+            if step.name in self.program.readers and not self.is_dense:
+                self._ask(self.program.readers[step.name], self._dense(step.name))
             for name in step.frees:
                 del self.env[name]
         (output,), _ = self.program.output.bind(self._dense)
+        for values in (self.env, self.places, self.maps):
+            values.clear()
         return self.program.contain(output)
 
-    def _ask(self, numbers: tuple[int, ...], x: Tensor, deciding: Deciding) -> None:
-        """Let the gates that read a value decide."""
+    def _ask(self, numbers: tuple[int, ...], x: Tensor) -> None:
+        net, is_noisy = self.net, self.net.training or self.net.noise
         gates = [self.gates[number] for number in numbers]
         strides = [self.program.gates[number].stride for number in numbers]
         for number, gate, score in zip(numbers, gates, scores(x, gates, strides), strict=True):
-            score = score if deciding.score_override is None else deciding.score_override(number, score)
-            noise = uniform((*deciding.noise, number), score) if deciding.noise is not None else None
-            temperature = gate.temperature.clone() if deciding.temperature is None else deciding.temperature
-            share = shares(score, temperature, noise, deciding.grid)
+            score = score if net.score_override is None else net.score_override(number, score)
+            noise = uniform((net.seed, net.step, number), score) if is_noisy else None
+            temperature = gate.temperature.clone() if net.training else net.temperature
+            share = shares(score, temperature, noise, net.grid)
             self.open[number] = score.sigmoid().mean()
-            self.shares[number] = share if self.net.training else hard_shares(share)
-            if not self.net.training and self._is_settled(number):
+            self.shares[number] = share if net.training else hard_shares(share)
+            if not net.training and self._is_settled(number):
                 self._choose(number, self.shares[number] > 0)
 
     def _choose(self, number: int, is_open: Tensor) -> None:
@@ -142,7 +126,7 @@ class Run:
         if isinstance(self.env.get(source), Rows):
             return self._on_rows(step, source, self.env[source])
         value = call(self.net, step, self._dense, self.arguments)
-        if step.target is reconstruct and self.deciding is not None:
+        if step.target is reconstruct and not self.is_dense:
             share, is_last = self.shares[number], self.program.chains[number].is_channels_last(step)
             if self.net.training or not bool((share == 1).all()):
                 image = value.permute(0, 3, 1, 2) if is_last else value
@@ -151,7 +135,6 @@ class Run:
         return value
 
     def _convolve(self, step: Step, number: int) -> Rows:
-        """A convolution or linear layer at the open positions of its gate."""
         gated, places = self.program.gates[number], self.places[number]
         x = by_position(self._dense(step.reads[0]), gated.is_linear)
         size = (x.shape[1], x.shape[2])
@@ -211,7 +194,6 @@ class Run:
         return as_map(filled.rows, len(share), places.size, x.is_last)
 
     def _dense(self, name: str) -> Any:
-        """A value as others read it."""
         value = self.env[name]
         if isinstance(value, Rows):
             self.env[name] = value = self._fill(value)
