@@ -1,4 +1,4 @@
-"""The networks of all methods: what each one is, and what it has to say of itself to be saved, loaded and counted.
+"""The networks of all methods, and all that they have in common: files, copies, counts, refusals.
 
 A method is a subclass of `ConvertedModel`, or of `GraphModel` if it runs a graph in steps, with a plan
 (`report.MethodPlan`) and a count (`report.MethodMacs`), and `@register` above it.
@@ -88,7 +88,7 @@ class ConvertedModel(nn.Module):
         raise NotImplementedError
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What its file holds beside what all have: tensors by name, and further fields."""
+        """Tensors of its file by name, and fields that other methods do not have."""
         return self.state_dict(), {}
 
     @classmethod
@@ -149,7 +149,7 @@ class ConvertedModel(nn.Module):
             raise InvalidInput(cls.already, next="pass the network it was made from.")
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """What the original does not have, by name."""
+        """Parameters that the original does not have, by name."""
         return {name: value for name, value in self.named_parameters() if self.is_own(name)}
 
     def train(self, mode: bool = True) -> Self:
@@ -248,7 +248,7 @@ class GraphModel(ConvertedModel):
         return arguments
 
     def work(self, arguments: dict[str, Any]) -> Work:
-        """What is known of a call before it is run; remembered for the last few shapes."""
+        """Shapes and multiply-accumulates of a call before it is run; remembered for the last few shapes."""
         key = tuple(
             (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
             for name, value in arguments.items()
@@ -260,7 +260,7 @@ class GraphModel(ConvertedModel):
         return work
 
     def remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, for the last few keys."""
+        """The value that `make` gives; remembered for the last few keys."""
         if key not in self._known:
             value = make()
             while len(self._known) >= _REMEMBERED:

@@ -56,7 +56,7 @@ class Stored:
 
 
 def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the file of a network holds: tensors by name, and metadata as plain values.
+    """Contents of the file of a network: tensors by name, and metadata as plain values.
 
     Raises:
         InvalidInput: an inference copy.

@@ -74,7 +74,7 @@ class Maps:
         self._known: dict[Hashable, Any] = {}
 
     def _once(self, key: Hashable, build: Callable[[], Any], *alive: object) -> Any:
-        """What `build` gives; what the numbers in the key stand for stays alive."""
+        """The value that `build` gives, made once; objects whose `id` is in the key stay alive."""
         if key not in self._known:
             self._known[key] = (build(), alive)
         return self._known[key][0]
@@ -101,7 +101,7 @@ class Maps:
         return lattice
 
     def reading(self, size: Size, source: Places | None, window: Window, target: Places) -> Between:
-        """What a convolution reads for some positions of its output, from all or some of a map of a size."""
+        """Taps of a convolution for some positions of its output, in all or some of a map of a size."""
         window = window.fit(size)
         before = self.lattice(size, source, window.stride)
         if window.stride == 1 and target.size == size:

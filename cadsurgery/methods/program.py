@@ -148,7 +148,7 @@ def ancestors(*ends: fx.Node) -> set[fx.Node]:
 
 
 def call(net: nn.Module, step: Step, value_of: Callable[[str], Any], arguments: Mapping[str, Any]) -> Any:
-    """What a step gives, as it is written in the graph.
+    """Run a step as it is written in the graph.
 
     Args:
         net: whose modules and parameters the step names.
@@ -186,7 +186,7 @@ def attribute(net: nn.Module, path: str) -> Any:
 
 
 class Work(NamedTuple):
-    """What is known of a call before it is run.
+    """Shapes and multiply-accumulates of a call, known before it is run.
 
     Attributes:
         macs: multiply-accumulates of each step where everything is computed.

@@ -1,4 +1,4 @@
-"""What a method says of a network: its plan, and the multiply-accumulates of a call."""
+"""Plans of methods, and multiply-accumulates of a call: bases of both."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class MethodMacs:
         raise NotImplementedError
 
     def lines(self) -> list[str]:
-        """What `print` shows after the shape and the rule: the rest of that line, and further ones."""
+        """Text of `print` after the shape and the rule: the rest of that line, and further ones."""
         return [f": {self.total:.4e}, {self.total / max(self.dense, 1):.3f} of {self.dense:.4e}"]
 
     def to_dict(self) -> dict[str, Any]:

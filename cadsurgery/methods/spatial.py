@@ -38,7 +38,7 @@ WHOLE = SpatialKind()
 
 
 class Spatial:
-    """What the rules of a network's operations say of its maps, which are in the order of torch or channels last."""
+    """Rules of a network's operations, asked about positions of its maps: channels first, as in torch, or last."""
 
     def __init__(self, facts: Facts) -> None:
         # No map is dilated here, and padding is a step of its own.

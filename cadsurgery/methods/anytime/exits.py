@@ -26,7 +26,7 @@ _FIRST_AREA = 12
 
 @dataclass(frozen=True)
 class Outlet:
-    """What a network predicts with.
+    """The outputs of a network that exits come before.
 
     Attributes:
         logits: the node of its class scores, before they are resized; None for a backbone, which has none.
@@ -40,12 +40,12 @@ class Outlet:
 
     @property
     def ends(self) -> tuple[fx.Node, ...]:
-        """What it is computed from."""
+        """The nodes that everything returned is computed from."""
         return (self.logits,) if self.logits is not None else self.maps
 
     @property
     def last(self) -> fx.Node:
-        """What all exits come before."""
+        """The last of the ends, which all exits come before."""
         return max(self.ends)
 
 
@@ -63,7 +63,7 @@ class Exit:
 
 
 def find_outlet(facts: Facts) -> Outlet:
-    """What a network predicts with, from what it returns: a map, `out` of a dictionary, or several maps.
+    """Find the outputs of a network: a map, `out` of a dictionary, or several maps.
 
     Raises:
         CannotConvert: it returns no map.
@@ -217,7 +217,7 @@ def _work_of_children(root: str, facts: Facts, before: set[fx.Node]) -> dict[str
 
 
 def _is_group(module: nn.Module) -> bool:
-    """Whether a module holds blocks: parts of several convolutions or linear layers each."""
+    """True if a module holds blocks: parts of several convolutions or linear layers each."""
     if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
     kinds = (nn.Conv2d, nn.Linear)

@@ -1,4 +1,4 @@
-"""What an anytime network runs, as a value: steps in segments, one for each exit.
+"""The program of an anytime network: steps in segments, one for each exit.
 
 The graph has all exits; a segment is what an exit needs and no earlier one did.
 """

@@ -1,4 +1,4 @@
-"""What became of a network that can be left early, and what its exits cost."""
+"""Plan of a network that can be left early, and the multiply-accumulates of its exits."""
 
 from __future__ import annotations
 

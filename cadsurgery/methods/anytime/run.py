@@ -81,7 +81,7 @@ class Run:
                 self.env.pop(name, None)
 
     def prediction(self, logits: Tensor) -> Tensor:
-        """What the network returns of some class scores."""
+        """The network's output for some class scores."""
         last, env = self.program.logits[-1], dict[str, Any]()
 
         def value_of(name: str) -> Any:

@@ -217,13 +217,13 @@ class ResampledModel(ConvertedModel):
 
     @property
     def sampler(self) -> Sampler:
-        """What says where to sample."""
+        """The part that finds the locations."""
         sampler = self._modules[SAMPLER]
         assert isinstance(sampler, Sampler)
         return sampler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network returns of the sampled image, its maps at the image's size.
+        """Run the network on the sampled image; its maps come back at the image's size.
 
         Args:
             args: as the original is called; the first tensor of four axes is the image batch (B, C, H, W).
@@ -246,7 +246,7 @@ class ResampledModel(ConvertedModel):
         return tree_map(bring_back, output)
 
     def call_network(self, image: Tensor, locations: Tensor, args: Any = None, kwargs: Any = None) -> Any:
-        """What the network returns of an image at some locations: maps of the sampled image.
+        """Run the network on an image at some locations; its maps are those of the sampled image.
 
         Args:
             image: (B, C, H, W).
@@ -341,7 +341,7 @@ class ResampledModel(ConvertedModel):
     # -- files -------------------------------------------------------------------------------------
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What the network's own method writes of it, and the sampler.
+        """Contents of its file: those that the network's own method writes, and the sampler's.
 
         Raises:
             InvalidInput: a sampler of your own, which a file cannot hold.

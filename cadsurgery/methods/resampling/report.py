@@ -1,4 +1,4 @@
-"""What became of a network whose input is sampled, and what it costs."""
+"""Plan of a network whose input is sampled, and its multiply-accumulates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What says where an image is sampled: nothing, labels, a mask, or a network that learned it."""
+"""Samplers: where an image is sampled, by nothing, labels, a mask, or a network that learned it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PER_LOCATION = 8  # pixels a side of what the learned sampler sees, for each lo
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """What a sampler is made with.
+    """Options of a sampler.
 
     Attributes:
         grid: locations on a side.
@@ -79,7 +79,7 @@ class Sampler(nn.Module):
         raise NotImplementedError
 
     def spec(self) -> str:
-        """What `cadsurgery.resample` reads back."""
+        """Text that `cadsurgery.resample` reads back."""
         return self.name
 
     def macs(self, image: Tensor, rule: str = "conv") -> int:
@@ -198,7 +198,7 @@ class LearnedSampler(Sampler):
         self.mean_locations = nn.Parameter(uniform_locations(options.grid).float().unsqueeze(0))
 
     def forward(self, image: Tensor) -> Tensor:
-        """What is predicted, its sides on those of the image."""
+        """The predicted locations, their sides on those of the image."""
         return normalise(self.predict(image))
 
     def predict(self, image: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Branch:
-    """What gates decide of, and what they read.
+    """A residual branch, or a convolution, with gates.
 
     Attributes:
         name: of the module, or of the addition.

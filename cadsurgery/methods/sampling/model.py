@@ -54,7 +54,7 @@ def sample(
             convolutions, for these alone, which may lie in no residual branch.
         grid: every so many-th position of both axes is computed whatever a gate says; 0 for none.
         temperature: of the gates in evaluation; while training each has its own, which starts at 1 and falls.
-        noise: whether gates draw noise in evaluation, as published; the same for each call, see `SampledModel.seed`.
+        noise: True if gates draw noise in evaluation, as published; the same for each call, see `SampledModel.seed`.
         example_input: an image batch (B, C, H, W), or all arguments of a call; default: small random images.
 
     Raises:
@@ -136,7 +136,7 @@ class SampledModel(GraphModel):
         options: of `sample`, as values.
         grid: distance of the positions that are always computed; 0 for none.
         temperature: of the gates in evaluation.
-        noise: whether they draw noise in evaluation.
+        noise: True if they draw noise in evaluation.
         seed: of the noise.
         step: of the noise; each call in training adds 1.
         decay: what each gate's temperature is multiplied by after each call in training, as published .99998.
@@ -210,7 +210,7 @@ class SampledModel(GraphModel):
         return output
 
     def dense(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network gives with everything computed: its gates are not asked.
+        """Run the network with everything computed: its gates are not asked.
 
         Args:
             args, kwargs: as of a call.

@@ -1,4 +1,4 @@
-"""What a sampled network runs, as a value: steps, and of each gate the chain of those that it decides of.
+"""The program of a sampled network: steps, and of each gate the chain of those that it decides of.
 
 In the graph a gate is a node `reconstruct` behind the operations it decides of, which reads them and the input of the
 branch. Its chain goes on from there, over what may as well be done before gaps are filled.

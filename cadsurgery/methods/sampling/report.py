@@ -1,4 +1,4 @@
-"""What became of a network that computes where gates are open, and what it costs."""
+"""Plan of a network that computes where gates are open, and its multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class SamplingPlan(MethodPlan):
 
 @dataclass(frozen=True)
 class GateMacs:
-    """What one gate decides of: of the batch that was counted.
+    """Multiply-accumulates of one gate and its chain: of the batch that was counted.
 
     Attributes:
         conv: the convolution.

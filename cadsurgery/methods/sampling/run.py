@@ -76,7 +76,7 @@ class Run:
         self.maps: dict[int, Maps] = {}  # by batch
 
     def __call__(self) -> Any:
-        """What the network returns."""
+        """Run all steps and return the output."""
         for step in self.program.steps:
             self.env[step.name] = self._run(step)
             if step.name in self.program.readers and not self.is_dense:
