@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -273,3 +274,36 @@ def test_plans_of_files_written_before_are_read(kind: type[MethodPlan]) -> None:
     ):
         with pytest.raises((ValueError, TypeError)):
             kind.from_json(damaged)
+
+
+def test_widths_of_other_convolutions_in_older_files_are_left_out(tmp_path: Path) -> None:
+    net, file = cs.anytime(network()), tmp_path / "net.safetensors"
+    with mock.patch.object(type(net), "state_dict", lambda self: _with_another_width(self)):
+        cs.save(net, file)
+    again: Any = cs.load(file, network())
+    widths = {name for name in net.own_parameters() if name.endswith(".width")}
+    assert widths == {name for name in again.own_parameters() if name.endswith(".width")}
+
+
+def _with_another_width(net: nn.Module) -> dict[str, Tensor]:
+    own = nn.Module.state_dict(net)
+    name = next(name for name in own if name.endswith(".width"))
+    return {**{key: value for key, value in own.items() if key != name}, "stem.0.0.width": own[name]}
+
+
+class Last(nn.Module):
+    """Residual blocks on maps that have their channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map."""
+        y = self.stem(x).permute(0, 2, 3, 1)
+        return (y + self.two(F.gelu(self.one(y)))).permute(0, 3, 1, 2)
+
+
+def test_a_gate_reads_no_map_that_has_its_channels_last() -> None:
+    with pytest.raises(cs.CannotConvert, match="no residual branches"):
+        cs.sample(Last().eval())

@@ -91,6 +91,10 @@ class ConvertedModel(nn.Module):
         """Tensors of its file by name, and fields that other methods do not have."""
         return self.state_dict(), {}
 
+    def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file, as older ones have to be changed to be this network's."""
+        return tensors
+
     @classmethod
     def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
         """Refuse options of a file that ask for more than there is."""
@@ -116,7 +120,7 @@ class ConvertedModel(nn.Module):
         with refuse(f"{path} does not fit this model.", OTHER_MODEL):
             net = cls._convert_again(check_network(model), stored)
         files.check_plan(path, net.plan, stored.plan)
-        files.fill(path, net, tensors)
+        files.fill(path, net, net.fitting(tensors))
         return net
 
     # -- what all have -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -42,7 +43,21 @@ class Spatial:
 
     def __init__(self, facts: Facts) -> None:
         # No map is dilated here, and padding is a step of its own.
-        self.facts = replace(flow_forward(facts, coarsest=0).facts, pads={})
+        known = facts
+        with contextlib.suppress(
+            KeyError
+        ):  # values of attention that have no place in the image: shapes alone
+            known = flow_forward(facts, coarsest=0).facts
+        batch = len(facts.example)
+        # Behind an operation without a rule, what has the shape of a map of several positions is taken for one.
+        others = {
+            node: CHANNELS_FIRST
+            for node, shape in facts.shapes.items()
+            if len(shape) == 4 and shape[0] == batch and min(shape[2:]) > 1 and node.op != "get_attr"
+        }
+        images = {node: (facts.shapes[node][2], facts.shapes[node][3]) for node in others}
+        layouts = {**others, **known.layouts}
+        self.facts = replace(known, layouts=layouts, images={**images, **known.images}, pads={})
 
     @cached_property
     def treatments(self) -> dict[fx.Node, Treatment]:

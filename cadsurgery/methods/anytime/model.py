@@ -271,6 +271,12 @@ class AnytimeModel(GraphModel):
         """Refuse heads that are wider than those in the file."""
         check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
 
+    def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file: older ones may have widths for other convolutions, of attention over channels."""
+        own = self.state_dict()
+        kept = {name: value for name, value in tensors.items() if name in own or not name.endswith(".width")}
+        return {name: value for name, value in own.items() if name.endswith(".width")} | kept
+
     @torch.compiler.disable(
         reason="what is computed depends on what its exits are sure of: call it as it is, or its copy net.optimize()"
     )

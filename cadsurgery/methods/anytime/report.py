@@ -27,7 +27,7 @@ class ExitPlan:
     channels: int
     head: str
     macs: int = field(compare=False)
-    chosen: int
+    chosen: int = field(compare=False)
     share: float = field(compare=False)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.methods.spatial import CHANNELS_LAST, Spatial
+from cadsurgery.methods.spatial import CHANNELS_FIRST, CHANNELS_LAST, Spatial
 from cadsurgery.network.fuse import leaves_values
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
@@ -116,7 +116,8 @@ def _named(name: str, spatial: Spatial, found: Iterable[Branch]) -> list[Branch]
         if places := tuple(place for place in branch.places if place.node in nodes):
             return [replace(branch, places=places)]
     why = "it is neither a convolution nor a module with residual branches."
-    if len(nodes) == 1 and (source := _maps(nodes[0], facts)):
+    source = _maps(nodes[0], facts) if len(nodes) == 1 else []
+    if source and facts.layout(source[0]) == CHANNELS_FIRST:
         walk = _Walk(spatial, source[0])
         walk.step(nodes[0])
         if walk.places:
@@ -141,7 +142,7 @@ def _residual_branches(spatial: Spatial) -> list[Branch]:
             continue
         one, other = (_chain(end, facts) for end in ends)
         fork = next((value for value in one if value in other), None)
-        if fork is None:
+        if fork is None or facts.layout(fork) != CHANNELS_FIRST:  # gates read it as torch's convolutions do
             continue
         sides = [list(reversed(side[: side.index(fork)])) for side in (one, other)]
         side = max(sides, key=lambda nodes: sum(facts.macs.get(value, 0) for value in nodes))
