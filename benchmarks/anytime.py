@@ -63,14 +63,14 @@ def noise(height: int, width: int, pattern: str) -> Tensor:
 
 def leave(net: cs.AnytimeModel, share: float, field: Tensor) -> None:
     """Make all exits leave a share of the positions; they are asked all the same."""
-    asked = type(net).left
+    asked = type(net).undecided_mask
 
     def left(logits: Tensor, *args: Any) -> Tensor:
         asked(net, logits, *args)
         values = F.interpolate(field, logits.shape[2:])[:, 0]
         return values > values.quantile(1 - share)
 
-    net.left = left  # type: ignore[method-assign]
+    net.undecided_mask = left  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import torch
 import cadsurgery as cs
 from cadsurgery.images import normalise, street_scene
 from cadsurgery.methods.sampling import run
-from cadsurgery.methods.sampling.opened import PATTERNS, Opened
+from cadsurgery.methods.sampling.gates import PATTERNS, Opened
 from cadsurgery.support.provenance import describe_run
 from cadsurgery.support.timing import interleaved
 
@@ -51,7 +51,7 @@ def main() -> None:
     opened = {density: Opened(density, options.pattern) for density in asked}
 
     def at(density: float, whole_from: float = run.WHOLE_FROM) -> None:
-        net.instead = opened[density]
+        net.score_override = opened[density]
         with mock.patch.object(run, "WHOLE_FROM", whole_from):
             net(x)
 
@@ -76,7 +76,7 @@ def main() -> None:
     )
     macs = {}
     for density in asked:
-        net.instead = opened[density]
+        net.score_override = opened[density]
         macs[density] = net.macs(x)
     low, high = (times[str(d)].best for d in (0.0, 1.0))
     least, most = (macs[d].total for d in (0.0, 1.0))

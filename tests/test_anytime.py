@@ -248,7 +248,7 @@ def test_every_exit_is_the_published_formula(name: str, size: tuple[int, int], f
         net.threshold = tuple(0.9 - falls * number for number in range(len(net.heads)))
     with torch.no_grad():
         found, expected = net.logits(x), by_hand(net, name, x)
-        shares = [float(net.left(one).double().mean()) for one in expected]
+        shares = [float(net.undecided_mask(one).double().mean()) for one in expected]
         assert 0.05 < shares[0] < 0.95 and shares[-2] > 0
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
@@ -264,7 +264,7 @@ def test_rows_where_they_are_needed_are_those_of_whole_maps(
     net, x = anytime(name, head=head, fill=fill), images(3, 45, 70, torch.float64)
     with torch.no_grad():
         expected = whole(net, x)
-        masks = [net.left(one) for one in expected[:-1]]
+        masks = [net.undecided_mask(one) for one in expected[:-1]]
         assert not torch.equal(masks[0][0], masks[0][1]) and masks[-1].any()
         net.to(dtype)
         for one, other in zip(net.logits(x.to(dtype)), expected, strict=True):
@@ -306,9 +306,9 @@ def test_what_is_confident_stays_as_it_is() -> None:
     with torch.no_grad():
         found = net.logits(x)
     for before, after in pairwise(found):
-        sure = ~net.left(before)
+        sure = ~net.undecided_mask(before)
         assert torch.equal(after.permute(0, 2, 3, 1)[sure], before.permute(0, 2, 3, 1)[sure])
-        assert (~net.left(after))[sure].all()
+        assert (~net.undecided_mask(after))[sure].all()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -328,8 +328,8 @@ def test_entropy_leaves_what_is_undecided() -> None:
     with torch.no_grad():
         first = net.logits(x)[0]
         entropy = torch.distributions.Categorical(logits=first.permute(0, 2, 3, 1)).entropy()
-        assert torch.equal(net.left(first), entropy >= 0.5)
-        assert 0 < net.left(first).double().mean() < 1
+        assert torch.equal(net.undecided_mask(first), entropy >= 0.5)
+        assert 0 < net.undecided_mask(first).double().mean() < 1
         for one, other in zip(net.logits(x), whole(net, x), strict=True):
             assert_same(one, other)
         assert torch.equal(net(x, threshold=0.0)[-1], anytime(threshold=1.0)(x)[-1])
@@ -342,7 +342,7 @@ def test_one_threshold_may_ask_everything_and_others_not() -> None:
         assert torch.equal(after[1], before[1]) and not torch.equal(after[2], before[2])
         *_, second, third = net.logits(x, threshold=[1.0, 0.7, 1.0])
         assert net.macs(x, threshold=(1.0, 0.7, 1.0))[1].macs == net.macs(x)[1].dense
-        sure = ~net.left(net.logits(x, threshold=1.0)[1], 0.7)
+        sure = ~net.undecided_mask(net.logits(x, threshold=1.0)[1], 0.7)
         assert torch.equal(third.permute(0, 2, 3, 1)[sure], second.permute(0, 2, 3, 1)[sure])
         for one, other in zip(net(x, threshold=(0.8,) * 3), net(x, threshold=0.8), strict=True):
             assert torch.equal(one, other)
@@ -532,14 +532,14 @@ def test_a_residual_network_with_a_head_of_torchvision() -> None:
     decide(net, [*(head[-1] for head in net.heads), net.classifier[-1]])  # type: ignore[index,union-attr]
     with torch.no_grad():
         found = net.logits(x)
-        assert 0.05 < net.left(found[0]).double().mean() < 0.95
+        assert 0.05 < net.undecided_mask(found[0]).double().mean() < 0.95
         for one, other in zip(found, whole_of(net, x), strict=True):
             assert_same(one, other)
 
 
 def whole_of(net: cs.AnytimeModel, x: Tensor) -> list[Tensor]:
     (name,) = net.program.signature.parameters
-    return list(net._logits(Run(net, net.program, {name: x}, None), None))
+    return list(net._logits(Run(net, {name: x}, None), None))
 
 
 @pytest.mark.slow

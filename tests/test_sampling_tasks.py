@@ -23,7 +23,7 @@ from cadsurgery.finetune import Settings, fit
 from cadsurgery.finetune.groups import make_groups
 from cadsurgery.finetune.objectives import make_objective
 from cadsurgery.finetune.schedule import Draw
-from cadsurgery.methods.sampling.opened import Opened
+from cadsurgery.methods.sampling.gates import Opened
 from cadsurgery.support.divergence import divergence
 from cadsurgery.tasks.bench import bench
 from cadsurgery.tasks.bench_report import MethodBench
@@ -276,7 +276,7 @@ def test_bench_measures_gates_between_all_closed_and_all_open(command_line: Run,
     lines = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [line["side"] for line in lines] == [row.side for row in report.rows]
     assert (tmp_path / "bench.png").stat().st_size > 0
-    assert net.instead is None and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert net.score_override is None and all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     cs.save(net, tmp_path / "net.safetensors")
     file = str(tmp_path / "net.safetensors")
     with pytest.raises(cs.CadError):  # it was not built by name
@@ -305,21 +305,21 @@ def test_bench_measures_a_detector_whole() -> None:
     assert isinstance(report, MethodBench) and report.part == "backbone"
     dense, own, closed, half, whole = report.rows
     assert closed.macs < half.macs < whole.macs == own.macs and whole.macs > dense.macs
-    assert net.instead is None and "of the backbone" in console_text(report)
+    assert net.score_override is None and "of the backbone" in console_text(report)
 
 
 @pytest.mark.parametrize("pattern", ["areas", "scattered"])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_gates_are_opened_at_the_share_asked_for(density: float, pattern: str) -> None:
     net, (x,) = network(), batch()[0]
-    net.grid, net.instead = 0, Opened(density, pattern)
+    net.grid, net.score_override = 0, Opened(density, pattern)
     net.eval()(x)
     for share in net.shares.values():
         assert abs(float((share > 0).float().mean()) - density) <= 1 / share.numel()
     first = {name: share.clone() for name, share in net.shares.items()}
     net(x)
     assert all(torch.equal(first[name], share) for name, share in net.shares.items())
-    net.instead = None
+    net.score_override = None
     net(x)
     assert all(bool((share > 0).all()) for share in net.shares.values())
 

@@ -21,7 +21,7 @@ from cadsurgery.masks import resolve_mask
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.resampling import ResampledModel
 from cadsurgery.methods.sampling import SampledModel
-from cadsurgery.methods.storage import Made
+from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.stem import CachedStem, body_of
 from cadsurgery.support.errors import InvalidInput
@@ -99,7 +99,7 @@ def finetune(
     validation = open_data(data, validation_split) if validation_split else None
     step(f"building {model}")
     classes = len(training.classes) or None
-    net: AdaptiveModel | Made | None = open_any(model, trust)
+    net: AdaptiveModel | SiblingModel | None = open_any(model, trust)
     if net is None:
         net = open_converted(model, mask, options, weights=weights, num_classes=classes, trust=trust)
     elif mask or cache:

@@ -1,22 +1,19 @@
-"""What the files of all methods hold, and how it is read: each method adds only what is its own.
+"""Files of all methods: safetensors for tensors, JSON metadata for everything else, with checksums of both.
 
-Safetensors for tensors, JSON metadata for everything else; nothing that a file names is built or run unasked.
+Nothing that a file names is built or run unasked. Each method adds only what is its own, see `ConvertedModel.pack`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from cadsurgery.data.networks import Source
-from cadsurgery.methods.converted import ConvertedModel
 from cadsurgery.network.storage import (
     FORMAT,
-    KEY,
     METHOD,
     OTHER_MODEL,
     as_file_error,
@@ -24,12 +21,13 @@ from cadsurgery.network.storage import (
     check_tensors,
     check_types,
     checksum,
-    encode_with_checksum,
-    write_tensors,
 )
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.support.plain import check_fields
 from cadsurgery.support.provenance import versions
+
+if TYPE_CHECKING:
+    from cadsurgery.methods.converted import ConvertedModel
 
 AGAIN = "fetch the file again, or write it again with cs.save."
 _IN_FILE: dict[str, Any] = {
@@ -47,29 +45,18 @@ class Stored:
         options: of the method, checked.
         plan: that the network had.
         source: where it came from.
+        trust: True if what it names may be imported, see `cadsurgery.load`.
     """
 
     fields: dict[str, Any]
     options: dict[str, Any]
     plan: Any
     source: Source | None
+    trust: bool
 
 
-def describe(
-    method: str,
-    net: ConvertedModel,
-    tensors: dict[str, Tensor],
-    options: dict[str, Any],
-    **more: Any,
-) -> dict[str, Any]:
-    """Metadata of a network with a plan and a source.
-
-    Args:
-        method: its name.
-        net: the network.
-        tensors: that the file will hold.
-        options: that the method needs to make it again.
-        more: further fields.
+def pack(net: ConvertedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Contents of the file of a network: tensors by name, and metadata as plain values.
 
     Raises:
         InvalidInput: an inference copy.
@@ -80,58 +67,54 @@ def describe(
             why="its weights are folded and no longer the original's.",
             next="save the network it was made from, and call optimize() after loading.",
         )
+    tensors, more = net.pack()
     is_named = net.source is not None and ":" in net.source.name
-    return {
-        **{METHOD: method, "format": FORMAT, "versions": versions()},
-        **{"source": net.source.to_dict() if is_named else None, **more, "options": options},
-        **{"plan": net.plan.to_json(), "tensors": checksum(tensors)},
+    return tensors, {
+        **{METHOD: net.method, "format": FORMAT, "versions": versions()},
+        **{"source": net.source.to_dict() if is_named and net.source else None, **more},
+        **{
+            "options": {**net.options, **net.settings},
+            "plan": net.plan.to_json(),
+            "tensors": checksum(tensors),
+        },
     }
 
 
-def write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a file; it appears whole or not at all."""
-    write_tensors(Path(path), tensors, {KEY: encode_with_checksum(metadata)})
-
-
-def read(
+def unpack(
+    kind: type[ConvertedModel],
     path: str | Path,
     values: dict[str, Any],
     tensors: dict[str, Tensor],
-    options: dict[str, Any],
-    plan: Any,
+    model: nn.Module | None,
     trust: bool,
-    **more: Any,
-) -> Stored:
-    """The metadata of a file, checked, as its tensors are.
+) -> ConvertedModel:
+    """The network of what `pack` gave, in evaluation mode.
 
     Args:
+        kind: its class.
         path: of the file, for messages.
         values: its metadata.
         tensors: its tensors.
-        options: the types of the method's.
-        plan: the class of its plans.
+        model: the original architecture; needed if the network was not built by name.
         trust: see `cadsurgery.load`.
-        more: the types of further fields.
 
     Raises:
-        FileError: a damaged file, or an example too large to be made.
+        FileError: a damaged file, one that does not fit the model, or an example too large to be made.
     """
     with as_file_error(f"the metadata of {path} is damaged.", AGAIN):
-        fields = check_fields(values, {**_IN_FILE, **more}, "it")
-        checked = check_fields(fields["options"], options, "options")
+        fields = check_fields(values, {**_IN_FILE, **kind.field_types}, "it")
+        options = check_fields(fields["options"], kind.option_types, "options")
         source = Source.from_dict(fields["source"]) if fields["source"] is not None else None
-        stored = plan.from_json(fields["plan"])
+        plan = kind.plan_type.from_json(fields["plan"])
     check_tensors(path, fields["tensors"], tensors)
-    check_example(path, stored, trust)
+    check_example(path, plan, trust)
     if source is not None and not trust:
         source = replace(source, untrusted=str(path))
-    return Stored(fields, checked, stored, source)
-
-
-def example_of(stored: Stored, network: nn.Module) -> Tensor:
-    """An image batch of the shape of the plan's example, of the network's type."""
-    dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
-    return torch.zeros(stored.plan.example_shape, dtype=dtype)
+    stored = Stored(fields, options, plan, source, trust)
+    kind.check_stored(path, stored, tensors)
+    net = kind.rebuild(path, stored, tensors, model)
+    net.source = source or net.source
+    return net
 
 
 def check_plan(path: str | Path, plan: Any, stored: Any) -> None:

@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch import nn
 
-from cadsurgery.methods.anytime import storage as of_exits
-from cadsurgery.methods.anytime.model import AnytimeModel
-from cadsurgery.methods.anytime.plan import AnytimePlan
-from cadsurgery.methods.files import AGAIN
-from cadsurgery.methods.resampling import storage as of_samples
-from cadsurgery.methods.resampling.model import ResampledModel
-from cadsurgery.methods.resampling.plan import ResampledPlan
-from cadsurgery.methods.sampling import storage as of_gates
-from cadsurgery.methods.sampling.model import SampledModel
-from cadsurgery.methods.sampling.plan import SamplingPlan
+from cadsurgery.methods.anytime.model import AnytimeModel, AnytimePlan
+from cadsurgery.methods.converted import METHODS, ConvertedModel
+from cadsurgery.methods.files import AGAIN, pack, unpack
+from cadsurgery.methods.report import MethodPlan
+from cadsurgery.methods.resampling.model import ResampledModel, ResampledPlan
+from cadsurgery.methods.sampling.model import SampledModel, SamplingPlan
 from cadsurgery.network import storage
 from cadsurgery.network.candidates import check_network
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.support.errors import FileError, InvalidInput
 from cadsurgery.surgery.plan import Plan
 
-Made = AnytimeModel | ResampledModel | SampledModel
-Converted = AdaptiveModel | Made
+SiblingModel = AnytimeModel | ResampledModel | SampledModel
+Converted = AdaptiveModel | SiblingModel
 AnyPlan = Plan | AnytimePlan | ResampledPlan | SamplingPlan
 
 
-class _Method(NamedTuple):
-    """What is made of networks by a method: its type, how it is written and read, and its plan."""
-
-    kind: type[nn.Module]
-    save: Callable[..., None]
-    load: Callable[..., Converted]
-    plan: Any
-
-
-_METHODS = {
-    of_exits.NAME: _Method(AnytimeModel, of_exits.save_anytime, of_exits.load_anytime, AnytimePlan),
-    of_gates.NAME: _Method(SampledModel, of_gates.save_sampled, of_gates.load_sampled, SamplingPlan),
-    of_samples.NAME: _Method(
-        ResampledModel, of_samples.save_resampled, of_samples.load_resampled, ResampledPlan
-    ),
-}
-
-
-def save(net: Converted, path: str | Path) -> None:
+def save(net: AdaptiveModel | ConvertedModel, path: str | Path) -> None:
     """Write a converted network: parameters and buffers, what its method added, plan, options, source and versions.
 
     The file appears whole or not at all, and holds checksums. No pickle. A mask that is a function or an
@@ -57,9 +33,8 @@ def save(net: Converted, path: str | Path) -> None:
         FileError: the path cannot be written.
         InvalidInput: the network is not converted, or an optimised copy.
     """
-    own = (method.save for method in _METHODS.values() if isinstance(net, method.kind))
-    write: Callable[..., None] = next(own, storage.save)
-    write(net, path)
+    tensors, metadata = pack(net) if isinstance(net, ConvertedModel) else storage.pack(net)
+    storage.write_tensors(Path(path), tensors, {storage.KEY: storage.encode_with_checksum(metadata)})
 
 
 def load(
@@ -87,13 +62,13 @@ def load(
     """
     if model is not None:
         check_network(model)
-    method = _method_of(path)
-    if method is None:
+    kind = _kind_of(path)
+    if kind is None:
         return storage.load(path, model, mask=mask, trust=trust)
     if mask is not None:
         raise InvalidInput(f"{path} holds a network without masks.", next="leave out mask=, --mask.")
     header, tensors = storage.open_file(path, True)
-    return method.load(path, storage.check_metadata(path, header), tensors, model, trust)
+    return unpack(kind, path, storage.check_metadata(path, header), tensors, model, trust)  # type: ignore[return-value]
 
 
 def read_plan(path: str | Path) -> AnyPlan:
@@ -102,17 +77,20 @@ def read_plan(path: str | Path) -> AnyPlan:
     Raises:
         FileError: missing, damaged or foreign file.
     """
-    method, values = _method_of(path), storage.check_metadata(path, storage.open_file(path, False)[0])
-    if method is None:
+    kind, values = _kind_of(path), storage.check_metadata(path, storage.open_file(path, False)[0])
+    if kind is None:
         values = storage.read_metadata(path)
+    plan_type: type[Plan] | type[MethodPlan] = kind.plan_type if kind is not None else Plan
     with storage.as_file_error(f"the metadata of {path} is damaged.", AGAIN):
-        plan: AnyPlan = (method.plan if method else Plan).from_json(values["plan"])
-    return plan
+        return plan_type.from_json(values["plan"])  # type: ignore[return-value]
 
 
-def _method_of(path: str | Path) -> _Method | None:
-    """The method of a file; None of an adaptive network."""
+def _kind_of(path: str | Path) -> type[ConvertedModel] | None:
+    """The class of the network in a file; None of an adaptive one."""
     name = storage.read_method(path)
-    if name and name not in _METHODS:
-        raise FileError(f"{path} was made by a method {name!r:.60}.", next="update cadsurgery.")
-    return _METHODS[name] if name else None
+    if name and name not in METHODS:
+        raise FileError(
+            f"{path} was made by a method {name!r:.60}.",
+            next="update cadsurgery, or import the module that registers the method.",
+        )
+    return METHODS[name] if name else None

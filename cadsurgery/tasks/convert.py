@@ -15,9 +15,9 @@ from torch import Tensor
 from cadsurgery.data.networks import Source
 from cadsurgery.elements.backends import costs
 from cadsurgery.masks import resolve_mask
-from cadsurgery.methods.anytime.macs import AnytimeMacs
-from cadsurgery.methods.resampling.macs import ResampledMacs
-from cadsurgery.methods.sampling.macs import SampledMacs
+from cadsurgery.methods.anytime import AnytimeMacs
+from cadsurgery.methods.resampling import ResampledMacs
+from cadsurgery.methods.sampling import SampledMacs
 from cadsurgery.methods.storage import AnyPlan, Converted, load, read_plan, save
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.adaptify import plan as make_plan

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cadsurgery.data.hub import is_address
 from cadsurgery.data.images import check_size, normalise, read_image, street_scene
 from cadsurgery.data.networks import WEIGHTS, Source, build_again, build_model, source_of
-from cadsurgery.methods.storage import Made
+from cadsurgery.methods.storage import SiblingModel
 from cadsurgery.methods.storage import load as load_any
 from cadsurgery.network.adaptify import adaptify
 from cadsurgery.network.model import AdaptiveModel, pictures_for
@@ -34,18 +34,18 @@ def is_file(network: object) -> bool:
     return is_address(network) or network.endswith(".safetensors") or files.is_file(network)
 
 
-def open_any(network: object, trust: bool = False) -> Made | None:
+def open_any(network: object, trust: bool = False) -> SiblingModel | None:
     """A network that any method made, or that of a file; None if it is neither.
 
     Args:
         network: anything that names a network, or one.
         trust: see `cadsurgery.load`.
     """
-    if isinstance(network, Made):
+    if isinstance(network, SiblingModel):
         return network
     if not isinstance(network, str) or not is_file(network) or not read_method(network):
         return None
-    return cast(Made, load_any(network, trust=trust))
+    return cast(SiblingModel, load_any(network, trust=trust))
 
 
 def original(

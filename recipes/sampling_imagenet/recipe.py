@@ -155,7 +155,7 @@ def at_random(net: cs.SampledModel, images: Tensor) -> cs.SampledModel:
             seen.setdefault(number, []).append(density)
     logits = {number: torch.tensor(sum(found) / len(found)).logit(1e-4) for number, found in seen.items()}
     chance = copy.deepcopy(net)
-    chance.instead = lambda number, score: torch.full_like(score, float(logits[number]))
+    chance.score_override = lambda number, score: torch.full_like(score, float(logits[number]))
     return chance
 
 

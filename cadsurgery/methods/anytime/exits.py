@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from cadsurgery.methods.program import ancestors
 from cadsurgery.support.errors import CannotConvert, InvalidInput, UnknownName
 from cadsurgery.surgery.facts import Facts
 from cadsurgery.surgery.refusals import BACKBONE_NAMES
@@ -25,7 +26,7 @@ _FIRST_AREA = 12
 
 @dataclass(frozen=True)
 class Outlet:
-    """What a network predicts with.
+    """The outputs of a network that exits come before.
 
     Attributes:
         logits: the node of its class scores, before they are resized; None for a backbone, which has none.
@@ -39,12 +40,12 @@ class Outlet:
 
     @property
     def ends(self) -> tuple[fx.Node, ...]:
-        """What it is computed from."""
+        """The nodes that everything returned is computed from."""
         return (self.logits,) if self.logits is not None else self.maps
 
     @property
     def last(self) -> fx.Node:
-        """What all exits come before."""
+        """The last of the ends, which all exits come before."""
         return max(self.ends)
 
 
@@ -62,7 +63,7 @@ class Exit:
 
 
 def find_outlet(facts: Facts) -> Outlet:
-    """What a network predicts with, from what it returns: a map, `out` of a dictionary, or several maps.
+    """Find the outputs of a network: a map, `out` of a dictionary, or several maps.
 
     Raises:
         CannotConvert: it returns no map.
@@ -87,17 +88,6 @@ def _before_resizing(node: fx.Node, facts: Facts) -> fx.Node:
     while rule_of(node, facts) is resizing and node.all_input_nodes and facts.is_map(node.all_input_nodes[0]):
         node = node.all_input_nodes[0]
     return node
-
-
-def ancestors(*ends: fx.Node) -> set[fx.Node]:
-    """Some nodes and all they are computed from."""
-    found, pending = set[fx.Node](), list(ends)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
 
 
 def find_exits(facts: Facts, outlet: Outlet, asked: str | Sequence[str]) -> list[Exit]:
@@ -227,7 +217,7 @@ def _work_of_children(root: str, facts: Facts, before: set[fx.Node]) -> dict[str
 
 
 def _is_group(module: nn.Module) -> bool:
-    """Whether a module holds blocks: parts of several convolutions or linear layers each."""
+    """True if a module holds blocks: parts of several convolutions or linear layers each."""
     if not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
     kinds = (nn.Conv2d, nn.Linear)

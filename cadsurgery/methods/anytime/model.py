@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from numbers import Real
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.data.networks import Source, source_of
-from cadsurgery.masks.masking import check_image
-from cadsurgery.methods.anytime.exits import Exit, Outlet, ancestors, find_exits, find_outlet
+from cadsurgery.data.networks import source_of
+from cadsurgery.methods import files
+from cadsurgery.methods.anytime.exits import Exit, Outlet, find_exits, find_outlet
 from cadsurgery.methods.anytime.heads import MOST_STEPS, HeadKind, connect, make_head
-from cadsurgery.methods.anytime.macs import RULES, AnytimeMacs, ExitMacs
-from cadsurgery.methods.anytime.places import Sites
-from cadsurgery.methods.anytime.plan import AnytimePlan, ExitPlan
-from cadsurgery.methods.anytime.program import Manner, Program
+from cadsurgery.methods.anytime.program import AnytimeProgram, cut
+from cadsurgery.methods.anytime.report import AnytimeMacs, AnytimePlan, ExitMacs, ExitPlan
 from cadsurgery.methods.anytime.run import Run
-from cadsurgery.methods.anytime.shapes import Shapes, shapes_of
-from cadsurgery.methods.converted import ConvertedModel
+from cadsurgery.methods.converted import GraphModel, register
+from cadsurgery.methods.positions import Sites
+from cadsurgery.methods.program import Work, ancestors, work_of
+from cadsurgery.methods.spatial import WHOLE, Spatial, SpatialKind
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
-from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.macs import meta_copy
+from cadsurgery.network.storage import check_width
 from cadsurgery.support.errors import CannotConvert, InvalidInput, check_name
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.hooks import child, freeze_computed_weights
-from cadsurgery.surgery.rules import (
-    adaptive_average_pooling,
-    adaptive_max_pooling,
-    arithmetic,
-    average_pooling,
-    average_pooling_same,
-    batch_norm,
-    batch_norm_act,
-    concatenation,
-    convolution,
-    convolution_same,
-    dropout_per_image,
-    max_pooling,
-    max_pooling_same,
-    pointwise,
-    reduction,
-    resizing,
-)
+from cadsurgery.surgery.hooks import child
 from cadsurgery.surgery.trace import evaluating
-from cadsurgery.surgery.treatment import rule_of
 
 Confidence = Literal["probability", "entropy"]
 Fill = Literal["gaussian", "interpolated", "zeros"]
@@ -62,7 +44,6 @@ _WIDTHS: dict[str, float] = {"gaussian": 3.0, "interpolated": 2.5}
 _GRID = 2
 WIDTH_NAME = "width"  # the parameter of the module of the convolution
 _HIDDEN = 64
-_REMEMBERED = 8  # shapes of images whose sizes of maps are remembered
 
 
 def anytime(
@@ -116,11 +97,7 @@ def anytime(
     for name, number in (("classes", classes), ("hidden", hidden)):
         if number is not None and number < 1:
             raise InvalidInput(f"{name}={number}.", next="it must be at least 1.")
-    if any(
-        isinstance(module, AnytimeModel)
-        for module in (model.modules() if isinstance(model, nn.Module) else ())
-    ):
-        raise InvalidInput("this network has exits already.", next="pass the network it was made from.")
+    AnytimeModel.refuse_again(model)
     whole = copy_network(model)
     path, facts = traceable_part(whole, example_input)
     if path:
@@ -137,14 +114,13 @@ def anytime(
     weight = next(whole.parameters())
     whole.add_module(HEADS, heads.to(weight.device, weight.dtype).train(whole.training))
     signature = inspect.signature(whole.forward)
-    shapes = shapes_of(
-        Program(graph, {}, signature), meta_copy(whole), _with_defaults(signature, facts.arguments)
-    )
-    manners, apart = _find_manners(facts, graph, logits, shapes.sizes)
+    defaults = {name: one.default for name, one in signature.parameters.items()}
+    work = work_of(cut(graph, {}, signature).steps, meta_copy(whole), {**defaults, **facts.arguments})
+    spatial, apart = _find_spatial(facts, logits, work)
     if fill in _WIDTHS:
-        for manner in manners.values():
-            if manner.kind == "conv":
-                module: Any = whole.get_submodule(manner.origin)
+        for node in graph.nodes:
+            if spatial.get(node.name, WHOLE).kind == "conv":
+                module: Any = whole.get_submodule(str(node.target))
                 module.register_parameter(WIDTH_NAME, nn.Parameter(module.weight.new_tensor(_WIDTHS[fill])))
     options = {
         "exits": [exit.name for exit in found],
@@ -153,14 +129,10 @@ def anytime(
         "hidden": hidden,
         "fill": fill,
     }
-    net = AnytimeModel(whole, Program(graph, manners, signature), options, threshold, confidence)
-    net.plan, net.source = _make_plan(net, found, shapes, apart, facts.example), source_of(model)
+    program = cut(graph, spatial, signature)
+    net = AnytimeModel(whole, program, options, confidence=confidence, threshold=threshold)
+    net.plan, net.source = _make_plan(net, found, work, apart, facts.example), source_of(model)
     return net
-
-
-def _with_defaults(signature: inspect.Signature, arguments: dict[str, Any]) -> dict[str, Any]:
-    defaults = {name: one.default for name, one in signature.parameters.items()}
-    return {**defaults, **arguments}
 
 
 def _count_classes(facts: Facts, outlet: Outlet, asked: int | None) -> int:
@@ -185,7 +157,6 @@ def _count_classes(facts: Facts, outlet: Outlet, asked: int | None) -> int:
 def _add_heads(
     facts: Facts, outlet: Outlet, exits: list[Exit], kind: HeadKind, classes: int, hidden: int | None
 ) -> tuple[nn.ModuleList, fx.Graph, list[fx.Node]]:
-    """The heads, the graph with them, and the nodes of all class scores."""
     graph, heads, logits = facts.graph, nn.ModuleList(), []
     order = {node: place for place, node in enumerate(graph.nodes)}
     places: list[tuple[HeadKind, int, tuple[fx.Node, ...]]] = [
@@ -211,81 +182,56 @@ def _add_heads(
     return heads, graph, logits
 
 
-# What acts on each position alone; norms and dropout where they are not in training.
-_POINTWISE = (pointwise, arithmetic, batch_norm, batch_norm_act, dropout_per_image, concatenation)
-_POOLS = (average_pooling, max_pooling, average_pooling_same, max_pooling_same)
-_CONVOLUTIONS = (convolution, convolution_same)
-_JOINS = (adaptive_average_pooling, adaptive_max_pooling, reduction)  # what joins the positions of an image
-
-
-def _find_manners(
-    facts: Facts, graph: fx.Graph, logits: list[fx.Node], sizes: Mapping[str, tuple[int, int]]
-) -> tuple[dict[str, Manner], list[tuple[str, str]]]:
+def _find_spatial(
+    facts: Facts, logits: list[fx.Node], work: Work
+) -> tuple[dict[str, SpatialKind], list[tuple[str, str]]]:
     """How the nodes behind the first exit act on positions; and convolutions that do not on some alone, and why."""
-    manners, apart, of_image = dict[str, Manner](), list[tuple[str, str]](), set[fx.Node]()
+    shapes = {
+        node: torch.Size(work.shapes[node.name]) for node in facts.graph.nodes if node.name in work.shapes
+    }
+    seen = Spatial(replace(facts, shapes={**shapes, **facts.shapes}))  # with the heads'
+    kinds, apart = dict[str, SpatialKind](), list[tuple[str, str]]()
     behind = ancestors(*logits) - ancestors(logits[0])
-    for node in graph.nodes:
-        rule = rule_of(node, facts)
-        joins = rule in _JOINS or (rule in _POOLS and rule(node, facts).kind == "global")
-        reads = not of_image.isdisjoint(node.all_input_nodes)
-        if node.op == "placeholder" or rule is resizing or (reads and not joins):
-            of_image.add(node)
-        if node not in behind or node.name not in sizes or rule is None:
+    for node in facts.graph.nodes:
+        size = work.size(node.name)
+        if node not in behind or size is None:
             continue
-        if rule in _CONVOLUTIONS:
-            window, why = rule(node, facts).window, "its map is no grid of the image's positions"
-            if window is None:
-                why = rule(node, facts).why
-            elif reads:
-                manners[node.name] = Manner("conv", window, str(node.target))
-                continue
+        kind = seen.kind(node)
+        # Of maps of other sizes only one value for all positions of an image can be read at some of them.
+        read = [other for one in node.all_input_nodes if (other := work.size(one.name)) is not None]
+        if kind.kind != "point" or (size in read and {*read} <= {size, (1, 1)}):
+            kinds[node.name] = kind
+        if node.op == "call_module" and isinstance(facts.module(node), nn.Conv2d) and kind.kind != "conv":
+            why = (
+                seen.treatments[node].why
+                if seen.maps(node)
+                else "its map is no grid of the image's positions"
+            )
             apart.append((str(node.target), why))
-        elif rule in _POOLS and reads and (window := rule(node, facts).window) is not None:
-            manners[node.name] = Manner("pool", window)
-        elif rule is resizing and _reads_neighbours(node, facts):
-            manners[node.name] = Manner("resize")
-        elif rule in _POINTWISE and _is_pointwise(node, facts, sizes):
-            manners[node.name] = Manner("point")
-    return manners, apart
-
-
-def _reads_neighbours(node: fx.Node, facts: Facts) -> bool:
-    """Whether a resize reads no further than the neighbours of a position."""
-    options: Any = vars(facts.module(node)) if node.op == "call_module" else node.kwargs
-    return options.get("mode", "nearest") in ("nearest", "bilinear") and not options.get("antialias")
-
-
-def _is_pointwise(node: fx.Node, facts: Facts, sizes: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether an operation of such a rule has the result's size in all its maps, or one value for all positions."""
-    module: Any = facts.module(node) if node.op == "call_module" else None
-    if hasattr(module, "running_mean") and module.running_mean is None:
-        return False
-    if rule_of(node, facts) is concatenation:
-        others = {**node.kwargs, **dict(zip(("tensors", "dim"), node.args, strict=False))}
-        if others.get("dim", others.get("axis", 0)) != 1:
-            return False
-    maps = [sizes[one.name] for one in node.all_input_nodes if one.name in sizes]
-    return sizes[node.name] in maps and set(maps) <= {sizes[node.name], (1, 1)}
+    return kinds, apart
 
 
 def _make_plan(
-    net: AnytimeModel, exits: list[Exit], shapes: Shapes, apart: list[tuple[str, str]], example: Tensor
+    net: AnytimeModel, exits: list[Exit], work: Work, apart: list[tuple[str, str]], example: Tensor
 ) -> AnytimePlan:
     names = [*((exit.name, tuple(node.name for node in exit.branches)) for exit in exits), ("the end", ())]
     planned = []
     for number, (name, branches) in enumerate(names):
         steps = net.program.segments[number]
-        chosen = [step for step in steps if step.manner.kind == "conv"]
-        macs = sum(shapes.macs[step.name] for step in steps)
-        share = sum(shapes.macs[step.name] for step in chosen) / macs if macs else 0.0
-        channels = sum(shapes.channels[branch] for branch in branches)
-        is_own = number >= len(net.heads)
-        head = "the network's own head" if is_own else f"{net.options['head']} head"
+        chosen = [step for step in steps if step.spatial.kind == "conv"]
+        macs = sum(work.macs[step.name] for step in steps)
+        share = sum(work.macs[step.name] for step in chosen) / macs if macs else 0.0
+        channels = sum(work.shapes[branch][1] for branch in branches)
+        head = f"{net.options['head']} head" if number < len(net.heads) else "the network's own head"
         planned.append(ExitPlan(name, branches, channels, head, macs, len(chosen), round(share, 4)))
-    return AnytimePlan(tuple(planned), net.options["classes"], tuple(apart), tuple(example.shape))
+    exits_of, shape = tuple(planned), tuple(example.shape)
+    return AnytimePlan(
+        exits=exits_of, classes=net.options["classes"], whole=tuple(apart), example_shape=shape
+    )
 
 
-class AnytimeModel(ConvertedModel):
+@register
+class AnytimeModel(GraphModel):
     """A network with exits: called as the original, it gives a tuple of predictions, the last one best.
 
     Each prediction is aggregated: where the one before was confident, it is that, on the finest grid of class scores
@@ -300,26 +246,36 @@ class AnytimeModel(ConvertedModel):
         source: where the network came from, if it was built by name.
     """
 
-    converted_by = "cs.anytime"
+    method, converted_by, already = "anytime", "cs.anytime", "this network has exits already."
+    convert, plan_type = staticmethod(anytime), AnytimePlan
+    option_types: ClassVar[dict[str, Any]] = {
+        "exits": tuple[str, ...],
+        "head": HeadKind,
+        "classes": int,
+        "hidden": int | None,
+        "fill": Fill,
+        "confidence": Confidence,
+        "threshold": float | tuple[float, ...],
+    }
     plan: AnytimePlan
-    source: Source | None
+    program: AnytimeProgram
+    confidence: Confidence
 
-    def __init__(
-        self,
-        model: nn.Module,
-        program: Program,
-        options: dict[str, Any],
-        threshold: Threshold,
-        confidence: Confidence,
-    ) -> None:
-        """Take over the modules of `model`, the heads among them; use `cadsurgery.anytime` to get one."""
-        super().__init__()
-        self.take_over(model)
-        self.program, self.options, self.confidence = program, options, confidence
-        self.threshold = threshold
-        self._shapes: dict[Any, Shapes] = {}
-        self._ghost: tuple[nn.Module, ...] = ()
-        self.register_load_state_dict_post_hook(_own_not_missing)
+    @classmethod
+    def is_own(cls, name: str) -> bool:
+        """True for what is of a head, or the width of a convolution's Gaussian."""
+        return name.startswith(f"{HEADS}.") or name.rpartition(".")[2] == WIDTH_NAME
+
+    @classmethod
+    def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
+        """Refuse heads that are wider than those in the file."""
+        check_width(path, max(stored.options["classes"], stored.options["hidden"] or 0), tensors)
+
+    def fitting(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file: older ones may have widths for other convolutions, of attention over channels."""
+        own = self.state_dict()
+        kept = {name: value for name, value in tensors.items() if name in own or not name.endswith(".width")}
+        return {name: value for name, value in own.items() if name.endswith(".width")} | kept
 
     @torch.compiler.disable(
         reason="what is computed depends on what its exits are sure of: call it as it is, or its copy net.optimize()"
@@ -389,8 +345,8 @@ class AnytimeModel(ConvertedModel):
         """The threshold by which everything is computed."""
         return 0.0 if self.confidence == "entropy" else 1.0
 
-    def left(self, logits: Tensor, threshold: Threshold | None = None, exit: int = 1) -> Tensor:
-        """(B, H, W) bool: where class scores leave something to be computed.
+    def undecided_mask(self, logits: Tensor, threshold: Threshold | None = None, exit: int = 1) -> Tensor:
+        """(B, H, W) bool: True where class scores leave something to be computed.
 
         Args:
             logits: (B, classes, H, W), of an exit.
@@ -404,7 +360,7 @@ class AnytimeModel(ConvertedModel):
         return ~(scores.softmax(1).amax(1) > limit)
 
     def asks_everything(self, threshold: Threshold | None = None) -> bool:
-        """Whether no class scores of any exit are confident, whatever they are."""
+        """True if no class scores of any exit are confident, whatever they are."""
         return all(map(self._is_never, self.thresholds(threshold)))
 
     def _is_never(self, limit: float) -> bool:
@@ -422,9 +378,8 @@ class AnytimeModel(ConvertedModel):
         Raises:
             UnknownName: no such rule.
         """
-        check_name("counting rule", rule, RULES)
         with torch.no_grad(), evaluating(self):
-            run = self._start(args, kwargs)
+            run = self._start(args, kwargs, rule=rule)
             if not image_of(run.arguments).is_meta:
                 for _ in self._logits(run, threshold):
                     pass
@@ -456,8 +411,8 @@ class AnytimeModel(ConvertedModel):
         """
         began = time.perf_counter()
         run = self._start(args, kwargs, is_training=False)
-        assert run.shapes is not None
-        work = self._work(run.shapes)
+        assert run.work is not None
+        work = self._dense_macs(run.work)
         logits, number = None, 0
         for scores in self._logits(run, threshold):
             logits, number = scores, number + 1
@@ -467,56 +422,36 @@ class AnytimeModel(ConvertedModel):
         assert logits is not None
         return run.prediction(logits), number
 
-    def _work(self, shapes: Shapes) -> list[int]:
-        """Multiply-accumulates up to each exit where everything is computed."""
-        of_segments = (sum(shapes.macs[step.name] for step in steps) for steps in self.program.segments)
-        return list(accumulate(of_segments))
+    def _dense_macs(self, work: Work) -> list[int]:
+        return list(
+            accumulate(sum(work.macs[step.name] for step in steps) for steps in self.program.segments)
+        )
 
     def _counted(self, run: Run, rule: str) -> AnytimeMacs:
-        assert run.shapes is not None
-        dense = own = self._work(run.shapes)
+        assert run.work is not None
+        dense = own = self._dense_macs(run.work)
+        shape = tuple(image_of(run.arguments).shape)
         if not image_of(run.arguments).is_meta:
             counted = [macs[rule == "published"] for macs in run.macs]
             own = list(accumulate(counted + [0] * (len(dense) - len(counted))))
         rows = zip((exit.name for exit in self.plan.exits), own, dense, strict=True)
-        shape, left = tuple(image_of(run.arguments).shape), tuple(run.shapes.not_counted)
-        return AnytimeMacs(tuple(ExitMacs(*row) for row in rows), rule, shape, left)
+        exits = tuple(ExitMacs(*row) for row in rows)
+        return AnytimeMacs(exits=exits, rule=rule, shape=shape, not_counted=run.work.not_counted)
 
     def optimize(self) -> AnytimeModel:
         """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
-        source = copy.deepcopy(self).eval().requires_grad_(False)
-        graph = self.program.graph
-        freeze_computed_weights(
-            source,
-            {"", *(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))},
-        )
-        for name, value in self.constants.items():
-            source.register_buffer(name, value)
-        graph, acts = split_norms(graph, source)
-        manners = dict(self.program.manners)
-        manners.update({act: manners[norm] for act, norm in acts.items() if norm in manners})
-        fused, kernels = fuse(graph, source)
-        source.add_module(KERNELS, kernels)
-        for node in fused.nodes:
-            if node.op == "call_module" and str(node.target).startswith(f"{KERNELS}."):
-                kernel: Any = kernels.get_submodule(str(node.target).partition(".")[2])
-                manner = manners.get(kernel.origin, Manner())
-                manners[node.name] = (
-                    manner._replace(origin=str(node.target)) if manner.kind == "conv" else Manner()
-                )
-                width = getattr(child(self, manner.origin), "width", None) if manner.kind == "conv" else None
-                kernel.register_buffer("width", None if width is None else width.detach().clone())
-        program = Program(fused, manners, self.program.signature, is_fused=True)
-        net = AnytimeModel(
-            fx.GraphModule(source, fused), program, self.options, self.threshold, self.confidence
-        )
-        net.plan, net.source = self.plan, self.source
-        return net.eval()
-
-    @property
-    def is_optimized(self) -> bool:
-        """Whether it is an inference copy."""
-        return self.program.is_fused
+        fused, spatial = self.fused(), dict(self.program.spatial)
+        paths = {node.name: str(node.target) for node in self.program.graph.nodes}
+        for node in fused.graph.nodes:
+            if node.name not in fused.origins:
+                continue
+            origin = fused.origins[node.name]
+            kind, kernel = self.program.spatial.get(origin, WHOLE), fused.kernel(node)
+            spatial[node.name] = kind if kernel is None or kind.kind == "conv" else WHOLE
+            if kernel is not None:
+                width = getattr(child(self, paths[origin]), WIDTH_NAME, None) if kind.kind == "conv" else None
+                kernel.register_buffer(WIDTH_NAME, None if width is None else width.detach().clone())
+        return self.inference_copy(fused, cut(fused.graph, spatial, self.program.signature, is_fused=True))
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -525,69 +460,38 @@ class AnytimeModel(ConvertedModel):
         assert isinstance(heads, nn.ModuleList)
         return heads
 
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """What the original does not have, by name: heads, and widths of the Gaussians."""
-        return {name: value for name, value in self.named_parameters() if is_own(name)}
-
     # -- running -----------------------------------------------------------------------------------
 
-    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_training: bool | None = None) -> Run:
-        bound = self.program.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        arguments = dict(bound.arguments)
-        check_image(image_of(arguments))
+    def _start(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_training: bool | None = None,
+        rule: str = "conv",
+    ) -> Run:
+        arguments = self.bind(args, kwargs, rule)
         training = self.training if is_training is None else is_training
-        shapes = None if training else self.shapes(arguments)
-        return Run(self, self.program, arguments, shapes, is_normalised=self._grid > 0)
+        work = None if training else self.work(arguments)
+        return Run(self, arguments, work)
 
     @property
-    def _grid(self) -> int:
+    def grid(self) -> int:
         """How far apart positions are that are computed all the same; 0: none are."""
         return _GRID if self.options["fill"] == "interpolated" else 0
 
     def _logits(self, run: Run, threshold: Threshold | None) -> Iterator[Tensor]:
-        return self._aggregate(run, self.thresholds(threshold))
+        return self._aggregate(
+            run, self.thresholds(threshold)
+        )  # at once: a generator would refuse only later
 
     def _aggregate(self, run: Run, thresholds: tuple[float, ...]) -> Iterator[Tensor]:
         sites: Sites | None = None
         logits: Tensor | None = None
         for number in range(len(self.program.segments)):
             if logits is not None and not self._is_never(thresholds[number - 1]):
-                sites = Sites(self.left(logits, thresholds, number), sites, self._grid)
+                sites = Sites(self.undecided_mask(logits, thresholds, number), sites, self.grid)
             if sites is None or not sites.is_nothing or self.training:
                 run.segment(number, sites)
                 logits = run.logits(number, sites, logits)
             assert logits is not None
             yield logits
-
-    def shapes(self, arguments: dict[str, Any]) -> Shapes:
-        """What is known of a call before it is run; remembered for the last few shapes."""
-        key = tuple(
-            (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
-            for name, value in arguments.items()
-        )
-        if key not in self._shapes:
-            if not self._ghost:
-                self._ghost = (meta_copy(self),)
-            while len(self._shapes) >= _REMEMBERED:
-                del self._shapes[next(iter(self._shapes))]
-            self._shapes[key] = shapes_of(self.program, self._ghost[0], arguments)
-        return self._shapes[key]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> AnytimeModel:
-        self._shapes, self._ghost = {}, ()  # of another type, or elsewhere
-        super()._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_shapes": {}, "_ghost": ()}
-
-
-def is_own(name: str) -> bool:
-    """Whether a parameter or buffer is not the original's: of a head, or the width of a convolution's Gaussian."""
-    return name.startswith(f"{HEADS}.") or name.rpartition(".")[2] == WIDTH_NAME
-
-
-def _own_not_missing(model: nn.Module, keys: Any) -> None:
-    """A state dict of the original loads: it has neither heads nor widths."""
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not is_own(name)]

@@ -1,102 +1,68 @@
-"""What an anytime network runs, as a value: steps in segments, one for each exit.
+"""The program of an anytime network: steps in segments, one for each exit.
 
-The graph has all exits; a segment is what an exit needs and no earlier one did. What is run are plain
-values, no nodes, so that copies of a network share them.
+The graph has all exits; a segment is what an exit needs and no earlier one did.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
-from cadsurgery.elements.kernel_map import Window
-from cadsurgery.methods import steps
-from cadsurgery.methods.anytime.exits import ancestors
 from cadsurgery.methods.anytime.heads import resize_like
-from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
-
-Kind = Literal["conv", "pool", "resize", "point", "whole"]
-
-
-class Manner(NamedTuple):
-    """How a step acts on positions.
-
-    Attributes:
-        kind: `conv`, a convolution computed at chosen positions alone; `pool` and `resize`, computed as a whole, of
-            which a position reads those around it; `point`, of each position alone; `whole`, anything else.
-        window: of a convolution or a pool.
-        origin: name of the module of a convolution, which has the width it is filled by.
-    """
-
-    kind: Kind = "whole"
-    window: Window | None = None
-    origin: str = ""
+from cadsurgery.methods.program import Program, Step, ancestors, steps_of
+from cadsurgery.methods.spatial import SpatialKind
 
 
-WHOLE = Manner()
-
-
-@dataclass(frozen=True)
-class Step(steps.Step):
-    """A node as a plain value, and how it acts on positions, if its segment is computed at some of them."""
-
-    manner: Manner = WHOLE
-
-
-@dataclass(frozen=True, eq=False)
-class Program:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnytimeProgram(Program):
     """A graph with exits, cut into segments.
 
     Attributes:
         graph: its output is the logits of all exits and, last, what the network returns of the last ones.
-        manners: of the nodes that are no `whole` ones, by name.
-        signature: of the network's forward.
-        is_fused: whether its convolutions are kernels for inference.
+        spatial: how nodes act on positions that are no `whole` ones, by name.
+        segments: steps of each exit.
+        logits: names of the class scores of each exit.
+        tail: steps from the last class scores to what is returned, `final`.
+        final: name of what is returned.
     """
 
-    graph: fx.Graph
-    manners: Mapping[str, Manner]
-    signature: inspect.Signature
-    is_fused: bool = False
-    segments: tuple[tuple[Step, ...], ...] = field(init=False, repr=False)
-    logits: tuple[str, ...] = field(init=False, repr=False)
-    tail: tuple[Step, ...] = field(init=False, repr=False)
-    final: str = field(init=False, repr=False)
+    spatial: Mapping[str, SpatialKind]
+    segments: tuple[tuple[Step, ...], ...] = field(repr=False)
+    logits: tuple[str, ...]
+    tail: tuple[Step, ...] = field(repr=False)
+    final: str
 
-    def __post_init__(self) -> None:
-        *logits, final = next(node for node in self.graph.nodes if node.op == "output").args[0]
-        behind = _between(self.graph, logits[-1], final)
-        sizes = [one for node in behind for one in node.all_input_nodes if one not in (*behind, logits[-1])]
-        known, every = set[fx.Node](), []
-        for number, exit in enumerate(logits):
-            needed = ancestors(exit, *(sizes if number == 0 else ())) - known
-            every.append([node for node in self.graph.nodes if node in needed])
-            known |= needed
-        frees = steps.last_read(every, {*logits, *sizes})
-        segments = tuple(tuple(self._step(node, frees[node]) for node in nodes) for nodes in every)
-        tail, names = tuple(self._step(node) for node in behind), tuple(node.name for node in logits)
-        self.__dict__.update(segments=segments, logits=names, tail=tail, final=final.name)
 
-    def _step(self, node: fx.Node, frees: Iterable[fx.Node] = ()) -> Step:
-        manner = self.manners.get(node.name, Manner())
-        if node.target is resize_like:
-            manner = Manner("resize")
-        return Step(**vars(steps.step_of(node, frees)), manner=manner)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
-        return state | {"graph": pack_graph(self.graph)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, graph=unpack_graph(state["graph"]))
-        self.__post_init__()
+def cut(
+    graph: fx.Graph, spatial: Mapping[str, SpatialKind], signature: inspect.Signature, is_fused: bool = False
+) -> AnytimeProgram:
+    """The program of a graph with exits; see `AnytimeProgram`."""
+    output: Any = next(node for node in graph.nodes if node.op == "output").args[0]
+    *logits, final = output
+    behind = _between(graph, logits[-1], final)
+    sizes = [one for node in behind for one in node.all_input_nodes if one not in (*behind, logits[-1])]
+    known, every = set[fx.Node](), list[list[fx.Node]]()
+    for number, exit in enumerate(logits):
+        needed = ancestors(exit, *(sizes if number == 0 else ())) - known
+        every.append([node for node in graph.nodes if node in needed])
+        known |= needed
+    resizes = {node.name: SpatialKind("resize") for node in graph.nodes if node.target is resize_like}
+    steps = steps_of([node for nodes in every for node in nodes], {*logits, *sizes}, {**spatial, **resizes})
+    return AnytimeProgram(
+        graph=graph,
+        signature=signature,
+        is_fused=is_fused,
+        steps=tuple(steps.values()),
+        spatial=spatial,
+        segments=tuple(tuple(steps[node] for node in nodes) for nodes in every),
+        logits=tuple(node.name for node in logits),
+        tail=tuple(steps_of(behind).values()),
+        final=final.name,
+    )
 
 
 def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> list[fx.Node]:

@@ -9,30 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cadsurgery.elements.backends.choose import Convolution, WindowRead, compute
-from cadsurgery.elements.backends.packed import PackedConv
-from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.elements.elements import Elements
 from cadsurgery.elements.functional import fill_gaps, gaussian_fill
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.methods.anytime.heads import resize, resize_like
-from cadsurgery.methods.anytime.places import Places, Sites, Size
-from cadsurgery.methods.anytime.program import Program, Step
-from cadsurgery.methods.anytime.shapes import Shapes
-from cadsurgery.methods.steps import call
+from cadsurgery.methods.positions import Places, Sites, Size
+from cadsurgery.methods.program import Step, Work, as_column, as_map, as_rows, call, weights_of
+from cadsurgery.methods.report import TAPS
 from cadsurgery.surgery.hooks import child
 
-_TAPS = 49  # of the Gaussian, as the reference code counts filling
+if TYPE_CHECKING:
+    from cadsurgery.methods.anytime.model import AnytimeModel
+
 Needs = Mapping[str, Places | None]  # where the value of a step is needed; None: everywhere
 
 
 class Value(NamedTuple):
-    """What a step gave: of a map all (B, C, H, W), or the rows (N, C) at some places."""
+    """The value of a step: of a map all (B, C, H, W), or the rows (N, C) at some places."""
 
     value: Any
     places: Places | None = None
@@ -43,21 +42,19 @@ class Run:
     """The values of one call.
 
     Attributes:
-        net: whose modules the program names.
-        program: what is run.
+        net: what is run.
         arguments: of the call, by name.
-        shapes: what is known of the sizes; None where all is computed and filled as a whole, as in training.
-        is_normalised: gaps are filled by the weights of what is there rather than over a constant.
+        work: what is known of the call before; None where all is computed and filled as a whole, as in training.
         macs: multiply-accumulates of each segment that ran, and what the reference code counts.
     """
 
-    net: nn.Module
-    program: Program
+    net: AnytimeModel
     arguments: dict[str, Any]
-    shapes: Shapes | None
-    is_normalised: bool = False
+    work: Work | None
 
     def __post_init__(self) -> None:
+        self.program = self.net.program
+        self.is_normalised = self.net.grid > 0  # by the weights of what is there rather than over a constant
         self.env: dict[str, Value] = {}
         self._computed: dict[str, Places] = {}  # of convolutions, where they are
         self.macs: list[tuple[int, int]] = []
@@ -65,23 +62,26 @@ class Run:
     def segment(self, number: int, sites: Sites | None) -> None:
         """Run the steps of a segment, at the positions that are left; None for all."""
         needs: Needs | None = None
-        if sites is not None and sites.is_everything and self.shapes is not None:
-            sites = None  # in training widths take part all the same, so that they always have a gradient
-        if sites is not None and self.shapes is not None:
-            needs = self._needs(number, sites, self.shapes)
-        numbers = self.shapes.numbers if self.shapes is not None else {}
+        if (
+            sites is not None and self.work is not None
+        ):  # in training widths always take part, and have a gradient
+            sites = None if sites.is_everything else sites
+            needs = self._needs(number, sites, self.work) if sites is not None else None
         self.macs.append((0, 0))
         for step in self.program.segments[number]:
+            # What is not needed is read for its size alone.
             if (
-                needs is None or step.name in needs or step.name in numbers
-            ):  # others are read for their size alone
+                needs is None
+                or step.name in needs
+                or (self.work is not None and step.name in self.work.numbers)
+            ):
                 self.env[step.name] = self._run(step, sites, needs)
                 self._count(step, sites if needs is not None else None)
             for name in step.frees:
                 self.env.pop(name, None)
 
     def prediction(self, logits: Tensor) -> Tensor:
-        """What the network returns of some class scores."""
+        """The network's output for some class scores."""
         last, env = self.program.logits[-1], dict[str, Any]()
 
         def value_of(name: str) -> Any:
@@ -98,9 +98,9 @@ class Run:
         if before is None or sites is None:
             return value
         if places is not None and places.size == tuple(before.shape[2:]):
-            own, last = sites.at(places.size), before.permute(0, 2, 3, 1)
-            rows = last.reshape(-1, last.shape[3]).index_copy(0, own.pixels, self._pick(value, places, own))
-            return rows.view(last.shape).permute(0, 3, 1, 2)
+            own = sites.at(places.size)
+            rows = as_rows(before).index_copy(0, own.pixels, _pick(value, places, own))
+            return as_map(rows, len(before), places.size)
         value = self._dense(self.program.logits[number])
         size = finest(tuple(value.shape[2:]), tuple(before.shape[2:]))
         mask = sites.at(size).mask.unsqueeze(1)
@@ -108,156 +108,126 @@ class Run:
 
     # -- what is needed where ----------------------------------------------------------------------
 
-    def _needs(self, number: int, sites: Sites, shapes: Shapes) -> dict[str, Places | None]:
+    def _needs(self, number: int, sites: Sites, work: Work) -> dict[str, Places | None]:
         """Where the values of this segment and all that follow are needed, if no later exit leaves more."""
         needs: dict[str, Places | None] = {}
 
         def add(name: str, places: Places | None) -> None:
-            if name in shapes.numbers:
+            if name in work.numbers:
                 return
-            if places is None or name not in shapes.sizes:
+            known = needs.get(name, places)
+            if places is None or known is None or work.size(name) is None:
                 needs[name] = None
-            elif needs.get(name, places) is not None:
-                known = needs.get(name, places)
-                needs[name] = sites.union(known, places) if known is not None else None
+            else:
+                needs[name] = sites.union(known, places)
 
-        segments = self.program.segments[number:]
-        grid = shapes.sizes[self.program.logits[0]]
-        for place, name in enumerate(self.program.logits):
-            size = shapes.sizes[name]
+        logits = [(place, name, _size(work, name)) for place, name in enumerate(self.program.logits)]
+        grid = logits[0][2]
+        for place, name, size in logits:
             grid = finest(size, grid)
             if place >= number:
                 add(name, sites.read_by_resize(sites.at(grid), size))
-        for step in reversed([step for segment in segments for step in segment]):
+        for step in reversed([step for segment in self.program.segments[number:] for step in segment]):
             if step.name not in needs:
                 continue
-            places = needs[step.name]
-            manner, maps = step.manner, [name for name in step.reads if name in shapes.sizes]
-            if manner.kind == "conv":
-                assert manner.window is not None
-                computed = sites.computed(shapes.sizes[step.name], places)
-                self._computed[step.name] = computed
+            places, kind, window = needs[step.name], *step.spatial
+            if kind == "conv" and window is not None:
                 source, *residual = step.reads
-                add(source, sites.read_by_window(computed, manner.window, shapes.sizes[source]))
+                computed = self._computed[step.name] = sites.computed(_size(work, step.name), places)
+                add(source, sites.read_by_window(computed, window, _size(work, source)))
                 for name in residual:
                     add(name, None if places is None else sites.union(computed, places))
-            elif manner.kind == "whole" or places is None:
-                for name in step.reads:
+                continue
+            of_map = next((name for name in step.reads if work.size(name) is not None), "")
+            for name in step.reads:
+                if kind == "whole" or places is None:
                     add(name, None)
-            elif manner.kind == "point":
-                for name in step.reads:
-                    add(name, places if name in maps and shapes.sizes[name] == places.size else None)
-            else:
-                size = shapes.sizes[maps[0]]
-                window = manner.window
-                if manner.kind == "pool" and window is not None:
-                    add(maps[0], sites.read_by_window(places, window, size))
+                elif kind == "point":
+                    add(name, places if work.size(name) == places.size else None)
+                elif name != of_map:
+                    add(name, None)
+                elif window is not None:
+                    add(name, sites.read_by_window(places, window, _size(work, name)))
                 else:
-                    add(maps[0], sites.read_by_resize(places, size))
+                    add(name, sites.read_by_resize(places, _size(work, name)))
         return needs
 
     def _count(self, step: Step, sites: Sites | None) -> None:
         """Add the work of a step; of a convolution at the positions that are left their share of it."""
-        work = self.shapes.macs[step.name] if self.shapes is not None else 0
-        if not work:
+        work = published = self.work.macs[step.name] if self.work is not None else 0
+        if not work or self.work is None:
             return
-        assert self.shapes is not None
-        published = work
-        if sites is not None and step.manner.kind == "conv":
-            size = self.shapes.sizes[step.name]
-            count, every = self._computed[step.name].count, sites.batch * size[0] * size[1]
-            filling = self.shapes.channels[step.name] * _TAPS * (every - count) * count // every
+        if sites is not None and step.spatial.kind == "conv":
+            batch, channels, height, width = self.work.shapes[step.name]
+            count, every = self._computed[step.name].count, batch * height * width
             work = work * count // every
-            published = work + filling
+            published = work + channels * TAPS * (every - count) * count // every
         known = self.macs[-1]
         self.macs[-1] = (known[0] + work, known[1] + published)
 
     # -- running a step ----------------------------------------------------------------------------
 
     def _run(self, step: Step, sites: Sites | None, needs: Needs | None) -> Value:
-        if self.shapes is not None and step.name in self.shapes.numbers:
-            return Value(self.shapes.numbers[step.name])
+        if self.work is not None and step.name in self.work.numbers:
+            return Value(self.work.numbers[step.name])
+        kind = step.spatial.kind
         if needs is None or sites is None:
-            if step.manner.kind == "conv" and sites is not None:
-                return Value(self._fill_whole(step, sites))
-            return Value(call(self.net, step, lambda name: self.env[name].value, self.arguments))
+            y = call(self.net, step, lambda name: self.env[name].value, self.arguments)
+            return Value(y if kind != "conv" or sites is None else self._fill_whole(step, y, sites))
         places = needs.get(step.name)
-        if step.manner.kind == "conv":
+        if kind == "conv":
             return self._convolve(step, sites, places)
-        if step.manner.kind == "point" and places is not None:
+        if kind == "point" and places is not None:
             value = call(self.net, step, lambda name: self._column(name, places), self.arguments)
-            return Value(_as_rows(value), places)
-        if step.target is resize_like:
-            assert self.shapes is not None
-            return Value(resize(self._dense(step.reads[0]), self.shapes.sizes[step.name]))
+            return Value(as_rows(value), places)
+        if step.target is resize_like and self.work is not None:
+            return Value(resize(self._dense(step.reads[0]), _size(self.work, step.name)))
         return Value(call(self.net, step, self._dense, self.arguments))
 
-    def _fill_whole(self, step: Step, sites: Sites) -> Tensor:
-        """A convolution of a whole map, with all but the positions that are left filled: in training."""
-        y = call(self.net, step, lambda name: self.env[name].value, self.arguments)
+    def _fill_whole(self, step: Step, y: Tensor, sites: Sites) -> Tensor:
+        """A whole map with all but the positions that are left filled: in training."""
         mask = sites.computed((y.shape[2], y.shape[3])).mask
-        width = getattr(child(self.net, step.manner.origin), "width", None)
+        width = getattr(child(self.net, step.target), "width", None)
         return y * mask.unsqueeze(1) if width is None else gaussian_fill(y, mask, width, self.is_normalised)
 
     def _convolve(self, step: Step, sites: Sites, needed: Places | None) -> Value:
         """A convolution at the positions that are left, and filled where else it is needed."""
-        assert self.shapes is not None and step.manner.window is not None
-        size, source = self.shapes.sizes[step.name], step.reads[0]
-        computed = self._computed[step.name]
+        assert self.work is not None and step.spatial.window is not None
+        size, of_source = _size(self.work, step.name), _size(self.work, step.reads[0])
+        computed, window = self._computed[step.name], step.spatial.window
         every = needed if needed is None else sites.union(computed, needed)
         module: Any = child(self.net, step.target)
-        before, places = self.env[source]
-        of_source = self.shapes.sizes[source]
-        kernel = module if isinstance(module, PackedConv) else None
-        weights = FusedConv(module.weight, module.bias, module.groups) if kernel is None else kernel.weights
+        weights, (before, places) = weights_of(module), self.env[step.reads[0]]
         reads: WindowRead | Reading
-        if step.manner.window.is_pointwise and of_source == size and weights.groups == 1:
-            rows = _as_rows(before) if places is None else before  # a product, of rows where they lie
+        if window.is_pointwise and of_source == size and weights.groups == 1:
+            rows = as_rows(before) if places is None else before  # a product, of rows where they lie
             reads = (places or sites.everywhere(size)).reading_of(computed)
         else:
-            wanted = None if places is None else sites.read_by_window(computed, step.manner.window, of_source)
-            rows = _as_rows(before) if wanted is None else self._pick(before, places, wanted)
-            reads = sites.between(of_source, wanted, step.manner.window, computed)
+            wanted = None if places is None else sites.read_by_window(computed, window, of_source)
+            rows = as_rows(before) if wanted is None else _pick(before, places, wanted)
+            reads = sites.reading(of_source, wanted, window, computed)
         residual = None if len(step.reads) < 2 else self._at(step.reads[1], every)
         if every is computed:
             return Value(compute(Convolution(rows, weights, reads, residual=residual)), every)
-        out = compute(Convolution(rows, weights.without_activation, reads))
-        width = getattr(kernel or module, "width", None)
-        floor: Any = getattr(kernel, "floor", None)
-        some = Elements(out, sites.lattice(size, computed))
+        some = Elements(
+            compute(Convolution(rows, weights.without_activation, reads)), sites.lattice(size, computed)
+        )
+        width, floor = getattr(module, "width", None), getattr(module, "floor", None)
         if width is not None:
             options: Any = {"residual": residual, "activation": weights.activation}
             whole = sites.lattice(size, every)
             out = fill_gaps(some, whole, width, self.is_normalised, floor, **options).rows
         else:
-            out = weights.finish(self._leave_zero(some, sites, computed, every, floor), residual)
-        return Value(out, every) if every is not None else Value(_as_map(out, sites.batch, size))
-
-    def _leave_zero(
-        self, x: Elements, sites: Sites, computed: Places, every: Places | None, floor: Tensor | None
-    ) -> Tensor:
-        """The rows of all positions wanted, the floor where nothing was computed."""
-        whole = every if every is not None else sites.everywhere(x.lattice.size)
-        out = x.rows.new_zeros(whole.count, x.rows.shape[1])
-        out = out if floor is None else out + floor
-        return out.index_copy(0, whole.rows[computed.pixels], x.rows)
+            out = weights.finish(
+                _leave_zero(some.rows, computed, every or sites.everywhere(size), floor), residual
+            )
+        return Value(out, every) if every is not None else Value(as_map(out, sites.batch, size))
 
     # -- values in the form that is wanted ---------------------------------------------------------
 
-    def _pick(self, rows: Tensor, have: Places | None, want: Places) -> Tensor:
-        """The rows at some places, of a value at more of them or everywhere."""
-        if have is want:
-            return rows
-        if have is None:
-            return _as_rows(rows).index_select(0, want.pixels)
-        return rows.index_select(0, have.places_of(want))
-
     def _at(self, name: str, places: Places | None) -> Tensor:
-        """The rows of a value at some places, or all."""
         value, have = self.env[name]
-        if places is None:
-            return _as_rows(self._dense(name))
-        return self._pick(value, have, places)
+        return as_rows(self._dense(name)) if places is None else _pick(value, have, places)
 
     def _column(self, name: str, places: Places) -> Any:
         """A value at some places as a map (1, C, N, 1), on which what acts on each position alone is called."""
@@ -266,19 +236,16 @@ class Run:
             return value
         if have is None and tuple(value.shape[2:]) != places.size:  # a vector for each image
             rows = value.flatten(1)
-            rows = rows.expand(len(places.images), -1) if len(rows) == 1 else rows[places.images]
-            return rows.view(1, len(rows), 1, rows.shape[1]).permute(0, 3, 1, 2)
-        rows = self._pick(value, have, places)
-        return rows.view(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
+            return as_column(rows.expand(places.count, -1) if len(rows) == 1 else rows[places.images])
+        return as_column(_pick(value, have, places))
 
     def _dense(self, name: str) -> Any:
         """A value as a map; where it is known at some places alone, zero elsewhere, which nothing needed reads."""
         value, places = self.env[name]
         if places is None:
             return value
-        batch, (height, width) = places.mask.shape[0], places.size
-        out = value.new_zeros(batch * height * width, value.shape[1]).index_copy(0, places.pixels, value)
-        return _as_map(out, batch, places.size)
+        rows = value.new_zeros(places.mask.numel(), value.shape[1]).index_copy(0, places.pixels, value)
+        return as_map(rows, len(places.mask), places.size)
 
 
 def finest(one: tuple[int, ...], other: tuple[int, ...]) -> Size:
@@ -287,11 +254,23 @@ def finest(one: tuple[int, ...], other: tuple[int, ...]) -> Size:
     return height, width
 
 
-def _as_rows(image: Tensor) -> Tensor:
-    """The rows (B*H*W, C) of a map, a view if it is channels_last."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+def _size(work: Work, name: str) -> Size:
+    size = work.size(name)
+    assert size is not None
+    return size
 
 
-def _as_map(rows: Tensor, batch: int, size: Size) -> Tensor:
-    """Rows of all positions as a map (B, C, H, W)."""
-    return rows.view(batch, *size, rows.shape[1]).permute(0, 3, 1, 2)
+def _pick(rows: Tensor, have: Places | None, want: Places) -> Tensor:
+    """The rows at some places, of a value at more of them or everywhere."""
+    if have is want:
+        return rows
+    if have is None:
+        return as_rows(rows).index_select(0, want.pixels)
+    return rows.index_select(0, have.places_of(want))
+
+
+def _leave_zero(rows: Tensor, computed: Places, every: Places, floor: Tensor | None) -> Tensor:
+    """The rows of all positions wanted, the floor where nothing was computed."""
+    out = rows.new_zeros(every.count, rows.shape[1])
+    out = out if floor is None else out + floor
+    return out.index_copy(0, every.rows[computed.pixels], rows)

@@ -7,9 +7,8 @@ from cadsurgery.methods.resampling.locations import (
     target_locations,
     uniform_locations,
 )
-from cadsurgery.methods.resampling.macs import ResampledMacs, conv_macs
 from cadsurgery.methods.resampling.model import ResampledModel, resample
-from cadsurgery.methods.resampling.plan import ResampledPlan
+from cadsurgery.methods.resampling.report import ResampledMacs, ResampledPlan, conv_macs
 from cadsurgery.methods.resampling.samplers import (
     LabelSampler,
     LearnedSampler,

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Any, get_args
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cadsurgery.data.networks import Source, source_of, stated_statistics
+from cadsurgery.data.networks import source_of, stated_statistics
 from cadsurgery.masks.context import call_context, labelled
 from cadsurgery.masks.masking import check_image
 from cadsurgery.masks.unit import Normalisation
-from cadsurgery.methods.converted import ConvertedModel
+from cadsurgery.methods import files
+from cadsurgery.methods.converted import METHODS, ConvertedModel, register
+from cadsurgery.methods.report import RULES, MethodMacs
 from cadsurgery.methods.resampling.back import Back, interpolate_back
 from cadsurgery.methods.resampling.locations import IGNORED, TARGETS, check_size, uniform_locations
-from cadsurgery.methods.resampling.macs import RULES, ResampledMacs, conv_macs
-from cadsurgery.methods.resampling.plan import ResampledPlan
-from cadsurgery.methods.resampling.samplers import LearnedSampler, Sampler, SamplerOptions, resolve_sampler
+from cadsurgery.methods.resampling.report import ResampledMacs, ResampledPlan, conv_macs
+from cadsurgery.methods.resampling.samplers import (
+    SAMPLERS,
+    LearnedSampler,
+    MaskSampler,
+    Sampler,
+    SamplerOptions,
+    resolve_sampler,
+)
 from cadsurgery.methods.resampling.sampling import Mode, sample
+from cadsurgery.network import storage
 from cadsurgery.network.adaptify import adaptify, copy_network
 from cadsurgery.network.macs import count_network
 from cadsurgery.network.model import AdaptiveModel
@@ -32,6 +44,8 @@ from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.trace import evaluating
 
 NETWORK, SAMPLER = "network", "location_sampler"  # the children
+_PREFIX, _OWN = f"{NETWORK}.", f"{SAMPLER}."
+_ADAPTIVE = "adaptive"  # of what method the network inside is, in a file
 
 
 def resample(
@@ -91,13 +105,8 @@ def resample(
 
 
 def _copy(model: object) -> nn.Module:
-    """A copy of a network, or of one that another method made."""
-    if isinstance(model, nn.Module) and any(isinstance(part, ResampledModel) for part in model.modules()):
-        raise InvalidInput(
-            "the input of this network is sampled already.",
-            next="pass the network it was made from: net.network.",
-        )
-    is_made = isinstance(model, nn.Module) and hasattr(model, "plan") and hasattr(model, "optimize")
+    ResampledModel.refuse_again(model)
+    is_made = isinstance(model, (AdaptiveModel, ConvertedModel))
     return copy.deepcopy(model) if is_made and isinstance(model, nn.Module) else copy_network(model)
 
 
@@ -118,7 +127,6 @@ def _normalisation(network: nn.Module) -> Normalisation | None:
 
 
 def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
-    """What an example shows."""
     labels = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.int64)  # for masks that ask for some
     with torch.no_grad(), evaluating(net), labelled(labels):
         uniform = uniform_locations(2).expand(image.shape[0], -1, -1, -1)
@@ -141,8 +149,16 @@ def _make_plan(net: ResampledModel, image: Tensor) -> ResampledPlan:
             )
         counted = net._count(image, uniform, "conv")
     options, shape = net.sampler.options, tuple(image.shape)
-    macs = (counted.sampler, counted.network, counted.original)
-    return ResampledPlan(net.sampler.spec(), options.grid, net.size, net.mode, net.back, maps, shape, macs)
+    return ResampledPlan(
+        sampler=net.sampler.spec(),
+        grid=options.grid,
+        size=net.size,
+        mode=net.mode,
+        back=net.back,
+        maps=maps,
+        example_shape=shape,
+        macs=(counted.sampler, counted.network, counted.original),
+    )
 
 
 def _is_map(value: object, batch: int) -> bool:
@@ -150,6 +166,7 @@ def _is_map(value: object, batch: int) -> bool:
     return shaped and isinstance(value, Tensor) and value.is_floating_point()
 
 
+@register
 class ResampledModel(ConvertedModel):
     """A network and a sampler: an image in, sampled; what the network gives of that, at the image's size out.
 
@@ -162,9 +179,20 @@ class ResampledModel(ConvertedModel):
         locations: (B, grid, grid, 2) of the last call; None before.
     """
 
-    converted_by = "cs.resample"
+    method, converted_by, already = (
+        "resampling",
+        "cs.resample",
+        "the input of this network is sampled already.",
+    )
+    convert, plan_type = staticmethod(resample), ResampledPlan
+    option_types: ClassVar[dict[str, Any]] = {
+        **{"grid": int, "smoothness": float, "targets": tuple[int, ...] | None, "ignore": int | None},
+        **{"share": float, "size": tuple[int, int], "mode": Mode, "back": Back},
+    }
+    field_types: ClassVar[dict[str, Any]] = {
+        **{"inside": str, "network": dict[str, Any], "sampler": str, "normalisation": dict[str, Any] | None}
+    }
     plan: ResampledPlan
-    source: Source
     network: nn.Module
 
     def __init__(
@@ -175,22 +203,27 @@ class ResampledModel(ConvertedModel):
         self.add_module(NETWORK, network)
         self.add_module(SAMPLER, sampler)
         self.size, self.mode, self.back = size, mode, back
+        self.options = asdict(sampler.options)
         self._is_optimized = False
         self.locations: Tensor | None = None
         self.training = network.training
         self.register_state_dict_post_hook(_as_the_original)
         self.register_load_state_dict_pre_hook(_from_the_original)
-        self.register_load_state_dict_post_hook(_own_not_missing)
+
+    @classmethod
+    def is_own(cls, name: str) -> bool:
+        """True for what is of the sampler."""
+        return _OWN in name
 
     @property
     def sampler(self) -> Sampler:
-        """What says where to sample."""
+        """The part that finds the locations."""
         sampler = self._modules[SAMPLER]
         assert isinstance(sampler, Sampler)
         return sampler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network returns of the sampled image, its maps at the image's size.
+        """Run the network on the sampled image; its maps come back at the image's size.
 
         Args:
             args: as the original is called; the first tensor of four axes is the image batch (B, C, H, W).
@@ -213,7 +246,7 @@ class ResampledModel(ConvertedModel):
         return tree_map(bring_back, output)
 
     def call_network(self, image: Tensor, locations: Tensor, args: Any = None, kwargs: Any = None) -> Any:
-        """What the network returns of an image at some locations: maps of the sampled image.
+        """Run the network on an image at some locations; its maps are those of the sampled image.
 
         Args:
             image: (B, C, H, W).
@@ -277,11 +310,19 @@ class ResampledModel(ConvertedModel):
         else:
             with self._labels_sampled(image, locations):
                 network, _ = _macs_of(self.network, sample(image, locations, self.size, self.mode), rule)
-        return ResampledMacs(sampler, network, original, rule, tuple(image.shape), self.size, not_counted)
+        return ResampledMacs(
+            sampler=sampler,
+            network=network,
+            original=original,
+            size=self.size,
+            rule=rule,
+            shape=tuple(image.shape),
+            not_counted=not_counted,
+        )
 
     @property
     def is_optimized(self) -> bool:
-        """Whether it is an inference copy."""
+        """True if it is an inference copy."""
         return self._is_optimized
 
     def optimize(self) -> ResampledModel:
@@ -297,6 +338,71 @@ class ResampledModel(ConvertedModel):
             net.sampler.net.fold()
         return net
 
+    # -- files -------------------------------------------------------------------------------------
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Contents of its file: those that the network's own method writes, and the sampler's.
+
+        Raises:
+            InvalidInput: a sampler of your own, which a file cannot hold.
+        """
+        sampler, network = self.sampler, self.network
+        is_mask = isinstance(sampler, MaskSampler) and sampler.mask.storable
+        if not is_mask and SAMPLERS.get(sampler.name) is not type(sampler):
+            raise InvalidInput(
+                f"the sampler {sampler.spec()!r:.80} cannot be stored.",
+                why="it is a function or a class of your own, which a file cannot hold.",
+                next="save net.network, and call cs.resample on it after loading.",
+            )
+        inside, tensors, within = "network", network.state_dict(), dict[str, Any]()
+        if isinstance(network, AdaptiveModel):
+            inside, (tensors, within) = _ADAPTIVE, storage.pack(network)
+        elif isinstance(network, ConvertedModel):
+            inside, (tensors, within) = network.method, files.pack(network)
+        unit = sampler.unit.normalisation if isinstance(sampler, MaskSampler) else None
+        own = {f"{_OWN}{name}": value for name, value in sampler.state_dict().items()}
+        fields = {"inside": inside, "network": within, "sampler": sampler.spec()}
+        return tensors | own, {**fields, "normalisation": unit and unit.to_dict()}
+
+    @classmethod
+    def check_stored(cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor]) -> None:
+        """Refuse a sampled image, or a grid, that is too large to be made."""
+        size, grid = stored.options["size"], stored.options["grid"]
+        storage.check_size(path, max(math.prod(size), grid**4), stored.trust)
+
+    @classmethod
+    def rebuild(
+        cls, path: str | Path, stored: files.Stored, tensors: dict[str, Tensor], model: nn.Module | None
+    ) -> Self:
+        """The network of a file, whatever method made the network inside; see `ConvertedModel.rebuild`."""
+        fields, inside = stored.fields, stored.fields["inside"]
+        with storage.as_file_error(f"the metadata of {path} is damaged.", files.AGAIN):
+            unit = fields["normalisation"]
+            known = Normalisation(tuple(unit["mean"]), tuple(unit["std"]), unit["origin"]) if unit else None
+            if inside not in ("network", _ADAPTIVE, *METHODS):
+                raise ValueError(f"a network of a method {inside!r:.60}")
+        own = {name[len(_OWN) :]: tensors.pop(name) for name in list(tensors) if name.startswith(_OWN)}
+        if inside == _ADAPTIVE:
+            network: nn.Module = storage.unpack(path, fields["network"], tensors, model, trust=stored.trust)
+        elif inside in METHODS:
+            network = files.unpack(METHODS[inside], path, fields["network"], tensors, model, stored.trust)
+        else:
+            network = model if model is not None else storage.build_stated(path, stored.source, tensors)
+        sampler: object = fields["sampler"]
+        if sampler not in SAMPLERS:
+            of_mask = {name.removeprefix("mask."): value for name, value in own.items()}
+            sampler = storage.stored_mask(path, fields["sampler"], of_mask, stored.trust)
+        with storage.as_file_error(f"{path} does not fit this model.", storage.OTHER_MODEL):
+            net = cls._convert_again(network, stored, sampler=sampler)
+        files.check_plan(path, net.plan, stored.plan)
+        net.plan = stored.plan  # its MACs are those with the mask's own parameters
+        files.fill(path, net.sampler, own)
+        if inside == "network":
+            files.fill(path, net.network, tensors)
+        if isinstance(net.sampler, MaskSampler):
+            net.sampler.unit.set_once(known)
+        return net
+
 
 def _macs_of(network: nn.Module, image: Tensor, rule: str) -> tuple[int, tuple[str, ...]]:
     """MACs of a network of any kind on an image, and the operations that are not among them."""
@@ -310,8 +416,7 @@ def _macs_of(network: nn.Module, image: Tensor, rule: str) -> tuple[int, tuple[s
             f"rule {rule!r} does not count a {type(network).__name__}.", next='count with rule="conv".'
         )
     counted: Any = network.macs(image)  # type: ignore[operator]
-    macs = int(counted.mask) if isinstance(network, AdaptiveModel) else int(counted[-1].macs)
-    return macs, counted.not_counted
+    return (counted.total if isinstance(counted, MethodMacs) else counted.mask), counted.not_counted
 
 
 def _optimized(network: nn.Module) -> nn.Module:
@@ -327,11 +432,7 @@ def _optimized(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval()
 
 
-_PREFIX = f"{NETWORK}."
-
-
 def _as_the_original(net: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """The network's values have the names they have in the original."""
     for name in [name for name in state if name.startswith(f"{prefix}{_PREFIX}")]:
         state[prefix + name[len(prefix) + len(_PREFIX) :]] = state.pop(name)
 
@@ -339,10 +440,5 @@ def _as_the_original(net: nn.Module, state: dict[str, Any], prefix: str, metadat
 def _from_the_original(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         own = name[len(prefix) :]
-        if not own.startswith(f"{SAMPLER}."):
+        if not own.startswith(_OWN):
             state[f"{prefix}{_PREFIX}{own}"] = state.pop(name)
-
-
-def _own_not_missing(net: nn.Module, keys: Any) -> None:
-    """A state dict of the original loads: it has no sampler."""
-    keys.missing_keys[:] = [name for name in keys.missing_keys if f"{SAMPLER}." not in name]

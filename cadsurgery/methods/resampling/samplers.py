@@ -1,4 +1,4 @@
-"""What says where an image is sampled: nothing, labels, a mask, or a network that learned it."""
+"""Samplers: where an image is sampled, by nothing, labels, a mask, or a network that learned it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cadsurgery.methods.resampling.locations import (
     target_locations,
     uniform_locations,
 )
-from cadsurgery.methods.resampling.macs import conv_macs
+from cadsurgery.methods.resampling.report import conv_macs
 from cadsurgery.methods.resampling.shifts import ShiftNet
 from cadsurgery.support.counting import MacCounter
 from cadsurgery.support.errors import InvalidInput, UnknownName
@@ -37,7 +37,7 @@ _PER_LOCATION = 8  # pixels a side of what the learned sampler sees, for each lo
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """What a sampler is made with.
+    """Options of a sampler.
 
     Attributes:
         grid: locations on a side.
@@ -79,7 +79,7 @@ class Sampler(nn.Module):
         raise NotImplementedError
 
     def spec(self) -> str:
-        """What `cadsurgery.resample` reads back."""
+        """Text that `cadsurgery.resample` reads back."""
         return self.name
 
     def macs(self, image: Tensor, rule: str = "conv") -> int:
@@ -160,7 +160,6 @@ class MaskSampler(Sampler):
 
     @torch.no_grad()
     def _scores(self, image: Tensor) -> Tensor:
-        """(B, h, w)."""
         stride = _STRIDE if min(image.shape[2:]) > _STRIDE else 1
         size = (divide_up(image.shape[2], stride), divide_up(image.shape[3], stride))
         grid = Grid(image.shape[0], size, stride, _LEVELS, 2**_LEVELS, 2**_LEVELS)
@@ -199,7 +198,7 @@ class LearnedSampler(Sampler):
         self.mean_locations = nn.Parameter(uniform_locations(options.grid).float().unsqueeze(0))
 
     def forward(self, image: Tensor) -> Tensor:
-        """What is predicted, its sides on those of the image."""
+        """The predicted locations, their sides on those of the image."""
         return normalise(self.predict(image))
 
     def predict(self, image: Tensor) -> Tensor:
@@ -218,7 +217,7 @@ class LearnedSampler(Sampler):
         )
 
 
-_SAMPLERS: dict[str, type[Sampler]] = {
+SAMPLERS: dict[str, type[Sampler]] = {
     kind.name: kind for kind in (UniformSampler, LabelSampler, LearnedSampler)
 }
 
@@ -243,14 +242,14 @@ def resolve_sampler(
         return sampler
     if sampler == LearnedSampler.name:
         return LearnedSampler(options, channels)
-    if isinstance(sampler, str) and sampler in _SAMPLERS:
-        return _SAMPLERS[sampler](options)
+    if isinstance(sampler, str) and sampler in SAMPLERS:
+        return SAMPLERS[sampler](options)
     try:
         mask = resolve_mask(sampler)
     except UnknownName as error:
-        known = f"a sampler is {', '.join(sorted(_SAMPLERS))}, or a mask."
+        known = f"a sampler is {', '.join(sorted(SAMPLERS))}, or a mask."
         raise (
-            UnknownName("sampler", str(sampler), [*_SAMPLERS, "edges"], next=known)
+            UnknownName("sampler", str(sampler), [*SAMPLERS, "edges"], next=known)
             if ":" not in str(sampler)
             else error
         ) from None

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadsurgery.support.errors import InvalidInput, check_name
+
 # As published.
 BIAS = 3.0
 WIDTH = 3.0
@@ -28,6 +30,9 @@ GRID = 11
 _EPSILON = 1e-8
 _HALF = 0.5
 _SIDE = 3  # of a gate's kernel
+PATTERNS = ("areas", "scattered")
+_FAR = 10.0  # a score of which no doubt is left
+_AREA = 8  # positions between the nodes of smooth noise
 
 
 class Gate(nn.Module):
@@ -97,7 +102,7 @@ def shares(score: Tensor, temperature: Tensor | float, noise: Tensor | None, gri
     return torch.where(always, 1.0, soft)
 
 
-def decided(share: Tensor) -> Tensor:
+def hard_shares(share: Tensor) -> Tensor:
     """The shares where they are at least 1/2, else 0: what is computed in evaluation."""
     return torch.where(share >= _HALF, share, 0.0)
 
@@ -106,3 +111,46 @@ def uniform(numbers: Sequence[int], like: Tensor) -> Tensor:
     """(2, *shape) in 0..1 that depend on some numbers alone, such as seed, step and number of the gate."""
     drawn = np.random.default_rng(list(numbers)).random((2, *like.shape), np.float32)
     return torch.from_numpy(drawn).to(like)
+
+
+class Opened:
+    """Takes the place of the scores of gates, see `SampledModel.score_override`: far above 0 at a share of positions,
+    the same for each call of a size."""
+
+    def __init__(self, density: float, pattern: str = "areas") -> None:
+        """Choose how much is open, and where.
+
+        Args:
+            density: 0..1.
+            pattern: in `areas`, where smooth noise is high, or `scattered`.
+
+        Raises:
+            InvalidInput: a density out of range.
+            UnknownName: no such pattern.
+        """
+        check_name("pattern", pattern, PATTERNS)
+        if not 0 <= density <= 1:
+            raise InvalidInput(f"density={density:g}.", next="give a share of the positions, 0..1.")
+        self.density, self.pattern = density, pattern
+        self._scores: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, number: int, score: Tensor) -> Tensor:
+        """Scores for those (B, h, w) of a gate."""
+        key = (number, *score.shape)
+        if key not in self._scores:
+            self._scores[key] = self._make(number, score)
+        return self._scores[key]
+
+    def _make(self, number: int, score: Tensor) -> Tensor:
+        if self.density in (0, 1):
+            return torch.full_like(score, _FAR if self.density else -_FAR)
+        generator = torch.Generator().manual_seed(number)
+        size = tuple(score.shape[1:])
+        if self.pattern == "areas":
+            nodes = [max(2, length // _AREA + 1) for length in size]
+            noise = torch.rand((len(score), 1, *nodes), generator=generator)
+            noise = F.interpolate(noise, size, mode="bilinear", align_corners=True)[:, 0]
+        else:
+            noise = torch.rand(score.shape, generator=generator)
+        least = noise.flatten().kthvalue(max(1, round((1 - self.density) * noise.numel()))).values
+        return torch.where(noise > least, _FAR, -_FAR).to(score)

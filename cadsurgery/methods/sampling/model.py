@@ -7,33 +7,29 @@ import inspect
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from cadsurgery.data.networks import Source, source_of
-from cadsurgery.masks.masking import check_image
-from cadsurgery.methods.converted import ConvertedModel
+from cadsurgery.data.networks import source_of
+from cadsurgery.methods.converted import ConvertedModel, GraphModel, register
 from cadsurgery.methods.sampling.branches import Branch, find_branches
 from cadsurgery.methods.sampling.gates import DECAY, GRID, TEMPERATURE, Gate
-from cadsurgery.methods.sampling.macs import RULES, SampledMacs, Work, count, work_of
-from cadsurgery.methods.sampling.plan import BranchPlan, GatePlan, SamplingPlan
-from cadsurgery.methods.sampling.program import Block, Gated, Program, Segment, reconstruct
-from cadsurgery.methods.sampling.run import Deciding, Run
+from cadsurgery.methods.sampling.program import Block, Gated, SampledProgram, gather, reconstruct
+from cadsurgery.methods.sampling.report import BranchPlan, GatePlan, SampledMacs, SamplingPlan, count
+from cadsurgery.methods.sampling.run import Run
+from cadsurgery.methods.spatial import Spatial
 from cadsurgery.network.adaptify import Example, copy_network, traceable_part
-from cadsurgery.network.fuse import KERNELS, fuse, split_norms
 from cadsurgery.network.hosted import check_used, reach
-from cadsurgery.network.macs import meta_copy
-from cadsurgery.support.errors import InvalidInput, check_name
+from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.arguments import image_of
 from cadsurgery.surgery.facts import Facts
-from cadsurgery.surgery.hooks import copying, freeze_computed_weights
+from cadsurgery.surgery.hooks import copying
 from cadsurgery.surgery.trace import evaluating
 
 GATES = "sampling_gates"  # the child that holds them
 _LAST = 0.75  # of a branch's share in the sparse loss its last gate has, as published
-_REMEMBERED = 16  # shapes of calls, and kernel maps
 
 
 def sample(
@@ -58,7 +54,7 @@ def sample(
             convolutions, for these alone, which may lie in no residual branch.
         grid: every so many-th position of both axes is computed whatever a gate says; 0 for none.
         temperature: of the gates in evaluation; while training each has its own, which starts at 1 and falls.
-        noise: whether gates draw noise in evaluation, as published; the same for each call, see `SampledModel.seed`.
+        noise: True if gates draw noise in evaluation, as published; the same for each call, see `SampledModel.seed`.
         example_input: an image batch (B, C, H, W), or all arguments of a call; default: small random images.
 
     Raises:
@@ -70,41 +66,24 @@ def sample(
         raise InvalidInput(f"grid={grid!r}.", next="give a distance of at least 1, or 0 for no grid.")
     if not temperature > 0:
         raise InvalidInput(f"temperature={temperature}.", next="it must be above 0.")
-    if any(
-        isinstance(one, SampledModel) for one in (model.modules() if isinstance(model, nn.Module) else ())
-    ):
-        raise InvalidInput("this network has gates already.", next="pass the network it was made from.")
+    SampledModel.refuse_again(model)
     whole = copy_network(model)
     path, facts = traceable_part(whole, example_input)
     if path:
         check_used(whole, path, facts.example)
         within = [where] if isinstance(where, str) else list(where)
         where = where if where == "auto" else [name.removeprefix(f"{path}.") for name in within]
-    branches = find_branches(facts, where)
-    part, plans = facts.model, _plan_gates(facts, branches)
-    program = _add_gates(facts, branches)
+    spatial = Spatial(facts)
+    branches = find_branches(spatial, where)
+    permutes = frozenset(node.name for node in facts.graph.nodes if spatial.kind(node).kind == "permute")
+    program = _add_gates(facts, branches, permutes)
     options = {"where": where if isinstance(where, str) else list(where)}
-    net = SampledModel(part, program, options, grid, temperature, noise)
-    net.plan = _make_plan(net, plans, facts, path)
-    net.source = source_of(model)
+    net = SampledModel(facts.model, program, options, grid=grid, temperature=temperature, noise=noise)
+    net.plan, net.source = _make_plan(net, branches, facts, path), source_of(model)
     return HostedSampled(whole, path, net) if path else net
 
 
-def _plan_gates(facts: Facts, branches: Sequence[Branch]) -> list[BranchPlan]:
-    """The branches, with gates whose work is not known yet."""
-    return [
-        BranchPlan(
-            branch.name,
-            branch.source.name,
-            tuple(GatePlan(str(place.node.target), place.stride, (), 0) for place in branch.places),
-            branch.apart,
-        )
-        for branch in branches
-    ]
-
-
-def _add_gates(facts: Facts, branches: Sequence[Branch]) -> Program:
-    """The graph with gates, which the network gets."""
+def _add_gates(facts: Facts, branches: Sequence[Branch], permutes: frozenset[str]) -> SampledProgram:
     graph, gates, gated, blocks = facts.graph, nn.ModuleList(), list[Gated](), list[Block]()
     like = next(facts.model.parameters())
     filled = dict[fx.Node, fx.Node]()
@@ -116,35 +95,36 @@ def _add_gates(facts: Facts, branches: Sequence[Branch]) -> Program:
                 node = graph.call_function(reconstruct, (place.tail, source), {"gate": len(gates)})
             place.tail.replace_all_uses_with(node, partial(operator.is_not, node))
             filled[place.tail] = node
-            gated.append(
-                Gated(place.node.name, str(place.node.target), place.window, place.stride, place.layout)
-            )
+            path, end = str(place.node.target), tuple(one.name for one in place.end)
+            gated.append(Gated(place.node.name, path, place.window, place.stride, end, place.is_linear))
             gates.append(Gate(facts.shapes[branch.source][1], like))
     graph.lint()
     facts.model.add_module(GATES, gates.train(facts.model.training))
     signature = inspect.signature(facts.model.forward)
-    program = Program(graph, tuple(gated), tuple(blocks), signature, facts.container)
-    return program.find(facts.model)
+    return gather(graph, tuple(gated), tuple(blocks), permutes, signature, facts.container)
 
 
-def _make_plan(net: SampledModel, branches: list[BranchPlan], facts: Facts, path: str) -> SamplingPlan:
-    run = net._bind(facts.arguments)
-    macs = net._count(run, "conv", dict.fromkeys(range(len(net.gates)), 1.0))
-    segments = {item.run.gate: item.run for item in net.program.items if isinstance(item.run, Segment)}
-    number, planned = 0, []
+def _make_plan(net: SampledModel, branches: Sequence[Branch], facts: Facts, path: str) -> SamplingPlan:
+    defaults = {name: one.default for name, one in net.program.signature.parameters.items()}
+    macs = net._count({**defaults, **facts.arguments}, "conv", dict.fromkeys(range(len(net.gates)), 1.0))
+    rows, planned = iter(macs), []
     for branch in branches:
         gates = []
-        for gate in branch.gates:
-            segment = segments[number]
-            follows = tuple(str(step.target) for step in segment.end if step.op == "call_module")
-            gates.append(GatePlan(gate.conv, gate.stride, follows, macs.gates[number].dense))
-            number += 1
-        planned.append(BranchPlan(branch.name, branch.source, tuple(gates), branch.apart))
-    own = sum(gate.gate for gate in macs)
-    return SamplingPlan(tuple(planned), macs.dense, own, tuple(facts.example.shape), path)
+        for place, row in zip(branch.places, rows, strict=False):
+            follows = tuple(str(node.target) for node in place.end if node.op == "call_module")
+            gates.append(GatePlan(row.conv, place.stride, follows, row.dense))
+        planned.append(BranchPlan(branch.name, branch.source.name, tuple(gates), branch.apart))
+    return SamplingPlan(
+        branches=tuple(planned),
+        macs=macs.dense,
+        gate_macs=sum(gate.gate for gate in macs),
+        example_shape=tuple(facts.example.shape),
+        part=path,
+    )
 
 
-class SampledModel(ConvertedModel):
+@register
+class SampledModel(GraphModel):
     """A network with gates; called as the original, it returns what that does.
 
     In training mode everything is computed and each position counts by the share its gate gives it, which gradients
@@ -156,40 +136,44 @@ class SampledModel(ConvertedModel):
         options: of `sample`, as values.
         grid: distance of the positions that are always computed; 0 for none.
         temperature: of the gates in evaluation.
-        noise: whether they draw noise in evaluation.
+        noise: True if they draw noise in evaluation.
         seed: of the noise.
         step: of the noise; each call in training adds 1.
         decay: what each gate's temperature is multiplied by after each call in training, as published .99998.
-        instead: what stands for the score (B, h, w) of a gate, by its number, such as `opened.Opened`; None, as at
-            first: nothing does.
+        score_override: gives the score (B, h, w) of a gate in place of its own, by its number, such as `gates.Opened`;
+            None, as at first: nothing does.
         source: where the network came from, if it was built by name.
     """
 
-    converted_by = "cs.sample"
+    method, converted_by, already = "sampling", "cs.sample", "this network has gates already."
+    convert, plan_type = staticmethod(sample), SamplingPlan
+    option_types: ClassVar[dict[str, Any]] = {
+        **{"where": str | tuple[str, ...], "grid": int, "temperature": float, "noise": bool, "seed": int}
+    }
     plan: SamplingPlan
-    source: Source | None
+    program: SampledProgram
     hosts_part = False
+    _transient: ClassVar[dict[str, Any]] = {**GraphModel._transient, "_last": None}
 
-    def __init__(
-        self,
-        model: nn.Module,
-        program: Program,
-        options: dict[str, Any],
-        grid: int,
-        temperature: float,
-        noise: bool,
-    ) -> None:
+    grid: int
+    temperature: float
+    noise: bool
+    seed: int
+    step: int
+    decay: float
+    score_override: Callable[[int, Tensor], Tensor] | None
+    _is_dense = False
+    _last: Run | None = None
+
+    def __init__(self, model: nn.Module, program: Any, options: dict[str, Any], **settings: Any) -> None:
         """Take over the modules of `model`, the gates among them; use `cadsurgery.sample` to get one."""
-        super().__init__()
-        self.take_over(model)
-        self.program, self.options = program, options
-        self.grid, self.temperature, self.noise = grid, temperature, noise
-        self.seed, self.step, self.decay = 0, 0, DECAY
-        self.instead: Callable[[int, Tensor], Tensor] | None = None
-        self._is_dense = False
-        self._last: Run | None = None
-        self._forget()
-        self.register_load_state_dict_post_hook(_own_not_missing)
+        of_its_own = {"seed": 0, "step": 0, "decay": DECAY, "score_override": None}
+        super().__init__(model, program, options, **{**of_its_own, **settings})
+
+    @classmethod
+    def is_own(cls, name: str) -> bool:
+        """True for what is of a gate."""
+        return GATES in name.split(".")
 
     @property
     def part(self) -> SampledModel:
@@ -199,7 +183,7 @@ class SampledModel(ConvertedModel):
     @property
     def gates(self) -> tuple[Gate, ...]:
         """In order of execution."""
-        gates = self._modules[GATES]
+        gates = self.part._modules[GATES]
         assert isinstance(gates, nn.ModuleList)
         return tuple(gates)  # type: ignore[arg-type]
 
@@ -213,11 +197,8 @@ class SampledModel(ConvertedModel):
         Raises:
             InvalidInput: what is no image batch.
         """
-        arguments = self._bind_call(args, kwargs)
-        check_image(image_of(arguments))
-        run = self._run(arguments)
+        run = Run(self, self.bind(args, kwargs), self._is_dense)
         output = run()
-        run.env.clear()
         if self._is_dense:
             return output
         if self.training:
@@ -229,7 +210,7 @@ class SampledModel(ConvertedModel):
         return output
 
     def dense(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network gives with everything computed: its gates are not asked.
+        """Run the network with everything computed: its gates are not asked.
 
         Args:
             args, kwargs: as of a call.
@@ -290,8 +271,7 @@ class SampledModel(ConvertedModel):
         Raises:
             UnknownName: no such rule.
         """
-        check_name("counting rule", rule, RULES)
-        arguments = self._bind_call(args, kwargs)
+        arguments = self.bind(args, kwargs, rule)
         densities = dict.fromkeys(range(len(self.gates)), 1.0)
         if not image_of(arguments).is_meta:
             with torch.no_grad(), evaluating(self):
@@ -301,87 +281,22 @@ class SampledModel(ConvertedModel):
 
     def _count(self, arguments: dict[str, Any], rule: str, densities: dict[int, float]) -> SampledMacs:
         shape = tuple(image_of(arguments).shape)
-        return count(self.program, self._work(arguments), densities, rule, shape)
-
-    def _work(self, arguments: dict[str, Any]) -> Work:
-        """The work of a call; remembered for the last few shapes."""
-        key = tuple(
-            (name, tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (name, repr(value))
-            for name, value in arguments.items()
-        )
-        return self._remember(("work", key), lambda: work_of(self.program, meta_copy(self), arguments))
+        return count(self.program, self.work(arguments), densities, rule, shape)
 
     # -- other forms -------------------------------------------------------------------------------
 
     def optimize(self) -> SampledModel:
         """An inference copy: batch norm folded, residuals and activations fused, weights packed."""
-        source = copy.deepcopy(self, copying(self)).eval().requires_grad_(False)
-        graph = self.program.graph
-        freeze_computed_weights(
-            source,
-            {"", *(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))},
-        )
-        for name, value in self.constants.items():
-            source.register_buffer(name, value)
-        graph, _ = split_norms(graph, source)
-        fused, kernels = fuse(graph, source)
-        source.add_module(KERNELS, kernels)
-        module = fx.GraphModule(source, fused)
-        module.add_module(GATES, source._modules[GATES])
-        known = self.program
-        program = Program(fused, known.gates, known.blocks, known.signature, known.container, True)
-        net = SampledModel(
-            module, program.find(module), self.options, self.grid, self.temperature, self.noise
-        )
-        net.plan, net.source, net.seed, net.step = self.plan, self.source, self.seed, self.step
-        return net.eval()
+        fused, known = self.fused(GATES), self.program
+        parts = (known.gates, known.blocks, known.permutes, known.signature, known.container)
+        net = self.inference_copy(fused, gather(fused.graph, *parts, fused.origins))
+        net.step = self.step
+        return net
 
     @property
     def is_optimized(self) -> bool:
-        """Whether it is an inference copy."""
+        """True if it is an inference copy."""
         return self.part.program.is_fused
-
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """What the original does not have, by name: those of the gates."""
-        return {name: value for name, value in self.named_parameters() if is_own(name)}
-
-    # -- running -----------------------------------------------------------------------------------
-
-    def _bind_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        bound = self.program.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return dict(bound.arguments)
-
-    def _bind(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a call by name, with defaults."""
-        defaults = {name: one.default for name, one in self.program.signature.parameters.items()}
-        return {**defaults, **given}
-
-    def _run(self, arguments: dict[str, Any]) -> Run:
-        noise = (self.seed, self.step) if self.training or self.noise else None
-        temperature = None if self.training else self.temperature
-        deciding = None if self._is_dense else Deciding(temperature, noise, self.grid, self.instead)
-        return Run(self, self.gates, self.program, arguments, deciding, self._remember)
-
-    def _remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, for the last few keys."""
-        if key not in self._known:
-            while len(self._known) >= _REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = make()
-        return self._known[key]
-
-    def _forget(self) -> None:
-        self._known: dict[Any, Any] = {}
-        self._last = None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SampledModel:
-        self._forget()  # of another type, or elsewhere
-        super()._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_known": {}, "_last": None}
 
 
 class HostedSampled(SampledModel):
@@ -394,7 +309,7 @@ class HostedSampled(SampledModel):
 
     def __init__(self, host: nn.Module, path: str, part: SampledModel) -> None:
         """Put `part` into `host` at `path`; use `cadsurgery.sample` to get one."""
-        nn.Module.__init__(self)
+        ConvertedModel.__init__(self)
         host.set_submodule(path, part)
         self._host = (host,)  # a tuple: its modules are this network's own, not a child's
         for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -402,7 +317,6 @@ class HostedSampled(SampledModel):
         self._path = path
         self.training = host.training
         self.plan, self.source, self.options = part.plan, part.source, part.options
-        self.register_load_state_dict_post_hook(_own_not_missing)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network as the original is called."""
@@ -416,11 +330,6 @@ class HostedSampled(SampledModel):
         part = self.get_submodule(self._path)
         assert isinstance(part, SampledModel)
         return part
-
-    @property
-    def gates(self) -> tuple[Gate, ...]:
-        """Of the part."""
-        return self.part.gates
 
     def macs(self, *args: Any, rule: str = "conv", **kwargs: Any) -> SampledMacs:
         """Multiply-accumulates of the part on what it gets when the network is called with these arguments.
@@ -452,27 +361,6 @@ class HostedSampled(SampledModel):
         else:
             super().__setattr__(name, value)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> HostedSampled:
-        nn.Module._apply(self, fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return nn.Module.__getstate__(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HostedSampled:
-        memo.update({**copying(self), **memo})
-        return HostedSampled(copy.deepcopy(self._host[0], memo), self._path, copy.deepcopy(self.part, memo))
-
 
 # What may be set on a network that hosts its part, too.
-_OF_PART = ("grid", "temperature", "noise", "seed", "step", "decay", "instead", "program")
-
-
-def is_own(name: str) -> bool:
-    """Whether a parameter or buffer is not the original's: of a gate."""
-    return GATES in name.split(".")
-
-
-def _own_not_missing(model: nn.Module, keys: Any) -> None:
-    """A state dict of the original loads: it has no gates."""
-    keys.missing_keys[:] = [name for name in keys.missing_keys if not is_own(name)]
+_OF_PART = ("grid", "temperature", "noise", "seed", "step", "decay", "score_override", "program")

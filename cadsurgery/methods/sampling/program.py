@@ -1,28 +1,22 @@
-"""What a sampled network runs, as a value: steps, and segments, each a convolution with all that its gate decides of.
+"""The program of a sampled network: steps, and of each gate the chain of those that it decides of.
 
 In the graph a gate is a node `reconstruct` behind the operations it decides of, which reads them and the input of the
-branch. A segment goes on from there, over what may as well be done before gaps are filled, to the addition.
+branch. Its chain goes on from there, over what may as well be done before gaps are filled.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from cadsurgery.elements.backends.packed import PackedConv, PackedLinear
-from cadsurgery.elements.backends.weights import Activation
 from cadsurgery.elements.kernel_map import Window
-from cadsurgery.methods.sampling.branches import ADDITIONS, CHANNELS_FIRST, CHANNELS_LAST, order_of
-from cadsurgery.methods.steps import Step, last_read, step_of
-from cadsurgery.network.fuse import activation_of, leaves_values
-from cadsurgery.surgery.hooks import child
-from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
-
-_PRODUCTS = ("mul", "mul_", "imul")
+from cadsurgery.methods.program import Program, Step, steps_of
+from cadsurgery.methods.spatial import SpatialKind
 
 
 def reconstruct(value: Tensor, source: Tensor, gate: int) -> Tensor:
@@ -30,8 +24,7 @@ def reconstruct(value: Tensor, source: Tensor, gate: int) -> Tensor:
     return value
 
 
-@dataclass(frozen=True)
-class Gated:
+class Gated(NamedTuple):
     """A convolution with a gate.
 
     Attributes:
@@ -39,14 +32,16 @@ class Gated:
         path: of its module.
         window: that it reads by.
         stride: of the gate's map relative to the branch's input.
-        layout: axes of the value that is filled, `bchw` or `bhwc`.
+        end: names of the affine operations that may come before gaps are filled.
+        is_linear: True for a linear layer on channels, of maps that have them last.
     """
 
     conv: str
     path: str
     window: Window
     stride: int
-    layout: str
+    end: tuple[str, ...]
+    is_linear: bool
 
 
 class Block(NamedTuple):
@@ -56,248 +51,110 @@ class Block(NamedTuple):
     gates: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Steps that one gate decides of.
+class Chain(NamedTuple):
+    """Steps that one gate decides of, each of which reads the one before.
 
     Attributes:
-        gate: its number.
-        conv: the convolution.
-        tail: what follows on each position alone, before the filling.
+        before: the convolution and what follows on each position alone.
         fill: the filling.
-        end: affine operations on each position behind it, which therefore may come before it.
-        layout: axes of what `end` gives.
-        add: an addition that follows, if any.
-        other: name of its other operand.
-        act: an activation that follows that, if any.
-        activation: which one.
+        end: affine operations on each position, which therefore may come before the filling; a residual and an
+            activation of a last one that is a kernel come after it.
+        is_linear: True if the first is a linear layer.
     """
 
-    gate: int
-    conv: Step
-    tail: tuple[Step, ...]
+    before: tuple[Step, ...]
     fill: Step
-    end: tuple[Step, ...] = ()
-    layout: str = CHANNELS_FIRST
-    add: Step | None = None
-    other: str = ""
-    act: Step | None = None
-    activation: Activation | None = None
+    end: tuple[Step, ...]
+    is_linear: bool
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """All of them, in order."""
-        more = tuple(step for step in (self.add, self.act) if step is not None)
-        return (self.conv, *self.tail, self.fill, *self.end, *more)
+        return (*self.before, self.fill, *self.end)
+
+    def is_channels_last(self, step: Step) -> bool:
+        """True if the map that a step gives has its channels last."""
+        permuted = [one.spatial.kind == "permute" for one in self.steps[: self.steps.index(step) + 1]]
+        return self.is_linear != bool(sum(permuted) % 2)
 
 
-class Item(NamedTuple):
-    """What is run at once, and the values that nothing reads afterwards."""
-
-    run: Step | Segment
-    frees: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Program:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SampledProgram(Program):
     """A graph with gates.
 
     Attributes:
         graph: with `reconstruct` nodes.
         gates: in order of execution; the keyword `gate` of a node is a place in it.
         blocks: name and gates of each branch.
-        signature: of the network's forward.
-        container: type of the output if it is a kind of dictionary, or a dataclass.
-        is_fused: whether its convolutions are kernels for inference.
-        items: what is run.
+        permutes: names of nodes that put the channels of a map first or last.
+        chains: of each gate.
         output: what is returned.
-        at: the gates that read a value, by its name.
+        convs: the gate of a convolution, by name.
+        follows: the gate of each further step of a chain, and the step before it, by name.
+        readers: the gates that read a value, by its name.
     """
 
-    graph: fx.Graph
     gates: tuple[Gated, ...]
     blocks: tuple[Block, ...]
-    signature: inspect.Signature
-    container: type = dict
-    is_fused: bool = False
-    items: tuple[Item, ...] = field(init=False, repr=False)
-    output: Step = field(init=False, repr=False)
-    at: dict[str, tuple[int, ...]] = field(init=False, repr=False)
-
-    def find(self, net: nn.Module) -> Program:
-        """Itself, once its items are found in the graph and the modules of a network."""
-        *nodes, output = self.graph.nodes
-        finder, parts, inside = _Finder(self, net), dict[fx.Node, Segment](), dict[fx.Node, list[fx.Node]]()
-        sources = dict[int, str]()
-        for node in nodes:
-            if node.target is reconstruct:
-                segment, some = finder.segment(node)
-                parts[some[-1]] = segment
-                inside.update(dict.fromkeys(some, some))
-                source: Any = node.args[1]
-                sources[segment.gate] = source.name
-        runs = [node for node in nodes if node in parts or node not in inside]
-        groups = [inside.get(node, [node]) for node in runs]
-        frees = last_read(groups, set(output.all_input_nodes))
-        items = []
-        for node, group in zip(runs, groups, strict=True):
-            freed = tuple(value.name for one in group for value in frees[one] if value not in group)
-            items.append(Item(parts.get(node) or step_of(node), freed))
-        at = dict[str, tuple[int, ...]]()
-        for gate, source in sorted(sources.items()):
-            at[source] = (*at.get(source, ()), gate)
-        self.__dict__.update(items=tuple(items), output=step_of(output), at=at)
-        return self
-
-    @property
-    def steps(self) -> Iterator[Step]:
-        """All steps in order, those of a segment where it ends."""
-        for item in self.items:
-            yield from item.run.steps if isinstance(item.run, Segment) else (item.run,)
-
-    def contain(self, output: Any) -> Any:
-        """The output of a graph in the original's type."""
-        if not isinstance(output, dict):
-            return output
-        return self.container(**output) if is_dataclass(self.container) else self.container(output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "graph": pack_graph(self.graph)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, graph=unpack_graph(state["graph"]))
+    permutes: frozenset[str]
+    chains: tuple[Chain, ...] = field(repr=False)
+    output: Step = field(repr=False)
+    convs: dict[str, int] = field(repr=False)
+    follows: dict[str, tuple[int, str]] = field(repr=False)
+    readers: dict[str, tuple[int, ...]] = field(repr=False)
 
 
-@dataclass
-class _Finder:
-    """Finds what belongs to a gate in a graph, as it was traced or fused."""
+def gather(
+    graph: fx.Graph,
+    gates: tuple[Gated, ...],
+    blocks: tuple[Block, ...],
+    permutes: frozenset[str],
+    signature: inspect.Signature,
+    container: type,
+    origins: Mapping[str, str] | None = None,
+) -> SampledProgram:
+    """The program of a graph with gates; see `SampledProgram`.
 
-    program: Program
-    net: nn.Module
-    taken: set[fx.Node] = field(default_factory=set)
-
-    def segment(self, fill: fx.Node) -> tuple[Segment, list[fx.Node]]:
-        """The segment of a `reconstruct` node, and its nodes."""
+    Args:
+        graph, gates, blocks, permutes, signature, container: as of the program.
+        origins: of the nodes of a fused graph those they were made of, by name.
+    """
+    names = {node: (origins or {}).get(node.name, node.name) for node in graph.nodes}
+    *nodes, output = graph.nodes
+    kinds = dict.fromkeys(permutes, SpatialKind("permute"))
+    steps = steps_of(nodes, output.all_input_nodes, kinds)
+    chains, readers = dict[int, Chain](), dict[str, tuple[int, ...]]()
+    for fill in nodes:
+        if fill.target is not reconstruct:
+            continue
         number: Any = fill.kwargs["gate"]
-        gated = self.program.gates[number]
-        tail = list[fx.Node]()
-        node: Any = fill.args[0]
-        while not self.is_conv(node, gated):
-            tail.insert(0, node)
-            node = next(one for one in node.all_input_nodes if one.op != "get_attr")
-        end, layout = self.end(fill, gated.layout)
-        last = end[-1] if end else fill
-        add, other, act = None, "", None
-        kernel = self.module(last)
-        if isinstance(kernel, PackedConv) and len(last.all_input_nodes) > 1:
-            added: Any = last.args[1]
-            other = added.name
-        else:
-            add, other = self.addition(last, layout)
-            act = self.activation(add) if add is not None else None
-        nodes = [node, *tail, fill, *end, *(one for one in (add, act) if one is not None)]
-        self.taken.update(nodes)
-        steps = {one: step_of(one) for one in nodes}
-        found = Segment(
-            gate=number,
-            conv=steps[node],
-            tail=tuple(steps[one] for one in tail),
-            fill=steps[fill],
-            end=tuple(steps[one] for one in end),
-            layout=layout,
-            add=steps[add] if add is not None else None,
-            other=other,
-            act=steps[act] if act is not None else None,
-            activation=activation_of(act, self.module(act)) if act is not None else None,
-        )
-        return found, nodes
-
-    def module(self, node: fx.Node) -> nn.Module | None:
-        return child(self.net, str(node.target)) if node.op == "call_module" else None
-
-    def is_conv(self, node: fx.Node, gated: Gated) -> bool:
-        return node.name == gated.conv or getattr(self.module(node), "origin", None) == gated.conv
-
-    def end(self, fill: fx.Node, layout: str) -> tuple[list[fx.Node], str]:
-        """Affine operations on each position alone that nothing else reads the values before, and their layout; none if
-        there is no convolution among them, because nothing is saved then."""
-        end, before, after = list[fx.Node](), fill, layout
-        while len(before.users) == 1:
-            node = next(iter(before.users))
-            following = self.affine(node, before, after)
-            if not following:
-                break
-            end.append(node)
-            before, after = node, following
-            if len(node.args) > 1 and isinstance(self.module(node), PackedConv):
-                break  # with a residual, which is the addition
-        has_work = any(isinstance(self.module(node), (nn.Conv2d, nn.Linear, PackedConv)) for node in end)
-        return (end, after) if has_work else ([], layout)
-
-    def affine(self, node: fx.Node, value: Any, layout: str) -> str:
-        """The layout after an operation; "" if it is not affine on each position alone, or has a gate."""
-        module: Any = self.module(node)
-        if node in self.taken or any(self.is_conv(node, gated) for gated in self.program.gates):
-            return ""
-        if node.op == "call_module":
-            if node.args[0] is not value:
-                return ""
-            if isinstance(module, PackedLinear):
-                return layout if layout == CHANNELS_LAST and _is_plain(module, node) else ""
-            if isinstance(module, PackedConv):
-                point = tuple(module.weight.shape[2:]) == (1, 1) and module.window == ((1, 1), (0, 0), (1, 1))
-                return layout if layout == CHANNELS_FIRST and point and _is_plain(module, node) else ""
-            if isinstance(module, nn.Conv2d):
-                point = module.kernel_size == (1, 1) and module.stride == (1, 1)
-                plain = module.padding in ((0, 0), "valid", "same", 0)
-                return layout if layout == CHANNELS_FIRST and point and plain else ""
-            if isinstance(module, nn.Linear):
-                return layout if layout == CHANNELS_LAST else ""
-            if type(module) is nn.BatchNorm2d and module.running_mean is not None:
-                return layout if layout == CHANNELS_FIRST else ""
-            if type(module).__name__ == "Permute":
-                return _PERMUTED.get((layout, tuple(module.dims)), "")
-            return layout if leaves_values(module) else ""
-        name = str(getattr(node.target, "__name__", node.target))
-        if "permute" in name:
-            return _PERMUTED.get((layout, order_of(node)), "")
-        if name in _PRODUCTS and node.op in ("call_function", "call_method"):
-            others = [one for one in node.all_input_nodes if one is not value]
-            return layout if all(one.op == "get_attr" for one in others) else ""
-        return ""
-
-    def addition(self, node: fx.Node, layout: str) -> tuple[fx.Node | None, str]:
-        """An addition to another map of its shape, as far as that can be known."""
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        if (
-            user is None
-            or user.target not in ADDITIONS
-            or user.op == "call_module"
-            or user.kwargs
-            or user in self.taken
-        ):
-            return None, ""
-        others = [one for one in user.all_input_nodes if one is not node]
-        if layout != CHANNELS_FIRST or len(others) != 1 or len(user.args) != 2 or others[0].op == "get_attr":
-            return None, ""
-        return user, others[0].name
-
-    def activation(self, add: fx.Node) -> fx.Node | None:
-        user = next(iter(add.users)) if len(add.users) == 1 else None
-        if user is None or user.op == "output" or user.args != (add,):
-            return None
-        return user if activation_of(user, self.module(user)) is not None else None
-
-
-_PERMUTED: dict[tuple[str, tuple[int, ...]], str] = {
-    (CHANNELS_FIRST, (0, 2, 3, 1)): CHANNELS_LAST,
-    (CHANNELS_LAST, (0, 3, 1, 2)): CHANNELS_FIRST,
-}
-
-
-def _is_plain(kernel: PackedConv, node: fx.Node) -> bool:
-    """Whether a fused convolution is affine: with a residual what comes after that may be anything."""
-    return kernel.activation is None or len(node.all_input_nodes) > 1
+        node, source = fill.args[:2]
+        before, end, last = list[fx.Node](), list[fx.Node](), fill
+        while node not in before:
+            before.insert(0, node)
+            if names[node] != gates[number].conv:
+                node = next(one for one in node.all_input_nodes if one.op != "get_attr")
+        while len(last.users) == 1 and names[user := next(iter(last.users))] in gates[number].end:
+            end.append(user)
+            last = user
+        parts = (tuple(steps[one] for one in some) for some in (before, end))
+        chains[number] = Chain(next(parts), steps[fill], next(parts), gates[number].is_linear)
+        readers[source.name] = tuple(sorted((*readers.get(source.name, ()), number)))
+    every = sorted(chains.items())
+    return SampledProgram(
+        graph=graph,
+        signature=signature,
+        container=container,
+        is_fused=origins is not None,
+        steps=tuple(steps.values()),
+        gates=gates,
+        blocks=blocks,
+        permutes=permutes,
+        chains=tuple(chain for _, chain in every),
+        output=steps_of([output])[output],
+        convs={chain.steps[0].name: number for number, chain in every},
+        follows={
+            two.name: (number, one.name) for number, chain in every for one, two in pairwise(chain.steps)
+        },
+        readers=readers,
+    )

@@ -80,11 +80,11 @@ def _columns(report: Any) -> Iterator[Column[Row]]:
 @contextlib.contextmanager
 def _forced(net: SampledModel, opened: Opened) -> Iterator[None]:
     """Gates opened at a share of their positions within."""
-    net.instead = opened
+    net.score_override = opened
     try:
         yield
     finally:
-        net.instead = None
+        net.score_override = None
 
 
 def _run_forced(net: SampledModel, opened: Opened, images: Tensor) -> object:

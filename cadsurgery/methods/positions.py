@@ -1,9 +1,9 @@
-"""Chosen positions of maps: where an exit is not confident yet, and what those positions read."""
+"""Chosen positions of maps: where something is computed, and what those positions read."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import cached_property
+from collections.abc import Callable, Hashable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -66,7 +66,60 @@ class Places:
         return self.pixels // (self.mask.shape[1] * self.mask.shape[2])
 
 
-class Sites:
+class Maps:
+    """The maps of a batch, of any size: their lattices, and what windows read of them."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.batch, self.device = batch, device
+        self._known: dict[Hashable, Any] = {}
+
+    def _once(self, key: Hashable, build: Callable[[], Any], *alive: object) -> Any:
+        """The value that `build` gives, made once; objects whose `id` is in the key stay alive."""
+        if key not in self._known:
+            self._known[key] = (build(), alive)
+        return self._known[key][0]
+
+    def everywhere(self, size: Size) -> Places:
+        """All positions of maps of a size."""
+        mask = partial(torch.ones, self.batch, *size, dtype=torch.bool, device=self.device)
+        places: Places = self._once(("everywhere", size), lambda: Places(mask()))
+        return places
+
+    def lattice(self, size: Size, places: Places | None = None, stride: int = 1) -> Lattice:
+        """The lattice of maps of a size before a convolution of some stride: all positions, or some."""
+
+        def build() -> Lattice:
+            if stride == 1:
+                return resolution(self.batch, *size, self.device)
+            return Geometry((stride,), fill="nearest").uniform(1, self.batch, size, self.device).at(0)
+
+        whole: Lattice = self._once(("lattice", size, stride), build)
+        if places is None:
+            return whole
+        key, part = ("lattice", size, stride, id(places)), places.part
+        lattice: Lattice = self._once(key, lambda: whole.pyramid.lattice(0, size, part), places)
+        return lattice
+
+    def reading(self, size: Size, source: Places | None, window: Window, target: Places) -> WindowRead:
+        """Taps of a convolution for some positions of its output, in all or some of a map of a size."""
+        window = window.fit(size)
+        before = self.lattice(size, source, window.stride)
+        if window.stride == 1 and target.size == size:
+            return WindowRead(before, self.lattice(size, target), window)
+        if window.stride == 1:
+            return WindowRead(before, before.pyramid.lattice(0, target.size, target.part), window)
+        fine = window.output_size(size)
+
+        def build() -> Part:
+            mask = target.mask.new_zeros(self.batch, *fine)
+            mask[:, :: window.stride, :: window.stride] = target.mask
+            return Part(mask.flatten())
+
+        anchors = self._once(("anchors", id(target), window.stride, fine), build, target)
+        return WindowRead(before, before.pyramid.lattice(1, fine, anchors), window)
+
+
+class Sites(Maps):
     """The positions of maps of all sizes at which an exit leaves something to be computed, and sets around them.
 
     What one exit is confident of, later ones are: the positions are among those of the exit before.
@@ -75,40 +128,34 @@ class Sites:
         grid: of the others, every how many along both axes are computed all the same; 0: none.
     """
 
-    def __init__(self, unsure: Tensor, before: Sites | None = None, grid: int = 0) -> None:
+    def __init__(self, undecided: Tensor, before: Sites | None = None, grid: int = 0) -> None:
         """Take the map (B, H, W), bool, on the grid of the exit's logits, and what the exit before left."""
-        self.grid = grid
-        self.unsure = (
-            unsure if before is None else unsure & before.at((unsure.shape[1], unsure.shape[2])).mask
-        )
-        self._before = before
-        self._known: dict[Hashable, Any] = {}
+        super().__init__(undecided.shape[0], undecided.device)
+        self.grid, self._before = grid, before
+        if before is not None:
+            undecided = undecided & before.at((undecided.shape[1], undecided.shape[2])).mask
+        self.undecided = undecided
 
     @cached_property
     def is_everything(self) -> bool:
-        """Whether everything is left."""
-        return bool(self.unsure.all())
+        """True if everything is left."""
+        return bool(self.undecided.all())
 
     @cached_property
     def is_nothing(self) -> bool:
-        """Whether nothing is left."""
-        return not bool(self.unsure.any())
-
-    @property
-    def batch(self) -> int:
-        """Number of images."""
-        return self.unsure.shape[0]
+        """True if nothing is left."""
+        return not bool(self.undecided.any())
 
     def at(self, size: Size) -> Places:
         """The positions of maps of a size: nearest on the grid of the logits."""
-        if ("at", size) not in self._known:
-            mask = self.unsure
+
+        def build() -> Places:
+            mask = self.undecided
             if tuple(mask.shape[1:]) != size:
                 mask = F.interpolate(mask.unsqueeze(1).float(), size=size).squeeze(1) > 0
-            if self._before is not None:
-                mask = mask & self._before.at(size).mask
-            self._known["at", size] = Places(mask)
-        places: Places = self._known["at", size]
+            return Places(mask if self._before is None else mask & self._before.at(size).mask)
+
+        places: Places = self._once(("at", size), build)
         return places
 
     def computed(self, size: Size, needed: Places | None = None) -> Places:
@@ -117,22 +164,16 @@ class Sites:
         left = self.at(size)
         if not self.grid:
             return left
-        key = ("computed", size, id(needed))
-        if key not in self._known:
+
+        def build() -> Places:
             mask = torch.zeros_like(left.mask)
             mask[:, :: self.grid, :: self.grid] = left.mask.flatten(1).any(1).view(-1, 1, 1)
             if needed is not None:
                 filled = (needed.mask & ~left.mask).unsqueeze(1).float()
                 mask &= F.max_pool2d(filled, 2 * REACH + 1, 1, REACH).squeeze(1) > 0
-            self._known[key] = (Places(mask | left.mask), needed)  # which stays alive: its number is the key
-        places: Places = self._known[key][0]
-        return places
+            return Places(mask | left.mask)
 
-    def everywhere(self, size: Size) -> Places:
-        """All positions of maps of a size."""
-        if ("everywhere", size) not in self._known:
-            self._known["everywhere", size] = Places(self.unsure.new_ones(self.batch, *size))
-        places: Places = self._known["everywhere", size]
+        places: Places = self._once(("computed", size, id(needed)), build, needed)
         return places
 
     def union(self, one: Places, other: Places) -> Places:
@@ -140,16 +181,7 @@ class Sites:
         if one is other:
             return one
         key = ("union", *sorted((id(one), id(other))))
-        if key not in self._known:
-            mask = one.mask | other.mask
-            same = next((places for places in (one, other) if torch.equal(places.mask, mask)), None)
-            self._known[key] = (
-                same or Places(mask),
-                one,
-                other,
-            )  # both stay alive: their numbers are the key
-        places: Places = self._known[key][0]
-        return places
+        return self._places(key, lambda: one.mask | other.mask, one, other)
 
     def read_by_window(self, places: Places, window: Window, size: Size) -> Places:
         """The positions of maps of a size that a window reads for some of its output."""
@@ -163,7 +195,7 @@ class Sites:
                 mask = _spread(mask, axis, length, before, window)
             return mask
 
-        return self._places(("window", id(places), window, size), places, build)
+        return self._places(("window", id(places), window, size), build, places)
 
     def read_by_resize(self, places: Places, size: Size) -> Places:
         """The positions of maps of a size that are read where they are resized between neighbours, to the size of the
@@ -177,50 +209,22 @@ class Sites:
                 mask = _reached(mask, axis, length)
             return mask > 0
 
-        return self._places(("resize", id(places), size), places, build)
+        return self._places(("resize", id(places), size), build, places)
 
-    def _places(self, key: Hashable, source: Places, build: Any) -> Places:
-        if key not in self._known:
+    def _places(self, key: Hashable, build: Callable[[], Tensor], *sources: Places) -> Places:
+        """The places of a mask: one of the sources where it is the same."""
+
+        def find() -> Places:
             mask = build()
-            same = mask.shape == source.mask.shape and torch.equal(mask, source.mask)
-            self._known[key] = (source if same else Places(mask), source)
-        places: Places = self._known[key][0]
+            same = (one for one in sources if one.size == mask.shape[1:] and torch.equal(one.mask, mask))
+            return next(same, None) or Places(mask)
+
+        places: Places = self._once(key, find, *sources)
         return places
-
-    def lattice(self, size: Size, places: Places | None = None, stride: int = 1) -> Lattice:
-        """The lattice of maps of a size before a convolution of some stride: all positions, or some."""
-        key = ("lattice", size, stride)
-        if key not in self._known:
-            device = self.unsure.device
-            self._known[key] = (
-                resolution(self.batch, *size, device)
-                if stride == 1
-                else Geometry((stride,), fill="nearest").uniform(1, self.batch, size, device).at(0)
-            )
-        whole: Lattice = self._known[key]
-        return whole if places is None else whole.pyramid.lattice(0, size, places.part)
-
-    def between(self, size: Size, source: Places | None, window: Window, target: Places) -> WindowRead:
-        """What a convolution reads for some positions of its output, from some of a map of a size."""
-        window = window.fit(size)
-        before = self.lattice(size, source, window.stride)
-        if window.stride == 1:
-            return WindowRead(before, before.pyramid.lattice(0, target.size, target.part), window)
-        fine = window.output_size(size)
-
-        def build() -> Part:
-            mask = target.mask.new_zeros(self.batch, *fine)
-            mask[:, :: window.stride, :: window.stride] = target.mask
-            return Part(mask.flatten())
-
-        key = ("anchors", id(target), window.stride, fine)
-        if key not in self._known:
-            self._known[key] = (build(), target)
-        return WindowRead(before, before.pyramid.lattice(1, fine, self._known[key][0]), window)
 
 
 def _spread(mask: Tensor, axis: int, length: int, before: int, window: Window) -> Tensor:
-    """Which positions along an axis a window reads for some of its output; others than along the axis stay."""
+    """Mask of the positions along an axis that a window reads for some of its output."""
     count, last = mask.shape[axis], window.dilation[axis - 1] * (window.kernel[axis - 1] - 1)
     shape = list(mask.shape)
     shape[axis] = max((count - 1) * window.stride + last + 1, before + length)

@@ -1,0 +1,171 @@
+"""Plan of a network that computes where gates are open, and its multiply-accumulates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from cadsurgery.methods.program import Work
+from cadsurgery.methods.report import TAPS, MethodMacs, MethodPlan, in_words
+from cadsurgery.methods.sampling.program import SampledProgram
+
+_GATE_TAPS = 9
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """One gate.
+
+    Attributes:
+        conv: the convolution that it decides of, by its module.
+        stride: positions of the branch's input for each of the convolution's output, along an axis.
+        follows: modules computed at the same positions behind it, before gaps are filled.
+        macs: multiply-accumulates of all these on the example, computed everywhere.
+    """
+
+    conv: str
+    stride: int
+    follows: tuple[str, ...] = field(compare=False)
+    macs: int = field(compare=False)
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """One branch.
+
+    Attributes:
+        name: of its module.
+        source: node that its gates read.
+        gates: in order of execution.
+        apart: its convolutions without a gate, and why.
+    """
+
+    name: str
+    source: str
+    gates: tuple[GatePlan, ...]
+    apart: tuple[tuple[str, str], ...] = field(compare=False)  # words, which change
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan(MethodPlan):
+    """All branches; a pure value.
+
+    Attributes:
+        branches: in order of execution.
+        macs: multiply-accumulates of the whole network on the example, gates not among them.
+        gate_macs: those of the gates.
+        part: name of the part that was converted, "" for the whole network.
+    """
+
+    branches: tuple[BranchPlan, ...]
+    macs: int = field(compare=False)
+    gate_macs: int = field(compare=False)
+    part: str = ""
+
+    def check(self) -> bool:
+        """True if there are branches."""
+        return bool(self.branches)
+
+    def __str__(self) -> str:
+        gates = [gate for branch in self.branches for gate in branch.gates]
+        share = sum(gate.macs for gate in gates) / self.macs if self.macs else 0.0
+        within = f"; all in {self.part}" if self.part else ""
+        lines = [
+            f"{len(self.branches)} branches, {len(gates)} gates decide of {share:.0%} of {self.macs:.3e} MACs on "
+            f"{in_words(self.example_shape)}; the gates have {self.gate_macs:.3e}{within}"
+        ]
+        for branch in self.branches:
+            lines.append(f"  {branch.name}, gates read {branch.source}")
+            for gate in branch.gates:
+                behind = f", then {', '.join(gate.follows)}" if gate.follows else ""
+                strided = f", at stride {gate.stride}" if gate.stride > 1 else ""
+                lines.append(f"    {gate.conv}{behind}: {gate.macs:.3e} MACs{strided}")
+            lines += [f"    {name} is computed everywhere: {why}" for name, why in branch.apart]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class GateMacs:
+    """Multiply-accumulates of one gate and its chain: of the batch that was counted.
+
+    Attributes:
+        conv: the convolution.
+        density: share of its positions that were computed.
+        macs: computed where it was open, of the convolution and what follows it there.
+        dense: the same computed everywhere.
+        gate: of the gate itself.
+        filling: of the filling, where the rule counts it.
+    """
+
+    conv: str
+    density: float
+    macs: int
+    dense: int
+    gate: int
+    filling: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledMacs(MethodMacs):
+    """MACs of a network; `print` shows them.
+
+    Attributes:
+        gates: in order of execution.
+        rest: of everything that no gate decides of.
+        rule: `conv`, multiply-accumulates of convolutions and products where they are needed, the gates' at each
+            position of what they read; or `published`, the counting of the reference code: gates at the positions of
+            what they decide of, and 49 for each channel that is filled, by the share that is computed and that is not.
+    """
+
+    gates: tuple[GateMacs, ...]
+    rest: int
+    told = ("total", "dense", "density")
+
+    def __iter__(self) -> Iterator[GateMacs]:
+        return iter(self.gates)
+
+    @property
+    def total(self) -> int:
+        """All that is computed."""
+        return self.rest + sum(gate.macs + gate.gate + gate.filling for gate in self.gates)
+
+    @property
+    def dense(self) -> int:
+        """Of the network without gates."""
+        return self.rest + sum(gate.dense for gate in self.gates)
+
+    @property
+    def density(self) -> float:
+        """Share of the positions that were computed, by the work at each."""
+        dense = sum(gate.dense for gate in self.gates)
+        return sum(gate.macs for gate in self.gates) / dense if dense else 1.0
+
+    def lines(self) -> list[str]:
+        """The total, then each gate."""
+        (first,), own = super().lines(), sum(gate.gate for gate in self.gates)
+        filling = sum(gate.filling for gate in self.gates)
+        rows = [f"  {gate.conv}: {gate.density:.3f} of its positions, {gate.macs:.3e}" for gate in self.gates]
+        return [f"{first}; gates {own:.3e}, filling {filling:.3e}", *rows]
+
+
+def count(
+    program: SampledProgram, work: Work, densities: Mapping[int, float], rule: str, shape: tuple[int, ...]
+) -> SampledMacs:
+    """The MACs of a call, by how large a share of its positions each gate chose."""
+    source = {gate: name for name, gates in program.readers.items() for gate in gates}
+    rows = list[GateMacs]()
+    for number, (gated, chain) in enumerate(zip(program.gates, program.chains, strict=True)):
+        density, last = densities[number], chain.steps[-1]
+        dense = sum(work.macs[step.name] for step in chain.steps)
+        batch, channels, height, width = work.shapes[source[number]]
+        own, filling = batch * height * width * channels * _GATE_TAPS, 0.0
+        if rule == "published":
+            filled = work.shapes[last.name]
+            values = filled[3 if chain.is_channels_last(last) else 1]
+            pixels = math.prod(filled) // values
+            own = pixels * channels * _GATE_TAPS
+            filling = TAPS * values * pixels * density * (1 - density)
+        rows.append(GateMacs(gated.path, density, round(dense * density), dense, own, round(filling)))
+    gates, rest = tuple(rows), sum(work.macs.values()) - sum(row.dense for row in rows)
+    return SampledMacs(gates=gates, rest=rest, rule=rule, shape=shape, not_counted=work.not_counted)

@@ -1,0 +1,94 @@
+"""How operations act on the positions of maps, by what their rules say of them."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from cadsurgery.elements import functional
+from cadsurgery.elements.kernel_map import Window
+from cadsurgery.surgery.facts import Facts
+from cadsurgery.surgery.flow import flow_forward
+from cadsurgery.surgery.rules import treat
+from cadsurgery.surgery.treatment import Treatment
+
+CHANNELS_FIRST, CHANNELS_LAST = "bchw", "bhwc"
+_LAYOUTS = (CHANNELS_FIRST, CHANNELS_LAST)
+
+
+class SpatialKind(NamedTuple):
+    """How a step acts on positions.
+
+    Attributes:
+        kind: `conv`, a convolution that can be computed at chosen positions alone; `pool` and `resize`, computed as a
+            whole, of which a position reads those around it; `point`, of each position alone; `permute`, the channels
+            put first or last; `whole`, anything else.
+        window: of a convolution or a pool.
+    """
+
+    kind: Literal["conv", "pool", "resize", "point", "permute", "whole"] = "whole"
+    window: Window | None = None
+
+
+WHOLE = SpatialKind()
+
+
+class Spatial:
+    """Rules of a network's operations, asked about positions of its maps: channels first, as in torch, or last."""
+
+    def __init__(self, facts: Facts) -> None:
+        # No map is dilated here, and padding is a step of its own.
+        known = facts
+        with contextlib.suppress(
+            KeyError
+        ):  # values of attention that have no place in the image: shapes alone
+            known = flow_forward(facts, coarsest=0).facts
+        batch = len(facts.example)
+        # Behind an operation without a rule, what has the shape of a map of several positions is taken for one.
+        others = {
+            node: CHANNELS_FIRST
+            for node, shape in facts.shapes.items()
+            if len(shape) == 4 and shape[0] == batch and min(shape[2:]) > 1 and node.op != "get_attr"
+        }
+        images = {node: (facts.shapes[node][2], facts.shapes[node][3]) for node in others}
+        layouts = {**others, **known.layouts}
+        self.facts = replace(known, layouts=layouts, images={**images, **known.images}, pads={})
+
+    @cached_property
+    def treatments(self) -> dict[fx.Node, Treatment]:
+        """Of all nodes."""
+        return {
+            node: treat(node, self.facts)
+            for node in self.facts.graph.nodes
+            if node.op not in ("placeholder", "output")
+        }
+
+    def maps(self, node: fx.Node) -> list[fx.Node]:
+        """The maps of several positions that a node reads."""
+        return [one for one in node.all_input_nodes if self.facts.layout(one) in _LAYOUTS]
+
+    def kind(self, node: fx.Node) -> SpatialKind:
+        """How a node acts on positions, in evaluation mode."""
+        treatment, maps = self.treatments.get(node), self.maps(node)
+        if treatment is None or not maps:
+            return WHOLE
+        if treatment.window is not None and treatment.kind == "window":
+            is_conv = node.op == "call_module" and isinstance(self.facts.module(node), nn.Conv2d)
+            return SpatialKind("conv" if is_conv else "pool", treatment.window)
+        if treatment.kind == "resize" and treatment.call is functional.resize:
+            return SpatialKind("resize")
+        layouts = {self.facts.layout(one) for one in (*maps, node)}
+        if treatment.kind == "pointwise" and layouts == set(_LAYOUTS):
+            return SpatialKind("permute")
+        operation, rows, layout = treatment.operation, treatment.rows, self.facts.layout(node)
+        if treatment.kind not in ("pointwise", "join") or layouts != {layout} or treatment.spaced:
+            return WHOLE
+        if operation is not None and (operation.reads != "element" or treatment.axes not in ("", layout)):
+            return WHOLE
+        # Called on some positions as it is written, it does to rows what the rule says.
+        return SpatialKind("point") if rows is None or rows.target in (node.target, torch.cat) else WHOLE
