@@ -14,7 +14,6 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.anytime import AnytimeModel, anytime
 from cadsurgery.methods.anytime.model import Threshold
-from cadsurgery.methods.anytime.storage import NAME
 from cadsurgery.network.macs import dense_macs
 from cadsurgery.support.divergence import maps_of
 from cadsurgery.tasks.report import Column, Row, accuracy_columns, time_columns
@@ -156,4 +155,6 @@ def run(net: AnytimeModel, batch: Tensor, milliseconds: float) -> tuple[Tensor, 
     return prediction, {"exit": exit}
 
 
-KIND: Kind = Kind(NAME, AnytimeModel, "with exits", convert, compare, time, run, has_thresholds=True)
+KIND: Kind = Kind(
+    AnytimeModel.method, AnytimeModel, "with exits", convert, compare, time, run, has_thresholds=True
+)

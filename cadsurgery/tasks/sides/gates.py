@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.methods.sampling import SampledModel, sample
-from cadsurgery.methods.sampling.opened import Opened
-from cadsurgery.methods.sampling.storage import NAME
+from cadsurgery.methods.sampling.gates import Opened
 from cadsurgery.support.divergence import maps_of, tensors_of
 from cadsurgery.support.errors import CannotConvert, InvalidInput
 from cadsurgery.tasks.report import Column, Row, accuracy_columns, macs_columns, time_columns
@@ -170,4 +169,4 @@ def run(net: SampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, dic
     return output, {"density": sum(densities) / len(densities)}
 
 
-KIND: Kind = Kind(NAME, SampledModel, "with gates", convert, compare, time, run)
+KIND: Kind = Kind(SampledModel.method, SampledModel, "with gates", convert, compare, time, run)

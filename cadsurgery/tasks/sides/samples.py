@@ -14,7 +14,6 @@ from cadsurgery.data import SegmentationData
 from cadsurgery.data.networks import source_of
 from cadsurgery.masks import labelled
 from cadsurgery.methods.resampling import ResampledModel, UniformSampler, resample
-from cadsurgery.methods.resampling.storage import NAME
 from cadsurgery.support.divergence import maps_of, resize
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.tasks.report import Column, Row, accuracy_columns, macs_columns, percent, time_columns
@@ -147,4 +146,6 @@ def run(net: ResampledModel, batch: Tensor, milliseconds: float) -> tuple[Any, d
     return net(batch), {"sampled": "x".join(map(str, net.size))}
 
 
-KIND: Kind = Kind(NAME, ResampledModel, "whose input is sampled", convert, compare, time, run)
+KIND: Kind = Kind(
+    ResampledModel.method, ResampledModel, "whose input is sampled", convert, compare, time, run
+)
