@@ -307,8 +307,8 @@ class _Counted(TorchFunctionMode):
 def test_what_is_constant_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And found without walking every way to it, of which there may be exponentially many."""
     net, x = cs.adaptify(_Deep().eval(), MIXED, verify_laws=False), images(2, 65, 97)
-    asked, constant = [], fuse.Fuser.constant
-    monkeypatch.setattr(fuse.Fuser, "constant", lambda self, node: asked.append(node) or constant(self, node))
+    asked, get = [], fuse.Constants.get
+    monkeypatch.setattr(fuse.Constants, "get", lambda self, node: asked.append(node) or get(self, node))
     with _Counted(torch.exp) as counted:
         fast = net.optimize()
     assert counted.calls == _Deep.rungs
