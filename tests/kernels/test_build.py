@@ -210,7 +210,8 @@ def test_no_compiler_outlives_the_process_that_wanted_the_library(
     log, child = tmp_path / "processes", tmp_path / "child"
     hangs = script(tmp_path / "cc", HANGS.format(log=log))
     code = f"""
-import importlib.util, os, pathlib, sys, threading, time
+import importlib.util, os, pathlib, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 spec = importlib.util.spec_from_file_location("build", {build.__file__!r})
 build = sys.modules["build"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
