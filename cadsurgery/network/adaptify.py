@@ -48,7 +48,7 @@ def plan(
     example_input: Example | None = None,
     outputs: Outputs = "fine",
 ) -> Plan:
-    """What `adaptify` would do, without doing it: `print(plan)` shows every node's decision and reason.
+    """Plan a conversion without carrying it out: `print(plan)` shows every node's decision and reason.
 
     Args:
         model: a convolutional network; it is not changed.
@@ -159,7 +159,7 @@ def adaptify(
 def _settle(
     net: AdaptiveModel, model: nn.Module, path: str, given: object, has_example: bool, facts: Facts
 ) -> None:
-    """What the masks of a network take its input for, as far as it is known: given, stated, or seen in the example."""
+    """Return the unit of a network's input, as far as it is known: given, stated, or seen in the example."""
     channels = net.plan.example_shape[1]
     known: Normalisation | None = None
     if given is not None:

@@ -63,7 +63,7 @@ def check_network(model: object) -> nn.Module:
 
 
 def _reason(module: nn.Module) -> tuple[str, str] | None:
-    """What stands in the way of surgery on a module, and what to do."""
+    """Return the obstacle to surgery on a module, and what to do about it."""
     if isinstance(module, (AdaptiveModel, Bucketed)):
         return (
             "is converted already",

@@ -69,7 +69,7 @@ def reached(lattice: Lattice, reading: Reading) -> Tensor:
 
 
 class Cone:
-    """What of a graph some elements depend on.
+    """Parts of a graph that some elements depend on.
 
     Attributes:
         lattices: of each operation that makes elements of its own, by its name: cut to what is needed.

@@ -202,7 +202,7 @@ class LayerWork:
 
 
 def layer_work(net: RunsProgram, image: Tensor) -> tuple[LayerWork, ...] | None:
-    """What turns the lattice of each further run on such a batch into exactly the MACs that `net.macs` counts.
+    """Return a function from the lattice of a further run on such a batch to the MACs that `net.macs` counts.
 
     MACs are linear in the numbers of elements after each stage, so one count serves all masks. None if they are not: a
     count on another lattice tells; or if a host changes the batch before its adaptive part gets it.
@@ -282,7 +282,7 @@ _COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
 
 
 def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
-    """What the reference code counts for a module with so many values going in and out; see `Counter._published`."""
+    """Return the MACs that the reference code counts for a module of so many values in and out; see `Counter._published`."""
     if isinstance(module, nn.Conv2d):
         per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
         return outputs // module.out_channels * per_position

@@ -205,7 +205,7 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def adaptive_part(self) -> AdaptiveModel:
-        """What is adaptive: the network itself, or the part of it that it hosts."""
+        """Return the adaptive network: this one, or the part of it that it hosts."""
         return self
 
     @property
@@ -215,7 +215,7 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def plan(self) -> Plan:
-        """What was changed, and why."""
+        """Plan of the conversion: the change at every node, and the reason."""
         return self.program.plan
 
     @property
@@ -257,7 +257,7 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def normalisation(self) -> Normalisation | None:
-        """What its masks take its input for, and where that is known from; None until a picture came. Assign what
+        """Unit in which its masks read its input, and where that is known from; None until a picture came. Assign what
         `adaptify` takes."""
         return self.adaptive_part._unit.normalisation
 
@@ -379,11 +379,11 @@ class AdaptiveModel(RunsProgram):
 
     @property
     def counted(self) -> Program:
-        """What its operations are counted on: shapes without values."""
+        """Copy on meta tensors that its operations are counted on."""
         return meta_copy(self).program
 
     def _counted_on(self, way: Program) -> Program:
-        """What the operations of calls that take another way are counted on."""
+        """Copy on meta tensors that the operations of calls that take another way are counted on."""
         return way.bind_to(meta_copy(self))
 
     def optimize(
@@ -587,14 +587,14 @@ def pictures_for(net: nn.Module) -> Source:
 
 @dataclass
 class _Last:
-    """What is known of the last call: its lattice, or its level map."""
+    """State of the last call: its lattice, or its level map."""
 
     lattice: Lattice | None = None
     levels: Tensor | None = None
 
 
 def _kind_of(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """What Python may decide by in a call: shapes and types of tensors, other values as they are."""
+    """Return the values that Python may decide by in a call: shapes and types of tensors, other values as they are."""
     return tuple(
         (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else repr(value)
         for value in tree_leaves(arguments)

@@ -1,4 +1,4 @@
-"""What makes the inference copy of an adaptive network: folding, fusing, packing, and another precision."""
+"""Make the inference copy of an adaptive network: fold, fuse, pack, and put it into another precision."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ class _Runner(GraphInterpreter):
         return total
 
     def _plain(self, output: Any) -> Any:
-        """What the graph returns, in containers of Python, not those of graphs."""
+        """Return the graph's outputs in containers of Python, not those of graphs."""
         if isinstance(output, fx.Node):
             return self._join(self.env[output])
         if isinstance(output, dict):

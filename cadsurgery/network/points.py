@@ -128,7 +128,7 @@ def readable(net: AdaptiveModel, output: str | int | None = None) -> bool:
 
 @dataclass(frozen=True)
 class _Exit:
-    """What follows the place where the mask is asked for, up to the elements of one output.
+    """The graph behind the place where the mask is asked for, up to the elements of one output.
 
     Attributes:
         graph: gives (elements, guide or None).
@@ -217,7 +217,7 @@ class _Run:
         return _Run(program, exit, provider, points, values, lattice, image, align)
 
     def parts(self) -> dict[str, Lattice]:
-        """What the points depend on, of each operation that makes elements of its own."""
+        """Return the elements that the points depend on, for each operation that makes elements of its own."""
         places = self._places()
         exit = self.lattice.at(*places[self.exit.node.name])
         wanted = reached(exit, read_points(exit, self._pixels(exit)))

@@ -1,4 +1,4 @@
-"""What was made of a network, as a value: its rewritten graph, the modules that it runs on, and how it is run."""
+"""A rewritten network as a value: its graph, the modules that it runs on, and how it is run."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Program:
 
     @cached_property
     def _further(self) -> tuple[str, ...]:
-        """What the original calls the dictionary of its further arguments, if it takes any."""
+        """Name of the original's parameter for further named arguments (`**kwargs`), if it has one."""
         every = self.signature.parameters.values()
         return tuple(one.name for one in every if one.kind is one.VAR_KEYWORD)
 
@@ -160,7 +160,7 @@ class Program:
         return self.contain(output), self.geometry.uniform_like(fine, level)
 
     def before(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
-        """What the first half gives: all values that the second needs."""
+        """Return the results of the first half: all values that the second needs."""
         values: tuple[Any, ...] = self._run_halves[0](self.names(), **arguments)
         return values
 
@@ -193,7 +193,7 @@ class Program:
             yield
 
     def at_level(self, level: int, values: tuple[Any, ...]) -> Any:
-        """What the second half gives with everything at a level; what the first half gave is left as it is."""
+        """Run the second half with everything at a level; the first half's results are left as they are."""
         return self._run_halves[1](self.names(), self.uniform(level), *clone_values(values))[0]
 
     def uniform(self, level: int) -> Callable[[Tensor, Tensor], Lattice]:
@@ -220,7 +220,7 @@ class Program:
                 raise refusal
 
     def check_and_run(self, run: Callable[[dict[str, Any]], Any], /, *args: Any, **kwargs: Any) -> Any:
-        """What a function makes of the arguments of a call by name.
+        """Apply a function to the arguments of a call by name.
 
         Raises:
             InvalidInput: the image is none, or does not fit the network.
@@ -280,12 +280,12 @@ class RunsProgram(nn.Module):
 
     @property
     def program(self) -> Program:
-        """What it runs."""
+        """Program that it runs."""
         raise NotImplementedError
 
     @property
     def counted(self) -> Program:
-        """What its operations are counted on: shapes without values."""
+        """Copy on meta tensors that its operations are counted on."""
         raise NotImplementedError
 
     def use_program(self, program: Program) -> None:
@@ -294,7 +294,7 @@ class RunsProgram(nn.Module):
 
 
 def clone_values(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the first half gave, to be used more than once: the region may work in place on what enters it."""
+    """Copy the first half's results, to be used more than once: the region may change in place what enters it."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
 
 

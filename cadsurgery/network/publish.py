@@ -23,7 +23,7 @@ _LICENCES = "https://huggingface.co/docs/hub/repositories-licenses"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What `push_to_hub` wrote.
+    """Result of `push_to_hub`.
 
     Attributes:
         address: of this very commit: what `load` takes.
@@ -192,7 +192,7 @@ def _is_listed(source: Source) -> bool:
 
 
 def _images(net: AdaptiveModel) -> str:
-    """What it is called with."""
+    """Return the arguments that it is called with."""
     known = net.normalisation
     if net.source is None and not (known and known.mean):
         return "an image batch as its architecture expects it"

@@ -86,7 +86,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What was done to a network, and what it cost on the images it was calibrated by.
+    """Report of a quantisation: what was done, and what it cost on the calibration images.
 
     Attributes:
         layers: in their order.
@@ -128,13 +128,13 @@ class Growth(NamedTuple):
 
     @property
     def amount(self) -> float:
-        """What comes in there; errors of one place and another add up by their squares."""
+        """Error that comes in there; errors of different places add up by their squares."""
         return self.behind**2 - self.before**2
 
 
 @dataclass
 class _Values:
-    """What was seen of the values of a node: their ends, some of them, and for how many each of these stands."""
+    """Statistics of a node's values: their range, a sample, and for how many values each of the sample stands."""
 
     low: float = 0.0
     high: float = 0.0
@@ -284,7 +284,7 @@ def quantise(
 
 
 class _Quantiser:
-    """What is known of a network that is to be put into 8 bits."""
+    """Facts about a network that is to be put into 8 bits."""
 
     def __init__(self, fast: RunsProgram, program: Program) -> None:
         self.fast, self.program = fast, program
@@ -320,7 +320,7 @@ class _Quantiser:
         return ""
 
     def carried(self, node: fx.Node) -> list[fx.Node]:
-        """What a node passes on as it is, or the largest of it: it may be in 8 bits where that is."""
+        """Source whose values a node passes on as they are, or the largest of them: both may be in 8 bits."""
         read: Any = ()
         if node.op == "call_module":
             module: Any = child(self.fast, str(node.target))
@@ -468,7 +468,7 @@ class _Quantiser:
         return grids
 
     def _compare(self, batches: Sequence[Tensor], grids: dict[fx.Node, Grid], exact: Exact) -> None:
-        """What rounding does to the sums of each layer: its mean by channel, and all of it."""
+        """Measure the rounding error of each layer's sums: its mean by channel, and the whole of it."""
         tested: dict[fx.Node, IntegerConv] = {}
         for node, layer in self.layers.items():
             layer.squares.zero_()
@@ -779,7 +779,7 @@ def _on_own_way(fast: RunsProgram, batches: list[Tensor]) -> list[Tensor]:
 
 
 def _outputs(fast: RunsProgram, batch: Tensor) -> list[Tensor]:
-    """What a network gives, in floating point."""
+    """Return a network's outputs in floating point."""
     return [value for value in tensors_of(fast(batch)) if value.is_floating_point()]
 
 

@@ -61,8 +61,8 @@ def _on_copies(graph: fx.Graph) -> fx.Graph:
 
 
 def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """What the body takes: the image first, then the maps that enter the region; without gradients, in evaluation
-    mode.
+    """Return the arguments of the body: the image first, then the maps that enter the region; without gradients, in
+    evaluation mode.
 
     Raises:
         InvalidInput: no network that `body_of` takes, or one whose stem passes on more than tensors.
@@ -81,7 +81,7 @@ def stem_outputs(net: AdaptiveModel, *args: Any, **kwargs: Any) -> tuple[Tensor,
 
 
 class _Seen(NamedTuple):
-    """What the stem gave for one image.
+    """Outputs of the stem for one image.
 
     Attributes:
         values: (C, h, w) each, or vectors.
@@ -214,7 +214,7 @@ def _mirror(sample: tuple[Any, Any], index: int, flip: bool) -> list[tuple[Tenso
 
 
 def _see(net: AdaptiveModel, image: Tensor, labels: Tensor, dtype: torch.dtype | None) -> _Seen:
-    """What the stem gives for an image."""
+    """Return the stem's outputs for an image."""
     shown = normalise(image, pictures_for(net)).unsqueeze(0).to(next(net.parameters()).device)
     values = stem_outputs(net, shown)
     stored = tuple(value[0].to("cpu", dtype or value.dtype) for value in values)

@@ -68,7 +68,7 @@ def save(net: AdaptiveModel, path: str | Path) -> None:
 
 
 def pack(net: AdaptiveModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the file of a converted network holds: tensors by name, and metadata as plain values.
+    """Return the content of a converted network's file: tensors by name, and metadata as plain values.
 
     Raises:
         InvalidInput: the network is not converted, or an optimised copy.
@@ -216,7 +216,7 @@ def unpack(
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What a file says about itself, without its tensors.
+    """Read the metadata of a file, without its tensors.
 
     Raises:
         FileError: missing, damaged or foreign file.
@@ -342,7 +342,7 @@ def open_file(path: str | Path, tensors: bool) -> tuple[dict[str, str], dict[str
 
 
 def _state(path: str | Path, values: Mapping[str, Any]) -> FileMetadata:
-    """What the metadata say, once every value is known to be of its type."""
+    """Check the types of the metadata's values and return them."""
     with as_file_error(f"the metadata of {path} is damaged.", _AGAIN):
         if METHOD in values:
             raise FileError(
@@ -477,7 +477,7 @@ def check_types(path: str | Path, stored: Mapping[str, Tensor], expected: Mappin
 
 
 def _geometry(plan: Plan) -> tuple[object, ...]:
-    """What decides which elements there are and what reads them; the rest of a plan is words that change."""
+    """Return the part of a plan that decides which elements there are and what reads them; the rest is words."""
     parts = plan.chosen("adapt", "keep", "enter")
     return plan.output_stride, plan.strides, tuple((d.node, d.action, d.stages, d.window) for d in parts)
 

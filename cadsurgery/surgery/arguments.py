@@ -50,7 +50,7 @@ def take_image(model: nn.Module, image: Tensor) -> Arguments:
 
 
 def bind_example(model: nn.Module, example: object) -> Arguments:
-    """What `example_input` stands for: an image, a tuple of positional arguments, or a dictionary of named ones.
+    """Return the arguments that `example_input` stands for: an image, a tuple of positional ones, or a dictionary of named ones.
 
     Raises:
         InvalidInput: none of these, or values that no file can hold.
@@ -123,7 +123,7 @@ class AnyLayout(TorchFunctionMode):
 
 
 def run_forward(model: nn.Module, arguments: Arguments) -> Any:
-    """What a network makes of them, without hooks on the whole, which are no part of its graph."""
+    """Call a network with them, without hooks on the whole, which are no part of its graph."""
     bound = inspect.signature(model.forward).bind_partial()
     bound.arguments.update(tree_map_only(Tensor, Tensor.clone, arguments))
     with AnyLayout():

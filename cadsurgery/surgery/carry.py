@@ -56,7 +56,7 @@ class Symbol(fx.Proxy):
         return _Attribute(self, name)
 
     def __setitem__(self, index: Any, part: Any) -> None:
-        """What Python calls so from here on is another value."""
+        """From here on the Python value is the one with the part assigned."""
         self.node = self.tracer.call(assign, self, index, part).node
 
     def __len__(self) -> int:
@@ -134,7 +134,7 @@ class Carrier(Tracer):
     # -- values ------------------------------------------------------------------------------------
 
     def value(self, symbol: fx.Proxy) -> Any:
-        """What a symbol is on the example."""
+        """Return the value of a symbol on the example."""
         node = symbol.node
         if node not in self.values:
             self._run()

@@ -22,7 +22,7 @@ EXAMPLE_SIZES = ((97, 129), (128, 160), (224, 224), (299, 299))
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of every node.
+    """Facts about every node.
 
     Attributes:
         model: the traced network.

@@ -23,7 +23,7 @@ from cadsurgery.surgery.treatment import Barrier, Cause, Treatment, is_mixer, wh
 
 
 class Role(Enum):
-    """What kind of value a node yields."""
+    """Kind of value that a node yields."""
 
     MAP = "map"  # one sample per grid position of each image
     VECTOR = "vector"  # one vector per image, from a global operation
@@ -179,7 +179,7 @@ def _note_map(node: fx.Node, layout: str, facts: Facts, source: fx.Node | None =
 
 
 def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) -> None:
-    """What comes out of an operation that runs dense: a map on some grid, or something else."""
+    """Set the role of a result that is computed dense: a map on some grid, or something else."""
     treatment = flow.treatments[node]
     parts = node not in facts.shapes  # e.g. the parts of a split map
     layout = treatment.layout if treatment.kind != "barrier" else ""
@@ -203,7 +203,7 @@ def _behind_barrier(node: fx.Node, source: fx.Node, flow: Flow, facts: Facts) ->
 
 
 def _behind_foreign(node: fx.Node, flow: Flow, facts: Facts) -> None:
-    """What is computed from values that are no maps: a map again, if it looks like one, or another such value."""
+    """Set the role of a result of values that are no maps: a map again, if it looks like one, or another such value."""
     flow.role[node] = Role.OTHER
     if node in facts.shapes:
         flow.foreign.add(node)

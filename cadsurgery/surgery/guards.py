@@ -72,7 +72,7 @@ def _words(operands: tuple[Any, ...]) -> str:
 
 
 def compared(node: fx.Node) -> tuple[Any, ...]:
-    """What a node compares; nothing if it is no comparison."""
+    """Return the operands of a comparison; nothing if the node is none."""
     return tuple(node.args) if node.target in _COMPARISONS else ()
 
 

@@ -91,7 +91,7 @@ def _is_own(hook: Any, model: nn.Module) -> bool:
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
-    """What the attributes of a module are, or hold in lists and dictionaries."""
+    """Yield the attributes of a module, and what they hold in lists and dictionaries."""
     for value in vars(module).values():
         yield value
         if isinstance(value, (list, tuple)):
@@ -228,7 +228,7 @@ class Watched:
 
 
 def find_watched(model: nn.Module, operations: Iterable[str], others: Iterable[str]) -> tuple[Watched, ...]:
-    """What a rewritten graph relies on.
+    """State of the modules that a rewritten graph relies on.
 
     Args:
         model: the network that is converted.

@@ -26,7 +26,7 @@ Action = Literal["dense", "enter", "adapt", "keep", "exit", "barrier"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one node.
+    """Decision about one node.
 
     Attributes:
         node: name in the graph.
@@ -106,7 +106,7 @@ class Considered:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do; `print(plan)` lists every decision.
+    """Plan of a conversion; `print(plan)` lists every decision.
 
     Attributes:
         decisions: one per node, in order of execution.
@@ -261,7 +261,7 @@ class Plan:
         return "\n".join([self.summary(), "", *table])
 
     def summary(self) -> str:
-        """What becomes adaptive and where it ends, in a few lines."""
+        """Return a few lines that say what becomes adaptive and where the region ends."""
         high, low = self.output_stride
         own = f"{self.strides[self.identity_level]} is" if self.identity_level is not None else "neither is"
         lines = [
@@ -319,7 +319,7 @@ class Plan:
 
     @property
     def effect_in_words(self) -> str:
-        """What was measured, see `effect`."""
+        """The measured effect in words, see `effect`."""
         if not self.effect:
             return "on the example everything high and everything low return the same, up to rounding"
         return f"on the example everything high and everything low differ by {self.effect:.1e} of the output's spread"

@@ -1,4 +1,4 @@
-"""What the dilations of a network stand for: removed strides, or its design. Each reading is planned, and one chosen.
+"""Readings of a network's dilations: removed strides, or its design. Each reading is planned, and one chosen.
 
 A dilation that doubles from one stage to the next and stays is a stride that was removed, as in segmentation networks
 made from classifiers: cells as large as before it was removed lose nothing their windows read. Dilations that come and
@@ -88,7 +88,7 @@ def _choose_reading(readings: list[Reading]) -> Reading:
 
 
 def consider(readings: Sequence[Reading], total: int) -> tuple[Considered, ...]:
-    """What is to be reported of the readings, that which was chosen first.
+    """Summarise the readings for reports, the chosen one first.
 
     Args:
         readings: of one network.
@@ -134,8 +134,8 @@ def _is_in_stages(flow: Flow) -> bool:
 
 
 def _behind(flow: Flow) -> tuple[set[fx.Node], set[fx.Node]]:
-    """What depends on strides that dilations stand for, up to where something else ends the region; and what of that on
-    windows which read finer than the cells then are."""
+    """Nodes that depend on strides which dilations stand for, up to where something else ends the region; and those of
+    them that depend on windows which read finer than the cells then are."""
     ends = [node for node, barrier in flow.barriers.items() if barrier.cause is not Cause.CELLS]
     behind = and_after(*flow.grown, without=ends)
     return behind, and_after(*(behind & flow.barriers.keys()), without=ends)

@@ -115,7 +115,7 @@ class Rewriter:
         return self.dense[next((node for node in images if self.facts.shapes[node] == like), images[0])]
 
     def fine_map(self) -> fx.Node:
-        """What the mask is shown: the first map that enters the region, as (B, C, h, w)."""
+        """Return the features that the mask is shown: the first map that enters the region, as (B, C, h, w)."""
         entering = self.plan.chosen("enter")[0].node
         node = next(node for node in self.facts.graph.nodes if node.name == entering)
         layout = self.facts.layouts[node]

@@ -839,7 +839,7 @@ def _options(node: fx.Node, facts: Facts, *names: str, **defaults: Any) -> dict[
 
 
 def _weights(options: dict[str, Any]) -> dict[str, Any]:
-    """What a convolution is given besides its window."""
+    """Options of a convolution besides its window."""
     return {name: options[name] for name in ("weight", "bias", "groups")}
 
 

@@ -1,4 +1,4 @@
-"""What has to stay outside the region before its strides can be chosen: passes are made until none is left over."""
+"""Find the nodes that stay outside the region, in passes until nothing changes, before its strides are chosen."""
 
 from __future__ import annotations
 

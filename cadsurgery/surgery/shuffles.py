@@ -119,7 +119,7 @@ def _regroup(factors: list[_Factor], shape: tuple[int, ...]) -> Axes | None:
 
 
 def _emit(node: fx.Node, start: fx.Node, axes: Axes) -> fx.Node:
-    """What a chain gives, made of the map it starts from: channels apart, axes permuted, channels together again."""
+    """Insert a chain behind the map it starts from: channels apart, axes permuted, channels together again."""
     graph = node.graph
     with graph.inserting_before(node):
         lengths: dict[str, Any] = {

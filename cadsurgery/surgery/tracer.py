@@ -63,7 +63,7 @@ class Tracer(fx.Tracer):
 
 
 def assign(values: Any, index: Any, part: Any) -> Any:
-    """What `values[index] = part` leaves, as a value of its own; the values stay as they are."""
+    """Return the result of `values[index] = part` as a new value; the values stay as they are."""
     changed = values.clone() if isinstance(values, Tensor) else copy.copy(values)
     changed[index] = part
     return changed

@@ -1,4 +1,4 @@
-"""What a rule says of an operation, and the registry that finds the rule.
+"""Treatments of operations, as rules give them, and the registry that finds the rule.
 
 A rule only decides: it takes a node and the facts and returns a `Treatment`. An operation without a rule,
 or one its rule does not understand, is a `barrier` with its reason. Rules live in `surgery/rules.py`; users add
@@ -134,7 +134,7 @@ class Treatment:
 
     @property
     def operation(self) -> Operation | None:
-        """What `call` is; None where the work is done on rows."""
+        """The operation on elements that `call` names; None where the work is done on rows."""
         return operation_of(self.call)
 
 
@@ -313,7 +313,10 @@ def operation_name(node: fx.Node, facts: Facts) -> str:
 
 
 def _operation_keys(node: fx.Node, facts: Facts) -> tuple[object, ...]:
-    """What a rule for this node may be registered under. Subclasses inherit it if they do the same, see `act_alike`."""
+    """Return the keys that a rule for this node may be registered under.
+
+    Subclasses inherit a rule if they do the same, see `act_alike`.
+    """
     if node.op == "call_module":
         return _module_keys(facts.module(node))
     named = f"{getattr(node.target, '__module__', '')}:{getattr(node.target, '__name__', '')}"

@@ -238,7 +238,7 @@ def _named(outputs: Any) -> dict[str, Tensor]:
 
 
 def at_own_samples(outputs: Any, adapted: fx.Graph, plan: Plan) -> Any:
-    """What a rewritten graph returned, each map that leaves at the fine size read where the network has samples."""
+    """Read the outputs of a rewritten graph where the network has samples."""
     node = next(node for node in adapted.nodes if node.op == "output")
 
     def read(value: Any, source: Any) -> Any:

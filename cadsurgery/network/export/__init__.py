@@ -30,7 +30,7 @@ Format = Literal["pt2", "onnx", "aoti"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
+    """Result of `export`.
 
     Attributes:
         file: its path.

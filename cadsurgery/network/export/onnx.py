@@ -96,7 +96,7 @@ def write(
 
 
 def _inputs(net: AdaptiveModel, image: Tensor, level_map: bool) -> tuple[Tensor, ...]:
-    """What a file is called with for an image batch."""
+    """Return the inputs of a file for an image batch."""
     if not level_map:
         return (image,)
     net(image)
@@ -308,7 +308,7 @@ def _of_other_sizes(net: AdaptiveModel, image: Tensor) -> Iterator[Tensor]:
 
 
 def _metadata(net: AdaptiveModel, dynamic: bool) -> dict[str, str]:
-    """What a file says of itself, and the mean and standard deviation of the images of 0..1 that it is for."""
+    """Return the metadata of a file, and the mean and standard deviation of the images of 0..1 that it is for."""
     source = source_of(net)
     return {
         "cadsurgery.mask": net.mask.spec(),
