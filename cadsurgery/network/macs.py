@@ -282,7 +282,7 @@ _COUNTED = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU)
 
 
 def published_macs(module: nn.Module, inputs: int, outputs: int) -> int:
-    """Return the MACs that the reference code counts for a module of so many values in and out; see `Counter._published`."""
+    """MACs that the reference code counts for a module of so many values in and out; see `Counter._published`."""
     if isinstance(module, nn.Conv2d):
         per_position = module.weight.numel() + (module.out_channels if module.bias is not None else 0)
         return outputs // module.out_channels * per_position
