@@ -50,7 +50,7 @@ def take_image(model: nn.Module, image: Tensor) -> Arguments:
 
 
 def bind_example(model: nn.Module, example: object) -> Arguments:
-    """Return the arguments that `example_input` stands for: an image, a tuple of arguments, or a dictionary of named ones.
+    """Return the arguments that `example_input` stands for: an image, a tuple of arguments, or a dictionary.
 
     Raises:
         InvalidInput: none of these, or values that no file can hold.
