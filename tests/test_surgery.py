@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -234,3 +236,35 @@ def test_a_module_with_an_own_rule_is_one_operation() -> None:
         assert_same(net(x)[..., ::2, ::2], network()(x), 1e-4)
     finally:
         _RULES.pop(Gate, None)
+
+
+class CallsMeanwhile(nn.Module):
+    """While it is traced, another thread calls another network, and a part of this one."""
+
+    found: ClassVar[list[Any]] = []  # of all copies
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        self.others, self.image = [nn.Conv2d(3, 4, 3), self.body], images(1, 33, 47)
+
+    def call(self, module: nn.Module) -> Any:
+        """In the other thread."""
+        with torch.no_grad():
+            return module(self.image)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features."""
+        with ThreadPoolExecutor(1) as pool:
+            self.found.append(list(pool.map(self.call, self.others)))
+        return self.body(x)
+
+
+def test_other_threads_may_call_networks_while_one_is_traced() -> None:
+    model = CallsMeanwhile().eval()
+    expected = [model.call(module) for module in model.others]
+    cs.adaptify(model, "none", output_stride=(2, 4), verify_laws=False)
+    assert model.found
+    for found in model.found:
+        for one, wanted in zip(found, expected, strict=True):
+            assert type(one) is Tensor and torch.equal(one, wanted)

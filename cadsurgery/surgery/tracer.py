@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,23 @@ class Tracer(fx.Tracer):
         self.record_stack_traces = True
         # What is computed from buffers, as by norms with frozen statistics, is computed in every call, not once here.
         self.proxy_buffer_attributes = names_buffers
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """Trace in this thread alone: torch changes `nn.Module` for all threads while it traces."""
+        self._thread = threading.get_ident()
+        return super().trace(*args, **kwargs)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Modules that other threads call meanwhile are called as they are."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters that other threads read meanwhile are themselves."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """An argument that is None by default and not given is so here: Python asks `is None`, of which no graph
