@@ -133,7 +133,8 @@ and at an odd and an even size more if it takes them; the other uniform levels a
 (law 2); a batch with a level map per image is its images one by one (law 5); law 1 again with other weights loaded into
 both by `load_state_dict`; `optimize()` at random levels; to 1e-4 in float32, or to 1e-9 in float64 where float32
 amplifies rounding. A network converts *without effect* if no mask can change what comes out, or less than 1 % of its
-work is in the region; that is said by a warning, and counted as broken if it is not.
+work is in the region; that is said by a warning, and counted as broken if it is not. The weights are random, which
+hides effects: in some untrained decoders the deepest maps reach the output only as rounding.
 
 `cadsurgery list --check --corpus --output tests/corpus/rows.jsonl`, `cadsurgery list packages --check --corpus
 --output tests/corpus/packages/rows.jsonl` (with `pip install cadsurgery[corpus]`), then
