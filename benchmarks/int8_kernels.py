@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from cadsurgery.elements.backends.integer import (
-    Grid,
     IntegerConvolution,
     Integers,
     IntegerWeights,
+    QuantParams,
     forms_here,
 )
 from cadsurgery.elements.backends.integer_layers import _read_pixels
@@ -33,7 +33,7 @@ CASES = (
     *((64, 128, 1024, 256, 1, False), (64, 128, 2048, 512, 1, False), (64, 128, 256, 1024, 1, True)),
     *((64, 128, 512, 2048, 1, True), (128, 256, 64, 256, 1, True)),
 )
-GRID = Grid(0.05, 0)
+GRID = QuantParams(0.05, 0)
 
 
 def sides_of(

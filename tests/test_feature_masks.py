@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import cadsurgery as cs
-from cadsurgery.masks import Budget, ConfidenceMask, DetailMask, Grid, LearnedMask, resolve_mask
+from cadsurgery.masks import Budget, ConfidenceMask, DetailMask, FineMapSpec, LearnedMask, resolve_mask
 from cadsurgery.masks.scored import interpolation_error
 from cadsurgery.network.macs import MASK_LAYERS
 
@@ -98,8 +98,8 @@ def converted(mask: object = "none", model: nn.Module | None = None, **options: 
     return cs.adaptify(trunk() if model is None else model, mask, **options)
 
 
-def grid_of(size: tuple[int, int], batch: int = 2, low: int = 2) -> Grid:
-    return Grid(batch, size, 4, low, 2**low, 2**low)
+def grid_of(size: tuple[int, int], batch: int = 2, low: int = 2) -> FineMapSpec:
+    return FineMapSpec(batch, size, 4, low, 2**low, 2**low)
 
 
 def levels_at(scores: Tensor, thresholds: tuple[float, ...], lowest: int) -> Tensor:
@@ -273,9 +273,9 @@ def test_counted_work_is_executed_work(mask: str, batch: int) -> None:
 
 def test_the_published_estimator_takes_the_published_work() -> None:
     """2.206e10 at 1024 x 2048 with bias and ReLU; its convolutions alone, which are what is counted, 2.2054e10."""
-    mask, grid = LearnedMask(), Grid(1, (128, 256), 8, 1, 2, 2)
+    mask, grid = LearnedMask(), FineMapSpec(1, (128, 256), 8, 1, 2, 2)
     features = torch.empty(1, 512, 128, 256, device="meta")
-    mask.logits(torch.zeros(1, 512, 2, 2), Grid(1, (2, 2), 8, 1, 2, 2))
+    mask.logits(torch.zeros(1, 512, 2, 2), FineMapSpec(1, (2, 2), 8, 1, 2, 2))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         mask.to("meta").logits(features, grid)
     macs = counter.get_total_flops() // 2
@@ -417,7 +417,7 @@ def test_a_region_that_works_in_place_leaves_what_enters_it() -> None:
     entered: list[Tensor] = []
 
     class Seeing(ConfidenceMask):
-        def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
             entered.append(features.clone())
             return super().scores(image, features, grid)
 

@@ -30,7 +30,7 @@ from cadsurgery.finetune import Draw, Objective, Row, Settings, evaluate, fit, l
 from cadsurgery.finetune.groups import make_groups, set_modes, stem_of
 from cadsurgery.finetune.objectives import OBJECTIVES, AnyBudget, Mixed, cross_entropy, miss, supervised
 from cadsurgery.finetune.schedule import Sampling, learning_rate
-from cadsurgery.masks import Grid, MaskProvider
+from cadsurgery.masks import FineMapSpec, MaskProvider
 
 pytest.importorskip("accelerate")
 HERE = Path(__file__).parent
@@ -284,7 +284,7 @@ class Scored(MaskProvider):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         return features.mean(1) > self.bias
 
 
@@ -511,7 +511,7 @@ def test_the_share_kept_is_the_budget_whatever_ranks_the_patches(ranking: Any) -
 
 def test_random_blocks_do_not_depend_on_how_a_batch_is_shared_out() -> None:
     objective = AnyBudget(adaptive(), ranking="random")
-    grid = Grid(4, (13, 17), 4, 2, 4, 4)
+    grid = FineMapSpec(4, (13, 17), 4, 2, 4, 4)
     features = torch.zeros(4, 1, 13, 17)
     whole = objective._ranking(Draw(0, 0, (0, 1, 2, 3))).scores(features, features, grid)
     half = objective._ranking(Draw(0, 0, (2, 3))).scores(features, features, grid._replace(batch=2))

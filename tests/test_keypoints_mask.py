@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.masks import Grid, KeypointMask, keypoints_at, resolve_mask
+from cadsurgery.masks import FineMapSpec, KeypointMask, keypoints_at, resolve_mask
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 INF = math.inf
@@ -36,9 +36,9 @@ Point = tuple[int, int]
 SIDES = st.one_of(st.sampled_from([0, INF]), st.integers(0, 20).map(lambda half: 2 * half + 1))
 
 
-def grid_of(size: Size, batch: int = 2, stride: int = 1, low: int = 3) -> Grid:
+def grid_of(size: Size, batch: int = 2, stride: int = 1, low: int = 3) -> FineMapSpec:
     """The grid of an image size whose stages halve `low` times."""
-    return Grid(batch, (-(-size[0] // stride), -(-size[1] // stride)), stride, low, 2**low, 2**low)
+    return FineMapSpec(batch, (-(-size[0] // stride), -(-size[1] // stride)), stride, low, 2**low, 2**low)
 
 
 def net(mask: object = "none", **options: Any) -> cs.AdaptiveModel:

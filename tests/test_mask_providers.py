@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.masks import (
     EdgeMask,
+    FineMapSpec,
     GradientMask,
-    Grid,
     MaskProvider,
     SaliencyMask,
     TrimapMask,
@@ -40,10 +40,10 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SIZES = [(64, 96), (65, 97), (33, 50), (9, 70)]
 
 
-def grid_of(size: tuple[int, int], batch: int = 2, stride: int = 8, low: int = 2) -> Grid:
+def grid_of(size: tuple[int, int], batch: int = 2, stride: int = 8, low: int = 2) -> FineMapSpec:
     """The grid of an image size whose stages halve `low` times."""
     fine = (-(-size[0] // stride), -(-size[1] // stride))
-    return Grid(batch, fine, stride, low, 2**low, 2**low)
+    return FineMapSpec(batch, fine, stride, low, 2**low, 2**low)
 
 
 def trunk() -> nn.Module:
@@ -65,7 +65,7 @@ def blocks(size: tuple[int, int], batch: int = 2, classes: int = 3, seed: int = 
     return labels
 
 
-def levels_near(found: list[Tensor], sides: list[int], grid: Grid) -> Tensor:
+def levels_near(found: list[Tensor], sides: list[int], grid: FineMapSpec) -> Tensor:
     """Level i where the i-th side x side window around the sample's pixel holds a True of the i-th map (B, H, W)."""
     levels = torch.full((grid.batch, *grid.size), grid.max_level)
     for level in reversed(range(len(sides))):
@@ -89,10 +89,10 @@ def levels_near(found: list[Tensor], sides: list[int], grid: Grid) -> Tensor:
 def test_a_grid_knows_the_cells_of_the_lowest_level_and_of_all_stages(
     strides: tuple[int, int], patch: int, side: int
 ) -> None:
-    seen: list[Grid] = []
+    seen: list[FineMapSpec] = []
 
     class Seeing(MaskProvider):
-        def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
             seen.append(grid)
             return torch.full((grid.batch, *grid.size), grid.max_level)
 
@@ -341,7 +341,7 @@ def test_a_saliency_map_of_any_size_is_resized_to_the_fine_map(size: tuple[int, 
 
 
 def test_a_large_saliency_map_is_averaged_and_not_sampled() -> None:
-    grid, image = Grid(1, (8, 8), 8, 2, 4, 4), torch.zeros(1, 3, 64, 64)
+    grid, image = FineMapSpec(1, (8, 8), 8, 2, 4, 4), torch.zeros(1, 3, 64, 64)
     fine = (torch.arange(64)[:, None] + torch.arange(64)) % 2
     scores = SaliencyMask(lambda image: fine.float().unsqueeze(0)).scores(image, image, grid)
     assert torch.allclose(scores, torch.full_like(scores, 0.5), atol=0.05)
@@ -555,3 +555,7 @@ def test_the_grey_image_does_not_depend_on_the_layout(dtype: torch.dtype, size: 
         found = grey_of(image)
         assert found.dtype == dtype and found.shape == exact.shape
         assert_same(found.double(), exact, 2 * torch.finfo(dtype).eps)
+
+
+def test_providers_of_users_may_call_the_fine_map_by_its_older_name() -> None:
+    assert cs.masks.Grid is cs.masks.FineMapSpec

@@ -21,9 +21,9 @@ from cadsurgery.masks import (
     Budget,
     Dilate,
     EdgeMask,
+    FineMapSpec,
     FixedMask,
     GradientMask,
-    Grid,
     MaskProvider,
     RandomMask,
     Smooth,
@@ -49,16 +49,16 @@ class Given(MaskProvider):
     def next(self) -> Tensor:
         return self.maps.pop(0) if len(self.maps) > 1 else self.maps[0]
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         return self.next()
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         found = self.next()
         return found if found.is_floating_point() else (grid.max_level - found).float()
 
 
-def grid_of(size: tuple[int, int], batch: int = 2) -> Grid:
-    return Grid(batch, size, 8, 2, 4, 4)
+def grid_of(size: tuple[int, int], batch: int = 2) -> FineMapSpec:
+    return FineMapSpec(batch, size, 8, 2, 4, 4)
 
 
 def levels(size: tuple[int, int], batch: int = 2) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import cadsurgery as cs
 from cadsurgery.elements.lattice import Geometry
-from cadsurgery.masks import Budget, EdgeMask, Grid, MaskProvider, RandomMask, resolve_mask
+from cadsurgery.masks import Budget, EdgeMask, FineMapSpec, MaskProvider, RandomMask, resolve_mask
 from cadsurgery.masks.provider import PROVIDERS
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -145,14 +145,14 @@ def test_the_edge_provider_follows_the_recipe_for_any_size_and_option(
 ) -> None:
     image = scenes(2, size, seed).double()
     fine = (-(-size[0] // stride), -(-size[1] // stride))
-    found = EdgeMask(threshold, side)(image, image, Grid(2, fine, stride, 2, 4, 4))
+    found = EdgeMask(threshold, side)(image, image, FineMapSpec(2, fine, stride, 2, 4, 4))
     assert torch.equal(found.long(), wanted_levels(image, [threshold], [side], stride, 2))
 
 
 @QUICK
 @given(seed=st.integers(0, 99), threshold=st.floats(0.05, 2), side=st.sampled_from([1, 5, 11]))
 def test_one_threshold_is_graded_edges_with_one(seed: int, threshold: float, side: int) -> None:
-    image, grid = scenes(2, (40, 57), seed), Grid(2, (5, 8), 8, 2, 4, 4)
+    image, grid = scenes(2, (40, 57), seed), FineMapSpec(2, (5, 8), 8, 2, 4, 4)
     plain = EdgeMask(threshold, side)(image, image, grid)
     assert torch.equal(plain, EdgeMask((threshold,), (side,))(image, image, grid))
     assert torch.equal(plain, EdgeMask((threshold, 1e9), side)(image, image, grid))
@@ -164,7 +164,7 @@ def test_one_threshold_is_graded_edges_with_one(seed: int, threshold: float, sid
 def edge_pixels(grey: Tensor, threshold: float = 0.5, side: int = 1) -> Tensor:
     """Bool (H, W): what the provider keeps high at one fine pixel per image pixel."""
     image = grey.expand(1, 3, *grey.shape)
-    return EdgeMask(threshold, side)(image, image, Grid(1, tuple(grey.shape), 1, 1, 2, 2))[0] == 0
+    return EdgeMask(threshold, side)(image, image, FineMapSpec(1, tuple(grey.shape), 1, 1, 2, 2))[0] == 0
 
 
 def test_a_zero_image_has_no_edges() -> None:
@@ -235,7 +235,7 @@ def test_lowering_the_threshold_never_removes_active_area(
     low, high = sorted((low, high))
     image, grid, geometry = (
         scenes(2, (65, 90), seed),
-        Grid(2, (9, 12), 8, 2, 4, 4),
+        FineMapSpec(2, (9, 12), 8, 2, 4, 4),
         Geometry((2, 2), patch=patch),
     )
     few = geometry.lattice(EdgeMask(high, 7)(image, image, grid).long()).levels
@@ -378,7 +378,7 @@ def test_random_keeps_nothing_at_fraction_0_and_everything_at_1(
 
 
 def test_random_keeps_about_the_fraction_asked_for_in_whole_blocks() -> None:
-    found = RandomMask(0.3, 4, seed=0)(torch.empty(0), torch.empty(0), Grid(4, (80, 160), 8, 2, 4, 4))
+    found = RandomMask(0.3, 4, seed=0)(torch.empty(0), torch.empty(0), FineMapSpec(4, (80, 160), 8, 2, 4, 4))
     assert found.double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / (4 * 20 * 40)) ** 0.5)
     blocks = found.unflatten(1, (20, 4)).unflatten(3, (40, 4))
     assert torch.equal(blocks.amax((2, 4)), blocks.to(torch.uint8).amin((2, 4)).bool())
@@ -441,7 +441,7 @@ class Scored(MaskProvider):
         super().__init__()
         self.given = scores
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         return self.given
 
 
@@ -456,7 +456,7 @@ def kept_patches(levels: Tensor, patch: int, low: int) -> Tensor:
 
 def budget(scores: Tensor, fraction: float, patch: int = 4, **options: bool) -> Tensor:
     """Which patches a budget keeps for given scores (B, h, w)."""
-    grid, nothing = Grid(scores.shape[0], tuple(scores.shape[1:]), 8, 2, patch, patch), torch.empty(0)
+    grid, nothing = FineMapSpec(scores.shape[0], tuple(scores.shape[1:]), 8, 2, patch, patch), torch.empty(0)
     levels = Budget(Scored(scores), fraction, **options)(nothing, nothing, grid)
     assert levels.shape == scores.shape
     return kept_patches(levels, patch, 2)
@@ -510,7 +510,7 @@ def test_a_budget_keeps_the_patches_of_the_highest_mean_inside_the_map(
 @pytest.mark.parametrize("per_batch", [False, True])
 @pytest.mark.parametrize("mask", ["edges", "random:seed=1", "edges:threshold=0.9/0.1,dilation=5/15", "none"])
 def test_a_larger_budget_keeps_what_a_smaller_one_keeps(mask: str, per_batch: bool) -> None:
-    image, grid = scenes(2, (97, 129)), Grid(2, (13, 17), 8, 2, 4, 4)
+    image, grid = scenes(2, (97, 129)), FineMapSpec(2, (13, 17), 8, 2, 4, 4)
     kept = [Budget(mask, fraction, per_batch)(image, image, grid) == 0 for fraction in FRACTIONS]
     assert all((few <= many).all() for few, many in pairwise(kept))
     assert not kept[0].any() and kept[-1].all()
@@ -528,11 +528,11 @@ def test_equal_patches_are_kept_in_raster_order_whatever_their_size(value: float
 
 def test_a_budget_of_an_images_own_scores_is_that_of_the_image_alone() -> None:
     image = scenes(3, (97, 129))
-    together = Budget("edges", 0.3)(image, image, Grid(3, (13, 17), 8, 2, 4, 4))
+    together = Budget("edges", 0.3)(image, image, FineMapSpec(3, (13, 17), 8, 2, 4, 4))
     for position in range(3):
         one = image[position : position + 1]
         assert torch.equal(
-            Budget("edges", 0.3)(one, one, Grid(1, (13, 17), 8, 2, 4, 4))[0], together[position]
+            Budget("edges", 0.3)(one, one, FineMapSpec(1, (13, 17), 8, 2, 4, 4))[0], together[position]
         )
 
 
@@ -543,14 +543,14 @@ def test_the_scores_of_edges_reach_the_threshold_where_they_keep_high(
     size: tuple[int, int], threshold: float, side: int, dtype: torch.dtype
 ) -> None:
     image = scenes(2, size).to(dtype)
-    grid, mask = Grid(2, (-(-size[0] // 8), -(-size[1] // 8)), 8, 2, 4, 4), EdgeMask(threshold, side)
+    grid, mask = FineMapSpec(2, (-(-size[0] // 8), -(-size[1] // 8)), 8, 2, 4, 4), EdgeMask(threshold, side)
     scores = mask.scores(image, image, grid)
     assert scores.shape == (2, *grid.size) and scores.dtype == dtype
     assert torch.equal(scores >= threshold, mask(image, image, grid) == 0)
 
 
 def test_the_scores_of_a_random_mask_follow_its_seed_and_its_choice() -> None:
-    grid, nothing, mask = Grid(2, (13, 17), 8, 2, 4, 4), torch.empty(0), RandomMask(0.3, 4, seed=5)
+    grid, nothing, mask = FineMapSpec(2, (13, 17), 8, 2, 4, 4), torch.empty(0), RandomMask(0.3, 4, seed=5)
     scores = mask.scores(nothing, nothing, grid)
     assert torch.equal(scores, mask.scores(nothing, nothing, grid))
     kept = mask(nothing, nothing, grid)
@@ -584,7 +584,7 @@ def test_a_network_keeps_exactly_the_budget(patch: str, stride: tuple[int, int],
 
 
 def test_a_budget_is_one_graph_for_compilers() -> None:
-    image, grid, mask = scenes(2, (97, 129)), Grid(2, (13, 17), 8, 2, 4, 4), Budget("edges", 0.3)
+    image, grid, mask = scenes(2, (97, 129)), FineMapSpec(2, (13, 17), 8, 2, 4, 4), Budget("edges", 0.3)
     compiled = torch.compile(lambda image: mask(image, image, grid), fullgraph=True, backend="eager")
     assert torch.equal(compiled(image), mask(image, image, grid))
 
@@ -754,7 +754,7 @@ def checkers() -> Iterator[type[MaskProvider]]:
             super().__init__()
             self.side = side
 
-        def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+        def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
             self.seen = (image.shape, features.shape, grid)
             y, x = (torch.arange(extent) // self.side for extent in grid.size)
             return (y[:, None] + x) % 2 == 0
@@ -780,7 +780,7 @@ def test_a_provider_sees_the_image_the_entering_features_and_the_grid(checkers: 
     model(torch.randn(2, 3, 97, 129))
     image, features, grid = model.mask.seen
     assert image == (2, 3, 97, 129) and features == (2, 4, 25, 33)
-    assert grid == Grid(batch=2, size=(25, 33), output_stride=4, max_level=2, patch=8, side=4)
+    assert grid == FineMapSpec(batch=2, size=(25, 33), output_stride=4, max_level=2, patch=8, side=4)
 
 
 def test_a_mask_name_is_registered_once(checkers: type[MaskProvider]) -> None:

@@ -23,7 +23,7 @@ from cadsurgery.data.images import normalise
 from cadsurgery.finetune import Blend, Draw, Objective, Settings, calibrate, fit
 from cadsurgery.finetune.groups import freeze_unused, make_groups
 from cadsurgery.finetune.objectives import make_objective
-from cadsurgery.masks import Grid, LearnedMask
+from cadsurgery.masks import FineMapSpec, LearnedMask
 from cadsurgery.network.paths import blend
 
 double = torch.float64
@@ -33,10 +33,10 @@ def convert(model: nn.Module, x: Tensor, mask: object = "none", **options: Any) 
     return cs.adaptify(model, mask, example_input=x[:1], verify_laws=False, **options)
 
 
-def everywhere(level: int) -> Callable[[Tensor, Grid], Tensor]:
+def everywhere(level: int) -> Callable[[Tensor, FineMapSpec], Tensor]:
     """All weight on one level."""
 
-    def weigh(features: Tensor, grid: Grid) -> Tensor:
+    def weigh(features: Tensor, grid: FineMapSpec) -> Tensor:
         weights = features.new_zeros(grid.batch, grid.max_level + 1, *grid.size)
         weights[:, level] = 1
         return weights
@@ -279,7 +279,7 @@ def test_calibration_puts_the_share_of_some_data_on_its_target() -> None:
         net(image[None])
         mask = net.mask
         assert isinstance(mask, LearnedMask)
-        grid = Grid.of(net.geometry, 1, tuple(net.levels.shape[1:]), net.plan.strides[0])  # type: ignore[arg-type]
+        grid = FineMapSpec.of(net.geometry, 1, tuple(net.levels.shape[1:]), net.plan.strides[0])  # type: ignore[arg-type]
         cells = net.levels[:, :: grid.side, :: grid.side]
         kept.append(mask.kept(F.one_hot(cells.long(), 3).movedim(-1, 1).float() * 9, grid).item())
     assert sum(kept) / len(kept) == pytest.approx(share)

@@ -29,7 +29,7 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.kernel_map import Window
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice
-from cadsurgery.masks import Grid
+from cadsurgery.masks import FineMapSpec
 from cadsurgery.masks.masking import Masking
 from cadsurgery.network.compile import bucket
 
@@ -74,7 +74,7 @@ def test_bounds_hold_for_every_choice_of_patches_and_are_met(
 ) -> None:
     """No map with that many patches has fewer or more elements after any stage, at the whole size or a cut one."""
     geometry = Geometry(strides, max_level)
-    total = Grid.of(geometry, 2, size, 8).patches * 2
+    total = FineMapSpec.of(geometry, 2, size, 8).patches * 2
     for kept in {0, 1, total // 2, total}:
         bounds = Bounds.of_patches(geometry, 2, size, (kept,))
         counts = []
@@ -103,7 +103,7 @@ def test_bounds_of_several_levels_hold_for_every_choice_of_patches(
 ) -> None:
     """As above, patches at any level: how many have level i or finer decides. Where patches divide the map, exactly."""
     geometry = Geometry(strides, max_level, patch=patch)
-    grid = Grid.of(geometry, 2, size, 8)
+    grid = FineMapSpec.of(geometry, 2, size, 8)
     total = 2 * grid.patches
     for shares in ((0.0, 0.5), (0.2, 0.2), (0.3, 0.8), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (0.2, 0.5, 1.0)):
         kept = tuple(round(share * total) for share in shares[: geometry.max_level])
@@ -128,7 +128,7 @@ def test_bounds_of_several_levels_hold_for_every_choice_of_patches(
 @pytest.mark.parametrize("fraction", [0.0, 0.34, 1.0])
 def test_a_budget_keeps_the_patches_it_promises(fraction: float, per_batch: bool) -> None:
     geometry, size = Geometry((2, 2)), (13, 17)
-    grid = Grid(3, size, 8, 2, 4, 4)
+    grid = FineMapSpec(3, size, 8, 2, 4, 4)
     mask = cs.Budget("random", fraction, per_batch)
     levels = mask(images(3, 104, 136), torch.zeros(3, 1, *size), grid)
     kept = int((levels[:, ::4, ::4] == 0).sum())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cadsurgery as cs
 from cadsurgery.data.images import normalise, street_scene
 from cadsurgery.data.networks import IMAGENET_MEAN, IMAGENET_STD, source_of, stated_statistics
-from cadsurgery.masks import Grid, MaskProvider, Normalisation
+from cadsurgery.masks import FineMapSpec, MaskProvider, Normalisation
 from cadsurgery.masks.unit import estimate
 from cadsurgery.network.model import pictures_for
 from cadsurgery.network.storage import encode_with_checksum, read_metadata
@@ -142,7 +142,7 @@ class Spy(MaskProvider):
 
     image: Tensor
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         self.image = image
         return torch.zeros(grid.batch, *grid.size, dtype=torch.int8)
 

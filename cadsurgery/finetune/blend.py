@@ -13,7 +13,7 @@ from cadsurgery.data.datasets import sample_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
 from cadsurgery.finetune.objectives import Objective, dense_high, miss, objective
 from cadsurgery.finetune.schedule import Draw, derive_seed
-from cadsurgery.masks import Grid, LearnedMask, MaskProvider
+from cadsurgery.masks import FineMapSpec, LearnedMask, MaskProvider
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.paths import blend
 from cadsurgery.support.errors import InvalidInput, check_name
@@ -87,7 +87,7 @@ class Blend(Objective):
         )
         noted: dict[str, Tensor] = {}
 
-        def weigh(features: Tensor, grid: Grid) -> Tensor:
+        def weigh(features: Tensor, grid: FineMapSpec) -> Tensor:
             # As published, the mask's gradient does not end at the features, unless they are fixed.
             balanced = self.share == "balanced"
             logits = (mask.balanced_logits if balanced else mask.logits)(features, grid)
@@ -132,7 +132,7 @@ def calibrate(net: AdaptiveModel, data: Samples) -> float:
         )
     program, source = net.program, pictures_for(net)
     device = next(mask.parameters(), torch.empty(0)).device
-    logits: list[tuple[Tensor, Grid]] = []
+    logits: list[tuple[Tensor, FineMapSpec]] = []
     with evaluating(net):
         for index in range(len(data)):
             inputs, _ = prepare(*sample_of(data, index), source, index)

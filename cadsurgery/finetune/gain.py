@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cadsurgery.data.datasets import sample_of
 from cadsurgery.finetune.batches import Samples, check_data, prepare
-from cadsurgery.masks import DetailMask, GainMask, Grid, MaskProvider
+from cadsurgery.masks import DetailMask, FineMapSpec, GainMask, MaskProvider
 from cadsurgery.masks.context import first_passes
 from cadsurgery.masks.filters import mean_of_patches, resize
 from cadsurgery.masks.gain import OracleMask
@@ -133,7 +133,7 @@ class _Seen:
     by_class: Tensor
     shares: Tensor
     detail: Tensor
-    grid: Grid
+    grid: FineMapSpec
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def _measure(net: AdaptiveModel, mask: GainMask, inputs: list[Tensor]) -> _Seen:
     )
 
 
-def _of_classes(outputs: dict[int, Any], losses: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _of_classes(outputs: dict[int, Any], losses: Tensor, grid: FineMapSpec) -> tuple[Tensor, Tensor]:
     """Losses and shares by predicted class, see `_Seen`."""
     if kind_of(outputs[0]) != "classes":
         return losses, torch.ones(1)

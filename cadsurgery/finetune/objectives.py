@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import describe
 from cadsurgery.finetune.schedule import Draw
-from cadsurgery.masks import Budget, Grid, MaskProvider, resolve_mask
+from cadsurgery.masks import Budget, FineMapSpec, MaskProvider, resolve_mask
 from cadsurgery.masks.basic import UniformMask
 from cadsurgery.methods.anytime import AnytimeModel
 from cadsurgery.methods.sampling import SampledModel
@@ -281,7 +281,7 @@ class DrawnBlocks(MaskProvider):
         super().__init__()
         self.draw = draw
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) in 0..1."""
         height, width = grid.size
         maps = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from cadsurgery.elements.sizes import divide_up
 from cadsurgery.masks.filters import on_samples
 from cadsurgery.masks.options import SHARE, between, check_options
-from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 
 
 class UniformMask(MaskProvider):
@@ -21,12 +21,12 @@ class UniformMask(MaskProvider):
 
     high: bool = True
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Level 0 or the lowest."""
         level = 0 if self.high else grid.max_level
         return torch.full((grid.batch, *grid.size), level, dtype=torch.int8, device=features.device)
 
-    def kept_patches(self, grid: Grid) -> tuple[int, ...]:
+    def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...]:
         """All or none."""
         return (grid.batch * grid.patches if self.high else 0,)
 
@@ -61,15 +61,15 @@ class RandomMask(MaskProvider):
         check_options("random", **checked, seed=(seed, between(-1, 2**63 - 1, "0")))
         self.fraction, self.block, self.seed = fraction, block, seed
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Levels 0 in chosen blocks, the lowest elsewhere."""
         return self._draw(grid).to(features.device) < self.fraction
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Random numbers, one per block; what `forward` keeps has the highest."""
         return -self._draw(grid).to(features.device)
 
-    def _draw(self, grid: Grid) -> Tensor:
+    def _draw(self, grid: FineMapSpec) -> Tensor:
         """(B, h, w) in 0..1, the same within a block."""
         generator = torch.Generator().manual_seed(self.seed) if self.seed >= 0 else None
         side = min(self.block, max(grid.size))
@@ -97,7 +97,7 @@ class FixedMask(MaskProvider):
         self.register_buffer("levels", levels)
         self.levels: Tensor
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """The given map."""
         return self.levels.to(features.device)
 
@@ -116,6 +116,6 @@ class FunctionMask(MaskProvider):
         self.function = function
         self.name = name_of(function)  # type: ignore[misc]
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return what the function returns for the image."""
         return self.function(image)

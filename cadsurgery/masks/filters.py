@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cadsurgery.kernels.load import has_bf16_dot, is_observed
-from cadsurgery.masks.provider import Grid
+from cadsurgery.masks.provider import FineMapSpec
 
 GREY = (0.299, 0.587, 0.114)
 
@@ -68,7 +68,7 @@ def window_maximum(values: Tensor, side: int, stride: int = 1) -> Tensor:
     return F.pad(tall, (half, half), value=-math.inf).unfold(2, side, stride).amax(-1)
 
 
-def near(values: Tensor, side: int, grid: Grid) -> Tensor:
+def near(values: Tensor, side: int, grid: FineMapSpec) -> Tensor:
     """(B, h, w) on the fine map: the largest of the values (B, H, W) in the side x side window around the pixel each
     sample stands on; cut or replicated to the size of the fine map."""
     sampled = window_maximum(values, side, grid.output_stride)

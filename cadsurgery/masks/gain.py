@@ -11,7 +11,7 @@ from cadsurgery.masks.context import first_pass_outputs
 from cadsurgery.masks.filters import blur, mean_of_patches, on_samples, resize
 from cadsurgery.masks.learned import EstimatedMask
 from cadsurgery.masks.options import NUMBER, WIDTH, check_options
-from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.masks.scored import missed
 from cadsurgery.support.divergence import divergence
 
@@ -30,23 +30,23 @@ class LossMask(MaskProvider):
     tolerance: float
     sigma: float
 
-    def losses(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def losses(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, lowest level, ceil(h / patch), ceil(w / patch)): mean divergence per pixel from everything high, by level
         from 1 on."""
         raise NotImplementedError
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) int64: the lowest level within the tolerance in each patch."""
         losses = self.smooth(self.losses(image, features, grid), grid)
         levels = torch.arange(1, losses.shape[1] + 1, device=losses.device)[:, None, None]
         return on_samples(((losses <= self.tolerance) * levels).amax(1), grid.patch, grid.size)
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the loss of each patch at the lowest level."""
         losses = self.smooth(self.losses(image, features, grid), grid)
         return on_samples(losses[:, -1], grid.patch, grid.size)
 
-    def smooth(self, losses: Tensor, grid: Grid) -> Tensor:
+    def smooth(self, losses: Tensor, grid: FineMapSpec) -> Tensor:
         """Losses smoothed on the fine map, then of patches again."""
         if self.sigma == 0:
             return losses
@@ -82,7 +82,7 @@ class OracleMask(LossMask):
         """At every level."""
         return frozenset(range(lowest + 1))
 
-    def losses(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def losses(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Measured."""
         outputs = first_pass_outputs("mask oracle")
         maps = [
@@ -134,7 +134,7 @@ class GainMask(EstimatedMask, LossMask):
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         return nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), three, nn.ReLU(), last)
 
-    def losses(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def losses(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Expected."""
         self.require(features, grid)
         return self.expect(self.describe(features, grid.patch))

@@ -15,7 +15,7 @@ from torch import Tensor
 from cadsurgery.masks.context import call_context
 from cadsurgery.masks.filters import blur, closeness, differences, grey_of, near
 from cadsurgery.masks.options import NUMBER, ODD, WIDTH, check_count, check_options, several
-from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
 IGNORED = 255  # label of pixels that belong to no class
@@ -29,11 +29,11 @@ class SteppedMask(MaskProvider):
 
     counted: ClassVar[str] = "thresholds"  # what a message calls them
 
-    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+    def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
         """Bool maps (B, h, w): where level 0, level 1, ... is wanted, as far as no finer one is."""
         raise NotImplementedError
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) int8: level i where the i-th step is True and none before it, the lowest level elsewhere.
 
         Raises:
@@ -77,14 +77,14 @@ class GradedMask(SteppedMask):
         """(B, H, W) floating-point: the map of the image that thresholds are on."""
         raise NotImplementedError
 
-    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+    def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
         """Within dilation i of a strength of at least threshold i."""
         strength = self.strength(image)
         dilations = self.dilation if len(self.dilation) > 1 else self.dilation * len(self.threshold)
         nearby = {side: near(strength, side, grid) for side in dict.fromkeys(dilations)}
         return [nearby[side] >= limit for side, limit in zip(dilations, self.threshold, strict=True)]
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """The greatest strength within the first dilation: what `forward` gives level 0 is at least the threshold."""
         return near(self.strength(image), self.dilation[0], grid)
 
@@ -182,7 +182,7 @@ class TrimapMask(GradedMask):
             )
         return boundaries(labels.to(image.device), self.ignore).to(torch.float32)
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) float32: minus the distance to the nearest boundary (the larger of both axes) in samples, rounded
         down; everywhere minus the longer side of the map in an image without one."""
         reached = near(self.strength(image), 2 * grid.output_stride - 1, grid)

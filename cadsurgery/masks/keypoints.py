@@ -16,7 +16,7 @@ from cadsurgery.masks.detectors import points_of, sift
 from cadsurgery.masks.filters import closeness, grey_of
 from cadsurgery.masks.graded import SteppedMask
 from cadsurgery.masks.options import between, check_options
-from cadsurgery.masks.provider import Grid, mask_provider
+from cadsurgery.masks.provider import FineMapSpec, mask_provider
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
 
@@ -116,7 +116,7 @@ class KeypointMask(SteppedMask):
         """Everything downsampled, if the network's own scores are looked at."""
         return frozenset({lowest} if self._kind == OWN else ())
 
-    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+    def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
         """Within dilation i of a keypoint.
 
         A window begins and ends where its pixels do; made legal, that is the published patch rule: level i in every
@@ -128,13 +128,13 @@ class KeypointMask(SteppedMask):
         points = self.points(image, grid)
         return [_within(points, side, grid, image) for side in self.dilations]
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) float32: minus the distance to the nearest keypoint (the larger of both axes) in samples;
         everywhere minus the longer side of the map in an image without one."""
         here = _within(self.points(image, grid), Side(2 * grid.output_stride - 1), grid, image)
         return closeness(here.float())
 
-    def points(self, image: Tensor, grid: Grid) -> list[Tensor]:
+    def points(self, image: Tensor, grid: FineMapSpec) -> list[Tensor]:
         """The keypoints of each image of a batch, (n, 2) x and y in image pixels."""
         where = "mask keypoints"
         if self._kind == OWN:
@@ -202,7 +202,7 @@ def _named_detector(name: str) -> Any:
     return function_at(name, "mask keypoints", "keypoints:detector=my_module:my_function")
 
 
-def _within(points: Sequence[Tensor], side: Side, grid: Grid, image: Tensor) -> Tensor:
+def _within(points: Sequence[Tensor], side: Side, grid: FineMapSpec, image: Tensor) -> Tensor:
     """(B, h, w) bool: samples whose first pixel lies in the window of this side around a keypoint's pixel.
 
     By counting: each window adds one to its corners, and sums over both axes fill it.

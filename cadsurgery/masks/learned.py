@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cadsurgery.masks.filters import on_samples
 from cadsurgery.masks.options import SHARE, Allowed, between, check_options, several
-from cadsurgery.masks.provider import Grid, MaskProvider, mask_provider
+from cadsurgery.masks.provider import FineMapSpec, MaskProvider, mask_provider
 from cadsurgery.support.errors import InvalidInput
 
 _MAKING = threading.Lock()
@@ -59,7 +59,7 @@ class EstimatedMask(MaskProvider):
         """Until there are weights a graph cannot hold it."""
         return "" if len(self.estimator) else "weights that the first call of the network makes"
 
-    def require(self, features: Tensor, grid: Grid) -> torch.dtype:
+    def require(self, features: Tensor, grid: FineMapSpec) -> torch.dtype:
         """Make the estimator for such features, if there is none yet; its type is returned.
 
         Raises:
@@ -156,21 +156,21 @@ class LearnedMask(EstimatedMask):
         self.offset: Tensor
         self._measure(2)
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) int64: the level of the best score in each cell of the lowest level."""
         logits = self.logits(features, grid)
         if self.noise:
             logits = logits + _gumbel(logits)
         return on_samples(logits.argmax(1), grid.side, grid.size)
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """How many levels above the lowest the mask expects to be kept."""
         probabilities = self.logits(features, grid).softmax(1)
         above = torch.arange(grid.max_level, -1, -1, device=features.device)
         expected = torch.einsum("blhw,l->bhw", probabilities, above.to(probabilities))
         return on_samples(expected, grid.side, grid.size)
 
-    def logits(self, features: Tensor, grid: Grid) -> Tensor:
+    def logits(self, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, levels, ceil(h / side), ceil(w / side)): one score per level and cell of the lowest level.
 
         Raises:
@@ -180,7 +180,7 @@ class LearnedMask(EstimatedMask):
         centre, spread, offset = (value.to(estimates) for value in (self.centre, self.spread, self.offset))
         return _raise_high((estimates - centre[:, None, None]) / spread, offset)
 
-    def balanced_logits(self, features: Tensor, grid: Grid, rate: float = 0.1) -> Tensor:
+    def balanced_logits(self, features: Tensor, grid: FineMapSpec, rate: float = 0.1) -> Tensor:
         """The same by the statistics of this batch, so that its map keeps the target fraction; for training.
 
         Scores are centred and scaled over the batch, and level 0 raised until the share kept is the fraction. So the
@@ -202,7 +202,7 @@ class LearnedMask(EstimatedMask):
         return _raise_high(estimates, offset)
 
     @torch.no_grad()
-    def balance(self, logits: Sequence[tuple[Tensor, Grid]]) -> float:
+    def balance(self, logits: Sequence[tuple[Tensor, FineMapSpec]]) -> float:
         """Raise or lower the score of level 0 for good, so that the maps of these `logits` keep the target fraction.
 
         Returns:
@@ -212,11 +212,11 @@ class LearnedMask(EstimatedMask):
         self.offset += offset
         return self._kept_of_all(logits, offset)
 
-    def _kept_of_all(self, of_images: Sequence[tuple[Tensor, Grid]], offset: float) -> float:
+    def _kept_of_all(self, of_images: Sequence[tuple[Tensor, FineMapSpec]], offset: float) -> float:
         shares = [float(self.kept(_raise_high(one, offset), grid)) for one, grid in of_images]
         return sum(shares) / len(shares)
 
-    def _offset(self, of_images: Sequence[tuple[Tensor, Grid]]) -> float:
+    def _offset(self, of_images: Sequence[tuple[Tensor, FineMapSpec]]) -> float:
         """Of the score of level 0 for the target fraction; the share kept rises with it."""
         reach = max(float(logits.max() - logits.min()) for logits, _ in of_images) + 1.0
         low, high = -reach, reach
@@ -228,7 +228,7 @@ class LearnedMask(EstimatedMask):
                 high = middle
         return high + 1e-5 * reach  # clear of the place where a cell changes, whatever is rounded later
 
-    def estimate(self, features: Tensor, grid: Grid) -> Tensor:
+    def estimate(self, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Return the scores of the estimator: (B, levels, ceil(h / side), ceil(w / side)).
 
         Raises:
@@ -240,12 +240,12 @@ class LearnedMask(EstimatedMask):
             values = F.max_pool2d(values, grid.side, ceil_mode=True) if pools else layer(values)
         return values.to(torch.promote_types(values.dtype, torch.float32))
 
-    def sample(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
+    def sample(self, logits: Tensor, grid: FineMapSpec, generator: Generators = None) -> Tensor:
         """(B, levels, h, w) one-hot on the fine map, a Gumbel-softmax sample with straight-through gradient (Jang et
         al. 2017); of torch's generator, another one, or one for each image."""
         return on_samples(self._harden(logits + _gumbel(logits, generator)), grid.side, grid.size)
 
-    def kept(self, logits: Tensor, grid: Grid, generator: Generators = None) -> Tensor:
+    def kept(self, logits: Tensor, grid: FineMapSpec, generator: Generators = None) -> Tensor:
         """The share kept high, a scalar to hold against `fraction`, with straight-through gradient.
 
         Of the map that `forward` gives, which is what is used later; with generators, of a Gumbel sample as published.

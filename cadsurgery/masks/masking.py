@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cadsurgery.elements.lattice import Bounds, Geometry, Lattice, describe, is_exporting
 from cadsurgery.elements.sizes import is_for_any_size
-from cadsurgery.masks.provider import Grid, MaskProvider, check_levels
+from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels
 from cadsurgery.masks.unit import AS_IT_COMES, Unit
 from cadsurgery.support.errors import InvalidInput
 
@@ -58,12 +58,12 @@ class Masking:
             levels = self.provider(shown, features, grid)
         return geometry.lattice(check_levels(levels, grid, self.provider.name), bounds)
 
-    def grid(self, features: Tensor) -> Grid:
+    def grid(self, features: Tensor) -> FineMapSpec:
         """Return what the mask needs to know of the fine map `features` (B, C, h, w)."""
         size = (features.shape[2], features.shape[3])
-        return Grid.of(self.geometry, features.shape[0], size, self.output_stride)
+        return FineMapSpec.of(self.geometry, features.shape[0], size, self.output_stride)
 
-    def _bounds(self, grid: Grid) -> Bounds:
+    def _bounds(self, grid: FineMapSpec) -> Bounds:
         patches = self.provider.kept_patches(grid) if self.provider.static else None
         if patches is None:
             raise not_static(self.provider, "a compiled or exported network has fixed shapes.")

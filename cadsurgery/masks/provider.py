@@ -16,7 +16,7 @@ from cadsurgery.support.errors import InvalidInput
 from cadsurgery.support.provenance import same_place
 
 
-class Grid(NamedTuple):
+class FineMapSpec(NamedTuple):
     """The fine map a level map is for.
 
     Attributes:
@@ -38,7 +38,7 @@ class Grid(NamedTuple):
     side: int
 
     @classmethod
-    def of(cls, geometry: Geometry, batch: int, size: tuple[int, int], output_stride: int) -> Grid:
+    def of(cls, geometry: Geometry, batch: int, size: tuple[int, int], output_stride: int) -> FineMapSpec:
         """The grid of lattices of a geometry."""
         low, sides = geometry.max_level, geometry.sides
         return cls(batch, size, output_stride, low, sides[-1], sides[low])
@@ -47,6 +47,9 @@ class Grid(NamedTuple):
     def patches(self) -> int:
         """Number of patches of one image, those that stick out of the map included."""
         return divide_up(self.size[0], self.patch) * divide_up(self.size[1], self.patch)
+
+
+Grid = FineMapSpec  # the name that providers of users may have
 
 
 class MaskProvider(nn.Module):
@@ -65,11 +68,11 @@ class MaskProvider(nn.Module):
     needs: ClassVar[str] = ""  # what its maps depend on besides image and features, e.g. "earlier images"
     has_own_function: bool = False  # was given a function that its options do not say where to find
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """The level map (B, h, w)."""
         raise NotImplementedError
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) floating-point: how much each sample is worth keeping high, for masks that choose by rank.
 
         Only the order counts. Here: how far the level map lies above the lowest level; masks with something
@@ -78,10 +81,10 @@ class MaskProvider(nn.Module):
         levels = check_levels(self(image, features, grid), grid, self.name)
         return (grid.max_level - levels).to(torch.float32)
 
-    def kept_patches(self, grid: Grid) -> tuple[int, ...] | None:
-        """How many patches (`Grid.patch`) of a whole batch its maps keep at level 0, at level 1 or finer, and so on,
-        with everything else at the lowest level, if that depends on the grid alone; None otherwise. With numbers,
-        shapes are static.
+    def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...] | None:
+        """Number of patches (`FineMapSpec.patch`) of a whole batch that its maps keep at level 0, at level 1 or finer,
+        and so on, with everything else at the lowest level, if that depends on the grid alone; None otherwise. With
+        numbers, shapes are static.
         """
         return None
 
@@ -201,7 +204,7 @@ def _summary(provider: type[MaskProvider]) -> str:
     return " ".join((provider.__doc__ or "").partition("\n\n")[0].split())
 
 
-def check_levels(returned: object, grid: Grid, provider: str) -> Tensor:
+def check_levels(returned: object, grid: FineMapSpec, provider: str) -> Tensor:
     """A provider's result as integer levels (B, h, w); a bool map keeps True high.
 
     Raises:
@@ -232,7 +235,7 @@ def check_levels(returned: object, grid: Grid, provider: str) -> Tensor:
     return as_levels(levels, grid.max_level, where)
 
 
-def check_scores(scores: object, grid: Grid, provider: str, user: str) -> Tensor:
+def check_scores(scores: object, grid: FineMapSpec, provider: str, user: str) -> Tensor:
     """A provider's scores (B, h, w), once they are known to be scores; `user` is the mask that ranks by them.
 
     Raises:

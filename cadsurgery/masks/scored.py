@@ -24,7 +24,7 @@ from cadsurgery.masks.options import (
     check_options,
     several,
 )
-from cadsurgery.masks.provider import Grid, check_scores, mask_provider
+from cadsurgery.masks.provider import FineMapSpec, check_scores, mask_provider
 from cadsurgery.masks.saliency import spectral_residual
 from cadsurgery.support.errors import InvalidInput, UnknownName
 from cadsurgery.support.provenance import function_at
@@ -50,7 +50,7 @@ class ScoredMask(SteppedMask):
         check_options(self.name, threshold=(self.threshold, NUMBER))
         check_falling(self.name, self.threshold)
 
-    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+    def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
         """Where the scores reach each threshold."""
         scores = self.scores(image, features, grid)
         return [scores >= threshold for threshold in self.threshold]
@@ -75,7 +75,7 @@ class DetailMask(ScoredMask):
         check_options("detail", sigma=(sigma, WIDTH))
         self.sigma = sigma
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """The smoothed error relative to its mean over the image."""
         error = blur(interpolation_error(features), self.sigma)
         return error / error.mean((1, 2), keepdim=True).clamp(min=torch.finfo(error.dtype).tiny)
@@ -137,7 +137,7 @@ class SaliencyMask(ScoredMask):
         self.function = function if isinstance(function, str) else name_of(function)
         self.has_own_function = not isinstance(function, str)
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """The function's map, at least float32, resized to the fine map (bilinear, with antialiasing).
 
         Raises:
@@ -190,7 +190,7 @@ class ConfidenceMask(ScoredMask):
         """Everything downsampled."""
         return frozenset({lowest})
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """The doubt at the pixels of each sample of the fine map, averaged and smoothed.
 
         Raises:
@@ -200,7 +200,7 @@ class ConfidenceMask(ScoredMask):
         return blur(resize(doubt, grid.size), self.sigma)
 
 
-def _logits(output: Any, grid: Grid) -> Tensor:
+def _logits(output: Any, grid: FineMapSpec) -> Tensor:
     """The class scores (B, C, H, W) among the outputs of the first pass: a tensor, or `out` of a dictionary."""
     logits = output.get("out") if isinstance(output, Mapping) else output
     if (

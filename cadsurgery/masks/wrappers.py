@@ -22,7 +22,7 @@ from cadsurgery.masks.options import (
     format_option,
     several,
 )
-from cadsurgery.masks.provider import Grid, MaskProvider, check_levels, check_scores, mask_provider
+from cadsurgery.masks.provider import FineMapSpec, MaskProvider, check_levels, check_scores, mask_provider
 from cadsurgery.masks.spec import PIPE, join, resolve_mask
 from cadsurgery.support.errors import InvalidInput
 
@@ -49,11 +49,11 @@ class MaskWrapper(MaskProvider):
         """The string form that `resolve_mask` reads back: the inner mask's, a pipe, its own."""
         return f"{self.mask.spec()} {PIPE} {super().spec()}"
 
-    def inner_levels(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def inner_levels(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) int64: the levels of the inner mask, checked."""
         return check_levels(self.mask(image, features, grid), grid, self.mask.name)
 
-    def inner_scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def inner_scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w): the scores of the inner mask, checked."""
         return check_scores(self.mask.scores(image, features, grid), grid, self.mask.name, self.name)
 
@@ -74,12 +74,12 @@ class Dilate(MaskWrapper):
         check_options("dilate", size=(size, ODD))
         self.size = size
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) int8: the finest level in the window around each sample."""
         levels = self.inner_levels(image, features, grid)
         return -window_maximum(-levels.to(torch.float32), self.size).to(torch.int8)
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """The highest score in the window around each sample."""
         return window_maximum(self.inner_scores(image, features, grid), self.size)
 
@@ -101,12 +101,12 @@ class Threshold(MaskWrapper, SteppedMask):
         check_options("threshold", at=(self.at, NUMBER))
         check_falling("threshold", self.at)
 
-    def steps(self, image: Tensor, features: Tensor, grid: Grid) -> list[Tensor]:
+    def steps(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> list[Tensor]:
         """Where the scores of the inner mask reach each threshold."""
         scores = self.inner_scores(image, features, grid)
         return [scores >= threshold for threshold in self.at]
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """Those of the inner mask."""
         return self.inner_scores(image, features, grid)
 
@@ -142,12 +142,12 @@ class Union(MaskProvider):
         """The string form that `resolve_mask` reads back: those of the masks with a plus between them."""
         return join([mask.spec() for mask in self.parts])
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) int64: the finest level of any mask."""
         levels = [check_levels(mask(image, features, grid), grid, mask.name) for mask in self.parts]
         return torch.stack(levels).amin(0)
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) float64: a finer level always scores higher; among equal ones the highest rank in any mask counts.
 
         The rank is the share of samples of the same image that score lower, in 0..1: scores of different masks have no
@@ -167,7 +167,7 @@ class Union(MaskProvider):
 class Budget(MaskWrapper):
     """Keep exactly a fraction of the patches: those another mask scores highest; several fractions give levels.
 
-    A patch is an aligned block of R_K x R_K samples (R_K: `Grid.patch`), so that no level changes when the map
+    A patch is an aligned block of R_K x R_K samples (R_K: `FineMapSpec.patch`), so that no level changes when the map
     is made legal; where patches divide the map, the number of elements depends on its size alone. Given the
     scores, shapes and control flow depend on no values, as compilers and CUDA graphs want it.
 
@@ -195,7 +195,7 @@ class Budget(MaskWrapper):
                 ".1 at level 0 and .3 at level 1 or finer.",
             )
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) int8: level i in the patches kept for it, the lowest elsewhere.
 
         Raises:
@@ -207,7 +207,7 @@ class Budget(MaskWrapper):
         levels = self._levels_of_ranks(flat, grid).view(scores.shape)
         return on_samples(levels, grid.patch, grid.size)
 
-    def kept_patches(self, grid: Grid) -> tuple[int, ...]:
+    def kept_patches(self, grid: FineMapSpec) -> tuple[int, ...]:
         """The fractions of the patches of each image, or of the batch."""
         images, patches = (1, grid.batch * grid.patches) if self.per_batch else (grid.batch, grid.patches)
         return tuple(images * count for count in self._counts(patches))
@@ -216,7 +216,7 @@ class Budget(MaskWrapper):
         """How many of so many patches get level 0, level 1 or finer, ..."""
         return [round(fraction * patches) for fraction in self.fraction]
 
-    def _levels_of_ranks(self, scores: Tensor, grid: Grid) -> Tensor:
+    def _levels_of_ranks(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
         """Int8, of the shape of the scores (..., N): levels by rank in each row; of equal scores the first leads."""
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         number = torch.full((), scores.shape[-1], dtype=torch.float64, device=scores.device)
@@ -227,7 +227,7 @@ class Budget(MaskWrapper):
             by_rank = torch.where(is_kept, min(level, grid.max_level), by_rank).to(torch.int8)
         return torch.empty_like(scores, dtype=torch.int8).scatter(-1, order, by_rank.expand_as(order))
 
-    def _of_patches(self, scores: Tensor, grid: Grid) -> Tensor:
+    def _of_patches(self, scores: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, ceil(h / patch), ceil(w / patch)) float64: mean of the scores (B, h, w) in each patch, at the border of
         the samples inside the map. In float64, where sums of equal float32 values are exact: equal scores stay equal
         whatever the size of their patches."""
@@ -269,11 +269,11 @@ class Smooth(MaskWrapper):
         """Forget all frames: the next one is the first of its video."""
         self._levels, self._scores = _Frames(self.hold + 1), _Frames(self.hold + 1)
 
-    def forward(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def forward(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """(B, h, w) int64: the finest level of this frame and the `hold` frames before it."""
         return self._levels.with_next(self.inner_levels(image, features, grid), grid).amin(0)
 
-    def scores(self, image: Tensor, features: Tensor, grid: Grid) -> Tensor:
+    def scores(self, image: Tensor, features: Tensor, grid: FineMapSpec) -> Tensor:
         """The highest score in this frame and the `hold` frames before it, counted apart from those of `forward`."""
         return self._scores.with_next(self.inner_scores(image, features, grid), grid).amax(0)
 
@@ -289,7 +289,7 @@ class _Frames:
         self.maps: deque[Tensor] = deque(maxlen=count)
         self.key: object = None
 
-    def with_next(self, newest: Tensor, grid: Grid) -> Tensor:
+    def with_next(self, newest: Tensor, grid: FineMapSpec) -> Tensor:
         """(frames, B, h, w): those remembered with one more, which is remembered too."""
         key = (grid, newest.dtype, newest.device)
         if key != self.key:

@@ -21,14 +21,14 @@ from cadsurgery.elements.functional import Elements
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.elements.operations import operation_of
 from cadsurgery.elements.resizing import read_as_resized
-from cadsurgery.masks.provider import Grid
+from cadsurgery.masks.provider import FineMapSpec
 from cadsurgery.network.model import AdaptiveModel
 from cadsurgery.network.program import GraphInterpreter, Program
 from cadsurgery.support.errors import InvalidInput
 from cadsurgery.surgery.rewrite import ask_mask
 
 _PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))
-Weigh = Callable[[Tensor, Grid], Tensor]
+Weigh = Callable[[Tensor, FineMapSpec], Tensor]
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from cadsurgery.elements import functional
 from cadsurgery.elements.backends.integer import (
     LARGEST_WEIGHT,
     MOST_PRODUCTS,
-    Grid,
     IntegerWeights,
+    QuantParams,
     can_apply,
     form_here,
 )
@@ -455,8 +455,8 @@ class _Quantiser:
         """The module or function that a node calls, or the name of the method."""
         return child(self.fast, str(node.target)) if node.op == "call_module" else node.target
 
-    def _grids(self, method: str, exact: Exact) -> dict[fx.Node, Grid]:
-        grids = dict[fx.Node, Grid]()
+    def _grids(self, method: str, exact: Exact) -> dict[fx.Node, QuantParams]:
+        grids = dict[fx.Node, QuantParams]()
         for group in self.groups(exact):
             makers = [node for node in group if not self.carried(node)]
             seen = [self.values[node] for node in makers]
@@ -467,7 +467,7 @@ class _Quantiser:
             grids |= dict.fromkeys(group, grid)
         return grids
 
-    def _compare(self, batches: Sequence[Tensor], grids: dict[fx.Node, Grid], exact: Exact) -> None:
+    def _compare(self, batches: Sequence[Tensor], grids: dict[fx.Node, QuantParams], exact: Exact) -> None:
         """Measure the rounding error of each layer's sums: its mean by channel, and the whole of it."""
         tested: dict[fx.Node, IntegerConv] = {}
         for node, layer in self.layers.items():
@@ -554,7 +554,7 @@ class _Quantiser:
 class _Rewritten:
     """A graph in 8 bits and its kernels."""
 
-    def __init__(self, work: _Quantiser, grids: dict[fx.Node, Grid], exact: Exact) -> None:
+    def __init__(self, work: _Quantiser, grids: dict[fx.Node, QuantParams], exact: Exact) -> None:
         grids = {node: grids[node] for group in work.groups(exact) for node in group}
         self.in_float = len(exact)
         self.program, self.kernels = work.program, dict[str, IntegerConv]()
@@ -578,9 +578,9 @@ class _Rewritten:
         self,
         work: _Quantiser,
         node: fx.Node,
-        grid: Grid,
+        grid: QuantParams,
         exact: Exact,
-        grids: dict[fx.Node, Grid],
+        grids: dict[fx.Node, QuantParams],
         copies: dict[fx.Node, fx.Node],
     ) -> None:
         """Show each reader of a node its value as it takes it."""
@@ -659,7 +659,11 @@ def _is_neutral(user: fx.Node) -> bool:
 
 
 def _integer_layer(
-    layer: _Convolution, source: Grid, more: Grid | None, out: Grid | None, alone: bool = False
+    layer: _Convolution,
+    source: QuantParams,
+    more: QuantParams | None,
+    out: QuantParams | None,
+    alone: bool = False,
 ) -> IntegerConv:
     """A layer in 8 bits; `alone` its sums in float32, without what is done to them."""
     kernel, (whole, scale) = layer.kernel, layer.rounded
@@ -709,17 +713,17 @@ def round_weight(weight: Tensor, largest_pair: int = 2 * LARGEST_WEIGHT) -> tupl
     return whole.to(torch.int8).view(weight.shape).contiguous(), scale.float()
 
 
-def _choose_grid(low: float, high: float, some: Tensor, counts: Tensor, method: str) -> Grid:
+def _choose_grid(low: float, high: float, some: Tensor, counts: Tensor, method: str) -> QuantParams:
     """The grid of values of which the ends and some are known, and for how many each of these stands."""
     if method == "range":
-        return Grid.of_range(low, high)
+        return QuantParams.of_range(low, high)
     if method == "percentile":
         least, most = _ends(some, counts, _BEYOND)
-        return Grid.of_range(max(low, least), min(high, most))
-    best, chosen = float("inf"), Grid.of_range(low, high)
+        return QuantParams.of_range(max(low, least), min(high, most))
+    best, chosen = float("inf"), QuantParams.of_range(low, high)
     for step in range(_STEPS):
         share = 1 - 0.8 * step / _STEPS
-        grid = Grid.of_range(share * low, share * high)
+        grid = QuantParams.of_range(share * low, share * high)
         rounded = (some / grid.scale).round_().clamp_(-grid.zero, 255 - grid.zero).mul_(grid.scale)
         error = float((rounded - some).square() @ counts)
         if error < best:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cadsurgery.data.images import check_picture, labelled_scene, normalise, read_labels, write_picture
 from cadsurgery.elements.lattice import Geometry, Lattice
-from cadsurgery.masks import Grid, MaskProvider, labelled, resolve_mask
+from cadsurgery.masks import FineMapSpec, MaskProvider, labelled, resolve_mask
 from cadsurgery.masks.provider import check_levels
 from cadsurgery.network.model import AdaptiveModel, pictures_for
 from cadsurgery.network.storage import load, read_metadata
@@ -167,7 +167,7 @@ def _look_bare(picture: Tensor, output_stride: tuple[int, int] | None, patch: st
     geometry = Geometry(_halvings(high, low), patch=patch)  # type: ignore[arg-type]
     batch = normalise(picture, None).unsqueeze(0)
     features = batch[:, :, ::high, ::high]
-    grid = Grid.of(geometry, 1, (features.shape[2], features.shape[3]), high)
+    grid = FineMapSpec.of(geometry, 1, (features.shape[2], features.shape[3]), high)
 
     def look(mask: MaskProvider) -> tuple[Lattice, None]:
         if mask.looks_ahead:

@@ -15,10 +15,10 @@ from cadsurgery.elements import BACKENDS
 from cadsurgery.elements.backends import integer
 from cadsurgery.elements.backends.choose import Picking, Pooling
 from cadsurgery.elements.backends.integer import (
-    Grid,
     IntegerConvolution,
     Integers,
     IntegerWeights,
+    QuantParams,
     convolve,
     forms_here,
 )
@@ -51,7 +51,7 @@ SHAPES = {  # rows, channels, outputs, groups, taps
     "depthwise, many taps": (51, 80, 80, 80, 25),
     "no rows": (0, 8, 8, 1, 9),
 }
-ADDED = {"alone": None, "residual in 8 bits": Grid(0.02, 7), "residual": "float"}
+ADDED = {"alone": None, "residual in 8 bits": QuantParams(0.02, 7), "residual": "float"}
 
 
 def bytes_of(*shape: int) -> Tensor:
@@ -65,7 +65,12 @@ def weights_of(
     weight = torch.randint(-127, 128, (outputs, inputs // groups, *kernel), dtype=torch.int8)
     scale = torch.rand(outputs) / weight[0].numel() / 100 + 1e-4
     return IntegerWeights(
-        weight, scale, torch.randn(outputs), groups, source=Grid(0.03, 11), **{"activation": None, **options}
+        weight,
+        scale,
+        torch.randn(outputs),
+        groups,
+        source=QuantParams(0.03, 11),
+        **{"activation": None, **options},
     )
 
 
@@ -79,14 +84,16 @@ def reading_of(count: int, taps: int, halo: int = 8) -> Reading:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("shape", "act", "added", "out"),
-    covering(list(SHAPES), list(ACTIVATIONS), list(ADDED), [None, Grid(0.05, 30), Grid(0.0004, 128)]),
+    covering(
+        list(SHAPES), list(ACTIVATIONS), list(ADDED), [None, QuantParams(0.05, 30), QuantParams(0.0004, 128)]
+    ),
 )
 def test_compiled_code_gives_the_bits_of_the_reference(
     form: str, shape: str, act: str, added: str, out: Any
 ) -> None:
     count, inputs, outputs, groups, taps = SHAPES[shape]
     more, kernel = ADDED[added], {9: (3, 3), 25: (5, 5)}.get(taps, (taps, 1))
-    grid = more if isinstance(more, Grid) else None
+    grid = more if isinstance(more, QuantParams) else None
     weights = weights_of(outputs, inputs, kernel, groups, activation=ACTIVATIONS[act], more=grid, out=out)
     residual = torch.randn(count, outputs) if more == "float" else None
     residual = bytes_of(count, outputs) if grid is not None else residual
@@ -101,7 +108,7 @@ def test_compiled_code_gives_the_bits_of_the_reference(
 def test_the_largest_sums_are_exact(form: str) -> None:
     """Where products of bytes that are added in 16 bits would saturate."""
     weight = torch.full((16, 2048, 1, 1), -127, dtype=torch.int8)
-    weights = IntegerWeights(weight, torch.ones(16), None, 1, None, Grid(1.0, 255))
+    weights = IntegerWeights(weight, torch.ones(16), None, 1, None, QuantParams(1.0, 255))
     rows = torch.zeros(7, 2048, dtype=torch.uint8)
     found = Integers().convolve_integers(IntegerConvolution(rows, weights, None), form)
     assert torch.equal(found, torch.full((7, 16), 255.0 * 127 * 2048))
@@ -155,7 +162,7 @@ def test_what_is_pooled_and_read_between_bytes_is_of_their_values() -> None:
 
 def test_a_mean_of_bytes_is_of_their_values() -> None:
     grid, levels = (
-        Grid(0.03, 11),
+        QuantParams(0.03, 11),
         torch.randint(0, 3, (2, 5, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2),
     )
     lattice = Geometry((2, 2)).lattice(levels[:, :19, :15]).at(2)
@@ -168,12 +175,12 @@ def test_a_mean_of_bytes_is_of_their_values() -> None:
 @pytest.mark.parametrize("name", ["gelu", "swish", "leaky_relu"])
 def test_an_activation_that_is_not_fused_comes_after(name: str) -> None:
     act = Activation(name, (0.1,) if name == "leaky_relu" else (), "none")
-    weights = weights_of(20, 16, (1, 1), activation=act, more=Grid(0.02, 7), out=Grid(0.05, 30))
+    weights = weights_of(20, 16, (1, 1), activation=act, more=QuantParams(0.02, 7), out=QuantParams(0.05, 30))
     residual = bytes_of(90, 20)
     found = convolve(IntegerConvolution(rows := bytes_of(90, 16), weights, None, residual))
     product = convolve(IntegerConvolution(rows, weights.without_activation, None))
-    values = act.apply_(product + Grid(0.02, 7).dequantise(residual))
-    assert torch.equal(found, Grid(0.05, 30).quantise(values))
+    values = act.apply_(product + QuantParams(0.02, 7).dequantise(residual))
+    assert torch.equal(found, QuantParams(0.05, 30).quantise(values))
 
 
 def test_a_linear_layer_keeps_the_other_axes() -> None:
@@ -184,7 +191,7 @@ def test_a_linear_layer_keeps_the_other_axes() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.5, 2.0), (-3.0, -1.0), (0.0, 0.0)])
 def test_a_grid_has_zero_and_both_ends(low: float, high: float) -> None:
-    grid = Grid.of_range(low, high)
+    grid = QuantParams.of_range(low, high)
     ends = torch.tensor([0.0, min(low, 0.0), max(high, 0.0)])
     assert torch.equal(grid.dequantise(grid.quantise(ends))[0], torch.tensor(0.0))
     assert (grid.dequantise(grid.quantise(ends)) - ends).abs().max() <= grid.scale / 2 + 1e-6
@@ -194,7 +201,7 @@ def test_a_grid_has_zero_and_both_ends(low: float, high: float) -> None:
 def test_values_are_rounded_alike_in_every_layout(
     layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid, values = Grid.of_range(-2.0, 3.0), 2 * torch.randn(2, 5, 7, 9)
+    grid, values = QuantParams.of_range(-2.0, 3.0), 2 * torch.randn(2, 5, 7, 9)
     found = grid.quantise(values.contiguous(memory_format=layout))
     back = grid.dequantise(found)
     monkeypatch.setattr(integer, "form_here", lambda: None)

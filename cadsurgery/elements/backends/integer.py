@@ -1,7 +1,8 @@
-"""Convolutions in 8 bits: unsigned features on a grid each, signed weights, sums of 32 bits, which are exact.
+"""Convolutions in 8 bits: unsigned features, signed weights, exact sums of 32 bits.
 
-A value v is kept as q, v = (q - zero) scale, of a `Grid` that calibration chose; weights have a scale for each output.
-What becomes of the sums, residual, activation and the next grid, is done while they are in registers. The kernels
+A value v is stored as q with v = (q - zero) scale; calibration chose these quantisation parameters (`QuantParams`).
+Weights are quantised per output channel. Residual, activation and requantisation are applied while the sums are in
+registers. The kernels
 (`kernels/c/int8.c`, `int8_depthwise.c`) sum exactly on every processor; torch is their reference, bit for bit.
 """
 
@@ -33,7 +34,7 @@ MOST_TAPS, MOST, LARGEST_WEIGHT = 64, 255, 127
 MOST_PRODUCTS, MOST_IN_FLOAT = 2**31 // (MOST * (LARGEST_WEIGHT + 1)), 2**24 // (MOST * LARGEST_WEIGHT)
 
 
-class Grid(NamedTuple):
+class QuantParams(NamedTuple):
     """The values that 8 bits can be: (q - zero) scale for q of 0..255.
 
     Attributes:
@@ -45,7 +46,7 @@ class Grid(NamedTuple):
     zero: int
 
     @classmethod
-    def of_range(cls, low: float, high: float) -> Grid:
+    def of_range(cls, low: float, high: float) -> QuantParams:
         """From a least to a largest value, zero between them."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = (high - low) / MOST or 1.0
@@ -107,9 +108,9 @@ class IntegerWeights:
     bias: Tensor | None
     groups: int
     activation: Activation | None
-    source: Grid
-    more: Grid | None = None
-    out: Grid | None = None
+    source: QuantParams
+    more: QuantParams | None = None
+    out: QuantParams | None = None
     packed_cache: dict[Any, Any] = field(default_factory=dict)
 
     @property

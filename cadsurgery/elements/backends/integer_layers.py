@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.backends.choose import Pooling, compute
 from cadsurgery.elements.backends.integer import (
-    Grid,
     IntegerConvolution,
     IntegerWeights,
+    QuantParams,
     convolve,
     form_here,
     to_lines,
@@ -107,12 +107,12 @@ class IntegerLinear(IntegerConv):
 
 def to_bytes(values: Tensor, scale: float, zero: int) -> Tensor:
     """Values on a grid, as its numbers."""
-    return Grid(scale, zero).quantise(values)
+    return QuantParams(scale, zero).quantise(values)
 
 
 def from_bytes(values: Tensor, scale: float, zero: int) -> Tensor:
     """The values that numbers of a grid stand for."""
-    return Grid(scale, zero).dequantise(values)
+    return QuantParams(scale, zero).dequantise(values)
 
 
 def max_pool_bytes(image: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cadsurgery.elements.lattice import describe
 from cadsurgery.elements.sizes import divide_up
-from cadsurgery.masks import FixedMask, Grid, MaskProvider, Normalisation, resolve_mask
+from cadsurgery.masks import FineMapSpec, FixedMask, MaskProvider, Normalisation, resolve_mask
 from cadsurgery.masks.context import call_context
 from cadsurgery.masks.provider import check_scores
 from cadsurgery.masks.unit import Unit
@@ -162,7 +162,7 @@ class MaskSampler(Sampler):
     def _scores(self, image: Tensor) -> Tensor:
         stride = _STRIDE if min(image.shape[2:]) > _STRIDE else 1
         size = (divide_up(image.shape[2], stride), divide_up(image.shape[3], stride))
-        grid = Grid(image.shape[0], size, stride, _LEVELS, 2**_LEVELS, 2**_LEVELS)
+        grid = FineMapSpec(image.shape[0], size, stride, _LEVELS, 2**_LEVELS, 2**_LEVELS)
         image = image if image.is_floating_point() else image.to(torch.get_default_dtype())
         shown = self.unit(image) if self.mask.sees_image else image
         features = F.avg_pool2d(image, stride, ceil_mode=True)
