@@ -69,6 +69,7 @@ def work(channels: int = 20, groups: int = 1, keeps: bool = True, taps: int = 3)
 
 @pytest.mark.parametrize(("groups", "taps"), [(1, 3), (1, 1), (4, 3), (20, 3)])
 @torch.no_grad()
+@pytest.mark.smoke
 def test_the_fastest_backend_serves(table: list[Backend], groups: int, taps: int) -> None:
     assert choose.choose(work(groups=groups, taps=taps)).backend.name == "fast"
 

@@ -126,6 +126,7 @@ def test_help_starts_without_torch_and_names_the_commands() -> None:
     assert "typer" in imported and "torch" not in imported
 
 
+@pytest.mark.smoke
 def test_version_tells_versions_processor_instruction_sets_and_where_the_kernels_are_from(run: Run) -> None:
     result = run("--version")
     assert result.code == 0 and result.err == ""

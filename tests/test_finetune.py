@@ -199,6 +199,7 @@ def test_a_folder_with_a_run_is_refused_if_nothing_is_to_be_resumed(tmp_path: Pa
 # What moves, and what does not.
 
 
+@pytest.mark.smoke
 def test_training_lowers_the_loss_and_leaves_a_network_that_loads(tmp_path: Path) -> None:
     net = adaptive()
     outcome = train(net, tmp_path, replace(QUICK, steps=30))

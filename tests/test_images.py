@@ -68,6 +68,7 @@ def test_pictures_whose_range_is_not_known_are_refused(
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+@pytest.mark.smoke
 def test_every_ordinary_kind_of_picture_is_read_in_colour(tmp_path: Path, mode: str) -> None:
     picture = Image.effect_noise((64, 48), 60).convert("RGB").convert(mode)
     path = tmp_path / f"picture.{'tif' if mode == 'CMYK' else 'png'}"

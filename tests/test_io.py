@@ -109,6 +109,7 @@ def test_other_precisions_come_back_into_a_network_of_that_precision(
     assert torch.equal(again(image)["out"], net(image)["out"])
 
 
+@pytest.mark.smoke
 def test_a_network_built_by_name_comes_back_without_the_model(tmp_path: Path) -> None:
     model = randomise(cs.build_model("resnet18", "none", num_classes=7))
     net, image = cs.adaptify(model, "edges", output_stride=(16, 32), verify_laws=False), images(2, 65, 97)

@@ -114,6 +114,7 @@ def test_edges_are_exactly_the_published_ones(
     assert torch.equal(model.levels.long(), in_patches(wanted, patch, low))
 
 
+@pytest.mark.smoke
 def test_the_reference_scenes_have_both_levels_in_every_image() -> None:
     """Else the comparison above would say little."""
     wanted = wanted_levels(scenes(3, SIZES[0]), [0.35], [11], 8, 2)

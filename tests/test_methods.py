@@ -135,6 +135,7 @@ def made(tmp_path: Path) -> tuple[Any, Path]:
     return net, file
 
 
+@pytest.mark.smoke
 def test_a_method_in_one_file_is_saved_loaded_and_copied(made: tuple[Any, Path]) -> None:
     net, file = made
     x = images(2, 45, 61)

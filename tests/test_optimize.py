@@ -116,6 +116,7 @@ def test_bfloat16_is_within_its_rounding(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.smoke
 def test_another_type_and_float64(small: cs.AdaptiveModel) -> None:
     """Its packed weights follow `to`."""
     x, fast = images(1, 65, 97), small.optimize()

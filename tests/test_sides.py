@@ -82,6 +82,7 @@ class Counting:
         return {"miou": 0.25, "seen": self.pixels}
 
 
+@pytest.mark.smoke
 def test_a_side_of_ones_own_is_evaluated_and_timed_beside_the_others(tmp_path: Path) -> None:
     model, output, picture = segmenter(), tmp_path / "report.json", tmp_path / "curve.png"
     own = [at_scale(model, 1.0), at_scale(model, 0.5)]

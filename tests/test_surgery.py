@@ -46,6 +46,7 @@ def awkward() -> Awkward:
     return Awkward().eval()
 
 
+@pytest.mark.smoke
 def test_awkward_python_is_followed_exactly() -> None:
     """In-place changes, a module called twice, children named like properties, constants, nested outputs."""
     model, x = awkward(), images(2, 45, 71)
@@ -65,6 +66,7 @@ def test_arguments_go_through_by_position_and_by_name() -> None:
         net(x, wrong=1)
 
 
+@pytest.mark.smoke
 def test_an_ordered_dict_stays_one() -> None:
     """torch.fx turns it into a plain dictionary; the network's users may rely on it."""
     model = build("fcn_resnet50", aux_loss=True, by=4)

@@ -110,6 +110,7 @@ def test_paths_that_no_file_can_have_are_refused(
     assert not is_file(str(tmp_path / name))
 
 
+@pytest.mark.smoke
 def test_a_name_of_255_characters_is_written(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 255)
     write(path)

@@ -39,6 +39,7 @@ def test_the_cap_leaves_what_needs_no_more_than_it(packaged: Path, monkeypatch: 
         (" AVX512 ", ("scalar", "sse4", "avx2", "avx512")),
     ],
 )
+@pytest.mark.smoke
 def test_caps_by_name(cap: str, left: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "here", lambda: isa.ISAS)
     monkeypatch.setenv("CADSURGERY_ISA", cap)

@@ -366,6 +366,7 @@ def test_every_other_task_is_that_of_the_reference(name: str, task: str, dtype: 
 # -- the choice ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_the_table_is_in_this_order_and_its_last_takes_everything() -> None:
     assert [backend.name for backend in BACKENDS] == NAMES
     assert all(has("torch", task) for task in ("convolve", *(task for _, task in TASKS)))
@@ -403,6 +404,7 @@ def a_convolution(groups: int, gradient: bool = False) -> tuple[Tensor, list[str
     return out, [event.name for event in profile.events() if event.name.startswith("convolve")]
 
 
+@pytest.mark.smoke
 def test_a_backend_that_is_added_is_chosen_used_and_shown(sevens: None) -> None:
     out, shown = a_convolution(6)
     assert bool((out == 7).all()) and shown == ["convolve (sevens)"]

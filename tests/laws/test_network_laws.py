@@ -142,6 +142,7 @@ def test_all_low_strided_network_is_the_original(name: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("output_stride", [(4, 32), (16, 32), (2, 32)], ids=str)
+@pytest.mark.smoke
 def test_all_low_is_the_original_whatever_the_high_stride(output_stride: Size) -> None:
     """Law 1 for other choices of the high output stride."""
     model, x = with_features(build("resnet18", double)), images(2, *SMALL, double)
