@@ -31,6 +31,7 @@ class Told(NamedTuple):
         grid: fine pixels between the samples of its value in the network as written.
         leaves: size at which its value leaves the region, `fine`, `native` or ""; `resized` for a resize that does so.
         layout: order of its axes if it is a map, else "".
+        shape: on the example, whose sizes decide whether a resize gives a map as fine as there are cells, or finer.
     """
 
     inside: bool
@@ -38,6 +39,7 @@ class Told(NamedTuple):
     grid: int
     leaves: str
     layout: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class PlannedEmulator(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.here = self.told[n.name]
+        self.source = self.told[n.all_input_nodes[0].name] if n.all_input_nodes else self.here
         value = super().run_node(n)
         if n.name == self.guiding:
             self.guide = value.clone()
@@ -450,7 +453,7 @@ class PlannedEmulator(fx.Interpreter):
         plain, common = Feature(x.data, x.stage, x.stride), {"samples": samples, "mode": mode}
         common["align_corners"] = bool(align_corners)
         assert self.fine is not None
-        if self.here.leaves == "resized":
+        if self.here.leaves == "resized" or round(self.here.shape[2] / self.source.shape[2]) > x.stride:
             return self.emulation.resize_to_dense(
                 plain, spacing=x.stride, scales=scales, guide=self.guide, **common
             )

@@ -51,7 +51,7 @@ def span(seeds: list[int]) -> str:
 def told(plan: cs.Plan) -> dict[str, Told]:
     """What the emulator is told of each node: plain numbers."""
     return {
-        d.node: Told(d.action in ("adapt", "keep"), d.stages[1], d.grid, d.leaves, d.layout)
+        d.node: Told(d.action in ("adapt", "keep"), d.stages[1], d.grid, d.leaves, d.layout, d.shape)
         for d in plan.decisions
     }
 

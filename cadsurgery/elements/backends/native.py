@@ -30,7 +30,7 @@ from cadsurgery.elements.backends.choose import (
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
 from cadsurgery.kernels.layouts import depthwise_width, grouped_layout, product_layout
-from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of
+from cadsurgery.kernels.load import function, has_bf16_dot, is_observed, isa_of, library
 from cadsurgery.support.pages import new_memory
 
 if TYPE_CHECKING:
@@ -320,6 +320,8 @@ def is_point(weights: FusedConv) -> bool:
 
 def can_expand(first: FusedConv, then: FusedConv, stride: Pair, dilation: Pair) -> bool:
     """True if `expand_depthwise` has a form for a 1x1 convolution and the depthwise one that follows, of dense maps."""
+    if library() is None:
+        return False
     outputs, group = then.weight.shape[:2]
     is_depthwise = then.groups == outputs == first.weight.shape[0] and group == 1 and then.levels is None
     is_plain = then.activation is None or then.activation.bounds is not None
