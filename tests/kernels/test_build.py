@@ -38,6 +38,11 @@ def is_running(process: int) -> bool:
     return state != "Z"
 
 
+def has_text(path: Path) -> bool:
+    """True if a file is there, and more than made."""
+    return path.exists() and bool(path.read_text())
+
+
 def wait_for_end(log: Path) -> None:
     """Until no process is left whose number is in a file."""
     end = time.monotonic() + 20
@@ -228,7 +233,7 @@ build.build([{str(hangs)!r}], pathlib.Path({str(tmp_path / "kernels.so")!r}), so
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:
         try:
             end = time.monotonic() + 30
-            while not log.exists() or (forks and not child.exists()):
+            while not has_text(log) or (forks and not has_text(child)):
                 assert time.monotonic() < end and process.poll() is None
                 time.sleep(0.02)
             process.send_signal(how)
@@ -236,7 +241,7 @@ build.build([{str(hangs)!r}], pathlib.Path({str(tmp_path / "kernels.so")!r}), so
             wait_for_end(log)
         finally:
             process.kill()
-            if child.exists():
+            if has_text(child):
                 os.kill(int(child.read_text()), signal.SIGKILL)
 
 
