@@ -19,6 +19,7 @@ from finetune_nets import Segmenter
 from test_anytime import Chain, decide, network
 from test_sampling import half_open
 from torch import Tensor, fx, nn
+from torchvision.io import write_png
 from torchvision.models.resnet import BasicBlock
 
 import cadsurgery as cs
@@ -171,6 +172,18 @@ def test_a_method_in_one_file_is_planned_and_counted_by_the_command_line(
     assert told.code == 0 and told.json["total"] == told.json["dense"] // 4
     planned = command_line("plan", "--model", str(file))
     assert planned.code == 0 and "every 3. element" in planned.out
+
+
+def test_a_method_without_sides_is_neither_evaluated_nor_timed(
+    made: tuple[Any, Path], command_line: Run, tmp_path: Path
+) -> None:
+    write_png(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / "picture.png"))
+    for command in (
+        ("eval", str(made[1]), "--data", f"images:{tmp_path}"),
+        ("bench", "--model", str(made[1])),
+    ):
+        told = command_line(*command, "--trust")
+        assert told.code == 1 and "no sides by which a ThinnedModel is compared" in told.err
 
 
 def test_a_method_that_is_not_registered_is_named(made: tuple[Any, Path]) -> None:

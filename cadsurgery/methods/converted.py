@@ -259,7 +259,9 @@ class GraphModel(ConvertedModel):
         )
         work: Work = self.remember(
             ("work", key),
-            lambda: work_of(self.program.steps, self.remember("ghost", lambda: meta_copy(self)), arguments),
+            lambda: work_of(
+                self.program.steps, self.remember("meta copy", lambda: meta_copy(self)), arguments
+            ),
         )
         return work
 

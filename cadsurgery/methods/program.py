@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from cadsurgery.elements.backends.weights import FusedConv
 from cadsurgery.methods.spatial import WHOLE, SpatialKind
 from cadsurgery.network.macs import to_meta
 from cadsurgery.support.counting import MacCounter
+from cadsurgery.surgery.arguments import bind_all, contain
 from cadsurgery.surgery.hooks import child, parameter
 from cadsurgery.surgery.rewrite import pack_graph, unpack_graph
 
@@ -116,15 +117,11 @@ class Program:
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a call by name, defaults included."""
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return dict(bound.arguments)
+        return bind_all(self.signature, args, kwargs)
 
     def contain(self, output: Any) -> Any:
         """The output of a graph in the original's type."""
-        if not isinstance(output, dict):
-            return output
-        return self.container(**output) if is_dataclass(self.container) else self.container(output)
+        return contain(output, self.container)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from cadsurgery.masks.masking import Masking, check_image
 from cadsurgery.masks.provider import MaskProvider
 from cadsurgery.network.inputs import first_types, misfit, wrong_type
 from cadsurgery.support.errors import CadError, InvalidInput
-from cadsurgery.surgery.arguments import image_of, in_order
+from cadsurgery.surgery.arguments import bind_all, contain, image_of, in_order
 from cadsurgery.surgery.guards import GuardFailed
 from cadsurgery.surgery.hooks import Watch, Watched
 from cadsurgery.surgery.plan import Plan
@@ -133,15 +133,11 @@ class Program:
 
     def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments of a call by the original's parameter names, defaults included."""
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return dict(bound.arguments)
+        return bind_all(self.signature, args, kwargs)
 
     def contain(self, output: Any) -> Any:
         """The output of a graph in the original's type."""
-        if not isinstance(output, dict):
-            return output
-        return self.container(**output) if is_dataclass(self.container) else self.container(output)
+        return contain(output, self.container)
 
     def masking(self, provider: MaskProvider) -> Masking:
         """How a mask is asked for its lattices."""

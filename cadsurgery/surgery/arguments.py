@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,20 @@ def bind(model: nn.Module, *args: Any, **kwargs: Any) -> Arguments:
             next="give those of a call: a tensor, a tuple of positional arguments, or a dictionary of named ones. A "
             "list or dictionary that is an argument itself goes into a tuple: example_input=({...},).",
         ) from error
+
+
+def bind_all(signature: inspect.Signature, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Arguments:
+    """The arguments of a call by name, defaults included."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def contain(output: Any, container: type) -> Any:
+    """The output of a graph in the original's type, if that is a kind of dictionary or a dataclass."""
+    if not isinstance(output, dict):
+        return output
+    return container(**output) if is_dataclass(container) else container(output)
 
 
 def take_image(model: nn.Module, image: Tensor) -> Arguments:

@@ -51,7 +51,7 @@ from cadsurgery.tasks.open import example_batch, open_any, original, provenance
 from cadsurgery.tasks.options import Benchmark, Conversion
 from cadsurgery.tasks.report import Row, check_outputs
 from cadsurgery.tasks.side import Side, measure
-from cadsurgery.tasks.sides import kind_of
+from cadsurgery.tasks.sides import need_kind
 from cadsurgery.tasks.sides.engines import HIGH, INT8, LOW, RIVALS, InTorch, rival_sides, runs_of
 from cadsurgery.tasks.slowest import explain_slowness
 
@@ -166,8 +166,7 @@ def _bench_made(
     net: Any, network: object, fractions: Sequence[float], setup: Benchmark, sides: Sequence[Side], step: Step
 ) -> MethodBench:
     """Time and work of a network that a method made, and of what it was made from, both optimised."""
-    kind, where, source = kind_of(net), find_device(setup.device), source_of(net)
-    assert kind is not None
+    kind, where, source = need_kind(net), find_device(setup.device), source_of(net)
     net = net.eval().to(where)
     images = _scenes(source, setup).to(where).contiguous(memory_format=torch.channels_last)
     step("counting multiply-accumulates")

@@ -43,8 +43,8 @@ from cadsurgery.tasks.report import (
 from cadsurgery.tasks.segmentation.fidelity import FidelityMetrics
 from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
 from cadsurgery.tasks.side import Comparison, Metrics, Side, time_sides
-from cadsurgery.tasks.sides import kind_of
 from cadsurgery.tasks.sides import masks as of_masks
+from cadsurgery.tasks.sides import need_kind
 
 
 def evaluate(
@@ -161,8 +161,7 @@ def _sides_of(
     made: Any, data: SegmentationData, has_masks: bool, thresholds: Sequence[Any], where: torch.device
 ) -> Comparison:
     """The sides of a network that a method made."""
-    kind = kind_of(made)
-    assert kind is not None
+    kind = need_kind(made)
     if has_masks or (thresholds and not kind.has_thresholds):
         others = "" if kind.has_thresholds else " and no thresholds"
         raise InvalidInput(

@@ -251,10 +251,9 @@ class Convolution(Work):
             groups = max(1, outputs // group)
             outputs = groups * group
         kernel = weight.new_ones(outputs, group, *weight.shape[2:])
-        weights = replace(
-            self.weights, weight=kernel, bias=weight.new_zeros(outputs), groups=groups, packed_cache={}
+        weights = self.weights.changed(
+            weight=kernel, bias=weight.new_zeros(outputs), groups=groups, levels=None
         )
-        weights = replace(weights, counts=set(), phases={}, levels=None, of_levels={}, choices={})
         if self.weights.groups > 1 and self._of_uniform is not None:
             assert isinstance(self.reads, WindowRead)
             reads = self.reads.smaller(_SAMPLE_CELLS)
@@ -538,9 +537,9 @@ def mix(rows: Tensor, sources: Tensor, shares: Tensor) -> Tensor:
     return compute(Mixing(rows, sources, shares))
 
 
-def outside_of(rows: Tensor, outside: float) -> float:
+def outside_of(dtype: torch.dtype, outside: float) -> float:
     """Value of rows outside the map: zero for minus infinity in bytes, which have no lower value."""
-    return max(outside, 0.0) if rows.dtype == torch.uint8 else outside
+    return max(outside, 0.0) if dtype == torch.uint8 else outside
 
 
 def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
@@ -548,7 +547,7 @@ def extend(rows: Tensor, reading: Reading, outside: float) -> Tensor:
     no_halo = is_statically_true(reading.sources.shape[0] == 0)
     if no_halo and not reading.has_outside:
         return rows
-    parts = [rows, rows.new_full((1, rows.shape[1]), outside_of(rows, outside))]
+    parts = [rows, rows.new_full((1, rows.shape[1]), outside_of(rows.dtype, outside))]
     if not no_halo:
         parts.append(mix(rows, reading.sources, reading.mix))
     return torch.cat(parts)

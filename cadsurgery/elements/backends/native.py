@@ -26,6 +26,7 @@ from cadsurgery.elements.backends.choose import (
     WindowRead,
     Work,
     mix,
+    outside_of,
 )
 from cadsurgery.elements.kernel_map import Reading
 from cadsurgery.elements.lattice import Lattice
@@ -439,8 +440,7 @@ def _set_types(kernel: Any, arguments: tuple[Any, ...]) -> None:
 
 @lru_cache(maxsize=64)
 def _row_outside(channels: int, dtype: torch.dtype, outside: float) -> Tensor:
-    value = max(outside, 0.0) if dtype == torch.uint8 else outside  # bytes have no lower value
-    return torch.full((channels,), value, dtype=dtype)
+    return torch.full((channels,), outside_of(dtype, outside), dtype=dtype)
 
 
 def _sum_type(dtype: torch.dtype) -> torch.dtype:

@@ -134,6 +134,11 @@ class FusedConv:
             self.counts.add(count)
         return count in self.counts
 
+    def changed(self, **values: Any) -> FusedConv:
+        """Return a convolution with other values, with packed weights and choices of its own if this one keeps any."""
+        kept: dict[Hashable, Any] | None = None if self.packed_cache is None else {}
+        return replace(self, **values, packed_cache=kept, counts=set(), phases={}, of_levels={}, choices={})
+
     @property
     def without_activation(self) -> FusedConv:
         """The product alone, without the activation; packed weights are shared."""
@@ -141,13 +146,11 @@ class FusedConv:
 
     def of_phase(self, first: tuple[int, int], finer: int) -> FusedConv:
         """Of a transposed convolution the taps of one phase, see `kernel_map`; packed weights are kept with these."""
+        part = self.weight[:, :, first[0] :: finer, first[1] :: finer]
         if self.packed_cache is None:
-            return replace(self, weight=self.weight[:, :, first[0] :: finer, first[1] :: finer])
+            return replace(self, weight=part)
         if first not in self.phases:
-            part = self.weight[:, :, first[0] :: finer, first[1] :: finer]
-            self.phases[first] = replace(
-                self, weight=part, packed_cache={}, counts=set(), phases={}, choices={}
-            )
+            self.phases[first] = self.changed(weight=part)
         return replace(self.phases[first], activation=self.activation)
 
     def at_level(self, level: int) -> FusedConv:
@@ -158,14 +161,8 @@ class FusedConv:
             scale, shift = (value[level].double() for value in self.levels)
             bias = self.bias.double() * scale + shift if self.bias is not None else shift
             weight = self.weight.double() * scale.view(-1, 1, 1, 1)
-            folded = replace(self, weight=weight.to(self.weight), bias=bias.to(self.weight), levels=None)
-            self.of_levels[level] = replace(
-                folded,
-                packed_cache=None if self.packed_cache is None else {},
-                counts=set(),
-                phases={},
-                choices={},
-            )
+            folded = {"weight": weight.to(self.weight), "bias": bias.to(self.weight)}
+            self.of_levels[level] = self.changed(**folded, levels=None)
         return replace(self.of_levels[level], activation=self.activation)
 
     def on_rows(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
