@@ -89,6 +89,11 @@ class SegmentationMetrics:
         for name, value in other._sums.items():
             self._add(name, value)
 
+    def counts(self) -> dict[str, Tensor]:
+        """The sums so far: `all`, a confusion matrix whose rows are labels; `band`, that of the trimap; `common` and
+        `either`, for each class the pixels near its outlines in both maps and in either."""
+        return dict(self._sums)
+
     def compute(self) -> dict[str, Any]:
         """The figures so far, as shares 0..1; None where no pixel counted.
 

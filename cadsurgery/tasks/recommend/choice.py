@@ -1,0 +1,238 @@
+"""Choose among settings that were measured, and say why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cadsurgery.support.errors import CadError, first_line
+from cadsurgery.tasks.recommend.currency import expected_loss
+from cadsurgery.tasks.recommend.judging import (
+    CLASSES,
+    VALUES,
+    Judgement,
+    boundary_iou,
+    estimate,
+    median_time,
+)
+from cadsurgery.tasks.recommend.report import WORDS, Request, SettingRow
+from cadsurgery.tasks.recommend.settings import Candidates
+
+FEW = 10  # pictures below which no small difference can be told
+_WORTH = 0.95  # of the time of the network as given: what takes longer is no gain
+_AS_FAST = 1.03  # of the time of the fastest: a simpler setting is as fast
+_DECIDED = 1.64  # standard errors: nine in ten
+_SIMPLE = ("given", "size", "dense", "adaptive")  # the simplest first
+_MOST_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The row that is recommended, why, and how many pictures would decide where there is doubt (None: none)."""
+
+    row: SettingRow
+    reasons: tuple[str, ...]
+    images_needed: int | None = None
+
+
+def rows_of(
+    candidates: Candidates,
+    judged: Mapping[str, Sequence[Judgement]],
+    macs: Mapping[str, int],
+    measure: str,
+) -> tuple[SettingRow, ...]:
+    """The rows of all settings that were measured, the network as given first; those on the front are marked."""
+    given = judged[candidates.settings[0].name]
+    rows: list[SettingRow] = []
+    for setting in candidates.settings:
+        ours = judged.get(setting.name)
+        if not ours or setting.name not in macs:
+            continue
+        values: dict[str, Any] = dict.fromkeys(("same", "fidelity", "boundary", "loss"))
+        if measure != VALUES:
+            fidelity = estimate(ours, given, CLASSES)
+            same = sum(one.same for one in ours) / len(ours)
+            values = {"same": same, "fidelity": fidelity.value, "boundary": boundary_iou(ours)}
+            values["loss"] = expected_loss(fidelity.value, 0.0 if len(ours) < 2 else fidelity.error)
+        rows.append(
+            SettingRow(
+                setting,
+                estimate(ours, given, measure),
+                median_time(ours),
+                macs[setting.name],
+                is_complete=len(ours) == len(given),
+                **values,
+            )
+        )
+    return tuple(replace(row, is_on_front=_is_on_front(row, rows)) for row in rows)
+
+
+def _is_on_front(row: SettingRow, rows: Sequence[SettingRow]) -> bool:
+    """True if no other setting is faster, or as fast, and at least as good; the change counts, which is of the same
+    pictures."""
+    return row.is_complete and not any(
+        other.milliseconds <= row.milliseconds and other.quality.change >= row.quality.change
+        for other in rows
+        if other is not row
+    )
+
+
+def choose(
+    rows: Sequence[SettingRow], request: Request, measure: str, refusal: CadError | None = None
+) -> Choice:
+    """Choose a setting: the fastest that keeps enough, or the best that is fast enough.
+
+    Among settings whose quality cannot be told apart and that are as fast, the simplest is chosen: the network as given
+    before smaller pictures, these before another output stride, this before a conversion.
+
+    Args:
+        rows: the network as given first.
+        request: what is asked.
+        measure: of quality.
+        refusal: why the network cannot be converted, if it cannot.
+    """
+    given = rows[0]
+    complete = [row for row in rows if row.is_complete]
+    if request.at_most is not None:
+        able = [row for row in complete if row.milliseconds <= request.at_most]
+        if not able:
+            fastest = min(complete, key=lambda row: row.milliseconds)
+            told = f"Nothing takes {request.at_most:g} ms or less: the fastest is {fastest.name}."
+            return Choice(fastest, (told, *_about_few(rows)))
+        best = max(able, key=lambda row: row.quality.change)
+        chosen = _simplest(best, able, slower=math.inf)
+    else:
+        able = [row for row in complete if row is given or margin(row, given, request, measure)[0] >= 0]
+        fastest = min(able, key=lambda row: row.milliseconds)
+        chosen = _simplest(fastest, able, slower=_AS_FAST)
+        if chosen.milliseconds > _WORTH * given.milliseconds:
+            chosen = given
+    reasons = [_headline(chosen, given), *_why(chosen, rows, request, measure)]
+    if refusal is not None:
+        reasons.append(f"It cannot be converted: {first_line(refusal)}")
+    needed = None if request.keep is None else _images_needed(chosen, rows, request, measure)
+    if needed is not None:
+        count = f"about {needed:,}" if needed < _MOST_IMAGES else f"more than {_MOST_IMAGES:,}"
+        told = f"These {given.quality.images} pictures leave doubt whether a faster or safer setting is right"
+        reasons.append(f"{told}: {count} would decide.")
+    return Choice(chosen, (*reasons, *_about_few(rows)), needed)
+
+
+def _simplest(best: SettingRow, able: Sequence[SettingRow], slower: float) -> SettingRow:
+    """The simplest setting that is as good as the best one within the error, and as fast up to a factor."""
+
+    def is_as_good(row: SettingRow) -> bool:
+        error = max(0.0 if math.isnan(one.quality.error) else one.quality.error for one in (row, best))
+        return row.quality.change >= best.quality.change - error
+
+    alike = [
+        row
+        for row in able
+        if row is best or (row.milliseconds <= slower * best.milliseconds and is_as_good(row))
+    ]
+    return min(alike, key=lambda row: (_SIMPLE.index(row.setting.kind), row.milliseconds))
+
+
+def margin(row: SettingRow, given: SettingRow, request: Request, measure: str) -> tuple[float, float]:
+    """By how much the quality of a setting is above what is to be kept, and the standard error of that; as shares."""
+    keep = request.keep or 0.0
+    if measure == CLASSES and row.loss is not None:
+        lost, error = row.loss
+        return (1 - keep) - lost, error
+    bound = keep * given.quality.value
+    return given.quality.value + row.quality.change - bound, row.quality.error
+
+
+def _images_needed(
+    chosen: SettingRow, rows: Sequence[SettingRow], request: Request, measure: str
+) -> int | None:
+    """Pictures that would tell if the choice keeps enough and if what is faster does not; None: these do."""
+    given, most = rows[0], 0
+    for row in rows:
+        is_asked = row is chosen or (row.is_complete and row.milliseconds < _WORTH * chosen.milliseconds)
+        if row is given or not is_asked:
+            continue
+        above, error = margin(row, given, request, measure)
+        if measure == CLASSES:  # more pictures make the error of the prediction from fidelity no smaller
+            error = row.quality.error
+        if math.isnan(error) or abs(above) >= _DECIDED * error:
+            continue
+        needed = row.quality.images * (_DECIDED * error / max(abs(above), 1e-9)) ** 2
+        most = max(most, min(_MOST_IMAGES, math.ceil(needed)))
+    return most or None
+
+
+def _headline(chosen: SettingRow, given: SettingRow) -> str:
+    time = f"{chosen.milliseconds / given.milliseconds:.2f} of the time of the network as given"
+    if chosen.setting.kind == "adaptive":
+        return f"Convert it: {chosen.name}. It takes {time} and {chosen.macs / max(1, given.macs):.2f} of its MACs."
+    if chosen is given:
+        return "Do not convert this network: use it as given."
+    return f"Do not convert this network: use it {chosen.name.removeprefix('as given, ')} instead, at {time}."
+
+
+def _why(chosen: SettingRow, rows: Sequence[SettingRow], request: Request, measure: str) -> list[str]:
+    given = rows[0]
+    told: list[str] = []
+    if chosen is not given:
+        told.append(f"{WORDS[measure]} changes by {_in_points(chosen)}{_expectation(chosen, measure)}.")
+    others = [row for row in rows if row.setting.kind == "adaptive" and row is not chosen]
+    if not others:
+        return told
+    if chosen.setting.kind != "adaptive":
+        if request.keep is not None:
+            able = [row for row in others if margin(row, given, request, measure)[0] >= 0]
+            if able:
+                best = min(able, key=lambda row: row.milliseconds)
+                told.append(
+                    f"The fastest conversion that keeps {request.keep:g} of the quality is {best.name}: "
+                    f"{best.milliseconds / given.milliseconds:.2f} of the time."
+                )
+            else:
+                best = max(others, key=lambda row: row.quality.change)
+                told.append(
+                    f"No conversion keeps {request.keep:g} of the quality; the best, {best.name}, changes it by "
+                    f"{_in_points(best)}."
+                )
+        dearest = min(others, key=lambda row: row.macs)
+        if dearest.macs > given.macs:
+            told.append(
+                f"A conversion makes the maps of this network finer: at least {dearest.macs / max(1, given.macs):.1f} "
+                "times its work."
+            )
+    else:
+        rivals = [row for row in rows if row.setting.kind in ("size", "dense")]
+        able = [row for row in rivals if row.milliseconds <= 1.1 * chosen.milliseconds]
+        if able:
+            rival = max(able, key=lambda row: row.quality.change)
+            told.append(
+                f"The best without a conversion in that time is {rival.name}: {_in_points(rival)} at "
+                f"{rival.milliseconds / given.milliseconds:.2f} of the time."
+            )
+    return told
+
+
+def _in_points(row: SettingRow) -> str:
+    error = "" if math.isnan(row.quality.error) else f" (±{100 * row.quality.error:.2f})"
+    return f"{100 * row.quality.change:+.2f}{error} points"
+
+
+def _expectation(row: SettingRow, measure: str) -> str:
+    if measure != CLASSES or row.loss is None:
+        return ""
+    return f"; on labels {-100 * row.loss[0]:+.1f} % (±{100 * row.loss[1]:.1f}) of its mIoU are expected"
+
+
+def _about_few(rows: Sequence[SettingRow]) -> list[str]:
+    images = rows[0].quality.images
+    if images >= FEW:
+        return []
+    errors = [row.quality.error for row in rows[1:] if not math.isnan(row.quality.error)]
+    if not errors:
+        return ["One picture tells times, and nothing of how quality varies: give 10 or more."]
+    return [
+        f"{images} pictures: differences of quality below {200 * max(errors):.1f} points cannot be told; give {FEW} or "
+        "more."
+    ]

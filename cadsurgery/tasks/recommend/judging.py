@@ -1,0 +1,152 @@
+"""The quality of settings, picture by picture, so that the difference between two settings has an error.
+
+Quality is one of three measures, all 0..1:
+
+- `miou`: mean IoU against labels;
+- `fidelity`: mean IoU against the classes that the network as given predicts. Every class that it predicts counts the
+  same, so that rare classes count, which the share of equal pixels hardly shows;
+- `accuracy` of values such as depth: 1 minus the relative error against the output of the network as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadsurgery.support.divergence import Kind, divergence, maps_of, resize
+from cadsurgery.tasks.segmentation.fidelity import NO_CLASS
+from cadsurgery.tasks.segmentation.metrics import SegmentationMetrics
+
+LABELS, CLASSES, VALUES = "miou", "fidelity", "accuracy"
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One setting on one picture.
+
+    Attributes:
+        milliseconds: of the call.
+        same: share of pixels with the class that the network as given predicts; 0 for values.
+        error: mean square of the difference relative to that of the network as given; of values.
+        fidelity: (3, C) pixels of each class in both predictions, in either, and in that of the network as given.
+        boundary: (2, C) pixels near the outlines of each class in both predictions, and in either.
+        labels: (3, C), as `fidelity`, against the labels; empty without labels.
+    """
+
+    milliseconds: float
+    same: float = 0.0
+    error: float = 0.0
+    fidelity: tuple[tuple[int, ...], ...] = ()
+    boundary: tuple[tuple[int, ...], ...] = ()
+    labels: tuple[tuple[int, ...], ...] = ()
+
+
+def judge(
+    milliseconds: float, output: Any, given: Any, labels: Tensor | None, size: tuple[int, int], kind: Kind
+) -> Judgement:
+    """Judge what a setting gives for a picture.
+
+    Args:
+        milliseconds: that it took.
+        output: of the setting.
+        given: output of the network as given.
+        labels: (1, H, W), or None.
+        size: (height, width) of the picture, at which classes are compared.
+        kind: of the outputs, `classes` or `values`.
+    """
+    if kind == "values":
+        target = maps_of(given)[0]
+        found = [resize(maps_of(output)[0], target.shape[2:])]
+        return Judgement(milliseconds, error=float(divergence([target], found, "values").mean()))
+    ours, theirs = (_classes(one, size) for one in (output, given))
+    count = maps_of(given)[0].shape[1]
+    of_given = _compare(ours, theirs, count, NO_CLASS)
+    return Judgement(
+        milliseconds,
+        same=float((ours == theirs).double().mean()),
+        fidelity=_areas(of_given),
+        boundary=tuple(tuple(of_given.counts()[name].tolist()) for name in ("common", "either")),
+        labels=_areas(_compare(ours, labels, count)) if labels is not None else (),
+    )
+
+
+def _classes(output: Any, size: tuple[int, int]) -> Tensor:
+    scores = maps_of(output)[0]
+    return (scores if scores.shape[2:].numel() == 1 else resize(scores, size)).argmax(1)
+
+
+def _compare(ours: Tensor, theirs: Tensor, classes: int, *ignored: int) -> SegmentationMetrics:
+    metrics = SegmentationMetrics(classes, **{"ignored": ignored[0]} if ignored else {})
+    metrics.update(ours, theirs)
+    return metrics
+
+
+def _areas(metrics: SegmentationMetrics) -> tuple[tuple[int, ...], ...]:
+    confusion = metrics.counts()["all"]
+    hits, truth = confusion.diagonal(), confusion.sum(1)
+    return tuple(tuple(row.tolist()) for row in (hits, truth + confusion.sum(0) - hits, truth))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quality, and how far it is above that of the network as given on the same pictures.
+
+    Attributes:
+        value: 0..1.
+        change: relative to the network as given; negative: it is worse.
+        error: standard error of the change, by a paired bootstrap over the pictures.
+        images: number of pictures.
+    """
+
+    value: float
+    change: float
+    error: float
+    images: int
+
+
+def estimate(ours: Sequence[Judgement], given: Sequence[Judgement], measure: str) -> Estimate:
+    """Estimate the quality of a setting from its judgements, and those of the network as given on the same pictures.
+
+    Against itself a network has the quality 1, so that the change of `fidelity` and `accuracy` is their lack of 1.
+    """
+    count = len(ours)
+    draws = torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    weights = torch.zeros(1 + _RESAMPLES, count, dtype=torch.float64)
+    weights[0] = 1
+    weights[1:].scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+    values, base = (_quality(judged, weights, measure) for judged in (ours, given[:count]))
+    changes = values - base
+    error = float(changes[1:].std()) if count > 1 else float("nan")
+    return Estimate(float(values[0]), float(changes[0]), error, count)
+
+
+def boundary_iou(judged: Sequence[Judgement]) -> float | None:
+    """Mean over classes of the IoU of their outlines, against those of the network as given; None of values."""
+    common, either = torch.tensor([one.boundary for one in judged], dtype=torch.float64).sum(0)
+    known = either > 0
+    return float((common[known] / either[known]).mean()) if bool(known.any()) else None
+
+
+def _quality(judged: Sequence[Judgement], weights: Tensor, measure: str) -> Tensor:
+    """The quality (k,) under weights of the pictures (k, n)."""
+    if measure == VALUES:
+        errors = torch.tensor([one.error for one in judged], dtype=torch.float64)
+        return 1 - ((weights @ errors) / weights.sum(1)).sqrt()
+    pixels = [one.labels if measure == LABELS else one.fidelity for one in judged]
+    counts = torch.tensor(pixels, dtype=torch.float64)
+    hits, either, truth = (weights @ counts.flatten(1)).view(len(weights), 3, -1).unbind(1)
+    # A class that labels lack counts against labels if it is predicted, as usual. The network as given, though, has no
+    # such class, and a few pixels of it must not weigh as much as a whole one.
+    counted = either > 0 if measure == LABELS else truth > 0
+    return ((hits / either.clamp(min=1)) * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def median_time(judged: Sequence[Judgement]) -> float:
+    """The median over pictures of the time, in milliseconds."""
+    return median(one.milliseconds for one in judged)

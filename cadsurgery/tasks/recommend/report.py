@@ -1,0 +1,255 @@
+"""What is recommended, and why: the settings as a table and a picture, the choice, and how to use it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cadsurgery.tasks.recommend.judging import CLASSES, LABELS, VALUES, Estimate
+from cadsurgery.tasks.recommend.settings import Setting
+from cadsurgery.tasks.report import COLOURS, Column, Plain, RunReport, canvas, heading, percent, table
+
+WORDS = {LABELS: "mIoU", CLASSES: "fidelity by class", VALUES: "1 - relative error"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the choice: one of the two.
+
+    Attributes:
+        keep: the least share of the quality of the network as given; the fastest such setting is chosen.
+        at_most: milliseconds; the best setting that takes no more is chosen.
+    """
+
+    keep: float | None = None
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
+class SettingRow(Plain):
+    """One setting as measured.
+
+    Attributes:
+        setting: what it is.
+        quality: by the measure of the report, with its change relative to the network as given.
+        milliseconds: of a picture, the median over pictures.
+        macs: multiply-accumulates of the whole network on the first picture.
+        same: share of pixels with the class of the network as given; None for values.
+        fidelity: mean IoU against the classes of the network as given; None for values.
+        boundary: IoU of the outlines of classes against those of the network as given; None for values.
+        loss: share of the mIoU of the network as given that fidelity lets expect to be lost, and its error; None for
+            values.
+        is_complete: False if it was dropped: another setting is faster and better beyond doubt.
+        is_on_front: True if no other setting is faster and at least as good.
+    """
+
+    setting: Setting
+    quality: Estimate
+    milliseconds: float
+    macs: int
+    same: float | None
+    fidelity: float | None
+    boundary: float | None
+    loss: tuple[float, float] | None
+    is_complete: bool = True
+    is_on_front: bool = False
+
+    @property
+    def name(self) -> str:
+        """The setting in words."""
+        return self.setting.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        values = {**vars(self), "setting": self.setting.to_dict(), "quality": vars(self.quality)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation(RunReport):
+    """Which setting is recommended, among which, and why.
+
+    Attributes:
+        model: source of the network.
+        network: as the user named it; empty for a module.
+        weights: which it has, in words.
+        random: True if they are random.
+        data: spec of the pictures, or their folder.
+        images: how many were measured; `of_images` there are.
+        image: (3, H, W) of a picture; resized: True if some had another size.
+        measure: of quality, `miou`, `fidelity` or `accuracy`.
+        request: what was asked.
+        runtime, precision: that all settings were measured in.
+        rows: the settings, the network as given first.
+        chosen: the row that is recommended.
+        reasons: in sentences.
+        images_needed: number of pictures that would decide where these leave doubt; None: they do not.
+        end: why measuring ended early; empty: it did not.
+        refused: settings that could not be run, and why.
+        folder: of the run.
+    """
+
+    model: str
+    network: str
+    weights: str
+    random: bool
+    data: str
+    images: int
+    of_images: int
+    image: tuple[int, ...]
+    resized: bool
+    measure: str
+    request: Request
+    runtime: str
+    precision: str
+    rows: tuple[SettingRow, ...]
+    chosen: SettingRow
+    reasons: tuple[str, ...]
+    images_needed: int | None
+    end: str
+    refused: Mapping[str, str]
+    folder: Path
+    failed: tuple[dict[str, str], ...] = ()
+
+    @property
+    def is_conversion(self) -> bool:
+        """True if a conversion is recommended."""
+        return self.chosen.setting.kind == "adaptive"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `--json`."""
+        more = {"is_conversion": self.is_conversion, "command": self.command, "python": self.python}
+        return {**super().to_dict(), "chosen": self.chosen.name, "request": vars(self.request), **more}
+
+    @property
+    def command(self) -> str:
+        """The command that makes what is recommended; empty where none is needed."""
+        return self.chosen.setting.command(self.network or "MODEL")
+
+    @property
+    def python(self) -> list[str]:
+        """Lines of Python that use it."""
+        return self.chosen.setting.lines(self.precision)
+
+    def parts(self) -> Iterator[RenderableType]:
+        """The table, the choice with its reasons, and how to use it."""
+        yield heading(self.model, self.weights, self.random)
+        yield Text(self.subject(), style="dim")
+        yield self.table()
+        for reason in self.reasons:
+            yield Text(reason, style="bold" if reason is self.reasons[0] else "")
+        if self.random:
+            yield Text("random weights: times hold, quality means nothing.", style="yellow")
+        if self.command:
+            yield Text(f"\n{self.command}\n", style="green")
+        else:
+            yield Text("")
+        yield Text("\n".join(self.python))
+        for name, why in self.refused.items():
+            yield Text(f"not tried: {name}: {why}", style="yellow")
+        for failure in self.failed:
+            yield Text(f"{failure['what']} {failure.get('why', '')}", style="red")
+        yield Text(f"\n{self.folder}: report.json, curve.png", style="dim")
+
+    def subject(self) -> str:
+        """Pictures, device and what was measured, in a line."""
+        size = "x".join(map(str, self.image[1:]))
+        resized = ", resized" if self.resized else ""
+        early = f" ({self.end}; {self.of_images} there are)" if self.end else ""
+        engine = f" in {self.runtime}" if self.runtime != "torch" else ""
+        against = "labels" if self.measure == LABELS else "the network as given"
+        return (
+            f"{self.data}, {self.images} pictures of {size}{resized}{early}, {self.precision}{engine} on "
+            f"{self.device}; quality against {against}; ± one standard error over pictures; ms: median"
+        )
+
+    def table(self) -> Table:
+        """The settings, fastest last, as they lie on the front or do not."""
+        given = self.rows[0]
+        columns: list[Column[SettingRow]] = [
+            Column("setting", lambda row: row.name, False),
+            Column(WORDS[self.measure], lambda row: percent(row.quality.value)),
+            Column("change", _change),
+        ]
+        if self.measure == CLASSES:
+            columns.append(Column("expected mIoU", _expected))
+        columns += [
+            Column("ms", lambda row: f"{row.milliseconds:.0f}"),
+            Column("of given", lambda row: f"{row.milliseconds / given.milliseconds:.2f}"),
+            Column("MACs of given", lambda row: f"{row.macs / max(1, given.macs):.2f}"),
+            Column("", self._mark, False),
+        ]
+        rows = sorted(self.rows, key=lambda row: -row.milliseconds)
+        return table(rows, columns, style=lambda row: "" if row.is_on_front else "dim")
+
+    def _mark(self, row: SettingRow) -> str:
+        if row.name == self.chosen.name:
+            return "recommended"
+        return "on the front" if row.is_on_front else "beaten" if row.is_complete else "beaten, dropped"
+
+    def figure(self) -> Figure:
+        """Quality against milliseconds: the front joined, each setting with its error."""
+        figure = canvas(9, 5.5)
+        axis = figure.subplots()
+        kinds = {"given": "#222222", "size": COLOURS[4], "dense": COLOURS[1], "adaptive": COLOURS[0]}
+        words = {
+            "given": "as given",
+            "size": "pictures of another size",
+            "dense": "dense, other output stride",
+        }
+        front = sorted((row for row in self.rows if row.is_on_front), key=lambda row: row.milliseconds)
+        axis.plot(
+            [row.milliseconds for row in front],
+            [100 * row.quality.value for row in front],
+            color="#999999",
+            linewidth=1,
+            zorder=0,
+        )
+        for kind, colour in kinds.items():
+            some = [row for row in self.rows if row.setting.kind == kind]
+            if not some:
+                continue
+            axis.errorbar(
+                [row.milliseconds for row in some],
+                [100 * row.quality.value for row in some],
+                [0 if math.isnan(row.quality.error) else 100 * row.quality.error for row in some],
+                fmt="s" if kind == "given" else "o",
+                color=colour,
+                elinewidth=1,
+                markersize=5,
+                label=words.get(kind, "converted"),
+            )
+        for row in (*front, self.chosen):
+            place = (row.milliseconds, 100 * row.quality.value)
+            weight = "bold" if row.name == self.chosen.name else "normal"
+            axis.annotate(
+                row.name, place, (5, -11), textcoords="offset points", fontsize=7, fontweight=weight
+            )
+        axis.set_xlabel("milliseconds for a picture")
+        axis.set_ylabel(f"{WORDS[self.measure]}, %")
+        axis.set_xlim(left=0, right=1.25 * max(row.milliseconds for row in self.rows))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+        axis.set_title(f"{self.model}, {self.images} pictures, {self.precision}", fontsize=10)
+        return figure
+
+
+def _change(row: SettingRow) -> str:
+    if row.setting.kind == "given":
+        return ""
+    error = "" if math.isnan(row.quality.error) else f" ±{100 * row.quality.error:.2f}"
+    return f"{100 * row.quality.change:+.2f}{error}"
+
+
+def _expected(row: SettingRow) -> str:
+    if row.loss is None or row.setting.kind == "given":
+        return ""
+    return f"{-100 * row.loss[0]:+.1f} ±{100 * row.loss[1]:.1f}"

@@ -1,0 +1,508 @@
+"""Recommend a setting: run all of them on the same pictures in turn, drop those that cannot win, choose one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadsurgery.data import SegmentationData, open_data
+from cadsurgery.data.datasets import identity_table
+from cadsurgery.data.images import check_size, normalise, read_labels
+from cadsurgery.data.networks import Source
+from cadsurgery.data.sources import KINDS
+from cadsurgery.methods.storage import SiblingModel
+from cadsurgery.network.model import AdaptiveModel
+from cadsurgery.network.storage import checksum
+from cadsurgery.support import files
+from cadsurgery.support.divergence import Kind, kind_of, maps_of
+from cadsurgery.support.errors import (
+    CadError,
+    FileError,
+    InvalidInput,
+    check_name,
+    describe_error,
+    first_line,
+)
+from cadsurgery.support.files import make_folder, write_whole
+from cadsurgery.support.timing import now
+from cadsurgery.tasks.for_each import Step, silent
+from cadsurgery.tasks.open import is_file, original, provenance
+from cadsurgery.tasks.recommend.calls import PRECISIONS, TORCH, Call, Calls
+from cadsurgery.tasks.recommend.choice import choose, rows_of
+from cadsurgery.tasks.recommend.judging import (
+    CLASSES,
+    LABELS,
+    VALUES,
+    Judgement,
+    estimate,
+    judge,
+    median_time,
+)
+from cadsurgery.tasks.recommend.report import Recommendation, Request
+from cadsurgery.tasks.recommend.settings import Candidates, find_candidates
+
+RUNTIMES = (TORCH, "onnx", "openvino")
+FEWEST = 3  # pictures after which time may end a run
+_BEFORE_DROPPING = 5  # pictures after which a setting may be dropped
+_SURE = 2.0  # standard errors by which another setting is better
+_FASTER = 0.97  # of the time
+_CALIBRATED_BY = 32  # pictures at most
+
+
+def recommend(
+    network: str | nn.Module,
+    images: str | Path | SegmentationData,
+    *,
+    labels: Path | None = None,
+    keep: float | None = None,
+    at_most: float | None = None,
+    runtime: str = TORCH,
+    precision: str = "float32",
+    size: tuple[int, int] | None = None,
+    limit: int | None = None,
+    minutes: float = 10.0,
+    split: str = "all",
+    weights: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    output: Path | None = None,
+    step: Step = silent,
+    trust: bool = False,
+) -> Recommendation:
+    """Recommend how to run a network on pictures like these, on this machine.
+
+    Compared are the network as given, the same on pictures of other sizes (with the scores scaled back), dense networks
+    at other output strides, and conversions by `adaptify` under several masks. Each picture is run through all of them
+    in turn, which gives the time of each, and its quality: against labels if there are some, else fidelity to the
+    network as given. Settings that others beat for sure in both are dropped on the way.
+
+    An interrupted run keeps what it has measured and goes on when it is called again with the same arguments.
+
+    Args:
+        network: a name or `module:function`, a module, or a converted file, whose network is taken as it was before.
+        images: a folder of photos, the spec of data (see `open_data`), or data.
+        labels: folder with a PNG of the same name for each photo, the number of the class of each pixel.
+        keep: the least share of the quality of the network as given; the fastest setting that keeps it is
+            recommended. Default: .99, unless `at_most` is given.
+        at_most: milliseconds of a picture; the best setting that takes no more is recommended.
+        runtime: `torch`, or the engine that all settings are exported to, `onnx` or `openvino`.
+        precision: `float32`, `bfloat16` or `int8`, which the pictures calibrate.
+        size: (height, width) that pictures are resized to; default: their own, if all have one, else the most common.
+        limit: the first so many pictures only.
+        minutes: for measuring; after them the run ends with the pictures it has done, three at least.
+        split: of data by spec.
+        weights: of a network by name; see `build_model`.
+        options: `output_stride` (that pair alone is tried), `region` or `normalisation` of `adaptify`.
+        output: folder of the run; default: the network's name with `-recommended`. It gets `report.json`, `curve.png`.
+        step: called with what is being done.
+        trust: run code that a converted file names; see `cadsurgery.load`.
+
+    Raises:
+        InvalidInput: an option out of range, a folder with another run, or a network that returns no maps.
+        FileError: no images, labels that do not fit, or a folder that cannot be written.
+        CannotConvert: the network cannot run on the pictures.
+    """
+    _check_options(keep, at_most, runtime, precision, minutes, limit)
+    check_size(size)
+    data = _open(images, split).first(limit)
+    step("building the network")
+    model, source = _as_given(network, weights, trust)
+    folder = make_folder(output or Path(f"{_short_name(source)}-recommended"))
+    pictures = _Pictures(data, labels, source, size)
+    first = pictures.image(0)
+    classes = _output_of(model, first)
+    pictures = replace(pictures, classes=classes if labels is not None else 0)
+    step("finding settings")
+    options = {name: value for name, value in (options or {}).items() if value is not None}
+    candidates = find_candidates(
+        model,
+        first,
+        options,
+        has_labels=pictures.is_labelled,
+        few=runtime != TORCH or precision == "int8",
+    )
+    told = [setting.to_dict() for setting in candidates.settings]
+    identity = {
+        "network": source.name,
+        "weights": checksum(dict(model.state_dict())),
+        "images": list(data.names),
+        "labels": str(labels or ""),
+        "size": list(pictures.size),
+        "settings": json.loads(json.dumps(told)),
+        "runtime": runtime,
+        "precision": precision,
+    }
+    calls = Calls(
+        model,
+        first,
+        {name: value for name, value in options.items() if name != "output_stride"},
+        candidates.own_pair,
+        max((1, *(low for setting in candidates.settings for low in setting.pair or ()))),
+        runtime,
+        precision,
+        [pictures.image(at) for at in range(min(len(data), _CALIBRATED_BY))] if precision == "int8" else [],
+        folder,
+        step,
+    )
+    run = _Run(candidates, calls, pictures, folder, identity, step)
+    try:
+        run.measure(minutes)
+    except KeyboardInterrupt:
+        if not run.done:
+            raise
+        run.end = "interrupted"
+    request = Request(keep if keep is not None or at_most is not None else 0.99, at_most)
+    rows = rows_of(candidates, run.judged, run.macs, run.measured_by)
+    choice = choose(rows, request, run.measured_by, candidates.refusal)
+    report = Recommendation(
+        network=network if isinstance(network, str) else "",
+        data=data.name,
+        images=run.done,
+        of_images=len(data),
+        image=tuple(first.shape[1:]),
+        resized=pictures.is_resized,
+        measure=run.measured_by,
+        request=request,
+        runtime=runtime,
+        precision=precision,
+        rows=rows,
+        chosen=choice.row,
+        reasons=choice.reasons,
+        images_needed=choice.images_needed,
+        end=run.end,
+        refused=run.refused,
+        folder=folder,
+        failed=tuple(pictures.failed),
+        **provenance(network, source, torch.device("cpu")),
+    )
+    report.write(folder / "report.json", folder / "curve.png")
+    return report
+
+
+def _check_options(
+    keep: float | None, at_most: float | None, runtime: str, precision: str, minutes: float, limit: int | None
+) -> None:
+    check_name("runtime", runtime, RUNTIMES)
+    check_name("precision", precision, PRECISIONS)
+    if runtime != TORCH and precision == "bfloat16":
+        raise InvalidInput(
+            "settings are not exported in bfloat16.",
+            next='use precision="float32" or "int8", or runtime="torch".',
+        )
+    if keep is not None and at_most is not None:
+        raise InvalidInput(
+            f"keep={keep:g} and at_most={at_most:g} are two wishes.",
+            why="one asks for the fastest setting that is good enough, the other for the best that is fast enough.",
+            next="give one of them.",
+        )
+    in_range = (keep is None or 0 < keep <= 1) and (at_most is None or at_most > 0)
+    if not in_range or minutes <= 0 or (limit is not None and limit < 1):
+        raise InvalidInput(
+            f"keep={keep}, at_most={at_most}, minutes={minutes}, limit={limit}.",
+            next="give keep in 0..1, milliseconds and minutes above 0, and at least one picture.",
+        )
+
+
+def _open(images: str | Path | SegmentationData, split: str) -> SegmentationData:
+    if isinstance(images, SegmentationData):
+        return images
+    text = str(images)
+    is_spec = text.partition(":")[0] in KINDS and not files.exists(text)
+    return open_data(text if is_spec else f"images:{text}", split)
+
+
+def _as_given(network: str | nn.Module, weights: str, trust: bool) -> tuple[nn.Module, Source]:
+    """The network that the user has, in evaluation mode."""
+    if isinstance(network, (AdaptiveModel, SiblingModel)) or is_file(network):
+        raise InvalidInput(
+            f"{network if isinstance(network, str) else type(network).__name__} is converted already.",
+            why="what is recommended is a setting for a network that is not.",
+            next="give the network's name or module:function, with --weights FILE for weights of your own.",
+        )
+    model, source = original(network, weights)
+    return model.eval(), source
+
+
+def _short_name(source: Source) -> str:
+    name = source.name.rpartition(":")[2] or source.name
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name) or "network"
+
+
+def _output_of(model: nn.Module, image: Tensor) -> int:
+    """The number of channels of the map that the network returns for a picture."""
+    try:
+        with torch.inference_mode():
+            return maps_of(model(image))[0].shape[1]
+    except CadError:
+        raise
+    except Exception as error:  # the network decides what it takes
+        raise InvalidInput(
+            f"the network does not take an image of {image.shape[2]}x{image.shape[3]} pixels.",
+            why=describe_error(error),
+            next="give size=(height, width) that it takes, e.g. multiples of its strides.",
+        ) from error
+
+
+# -- pictures ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The pictures, all of one size, as the network expects them, and their labels.
+
+    Attributes:
+        data: where they come from.
+        folder: of labels besides; None: those of the data.
+        source: of the network.
+        wanted: size that the user asked for.
+        classes: of labels in the folder.
+        failed: pictures that cannot be read, each an error as plain values.
+    """
+
+    data: SegmentationData
+    folder: Path | None
+    source: Source
+    wanted: tuple[int, int] | None
+    classes: int = 0
+    failed: list[dict[str, str]] = field(default_factory=list)
+    _sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def is_labelled(self) -> bool:
+        return self.folder is not None or self.data.is_labelled
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of all pictures: that asked for, or of the first."""
+        if self.wanted is not None:
+            return self.wanted
+        if 0 not in self._sizes:
+            height, width = self.data[0][0].shape[1:]
+            self._sizes[0] = height, width
+        return self._sizes[0]
+
+    @property
+    def is_resized(self) -> bool:
+        """True if a picture had another size."""
+        return any(size != self.size for size in self._sizes.values())
+
+    def image(self, at: int) -> Tensor:
+        """(1, 3, H, W)."""
+        image = self.data[at][0]
+        height, width = image.shape[1:]
+        self._sizes[at] = height, width
+        if (height, width) != self.size:
+            image = F.interpolate(image[None], self.size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+        return normalise(image, self.source).unsqueeze(0)
+
+    def labels(self, at: int) -> Tensor | None:
+        """(1, H, W) int64, by the nearest where pictures are resized; None without labels."""
+        if not self.is_labelled:
+            return None
+        labels = self.data[at][1]
+        if self.folder is not None:
+            name = Path(self.data.names[at])
+            path = self.folder / f"{name.stem}.png"
+            stored = read_labels(path)
+            known = {value for value, _ in identity_table(self.classes)}
+            if strange := sorted(set(stored.unique().tolist()) - known):
+                raise InvalidInput(
+                    f"{path} has label {', '.join(map(str, strange[:5]))}.",
+                    why=f"the network has {self.classes} classes; 255 is ignored.",
+                    next='name what is ignored: --images "folder:PATH,classes=11,ignore=11".',
+                )
+            labels = stored
+        if tuple(labels.shape) != self.size:
+            labels = F.interpolate(labels[None, None].double(), self.size, mode="nearest")[0, 0].long()
+        return labels.unsqueeze(0)
+
+
+# -- measuring -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """One run: what is measured of each setting, kept in a file of the folder after each picture.
+
+    Attributes:
+        candidates, calls, pictures: what is measured, and on what.
+        folder: of the run.
+        identity: what makes it this run.
+        step: called with what is being done.
+        judged: of each setting the judgements of the first pictures, by name.
+        macs: of each setting on the first picture.
+        refused: settings that cannot be run here, and why.
+        done: number of pictures.
+        end: why measuring ended before the last picture; empty: it did not.
+    """
+
+    candidates: Candidates
+    calls: Calls
+    pictures: _Pictures
+    folder: Path
+    identity: Mapping[str, Any]
+    step: Step
+    judged: dict[str, list[Judgement]] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    done: int = 0
+    end: str = ""
+    kind: Kind = "auto"
+    _skipped: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Take over what the folder holds of this run.
+
+        Raises:
+            InvalidInput: it holds another one.
+            FileError: its file cannot be read.
+        """
+        path = self._path
+        if not path.is_file():
+            return
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            known = values["identity"]
+            judged = {
+                name: [Judgement(**{key: _tuples(value) for key, value in one.items()}) for one in some]
+                for name, some in values["judged"].items()
+            }
+            self._skipped, self.kind = list(values["skipped"]), values["kind"]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise FileError(
+                f"{path} cannot be read.", why=first_line(error), next="choose another output folder."
+            ) from error
+        if known != self.identity:
+            changed = sorted(name for name in self.identity if known.get(name) != self.identity[name])
+            raise InvalidInput(
+                f"{self.folder} holds another run.",
+                where=", ".join(changed),
+                next="give it the same again, or another output folder.",
+            )
+        self.judged = judged
+        self.done = max((len(some) for some in judged.values()), default=0)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "measured.json"
+
+    @property
+    def measured_by(self) -> str:
+        """The measure of quality."""
+        if self.pictures.is_labelled:
+            return LABELS
+        return VALUES if self.kind == "values" else CLASSES
+
+    def measure(self, minutes: float) -> None:
+        """Run all settings on the pictures, one after the other."""
+        runs = self._prepare()
+        begin, before = time.perf_counter(), self.done
+        for at in range(len(self.pictures.data)):
+            if at in self._skipped or at - sum(one < at for one in self._skipped) < self.done:
+                continue
+            taken = time.perf_counter() - begin
+            if self.done >= FEWEST and taken > 60 * minutes:
+                self.end = f"after {minutes:g} minutes"
+                break
+            each = taken / max(1, self.done - before)
+            left = min(each * (len(self.pictures.data) - at), max(0.0, 60 * minutes - taken))
+            words = f", about {_in_words(left)} left" if self.done > before else ""
+            running = self._running(runs)
+            self.step(f"picture {at + 1} of {len(self.pictures.data)}, {len(running)} settings{words}")
+            try:
+                image, labels = self.pictures.image(at), self.pictures.labels(at)
+            except CadError as error:
+                self.pictures.failed.append({"image": self.pictures.data.names[at], **error.to_dict()})
+                self._skipped.append(at)
+                continue
+            found = self._judge(running, image, labels)
+            for name, judgement in found.items():
+                self.judged.setdefault(name, []).append(judgement)
+            self.done += 1
+            self._write()
+        if not self.done:
+            raise CadError.from_dict(self.pictures.failed[0])
+
+    def _prepare(self) -> dict[str, Call]:
+        """The calls of all settings that can be run; each has run once, so that nothing is made while it is timed."""
+        runs: dict[str, Call] = {}
+        image = self.pictures.image(0)
+        for setting in self.candidates.settings:
+            try:
+                call = self.calls.make(setting)
+                with torch.inference_mode():
+                    output = call(image)
+                self.macs[setting.name] = self.calls.macs(setting)
+            except CadError as error:
+                if setting.kind == "given":
+                    raise
+                self.refused[setting.name] = first_line(error)
+                continue
+            if setting.kind == "given" and self.kind == "auto":
+                self.kind = kind_of(output)
+            runs[setting.name] = call
+        return runs
+
+    def _running(self, runs: Mapping[str, Call]) -> list[tuple[str, Call]]:
+        """The settings that are not dropped, the network as given first, the others in another order each time."""
+        given = self.candidates.settings[0].name
+        others = [name for name in runs if name != given and len(self.judged.get(name, ())) == self.done]
+        if self.done >= _BEFORE_DROPPING and self.done % _BEFORE_DROPPING == 0:
+            others = [name for name in others if not self._is_beaten(name, [given, *others])]
+        turn = self.done % max(1, len(others))
+        return [(name, runs[name]) for name in (given, *others[turn:], *others[:turn])]
+
+    def _is_beaten(self, name: str, others: Sequence[str]) -> bool:
+        """True if another setting is faster, and better beyond doubt."""
+        ours = self.judged[name]
+        return any(
+            median_time(self.judged[other]) < _FASTER * median_time(ours)
+            and self._is_better(self.judged[other], ours)
+            for other in others
+            if other != name
+        )
+
+    def _is_better(self, ours: Sequence[Judgement], theirs: Sequence[Judgement]) -> bool:
+        compared = estimate(ours, theirs, self.measured_by)
+        return compared.change > _SURE * compared.error
+
+    def _judge(
+        self, running: Sequence[tuple[str, Call]], image: Tensor, labels: Tensor | None
+    ) -> dict[str, Judgement]:
+        """The judgements of one picture."""
+        found: dict[str, Judgement] = {}
+        given: Any = None
+        size = (image.shape[2], image.shape[3])
+        with torch.inference_mode():
+            for name, call in running:
+                start = now(time.perf_counter)
+                output = call(image)
+                taken = 1e3 * (now(time.perf_counter) - start)
+                given = output if given is None else given
+                found[name] = judge(taken, output, given, labels, size, self.kind)
+        return found
+
+    def _write(self) -> None:
+        values = {
+            "identity": self.identity,
+            "kind": self.kind,
+            "skipped": self._skipped,
+            "judged": {name: [asdict(one) for one in some] for name, some in self.judged.items()},
+        }
+        with write_whole(self._path) as temporary:
+            temporary.write_text(json.dumps(values), encoding="utf-8")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
