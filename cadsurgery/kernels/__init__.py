@@ -1,5 +1,5 @@
-"""Kernels: compiled C code for every instruction set, of which the processor's is chosen when the program runs.
+"""Kernels: C code compiled for every instruction set; the variant for the processor is chosen at run time.
 
-In come C files, which a wheel brings compiled or a compiler here compiles once; out come functions for ctypes. Without
-a compiled library there are none, and callers use torch's operations.
+A wheel contains the compiled library; otherwise a C compiler of this machine builds it once. It provides functions for
+ctypes. Without a compiled library, callers use torch's operations.
 """
