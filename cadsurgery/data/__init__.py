@@ -1,6 +1,6 @@
 """Data: images, labelled folders, and networks by name.
 
-Takes paths and names of the libraries; provides image batches and labels as tensors, and networks with their weights.
+In come paths and names of the libraries; out come image batches and labels as tensors, and networks with their weights.
 """
 
 from cadsurgery.data.augment import Augment

@@ -1,5 +1,5 @@
 """Kernels: C code compiled for every instruction set; the variant for the processor is chosen at run time.
 
-A wheel contains the compiled library; otherwise a C compiler of this machine builds it once. It provides functions for
-ctypes. Without a compiled library, callers use torch's operations.
+In come C files, compiled in the wheel or once by a compiler of this machine; out come functions for ctypes. Without a
+compiled library there are none, and callers use torch's operations.
 """
