@@ -500,8 +500,8 @@ class OptimizedModel(AdaptiveModel):
         source._program = source._follow(arguments, refusal)
         if self.quantisation is not None:
             warnings.warn(
-                "this image takes another path through the network than the calibration images; it runs in float. "
-                f"{refusal.where}",
+                "this image takes another path through the network than the calibration images: it runs in float "
+                f"there. {refusal.where}",
                 CadWarning,
                 stacklevel=2,
             )

@@ -50,7 +50,7 @@ def check_branch(
         return
     was = f"{_words(before)} ({outcome})" if before else str(outcome)
     raise GuardFailed(
-        "this image takes another way through the network than the one that was converted.",
+        "this image takes another path through the network than the one that was converted.",
         where=where,
         why=f"there it was {was}, for this image it is {f'{_words(operands)} ({now})' if operands else now}.",
         next="convert with example_input= of this size, or resize or pad the images to sizes of one kind, "
