@@ -50,7 +50,7 @@ _NO_IMAGES = ("raft", "quantized", "r3d", "mc3", "r2plus1d", "s3d", "mvit", "swi
 
 @dataclass(frozen=True)
 class Source:
-    """How a network was built, so that a file can build it again.
+    """Record of how a network was built, from which a file can build it again.
 
     Attributes:
         name: `torchvision:NAME`, `timm:NAME` or `module:function`.

@@ -76,7 +76,7 @@ class Cone:
     """
 
     def __init__(
-        self, graph: fx.Graph, places: Mapping[str, Place], lattice: Lattice, exit: fx.Node, wanted: Tensor
+        self, graph: fx.Graph, places: Mapping[str, Place], lattice: Lattice, exit: fx.Node, anchors: Tensor
     ) -> None:
         """Walk the graph backwards.
 
@@ -85,10 +85,10 @@ class Cone:
             places: see `places_of`.
             lattice: complete lattice of the run.
             exit: the node whose elements are requested.
-            wanted: anchors of the requested elements on its fine map, (B*H*W,) bool.
+            anchors: anchors of the requested elements on its fine map, (B*H*W,) bool.
         """
         self._places, self._whole = places, lattice
-        self._needed: dict[fx.Node, Tensor] = {exit: wanted}
+        self._needed: dict[fx.Node, Tensor] = {exit: anchors}
         self.lattices: dict[str, Lattice] = {}
         for node in reversed(list(graph.nodes)):
             self._visit(node, operation_of(node.target), self._needed.get(node))

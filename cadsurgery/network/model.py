@@ -103,7 +103,7 @@ class AdaptiveModel(RunsProgram):
             if program.unchanged is not None and isinstance(provider, UniformMask):
                 level = 0 if provider.high else program.plan.max_level
                 if level == program.plan.identity_level:
-                    return program.as_it_was(level, arguments)
+                    return program.run_original(level, arguments)
             masking = program.masking(provider)
             return (program.run_after_first_pass if provider.looks_ahead else program)(masking, arguments)
 

@@ -150,7 +150,7 @@ class Program:
         output, lattice = self._run(self.names(), masking, **arguments)
         return self.contain(output), lattice
 
-    def as_it_was(self, level: int, arguments: dict[str, Any]) -> Masked:
+    def run_original(self, level: int, arguments: dict[str, Any]) -> Masked:
         """Run the network's own graph, whose maps are all at the given level; return output and lattice."""
         output, fine = self._run_unchanged(self.names(), **arguments)
         return self.contain(output), self.geometry.uniform_like(fine, level)

@@ -30,7 +30,7 @@ Kind = Literal["window", "pad", "resize", "pointwise", "join", "global", "broadc
 
 
 class Cause(Enum):
-    """Why an operation is not in the region."""
+    """Cause of an operation's exclusion from the region."""
 
     OPERATION = "no rule lets it pass there"
     POSITIONS = "it joins all positions of the image"
@@ -72,7 +72,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Treatment:
-    """How an operation acts on elements.
+    """Treatment of an operation: the way it acts on elements.
 
     Attributes:
         kind: `window` (reads taps around an element), `pad` (belongs to the window that follows), `resize`
